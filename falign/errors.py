@@ -1,0 +1,23 @@
+"""The errors that falign raises at its borders; each message has the place, the value and the remedy."""
+
+__all__ = ["ConfigError", "DataError", "FalignError", "ModelError", "TrainingError"]
+
+
+class FalignError(Exception):
+    """Base of all errors that a user can mend; the command line prints it and exits with status 2."""
+
+
+class ConfigError(FalignError, ValueError):
+    """A run file, an option or a combination of options that cannot work."""
+
+
+class DataError(FalignError, ValueError):
+    """A data file, or a row of one, that cannot be used."""
+
+
+class ModelError(FalignError):
+    """A model, tokenizer or adapter that cannot be loaded, used or exported."""
+
+
+class TrainingError(FalignError):
+    """A run that cannot go on; what it has written stays."""
