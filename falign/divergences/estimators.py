@@ -1,0 +1,248 @@
+"""Estimators of ``D_f(π‖π_ref)`` and of its gradient, by where the samples come from.
+
+=================  ================================  ==================================================
+samples from       value, one sample                 gradient in θ
+=================  ================================  ==================================================
+policy             ``f(u)/u = f°(1/u)``              ``E_π[f'(u) ∇log π]``: a score function
+reference          ``f(u)``                          ``E_ref[f'(u) u ∇log π]``: differentiate ``f(u)``
+full vocabulary    ``Σ_v π_ref(v) f(π(v)/π_ref(v))`` differentiate
+=================  ================================  ==================================================
+
+Samples of a behaviour policy π_old take the importance weight ``π/π_old`` (policy rows) or ``π_ref/π_old`` (reference
+row). A value estimate of the policy rows must not be differentiated: on policy samples that gives the gradient of
+another divergence (k3 as a loss is the forward KL). Hence the functions here are named by their use: ``value_*`` are
+constants, ``loss_*`` have the value's *gradient*.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from falign.divergences.base import Divergence
+
+__all__ = [
+    "full_vocabulary",
+    "loss_from_policy",
+    "loss_from_reference",
+    "penalty_from_policy",
+    "value_from_policy",
+    "value_from_reference",
+]
+
+
+def value_from_policy(divergence: Divergence, log_ratio: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """Return ``f(u)/u``, whose mean over ``y ~ π`` is ``D_f(π‖π_ref)``; never negative, no gradient.
+
+    Args:
+        divergence: f.
+        log_ratio: ``log π - log π_ref`` of policy samples, any shape, nats.
+
+    Returns:
+        One estimate per sample. For the reverse KL it is "k3".
+
+    Source:
+        ``E_π[f(u)/u] = E_ref[f(u)]``; ``f(u)/u`` is the dual generator at ``1/u``.
+
+    Example:
+        >>> from falign.divergences import get
+        >>> value_from_policy(get("reverse_kl"), torch.tensor([0.0, 1.0]))  # 1/u - 1 + log u
+        tensor([0.0000, 0.3679])
+    """
+    return divergence.dual().f(-log_ratio.detach())
+
+
+def value_from_reference(divergence: Divergence, log_ratio: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """Return ``f(u)``, whose mean over ``y ~ π_ref`` is ``D_f(π‖π_ref)``; never negative, no gradient.
+
+    Args:
+        divergence: f.
+        log_ratio: ``log π - log π_ref`` of reference samples, any shape, nats.
+
+    Returns:
+        One estimate per sample.
+
+    Source:
+        The definition of ``D_f``.
+
+    Example:
+        >>> from falign.divergences import get
+        >>> value_from_reference(get("pearson_chi2"), torch.tensor([0.0, 1.0]))  # (u - 1)²
+        tensor([0.0000, 2.9525])
+    """
+    return divergence.f(log_ratio.detach())
+
+
+def loss_from_reference(
+    divergence: Divergence,
+    log_ratio: Float[Tensor, "*S"],
+    *,
+    importance_weight: Float[Tensor, "*S"] | None = None,
+) -> Float[Tensor, "*S"]:
+    """Return ``f(u)`` on reference samples: its mean is the divergence *and* its gradient is the divergence's.
+
+    Args:
+        divergence: f.
+        log_ratio: ``log π - log π_ref``, differentiable in π, any shape, nats.
+        importance_weight: ``π_ref/π_old`` where the samples come from π_old; taken as a constant.
+
+    Returns:
+        One loss per sample.
+
+    Source:
+        The law of the samples does not depend on θ, so ``∇E_ref[f(u)] = E_ref[∇f(u)]``.
+
+    Example:
+        >>> from falign.divergences import get
+        >>> log_ratio = torch.tensor([1.0], requires_grad=True)
+        >>> loss_from_reference(get("forward_kl"), log_ratio).backward()
+        >>> log_ratio.grad  # f'(u) u = u - 1
+        tensor([1.7183])
+    """
+    loss = divergence.f(log_ratio)
+    return loss if importance_weight is None else loss * importance_weight.detach()
+
+
+def penalty_from_policy(
+    divergence: Divergence,
+    log_ratio: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    *,
+    level: Literal["sequence", "token"] = "sequence",
+    credit: Literal["fixed_prefix", "returns"] = "fixed_prefix",
+    importance_log_ratio: Float[Tensor, "N T"] | None = None,
+) -> Float[Tensor, "N T"]:
+    """Return the weight ``c_t`` of each token such that ``E[Σ_t c_t ∇log π(y_t|s_t)]`` is the divergence's gradient.
+
+    Subtracting ``β c_t`` from the advantage of token t is therefore the exact penalty, for every f.
+
+    Args:
+        divergence: f.
+        log_ratio: ``log π - log π_ref`` of each sampled token, shape (N, T), nats; taken as a constant.
+        mask: True on completion tokens, shape (N, T).
+        level: ``"sequence"``: ``D_f`` of whole completions, ``c_t = f'(u)`` with u their ratio. ``"token"``:
+            ``Σ_t D_f(π(·|s_t)‖π_ref(·|s_t))`` on the policy's own prefixes. They differ for every f but KL.
+        credit: At token level, ``"fixed_prefix"`` holds the prefixes' law fixed: ``c_t = f'(u_t)``; ``"returns"`` adds
+            what the token does to later prefixes, ``Σ_{t'>t} f(u_t')/u_t'``: the gradient of the mean under π.
+        importance_log_ratio: ``log π - log π_old`` of each token where the samples come from π_old, shape (N, T).
+
+    Returns:
+        ``c_t``, shape (N, T), zero outside the mask, without gradient. Any baseline may be subtracted.
+
+    Raises:
+        ValueError: ``credit="returns"`` at sequence level, where it has no meaning, or an unknown level or credit.
+
+    Source:
+        ``∇E_π[g] = E_π[g ∇log π] + E_π[∇g]`` applied to ``f(u)/u``, whose sum is ``f'(u) ∇log π``; at token level the
+        chain rule over prefixes, and ``E[∇log π(y_t|s_t)] = 0``.
+
+    Example:
+        >>> from falign.divergences import get
+        >>> log_ratio, mask = torch.tensor([[0.5, -1.0]]), torch.tensor([[True, True]])
+        >>> penalty_from_policy(get("reverse_kl"), log_ratio, mask)
+        tensor([[-0.5000, -0.5000]])
+        >>> penalty_from_policy(get("reverse_kl"), log_ratio, mask, level="token")
+        tensor([[ 0.5000, -1.0000]])
+    """
+    log_ratio = log_ratio.detach().masked_fill(~mask, 0.0)
+    # log of π/π_old over the prefix up to and including t.
+    weight_so_far = torch.zeros_like(log_ratio)
+    if importance_log_ratio is not None:
+        weight_so_far = importance_log_ratio.detach().masked_fill(~mask, 0.0).cumsum(dim=-1)
+    if level == "sequence":
+        if credit != "fixed_prefix":
+            raise ValueError(
+                f"credit={credit!r} is a choice at level='token'; a whole completion has no later prefixes."
+            )
+        penalty = divergence.f_prime(log_ratio.sum(dim=-1, keepdim=True)) * weight_so_far[:, -1:].exp()
+        return penalty.expand_as(log_ratio).masked_fill(~mask, 0.0)
+    if level != "token" or credit not in ("fixed_prefix", "returns"):
+        raise ValueError(
+            f"level={level!r}, credit={credit!r}: level is sequence or token, credit fixed_prefix or returns."
+        )
+    importance_weight = weight_so_far.exp()
+    penalty = divergence.f_prime(log_ratio) * importance_weight
+    if credit == "returns":
+        value = value_from_policy(divergence, log_ratio).masked_fill(~mask, 0.0) * importance_weight
+        penalty = penalty + value.flip(-1).cumsum(dim=-1).flip(-1) - value
+    return penalty.masked_fill(~mask, 0.0)
+
+
+def loss_from_policy(
+    divergence: Divergence,
+    logprobs: Float[Tensor, "N T"],
+    reference_logprobs: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    *,
+    level: Literal["sequence", "token"] = "sequence",
+    credit: Literal["fixed_prefix", "returns"] = "fixed_prefix",
+    old_logprobs: Float[Tensor, "N T"] | None = None,
+) -> Float[Tensor, " N"]:
+    """Return ``Σ_t sg(c_t) log π(y_t|s_t)``: on policy samples its mean *gradient* is that of the divergence.
+
+    Args:
+        divergence: f.
+        logprobs: ``log π`` of the sampled tokens, differentiable, shape (N, T), nats.
+        reference_logprobs: ``log π_ref`` of the same tokens, shape (N, T).
+        mask: True on completion tokens, shape (N, T).
+        level: See :func:`penalty_from_policy`.
+        credit: See :func:`penalty_from_policy`.
+        old_logprobs: ``log π_old`` of the same tokens where the samples come from π_old, shape (N, T).
+
+    Returns:
+        One surrogate per completion, shape (N,). Its value means nothing; use :func:`value_from_policy` for that.
+
+    Source:
+        See :func:`penalty_from_policy`.
+
+    Example:
+        >>> from falign.divergences import get
+        >>> logprobs, reference = torch.tensor([[-1.0, -2.0]], requires_grad=True), torch.tensor([[-1.5, -1.0]])
+        >>> loss_from_policy(get("reverse_kl"), logprobs, reference, torch.ones(1, 2, dtype=torch.bool)).backward()
+        >>> logprobs.grad  # log u = -0.5 for each
+        tensor([[-0.5000, -0.5000]])
+    """
+    penalty = penalty_from_policy(
+        divergence,
+        logprobs - reference_logprobs,
+        mask,
+        level=level,
+        credit=credit,
+        importance_log_ratio=None if old_logprobs is None else logprobs - old_logprobs,
+    )
+    return (penalty * logprobs.masked_fill(~mask, 0.0)).sum(dim=-1)
+
+
+def full_vocabulary(
+    divergence: Divergence,
+    logprobs: Float[Tensor, "*S V"],
+    reference_logprobs: Float[Tensor, "*S V"],
+) -> Float[Tensor, "*S"]:
+    """Return ``Σ_v π_ref(v) f(π(v)/π_ref(v))`` exactly, differentiable in π.
+
+    Args:
+        divergence: f.
+        logprobs: ``log π`` over the vocabulary, normalised, shape (..., V), nats.
+        reference_logprobs: ``log π_ref`` over the vocabulary, normalised, shape (..., V).
+
+    Returns:
+        The divergence at each position, shape (...).
+
+    Source:
+        The definition; where ``u > 1`` a summand is written ``π f(u)/u``, which does not multiply a tiny probability by
+        a huge power of u.
+
+    Example:
+        >>> from falign.divergences import get
+        >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
+        >>> full_vocabulary(get("total_variation"), p.log(), q.log())
+        tensor(0.2500)
+    """
+    # Tokens that neither can produce count nothing; where one cannot, the ratio is as large as the numerics go.
+    log_ratio = torch.nan_to_num(logprobs - reference_logprobs, nan=0.0).clamp(-1e4, 1e4)
+    below = reference_logprobs.exp() * divergence.f(torch.clamp(log_ratio, max=0.0))
+    above = logprobs.exp() * divergence.dual().f(torch.clamp(-log_ratio, max=0.0))
+    return torch.where(log_ratio <= 0, below, above).sum(dim=-1)

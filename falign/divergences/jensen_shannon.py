@@ -1,0 +1,105 @@
+"""Divergences from the mixture of policy and reference: bounded, and gentle on both sides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from falign.divergences.base import Divergence
+from falign.divergences.powers import alpha_generator, log_mixture, power
+
+__all__ = ["GeneralizedJS", "JensenShannon"]
+
+
+@dataclass(frozen=True)
+class GeneralizedJS(Divergence):
+    """``b KL(π‖m) + (1-b) KL(π_ref‖m)`` with ``m = b π + (1-b) π_ref``.
+
+    ``f(u) = b u log(u/(b u + 1 - b)) - (1-b) log(b u + 1 - b)``, ``f'(u) = b log(u/(b u + 1 - b))``. b = 1/2 is the
+    Jensen-Shannon divergence itself (half of ``jensen_shannon``).
+
+    Attributes:
+        b: Weight of the policy in the mixture, in (0, 1).
+
+    Source:
+        Lin 1991 (skewed Jensen-Shannon); the distillation loss of Agarwal et al., GKD (arXiv:2306.13649).
+    """
+
+    b: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.b < 1.0:
+            raise ValueError(f"generalized_js needs 0 < b < 1, got b={self.b!r}; at the ends it is 0 everywhere.")
+        object.__setattr__(self, "b", float(self.b))
+        object.__setattr__(self, "name", f"generalized_js({self.b!r})")
+        object.__setattr__(self, "f_prime_at_zero", -math.inf)
+        object.__setattr__(self, "f_prime_at_infinity", -self.b * math.log(self.b))
+        object.__setattr__(self, "second_derivative_at_one", self.b * (1 - self.b))
+
+    @override
+    def dual(self) -> Divergence:
+        return GeneralizedJS(1 - self.b)
+
+    @override
+    def _f(self, log_u: Tensor) -> Tensor:
+        # m (b φ(u/m) + (1-b) φ(1/m)) with φ(t) = t log t - t + 1: two terms that are never negative.
+        b, mixture = self.b, self.b * power(log_u) + (1 - self.b)
+        of_policy = alpha_generator(_log_u_over_mixture(log_u, b), 0.0)
+        of_reference = alpha_generator(-log_mixture(log_u, b), 0.0)
+        return mixture * (b * of_policy + (1 - b) * of_reference)
+
+    @override
+    def _f_prime(self, log_u: Tensor) -> Tensor:
+        return self.b * _log_u_over_mixture(log_u, self.b)
+
+    @override
+    def _f_prime_inverse(self, y: Tensor) -> Tensor:
+        z = y / self.b
+        return z - torch.log1p(-self.b / (1 - self.b) * torch.expm1(z))
+
+    @override
+    def _conjugate_at(self, log_u: Tensor, y: Tensor) -> Tensor:
+        return (1 - self.b) * log_mixture(log_u, self.b)
+
+
+def _log_u_over_mixture(log_u: Tensor, b: float) -> Tensor:
+    """``log(u/(b u + 1 - b)) = -log((1-b)/u + b)``."""
+    return -log_mixture(-log_u, 1 - b)
+
+
+@dataclass(frozen=True)
+class JensenShannon(Divergence):
+    """Twice the Jensen-Shannon divergence: ``f(u) = u log u - (u+1) log((u+1)/2)``, ``f'(u) = log(2u/(1+u))``.
+
+    Source:
+        Wang et al., f-DPO (arXiv:2309.16240), Table 1, whose scale this is.
+    """
+
+    name = "jensen_shannon"
+    f_prime_at_zero = -math.inf
+    f_prime_at_infinity = math.log(2.0)
+    second_derivative_at_one = 0.5
+
+    @override
+    def dual(self) -> Divergence:
+        return self
+
+    @override
+    def _f(self, log_u: Tensor) -> Tensor:
+        return 2 * GeneralizedJS(0.5)._f(log_u)
+
+    @override
+    def _f_prime(self, log_u: Tensor) -> Tensor:
+        return 2 * GeneralizedJS(0.5)._f_prime(log_u)
+
+    @override
+    def _f_prime_inverse(self, y: Tensor) -> Tensor:
+        return GeneralizedJS(0.5)._f_prime_inverse(y / 2)
+
+    @override
+    def _conjugate_at(self, log_u: Tensor, y: Tensor) -> Tensor:
+        return 2 * GeneralizedJS(0.5)._conjugate_at(log_u, y / 2)
