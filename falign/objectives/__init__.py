@@ -1,0 +1,26 @@
+"""Objectives: from log-probabilities of completions to losses. They import torch and the divergences, nothing else."""
+
+from falign.objectives.base import CompletionBatch, Objective, ObjectiveOutput, Term
+from falign.objectives.margins import Exo, MarginLoss, Robust, get_margin_loss, hinge, logistic, squared
+from falign.objectives.methods import FDPO
+from falign.objectives.pairwise import Pairwise, pairs_of
+from falign.objectives.reduction import reduce_terms, total_weights
+
+__all__ = [
+    "FDPO",
+    "CompletionBatch",
+    "Exo",
+    "MarginLoss",
+    "Objective",
+    "ObjectiveOutput",
+    "Pairwise",
+    "Robust",
+    "Term",
+    "get_margin_loss",
+    "hinge",
+    "logistic",
+    "pairs_of",
+    "reduce_terms",
+    "squared",
+    "total_weights",
+]

@@ -1,0 +1,175 @@
+"""Losses of the margin between the implicit rewards of a chosen and a rejected completion."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["MARGIN_LOSSES", "Exo", "MarginLoss", "Robust", "get_margin_loss", "hinge", "logistic", "squared"]
+
+MarginLoss = Callable[[Tensor], Tensor]
+
+
+def logistic(margin: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Return ``-log σ(m)``: the negative log-likelihood under Bradley-Terry.
+
+    Args:
+        margin: ``m``, implicit reward of chosen minus rejected, shape (B,), nats.
+
+    Returns:
+        One loss per pair, shape (B,), to be minimised.
+
+    Source:
+        Rafailov et al., DPO (arXiv:2305.18290), Eq. 7; Wang et al., f-DPO (arXiv:2309.16240).
+
+    Example:
+        >>> logistic(torch.tensor([0.0, 2.0]))
+        tensor([0.6931, 0.1269])
+    """
+    return F.softplus(-margin)
+
+
+def hinge(margin: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Return ``max(0, 1 - m)``.
+
+    Args:
+        margin: ``m``, implicit reward of chosen minus rejected, shape (B,), nats.
+
+    Returns:
+        One loss per pair, shape (B,), to be minimised.
+
+    Source:
+        Liu et al., RSO (arXiv:2309.06657), the SLiC loss on normalised likelihoods.
+
+    Example:
+        >>> hinge(torch.tensor([0.25, 2.0]))
+        tensor([0.7500, 0.0000])
+    """
+    return torch.relu(1 - margin)
+
+
+def squared(margin: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Return ``(m - 1/2)²``: the IPO loss times β², when ``m = β (log u_chosen - log u_rejected)``.
+
+    Args:
+        margin: ``m``, implicit reward of chosen minus rejected, shape (B,), nats.
+
+    Returns:
+        One loss per pair, shape (B,), to be minimised; beyond ``|m - 1/2| = 1e6`` the parabola's tangent, so that it
+        stays finite where f' grows exponentially.
+
+    Source:
+        Azar et al., IPO (arXiv:2310.12036), Eq. 17, with τ = β; scaled by β².
+
+    Example:
+        >>> squared(torch.tensor([0.5, 1.5]))
+        tensor([0., 1.])
+    """
+    return 2 * F.huber_loss(margin, torch.full_like(margin, 0.5), reduction="none", delta=1e6)
+
+
+@dataclass(frozen=True)
+class Robust:
+    """``(-(1-ε) log σ(m) + ε log σ(-m))/(1-2ε)``: unbiased for the clean loss when a share ε of the labels is flipped.
+
+    Attributes:
+        label_noise: ε, in [0, 1/2).
+
+    Source:
+        Chowdhury et al., rDPO (arXiv:2403.00409), Eq. 12.
+
+    Example:
+        >>> Robust(label_noise=0.1)(torch.tensor([1.0]))
+        tensor([0.1883])
+    """
+
+    label_noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_noise < 0.5:
+            raise ValueError(f"robust needs 0 ≤ label_noise < 0.5, got {self.label_noise!r}.")
+
+    def __call__(self, margin: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """Return one loss per pair, shape (B,); it can be negative."""
+        noise = self.label_noise
+        return ((1 - noise) * F.softplus(-margin) - noise * F.softplus(margin)) / (1 - 2 * noise)
+
+
+@dataclass(frozen=True)
+class Exo:
+    """``KL(p_m‖p_ε)`` of the two-point laws ``p_m = (σ(m), σ(-m))`` and ``p_ε = (1-ε, ε)``: reverse KL to the labels.
+
+    Attributes:
+        label_smoothing: ε, in (0, 1/2).
+
+    Source:
+        Ji et al., EXO (arXiv:2402.00856), Eq. 16, with two completions.
+
+    Example:
+        >>> Exo(label_smoothing=0.25)(torch.tensor([0.0]))
+        tensor([0.1438])
+    """
+
+    label_smoothing: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.label_smoothing < 0.5:
+            raise ValueError(f"exo needs 0 < label_smoothing < 0.5, got {self.label_smoothing!r}.")
+
+    def __call__(self, margin: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """Return one loss per pair, shape (B,)."""
+        # Beyond 100 nats σ(-|m|) is below the smallest float32, and 0 · inf would follow.
+        m = torch.clamp(margin, -100.0, 100.0)
+        to_chosen = F.logsigmoid(m) - math.log1p(-self.label_smoothing)
+        to_rejected = F.logsigmoid(-m) - math.log(self.label_smoothing)
+        return torch.sigmoid(m) * to_chosen + torch.sigmoid(-m) * to_rejected
+
+
+MARGIN_LOSSES: dict[str, MarginLoss | type[Robust] | type[Exo]] = {
+    "logistic": logistic,
+    "hinge": hinge,
+    "squared": squared,
+    "robust": Robust,
+    "exo": Exo,
+}
+ALIASES = {"sigmoid": "logistic", "ipo": "squared", "exo_pair": "exo"}
+
+
+def get_margin_loss(name: str) -> MarginLoss:
+    """Return a margin loss by name.
+
+    Args:
+        name: ``logistic``, ``hinge``, ``squared``, ``robust``, ``robust(0.2)``, ``exo``, ``exo(0.01)``; TRL's
+            ``sigmoid``, ``ipo`` and ``exo_pair`` are accepted.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: The name is unknown, or its parameter is out of range.
+
+    Example:
+        >>> get_margin_loss("robust(0.2)")
+        Robust(label_noise=0.2)
+    """
+    match = re.fullmatch(r"\s*([a-z_]+)\s*(?:\(\s*([0-9.eE+-]+)\s*\))?\s*", name)
+    key = ALIASES.get(match[1], match[1]) if match else name
+    if match is None or key not in MARGIN_LOSSES:
+        close = difflib.get_close_matches(key, [*MARGIN_LOSSES, *ALIASES], n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"margin_loss {name!r} is unknown; {hint}Choose one of {', '.join(MARGIN_LOSSES)}.")
+    loss = MARGIN_LOSSES[key]
+    if inspect.isclass(loss):
+        return loss() if match[2] is None else loss(float(match[2]))
+    if match[2] is not None:
+        raise ValueError(f"margin_loss {name!r}: {key} takes no parameter.")
+    return loss
