@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from falign.scoring import PromptTree, completion_logprobs, pad
+from tests.scoring.models import TREES, tiny_model
+
+
+def test_rows_masks_and_predictors_of_a_small_batch():
+    batch = pad(TREES[:2], pad_token_id=2, pad_to_multiple_of=8)
+    assert batch.input_ids.shape == (5, 8)
+    assert batch.input_ids[1].tolist() == [5, 6, 7, 10, 2, 2, 2, 2]
+    assert batch.attention_mask[1].tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
+    assert batch.completion_ids[0].tolist() == [8, 9, 2, 2, 2]
+    assert batch.completion_mask.sum(-1).tolist() == [3, 2, 2, 5, 1]
+    assert batch.predictor[0].tolist() == [2, 3, 4, 0, 0]
+    assert batch.predictor[2].tolist() == [0, 1, 0, 0, 0]
+    assert batch.prompt_index.tolist() == [0, 0, 1, 1, 1]
+    assert batch.preference is not None
+    assert batch.preference.tolist() == [1, 0, 2, 1, 0]
+    assert batch.place == ("a:1", "a:1", "a:2", "a:2", "a:2")
+
+
+def test_a_pad_token_equal_to_the_stop_token_changes_no_mask_and_no_score():
+    model = tiny_model().eval()
+    batch, other = pad(TREES, pad_token_id=2), pad(TREES, pad_token_id=40)
+    assert torch.equal(batch.completion_mask, other.completion_mask)
+    assert torch.equal(batch.attention_mask, other.attention_mask)
+    # The completion of stop tokens alone and the stop token inside a prompt are counted as any other.
+    assert batch.completion_mask[5].tolist() == [True, True, False, False, False]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            completion_logprobs(model, batch).logprobs, completion_logprobs(model, other).logprobs
+        )
+
+
+def test_token_ids_gives_back_what_was_padded():
+    given = [(list(tree.prompt_ids), list(ids)) for tree in TREES for ids in tree.completion_ids]
+    assert pad(TREES, pad_token_id=2, pad_to_multiple_of=4).token_ids() == given
+
+
+def test_to_moves_every_tensor_and_keeps_the_rest():
+    moved = pad(TREES, pad_token_id=2).to("meta")
+    assert {moved.input_ids.device.type, moved.predictor.device.type, moved.prompt_index.device.type} == {"meta"}
+    assert moved.place[0] == "a:1"
+    assert pad([PromptTree((1,), ((2,),))], pad_token_id=0).to("meta").preference is None
+
+
+def test_preferences_of_some_trees_only_are_refused():
+    with pytest.raises(ValueError, match=r"1 of 2 trees.*b:7"):
+        pad([TREES[0], PromptTree((1,), ((2,),), place="b:7")], pad_token_id=2)
+
+
+def test_a_batch_without_trees_is_refused():
+    with pytest.raises(ValueError, match="at least one tree"):
+        pad([], pad_token_id=2)
