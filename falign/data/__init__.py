@@ -1,0 +1,43 @@
+"""Preference data: from files, folders and the Hub to prompt trees in token ids."""
+
+from falign.data.bad_rows import BadRowPolicy, BadRows
+from falign.data.conversations import Message, Text
+from falign.data.examples import Example
+from falign.data.files import Row
+from falign.data.formats import COLUMNS, FORMATS
+from falign.data.inspection import DataReport, Lengths, check
+from falign.data.preferences import LoadReport, PreferenceData, load_preferences
+from falign.data.recognition import RowReader, read_examples
+from falign.data.reports import SourceReport
+from falign.data.sources import DEMOS, DataSource, read_rows
+from falign.data.tokenization import Encoded, Tokenized, encode, tokenize
+from falign.data.windows import LengthPolicy, Window
+
+__all__ = [
+    "COLUMNS",
+    "DEMOS",
+    "FORMATS",
+    "BadRowPolicy",
+    "BadRows",
+    "DataReport",
+    "DataSource",
+    "Encoded",
+    "Example",
+    "LengthPolicy",
+    "Lengths",
+    "LoadReport",
+    "Message",
+    "PreferenceData",
+    "Row",
+    "RowReader",
+    "SourceReport",
+    "Text",
+    "Tokenized",
+    "Window",
+    "check",
+    "encode",
+    "load_preferences",
+    "read_examples",
+    "read_rows",
+    "tokenize",
+]

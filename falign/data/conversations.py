@@ -1,0 +1,103 @@
+"""Conversations: lists of turns, as the ecosystem's layouts write them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from falign.data.bad_rows import shown
+from falign.errors import DataError
+
+__all__ = ["ROLES", "Message", "Text", "common_turns", "looks_like_hh", "read_dialogue", "read_messages"]
+
+Message = dict[str, str]
+"""One turn: ``{"role": ..., "content": ...}``."""
+
+Text = str | list[Message]
+"""A plain string, or a conversation."""
+
+ROLES: Mapping[str, str] = {
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "human": "user",
+    "gpt": "assistant",
+}
+"""Accepted roles, and the name each gets; the last two are sharegpt's."""
+
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def read_messages(value: Any, *, place: str, field: str) -> list[Message]:
+    """Return the turns of a conversation written as ``role``/``content`` or ``from``/``value``.
+
+    Args:
+        value: A list of turns, or one turn.
+        place: The row, for messages.
+        field: The column, for messages.
+
+    Raises:
+        DataError: The value is not a conversation of text turns with known roles.
+    """
+    turns = [value] if isinstance(value, Mapping) else value
+    if not isinstance(turns, list):
+        raise DataError(
+            f"{place}: {field!r} is {shown(value)}; it must be text or a list of turns with role and content."
+        )
+    return [_read_turn(turn, place, f"{field}[{i}]") for i, turn in enumerate(turns)]
+
+
+def _read_turn(turn: Any, place: str, field: str) -> Message:
+    names = ("from", "value") if isinstance(turn, Mapping) and "role" not in turn else ("role", "content")
+    if not isinstance(turn, Mapping) or not all(name in turn for name in names):
+        raise DataError(f"{place}: {field!r} is {shown(turn)}; a turn must have role and content (or from and value).")
+    role, content = (turn[name] for name in names)
+    if not isinstance(role, str) or role not in ROLES:
+        raise DataError(f"{place}: {field!r} has the unknown role {shown(role)}; use one of {sorted(ROLES)}.")
+    if turn.get("tool_calls"):
+        raise DataError(f"{place}: {field!r} has tool calls, which are not supported; remove the row.")
+    if not isinstance(content, str):
+        raise DataError(
+            f"{place}: the content of {field!r} is {shown(content)}; it must be text (images are not supported)."
+        )
+    return {"role": ROLES[role], "content": content}
+
+
+def looks_like_hh(text: str) -> bool:
+    """Return whether a string is a whole dialogue as HH-RLHF writes it."""
+    return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
+
+
+def read_dialogue(value: Any, *, place: str, field: str) -> list[Message]:
+    r"""Return the turns of ``"\n\nHuman: ... \n\nAssistant: ..."``.
+
+    Raises:
+        DataError: The value is not such a string.
+
+    Example:
+        >>> read_dialogue("\n\nHuman: Hi\n\nAssistant: Hello", place="x:1", field="chosen")
+        [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]
+    """
+    parts = _HH_TURN.split("\n\n" + value.lstrip()) if isinstance(value, str) else [""]
+    if parts[0].strip() or len(parts) == 1:
+        raise DataError(f"{place}: {field!r} is {shown(value)}; format hh needs text that starts with '\\n\\nHuman:'.")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[role], "content": content.strip()}
+        for role, content in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+
+
+def common_turns(first: list[Message], second: list[Message]) -> list[Message]:
+    """Return the turns with which both conversations begin, always leaving each its last one.
+
+    Example:
+        >>> hi, a, b = ({"role": "user", "content": text} for text in "xab")
+        >>> common_turns([hi, a], [hi, b]) == [hi]
+        True
+    """
+    count = 0
+    while count < min(len(first), len(second)) - 1 and first[count] == second[count]:
+        count += 1
+    return first[:count]

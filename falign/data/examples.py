@@ -1,0 +1,163 @@
+"""The normal form of every data layout: a prompt, its completions, and which is preferred."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from falign.data.bad_rows import shown
+from falign.data.conversations import Message, Text
+from falign.errors import DataError
+
+__all__ = ["Example", "build_example", "prompt_key"]
+
+_TELL = "mend the row or remove it"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and its completions, as text.
+
+    Attributes:
+        prompt: Plain text, or the turns before the answer.
+        completions: Plain texts, or each a list with the one assistant turn.
+        preference: One value per completion, larger is preferred (a pair: 1 and 0; an unpaired label: 1 or 0);
+            None where the data has none.
+        place: The row it came from, for messages.
+    """
+
+    prompt: Text
+    completions: tuple[Text, ...]
+    preference: tuple[float, ...] | None
+    place: str
+
+    @property
+    def conversational(self) -> bool:
+        """Whether it is rendered with a chat template."""
+        return not isinstance(self.prompt, str)
+
+
+def build_example(
+    place: str,
+    *,
+    prompt: Text,
+    completions: Sequence[Text],
+    preference: Sequence[float] | None,
+    fields: Sequence[str],
+    system: str | None = None,
+) -> Example:
+    """Bring prompt and completions to one form, plain or conversational, and check them.
+
+    Args:
+        place: The row, for messages.
+        prompt: Text or turns.
+        completions: Text or turns; turns may repeat the prompt's before the answer.
+        preference: One value per completion, or None.
+        fields: What the completions are called, for messages.
+        system: The value of a ``system`` column where there is one (it may be empty): it makes the row a
+            conversation, because plain text has no place for it.
+
+    Raises:
+        DataError: The row cannot be trained on; the message says why.
+    """
+    if system is not None or not all(isinstance(text, str) for text in (prompt, *completions)):
+        prompt = _turns(prompt, "user")
+        completions = [_answer(_turns(text, "assistant"), prompt) for text in completions]
+        if system and system.strip():
+            prompt = _with_system(prompt, system, place)
+        _check_prompt_turns(prompt, place)
+        for text, field in zip(completions, fields, strict=True):
+            _check_answer(text, field, place)
+    _check_texts(place, prompt, completions, fields)
+    _check_preference(place, completions, preference, fields)
+    return Example(prompt, tuple(completions), None if preference is None else tuple(preference), place)
+
+
+def prompt_key(prompt: Text) -> str:
+    """Return what tells prompts apart; case and spacing do not.
+
+    Example:
+        >>> prompt_key("What is  this?") == prompt_key("what is this? ")
+        True
+    """
+    turns = [prompt] if isinstance(prompt, str) else [part for turn in prompt for part in turn.values()]
+    return json.dumps([" ".join(text.casefold().split()) for text in turns])
+
+
+def _turns(text: Text, role: str) -> list[Message]:
+    return [{"role": role, "content": text}] if isinstance(text, str) else text
+
+
+def _answer(turns: list[Message], prompt: list[Message]) -> list[Message]:
+    repeats_prompt = len(turns) > len(prompt) and turns[: len(prompt)] == prompt
+    return turns[len(prompt) :] if repeats_prompt else turns
+
+
+def _with_system(prompt: list[Message], system: str, place: str) -> list[Message]:
+    turn = {"role": "system", "content": system}
+    if prompt and prompt[0]["role"] == "system" and prompt[0] != turn:
+        raise DataError(f"{place}: the row has a 'system' column and another system turn in its prompt; keep one.")
+    return prompt if prompt[:1] == [turn] else [turn, *prompt]
+
+
+def _content(text: Text) -> str:
+    return text if isinstance(text, str) else (text[-1]["content"] if text else "")
+
+
+def _check_prompt_turns(prompt: list[Message], place: str) -> None:
+    if prompt and prompt[-1]["role"] == "assistant":
+        raise DataError(
+            f"{place}: the last turn of the prompt is the assistant's, {shown(prompt[-1]['content'])}; "
+            f"the answer must follow another role's turn: {_TELL}."
+        )
+
+
+def _check_answer(turns: Text, field: str, place: str) -> None:
+    assert not isinstance(turns, str)
+    if turns and turns[-1]["role"] != "assistant":
+        raise DataError(
+            f"{place}: the last turn of {field!r} is by {turns[-1]['role']!r}; it must be the assistant's: {_TELL}."
+        )
+    if len(turns) > 1:
+        raise DataError(
+            f"{place}: {field!r} has {len(turns)} turns after the common prompt, so the completions differ "
+            f"before the last turn; only the last assistant turn may differ: {_TELL}."
+        )
+
+
+def _check_texts(place: str, prompt: Text, completions: Sequence[Text], fields: Sequence[str]) -> None:
+    for text, field in zip((prompt, *completions), ("prompt", *fields), strict=True):
+        for part in (text,) if isinstance(text, str) else [turn["content"] for turn in text]:
+            if any("\ud800" <= character <= "\udfff" for character in part):
+                raise DataError(
+                    f"{place}: {field!r} has half a surrogate pair ({shown(part)}); it must be Unicode: {_TELL}."
+                )
+    if not _content(prompt).strip():
+        raise DataError(f"{place}: the prompt is empty ({shown(prompt)}); it must contain text: {_TELL}.")
+    if not completions:
+        raise DataError(f"{place}: there are no completions; a row needs at least one: {_TELL}.")
+    for text, field in zip(completions, fields, strict=True):
+        if not _content(text).strip():
+            raise DataError(f"{place}: {field!r} is empty ({shown(text)}); it must contain text: {_TELL}.")
+
+
+def _check_preference(
+    place: str, completions: Sequence[Text], preference: Sequence[float] | None, fields: Sequence[str]
+) -> None:
+    if preference is None:
+        return
+    if not all(math.isfinite(value) for value in preference):
+        raise DataError(f"{place}: the preference is {shown(list(preference))}; it must be finite numbers: {_TELL}.")
+    if len(preference) > 1 and len(set(preference)) == 1:
+        raise DataError(
+            f"{place}: all {len(preference)} completions have the same score; nothing is preferred: {_TELL}."
+        )
+    for i, (text, value) in enumerate(zip(completions, preference, strict=True)):
+        for j in range(i):
+            if completions[j] == text and preference[j] != value:
+                raise DataError(
+                    f"{place}: {fields[j]!r} and {fields[i]!r} are equal ({shown(_content(text))}), "
+                    f"so neither can be preferred: {_TELL}."
+                )

@@ -1,0 +1,182 @@
+"""The ecosystem's data layouts, each brought to an ``Example``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from falign.data.bad_rows import nearest, shown
+from falign.data.conversations import Message, Text, common_turns, looks_like_hh, read_dialogue, read_messages
+from falign.data.examples import Example, build_example
+from falign.data.files import Row
+from falign.errors import DataError
+
+__all__ = ["COLUMNS", "FORMATS", "PAIR", "missing_column"]
+
+COLUMNS: frozenset[str] = frozenset(
+    {"prompt", "chosen", "rejected", "system", "completion", "completions", "scores", "ranks", "label"}
+    | {"messages", "conversations", "instruction", "input", "history"}
+)
+"""The column names that falign reads, in any layout."""
+
+PAIR = ("chosen", "rejected")
+"""The columns of a pair."""
+
+
+def missing_column(row: Row, name: str) -> DataError:
+    """Return the error of a row that lacks a column."""
+    guess = nearest(name, row.fields)
+    remedy = f"columns={{{name}: {guess}}}" if guess else f"columns={{{name}: the name in the file}}"
+    return DataError(
+        f"{row.place}: the column {name!r} is missing; the row has {sorted(row.fields)}. Rename it, or set {remedy}."
+    )
+
+
+def _get(row: Row, name: str) -> Any:
+    if name not in row.fields:
+        raise missing_column(row, name)
+    return row.fields[name]
+
+
+def _string(row: Row, name: str) -> str:
+    value = _get(row, name)
+    if not isinstance(value, str):
+        raise DataError(f"{row.place}: {name!r} is {shown(value)}; it must be text.")
+    return value
+
+
+def _text(row: Row, name: str) -> Text:
+    value = _get(row, name)
+    return value if isinstance(value, str) else read_messages(value, place=row.place, field=name)
+
+
+def _system(row: Row) -> str | None:
+    if "system" not in row.fields:
+        return None
+    return "" if row.fields["system"] is None else _string(row, "system")
+
+
+def _pair(row: Row, prompt: Text, completions: list[Text]) -> Example:
+    return build_example(
+        row.place, prompt=prompt, completions=completions, preference=(1.0, 0.0), fields=PAIR, system=_system(row)
+    )
+
+
+def _preference(row: Row) -> Example:
+    return _pair(row, _text(row, "prompt"), [_text(row, name) for name in PAIR])
+
+
+def _implicit(row: Row) -> Example:
+    chosen, rejected = (_text(row, name) for name in PAIR)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise DataError(f"{row.place}: one of 'chosen' and 'rejected' is text, the other a conversation; use one form.")
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        prompt = _common_words(str(chosen), str(rejected), row.place)
+        return _pair(row, prompt, [str(chosen)[len(prompt) :], str(rejected)[len(prompt) :]])
+    return _after_common_turns(row, chosen, rejected)
+
+
+def _common_words(chosen: str, rejected: str, place: str) -> str:
+    if looks_like_hh(chosen):
+        raise DataError(f"{place}: 'chosen' is a dialogue in HH-RLHF's layout, not one text; set format=hh.")
+    length = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
+    )
+    # Cut back to before the last white space, so that no word is split and the answer keeps its leading space.
+    match = re.match(r"(.*\S)\s", chosen[:length], flags=re.DOTALL)
+    if not match:
+        raise DataError(
+            f"{place}: 'chosen' and 'rejected' begin with no common words, so there is no prompt; "
+            "add a column 'prompt'."
+        )
+    return match.group(1)
+
+
+def _after_common_turns(row: Row, chosen: list[Message], rejected: list[Message]) -> Example:
+    prompt = common_turns(chosen, rejected)
+    return _pair(row, prompt, [chosen[len(prompt) :], rejected[len(prompt) :]])
+
+
+def _hh(row: Row) -> Example:
+    chosen, rejected = (read_dialogue(_get(row, name), place=row.place, field=name) for name in PAIR)
+    return _after_common_turns(row, chosen, rejected)
+
+
+def _sharegpt(row: Row) -> Example:
+    prompt = read_messages(_get(row, "conversations"), place=row.place, field="conversations")
+    return _pair(row, prompt, [_text(row, name) for name in PAIR])
+
+
+def _alpaca(row: Row) -> Example:
+    question = _string(row, "instruction")
+    if row.fields.get("input"):
+        question = f"{question}\n{_string(row, 'input')}"
+    turns: list[Message] = []
+    for exchange in row.fields.get("history") or []:
+        if not isinstance(exchange, list) or len(exchange) != 2:
+            raise DataError(f"{row.place}: 'history' has {shown(exchange)}; it must be a list of [question, answer].")
+        past = ({"role": role, "content": text} for role, text in zip(("user", "assistant"), exchange, strict=True))
+        turns += read_messages(list(past), place=row.place, field="history")
+    turns.append({"role": "user", "content": question})
+    return _pair(row, turns, [_text(row, name) for name in PAIR])
+
+
+def _ranked(row: Row) -> Example:
+    ranks = "ranks" in row.fields
+    values = _get(row, "ranks" if ranks else "scores")
+    texts = _get(row, "completions")
+    if not isinstance(texts, list):
+        raise DataError(f"{row.place}: 'completions' is {shown(texts)}; it must be a list.")
+    numbers = isinstance(values, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    if not numbers or len(values) != len(texts):
+        name = "ranks" if ranks else "scores"
+        raise DataError(
+            f"{row.place}: {name!r} is {shown(values)}; it must be {len(texts)} numbers, one per completion."
+        )
+    fields = [f"completions[{i}]" for i in range(len(texts))]
+    completions = [
+        text if isinstance(text, str) else read_messages(text, place=row.place, field=field)
+        for text, field in zip(texts, fields, strict=True)
+    ]
+    return build_example(
+        row.place,
+        prompt=_text(row, "prompt"),
+        completions=completions,
+        preference=[-float(value) if ranks else float(value) for value in values],
+        fields=fields,
+        system=_system(row),
+    )
+
+
+def _single(row: Row, preference: tuple[float, ...] | None) -> Example:
+    if "messages" in row.fields:
+        turns = read_messages(row.fields["messages"], place=row.place, field="messages")
+        prompt, completion, field = turns[:-1], turns[-1:], "messages"
+    else:
+        prompt, completion, field = _text(row, "prompt"), _text(row, "completion"), "completion"
+    return build_example(
+        row.place, prompt=prompt, completions=[completion], preference=preference, fields=[field], system=_system(row)
+    )
+
+
+def _unpaired(row: Row) -> Example:
+    label = _get(row, "label")
+    if isinstance(label, str):  # CSV has no other type
+        label = {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower(), label)
+    if label not in (True, False):
+        raise DataError(f"{row.place}: 'label' is {shown(label)}; it must be true (desirable) or false.")
+    return _single(row, (float(label),))
+
+
+FORMATS: Mapping[str, Callable[[Row], Example]] = {
+    "preference": _preference,
+    "implicit": _implicit,
+    "hh": _hh,
+    "alpaca": _alpaca,
+    "sharegpt": _sharegpt,
+    "ranked": _ranked,
+    "unpaired": _unpaired,
+    "completion": lambda row: _single(row, None),
+}
+"""Layout name to reader."""

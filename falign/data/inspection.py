@@ -1,0 +1,144 @@
+"""A look at a data source before a run: counts, lengths, and what is wrong with which row."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from falign.data.bad_rows import BadRows
+from falign.data.conversations import Text
+from falign.data.examples import Example
+from falign.data.recognition import RowReader, read_examples
+from falign.data.rendering import Tokenizer
+from falign.data.reports import SourceReport, Tally
+from falign.data.sources import DataSource
+from falign.data.tokenization import Tokenized, encode
+from falign.data.windows import Window, fit
+from falign.errors import DataError
+
+__all__ = ["DataReport", "Lengths", "check"]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Percentiles (nearest rank) of one kind of text's lengths.
+
+    Attributes:
+        name: ``"prompt"``, ``"chosen"`` or ``"rejected"``.
+        count: How many texts there are.
+        median: The 50th percentile.
+        p90: The 90th percentile.
+        p99: The 99th percentile.
+        longest: The maximum.
+    """
+
+    name: str
+    count: int
+    median: int
+    p90: int
+    p99: int
+    longest: int
+
+    @classmethod
+    def of(cls, name: str, values: Sequence[int]) -> Lengths:
+        """Return the percentiles of a non-empty list.
+
+        Example:
+            >>> Lengths.of("prompt", range(1, 201))
+            Lengths(name='prompt', count=200, median=100, p90=180, p99=198, longest=200)
+        """
+        ordered = sorted(values)
+        median, p90, p99 = (ordered[-(-len(ordered) * percent // 100) - 1] for percent in (50, 90, 99))
+        return cls(name, len(ordered), median, p90, p99, ordered[-1])
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What ``check`` found.
+
+    Attributes:
+        source: Counts, and the messages of the first bad rows.
+        unit: What lengths are counted in, ``"tokens"`` or ``"words"``.
+        lengths: Before anything is cut, for each kind of text that occurs. In a ranked list, ``chosen`` is the
+            best completion; tokens of a completion include its stop token.
+    """
+
+    source: SourceReport
+    unit: str
+    lengths: tuple[Lengths, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether a run with ``bad_rows="error"`` would start on this source."""
+        return self.source.bad == 0 and self.source.kept > 0
+
+    def counts(self) -> list[tuple[str, int]]:
+        """Return label and count, in the order to print."""
+        return self.source.counts()
+
+    def length_rows(self) -> list[tuple[str, int, int, int, int, int]]:
+        """Return name, count, median, 90th and 99th percentile and maximum, in the order to print."""
+        return [(each.name, each.count, each.median, each.p90, each.p99, each.longest) for each in self.lengths]
+
+
+def check(
+    source: str | DataSource,
+    *,
+    tokenizer: Tokenizer | None = None,
+    stop_token_ids: Collection[int] = (),
+    window: Window | None = None,
+    keep: int = 10,
+) -> DataReport:
+    """Read a source as a run would, and report on all its rows instead of stopping at a bad one.
+
+    Args:
+        source: A path, or a path with options.
+        tokenizer: The model's; without it lengths are in words, and boundaries and the window are not looked at.
+        stop_token_ids: As in ``load_preferences``.
+        window: The run's lengths and policies; a row that they would stop the run at is a bad row.
+        keep: How many messages on bad rows are kept.
+
+    Raises:
+        ConfigError: An option that cannot work, such as conversations without a chat template.
+        DataError: The source as a whole cannot be read.
+    """
+    source = DataSource(source) if isinstance(source, str) else source
+    bad_rows = BadRows("skip", keep=keep)
+    reader = RowReader(source.format, source.columns)
+    tally = Tally(bad_rows)
+    lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
+    for example in read_examples(source, reader=reader, bad_rows=bad_rows):
+        tokenized = None
+        numbers = [_num_words(text) for text in (example.prompt, *example.completions)]
+        if tokenizer is not None:
+            try:
+                tree, drifting_tokens = encode(example, tokenizer, stop_token_ids=stop_token_ids)
+                numbers = [len(ids) for ids in (tree.prompt_ids, *tree.completion_ids)]
+                tokenized = Tokenized(tree, drifting_tokens)
+                if window is not None:
+                    fitted = fit(tree, window, bos_token_id=tokenizer.bos_token_id)
+                    tokenized = Tokenized(fitted.tree, drifting_tokens, *fitted[1:])
+            except DataError as error:
+                bad_rows.add(error)
+                continue
+        tally.add(example, tokenized)
+        for name, number in zip(_names(example), numbers, strict=True):
+            lengths[name].append(number)
+        if tally.kept == source.limit:
+            break
+    return DataReport(
+        source=tally.report(source.path, reader.format),
+        unit="words" if tokenizer is None else "tokens",
+        lengths=tuple(Lengths.of(name, values) for name, values in lengths.items() if values),
+    )
+
+
+def _num_words(text: Text) -> int:
+    return len(text.split()) if isinstance(text, str) else sum(len(turn["content"].split()) for turn in text)
+
+
+def _names(example: Example) -> list[str]:
+    values = example.preference or (1.0,)
+    # A single completion is chosen if its label says so; of several, the best is.
+    chosen = max(values) if len(values) > 1 else 1.0
+    return ["prompt", *("chosen" if value == chosen else "rejected" for value in values)]

@@ -1,0 +1,169 @@
+"""From sources to the prompt trees of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from falign.data.bad_rows import BadRowPolicy, BadRows
+from falign.data.examples import prompt_key
+from falign.data.recognition import RowReader, read_examples
+from falign.data.rendering import Tokenizer
+from falign.data.reports import SourceReport, Tally
+from falign.data.sources import DataSource
+from falign.data.splits import draw, held_out_prompts
+from falign.data.tokenization import tokenize
+from falign.data.windows import Window
+from falign.errors import ConfigError, DataError
+from falign.scoring.trees import PromptTree
+
+__all__ = ["LoadReport", "PreferenceData", "load_preferences"]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the rows of a run.
+
+    Attributes:
+        sources: One report per training source, before drawing and splitting.
+        eval_sources: One report per evaluation source.
+        num_train: Trees to train on, after drawing and splitting.
+        num_eval: Trees held out.
+        shared_prompts: Evaluation prompts that also occur in training: 0 unless the evaluation sources overlap.
+    """
+
+    sources: tuple[SourceReport, ...]
+    eval_sources: tuple[SourceReport, ...]
+    num_train: int
+    num_eval: int
+    shared_prompts: int
+
+
+class PreferenceData(NamedTuple):
+    """The trees of a run.
+
+    Attributes:
+        train: In the order of the sources and their rows.
+        eval: Held out, or from the evaluation sources; empty where neither was asked for.
+        report: What was read, cut and left out.
+    """
+
+    train: list[PromptTree]
+    eval: list[PromptTree]
+    report: LoadReport
+
+
+class _Loaded(NamedTuple):
+    trees: list[PromptTree]
+    prompts: list[str]
+    report: SourceReport
+
+
+def load_preferences(
+    sources: Sequence[DataSource],
+    tokenizer: Tokenizer,
+    *,
+    stop_token_ids: Collection[int],
+    window: Window,
+    bad_rows: BadRowPolicy = "error",
+    eval_sources: Sequence[DataSource] = (),
+    eval_fraction: float = 0.0,
+    eval_size: int = 0,
+    seed: int = 0,
+) -> PreferenceData:
+    """Read, tokenise, mix and split preference data.
+
+    Args:
+        sources: One source, or a mixture. Without weights they are concatenated; with weights, rows are drawn so
+            that each source has its share, as many as possible without taking a row twice.
+        tokenizer: The model's.
+        stop_token_ids: All tokens at which the model's generation ends; the tokenizer's EOS counts always.
+        window: Lengths, and what happens to what is longer.
+        bad_rows: ``"error"`` stops at the first row that cannot be used; ``"skip"`` leaves such rows out and
+            counts them.
+        eval_sources: Evaluation data of their own; or
+        eval_fraction: the share of prompts held out; or
+        eval_size: how many rows are held out. All rows of one prompt land on the same side.
+        seed: For drawing and splitting.
+
+    Raises:
+        ConfigError: Options that contradict each other or leave one side empty.
+        DataError: A source or a row that cannot be used.
+    """
+    if not sources:
+        raise ConfigError("no data source is given; name at least one file, folder or Hub data set.")
+    if eval_sources and (eval_fraction or eval_size):
+        raise ConfigError("eval_sources excludes eval_fraction and eval_size; choose one way to evaluate.")
+    _require_weights_for_all_or_none(sources)
+    _require_weights_for_all_or_none(eval_sources)
+
+    def load(chosen: Sequence[DataSource]) -> list[_Loaded]:
+        return [
+            _load(source, tokenizer, stop_token_ids=stop_token_ids, window=window, bad_rows=BadRows(bad_rows))
+            for source in chosen
+        ]
+
+    loaded, eval_loaded = load(sources), load(eval_sources)
+    trees, prompts = _mixed(loaded, sources, seed)
+    eval_trees, eval_prompts = _mixed(eval_loaded, eval_sources, seed)
+    held_out = held_out_prompts(prompts, fraction=eval_fraction, size=eval_size, seed=seed)
+    if held_out:
+        eval_trees = [tree for tree, prompt in zip(trees, prompts, strict=True) if prompt in held_out]
+        trees = [tree for tree, prompt in zip(trees, prompts, strict=True) if prompt not in held_out]
+    report = LoadReport(
+        sources=tuple(part.report for part in loaded),
+        eval_sources=tuple(part.report for part in eval_loaded),
+        num_train=len(trees),
+        num_eval=len(eval_trees),
+        shared_prompts=len(set(eval_prompts) & set(prompts)),
+    )
+    return PreferenceData(trees, eval_trees, report)
+
+
+def _require_weights_for_all_or_none(sources: Sequence[DataSource]) -> None:
+    without = [source.path for source in sources if source.weight is None]
+    if without and len(without) < len(sources):
+        raise ConfigError(f"some sources have a weight and {without} have none; give all of them one, or none.")
+
+
+def _load(
+    source: DataSource,
+    tokenizer: Tokenizer,
+    *,
+    stop_token_ids: Collection[int],
+    window: Window,
+    bad_rows: BadRows,
+) -> _Loaded:
+    reader = RowReader(source.format, source.columns)
+    tally = Tally(bad_rows)
+    trees: list[PromptTree] = []
+    prompts: list[str] = []
+    for example in read_examples(source, reader=reader, bad_rows=bad_rows):
+        try:
+            tokenized = tokenize(example, tokenizer, stop_token_ids=stop_token_ids, window=window)
+        except DataError as error:
+            bad_rows.add(error)
+            continue
+        tally.add(example, tokenized)
+        if tokenized.tree is not None:
+            trees.append(tokenized.tree)
+            prompts.append(prompt_key(example.prompt))
+        if len(trees) == source.limit:
+            break
+    report = tally.report(source.path, reader.format)
+    if not trees:
+        reason = f" The first bad row: {report.messages[0]}" if report.messages else ""
+        raise DataError(f"{source.path}: none of its {report.read} rows can be used.{reason}")
+    return _Loaded(trees, prompts, report)
+
+
+def _mixed(loaded: Sequence[_Loaded], sources: Sequence[DataSource], seed: int) -> tuple[list[PromptTree], list[str]]:
+    rows = [range(len(part.trees)) for part in loaded]
+    weights = [source.weight for source in sources if source.weight is not None]
+    if weights:
+        rows = draw([[tree.place for tree in part.trees] for part in loaded], weights, seed=seed)
+    pairs = list(zip(loaded, rows, strict=True))
+    trees = [part.trees[i] for part, chosen in pairs for i in chosen]
+    prompts = [part.prompts[i] for part, chosen in pairs for i in chosen]
+    return trees, prompts

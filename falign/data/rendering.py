@@ -1,0 +1,77 @@
+"""From an example to the exact texts that a tokenizer sees."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from falign.data.conversations import Message
+from falign.data.examples import Example
+from falign.errors import ConfigError, DataError
+
+__all__ = ["Rendered", "Tokenizer", "render"]
+
+
+if TYPE_CHECKING:
+
+    class Tokenizer(Protocol):
+        """What this package uses of a Transformers tokenizer, without seconds of importing it."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+        def decode(self, *args: Any, **kwargs: Any) -> Any: ...
+        def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any: ...
+        def __getattr__(self, name: str, /) -> Any: ...  # bos_token_id, eos_token_id, chat_template
+
+else:
+    Tokenizer = Any
+
+
+class Rendered(NamedTuple):
+    """Texts of one example.
+
+    Attributes:
+        prompt: The prompt alone, up to where the answer begins.
+        full: Prompt and completion, for each completion.
+    """
+
+    prompt: str
+    full: tuple[str, ...]
+
+
+def render(example: Example, tokenizer: Tokenizer) -> Rendered:
+    """Render the prompt alone and with each completion: by the chat template, or joined as they are.
+
+    Raises:
+        ConfigError: A conversation, and no usable chat template.
+        DataError: The template refuses this conversation.
+    """
+    prompt, completions = example.prompt, example.completions
+    if isinstance(prompt, str):
+        return Rendered(prompt, tuple(prompt + text for text in completions if isinstance(text, str)))
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"{example.place}: the row is a conversation, and the tokenizer has no chat template; "
+            "set model.chat_template to a file or a Jinja string, or use a model that has one."
+        )
+    full = tuple(
+        _apply_template([*prompt, *turns], tokenizer, example.place, answered=True)
+        for turns in completions
+        if not isinstance(turns, str)
+    )
+    return Rendered(_apply_template(prompt, tokenizer, example.place, answered=False), full)
+
+
+def _apply_template(turns: list[Message], tokenizer: Tokenizer, place: str, *, answered: bool) -> str:
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not answered))
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"the chat template is not valid Jinja (line {error.lineno}: {error}); mend model.chat_template."
+        ) from error
+    except TemplateError as error:
+        roles = " ".join(turn["role"] for turn in turns)
+        raise DataError(
+            f"{place}: the chat template refuses the turns ({roles}): {error}; "
+            "mend the row, or set model.chat_template."
+        ) from error

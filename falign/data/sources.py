@@ -1,0 +1,137 @@
+"""Where rows come from: a file, a folder, a data set on the Hub, or the sample inside the package."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from falign.data.bad_rows import BadRows, nearest
+from falign.data.files import FILE_SUFFIXES, Row, read_file
+from falign.errors import ConfigError, DataError
+
+__all__ = ["DEMOS", "DataSource", "read_rows"]
+
+DEMOS: dict[str, Path] = {
+    "demo:polite-preference": Path(__file__).parent / "embedded" / "polite-preference.jsonl.gz",
+}
+"""Data sets inside the package, by the path that names them."""
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One source of preference data.
+
+    Attributes:
+        path: A file, a folder, a Hub data set (``"org/name"``), or ``"demo:polite-preference"``.
+        split: Which split of a Hub data set or of a folder with several.
+        format: A name of ``falign.data.FORMATS``, or ``"auto"`` to tell it from the columns.
+        columns: What the file calls falign's columns, for example ``{"prompt": "question"}``.
+        weight: Share of this source in a mixture; all sources of a mixture have one, or none has.
+        limit: Keep at most so many examples, the first usable ones.
+    """
+
+    path: str
+    split: str = "train"
+    format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    weight: float | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and not (0 < self.weight < math.inf):
+            raise ConfigError(f"{self.path}: weight={self.weight} must be a positive number.")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"{self.path}: limit={self.limit} must be at least 1; leave it out to keep all.")
+
+
+def read_rows(path: str | Path, *, split: str = "train", bad_rows: BadRows | None = None) -> Iterator[Row]:
+    """Yield the rows of a source in its order.
+
+    Args:
+        path: As ``DataSource.path``.
+        split: As ``DataSource.split``; a single file has no splits.
+        bad_rows: Takes lines that are no rows; by default the first one raises.
+
+    Raises:
+        DataError: The source is not there or cannot be read.
+    """
+    bad_rows = bad_rows or BadRows()
+    name, local = str(path), Path(path)
+    if name.startswith("demo:"):
+        if name not in DEMOS:
+            raise DataError(f"{name}: no such sample in the package; there is {', '.join(sorted(DEMOS))}.")
+        yield from read_file(DEMOS[name], bad_rows=bad_rows, name=name)
+    elif local.is_file():
+        yield from read_file(local, bad_rows=bad_rows)
+    elif local.is_dir():
+        yield from _read_folder(local, split, bad_rows)
+    elif _HUB_NAME.fullmatch(name) and not name.endswith(FILE_SUFFIXES) and not local.parent.is_dir():
+        yield from _numbered(_load_from_hub(name, split), f"{name}[{split}]")
+    else:
+        raise DataError(_not_found(local))
+
+
+def _not_found(path: Path) -> str:
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    guess = nearest(path.name, siblings)
+    if guess:
+        return f"{path}: no such file or folder; did you mean {path.parent / guess}?"
+    if path.parent.is_dir():
+        return f"{path}: no such file or folder, nor a Hub data set (written org/name); check the path."
+    return f"{path}: no such file or folder; {path.parent} does not exist either. Check the path."
+
+
+def _read_folder(folder: Path, split: str, bad_rows: BadRows) -> Iterator[Row]:
+    saved_dataset = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    if saved_dataset or (folder / "dataset_dict.json").is_file():
+        yield from _numbered(_load_saved(folder, split), f"{folder}[{split}]" if not saved_dataset else str(folder))
+        return
+    files = sorted(entry for entry in folder.iterdir() if entry.name.lower().endswith(FILE_SUFFIXES))
+    chosen = [file for file in files if re.match(rf"{re.escape(split)}(?![a-zA-Z0-9])", file.name)]
+    if not chosen:
+        found = ", ".join(file.name for file in files) or f"no file of the types {FILE_SUFFIXES}"
+        raise DataError(
+            f"{folder}: no data file is named after the split {split!r}; found {found}. "
+            "Give the path of a file, or the split that a file's name begins with."
+        )
+    for file in chosen:
+        yield from read_file(file, bad_rows=bad_rows)
+
+
+def _load_saved(folder: Path, split: str) -> Any:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: not a folder that `datasets` can load ({error}); save it again.") from error
+    if not isinstance(loaded, datasets.DatasetDict):
+        return loaded
+    if split not in loaded:
+        raise DataError(f"{folder}: no split {split!r}; set split to one of {sorted(map(str, loaded))}.")
+    return loaded[split]
+
+
+def _load_from_hub(name: str, split: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split=split)
+    except ConnectionError as error:
+        raise DataError(
+            f"{name}: there is no such local path, and the Hub cannot be reached ({error}); "
+            "check the path or the network, or download the data set first and give its folder."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name}: the Hub data set cannot be loaded, split {split!r} ({error}); check both.") from error
+
+
+def _numbered(rows: Any, name: str) -> Iterator[Row]:
+    for number, fields in enumerate(rows, start=1):
+        yield Row(f"{name} row {number}", fields)

@@ -1,0 +1,81 @@
+"""Deterministic choices by hash: which rows a mixture draws, and which prompts are held out.
+
+A hash depends on the row and the seed alone, so the choice is the same on every machine, and more rows in a file
+do not reshuffle those that were there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+
+from falign.errors import ConfigError
+
+__all__ = ["draw", "held_out_prompts"]
+
+
+def draw(places: Sequence[Sequence[str]], weights: Sequence[float], *, seed: int) -> list[list[int]]:
+    """Return which rows of each source a weighted mixture takes: as many as the shares allow, none twice.
+
+    Args:
+        places: The places of each source's rows.
+        weights: Share of each source, up to a common factor.
+        seed: Another seed takes other rows.
+
+    Returns:
+        Row numbers of each source, ascending.
+
+    Example:
+        >>> [len(rows) for rows in draw([["a"] * 90, ["b"] * 10], [3.0, 1.0], seed=0)]
+        [30, 10]
+    """
+    # The largest total of which no source runs out.
+    total = min(len(rows) / weight for rows, weight in zip(places, weights, strict=True))
+    drawn = []
+    for rows, weight in zip(places, weights, strict=True):
+        order = sorted(range(len(rows)), key=lambda i, rows=rows: _hash(seed, rows[i], str(i)))
+        drawn.append(sorted(order[: round(total * weight)]))
+    return drawn
+
+
+def held_out_prompts(prompts: Sequence[str], *, fraction: float = 0.0, size: int = 0, seed: int) -> frozenset[str]:
+    """Return the prompts that go to evaluation, with all their rows.
+
+    Args:
+        prompts: The prompt of each row.
+        fraction: Expected share of prompts that is held out.
+        size: Or how many rows are held out: so many, or a few less where a prompt with several rows does not fit.
+        seed: Another seed holds out other prompts.
+
+    Raises:
+        ConfigError: Nothing would be left on one of the two sides.
+    """
+    if not 0 <= fraction < 1 or size < 0 or (fraction and size):
+        raise ConfigError(
+            f"eval_fraction={fraction} must be in [0, 1), eval_size={size} at least 0, and one of them 0."
+        )
+    if not (fraction or size):
+        return frozenset()
+    counts = Counter(prompts)
+    by_hash = sorted(counts, key=lambda prompt: _hash(seed, prompt))
+    if fraction:
+        chosen = {prompt for prompt in by_hash if _hash(seed, prompt) < fraction * 2**64}
+    else:
+        chosen, room = set(), size
+        for prompt in by_hash:
+            if counts[prompt] <= room:
+                chosen.add(prompt)
+                room -= counts[prompt]
+    if not 0 < len(chosen) < len(counts):
+        side = "evaluation" if not chosen else "training"
+        raise ConfigError(
+            f"eval_fraction={fraction}, eval_size={size} of {len(prompts)} rows with {len(counts)} different "
+            f"prompts leaves nothing for {side}; choose another value, or name an evaluation source."
+        )
+    return frozenset(chosen)
+
+
+def _hash(seed: int, *parts: str) -> int:
+    text = "\n".join([str(seed), *parts])
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")

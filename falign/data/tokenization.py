@@ -1,0 +1,143 @@
+"""From text to token ids: where the prompt ends, how a completion ends, and that there is one BOS."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from falign.data.bad_rows import shown
+from falign.data.examples import Example
+from falign.data.rendering import Tokenizer, render
+from falign.data.windows import Window, fit
+from falign.errors import ConfigError, DataError
+from falign.scoring.trees import PromptTree
+
+__all__ = ["Encoded", "Tokenized", "encode", "tokenize"]
+
+
+class Encoded(NamedTuple):
+    """An example in token ids, of any length.
+
+    Attributes:
+        tree: Prompt and completions.
+        drifting_tokens: How many of the prompt's last tokens change once a completion follows; they were given
+            to the completions.
+    """
+
+    tree: PromptTree
+    drifting_tokens: int
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """An example in token ids that fits the window, and what was done to it.
+
+    Attributes:
+        tree: Prompt and completions; None when the row was dropped.
+        drifting_tokens: As in ``Encoded``.
+        prompt_tokens_cut: How many tokens the prompt lost.
+        completions_cut: How many completions were cut.
+        dropped: Why the row was dropped, or None.
+    """
+
+    tree: PromptTree | None
+    drifting_tokens: int = 0
+    prompt_tokens_cut: int = 0
+    completions_cut: int = 0
+    dropped: str | None = None
+
+
+def tokenize(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collection[int], window: Window) -> Tokenized:
+    """Return the example as token ids that fit the window.
+
+    Args:
+        example: Prompt and completions as text.
+        tokenizer: The model's.
+        stop_token_ids: All tokens at which the model's generation ends; the tokenizer's EOS counts always.
+        window: Lengths, and what happens to what is longer.
+
+    Raises:
+        ConfigError: No chat template, or no stop token, where one is needed.
+        DataError: The row cannot be tokenised, or is too long under the policy ``"error"``.
+    """
+    tree, drifting_tokens = encode(example, tokenizer, stop_token_ids=stop_token_ids)
+    fitted = fit(tree, window, bos_token_id=tokenizer.bos_token_id)
+    return Tokenized(fitted.tree, drifting_tokens, fitted.prompt_tokens_cut, fitted.completions_cut, fitted.dropped)
+
+
+def encode(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collection[int]) -> Encoded:
+    """Return the example as token ids, whatever their length.
+
+    Each whole text is tokenised once. The prompt is what the tokens of the prompt alone and of all whole texts
+    have in common, so it is the same for all completions, and prompt + completion are the tokens of the whole text.
+
+    Raises:
+        ConfigError: No chat template, or no stop token, where one is needed.
+        DataError: No prompt token is left, or a completion has a stop token in its middle.
+    """
+    rendered = render(example, tokenizer)
+    bos = [] if example.conversational else _leading_bos(tokenizer)
+    prompt_ids = _ids(rendered.prompt, tokenizer, bos)
+    full_ids = [_ids(text, tokenizer, bos) for text in rendered.full]
+    boundary = _common_length([prompt_ids, *(ids[:-1] for ids in full_ids)])
+    if boundary == 0:
+        raise DataError(
+            f"{example.place}: no token of the prompt {shown(rendered.prompt)} survives, because its only token merges "
+            "with the completion's first; lengthen the prompt, or use a tokenizer that adds a BOS token."
+        )
+    stops = frozenset(stop_token_ids) | ({tokenizer.eos_token_id} - {None})
+    completions = tuple(
+        _with_one_stop(ids[boundary:], tokenizer, stops, f"{example.place}: completion {number}")
+        for number, ids in enumerate(full_ids, start=1)
+    )
+    tree = PromptTree(tuple(prompt_ids[:boundary]), completions, example.preference, example.place)
+    return Encoded(tree, len(prompt_ids) - boundary)
+
+
+def _ids(text: str, tokenizer: Tokenizer, bos: list[int]) -> list[int]:
+    # verbose=False: the window is checked later, against the run's length and not against the tokenizer's.
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return ids if ids[: len(bos)] == bos else bos + ids
+
+
+def _leading_bos(tokenizer: Tokenizer) -> list[int]:
+    # Chat templates write their own BOS; for plain text it is there if the tokenizer adds one to any text.
+    added = tokenizer("", add_special_tokens=True)["input_ids"]
+    return [added[0]] if len(added) and added[0] == tokenizer.bos_token_id else []
+
+
+def _common_length(sequences: Sequence[list[int]]) -> int:
+    length = 0
+    for tokens in zip(*sequences, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return length
+
+
+def _with_one_stop(ids: list[int], tokenizer: Tokenizer, stops: frozenset[int], place: str) -> tuple[int, ...]:
+    end = _terminal_stop(ids, tokenizer, stops)
+    if end is None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"{place} has no stop token, and the tokenizer has no EOS to append; set its eos_token.")
+        ids = [*ids, tokenizer.eos_token_id]
+        end = len(ids) - 1
+    inner = next((i for i in range(end) if ids[i] in stops), None)
+    if inner is not None:
+        raise DataError(
+            f"{place} has the stop token {tokenizer.decode([ids[inner]])!r} in its middle (token {inner + 1} of "
+            f"{end + 1}), where generation would end; remove it from the text."
+        )
+    return tuple(ids[: end + 1])
+
+
+def _terminal_stop(ids: list[int], tokenizer: Tokenizer, stops: frozenset[int]) -> int | None:
+    """Return where the completion ends: the first stop token of a tail of stop tokens and white space."""
+    end = None
+    for i in reversed(range(len(ids))):
+        if ids[i] in stops:
+            end = i
+        elif tokenizer.decode([ids[i]]).strip():
+            break
+    return end

@@ -1,0 +1,55 @@
+"""The sample in the package is what its README says."""
+
+import difflib
+import gzip
+import json
+
+import falign.data
+from falign.data import DEMOS
+
+RUDE = {"damn", "crap", "freaking", "hell", "stupid", "idiot", "dumb", "ass", "bloody", "shit", "fuck", "sucks"}
+
+
+def read(path):
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return list(lines)
+
+
+def is_selected(row, seen):
+    chosen, rejected = (row[name].lower().split() for name in ("chosen", "rejected"))
+    letters = "".join(c if c.isalnum() else " " for c in (row["chosen"] + " " + row["rejected"]).lower())
+    return (
+        (row["instruction"], row["input"]) not in seen
+        and min(len(chosen), len(rejected)) >= 3
+        and max(len(chosen), len(rejected)) <= 30
+        and difflib.SequenceMatcher(None, chosen, rejected, autojunk=False).ratio() < 0.7
+        and not RUDE & set(letters.split())
+    )
+
+
+def test_sample_is_the_selection_that_its_readme_describes(shared_data):
+    seen, lines = set(), []
+    for line in read(shared_data("polite-preference/instruction_preference.jsonl.gz")):
+        row = json.loads(line)
+        if is_selected(row, seen):
+            seen.add((row["instruction"], row["input"]))
+            lines.append(line)
+    assert read(DEMOS["demo:polite-preference"]) == lines[:400]
+
+
+def test_sample_carries_its_licence_and_source():
+    folder = DEMOS["demo:polite-preference"].parent
+    assert "Apache License" in (folder / "LICENSE.polite-preference.txt").read_text(encoding="utf-8")
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert "28c65cdfbc3338e2e040016eea4b7fdf556e4d57" in readme
+    assert all(word in readme for word in RUDE)
+
+
+def test_public_names_exist_and_importing_loads_nothing_heavy():
+    import subprocess
+    import sys
+
+    assert all(hasattr(falign.data, name) for name in falign.data.__all__)
+    code = "import falign.data, sys; print([m for m in ('transformers', 'datasets', 'pyarrow') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,81 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from falign.data import BadRows, DataSource, Row, RowReader, read_examples
+from falign.data.formats import FORMATS
+from falign.data.recognition import recognise
+from falign.errors import ConfigError, DataError
+
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+def test_unknown_format_and_columns_are_refused():
+    with pytest.raises(ConfigError, match=r"format='alpacca' is unknown; .*did you mean 'alpaca'"):
+        RowReader("alpacca")
+    with pytest.raises(
+        ConfigError, match=r"'question' is not a column that falign reads\. The left side is falign's name"
+    ):
+        RowReader("auto", {"question": "prompt"})
+    with pytest.raises(
+        DataError, match=r"columns=\{prompt: frage\} names a column that is missing; the row has \['chosen', "
+    ):
+        RowReader("auto", {"prompt": "frage"}).read(Row("x:1", PAIR))
+
+
+def test_auto_keeps_to_the_layout_of_the_first_row(write_rows):
+    path = write_rows({"x": 1}, PAIR, {"chosen": "so a", "rejected": "so b"}, {**PAIR, "conversations": []}, PAIR)
+    bad_rows, reader = BadRows("skip"), RowReader()
+    examples = list(read_examples(DataSource(path), reader=reader, bad_rows=bad_rows))
+    assert reader.format == "preference"
+    assert [example.place for example in examples] == [f"{path}:{line}" for line in (2, 4, 5)]
+    assert "rows.jsonl:3: the column 'prompt' is missing" in bad_rows.messages[1]
+
+
+def test_auto_refuses_a_row_that_looks_like_another_layout():
+    reader = RowReader()
+    reader.read(Row("x:1", {"chosen": "so a", "rejected": "so b"}))
+    with pytest.raises(
+        DataError, match="x:2: this row looks like format 'preference', those before it like 'implicit'"
+    ):
+        reader.read(Row("x:2", {"prompt": "q", "chosen": "so a", "rejected": "so b"}))
+
+
+@pytest.mark.parametrize(
+    ("file", "format", "good", "bad"),
+    [
+        ("hh-rlhf/helpful-base-test.jsonl.gz", "hh", 1760, 7),
+        ("hh-rlhf/harmless-base-test.jsonl.gz", "hh", 1803, 4),
+        ("dpo-mix-demo/dpo_en_demo.jsonl.gz", "sharegpt", 291, 0),
+        ("dpo-mix-demo/kto_en_demo.jsonl.gz", "unpaired", 299, 0),
+        ("polite-preference/instruction_preference.jsonl.gz", "alpaca", 1094, 0),
+    ],
+)
+def test_published_files_are_read_as_they_are(shared_data, file, format, good, bad):
+    bad_rows, reader = BadRows("skip"), RowReader()
+    source = DataSource(str(shared_data(file)))
+    assert len(list(read_examples(source, reader=reader, bad_rows=bad_rows))) == good
+    assert (reader.format, bad_rows.count) == (format, bad)
+    assert all("differ before the last turn" in message for message in bad_rows.messages)
+
+
+def test_hh_prompt_and_answers_are_the_dialogue(shared_data):
+    source = DataSource(str(shared_data("hh-rlhf/helpful-base-test.jsonl.gz")))
+    example = next(read_examples(source))
+    assert [turn["role"] for turn in example.prompt] == ["user", "assistant", "user", "assistant", "user"]
+    assert example.prompt[2] == {"role": "user", "content": "I am in Oregon."}
+    assert example.completions[0][0]["content"].startswith("About 150 species of butterflies live in Oregon")
+
+
+def test_examples_in_the_documentation_are_read_as_their_headings_say():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    found = []
+    for section in page.split("\n### ")[1:]:
+        for block in re.findall(r"```json\n(.*?)\n```", section, flags=re.DOTALL):
+            row = Row("docs/data.md", json.loads(block))
+            found.append(section.split()[0])
+            assert recognise(row) == found[-1]
+            RowReader().read(row)
+    assert set(found) == set(FORMATS)
