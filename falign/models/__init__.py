@@ -1,0 +1,33 @@
+"""Models and tokenizers: loading, LoRA adapters, identity, and exports that prove themselves."""
+
+from falign.models.adapters import add_lora, load_adapter, transplant_adapter
+from falign.models.description import ModelDescription, describe
+from falign.models.export import export_adapter, export_merged
+from falign.models.gradient_checkpointing import enable_gradient_checkpointing
+from falign.models.identity import weights_hash
+from falign.models.loading import load_model, load_tokenizer
+from falign.models.probe import probe_ids
+from falign.models.proof import ExportProof, verify_export
+from falign.models.sources import resolve
+from falign.models.stop_tokens import stop_token_ids
+from falign.models.structure import base_of
+
+__all__ = [
+    "ExportProof",
+    "ModelDescription",
+    "add_lora",
+    "base_of",
+    "describe",
+    "enable_gradient_checkpointing",
+    "export_adapter",
+    "export_merged",
+    "load_adapter",
+    "load_model",
+    "load_tokenizer",
+    "probe_ids",
+    "resolve",
+    "stop_token_ids",
+    "transplant_adapter",
+    "verify_export",
+    "weights_hash",
+]

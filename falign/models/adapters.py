@@ -1,0 +1,189 @@
+"""LoRA adapters: added with a reproducible start, or loaded; full fine-tuning is the model without one."""
+
+import copy
+import difflib
+import json
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from falign.errors import ConfigError, ModelError
+from falign.models.structure import adapter_matrix, adapter_weights, base_of, is_transposed, linear_modules, lora_layers
+
+__all__ = ["add_lora", "load_adapter", "transplant_adapter"]
+
+_WEIGHTS = "adapter_model.safetensors"
+
+
+def add_lora(
+    model: PreTrainedModel,
+    *,
+    r: int,
+    alpha: int | float,
+    seed: int,
+    dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    rslora: bool = False,
+    revision: str | None = None,
+) -> PeftModel:
+    """Freeze ``model`` and give it a trainable adapter named ``default``, with float32 weights.
+
+    The adapter changes nothing at first (B = 0). A depends on ``seed`` and the shapes only: not on the device, on
+    the base's type or quantisation, nor on the global random state, which is left as it was. A quantised base needs
+    no further preparation: nothing of it is converted to float32.
+
+    Args:
+        model: the base, changed in place.
+        r: rank.
+        alpha: scale; the update is ``alpha / r · B A``, or ``alpha / √r · B A`` with ``rslora``.
+        seed: of A.
+        dropout: on the adapter's input, while training.
+        target_modules: ``all-linear`` (all linear layers but the output head), or endings of module names.
+        rslora: scale by 1/√r.
+        revision: the base's revision on the hub, to be recorded in the adapter's configuration.
+
+    Raises:
+        ConfigError: a target that is no linear layer of this model.
+    """
+    linear = linear_modules(model)
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    chosen = _match(targets, linear)
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=r,
+        # PEFT declares an integer, and applies and stores any number.
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=dropout,
+        target_modules=targets,
+        use_rslora=rslora,
+        # GPT-2's layers keep their weights transposed.
+        fan_in_fan_out=any(is_transposed(linear[name]) for name in chosen),
+    )
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), _expected_warnings():
+        adapted = get_peft_model(model, config, revision=revision)
+    _initialise(adapted, seed=seed)
+    return adapted
+
+
+def load_adapter(
+    model: PreTrainedModel | PeftModel, path: str | Path, *, trainable: bool, name: str = "default"
+) -> PeftModel:
+    """Load an adapter folder over ``model`` as adapter ``name``; the first one loaded is the active one.
+
+    Raises:
+        ModelError: no adapter there, pickled weights, a name in use, or weights that are not this model's.
+    """
+    folder = Path(path).expanduser()
+    _check_adapter_folder(folder)
+    device, was_training = str(base_of(model).device), model.training
+    try:
+        with _expected_warnings():
+            if isinstance(model, PeftModel):
+                if name in model.peft_config:
+                    raise ModelError(f"{folder}: the model has an adapter {name!r} already: choose another name.")
+                model.load_adapter(str(folder), name, is_trainable=trainable, torch_device=device)
+                adapted = model
+            else:
+                adapted = PeftModel.from_pretrained(
+                    model, folder, adapter_name=name, is_trainable=trainable, torch_device=device
+                )
+    except (RuntimeError, ValueError) as error:
+        raise _unfit(folder, " ".join(str(error).split())[:400]) from error
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        stray = set(file.keys()) ^ set(adapter_weights(adapted, name))
+    if stray:
+        raise _unfit(folder, f"weights that only one of them has: {sorted(stray)[:3]}.")
+    adapted.train(was_training)  # PEFT switches the whole model to evaluation for a frozen adapter
+    return adapted
+
+
+def transplant_adapter(source: PeftModel, target: PreTrainedModel, *, adapter: str = "default") -> PeftModel:
+    """Give ``target``, another copy of the base, a copy of ``source``'s adapter, in memory and frozen."""
+    config = copy.deepcopy(source.peft_config[adapter])
+    config.inference_mode = True
+    config.base_model_name_or_path = None
+    if isinstance(config, LoraConfig):
+        config.fan_in_fan_out = any(is_transposed(module) for module in linear_modules(target).values())
+    with _expected_warnings():
+        adapted = get_peft_model(target, config, adapter_name=adapter)
+    set_peft_model_state_dict(adapted, adapter_weights(source, adapter), adapter_name=adapter)
+    return adapted
+
+
+def _match(targets: str | list[str], linear: dict[str, nn.Module]) -> list[str]:
+    if targets == "all-linear":
+        return list(linear)
+    known = sorted({name.rpartition(".")[2] for name in linear})
+    if isinstance(targets, str):
+        raise ConfigError(f"target_modules={targets!r}: give 'all-linear' or a list of names out of {known}.")
+    chosen = []
+    for target in targets:
+        matching = [name for name in linear if name == target or name.endswith(f".{target}")]
+        if not matching:
+            nearest = difflib.get_close_matches(target, known, n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise ConfigError(
+                f"target_modules: {target!r} matches no linear layer of this model.{hint} Its linear layers are "
+                f"called {known}."
+            )
+        chosen += matching
+    if not chosen:
+        raise ConfigError(f"target_modules is empty: give 'all-linear' or a list of names out of {known}.")
+    return chosen
+
+
+@torch.no_grad()
+def _initialise(model: PeftModel, *, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in sorted(lora_layers(model, "default").items()):
+        weight = adapter_matrix(layer.lora_A, "default")
+        # The distribution of PEFT and of nn.Linear: uniform on ±1/√fan_in.
+        drawn = nn.init.kaiming_uniform_(torch.empty(weight.shape), a=math.sqrt(5), generator=generator)
+        weight.copy_(drawn)
+
+
+@contextmanager
+def _expected_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers for a property by its deprecated name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        # `load_adapter` makes an error of this one.
+        warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
+        yield
+
+
+def _check_adapter_folder(folder: Path) -> None:
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        nearest = []
+        if folder.parent.is_dir() and not folder.is_dir():
+            nearest = difflib.get_close_matches(folder.name, [entry.name for entry in folder.parent.iterdir()], n=1)
+        hint = f"did you mean {folder.parent / nearest[0]}?" if nearest else "give a folder in PEFT's layout."
+        raise ModelError(f"{folder} holds no adapter (no adapter_config.json): {hint}")
+    peft_type = json.loads(config.read_text(encoding="utf-8")).get("peft_type")
+    if peft_type != "LORA":
+        raise ModelError(f"{folder} holds a {peft_type} adapter; only LORA is supported.")
+    if not (folder / _WEIGHTS).is_file():
+        raise ModelError(
+            f"{folder} has no {_WEIGHTS}. Pickled weights can run code when they are read and are never loaded: load "
+            "such an adapter once where you trust it and `save_pretrained` it again."
+        )
+
+
+def _unfit(folder: Path, reason: str) -> ModelError:
+    return ModelError(f"The adapter {folder} does not fit this model: {reason} Load the base that it was made for.")

@@ -1,0 +1,139 @@
+"""Trained models as folders that other tools open: an adapter in PEFT's layout, or merged weights."""
+
+import copy
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from falign.errors import ModelError
+from falign.models.loading import load_model
+from falign.models.merging import check_plain_lora, fold_adapter
+from falign.models.precision import resolve_dtype
+from falign.models.sources import resolve
+from falign.models.staging import staged_folder
+from falign.models.structure import adapter_weights, base_name
+
+__all__ = ["export_adapter", "export_merged"]
+
+
+def export_adapter(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out_dir: str | Path,
+    *,
+    adapter: str = "default",
+    base_name_or_path: str | Path | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write one adapter, the tokenizer and its chat template, and nothing else, to ``out_dir``.
+
+    Args:
+        model: the trained model; its other adapters, such as a frozen ``ref``, are not written.
+        tokenizer: the tokenizer it was trained with.
+        out_dir: appears complete or not at all.
+        adapter: which adapter; never ``ref``.
+        base_name_or_path: the base to record, if not the one it was loaded from.
+        overwrite: replace a folder that is not empty.
+
+    Raises:
+        ModelError: an adapter that is not plain LoRA, an occupied folder, or a full disk.
+    """
+    if adapter == "ref":
+        raise ModelError("Adapter 'ref' is the frozen reference: export the trained one, 'default'.")
+    check_plain_lora(model, adapter)
+    weights = {name: tensor.cpu().contiguous() for name, tensor in adapter_weights(model, adapter).items()}
+    config = copy.deepcopy(model.peft_config[adapter])
+    config.inference_mode = True
+    if base_name_or_path is not None:
+        config.base_model_name_or_path = resolve(base_name_or_path)
+    if not config.base_model_name_or_path:
+        raise ModelError("The adapter's base has no name to record: give base_name_or_path.")
+    size = sum(tensor.nbytes for tensor in weights.values())
+    with staged_folder(Path(out_dir), existing=_existing(overwrite), needed_bytes=size) as staging:
+        save_file(weights, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(staging))
+        tokenizer.save_pretrained(staging)
+    return Path(out_dir)
+
+
+def export_merged(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out_dir: str | Path,
+    *,
+    base_name_or_path: str | Path | None = None,
+    dtype: str = "auto",
+    adapter: str = "default",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write plain weights with the adapter folded in, the tokenizer and its chat template to ``out_dir``.
+
+    The adapter is folded into the base's original weights, read from disk again on the CPU, in float32, and rounded
+    once. That holds for QLoRA too, where the result differs from the trained model by the base's quantisation
+    error. A model without adapters (full fine-tuning) gives its own weights.
+
+    Args:
+        model: the trained model; it is not changed.
+        tokenizer: the tokenizer it was trained with.
+        out_dir: appears complete or not at all.
+        base_name_or_path: the base to fold into, if not the one it was loaded from.
+        dtype: of the written weights; ``auto`` is the base checkpoint's own.
+        adapter: which adapter.
+        revision: the base's revision on the hub.
+        trust_remote_code: run code that the base's repository brings along.
+        overwrite: replace a folder that is not empty.
+
+    Raises:
+        ModelError: weights that cannot be merged, an occupied folder, or a full disk.
+    """
+    if isinstance(model, PeftModel):
+        check_plain_lora(model, adapter)
+    wanted = resolve_dtype(dtype, device=torch.device("cpu"))
+    name = base_name(model) if base_name_or_path is None else base_name_or_path
+    merged = load_model(name, revision=revision, trust_remote_code=trust_remote_code, device="cpu")
+    own = merged.dtype
+    target = own if wanted is None else wanted
+    _convert(merged, own, torch.promote_types(own, target))  # never rounds
+    if isinstance(model, PeftModel):
+        fold_adapter(merged, model, adapter=adapter)
+    else:
+        _copy_weights(merged, model)
+    _convert(merged, torch.promote_types(own, target), target)
+    size = sum(parameter.nbytes for parameter in merged.parameters())
+    with staged_folder(Path(out_dir), existing=_existing(overwrite), needed_bytes=size) as staging:
+        merged.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+    return Path(out_dir)
+
+
+def _existing(overwrite: bool) -> Literal["refuse", "replace"]:
+    return "replace" if overwrite else "refuse"
+
+
+@torch.no_grad()
+def _convert(model: PreTrainedModel, from_dtype: torch.dtype, to_dtype: torch.dtype) -> None:
+    # Parameters of another type than the model's are kept so on purpose (some routers need float32).
+    if from_dtype == to_dtype:
+        return
+    for parameter in model.parameters():
+        if parameter.dtype == from_dtype:
+            parameter.data = parameter.data.to(to_dtype)
+
+
+@torch.no_grad()
+def _copy_weights(target: PreTrainedModel, source: PreTrainedModel) -> None:
+    weights: dict[str, Tensor] = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        if name not in weights or weights[name].shape != parameter.shape:
+            raise ModelError(
+                f"{name} of the base on disk is not in the trained model with that shape: quantised weights "
+                "cannot be exported without an adapter; otherwise give the base it was trained from."
+            )
+        parameter.copy_(weights[name])

@@ -1,0 +1,98 @@
+"""GGUF files, dequantised once and kept as plain checkpoints that every other tool can open."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from tokenizers.pre_tokenizers import Digits, Sequence
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils.import_utils import is_gguf_available
+
+from falign.errors import ModelError
+from falign.models.staging import staged_folder
+
+__all__ = ["cache_folder", "plain_checkpoint"]
+
+_CONVERSION = b"1"  # part of the cache name: raise it when the conversion below changes what it writes
+
+# Tokenizers that cut digits one by one before the byte-level split; transformers converts them without that cut,
+# and then "\n\n1" or two spaces before a digit get other tokens than those the model was trained on.
+_SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva"})
+
+
+def cache_folder() -> Path:
+    """Return where converted models are kept: ``$FALIGN_CACHE``, else ``falign/models`` in the user's cache."""
+    own = os.environ.get("FALIGN_CACHE")
+    if own:
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "falign" / "models"
+
+
+def plain_checkpoint(gguf_path: Path) -> Path:
+    """Return a folder with the float32 weights, tokenizer and chat template of a GGUF file.
+
+    The folder is named after the file and its content, written on the first call and found again afterwards.
+
+    Raises:
+        ModelError: the file does not exist or is no GGUF file, or the package ``gguf`` is missing.
+    """
+    if not gguf_path.is_file():
+        raise ModelError(f"{gguf_path} does not exist: give the path of a .gguf file.")
+    folder = cache_folder() / f"{gguf_path.stem}-{_content_hash(gguf_path)[:12]}"
+    if (folder / "config.json").is_file():
+        return folder
+    if not is_gguf_available():
+        raise ModelError(f"{gguf_path}: reading GGUF files needs the package gguf; run `pip install gguf`.")
+    # Four bytes a weight, from about 4.5 bits.
+    with staged_folder(folder, existing="keep", needed_bytes=7 * gguf_path.stat().st_size) as staging:
+        _read_model(gguf_path).save_pretrained(staging)
+        _read_tokenizer(gguf_path).save_pretrained(staging)
+    return folder
+
+
+def _content_hash(path: Path) -> str:
+    digest = hashlib.sha256(_CONVERSION)
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"{path} is not a GGUF file (it does not begin with 'GGUF'): download it again.")
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_model(path: Path) -> PreTrainedModel:
+    # `dequantize=True` also removes the quantisation entry from the configuration, so that nothing later believes
+    # that these plain weights are quantised.
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+        local_files_only=True,
+    )
+
+
+def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ModelError(f"{path}: its tokenizer has no conversion; use the model's original checkpoint.")
+    if _pre_tokenizer_name(path) in _SINGLE_DIGITS:
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
+    return tokenizer
+
+
+def _pre_tokenizer_name(path: Path) -> str | None:
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    return None if field is None else str(field.contents())

@@ -1,0 +1,177 @@
+"""Tokenizers and causal language models from a name, a folder, a GGUF file or the demonstration model."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.constants import is_offline_mode
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from falign.errors import ConfigError, ModelError
+from falign.models.precision import resolve_dtype
+from falign.models.sources import check_weights, resolve
+
+__all__ = ["load_model", "load_tokenizer"]
+
+
+def load_tokenizer(
+    name_or_path: str | Path,
+    *,
+    chat_template: str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; one without a padding token pads with EOS.
+
+    Masks must never be derived from token values: padding and a real EOS are often the same id.
+
+    Args:
+        name_or_path: anything that ``load_model`` takes.
+        chat_template: a Jinja template, or the path of a file that holds one, to use instead of its own.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that the repository brings along.
+
+    Raises:
+        ModelError: no tokenizer there, or one without EOS.
+        ConfigError: ``chat_template`` is neither a template nor a file.
+    """
+    name = resolve(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise _unloadable("tokenizer", name, error) from error
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
+    if tokenizer.eos_token is None:
+        raise ModelError(f"The tokenizer of {name} has no EOS token: add `eos_token` to its tokenizer_config.json.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    attn_implementation: str = "sdpa",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model, in evaluation mode.
+
+    Args:
+        name_or_path: a hub name, a folder, a ``.gguf`` file, or ``demo:smollm2-135m-instruct``.
+        dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16``, ``float16``, or ``fastest`` (bfloat16
+            where the device multiplies it natively, else float32). With ``quantization``, of the other weights.
+        quantization: ``nf4`` for 4-bit NormalFloat with double quantisation and bfloat16 arithmetic.
+        attn_implementation: as in transformers.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that the repository brings along.
+        device: where to put it. By default quantised weights go to this process's GPU, if there is one, because
+            they cannot be moved by a trainer, and all others to the CPU.
+
+    Raises:
+        ModelError: no model there, or one whose weights are incomplete, pickled, or need remote code.
+        ConfigError: an unknown ``dtype`` or ``quantization``.
+    """
+    if quantization not in (None, "nf4"):
+        raise ConfigError(f"quantization={quantization!r} is unknown; choose 'nf4', or leave it out.")
+    place = _default_device(quantization) if device is None else torch.device(device)
+    torch_dtype = resolve_dtype(dtype, device=place)
+    name = resolve(name_or_path)
+    if Path(name).is_dir():
+        check_weights(Path(name))
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype="auto" if torch_dtype is None else torch_dtype,
+            quantization_config=None if quantization is None else _nf4(),
+            attn_implementation=attn_implementation,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            device_map={"": place},
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _unloadable("model", name, error) from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise ModelError(
+            f"{name} lacks weights of {type(model).__name__}, which would be random: "
+            f"{sorted(info['missing_keys'])[:4]}. Give a checkpoint of a causal language model."
+        )
+    if quantization is not None:
+        _keep_weights(model)
+    return model
+
+
+def _nf4() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16,  # the compute type, because FSDP flattens only equal types
+    )
+
+
+def _keep_weights(model: PreTrainedModel) -> None:
+    # bitsandbytes changes its layers at their first forward pass; what it would do to the weights is done, or
+    # prevented, here, so that a model is the same before and after it was used.
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if not isinstance(module, Linear4bit):
+            continue
+        # In evaluation mode on a CPU with AVX512-BF16 it repacks the weights for an inference kernel: the scales are
+        # rounded to bfloat16 for good, and the kernel has no backward pass, so later training gets no gradient
+        # through the layer.
+        module.support_avx512bf16_for_cpu = False
+        # Biases are converted in place to the type of the arithmetic.
+        if module.bias is not None:
+            module.bias.data = module.bias.data.to(module.compute_dtype)
+
+
+def _default_device(quantization: str | None) -> torch.device:
+    if quantization is not None and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def _read_template(chat_template: str | Path) -> str:
+    text = str(chat_template)
+    if "{{" in text or "{%" in text:
+        return text
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"chat_template={text!r} is neither a Jinja template nor an existing file.")
+    return path.read_text(encoding="utf-8")
+
+
+def _unloadable(what: str, name: str, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split())[:400]
+    if "trust_remote_code" in str(error):
+        remedy = "Set trust_remote_code only if you trust that code."
+    elif Path(name).is_dir() or not isinstance(error, OSError):
+        remedy = "Check the folder's files and the options."
+    elif is_offline_mode():
+        remedy = (
+            "It is not in the local hub cache and offline mode is on (HF_HUB_OFFLINE): unset it, or give a local "
+            "folder, a .gguf file, or demo:smollm2-135m-instruct."
+        )
+    else:
+        remedy = (
+            "It is no local folder; check the hub name, the connection and, for a gated model, your login, or give "
+            "a local folder, a .gguf file, or demo:smollm2-135m-instruct."
+        )
+    return ModelError(f"Cannot load the {what} {name!r}: {reason} {remedy}")

@@ -1,0 +1,78 @@
+"""An adapter folded into the weights it was trained over."""
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from falign.errors import ModelError
+from falign.models.structure import adapter_matrix, is_transposed, lora_layers
+
+__all__ = ["check_plain_lora", "fold_adapter", "lora_delta"]
+
+
+@torch.no_grad()
+def fold_adapter(base: PreTrainedModel, adapted: PeftModel, *, adapter: str = "default") -> None:
+    """Add the update of ``adapter`` to the weights of ``base``, in place.
+
+    Each sum is computed in float32 and rounded once, to the type of ``base``. Layer by layer, so that no second
+    copy of the weights is held.
+
+    Args:
+        base: the 16- or 32-bit base, loaded anew: for QLoRA not the 4-bit weights, into which a merge would have to
+            be quantised again.
+        adapted: the trained model.
+        adapter: which of its adapters.
+
+    Raises:
+        ModelError: anything but plain LoRA, an adapter on tied weights, or another architecture.
+    """
+    check_plain_lora(adapted, adapter)
+    embeddings = base.get_input_embeddings().weight
+    for name, layer in lora_layers(adapted, adapter).items():
+        module = base.get_submodule(name)
+        weight = module.weight
+        if not isinstance(weight, Tensor):
+            raise ModelError(f"{name} has no weight to merge an adapter into: export the adapter instead.")
+        if weight is embeddings:
+            raise ModelError(
+                f"{name} shares its weights with the embeddings, which a merge would change too: export the "
+                "adapter instead."
+            )
+        delta = lora_delta(layer, adapter).to(weight.device)
+        if is_transposed(module):
+            delta = delta.T
+        if delta.shape != weight.shape:
+            raise ModelError(
+                f"{name} is {tuple(weight.shape)} in the base and {tuple(delta.shape)} in the adapter: give the "
+                "base that the adapter was trained over."
+            )
+        weight.copy_(weight.float() + delta)
+
+
+def lora_delta(layer: LoraLayer, adapter: str) -> Tensor:
+    """Return the update ``scaling · B A`` of a layer in float32, of shape (out, in)."""
+    up, down = adapter_matrix(layer.lora_B, adapter), adapter_matrix(layer.lora_A, adapter)
+    return layer.scaling[adapter] * (up.float() @ down.float())
+
+
+def check_plain_lora(adapted: PeftModel, adapter: str) -> None:
+    """Raise unless ``adapter`` consists of LoRA matrices alone, which merging and vLLM understand.
+
+    Raises:
+        ModelError: no such adapter, or one with biases, DoRA and the like, or fully trained modules.
+    """
+    layers = lora_layers(adapted, adapter)
+    if not layers:
+        raise ModelError(f"The model has no LoRA adapter named {adapter!r}; it has {list(adapted.peft_config)}.")
+    for name, layer in layers.items():
+        if layer.lora_variant or layer.lora_bias[adapter] or adapter in layer.lora_embedding_A:
+            raise ModelError(
+                f"{name}: adapter {adapter!r} is more than a pair of LoRA matrices (a variant such as DoRA, a "
+                "bias, or an embedding): train plain LoRA on linear layers to export it."
+            )
+    if getattr(adapted.peft_config[adapter], "modules_to_save", None):
+        raise ModelError(
+            f"Adapter {adapter!r} has fully trained modules (modules_to_save): export a merge of plain LoRA."
+        )

@@ -1,0 +1,255 @@
+"""The proof that an exported folder is the model that was trained."""
+
+import gc
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from falign.errors import ModelError
+from falign.models.adapters import load_adapter, transplant_adapter
+from falign.models.description import describe
+from falign.models.loading import load_model
+from falign.models.probe import probe_ids, probe_logits
+from falign.models.structure import adapter_matrix, base_name, base_of, lora_layers
+
+__all__ = ["ExportProof", "verify_export"]
+
+# Largest accepted difference, as a share of the largest |logit|. An adapter over the same base does the same
+# arithmetic, so it measures 0. A merge adds the rounding of the merged weights; measured on SmolLM2-135M with
+# adapters that change logits by 0.6 to 22: 3e-6 (float32), 6e-3 (float16), 5e-2 (bfloat16), the last no more than
+# what loading that same base in bfloat16 instead of float32 does to it.
+_ADAPTER_BOUND = 1e-5
+_MERGE_BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1.25e-1}
+
+
+@dataclass(frozen=True)
+class ExportProof:
+    """What comparing an exported folder with the trained model gave; logits are compared in float32."""
+
+    kind: Literal["adapter", "merged"]
+    dtype: str
+    compared_tokens: int
+    max_abs_logit: float
+    max_abs_logit_difference: float  # exported and trained model, as they are
+    max_abs_export_error: float  # without what base quantisation and the trained model's own type contribute
+    max_abs_change_against_base: float
+    bound: float  # for max_abs_export_error / max_abs_logit
+
+
+def verify_export(
+    trained_model: PreTrainedModel | PeftModel,
+    exported_dir: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: Literal["adapter", "merged"],
+    probe: Sequence[Sequence[int]] | None = None,
+    bound: float | None = None,
+    adapter: str = "default",
+    base_name_or_path: str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> ExportProof:
+    """Read an exported folder as any other program would, and compare its logits with the trained model's.
+
+    An adapter is loaded over the base as it was loaded for training. A merge is compared with the unmerged adapter
+    over the base in the type of the merge: for QLoRA the trained model itself is far away, because the 4-bit
+    weights are (on SmolLM2-135M by 15 of 40 logits, trained or not), so that it could not show a lost adapter.
+
+    Args:
+        trained_model: the model in memory; back in its mode (training or evaluation) afterwards.
+        exported_dir: what ``export_adapter`` or ``export_merged`` wrote.
+        tokenizer: the one that was exported.
+        kind: which of the two it is.
+        probe: token ids of a few sentences; by default ``probe_ids(tokenizer)``.
+        bound: largest accepted error as a share of the largest |logit|; the default depends on kind and type.
+        adapter: the name of the exported adapter in ``trained_model``.
+        base_name_or_path: what a model without adapters was before training, if not what it was loaded from.
+        revision: of that base on the hub; with an adapter, the one that its config records counts.
+        trust_remote_code: run code that the base's repository brings along.
+
+    Raises:
+        ModelError: a difference above the bound, a model equal to its base, another chat template or vocabulary,
+            or adapter weights that are empty, not finite, or not LoRA.
+    """
+    folder = Path(exported_dir)
+    _compare_tokenizers(tokenizer, folder)
+    rows = probe_ids(tokenizer) if probe is None else probe
+    trained = probe_logits(trained_model, rows)
+    if kind == "adapter":
+        comparison = _compare_adapter(trained_model, folder, rows, trained, trust_remote_code)
+    elif isinstance(trained_model, PeftModel):
+        comparison = _compare_merged(trained_model, folder, rows, adapter, trust_remote_code)
+    else:
+        source = base_name(trained_model) if base_name_or_path is None else base_name_or_path
+        comparison = _compare_weights(trained_model, folder, rows, trained, source, revision, trust_remote_code)
+    exported, expected, untrained, dtype = comparison
+    proof = ExportProof(
+        kind=kind,
+        dtype=_name(dtype),
+        compared_tokens=len(trained),
+        max_abs_logit=_largest(trained),
+        max_abs_logit_difference=_largest(exported - trained),
+        max_abs_export_error=_largest(exported - expected),
+        max_abs_change_against_base=_largest(exported - untrained),
+        bound=_default_bound(kind, dtype) if bound is None else bound,
+    )
+    _judge(proof, folder, trained_model, adapter)
+    return proof
+
+
+class _Comparison(NamedTuple):
+    exported: Tensor  # each (tokens, V)
+    expected: Tensor
+    untrained: Tensor
+    dtype: torch.dtype  # the coarsest type involved
+
+
+def _compare_adapter(
+    trained_model: PreTrainedModel | PeftModel,
+    folder: Path,
+    rows: Sequence[Sequence[int]],
+    trained: Tensor,
+    trust_remote_code: bool,
+) -> _Comparison:
+    _check_adapter_weights(folder)
+    recorded = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = base_of(trained_model)
+    loaded = load_model(
+        recorded["base_model_name_or_path"],
+        dtype=_name(base.dtype),
+        quantization=describe(base).quantization,
+        attn_implementation=_attention(base),
+        revision=recorded.get("revision"),
+        trust_remote_code=trust_remote_code,
+        device=base.device,
+    )
+    adapted = load_adapter(loaded, folder, trainable=False)
+    exported = probe_logits(adapted, rows)
+    with adapted.disable_adapter():
+        untrained = probe_logits(adapted, rows)
+    return _Comparison(exported, trained, untrained, base.dtype)
+
+
+def _compare_merged(
+    trained_model: PeftModel,
+    folder: Path,
+    rows: Sequence[Sequence[int]],
+    adapter: str,
+    trust_remote_code: bool,
+) -> _Comparison:
+    base = base_of(trained_model)
+    exported, dtype = _exported_logits(folder, base, rows, trust_remote_code)
+    revision = trained_model.peft_config[adapter].revision
+    original = _load_plain(base_name(base), base, _name(dtype), revision, trust_remote_code)
+    untrained = probe_logits(original, rows)
+    unmerged = transplant_adapter(trained_model, original, adapter=adapter)
+    return _Comparison(exported, probe_logits(unmerged, rows), untrained, dtype)
+
+
+def _compare_weights(
+    trained_model: PreTrainedModel,
+    folder: Path,
+    rows: Sequence[Sequence[int]],
+    trained: Tensor,
+    source: str | Path,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> _Comparison:
+    exported, dtype = _exported_logits(folder, trained_model, rows, trust_remote_code)
+    untrained = probe_logits(_load_plain(source, trained_model, _name(dtype), revision, trust_remote_code), rows)
+    return _Comparison(exported, trained, untrained, _coarser(dtype, trained_model.dtype))
+
+
+def _exported_logits(
+    folder: Path, like: PreTrainedModel, rows: Sequence[Sequence[int]], trust_remote_code: bool
+) -> tuple[Tensor, torch.dtype]:
+    merged = _load_plain(folder, like, "auto", None, trust_remote_code)
+    logits, dtype = probe_logits(merged, rows), merged.dtype
+    del merged
+    gc.collect()  # one model at a time beside the trained one
+    return logits, dtype
+
+
+def _coarser(*kinds: torch.dtype) -> torch.dtype:
+    return max(kinds, key=lambda kind: torch.finfo(kind).eps)
+
+
+def _judge(proof: ExportProof, folder: Path, trained_model: PreTrainedModel | PeftModel, adapter: str) -> None:
+    if proof.max_abs_change_against_base == 0:
+        reason = "the export lost the training: export again, in float32 or as an adapter"
+        if isinstance(trained_model, PeftModel):
+            ups = [adapter_matrix(layer.lora_B, adapter) for layer in lora_layers(trained_model, adapter).values()]
+            if not any(bool(up.any()) for up in ups):
+                reason = f"all B matrices of adapter {adapter!r} are zero, so it was never trained"
+        raise ModelError(f"{folder} gives the same logits as its base: {reason}.")
+    differences = [(proof.max_abs_export_error, proof.dtype, proof.bound)]
+    base = base_of(trained_model)
+    if describe(base).quantization is None:
+        # Nothing but rounding lies between the export and the model in memory, whatever was read from disk since.
+        coarser = _coarser(base.dtype, getattr(torch, proof.dtype))
+        bound = max(proof.bound, _default_bound(proof.kind, coarser))
+        differences.append((proof.max_abs_logit_difference, _name(coarser), bound))
+    for difference, dtype, bound in differences:
+        share = difference / proof.max_abs_logit
+        if not share <= bound:  # a NaN must fail too
+            raise ModelError(
+                f"{folder} is not the trained model: its logits differ by up to {difference:.4g}, {share:.2g} of the "
+                f"largest, where {dtype} explains {bound:.2g}. Do not use it; check that the base on disk is the one "
+                "that was trained."
+            )
+
+
+def _load_plain(
+    source: str | Path, like: PreTrainedModel, dtype: str, revision: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    return load_model(
+        source,
+        dtype=dtype,
+        attn_implementation=_attention(like),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        device=like.device,
+    )
+
+
+def _compare_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    exported = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if exported.chat_template != tokenizer.chat_template:
+        raise ModelError(f"{folder}: its chat template is not the training one: export again with that tokenizer.")
+    if exported.get_vocab() != tokenizer.get_vocab() or exported.eos_token_id != tokenizer.eos_token_id:
+        raise ModelError(f"{folder}: its tokenizer is not the training one: export again with that tokenizer.")
+
+
+def _check_adapter_weights(folder: Path) -> None:
+    weights = load_file(folder / "adapter_model.safetensors")
+    if not weights:
+        raise ModelError(f"{folder}: its adapter has no weights at all.")
+    for name, tensor in weights.items():
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise ModelError(f"{folder}: {name} is no LoRA matrix, and servers such as vLLM refuse it.")
+        if tensor.numel() == 0 or not bool(tensor.isfinite().all()):
+            raise ModelError(f"{folder}: {name} of shape {tuple(tensor.shape)} is empty or not finite.")
+
+
+def _default_bound(kind: str, dtype: torch.dtype) -> float:
+    return _ADAPTER_BOUND if kind == "adapter" else _MERGE_BOUNDS[dtype]
+
+
+def _attention(model: PreTrainedModel) -> str:
+    return model.config._attn_implementation or "eager"
+
+
+def _largest(values: Tensor) -> float:
+    return values.abs().max().item()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,80 @@
+"""What a model name means: a hub name, a folder, a GGUF file, or the demonstration model."""
+
+import difflib
+import json
+from pathlib import Path
+
+from falign.errors import ModelError
+from falign.models.demo import DEMO_PREFIX, demo_gguf
+from falign.models.gguf import plain_checkpoint
+
+__all__ = ["check_weights", "resolve"]
+
+
+def resolve(name_or_path: str | Path) -> str:
+    """Return the plain checkpoint folder, or the hub name, that a model name stands for.
+
+    A GGUF file and a ``demo:`` model are converted once; everything that reads or records the model (PEFT's
+    ``base_model_name_or_path`` included) then has a folder that any other tool can open.
+
+    Raises:
+        ModelError: a local path that holds no model.
+    """
+    name = str(name_or_path)
+    if name.startswith(DEMO_PREFIX):
+        return str(plain_checkpoint(demo_gguf(name)))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return str(plain_checkpoint(path))
+    if path.is_dir():
+        _check_is_model(path)
+        return str(path.resolve())  # adapters record it, and are opened from other folders too
+    if path.is_file():
+        raise ModelError(f"{path} is a file: give the folder that holds config.json, or a .gguf file.")
+    if _looks_local(name, path):
+        raise ModelError(f"{path} does not exist{_nearest_sibling(path)}")
+    return name
+
+
+def check_weights(folder: Path) -> None:
+    """Raise unless a model folder has safetensors weights.
+
+    Raises:
+        ModelError: no weights, or only pickled ones, which can run code when they are read.
+    """
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        raise ModelError(
+            f"{folder} has pickled weights only. They can run code when they are read, so only safetensors "
+            "are loaded: load them once where you trust them and `save_pretrained` them again."
+        )
+    raise ModelError(f"{folder} has a config.json but no *.safetensors weights: copy the weights there too.")
+
+
+def _check_is_model(folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    adapter_config = folder / "adapter_config.json"
+    if adapter_config.is_file():
+        base = json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ModelError(f"{folder} holds an adapter, not a model: load its base {base!r}, then the adapter.")
+    subfolders = sorted(entry.parent.name for entry in folder.glob("*/config.json"))
+    hint = f" Did you mean one of its folders {subfolders}?" if subfolders else ""
+    raise ModelError(f"{folder} has no config.json, so it is no model folder.{hint}")
+
+
+def _looks_local(name: str, path: Path) -> bool:
+    explicit = name.startswith((".", "~", "/", "\\")) or path.is_absolute() or name.endswith("/")
+    return explicit or name.count("/") > 1 or (path.parent != Path() and path.parent.is_dir())
+
+
+def _nearest_sibling(path: Path) -> str:
+    existing = path.parent
+    missing = path
+    while not existing.is_dir():
+        existing, missing = existing.parent, existing
+    nearest = difflib.get_close_matches(missing.name, [entry.name for entry in existing.iterdir()], n=1)
+    if nearest:
+        return f"; did you mean {existing / nearest[0]}?"
+    return f": {existing} has no entry named like {missing.name!r}. Check the path, or give a hub name."

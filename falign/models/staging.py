@@ -1,0 +1,102 @@
+"""A folder that appears under its final name complete, or not at all."""
+
+import errno
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError
+
+from falign.errors import ModelError
+
+__all__ = ["staged_folder"]
+
+
+@contextmanager
+def staged_folder(
+    target: Path,
+    *,
+    existing: Literal["refuse", "replace", "keep"] = "refuse",
+    needed_bytes: int | None = None,
+) -> Iterator[Path]:
+    """Yield a temporary sibling of ``target`` that takes its name when the block ends without an error.
+
+    Args:
+        target: the final folder; its parents are made.
+        existing: what a non-empty ``target`` means: an error, a folder to replace, or (``keep``) that another
+            process was faster with the same content, so that this copy is dropped.
+        needed_bytes: the expected size, for the message when the disk is full.
+
+    Raises:
+        ModelError: ``target`` is occupied and ``existing="refuse"``, or the disk is full.
+    """
+    _refuse_occupied(target, existing)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free_bytes = shutil.disk_usage(target.parent).free
+    staging = _sibling(target, "partial")
+    try:
+        staging.mkdir()
+        yield staging
+        _make_readable(staging)
+        _publish(staging, target, existing)
+    except (OSError, SafetensorError) as error:
+        if not _disk_is_full(error):
+            raise
+        needed = "" if needed_bytes is None else f", about {_megabytes(needed_bytes)} needed"
+        raise ModelError(
+            f"{target}: the disk is full ({_megabytes(free_bytes)} free before writing{needed}). Nothing was "
+            "left there; free some space or choose a folder on another disk."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _refuse_occupied(target: Path, existing: str) -> None:
+    if target.exists() and not target.is_dir():
+        raise ModelError(f"{target} is a file, and a folder is to be written there: choose another name.")
+    if existing == "refuse" and _occupied(target):
+        raise ModelError(f"{target} exists and is not empty: choose another folder, or ask to overwrite it.")
+
+
+def _publish(staging: Path, target: Path, existing: str) -> None:
+    if existing == "keep" and _occupied(target):
+        return
+    if not _occupied(target):
+        staging.rename(target)  # atomic, also onto an empty folder
+        return
+    _refuse_occupied(target, existing)
+    # Two renames, because a non-empty folder cannot be renamed over: the name is free for an instant, never partial.
+    replaced = _sibling(target, "replaced")
+    target.rename(replaced)
+    staging.rename(target)
+    shutil.rmtree(replaced)
+
+
+def _make_readable(folder: Path) -> None:
+    # safetensors makes its files readable by their owner alone; the folder has the mode that the user's umask gives.
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.iterdir():
+        file.chmod(mode)
+
+
+def _sibling(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.{suffix}")
+
+
+def _occupied(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _disk_is_full(error: OSError | SafetensorError) -> bool:
+    # safetensors reports the system's error as text only.
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in full
+    return any(f"os error {code})" in str(error) for code in full)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"

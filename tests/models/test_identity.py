@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from falign.errors import ModelError
+from falign.models import add_lora, load_adapter, load_model, weights_hash
+from falign.models.structure import adapter_matrix, lora_layers
+from tests.models.tiny import fill_adapter, save_tiny
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_equal_content_has_one_hash_with_and_without_adapters(tmp_path, kind, quantization):
+    folder = save_tiny(tmp_path / "m", kind)
+    first = load_model(folder, quantization=quantization)
+    expected = weights_hash(first)
+    assert len(expected) == 64
+    model = fill_adapter(add_lora(load_model(folder, quantization=quantization), r=4, alpha=8, seed=1))
+    assert weights_hash(model) == expected
+    model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert weights_hash(model.eval()) == expected
+
+
+def test_each_part_of_the_content_counts(tmp_path):
+    folder = save_tiny(tmp_path / "m")
+    model = load_model(folder)
+    hashes = [
+        weights_hash(model),
+        weights_hash(load_model(folder, dtype="bfloat16")),
+        weights_hash(load_model(folder, quantization="nf4")),
+        weights_hash(load_model(save_tiny(tmp_path / "n", seed=1))),
+    ]
+    model.get_parameter("model.norm.weight").data[63] += 1e-6
+    hashes.append(weights_hash(model))
+    assert len(set(hashes)) == 5
+
+
+def test_four_bit_codes_and_scales_count_but_not_their_storage_type(tiny):
+    model = load_model(tiny, quantization="nf4")
+    expected = weights_hash(model)
+    weight = model.get_submodule("model.layers.1.mlp.up_proj").weight
+    data = weight.data
+    weight.data = data.view(torch.uint8)
+    assert weights_hash(model) == expected
+    weight.data = data
+    weight.quant_state.state2.absmax[0] *= 1.01
+    assert weights_hash(model) != expected
+
+
+def test_repacked_four_bit_weights_are_refused(tiny):
+    model = load_model(tiny, quantization="nf4")
+    model.get_submodule("model.layers.1.mlp.up_proj").weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight was repacked for inference"):
+        weights_hash(model)
+
+
+def test_an_adapter_has_its_own_hash_whatever_its_name_and_base_type(tiny, tmp_path):
+    model = fill_adapter(add_lora(load_model(tiny), r=4, alpha=8, seed=1))
+    expected = weights_hash(model, adapter="default")
+    model.save_pretrained(tmp_path / "adapter")
+    other = add_lora(load_model(tiny, dtype="bfloat16"), r=2, alpha=8, seed=7)
+    other = load_adapter(other, tmp_path / "adapter", trainable=False, name="ref")
+    assert weights_hash(other, adapter="ref") == expected
+    assert weights_hash(other, adapter="default") != expected
+    up = adapter_matrix(lora_layers(other, "ref")["model.layers.0.mlp.up_proj"].lora_B, "ref")
+    up.data[0, 0] += 1e-3
+    assert weights_hash(other, adapter="ref") != expected
+
+
+def test_the_scale_of_an_adapter_counts(tiny):
+    hashes = {
+        weights_hash(add_lora(load_model(tiny), r=4, alpha=alpha, seed=1), adapter="default") for alpha in (8, 16)
+    }
+    assert len(hashes) == 2
+
+
+def test_an_unknown_adapter_lists_the_known_ones(tiny):
+    with pytest.raises(ModelError, match=r"no adapter named 'ref'; it has \['default'\]"):
+        weights_hash(add_lora(load_model(tiny), r=4, alpha=8, seed=1), adapter="ref")
+    with pytest.raises(ModelError, match=r"no adapter named 'default'; it has \[\]"):
+        weights_hash(load_model(tiny), adapter="default")

@@ -1,0 +1,147 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from falign.errors import ConfigError, ModelError
+from falign.models.loading import load_model, load_tokenizer
+from tests.models.tiny import TEMPLATE, save_tiny
+
+IDS = torch.tensor([[0, 20, 33, 7, 100, 41]])
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_default_type_is_the_checkpoints(tmp_path, stored):
+    model = load_model(save_tiny(tmp_path / "m", dtype=stored))
+    assert {parameter.dtype for parameter in model.parameters()} == {stored}
+    assert not model.training
+
+
+def test_auto_reads_the_weights_where_the_configuration_is_silent(tmp_path):
+    folder = save_tiny(tmp_path / "m", dtype=torch.bfloat16)
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_model(folder).dtype is torch.bfloat16
+
+
+def test_a_named_type_is_used(tiny):
+    assert load_model(tiny, dtype="bfloat16").dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_the_model_is_the_one_on_disk(tmp_path, kind):
+    folder = save_tiny(tmp_path / "m", kind)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
+        assert torch.equal(load_model(folder)(IDS).logits, expected)
+    assert load_model(folder).name_or_path == str(folder)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_four_bit_weights_are_near_the_originals(tmp_path, kind):
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn.modules import Linear4bit
+
+    folder = save_tiny(tmp_path / "m", kind)
+    plain, quantized = load_model(folder), load_model(folder, quantization="nf4")
+    layers = {name: module for name, module in quantized.named_modules() if isinstance(module, Linear4bit)}
+    assert len(layers) == {"llama": 14, "gpt2": 8}[kind]
+    assert not any("lm_head" in name for name in layers)
+    for name, module in layers.items():
+        original = plain.get_submodule(name).weight
+        original = original.T if kind == "gpt2" else original
+        restored = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+        assert 0.05 < (restored - original).norm() / original.norm() < 0.12
+        assert module.weight.dtype is torch.bfloat16  # storage, for FSDP
+        assert module.compute_dtype is torch.bfloat16
+        assert module.weight.quant_state.nested
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_four_bit_models_are_the_same_before_and_after_use_and_still_give_gradients(tmp_path, kind):
+    model = load_model(save_tiny(tmp_path / "m", kind), quantization="nf4")
+    before = {name: value.detach().clone() for name, value in model.state_dict(keep_vars=True).items()}
+    with torch.no_grad():
+        evaluated = model.eval()(IDS).logits
+        trained = model.train()(IDS).logits
+    assert torch.equal(evaluated, trained)
+    after = model.state_dict(keep_vars=True)
+    for name, value in before.items():
+        assert after[name].dtype is value.dtype
+        assert torch.equal(after[name].reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8)), name
+    embedded = model.get_input_embeddings()(IDS).detach().requires_grad_(True)
+    model.get_submodule("model.layers.0.self_attn.q_proj")(embedded).sum().backward()
+    assert embedded.grad.norm() > 0
+
+
+def test_the_repacking_inference_kernel_is_off_in_every_layer(tiny):
+    from bitsandbytes.nn.modules import Linear4bit
+
+    layers = [m for m in load_model(tiny, quantization="nf4").modules() if isinstance(m, Linear4bit)]
+    assert [layer.support_avx512bf16_for_cpu for layer in layers] == [False] * 14
+
+
+def test_unknown_options_are_refused(tiny):
+    with pytest.raises(ConfigError, match="quantization='int4' is unknown; choose 'nf4'"):
+        load_model(tiny, quantization="int4")
+    with pytest.raises(ConfigError, match="dtype='half' is unknown"):
+        load_model(tiny, dtype="half")
+
+
+def test_missing_weights_are_not_made_up(tiny):
+    weights = load_file(tiny / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tiny / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks weights of LlamaForCausalLM, .*\['lm_head.weight'\]"):
+        load_model(tiny)
+
+
+def test_remote_code_is_not_run(tiny):
+    config = json.loads((tiny / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}}
+    (tiny / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="Set trust_remote_code only if you trust that code"):
+        load_model(tiny)
+
+
+def test_a_hub_name_while_offline_says_so(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"'no-such/model'.*not in the local hub cache and offline mode is on"):
+        load_model("no-such/model")
+    with pytest.raises(ModelError, match="Cannot load the tokenizer 'no-such/model'"):
+        load_tokenizer("no-such/model")
+
+
+def test_a_missing_pad_token_becomes_eos(tiny):
+    tokenizer = load_tokenizer(tiny)
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("</s>", 1)
+    assert tokenizer.chat_template == TEMPLATE
+
+
+def test_an_existing_pad_token_stays(tiny):
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.pad_token = "<x>"
+    tokenizer.save_pretrained(tiny)
+    assert load_tokenizer(tiny).pad_token == "<x>"
+
+
+def test_a_tokenizer_without_eos_is_refused(tiny):
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tiny)
+    with pytest.raises(ModelError, match="has no EOS token"):
+        load_tokenizer(tiny)
+
+
+def test_a_chat_template_is_a_string_or_a_file(tiny, tmp_path):
+    template = "{{ messages[0]['content'] }}!"
+    (tmp_path / "own.jinja").write_text(template)
+    messages = [{"role": "user", "content": "Hi"}]
+    for given in (template, tmp_path / "own.jinja", str(tmp_path / "own.jinja")):
+        tokenizer = load_tokenizer(tiny, chat_template=given)
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == "Hi!"
+    with pytest.raises(ConfigError, match="chat_template='chatml' is neither a Jinja template nor an existing file"):
+        load_tokenizer(tiny, chat_template="chatml")
