@@ -1,0 +1,19 @@
+"""The distributions that a policy is held to."""
+
+from falign.references.adapter_off import AdapterOff
+from falign.references.base import Reference, check_same_at_start, detached_logprobs
+from falign.references.cached import Cached
+from falign.references.frozen_model import FrozenModel
+from falign.references.store import CacheKey, LogprobStore, entry_digest
+
+__all__ = [
+    "AdapterOff",
+    "CacheKey",
+    "Cached",
+    "FrozenModel",
+    "LogprobStore",
+    "Reference",
+    "check_same_at_start",
+    "detached_logprobs",
+    "entry_digest",
+]

@@ -1,0 +1,68 @@
+"""The policy with its adapter off: a reference that costs no second model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from typing_extensions import override
+
+from falign.errors import ModelError
+from falign.references.base import Reference, detached_logprobs
+from falign.scoring import DEFAULT_CHUNK_TOKENS, Adapted, PaddedBatch
+
+__all__ = ["AdapterOff"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOff(Reference):
+    """The model under the policy's adapters. All of them are off, also a frozen one from supervised tuning.
+
+    Attributes:
+        weights: Content hash of the weights under the adapters, for the record.
+        chunk_tokens: How many positions reach the head at once.
+    """
+
+    weights: str | None = None
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+
+    @override
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "adapter_off", "weights": self.weights}
+
+    @override
+    def logprobs(self, policy_model: nn.Module, batch: PaddedBatch) -> Float[Tensor, "N T"]:
+        if not isinstance(policy_model, Adapted):
+            raise ModelError(
+                f"{type(policy_model).__name__} has no adapter to switch off, so the policy would be its own "
+                "reference: train a LoRA adapter (peft.get_peft_model), or take a frozen model as reference."
+            )
+        with _trainable_as_before(policy_model), policy_model.disable_adapter():
+            _refuse_trained_base(policy_model)
+            return detached_logprobs(policy_model, batch, chunk_tokens=self.chunk_tokens)
+
+
+@contextmanager
+def _trainable_as_before(model: nn.Module) -> Iterator[None]:
+    # PEFT marks every active adapter as trainable when it is switched on again, frozen ones too.
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in trainable.items():
+            parameter.requires_grad_(requires_grad)
+
+
+def _refuse_trained_base(model: nn.Module) -> None:
+    # While adapters are off PEFT freezes them: what still trains belongs to the base, so to the reference.
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if trained:
+        raise ModelError(
+            f"{len(trained)} parameters outside the adapter are trained (first: {trained[0]}), so with the "
+            "adapter off the reference would move with the policy: freeze them, or take a frozen model as "
+            "reference."
+        )

@@ -1,0 +1,125 @@
+"""A reference whose log-probabilities are computed once and then read from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from typing_extensions import override
+
+from falign.errors import ConfigError, DataError, ModelError
+from falign.references.base import Reference
+from falign.references.store import CacheKey, LogprobStore, entry_digest
+from falign.scoring import PaddedBatch, PromptTree, pad
+
+__all__ = ["Cached"]
+
+_ENTRIES_PER_SHARD = 2048
+
+
+class Cached(Reference):
+    """The log-probabilities of another reference, computed at most once per completion.
+
+    Completions are found by their token ids, in whatever order and epoch they come. What is missing is
+    computed by the wrapped reference and kept. `precompute` fills the cache beforehand, in few large files;
+    after that, open it again without a reference, whose memory is then free.
+
+    Args:
+        reference: What computes missing values; None where all are there.
+        directory: The store's folder.
+        key: What the values depend on besides the token ids.
+
+    Raises:
+        ConfigError: If the store was written under another key, or key and reference name different weights.
+    """
+
+    def __init__(self, reference: Reference | None, *, directory: Path, key: CacheKey) -> None:
+        weights = None if reference is None else reference.identity().get("weights")
+        if weights not in (None, key.weights):
+            raise ConfigError(f"The cache key names the weights {key.weights!r}, its reference {weights!r}.")
+        self.reference = reference
+        self.store = LogprobStore(directory, key=key)
+
+    @override
+    def identity(self) -> dict[str, Any]:
+        wrapped = None if self.reference is None else self.reference.identity()
+        return {"kind": "cached", "reference": wrapped, **asdict(self.store.key)}
+
+    @override
+    def logprobs(self, policy_model: nn.Module, batch: PaddedBatch) -> Float[Tensor, "N T"]:
+        digests = [entry_digest(prompt, completion) for prompt, completion in batch.token_ids()]
+        if any(digest not in self.store for digest in digests):
+            self.store.append(self._compute(policy_model, batch, digests))
+        logprobs = torch.zeros(batch.completion_mask.shape)
+        for row, values in zip(logprobs, self.store.read(digests), strict=True):
+            row[: len(values)] = values
+        return logprobs.to(batch.input_ids.device)
+
+    def precompute(
+        self,
+        policy_model: nn.Module,
+        trees: Iterable[PromptTree],
+        *,
+        pad_token_id: int,
+        batch_size: int = 8,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> int:
+        """Compute what is missing, the longest trees first, so that memory runs out at once or never.
+
+        Args:
+            policy_model: The policy, on the device to compute on.
+            trees: The data; those of which everything is there cost nothing.
+            pad_token_id: Any valid id.
+            batch_size: Trees per forward pass.
+            on_progress: Called after each pass with the numbers of trees done and to do.
+
+        Returns:
+            How many trees had something missing.
+        """
+        missing = {digests: tree for tree in trees if (digests := self._missing(tree))}
+        ordered = sorted(missing.values(), key=_longest_row, reverse=True)
+        device = next(policy_model.parameters()).device
+        computed: dict[bytes, Tensor] = {}
+        for start in range(0, len(ordered), batch_size):
+            batch = pad(ordered[start : start + batch_size], pad_token_id=pad_token_id).to(device)
+            digests = [entry_digest(prompt, completion) for prompt, completion in batch.token_ids()]
+            computed |= self._compute(policy_model, batch, digests)
+            done = min(start + batch_size, len(ordered))
+            if len(computed) >= _ENTRIES_PER_SHARD or done == len(ordered):
+                self.store.append(computed)
+                computed = {}
+            if on_progress is not None:
+                on_progress(done, len(ordered))
+        return len(ordered)
+
+    def _missing(self, tree: PromptTree) -> tuple[bytes, ...]:
+        digests = (entry_digest(tree.prompt_ids, completion) for completion in tree.completion_ids)
+        return tuple(digest for digest in digests if digest not in self.store)
+
+    def _compute(
+        self, policy_model: nn.Module, batch: PaddedBatch, digests: list[bytes]
+    ) -> dict[bytes, Float[Tensor, " _"]]:
+        missing = [n for n, digest in enumerate(digests) if digest not in self.store]
+        if self.reference is None:
+            raise DataError(
+                f"{len(missing)} of {len(digests)} completions of a batch (first: {batch.place[missing[0]]!r}) "
+                f"are not in {self.store.directory}: precompute them, or give the cache its reference."
+            )
+        logprobs = self.reference.logprobs(policy_model, batch).cpu()
+        if not logprobs.isfinite().all():
+            row = int((~logprobs.isfinite()).any(dim=1).nonzero()[0])
+            raise ModelError(
+                f"The reference gives {batch.place[row] or f'row {row}'} a log-probability that is not "
+                "finite; it is not kept. Check the reference's weights and dtype."
+            )
+        mask = batch.completion_mask.cpu()
+        return {digests[n]: logprobs[n][mask[n]] for n in missing}
+
+
+def _longest_row(tree: PromptTree) -> int:
+    return len(tree.prompt_ids) + max(len(completion) for completion in tree.completion_ids)

@@ -1,0 +1,45 @@
+"""A model of its own that never changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from typing_extensions import override
+
+from falign.errors import ModelError
+from falign.references.base import Reference, detached_logprobs
+from falign.scoring import DEFAULT_CHUNK_TOKENS, PaddedBatch
+
+__all__ = ["FrozenModel"]
+
+
+class FrozenModel(Reference):
+    """A second model in memory, frozen on construction.
+
+    Args:
+        model: The reference model; put into evaluation mode, its parameters no longer requiring gradients.
+        weights: Content hash of its weights, for the record.
+        chunk_tokens: How many positions reach the head at once.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, weights: str | None = None, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.weights = weights
+        self.chunk_tokens = chunk_tokens
+
+    @override
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "frozen_model", "weights": self.weights}
+
+    @override
+    def logprobs(self, policy_model: nn.Module, batch: PaddedBatch) -> Float[Tensor, "N T"]:
+        if policy_model is self.model:
+            raise ModelError(
+                "Policy and frozen reference are one object, so the policy is frozen too: load the reference "
+                "separately, or copy it before training."
+            )
+        return detached_logprobs(self.model, batch, chunk_tokens=self.chunk_tokens)

@@ -1,0 +1,155 @@
+"""Per-token log-probabilities on disk, found again by the content of what they were computed from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import uuid
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from falign.errors import ConfigError, DataError
+
+__all__ = ["CacheKey", "LogprobStore", "entry_digest"]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheKey:
+    """What all values of a store depend on. Token ids, and so truncation, are a matter of its entries.
+
+    Attributes:
+        weights: Content hash of the reference's weights, without the adapter that is trained.
+        tokenizer: Fingerprint of the tokenizer and its chat template.
+        dtype: What the reference computes in, its quantisation included.
+        attention: Attention implementation.
+    """
+
+    weights: str
+    tokenizer: str
+    dtype: str
+    attention: str
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits, for a folder per key."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def entry_digest(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bytes:
+    """Return the name of a completion in a store: SHA-256 over the prompt's length and all token ids."""
+    ids = (len(prompt_ids), *prompt_ids, *completion_ids)
+    return hashlib.sha256(struct.pack(f"<{len(ids)}q", *ids)).digest()
+
+
+class _Span(NamedTuple):
+    shard: Path
+    start: int
+    stop: int
+
+
+class LogprobStore:
+    """A folder of ``index.json``, which holds the key, and shards, each complete in itself.
+
+    A shard is written under another name, synced and renamed, so that a reader, also in another process, sees
+    all of it or nothing, and a killed write leaves only a file that nobody reads.
+
+    Args:
+        directory: The folder; created if needed.
+        key: What the values depend on.
+
+    Raises:
+        ConfigError: If the folder was written under another key.
+        DataError: If a shard cannot be read.
+    """
+
+    def __init__(self, directory: Path, *, key: CacheKey) -> None:
+        self.directory = directory
+        self.key = key
+        self._spans: dict[bytes, _Span] = {}
+        self._check_index()
+        for shard in sorted(directory.glob("shard-*.safetensors")):
+            self._register(shard)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._spans
+
+    def read(self, digests: Sequence[bytes]) -> list[Float[Tensor, " _"]]:
+        """Return the values of entries that are in the store, in float32 and in the order asked for."""
+        by_shard: dict[Path, list[bytes]] = defaultdict(list)
+        for digest in digests:
+            by_shard[self._spans[digest].shard].append(digest)
+        values: dict[bytes, Tensor] = {}
+        for shard, members in by_shard.items():
+            with safe_open(shard, framework="pt") as file:
+                logprobs = file.get_slice("logprobs")
+                for digest in members:
+                    span = self._spans[digest]
+                    values[digest] = logprobs[span.start : span.stop]
+        return [values[digest] for digest in digests]
+
+    def append(self, entries: Mapping[bytes, Float[Tensor, " _"]]) -> None:
+        """Add entries as one shard; once this returns they are on disk."""
+        digests = b"".join(entries)
+        tensors = {
+            "digests": torch.tensor([list(digest) for digest in entries], dtype=torch.uint8),
+            "lengths": torch.tensor([len(values) for values in entries.values()]),
+            "logprobs": torch.cat([values.detach().float().cpu() for values in entries.values()]),
+        }
+        shard = self.directory / f"shard-{hashlib.sha256(digests).hexdigest()[:24]}.safetensors"
+        _write_atomically(shard, save(tensors))
+        self._register(shard)
+
+    def _check_index(self) -> None:
+        path = self.directory / "index.json"
+        wanted = {"format": _FORMAT, **asdict(self.key)}
+        if not path.exists():
+            if any(self.directory.glob("shard-*.safetensors")):
+                raise ConfigError(f"{self.directory} has shards but no index.json: delete it or take another.")
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _write_atomically(path, json.dumps(wanted, indent=1).encode())
+        found = json.loads(path.read_text())
+        differing = [name for name in wanted if found.get(name) != wanted[name]]
+        if differing:
+            stale = ", ".join(f"{name} {found.get(name)!r} instead of {wanted[name]!r}" for name in differing)
+            raise ConfigError(
+                f"The reference log-probabilities in {self.directory} are stale: computed with {stale}. "
+                "Delete the folder or name another."
+            )
+
+    def _register(self, shard: Path) -> None:
+        try:
+            with safe_open(shard, framework="pt") as file:
+                digests = file.get_tensor("digests").numpy()
+                stops = file.get_tensor("lengths").cumsum(dim=0).tolist()
+        except SafetensorError as error:
+            raise DataError(
+                f"{shard} is not a shard of reference log-probabilities ({error}): delete this file, and its "
+                "entries are computed again."
+            ) from error
+        for row, start, stop in zip(digests, [0, *stops], stops, strict=False):
+            self._spans[row.tobytes()] = _Span(shard, start, stop)
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,171 @@
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from falign.errors import ConfigError, DataError, ModelError
+from falign.references import AdapterOff, Cached, CacheKey, FrozenModel
+from falign.scoring import PromptTree, pad
+from tests.references.spy import ForwardSpy
+from tests.scoring.models import TREES, tiny_model, with_lora
+
+BATCH = pad(TREES, pad_token_id=2)
+KEY = CacheKey(weights="w1", tokenizer="t1", dtype="float32", attention="sdpa")
+
+
+@pytest.fixture
+def policy():
+    return with_lora(tiny_model(), trained=True)
+
+
+def test_the_cache_gives_bit_for_bit_what_its_reference_gave(tmp_path, policy):
+    live = AdapterOff().logprobs(policy, BATCH)
+    cached = Cached(AdapterOff(), directory=tmp_path, key=KEY)
+    assert torch.equal(cached.logprobs(policy, BATCH), live)
+    assert torch.equal(cached.logprobs(policy, BATCH), live)
+
+
+def test_hits_need_no_forward_in_any_order_and_grouping_after_reopening(tmp_path, policy):
+    live = AdapterOff().logprobs(policy, BATCH)
+    spy = ForwardSpy(policy)
+    Cached(AdapterOff(), directory=tmp_path, key=KEY).logprobs(policy, BATCH)
+    assert len(spy) == 1
+    reopened = Cached(AdapterOff(), directory=tmp_path, key=KEY)
+    swapped = [PromptTree(tree.prompt_ids, tree.completion_ids[::-1]) for tree in TREES[::-1]]
+    assert torch.equal(reopened.logprobs(policy, pad(swapped, pad_token_id=0)).flip(0), live)
+    alone = reopened.logprobs(policy, pad(TREES[2:], pad_token_id=2, pad_to_multiple_of=16))
+    assert torch.equal(alone, live[5:, :2])
+    assert len(spy) == 1
+
+
+def test_another_adapter_seed_or_a_trained_adapter_still_hits(tmp_path, policy):
+    Cached(AdapterOff(), directory=tmp_path, key=KEY).logprobs(policy, BATCH)
+    other = with_lora(tiny_model(), seed=99, r=4, trained=True)
+    spy = ForwardSpy(other)
+    logprobs = Cached(AdapterOff(), directory=tmp_path, key=KEY).logprobs(other, BATCH)
+    assert len(spy) == 0
+    torch.testing.assert_close(logprobs, AdapterOff().logprobs(other, BATCH))
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        PromptTree((5, 6, 7), ((8, 9, 3),)),
+        PromptTree((5, 6, 8), ((8, 9, 2),)),
+        PromptTree((6, 7), ((8, 9, 2),)),
+        PromptTree((5, 6, 7), ((8, 9),)),
+        PromptTree((5, 6), ((7, 8, 9, 2),)),
+    ],
+)
+def test_a_change_of_token_ids_truncation_or_boundary_misses(tmp_path, policy, tree):
+    cached = Cached(AdapterOff(), directory=tmp_path, key=KEY)
+    cached.logprobs(policy, BATCH)
+    spy = ForwardSpy(policy)
+    batch = pad([tree], pad_token_id=2)
+    torch.testing.assert_close(cached.logprobs(policy, batch), AdapterOff().logprobs(policy, batch))
+    assert len(spy) == 2
+    cached.logprobs(policy, batch)
+    assert len(spy) == 2
+
+
+@pytest.mark.parametrize("field", ["weights", "tokenizer", "dtype", "attention"])
+def test_a_change_of_weights_tokenizer_dtype_or_attention_is_refused(tmp_path, policy, field):
+    Cached(AdapterOff(), directory=tmp_path, key=KEY).logprobs(policy, BATCH)
+    with pytest.raises(ConfigError, match=f"stale: computed with {field} "):
+        Cached(AdapterOff(), directory=tmp_path, key=replace(KEY, **{field: "else"}))
+
+
+def test_a_key_of_other_weights_than_the_reference_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="'w1', its reference 'w2'"):
+        Cached(AdapterOff(weights="w2"), directory=tmp_path, key=KEY)
+
+
+def test_values_of_a_sixteen_bit_reference_are_kept_in_float32(tmp_path):
+    reference = FrozenModel(tiny_model().bfloat16())
+    policy = tiny_model()
+    live = reference.logprobs(policy, BATCH)
+    cached = Cached(reference, directory=tmp_path, key=KEY)
+    assert torch.equal(cached.logprobs(policy, BATCH), live)
+    assert live.dtype == torch.float32
+    assert not torch.equal(live, live.bfloat16().float())
+
+
+class CallNumber:
+    """Gives every token the negative number of the call."""
+
+    calls = 0
+
+    def identity(self):
+        return {"kind": "call_number"}
+
+    def logprobs(self, policy_model, batch):
+        self.calls += 1
+        return torch.where(batch.completion_mask, -float(self.calls), 0.0)
+
+
+def test_a_value_that_was_kept_is_never_replaced(tmp_path, policy):
+    cached = Cached(CallNumber(), directory=tmp_path, key=KEY)
+    cached.logprobs(policy, pad(TREES[:1], pad_token_id=2))
+    sums = [-3, -2, -4, -10, -2, -4, -2]
+    assert cached.logprobs(policy, BATCH).sum(-1).tolist() == sums
+    assert Cached(None, directory=tmp_path, key=KEY).logprobs(policy, BATCH).sum(-1).tolist() == sums
+
+
+def test_precompute_runs_the_longest_first_once_and_then_needs_no_reference(tmp_path, policy):
+    spy, progress = ForwardSpy(policy), []
+    cached = Cached(AdapterOff(), directory=tmp_path, key=KEY)
+    computed = cached.precompute(
+        policy,
+        iter([*TREES, TREES[0]]),
+        pad_token_id=2,
+        batch_size=1,
+        on_progress=lambda done, total: progress.append((done, total)),
+    )
+    assert computed == 3
+    assert spy.shapes == [(2, 9), (2, 6), (3, 6)]
+    assert progress == [(1, 3), (2, 3), (3, 3)]
+    assert len(list(tmp_path.glob("shard-*"))) == 1
+
+    without = Cached(None, directory=tmp_path, key=KEY)
+    logprobs = without.logprobs(policy, BATCH)
+    assert without.precompute(policy, TREES, pad_token_id=2) == 0
+    assert len(spy) == 3
+    torch.testing.assert_close(logprobs, AdapterOff().logprobs(policy, BATCH), rtol=0, atol=1e-6)
+
+
+def test_precompute_keeps_what_it_has_when_it_is_interrupted(tmp_path, policy, monkeypatch):
+    monkeypatch.setattr("falign.references.cached._ENTRIES_PER_SHARD", 1)
+
+    def interrupt(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    cached = Cached(AdapterOff(), directory=tmp_path, key=KEY)
+    with pytest.raises(KeyboardInterrupt):
+        cached.precompute(policy, TREES, pad_token_id=2, batch_size=1, on_progress=interrupt)
+    spy = ForwardSpy(policy)
+    assert Cached(AdapterOff(), directory=tmp_path, key=KEY).precompute(policy, TREES, pad_token_id=2) == 1
+    assert spy.shapes == [(3, 6)]
+
+
+def test_what_is_missing_without_reference_is_an_error_with_the_place(tmp_path, policy):
+    Cached(AdapterOff(), directory=tmp_path, key=KEY).logprobs(policy, pad(TREES[:1], pad_token_id=2))
+    with pytest.raises(DataError, match=r"5 of 7 completions.*'a:2'.*precompute"):
+        Cached(None, directory=tmp_path, key=KEY).logprobs(policy, BATCH)
+
+
+def test_values_that_are_not_finite_are_refused_and_not_kept(tmp_path):
+    broken = tiny_model()
+    torch.nn.init.constant_(broken.model.norm.weight, torch.nan)
+    cached = Cached(FrozenModel(broken), directory=tmp_path, key=KEY)
+    with pytest.raises(ModelError, match="gives a:1 a log-probability that is not finite"):
+        cached.logprobs(tiny_model(), BATCH)
+    assert len(cached.store) == 0
+    assert not list(tmp_path.glob("shard-*"))
+
+
+def test_identity_holds_the_key_and_the_wrapped_identity(tmp_path):
+    wrapped = {"kind": "adapter_off", "weights": "w1"}
+    cached = Cached(AdapterOff(weights="w1"), directory=tmp_path, key=KEY)
+    assert cached.identity() == {"kind": "cached", "reference": wrapped, **asdict(KEY)}
+    assert Cached(None, directory=tmp_path, key=KEY).identity()["reference"] is None

@@ -1,0 +1,106 @@
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from falign.errors import ConfigError, DataError
+from falign.references import CacheKey, LogprobStore, entry_digest
+
+KEY = CacheKey(weights="w1", tokenizer="t1", dtype="float32", attention="sdpa")
+ONE, TWO, THREE = (entry_digest((1,), (n,)) for n in range(3))
+
+
+def test_what_was_appended_is_read_back_in_any_order_also_after_reopening(tmp_path):
+    store = LogprobStore(tmp_path / "new" / "folder", key=KEY)
+    store.append({ONE: torch.tensor([-1.0, -2.0]), TWO: torch.tensor([-3.0])})
+    store.append({THREE: torch.tensor([-4.0, -5.0, -6.0], dtype=torch.bfloat16)})
+    for reader in (store, LogprobStore(tmp_path / "new" / "folder", key=KEY)):
+        assert len(reader) == 3
+        assert [v.tolist() for v in reader.read([THREE, ONE, TWO, ONE])] == [
+            [-4, -5, -6],
+            [-1, -2],
+            [-3],
+            [-1, -2],
+        ]
+        assert {v.dtype for v in reader.read([ONE, THREE])} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [((1, 2, 3), (4, 6)), ((1, 2, 7), (4, 5)), ((2, 3), (4, 5)), ((1, 2), (3, 4, 5)), ((1, 2, 3), (4, 5, 2))],
+)
+def test_any_change_of_ids_truncation_or_boundary_is_another_entry(prompt, completion):
+    assert entry_digest(prompt, completion) != entry_digest((1, 2, 3), (4, 5))
+    assert entry_digest((1, 2, 3), (4, 5)) == entry_digest([1, 2, 3], [4, 5])
+
+
+@pytest.mark.parametrize("field", ["weights", "tokenizer", "dtype", "attention"])
+def test_a_store_of_another_key_is_refused_naming_the_field(tmp_path, field):
+    LogprobStore(tmp_path, key=KEY)
+    other = replace(KEY, **{field: "else"})
+    assert other.digest != KEY.digest
+    with pytest.raises(ConfigError, match=f"stale: computed with {field} '{getattr(KEY, field)}' instead of 'else'"):
+        LogprobStore(tmp_path, key=other)
+    LogprobStore(tmp_path, key=KEY)
+
+
+def test_a_store_of_another_format_and_shards_without_index_are_refused(tmp_path):
+    LogprobStore(tmp_path, key=KEY).append({ONE: torch.tensor([-1.0])})
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"format": 0}))
+    with pytest.raises(ConfigError, match="format 0 instead of 1"):
+        LogprobStore(tmp_path, key=KEY)
+    index.unlink()
+    with pytest.raises(ConfigError, match=r"no index\.json"):
+        LogprobStore(tmp_path, key=KEY)
+
+
+@pytest.mark.parametrize("fails_at", ["replace", "write"])
+def test_a_write_that_is_killed_leaves_a_valid_store(tmp_path, monkeypatch, fails_at):
+    LogprobStore(tmp_path, key=KEY).append({ONE: torch.tensor([-1.0])})
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if fails_at == "replace":
+            patch.setattr(Path, "replace", killed)
+        else:
+            patch.setattr("falign.references.store.os.fsync", killed)
+        store = LogprobStore(tmp_path, key=KEY)
+        with pytest.raises(KeyboardInterrupt):
+            store.append({TWO: torch.tensor([-2.0])})
+        assert TWO not in store
+    reopened = LogprobStore(tmp_path, key=KEY)
+    assert ONE in reopened
+    assert TWO not in reopened
+    reopened.append({TWO: torch.tensor([-3.0])})
+    assert LogprobStore(tmp_path, key=KEY).read([ONE, TWO]) == [torch.tensor([-1.0]), torch.tensor([-3.0])]
+
+
+def test_a_damaged_shard_is_an_error_that_names_it(tmp_path):
+    LogprobStore(tmp_path, key=KEY).append({ONE: torch.tensor([-1.0])})
+    (shard,) = tmp_path.glob("shard-*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-3])
+    with pytest.raises(DataError, match=f"{shard.name} is not a shard.*delete this file"):
+        LogprobStore(tmp_path, key=KEY)
+
+
+def test_writers_side_by_side_lose_nothing(tmp_path):
+    digests = [entry_digest((n,), (n,)) for n in range(40)]
+
+    def write(part):
+        store = LogprobStore(tmp_path, key=KEY)
+        for digest in part:
+            store.append({digest: torch.tensor([-float(digests.index(digest))])})
+
+    threads = [threading.Thread(target=write, args=(digests[n::4] + digests[:2],)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    values = LogprobStore(tmp_path, key=KEY).read(digests)
+    assert torch.cat(values).tolist() == [-float(n) for n in range(40)]
