@@ -1,0 +1,37 @@
+"""Runs: from a run file to a trained adapter. The trainer is for loops around ``transformers.Trainer``."""
+
+from falign.training.config import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ReferenceConfig,
+    RunConfig,
+    SamplingConfig,
+    SourceConfig,
+    TrainingConfig,
+)
+from falign.training.curves import plot_curves
+from falign.training.run import RunSummary, train
+from falign.training.run_file import load_run_file, parse_run
+from falign.training.run_folder import RunFolder
+from falign.training.trainer import AlignmentTrainer
+
+__all__ = [
+    "AdapterConfig",
+    "AlignmentTrainer",
+    "DataConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "ReferenceConfig",
+    "RunConfig",
+    "RunFolder",
+    "RunSummary",
+    "SamplingConfig",
+    "SourceConfig",
+    "TrainingConfig",
+    "load_run_file",
+    "parse_run",
+    "plot_curves",
+    "train",
+]

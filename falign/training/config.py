@@ -1,0 +1,295 @@
+"""The run file: one frozen model per component, each with ``build()``. A field is documented here and nowhere else."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from falign import divergences
+from falign.data import DataSource, LengthPolicy, PreferenceData, Window, load_preferences
+from falign.errors import ConfigError
+from falign.objectives import Objective, Pairwise
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+__all__ = [
+    "AdapterConfig",
+    "DataConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "ReferenceConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "SourceConfig",
+    "TrainingConfig",
+]
+
+
+class FrozenModel(BaseModel):
+    """A component of the run file: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(FrozenModel):
+    """The model that is aligned."""
+
+    path: str
+    """Hub name, folder, ``.gguf`` file, or ``demo:smollm2-135m-instruct``."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"
+    """``auto`` is the checkpoint's; ``fastest`` is bfloat16 where the device multiplies it natively, else float32."""
+    quantization: Literal["nf4"] | None = None
+    """``nf4``: 4-bit weights with double quantization and bfloat16 compute; needs an adapter."""
+    attn_implementation: str = "sdpa"
+    chat_template: str | None = None
+    """A Jinja template or a file with one, in place of the tokenizer's."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    """Run code that the model's repository brings along."""
+
+    def build_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer."""
+        from falign.models import load_tokenizer
+
+        return load_tokenizer(
+            self.path,
+            chat_template=self.chat_template,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def build(self) -> PreTrainedModel:
+        """Load the weights."""
+        from falign.models import load_model
+
+        return load_model(
+            self.path,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            attn_implementation=self.attn_implementation,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+class AdapterConfig(FrozenModel):
+    """A LoRA adapter; ``adapter: null`` trains all weights."""
+
+    r: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+    """``all-linear`` or names of linear modules."""
+
+    def build(self, model: PreTrainedModel, *, seed: int, revision: str | None = None) -> PeftModel:
+        """Add the adapter to a model; the base's revision is recorded with it."""
+        from falign.models import add_lora
+
+        return add_lora(
+            model,
+            r=self.r,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            target_modules=self.target_modules,
+            seed=seed,
+            revision=revision,
+        )
+
+
+class ReferenceConfig(FrozenModel):
+    """What the policy is held to."""
+
+    kind: Literal["auto", "adapter_off", "frozen"] = "auto"
+    """``adapter_off``: the policy without its adapter; ``frozen``: a model of its own; ``auto``: the former with an
+    adapter, else the latter."""
+    path: str | None = None
+    """The frozen model, if not the one that is trained."""
+    cache: Path | None = None
+    """Folder of log-probabilities computed once before training; shared by all runs with the same reference."""
+
+
+class SourceConfig(FrozenModel):
+    """One source of preference data."""
+
+    path: str
+    """JSON, JSONL (also .gz), CSV, Parquet, a folder saved by ``datasets``, a Hub name, ``demo:polite-preference``."""
+    split: str = "train"
+    format: str = "auto"
+    columns: dict[str, str] = {}
+    """What the file calls falign's columns: ``{prompt: question}``."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share in a mixture; for all sources or for none."""
+    limit: int | None = Field(default=None, ge=1)
+
+    def build(self) -> DataSource:
+        """Return the source as the data package knows it."""
+        return DataSource(**self.model_dump())
+
+
+class DataConfig(FrozenModel):
+    """What the model learns from."""
+
+    train: list[SourceConfig] = Field(min_length=1)
+    eval: list[SourceConfig] = []
+    """Sources of their own, or hold out some of the training data:"""
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    eval_size: int = Field(default=0, ge=0)
+    max_length: int = Field(default=1024, ge=2)
+    """Tokens of the prompt and its longest completion together."""
+    max_completion_length: int | None = Field(default=None, ge=1)
+    long_prompt: LengthPolicy = "error"
+    long_completion: LengthPolicy = "cut"
+    bad_rows: Literal["error", "skip"] = "error"
+
+    def build(self, tokenizer: PreTrainedTokenizerBase, *, stop_token_ids: frozenset[int], seed: int) -> PreferenceData:
+        """Read, tokenise, mix and split the data."""
+        return load_preferences(
+            [source.build() for source in self.train],
+            tokenizer,
+            stop_token_ids=stop_token_ids,
+            window=Window(self.max_length, self.max_completion_length, self.long_prompt, self.long_completion),
+            bad_rows=self.bad_rows,
+            eval_sources=[source.build() for source in self.eval],
+            eval_fraction=self.eval_fraction,
+            eval_size=self.eval_size,
+            seed=seed,
+        )
+
+
+class ObjectiveConfig(FrozenModel):
+    """What is minimised."""
+
+    kind: Literal["pairwise"] = "pairwise"
+    divergence: str = "reverse_kl"
+    """A name (``falign divergences`` lists them), or ``module:attribute`` with a divergence of your own."""
+    beta: float = Field(default=0.1, gt=0)
+    margin_loss: str = "logistic"
+    """``logistic`` (f-DPO), ``hinge``, ``squared`` (IPO), ``robust(0.1)``, ``exo(0.001)``."""
+    length_norm: Literal["none", "token"] = "none"
+
+    def build(self) -> Objective:
+        """Return the objective.
+
+        Raises:
+            ConfigError: The divergence is unknown or theory does not allow it here; the message has the reason.
+        """
+        try:
+            return Pairwise(_divergence(self.divergence), self.margin_loss, self.beta, self.length_norm)
+        except ValueError as error:
+            raise ConfigError(f"objective: {error}") from error
+
+
+class TrainingConfig(FrozenModel):
+    """How it is minimised; the names are those of ``transformers.TrainingArguments``."""
+
+    learning_rate: float = Field(default=5e-6, gt=0)
+    per_device_train_batch_size: int = Field(default=4, ge=1)
+    """Prompts per micro-batch, each with all its completions."""
+    per_device_eval_batch_size: int = Field(default=8, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    max_steps: int = -1
+    """Optimiser steps; overrides ``num_train_epochs`` when positive."""
+    optim: str = "adamw_torch"
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta2: float = Field(default=0.999, gt=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    lr_scheduler_type: str = "linear"
+    warmup_steps: float = Field(default=0.0, ge=0)
+    """Steps, or a share of all steps where below 1."""
+    gradient_checkpointing: bool = False
+    logging_steps: int = Field(default=10, ge=1)
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Evaluate so often; always before the first and after the last step when there is evaluation data."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """Write a checkpoint so often; none when left out."""
+    save_total_limit: int | None = Field(default=2, ge=1)
+    report_to: list[str] = []
+    chunk_tokens: int = Field(default=512, ge=1)
+    """Positions that reach the vocabulary at once: memory against speed, no change of results."""
+
+    def build(self, output_dir: Path, *, seed: int) -> TrainingArguments:
+        """Return the arguments of the underlying trainer."""
+        from transformers import TrainingArguments
+        from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+        if missing := set(self.report_to) - {*get_available_reporting_integrations(), "none", "all"}:
+            raise ConfigError(f"training.report_to={sorted(missing)}: not installed, or unknown; install the package.")
+        own = {"eval_steps", "save_steps", "chunk_tokens", "gradient_checkpointing"}
+        arguments: dict[str, Any] = {
+            **self.model_dump(exclude=own),
+            "output_dir": str(output_dir),
+            "seed": seed,
+            "save_strategy": "steps" if self.save_steps else "no",
+            "save_steps": self.save_steps or 500,
+            "eval_strategy": "steps" if self.eval_steps else "no",
+            "eval_steps": self.eval_steps,
+            "remove_unused_columns": False,
+            "label_names": [],
+            "logging_nan_inf_filter": False,
+            "disable_tqdm": True,  # falign.training.progress draws its own
+        }
+        try:
+            return TrainingArguments(**arguments)
+        except ValueError as error:
+            raise ConfigError(f"training: {error}") from error
+
+
+class SamplingConfig(FrozenModel):
+    """Prompts that are answered before and after training, into ``samples.json``."""
+
+    prompts: list[Annotated[str, Field(pattern=r"\S")]] = []
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    """0 decodes greedily."""
+
+
+class RunConfig(FrozenModel):
+    """A run: ``falign train RUN.yaml``."""
+
+    output_dir: Path
+    """The run folder; it must not hold another run."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    model: ModelConfig
+    adapter: AdapterConfig | None = AdapterConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig = TrainingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    def check(self) -> Objective:
+        """Refuse what cannot work before anything is loaded, and return the objective.
+
+        Raises:
+            ConfigError: With the fields that contradict each other.
+        """
+        if self.adapter is None and self.model.quantization is not None:
+            raise ConfigError("model.quantization=nf4 with adapter=null: 4-bit weights do not train; add an adapter.")
+        if self.adapter is None and self.reference.kind == "adapter_off":
+            raise ConfigError("reference.kind=adapter_off with adapter=null: set reference.kind=frozen.")
+        if self.reference.path is not None and self.reference.kind != "frozen":
+            raise ConfigError(
+                f"reference.path={self.reference.path!r} is read with reference.kind=frozen only; set it."
+            )
+        if self.training.eval_steps and not (self.data.eval or self.data.eval_size or self.data.eval_fraction):
+            raise ConfigError("training.eval_steps needs data.eval, data.eval_size or data.eval_fraction.")
+        return self.objective.build()
+
+
+def _divergence(name: str) -> divergences.Divergence:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        return divergences.get(name)
+    try:
+        value: Any = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
+        raise ConfigError(f"objective.divergence={name!r}: {error}; give an importable module:attribute.") from error
+    if not isinstance(value, divergences.Divergence):
+        raise ConfigError(f"objective.divergence={name!r} is a {type(value).__name__}, not a falign Divergence.")
+    return value

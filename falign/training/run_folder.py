@@ -1,0 +1,198 @@
+"""The folder of a run: claimed once, every file in it whole."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from falign.errors import ConfigError, TrainingError
+from falign.training.config import RunConfig
+
+__all__ = ["RunFolder"]
+
+PACKAGES = ("falign", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl")
+
+
+class RunFolder:
+    """``output_dir`` of a run.
+
+    ======================  ==============================================================
+    ``run.yaml``            the resolved run file
+    ``manifest.json``       versions, model, reference identity, what became of the data
+    ``metrics.jsonl``       one log a line
+    ``checkpoint-N/``       trainable weights, optimizer, scheduler, random states
+    ``adapter/``            the trained adapter in PEFT's layout (``model/`` without adapter)
+    ``samples.json``        prompts answered before and after
+    ``summary.json``        held-out metrics before and after
+    ``curves.png``          loss, rewards and log-ratios
+    ======================  ==============================================================
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Return an existing run.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        folder = cls(Path(path))
+        if not (folder.run_file.is_file() and (folder.path / "manifest.json").is_file()):
+            raise ConfigError(
+                f"{path} is not a run folder (no run.yaml and manifest.json): give the output_dir of a run."
+            )
+        return folder
+
+    @property
+    def run_file(self) -> Path:
+        """The resolved run file."""
+        return self.path / "run.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object per log."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter."""
+        return self.path / "adapter"
+
+    @property
+    def weights(self) -> Path:
+        """The trained weights of a run without adapter."""
+        return self.path / "model"
+
+    def require_free(self) -> None:
+        """Refuse a folder that holds anything.
+
+        Raises:
+            ConfigError: It holds another run, or other files.
+        """
+        if self.run_file.is_file():
+            raise ConfigError(
+                f"output_dir={self.path} holds another run: choose another folder, remove it, or go on with that run "
+                "by --resume."
+            )
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ConfigError(f"output_dir={self.path} exists and is not an empty folder: choose another.")
+
+    def require_same(self, config: RunConfig) -> None:
+        """Refuse to go on with a run under another run file.
+
+        Raises:
+            ConfigError: With the fields that differ.
+        """
+        RunFolder.open(self.path)
+        old, new = _flat(self.read_run_file()), _flat(_plain(config))
+        keys = (old.keys() | new.keys()) - {"output_dir"}  # the folder may be written otherwise, or have moved
+        different = sorted(key for key in keys if old.get(key) != new.get(key))
+        if different:
+            shown = ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in different[:5])
+            raise ConfigError(f"{self.path} holds a run with other settings: {shown}. Resume with the same run file.")
+
+    def claim(self, config: RunConfig) -> None:
+        """Create the folder and write the resolved run file."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write("run.yaml", yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
+
+    def read_run_file(self) -> dict[str, Any]:
+        """Return the resolved run file as plain values."""
+        try:
+            return yaml.safe_load(self.run_file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{self.run_file} is damaged ({error}): restore it, or run anew.") from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write one JSON file, whole or not at all."""
+        self._write(name, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Return one JSON file.
+
+        Raises:
+            ConfigError: The run has not come so far.
+        """
+        file = self.path / name
+        if not file.is_file():
+            raise ConfigError(f"{file} is not there: the run has not come so far. Go on with it by --resume.")
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(
+                f"{file} is damaged ({error}): go on with the run by --resume to write it anew."
+            ) from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return all logs."""
+        if not self.metrics_file.is_file():
+            return []
+        return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
+
+    def forget_after(self, step: int) -> None:
+        """Drop logs of steps that a resumed run takes again."""
+        kept = [json.dumps(log) for log in self.metrics() if log["step"] <= step]
+        self._write("metrics.jsonl", "".join(f"{line}\n" for line in kept))
+
+    def last_checkpoint(self) -> Path:
+        """Return the newest checkpoint.
+
+        Raises:
+            TrainingError: There is none.
+        """
+        found = [path for path in self.path.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+        if not found:
+            raise TrainingError(f"{self.path} has no checkpoint to resume from: start it anew in another folder.")
+        return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+    def _write(self, name: str, text: str) -> None:
+        partial = self.path / f".{name}.partial"
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self.path / name)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    """The run file with local paths written whole, so that the run can be used from any folder."""
+    plain = config.model_dump(mode="json")
+    plain["output_dir"] = str(config.output_dir.absolute())
+    plain["reference"]["cache"] = config.reference.cache and str(config.reference.cache.absolute())
+    sources = (*plain["data"]["train"], *plain["data"]["eval"])
+    for section, field in (
+        *((s, "path") for s in (plain["model"], plain["reference"], *sources)),
+        (plain["model"], "chat_template"),
+    ):
+        value = section[field]
+        if value and len(value) < 4096 and Path(value).expanduser().exists():
+            section[field] = str(Path(value).expanduser().absolute())
+    return plain
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}.{name}".strip(".")).items()}
+    return {prefix: value}

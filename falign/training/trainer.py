@@ -1,0 +1,175 @@
+"""The trainer: scoring, reference and objective on ``transformers.Trainer``, and nothing of its own in between."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
+from typing_extensions import override
+
+from falign.errors import TrainingError
+from falign.models.staging import staged_folder
+from falign.objectives import CompletionBatch, Objective, ObjectiveOutput, reduce_terms, total_weights
+from falign.references import Reference
+from falign.scoring import PaddedBatch, PromptTree, completion_logprobs, evaluation_mode, pad
+from falign.training.means import Means
+
+__all__ = ["AlignmentTrainer"]
+
+
+class AlignmentTrainer(Trainer):
+    """Minimise any objective against any reference.
+
+    Args:
+        model: The policy.
+        reference: What it is held to; it supplies ``reference_logprobs`` where the objective needs them.
+        objective: What is minimised.
+        args: Arguments of the underlying trainer.
+        train_trees: Prompts with their completions.
+        eval_trees: Held-out ones; may be empty.
+        pad_token_id: What fills rows; it is masked by position, never by value.
+        chunk_tokens: Positions that reach the vocabulary at once.
+        **kwargs: Passed on to ``transformers.Trainer`` (``processing_class``, ``callbacks``, ``optimizers``).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        reference: Reference,
+        objective: Objective,
+        args: TrainingArguments,
+        train_trees: list[PromptTree],
+        eval_trees: list[PromptTree],
+        pad_token_id: int,
+        chunk_tokens: int,
+        **kwargs: Any,
+    ) -> None:
+        def collate(trees: list[PromptTree]) -> dict[str, Any]:
+            return vars(pad(trees, pad_token_id=pad_token_id))
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=train_trees,  # pyright: ignore[reportArgumentType] - a list is a map-style dataset
+            eval_dataset=eval_trees,  # pyright: ignore[reportArgumentType]
+            **kwargs,
+        )
+        self.policy, self.reference, self.objective = model, reference, objective
+        self.run_dir = Path(str(args.output_dir))
+        self.score = partial(completion_logprobs, chunk_tokens=chunk_tokens)
+        self.loss_is_scaled_for_ga = True  # every term is divided by its weights over the whole step
+        self.means = Means()
+        self._staging: Path | None = None
+
+    def ended_at(self, checkpoint: Path) -> bool:
+        """Return whether a checkpoint is of the run's last step, so that nothing is left to train."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        return state.global_step >= state.max_steps
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Load weights and state of a checkpoint without training on."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+    @override
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        output = self.evaluate_objective(model, PaddedBatch(**inputs))
+        assert isinstance(num_items_in_batch, Tensor), "the step's weights come from _get_num_items_in_batch"
+        loss = reduce_terms(output.terms, num_items_in_batch)
+        if not torch.isfinite(loss):
+            rows = ", ".join(sorted(set(inputs["place"])))
+            raise TrainingError(
+                f"Step {self.state.global_step + 1}: the loss is {loss.item()} on {rows}. Look at these rows "
+                "(`falign data check`) and at logratios/* of the steps before; a lower learning rate or a larger beta "
+                "keeps the policy nearer. Checkpoints written so far are intact."
+            )
+        self.means.add(output.metrics)
+        return loss * self.accelerator.num_processes  # DistributedDataParallel averages over ranks
+
+    def evaluate_objective(self, model: nn.Module, batch: PaddedBatch) -> ObjectiveOutput:
+        """Score a batch under policy and reference, and return the objective's terms and metrics."""
+        scores = self.score(model, batch)
+        reference = None
+        if "reference_logprobs" in self.objective.needs:
+            reference = self.reference.logprobs(model, batch)
+        output = self.objective(_completions(batch, scores.logprobs, reference))
+        entropy = scores.entropy[batch.completion_mask]
+        return output._replace(metrics={**output.metrics, "entropy": entropy.detach()})
+
+    @override
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
+        """Sum each term's weights over the micro-batches and ranks of one step."""
+        if not batch_samples:
+            return None
+        totals = torch.stack([self._weights(PaddedBatch(**inputs)) for inputs in batch_samples]).sum(dim=0)
+        return self.accelerator.reduce(totals.to(device), reduction="sum")  # pyright: ignore[reportReturnType]
+
+    def _weights(self, batch: PaddedBatch) -> Tensor:
+        # Weights depend on masks and preferences alone, so zeros in place of log-probabilities give them.
+        nowhere = torch.zeros(batch.completion_mask.shape, device=batch.completion_mask.device)
+        return total_weights(self.objective(_completions(batch, nowhere, nowhere)).terms)
+
+    @override
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Return and log the exact means over all held-out completions, each counted once."""
+        means, losses, weights = Means(), [], []
+        # Iterating a loader draws from the CPU's generator, which dropout in training would notice.
+        with torch.no_grad(), evaluation_mode(self.policy), torch.random.fork_rng(devices=[]):
+            for inputs in self.get_eval_dataloader(eval_dataset):
+                batch: dict[str, Any] = self._prepare_inputs(inputs)
+                output = self.evaluate_objective(self.policy, PaddedBatch(**batch))
+                means.add(output.metrics)
+                losses.append(torch.stack([term.scale * (term.losses * term.weights).sum() for term in output.terms]))
+                weights.append(total_weights(output.terms))
+        loss = (torch.stack(losses).sum(dim=0) / torch.stack(weights).sum(dim=0)).sum().item()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in {"loss": loss, **means.take()}.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @override
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Training logs come with a loss; the metrics since the last one go with it.
+        super().log({**logs, **self.means.take()} if "loss" in logs else logs, start_time)
+
+    @override
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        target = self.run_dir / f"checkpoint-{self.state.global_step}"
+        with staged_folder(target, existing="replace") as self._staging:
+            super()._save_checkpoint(model, trial)
+            written = self._staging / target.name
+            for item in written.iterdir():
+                item.rename(self._staging / item.name)
+            written.rmdir()
+        self._staging = None
+        rotate_checkpoints(output_dir=str(self.run_dir), save_total_limit=self.args.save_total_limit, use_mtime=True)
+
+    @override
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.run_dir if self._staging is None else self._staging)
+
+
+def _completions(batch: PaddedBatch, logprobs: Tensor, reference_logprobs: Tensor | None) -> CompletionBatch:
+    return CompletionBatch(
+        logprobs=logprobs,
+        completion_mask=batch.completion_mask,
+        prompt_index=batch.prompt_index,
+        reference_logprobs=reference_logprobs,
+        preference=batch.preference,
+    )
