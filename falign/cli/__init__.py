@@ -1,0 +1,5 @@
+"""The command line."""
+
+from falign.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,89 @@
+"""``falign data``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from falign.errors import ConfigError, DataError
+
+__all__ = ["app", "check"]
+
+app = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
+
+
+@app.callback()
+def group() -> None:
+    """Look at data before training on it."""
+
+
+@app.command("check")
+def check(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A file, folder, Hub name, or demo:polite-preference.")],
+    model: Annotated[str | None, typer.Option(help="Count in this model's tokens; words when left out.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="A Jinja template, or a file with one.")] = None,
+    format: Annotated[str, typer.Option(help="Layout; auto tells it from the columns.")] = "auto",
+    split: Annotated[str, typer.Option()] = "train",
+    max_length: Annotated[int, typer.Option(min=2, help="The window, prompt and completion together.")] = 1024,
+    max_completion_length: Annotated[int | None, typer.Option(min=1)] = None,
+    long_prompt: Annotated[str, typer.Option(help="error, cut or drop, as in the run file.")] = "error",
+    long_completion: Annotated[str, typer.Option(help="cut, drop or error.")] = "cut",
+    columns: Annotated[str, typer.Option(help="What the file calls falign's columns: '{prompt: question}'.")] = "{}",
+    max_drift: Annotated[float, typer.Option(min=0, max=1, help="Largest share of drifting rows that passes.")] = 0.05,
+    keep: Annotated[int, typer.Option(min=0, help="How many bad rows to show.")] = 10,
+) -> None:
+    """Count rows, lengths, cuts, duplicates and bad rows; exit status 2 if a run would not start."""
+    from falign.data import DataSource, Window
+    from falign.data import check as inspect
+
+    tokenizer, stops = None, frozenset[int]()
+    if model is not None:
+        from falign.models import load_tokenizer, stop_token_ids
+
+        tokenizer = load_tokenizer(model, chat_template=chat_template)
+        stops = stop_token_ids(model, tokenizer)
+    report = inspect(
+        DataSource(file, split=split, format=format, columns=_mapping(columns)),
+        tokenizer=tokenizer,
+        stop_token_ids=stops,
+        window=None if tokenizer is None else Window(max_length, max_completion_length, long_prompt, long_completion),  # pyright: ignore[reportArgumentType]
+        keep=keep,
+    )
+    console = Console(highlight=False)
+    counts = Table("", "rows", title=escape(f"{file} ({report.source.format})"), title_justify="left")
+    for label, count in report.counts():
+        counts.add_row(label, f"{count:,}")
+    console.print(counts)
+    lengths = Table(f"length in {report.unit}", "count", "median", "90 %", "99 %", "longest")
+    for name, *numbers in report.length_rows():
+        lengths.add_row(name, *(f"{number:,}" for number in numbers))
+    console.print(lengths)
+    for message in report.source.messages:
+        console.print(message, style="red", markup=False)
+    if not report.source.read:
+        raise DataError(f"{file} has no rows: give a file with at least one.")
+    if not report.ok:
+        raise DataError(
+            f"{file}: {report.source.bad} bad rows; mend them, or set data.bad_rows=skip to leave them out."
+        )
+    if report.source.drift_share > max_drift:
+        raise DataError(
+            f"{file}: in {report.source.drift_share:.1%} of the rows the last prompt tokens change once a completion "
+            f"follows (at most {max_drift:.1%} pass): end prompts with a line break or a template's header."
+        )
+
+
+def _mapping(text: str) -> dict[str, str]:
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise ConfigError(f"--columns {text!r} must be a mapping of names, as in '{{prompt: question}}'.")
+    return value

@@ -1,0 +1,86 @@
+"""``falign export``."""
+
+from __future__ import annotations
+
+import shutil
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from falign.errors import ConfigError, FalignError
+
+__all__ = ["Format", "export"]
+
+
+class Format(str, Enum):
+    """What is written."""
+
+    adapter = "adapter"
+    merged = "merged"
+
+
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
+    format: Annotated[Format, typer.Option("--format", help="An adapter in PEFT's layout, or merged weights.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Target folder; RUN/export/FORMAT when left out.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of merged weights: auto is the base checkpoint's.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target folder.")] = False,
+) -> None:
+    """Write a trained model for other programs, reload it, and prove that it is the trained one."""
+    from falign.cli.trained import load_trained
+    from falign.models import export_adapter, export_merged, verify_export
+    from falign.training import RunFolder
+
+    console, folder = Console(), RunFolder.open(run)
+    target = out or folder.path / "export" / format.value
+    with Console(stderr=True).status(f"exporting {run}"):
+        _refuse_what_is_no_export(target)
+        model, tokenizer, config = load_trained(folder)
+        if format is Format.adapter:
+            if config.adapter is None:
+                raise ConfigError(f"{run} trained all weights and has no adapter: use --format merged.")
+            export_adapter(model, tokenizer, target, overwrite=overwrite)  # pyright: ignore[reportArgumentType]
+        else:
+            export_merged(
+                model,
+                tokenizer,
+                target,
+                dtype=dtype,
+                revision=config.model.revision,
+                trust_remote_code=config.model.trust_remote_code,
+                overwrite=overwrite,
+            )
+        try:
+            proof = verify_export(
+                model,
+                target,
+                tokenizer=tokenizer,
+                kind=format.value,
+                base_name_or_path=config.model.path,
+                revision=config.model.revision,
+                trust_remote_code=config.model.trust_remote_code,
+            )
+        except FalignError:
+            shutil.rmtree(target)  # what is not proven does not stay
+            raise
+    console.print("wrote", Text(str(target), style="bold"))
+    table = Table(f"logits on {proof.compared_tokens} tokens, {proof.dtype}", "largest", title_justify="left")
+    table.add_row("size", f"{proof.max_abs_logit:.4g}")
+    table.add_row("difference to the trained model", f"{proof.max_abs_logit_difference:.3g}")
+    if proof.max_abs_export_error != proof.max_abs_logit_difference:  # 4-bit weights: the rest is their rounding
+        table.add_row("of this by the export itself", f"{proof.max_abs_export_error:.3g}")
+    table.add_row("accepted", f"{proof.bound * proof.max_abs_logit:.3g}")
+    table.add_row("change against the base model", f"{proof.max_abs_change_against_base:.3g}")
+    console.print(table)
+
+
+def _refuse_what_is_no_export(target: Path) -> None:
+    """Keep --overwrite from replacing a run, a home folder, or anything else that no export wrote."""
+    marks = ("config.json", "adapter_config.json")
+    if target.is_dir() and any(target.iterdir()) and not any((target / mark).is_file() for mark in marks):
+        raise ConfigError(f"--out {target} holds something other than an export: choose another folder.")

@@ -1,0 +1,41 @@
+"""``falign``: one command per job; what a user can mend ends with a message and exit status 2."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from falign.cli import data, divergences, export, sample, train
+from falign.cli.quiet import quiet
+from falign.errors import FalignError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="falign",
+    help="Align a language model under the f-divergence of your choice.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("train")(train.train)
+app.command("report")(train.report)
+app.command("sample")(sample.sample)
+app.command("export")(export.export)
+app.command("divergences")(divergences.divergences)
+app.add_typer(data.app, name="data")
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend go to standard error, without a traceback."""
+    quiet()
+    try:
+        app()
+    except (FalignError, OSError) as error:
+        # An operating system's error (no permission, a file where a folder should be) names its path itself.
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
+        sys.exit(2)

@@ -1,0 +1,85 @@
+"""``falign sample``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from falign.errors import ConfigError, DataError
+
+__all__ = ["sample"]
+
+
+def sample(
+    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, or any model.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="Prompts: a line each (.txt) or rows with `prompt` (.jsonl ...)."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    dtype: Annotated[str, typer.Option(help="For a model; a run has its own.")] = "auto",
+    json_lines: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Answer prompts with a trained run or any model."""
+    prompts = [*(prompt or []), *(_read_prompts(file) if file else [])]
+    if not prompts:
+        raise ConfigError("no prompt is given: use --prompt TEXT or --file FILE.")
+    console = Console()
+    with Console(stderr=True).status(f"loading {model}"):
+        policy, tokenizer = _load(model, dtype)
+    from falign.models import stop_token_ids
+    from falign.models.adapters import base_of
+    from falign.models.generation import answer
+
+    answers = answer(
+        policy,
+        tokenizer,
+        prompts,
+        stop_token_ids=stop_token_ids(base_of(policy), tokenizer),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    for text, reply in zip(prompts, answers, strict=True):
+        if json_lines:
+            typer.echo(json.dumps({"prompt": text, "completion": reply}, ensure_ascii=False))
+        else:
+            console.print(text, style="bold", markup=False, highlight=False)
+            console.print(reply + "\n", markup=False, highlight=False)
+
+
+def _load(name: str, dtype: str) -> tuple[Any, Any]:
+    from falign.cli.trained import load_trained
+    from falign.models import load_model, load_tokenizer
+    from falign.training import RunFolder
+
+    if (Path(name) / "manifest.json").is_file():
+        trained = load_trained(RunFolder.open(name))
+        return trained.model, trained.tokenizer
+    return load_model(name, dtype=dtype), load_tokenizer(name)
+
+
+def _read_prompts(file: Path) -> list[str]:
+    if file.suffix == ".txt":
+        if not file.is_file():
+            raise DataError(f"No file of prompts at {file}.")
+        try:
+            return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
+    from falign.data import read_rows
+
+    prompts = []
+    for row in read_rows(file):
+        value = row.fields.get("prompt")
+        if not isinstance(value, str):
+            raise DataError(f"{row.place}: `prompt` must be text, got {value!r:.60}; columns: {sorted(row.fields)}.")
+        prompts.append(value)
+    return prompts

@@ -1,0 +1,76 @@
+"""Dependencies point one way, and the mathematics imports nothing heavier than torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import falign
+
+PACKAGE = Path(falign.__file__).parent
+# What each package may import of falign, besides itself and falign.errors.
+ALLOWED = {
+    "divergences": set(),
+    "objectives": {"divergences"},
+    "scoring": set(),
+    "data": {"scoring"},
+    "models": {"scoring"},
+    "references": {"scoring"},
+    "training": {"divergences", "objectives", "scoring", "data", "models", "references"},
+    "cli": {"divergences", "data", "models", "training"},
+}
+LIGHT = {"divergences", "objectives", "scoring"}
+HEAVY = ("transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "numpy", "pydantic", "vllm")
+
+
+def imports_of(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_every_package_has_its_place():
+    packages = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert packages == set(ALLOWED)
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_point_one_way(package):
+    allowed = ALLOWED[package] | {package, "errors"}
+    for file in (PACKAGE / package).rglob("*.py"):
+        for name in imports_of(file):
+            if name.startswith("falign."):
+                inner = name.split(".")[1]
+                assert inner in allowed, f"{file.relative_to(PACKAGE)} imports falign.{inner}"
+
+
+@pytest.mark.parametrize("package", sorted(LIGHT))
+def test_the_mathematics_imports_torch_and_nothing_heavier(package):
+    for file in (PACKAGE / package).rglob("*.py"):
+        roots = {name.split(".")[0] for name in imports_of(file)}
+        assert not roots & set(HEAVY), f"{file.relative_to(PACKAGE)} imports {roots & set(HEAVY)}"
+
+
+def test_trl_is_nowhere_in_the_package():
+    for file in PACKAGE.rglob("*.py"):
+        assert not any(name.split(".")[0] == "trl" for name in imports_of(file)), file
+
+
+def test_import_falign_loads_torch_and_nothing_heavier():
+    code = (
+        "import torch, sys; before = set(sys.modules); import falign, falign.scoring; "
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    # jaxtyping brings numpy, which torch brings too as soon as an array is asked for.
+    assert not [name for name in HEAVY if name != "numpy" and f"'{name}'" in loaded], loaded
+
+
+def test_no_module_is_named_for_nothing():
+    assert not [f for f in PACKAGE.rglob("*.py") if f.stem in {"utils", "common", "misc", "helpers"}]
