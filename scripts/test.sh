@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Everything that CI runs: install, lint, format, types, tests with doctests. Arguments go to pytest.
+cd "$(dirname "$0")/.."
+source scripts/environment.sh dev
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+.venv/bin/ruff check
+.venv/bin/ruff format --check
+.venv/bin/basedpyright
+.venv/bin/pytest "$@"
