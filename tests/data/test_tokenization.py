@@ -187,10 +187,10 @@ def cached_bpe(byte_bpe):
 def test_published_rows_decode_to_the_rendered_conversation(shared_data, smollm2, file):
     stop = smollm2.eos_token_id
     count = 0
-    for example in read_examples(DataSource(str(shared_data(file)))):
-        tree, _ = encode(example, smollm2, stop_token_ids=[stop])
-        for ids, turns in zip(tree.completion_ids, example.completions, strict=True):
-            want = smollm2.apply_chat_template([*example.prompt, *turns], tokenize=False)
+    for row in read_examples(DataSource(str(shared_data(file)))):
+        tree, _ = encode(row, smollm2, stop_token_ids=[stop])
+        for ids, turns in zip(tree.completion_ids, row.completions, strict=True):
+            want = smollm2.apply_chat_template([*row.prompt, *turns], tokenize=False)
             assert smollm2.decode([*tree.prompt_ids, *ids]) + "\n" == want
             assert ids.count(stop) == 1
         count += 1
