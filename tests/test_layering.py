@@ -14,7 +14,7 @@ PACKAGE = Path(falign.__file__).parent
 ALLOWED = {
     "divergences": set(),
     "objectives": {"divergences"},
-    "scoring": set(),
+    "scoring": {"divergences"},
     "data": {"scoring"},
     "models": {"scoring"},
     "references": {"scoring"},

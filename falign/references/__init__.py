@@ -1,7 +1,7 @@
 """The distributions that a policy is held to."""
 
 from falign.references.adapter_off import AdapterOff
-from falign.references.base import Reference, check_same_at_start, detached_logprobs
+from falign.references.base import Reference, check_same_at_start, detached_logprobs, detached_states
 from falign.references.cached import Cached
 from falign.references.frozen_model import FrozenModel
 from falign.references.store import CacheKey, LogprobStore, entry_digest
@@ -15,5 +15,6 @@ __all__ = [
     "Reference",
     "check_same_at_start",
     "detached_logprobs",
+    "detached_states",
     "entry_digest",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxtyping import Float
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from falign.errors import ModelError
-from falign.references.base import Reference, detached_logprobs
-from falign.scoring import DEFAULT_CHUNK_TOKENS, Adapted, PaddedBatch
+from falign.references.base import Reference, detached_logprobs, detached_states
+from falign.scoring import DEFAULT_CHUNK_TOKENS, Adapted, CompletionStates, Head, TokenBatch
 
 __all__ = ["AdapterOff"]
 
@@ -35,15 +35,37 @@ class AdapterOff(Reference):
         return {"kind": "adapter_off", "weights": self.weights}
 
     @override
-    def logprobs(self, policy_model: nn.Module, batch: PaddedBatch) -> Float[Tensor, "N T"]:
-        if not isinstance(policy_model, Adapted):
-            raise ModelError(
-                f"{type(policy_model).__name__} has no adapter to switch off, so the policy would be its own "
-                "reference: train a LoRA adapter (peft.get_peft_model), or take a frozen model as reference."
-            )
-        with _trainable_as_before(policy_model), policy_model.disable_adapter():
-            _refuse_trained_base(policy_model)
+    def logprobs(self, policy_model: nn.Module, batch: TokenBatch) -> Float[Tensor, "N T"]:
+        with _adapter_off(policy_model):
             return detached_logprobs(policy_model, batch, chunk_tokens=self.chunk_tokens)
+
+    @override
+    def states(self, policy_model: nn.Module, batch: TokenBatch, *, token_weights: bool = False) -> CompletionStates:
+        with _adapter_off(policy_model):
+            states = detached_states(policy_model, batch, token_weights=token_weights)
+        # The head is applied later, when the adapter is on again.
+        head = _without_adapter(states.distribution.head)
+        return states._replace(distribution=states.distribution._replace(head=head))
+
+
+@contextmanager
+def _adapter_off(model: nn.Module) -> Iterator[None]:
+    if not isinstance(model, Adapted):
+        raise ModelError(
+            f"{type(model).__name__} has no adapter to switch off, so the policy would be its own "
+            "reference: train a LoRA adapter (peft.get_peft_model), or take a frozen model as reference."
+        )
+    with _trainable_as_before(model), model.disable_adapter():
+        _refuse_trained_base(model)
+        yield
+
+
+def _without_adapter(head: Head) -> Head:
+    # PEFT's layers keep what they wrap under these names.
+    assert isinstance(head.embeddings, nn.Module)
+    children = dict(head.embeddings.named_children())
+    inner = [children[name] for name in ("base_layer", "original_module") if name in children]
+    return replace(head, embeddings=inner[0]) if inner else head
 
 
 @contextmanager

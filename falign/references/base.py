@@ -9,9 +9,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from falign.errors import ModelError
-from falign.scoring import DEFAULT_CHUNK_TOKENS, PaddedBatch, completion_logprobs, evaluation_mode
+from falign.scoring import (
+    DEFAULT_CHUNK_TOKENS,
+    CompletionStates,
+    TokenBatch,
+    completion_scores,
+    completion_states,
+    evaluation_mode,
+)
 
-__all__ = ["Reference", "check_same_at_start", "detached_logprobs"]
+__all__ = ["Reference", "check_same_at_start", "detached_logprobs", "detached_states"]
 
 
 @runtime_checkable
@@ -22,7 +29,7 @@ class Reference(Protocol):
         """Return what a run folder records: ``kind``, and ``weights``, their content hash if known."""
         ...
 
-    def logprobs(self, policy_model: nn.Module, batch: PaddedBatch) -> Float[Tensor, "N T"]:
+    def logprobs(self, policy_model: nn.Module, batch: TokenBatch) -> Float[Tensor, "N T"]:
         """Return log π_ref of the completion tokens, without gradient and dropout, 0 where masked.
 
         Args:
@@ -34,9 +41,22 @@ class Reference(Protocol):
         """
         ...
 
+    def states(self, policy_model: nn.Module, batch: TokenBatch, *, token_weights: bool = False) -> CompletionStates:
+        """Return whole next-token distributions, for objectives that take a divergence over the vocabulary.
+
+        Args:
+            policy_model: The policy, which some references are a part of; it is left as it was.
+            batch: The rows to score.
+            token_weights: Also return activation weights (see :func:`falign.scoring.completion_states`).
+
+        Returns:
+            What predicts each completion token, without gradient and dropout.
+        """
+        ...
+
 
 def detached_logprobs(
-    model: nn.Module, batch: PaddedBatch, *, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    model: nn.Module, batch: TokenBatch, *, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
 ) -> Float[Tensor, "N T"]:
     """Return the log-probabilities of a model at rest: no gradient, no dropout, modes restored afterwards.
 
@@ -49,11 +69,26 @@ def detached_logprobs(
         Log-probabilities in nats, shape (N, T), 0 where masked.
     """
     with torch.no_grad(), evaluation_mode(model):
-        return completion_logprobs(model, batch, chunk_tokens=chunk_tokens).logprobs
+        return completion_scores(model, batch, chunk_tokens=chunk_tokens).logprobs
+
+
+def detached_states(model: nn.Module, batch: TokenBatch, *, token_weights: bool = False) -> CompletionStates:
+    """Return the next-token distributions of a model at rest: no gradient, no dropout, modes restored afterwards.
+
+    Args:
+        model: The model to score with.
+        batch: The rows to score.
+        token_weights: Also return activation weights.
+
+    Returns:
+        The states at the positions that predict completion tokens.
+    """
+    with torch.no_grad(), evaluation_mode(model):
+        return completion_states(model, batch, token_weights=token_weights)
 
 
 def check_same_at_start(
-    policy_model: nn.Module, reference: Reference, batch: PaddedBatch, *, tolerance: float = 1e-5
+    policy_model: nn.Module, reference: Reference, batch: TokenBatch, *, tolerance: float = 1e-5
 ) -> None:
     """Refuse a reference that differs from the untrained policy, where the two should be the same model.
 

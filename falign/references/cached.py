@@ -15,7 +15,7 @@ from typing_extensions import override
 from falign.errors import ConfigError, DataError, ModelError
 from falign.references.base import Reference
 from falign.references.store import CacheKey, LogprobStore, entry_digest
-from falign.scoring import PaddedBatch, PromptTree, pad
+from falign.scoring import LAYOUTS, CompletionStates, Layout, PromptTree, TokenBatch
 
 __all__ = ["Cached"]
 
@@ -51,7 +51,7 @@ class Cached(Reference):
         return {"kind": "cached", "reference": wrapped, **asdict(self.store.key)}
 
     @override
-    def logprobs(self, policy_model: nn.Module, batch: PaddedBatch) -> Float[Tensor, "N T"]:
+    def logprobs(self, policy_model: nn.Module, batch: TokenBatch) -> Float[Tensor, "N T"]:
         digests = [entry_digest(prompt, completion) for prompt, completion in batch.token_ids()]
         if any(digest not in self.store for digest in digests):
             self.store.append(self._compute(policy_model, batch, digests))
@@ -60,6 +60,16 @@ class Cached(Reference):
             row[: len(values)] = values
         return logprobs.to(batch.input_ids.device)
 
+    @override
+    def states(self, policy_model: nn.Module, batch: TokenBatch, *, token_weights: bool = False) -> CompletionStates:
+        if self.reference is None:
+            raise ConfigError(
+                f"{self.store.directory} holds log-probabilities of single tokens, and this objective needs the "
+                "reference's whole distributions, which have to be computed live: drop the cache (reference.cache), "
+                "or give Cached its reference."
+            )
+        return self.reference.states(policy_model, batch, token_weights=token_weights)
+
     def precompute(
         self,
         policy_model: nn.Module,
@@ -67,6 +77,7 @@ class Cached(Reference):
         *,
         pad_token_id: int,
         batch_size: int = 8,
+        layout: Layout = "padded",
         on_progress: Callable[[int, int], None] | None = None,
     ) -> int:
         """Compute what is missing, the longest trees first, so that memory runs out at once or never.
@@ -76,6 +87,7 @@ class Cached(Reference):
             trees: The data; those of which everything is there cost nothing.
             pad_token_id: Any valid id.
             batch_size: Trees per forward pass.
+            layout: One that the reference's model can read.
             on_progress: Called after each pass with the numbers of trees done and to do.
 
         Returns:
@@ -86,7 +98,7 @@ class Cached(Reference):
         device = next(policy_model.parameters()).device
         computed: dict[bytes, Tensor] = {}
         for start in range(0, len(ordered), batch_size):
-            batch = pad(ordered[start : start + batch_size], pad_token_id=pad_token_id).to(device)
+            batch = LAYOUTS[layout](ordered[start : start + batch_size], pad_token_id=pad_token_id).to(device)
             digests = [entry_digest(prompt, completion) for prompt, completion in batch.token_ids()]
             computed |= self._compute(policy_model, batch, digests)
             done = min(start + batch_size, len(ordered))
@@ -102,7 +114,7 @@ class Cached(Reference):
         return tuple(digest for digest in digests if digest not in self.store)
 
     def _compute(
-        self, policy_model: nn.Module, batch: PaddedBatch, digests: list[bytes]
+        self, policy_model: nn.Module, batch: TokenBatch, digests: list[bytes]
     ) -> dict[bytes, Float[Tensor, " _"]]:
         missing = [n for n, digest in enumerate(digests) if digest not in self.store]
         if self.reference is None:

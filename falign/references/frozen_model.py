@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from falign.errors import ModelError
-from falign.references.base import Reference, detached_logprobs
-from falign.scoring import DEFAULT_CHUNK_TOKENS, PaddedBatch
+from falign.references.base import Reference, detached_logprobs, detached_states
+from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch
 
 __all__ = ["FrozenModel"]
 
@@ -36,10 +36,18 @@ class FrozenModel(Reference):
         return {"kind": "frozen_model", "weights": self.weights}
 
     @override
-    def logprobs(self, policy_model: nn.Module, batch: PaddedBatch) -> Float[Tensor, "N T"]:
+    def logprobs(self, policy_model: nn.Module, batch: TokenBatch) -> Float[Tensor, "N T"]:
+        self._refuse_policy(policy_model)
+        return detached_logprobs(self.model, batch, chunk_tokens=self.chunk_tokens)
+
+    @override
+    def states(self, policy_model: nn.Module, batch: TokenBatch, *, token_weights: bool = False) -> CompletionStates:
+        self._refuse_policy(policy_model)
+        return detached_states(self.model, batch, token_weights=token_weights)
+
+    def _refuse_policy(self, policy_model: nn.Module) -> None:
         if policy_model is self.model:
             raise ModelError(
                 "Policy and frozen reference are one object, so the policy is frozen too: load the reference "
                 "separately, or copy it before training."
             )
-        return detached_logprobs(self.model, batch, chunk_tokens=self.chunk_tokens)

@@ -1,26 +1,45 @@
-"""From token ids to log-probabilities of completions."""
+"""From token ids to log-probabilities, entropies and divergences of completions."""
 
+from falign.scoring.attention_masks import tree_masks, why_not_trees
 from falign.scoring.backbone import Adapted, read_backbone, without_wrapper
-from falign.scoring.completions import completion_logprobs
+from falign.scoring.batch import TokenBatch, TreeSpan
+from falign.scoring.completions import CompletionStates, completion_scores, completion_states
 from falign.scoring.evaluation_mode import evaluation_mode
-from falign.scoring.head import DEFAULT_CHUNK_TOKENS, Head, TokenScores, read_head, token_logprobs
+from falign.scoring.head import Head, read_head
 from falign.scoring.head_check import check_head
-from falign.scoring.padded import PaddedBatch, pad
+from falign.scoring.layout_choice import LayoutChoice, choose_layout
+from falign.scoring.layouts import LAYOUTS, Layout, pack, pad
+from falign.scoring.token_budget import TokenBudgetBatches
+from falign.scoring.tree_attention import TreeMask
 from falign.scoring.trees import PromptTree
+from falign.scoring.vocabulary import DEFAULT_CHUNK_TOKENS, Distribution, TokenScores, token_scores
 
 __all__ = [
     "DEFAULT_CHUNK_TOKENS",
+    "LAYOUTS",
     "Adapted",
+    "CompletionStates",
+    "Distribution",
     "Head",
-    "PaddedBatch",
+    "Layout",
+    "LayoutChoice",
     "PromptTree",
+    "TokenBatch",
+    "TokenBudgetBatches",
     "TokenScores",
+    "TreeMask",
+    "TreeSpan",
     "check_head",
-    "completion_logprobs",
+    "choose_layout",
+    "completion_scores",
+    "completion_states",
     "evaluation_mode",
+    "pack",
     "pad",
     "read_backbone",
     "read_head",
-    "token_logprobs",
+    "token_scores",
+    "tree_masks",
+    "why_not_trees",
     "without_wrapper",
 ]

@@ -1,46 +1,117 @@
-"""Log-probabilities of the completions of a padded batch."""
+"""From a batch of tokens to what is known about each completion token."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from falign.divergences import Divergence
+from falign.scoring.attention_masks import tree_masks
 from falign.scoring.backbone import read_backbone
-from falign.scoring.head import DEFAULT_CHUNK_TOKENS, TokenScores, read_head, token_logprobs
-from falign.scoring.padded import PaddedBatch
+from falign.scoring.batch import TokenBatch
+from falign.scoring.head import read_head
+from falign.scoring.vocabulary import DEFAULT_CHUNK_TOKENS, Distribution, TokenScores, token_scores
 
-__all__ = ["completion_logprobs"]
+__all__ = ["CompletionStates", "completion_scores", "completion_states"]
 
 
-def completion_logprobs(
-    model: nn.Module, batch: PaddedBatch, *, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
-) -> TokenScores:
-    """Return log π(y_t | x, y_<t) and the entropy at each completion token.
+class CompletionStates(NamedTuple):
+    """A batch as a model without its head sees it.
 
-    The backbone runs over the whole rows; only the positions that predict a completion token reach the head.
+    Attributes:
+        distribution: What predicts each completion token, in the order of the mask's True places, shape (M, H).
+        token_weights: How much the model is activated where it predicts each token, shape (N, T), 0 where masked;
+            None unless asked for.
+    """
+
+    distribution: Distribution
+    token_weights: Float[Tensor, "N T"] | None = None
+
+
+def completion_states(model: nn.Module, batch: TokenBatch, *, token_weights: bool = False) -> CompletionStates:
+    """Run the model without its head.
 
     Args:
         model: A causal language model in the Transformers layout, with or without adapters, on the device of
             the batch.
-        batch: The rows to score.
+        batch: The rows to score, in either layout.
+        token_weights: Also return activation weights: for each layer the mean absolute activation, divided by its
+            mean over the completion, averaged over layers; so their mean over a completion is 1.
+
+    Returns:
+        The states at the positions that predict completion tokens.
+
+    Raises:
+        ModelError: If the model has no separate backbone and head.
+
+    Source:
+        Weights: after the parameter-free mask of SparsePO (arXiv:2410.05102), normalised to a mean of 1 so that β keeps
+        its meaning, and a function of the prefix alone.
+    """
+    mask = tree_masks(model, batch) if batch.attention_mask is None else batch.attention_mask
+    outputs = read_backbone(model)(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=mask,
+        use_cache=False,
+        output_hidden_states=token_weights,
+    )
+    predictor = batch.predictor[batch.completion_mask]
+    distribution = Distribution(outputs[0].flatten(0, 1)[predictor], read_head(model))
+    if not token_weights:
+        return CompletionStates(distribution)
+    return CompletionStates(distribution, _activation_weights(outputs.hidden_states, batch))
+
+
+def completion_scores(
+    model: nn.Module,
+    batch: TokenBatch,
+    *,
+    divergence: Divergence | None = None,
+    reference: Distribution | None = None,
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+) -> TokenScores:
+    """Return log π(y_t | x, y_<t), the entropy and, if asked for, D_f(π‖π_ref) at each completion token.
+
+    The backbone runs over the rows; only the positions that predict a completion token reach the head.
+
+    Args:
+        model: A causal language model in the Transformers layout, with or without adapters, on the device of
+            the batch.
+        batch: The rows to score, in either layout.
+        divergence: f, taken over the whole vocabulary at each position.
+        reference: What f is taken to, of the same batch; given together with `divergence`.
         chunk_tokens: How many positions reach the head at once; changes memory and speed alone.
 
     Returns:
-        Log-probabilities, which carry the gradient, and detached entropies, each of shape (N, T) in float32
-        (float64 for a float64 model), with 0 where `batch.completion_mask` is False.
+        Log-probabilities and divergences, which carry the gradient, detached entropies and the reference's
+        log-probabilities, each of shape (N, T) in float32 (float64 for a float64 model), with 0 where
+        `batch.completion_mask` is False.
 
     Raises:
         ModelError: If the model has no separate backbone and head.
     """
-    outputs = read_backbone(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    rows, tokens = batch.completion_mask.nonzero(as_tuple=True)
-    scores = token_logprobs(
-        outputs[0][rows, batch.predictor[rows, tokens]],
-        read_head(model),
-        batch.completion_ids[rows, tokens],
+    scores = token_scores(
+        completion_states(model, batch).distribution,
+        batch.completion_ids[batch.completion_mask],
+        divergence=divergence,
+        reference=reference,
         chunk_tokens=chunk_tokens,
     )
-    nowhere = scores.entropy.new_zeros(batch.completion_mask.shape)
-    return TokenScores(
-        logprobs=nowhere.masked_scatter(batch.completion_mask, scores.logprobs),
-        entropy=nowhere.masked_scatter(batch.completion_mask, scores.entropy),
-    )
+    placed = {name: batch.scatter(values) for name, values in scores._asdict().items() if values is not None}
+    return TokenScores(**placed)
+
+
+def _activation_weights(hidden_states: Sequence[Tensor], batch: TokenBatch) -> Float[Tensor, "N T"]:
+    predictor = batch.predictor[batch.completion_mask]
+    weights = torch.zeros(batch.completion_mask.shape, device=predictor.device)
+    num_tokens = batch.completion_mask.sum(dim=-1, keepdim=True)
+    layers = hidden_states[1:]  # the first one is the embeddings
+    for layer in layers:
+        size = batch.scatter(layer.detach().flatten(0, 1)[predictor].float().abs().mean(dim=-1))
+        weights += size * num_tokens / size.sum(dim=-1, keepdim=True)
+    return weights / len(layers)

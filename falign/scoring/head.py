@@ -1,22 +1,18 @@
-"""Log-probabilities of given tokens from hidden states, without ever holding [tokens, vocabulary]."""
+"""The head of a language model: from a hidden state to logits over the vocabulary."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from falign.errors import ModelError
 from falign.scoring.backbone import without_wrapper
 
-__all__ = ["DEFAULT_CHUNK_TOKENS", "Head", "TokenScores", "read_head", "token_logprobs"]
-
-# A float32 tile of 512 tokens over a vocabulary of 128k is 256 MiB; a backward pass holds about five.
-DEFAULT_CHUNK_TOKENS = 512
+__all__ = ["Head", "read_head"]
 
 # What model configurations call the same three things. `check_head` finds what this table does not know.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -25,44 +21,48 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 _MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
 
 
-class TokenScores(NamedTuple):
-    """What scoring knows about each token, shape (M,) for a flat list and (N, T) for a batch.
-
-    Attributes:
-        logprobs: log π of the token, nats; carries the gradient.
-        entropy: Entropy of the distribution that the token was predicted from, nats; detached.
-    """
-
-    logprobs: Float[Tensor, "*shape"]
-    entropy: Float[Tensor, "*shape"]
-
-
 @dataclass(frozen=True)
 class Head:
     """From a hidden state to logits: ``c tanh(s E(h) / c)``, or ``s E(h)`` without a cap.
 
     Attributes:
-        embeddings: E, the output embeddings; called as a module, so that adapters on it and quantisation act.
+        embeddings: E, the output embeddings; called, so that adapters on it and quantisation act. A module, or for a
+            head that is not trained any function of hidden states.
         scale: s, what the model multiplies its logits by.
         softcap: c, the bound of its logits; None for none.
     """
 
-    embeddings: nn.Module
+    embeddings: nn.Module | Callable[[Tensor], Tensor]
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden: Float[Tensor, "M H"]) -> Float[Tensor, "M V"]:
-        """Return the logits in float32, or in float64 for a float64 model.
+    @property
+    def trains(self) -> bool:
+        """Whether a parameter of the head takes a gradient."""
+        return isinstance(self.embeddings, nn.Module) and any(p.requires_grad for p in self.embeddings.parameters())
+
+    def logits(self, raw: Float[Tensor, "M V"]) -> Float[Tensor, "M V"]:
+        """Return the logits, from what the embeddings give, in float32, or in float64 for a float64 model.
 
         Args:
-            hidden: Last hidden states, shape (M, H).
+            raw: ``E(h)``, shape (M, V).
 
         Returns:
-            Logits over the vocabulary, shape (M, V).
+            Logits over the vocabulary, a new tensor of shape (M, V).
         """
-        logits = self.embeddings(hidden)
-        logits = self.scale * logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = self.scale * raw.to(torch.promote_types(raw.dtype, torch.float32))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def slope(self, logits: Float[Tensor, "M V"]) -> Float[Tensor, "M V"] | float:
+        """Return the derivative of `logits` by what the embeddings give.
+
+        Args:
+            logits: What :meth:`logits` returned.
+
+        Returns:
+            ``s (1 - (z/c)²)``, or ``s`` without a cap.
+        """
+        return self.scale if self.softcap is None else self.scale * (1 - (logits / self.softcap).square())
 
 
 def read_head(model: nn.Module) -> Head:
@@ -94,54 +94,3 @@ def read_head(model: nn.Module) -> Head:
             scale *= 1.0 / value if name in _DIVISORS and not multiplies else float(value)
     caps = [float(cap) for name in _SOFTCAPS if (cap := getattr(config, name, None))]
     return Head(embeddings=embeddings, scale=scale, softcap=caps[0] if caps else None)
-
-
-def token_logprobs(
-    hidden: Float[Tensor, "M H"],
-    head: Head,
-    targets: Int[Tensor, " M"],
-    *,
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
-) -> TokenScores:
-    """Return log π of each target token, and the entropy of the distribution it comes from.
-
-    The head is applied to `chunk_tokens` positions at a time and once more in the backward pass, so that
-    neither pass holds more than a few tensors of [chunk_tokens, vocabulary].
-
-    Args:
-        hidden: The hidden state that predicts each target, shape (M, H).
-        head: The model's head.
-        targets: Token ids, shape (M,).
-        chunk_tokens: How many positions reach the head at once; changes memory and speed alone.
-
-    Returns:
-        Log-probabilities and entropies, each of shape (M,), float32 (float64 for a float64 model).
-
-    Raises:
-        ValueError: If `chunk_tokens` is not positive or there is nothing to score.
-
-    Example:
-        >>> head = Head(embeddings=torch.nn.Identity())
-        >>> token_logprobs(torch.zeros(1, 4), head, torch.tensor([3])).logprobs
-        tensor([-1.3863])
-    """
-    if chunk_tokens < 1 or not len(targets):
-        raise ValueError(f"chunk_tokens={chunk_tokens} and {len(targets)} tokens: both must be at least 1.")
-    # The random state is kept (checkpoint's default): dropout in an adapter on the head repeats itself.
-    chunks = [
-        checkpoint(_score_chunk, hidden_chunk, targets_chunk, head, use_reentrant=False)
-        for hidden_chunk, targets_chunk in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
-    ]
-    logprobs, entropy = zip(*chunks, strict=True)
-    return TokenScores(torch.cat(logprobs), torch.cat(entropy))
-
-
-def _score_chunk(
-    hidden: Float[Tensor, "C H"], targets: Int[Tensor, " C"], head: Head
-) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
-    log_probabilities = head.logits(hidden).log_softmax(dim=-1)
-    logprobs = log_probabilities.gather(-1, targets[:, None]).squeeze(-1)
-    # Last, because the recomputation in the backward pass stops before it. entr(0) = 0, where p log p is nan.
-    with torch.no_grad():
-        entropy = torch.special.entr(log_probabilities.exp()).sum(dim=-1)
-    return logprobs, entropy

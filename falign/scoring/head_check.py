@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from falign.errors import ModelError
-from falign.scoring.completions import completion_logprobs
+from falign.scoring.completions import completion_scores
 from falign.scoring.evaluation_mode import evaluation_mode
-from falign.scoring.padded import pad
+from falign.scoring.layouts import pad
 from falign.scoring.trees import PromptTree
 
 __all__ = ["check_head"]
@@ -35,7 +35,7 @@ def check_head(model: nn.Module, token_ids: Sequence[int], *, tolerance: float |
     ids = tuple(token_ids[:_NUM_TOKENS])
     batch = pad([PromptTree(ids[:1], (ids[1:],))], pad_token_id=ids[0]).to(next(model.parameters()).device)
     with torch.no_grad(), evaluation_mode(model):
-        scores = completion_logprobs(model, batch).logprobs[0]
+        scores = completion_scores(model, batch).logprobs[0]
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits[0, :-1]
     if tolerance is None:
         tolerance = 1e-4 if logits.dtype.itemsize >= torch.float32.itemsize else 0.1

@@ -31,6 +31,11 @@ class PromptTree:
     preference: tuple[float, ...] | None = None
     place: str = ""
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt, counted once, and of all completions."""
+        return len(self.prompt_ids) + sum(map(len, self.completion_ids))
+
     def __post_init__(self) -> None:
         if not self.prompt_ids:
             raise ValueError(f"{self.place}: a prompt needs at least one token: its last one predicts the completion.")

@@ -12,6 +12,7 @@ from falign import divergences
 from falign.data import DataSource, LengthPolicy, PreferenceData, Window, load_preferences
 from falign.errors import ConfigError
 from falign.objectives import Objective, Pairwise
+from falign.scoring import DEFAULT_CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -210,7 +211,12 @@ class TrainingConfig(FrozenModel):
     """Write a checkpoint so often; none when left out."""
     save_total_limit: int | None = Field(default=2, ge=1)
     report_to: list[str] = []
-    chunk_tokens: int = Field(default=512, ge=1)
+    tokens_per_batch: int | None = Field(default=None, ge=2)
+    """Micro-batches of as many prompts as have so many tokens with their completions, instead of a fixed number."""
+    layout: Literal["auto", "tree", "padded"] = "auto"
+    """``tree``: each prompt is computed once for all its completions; ``padded``: once for each; ``auto``: the first
+    where the model gives it the values of the second, which is tried before training."""
+    chunk_tokens: int = Field(default=DEFAULT_CHUNK_TOKENS, ge=1)
     """Positions that reach the vocabulary at once: memory against speed, no change of results."""
 
     def build(self, output_dir: Path, *, seed: int) -> TrainingArguments:
@@ -220,7 +226,7 @@ class TrainingConfig(FrozenModel):
 
         if missing := set(self.report_to) - {*get_available_reporting_integrations(), "none", "all"}:
             raise ConfigError(f"training.report_to={sorted(missing)}: not installed, or unknown; install the package.")
-        own = {"eval_steps", "save_steps", "chunk_tokens", "gradient_checkpointing"}
+        own = {"eval_steps", "save_steps", "tokens_per_batch", "layout", "chunk_tokens", "gradient_checkpointing"}
         arguments: dict[str, Any] = {
             **self.model_dump(exclude=own),
             "output_dir": str(output_dir),

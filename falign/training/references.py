@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from falign.models import base_of, load_model, weights_hash
 from falign.models.tokenizers import pad_token_id, tokenizer_fingerprint
 from falign.references import AdapterOff, Cached, CacheKey, FrozenModel, Reference
-from falign.scoring import PromptTree
+from falign.scoring import Layout, PromptTree
 from falign.training.config import RunConfig
 
 __all__ = ["build_reference", "cached", "starts_as_policy"]
@@ -48,6 +48,7 @@ def cached(
     *,
     directory: Path,
     batch_size: int,
+    layout: Layout,
     progress: Callable[[int, int], None],
 ) -> Cached:
     """Compute the reference's log-probabilities of all trees once, and return them without the reference.
@@ -59,6 +60,7 @@ def cached(
         trees: All that the run will score.
         directory: Shared by runs; each key has a folder of its own in it.
         batch_size: Trees per batch.
+        layout: One that the reference's model can read.
         progress: Called with trees done and in all.
     """
     base = reference.model if isinstance(reference, FrozenModel) else base_of(policy)
@@ -72,6 +74,11 @@ def cached(
     )
     store = directory / key.digest
     Cached(reference, directory=store, key=key).precompute(
-        policy, trees, pad_token_id=pad_token_id(tokenizer), batch_size=batch_size, on_progress=progress
+        policy,
+        trees,
+        pad_token_id=pad_token_id(tokenizer),
+        batch_size=batch_size,
+        layout=layout,
+        on_progress=progress,
     )
     return Cached(None, directory=store, key=key)

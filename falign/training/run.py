@@ -26,7 +26,7 @@ from falign.models.generation import answer
 from falign.models.tokenizers import pad_token_id
 from falign.objectives import Objective
 from falign.references import Reference, check_same_at_start
-from falign.scoring import check_head, pad
+from falign.scoring import LAYOUTS, Layout, check_head, choose_layout
 from falign.training.config import RunConfig
 from falign.training.curves import plot_curves
 from falign.training.progress import BAR, MetricsFile, ProgressBar
@@ -186,11 +186,17 @@ def _trainer(
     reference = build_reference(config, parts.policy, device=args.device)
     pad_id = pad_token_id(parts.tokenizer)
     parts.policy.to(args.device)  # pyright: ignore[reportArgumentType]
+    layout = _layout(config, parts, pad_id, console)
     if starts_as_policy(config):
-        probe = pad(parts.data.train[:2], pad_token_id=pad_id).to(args.device)
+        probe = LAYOUTS[layout](parts.data.train[:2], pad_token_id=pad_id).to(args.device)
         check_same_at_start(parts.policy, reference, probe)
-    if config.reference.cache is not None:
-        reference = _cache(config, parts, reference, console)
+    if config.reference.cache is not None and parts.objective.token_divergence is not None:
+        console.print(
+            "reference.cache is not used: this objective needs the reference's whole distributions, computed live.",
+            style="yellow",
+        )
+    elif config.reference.cache is not None:
+        reference = _cache(config, parts, reference, layout, console)
     trainer = AlignmentTrainer(
         parts.policy,
         reference=reference,
@@ -199,6 +205,8 @@ def _trainer(
         train_trees=parts.data.train,
         eval_trees=parts.data.eval,
         pad_token_id=pad_id,
+        layout=layout,
+        tokens_per_batch=config.training.tokens_per_batch,
         chunk_tokens=config.training.chunk_tokens,
         processing_class=parts.tokenizer,
         callbacks=[MetricsFile(folder.metrics_file), bar],
@@ -207,7 +215,20 @@ def _trainer(
     return trainer
 
 
-def _cache(config: RunConfig, parts: Parts, reference: Reference, console: Console) -> Reference:
+def _layout(config: RunConfig, parts: Parts, pad_id: int, console: Console) -> Layout:
+    """Try the longest trees that have several completions, where a wrong mask shows."""
+    trees = sorted(parts.data.train, key=lambda tree: (len(tree.completion_ids) > 1, tree.num_tokens))[-2:]
+    try:
+        choice = choose_layout(parts.policy, trees, pad_token_id=pad_id, wanted=config.training.layout)
+    except ValueError as error:
+        raise ConfigError(f"training.{error}") from error
+    console.print(
+        f"layout: {choice.layout}, {choice.reason}", style=None if choice.as_asked else "yellow", highlight=False
+    )
+    return choice.layout
+
+
+def _cache(config: RunConfig, parts: Parts, reference: Reference, layout: Layout, console: Console) -> Reference:
     assert config.reference.cache is not None
     with Progress(*BAR, console=console, transient=True) as progress:
         task = progress.add_task("reference", total=None)
@@ -218,6 +239,7 @@ def _cache(config: RunConfig, parts: Parts, reference: Reference, console: Conso
             [*parts.data.train, *parts.data.eval],
             directory=config.reference.cache,
             batch_size=config.training.per_device_eval_batch_size,
+            layout=layout,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
 

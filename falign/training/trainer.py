@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from typing_extensions import override
 
-from falign.errors import TrainingError
+from falign.errors import ConfigError, TrainingError
 from falign.models.staging import staged_folder
 from falign.objectives import CompletionBatch, Objective, ObjectiveOutput, reduce_terms, total_weights
 from falign.references import Reference
-from falign.scoring import PaddedBatch, PromptTree, completion_logprobs, evaluation_mode, pad
+from falign.scoring import (
+    DEFAULT_CHUNK_TOKENS,
+    LAYOUTS,
+    Layout,
+    PromptTree,
+    TokenBatch,
+    TokenBudgetBatches,
+    completion_scores,
+    evaluation_mode,
+)
 from falign.training.means import Means
 
 __all__ = ["AlignmentTrainer"]
+
+SUPPLIED = frozenset({"reference_logprobs", "preference", "token_divergence", "token_weights"})
 
 
 class AlignmentTrainer(Trainer):
@@ -34,7 +45,10 @@ class AlignmentTrainer(Trainer):
         train_trees: Prompts with their completions.
         eval_trees: Held-out ones; may be empty.
         pad_token_id: What fills rows; it is masked by position, never by value.
+        layout: One that the model can read; see :func:`falign.scoring.choose_layout`.
         chunk_tokens: Positions that reach the vocabulary at once.
+        tokens_per_batch: Micro-batches of as many trees as have so many tokens, in place of
+            ``args.per_device_train_batch_size`` trees.
         **kwargs: Passed on to ``transformers.Trainer`` (``processing_class``, ``callbacks``, ``optimizers``).
     """
 
@@ -48,11 +62,17 @@ class AlignmentTrainer(Trainer):
         train_trees: list[PromptTree],
         eval_trees: list[PromptTree],
         pad_token_id: int,
-        chunk_tokens: int,
+        layout: Layout = "padded",
+        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        tokens_per_batch: int | None = None,
         **kwargs: Any,
     ) -> None:
+        if unknown := sorted(objective.needs - SUPPLIED):
+            raise ConfigError(f"This objective reads {unknown} of a batch, which preference data do not have.")
+        lay_out = LAYOUTS[layout]
+
         def collate(trees: list[PromptTree]) -> dict[str, Any]:
-            return vars(pad(trees, pad_token_id=pad_token_id))
+            return vars(lay_out(trees, pad_token_id=pad_token_id))
 
         super().__init__(
             model=model,
@@ -64,7 +84,7 @@ class AlignmentTrainer(Trainer):
         )
         self.policy, self.reference, self.objective = model, reference, objective
         self.run_dir = Path(str(args.output_dir))
-        self.score = partial(completion_logprobs, chunk_tokens=chunk_tokens)
+        self.chunk_tokens, self.tokens_per_batch = chunk_tokens, tokens_per_batch
         self.loss_is_scaled_for_ga = True  # every term is divided by its weights over the whole step
         self.means = Means()
         self._staging: Path | None = None
@@ -80,6 +100,17 @@ class AlignmentTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     @override
+    def get_train_dataloader(self) -> DataLoader:
+        if self.tokens_per_batch is None:
+            return super().get_train_dataloader()
+        trees: Any = self.train_dataset
+        batches = TokenBudgetBatches(
+            [tree.num_tokens for tree in trees], max_tokens=self.tokens_per_batch, seed=self.args.seed
+        )
+        loader = DataLoader(trees, batch_sampler=batches, collate_fn=self.data_collator)  # pyright: ignore[reportArgumentType]
+        return self.accelerator.prepare(loader)
+
+    @override
     def compute_loss(
         self,
         model: nn.Module,
@@ -87,7 +118,7 @@ class AlignmentTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        output = self.evaluate_objective(model, PaddedBatch(**inputs))
+        output = self.evaluate_objective(model, TokenBatch(**inputs))
         assert isinstance(num_items_in_batch, Tensor), "the step's weights come from _get_num_items_in_batch"
         loss = reduce_terms(output.terms, num_items_in_batch)
         if not torch.isfinite(loss):
@@ -100,13 +131,29 @@ class AlignmentTrainer(Trainer):
         self.means.add(output.metrics)
         return loss * self.accelerator.num_processes  # DistributedDataParallel averages over ranks
 
-    def evaluate_objective(self, model: nn.Module, batch: PaddedBatch) -> ObjectiveOutput:
-        """Score a batch under policy and reference, and return the objective's terms and metrics."""
-        scores = self.score(model, batch)
-        reference = None
-        if "reference_logprobs" in self.objective.needs:
-            reference = self.reference.logprobs(model, batch)
-        output = self.objective(_completions(batch, scores.logprobs, reference))
+    def evaluate_objective(self, model: nn.Module, batch: TokenBatch) -> ObjectiveOutput:
+        """Score a batch under reference and policy, and return the objective's terms and metrics."""
+        objective, extra = self.objective, {}
+        if objective.token_divergence is not None:
+            # Whole distributions of the reference first, so that its pass is over before the policy's graph is kept.
+            states = self.reference.states(model, batch, token_weights="token_weights" in objective.needs)
+            scores = completion_scores(
+                model,
+                batch,
+                divergence=objective.token_divergence,
+                reference=states.distribution,
+                chunk_tokens=self.chunk_tokens,
+            )
+            extra = {
+                "token_divergence": scores.divergence,
+                "reference_logprobs": scores.reference_logprobs,
+                "token_weights": states.token_weights,
+            }
+        else:
+            if "reference_logprobs" in objective.needs:
+                extra["reference_logprobs"] = self.reference.logprobs(model, batch)
+            scores = completion_scores(model, batch, chunk_tokens=self.chunk_tokens)
+        output = objective(_completions(batch, scores.logprobs, **extra))
         entropy = scores.entropy[batch.completion_mask]
         return output._replace(metrics={**output.metrics, "entropy": entropy.detach()})
 
@@ -115,13 +162,14 @@ class AlignmentTrainer(Trainer):
         """Sum each term's weights over the micro-batches and ranks of one step."""
         if not batch_samples:
             return None
-        totals = torch.stack([self._weights(PaddedBatch(**inputs)) for inputs in batch_samples]).sum(dim=0)
+        totals = torch.stack([self._weights(TokenBatch(**inputs)) for inputs in batch_samples]).sum(dim=0)
         return self.accelerator.reduce(totals.to(device), reduction="sum")  # pyright: ignore[reportReturnType]
 
-    def _weights(self, batch: PaddedBatch) -> Tensor:
+    def _weights(self, batch: TokenBatch) -> Tensor:
         # Weights depend on masks and preferences alone, so zeros in place of log-probabilities give them.
         nowhere = torch.zeros(batch.completion_mask.shape, device=batch.completion_mask.device)
-        return total_weights(self.objective(_completions(batch, nowhere, nowhere)).terms)
+        needed = dict.fromkeys(self.objective.needs - {"preference"}, nowhere)
+        return total_weights(self.objective(_completions(batch, nowhere, **needed)).terms)
 
     @override
     def evaluate(
@@ -133,7 +181,7 @@ class AlignmentTrainer(Trainer):
         with torch.no_grad(), evaluation_mode(self.policy), torch.random.fork_rng(devices=[]):
             for inputs in self.get_eval_dataloader(eval_dataset):
                 batch: dict[str, Any] = self._prepare_inputs(inputs)
-                output = self.evaluate_objective(self.policy, PaddedBatch(**batch))
+                output = self.evaluate_objective(self.policy, TokenBatch(**batch))
                 means.add(output.metrics)
                 losses.append(torch.stack([term.scale * (term.losses * term.weights).sum() for term in output.terms]))
                 weights.append(total_weights(output.terms))
@@ -165,11 +213,11 @@ class AlignmentTrainer(Trainer):
         return str(self.run_dir if self._staging is None else self._staging)
 
 
-def _completions(batch: PaddedBatch, logprobs: Tensor, reference_logprobs: Tensor | None) -> CompletionBatch:
+def _completions(batch: TokenBatch, logprobs: Tensor, **fields: Tensor | None) -> CompletionBatch:
     return CompletionBatch(
         logprobs=logprobs,
         completion_mask=batch.completion_mask,
         prompt_index=batch.prompt_index,
-        reference_logprobs=reference_logprobs,
         preference=batch.preference,
+        **fields,
     )

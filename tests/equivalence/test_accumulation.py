@@ -7,7 +7,7 @@ import torch
 
 from falign.objectives import FDPO, CompletionBatch, ObjectiveOutput, Pairwise, Term
 from falign.references import AdapterOff
-from falign.scoring import completion_logprobs, pad
+from falign.scoring import completion_scores, pad
 from tests.equivalence.runs import PAD, alignment_trainer, difference, lora_policy, lora_weights, run, trees
 
 
@@ -37,7 +37,7 @@ def whole_batch(objective, rows, dtype):
     """The loss, metrics and gradient of all rows at once, with no trainer."""
     policy = lora_policy(trained=True).to(dtype)
     padded = pad(rows, pad_token_id=PAD)
-    scores = completion_logprobs(policy, padded)
+    scores = completion_scores(policy, padded)
     output = objective(
         CompletionBatch(
             logprobs=scores.logprobs,

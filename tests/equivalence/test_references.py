@@ -12,7 +12,7 @@ from typing_extensions import override
 from falign.errors import DataError
 from falign.objectives import FDPO
 from falign.references import AdapterOff, Cached, CacheKey, FrozenModel, Reference
-from falign.scoring import PaddedBatch
+from falign.scoring import TokenBatch
 from tests.equivalence.runs import CHUNK, PAD, alignment_trainer, lora_policy, run, trees
 from tests.scoring.models import tiny_model
 
@@ -36,7 +36,7 @@ class Counted(Reference):
         return self.inner.identity()
 
     @override
-    def logprobs(self, policy_model: nn.Module, batch: PaddedBatch) -> Tensor:
+    def logprobs(self, policy_model: nn.Module, batch: TokenBatch) -> Tensor:
         self.calls += 1
         return self.inner.logprobs(policy_model, batch)
 

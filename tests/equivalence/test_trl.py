@@ -16,7 +16,7 @@ from falign import divergences
 from falign.models import add_lora
 from falign.objectives import FDPO, CompletionBatch, Exo, Pairwise, Robust, hinge, logistic
 from falign.references import AdapterOff, FrozenModel, Reference
-from falign.scoring import PaddedBatch, PromptTree, TokenScores, completion_logprobs, pad
+from falign.scoring import PromptTree, TokenBatch, TokenScores, completion_scores, pad
 
 # TRL 1.16 and PEFT 0.21 read an attribute that Transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -150,10 +150,10 @@ def trees_of(batch) -> list[PromptTree]:
     ]
 
 
-def scored(tokenizer, policy, reference: Reference, batch) -> tuple[PaddedBatch, TokenScores, CompletionBatch]:
+def scored(tokenizer, policy, reference: Reference, batch) -> tuple[TokenBatch, TokenScores, CompletionBatch]:
     padded = pad(trees_of(batch), pad_token_id=tokenizer.pad_token_id)
     # Fewer positions at once than the batch has, so that the head's chunks are compared too.
-    scores = completion_logprobs(policy, padded, chunk_tokens=7)
+    scores = completion_scores(policy, padded, chunk_tokens=7)
     completions = CompletionBatch(
         logprobs=scores.logprobs,
         completion_mask=padded.completion_mask,

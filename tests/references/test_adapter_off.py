@@ -3,7 +3,7 @@ import torch
 
 from falign.errors import ModelError
 from falign.references import AdapterOff
-from falign.scoring import completion_logprobs, pad
+from falign.scoring import completion_scores, pad
 from tests.scoring.models import TREES, tiny_model, with_lora
 
 BATCH = pad(TREES, pad_token_id=2)
@@ -11,7 +11,7 @@ BATCH = pad(TREES, pad_token_id=2)
 
 def test_it_gives_the_base_model_under_a_trained_adapter_with_dropout_in_training():
     with torch.no_grad():
-        base = completion_logprobs(tiny_model().eval(), BATCH).logprobs
+        base = completion_scores(tiny_model().eval(), BATCH).logprobs
     policy = with_lora(tiny_model(attention_dropout=0.5), trained=True, lora_dropout=0.5).train()
     logprobs = AdapterOff().logprobs(policy, BATCH)
     torch.testing.assert_close(logprobs, base, rtol=0, atol=1e-6)
@@ -21,7 +21,7 @@ def test_it_gives_the_base_model_under_a_trained_adapter_with_dropout_in_trainin
 def test_the_policy_is_left_as_it_was():
     policy = with_lora(tiny_model(), trained=True, lora_dropout=0.5).train()
     with torch.no_grad():
-        adapter_on = completion_logprobs(policy.eval(), BATCH).logprobs
+        adapter_on = completion_scores(policy.eval(), BATCH).logprobs
     policy.train()
     policy.get_base_model().model.layers[0].eval()
     policy.get_base_model().model.layers[1].self_attn.q_proj.lora_A.requires_grad_(False)
@@ -29,14 +29,14 @@ def test_the_policy_is_left_as_it_was():
     AdapterOff().logprobs(policy, BATCH)
     assert ([m.training for m in policy.modules()], [p.requires_grad for p in policy.parameters()]) == before
     with torch.no_grad():
-        torch.testing.assert_close(completion_logprobs(policy.eval(), BATCH).logprobs, adapter_on)
+        torch.testing.assert_close(completion_scores(policy.eval(), BATCH).logprobs, adapter_on)
 
 
 def test_a_gradient_of_the_policy_survives_the_reference_between_forward_and_backward():
     policy = with_lora(tiny_model(), trained=True).train()
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    expected = torch.autograd.grad(completion_logprobs(policy, BATCH).logprobs.sum(), parameters)
-    loss = completion_logprobs(policy, BATCH).logprobs.sum()
+    expected = torch.autograd.grad(completion_scores(policy, BATCH).logprobs.sum(), parameters)
+    loss = completion_scores(policy, BATCH).logprobs.sum()
     AdapterOff().logprobs(policy, BATCH)
     torch.testing.assert_close(torch.autograd.grad(loss, parameters), expected)
 
@@ -56,7 +56,7 @@ def test_a_base_that_is_trained_too_is_refused_and_stays_trainable():
 
 def test_a_head_trained_in_full_beside_the_adapter_is_off_too():
     with torch.no_grad():
-        base = completion_logprobs(tiny_model().eval(), BATCH).logprobs
+        base = completion_scores(tiny_model().eval(), BATCH).logprobs
     policy = with_lora(tiny_model(), modules_to_save=["lm_head"])
     torch.nn.init.normal_(policy.get_base_model().lm_head.modules_to_save.default.weight)
     torch.testing.assert_close(AdapterOff().logprobs(policy, BATCH), base, rtol=0, atol=1e-6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from falign.errors import ConfigError, DataError, ModelError
-from falign.references import AdapterOff, Cached, CacheKey, FrozenModel
+from falign.references import AdapterOff, Cached, CacheKey, FrozenModel, Reference
 from falign.scoring import PromptTree, pad
 from tests.references.spy import ForwardSpy
 from tests.scoring.models import TREES, tiny_model, with_lora
@@ -90,7 +90,7 @@ def test_values_of_a_sixteen_bit_reference_are_kept_in_float32(tmp_path):
     assert not torch.equal(live, live.bfloat16().float())
 
 
-class CallNumber:
+class CallNumber(Reference):
     """Gives every token the negative number of the call."""
 
     calls = 0

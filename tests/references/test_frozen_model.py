@@ -3,7 +3,7 @@ import torch
 
 from falign.errors import ModelError
 from falign.references import FrozenModel
-from falign.scoring import completion_logprobs, pad
+from falign.scoring import completion_scores, pad
 from tests.scoring.models import TREES, tiny_model
 
 BATCH = pad(TREES, pad_token_id=2)
@@ -11,7 +11,7 @@ BATCH = pad(TREES, pad_token_id=2)
 
 def test_it_gives_its_own_model_at_rest_whatever_the_policy_is():
     with torch.no_grad():
-        expected = completion_logprobs(tiny_model(seed=5).eval(), BATCH).logprobs
+        expected = completion_scores(tiny_model(seed=5).eval(), BATCH).logprobs
     reference = FrozenModel(tiny_model(seed=5, attention_dropout=0.5).train())
     assert not any(parameter.requires_grad for parameter in reference.model.parameters())
     assert not any(module.training for module in reference.model.modules())

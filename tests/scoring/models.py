@@ -40,6 +40,11 @@ FAMILIES = {
     "phi3": {},
     "olmo2": {},
     "mistral": {"sliding_window": 4},
+    "qwen3": {},
+    "gemma": {},
+    # One layer that sees four tokens, one that sees all.
+    "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 
 TREES = [

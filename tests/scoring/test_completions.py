@@ -1,10 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
 from peft import PromptTuningConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
 from falign.errors import ModelError
-from falign.scoring import PromptTree, completion_logprobs, pad, read_backbone
+from falign.scoring import PromptTree, completion_scores, pack, pad, read_backbone
 from tests.scoring.models import FAMILIES, TREES, dense_logprobs, tiny_model, with_lora, with_peft
 
 
@@ -12,16 +14,17 @@ def rows(scores, batch):
     return [values[mask] for values, mask in zip(scores, batch.completion_mask, strict=True)]
 
 
+@pytest.mark.parametrize("lay_out", [pack, pad, partial(pack, row_tokens=15)], ids=["tree", "padded", "rows"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_values_and_gradients_equal_those_of_full_logits_without_padding(family):
+def test_values_and_gradients_equal_those_of_one_completion_at_a_time(family, lay_out):
     model = tiny_model(family).eval()
     weights = torch.linspace(-1, 1, sum(len(ids) for tree in TREES for ids in tree.completion_ids))
     parameters = list(model.parameters())
 
     dense = torch.cat([row for tree in TREES for row in dense_logprobs(model, tree)])
     expected = torch.autograd.grad((weights * dense).sum(), parameters)
-    batch = pad(TREES, pad_token_id=2)
-    scores = completion_logprobs(model, batch, chunk_tokens=4)
+    batch = lay_out(TREES, pad_token_id=2)
+    scores = completion_scores(model, batch, chunk_tokens=4)
     gradients = torch.autograd.grad((weights * torch.cat(rows(scores.logprobs, batch))).sum(), parameters)
 
     torch.testing.assert_close(torch.cat(rows(scores.logprobs, batch)), dense, rtol=0, atol=1e-5)
@@ -31,7 +34,7 @@ def test_values_and_gradients_equal_those_of_full_logits_without_padding(family)
 
 def test_masked_places_are_zero_and_entropy_is_detached():
     batch = pad(TREES, pad_token_id=2)
-    scores = completion_logprobs(tiny_model(), batch)
+    scores = completion_scores(tiny_model(), batch)
     assert scores.logprobs.shape == scores.entropy.shape == batch.completion_mask.shape
     assert scores.logprobs.dtype == scores.entropy.dtype == torch.float32
     assert (scores.logprobs[~batch.completion_mask] == 0).all()
@@ -44,7 +47,7 @@ def test_masked_places_are_zero_and_entropy_is_detached():
 def test_a_padded_row_gets_no_gradient_from_its_masked_places():
     model = tiny_model()
     batch = pad(TREES, pad_token_id=2)
-    loss = completion_logprobs(model, batch).logprobs[~batch.completion_mask].sum()
+    loss = completion_scores(model, batch).logprobs[~batch.completion_mask].sum()
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     assert all((gradient == 0).all() for gradient in gradients)
 
@@ -55,7 +58,7 @@ def test_longer_companions_change_nothing(family):
     companion = PromptTree(tuple(range(30, 45)), (tuple(range(45, 60)),), preference=(1.0,))
     alone, together = pad(TREES[:1], pad_token_id=2), pad([companion, TREES[0]], pad_token_id=2)
     with torch.no_grad():
-        scores, others = completion_logprobs(model, alone), completion_logprobs(model, together)
+        scores, others = completion_scores(model, alone), completion_scores(model, together)
     torch.testing.assert_close(others.logprobs[1:, :3], scores.logprobs, rtol=0, atol=1e-6)
     torch.testing.assert_close(others.entropy[1:, :3], scores.entropy, rtol=0, atol=1e-6)
 
@@ -64,8 +67,8 @@ def test_the_order_of_trees_and_completions_changes_nothing():
     model = tiny_model().eval()
     swapped = [PromptTree(tree.prompt_ids, tree.completion_ids[::-1]) for tree in TREES[::-1]]
     with torch.no_grad():
-        scores = completion_logprobs(model, pad(TREES, pad_token_id=2)).logprobs
-        others = completion_logprobs(model, pad(swapped, pad_token_id=2)).logprobs
+        scores = completion_scores(model, pad(TREES, pad_token_id=2)).logprobs
+        others = completion_scores(model, pad(swapped, pad_token_id=2)).logprobs
     torch.testing.assert_close(others.flip(0), scores, rtol=0, atol=1e-6)
 
 
@@ -73,8 +76,8 @@ def test_the_order_of_trees_and_completions_changes_nothing():
 def test_the_chunk_size_changes_neither_values_nor_gradients(chunk_tokens):
     model = tiny_model()
     batch = pad(TREES, pad_token_id=2)
-    whole = completion_logprobs(model, batch, chunk_tokens=1000).logprobs
-    chunked = completion_logprobs(model, batch, chunk_tokens=chunk_tokens).logprobs
+    whole = completion_scores(model, batch, chunk_tokens=1000).logprobs
+    chunked = completion_scores(model, batch, chunk_tokens=chunk_tokens).logprobs
     expected = torch.autograd.grad(whole.sum(), list(model.parameters()))
     gradients = torch.autograd.grad(chunked.sum(), list(model.parameters()))
     torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-6)
@@ -85,7 +88,7 @@ def test_only_positions_that_predict_completion_tokens_reach_the_head():
     model, reached = tiny_model(), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: reached.append(len(inputs[0])))
     with torch.no_grad():
-        completion_logprobs(model, pad(TREES, pad_token_id=2), chunk_tokens=6)
+        completion_scores(model, pad(TREES, pad_token_id=2), chunk_tokens=6)
     assert reached == [6, 6, 4]
 
 
@@ -95,10 +98,10 @@ def test_adapters_act_also_on_the_head_and_can_be_switched_off(target_modules):
     model = with_lora(tiny_model(), trained=True, target_modules=target_modules).eval()
     batch = pad(TREES[:1], pad_token_id=2)
     with torch.no_grad():
-        on = rows(completion_logprobs(model, batch).logprobs, batch)
+        on = rows(completion_scores(model, batch).logprobs, batch)
         torch.testing.assert_close(on, dense_logprobs(model, TREES[0]), rtol=0, atol=1e-5)
         with model.disable_adapter():
-            off = rows(completion_logprobs(model, batch).logprobs, batch)
+            off = rows(completion_scores(model, batch).logprobs, batch)
     torch.testing.assert_close(off, [row.detach() for row in base], rtol=0, atol=1e-5)
     assert (torch.cat(on) - torch.cat(off)).abs().max() > 0.1
 
@@ -113,7 +116,7 @@ def test_gradient_checkpointing_of_the_model_changes_no_gradient(use_reentrant):
             model.get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
         set_seed(1)
-        completion_logprobs(model, pad(TREES, pad_token_id=2), chunk_tokens=5).logprobs.sum().backward()
+        completion_scores(model, pad(TREES, pad_token_id=2), chunk_tokens=5).logprobs.sum().backward()
         return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
     plain, checkpointed = gradients(False), gradients(True)
@@ -128,7 +131,7 @@ def test_adapters_over_a_four_bit_base_are_scored_and_trained(tmp_path):
     assert base.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
     model = with_lora(base, trained=True).train()
     batch = pad(TREES[:1], pad_token_id=2)
-    logprobs = completion_logprobs(model, batch, chunk_tokens=2).logprobs
+    logprobs = completion_scores(model, batch, chunk_tokens=2).logprobs
     torch.testing.assert_close(rows(logprobs, batch), dense_logprobs(model, TREES[0]), rtol=0, atol=1e-5)
     logprobs.sum().backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
@@ -139,7 +142,7 @@ def test_adapters_over_a_four_bit_base_are_scored_and_trained(tmp_path):
 def test_a_learned_prompt_is_refused_because_it_would_not_act():
     model = with_peft(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ModelError, match="learned prompt"):
-        completion_logprobs(model, pad(TREES, pad_token_id=2))
+        completion_scores(model, pad(TREES, pad_token_id=2))
 
 
 def test_a_model_without_separate_head_is_refused():

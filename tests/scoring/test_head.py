@@ -3,7 +3,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from falign.errors import ModelError
-from falign.scoring import Head, check_head, head, read_head, token_logprobs
+from falign.scoring import Distribution, Head, check_head, head, read_head, token_scores
 from tests.scoring.models import FAMILIES, tiny_model, with_lora
 
 
@@ -41,7 +41,9 @@ def test_values_and_gradients_are_those_of_a_dense_log_softmax(chunk_tokens):
     dense = logits - torch.log(torch.exp(logits).sum(-1, keepdim=True))
     expected = torch.autograd.grad((weights * dense[range(7), targets]).sum(), leaves)
 
-    scores = token_logprobs(hidden, Head(embeddings=layer, scale=0.5, softcap=3.0), targets, chunk_tokens=chunk_tokens)
+    scores = token_scores(
+        Distribution(hidden, Head(embeddings=layer, scale=0.5, softcap=3.0)), targets, chunk_tokens=chunk_tokens
+    )
     gradients = torch.autograd.grad((weights * scores.logprobs).sum(), leaves)
     torch.testing.assert_close(scores.logprobs, dense[range(7), targets], rtol=0, atol=1e-12)
     torch.testing.assert_close(scores.entropy, -(dense.exp() * dense).sum(-1).detach(), rtol=0, atol=1e-12)
@@ -53,7 +55,7 @@ def test_sixteen_bit_logits_are_normalised_in_float32():
     torch.manual_seed(0)
     hidden, layer = torch.randn(4, 8).bfloat16(), torch.nn.Linear(8, 50).bfloat16()
     targets = torch.tensor([0, 1, 2, 3])
-    scores = token_logprobs(hidden, Head(embeddings=layer), targets)
+    scores = token_scores(Distribution(hidden, Head(embeddings=layer)), targets)
     exact = layer(hidden).double().log_softmax(-1)[range(4), targets]
     assert scores.logprobs.dtype == torch.float32
     torch.testing.assert_close(scores.logprobs.double(), exact, rtol=0, atol=1e-5)
@@ -61,16 +63,15 @@ def test_sixteen_bit_logits_are_normalised_in_float32():
 
 def test_entropy_is_finite_where_a_probability_is_zero():
     logits = torch.tensor([[0.0, 0.0, -torch.inf]])
-    scores = token_logprobs(logits, Head(embeddings=torch.nn.Identity()), torch.tensor([0]))
+    scores = token_scores(Distribution(logits, Head(embeddings=torch.nn.Identity())), torch.tensor([0]))
     assert scores.entropy.item() == pytest.approx(0.6931472)
 
 
 @pytest.mark.parametrize(("chunk_tokens", "num_tokens"), [(0, 3), (4, 0)])
 def test_nothing_to_score_and_no_chunk_are_refused(chunk_tokens, num_tokens):
     with pytest.raises(ValueError, match="must be at least 1"):
-        token_logprobs(
-            torch.zeros(num_tokens, 4),
-            Head(embeddings=torch.nn.Identity()),
+        token_scores(
+            Distribution(torch.zeros(num_tokens, 4), Head(embeddings=torch.nn.Identity())),
             torch.zeros(num_tokens, dtype=torch.long),
             chunk_tokens=chunk_tokens,
         )
@@ -93,7 +94,9 @@ def test_no_tensor_of_tokens_by_vocabulary_exists_in_either_pass():
     hidden = torch.randn(num_tokens, 8, requires_grad=True)
     targets = torch.randint(vocabulary, (num_tokens,))
     with LargestTensor() as chunked:
-        token_logprobs(hidden, Head(embeddings=layer), targets, chunk_tokens=chunk_tokens).logprobs.sum().backward()
+        token_scores(
+            Distribution(hidden, Head(embeddings=layer)), targets, chunk_tokens=chunk_tokens
+        ).logprobs.sum().backward()
     with LargestTensor() as dense:
         layer(hidden).log_softmax(-1)[range(num_tokens), targets].sum().backward()
     assert chunked.numel == max(chunk_tokens * vocabulary, 8 * vocabulary)
@@ -109,9 +112,8 @@ def test_the_forward_pass_saves_nothing_that_grows_with_the_vocabulary_but_the_w
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        token_logprobs(
-            torch.randn(64, 8, requires_grad=True), Head(embeddings=layer), torch.zeros(64, dtype=torch.long)
-        )
+        policy = Distribution(torch.randn(64, 8, requires_grad=True), Head(embeddings=layer))
+        token_scores(policy, torch.zeros(64, dtype=torch.long))
     assert max(sizes, default=0) <= 64 * 8
 
 
@@ -123,7 +125,7 @@ def test_dropout_in_an_adapter_on_the_head_is_the_same_in_both_passes():
     torch.manual_seed(3)
     expected = torch.autograd.grad(layer(hidden).log_softmax(-1)[range(6), targets].sum(), leaves)
     torch.manual_seed(3)
-    loss = token_logprobs(hidden, read_head(model), targets, chunk_tokens=6).logprobs.sum()
+    loss = token_scores(Distribution(hidden, read_head(model)), targets, chunk_tokens=6).logprobs.sum()
     torch.rand(1)  # Another consumer of the random state between the passes.
     torch.testing.assert_close(torch.autograd.grad(loss, leaves), expected)
 

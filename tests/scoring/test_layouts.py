@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from falign.scoring import PromptTree, completion_logprobs, pad
+from falign.scoring import PromptTree, completion_scores, pad
 from tests.scoring.models import TREES, tiny_model
 
 
@@ -13,7 +13,7 @@ def test_rows_masks_and_predictors_of_a_small_batch():
     assert batch.completion_ids[0].tolist() == [8, 9, 2, 2, 2]
     assert batch.completion_mask.sum(-1).tolist() == [3, 2, 2, 5, 1]
     assert batch.predictor[0].tolist() == [2, 3, 4, 0, 0]
-    assert batch.predictor[2].tolist() == [0, 1, 0, 0, 0]
+    assert batch.predictor[2].tolist() == [16, 17, 0, 0, 0]
     assert batch.prompt_index.tolist() == [0, 0, 1, 1, 1]
     assert batch.preference is not None
     assert batch.preference.tolist() == [1, 0, 2, 1, 0]
@@ -28,9 +28,7 @@ def test_a_pad_token_equal_to_the_stop_token_changes_no_mask_and_no_score():
     # The completion of stop tokens alone and the stop token inside a prompt are counted as any other.
     assert batch.completion_mask[5].tolist() == [True, True, False, False, False]
     with torch.no_grad():
-        torch.testing.assert_close(
-            completion_logprobs(model, batch).logprobs, completion_logprobs(model, other).logprobs
-        )
+        torch.testing.assert_close(completion_scores(model, batch).logprobs, completion_scores(model, other).logprobs)
 
 
 def test_token_ids_gives_back_what_was_padded():

@@ -1,0 +1,205 @@
+"""Completions laid out in rows of tokens, whatever the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from falign.scoring.trees import PromptTree
+
+__all__ = ["TokenBatch", "TreeSpan", "lay_out", "preferences"]
+
+
+@dataclass(frozen=True)
+class TreeSpan:
+    """Where one prompt and the completions that share its copy lie: side by side in one row.
+
+    Attributes:
+        row: Index of the row.
+        start: Column of the prompt's first token.
+        prompt_length: Tokens of the prompt.
+        completion_lengths: Tokens of each completion, in the order in which they follow.
+    """
+
+    row: int
+    start: int
+    prompt_length: int
+    completion_lengths: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and all completions."""
+        return self.prompt_length + sum(self.completion_lengths)
+
+    @property
+    def depth(self) -> int:
+        """Tokens of the longest path: one more than the largest position."""
+        return self.prompt_length + max(self.completion_lengths)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """N completions in R rows of L tokens; T is the longest completion.
+
+    Nothing is ever inferred from a token's value: what fills a row may be the end-of-sequence token.
+
+    Attributes:
+        input_ids: Prompts, completions and filling, shape (R, L).
+        position_ids: Position of each token on its path from the start of its prompt, shape (R, L).
+        attention_mask: In the padded layout 1 on prompt and completion, shape (R, L). None in the tree layout, where
+            who sees whom follows from `spans`.
+        spans: One for each copy of a prompt, in the order of the completions.
+        completion_ids: The completions alone, from column 0 on, shape (N, T).
+        completion_mask: True on completion tokens, shape (N, T).
+        predictor: Index, into all R·L positions, of the one that predicts each completion token, shape (N, T); 0
+            where masked.
+        prompt_index: Which tree of this batch a completion belongs to, counted from 0, shape (N,).
+        preference: Larger is preferred among completions of one tree, shape (N,); None where the trees have none.
+        place: Where each completion came from, for messages, N strings.
+    """
+
+    input_ids: Int[Tensor, "R L"]
+    position_ids: Int[Tensor, "R L"]
+    attention_mask: Int[Tensor, "R L"] | None
+    spans: tuple[TreeSpan, ...]
+    completion_ids: Int[Tensor, "N T"]
+    completion_mask: Bool[Tensor, "N T"]
+    predictor: Int[Tensor, "N T"]
+    prompt_index: Int[Tensor, " N"]
+    preference: Float[Tensor, " N"] | None
+    place: tuple[str, ...]
+
+    def to(self, device: torch.device | str | int) -> TokenBatch:
+        """Return this batch with its tensors on another device.
+
+        Args:
+            device: Where the tensors go.
+
+        Returns:
+            A new batch; a tensor that is already there is shared, not copied.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+    def token_ids(self) -> list[tuple[list[int], list[int]]]:
+        """Return prompt ids and completion ids of each completion: what was laid out, without the filling.
+
+        Returns:
+            N pairs of lists, copied to the CPU.
+        """
+        rows = self.input_ids.tolist()
+        pairs = []
+        for span in self.spans:
+            row, end = rows[span.row], span.start + span.prompt_length
+            prompt = row[span.start : end]
+            for length in span.completion_lengths:
+                pairs.append((prompt, row[end : end + length]))
+                end += length
+        return pairs
+
+    def scatter(self, values: Float[Tensor, " M"]) -> Float[Tensor, "N T"]:
+        """Return one value per completion token in its place, and 0 where masked.
+
+        Args:
+            values: In the order of the mask's True places, shape (M,).
+
+        Returns:
+            Shape (N, T), differentiable.
+        """
+        return values.new_zeros(self.completion_mask.shape).masked_scatter(self.completion_mask, values)
+
+
+def lay_out(
+    trees: Sequence[PromptTree],
+    rows: Sequence[int],
+    *,
+    prompt_index: Sequence[int],
+    preference: Float[Tensor, " N"] | None,
+    pad_token_id: int,
+    pad_to_multiple_of: int = 1,
+) -> TokenBatch:
+    """Write trees into rows, each behind those that went into its row before.
+
+    Args:
+        trees: One or more prompts with their completions.
+        rows: The row of each tree.
+        prompt_index: What each tree's completions get as `TokenBatch.prompt_index`.
+        preference: What becomes `TokenBatch.preference`.
+        pad_token_id: What fills rows.
+        pad_to_multiple_of: L is rounded up to a multiple of this.
+
+    Returns:
+        The batch in the tree layout, on the CPU.
+    """
+    filled = [0] * (max(rows) + 1)
+    spans = []
+    for tree, row in zip(trees, rows, strict=True):
+        span = TreeSpan(row, filled[row], len(tree.prompt_ids), tuple(map(len, tree.completion_ids)))
+        spans.append(span)
+        filled[row] += span.length
+    width = max(filled) + -max(filled) % pad_to_multiple_of
+    longest = max(max(span.completion_lengths) for span in spans)
+
+    input_ids = torch.full((len(filled), width), pad_token_id)
+    position_ids = torch.zeros_like(input_ids)
+    completion_ids = torch.full((sum(len(tree.completion_ids) for tree in trees), longest), pad_token_id)
+    completion_mask = torch.zeros_like(completion_ids, dtype=torch.bool)
+    predictor = torch.zeros_like(completion_ids)
+    n = 0
+    for tree, span in zip(trees, spans, strict=True):
+        end = span.start + span.prompt_length
+        last = span.row * width + end - 1  # predicts the first token of every completion
+        input_ids[span.row, span.start : end] = torch.tensor(tree.prompt_ids)
+        position_ids[span.row, span.start : end] = torch.arange(span.prompt_length)
+        for ids in tree.completion_ids:
+            length, begin = len(ids), end
+            end += length
+            input_ids[span.row, begin:end] = completion_ids[n, :length] = torch.tensor(ids)
+            position_ids[span.row, begin:end] = torch.arange(span.prompt_length, span.prompt_length + length)
+            completion_mask[n, :length] = True
+            predictor[n, 0] = last
+            predictor[n, 1:length] = span.row * width + torch.arange(begin, end - 1)
+            n += 1
+    counts = [len(tree.completion_ids) for tree in trees]
+    return TokenBatch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=None,
+        spans=tuple(spans),
+        completion_ids=completion_ids,
+        completion_mask=completion_mask,
+        predictor=predictor,
+        prompt_index=torch.tensor(list(prompt_index)).repeat_interleave(torch.tensor(counts)),
+        preference=preference,
+        place=tuple(tree.place for tree, count in zip(trees, counts, strict=True) for _ in range(count)),
+    )
+
+
+def preferences(trees: Sequence[PromptTree]) -> Float[Tensor, " N"] | None:
+    """Return the preference of each completion, or None where no tree has one.
+
+    Args:
+        trees: The trees of a batch.
+
+    Returns:
+        Shape (N,), or None.
+
+    Raises:
+        ValueError: If there is no tree, or only some of them have a preference.
+    """
+    if not trees:
+        raise ValueError("A batch needs at least one tree.")
+    without = [tree.place for tree in trees if tree.preference is None]
+    if len(without) == len(trees):
+        return None
+    if without:
+        raise ValueError(
+            f"{len(without)} of {len(trees)} trees of a batch have no preference (first: {without[0]!r}): "
+            "give it for all of them or for none."
+        )
+    return torch.tensor([value for tree in trees for value in tree.preference or ()], dtype=torch.float32)

@@ -1,0 +1,86 @@
+"""Which layout a model can read: tried once, on that very model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from falign.scoring.attention_masks import why_not_trees
+from falign.scoring.completions import completion_scores
+from falign.scoring.evaluation_mode import evaluation_mode
+from falign.scoring.layouts import LAYOUTS, Layout
+from falign.scoring.trees import PromptTree
+
+__all__ = ["LayoutChoice", "choose_layout"]
+
+# Largest and mean difference of a token's log-probability, nats. Two 16-bit runs of one model in batches of different
+# shape differ by about a fifth of this; a wrong mask or position by several times more.
+_TOLERANCE = {True: (1e-4, 1e-4), False: (1.0, 0.1)}
+
+
+class LayoutChoice(NamedTuple):
+    """A layout, and why.
+
+    Attributes:
+        layout: ``"tree"`` or ``"padded"``.
+        reason: What was found, to be told.
+        as_asked: False where trees were hoped for and the model cannot read them.
+    """
+
+    layout: Layout
+    reason: str
+    as_asked: bool = True
+
+
+def choose_layout(
+    model: nn.Module,
+    trees: Sequence[PromptTree],
+    *,
+    pad_token_id: int,
+    wanted: Literal["auto", "tree", "padded"] = "auto",
+) -> LayoutChoice:
+    """Return the layout for a model: trees, if it gives them the log-probabilities of padded rows.
+
+    Args:
+        model: The model, on its device.
+        trees: What to try on: two or three of the longest are enough, and must be more than one completion each to
+            prove anything.
+        pad_token_id: Any valid id.
+        wanted: ``"auto"`` tries; the others are taken as they are, ``"tree"`` only where nothing known speaks against.
+
+    Returns:
+        The choice.
+
+    Raises:
+        ValueError: ``wanted="tree"``, and the model cannot read trees.
+    """
+    if wanted == "padded":
+        return LayoutChoice("padded", "as asked for")
+    why_not = why_not_trees(model)
+    if why_not is not None and wanted == "tree":
+        raise ValueError(f"layout='tree' is not possible for this model: {why_not}. Take 'padded'.")
+    if why_not is not None:
+        return LayoutChoice("padded", why_not, as_asked=False)
+    if wanted == "tree":
+        return LayoutChoice("tree", "as asked for")
+    device = next(model.parameters()).device
+    with torch.no_grad(), evaluation_mode(model):
+        scores = [
+            completion_scores(model, lay_out(trees, pad_token_id=pad_token_id).to(device)).logprobs
+            for lay_out in (LAYOUTS["tree"], LAYOUTS["padded"])
+        ]
+    difference = (scores[0] - scores[1]).abs()
+    largest, mean = difference.max().item(), difference.sum().item() / difference.count_nonzero().clamp(min=1).item()
+    exact = all(p.dtype.itemsize >= 4 for p in model.parameters() if p.is_floating_point())
+    allowed, allowed_mean = _TOLERANCE[exact]
+    # Written so that nan falls back.
+    if largest <= allowed and mean <= allowed_mean:
+        return LayoutChoice("tree", f"its log-probabilities are those of padded rows, to {largest:.1e} nats")
+    return LayoutChoice(
+        "padded",
+        f"trees change its log-probabilities by {largest:.3g} nats (mean {mean:.3g}), so it reads them wrongly",
+        as_asked=False,
+    )
