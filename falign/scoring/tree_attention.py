@@ -117,8 +117,8 @@ def _sees(span: TreeSpan, window: int | None) -> Bool[Tensor, "S S"]:
 
 def _attend(
     query: Float[Tensor, "R H L D"],
-    key: Float[Tensor, "R H L D"],
-    value: Float[Tensor, "R H L E"],
+    key: Float[Tensor, "R K L D"],
+    value: Float[Tensor, "R K L E"],
     attn_mask: TreeMask,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -198,9 +198,11 @@ def _block_mask(mask: TreeMask) -> Any:
     tree, branch, position = (tensor.to(mask.device) for tensor in (tree, branch, position))
     window = columns if mask.window is None else mask.window
 
-    def sees(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        distance = position[row, q] - position[row, k]
-        same_path = (branch[row, k] == 0) | (branch[row, q] == branch[row, k])
-        return (tree[row, q] == tree[row, k]) & same_path & (distance >= 0) & (distance < window)
-
+    # A lambda, since FlexAttention looks for four plain arguments.
+    sees = lambda row, head, q, k: (  # noqa: E731
+        (tree[row, q] == tree[row, k])
+        & ((branch[row, k] == 0) | (branch[row, q] == branch[row, k]))
+        & (position[row, q] >= position[row, k])
+        & (position[row, q] - position[row, k] < window)
+    )
     return create_block_mask(sees, rows, None, columns, columns, device=str(mask.device))

@@ -211,7 +211,7 @@ def _divergence(
     with torch.enable_grad():
         leaf = logprobs.detach().requires_grad_()
         value = full_vocabulary(divergence, leaf, reference)
-    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+        return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -246,6 +246,10 @@ def _with_trained_head(hidden: Tensor, targets: Tensor, reference_hidden: Tensor
     return _FromLogits.apply(measure.head.embeddings(hidden), targets, measure.reference_raw(reference_hidden), measure)
 
 
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class _FromLogits(torch.autograd.Function):
     """Values of one chunk of logits, to be recomputed with them."""
 
@@ -254,7 +258,9 @@ class _FromLogits(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.measure = measure
         ctx.save_for_backward(raw, targets, reference_raw)
-        values = measure.values(raw, targets, reference_raw)
+        # A generator of the user's differentiates inside; that graph is its own, and not the checkpoint's to count.
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            values = measure.values(raw, targets, reference_raw)
         ctx.mark_non_differentiable(values.entropy, values.reference_logprobs)
         return tuple(values)
 
