@@ -3,7 +3,8 @@
 from falign.objectives.base import CompletionBatch, Objective, ObjectiveOutput, Term
 from falign.objectives.margins import Exo, MarginLoss, Robust, get_margin_loss, hinge, logistic, squared
 from falign.objectives.methods import FDPO
-from falign.objectives.pairwise import Pairwise, pairs_of
+from falign.objectives.pairs import pairs_of
+from falign.objectives.pairwise import Pairwise
 from falign.objectives.reduction import reduce_terms, total_weights
 
 __all__ = [
