@@ -1,6 +1,7 @@
 """Objectives: from log-probabilities of completions to losses. They import torch and the divergences, nothing else."""
 
 from falign.objectives.base import CompletionBatch, Objective, ObjectiveOutput, Term
+from falign.objectives.listwise import Listwise
 from falign.objectives.margins import Exo, MarginLoss, Robust, get_margin_loss, hinge, logistic, squared
 from falign.objectives.methods import FDPO
 from falign.objectives.pairs import pairs_of
@@ -11,6 +12,7 @@ __all__ = [
     "FDPO",
     "CompletionBatch",
     "Exo",
+    "Listwise",
     "MarginLoss",
     "Objective",
     "ObjectiveOutput",
