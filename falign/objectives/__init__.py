@@ -3,13 +3,15 @@
 from falign.objectives.base import CompletionBatch, Objective, ObjectiveOutput, Term
 from falign.objectives.listwise import Listwise
 from falign.objectives.margins import Exo, MarginLoss, Robust, get_margin_loss, hinge, logistic, squared
-from falign.objectives.methods import FDPO
+from falign.objectives.methods import FDPO, TDPO
 from falign.objectives.pairs import pairs_of
 from falign.objectives.pairwise import Pairwise
 from falign.objectives.reduction import reduce_terms, total_weights
+from falign.objectives.token_pairwise import TokenPairwise
 
 __all__ = [
     "FDPO",
+    "TDPO",
     "CompletionBatch",
     "Exo",
     "Listwise",
@@ -19,6 +21,7 @@ __all__ = [
     "Pairwise",
     "Robust",
     "Term",
+    "TokenPairwise",
     "get_margin_loss",
     "hinge",
     "logistic",
