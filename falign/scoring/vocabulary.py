@@ -211,7 +211,7 @@ def _divergence(
     with torch.enable_grad():
         leaf = logprobs.detach().requires_grad_()
         value = full_vocabulary(divergence, leaf, reference)
-    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+    return value.detach(), torch.autograd.grad(value, leaf, torch.ones_like(value))[0]
 
 
 class _FrozenHead(torch.autograd.Function):

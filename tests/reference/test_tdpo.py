@@ -8,6 +8,7 @@ from torch import Tensor
 
 from falign import TDPO, CompletionBatch, divergences
 from falign.divergences.estimators import full_vocabulary
+from falign.scoring import Distribution, Head, token_scores
 
 PAIRS, T, V = 3, 4, 6
 BETA, ALPHA = 0.3, 0.7
@@ -37,6 +38,28 @@ def ours(objective, logits: Tensor, weights: Tensor | None) -> Tensor:
         reference_logprobs=reference.gather(-1, TOKENS[..., None]).squeeze(-1),
         token_divergence=full_vocabulary(objective.token_divergence, logprobs, reference),
         token_weights=weights,
+        completion_mask=mask,
+        prompt_index=torch.arange(PAIRS).repeat_interleave(2),
+        preference=torch.tensor([1.0, 0.0], dtype=torch.float64).repeat(PAIRS),
+    )
+    return objective(batch).terms[0].losses
+
+
+def from_scoring(objective, logits: Tensor) -> Tensor:
+    """The same from falign.scoring, in chunks; the logits are the hidden states of a head that changes nothing."""
+    mask, head = torch.arange(T) < LENGTHS[:, None], Head(embeddings=torch.nn.Identity())
+    scores = token_scores(
+        Distribution(logits[mask], head),
+        TOKENS[mask],
+        divergence=objective.token_divergence,
+        reference=Distribution(REFERENCE[mask], head),
+        chunk_tokens=5,
+    )
+    nowhere = torch.full(mask.shape, torch.nan, dtype=torch.float64)
+    batch = CompletionBatch(
+        logprobs=nowhere.masked_scatter(mask, scores.logprobs),
+        reference_logprobs=nowhere.masked_scatter(mask, scores.reference_logprobs),
+        token_divergence=nowhere.masked_scatter(mask, scores.divergence),
         completion_mask=mask,
         prompt_index=torch.arange(PAIRS).repeat_interleave(2),
         preference=torch.tensor([1.0, 0.0], dtype=torch.float64).repeat(PAIRS),
@@ -80,6 +103,18 @@ def test_losses_and_gradients_of_the_logits_are_the_papers(variant, name, weight
     (expected * mixed).sum().backward()
     torch.testing.assert_close(logits.grad, expected_logits.grad, rtol=1e-9, atol=1e-13)
     assert logits.grad.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", TEXTBOOK)
+@pytest.mark.parametrize("variant", [1, 2])
+def test_losses_and_gradients_from_scoring_in_chunks_are_the_papers(variant, name):
+    objective = TDPO(name, BETA, None if variant == 1 else ALPHA, variant)
+    logits, expected_logits = POLICY.clone().requires_grad_(), POLICY.clone().requires_grad_()
+    losses, expected = from_scoring(objective, logits), papers(variant, name, expected_logits, ONES)
+    torch.testing.assert_close(losses, expected, rtol=1e-11, atol=1e-13)
+    losses.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(logits.grad, expected_logits.grad, rtol=1e-9, atol=1e-13)
 
 
 def test_variant_2_moves_the_preferred_completion_as_dpo_does_but_for_the_size_of_the_step():
