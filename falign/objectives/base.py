@@ -13,7 +13,9 @@ from falign.divergences import Divergence
 
 __all__ = ["CompletionBatch", "Objective", "ObjectiveOutput", "Term"]
 
-PER_TOKEN = ("logprobs", "completion_mask", "reference_logprobs", "old_logprobs", "token_divergence")
+PER_TOKEN = frozenset(
+    {"logprobs", "completion_mask", "reference_logprobs", "old_logprobs", "token_divergence", "token_weights"}
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class CompletionBatch:
         preference: Larger is preferred within a prompt, shape (N,) (a pair: 1 and 0; an unpaired label: 1 or 0).
         rewards: External scores, shape (N,).
         from_reference: True where the completion was sampled from the reference, shape (N,).
+        token_weights: How much each token counts, ``≥ 0``, shape (N, T); taken as a constant.
 
     Raises:
         ValueError: Two shapes disagree. (A broadcast would be silent and wrong.)
@@ -56,6 +59,7 @@ class CompletionBatch:
     preference: Float[Tensor, " N"] | None = None
     rewards: Float[Tensor, " N"] | None = None
     from_reference: Bool[Tensor, " N"] | None = None
+    token_weights: Float[Tensor, "N T"] | None = None
 
     def __post_init__(self) -> None:
         if self.logprobs.ndim != 2:

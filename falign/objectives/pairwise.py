@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from falign.divergences import Divergence
 from falign.objectives.base import CompletionBatch, ObjectiveOutput, Term
+from falign.objectives.link import Link
 from falign.objectives.margins import MarginLoss, get_margin_loss, logistic
+from falign.objectives.pairs import accuracies, pairs_in
 
-__all__ = ["Pairwise", "pairs_of"]
+__all__ = ["Pairwise"]
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,11 @@ class Pairwise:
     def __post_init__(self) -> None:
         if isinstance(self.margin_loss, str):
             object.__setattr__(self, "margin_loss", get_margin_loss(self.margin_loss))
-        if not self.divergence.has_barrier:
-            slope = self.divergence.f_prime_at_zero
-            raise ValueError(
-                f"f-DPO has no closed form under {self.divergence.name}: its f'(0+) = {slope:g} is finite, so the "
-                "optimum may give completions probability 0 and r = β f'(u) + λ fails there. "
-                "Choose a divergence with a barrier (chi2_kl in place of pearson_chi2, jensen_shannon in place of "
-                "total_variation or le_cam)."
-            )
-        if not self.beta > 0:
-            raise ValueError(f"beta={self.beta!r} must be positive.")
-        if self.length_norm not in ("none", "token"):
-            raise ValueError(f"length_norm={self.length_norm!r}: choose 'none' or 'token'.")
+        _ = self._link  # checks the other three
+
+    @property
+    def _link(self) -> Link:
+        return Link(self.divergence, self.beta, self.length_norm)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -83,7 +78,7 @@ class Pairwise:
         Returns:
             The reward, same shape.
         """
-        return self.beta * self.divergence.f_prime(log_ratio)
+        return self._link.reward(log_ratio)
 
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
         """Return one loss per pair of the batch.
@@ -99,13 +94,8 @@ class Pairwise:
         Raises:
             ValueError: A needed field is None, or no two completions of one prompt differ in preference.
         """
-        chosen, rejected = pairs_of(batch.require("preference"), batch.prompt_index)
-        if len(chosen) == 0:
-            raise ValueError("The batch has no pair: no two completions of one prompt differ in preference.")
-        logps = batch.sequence_sum(batch.logprobs)
-        log_ratio = batch.sequence_sum(batch.logprobs - batch.require("reference_logprobs"))
-        per_reward = log_ratio / batch.num_tokens if self.length_norm == "token" else log_ratio
-        rewards = self.implicit_reward(per_reward)
+        chosen, rejected = pairs_in(batch)
+        logprobs, log_ratio, rewards = self._link.rewards_of(batch)
         margin = rewards[chosen] - rewards[rejected]
         assert callable(self.margin_loss)
         losses = self.margin_loss(margin)
@@ -114,31 +104,10 @@ class Pairwise:
                 "rewards/chosen": rewards[chosen],
                 "rewards/rejected": rewards[rejected],
                 "rewards/margins": margin,
-                "rewards/accuracies": (1 + torch.sign(margin)) / 2,
+                "rewards/accuracies": accuracies(margin),
                 "logratios/chosen": log_ratio[chosen],
                 "logratios/rejected": log_ratio[rejected],
-                "logps/chosen": logps[chosen],
-                "logps/rejected": logps[rejected],
+                "logps/chosen": logprobs[chosen],
+                "logps/rejected": logprobs[rejected],
             }
         return ObjectiveOutput((Term(losses, torch.ones_like(losses)),), {k: v.detach() for k, v in metrics.items()})
-
-
-def pairs_of(
-    preference: Float[Tensor, " N"], prompt_index: Int[Tensor, " N"]
-) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"]]:
-    """Return the indices of the preferred and of the other completion of every pair, in row-major order.
-
-    Args:
-        preference: Larger is preferred, shape (N,).
-        prompt_index: Which prompt, shape (N,).
-
-    Returns:
-        Two index tensors of shape (P,).
-
-    Example:
-        >>> pairs_of(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 1, 1]))
-        (tensor([0, 3]), tensor([1, 2]))
-    """
-    better = preference[:, None] > preference[None, :]
-    chosen, rejected = torch.nonzero(better & (prompt_index[:, None] == prompt_index[None, :]), as_tuple=True)
-    return chosen, rejected

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from falign import divergences
 from falign.data import DataSource, LengthPolicy, PreferenceData, Window, load_preferences
 from falign.errors import ConfigError
-from falign.objectives import Objective, Pairwise
+from falign.objectives import Listwise, Objective, Pairwise, TokenPairwise
 from falign.scoring import DEFAULT_CHUNK_TOKENS
 
 if TYPE_CHECKING:
@@ -21,12 +23,15 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterConfig",
     "DataConfig",
+    "ListwiseConfig",
     "ModelConfig",
     "ObjectiveConfig",
+    "PairwiseConfig",
     "ReferenceConfig",
     "RunConfig",
     "SamplingConfig",
     "SourceConfig",
+    "TokenPairwiseConfig",
     "TrainingConfig",
 ]
 
@@ -162,8 +167,8 @@ class DataConfig(FrozenModel):
         )
 
 
-class ObjectiveConfig(FrozenModel):
-    """What is minimised."""
+class PairwiseConfig(FrozenModel):
+    """f-DPO on pairs; DPO with the reverse KL."""
 
     kind: Literal["pairwise"] = "pairwise"
     divergence: str = "reverse_kl"
@@ -179,10 +184,63 @@ class ObjectiveConfig(FrozenModel):
         Raises:
             ConfigError: The divergence is unknown or theory does not allow it here; the message has the reason.
         """
-        try:
+        with _refusals():
             return Pairwise(_divergence(self.divergence), self.margin_loss, self.beta, self.length_norm)
-        except ValueError as error:
-            raise ConfigError(f"objective: {error}") from error
+
+
+class ListwiseConfig(FrozenModel):
+    """Plackett-Luce f-DPO on two or more ranked completions per prompt."""
+
+    kind: Literal["listwise"] = "listwise"
+    divergence: str = "reverse_kl"
+    """As under ``pairwise``."""
+    beta: float = Field(default=0.1, gt=0)
+    length_norm: Literal["none", "token"] = "none"
+
+    def build(self) -> Objective:
+        """Return the objective.
+
+        Raises:
+            ConfigError: The divergence is unknown or theory does not allow it here; the message has the reason.
+        """
+        with _refusals():
+            return Listwise(_divergence(self.divergence), self.beta, self.length_norm)
+
+
+class TokenPairwiseConfig(FrozenModel):
+    """TDPO on pairs, with the divergence over the full vocabulary at each token."""
+
+    kind: Literal["token_pairwise"] = "token_pairwise"
+    divergence: str = "forward_kl"
+    """As under ``pairwise``, but any; the paper's is the forward KL."""
+    beta: float = Field(default=0.1, gt=0)
+    alpha: float | None = Field(default=None, ge=0)
+    """Weight of the divergences in variant 2, 0.5 where left out."""
+    variant: Literal[1, 2] = 2
+    weighting: Literal["none", "activations"] = "none"
+    """``activations``: tokens count by the reference's activations (SparsePO's parameter-free mask)."""
+
+    def build(self) -> Objective:
+        """Return the objective.
+
+        Raises:
+            ConfigError: The divergence is unknown, or two fields contradict each other; the message has the reason.
+        """
+        with _refusals():
+            return TokenPairwise(_divergence(self.divergence), self.beta, self.alpha, self.variant, self.weighting)
+
+
+def _kind(value: Any) -> str:
+    return str(value.get("kind", "pairwise") if isinstance(value, dict) else getattr(value, "kind", "pairwise"))
+
+
+ObjectiveConfig = Annotated[
+    Annotated[PairwiseConfig, Tag("pairwise")]
+    | Annotated[ListwiseConfig, Tag("listwise")]
+    | Annotated[TokenPairwiseConfig, Tag("token_pairwise")],
+    Discriminator(_kind),
+]
+"""What is minimised: ``kind`` names one of these, the first where it is left out."""
 
 
 class TrainingConfig(FrozenModel):
@@ -265,7 +323,7 @@ class RunConfig(FrozenModel):
     adapter: AdapterConfig | None = AdapterConfig()
     reference: ReferenceConfig = ReferenceConfig()
     data: DataConfig
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig = PairwiseConfig()
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
 
@@ -286,6 +344,14 @@ class RunConfig(FrozenModel):
         if self.training.eval_steps and not (self.data.eval or self.data.eval_size or self.data.eval_fraction):
             raise ConfigError("training.eval_steps needs data.eval, data.eval_size or data.eval_fraction.")
         return self.objective.build()
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"objective: {error}") from error
 
 
 def _divergence(name: str) -> divergences.Divergence:

@@ -6,10 +6,11 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from falign.errors import ConfigError
 from falign.training.config import RunConfig
@@ -82,44 +83,92 @@ def parse_run(data: dict[str, Any], *, place: str = "run") -> RunConfig:
 
 
 def valid_paths(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Yield ``section.field`` of every field of the run file."""
+    """Yield ``section.field`` of every field of the run file, of all kinds of a section."""
     for name, field in model.model_fields.items():
-        nested = [t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
         yield prefix + name
-        for inner in nested:
-            yield from valid_paths(inner, f"{prefix}{name}.")
+        paths = (path for inner in _models(field) for path in valid_paths(inner, f"{prefix}{name}."))
+        yield from dict.fromkeys(paths)
+
+
+class _Place(NamedTuple):
+    """Where a mistake is: the path that the user wrote, and the kinds that the section there comes in, if any."""
+
+    path: str
+    kind: str | None
+    kinds: dict[str, type[BaseModel]]
+
+
+def _place(location: Sequence[str | int]) -> _Place:
+    """Read pydantic's location, which has the kind of a section as a step of its own."""
+    models, kind, kinds, parts, steps = [RunConfig], None, {}, [], list(location)
+    while steps:
+        step = steps.pop(0)
+        parts.append(str(step))
+        field = models[0].model_fields.get(str(step)) if models else None
+        if field is None:  # an item of a list, or what no model knows
+            continue
+        models = _models(field)
+        if len(models) > 1 and steps:
+            kinds = {model.model_fields["kind"].default: model for model in models}
+            kind = str(steps.pop(0))
+            models = [kinds[kind]]
+    return _Place(".".join(parts), kind, kinds)
+
+
+def _models(field: FieldInfo) -> list[Any]:
+    return [t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
 
 
 def _types(annotation: Any) -> Iterable[Any]:
-    if get_origin(annotation) in (Union, UnionType, list):
-        return [inner for argument in get_args(annotation) for inner in _types(argument)]
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _types(arguments[0])
+    if origin in (Union, UnionType, list):
+        return [inner for argument in arguments for inner in _types(argument)]
     return [annotation]
 
 
 def _explain(detail: Any) -> str:
-    where = ".".join(str(part) for part in detail["loc"])
+    place = _place(detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return f"unknown key {where!r}{_near(where)}"
+        return f"unknown key {place.path!r}{_near(place)}"
     if detail["type"] == "missing":
-        return f"{where} is required."
-    return f"{where}={detail['input']!r}: {detail['msg']}."
+        return f"{place.path} is required."
+    if detail["type"] == "union_tag_invalid":
+        kinds = [model.model_fields["kind"].default for model in _models(RunConfig.model_fields[place.path])]
+        given = detail["input"]["kind"]
+        close = difflib.get_close_matches(str(given), kinds, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{place.path}.kind={given!r} is unknown: {hint}Choose one of {', '.join(kinds)}."
+    return f"{place.path}={detail['input']!r}: {detail['msg']}."
 
 
-def _near(where: str) -> str:
-    key = where.rpartition(".")[2]
-    if key in ELSEWHERE:
-        return f": here it is {ELSEWHERE[key]}."
+def _near(place: _Place) -> str:
+    section, _, last = place.path.rpartition(".")
+    if last in ELSEWHERE:
+        return f": here it is {ELSEWHERE[last]}."
+    if place.kind is not None and (owners := _owners(place, place.path)):
+        own = ", ".join(place.kinds[place.kind].model_fields)
+        return f": {section}.kind={place.kind} has no such field, {owners} has. Its fields are {own}."
     paths = [path for path in valid_paths() if not path.endswith(tuple("0123456789"))]
-    plain = ".".join(part for part in where.split(".") if not part.isdigit())
-    by_key = {path.rpartition(".")[2]: path for path in reversed(paths)}
-    close = difflib.get_close_matches(plain, paths, n=1, cutoff=0.7)
-    close += [by_key[match] for match in difflib.get_close_matches(key, by_key, n=1, cutoff=0.6)]
-    return f": did you mean {close[0]}?" if close else f"; the keys there are {_siblings(plain, paths)}."
+    plain = ".".join(part for part in place.path.split(".") if not part.isdigit())
+    siblings = {path.rpartition(".")[2]: path for path in paths if path.rpartition(".")[0] == plain.rpartition(".")[0]}
+    anywhere = {path.rpartition(".")[2]: path for path in reversed(paths)}
+    close = [known[key] for known in (siblings, anywhere) for key in difflib.get_close_matches(last, known, 1, 0.6)]
+    if not close:
+        there = siblings if place.kind is None else place.kinds[place.kind].model_fields
+        return f"; the keys there are {', '.join(there)}."
+    owners = _owners(place, close[0])
+    return f": did you mean {close[0]}{f', which {owners} has' if owners else ''}?"
 
 
-def _siblings(where: str, paths: list[str]) -> str:
-    section = where.rpartition(".")[0]
-    return ", ".join(path.rpartition(".")[2] for path in paths if path.rpartition(".")[0] == section)
+def _owners(place: _Place, path: str) -> str:
+    """Which other kinds of the section of a place have a field that the kind there lacks; empty if it has it."""
+    section, _, key = path.rpartition(".")
+    owners = [kind for kind, model in place.kinds.items() if key in model.model_fields]
+    if section != place.path.rpartition(".")[0] or place.kind in owners:
+        return ""
+    return " or ".join(f"kind={kind}" for kind in owners)
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

@@ -16,6 +16,7 @@ def test_unequal_shapes_are_refused_with_both_shapes():
     CompletionBatch(**good)
     for name, value in {
         "reference_logprobs": torch.zeros(2, 1),
+        "token_weights": torch.ones(2),
         "completion_mask": torch.ones(2, 2, dtype=torch.bool),
         "preference": torch.zeros(1),
         "prompt_index": torch.zeros(3, dtype=torch.long),

@@ -1,13 +1,18 @@
-"""f-DPO's promise: the population minimiser under Bradley-Terry labels is ``π_ref(y) (f')⁻¹((r(y) - λ)/β)``."""
+"""f-DPO's promise: the population minimiser is ``π_ref(y) (f')⁻¹((r(y) - λ)/β)``.
+
+Under Bradley-Terry labels for pairs, under Plackett-Luce rankings for lists.
+"""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
 from torch import Tensor
 
 from falign import FDPO, CompletionBatch, divergences
-from falign.objectives import pairs_of
+from falign.objectives import Listwise, pairs_of
 from tests.reference.world import COMPLETIONS, WORLD, random_logits, sequence_logprobs, token_logprobs
 
 # torch.func imports a module of torch that still uses torch.jit.
@@ -68,6 +73,33 @@ def test_minimising_the_population_loss_recovers_the_optimum(name):
     assert (expected - sequence_logprobs(REFERENCE)).abs().max() > 0.2  # the optimum is a different policy
     logits = minimise(lambda x: population_loss(objective, x, reward), REFERENCE.clone())
     torch.testing.assert_close(sequence_logprobs(logits), expected, rtol=0, atol=1e-7)
+
+
+def population_loss_of_lists(objective, logits: Tensor, reward: Tensor) -> Tensor:
+    """Lists of three neighbours, which connect all completions, weighted by the Plackett-Luce law of their rankings."""
+    total = torch.zeros((), dtype=torch.float64)
+    for order in itertools.permutations(range(3)):
+        ranked = (torch.arange(N)[:, None] + torch.tensor(order)) % N  # best first, shape (lists, 3)
+        rows = ranked.flatten()
+        batch = CompletionBatch(
+            logprobs=token_logprobs(logits)[rows],
+            reference_logprobs=token_logprobs(REFERENCE)[rows],
+            completion_mask=WORLD.mask[rows],
+            prompt_index=torch.arange(N).repeat_interleave(3),
+            preference=torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64).repeat(N),
+        )
+        strengths = reward[ranked].exp()
+        first, second = strengths[:, 0] / strengths.sum(-1), strengths[:, 1] / strengths[:, 1:].sum(-1)
+        total = total + (first * second * objective(batch).terms[0].losses).sum()
+    return total
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon", "chi2_kl"])
+def test_minimising_the_population_loss_of_ranked_lists_recovers_the_optimum(name):
+    divergence = divergences.get(name)
+    objective, reward = Listwise(divergence, beta=BETA), rewards()
+    logits = minimise(lambda x: population_loss_of_lists(objective, x, reward), REFERENCE.clone())
+    torch.testing.assert_close(sequence_logprobs(logits), optimum(divergence, reward), rtol=0, atol=1e-7)
 
 
 def minimise(loss, start: Tensor) -> Tensor:

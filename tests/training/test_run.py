@@ -51,6 +51,24 @@ def test_a_run_learns_the_preference_and_leaves_a_whole_folder(start):
     assert [sample["prompt"] for sample in summary.samples] == ["question 1: "]
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"kind": "listwise"},
+        {"kind": "token_pairwise", "alpha": 0.2},
+        {"kind": "token_pairwise", "divergence": "total_variation", "variant": 1, "weighting": "activations"},
+    ],
+    ids=["listwise", "tdpo2", "tdpo1_weighted"],
+)
+def test_every_kind_of_objective_learns_the_preference_from_its_run_file(start, objective):
+    summary = start(objective=objective)
+    assert summary.after["rewards/accuracies"] >= 0.8
+    assert summary.after["loss"] < summary.before["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert ("rewards/top1" in summary.after) == (objective["kind"] == "listwise")
+    assert ("divergence/rejected" in summary.after) == (objective["kind"] == "token_pairwise")
+    assert summary.folder.read_json("manifest.json")["objective"].items() >= objective.items()
+
+
 def test_logged_rewards_are_those_of_the_divergence(start):
     """β f'(u) of Jensen-Shannon is below β log 2 however large log u is; β log u is not."""
     summary = start(training={"max_steps": 16, "learning_rate": 0.02})

@@ -1,7 +1,9 @@
 import pytest
 
+from falign.divergences import get
 from falign.errors import ConfigError
-from falign.training import load_run_file, parse_run
+from falign.objectives import Listwise, Pairwise, TokenPairwise, hinge
+from falign.training import ListwiseConfig, PairwiseConfig, TokenPairwiseConfig, load_run_file, parse_run
 from falign.training.run_file import valid_paths
 
 LEAST = {"output_dir": "run", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}}
@@ -58,11 +60,91 @@ def test_overrides_win_and_are_yaml(run_file):
         (with_("objective", beta=-1), "objective.beta=-1"),
         ({"output_dir": "r", "model": {}, "data": LEAST["data"]}, "model.path is required"),
         ({**LEAST, "zzz": 1}, "the keys there are output_dir, seed"),
+        (with_("objective", betta=1.0), "unknown key 'objective.betta': did you mean objective.beta\\?"),
+        (with_("objective", kind="listwise", beta=-1), "run: objective.beta=-1: Input should be greater"),
+        (
+            with_("objective", kind="token_pairwise", alfa=0.3),
+            r"unknown key 'objective.alfa': did you mean objective.alpha\?",
+        ),
+        (with_("objective", alfa=0.3), r"did you mean objective.alpha, which kind=token_pairwise has\?"),
+        (
+            with_("objective", kind="listwise", margin_loss="hinge"),
+            "'objective.margin_loss': objective.kind=listwise has no such field, kind=pairwise has. "
+            "Its fields are kind, divergence, beta, length_norm.",
+        ),
+        (
+            with_("objective", alpha=0.3),
+            "'objective.alpha': objective.kind=pairwise has no such field, kind=token_pairwise has. "
+            "Its fields are kind, divergence, beta, margin_loss, length_norm.",
+        ),
+        (with_("objective", kind="token_pairwise", length_norm="token"), "kind=pairwise or kind=listwise has"),
+        (with_("objective", kind="listwise", zzz=1), "the keys there are kind, divergence, beta, length_norm"),
+        (with_("objective", kind="token_pairwise", variant=3), "objective.variant=3: Input should be 1 or 2"),
+        (
+            with_("objective", kind="listwize"),
+            r"objective.kind='listwize' is unknown: did you mean listwise\? Choose one of pairwise, listwise, token",
+        ),
+        (with_("objective", kind=None), "objective.kind=None is unknown: Choose one of pairwise, listwise"),
+        ({**LEAST, "objective": 3}, "run: objective=3: Input should be a valid dictionary"),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(data, message):
     with pytest.raises(ConfigError, match=message):
         parse_run(data)
+
+
+@pytest.mark.parametrize("kind", ["pairwise", "listwise", "token_pairwise"])
+def test_no_message_has_a_path_that_nobody_wrote(kind):
+    fields = {"kind": kind, "beta": "much", "betta": 1, "zzz": 2, "divergence": 3}
+    with pytest.raises(ConfigError) as caught:
+        parse_run({**LEAST, "objective": fields})
+    assert f"objective.{kind}" not in str(caught.value)
+    for key in fields.keys() - {"kind"}:
+        assert f"objective.{key}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "config", "objective"),
+    [
+        ({}, PairwiseConfig, Pairwise(get("reverse_kl"))),
+        (
+            {"kind": "pairwise", "divergence": "js", "beta": 0.2, "margin_loss": "hinge", "length_norm": "token"},
+            PairwiseConfig,
+            Pairwise(get("js"), hinge, 0.2, "token"),
+        ),
+        ({"kind": "listwise"}, ListwiseConfig, Listwise(get("reverse_kl"))),
+        (
+            {"kind": "listwise", "divergence": "chi2_kl", "beta": 0.3, "length_norm": "token"},
+            ListwiseConfig,
+            Listwise(get("chi2_kl"), 0.3, "token"),
+        ),
+        ({"kind": "token_pairwise"}, TokenPairwiseConfig, TokenPairwise(get("forward_kl"), 0.1, 0.5, 2, "none")),
+        (
+            {"kind": "token_pairwise", "divergence": "pearson_chi2", "beta": 0.3, "alpha": 0.2},
+            TokenPairwiseConfig,
+            TokenPairwise(get("pearson_chi2"), 0.3, 0.2),
+        ),
+        (
+            {"kind": "token_pairwise", "variant": 1, "weighting": "activations"},
+            TokenPairwiseConfig,
+            TokenPairwise(get("forward_kl"), variant=1, weighting="activations"),
+        ),
+    ],
+)
+def test_every_kind_of_objective_is_built_with_all_of_its_fields(fields, config, objective):
+    run = parse_run({**LEAST, "objective": fields})
+    assert isinstance(run.objective, config)
+    assert run.check() == objective
+    written = run.model_dump(mode="json")["objective"]
+    assert written == run.objective.model_dump()
+    assert written.keys() == set(config.model_fields)
+    assert parse_run({**LEAST, "objective": written}).objective == run.objective
+
+
+def test_an_override_changes_the_kind(run_file):
+    path = run_file("output_dir: r\nmodel: {path: m}\ndata: {train: [{path: d}]}\nobjective: {beta: 0.5}\n")
+    config = load_run_file(path, ["objective.kind=token_pairwise", "objective.alpha=0.2"])
+    assert config.check() == TokenPairwise(get("forward_kl"), 0.5, 0.2)
 
 
 def test_all_mistakes_are_named_at_once():
@@ -98,6 +180,9 @@ def test_a_bad_override_is_quoted(run_file, override):
     [
         (with_("objective", divergence="pearson_chi2"), "no closed form under pearson_chi2"),
         (with_("objective", divergence="kl"), "does not say which"),
+        (with_("objective", kind="listwise", divergence="le_cam"), "no closed form under le_cam"),
+        (with_("objective", kind="token_pairwise", variant=1, alpha=0.5), "objective: alpha=0.5 with variant=1"),
+        (with_("objective", kind="token_pairwise", divergence="chi"), "divergence 'chi' is unknown"),
         (with_("objective", divergence="nowhere:f"), "importable module:attribute"),
         (with_("objective", divergence="math:pi"), "is a float, not a falign Divergence"),
         ({**with_("model", quantization="nf4"), "adapter": None}, "4-bit weights do not train"),
@@ -121,7 +206,10 @@ def test_every_config_of_the_repository_is_valid():
 
 
 def test_valid_paths_reach_into_lists_and_optional_sections():
-    assert {"adapter.r", "data.train.format", "objective.beta", "seed"} <= set(valid_paths())
+    paths = list(valid_paths())
+    assert {"adapter.r", "data.train.format", "objective.beta", "seed"} <= set(paths)
+    assert {"objective.margin_loss", "objective.alpha", "objective.kind"} <= set(paths)
+    assert len(paths) == len(set(paths))
 
 
 def test_a_divergence_of_ones_own_by_import_path(monkeypatch, tmp_path):

@@ -1,0 +1,138 @@
+"""f-DPO on ranked lists: the Plackett-Luce likelihood of the implicit rewards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from falign.divergences import Divergence
+from falign.objectives.base import CompletionBatch, ObjectiveOutput, Term
+from falign.objectives.link import Link
+from falign.objectives.pairs import accuracies, pairs_in
+
+__all__ = ["Listwise"]
+
+
+@dataclass(frozen=True)
+class Listwise:
+    """``-Σ_i log(e^{r̂_i}/(e^{r̂_i} + Σ_{j worse than i} e^{r̂_j}))`` for each prompt, with ``r̂ = β f'(u)``.
+
+    Each factor is the Plackett-Luce probability that i comes first among itself and those that are strictly worse. λ(x)
+    cancels in it as in a pair's margin. Without ties the factors multiply to the likelihood of the ranking; with two
+    completions this is f-DPO. Completions of equal preference are not compared with each other, and what the product
+    then is, is a composite likelihood: not the probability of the ranking with its ties, which Plackett-Luce lacks.
+
+    Attributes:
+        divergence: f; it must have a barrier.
+        beta: β, strength of the divergence, nats of reward; positive.
+        length_norm: ``"token"`` divides ``log u`` by the completion's length, so that u is a ratio per token.
+
+    Raises:
+        ValueError: The divergence has no barrier, β is not positive, or ``length_norm`` is unknown.
+
+    Source:
+        Rafailov et al., DPO (arXiv:2305.18290), Appendix A.3, for the reverse KL and rankings without ties; the link of
+        Wang et al., f-DPO (arXiv:2309.16240), for other f.
+
+    Example:
+        >>> from falign import divergences
+        >>> batch = CompletionBatch(
+        ...     logprobs=torch.tensor([[-1.0], [-2.0], [-3.0]]),
+        ...     reference_logprobs=torch.full((3, 1), -2.0),
+        ...     completion_mask=torch.ones(3, 1, dtype=torch.bool),
+        ...     prompt_index=torch.tensor([0, 0, 0]),
+        ...     preference=torch.tensor([2.0, 1.0, 0.0]),
+        ... )
+        >>> Listwise(divergences.get("reverse_kl"), beta=1.0)(batch).terms[0].losses
+        tensor([0.7209])
+    """
+
+    divergence: Divergence
+    beta: float = 0.1
+    length_norm: Literal["none", "token"] = "none"
+
+    def __post_init__(self) -> None:
+        _ = self._link  # checks all three
+
+    @property
+    def _link(self) -> Link:
+        return Link(self.divergence, self.beta, self.length_norm)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Reference log-probs and preferences."""
+        return frozenset({"reference_logprobs", "preference"})
+
+    @property
+    def token_divergence(self) -> None:
+        """None: one ratio per completion is enough."""
+        return None
+
+    def implicit_reward(self, log_ratio: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+        """Return ``r̂ = β f'(u)``, the reward that this method defines, up to a constant per prompt.
+
+        Args:
+            log_ratio: ``log u`` of whole completions (per token where ``length_norm="token"``), nats.
+
+        Returns:
+            The reward, same shape.
+        """
+        return self._link.reward(log_ratio)
+
+    def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
+        """Return one loss per prompt of the batch.
+
+        Args:
+            batch: Completions with ``reference_logprobs`` and ``preference``; two or more of a prompt in any order.
+
+        Returns:
+            One term of shape (prompts,), in the order of ``prompt_index``; a prompt whose completions all tie has none.
+            ``chosen`` and ``rejected`` in ``rewards/*`` (β f'(u)), ``logratios/*`` and ``logps/*`` are the best and
+            the worst completion of each of these prompts, a mean where several share the rank; ``rewards/margins`` is
+            their difference. ``rewards/top1`` is 1 where a best one has the largest reward.
+            ``rewards/accuracies`` is one value per strictly ordered pair. A tie of rewards counts half in both.
+
+        Raises:
+            ValueError: A needed field is None, or no two completions of one prompt differ in preference.
+        """
+        chosen, rejected = pairs_in(batch)
+        logprobs, log_ratio, rewards = self._link.rewards_of(batch)
+        # [i, j]: j is strictly worse than i.
+        worse = torch.zeros(len(rewards), len(rewards), dtype=torch.bool, device=rewards.device)
+        worse[chosen, rejected] = True
+        per_completion = _not_first(rewards, worse)
+        prompts = batch.prompt_index[chosen].unique()
+        members = prompts[:, None] == batch.prompt_index[None, :]
+        losses = _sum_over(members, per_completion)
+        with torch.no_grad():
+            best, worst = members & ~worse.any(dim=0), members & ~worse.any(dim=1)
+            metrics = {
+                f"{name}/{side}": _sum_over(those, values) / those.sum(dim=-1)
+                for name, values in {"rewards": rewards, "logratios": log_ratio, "logps": logprobs}.items()
+                for side, those in {"chosen": best, "rejected": worst}.items()
+            }
+            metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+            metrics["rewards/accuracies"] = accuracies(rewards[chosen] - rewards[rejected])
+            metrics["rewards/top1"] = accuracies(_largest(best, rewards) - _largest(members & ~best, rewards))
+        return ObjectiveOutput((Term(losses, torch.ones_like(losses)),), {k: v.detach() for k, v in metrics.items()})
+
+
+def _not_first(rewards: Float[Tensor, " N"], worse: Bool[Tensor, "N N"]) -> Float[Tensor, " N"]:
+    """``-log P(i is first among itself and its worse ones)``; 0 where nothing is worse."""
+    # The floor stands for "not compared": its exponential is 0, and unlike -inf it has no NaN in the gradient.
+    floor = torch.finfo(rewards.dtype).min
+    ahead = (rewards[None, :] - rewards[:, None]).masked_fill(~worse, floor).clamp(min=floor)
+    return F.softplus(torch.logsumexp(ahead, dim=1))
+
+
+def _sum_over(members: Bool[Tensor, "P N"], values: Float[Tensor, " N"]) -> Float[Tensor, " P"]:
+    return values.expand(members.shape).masked_fill(~members, 0.0).sum(dim=-1)
+
+
+def _largest(members: Bool[Tensor, "P N"], values: Float[Tensor, " N"]) -> Float[Tensor, " P"]:
+    return values.expand(members.shape).masked_fill(~members, -torch.inf).amax(dim=-1)

@@ -1,0 +1,66 @@
+"""Which completions of a batch are compared with each other, and which side wins."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from falign.objectives.base import CompletionBatch
+
+__all__ = ["accuracies", "pairs_in", "pairs_of"]
+
+
+def pairs_of(
+    preference: Float[Tensor, " N"], prompt_index: Int[Tensor, " N"]
+) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"]]:
+    """Return the indices of the preferred and of the other completion of every pair, in row-major order.
+
+    Args:
+        preference: Larger is preferred, shape (N,).
+        prompt_index: Which prompt, shape (N,).
+
+    Returns:
+        Two index tensors of shape (P,).
+
+    Example:
+        >>> pairs_of(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 1, 1]))
+        (tensor([0, 3]), tensor([1, 2]))
+    """
+    better = preference[:, None] > preference[None, :]
+    chosen, rejected = torch.nonzero(better & (prompt_index[:, None] == prompt_index[None, :]), as_tuple=True)
+    return chosen, rejected
+
+
+def pairs_in(batch: CompletionBatch) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"]]:
+    """Return :func:`pairs_of` a batch.
+
+    Args:
+        batch: Completions with ``preference``.
+
+    Returns:
+        Two index tensors of shape (P,), P at least 1.
+
+    Raises:
+        ValueError: ``preference`` is None, or no two completions of one prompt differ in it.
+    """
+    chosen, rejected = pairs_of(batch.require("preference"), batch.prompt_index)
+    if len(chosen) == 0:
+        raise ValueError("The batch has no pair: no two completions of one prompt differ in preference.")
+    return chosen, rejected
+
+
+def accuracies(margin: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """Return 1 where the margin is positive, 0 where it is negative, and ½ at a tie.
+
+    Args:
+        margin: Reward of the preferred side minus that of the other, any shape.
+
+    Returns:
+        The same shape.
+
+    Example:
+        >>> accuracies(torch.tensor([3.0, 0.0, -1.0]))
+        tensor([1.0000, 0.5000, 0.0000])
+    """
+    return (1 + torch.sign(margin)) / 2

@@ -1,0 +1,157 @@
+"""TDPO and its relatives: a pair's margin of log-ratios, corrected by the divergences at its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from falign.divergences import Divergence, ForwardKL
+from falign.objectives.base import CompletionBatch, ObjectiveOutput, Term
+from falign.objectives.margins import logistic
+from falign.objectives.pairs import accuracies, pairs_in
+
+__all__ = ["TokenPairwise"]
+
+
+@dataclass(frozen=True)
+class TokenPairwise:
+    """``-log σ(r̂_w - r̂_l)`` for each pair, with ``r̂(y) = β (m(y) + a δ(y))`` of sums over the tokens of y.
+
+    ``m(y) = Σ_t w_t (log π(y_t|s_t) - log π_ref(y_t|s_t))`` and ``δ(y) = Σ_t w_t D_f(π(·|s_t)‖π_ref(·|s_t))``, all
+    ``w_t = 1`` without weighting. Variant 1 has ``a = 1`` and is ``-log σ(β [(m_w - m_l) - (δ_l - δ_w)])``.
+    Variant 2 is ``-log σ(β [(m_w - m_l) - α (δ_l - sg(δ_w))])``: ``a = α``, and no gradient through the preferred
+    completion's δ, so that it lowers the other one's and leaves this one alone. ``α = 0`` is DPO.
+
+    δ regularises additively and no closed form is inverted, so f needs no barrier.
+
+    Attributes:
+        divergence: f of δ; the paper's, ``KL(π_ref‖π)``, is the forward KL.
+        beta: β, nats of reward; positive.
+        alpha: α, weight of δ, not negative; 0.5 in variant 2 where it is None, and without meaning in variant 1.
+        variant: 1 (TDPO1) or 2 (TDPO2).
+        weighting: ``"activations"`` takes ``w_t`` from ``CompletionBatch.token_weights``, one weight for both sums; a
+            token of weight 0 is not read. ``"none"`` counts every token once.
+
+    Raises:
+        ValueError: β is not positive, α is negative or given in variant 1, or a choice is unknown.
+
+    Source:
+        Zeng et al., TDPO (arXiv:2404.11999), the losses of TDPO1 and TDPO2; there f is the forward KL. The derivation
+        starts from the reverse KL, whose δ would be another one. Weights: Christopoulou et al., SparsePO
+        (arXiv:2410.05102), which is variant 1 with weights; its parameter-free masks come from the reference's
+        activations, and there may be two of them, for m and for δ. Here both have the same.
+
+    Example:
+        >>> batch = CompletionBatch(
+        ...     logprobs=torch.tensor([[-1.0, -1.0], [-3.0, -1.0]]),
+        ...     reference_logprobs=torch.full((2, 2), -1.5),
+        ...     token_divergence=torch.tensor([[0.25, 0.0], [0.5, 0.25]]),
+        ...     completion_mask=torch.ones(2, 2, dtype=torch.bool),
+        ...     prompt_index=torch.tensor([0, 0]),
+        ...     preference=torch.tensor([1.0, 0.0]),
+        ... )
+        >>> TokenPairwise(beta=1.0, variant=1)(batch).metrics["rewards/margins"]  # (1 - -1) - (0.75 - 0.25)
+        tensor([1.5000])
+        >>> TokenPairwise(beta=1.0, alpha=0.5)(batch).metrics["rewards/margins"]  # (1 - -1) - 0.5 (0.75 - 0.25)
+        tensor([1.7500])
+    """
+
+    divergence: Divergence = field(default_factory=ForwardKL)
+    beta: float = 0.1
+    alpha: float | None = None
+    variant: Literal[1, 2] = 2
+    weighting: Literal["none", "activations"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.variant not in (1, 2):
+            raise ValueError(f"variant={self.variant!r}: choose 1 (TDPO1) or 2 (TDPO2).")
+        if self.weighting not in ("none", "activations"):
+            raise ValueError(f"weighting={self.weighting!r}: choose 'none' or 'activations'.")
+        if not self.beta > 0:
+            raise ValueError(f"beta={self.beta!r} must be positive.")
+        if self.variant == 1 and self.alpha is not None:
+            raise ValueError(
+                f"alpha={self.alpha!r} with variant=1: TDPO1 counts the divergences in full and has no α; leave alpha "
+                "out, or set variant=2."
+            )
+        if self.variant == 2 and self.alpha is None:
+            object.__setattr__(self, "alpha", 0.5)
+        if self.alpha is not None and not self.alpha >= 0:
+            raise ValueError(f"alpha={self.alpha!r} must not be negative: that would reward divergence.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Reference log-probs, divergences per token, preferences, and the weights where there are any."""
+        weights = {"token_weights"} if self.weighting == "activations" else set[str]()
+        return frozenset({"reference_logprobs", "token_divergence", "preference"} | weights)
+
+    @property
+    def token_divergence(self) -> Divergence:
+        """What fills ``CompletionBatch.token_divergence``: f over the full vocabulary at each position."""
+        return self.divergence
+
+    def implicit_reward(self, log_ratio: Float[Tensor, "*S"], divergence: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+        """Return ``r̂ = β (m + a δ)`` with ``a = 1`` in variant 1 and ``a = α`` in variant 2.
+
+        The log-ratio alone defines no reward here. In value the loss is ``-log σ`` of the difference of two of these,
+        in both variants.
+
+        Args:
+            log_ratio: m, (weighted) sums of ``log u`` over tokens, nats.
+            divergence: δ, (weighted) sums of ``D_f`` over tokens, same shape.
+
+        Returns:
+            The reward, same shape.
+        """
+        return self.beta * (log_ratio + (1.0 if self.alpha is None else self.alpha) * divergence)
+
+    def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
+        """Return one loss per pair of the batch.
+
+        Args:
+            batch: Completions with ``reference_logprobs``, ``token_divergence`` by :attr:`divergence`, ``preference``,
+                and ``token_weights`` with ``weighting="activations"``; every two completions of one prompt with
+                different preference are a pair.
+
+        Returns:
+            One term of shape (pairs,), and the metrics of each pair: ``rewards/*`` (:meth:`implicit_reward`, so that
+            ``rewards/margins`` is the logit of the loss), ``divergence/*`` (δ, with weights where they are used),
+            ``logratios/*`` and ``logps/*`` (plain sums over tokens); a tie counts half in ``rewards/accuracies``.
+
+        Raises:
+            ValueError: A needed field is None, or no two completions of one prompt differ in preference.
+        """
+        chosen, rejected = pairs_in(batch)
+        log_ratios = batch.logprobs - batch.require("reference_logprobs")
+        m, delta = self._sum(batch, log_ratios), self._sum(batch, batch.require("token_divergence"))
+        kept = delta if self.variant == 1 else delta.detach()
+        chosen_rewards = self.implicit_reward(m[chosen], kept[chosen])
+        rejected_rewards = self.implicit_reward(m[rejected], delta[rejected])
+        margin = chosen_rewards - rejected_rewards
+        losses = logistic(margin)
+        with torch.no_grad():
+            log_ratio, logprobs = batch.sequence_sum(log_ratios), batch.sequence_sum(batch.logprobs)
+            metrics = {
+                "rewards/chosen": chosen_rewards,
+                "rewards/rejected": rejected_rewards,
+                "rewards/margins": margin,
+                "rewards/accuracies": accuracies(margin),
+                "divergence/chosen": delta[chosen],
+                "divergence/rejected": delta[rejected],
+                "logratios/chosen": log_ratio[chosen],
+                "logratios/rejected": log_ratio[rejected],
+                "logps/chosen": logprobs[chosen],
+                "logps/rejected": logprobs[rejected],
+            }
+        return ObjectiveOutput((Term(losses, torch.ones_like(losses)),), {k: v.detach() for k, v in metrics.items()})
+
+    def _sum(self, batch: CompletionBatch, per_token: Float[Tensor, "N T"]) -> Float[Tensor, " N"]:
+        """``Σ_t w_t x_t``; where nothing counts, x is not read, so that 0 · inf cannot be."""
+        if self.weighting == "none":
+            return batch.sequence_sum(per_token)
+        weights = batch.require("token_weights").detach().masked_fill(~batch.completion_mask, 0.0)
+        return (weights * per_token.masked_fill(weights == 0, 0.0)).sum(dim=-1)
