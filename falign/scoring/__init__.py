@@ -1,7 +1,7 @@
 """From token ids to log-probabilities, entropies and divergences of completions."""
 
 from falign.scoring.attention_masks import tree_masks, why_not_trees
-from falign.scoring.backbone import Adapted, read_backbone, without_wrapper
+from falign.scoring.backbone import Adapted, read_backbone, run_backbone, without_wrapper
 from falign.scoring.batch import TokenBatch, TreeSpan
 from falign.scoring.completions import CompletionStates, completion_scores, completion_states
 from falign.scoring.evaluation_mode import evaluation_mode
@@ -38,6 +38,7 @@ __all__ = [
     "pad",
     "read_backbone",
     "read_head",
+    "run_backbone",
     "token_scores",
     "tree_masks",
     "why_not_trees",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from falign.errors import ModelError
 
-__all__ = ["Adapted", "read_backbone", "without_wrapper"]
+__all__ = ["Adapted", "read_backbone", "run_backbone", "without_wrapper"]
 
 
 @runtime_checkable
@@ -26,7 +29,7 @@ class Adapted(Protocol):
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
-    """Return the language model inside an adapter wrapper, or the model itself where there is none.
+    """Return the language model inside wrappers of adapters and of data parallelism, or the model itself.
 
     The adapters sit inside the layers, so they act, and can be switched off, without the wrapper.
 
@@ -39,6 +42,8 @@ def without_wrapper(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: If the adapter is a learned prompt, which acts in the wrapper alone.
     """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
     if not isinstance(model, Adapted):
         return model
     inner = model.get_base_model()
@@ -70,3 +75,32 @@ def read_backbone(model: nn.Module) -> nn.Module:
             "language model whose `base_model` gives hidden states."
         )
     return backbone
+
+
+def run_backbone(model: nn.Module, **inputs: Any) -> Any:
+    """Return the backbone's output for some inputs.
+
+    Under data parallelism (DDP, FSDP2) the whole model is called, because its hooks gather parameters and prepare the
+    gradients' reduction; its head is given no position to work on, and the backbone's output is caught on the way.
+
+    Args:
+        model: A causal language model in the Transformers layout, wrapped or not.
+        **inputs: What its backbone takes.
+
+    Returns:
+        The output, hidden states first.
+
+    Raises:
+        ModelError: If the model has no backbone apart from its head.
+    """
+    backbone = read_backbone(model)
+    if not isinstance(model, DistributedDataParallel | FSDPModule):
+        return backbone(**inputs)
+    caught = []
+    hook = backbone.register_forward_hook(lambda module, args, output: caught.append(output))
+    nowhere = torch.empty(0, dtype=torch.long, device=inputs["input_ids"].device)
+    try:
+        model(**inputs, logits_to_keep=nowhere)
+    finally:
+        hook.remove()
+    return caught[0]

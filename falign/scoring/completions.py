@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from falign.divergences import Divergence
 from falign.scoring.attention_masks import tree_masks
-from falign.scoring.backbone import read_backbone
+from falign.scoring.backbone import run_backbone
 from falign.scoring.batch import TokenBatch
 from falign.scoring.head import read_head
 from falign.scoring.vocabulary import DEFAULT_CHUNK_TOKENS, Distribution, TokenScores, token_scores
@@ -53,7 +53,8 @@ def completion_states(model: nn.Module, batch: TokenBatch, *, token_weights: boo
         its meaning, and a function of the prefix alone.
     """
     mask = tree_masks(model, batch) if batch.attention_mask is None else batch.attention_mask
-    outputs = read_backbone(model)(
+    outputs = run_backbone(
+        model,
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=mask,

@@ -136,7 +136,7 @@ class AlignmentTrainer(Trainer):
         objective, extra = self.objective, {}
         if objective.token_divergence is not None:
             # Whole distributions of the reference first, so that its pass is over before the policy's graph is kept.
-            states = self.reference.states(model, batch, token_weights="token_weights" in objective.needs)
+            states = self.reference.states(self.policy, batch, token_weights="token_weights" in objective.needs)
             scores = completion_scores(
                 model,
                 batch,
@@ -151,7 +151,7 @@ class AlignmentTrainer(Trainer):
             }
         else:
             if "reference_logprobs" in objective.needs:
-                extra["reference_logprobs"] = self.reference.logprobs(model, batch)
+                extra["reference_logprobs"] = self.reference.logprobs(self.policy, batch)
             scores = completion_scores(model, batch, chunk_tokens=self.chunk_tokens)
         output = objective(_completions(batch, scores.logprobs, **extra))
         entropy = scores.entropy[batch.completion_mask]

@@ -1,0 +1,66 @@
+"""One rank's share of a batch under DDP and FSDP2; run by torchrun, writes the whole gradients from rank 0."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from falign import FDPO, CompletionBatch
+from falign.references import AdapterOff
+from falign.scoring import LAYOUTS, completion_scores
+from tests.scoring.models import TREES, tiny_model, with_lora
+
+SHARES = {0: TREES[:1], 1: TREES[1:]}  # one pair; a list of three and a pair: ragged
+
+
+def loss_sum(model, policy, trees, layout):
+    batch = LAYOUTS[layout](trees, pad_token_id=2)
+    reference = AdapterOff().logprobs(policy, batch)
+    scores = completion_scores(model, batch, chunk_tokens=3)
+    output = FDPO("jensen_shannon", beta=0.7)(
+        CompletionBatch(
+            logprobs=scores.logprobs,
+            completion_mask=batch.completion_mask,
+            prompt_index=batch.prompt_index,
+            reference_logprobs=reference,
+            preference=batch.preference,
+        )
+    )
+    return output.terms[0].losses.sum()
+
+
+def policy_model():
+    return with_lora(tiny_model(), trained=True).train()
+
+
+def gradients(kind, layout):
+    policy = policy_model()
+    if kind == "ddp":
+        model = DistributedDataParallel(policy)
+    else:
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        for layer in policy.get_base_model().model.layers:
+            fully_shard(layer, mesh=mesh)
+        model = fully_shard(policy, mesh=mesh)
+    loss = loss_sum(model, policy, SHARES[dist.get_rank()], layout)
+    (loss * dist.get_world_size()).backward()  # both wrappers average over ranks
+    grads = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
+
+
+def main(folder):
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    for kind in ("ddp", "fsdp2"):
+        for layout in LAYOUTS:
+            whole = gradients(kind, layout)
+            if dist.get_rank() == 0:
+                torch.save(whole, f"{folder}/{kind}-{layout}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
