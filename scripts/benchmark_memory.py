@@ -1,0 +1,108 @@
+"""Peak memory of a step over the tokens of one row: 1k to 16k, as a table and a plot.
+
+    python scripts/benchmark_memory.py --out docs/images/memory.png
+
+Each point is a process of its own: one prompt tree with completions of a quarter of its tokens, LoRA on a model of
+SmolLM2-135M's width with fewer layers, scored under policy and reference, forward and backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    add("--layers", type=int, default=2)
+    add("--tree-tokens", type=int, default=1024, help="tokens of one tree; a row is packed with as many as fit")
+    add("--out", type=Path)
+    add("--worker", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    if args.worker:
+        print(json.dumps(run(args, args.worker)))
+        return
+    print(f"{'tokens':>7} {'MiB':>7} {'MiB per 1k tokens':>18}")
+    points = []
+    for tokens in args.tokens:
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(tokens)]
+        mib = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+        points.append((tokens, mib))
+        print(f"{tokens:7} {mib:7.0f} {1024 * mib / tokens:18.0f}", flush=True)
+    if args.out:
+        plot(points, args.out)
+
+
+def run(args: argparse.Namespace, tokens: int) -> float:
+    sys.path.insert(0, str(ROOT))
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from falign import FDPO, CompletionBatch
+    from falign.models import add_lora
+    from falign.references import AdapterOff
+    from falign.scoring import PromptTree, completion_scores, pack
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=args.layers,
+        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=tokens, tie_word_embeddings=True,
+    )  # fmt: skip
+    policy = add_lora(LlamaForCausalLM(config), r=16, alpha=32, seed=0).train()
+    prompt, completion = args.tree_tokens // 2, args.tree_tokens // 4
+    tree = PromptTree((7,) * prompt, ((8,) * completion, (9,) * completion), (1.0, 0.0))
+    batch = pack([tree] * (tokens // tree.num_tokens), pad_token_id=0)
+    begin = resident("VmRSS:")
+    reference = AdapterOff().logprobs(policy, batch)
+    output = FDPO()(
+        CompletionBatch(
+            logprobs=completion_scores(policy, batch).logprobs,
+            completion_mask=batch.completion_mask,
+            prompt_index=batch.prompt_index,
+            reference_logprobs=reference,
+            preference=batch.preference,
+        )
+    )
+    output.mean().backward()
+    return resident("VmHWM:") - begin
+
+
+def resident(name: str) -> float:
+    if name == "VmRSS:":
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 2**10
+
+
+def plot(points: list[tuple[int, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    tokens, mib = zip(*points, strict=True)
+    slope = mib[-1] / tokens[-1]
+    axis.plot(tokens, [slope * t for t in tokens], color="#c9c9c9", linewidth=1.2, label="in proportion to the tokens")
+    axis.plot(tokens, mib, marker="o", color="#0b7a75", label="measured")
+    axis.set_xlabel("tokens of the row")
+    axis.set_ylabel("peak memory beyond the model, MiB")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
