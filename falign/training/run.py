@@ -91,7 +91,7 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     trainer = _trainer(config, parts, folder, bar, console)
     if checkpoint is None:
         folder.claim(config)  # not before all of the run is known to start
-    _record(folder, config, parts, trainer.reference)
+    _record(folder, config, parts, trainer)
 
     if checkpoint is None:
         before = {"metrics": _evaluate(trainer), "answers": _answers(config, parts)}
@@ -163,6 +163,15 @@ def _check_fits(config: RunConfig, model: PreTrainedModel) -> None:
         )
 
 
+def _check_budget(config: RunConfig, data: PreferenceData) -> None:
+    budget, longest = config.training.tokens_per_batch, max(data.train, key=lambda tree: tree.num_tokens)
+    if budget is not None and longest.num_tokens > budget:
+        raise ConfigError(
+            f"training.tokens_per_batch={budget} is less than the {longest.num_tokens} tokens of {longest.place} with "
+            "its completions: raise it, or lower data.max_length."
+        )
+
+
 def _tell(data: PreferenceData, console: Console) -> None:
     """One line on what became of the rows; the manifest has all of it."""
     report = data.report
@@ -181,6 +190,7 @@ def _trainer(
     config: RunConfig, parts: Parts, folder: RunFolder, bar: ProgressBar, console: Console
 ) -> AlignmentTrainer:
     args = config.training.build(config.output_dir, seed=config.seed)
+    _check_budget(config, parts.data)
     if args.n_gpu > 1:
         raise ConfigError(f"{args.n_gpu} GPUs are visible and one process uses one: set CUDA_VISIBLE_DEVICES=0.")
     reference = build_reference(config, parts.policy, device=args.device)
@@ -268,12 +278,13 @@ def _answers(config: RunConfig, parts: Parts) -> list[str]:
     )
 
 
-def _record(folder: RunFolder, config: RunConfig, parts: Parts, reference: Reference) -> None:
+def _record(folder: RunFolder, config: RunConfig, parts: Parts, trainer: AlignmentTrainer) -> None:
     manifest: dict[str, Any] = {
         "versions": versions(),
         "model": asdict(describe(parts.policy)),
         "base_weights": weights_hash(parts.policy),
-        "reference": reference.identity(),
+        "reference": trainer.reference.identity(),
+        "layout": trainer.layout,
         "objective": config.objective.model_dump(),
         "data": asdict(parts.data.report),
     }

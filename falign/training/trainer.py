@@ -69,7 +69,7 @@ class AlignmentTrainer(Trainer):
     ) -> None:
         if unknown := sorted(objective.needs - SUPPLIED):
             raise ConfigError(f"This objective reads {unknown} of a batch, which preference data do not have.")
-        lay_out = LAYOUTS[layout]
+        self.layout, lay_out = layout, LAYOUTS[layout]
 
         def collate(trees: list[PromptTree]) -> dict[str, Any]:
             return vars(lay_out(trees, pad_token_id=pad_token_id))

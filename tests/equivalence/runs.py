@@ -10,7 +10,7 @@ from typing_extensions import override
 from falign.models import add_lora
 from falign.objectives import Objective
 from falign.references import Reference
-from falign.scoring import PromptTree
+from falign.scoring import Layout, PromptTree
 from falign.training.trainer import AlignmentTrainer
 from tests.scoring.models import VOCABULARY, tiny_model
 
@@ -61,6 +61,7 @@ def alignment_trainer(
     train: list[PromptTree],
     held_out: list[PromptTree] | None = None,
     callbacks: list[TrainerCallback] | None = None,
+    layout: Layout = "tree",
     **settings,
 ) -> AlignmentTrainer:
     """Return a trainer that takes the rows in order, logs every step, neither clips nor decays, and saves nothing."""
@@ -93,6 +94,7 @@ def alignment_trainer(
         train_trees=train,
         eval_trees=held_out or [],
         pad_token_id=PAD,
+        layout=layout,
         chunk_tokens=CHUNK,
         callbacks=callbacks,
     )

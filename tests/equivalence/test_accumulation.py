@@ -7,7 +7,7 @@ import torch
 
 from falign.objectives import FDPO, CompletionBatch, ObjectiveOutput, Pairwise, Term
 from falign.references import AdapterOff
-from falign.scoring import completion_scores, pad
+from falign.scoring import completion_scores, pack
 from tests.equivalence.runs import PAD, alignment_trainer, difference, lora_policy, lora_weights, run, trees
 
 
@@ -36,20 +36,20 @@ OBJECTIVES = {
 def whole_batch(objective, rows, dtype):
     """The loss, metrics and gradient of all rows at once, with no trainer."""
     policy = lora_policy(trained=True).to(dtype)
-    padded = pad(rows, pad_token_id=PAD)
-    scores = completion_scores(policy, padded)
+    batch = pack(rows, pad_token_id=PAD)
+    scores = completion_scores(policy, batch)
     output = objective(
         CompletionBatch(
             logprobs=scores.logprobs,
-            completion_mask=padded.completion_mask,
-            prompt_index=padded.prompt_index,
-            reference_logprobs=AdapterOff().logprobs(policy, padded),
-            preference=padded.preference,
+            completion_mask=batch.completion_mask,
+            prompt_index=batch.prompt_index,
+            reference_logprobs=AdapterOff().logprobs(policy, batch),
+            preference=batch.preference,
         )
     )
     output.mean().backward()
     metrics = {name: values.mean().item() for name, values in output.metrics.items()}
-    metrics["entropy"] = scores.entropy[padded.completion_mask].mean().item()
+    metrics["entropy"] = scores.entropy[batch.completion_mask].mean().item()
     start = lora_weights(policy)
     return output.mean().item(), metrics, {name: weight.grad for name, weight in start.items()}, start
 

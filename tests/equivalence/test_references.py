@@ -77,6 +77,7 @@ def test_dropout_acts_on_the_policy_in_training_alone(tmp_path, kind):
         FDPO(beta=0.3),
         train=rows,
         held_out=rows[:3],
+        layout="padded",  # for attention that has dropout
         **BATCHES,
         per_device_eval_batch_size=3,
     )
@@ -119,7 +120,7 @@ def test_a_cached_run_is_the_live_run_bit_for_bit(tmp_path):
 def test_a_cache_filled_in_other_batches_gives_the_live_run_to_rounding(tmp_path):
     rows, policy, live = trees(9), lora_policy(), AdapterOff(chunk_tokens=CHUNK)
     cache = Cached(live, directory=tmp_path / "cache", key=KEY)
-    cache.precompute(policy, rows, pad_token_id=PAD, batch_size=4)
+    cache.precompute(policy, rows, pad_token_id=PAD, batch_size=4, layout="padded")
     runs = [
         run(tmp_path / str(n), copy.deepcopy(policy), reference, FDPO(beta=0.3), train=rows, **BATCHES)
         for n, reference in enumerate((live, Cached(None, directory=tmp_path / "cache", key=KEY)))

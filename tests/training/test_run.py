@@ -116,6 +116,62 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(start, monkeypat
     assert resumed.before == whole.before
 
 
+def test_layouts_take_the_same_steps_and_the_manifest_says_which(start):
+    tree, padded = (start(layout, training={"layout": layout}) for layout in ("tree", "padded"))
+    assert losses(tree.folder) == pytest.approx(losses(padded.folder), abs=1e-5)
+    assert tree.after == pytest.approx(padded.after, abs=1e-4)
+    assert tree.folder.read_json("manifest.json")["layout"] == "tree"
+    assert start("auto").folder.read_json("manifest.json")["layout"] == "tree"
+
+
+def test_a_model_that_cannot_read_trees_gets_padded_rows_or_an_error_if_trees_are_asked_for(start, monkeypatch):
+    monkeypatch.setattr("falign.scoring.layout_choice.why_not_trees", lambda model: "it sees in chunks")
+    with pytest.raises(ConfigError, match=r"training.layout='tree' is not possible .*: it sees in chunks.*'padded'"):
+        start(training={"layout": "tree"})
+    assert start().folder.read_json("manifest.json")["layout"] == "padded"
+
+
+def test_batches_by_tokens_resume_bit_for_bit(start, monkeypatch):
+    from falign.training.trainer import AlignmentTrainer
+
+    training = {"tokens_per_batch": 120, "save_steps": 3, "max_steps": 9}
+    sizes, original = [], AlignmentTrainer.compute_loss
+
+    def counts(self, model, inputs, *args, **kwargs):
+        sizes.append((inputs["input_ids"].numel(), len(inputs["completion_ids"])))
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(AlignmentTrainer, "compute_loss", counts)
+    whole = start("whole", training=training)
+    assert max(tokens for tokens, _ in sizes) <= 120
+    assert len({completions for _, completions in sizes}) > 1  # as many pairs as fit, not a fixed number
+
+    def dies(self, *args, **kwargs):
+        if self.state.global_step == 7:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(AlignmentTrainer, "compute_loss", dies)
+    with pytest.raises(KeyboardInterrupt):
+        start("broken", training=training)
+    monkeypatch.setattr(AlignmentTrainer, "compute_loss", original)
+    resumed = start("broken", resume=True, training=training)
+    assert losses(resumed.folder) == losses(whole.folder)
+    assert resumed.after == whole.after
+
+
+def test_a_tree_beyond_the_token_budget_is_refused_before_training(start, tmp_path):
+    with pytest.raises(ConfigError, match=r"training.tokens_per_batch=5.*pairs.jsonl:\d+.*raise it"):
+        start(training={"tokens_per_batch": 5})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_is_not_used_where_whole_distributions_are_needed(start, tmp_path):
+    summary = start(objective={"kind": "token_pairwise"}, reference={"cache": str(tmp_path / "cache")})
+    assert summary.folder.read_json("manifest.json")["reference"]["kind"] == "adapter_off"
+    assert not (tmp_path / "cache").exists()
+
+
 def test_checkpoints_hold_trainable_weights_only(start):
     summary = start(training={"save_steps": 4, "save_total_limit": 1})
     (checkpoint,) = summary.folder.path.glob("checkpoint-*")
