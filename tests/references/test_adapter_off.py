@@ -3,7 +3,7 @@ import torch
 
 from falign.errors import ModelError
 from falign.references import AdapterOff
-from falign.scoring import completion_scores, pad
+from falign.scoring import completion_scores, completion_states, pad
 from tests.scoring.models import TREES, tiny_model, with_lora
 
 BATCH = pad(TREES, pad_token_id=2)
@@ -64,3 +64,14 @@ def test_a_head_trained_in_full_beside_the_adapter_is_off_too():
 
 def test_identity_names_the_kind_and_the_weights():
     assert AdapterOff(weights="abc").identity() == {"kind": "adapter_off", "weights": "abc"}
+
+
+@pytest.mark.parametrize("target_modules", [["q_proj", "v_proj"], ["v_proj", "lm_head"]])
+def test_whole_distributions_are_the_base_models_also_where_the_head_has_an_adapter(target_modules):
+    policy = with_lora(tiny_model(), trained=True, target_modules=target_modules).train()
+    states = AdapterOff().states(policy, BATCH)
+    base = completion_states(tiny_model().eval(), BATCH).distribution
+    logits = [d.head.logits(d.head.embeddings(d.hidden)) for d in (states.distribution, base)]
+    torch.testing.assert_close(*[each.detach() for each in logits], rtol=0, atol=1e-6)
+    assert not states.distribution.hidden.requires_grad
+    assert states.token_weights is None

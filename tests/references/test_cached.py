@@ -169,3 +169,14 @@ def test_identity_holds_the_key_and_the_wrapped_identity(tmp_path):
     cached = Cached(AdapterOff(weights="w1"), directory=tmp_path, key=KEY)
     assert cached.identity() == {"kind": "cached", "reference": wrapped, **asdict(KEY)}
     assert Cached(None, directory=tmp_path, key=KEY).identity()["reference"] is None
+
+
+def test_whole_distributions_come_from_the_live_reference_or_not_at_all(tmp_path, policy):
+    live = AdapterOff()
+    cached = Cached(live, directory=tmp_path, key=KEY)
+    hidden = cached.states(policy, BATCH, token_weights=True)
+    expected = live.states(policy, BATCH, token_weights=True)
+    assert torch.equal(hidden.distribution.hidden, expected.distribution.hidden)
+    assert torch.equal(hidden.token_weights, expected.token_weights)
+    with pytest.raises(ConfigError, match=r"log-probabilities of single tokens.*computed live.*reference.cache"):
+        Cached(None, directory=tmp_path, key=KEY).states(policy, BATCH)

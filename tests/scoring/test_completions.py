@@ -6,7 +6,7 @@ from peft import PromptTuningConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
 from falign.errors import ModelError
-from falign.scoring import PromptTree, completion_scores, pack, pad, read_backbone
+from falign.scoring import PromptTree, completion_scores, completion_states, pack, pad, read_backbone
 from tests.scoring.models import FAMILIES, TREES, dense_logprobs, tiny_model, with_lora, with_peft
 
 
@@ -106,8 +106,9 @@ def test_adapters_act_also_on_the_head_and_can_be_switched_off(target_modules):
     assert (torch.cat(on) - torch.cat(off)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("lay_out", [pack, pad], ids=["tree", "padded"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_of_the_model_changes_no_gradient(use_reentrant):
+def test_gradient_checkpointing_of_the_model_changes_no_gradient(use_reentrant, lay_out):
     def gradients(checkpointing):
         set_seed(0)
         model = with_lora(tiny_model(), trained=True, target_modules=["v_proj", "lm_head"], lora_dropout=0.3)
@@ -116,7 +117,7 @@ def test_gradient_checkpointing_of_the_model_changes_no_gradient(use_reentrant):
             model.get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
         set_seed(1)
-        completion_scores(model, pad(TREES, pad_token_id=2), chunk_tokens=5).logprobs.sum().backward()
+        completion_scores(model, lay_out(TREES, pad_token_id=2), chunk_tokens=5).logprobs.sum().backward()
         return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
     plain, checkpointed = gradients(False), gradients(True)
@@ -124,13 +125,14 @@ def test_gradient_checkpointing_of_the_model_changes_no_gradient(use_reentrant):
     torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_adapters_over_a_four_bit_base_are_scored_and_trained(tmp_path):
+@pytest.mark.parametrize("lay_out", [pack, pad], ids=["tree", "padded"])
+def test_adapters_over_a_four_bit_base_are_scored_and_trained(tmp_path, lay_out):
     tiny_model(hidden_size=64, intermediate_size=64, head_dim=32).save_pretrained(tmp_path)
     quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantisation)
     assert base.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
     model = with_lora(base, trained=True).train()
-    batch = pad(TREES[:1], pad_token_id=2)
+    batch = lay_out(TREES[:1], pad_token_id=2)
     logprobs = completion_scores(model, batch, chunk_tokens=2).logprobs
     torch.testing.assert_close(rows(logprobs, batch), dense_logprobs(model, TREES[0]), rtol=0, atol=1e-5)
     logprobs.sum().backward()
@@ -148,3 +150,21 @@ def test_a_learned_prompt_is_refused_because_it_would_not_act():
 def test_a_model_without_separate_head_is_refused():
     with pytest.raises(ModelError, match="LlamaModel has no backbone apart"):
         read_backbone(tiny_model().model)
+
+
+def test_activation_weights_are_those_of_each_completion_alone_and_have_mean_one():
+    model = tiny_model("qwen2").eval()
+    batch = pack(TREES, pad_token_id=2)
+    with torch.no_grad():
+        weights = completion_states(model, batch, token_weights=True).token_weights
+    expected = []
+    for tree in TREES:
+        for ids in tree.completion_ids:
+            row = torch.tensor([tree.prompt_ids + ids])
+            layers = model(input_ids=row, output_hidden_states=True).hidden_states[1:]
+            sizes = [layer[0, len(tree.prompt_ids) - 1 : -1].abs().mean(-1) for layer in layers]
+            expected.append(torch.stack([size / size.mean() for size in sizes]).mean(0))
+    torch.testing.assert_close(rows(weights, batch), [e.detach() for e in expected], rtol=0, atol=1e-5)
+    assert (weights[~batch.completion_mask] == 0).all()
+    assert weights.sum(-1).tolist() == pytest.approx(batch.completion_mask.sum(-1).tolist(), abs=1e-4)
+    assert weights[batch.completion_mask].std() > 0.01

@@ -69,6 +69,21 @@ def test_every_kind_of_objective_learns_the_preference_from_its_run_file(start, 
     assert summary.folder.read_json("manifest.json")["objective"].items() >= objective.items()
 
 
+def test_ranked_lists_with_ties_are_learnt_from_a_file_in_one_tree_each(tiny, tmp_path):
+    rows = [
+        {"prompt": f"question {i}: ", "completions": ["kindly", "thanks", "so so", "go away"], "ranks": [1, 1, 2, 3]}
+        for i in range(24)
+    ]
+    data = tmp_path / "lists.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = run_data(tiny, data, tmp_path / "run", objective={"kind": "listwise"}, training={"max_steps": 12})
+    summary = train(parse_run(run), console=Console(quiet=True))
+    assert summary.folder.read_json("manifest.json")["layout"] == "tree"
+    assert summary.before["rewards/accuracies"] == 0.5
+    assert summary.after["rewards/accuracies"] > 0.9
+    assert summary.after["loss"] < summary.before["loss"]
+
+
 def test_logged_rewards_are_those_of_the_divergence(start):
     """β f'(u) of Jensen-Shannon is below β log 2 however large log u is; β log u is not."""
     summary = start(training={"max_steps": 16, "learning_rate": 0.02})
