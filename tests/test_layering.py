@@ -17,7 +17,7 @@ ALLOWED = {
     "scoring": {"divergences"},
     "data": {"scoring"},
     "models": {"scoring"},
-    "references": {"scoring"},
+    "references": {"objectives", "scoring"},
     "training": {"divergences", "objectives", "scoring", "data", "models", "references"},
     "cli": {"divergences", "data", "models", "training"},
 }
