@@ -17,9 +17,10 @@ ALLOWED = {
     "scoring": {"divergences"},
     "data": {"scoring"},
     "models": {"scoring"},
-    "references": {"scoring"},
+    "references": {"objectives", "scoring"},
     "training": {"divergences", "objectives", "scoring", "data", "models", "references"},
-    "cli": {"divergences", "data", "models", "training"},
+    "evaluation": {"divergences", "objectives", "scoring", "data", "models", "references"},
+    "cli": {"divergences", "objectives", "scoring", "data", "models", "references", "training", "evaluation"},
 }
 LIGHT = {"divergences", "objectives", "scoring"}
 HEAVY = ("transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "numpy", "pydantic", "vllm")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from falign.errors import ConfigError, DataError
 
-__all__ = ["app", "check"]
+__all__ = ["app", "check", "column_mapping"]
 
 app = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
 
@@ -47,7 +47,7 @@ def check(
         tokenizer = load_tokenizer(model, chat_template=chat_template)
         stops = stop_token_ids(model, tokenizer)
     report = inspect(
-        DataSource(file, split=split, format=format, columns=_mapping(columns)),
+        DataSource(file, split=split, format=format, columns=column_mapping(columns)),
         tokenizer=tokenizer,
         stop_token_ids=stops,
         window=None if tokenizer is None else Window(max_length, max_completion_length, long_prompt, long_completion),  # pyright: ignore[reportArgumentType]
@@ -77,7 +77,8 @@ def check(
         )
 
 
-def _mapping(text: str) -> dict[str, str]:
+def column_mapping(text: str) -> dict[str, str]:
+    """Return what the option --columns says."""
     import yaml
 
     try:

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from falign.cli import data, divergences, export, sample, train
+from falign.cli import data, divergences, export, sample, score, train
 from falign.cli.quiet import quiet
 from falign.errors import FalignError
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("report")(train.report)
 app.command("sample")(sample.sample)
+app.command("score")(score.score)
 app.command("export")(export.export)
 app.command("divergences")(divergences.divergences)
 app.add_typer(data.app, name="data")

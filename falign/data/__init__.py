@@ -7,6 +7,7 @@ from falign.data.files import Row
 from falign.data.formats import COLUMNS, FORMATS
 from falign.data.inspection import DataReport, Lengths, check
 from falign.data.preferences import LoadReport, PreferenceData, load_preferences
+from falign.data.reading import TokenizedRow, read_tokenized
 from falign.data.recognition import RowReader, read_examples
 from falign.data.reports import SourceReport
 from falign.data.sources import DEMOS, DataSource, read_rows
@@ -33,11 +34,13 @@ __all__ = [
     "SourceReport",
     "Text",
     "Tokenized",
+    "TokenizedRow",
     "Window",
     "check",
     "encode",
     "load_preferences",
     "read_examples",
     "read_rows",
+    "read_tokenized",
     "tokenize",
 ]

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from falign.data.bad_rows import BadRowPolicy, BadRows
 from falign.data.examples import prompt_key
-from falign.data.recognition import RowReader, read_examples
+from falign.data.reading import read_tokenized
+from falign.data.recognition import RowReader
 from falign.data.rendering import Tokenizer
 from falign.data.reports import SourceReport, Tally
 from falign.data.sources import DataSource
 from falign.data.splits import draw, held_out_prompts
-from falign.data.tokenization import tokenize
 from falign.data.windows import Window
 from falign.errors import ConfigError, DataError
 from falign.scoring.trees import PromptTree
@@ -139,12 +139,9 @@ def _load(
     tally = Tally(bad_rows)
     trees: list[PromptTree] = []
     prompts: list[str] = []
-    for example in read_examples(source, reader=reader, bad_rows=bad_rows):
-        try:
-            tokenized = tokenize(example, tokenizer, stop_token_ids=stop_token_ids, window=window)
-        except DataError as error:
-            bad_rows.add(error)
-            continue
+    for example, tokenized in read_tokenized(
+        source, tokenizer, stop_token_ids=stop_token_ids, window=window, reader=reader, bad_rows=bad_rows
+    ):
         tally.add(example, tokenized)
         if tokenized.tree is not None:
             trees.append(tokenized.tree)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from falign.divergences import Divergence
 
-__all__ = ["CompletionBatch", "Objective", "ObjectiveOutput", "Term"]
+__all__ = ["CompletionBatch", "Objective", "ObjectiveOutput", "RewardingObjective", "Term"]
 
 PER_TOKEN = frozenset(
     {"logprobs", "completion_mask", "reference_logprobs", "old_logprobs", "token_divergence", "token_weights"}
@@ -145,3 +145,19 @@ class Objective(Protocol):
     def token_divergence(self) -> Divergence | None: ...
 
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput: ...
+
+
+@runtime_checkable
+class RewardingObjective(Objective, Protocol):
+    """An objective that defines an implicit reward: what its policy was made to prefer, read off its probabilities."""
+
+    def completion_rewards(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
+        """Return the implicit reward of each completion, of which ``rewards/*`` of the metrics are made.
+
+        Args:
+            batch: Completions with all that the objective reads, ``preference`` excepted.
+
+        Returns:
+            Shape (N,); known up to a constant per prompt.
+        """
+        ...

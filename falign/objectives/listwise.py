@@ -84,6 +84,20 @@ class Listwise:
         """
         return self._link.reward(log_ratio)
 
+    def completion_rewards(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
+        """Return :meth:`implicit_reward` of each completion.
+
+        Args:
+            batch: Completions with ``reference_logprobs``; it needs no ``preference``.
+
+        Returns:
+            Shape (N,); carries the gradient.
+
+        Raises:
+            ValueError: ``reference_logprobs`` is None.
+        """
+        return self._link.rewards_of(batch).rewards
+
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
         """Return one loss per prompt of the batch.
 

@@ -109,6 +109,20 @@ class TokenPairwise:
         """
         return self.beta * (log_ratio + (1.0 if self.alpha is None else self.alpha) * divergence)
 
+    def completion_rewards(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
+        """Return :meth:`implicit_reward` of each completion.
+
+        Args:
+            batch: As for the loss; it needs no ``preference``.
+
+        Returns:
+            Shape (N,); carries the gradient, in variant 2 also through δ of what is preferred.
+
+        Raises:
+            ValueError: A needed field is None.
+        """
+        return self.implicit_reward(*self._sums(batch))
+
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
         """Return one loss per pair of the batch.
 
@@ -126,15 +140,15 @@ class TokenPairwise:
             ValueError: A needed field is None, or no two completions of one prompt differ in preference.
         """
         chosen, rejected = pairs_in(batch)
-        log_ratios = batch.logprobs - batch.require("reference_logprobs")
-        m, delta = self._sum(batch, log_ratios), self._sum(batch, batch.require("token_divergence"))
+        m, delta = self._sums(batch)
         kept = delta if self.variant == 1 else delta.detach()
         chosen_rewards = self.implicit_reward(m[chosen], kept[chosen])
         rejected_rewards = self.implicit_reward(m[rejected], delta[rejected])
         margin = chosen_rewards - rejected_rewards
         losses = logistic(margin)
         with torch.no_grad():
-            log_ratio, logprobs = batch.sequence_sum(log_ratios), batch.sequence_sum(batch.logprobs)
+            logprobs = batch.sequence_sum(batch.logprobs)
+            log_ratio = batch.sequence_sum(batch.logprobs - batch.require("reference_logprobs"))
             metrics = {
                 "rewards/chosen": chosen_rewards,
                 "rewards/rejected": rejected_rewards,
@@ -148,6 +162,11 @@ class TokenPairwise:
                 "logps/rejected": logprobs[rejected],
             }
         return ObjectiveOutput((Term(losses, torch.ones_like(losses)),), {k: v.detach() for k, v in metrics.items()})
+
+    def _sums(self, batch: CompletionBatch) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """``m`` and ``δ`` of each completion."""
+        log_ratios = batch.logprobs - batch.require("reference_logprobs")
+        return self._sum(batch, log_ratios), self._sum(batch, batch.require("token_divergence"))
 
     def _sum(self, batch: CompletionBatch, per_token: Float[Tensor, "N T"]) -> Float[Tensor, " N"]:
         """``Σ_t w_t x_t``; where nothing counts, x is not read, so that 0 · inf cannot be."""

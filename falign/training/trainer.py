@@ -15,8 +15,8 @@ from typing_extensions import override
 
 from falign.errors import ConfigError, TrainingError
 from falign.models.staging import staged_folder
-from falign.objectives import CompletionBatch, Objective, ObjectiveOutput, reduce_terms, total_weights
-from falign.references import Reference
+from falign.objectives import Objective, ObjectiveOutput, reduce_terms, total_weights
+from falign.references import Reference, completion_batch, objective_inputs
 from falign.scoring import (
     DEFAULT_CHUNK_TOKENS,
     LAYOUTS,
@@ -24,7 +24,6 @@ from falign.scoring import (
     PromptTree,
     TokenBatch,
     TokenBudgetBatches,
-    completion_scores,
     evaluation_mode,
 )
 from falign.training.means import Means
@@ -133,28 +132,16 @@ class AlignmentTrainer(Trainer):
 
     def evaluate_objective(self, model: nn.Module, batch: TokenBatch) -> ObjectiveOutput:
         """Score a batch under reference and policy, and return the objective's terms and metrics."""
-        objective, extra = self.objective, {}
-        if objective.token_divergence is not None:
-            # Whole distributions of the reference first, so that its pass is over before the policy's graph is kept.
-            states = self.reference.states(self.policy, batch, token_weights="token_weights" in objective.needs)
-            scores = completion_scores(
-                model,
-                batch,
-                divergence=objective.token_divergence,
-                reference=states.distribution,
-                chunk_tokens=self.chunk_tokens,
-            )
-            extra = {
-                "token_divergence": scores.divergence,
-                "reference_logprobs": scores.reference_logprobs,
-                "token_weights": states.token_weights,
-            }
-        else:
-            if "reference_logprobs" in objective.needs:
-                extra["reference_logprobs"] = self.reference.logprobs(self.policy, batch)
-            scores = completion_scores(model, batch, chunk_tokens=self.chunk_tokens)
-        output = objective(_completions(batch, scores.logprobs, **extra))
-        entropy = scores.entropy[batch.completion_mask]
+        inputs = objective_inputs(
+            self.policy,
+            batch,
+            reference=self.reference,
+            objective=self.objective,
+            chunk_tokens=self.chunk_tokens,
+            wrapped=model,
+        )
+        output = self.objective(inputs.completions)
+        entropy = inputs.entropy[batch.completion_mask]
         return output._replace(metrics={**output.metrics, "entropy": entropy.detach()})
 
     @override
@@ -169,7 +156,7 @@ class AlignmentTrainer(Trainer):
         # Weights depend on masks and preferences alone, so zeros in place of log-probabilities give them.
         nowhere = torch.zeros(batch.completion_mask.shape, device=batch.completion_mask.device)
         needed = dict.fromkeys(self.objective.needs - {"preference"}, nowhere)
-        return total_weights(self.objective(_completions(batch, nowhere, **needed)).terms)
+        return total_weights(self.objective(completion_batch(batch, nowhere, **needed)).terms)
 
     @override
     def evaluate(
@@ -211,13 +198,3 @@ class AlignmentTrainer(Trainer):
     @override
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.run_dir if self._staging is None else self._staging)
-
-
-def _completions(batch: TokenBatch, logprobs: Tensor, **fields: Tensor | None) -> CompletionBatch:
-    return CompletionBatch(
-        logprobs=logprobs,
-        completion_mask=batch.completion_mask,
-        prompt_index=batch.prompt_index,
-        preference=batch.preference,
-        **fields,
-    )

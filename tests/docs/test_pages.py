@@ -59,11 +59,26 @@ def lines(text):
 
 def given(page, folder):
     """What the reader of a page has before its first block."""
+    if page.name == "scoring.md":
+        write_scores(folder)
     if page.name != "data.md":
         return {}
     rows = [{"prompt": f"Name colour {i}.\n", "chosen": "Blue, gladly.", "rejected": "Blue."} for i in range(60)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"tokenizer": byte_tokenizer()}
+
+
+def write_scores(folder):
+    from falign.data import DataSource, Window
+    from falign.evaluation import ScoreOutput, TreeStream, score_trees
+    from tests.evaluation.scoring import tiny_scorer
+    from tests.models.tiny import tiny_tokenizer
+    from tests.training.pairs import write_pairs
+
+    source = DataSource(str(write_pairs(folder / "pairs.jsonl", n=6)))
+    trees = TreeStream(source, tiny_tokenizer(), stop_token_ids={1}, window=Window(64))
+    with ScoreOutput(folder / "scores.jsonl", record={}) as output:
+        score_trees(trees, tiny_scorer(), output, tokens_per_batch=64)
 
 
 def byte_tokenizer():

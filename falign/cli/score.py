@@ -1,0 +1,185 @@
+"""``falign score``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from falign.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from falign.cli.scored import Scored
+    from falign.data import DataSource
+    from falign.evaluation import ScoreTotals, TreeStream
+
+__all__ = ["score"]
+
+PROBED_TREES = 16
+SECONDS_BETWEEN_LINES = 30.0
+
+
+def score(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run folder, scored by its own objective; or any model.")
+    ],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Pairs, lists or single completions, as train reads.")],
+    out: Annotated[Path, typer.Option("--out", help="The scores: .jsonl or .parquet.")],
+    reference: Annotated[
+        str | None, typer.Option(help="What a model is compared with; refused for a run, which has its own.")
+    ] = None,
+    divergence: Annotated[
+        str | None, typer.Option(help="f of a model's implicit reward, reverse_kl if left out; refused for a run.")
+    ] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="β of a model's implicit reward, 0.1 if left out; refused for a run.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="Layout of the file; auto tells it from the columns.")] = "auto",
+    columns: Annotated[str, typer.Option(help="What the file calls falign's columns: '{prompt: question}'.")] = "{}",
+    split: Annotated[str, typer.Option()] = "train",
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="The window, prompt and completion together; a run's own, else 1024.")
+    ] = None,
+    tokens_per_batch: Annotated[int, typer.Option(min=2, help="Tokens scored at once: memory against speed.")] = 4096,
+    bad_rows: Annotated[str, typer.Option(help="error stops at a row that cannot be used, skip counts it.")] = "error",
+    layout: Annotated[str, typer.Option(help="tree, padded, or auto: trees where the models read them.")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of both models, the checkpoint's if left out; refused for a run.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Score anew what is there, whole or begun.")] = False,
+) -> None:
+    """Write log-probs per token, log-ratios and implicit rewards of completions; a stopped call goes on if repeated."""
+    from falign.cli.data import column_mapping
+    from falign.cli.scored import load_compared, load_run
+    from falign.data import DataSource
+    from falign.data.bad_rows import require_choice
+    from falign.evaluation import ScoreOutput, TreeStream, check_output
+    from falign.evaluation import score_trees as run
+    from falign.models import base_of, stop_token_ids
+    from falign.models.tokenizers import tokenizer_fingerprint
+
+    require_choice("--layout", layout, ["auto", "tree", "padded"])
+    require_choice("--bad-rows", bad_rows, ["error", "skip"])
+    check_output(out, overwrite=overwrite)
+    if out.resolve() == Path(file).resolve():
+        raise ConfigError(f"{out} is the file that is scored: give the scores another name.")
+    own = {"--reference": reference, "--divergence": divergence, "--beta": beta, "--dtype": dtype}
+    is_run = (Path(model) / "manifest.json").is_file()
+    _check_options(model, is_run=is_run, given={name: value for name, value in own.items() if value is not None})
+    source = DataSource(file, split=split, format=format, columns=column_mapping(columns))
+    _require_rows(source, bad_rows)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with console.status(f"loading {escape(model)}"):
+        if is_run:
+            scored = load_run(model, max_length=max_length)
+        else:
+            assert reference is not None
+            scored = load_compared(
+                model,
+                reference=reference,
+                divergence="reverse_kl" if divergence is None else divergence,
+                beta=0.1 if beta is None else beta,
+                dtype="auto" if dtype is None else dtype,
+                max_length=max_length,
+            )
+    stops = stop_token_ids(base_of(scored.policy), scored.tokenizer)
+    stream: Any = {"stop_token_ids": stops, "window": scored.window, "bad_rows": bad_rows}
+    trees = TreeStream(source, scored.tokenizer, **stream)
+    rows = iter(trees)
+    first = list(islice(rows, PROBED_TREES))
+    if not first:
+        raise DataError(f"{file}: none of its rows can be scored: {_told(trees) or 'there are none'}.")
+    scorer, choice = scored.scorer(first, layout=layout)
+    console.print(f"layout: {choice.layout}, {choice.reason}", style=None if choice.as_asked else "yellow")
+    record = {
+        **scored.record,
+        "tokenizer": tokenizer_fingerprint(scored.tokenizer),
+        "stop_token_ids": sorted(stops),
+        "layout": choice.layout,
+        **_of_data(source, scored),
+    }
+    with ScoreOutput(out, record=record, overwrite=overwrite) as output, _progress(console) as progress:
+        totals = run(chain(first, rows), scorer, output, tokens_per_batch=tokens_per_batch, on_batch=progress)
+    if told := _told(trees):
+        console.print(f"not as in the file: {told}", style="yellow", markup=False)
+    _show(totals, out)
+
+
+def _check_options(model: str, *, is_run: bool, given: dict[str, Any]) -> None:
+    if is_run and given:
+        raise ConfigError(
+            f"{model} is a run, which is scored as it was trained; {', '.join(given)} would make it another one. Leave "
+            "it out, or export the run (falign export --format merged) and score that with --reference."
+        )
+    if not is_run and "--reference" not in given:
+        raise ConfigError(
+            f"{model} is not a run folder, so there is nothing to compare it with: give --reference MODEL, for example "
+            "the model that it was trained from."
+        )
+
+
+def _require_rows(source: DataSource, bad_rows: Any) -> None:
+    """Read the first row, so that what is wrong with the file is known before any weight is loaded."""
+    from falign.data import BadRows, read_examples
+
+    if next(read_examples(source, bad_rows=BadRows(bad_rows)), None) is None:
+        raise DataError(f"{source.path} has no row that can be used: give a file with at least one.")
+
+
+def _of_data(source: DataSource, scored: Scored) -> dict[str, Any]:
+    """What the order and the tokens of the rows depend on."""
+    local = Path(source.path)
+    return {
+        "source": str(local.absolute()) if local.exists() else source.path,
+        "split": source.split,
+        "format": source.format,
+        "columns": dict(source.columns),
+        **asdict(scored.window),
+    }
+
+
+def _told(trees: TreeStream) -> str:
+    message = f" (the first: {trees.bad_rows.messages[0]})" if trees.bad_rows.messages else ""
+    return "; ".join(f"{label} {count}" for label, count in trees.counts()) + message
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Any]:
+    """A bar on a terminal; elsewhere a line now and then."""
+    from falign.training.progress import BAR
+
+    told = time.monotonic()
+    with Progress(*BAR, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("completions", total=None)
+
+        def update(totals: ScoreTotals) -> None:
+            nonlocal told
+            bar.update(task, completed=totals.completions)
+            if not console.is_terminal and time.monotonic() - told > SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                console.print(f"{totals.completions:,} completions, {totals.tokens:,} tokens")
+
+        yield update
+
+
+def _show(totals: ScoreTotals, out: Path) -> None:
+    table = Table("", "", title=escape(str(out)), title_justify="left", show_header=False)
+    table.add_row("completions", f"{totals.completions:,}")
+    if totals.resumed:
+        table.add_row("of them scored by an earlier call", f"{totals.resumed:,}")
+    table.add_row("tokens", f"{totals.tokens:,}")
+    table.add_row("mean log-ratio", f"{totals.mean_log_ratio:+.4f}")
+    table.add_row("mean implicit reward", f"{totals.mean_implicit_reward:+.4f}")
+    if totals.reward_accuracy is not None:
+        table.add_row("reward accuracy", f"{totals.reward_accuracy:.1%} of {totals.pairs:,} pairs")
+    Console(highlight=False).print(table)

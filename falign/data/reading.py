@@ -1,0 +1,57 @@
+"""A source read and tokenised row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+from falign.data.bad_rows import BadRows
+from falign.data.examples import Example
+from falign.data.recognition import RowReader, read_examples
+from falign.data.rendering import Tokenizer
+from falign.data.sources import DataSource
+from falign.data.tokenization import Tokenized, tokenize
+from falign.data.windows import Window
+from falign.errors import DataError
+
+__all__ = ["TokenizedRow", "read_tokenized"]
+
+
+class TokenizedRow(NamedTuple):
+    """A usable row, as text and as token ids."""
+
+    example: Example
+    tokenized: Tokenized
+
+
+def read_tokenized(
+    source: DataSource,
+    tokenizer: Tokenizer,
+    *,
+    stop_token_ids: Collection[int],
+    window: Window,
+    reader: RowReader | None = None,
+    bad_rows: BadRows | None = None,
+) -> Iterator[TokenizedRow]:
+    """Yield the usable rows of a source, each read when it is asked for.
+
+    Args:
+        source: Where they are, and in which layout (``source.limit`` is the caller's to apply).
+        tokenizer: The model's.
+        stop_token_ids: All tokens at which the model's generation ends; the tokenizer's EOS counts always.
+        window: Lengths, and what happens to what is longer; a dropped row is yielded without a tree.
+        reader: As for ``read_examples``.
+        bad_rows: Takes the rows that cannot be used; by default the first one raises.
+
+    Raises:
+        ConfigError: No chat template, or no stop token, where one is needed.
+        DataError: The source, or under the policy ``"error"`` a row, cannot be used.
+    """
+    bad_rows = bad_rows or BadRows()
+    for example in read_examples(source, reader=reader, bad_rows=bad_rows):
+        try:
+            tokenized = tokenize(example, tokenizer, stop_token_ids=stop_token_ids, window=window)
+        except DataError as error:
+            bad_rows.add(error)
+            continue
+        yield TokenizedRow(example, tokenized)

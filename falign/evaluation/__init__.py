@@ -1,0 +1,19 @@
+"""What a trained policy does to completions: scores of files, streamed and resumable."""
+
+from falign.evaluation.completion_scorer import CompletionScorer, choose_common_layout
+from falign.evaluation.score_file import ScoreTotals, score_trees
+from falign.evaluation.score_output import ScoreOutput, check_output
+from falign.evaluation.score_rows import ScoreRow
+from falign.evaluation.tree_stream import TreeStream, batches_in_order
+
+__all__ = [
+    "CompletionScorer",
+    "ScoreOutput",
+    "ScoreRow",
+    "ScoreTotals",
+    "TreeStream",
+    "batches_in_order",
+    "check_output",
+    "choose_common_layout",
+    "score_trees",
+]

@@ -1,0 +1,155 @@
+"""From prompt trees to rows of scores under a policy, its reference and its objective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from falign.errors import ConfigError, ModelError
+from falign.evaluation.score_rows import ScoreRow, plain_floats
+from falign.objectives import RewardingObjective
+from falign.references import Reference, objective_inputs
+from falign.scoring import (
+    DEFAULT_CHUNK_TOKENS,
+    LAYOUTS,
+    Layout,
+    LayoutChoice,
+    PromptTree,
+    TokenBatch,
+    choose_layout,
+    evaluation_mode,
+)
+
+__all__ = ["CompletionScorer", "choose_common_layout"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionScorer:
+    """Scores completions, without gradient and dropout.
+
+    Attributes:
+        policy: The model, on the device to compute on.
+        reference: What it is compared with.
+        objective: What defines the implicit reward, and the divergence per token if there is one.
+        pad_token_id: Any valid id.
+        layout: One that the policy's and the reference's model can read.
+        chunk_tokens: How many positions reach the head at once; changes memory and speed alone.
+    """
+
+    policy: nn.Module
+    reference: Reference
+    objective: RewardingObjective
+    pad_token_id: int
+    layout: Layout = "padded"
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+
+    def score(self, trees: Sequence[PromptTree]) -> list[list[ScoreRow]]:
+        """Return the rows of each tree, one per completion.
+
+        Args:
+            trees: What is scored at once.
+
+        Raises:
+            ModelError: A value is not finite.
+        """
+        # Preferences change no score, and a batch may lack some: they go from the trees into the rows directly.
+        bare = [replace(tree, preference=None) for tree in trees]
+        batch = LAYOUTS[self.layout](bare, pad_token_id=self.pad_token_id)
+        batch = batch.to(next(self.policy.parameters()).device)
+        with torch.no_grad(), evaluation_mode(self.policy):
+            completions, entropy = objective_inputs(
+                self.policy,
+                batch,
+                reference=self.reference,
+                objective=self.objective,
+                chunk_tokens=self.chunk_tokens,
+            )
+            log_ratios = completions.logprobs - completions.require("reference_logprobs")
+            per_token = {
+                "logprobs": completions.logprobs,
+                "reference_logprobs": completions.reference_logprobs,
+                "log_ratios": log_ratios,
+                "entropy": entropy,
+                "token_divergence": completions.token_divergence,
+            }
+            per_completion = {
+                "log_ratio": completions.sequence_sum(log_ratios),
+                "implicit_reward": self.objective.completion_rewards(completions),
+            }
+        lists = {name: _lists(values, batch, name) for name, values in per_token.items() if values is not None}
+        numbers = {name: _numbers(values, batch, name) for name, values in per_completion.items()}
+        rows: list[list[ScoreRow]] = []
+        n = 0
+        for tree in trees:
+            rows.append([])
+            for i, ids in enumerate(tree.completion_ids):
+                row: ScoreRow = {
+                    "place": tree.place,
+                    "completion": i,
+                    "preference": None if tree.preference is None else float(tree.preference[i]),
+                    "num_tokens": len(ids),
+                    "token_ids": list(ids),
+                    "logprobs": lists["logprobs"][n],
+                    "reference_logprobs": lists["reference_logprobs"][n],
+                    "log_ratios": lists["log_ratios"][n],
+                    "log_ratio": numbers["log_ratio"][n],
+                    "implicit_reward": numbers["implicit_reward"][n],
+                    "entropy": lists["entropy"][n],
+                }
+                if "token_divergence" in lists:
+                    row["token_divergence"] = lists["token_divergence"][n]
+                rows[-1].append(row)
+                n += 1
+        return rows
+
+
+def choose_common_layout(
+    models: Sequence[nn.Module],
+    trees: Sequence[PromptTree],
+    *,
+    pad_token_id: int,
+    wanted: Literal["auto", "tree", "padded"] = "auto",
+) -> LayoutChoice:
+    """Return the layout that all models can read, tried on the two longest trees with several completions.
+
+    Args:
+        models: The policy, and the reference where it is a model of its own.
+        trees: Some of those that will be scored.
+        pad_token_id: Any valid id.
+        wanted: As for :func:`falign.scoring.choose_layout`.
+
+    Raises:
+        ConfigError: ``wanted="tree"``, and a model cannot read trees.
+    """
+    longest = sorted(trees, key=lambda tree: (len(tree.completion_ids) > 1, tree.num_tokens))[-2:]
+    bare = [replace(tree, preference=None) for tree in longest]
+    try:
+        choices = [choose_layout(model, bare, pad_token_id=pad_token_id, wanted=wanted) for model in models]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return next((choice for choice in choices if choice.layout == "padded"), choices[0])
+
+
+def _lists(values: Tensor, batch: TokenBatch, name: str) -> list[list[float]]:
+    _check_finite(values, batch, name)
+    rows = zip(values.cpu(), batch.completion_mask.cpu(), strict=True)
+    return [plain_floats(row[mask]) for row, mask in rows]
+
+
+def _numbers(values: Tensor, batch: TokenBatch, name: str) -> list[float]:
+    _check_finite(values[:, None], batch, name)
+    return plain_floats(values)
+
+
+def _check_finite(values: Tensor, batch: TokenBatch, name: str) -> None:
+    bad = ~values.isfinite()
+    if bad.any():
+        row, column = (int(index) for index in bad.nonzero()[0])
+        raise ModelError(
+            f"{batch.place[row]}: {name} is {values[row, column].item()} (completion token {column + 1}). Check the "
+            "weights and the dtype of policy and reference, or remove the row; what was scored before it is kept."
+        )

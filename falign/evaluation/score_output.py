@@ -1,0 +1,208 @@
+"""The file of scores: it appears whole or not at all, and a run that was stopped goes on where it was.
+
+Rows go to ``.NAME.partial.jsonl`` beside the output, and what they depend on to ``.NAME.partial.json``. Both are gone
+once the output is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from falign.errors import ConfigError
+from falign.evaluation.score_rows import ScoreRow
+from falign.scoring import PromptTree
+
+__all__ = ["ScoreOutput", "check_output"]
+
+SUFFIXES = (".jsonl", ".parquet")
+_ROWS_PER_GROUP = 1024
+
+
+def check_output(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse an output that cannot be written, before anything is computed.
+
+    Args:
+        path: The output.
+        overwrite: Whether an existing file may go.
+
+    Raises:
+        ConfigError: Its suffix is unknown, it exists, or its folder does not.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"{path}: the suffix {path.suffix!r} is not written; name it .jsonl or .parquet.")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name a file.")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists: name another file, or give --overwrite to score anew.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: the folder {path.parent} does not exist; create it.")
+
+
+class ScoreOutput:
+    """Takes rows tree by tree, in the order of the source, and knows those that an earlier call has left.
+
+    Used in a ``with`` block: first :meth:`take` of every tree until it returns None, then :meth:`append`, at last
+    :meth:`finish`. Leaving the block without it keeps the rows for the next call, if there are any.
+
+    Args:
+        path: ``.jsonl`` or ``.parquet``.
+        record: What the rows depend on, by name; plain values.
+        overwrite: Start anew, and remove an existing output and what an earlier call has left.
+
+    Raises:
+        ConfigError: The output cannot be written, or an earlier call has left rows that depend on something else.
+    """
+
+    def __init__(self, path: Path, *, record: Mapping[str, Any], overwrite: bool = False) -> None:
+        check_output(path, overwrite=overwrite)
+        self.path = path
+        self.rows_file = path.with_name(f".{path.name}.partial.jsonl")
+        self.record_file = path.with_name(f".{path.name}.partial.json")
+        self._parquet_file = path.with_name(f".{path.name}.partial.parquet")
+        if overwrite:
+            for file in (self.rows_file, self.record_file, self._parquet_file, path):
+                file.unlink(missing_ok=True)
+        self._claim(json.loads(json.dumps(record)))
+        self.rows_file.touch()
+        self._file: BinaryIO = self.rows_file.open("r+b")
+        self._reading = True
+
+    def __enter__(self) -> ScoreOutput:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self.rows_file.exists() and not self.rows_file.stat().st_size:
+            self.rows_file.unlink()
+            self.record_file.unlink(missing_ok=True)
+
+    def take(self, tree: PromptTree) -> list[ScoreRow] | None:
+        """Return the rows of the next tree if they are there already.
+
+        At the first tree of which not all are, what there is of it is cut off, and nothing is there from then on.
+
+        Args:
+            tree: The next one of the source.
+
+        Raises:
+            ConfigError: The rows are of another tree, so the source has changed since.
+        """
+        if not self._reading:
+            return None
+        start = self._file.tell()
+        rows: list[ScoreRow] = []
+        for i, ids in enumerate(tree.completion_ids):
+            row = _parse(self._file.readline())
+            if row is None:
+                self._file.seek(start)
+                self._file.truncate()
+                self._reading = False
+                return None
+            if (row["place"], row["completion"], row["token_ids"]) != (tree.place, i, list(ids)):
+                raise self._changed(f"it goes on with {row['place']}, where the source now has {tree.place}")
+            rows.append(row)
+        return rows
+
+    def append(self, rows: Iterable[ScoreRow]) -> None:
+        """Write rows behind those that are there; they survive the process from here on."""
+        assert not self._reading
+        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        self._file.write(text.encode("utf-8", "surrogatepass"))
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Give the output its name.
+
+        Raises:
+            ConfigError: Rows are left of a source that was longer.
+        """
+        if self._reading and self._file.readline():
+            raise self._changed("it has rows behind the last one of the source")
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if self.path.suffix == ".parquet":
+            _write_parquet(self.rows_file, self._parquet_file)
+            self._parquet_file.replace(self.path)
+            self.rows_file.unlink()
+        else:
+            self.rows_file.replace(self.path)
+        self.record_file.unlink()
+
+    def _claim(self, record: dict[str, Any]) -> None:
+        if self.rows_file.exists():
+            found = self._read_record()
+            names = [name for name in {**found, **record} if found.get(name) != record.get(name)]
+            if names:
+                shown = ", ".join(f"{name} ({found.get(name)!r} there, {record.get(name)!r} now)" for name in names)
+                raise ConfigError(
+                    f"{self.rows_file} holds the beginning of other scores: {shown}. Go on with the same settings, "
+                    "name another --out, or give --overwrite to start anew."
+                )
+        else:
+            _write_whole(self.record_file, json.dumps(record, indent=1))
+
+    def _read_record(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.record_file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError) as error:
+            raise ConfigError(
+                f"{self.record_file}, which says what {self.rows_file} depends on, cannot be read ({error}): give "
+                "--overwrite to start anew."
+            ) from error
+
+    def _changed(self, what: str) -> ConfigError:
+        return ConfigError(
+            f"{self.rows_file} is of a source that has changed since: {what}. Restore the source, or give --overwrite "
+            "to start anew."
+        )
+
+
+def _parse(line: bytes) -> ScoreRow | None:
+    """Return a row, or None for the end and for what a killed process has left of one."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        return json.loads(line.decode("utf-8", "surrogatepass"))
+    except ValueError:
+        return None
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _write_parquet(rows_file: Path, path: Path) -> None:
+    """Convert a file of rows group by group; numbers are 32-bit as they were computed, but for preferences."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    floats = pa.list_(pa.float32())
+    types: dict[str, Any] = {
+        "place": pa.string(),
+        "completion": pa.int32(),
+        "preference": pa.float64(),
+        "num_tokens": pa.int32(),
+        "token_ids": pa.list_(pa.int32()),
+        **dict.fromkeys(("logprobs", "reference_logprobs", "log_ratios"), floats),
+        **dict.fromkeys(("log_ratio", "implicit_reward"), pa.float32()),
+        **dict.fromkeys(("entropy", "token_divergence"), floats),
+    }
+    with rows_file.open("rb") as file:
+        columns = json.loads(file.readline())
+        file.seek(0)
+        schema = pa.schema([(name, types[name]) for name in columns])
+        with pq.ParquetWriter(path, schema) as writer:
+            while lines := list(islice(file, _ROWS_PER_GROUP)):
+                writer.write_batch(pa.RecordBatch.from_pylist(list(map(json.loads, lines)), schema=schema))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,232 @@
+import json
+
+import pytest
+
+from falign.errors import ConfigError, DataError
+from falign.evaluation import ScoreOutput, check_output, score_trees
+from tests.evaluation.scoring import TREES, tiny_scorer
+
+RECORD = {"policy.weights": "abc", "objective.beta": 0.3, "window": [1, 2]}
+BUDGET = 18  # three batches: two trees, two trees, one
+
+
+def scored(path, trees=TREES, *, record=RECORD, **options):
+    with ScoreOutput(path, record=record, **options) as output:
+        return score_trees(trees, tiny_scorer(), output, tokens_per_batch=BUDGET)
+
+
+def read(path):
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+def stop_after(monkeypatch, batches):
+    """Let the process die when it is about to write the batch after these."""
+    original, calls = ScoreOutput.append, 0
+
+    def dies(self, rows):
+        nonlocal calls
+        calls += 1
+        if calls > batches:
+            raise KeyboardInterrupt
+        original(self, rows)
+
+    monkeypatch.setattr(ScoreOutput, "append", dies)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    (tmp_path / "whole").mkdir()
+    path = tmp_path / "whole" / "scores.jsonl"
+    totals = scored(path)
+    assert [file.name for file in path.parent.iterdir()] == ["scores.jsonl"]
+    return path, totals
+
+
+def test_a_file_has_a_row_for_each_completion_in_order(whole):
+    path, totals = whole
+    rows = read(path)
+    assert [(row["place"], row["completion"]) for row in rows] == [
+        (tree.place, i) for tree in TREES for i in range(len(tree.completion_ids))
+    ]
+    assert totals.completions == len(rows) == 9
+    assert totals.tokens == sum(row["num_tokens"] for row in rows)
+    assert totals.mean_log_ratio == pytest.approx(sum(row["log_ratio"] for row in rows) / 9)
+    assert totals.mean_implicit_reward == pytest.approx(sum(row["implicit_reward"] for row in rows) / 9)
+
+
+def test_accuracy_is_over_every_two_completions_of_a_row_that_differ_in_preference(whole):
+    path, totals = whole
+    rows = read(path)
+    pairs = [
+        (a["implicit_reward"] > b["implicit_reward"])
+        for a in rows
+        for b in rows
+        if a["place"] == b["place"] and None not in (a["preference"], b["preference"])
+        if a["preference"] > b["preference"]
+    ]
+    assert totals.pairs == len(pairs) == 5
+    assert totals.reward_accuracy == sum(pairs) / 5
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("batches", [0, 1, 2])
+def test_a_stopped_call_goes_on_and_ends_as_if_it_had_not_been_stopped(tmp_path, whole, monkeypatch, batches, suffix):
+    path = tmp_path / f"scores{suffix}"
+    with monkeypatch.context() as patch:
+        stop_after(patch, batches)
+        with pytest.raises(KeyboardInterrupt):
+            scored(path)
+    assert not path.exists()
+    totals = scored(path)
+    assert totals.resumed == [0, 5, 8][batches]
+    assert_same(read(path), read(whole[0]))
+    assert totals.reward_accuracy == whole[1].reward_accuracy
+    assert totals.mean_log_ratio == whole[1].mean_log_ratio
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, "whole"}
+
+
+def assert_same(rows, expected):
+    """JSONL rows are equal; Parquet has the same numbers with 32 bits."""
+    assert len(rows) == len(expected)
+    for row, other in zip(rows, expected, strict=True):
+        assert row.keys() == other.keys()
+        for name, value in other.items():
+            assert row[name] == value or row[name] == pytest.approx(value, rel=1e-8, abs=0), name
+
+
+@pytest.mark.parametrize("keep", [1, 0.1, 0.5, 0.65, 0.9, 0.999])
+def test_what_a_killed_process_left_half_written_is_written_again_byte_for_byte(tmp_path, whole, monkeypatch, keep):
+    path = tmp_path / "scores.jsonl"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            scored(path)
+    partial = tmp_path / ".scores.jsonl.partial.jsonl"
+    content = partial.read_bytes()
+    partial.write_bytes(content[: int(keep * len(content))])
+    totals = scored(path)
+    assert path.read_bytes() == whole[0].read_bytes()
+    assert totals.resumed < 9
+
+
+def test_a_tree_without_all_its_completions_is_scored_again(tmp_path, whole, monkeypatch):
+    path = tmp_path / "scores.jsonl"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            scored(path)
+    partial = tmp_path / ".scores.jsonl.partial.jsonl"
+    partial.write_bytes(b"".join(partial.read_bytes().splitlines(keepends=True)[:4]))  # two of the second tree's three
+    totals = scored(path)
+    assert totals.resumed == 2
+    assert path.read_bytes() == whole[0].read_bytes()
+
+
+def test_what_is_there_is_not_computed_again(tmp_path, monkeypatch):
+    path = tmp_path / "scores.jsonl"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            scored(path)
+    from falign.evaluation import CompletionScorer
+
+    original, batches = CompletionScorer.score, []
+
+    def spy(self, trees):
+        batches.append([tree.place for tree in trees])
+        return original(self, trees)
+
+    monkeypatch.setattr(CompletionScorer, "score", spy)
+    scored(path)
+    assert batches == [["rows.jsonl:6"]]
+
+
+def test_parquet_has_the_rows_of_jsonl_and_no_column_that_is_not_there(tmp_path, whole, monkeypatch):
+    monkeypatch.setattr("falign.evaluation.score_output._ROWS_PER_GROUP", 4)
+    path = tmp_path / "scores.parquet"
+    scored(path)
+    rows = read(path)
+    assert_same(rows, read(whole[0]))
+    assert "token_divergence" not in rows[0]
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        assert file.num_row_groups == 3
+
+
+def stopped(path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            scored(path)
+
+
+def test_other_settings_are_refused_by_name_and_overwrite_starts_anew(tmp_path, whole, monkeypatch):
+    path = tmp_path / "scores.jsonl"
+    stopped(path, monkeypatch)
+    partial = (tmp_path / ".scores.jsonl.partial.jsonl").read_bytes()
+    other = {**RECORD, "objective.beta": 0.5, "layout": "tree"}
+    message = r"objective.beta \(0.3 there, 0.5 now\), layout \(None there, 'tree' now\).*--overwrite"
+    with pytest.raises(ConfigError, match=message):
+        scored(path, record=other)
+    assert (tmp_path / ".scores.jsonl.partial.jsonl").read_bytes() == partial
+    assert scored(path, record=other, overwrite=True).resumed == 0
+    assert path.read_bytes() == whole[0].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("trees", "message"),
+    [
+        ([TREES[1], *TREES], "goes on with rows.jsonl:1, where the source now has rows.jsonl:2"),
+        ([TREES[0]], "rows behind the last one"),
+    ],
+)
+def test_a_source_that_has_changed_is_refused(tmp_path, monkeypatch, trees, message):
+    path = tmp_path / "scores.jsonl"
+    stopped(path, monkeypatch)
+    with pytest.raises(ConfigError, match=rf"{message}.*--overwrite"):
+        scored(path, trees)
+    assert not path.exists()
+
+
+def test_rows_whose_record_is_lost_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "scores.jsonl"
+    stopped(path, monkeypatch)
+    (tmp_path / ".scores.jsonl.partial.json").unlink()
+    with pytest.raises(ConfigError, match=r"partial.json, which says.*--overwrite"):
+        scored(path)
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path):
+    existing = tmp_path / "there.jsonl"
+    existing.write_text("mine")
+    for path, message in {
+        existing: "--overwrite",
+        tmp_path / "scores.csv": r"'.csv' is not written",
+        tmp_path / "no" / "scores.jsonl": "does not exist",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            check_output(path)
+    check_output(existing, overwrite=True)
+    assert existing.read_text() == "mine"
+
+
+def test_no_trees_leave_nothing_behind(tmp_path):
+    with pytest.raises(DataError, match="No completion"):
+        scored(tmp_path / "scores.jsonl", [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_conversion_that_fails_keeps_the_rows(tmp_path, monkeypatch):
+    path = tmp_path / "scores.parquet"
+    with monkeypatch.context() as patch:
+        patch.setattr("pyarrow.parquet.ParquetWriter.write_batch", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            scored(path)
+    assert not path.exists()
+    assert scored(path).resumed == 9
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.parquet"]

@@ -1,0 +1,54 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from falign import FDPO, TDPO
+from falign.references import FrozenModel, objective_inputs
+from falign.scoring import PromptTree, completion_scores, pad
+from tests.models.tiny import tiny_model
+from tests.references.spy import ForwardSpy
+
+BATCH = pad([PromptTree((5, 6), ((7, 8, 1), (9, 1)), (1.0, 0.0), "rows:1")], pad_token_id=1)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Reads the policy alone."""
+
+    needs = frozenset()
+    token_divergence = None
+
+    def __call__(self, batch):
+        raise NotImplementedError
+
+
+def test_a_reference_that_is_not_asked_for_is_not_run():
+    reference = FrozenModel(tiny_model("llama", seed=1))
+    spy = ForwardSpy(reference.model)
+    policy = tiny_model("llama").eval()
+    completions, entropy = objective_inputs(policy, BATCH, reference=reference, objective=Likelihood())
+    assert len(spy) == 0
+    assert completions.reference_logprobs is None
+    scores = completion_scores(policy, BATCH)
+    assert torch.equal(completions.logprobs, scores.logprobs)
+    assert torch.equal(entropy, scores.entropy)
+    assert torch.equal(completions.preference, torch.tensor([1.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    "objective", [FDPO(), TDPO(), TDPO(variant=1, weighting="activations")], ids=["fdpo", "tdpo", "weighted"]
+)
+def test_an_objective_gets_what_it_needs_with_the_policys_gradient_and_one_pass_of_the_reference(objective):
+    reference = FrozenModel(tiny_model("llama", seed=1))
+    policy = tiny_model("llama").eval()
+    expected = reference.logprobs(policy, BATCH)
+    spy = ForwardSpy(reference.model)
+    completions, _ = objective_inputs(policy, BATCH, reference=reference, objective=objective, chunk_tokens=2)
+    assert len(spy) == 1
+    torch.testing.assert_close(completions.reference_logprobs, expected)
+    for name in ("reference_logprobs", "token_divergence", "token_weights"):
+        assert (getattr(completions, name) is not None) == (name in objective.needs)
+    objective(completions).mean().backward()
+    assert policy.lm_head.weight.grad.abs().max() > 0
+    assert reference.model.lm_head.weight.grad is None
