@@ -74,8 +74,8 @@ def report(profiler, flops: int, limit: float, seconds: float) -> None:
     for kind, total in sorted(totals.items(), key=lambda item: -item[1]):
         print(f"{kind:20} {total / whole:6.1%}")
     ideal = flops / limit
-    print(f"first step {seconds:.2f} s; its matrix products are {flops / 1e12:.2f} TFLOP, {ideal:.2f} s at the limit of "
-          f"{limit / 1e9:.0f} GFLOP/s: {ideal / seconds:.0%}")  # fmt: skip
+    print(f"first step {seconds:.2f} s; its matrix products, {flops / 1e12:.2f} TFLOP, take {ideal:.2f} s at "
+          f"the {limit / 1e9:.0f} GFLOP/s that one alone reaches: {ideal / seconds:.0%}")  # fmt: skip
 
 
 if __name__ == "__main__":
