@@ -20,6 +20,8 @@ from rich.progress import (
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
+from falign.training.run_folder import naming
+
 __all__ = ["BAR", "MetricsFile", "ProgressBar"]
 
 BAR = (
@@ -57,7 +59,7 @@ class MetricsFile(TrainerCallback):
         # JSON has no NaN and no infinity: such a value is left out rather than written as what no reader accepts.
         finite = {k: v for k, v in (logs or {}).items() if not isinstance(v, float) or math.isfinite(v)}
         if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
+            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **finite}) + "\n")
 
 

@@ -6,6 +6,8 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import yaml
 from falign.errors import ConfigError, TrainingError
 from falign.training.config import RunConfig
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "naming", "versions"]
 
 PACKAGES = ("falign", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl")
 
@@ -156,13 +158,23 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         partial = self.path / f".{name}.partial"
         try:
-            with partial.open("w", encoding="utf-8") as file:
+            with naming(self.path / name), partial.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(self.path / name)
         finally:
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an error of writing it: the system's own (a full disk) does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The command line as a user types it: real files, a real tiny model, exit statuses."""
 
 import errno
+import io
 import json
 import subprocess
 import sys
@@ -176,6 +177,28 @@ def test_a_full_disk_while_writing_a_checkpoint(falign, run_file, tmp_path, monk
     assert status == 2
     assert "the disk is full" in err
     assert not list((tmp_path / "run").glob("*checkpoint*"))
+
+
+@pytest.mark.parametrize("name", ["before.json", "metrics.jsonl", "curves.png"])
+def test_a_full_disk_while_writing_another_file_names_it(falign, run_file, tmp_path, monkeypatch, name):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    opened = Path.open
+
+    def full(self, *arguments, **options):
+        return Full() if name in self.name else opened(self, *arguments, **options)
+
+    def full_picture(self, path, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = run_file()
+    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full_picture)
+    status, _, err = falign("train", path)
+    assert status == 2
+    assert f"{tmp_path / 'run' / name}: the disk is full. Free some space" in err
 
 
 def test_divergences_prints_the_table_and_draws(falign, tmp_path):
