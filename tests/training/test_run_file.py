@@ -1,4 +1,5 @@
 import pytest
+import yaml
 
 from falign.divergences import get
 from falign.errors import ConfigError
@@ -55,7 +56,7 @@ def test_overrides_win_and_are_yaml(run_file):
         (with_("objective", f_divergence_type="js"), "here it is objective.divergence"),
         (with_("objective", f_alpha_divergence_coef=0.5), r"alpha\(1 - coefficient\)"),
         (with_("data", max_prompt_length=5), "data.max_completion_length"),
-        ({**LEAST, "data": {"train": [{"path": "d", "fromat": "hh"}]}}, "did you mean data.train.format"),
+        ({**LEAST, "data": {"train": [{"path": "d", "fromat": "hh"}]}}, "did you mean data.train.0.format?"),
         (with_("training", max_steps="many"), "training.max_steps='many'"),
         (with_("objective", beta=-1), "objective.beta=-1"),
         ({"output_dir": "r", "model": {}, "data": LEAST["data"]}, "model.path is required"),
@@ -85,7 +86,7 @@ def test_overrides_win_and_are_yaml(run_file):
             r"objective.kind='listwize' is unknown: did you mean listwise\? Choose one of pairwise, listwise, token",
         ),
         (with_("objective", kind=None), "objective.kind=None is unknown: Choose one of pairwise, listwise"),
-        ({**LEAST, "objective": 3}, "run: objective=3: Input should be a valid dictionary"),
+        ({**LEAST, "objective": 3}, r"run: objective=3: this is a section, as in `objective: \{kind: ...\}`\."),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(data, message):
@@ -145,6 +146,66 @@ def test_an_override_changes_the_kind(run_file):
     path = run_file("output_dir: r\nmodel: {path: m}\ndata: {train: [{path: d}]}\nobjective: {beta: 0.5}\n")
     config = load_run_file(path, ["objective.kind=token_pairwise", "objective.alpha=0.2"])
     assert config.check() == TokenPairwise(get("forward_kl"), 0.5, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("training.beta=0.1", "objective.beta?"),
+        ("training.seed=1", "seed?"),
+        ("training.output_dir=x", "output_dir?"),
+        ("training.max_length=9", "data.max_length?"),
+        ("training.format=hh", "data.train.0.format or data.eval.0.format?"),
+        ("training.alpha=9", "adapter.alpha or objective.alpha?"),
+        ("data.beta=0.1", "objective.beta?"),
+        ("model.adapter.r=8", "adapter.r?"),
+        ("model.adapter={r: 8, alpha: 9}", "adapter?"),
+        ("training.objective.beta=1", "objective.beta?"),
+        ("data.train.0.fromat=hh", "data.train.0.format?"),
+        ("modle.path=x", "model.path?"),
+        ("modle={path: x, dtype: auto}", "model?"),
+        ("traning.seeds=3", "seed?"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_pointed_to_the_right_one(run_file, override, meant):
+    with pytest.raises(ConfigError) as caught:
+        load_run_file(run_file(yaml.safe_dump(LEAST)), [override])
+    assert str(caught.value).endswith(f"did you mean {meant}")
+
+
+@pytest.mark.parametrize(
+    ("override", "here"),
+    [
+        ("training.lr=1", "training.learning_rate"),
+        ("lr=1", "training.learning_rate"),
+        ("training.bf16=true", "model.dtype"),
+        ("batch_size=4", "training.per_device_train_batch_size"),
+        ("training.train_batch_size=4", "training.per_device_train_batch_size"),
+    ],
+)
+def test_other_names_of_a_field_are_known(run_file, override, here):
+    with pytest.raises(ConfigError, match=f"(here it is|did you mean) {here}"):
+        load_run_file(run_file(yaml.safe_dump(LEAST)), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "data.train.0=pairs.jsonl",
+            "data.train.0='pairs.jsonl': this is a section, as in `data.train.0: {path: ...}`.",
+        ),
+        ("adapter=false", "adapter=False: this is a section, as in `adapter: {r: ...}`, or null."),
+        ("model=gpt2", "model='gpt2': this is a section, as in `model: {path: ...}`."),
+        ("data.train.train=x", "data.train.train: data.train is a list; did you mean data.train.0.train?"),
+        ("data.train.path=x", "data.train.path: data.train is a list; did you mean data.train.0.path?"),
+    ],
+)
+def test_a_value_in_place_of_a_section_says_what_a_section_looks_like(run_file, override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_run_file(run_file(yaml.safe_dump(LEAST)), [override])
+    assert message in str(caught.value)
+    assert "Config" not in str(caught.value)
 
 
 def test_all_mistakes_are_named_at_once():
@@ -207,7 +268,7 @@ def test_every_config_of_the_repository_is_valid():
 
 def test_valid_paths_reach_into_lists_and_optional_sections():
     paths = list(valid_paths())
-    assert {"adapter.r", "data.train.format", "objective.beta", "seed"} <= set(paths)
+    assert {"adapter.r", "data.train.0.format", "objective.beta", "seed"} <= set(paths)
     assert {"objective.margin_loss", "objective.alpha", "objective.kind"} <= set(paths)
     assert len(paths) == len(set(paths))
 
