@@ -318,3 +318,36 @@ def test_data_check_refuses_what_a_run_would_refuse(falign, tmp_path, tiny):
     status, _, err = falign("data", "check", tmp_path / "empty.jsonl")
     assert status == 2
     assert "no rows" in err or "empty" in err
+
+
+def test_data_check_says_when_the_window_drops_every_row(falign, tmp_path, tiny):
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    status, _, err = falign("data", "check", data, "--model", tiny, "--max-length", 4, "--long-prompt", "drop")
+    assert status == 2
+    assert "the window drops all 24 rows (long prompt: 24): raise --max-length" in err
+    assert "bad row" not in err
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--max-length", 64),
+        ("--max-completion-length", 8),
+        ("--long-prompt", "cut"),
+        ("--long-completion", "drop"),
+        ("--chat-template", "{{ x }}"),
+    ],
+)
+def test_data_check_refuses_options_about_tokens_without_a_model(falign, tmp_path, option):
+    status, _, err = falign("data", "check", write_pairs(tmp_path / "pairs.jsonl"), *option)
+    assert status == 2
+    assert f"{option[0]} is about tokens: give --model" in err
+
+
+def test_messages_of_data_check_are_not_wrapped(falign, tmp_path):
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    break_row(data, chosen=7, prompt="a long prompt " * 20)
+    _, out, _ = falign("data", "check", data)
+    (line,) = [line for line in out.splitlines() if "pairs.jsonl:4" in line]
+    assert len(line) > 120
+    assert line.endswith(".")
