@@ -21,9 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as 
 def falign(monkeypatch, capsys):
     """Return a function that runs a command line and returns exit status, output and errors."""
 
-    def run(*arguments):
+    def run(*arguments, columns=120):
         monkeypatch.setattr(sys, "argv", ["falign", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setenv("COLUMNS", str(columns))
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             main()
@@ -214,6 +214,28 @@ def test_divergences_prints_the_table_and_draws(falign, tmp_path):
     status, _, err = falign("divergences", "js", "--plot", tmp_path / "f.doc")
     assert status == 2
     assert ".doc" in err
+
+
+def test_divergences_shows_whole_names_in_a_narrow_terminal(falign):
+    _, out, _ = falign("divergences", columns=80)
+    assert "…" not in out
+    assert "generalized_js(0.3)" in out
+    assert "generalized_js(0.7)" in out
+
+
+@pytest.mark.parametrize("name", ["F.PNG", "f.Svg"])
+def test_the_suffix_of_a_picture_may_be_in_capitals(falign, tmp_path, name):
+    status, _, err = falign("divergences", "js", "--plot", tmp_path / name)
+    assert status == 0, err
+    assert (tmp_path / name).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["f.doc", "nowhere/f.png", "f"])
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_table(falign, tmp_path, name):
+    status, out, err = falign("divergences", "js", "--plot", tmp_path / name)
+    assert status == 2
+    assert "--plot" in err
+    assert not out.strip()
 
 
 def test_data_check_counts_and_refuses(falign, tmp_path, tiny):
