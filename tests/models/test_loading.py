@@ -155,9 +155,11 @@ def test_truncated_weights_are_named(tiny, size):
         load_model(tiny)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
-def test_a_damaged_json_file_is_an_error_of_the_folder(tiny, name):
+@pytest.mark.parametrize(
+    ("load", "name"),
+    [(load_model, "config.json"), (load_tokenizer, "tokenizer.json"), (load_tokenizer, "tokenizer_config.json")],
+)
+def test_a_damaged_json_file_is_an_error_of_the_folder(tiny, load, name):
     (tiny / name).write_text("{")
     with pytest.raises(ModelError, match=r"Cannot load the (model|tokenizer) .*tiny"):
-        load_tokenizer(tiny)
-        load_model(tiny)
+        load(tiny)
