@@ -134,10 +134,21 @@ class RunFolder:
             ) from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return all logs."""
+        """Return all logs; half a last line, of a run that was killed while it wrote, is none.
+
+        Raises:
+            ConfigError: Another line is damaged.
+        """
         if not self.metrics_file.is_file():
             return []
-        return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
+        logs, lines = [], self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                logs.append(json.loads(line))
+            except ValueError as error:
+                if number < len(lines):
+                    raise ConfigError(f"{self.metrics_file}:{number} is damaged ({error}): remove the line.") from error
+        return logs
 
     def forget_after(self, step: int) -> None:
         """Drop logs of steps that a resumed run takes again."""
