@@ -208,6 +208,13 @@ def test_a_value_in_place_of_a_section_says_what_a_section_looks_like(run_file, 
     assert "Config" not in str(caught.value)
 
 
+@pytest.mark.parametrize("path", ["objective.beta", "training.learning_rate", "adapter.alpha", "training.warmup_steps"])
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+def test_no_number_may_be_infinite_or_nan(run_file, path, value):
+    with pytest.raises(ConfigError, match=rf"{path}={value[1:]}: Input should be a finite number"):
+        load_run_file(run_file(yaml.safe_dump(LEAST)), [f"{path}={value}"])
+
+
 def test_all_mistakes_are_named_at_once():
     with pytest.raises(ConfigError, match=r"(?s)beta.*learning_rat|learning_rat.*beta"):
         parse_run({**with_("training", learning_rat=1.0), "objective": {"beta": 0}})
