@@ -202,3 +202,19 @@ def test_pairwise_is_an_objective_that_names_its_needs():
     assert isinstance(objective, Objective)
     assert objective.needs == {"reference_logprobs", "preference"}
     assert objective.token_divergence is None
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "accuracy"),
+    [
+        ([1e-7, -1e-7], 0.5),  # rounding at the reference
+        ([-3e-7, 3e-7], 0.5),
+        ([1e-4, 0.0], 1.0),
+        ([0.0, 1e-4], 0.0),
+        ([400.0003, 400.0], 0.5),  # of the size of the rewards' own rounding
+        ([400.1, 400.0], 1.0),
+    ],
+)
+def test_a_margin_within_rounding_is_a_tie(log_ratio, accuracy):
+    output = FDPO("reverse_kl", beta=1.0)(batch_of(torch.tensor(log_ratio, dtype=torch.float64), [1, 1]))
+    assert output.metrics["rewards/accuracies"].tolist() == [accuracy]
