@@ -13,7 +13,7 @@ __all__ = ["plot_curves"]
 CHOSEN, REJECTED, PLAIN = "#0b7a75", "#c8553d", "#3d405b"
 PANELS = {
     "loss": (("loss", PLAIN, ""),),
-    "implicit reward β f′(u)": (("rewards/chosen", CHOSEN, "chosen"), ("rewards/rejected", REJECTED, "rejected")),
+    "implicit reward": (("rewards/chosen", CHOSEN, "chosen"), ("rewards/rejected", REJECTED, "rejected")),
     "reward accuracy": (("rewards/accuracies", PLAIN, ""),),
     "log-ratio log π/π_ref (nats)": (
         ("logratios/chosen", CHOSEN, "chosen"),
