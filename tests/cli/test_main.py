@@ -278,6 +278,17 @@ def test_full_fine_tuning_is_exported(falign, run_file, tmp_path):
     assert "has no adapter" in err
 
 
+def test_the_export_of_a_4_bit_run_says_what_is_rounding_of_its_base(falign, run_file, tmp_path):
+    path = run_file(model={"quantization": "nf4"}, training={"learning_rate": 0.05})
+    assert falign("train", path)[0] == 0
+    status, out, err = falign("export", tmp_path / "run", "--format", "merged")
+    assert status == 0, err
+    rows = [line.strip("│ ").split("│")[0].strip() for line in out.splitlines() if "│" in line]
+    assert rows.index("of this by the export itself") + 1 == rows.index("accepted by the export itself")
+    assert "accepted" not in rows
+    assert "note: the trained model has a 4-bit base, the export its original weights" in " ".join(out.split())
+
+
 def test_a_base_that_has_changed_since_is_refused(falign, run_file, tiny, tmp_path):
     assert falign("train", run_file())[0] == 0
     save_tiny(tiny, seed=9)
