@@ -78,6 +78,33 @@ def test_sampling_a_file_is_reproducible(falign, tiny, tmp_path):
     assert first[1] == second[1] != other[1]
 
 
+def test_conversations_and_a_system_column_are_sampled(falign, tiny, tmp_path):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]
+    last = {"role": "user", "content": "who?"}
+    system = {"role": "system", "content": "Be brief."}
+    rows = [
+        {"prompt": [*turns, last]},
+        {"prompt": "who?", "system": "Be brief."},
+        {"prompt": [{"from": "human", "value": "who?"}]},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out, err = falign("sample", tiny, "--file", tmp_path / "p.jsonl", "--max-new-tokens", 2, "--json")
+    assert status == 0, err
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == [[*turns, last], [system, last], [last]]
+    status, out, err = falign("sample", tiny, "--file", tmp_path / "p.jsonl", "--max-new-tokens", 2)
+    assert "system: Be brief." in out
+    for row, message in (
+        ({"x": 1}, "no `prompt`"),
+        ({"prompt": "a", "system": 3}, "`system`"),
+        ({"prompt": turns}, ""),
+    ):
+        (tmp_path / "bad.jsonl").write_text(json.dumps(row))
+        status, _, err = falign("sample", tiny, "--file", tmp_path / "bad.jsonl")
+        assert status == 2
+        assert "bad.jsonl:1" in err
+        assert message in err
+
+
 def break_row(path, **fields):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[3] = {key: value for key, value in {**rows[3], **fields}.items() if value is not None}
