@@ -143,8 +143,8 @@ def _explain(detail: Any) -> str:
         kinds = [model.model_fields["kind"].default for model in _models(RunConfig.model_fields[place.path])]
         given = detail["input"]["kind"]
         close = difflib.get_close_matches(str(given), kinds, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        return f"{place.path}.kind={given!r} is unknown: {hint}Choose one of {', '.join(kinds)}."
+        hint = f"did you mean {close[0]}? Choose" if close else "choose"
+        return f"{place.path}.kind={given!r} is unknown: {hint} one of {', '.join(kinds)}."
     if detail["type"] in ("model_type", "model_attributes_type"):
         return f"{place.path}={detail['input']!r}: this is a section{_example(place.path)}."
     return f"{place.path}={detail['input']!r}: {detail['msg']}."
