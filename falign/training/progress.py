@@ -102,7 +102,9 @@ class ProgressBar(TrainerCallback):
         if self.task is not None:
             self.progress.update(self.task, metrics=shown)
         if state.is_world_process_zero and not self.console.is_terminal and new:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {shown}", highlight=False, soft_wrap=True)
+            # The trainer counts the steps when training begins.
+            place = f"step {state.global_step}/{state.max_steps}" if state.max_steps else "before training"
+            self.console.print(f"{place}  {shown}", highlight=False, soft_wrap=True)
 
     @override
     def on_train_end(

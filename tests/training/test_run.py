@@ -219,6 +219,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_rows_and_step(start, tmp_p
     assert RunFolder.open(tmp_path / "run").last_checkpoint().is_dir()
 
 
+def test_the_evaluation_before_training_is_called_so(tiny, tmp_path, capsys):
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    train(parse_run(run_data(tiny, data, tmp_path / "run", training={"max_steps": 1})), console=Console(width=200))
+    lines = capsys.readouterr().out.splitlines()
+    assert "before training  held-out acc 0.5" in lines
+    assert not any("/0" in line for line in lines)
+    assert any(line.startswith("step 1/1  ") for line in lines)
+
+
 def test_metrics_are_one_json_object_a_line(start):
     summary = start()
     lines = summary.folder.metrics_file.read_text(encoding="utf-8").splitlines()
