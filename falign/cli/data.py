@@ -28,10 +28,14 @@ def check(
     chat_template: Annotated[str | None, typer.Option(help="A Jinja template, or a file with one.")] = None,
     format: Annotated[str, typer.Option(help="Layout; auto tells it from the columns.")] = "auto",
     split: Annotated[str, typer.Option()] = "train",
-    max_length: Annotated[int, typer.Option(min=2, help="The window, prompt and completion together.")] = 1024,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="The window, prompt and completion together; 1024 when left out.")
+    ] = None,
     max_completion_length: Annotated[int | None, typer.Option(min=1)] = None,
-    long_prompt: Annotated[str, typer.Option(help="error, cut or drop, as in the run file.")] = "error",
-    long_completion: Annotated[str, typer.Option(help="cut, drop or error.")] = "cut",
+    long_prompt: Annotated[
+        str | None, typer.Option(help="error, cut or drop, as in the run file; error when left out.")
+    ] = None,
+    long_completion: Annotated[str | None, typer.Option(help="cut, drop or error; cut when left out.")] = None,
     columns: Annotated[str, typer.Option(help="What the file calls falign's columns: '{prompt: question}'.")] = "{}",
     max_drift: Annotated[float, typer.Option(min=0, max=1, help="Largest share of drifting rows that passes.")] = 0.05,
     keep: Annotated[int, typer.Option(min=0, help="How many bad rows to show.")] = 10,
@@ -40,17 +44,28 @@ def check(
     from falign.data import DataSource, Window
     from falign.data import check as inspect
 
-    tokenizer, stops = None, frozenset[int]()
-    if model is not None:
+    lengths = {
+        "max_length": max_length,
+        "max_completion_length": max_completion_length,
+        "long_prompt": long_prompt,
+        "long_completion": long_completion,
+    }
+    given = {name: value for name, value in lengths.items() if value is not None}
+    tokenizer, window, stops = None, None, frozenset[int]()
+    if model is None:
+        if about_tokens := [*given, *(["chat_template"] if chat_template else [])]:
+            raise ConfigError(f"--{about_tokens[0].replace('_', '-')} is about tokens: give --model.")
+    else:
         from falign.models import load_tokenizer, stop_token_ids
 
         tokenizer = load_tokenizer(model, chat_template=chat_template)
         stops = stop_token_ids(model, tokenizer)
+        window = Window(**{"max_length": 1024, **given})
     report = inspect(
         DataSource(file, split=split, format=format, columns=column_mapping(columns)),
         tokenizer=tokenizer,
         stop_token_ids=stops,
-        window=None if tokenizer is None else Window(max_length, max_completion_length, long_prompt, long_completion),  # pyright: ignore[reportArgumentType]
+        window=window,
         keep=keep,
     )
     console = Console(highlight=False)
@@ -63,9 +78,15 @@ def check(
         lengths.add_row(name, *(f"{number:,}" for number in numbers))
     console.print(lengths)
     for message in report.source.messages:
-        console.print(message, style="red", markup=False)
+        console.print(message, style="red", markup=False, soft_wrap=True)
     if not report.source.read:
         raise DataError(f"{file} has no rows: give a file with at least one.")
+    if not report.source.bad and not report.source.kept:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in report.source.dropped.items())
+        raise DataError(
+            f"{file}: the window drops all {report.source.read} rows ({reasons}): raise --max-length, or cut what is "
+            "too long (--long-prompt cut, --long-completion cut)."
+        )
     if not report.ok:
         raise DataError(
             f"{file}: {report.source.bad} bad rows; mend them, or set data.bad_rows=skip to leave them out."

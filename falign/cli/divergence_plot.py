@@ -30,7 +30,8 @@ def plot_divergences(divergences: Sequence[Divergence], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     kinds = sorted(figure.canvas.get_supported_filetypes())
-    if path.suffix.lstrip(".") not in kinds or not path.absolute().parent.is_dir():
+    kind = path.suffix.lstrip(".").lower()
+    if kind not in kinds or not path.absolute().parent.is_dir():
         plt.close(figure)
         raise ConfigError(
             f"--plot {path}: give a file in an existing folder with one of the suffixes {', '.join(kinds)}."
@@ -53,5 +54,5 @@ def plot_divergences(divergences: Sequence[Divergence], path: Path) -> None:
         axis.grid(alpha=0.2)
     right.axhline(0, color="0.6", linewidth=0.8)
     right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format=kind)
     plt.close(figure)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from falign.errors import ConfigError
 
@@ -30,7 +31,13 @@ def divergences(
         chosen = [get(name) for name in names or [EXAMPLES.get(name, name) for name in all_names()]]
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    table = Table("name", "f′(0⁺)", "f′(∞)", "f″(1)", "f-DPO", "dual")
+    if plot is not None:
+        from falign.cli.divergence_plot import plot_divergences
+
+        plot_divergences(chosen, plot)
+    # No frame, so that 80 columns hold the longest name twice.
+    name, dual = Column("name", no_wrap=True), Column("dual", no_wrap=True)
+    table = Table(name, "f′(0⁺)", "f′(∞)", "f″(1)", "f-DPO", dual, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for divergence in chosen:
         table.add_row(
             divergence.name,
@@ -49,9 +56,6 @@ def divergences(
     else:
         console.print("`falign divergences NAME ...` prints formulas and sources; u = π/π_ref.")
     if plot is not None:
-        from falign.cli.divergence_plot import plot_divergences
-
-        plot_divergences(chosen, plot)
         console.print(f"wrote [bold]{plot}[/]")
 
 

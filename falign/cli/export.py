@@ -72,11 +72,20 @@ def export(
     table = Table(f"logits on {proof.compared_tokens} tokens, {proof.dtype}", "largest", title_justify="left")
     table.add_row("size", f"{proof.max_abs_logit:.4g}")
     table.add_row("difference to the trained model", f"{proof.max_abs_logit_difference:.3g}")
-    if proof.max_abs_export_error != proof.max_abs_logit_difference:  # 4-bit weights: the rest is their rounding
+    accepted = f"{proof.bound * proof.max_abs_logit:.3g}"
+    if proof.max_abs_export_error == proof.max_abs_logit_difference:
+        table.add_row("accepted", accepted)
+    else:
         table.add_row("of this by the export itself", f"{proof.max_abs_export_error:.3g}")
-    table.add_row("accepted", f"{proof.bound * proof.max_abs_logit:.3g}")
+        table.add_row("accepted by the export itself", accepted)
     table.add_row("change against the base model", f"{proof.max_abs_change_against_base:.3g}")
     console.print(table)
+    if format is Format.merged and config.model.quantization is not None:
+        console.print(
+            "[yellow]note:[/] the trained model has a 4-bit base, the export its original weights: the rest of the "
+            "difference is that base's rounding, which has no bound. Evaluate the export, or serve the adapter on the "
+            "4-bit base."
+        )
 
 
 def _refuse_what_is_no_export(target: Path) -> None:

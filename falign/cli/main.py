@@ -11,6 +11,7 @@ from rich.markup import escape
 from falign.cli import data, divergences, export, sample, score, train
 from falign.cli.quiet import quiet
 from falign.errors import FalignError
+from falign.full_disk import is_full_disk
 
 __all__ = ["app", "main"]
 
@@ -36,7 +37,20 @@ def main() -> None:
     quiet()
     try:
         app()
-    except (FalignError, OSError) as error:
-        # An operating system's error (no permission, a file where a folder should be) names its path itself.
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
+    except Exception as error:
+        message = _mendable(error)
+        if message is None:
+            raise
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
         sys.exit(2)
+
+
+def _mendable(error: Exception) -> str | None:
+    """Return what to tell of an error that a user can mend; None for all others."""
+    if isinstance(error, FalignError):
+        return str(error)
+    if is_full_disk(error):
+        place = getattr(error, "filename", None) or "a file could not be written"
+        return f"{place}: the disk is full. Free some space, or choose a folder on another disk; what is whole stays."
+    # An operating system's error (no permission, a file where a folder should be) names its path itself.
+    return str(error) if isinstance(error, OSError) else None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from falign.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from falign.data import Row, Text
 
 __all__ = ["sample"]
 
@@ -19,7 +22,7 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--file", "-f", help="Prompts: a line each (.txt) or rows with `prompt` (.jsonl ...)."),
+        typer.Option("--file", "-f", help="A line each (.txt), or rows with `prompt`, text or turns (.jsonl ...)."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
@@ -28,7 +31,7 @@ def sample(
     json_lines: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Answer prompts with a trained run or any model."""
-    prompts = [*(prompt or []), *(_read_prompts(file) if file else [])]
+    prompts: list[Text] = [*(prompt or []), *(_read_prompts(file) if file else [])]
     if not prompts:
         raise ConfigError("no prompt is given: use --prompt TEXT or --file FILE.")
     console = Console()
@@ -51,7 +54,8 @@ def sample(
         if json_lines:
             typer.echo(json.dumps({"prompt": text, "completion": reply}, ensure_ascii=False))
         else:
-            console.print(text, style="bold", markup=False, highlight=False)
+            shown = text if isinstance(text, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in text)
+            console.print(shown, style="bold", markup=False, highlight=False)
             console.print(reply + "\n", markup=False, highlight=False)
 
 
@@ -66,7 +70,7 @@ def _load(name: str, dtype: str) -> tuple[Any, Any]:
     return load_model(name, dtype=dtype), load_tokenizer(name)
 
 
-def _read_prompts(file: Path) -> list[str]:
+def _read_prompts(file: Path) -> list[Text]:
     if file.suffix == ".txt":
         if not file.is_file():
             raise DataError(f"No file of prompts at {file}.")
@@ -76,10 +80,18 @@ def _read_prompts(file: Path) -> list[str]:
             raise DataError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
     from falign.data import read_rows
 
-    prompts = []
-    for row in read_rows(file):
-        value = row.fields.get("prompt")
-        if not isinstance(value, str):
-            raise DataError(f"{row.place}: `prompt` must be text, got {value!r:.60}; columns: {sorted(row.fields)}.")
-        prompts.append(value)
-    return prompts
+    return [_prompt_of(row) for row in read_rows(file)]
+
+
+def _prompt_of(row: Row) -> Text:
+    from falign.data.conversations import read_messages
+    from falign.data.examples import prompt_turns
+
+    value, system = row.fields.get("prompt"), row.fields.get("system")
+    if value is None or not isinstance(system, str | None):
+        problem = "there is no `prompt`" if value is None else f"`system` must be text, got {system!r:.60}"
+        raise DataError(f"{row.place}: {problem}; columns: {sorted(row.fields)}.")
+    if isinstance(value, str) and system is None:
+        return value
+    prompt = value if isinstance(value, str) else read_messages(value, place=row.place, field="prompt")
+    return prompt_turns(prompt, system, row.place)

@@ -11,7 +11,7 @@ from falign.data.bad_rows import shown
 from falign.data.conversations import Message, Text
 from falign.errors import DataError
 
-__all__ = ["Example", "build_example", "prompt_key"]
+__all__ = ["Example", "build_example", "prompt_key", "prompt_turns"]
 
 _TELL = "mend the row or remove it"
 
@@ -65,14 +65,25 @@ def build_example(
     if system is not None or not all(isinstance(text, str) for text in (prompt, *completions)):
         prompt = _turns(prompt, "user")
         completions = [_answer(_turns(text, "assistant"), prompt) for text in completions]
-        if system and system.strip():
-            prompt = _with_system(prompt, system, place)
-        _check_prompt_turns(prompt, place)
+        prompt = prompt_turns(prompt, system, place)
         for text, field in zip(completions, fields, strict=True):
             _check_answer(text, field, place)
     _check_texts(place, prompt, completions, fields)
     _check_preference(place, completions, preference, fields)
     return Example(prompt, tuple(completions), None if preference is None else tuple(preference), place)
+
+
+def prompt_turns(prompt: Text, system: str | None, place: str) -> list[Message]:
+    """Return a prompt as turns, the value of a ``system`` column before them where there is one.
+
+    Raises:
+        DataError: The turns are no prompt, or have another system turn.
+    """
+    turns = _turns(prompt, "user")
+    if system and system.strip():
+        turns = _with_system(turns, system, place)
+    _check_prompt_turns(turns, place)
+    return turns
 
 
 def prompt_key(prompt: Text) -> str:

@@ -59,8 +59,8 @@ class DataReport:
     Attributes:
         source: Counts, and the messages of the first bad rows.
         unit: What lengths are counted in, ``"tokens"`` or ``"words"``.
-        lengths: Before anything is cut, for each kind of text that occurs. In a ranked list, ``chosen`` is the
-            best completion; tokens of a completion include its stop token.
+        lengths: Before anything is cut, dropped or refused for its length, for each kind of text that occurs. In a
+            ranked list, ``chosen`` is the best completion; tokens of a completion include its stop token.
     """
 
     source: SourceReport
@@ -107,13 +107,19 @@ def check(
     reader = RowReader(source.format, source.columns)
     tally = Tally(bad_rows)
     lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
+
+    def record(example: Example, numbers: list[int]) -> None:
+        for name, number in zip(_names(example), numbers, strict=True):
+            lengths[name].append(number)
+
     for example in read_examples(source, reader=reader, bad_rows=bad_rows):
         tokenized = None
-        numbers = [_num_words(text) for text in (example.prompt, *example.completions)]
-        if tokenizer is not None:
+        if tokenizer is None:
+            record(example, [_num_words(text) for text in (example.prompt, *example.completions)])
+        else:
             try:
                 tree, drifting_tokens = encode(example, tokenizer, stop_token_ids=stop_token_ids)
-                numbers = [len(ids) for ids in (tree.prompt_ids, *tree.completion_ids)]
+                record(example, [len(ids) for ids in (tree.prompt_ids, *tree.completion_ids)])
                 tokenized = Tokenized(tree, drifting_tokens)
                 if window is not None:
                     fitted = fit(tree, window, bos_token_id=tokenizer.bos_token_id)
@@ -122,8 +128,6 @@ def check(
                 bad_rows.add(error)
                 continue
         tally.add(example, tokenized)
-        for name, number in zip(_names(example), numbers, strict=True):
-            lengths[name].append(number)
         if tally.kept == source.limit:
             break
     return DataReport(

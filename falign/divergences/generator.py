@@ -40,7 +40,8 @@ def from_generator(
         tangent lines in ``log u``.
 
     Raises:
-        ValueError: f is not finite or not convex somewhere in ``|log u| ≤ 30``, or the limits of f' cannot be measured.
+        ValueError: f is not finite or not convex somewhere in ``|log u| ≤ 30``, or is affine, or the limits of f'
+            cannot be measured.
 
     Source:
         Csiszár 1967.
@@ -59,6 +60,11 @@ def from_generator(
     if fall.any():
         where = grid[1:][fall][0].exp().item()
         raise ValueError(f"The generator {name!r} is not convex: f' falls near u = {where:.3g}.")
+    if (slope - slope[0]).abs().max() <= 1e-12 * slope.abs().max():
+        raise ValueError(
+            f"The generator {name!r} is affine (f'' = 0): its divergence is 0 between any two distributions; give an f "
+            "that is curved somewhere."
+        )
     at_one, slope_at_one = (x.item() for x in _value_and_slope(f, torch.ones((), dtype=torch.float64)))
 
     def limit(sign: int, argument: str) -> float:

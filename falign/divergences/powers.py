@@ -72,23 +72,29 @@ def _exponent(log_u: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     return inside, beyond + torch.where(torch.isfinite(error), error, torch.zeros_like(error))
 
 
-def log_mixture(log_u: Float[Tensor, "*S"], weight: float) -> Float[Tensor, "*S"]:
-    """Return ``log(w u + 1 - w)``: the density of the mixture ``w π + (1-w) π_ref`` over ``π_ref``.
+def log_mixture(log_u: Float[Tensor, "*S"], weight: float, rest: float) -> Float[Tensor, "*S"]:
+    """Return ``log(w u + c)``, ``c = 1 - w``: the density of the mixture ``w π + c π_ref`` over ``π_ref``.
 
     Args:
         log_u: ``log u``, any shape, nats.
         weight: ``w``, in (0, 1).
+        rest: ``c``; both are asked for, because ``1 - w`` loses the smaller one's digits.
 
     Returns:
         The logarithm, exact to rounding near u = 1 and for any size of ``log u``.
 
     Example:
-        >>> log_mixture(torch.tensor([0.0, 1000.0]), 0.5)
+        >>> log_mixture(torch.tensor([0.0, 1000.0]), 0.5, 0.5)
         tensor([  0.0000, 999.3068])
     """
-    near = torch.log1p(weight * _Expm1.apply(torch.clamp(log_u, max=LINEAR_BEYOND)))
-    far = log_u + torch.log(weight + (1 - weight) * torch.exp(-torch.clamp(log_u, min=LINEAR_BEYOND)))
-    return torch.where(log_u <= LINEAR_BEYOND, near, far)
+    inside = torch.clamp(log_u, -LINEAR_BEYOND, LINEAR_BEYOND)
+    change = weight * _Expm1.apply(inside)
+    # Near u = 1 log1p has no cancellation; towards w u + c = 0 it has. Its argument is clamped where it is not used,
+    # because torch.where would multiply an infinite derivative by 0.
+    near = torch.log1p(torch.clamp(change, min=-0.5))
+    low = torch.log(rest + weight * torch.exp(inside))
+    far = torch.logaddexp(log_u + math.log(weight), torch.full_like(log_u, math.log(rest)))
+    return torch.where(log_u.abs() <= LINEAR_BEYOND, torch.where(change < -0.5, low, near), far)
 
 
 def tsallis_log(log_u: Float[Tensor, "*S"], alpha: float) -> Float[Tensor, "*S"]:

@@ -105,8 +105,8 @@ def get(name: str, **parameters: float) -> Divergence:
         raise ValueError(f"divergence {name!r}: {REFUSED[key]}")
     if key not in FAMILIES:
         close = difflib.get_close_matches(key, [*FAMILIES, *ALIASES], n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"divergence {name!r} is unknown; {hint}Choose one of {', '.join(FAMILIES)}.")
+        hint = f"did you mean {close[0]!r}? Choose" if close else "choose"
+        raise ValueError(f"divergence {name!r} is unknown; {hint} one of {', '.join(FAMILIES)}.")
     return FAMILIES[key](**_parameters(key, name, argument, parameters))
 
 

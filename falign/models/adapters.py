@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,11 +16,12 @@ from peft import (
     get_peft_model,
     set_peft_model_state_dict,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from falign.errors import ConfigError, ModelError
+from falign.models.sources import adapter_config, damaged
 from falign.models.structure import adapter_matrix, adapter_weights, base_of, is_transposed, linear_modules, lora_layers
 
 __all__ = ["add_lora", "load_adapter", "transplant_adapter"]
@@ -175,7 +175,7 @@ def _check_adapter_folder(folder: Path) -> None:
             nearest = difflib.get_close_matches(folder.name, [entry.name for entry in folder.parent.iterdir()], n=1)
         hint = f"did you mean {folder.parent / nearest[0]}?" if nearest else "give a folder in PEFT's layout."
         raise ModelError(f"{folder} holds no adapter (no adapter_config.json): {hint}")
-    peft_type = json.loads(config.read_text(encoding="utf-8")).get("peft_type")
+    peft_type = adapter_config(folder).get("peft_type")
     if peft_type != "LORA":
         raise ModelError(f"{folder} holds a {peft_type} adapter; only LORA is supported.")
     if not (folder / _WEIGHTS).is_file():
@@ -183,6 +183,11 @@ def _check_adapter_folder(folder: Path) -> None:
             f"{folder} has no {_WEIGHTS}. Pickled weights can run code when they are read and are never loaded: load "
             "such an adapter once where you trust it and `save_pretrained` it again."
         )
+    try:
+        with safe_open(folder / _WEIGHTS, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise damaged(folder / _WEIGHTS, error) from error
 
 
 def _unfit(folder: Path, reason: str) -> ModelError:

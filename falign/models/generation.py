@@ -3,18 +3,22 @@
 from collections.abc import Collection, Sequence
 
 import torch
+from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from falign.errors import ConfigError
 from falign.scoring import evaluation_mode
 
-__all__ = ["answer"]
+__all__ = ["Prompt", "answer"]
+
+Prompt = str | list[dict[str, str]]
+"""Plain text, or turns with ``role`` and ``content``."""
 
 
 def answer(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     stop_token_ids: Collection[int],
     max_new_tokens: int = 64,
@@ -27,7 +31,7 @@ def answer(
     Args:
         model: a causal language model, with or without adapters; back in its mode afterwards.
         tokenizer: the model's; a chat template, where it has one, renders each prompt as a user's turn.
-        prompts: plain texts.
+        prompts: plain texts, or conversations up to the turn that is wanted.
         stop_token_ids: what ends a completion.
         max_new_tokens: longest completion.
         temperature: 0 decodes greedily; else samples from the whole vocabulary.
@@ -35,9 +39,11 @@ def answer(
         batch_size: prompts at a time.
 
     Raises:
-        ConfigError: an empty prompt.
+        ConfigError: an empty prompt, or a conversation that the tokenizer has no chat template for.
     """
-    if empty := [i for i, prompt in enumerate(prompts) if not prompt.strip()]:
+    if empty := [
+        i for i, prompt in enumerate(prompts) if not _turns(prompt) or not _turns(prompt)[-1]["content"].strip()
+    ]:
         raise ConfigError(f"Prompt {empty[0]} is empty: give some text.")
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -57,7 +63,7 @@ def answer(
 
 
 def _answer_batch(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], config: GenerationConfig
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], config: GenerationConfig
 ) -> list[str]:
     rows = [_token_ids(tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, rows))
@@ -69,9 +75,18 @@ def _answer_batch(
     return [text.strip() for text in tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     if tokenizer.chat_template is None:
+        if not isinstance(prompt, str):
+            raise ConfigError("A prompt is a conversation, and the tokenizer has no chat template: give plain text.")
         return list(tokenizer(prompt)["input_ids"])
-    turns = [{"role": "user", "content": prompt}]
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    try:
+        text = str(tokenizer.apply_chat_template(_turns(prompt), tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        roles = " ".join(turn["role"] for turn in _turns(prompt))
+        raise ConfigError(f"The chat template refuses the turns ({roles}) of a prompt: {error}.") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _turns(prompt: Prompt) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.constants import is_offline_mode
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -102,7 +103,7 @@ def load_model(
             device_map={"": place},
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _unloadable("model", name, error) from error
     model, info = loaded
     if info["missing_keys"]:

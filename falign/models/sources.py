@@ -3,12 +3,13 @@
 import difflib
 import json
 from pathlib import Path
+from typing import Any
 
 from falign.errors import ModelError
 from falign.models.demo import DEMO_PREFIX, demo_gguf
 from falign.models.gguf import plain_checkpoint
 
-__all__ = ["check_weights", "resolve"]
+__all__ = ["adapter_config", "check_weights", "damaged", "resolve"]
 
 
 def resolve(name_or_path: str | Path) -> str:
@@ -52,12 +53,32 @@ def check_weights(folder: Path) -> None:
     raise ModelError(f"{folder} has a config.json but no *.safetensors weights: copy the weights there too.")
 
 
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """Return what an adapter folder says of itself.
+
+    Raises:
+        ModelError: the file is no JSON object.
+    """
+    file = folder / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise damaged(file, error) from error
+    if not isinstance(config, dict):
+        raise damaged(file, "it holds no mapping")
+    return config
+
+
+def damaged(file: Path, reason: object) -> ModelError:
+    """Return the error of a file that was cut short or overwritten."""
+    return ModelError(f"{file} is damaged ({reason}): restore it from a copy, or write it again.")
+
+
 def _check_is_model(folder: Path) -> None:
     if (folder / "config.json").is_file():
         return
-    adapter_config = folder / "adapter_config.json"
-    if adapter_config.is_file():
-        base = json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if (folder / "adapter_config.json").is_file():
+        base = adapter_config(folder).get("base_model_name_or_path")
         raise ModelError(f"{folder} holds an adapter, not a model: load its base {base!r}, then the adapter.")
     subfolders = sorted(entry.parent.name for entry in folder.glob("*/config.json"))
     hint = f" Did you mean one of its folders {subfolders}?" if subfolders else ""

@@ -1,6 +1,5 @@
 """A folder that appears under its final name complete, or not at all."""
 
-import errno
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -8,9 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from safetensors import SafetensorError
-
 from falign.errors import ModelError
+from falign.full_disk import is_full_disk
 
 __all__ = ["staged_folder"]
 
@@ -42,8 +40,8 @@ def staged_folder(
         yield staging
         _make_readable(staging)
         _publish(staging, target, existing)
-    except (OSError, SafetensorError) as error:
-        if not _disk_is_full(error):
+    except Exception as error:
+        if not is_full_disk(error, folder=staging):
             raise
         needed = "" if needed_bytes is None else f", about {_megabytes(needed_bytes)} needed"
         raise ModelError(
@@ -88,14 +86,6 @@ def _sibling(target: Path, suffix: str) -> Path:
 
 def _occupied(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
-
-
-def _disk_is_full(error: OSError | SafetensorError) -> bool:
-    # safetensors reports the system's error as text only.
-    full = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError):
-        return error.errno in full
-    return any(f"os error {code})" in str(error) for code in full)
 
 
 def _megabytes(size: int) -> str:

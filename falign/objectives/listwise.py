@@ -131,7 +131,8 @@ class Listwise:
                 for side, those in {"chosen": best, "rejected": worst}.items()
             }
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-            metrics["rewards/accuracies"] = accuracies(rewards[chosen] - rewards[rejected])
+            size = torch.maximum(rewards[chosen].abs(), rewards[rejected].abs())
+            metrics["rewards/accuracies"] = accuracies(rewards[chosen] - rewards[rejected], size)
             metrics["rewards/top1"] = accuracies(_largest(best, rewards) - _largest(members & ~best, rewards))
         return ObjectiveOutput((Term(losses, torch.ones_like(losses)),), {k: v.detach() for k, v in metrics.items()})
 

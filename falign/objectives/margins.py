@@ -161,15 +161,22 @@ def get_margin_loss(name: str) -> MarginLoss:
         >>> get_margin_loss("robust(0.2)")
         Robust(label_noise=0.2)
     """
-    match = re.fullmatch(r"\s*([a-z_]+)\s*(?:\(\s*([0-9.eE+-]+)\s*\))?\s*", name)
+    match = re.fullmatch(r"\s*([a-z_]+)\s*(?:\((.*)\))?\s*", name)
     key = ALIASES.get(match[1], match[1]) if match else name
     if match is None or key not in MARGIN_LOSSES:
         close = difflib.get_close_matches(key, [*MARGIN_LOSSES, *ALIASES], n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"margin_loss {name!r} is unknown; {hint}Choose one of {', '.join(MARGIN_LOSSES)}.")
+        hint = f"did you mean {close[0]!r}? Choose" if close else "choose"
+        raise ValueError(f"margin_loss {name!r} is unknown; {hint} one of {', '.join(MARGIN_LOSSES)}.")
     loss = MARGIN_LOSSES[key]
     if inspect.isclass(loss):
-        return loss() if match[2] is None else loss(float(match[2]))
+        return loss() if match[2] is None else loss(_number(match[2], name, key))
     if match[2] is not None:
         raise ValueError(f"margin_loss {name!r}: {key} takes no parameter.")
     return loss
+
+
+def _number(text: str, name: str, key: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"margin_loss {name!r}: {text!r} is not a number; write {key}(0.1).") from None

@@ -10,6 +10,8 @@ from falign.objectives.base import CompletionBatch
 
 __all__ = ["accuracies", "pairs_in", "pairs_of"]
 
+ROUNDING = 1e-6
+
 
 def pairs_of(
     preference: Float[Tensor, " N"], prompt_index: Int[Tensor, " N"]
@@ -50,17 +52,21 @@ def pairs_in(batch: CompletionBatch) -> tuple[Int[Tensor, " P"], Int[Tensor, " P
     return chosen, rejected
 
 
-def accuracies(margin: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+def accuracies(margin: Float[Tensor, "*S"], size: Float[Tensor, "*S"] | float = 0.0) -> Float[Tensor, "*S"]:
     """Return 1 where the margin is positive, 0 where it is negative, and ½ at a tie.
 
     Args:
         margin: Reward of the preferred side minus that of the other, any shape.
+        size: Largest absolute reward of the two sides, whose rounding the margin inherits; same shape.
 
     Returns:
-        The same shape.
+        The same shape; a margin within ``1e-6 (1 + size)`` is a tie.
 
     Example:
-        >>> accuracies(torch.tensor([3.0, 0.0, -1.0]))
-        tensor([1.0000, 0.5000, 0.0000])
+        >>> accuracies(torch.tensor([3.0, 0.0, 1e-8, -1.0]))
+        tensor([1.0000, 0.5000, 0.5000, 0.0000])
     """
-    return (1 + torch.sign(margin)) / 2
+    # At the reference both rewards are 0, and what the policy's and the reference's log-probs differ by (computed in
+    # other batches, or read from a cache) is rounding: counted as won or lost, it would look like an accuracy.
+    tie = margin.abs() <= ROUNDING * (1 + size)
+    return torch.where(tie, torch.zeros_like(margin), torch.sign(margin)).add(1) / 2

@@ -103,7 +103,7 @@ class Pairwise:
 
         Returns:
             One term of shape (pairs,), and the metrics ``rewards/*`` (β f'(u)), ``logratios/*`` and ``logps/*``
-            (sums over tokens) of each pair; a tie counts half in ``rewards/accuracies``.
+            (sums over tokens) of each pair; a tie, up to rounding, counts half in ``rewards/accuracies``.
 
         Raises:
             ValueError: A needed field is None, or no two completions of one prompt differ in preference.
@@ -111,6 +111,7 @@ class Pairwise:
         chosen, rejected = pairs_in(batch)
         logprobs, log_ratio, rewards = self._link.rewards_of(batch)
         margin = rewards[chosen] - rewards[rejected]
+        size = torch.maximum(rewards[chosen].abs(), rewards[rejected].abs())
         assert callable(self.margin_loss)
         losses = self.margin_loss(margin)
         with torch.no_grad():
@@ -118,7 +119,7 @@ class Pairwise:
                 "rewards/chosen": rewards[chosen],
                 "rewards/rejected": rewards[rejected],
                 "rewards/margins": margin,
-                "rewards/accuracies": accuracies(margin),
+                "rewards/accuracies": accuracies(margin, size),
                 "logratios/chosen": log_ratio[chosen],
                 "logratios/rejected": log_ratio[rejected],
                 "logps/chosen": logprobs[chosen],

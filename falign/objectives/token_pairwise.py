@@ -153,7 +153,7 @@ class TokenPairwise:
                 "rewards/chosen": chosen_rewards,
                 "rewards/rejected": rejected_rewards,
                 "rewards/margins": margin,
-                "rewards/accuracies": accuracies(margin),
+                "rewards/accuracies": accuracies(margin, torch.maximum(chosen_rewards.abs(), rejected_rewards.abs())),
                 "divergence/chosen": delta[chosen],
                 "divergence/rejected": delta[rejected],
                 "logratios/chosen": log_ratio[chosen],

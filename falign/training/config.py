@@ -37,9 +37,11 @@ __all__ = [
 
 
 class FrozenModel(BaseModel):
-    """A component of the run file: unknown keys are errors, values never change."""
+    """A component of the run file: unknown keys and infinite numbers are errors, values never change."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class ModelConfig(FrozenModel):

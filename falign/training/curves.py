@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from falign.training.run_folder import naming
+
 __all__ = ["plot_curves"]
 
 CHOSEN, REJECTED, PLAIN = "#0b7a75", "#c8553d", "#3d405b"
 PANELS = {
     "loss": (("loss", PLAIN, ""),),
-    "implicit reward β f′(u)": (("rewards/chosen", CHOSEN, "chosen"), ("rewards/rejected", REJECTED, "rejected")),
+    "implicit reward": (("rewards/chosen", CHOSEN, "chosen"), ("rewards/rejected", REJECTED, "rejected")),
     "reward accuracy": (("rewards/accuracies", PLAIN, ""),),
     "log-ratio log π/π_ref (nats)": (
         ("logratios/chosen", CHOSEN, "chosen"),
@@ -51,5 +53,6 @@ def plot_curves(logs: Sequence[Mapping[str, Any]], path: Path, *, title: str) ->
     for axis in axes[-1]:
         axis.set_xlabel("optimiser step")
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    with naming(path):
+        figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -20,6 +20,8 @@ from rich.progress import (
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
+from falign.training.run_folder import naming
+
 __all__ = ["BAR", "MetricsFile", "ProgressBar"]
 
 BAR = (
@@ -57,7 +59,7 @@ class MetricsFile(TrainerCallback):
         # JSON has no NaN and no infinity: such a value is left out rather than written as what no reader accepts.
         finite = {k: v for k, v in (logs or {}).items() if not isinstance(v, float) or math.isfinite(v)}
         if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
+            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **finite}) + "\n")
 
 
@@ -100,7 +102,9 @@ class ProgressBar(TrainerCallback):
         if self.task is not None:
             self.progress.update(self.task, metrics=shown)
         if state.is_world_process_zero and not self.console.is_terminal and new:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {shown}", highlight=False, soft_wrap=True)
+            # The trainer counts the steps when training begins.
+            place = f"step {state.global_step}/{state.max_steps}" if state.max_steps else "before training"
+            self.console.print(f"{place}  {shown}", highlight=False, soft_wrap=True)
 
     @override
     def on_train_end(

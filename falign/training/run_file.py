@@ -20,6 +20,10 @@ __all__ = ["load_run_file", "parse_run", "valid_paths"]
 ELSEWHERE = {
     "model_name_or_path": "model.path",
     "dataset_name": "data.train",
+    "lr": "training.learning_rate",
+    "batch_size": "training.per_device_train_batch_size",
+    "bf16": "model.dtype (bfloat16)",
+    "fp16": "model.dtype (float16)",
     "loss_type": "objective.margin_loss",
     "f_divergence_type": "objective.divergence",
     "f_alpha_divergence_coef": "objective.divergence (as alpha(1 - coefficient): TRL's α is 1 minus the paper's)",
@@ -33,7 +37,7 @@ ELSEWHERE = {
     "ref_model": "reference.path",
     "max_prompt_length": "data.max_completion_length (what it leaves of data.max_length is the prompt's)",
 }
-"""What users of TRL write, and where it is here."""
+"""What users of TRL and others write, and where it is here."""
 
 
 def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -86,7 +90,8 @@ def valid_paths(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
     """Yield ``section.field`` of every field of the run file, of all kinds of a section."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        paths = (path for inner in _models(field) for path in valid_paths(inner, f"{prefix}{name}."))
+        section = f"{prefix}{name}.0." if get_origin(field.annotation) is list else f"{prefix}{name}."
+        paths = (path for inner in _models(field) for path in valid_paths(inner, section))
         yield from dict.fromkeys(paths)
 
 
@@ -131,33 +136,73 @@ def _types(annotation: Any) -> Iterable[Any]:
 def _explain(detail: Any) -> str:
     place = _place(detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return f"unknown key {place.path!r}{_near(place)}"
+        return _unknown(place, detail["input"])
     if detail["type"] == "missing":
         return f"{place.path} is required."
     if detail["type"] == "union_tag_invalid":
         kinds = [model.model_fields["kind"].default for model in _models(RunConfig.model_fields[place.path])]
         given = detail["input"]["kind"]
         close = difflib.get_close_matches(str(given), kinds, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        return f"{place.path}.kind={given!r} is unknown: {hint}Choose one of {', '.join(kinds)}."
+        hint = f"did you mean {close[0]}? Choose" if close else "choose"
+        return f"{place.path}.kind={given!r} is unknown: {hint} one of {', '.join(kinds)}."
+    if detail["type"] in ("model_type", "model_attributes_type"):
+        return f"{place.path}={detail['input']!r}: this is a section{_example(place.path)}."
     return f"{place.path}={detail['input']!r}: {detail['msg']}."
 
 
+def _example(path: str) -> str:
+    fields, field = RunConfig.model_fields, None
+    for step in path.split("."):
+        if not step.isdigit():
+            field = fields[step]
+            fields = _models(field)[0].model_fields
+    assert field is not None
+    optional = ", or null" if type(None) in _types(field.annotation) else ""
+    return f", as in `{path}: {{{next(iter(fields))}: ...}}`{optional}"
+
+
+def _unknown(place: _Place, value: Any) -> str:
+    # `model.adapter.r=8` is for pydantic the unknown key model.adapter, and for its writer about r.
+    inner = place
+    while isinstance(value, dict) and len(value) == 1:
+        key, value = next(iter(value.items()))
+        inner = inner._replace(path=f"{inner.path}.{key}")
+    for each in dict.fromkeys((inner.path, place.path)):
+        if hint := _near(place._replace(path=each)):
+            return f"unknown key {each!r}{hint}"
+    there = _siblings(place.path) if place.kind is None else place.kinds[place.kind].model_fields
+    return f"unknown key {place.path!r}; the keys there are {', '.join(there)}."
+
+
+def _siblings(path: str) -> dict[str, str]:
+    """The keys of the section of a path, and their paths as its writer would write them."""
+    section = path.rpartition(".")[0]
+    plain = ".".join("0" if part.isdigit() else part for part in section.split("."))
+    keys = [known.rpartition(".")[2] for known in valid_paths() if known.rpartition(".")[0] == plain]
+    return {key: f"{section}.{key}".strip(".") for key in keys}
+
+
 def _near(place: _Place) -> str:
+    """What an unknown key was probably meant to be; empty if nothing is near."""
     section, _, last = place.path.rpartition(".")
     if last in ELSEWHERE:
         return f": here it is {ELSEWHERE[last]}."
     if place.kind is not None and (owners := _owners(place, place.path)):
         own = ", ".join(place.kinds[place.kind].model_fields)
         return f": {section}.kind={place.kind} has no such field, {owners} has. Its fields are {own}."
-    paths = [path for path in valid_paths() if not path.endswith(tuple("0123456789"))]
-    plain = ".".join(part for part in place.path.split(".") if not part.isdigit())
-    siblings = {path.rpartition(".")[2]: path for path in paths if path.rpartition(".")[0] == plain.rpartition(".")[0]}
-    anywhere = {path.rpartition(".")[2]: path for path in reversed(paths)}
-    close = [known[key] for known in (siblings, anywhere) for key in difflib.get_close_matches(last, known, 1, 0.6)]
+    paths = list(valid_paths())
+    if named := [path for path in paths if path.rpartition(".")[2] == last]:
+        meant = difflib.get_close_matches(place.path, named, 1, 0.8) or named
+        return f": did you mean {' or '.join(meant)}?"
+    fields = [path for path in reversed(paths) if not any(other.startswith(f"{path}.") for other in paths)]
+    anywhere = {path.rpartition(".")[2]: path for path in fields}
+    close = [
+        known[key]
+        for known in (_siblings(place.path), anywhere)
+        for key in difflib.get_close_matches(last, known, 1, 0.6)
+    ]
     if not close:
-        there = siblings if place.kind is None else place.kinds[place.kind].model_fields
-        return f"; the keys there are {', '.join(there)}."
+        return ""
     owners = _owners(place, close[0])
     return f": did you mean {close[0]}{f', which {owners} has' if owners else ''}?"
 
@@ -199,6 +244,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _index(items: list[Any], key: str, path: str) -> int:
-    if not key.isdigit() or int(key) >= len(items):
+    if not key.isdigit():
+        parent, _, rest = path.rpartition(f".{key}")
+        raise ConfigError(f"{path}: {parent} is a list; did you mean {parent}.0.{key}{rest}?")
+    if int(key) >= len(items):
         raise ConfigError(f"{path}: {key!r} is not one of the items 0 to {len(items) - 1}.")
     return int(key)

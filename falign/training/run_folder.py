@@ -6,6 +6,8 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import yaml
 from falign.errors import ConfigError, TrainingError
 from falign.training.config import RunConfig
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "naming", "versions"]
 
 PACKAGES = ("falign", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl")
 
@@ -132,10 +134,21 @@ class RunFolder:
             ) from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return all logs."""
+        """Return all logs; half a last line, of a run that was killed while it wrote, is none.
+
+        Raises:
+            ConfigError: Another line is damaged.
+        """
         if not self.metrics_file.is_file():
             return []
-        return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
+        logs, lines = [], self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                logs.append(json.loads(line))
+            except ValueError as error:
+                if number < len(lines):
+                    raise ConfigError(f"{self.metrics_file}:{number} is damaged ({error}): remove the line.") from error
+        return logs
 
     def forget_after(self, step: int) -> None:
         """Drop logs of steps that a resumed run takes again."""
@@ -156,13 +169,23 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         partial = self.path / f".{name}.partial"
         try:
-            with partial.open("w", encoding="utf-8") as file:
+            with naming(self.path / name), partial.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(self.path / name)
         finally:
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an error of writing it: the system's own (a full disk) does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def versions() -> dict[str, str]:

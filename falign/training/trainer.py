@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from typing_extensions import override
 
@@ -89,14 +93,36 @@ class AlignmentTrainer(Trainer):
         self._staging: Path | None = None
 
     def ended_at(self, checkpoint: Path) -> bool:
-        """Return whether a checkpoint is of the run's last step, so that nothing is left to train."""
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        """Return whether a checkpoint is of the run's last step, so that nothing is left to train.
+
+        Raises:
+            TrainingError: The checkpoint is damaged.
+        """
+        with _reading(checkpoint):
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME):  # what is missing would start afresh in silence
+                (checkpoint / name).stat()
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         return state.global_step >= state.max_steps
 
     def take_up(self, checkpoint: Path) -> None:
         """Load weights and state of a checkpoint without training on."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+    @override
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    @override
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    @override
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     @override
     def get_train_dataloader(self) -> DataLoader:
@@ -198,3 +224,17 @@ class AlignmentTrainer(Trainer):
     @override
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.run_dir if self._staging is None else self._staging)
+
+
+@contextmanager
+def _reading(checkpoint: str | Path | None) -> Iterator[None]:
+    """Name a checkpoint that cannot be read: pickles, safetensors and JSON each fail in their own way."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        raise TrainingError(
+            f"{checkpoint} is damaged ({' '.join(str(error).split())[:200] or type(error).__name__}): remove that "
+            "folder, and --resume goes on from the checkpoint before it; without one, start anew in another folder."
+        ) from error

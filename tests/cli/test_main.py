@@ -1,6 +1,7 @@
 """The command line as a user types it: real files, a real tiny model, exit statuses."""
 
 import errno
+import io
 import json
 import subprocess
 import sys
@@ -20,9 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as 
 def falign(monkeypatch, capsys):
     """Return a function that runs a command line and returns exit status, output and errors."""
 
-    def run(*arguments):
+    def run(*arguments, columns=120):
         monkeypatch.setattr(sys, "argv", ["falign", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setenv("COLUMNS", str(columns))
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             main()
@@ -75,6 +76,33 @@ def test_sampling_a_file_is_reproducible(falign, tiny, tmp_path):
     assert first[0] == 0
     assert [json.loads(line)["prompt"] for line in first[1].splitlines()] == ["one", "two"]
     assert first[1] == second[1] != other[1]
+
+
+def test_conversations_and_a_system_column_are_sampled(falign, tiny, tmp_path):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]
+    last = {"role": "user", "content": "who?"}
+    system = {"role": "system", "content": "Be brief."}
+    rows = [
+        {"prompt": [*turns, last]},
+        {"prompt": "who?", "system": "Be brief."},
+        {"prompt": [{"from": "human", "value": "who?"}]},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out, err = falign("sample", tiny, "--file", tmp_path / "p.jsonl", "--max-new-tokens", 2, "--json")
+    assert status == 0, err
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == [[*turns, last], [system, last], [last]]
+    status, out, err = falign("sample", tiny, "--file", tmp_path / "p.jsonl", "--max-new-tokens", 2)
+    assert "system: Be brief." in out
+    for row, message in (
+        ({"x": 1}, "no `prompt`"),
+        ({"prompt": "a", "system": 3}, "`system`"),
+        ({"prompt": turns}, ""),
+    ):
+        (tmp_path / "bad.jsonl").write_text(json.dumps(row))
+        status, _, err = falign("sample", tiny, "--file", tmp_path / "bad.jsonl")
+        assert status == 2
+        assert "bad.jsonl:1" in err
+        assert message in err
 
 
 def break_row(path, **fields):
@@ -178,6 +206,28 @@ def test_a_full_disk_while_writing_a_checkpoint(falign, run_file, tmp_path, monk
     assert not list((tmp_path / "run").glob("*checkpoint*"))
 
 
+@pytest.mark.parametrize("name", ["before.json", "metrics.jsonl", "curves.png"])
+def test_a_full_disk_while_writing_another_file_names_it(falign, run_file, tmp_path, monkeypatch, name):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    opened = Path.open
+
+    def full(self, *arguments, **options):
+        return Full() if name in self.name else opened(self, *arguments, **options)
+
+    def full_picture(self, path, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = run_file()
+    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full_picture)
+    status, _, err = falign("train", path)
+    assert status == 2
+    assert f"{tmp_path / 'run' / name}: the disk is full. Free some space" in err
+
+
 def test_divergences_prints_the_table_and_draws(falign, tmp_path):
     status, out, _ = falign("divergences")
     assert status == 0
@@ -191,6 +241,28 @@ def test_divergences_prints_the_table_and_draws(falign, tmp_path):
     status, _, err = falign("divergences", "js", "--plot", tmp_path / "f.doc")
     assert status == 2
     assert ".doc" in err
+
+
+def test_divergences_shows_whole_names_in_a_narrow_terminal(falign):
+    _, out, _ = falign("divergences", columns=80)
+    assert "…" not in out
+    assert "generalized_js(0.3)" in out
+    assert "generalized_js(0.7)" in out
+
+
+@pytest.mark.parametrize("name", ["F.PNG", "f.Svg"])
+def test_the_suffix_of_a_picture_may_be_in_capitals(falign, tmp_path, name):
+    status, _, err = falign("divergences", "js", "--plot", tmp_path / name)
+    assert status == 0, err
+    assert (tmp_path / name).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["f.doc", "nowhere/f.png", "f"])
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_table(falign, tmp_path, name):
+    status, out, err = falign("divergences", "js", "--plot", tmp_path / name)
+    assert status == 2
+    assert "--plot" in err
+    assert not out.strip()
 
 
 def test_data_check_counts_and_refuses(falign, tmp_path, tiny):
@@ -231,6 +303,17 @@ def test_full_fine_tuning_is_exported(falign, run_file, tmp_path):
     status, _, err = falign("export", tmp_path / "run", "--format", "adapter")
     assert status == 2
     assert "has no adapter" in err
+
+
+def test_the_export_of_a_4_bit_run_says_what_is_rounding_of_its_base(falign, run_file, tmp_path):
+    path = run_file(model={"quantization": "nf4"}, training={"learning_rate": 0.05})
+    assert falign("train", path)[0] == 0
+    status, out, err = falign("export", tmp_path / "run", "--format", "merged")
+    assert status == 0, err
+    rows = [line.strip("│ ").split("│")[0].strip() for line in out.splitlines() if "│" in line]
+    assert rows.index("of this by the export itself") + 1 == rows.index("accepted by the export itself")
+    assert "accepted" not in rows
+    assert "note: the trained model has a 4-bit base, the export its original weights" in " ".join(out.split())
 
 
 def test_a_base_that_has_changed_since_is_refused(falign, run_file, tiny, tmp_path):
@@ -295,3 +378,36 @@ def test_data_check_refuses_what_a_run_would_refuse(falign, tmp_path, tiny):
     status, _, err = falign("data", "check", tmp_path / "empty.jsonl")
     assert status == 2
     assert "no rows" in err or "empty" in err
+
+
+def test_data_check_says_when_the_window_drops_every_row(falign, tmp_path, tiny):
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    status, _, err = falign("data", "check", data, "--model", tiny, "--max-length", 4, "--long-prompt", "drop")
+    assert status == 2
+    assert "the window drops all 24 rows (long prompt: 24): raise --max-length" in err
+    assert "bad row" not in err
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--max-length", 64),
+        ("--max-completion-length", 8),
+        ("--long-prompt", "cut"),
+        ("--long-completion", "drop"),
+        ("--chat-template", "{{ x }}"),
+    ],
+)
+def test_data_check_refuses_options_about_tokens_without_a_model(falign, tmp_path, option):
+    status, _, err = falign("data", "check", write_pairs(tmp_path / "pairs.jsonl"), *option)
+    assert status == 2
+    assert f"{option[0]} is about tokens: give --model" in err
+
+
+def test_messages_of_data_check_are_not_wrapped(falign, tmp_path):
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    break_row(data, chosen=7, prompt="a long prompt " * 20)
+    _, out, _ = falign("data", "check", data)
+    (line,) = [line for line in out.splitlines() if "pairs.jsonl:4" in line]
+    assert len(line) > 120
+    assert line.endswith(".")

@@ -39,6 +39,7 @@ EXACT = {
     "le_cam": (lambda u: (u - 1) ** 2 / (u + 1), lambda u: (u - 1) * (u + 3) / (u + 1) ** 2),
     "generalized_js(0.2)": generalized_js(0.2),
     "generalized_js(0.9)": generalized_js(0.9),
+    **{f"generalized_js({b!r})": generalized_js(b) for b in (0.999, 0.001, 1e-6, 1 - 1e-6, 1e-12, 1 - 1e-12)},
     "alpha(0.3)": alpha(0.3),
     "alpha(0.5)": alpha(0.5),
     "alpha(0.7)": alpha(0.7),

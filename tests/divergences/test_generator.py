@@ -60,6 +60,8 @@ def test_gradients_flow_and_stay_finite():
         (lambda u: -(u**2), "not convex"),
         (lambda u: torch.log(u - 1) + u**2, "not finite"),
         (lambda u: u.sum(), "elementwise"),
+        (lambda u: 3 * u - 2, "is affine .*0 between any two distributions"),
+        (lambda u: 0 * u, "is affine"),
     ],
 )
 def test_a_bad_generator_is_refused(f, message):

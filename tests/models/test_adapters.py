@@ -173,6 +173,21 @@ def test_pickled_adapter_weights_are_not_read(tiny, saved):
         load_adapter(load_model(tiny), saved[1], trainable=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("adapter_model.safetensors", ""),
+        ("adapter_model.safetensors", "cut short"),
+        ("adapter_config.json", "{"),
+        ("adapter_config.json", "[]"),
+    ],
+)
+def test_a_damaged_adapter_is_named(tiny, saved, name, content):
+    (saved[1] / name).write_text(content)
+    with pytest.raises(ModelError, match=rf"{name}.* is damaged .*restore it"):
+        load_adapter(load_model(tiny), saved[1], trainable=False)
+
+
 def test_an_adapter_of_another_model_is_refused(saved, tmp_path):
     with pytest.raises(ModelError, match=r"does not fit this model: .*Load the base that it was made for"):
         load_adapter(load_model(save_tiny(tmp_path / "g", "gpt2")), saved[1], trainable=False)

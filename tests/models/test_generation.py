@@ -69,3 +69,25 @@ def test_an_empty_prompt_is_refused(loaded):
 
 def test_no_prompt_no_answer(loaded):
     assert answer(*loaded, [], stop_token_ids={1}) == []
+
+
+def test_turns_go_through_the_chat_template(loaded):
+    model, tokenizer = loaded
+    options = {"stop_token_ids": {1}, "max_new_tokens": 8}
+    user = {"role": "user", "content": PROMPTS[0]}
+    assert answer(model, tokenizer, [[user]], **options) == answer(model, tokenizer, PROMPTS[:1], **options)
+    system = {"role": "system", "content": "Answer in Norwegian, at length."}
+    assert answer(model, tokenizer, [[system, user]], **options) != answer(model, tokenizer, [[user]], **options)
+
+
+def test_turns_that_the_template_cannot_take_are_refused(loaded):
+    model, tokenizer = loaded
+    turns = [{"role": "user", "content": "x"}]
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(ConfigError, match=r"refuses the turns \(user\) of a prompt: no"):
+        answer(model, tokenizer, [turns], stop_token_ids={1})
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="has no chat template"):
+        answer(model, tokenizer, [turns], stop_token_ids={1})
+    with pytest.raises(ConfigError, match="Prompt 0 is empty"):
+        answer(model, tokenizer, [[]], stop_token_ids={1})

@@ -145,3 +145,21 @@ def test_a_chat_template_is_a_string_or_a_file(tiny, tmp_path):
         assert tokenizer.apply_chat_template(messages, tokenize=False) == "Hi!"
     with pytest.raises(ConfigError, match="chat_template='chatml' is neither a Jinja template nor an existing file"):
         load_tokenizer(tiny, chat_template="chatml")
+
+
+@pytest.mark.parametrize("size", [0, 5, 4000])
+def test_truncated_weights_are_named(tiny, size):
+    weights = tiny / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(ModelError, match=r"Cannot load the model .*tiny.*Check the folder's files"):
+        load_model(tiny)
+
+
+@pytest.mark.parametrize(
+    ("load", "name"),
+    [(load_model, "config.json"), (load_tokenizer, "tokenizer.json"), (load_tokenizer, "tokenizer_config.json")],
+)
+def test_a_damaged_json_file_is_an_error_of_the_folder(tiny, load, name):
+    (tiny / name).write_text("{")
+    with pytest.raises(ModelError, match=r"Cannot load the (model|tokenizer) .*tiny"):
+        load(tiny)

@@ -43,6 +43,12 @@ def test_an_adapter_folder_is_recognised(tmp_path):
         resolve(tmp_path)
 
 
+def test_a_damaged_adapter_folder_is_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"adapter_config.json is damaged .*restore it"):
+        resolve(tmp_path)
+
+
 def test_a_file_is_refused(tiny):
     with pytest.raises(ModelError, match=r"config.json is a file: give the folder"):
         resolve(tiny / "config.json")

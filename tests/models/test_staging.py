@@ -1,5 +1,6 @@
 import errno
 import os
+import re
 
 import pytest
 from safetensors import SafetensorError
@@ -32,11 +33,44 @@ def test_an_error_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left (os error 28)")],
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("I/O error: No space left (os error 28)"),
+        Exception("No space left on device (os error 28)"),  # tokenizers
+        Exception("Disk quota exceeded (os error 122)"),
+    ],
 )
 def test_a_full_disk_is_reported_with_sizes_and_leaves_nothing(tmp_path, error):
     with pytest.raises(ModelError, match=r"out: the disk is full \([\d,]+ MiB free .* about 3 MiB needed\)"):
         write_and_fail(tmp_path / "out", error, needed_bytes=3 * 2**20)
+    assert list(tmp_path.iterdir()) == []
+
+
+TORCH_WRITER = "[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598"
+
+
+def test_a_full_disk_behind_torchs_writer_is_found_by_asking_the_disk(tmp_path, monkeypatch):
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(ModelError, match="out: the disk is full"):
+        write_and_fail(tmp_path / "out", RuntimeError(TORCH_WRITER))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_as_the_cause_of_another_error_is_found(tmp_path):
+    error = RuntimeError("cannot write")
+    error.__context__ = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(ModelError, match="out: the disk is full"):
+        write_and_fail(tmp_path / "out", error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError(TORCH_WRITER), Exception("broken (os error 5)"), KeyError("x")])
+def test_other_errors_pass_unchanged_where_the_disk_has_room(tmp_path, error):
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        write_and_fail(tmp_path / "out", error)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -51,6 +51,20 @@ def test_f_dpo_gradient_is_beta_u_f_second_times_the_sigmoid(name):
     torch.testing.assert_close(log_ratio.grad, (weight * curvature).detach(), rtol=1e-6, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", BARRED)
+def test_half_precision_log_probs_are_computed_in_single(name, dtype):
+    for pair in ([3e4, -3e4], [-3e4, 3e4], [300.0, -2.0], [1.0, -0.5]):
+        log_ratio = torch.tensor(pair, dtype=torch.float32).to(dtype).requires_grad_()
+        single = log_ratio.detach().float().requires_grad_()
+        terms = [FDPO(name, beta=0.1)(batch_of(x, [1, 1])).terms[0] for x in (log_ratio, single)]
+        assert terms[0].losses.dtype == torch.float32
+        torch.testing.assert_close(terms[0].losses, terms[1].losses, rtol=2e-2, atol=2e-2)
+        terms[0].losses.sum().backward()
+        # u f''(u) itself may be beyond float16's largest number, which is an infinity there and no NaN.
+        assert not torch.isnan(log_ratio.grad).any()
+
+
 @pytest.mark.parametrize("margin_loss", MARGIN_LOSSES)
 @pytest.mark.parametrize("name", BARRED)
 def test_losses_and_gradients_are_finite_to_ten_thousand_nats(name, margin_loss):
@@ -188,3 +202,19 @@ def test_pairwise_is_an_objective_that_names_its_needs():
     assert isinstance(objective, Objective)
     assert objective.needs == {"reference_logprobs", "preference"}
     assert objective.token_divergence is None
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "accuracy"),
+    [
+        ([1e-7, -1e-7], 0.5),  # rounding at the reference
+        ([-3e-7, 3e-7], 0.5),
+        ([1e-4, 0.0], 1.0),
+        ([0.0, 1e-4], 0.0),
+        ([400.0003, 400.0], 0.5),  # of the size of the rewards' own rounding
+        ([400.1, 400.0], 1.0),
+    ],
+)
+def test_a_margin_within_rounding_is_a_tie(log_ratio, accuracy):
+    output = FDPO("reverse_kl", beta=1.0)(batch_of(torch.tensor(log_ratio, dtype=torch.float64), [1, 1]))
+    assert output.metrics["rewards/accuracies"].tolist() == [accuracy]

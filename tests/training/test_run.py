@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 
 import pytest
 import torch
@@ -289,6 +290,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_rows_and_step(start, tmp_p
     assert RunFolder.open(tmp_path / "run").last_checkpoint().is_dir()
 
 
+def test_the_evaluation_before_training_is_called_so(tiny, tmp_path, capsys):
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    train(parse_run(run_data(tiny, data, tmp_path / "run", training={"max_steps": 1})), console=Console(width=200))
+    lines = capsys.readouterr().out.splitlines()
+    assert "before training  held-out acc 0.5" in lines
+    assert not any("/0" in line for line in lines)
+    assert any(line.startswith("step 1/1  ") for line in lines)
+
+
 def test_metrics_are_one_json_object_a_line(start):
     summary = start()
     lines = summary.folder.metrics_file.read_text(encoding="utf-8").splitlines()
@@ -313,6 +323,51 @@ def test_resuming_a_finished_run_trains_no_further(start):
     assert max(losses(again.folder)) == 8
     assert again.after == whole.after
     assert (again.folder.adapter / "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_half_a_last_line_of_metrics_does_not_block_resuming(start):
+    settings = {"save_steps": 4, "lr_scheduler_type": "constant"}
+    whole = start(training=settings)
+    before = losses(whole.folder)
+    with whole.folder.metrics_file.open("a") as file:
+        file.write('{"step": 8, "lo')
+    assert losses(start(resume=True, training=settings).folder) == before
+
+
+def test_a_damaged_line_within_the_metrics_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ConfigError, match=r"metrics.jsonl:2 is damaged"):
+        RunFolder(tmp_path).metrics()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("optimizer.pt", b""),
+        ("optimizer.pt", b"not a pickle"),
+        ("optimizer.pt", None),
+        ("scheduler.pt", b""),
+        ("rng_state.pth", b""),
+        ("adapter_model.safetensors", b""),
+        ("trainer_state.json", None),
+        ("trainer_state.json", b"{"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(start, tmp_path, name, content):
+    settings = {"save_steps": 2, "max_steps": 6, "lr_scheduler_type": "constant"}
+    whole = start(training=settings)
+    newest = tmp_path / "run" / "checkpoint-5"
+    newest.with_name("checkpoint-6").rename(newest)  # one that training would go on from
+    state = newest / "trainer_state.json"
+    state.write_text(state.read_text().replace('"global_step": 6', '"global_step": 5'))
+    if content is None:
+        (newest / name).unlink()
+    else:
+        (newest / name).write_bytes(content)
+    with pytest.raises(TrainingError, match=r"checkpoint-5 is damaged .*remove that folder"):
+        start(resume=True, training=settings)
+    shutil.rmtree(newest)
+    assert start(resume=True, training=settings).after == whole.after
 
 
 @pytest.mark.parametrize(

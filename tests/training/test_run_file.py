@@ -1,4 +1,5 @@
 import pytest
+import yaml
 
 from falign.divergences import get
 from falign.errors import ConfigError
@@ -55,7 +56,7 @@ def test_overrides_win_and_are_yaml(run_file):
         (with_("objective", f_divergence_type="js"), "here it is objective.divergence"),
         (with_("objective", f_alpha_divergence_coef=0.5), r"alpha\(1 - coefficient\)"),
         (with_("data", max_prompt_length=5), "data.max_completion_length"),
-        ({**LEAST, "data": {"train": [{"path": "d", "fromat": "hh"}]}}, "did you mean data.train.format"),
+        ({**LEAST, "data": {"train": [{"path": "d", "fromat": "hh"}]}}, "did you mean data.train.0.format?"),
         (with_("training", max_steps="many"), "training.max_steps='many'"),
         (with_("objective", beta=-1), "objective.beta=-1"),
         ({"output_dir": "r", "model": {}, "data": LEAST["data"]}, "model.path is required"),
@@ -84,8 +85,8 @@ def test_overrides_win_and_are_yaml(run_file):
             with_("objective", kind="listwize"),
             r"objective.kind='listwize' is unknown: did you mean listwise\? Choose one of pairwise, listwise, token",
         ),
-        (with_("objective", kind=None), "objective.kind=None is unknown: Choose one of pairwise, listwise"),
-        ({**LEAST, "objective": 3}, "run: objective=3: Input should be a valid dictionary"),
+        (with_("objective", kind=None), "objective.kind=None is unknown: choose one of pairwise, listwise"),
+        ({**LEAST, "objective": 3}, r"run: objective=3: this is a section, as in `objective: \{kind: ...\}`\."),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(data, message):
@@ -147,6 +148,73 @@ def test_an_override_changes_the_kind(run_file):
     assert config.check() == TokenPairwise(get("forward_kl"), 0.5, 0.2)
 
 
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("training.beta=0.1", "objective.beta?"),
+        ("training.seed=1", "seed?"),
+        ("training.output_dir=x", "output_dir?"),
+        ("training.max_length=9", "data.max_length?"),
+        ("training.format=hh", "data.train.0.format or data.eval.0.format?"),
+        ("training.alpha=9", "adapter.alpha or objective.alpha?"),
+        ("data.beta=0.1", "objective.beta?"),
+        ("model.adapter.r=8", "adapter.r?"),
+        ("model.adapter={r: 8, alpha: 9}", "adapter?"),
+        ("training.objective.beta=1", "objective.beta?"),
+        ("data.train.0.fromat=hh", "data.train.0.format?"),
+        ("modle.path=x", "model.path?"),
+        ("modle={path: x, dtype: auto}", "model?"),
+        ("traning.seeds=3", "seed?"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_pointed_to_the_right_one(run_file, override, meant):
+    with pytest.raises(ConfigError) as caught:
+        load_run_file(run_file(yaml.safe_dump(LEAST)), [override])
+    assert str(caught.value).endswith(f"did you mean {meant}")
+
+
+@pytest.mark.parametrize(
+    ("override", "here"),
+    [
+        ("training.lr=1", "training.learning_rate"),
+        ("lr=1", "training.learning_rate"),
+        ("training.bf16=true", "model.dtype"),
+        ("batch_size=4", "training.per_device_train_batch_size"),
+        ("training.train_batch_size=4", "training.per_device_train_batch_size"),
+    ],
+)
+def test_other_names_of_a_field_are_known(run_file, override, here):
+    with pytest.raises(ConfigError, match=f"(here it is|did you mean) {here}"):
+        load_run_file(run_file(yaml.safe_dump(LEAST)), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "data.train.0=pairs.jsonl",
+            "data.train.0='pairs.jsonl': this is a section, as in `data.train.0: {path: ...}`.",
+        ),
+        ("adapter=false", "adapter=False: this is a section, as in `adapter: {r: ...}`, or null."),
+        ("model=gpt2", "model='gpt2': this is a section, as in `model: {path: ...}`."),
+        ("data.train.train=x", "data.train.train: data.train is a list; did you mean data.train.0.train?"),
+        ("data.train.path=x", "data.train.path: data.train is a list; did you mean data.train.0.path?"),
+    ],
+)
+def test_a_value_in_place_of_a_section_says_what_a_section_looks_like(run_file, override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_run_file(run_file(yaml.safe_dump(LEAST)), [override])
+    assert message in str(caught.value)
+    assert "Config" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["objective.beta", "training.learning_rate", "adapter.alpha", "training.warmup_steps"])
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+def test_no_number_may_be_infinite_or_nan(run_file, path, value):
+    with pytest.raises(ConfigError, match=rf"{path}={value[1:]}: Input should be a finite number"):
+        load_run_file(run_file(yaml.safe_dump(LEAST)), [f"{path}={value}"])
+
+
 def test_all_mistakes_are_named_at_once():
     with pytest.raises(ConfigError, match=r"(?s)beta.*learning_rat|learning_rat.*beta"):
         parse_run({**with_("training", learning_rat=1.0), "objective": {"beta": 0}})
@@ -183,6 +251,11 @@ def test_a_bad_override_is_quoted(run_file, override):
         (with_("objective", kind="listwise", divergence="le_cam"), "no closed form under le_cam"),
         (with_("objective", kind="token_pairwise", variant=1, alpha=0.5), "objective: alpha=0.5 with variant=1"),
         (with_("objective", kind="token_pairwise", divergence="chi"), "divergence 'chi' is unknown"),
+        (with_("objective", divergence="zzz"), "divergence 'zzz' is unknown; choose one of"),
+        (with_("objective", margin_loss="zzz"), "margin_loss 'zzz' is unknown; choose one of"),
+        (with_("objective", margin_loss="robust(.)"), r"margin_loss 'robust\(.\)': '.' is not a number; write robust"),
+        (with_("objective", margin_loss="robust(much)"), r"'much' is not a number; write robust\(0.1\)"),
+        (with_("objective", margin_loss="robust()"), r"'' is not a number; write robust\(0.1\)"),
         (with_("objective", divergence="nowhere:f"), "importable module:attribute"),
         (with_("objective", divergence="math:pi"), "is a float, not a falign Divergence"),
         ({**with_("model", quantization="nf4"), "adapter": None}, "4-bit weights do not train"),
@@ -207,7 +280,7 @@ def test_every_config_of_the_repository_is_valid():
 
 def test_valid_paths_reach_into_lists_and_optional_sections():
     paths = list(valid_paths())
-    assert {"adapter.r", "data.train.format", "objective.beta", "seed"} <= set(paths)
+    assert {"adapter.r", "data.train.0.format", "objective.beta", "seed"} <= set(paths)
     assert {"objective.margin_loss", "objective.alpha", "objective.kind"} <= set(paths)
     assert len(paths) == len(set(paths))
 
