@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from falign.errors import ConfigError, ModelError
+from falign.models.adapter_precision import compute_in_activation_type
 from falign.models.sources import adapter_config, damaged
 from falign.models.structure import adapter_matrix, adapter_weights, base_of, is_transposed, linear_modules, lora_layers
 
@@ -77,6 +78,7 @@ def add_lora(
     with torch.random.fork_rng(devices), _expected_warnings():
         adapted = get_peft_model(model, config, revision=revision)
     _initialise(adapted, seed=seed)
+    compute_in_activation_type(adapted, "default")
     return adapted
 
 
@@ -108,6 +110,7 @@ def load_adapter(
         stray = set(file.keys()) ^ set(adapter_weights(adapted, name))
     if stray:
         raise _unfit(folder, f"weights that only one of them has: {sorted(stray)[:3]}.")
+    compute_in_activation_type(adapted, name)
     adapted.train(was_training)  # PEFT switches the whole model to evaluation for a frozen adapter
     return adapted
 
@@ -122,6 +125,7 @@ def transplant_adapter(source: PeftModel, target: PreTrainedModel, *, adapter: s
     with _expected_warnings():
         adapted = get_peft_model(target, config, adapter_name=adapter)
     set_peft_model_state_dict(adapted, adapter_weights(source, adapter), adapter_name=adapter)
+    compute_in_activation_type(adapted, adapter)
     return adapted
 
 
