@@ -78,7 +78,8 @@ def choose_layout(
     allowed, allowed_mean = _TOLERANCE[exact]
     # Written so that nan falls back.
     if largest <= allowed and mean <= allowed_mean:
-        return LayoutChoice("tree", f"its log-probabilities are those of padded rows, to {largest:.1e} nats")
+        rounding = "" if exact else f" at most and {mean:.1g} in the mean, the rounding of 16 bits"
+        return LayoutChoice("tree", f"its log-probabilities are those of padded rows, to {largest:.1g} nats{rounding}")
     return LayoutChoice(
         "padded",
         f"trees change its log-probabilities by {largest:.3g} nats (mean {mean:.3g}), so it reads them wrongly",
