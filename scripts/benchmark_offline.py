@@ -3,12 +3,12 @@
     python scripts/benchmark_offline.py --data ../shared/data/hh-rlhf/helpful-base-test.jsonl.gz
     python scripts/benchmark_offline.py --data PAIRS.jsonl --dtype bfloat16 --reference cached --rounds 3
     python scripts/benchmark_offline.py --random-model qwen2-0.5b --device cuda --prompt-tokens 1024 \
-        --completion-tokens 128 --sides falign
+        --completion-tokens 128
 
 Each side runs in a process of its own, side after side, round after round. TRL has its best settings: no gradient
 checkpointing, the fused head that it ships, autocast where weights are 16-bit, the prompt's and completions' token ids
 given, so that both train on the same tokens; `--reference cached` is its precomputed reference. falign's side needs
-torch, transformers and peft alone when `--random-model` and `--loop bare` are given.
+torch, transformers and peft alone with `--random-model`; where TRL is not installed, it runs without TRL's.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import tempfile
 import time
 import types
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,12 +56,16 @@ def arguments() -> argparse.Namespace:
     add("--reference", default="live", choices=["live", "cached"])
     add("--objective", default="fdpo", choices=["fdpo", "tdpo"], help="falign's; TRL has DPO")
     add("--layout", default="auto", choices=["auto", "tree", "padded"], help="falign's")
-    add("--loop", default="trainer", choices=["trainer", "bare"], help="falign's: its trainer, or a plain loop")
+    add("--loop", choices=["trainer", "bare"], help="falign's: its trainer (default where TRL is), or a plain loop")
     add("--r", type=int, default=16)
-    add("--sides", nargs="+", default=["trl", "falign"], choices=["trl", "falign"])
+    add("--sides", nargs="+", choices=["trl", "falign"], help="default: both, or falign alone where TRL is missing")
     add("--threads", type=int)
     add("--worker", choices=["trl", "falign"], help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    installed = find_spec("trl") is not None
+    args.sides = args.sides or (["trl", "falign"] if installed else ["falign"])
+    args.loop = args.loop or ("trainer" if installed else "bare")
+    return args
 
 
 def main() -> None:

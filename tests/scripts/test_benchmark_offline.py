@@ -41,5 +41,5 @@ def test_both_sides_do_the_same_work():
 
 def test_a_bare_checkout_with_torch_transformers_and_peft_is_enough():
     blocked = ("trl", "bitsandbytes", "datasets", "jaxtyping", "pydantic", "typer", "rich", "evaluate", "matplotlib")
-    out = run("--sides", "falign", "--loop", "bare", "--worker", "falign", "--objective", "tdpo", blocked=blocked)
+    out = run("--worker", "falign", "--objective", "tdpo", blocked=blocked)
     assert '"losses": [0.693' in out
