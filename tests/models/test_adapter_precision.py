@@ -39,6 +39,10 @@ def saved_bytes(model):
     return logits, sum(size for pointer, size in kept.items() if pointer not in parameters)
 
 
+def distance(mine, theirs):
+    return ((mine - theirs).float().norm() / theirs.float().norm()).item()
+
+
 def test_over_float32_weights_nothing_changes(folder):
     model = trained(folder, "float32")
     layers = lora_layers(model, "default").values()
@@ -64,17 +68,18 @@ def test_over_bfloat16_weights_less_is_kept_and_the_result_is_that_of_float32_ar
     theirs, kept_by_peft = saved_bytes(model)
     theirs.float().square().mean().backward()
     assert kept < 0.8 * kept_by_peft
-    torch.testing.assert_close(logits, theirs, rtol=0.05, atol=0.05)
+    assert distance(logits, theirs) < 0.03
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            difference = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
-            assert difference < 0.1, name
+            assert distance(gradients[name], parameter.grad) < 0.1, name
 
 
+# PEFT 0.21 reads an attribute that Transformers 5.23 has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_a_loaded_adapter_is_treated_alike_and_plain_peft_reads_its_files(folder, tmp_path):
     model = trained(folder, "bfloat16")
     export_adapter(model, load_tokenizer(folder), tmp_path / "adapter")
     loaded = load_adapter(load_model(folder, dtype="bfloat16"), tmp_path / "adapter", trainable=False)
     assert torch.equal(loaded(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
     plain = PeftModel.from_pretrained(load_model(folder, dtype="bfloat16"), tmp_path / "adapter")
-    torch.testing.assert_close(plain(input_ids=IDS).logits, loaded(input_ids=IDS).logits, rtol=0.05, atol=0.05)
+    assert distance(loaded(input_ids=IDS).logits, plain(input_ids=IDS).logits) < 0.03

@@ -142,7 +142,11 @@ def test_tokens_of_probability_zero_are_finite_and_count_as_they_should():
         assert torch.isfinite(estimators.full_vocabulary(divergences.get(name), log_p, log_q))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "reverse_kl"])
+# As b goes to 0, JS_b / b goes to the reverse KL.
+ITS_LIMITS = ("reverse_kl", "generalized_js(1e-06)", "generalized_js(1e-12)")
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ITS_LIMITS])
 def test_sequence_and_token_level_differ_for_every_f_but_reverse_kl(name, logits):
     divergence = divergences.get(name)
     whole = textbook_sequence_divergence(divergence, logits)
