@@ -233,7 +233,10 @@ def _layout(config: RunConfig, parts: Parts, pad_id: int, console: Console) -> L
     except ValueError as error:
         raise ConfigError(f"training.{error}") from error
     console.print(
-        f"layout: {choice.layout}, {choice.reason}", style=None if choice.as_asked else "yellow", highlight=False
+        f"layout: {choice.layout}, {choice.reason}",
+        style=None if choice.as_asked else "yellow",
+        highlight=False,
+        soft_wrap=True,
     )
     return choice.layout
 
