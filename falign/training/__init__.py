@@ -3,18 +3,15 @@
 from falign.training.config import (
     AdapterConfig,
     DataConfig,
-    ListwiseConfig,
     ModelConfig,
-    ObjectiveConfig,
-    PairwiseConfig,
-    ReferenceConfig,
     RunConfig,
     SamplingConfig,
     SourceConfig,
-    TokenPairwiseConfig,
     TrainingConfig,
 )
 from falign.training.curves import plot_curves
+from falign.training.objective_config import ListwiseConfig, ObjectiveConfig, PairwiseConfig, TokenPairwiseConfig
+from falign.training.reference_config import ReferenceConfig
 from falign.training.run import RunSummary, train
 from falign.training.run_file import load_run_file, parse_run
 from falign.training.run_folder import RunFolder

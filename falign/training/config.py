@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Field
 
-from falign import divergences
 from falign.data import DataSource, LengthPolicy, PreferenceData, Window, load_preferences
 from falign.errors import ConfigError
-from falign.objectives import Listwise, Objective, Pairwise, TokenPairwise
+from falign.objectives import Objective
 from falign.scoring import DEFAULT_CHUNK_TOKENS
+from falign.training.base_config import FrozenModel
+from falign.training.objective_config import ObjectiveConfig, PairwiseConfig
+from falign.training.reference_config import ReferenceConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,25 +22,12 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterConfig",
     "DataConfig",
-    "ListwiseConfig",
     "ModelConfig",
-    "ObjectiveConfig",
-    "PairwiseConfig",
-    "ReferenceConfig",
     "RunConfig",
     "SamplingConfig",
     "SourceConfig",
-    "TokenPairwiseConfig",
     "TrainingConfig",
 ]
-
-
-class FrozenModel(BaseModel):
-    """A component of the run file: unknown keys and infinite numbers are errors, values never change."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
-    )
 
 
 class ModelConfig(FrozenModel):
@@ -109,18 +95,6 @@ class AdapterConfig(FrozenModel):
         )
 
 
-class ReferenceConfig(FrozenModel):
-    """What the policy is held to."""
-
-    kind: Literal["auto", "adapter_off", "frozen"] = "auto"
-    """``adapter_off``: the policy without its adapter; ``frozen``: a model of its own; ``auto``: the former with an
-    adapter, else the latter."""
-    path: str | None = None
-    """The frozen model, if not the one that is trained."""
-    cache: Path | None = None
-    """Folder of log-probabilities computed once before training; shared by all runs with the same reference."""
-
-
 class SourceConfig(FrozenModel):
     """One source of preference data."""
 
@@ -167,82 +141,6 @@ class DataConfig(FrozenModel):
             eval_size=self.eval_size,
             seed=seed,
         )
-
-
-class PairwiseConfig(FrozenModel):
-    """f-DPO on pairs; DPO with the reverse KL."""
-
-    kind: Literal["pairwise"] = "pairwise"
-    divergence: str = "reverse_kl"
-    """A name (``falign divergences`` lists them), or ``module:attribute`` with a divergence of your own."""
-    beta: float = Field(default=0.1, gt=0)
-    margin_loss: str = "logistic"
-    """``logistic`` (f-DPO), ``hinge``, ``squared`` (IPO), ``robust(0.1)``, ``exo(0.001)``."""
-    length_norm: Literal["none", "token"] = "none"
-
-    def build(self) -> Objective:
-        """Return the objective.
-
-        Raises:
-            ConfigError: The divergence is unknown or theory does not allow it here; the message has the reason.
-        """
-        with _refusals():
-            return Pairwise(_divergence(self.divergence), self.margin_loss, self.beta, self.length_norm)
-
-
-class ListwiseConfig(FrozenModel):
-    """Plackett-Luce f-DPO on two or more ranked completions per prompt."""
-
-    kind: Literal["listwise"] = "listwise"
-    divergence: str = "reverse_kl"
-    """As under ``pairwise``."""
-    beta: float = Field(default=0.1, gt=0)
-    length_norm: Literal["none", "token"] = "none"
-
-    def build(self) -> Objective:
-        """Return the objective.
-
-        Raises:
-            ConfigError: The divergence is unknown or theory does not allow it here; the message has the reason.
-        """
-        with _refusals():
-            return Listwise(_divergence(self.divergence), self.beta, self.length_norm)
-
-
-class TokenPairwiseConfig(FrozenModel):
-    """TDPO on pairs, with the divergence over the full vocabulary at each token."""
-
-    kind: Literal["token_pairwise"] = "token_pairwise"
-    divergence: str = "forward_kl"
-    """As under ``pairwise``, but any; the paper's is the forward KL."""
-    beta: float = Field(default=0.1, gt=0)
-    alpha: float | None = Field(default=None, ge=0)
-    """Weight of the divergences in variant 2, 0.5 where left out."""
-    variant: Literal[1, 2] = 2
-    weighting: Literal["none", "activations"] = "none"
-    """``activations``: tokens count by the reference's activations (SparsePO's parameter-free mask)."""
-
-    def build(self) -> Objective:
-        """Return the objective.
-
-        Raises:
-            ConfigError: The divergence is unknown, or two fields contradict each other; the message has the reason.
-        """
-        with _refusals():
-            return TokenPairwise(_divergence(self.divergence), self.beta, self.alpha, self.variant, self.weighting)
-
-
-def _kind(value: Any) -> str:
-    return str(value.get("kind", "pairwise") if isinstance(value, dict) else getattr(value, "kind", "pairwise"))
-
-
-ObjectiveConfig = Annotated[
-    Annotated[PairwiseConfig, Tag("pairwise")]
-    | Annotated[ListwiseConfig, Tag("listwise")]
-    | Annotated[TokenPairwiseConfig, Tag("token_pairwise")],
-    Discriminator(_kind),
-]
-"""What is minimised: ``kind`` names one of these, the first where it is left out."""
 
 
 class TrainingConfig(FrozenModel):
@@ -346,24 +244,3 @@ class RunConfig(FrozenModel):
         if self.training.eval_steps and not (self.data.eval or self.data.eval_size or self.data.eval_fraction):
             raise ConfigError("training.eval_steps needs data.eval, data.eval_size or data.eval_fraction.")
         return self.objective.build()
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(f"objective: {error}") from error
-
-
-def _divergence(name: str) -> divergences.Divergence:
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        return divergences.get(name)
-    try:
-        value: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
-        raise ConfigError(f"objective.divergence={name!r}: {error}; give an importable module:attribute.") from error
-    if not isinstance(value, divergences.Divergence):
-        raise ConfigError(f"objective.divergence={name!r} is a {type(value).__name__}, not a falign Divergence.")
-    return value
