@@ -15,7 +15,7 @@ from falign.objectives.generalized_advantages import generalized_advantages
 from falign.objectives.hybrid import Hybrid
 from falign.objectives.listwise import Listwise
 from falign.objectives.margins import Exo, MarginLoss, Robust, get_margin_loss, hinge, logistic, squared
-from falign.objectives.methods import FDPO, TDPO
+from falign.objectives.methods import DPHRL, FDPG, FDPO, SALSA, TDPO
 from falign.objectives.moments import fit_moments
 from falign.objectives.pairs import pairs_of
 from falign.objectives.pairwise import Pairwise
@@ -30,7 +30,10 @@ from falign.objectives.targets import BinaryConstraint, ExponentialReward, Momen
 from falign.objectives.token_pairwise import TokenPairwise
 
 __all__ = [
+    "DPHRL",
+    "FDPG",
     "FDPO",
+    "SALSA",
     "TDPO",
     "Advantage",
     "BinaryConstraint",
