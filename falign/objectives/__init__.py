@@ -1,6 +1,13 @@
 """Objectives: from log-probabilities of completions to losses. They import torch and the divergences, nothing else."""
 
-from falign.objectives.base import CompletionBatch, Objective, ObjectiveOutput, RewardingObjective, Term
+from falign.objectives.base import (
+    CompletionBatch,
+    Objective,
+    ObjectiveOutput,
+    RewardingObjective,
+    RolloutObjective,
+    Term,
+)
 from falign.objectives.listwise import Listwise
 from falign.objectives.margins import Exo, MarginLoss, Robust, get_margin_loss, hinge, logistic, squared
 from falign.objectives.methods import FDPO, TDPO
@@ -21,6 +28,7 @@ __all__ = [
     "Pairwise",
     "RewardingObjective",
     "Robust",
+    "RolloutObjective",
     "Term",
     "TokenPairwise",
     "get_margin_loss",
