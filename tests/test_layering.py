@@ -18,7 +18,8 @@ ALLOWED = {
     "data": {"scoring"},
     "models": {"scoring"},
     "references": {"objectives", "scoring"},
-    "training": {"divergences", "objectives", "scoring", "data", "models", "references"},
+    "rollouts": {"scoring", "models"},
+    "training": {"divergences", "objectives", "scoring", "data", "models", "references", "rollouts"},
     "evaluation": {"divergences", "objectives", "scoring", "data", "models", "references"},
     "cli": {"divergences", "objectives", "scoring", "data", "models", "references", "training", "evaluation"},
 }
