@@ -1,5 +1,6 @@
 """Objectives: from log-probabilities of completions to losses. They import torch and the divergences, nothing else."""
 
+from falign.objectives.advantages import Advantage, get_advantage
 from falign.objectives.base import (
     CompletionBatch,
     Objective,
@@ -8,29 +9,42 @@ from falign.objectives.base import (
     RolloutObjective,
     Term,
 )
+from falign.objectives.completion_mean import CompletionMean, completion_term
+from falign.objectives.generalized_advantages import generalized_advantages
 from falign.objectives.listwise import Listwise
 from falign.objectives.margins import Exo, MarginLoss, Robust, get_margin_loss, hinge, logistic, squared
 from falign.objectives.methods import FDPO, TDPO
 from falign.objectives.pairs import pairs_of
 from falign.objectives.pairwise import Pairwise
+from falign.objectives.penalty import Penalty
+from falign.objectives.policy_gradient import PolicyGradient
 from falign.objectives.reduction import reduce_terms, total_weights
+from falign.objectives.surrogate import Surrogate
 from falign.objectives.token_pairwise import TokenPairwise
 
 __all__ = [
     "FDPO",
     "TDPO",
+    "Advantage",
     "CompletionBatch",
+    "CompletionMean",
     "Exo",
     "Listwise",
     "MarginLoss",
     "Objective",
     "ObjectiveOutput",
     "Pairwise",
+    "Penalty",
+    "PolicyGradient",
     "RewardingObjective",
     "Robust",
     "RolloutObjective",
+    "Surrogate",
     "Term",
     "TokenPairwise",
+    "completion_term",
+    "generalized_advantages",
+    "get_advantage",
     "get_margin_loss",
     "hinge",
     "logistic",
