@@ -18,7 +18,8 @@ ALLOWED = {
     "data": {"scoring"},
     "models": {"scoring"},
     "references": {"objectives", "scoring"},
-    "training": {"divergences", "objectives", "scoring", "data", "models", "references"},
+    "rewards": {"divergences", "objectives", "scoring", "models", "references"},
+    "training": {"divergences", "objectives", "scoring", "data", "models", "references", "rewards"},
     "evaluation": {"divergences", "objectives", "scoring", "data", "models", "references"},
     "cli": {"divergences", "objectives", "scoring", "data", "models", "references", "training", "evaluation"},
 }
