@@ -1,0 +1,1 @@
+"""Rewards of completions: callables, verifiers in killable processes, reward models, and their sums."""
