@@ -21,7 +21,10 @@ ALLOWED = {
     "rollouts": {"scoring", "models"},
     "training": {"divergences", "objectives", "scoring", "data", "models", "references", "rollouts"},
     "evaluation": {"divergences", "objectives", "scoring", "data", "models", "references"},
-    "cli": {"divergences", "objectives", "scoring", "data", "models", "references", "training", "evaluation"},
+    "cli": {
+        *("divergences", "objectives", "scoring", "data", "models", "references", "rollouts", "training"),
+        "evaluation",
+    },
 }
 SHARED = {"errors", "full_disk"}
 LIGHT = {"divergences", "objectives", "scoring"}
