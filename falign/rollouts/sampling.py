@@ -87,8 +87,7 @@ def uniform_streams(rows: list[int], count: int, *, seed: int) -> Float[Tensor, 
         float64 on the CPU, shape (B, T).
     """
     generator = torch.Generator()
-    streams = [
-        torch.rand(count, generator=generator.manual_seed(seed * _STREAMS + row), dtype=torch.float64) for row in rows
-    ]
+    seeds = [(seed * _STREAMS + row) % 2**63 for row in rows]
+    streams = [torch.rand(count, generator=generator.manual_seed(each), dtype=torch.float64) for each in seeds]
     # Rounding must not lift a product with the total to the total itself, where no token is.
     return torch.stack(streams) * (1 - 2**-52)

@@ -79,3 +79,4 @@ def test_a_rows_stream_depends_on_seed_and_row_alone():
     assert len(set(whole.flatten().tolist())) == 40
     assert not torch.equal(uniform_streams([0], 10, seed=6)[0], whole[0])
     assert 0 <= whole.min() <= whole.max() < 1
+    assert uniform_streams([0], 1, seed=2**70).shape == (1, 1)
