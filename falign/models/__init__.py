@@ -8,6 +8,7 @@ from falign.models.identity import weights_hash
 from falign.models.loading import load_model, load_tokenizer
 from falign.models.probe import probe_ids
 from falign.models.proof import ExportProof, verify_export
+from falign.models.soup import write_soup
 from falign.models.sources import resolve
 from falign.models.stop_tokens import stop_token_ids
 from falign.models.structure import base_of
@@ -30,4 +31,5 @@ __all__ = [
     "transplant_adapter",
     "verify_export",
     "weights_hash",
+    "write_soup",
 ]
