@@ -17,7 +17,7 @@ ALLOWED = {
     "scoring": {"divergences"},
     "data": {"scoring"},
     "models": {"scoring"},
-    "references": {"objectives", "scoring"},
+    "references": {"objectives", "scoring", "models"},
     "training": {"divergences", "objectives", "scoring", "data", "models", "references"},
     "evaluation": {"divergences", "objectives", "scoring", "data", "models", "references"},
     "cli": {"divergences", "objectives", "scoring", "data", "models", "references", "training", "evaluation"},

@@ -1,10 +1,11 @@
 """Models and tokenizers: loading, LoRA adapters, identity, and exports that prove themselves."""
 
+from falign.models.adapter_start import start_from_adapter
 from falign.models.adapters import add_lora, load_adapter, transplant_adapter
 from falign.models.description import ModelDescription, describe
 from falign.models.export import export_adapter, export_merged
 from falign.models.gradient_checkpointing import enable_gradient_checkpointing
-from falign.models.identity import weights_hash
+from falign.models.identity import adapted_weights_hash, weights_hash
 from falign.models.loading import load_model, load_tokenizer
 from falign.models.probe import probe_ids
 from falign.models.proof import ExportProof, verify_export
@@ -16,6 +17,7 @@ from falign.models.structure import base_of
 __all__ = [
     "ExportProof",
     "ModelDescription",
+    "adapted_weights_hash",
     "add_lora",
     "base_of",
     "describe",
@@ -27,6 +29,7 @@ __all__ = [
     "load_tokenizer",
     "probe_ids",
     "resolve",
+    "start_from_adapter",
     "stop_token_ids",
     "transplant_adapter",
     "verify_export",

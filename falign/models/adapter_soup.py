@@ -48,8 +48,7 @@ def _check_one_base(members: Sequence[SoupMember], adapters: Sequence[AdapterTen
     first = members[0]
     for member, adapter in zip(members, adapters, strict=True):
         _check_recorded_base(first, adapters[0], member, adapter)
-        for name, each in adapter.factors().items():
-            shape = (each.up.shape[0], each.down.shape[1])
+        for name, shape in adapter.shapes().items():
             known, owner = shapes.setdefault(name, (shape, member.folder))
             if known != shape:
                 raise ModelError(

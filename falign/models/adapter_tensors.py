@@ -42,15 +42,23 @@ class AdapterTensors(NamedTuple):
     config: LoraConfig
     tensors: dict[str, Tensor]
 
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return (out, in) of the layers, by the names that they have in the base."""
+        return {layer: (len(up), down.shape[1]) for layer, (up, down) in self._pairs().items()}
+
     def factors(self) -> dict[str, Factors]:
         """Return the updates in float32, by the names that their layers have in the base."""
-        found = {}
-        for name in self.tensors:
-            if name.endswith(_DOWN):
-                layer = name.removesuffix(_DOWN)
-                down, up = self.tensors[name].float(), self.tensors[layer + _UP].float()
-                found[layer.removeprefix(_PREFIX)] = Factors(self._scale(layer, len(down)) * up, down)
-        return found
+        return {
+            layer: Factors(self._scale(layer, len(down)) * up.float(), down.float())
+            for layer, (up, down) in self._pairs().items()
+        }
+
+    def _pairs(self) -> dict[str, Factors]:
+        layers = [name.removesuffix(_DOWN) for name in self.tensors if name.endswith(_DOWN)]
+        return {
+            layer.removeprefix(_PREFIX): Factors(self.tensors[layer + _UP], self.tensors[layer + _DOWN])
+            for layer in layers
+        }
 
     def _scale(self, layer: str, rank: int) -> float:
         patterns = self.config.alpha_pattern or {}
@@ -132,10 +140,10 @@ def install_adapter(model: PeftModel, adapter: AdapterTensors, *, name: str) -> 
 
 def _check_shapes(adapter: AdapterTensors, base: PreTrainedModel) -> None:
     layers = {name.removesuffix(".base_layer"): layer for name, layer in linear_modules(base).items()}
-    for name, each in adapter.factors().items():
+    for name, wanted in adapter.shapes().items():
         if name not in layers:
             raise ModelError(f"The adapter changes {name}, which is no linear layer of this model: give its own base.")
-        shape, wanted = _shape(layers[name]), (each.up.shape[0], each.down.shape[1])
+        shape = _shape(layers[name])
         if shape != wanted:
             raise ModelError(
                 f"{name} is {shape} in this model and {wanted} in the adapter: give the adapter's own base."
