@@ -18,7 +18,7 @@ ALLOWED = {
     "scoring": {"divergences"},
     "data": {"scoring"},
     "models": {"scoring"},
-    "references": {"objectives", "scoring"},
+    "references": {"objectives", "scoring", "models"},
     "rollouts": {"scoring", "models"},
     "rewards": {"divergences", "objectives", "scoring", "models", "references"},
     "training": {*BELOW_TRAINING},
