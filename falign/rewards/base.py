@@ -28,7 +28,10 @@ Prompt = str | list[dict[str, str]]
 
 @runtime_checkable
 class Reward(Protocol):
-    """Any callable with the ecosystem's signature; it may name the columns that it reads, or take all of them."""
+    """Any callable with the ecosystem's signature, called by name.
+
+    It may name just those of the arguments that it reads, or take all columns.
+    """
 
     def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float | None]:
         """Return one value per completion, in their order; None where the reward does not apply.
@@ -96,11 +99,12 @@ def call_reward(
                 f"reward {name}: column {key!r} has {len(values)} values for {len(completions)} completions; "
                 "repeat each row's value for every completion of its prompt."
             )
+    given = {"prompts": prompts, "completions": completions, **columns}
     if isinstance(reward, ScoringReward):
-        scores = reward.score(prompts, completions, **select_columns(reward.score, columns))
+        scores = reward.score(**select_columns(reward.score, given))
     else:
         try:
-            returned = reward(prompts, completions, **select_columns(reward, columns))
+            returned = reward(**select_columns(reward, given))
         except RewardError:
             raise
         except Exception as error:
@@ -114,11 +118,11 @@ def call_reward(
 
 
 def select_columns(function: Callable[..., Any], columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """Return those columns that a callable takes: the ones it names, or all where it has ``**columns``.
+    """Return those arguments that a callable takes: the ones it names, or all where it has ``**columns``.
 
     Args:
-        function: It takes ``prompts`` and ``completions`` besides.
-        columns: By name.
+        function: Any callable; its arguments are given by name.
+        columns: By name, ``prompts`` and ``completions`` among them.
     """
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):

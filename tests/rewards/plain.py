@@ -13,6 +13,10 @@ def matches(completions, answer, prompts):
     return [float(completion == expected) for completion, expected in zip(completions, answer, strict=True)]
 
 
+def returns_no_list(completions):
+    return {}
+
+
 def square(x):
     return x * x
 

@@ -15,6 +15,7 @@ def test_a_reward_is_given_the_columns_that_it_names_or_all_of_them():
     assert select_columns(plain.length, columns) == columns
     assert list(select_columns(plain.matches, columns)) == ["answer"]
     assert select_columns(lambda prompts, completions: [], columns) == {}
+    assert call(lambda completions: [0.0] * len(completions), **columns) == [0.0, 0.0]
     assert call(plain.length, **columns) == [1.0, 2.0]
     assert call(lambda prompts, completions, level: level, **columns) == [1.0, 2.0]
 
