@@ -7,6 +7,7 @@ from falign.data.files import Row
 from falign.data.formats import COLUMNS, FORMATS
 from falign.data.inspection import DataReport, Lengths, check
 from falign.data.preferences import LoadReport, PreferenceData, load_preferences
+from falign.data.prompts import PromptData, PromptReport, PromptRow, PromptSource, load_prompts
 from falign.data.reading import TokenizedRow, read_tokenized
 from falign.data.recognition import RowReader, read_examples
 from falign.data.reports import SourceReport
@@ -29,6 +30,10 @@ __all__ = [
     "LoadReport",
     "Message",
     "PreferenceData",
+    "PromptData",
+    "PromptReport",
+    "PromptRow",
+    "PromptSource",
     "Row",
     "RowReader",
     "SourceReport",
@@ -39,6 +44,7 @@ __all__ = [
     "check",
     "encode",
     "load_preferences",
+    "load_prompts",
     "read_examples",
     "read_rows",
     "read_tokenized",

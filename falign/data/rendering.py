@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from falign.data.conversations import Message
+from falign.data.conversations import Message, Text
 from falign.data.examples import Example
 from falign.errors import ConfigError, DataError
 
-__all__ = ["Rendered", "Tokenizer", "render"]
+__all__ = ["Rendered", "Tokenizer", "render", "render_prompt"]
 
 
 if TYPE_CHECKING:
@@ -45,19 +45,32 @@ def render(example: Example, tokenizer: Tokenizer) -> Rendered:
         DataError: The template refuses this conversation.
     """
     prompt, completions = example.prompt, example.completions
+    rendered = render_prompt(prompt, tokenizer, example.place)
     if isinstance(prompt, str):
-        return Rendered(prompt, tuple(prompt + text for text in completions if isinstance(text, str)))
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"{example.place}: the row is a conversation, and the tokenizer has no chat template; "
-            "set model.chat_template to a file or a Jinja string, or use a model that has one."
-        )
+        return Rendered(rendered, tuple(prompt + text for text in completions if isinstance(text, str)))
     full = tuple(
         _apply_template([*prompt, *turns], tokenizer, example.place, answered=True)
         for turns in completions
         if not isinstance(turns, str)
     )
-    return Rendered(_apply_template(prompt, tokenizer, example.place, answered=False), full)
+    return Rendered(rendered, full)
+
+
+def render_prompt(prompt: Text, tokenizer: Tokenizer, place: str) -> str:
+    """Render a prompt alone, up to where the answer begins.
+
+    Raises:
+        ConfigError: A conversation, and no usable chat template.
+        DataError: The template refuses this conversation.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"{place}: the row is a conversation, and the tokenizer has no chat template; "
+            "set model.chat_template to a file or a Jinja string, or use a model that has one."
+        )
+    return _apply_template(prompt, tokenizer, place, answered=False)
 
 
 def _apply_template(turns: list[Message], tokenizer: Tokenizer, place: str, *, answered: bool) -> str:

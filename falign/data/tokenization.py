@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from falign.data.bad_rows import shown
+from falign.data.conversations import Text
 from falign.data.examples import Example
-from falign.data.rendering import Tokenizer, render
+from falign.data.rendering import Tokenizer, render, render_prompt
 from falign.data.windows import Window, fit
 from falign.errors import ConfigError, DataError
 from falign.scoring.trees import PromptTree
 
-__all__ = ["Encoded", "Tokenized", "encode", "tokenize"]
+__all__ = ["Encoded", "Tokenized", "encode", "encode_prompt", "tokenize"]
 
 
 class Encoded(NamedTuple):
@@ -93,6 +94,20 @@ def encode(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collection
     )
     tree = PromptTree(tuple(prompt_ids[:boundary]), completions, example.preference, example.place)
     return Encoded(tree, len(prompt_ids) - boundary)
+
+
+def encode_prompt(prompt: Text, tokenizer: Tokenizer, place: str) -> tuple[int, ...]:
+    """Return the token ids of a prompt that no completion follows yet.
+
+    Raises:
+        ConfigError: A conversation, and no usable chat template.
+        DataError: The template refuses it, or no token is left.
+    """
+    bos = _leading_bos(tokenizer) if isinstance(prompt, str) else []
+    ids = tuple(_ids(render_prompt(prompt, tokenizer, place), tokenizer, bos))
+    if not ids:
+        raise DataError(f"{place}: the prompt has no token; a completion needs at least one before it.")
+    return ids
 
 
 def _ids(text: str, tokenizer: Tokenizer, bos: list[int]) -> list[int]:

@@ -10,7 +10,7 @@ from falign.data.bad_rows import require_choice
 from falign.errors import ConfigError, DataError
 from falign.scoring.trees import PromptTree
 
-__all__ = ["Fitted", "LengthPolicy", "Window", "fit"]
+__all__ = ["Fitted", "LengthPolicy", "Window", "cut_left", "fit"]
 
 LengthPolicy = Literal["error", "cut", "drop"]
 
@@ -85,7 +85,7 @@ def fit(tree: PromptTree, window: Window, *, bos_token_id: int | None) -> Fitted
         )
     if prompt_excess and window.long_prompt == "drop":
         return Fitted(None, dropped="long prompt")
-    prompt_ids = _cut_left(tree.prompt_ids, prompt_room, bos_token_id) if prompt_excess else tree.prompt_ids
+    prompt_ids = cut_left(tree.prompt_ids, prompt_room, bos_token_id) if prompt_excess else tree.prompt_ids
 
     completion_room = window.completion_room(len(prompt_ids))
     completions_cut = sum(len(ids) > completion_room for ids in tree.completion_ids)
@@ -104,7 +104,8 @@ def fit(tree: PromptTree, window: Window, *, bos_token_id: int | None) -> Fitted
     return Fitted(fitted, prompt_excess, completions_cut)
 
 
-def _cut_left(ids: tuple[int, ...], room: int, bos_token_id: int | None) -> tuple[int, ...]:
+def cut_left(ids: tuple[int, ...], room: int, bos_token_id: int | None) -> tuple[int, ...]:
+    """Return the last ``room`` tokens, the first of them a BOS where there was one."""
     if room > 1 and ids[0] == bos_token_id:
         return (ids[0], *ids[len(ids) - room + 1 :])
     return ids[len(ids) - room :]

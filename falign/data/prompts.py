@@ -1,0 +1,210 @@
+"""Prompts without completions, for runs that sample their own; what else a row has goes to the rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from falign.data.bad_rows import BadRowPolicy, BadRows, require_choice
+from falign.data.conversations import Message, Text, read_messages
+from falign.data.examples import prompt_key, prompt_turns
+from falign.data.files import Row
+from falign.data.rendering import Tokenizer
+from falign.data.sources import read_rows
+from falign.data.splits import held_out_prompts
+from falign.data.tokenization import encode_prompt
+from falign.data.windows import LengthPolicy, cut_left
+from falign.errors import ConfigError, DataError
+
+__all__ = ["PromptData", "PromptReport", "PromptRow", "PromptSource", "load_prompts"]
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    r"""One source of prompts.
+
+    Attributes:
+        path: As :attr:`falign.data.DataSource.path`.
+        split: As :attr:`falign.data.DataSource.split`.
+        template: What the prompt is made of, with the row's columns in braces (``"{question}\nAnswer:"``); None takes
+            the column ``prompt``, or ``messages`` up to the last turn that is not the assistant's.
+        chat: Whether a plain prompt is a user's turn, to be rendered by the chat template.
+        system: A system turn before every prompt; makes it a conversation.
+        limit: Keep at most so many, the first usable ones.
+    """
+
+    path: str
+    split: str = "train"
+    template: str | None = None
+    chat: bool = False
+    system: str | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt.
+
+    Attributes:
+        prompt: Text or turns, as rewards see it.
+        prompt_ids: Its token ids, up to where the completion begins.
+        columns: The other columns of the row, for rewards.
+        place: The row it came from, for messages.
+    """
+
+    prompt: Text
+    prompt_ids: tuple[int, ...]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class PromptReport:
+    """What became of the rows of a run.
+
+    Attributes:
+        num_train: Prompts to train on.
+        num_eval: Prompts held out.
+        cut: Prompts that lost tokens on the left.
+        dropped: Prompts that were too long and left out.
+        bad: Rows that could not be used.
+        messages: The first of their messages.
+    """
+
+    num_train: int
+    num_eval: int
+    cut: int
+    dropped: int
+    bad: int
+    messages: tuple[str, ...]
+
+
+class PromptData(NamedTuple):
+    """The prompts of a run, and what became of their rows."""
+
+    train: list[PromptRow]
+    eval: list[PromptRow]
+    report: PromptReport
+
+
+def load_prompts(
+    sources: Sequence[PromptSource],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    long_prompt: LengthPolicy = "error",
+    bad_rows: BadRowPolicy = "error",
+    eval_sources: Sequence[PromptSource] = (),
+    eval_size: int = 0,
+    seed: int = 0,
+) -> PromptData:
+    """Read, tokenise and split prompts.
+
+    Args:
+        sources: One or more; their rows are concatenated.
+        tokenizer: The model's.
+        max_length: Most tokens of a prompt.
+        long_prompt: A longer one stops the run, is cut from the left, or drops the row.
+        bad_rows: ``"error"`` stops at the first row that cannot be used; ``"skip"`` counts such rows.
+        eval_sources: Evaluation prompts of their own; or
+        eval_size: how many rows are held out. All rows of one prompt land on the same side.
+        seed: For splitting.
+
+    Raises:
+        ConfigError: Options that contradict each other or leave one side empty.
+        DataError: A source or a row that cannot be used.
+    """
+    if eval_sources and eval_size:
+        raise ConfigError("prompts.eval excludes prompts.eval_size; choose one way to evaluate.")
+    require_choice("long_prompt", long_prompt, LengthPolicy)
+    reader = _Reader(tokenizer, max_length, long_prompt, BadRows(bad_rows))
+    train, held_out = reader.read_all(sources), reader.read_all(eval_sources)
+    if eval_size:
+        keys = [prompt_key(row.prompt) for row in train]
+        chosen = held_out_prompts(keys, size=eval_size, seed=seed)
+        held_out = [row for row, key in zip(train, keys, strict=True) if key in chosen]
+        train = [row for row, key in zip(train, keys, strict=True) if key not in chosen]
+    report = PromptReport(
+        len(train), len(held_out), reader.cut, reader.dropped, reader.bad.count, tuple(reader.bad.messages)
+    )
+    return PromptData(train, held_out, report)
+
+
+@dataclass
+class _Reader:
+    tokenizer: Tokenizer
+    max_length: int
+    long_prompt: LengthPolicy
+    bad: BadRows
+    cut: int = 0
+    dropped: int = 0
+
+    def read_all(self, sources: Sequence[PromptSource]) -> list[PromptRow]:
+        return [row for source in sources for row in self._read(source)]
+
+    def _read(self, source: PromptSource) -> list[PromptRow]:
+        found: list[PromptRow] = []
+        for row in read_rows(source.path, split=source.split, bad_rows=self.bad):
+            try:
+                prompt = self._tokenized(row, source)
+            except DataError as error:
+                self.bad.add(error)
+                continue
+            if prompt is not None:
+                found.append(prompt)
+            if len(found) == source.limit:
+                break
+        if not found:
+            reason = f" The first bad row: {self.bad.messages[0]}" if self.bad.messages else ""
+            raise DataError(f"{source.path}: none of its rows is a usable prompt.{reason}")
+        return found
+
+    def _tokenized(self, row: Row, source: PromptSource) -> PromptRow | None:
+        prompt = _prompt_of(row, source)
+        ids = encode_prompt(prompt, self.tokenizer, row.place)
+        if len(ids) > self.max_length:
+            if self.long_prompt == "error":
+                raise DataError(
+                    f"{row.place}: the prompt has {len(ids)} tokens, and prompts.max_length={self.max_length}. "
+                    "Raise it, or set prompts.long_prompt to cut (from the left) or drop."
+                )
+            if self.long_prompt == "drop":
+                self.dropped += 1
+                return None
+            self.cut += 1
+            ids = cut_left(ids, self.max_length, self.tokenizer.bos_token_id)
+        used = {"prompt", "messages"} if source.template is None else set()
+        columns = {name: value for name, value in row.fields.items() if name not in used}
+        return PromptRow(prompt, ids, columns, row.place)
+
+
+def _prompt_of(row: Row, source: PromptSource) -> Text:
+    prompt = _raw_prompt(row, source.template)
+    if isinstance(prompt, str) and not (source.chat or source.system):
+        if not prompt.strip():
+            raise DataError(f"{row.place}: the prompt is empty; it must contain text: mend the row or remove it.")
+        return prompt
+    return prompt_turns(prompt, source.system, row.place)
+
+
+def _raw_prompt(row: Row, template: str | None) -> Text:
+    if template is not None:
+        try:
+            return template.format_map(row.fields)
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{row.place}: the template {template!r} asks for {error}; the row has {sorted(row.fields)}."
+            ) from error
+    if "prompt" in row.fields:
+        value = row.fields["prompt"]
+        return value if isinstance(value, str) else read_messages(value, place=row.place, field="prompt")
+    if "messages" in row.fields:
+        turns: list[Message] = read_messages(row.fields["messages"], place=row.place, field="messages")
+        while turns and turns[-1]["role"] == "assistant":
+            turns = turns[:-1]
+        return turns
+    raise DataError(
+        f"{row.place}: there is no column 'prompt'; the row has {sorted(row.fields)}. Say what the prompt is made of: "
+        "prompts.train.0.template='{question}'."
+    )
