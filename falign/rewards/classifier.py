@@ -55,11 +55,10 @@ class ClassifierReward:
         if self.text == "chat" and self.tokenizer.chat_template is None:
             raise ConfigError("reward classifier: text=chat needs a chat template, and its tokenizer has none.")
 
-    def __call__(
-        self, prompts: list[Any], completions: list[str], place: list[str] | None = None
-    ) -> list[float | None]:
+    def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float | None]:
+        places = columns.get("place")
         rows = [
-            self._token_ids(prompt, completion, place_of(place, i))
+            self._token_ids(prompt, completion, place_of(places, i))
             for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
         values: list[float | None] = [None] * len(rows)
