@@ -63,4 +63,4 @@ def _in_a_box(text: str) -> str:
 
 
 def _parse(text: str) -> list[Any]:
-    return parse(text, extraction_config=EXTRACTION, parsing_timeout=None, raise_on_error=True)
+    return parse(text, extraction_config=EXTRACTION, parsing_timeout=0, raise_on_error=True)
