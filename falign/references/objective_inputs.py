@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -34,6 +35,8 @@ def objective_inputs(
     objective: Objective,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     wrapped: nn.Module | None = None,
+    columns: Mapping[str, Tensor] | None = None,
+    value_head: nn.Module | None = None,
 ) -> ObjectiveInputs:
     """Score a batch under reference and policy, as an objective needs it.
 
@@ -45,12 +48,15 @@ def objective_inputs(
         chunk_tokens: How many positions reach the head at once.
         wrapped: The policy in what makes it run on several devices, to be called in its place; the reference gets the
             policy itself, whose adapters it may have to switch.
+        columns: Fields of the batch that are known; what is among them is not computed.
+        value_head: See :func:`falign.scoring.completion_scores`; for objectives that read ``values``.
 
     Returns:
         The completions, whose log-probabilities and divergences carry the policy's gradient, and the entropies.
     """
     model = policy_model if wrapped is None else wrapped
-    extra: dict[str, Tensor | None] = {}
+    extra: dict[str, Tensor | None] = {**(columns or {})}
+    wants_values = value_head if "values" in objective.needs else None
     if objective.token_divergence is not None:
         # Whole distributions of the reference first, so that its pass is over before the policy's graph is kept.
         states = reference.states(policy_model, batch, token_weights="token_weights" in objective.needs)
@@ -59,17 +65,27 @@ def objective_inputs(
             batch,
             divergence=objective.token_divergence,
             reference=states.distribution,
+            value_head=wants_values,
             chunk_tokens=chunk_tokens,
         )
-        extra = {
+        extra |= {
             "token_divergence": scores.divergence,
             "reference_logprobs": scores.reference_logprobs,
             "token_weights": states.token_weights,
         }
     else:
-        if "reference_logprobs" in objective.needs:
+        if "reference_logprobs" in objective.needs and "reference_logprobs" not in extra:
             extra["reference_logprobs"] = reference.logprobs(policy_model, batch)
-        scores = completion_scores(model, batch, chunk_tokens=chunk_tokens)
+        scores = completion_scores(model, batch, value_head=wants_values, chunk_tokens=chunk_tokens)
+    if scores.values is not None:
+        extra["values"] = scores.values
+    # On the first update of a rollout the policy is the one that sampled.
+    now = {"old_logprobs": scores.logprobs, "old_values": scores.values}
+    extra |= {
+        name: value.detach()
+        for name, value in now.items()
+        if name in objective.needs and name not in extra and value is not None
+    }
     return ObjectiveInputs(completion_batch(batch, scores.logprobs, **extra), scores.entropy)
 
 

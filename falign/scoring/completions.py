@@ -74,6 +74,7 @@ def completion_scores(
     *,
     divergence: Divergence | None = None,
     reference: Distribution | None = None,
+    value_head: nn.Module | None = None,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
 ) -> TokenScores:
     """Return log π(y_t | x, y_<t), the entropy and, if asked for, D_f(π‖π_ref) at each completion token.
@@ -86,6 +87,7 @@ def completion_scores(
         batch: The rows to score, in either layout.
         divergence: f, taken over the whole vocabulary at each position.
         reference: What f is taken to, of the same batch; given together with `divergence`.
+        value_head: From hidden states, shape (M, H), to values, shape (M, 1); its gradient ends at the hidden states.
         chunk_tokens: How many positions reach the head at once; changes memory and speed alone.
 
     Returns:
@@ -96,13 +98,16 @@ def completion_scores(
     Raises:
         ModelError: If the model has no separate backbone and head.
     """
+    distribution = completion_states(model, batch).distribution
     scores = token_scores(
-        completion_states(model, batch).distribution,
+        distribution,
         batch.completion_ids[batch.completion_mask],
         divergence=divergence,
         reference=reference,
         chunk_tokens=chunk_tokens,
     )
+    if value_head is not None:
+        scores = scores._replace(values=value_head(distribution.hidden.detach().to(scores.logprobs.dtype)).squeeze(-1))
     placed = {name: batch.scatter(values) for name, values in scores._asdict().items() if values is not None}
     return TokenScores(**placed)
 

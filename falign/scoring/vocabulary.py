@@ -43,12 +43,14 @@ class TokenScores(NamedTuple):
         entropy: Entropy of the distribution that the token was predicted from, nats; detached.
         divergence: ``D_f(π‖π_ref)`` of that distribution, where asked for; carries the gradient.
         reference_logprobs: log π_ref of the token, where a divergence was asked for.
+        values: Value of the prefix that the token was predicted from, where asked for; carries the gradient.
     """
 
     logprobs: Float[Tensor, "*shape"]
     entropy: Float[Tensor, "*shape"]
     divergence: Float[Tensor, "*shape"] | None = None
     reference_logprobs: Float[Tensor, "*shape"] | None = None
+    values: Float[Tensor, "*shape"] | None = None
 
 
 class Distribution(NamedTuple):

@@ -89,6 +89,7 @@ class AlignmentTrainer(Trainer):
         self.run_dir = Path(str(args.output_dir))
         self.chunk_tokens, self.tokens_per_batch = chunk_tokens, tokens_per_batch
         self.loss_is_scaled_for_ga = True  # every term is divided by its weights over the whole step
+        self.value_head: nn.Module | None = None
         self.means = Means()
         self._staging: Path | None = None
 
@@ -118,6 +119,14 @@ class AlignmentTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                self.read_state(Path(checkpoint))
+
+    def write_state(self, folder: Path) -> None:
+        """Add to a checkpoint what a trainer of another kind has to remember; this one has nothing."""
+
+    def read_state(self, folder: Path) -> None:
+        """Take up what :meth:`write_state` wrote."""
 
     @override
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -143,7 +152,7 @@ class AlignmentTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        output = self.evaluate_objective(model, TokenBatch(**inputs))
+        output = self.evaluate_objective(model, inputs)
         assert isinstance(num_items_in_batch, Tensor), "the step's weights come from _get_num_items_in_batch"
         loss = reduce_terms(output.terms, num_items_in_batch)
         if not torch.isfinite(loss):
@@ -156,18 +165,21 @@ class AlignmentTrainer(Trainer):
         self.means.add(output.metrics)
         return loss * self.accelerator.num_processes  # DistributedDataParallel averages over ranks
 
-    def evaluate_objective(self, model: nn.Module, batch: TokenBatch) -> ObjectiveOutput:
+    def evaluate_objective(self, model: nn.Module, inputs: dict[str, Any]) -> ObjectiveOutput:
         """Score a batch under reference and policy, and return the objective's terms and metrics."""
-        inputs = objective_inputs(
+        batch, columns = split_columns(inputs)
+        scored = objective_inputs(
             self.policy,
             batch,
             reference=self.reference,
             objective=self.objective,
             chunk_tokens=self.chunk_tokens,
             wrapped=model,
+            columns=columns,
+            value_head=self.value_head,
         )
-        output = self.objective(inputs.completions)
-        entropy = inputs.entropy[batch.completion_mask]
+        output = self.objective(scored.completions)
+        entropy = scored.entropy[batch.completion_mask]
         return output._replace(metrics={**output.metrics, "entropy": entropy.detach()})
 
     @override
@@ -175,13 +187,14 @@ class AlignmentTrainer(Trainer):
         """Sum each term's weights over the micro-batches and ranks of one step."""
         if not batch_samples:
             return None
-        totals = torch.stack([self._weights(TokenBatch(**inputs)) for inputs in batch_samples]).sum(dim=0)
+        totals = torch.stack([self._weights(inputs) for inputs in batch_samples]).sum(dim=0)
         return self.accelerator.reduce(totals.to(device), reduction="sum")  # pyright: ignore[reportReturnType]
 
-    def _weights(self, batch: TokenBatch) -> Tensor:
-        # Weights depend on masks and preferences alone, so zeros in place of log-probabilities give them.
+    def _weights(self, inputs: dict[str, Any]) -> Tensor:
+        # Weights depend on masks and on what is known beforehand, so zeros in place of log-probabilities give them.
+        batch, columns = split_columns(inputs)
         nowhere = torch.zeros(batch.completion_mask.shape, device=batch.completion_mask.device)
-        needed = dict.fromkeys(self.objective.needs - {"preference"}, nowhere)
+        needed = dict.fromkeys(self.objective.needs - {"preference"}, nowhere) | columns
         return total_weights(self.objective(completion_batch(batch, nowhere, **needed)).terms)
 
     @override
@@ -194,7 +207,7 @@ class AlignmentTrainer(Trainer):
         with torch.no_grad(), evaluation_mode(self.policy), torch.random.fork_rng(devices=[]):
             for inputs in self.get_eval_dataloader(eval_dataset):
                 batch: dict[str, Any] = self._prepare_inputs(inputs)
-                output = self.evaluate_objective(self.policy, TokenBatch(**batch))
+                output = self.evaluate_objective(self.policy, batch)
                 means.add(output.metrics)
                 losses.append(torch.stack([term.scale * (term.losses * term.weights).sum() for term in output.terms]))
                 weights.append(total_weights(output.terms))
@@ -214,6 +227,7 @@ class AlignmentTrainer(Trainer):
         target = self.run_dir / f"checkpoint-{self.state.global_step}"
         with staged_folder(target, existing="replace") as self._staging:
             super()._save_checkpoint(model, trial)
+            self.write_state(self._staging / target.name)
             written = self._staging / target.name
             for item in written.iterdir():
                 item.rename(self._staging / item.name)
@@ -224,6 +238,12 @@ class AlignmentTrainer(Trainer):
     @override
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.run_dir if self._staging is None else self._staging)
+
+
+def split_columns(inputs: dict[str, Any]) -> tuple[TokenBatch, dict[str, Tensor]]:
+    """Return the rows of a micro-batch, and what is known of its completions besides."""
+    rows = {name: value for name, value in inputs.items() if name != "columns"}
+    return TokenBatch(**rows), inputs.get("columns", {})
 
 
 @contextmanager

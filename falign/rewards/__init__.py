@@ -1,0 +1,55 @@
+"""Rewards of completions: callables, verifiers in killable processes, reward models, and their sums.
+
+Reward models load transformers and are imported from their modules: :mod:`falign.rewards.classifier` and
+:mod:`falign.rewards.implicit`.
+"""
+
+from falign.rewards.base import Reward, Scores, ScoringReward, call_reward, check_rewards, select_columns
+from falign.rewards.child import Call, ChildPool, Outcome, shared_pool
+from falign.rewards.combination import Rewards, RewardSum, WeightedReward
+from falign.rewards.groups import GroupShares, best_of_n, calibrate, group_shares, keep, pass_at_k, pass_rates
+from falign.rewards.importing import import_function
+from falign.rewards.lexicon import Lexicon, fit_lexicon, read_labelled, read_lexicon
+from falign.rewards.loading import load_reward
+from falign.rewards.timed_function import TimedFunction
+from falign.rewards.verified import choice, mathematics, number, regex, sections, sql
+from falign.rewards.verifier import Verifier
+from falign.rewards.words import Words
+
+__all__ = [
+    "Call",
+    "ChildPool",
+    "GroupShares",
+    "Lexicon",
+    "Outcome",
+    "Reward",
+    "RewardSum",
+    "Rewards",
+    "Scores",
+    "ScoringReward",
+    "TimedFunction",
+    "Verifier",
+    "WeightedReward",
+    "Words",
+    "best_of_n",
+    "calibrate",
+    "call_reward",
+    "check_rewards",
+    "choice",
+    "fit_lexicon",
+    "group_shares",
+    "import_function",
+    "keep",
+    "load_reward",
+    "mathematics",
+    "number",
+    "pass_at_k",
+    "pass_rates",
+    "read_labelled",
+    "read_lexicon",
+    "regex",
+    "sections",
+    "select_columns",
+    "shared_pool",
+    "sql",
+]

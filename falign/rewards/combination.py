@@ -1,0 +1,120 @@
+"""The reward of a run: a weighted sum of named rewards, whose parts are kept."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from falign.errors import ConfigError, RewardError
+from falign.rewards.base import Reward, call_reward, place_of
+
+__all__ = ["RewardSum", "Rewards", "WeightedReward"]
+
+
+class WeightedReward(NamedTuple):
+    """One part of the sum.
+
+    Attributes:
+        name: Under which it is logged, ``reward/<name>``.
+        reward: Any callable of :class:`falign.rewards.Reward`.
+        weight: Its factor; 0 only logs it.
+    """
+
+    name: str
+    reward: Reward
+    weight: float = 1.0
+
+
+class Rewards(NamedTuple):
+    """What a sum makes of a batch.
+
+    Attributes:
+        total: One per completion.
+        parts: By name, before weights; None where a part does not apply.
+        timeouts: Calls that were stopped at their deadline, over all parts.
+        errors: Calls that raised and were counted, over all parts.
+        message: Of the first of these; ``""`` where there is none.
+    """
+
+    total: list[float]
+    parts: dict[str, list[float | None]]
+    timeouts: int = 0
+    errors: int = 0
+    message: str = ""
+
+    def metrics(self) -> dict[str, float]:
+        """Return ``reward`` and ``reward/<name>``, means over the completions that have one, and the two counts."""
+        means = {"reward": self.total, **{f"reward/{name}": values for name, values in self.parts.items()}}
+        found = {name: [value for value in values if value is not None] for name, values in means.items()}
+        averages = {name: math.fsum(values) / len(values) for name, values in found.items() if values}
+        return {**averages, "reward/timeouts": float(self.timeouts), "reward/errors": float(self.errors)}
+
+
+@dataclass(frozen=True)
+class RewardSum:
+    """``Σ_k w_k r_k`` over the rewards that apply to a completion.
+
+    A part that does not apply (None) is left out and the other weights stay, so that completions of one prompt, to
+    which the same parts apply, are compared on one scale.
+
+    Attributes:
+        rewards: One or more, of different names.
+
+    Raises:
+        ConfigError: There is none, two share a name, or a weight is not finite.
+    """
+
+    rewards: tuple[WeightedReward, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise ConfigError("rewards: there is none; give at least one.")
+        twice = [name for name, n in Counter(reward.name for reward in self.rewards).items() if n > 1]
+        if twice:
+            raise ConfigError(f"rewards: the name {twice[0]!r} comes twice; give each a name of its own.")
+        taken = {"timeouts", "errors"} & {reward.name for reward in self.rewards}
+        if taken:
+            raise ConfigError(f"rewards: the name {min(taken)!r} is that of a count; choose another.")
+        for reward in self.rewards:
+            if not math.isfinite(reward.weight):
+                raise ConfigError(f"rewards: the weight of {reward.name} is {reward.weight}; give a finite number.")
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> Rewards:
+        """Call every reward.
+
+        Args:
+            prompts: The prompt of each completion.
+            completions: Their texts, without the stop token.
+            columns: One value per completion; ``place`` says where each prompt came from, ``prompt_ids`` and
+                ``completion_ids`` are what implicit rewards read.
+
+        Raises:
+            RewardError: A reward failed, or none applies to some completion.
+        """
+        lists = {name: list(values) for name, values in columns.items()}
+        scores = [
+            call_reward(part.reward, list(prompts), list(completions), lists, name=part.name) for part in self.rewards
+        ]
+        total = [
+            self._sum([score.values[i] for score in scores], place_of(lists.get("place"), i))
+            for i in range(len(completions))
+        ]
+        return Rewards(
+            total,
+            {part.name: score.values for part, score in zip(self.rewards, scores, strict=True)},
+            timeouts=sum(score.timeouts for score in scores),
+            errors=sum(score.errors for score in scores),
+            message=next((score.message for score in scores if score.message), ""),
+        )
+
+    def _sum(self, values: Sequence[float | None], place: str) -> float:
+        applying = [part.weight * v for part, v in zip(self.rewards, values, strict=True) if v is not None]
+        if not applying:
+            names = ", ".join(part.name for part in self.rewards)
+            raise RewardError(
+                f"{place}: no reward applies to a completion (None from {names}); add one that does, or remove the row."
+            )
+        return math.fsum(applying)

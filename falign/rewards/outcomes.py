@@ -1,0 +1,54 @@
+"""From what became of calls to scores: what failed is counted, never taken for a verdict in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from falign.errors import RewardError
+from falign.rewards.base import Scores, check_rewards, place_of
+from falign.rewards.child import Outcome
+
+__all__ = ["scores_of"]
+
+ROW_ERROR = "RowError"  # of falign.rewards.verifiers, by its name in another process
+
+
+def scores_of(
+    outcomes: Sequence[Outcome],
+    *,
+    name: str,
+    failed: float | None,
+    stop_on_errors: bool = False,
+    places: Sequence[str] | None = None,
+    value: Callable[[Any, str], Any] = lambda value, where: value,
+) -> Scores:
+    """Return values and counts.
+
+    Args:
+        outcomes: One per completion.
+        name: What messages call the reward.
+        failed: What a call is worth that timed out or raised.
+        stop_on_errors: Whether an exception stops the run instead of being counted. Timeouts are always counted.
+        places: Where the prompts came from, for messages.
+        value: What makes a value of what a call returned, given its place.
+
+    Raises:
+        RewardError: An exception that stops, a row that cannot be judged at all, or a value that is no reward.
+    """
+    values: list[Any] = []
+    messages: list[str] = []
+    for i, outcome in enumerate(outcomes):
+        where = f"reward {name}, {place_of(places, i)}"
+        if outcome.error == ROW_ERROR:
+            raise RewardError(f"{where}: {outcome.message.partition(': ')[2]}. Mend the row, or remove it.")
+        if outcome.kind == "error" and stop_on_errors:
+            raise RewardError(f"{where}: {outcome.message}. Mend the function, or set errors: count.")
+        if outcome.kind == "value":
+            values.append(value(outcome.value, where))
+        else:
+            values.append(failed)
+            messages.append(f"{where}: {outcome.message}")
+    timeouts = sum(outcome.kind == "timeout" for outcome in outcomes)
+    checked = check_rewards(values, len(outcomes), name=name, places=places)
+    return Scores(checked, timeouts, len(messages) - timeouts, messages[0] if messages else "")

@@ -1,0 +1,57 @@
+"""Multiple choice: the letter that a completion settles on against the row's."""
+
+import re
+from collections.abc import Sequence
+
+from . import RowError
+from .marks import after_mark, last_match
+
+__all__ = ["chosen_letter", "score"]
+
+
+def score(completion: str, answer: str, *, letters: str = "ABCDE", options: Sequence[str] | None = None) -> float:
+    r"""Return 1 if the completion chooses the row's letter, else 0; a completion that names two chooses none.
+
+    Args:
+        completion: What counts is its last ``\boxed`` or ``####``, or else its last "answer is (C)" and the like, or
+            else its last line where that is a letter or begins with one as options do (``C)``).
+        answer: The letter, in any case, with or without brackets.
+        letters: Those that may be chosen.
+        options: The options as texts; a completion whose last line is one of them chooses its letter.
+
+    Raises:
+        RowError: The answer is none of the letters.
+    """
+    expected = answer.strip().strip("().[]").upper()
+    if len(expected) != 1 or expected not in letters.upper():
+        raise RowError(f"the answer {answer!r} is none of the letters {letters}")
+    return float(chosen_letter(completion, letters=letters.upper(), options=options) == expected)
+
+
+def chosen_letter(completion: str, *, letters: str, options: Sequence[str] | None = None) -> str | None:
+    """Return the letter that a completion settles on; None where it names none, or several."""
+    text = completion.strip()
+    marked = after_mark(text)
+    if marked is not None and (found := re.match(rf"\W*(?:\\text\{{)?\W*([{letters}])\b", marked)):
+        return found[1]
+    one = rf"[*\s(\[]*([{letters}])\b(?!['’])"
+    # Only the words in any case: letters are capitals, or "the answer is a number" would choose A.
+    before = (
+        rf"(?i:\b(?:answer|ans|choice|option)\b\.?(?:\s+(?:choice|option))?(?:\s+(?:is|will be))?\W*(?:option)?){one}"
+    )
+    behind = rf"(?<!\w)([{letters}])\b[)\]*]*\s+(?i:is\s+(?:the\s+)?(?:correct|right|answer))"
+    if (last := last_match(rf"{before}|{behind}", text)) is not None:
+        rest = text[last.end() :]
+        several = re.match(rf"\W*(?:or|and|/|,)\W*[{letters}]\b", rest) or re.search(
+            rf"\b[{letters}]\W*(?:or|and|/|,)\W*$", text[: last.start()]
+        )
+        return None if several else last[1] or last[2]
+    line = text.splitlines()[-1].strip() if text else ""
+    if found := re.fullmatch(rf"{one}[*\s)\].]*", line) or re.match(rf"[*\s(\[]*([{letters}])[)\].:]", line):
+        return found[1]
+    by_text = [letter for letter, option in zip(letters, options or (), strict=False) if _bare(option) == _bare(line)]
+    return by_text[0] if len(by_text) == 1 else None
+
+
+def _bare(option: str) -> str:
+    return re.sub(r"^\W*[A-Za-z]\s*[).:]", "", option).strip(" .*").casefold()

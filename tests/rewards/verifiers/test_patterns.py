@@ -1,0 +1,35 @@
+import pytest
+
+from falign.rewards.verifiers.patterns import matches, sections
+
+
+def test_a_pattern_occurs_or_matches_the_whole():
+    assert matches("the year 1984", r"\d{4}") == 1.0
+    assert matches("the year 1984", r"\d{4}", whole=True) == 0.0
+    assert matches("1984", r"\d{4}", whole=True) == 1.0
+    assert matches("a\nb", "a.b") == 0.0
+    assert matches("a\nb", "(?s)a.b") == 1.0
+
+
+def test_the_first_group_of_the_last_match_must_be_the_answer():
+    assert matches("x = 3; x = 4", r"x = (\d)", answer=4) == 1.0
+    assert matches("x = 3; x = 4", r"x = (\d)", answer=3) == 0.0
+    assert matches("<a> yes </a>", "<a>(.*)</a>", whole=True, answer="yes") == 1.0
+    assert matches("none", r"x = (\d)", answer=3) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("<think>so</think>\n<answer>4</answer>\n", 1.0),
+        ("<think>so</think>four<answer>4</answer>", 0.0),
+        ("<answer>4</answer><think>so</think>", 0.0),
+        ("<think>so</think><answer>4</answer>!", 0.0),
+        ("<think>so<answer>4</answer></think><answer>4</answer>", 0.0),
+        ("<think> </think><answer>4</answer>", 0.0),
+        ("<think>so</think><answer>4", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_sections_come_once_each_in_order_with_nothing_around_them(completion, expected):
+    assert sections(completion, ["think", "answer"]) == expected
