@@ -112,7 +112,7 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     _write_model(folder, parts)
     folder.write_json("samples.json", samples)
     folder.write_json("summary.json", {"before": before["metrics"], "after": after})
-    title = f"{config.objective.divergence}, β = {config.objective.beta:g}, {config.model.path}"
+    title = f"{config.objective.title}, {config.model.path}"
     plot_curves(folder.metrics(), folder.path / "curves.png", title=title)
     return RunSummary(folder, before["metrics"], after, samples)
 
