@@ -11,6 +11,13 @@ from falign.training.config import (
 )
 from falign.training.curves import plot_curves
 from falign.training.objective_config import ListwiseConfig, ObjectiveConfig, PairwiseConfig, TokenPairwiseConfig
+from falign.training.online_objective_config import (
+    DistributionMatchingConfig,
+    HybridConfig,
+    PolicyGradientConfig,
+    RehearsalConfig,
+    SupervisedConfig,
+)
 from falign.training.reference_config import ReferenceConfig
 from falign.training.run import RunSummary, train
 from falign.training.run_file import load_run_file, parse_run
@@ -21,16 +28,21 @@ __all__ = [
     "AdapterConfig",
     "AlignmentTrainer",
     "DataConfig",
+    "DistributionMatchingConfig",
+    "HybridConfig",
     "ListwiseConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "PairwiseConfig",
+    "PolicyGradientConfig",
     "ReferenceConfig",
+    "RehearsalConfig",
     "RunConfig",
     "RunFolder",
     "RunSummary",
     "SamplingConfig",
     "SourceConfig",
+    "SupervisedConfig",
     "TokenPairwiseConfig",
     "TrainingConfig",
     "load_run_file",

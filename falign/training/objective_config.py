@@ -31,6 +31,11 @@ class PairwiseConfig(FrozenModel):
     """``logistic`` (f-DPO), ``hinge``, ``squared`` (IPO), ``robust(0.1)``, ``exo(0.001)``."""
     length_norm: Literal["none", "token"] = "none"
 
+    @property
+    def title(self) -> str:
+        """What a plot of the run is headed with."""
+        return f"{self.divergence}, β = {self.beta:g}"
+
     def build(self) -> Objective:
         """Return the objective.
 
@@ -49,6 +54,11 @@ class ListwiseConfig(FrozenModel):
     """As under ``pairwise``."""
     beta: float = Field(default=0.1, gt=0)
     length_norm: Literal["none", "token"] = "none"
+
+    @property
+    def title(self) -> str:
+        """What a plot of the run is headed with."""
+        return f"{self.divergence}, β = {self.beta:g}"
 
     def build(self) -> Objective:
         """Return the objective.
@@ -72,6 +82,11 @@ class TokenPairwiseConfig(FrozenModel):
     variant: Literal[1, 2] = 2
     weighting: Literal["none", "activations"] = "none"
     """``activations``: tokens count by the reference's activations (SparsePO's parameter-free mask)."""
+
+    @property
+    def title(self) -> str:
+        """What a plot of the run is headed with."""
+        return f"{self.divergence}, β = {self.beta:g}"
 
     def build(self) -> Objective:
         """Return the objective.

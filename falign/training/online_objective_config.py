@@ -59,6 +59,11 @@ class PolicyGradientConfig(FrozenModel):
     lam: float | None = Field(default=None, ge=0, le=1)
     """Only with ``gae``: λ, 0.95 where left out."""
 
+    @property
+    def title(self) -> str:
+        """What a plot of the run is headed with."""
+        return "reward alone" if self.divergence is None else f"{self.divergence}, β = {self.beta:g}"
+
     def build(self) -> Objective:
         """Return the objective.
 
@@ -94,6 +99,11 @@ class DistributionMatchingConfig(FrozenModel):
         """
         self.model_copy(update={"target": without_fit(self.target)}).build()
 
+    @property
+    def title(self) -> str:
+        """What a plot of the run is headed with."""
+        return f"{self.divergence} to a target ({self.target.kind})"
+
     def build(self, features: Float[Tensor, "M K"] | None = None) -> Objective:
         """Return the objective.
 
@@ -126,6 +136,11 @@ class HybridConfig(FrozenModel):
     reduction: CompletionMean = "token_mean"
     """Of the policy gradient."""
 
+    @property
+    def title(self) -> str:
+        """What a plot of the run is headed with."""
+        return f"reward, and {self.coefficient:g} × {self.divergence} on reference samples"
+
     def build(self) -> Objective:
         """Return the objective.
 
@@ -154,6 +169,11 @@ class RehearsalConfig(FrozenModel):
     reduction: CompletionMean | None = None
     """At token level, as under ``policy_gradient``; ``token_mean`` where left out."""
 
+    @property
+    def title(self) -> str:
+        """What a plot of the run is headed with."""
+        return f"{self.divergence} on reference samples"
+
     def build(self) -> Objective:
         """Return the objective.
 
@@ -172,6 +192,11 @@ class SupervisedConfig(FrozenModel):
     """One with infinite f'(∞), as ``pearson_chi2``; left out, plain fine-tuning."""
     beta: float | None = Field(default=None, gt=0)
     """Required with a divergence."""
+
+    @property
+    def title(self) -> str:
+        """What a plot of the run is headed with."""
+        return "fine-tuning" if self.beta is None else f"fine-tuning, {self.divergence}, β = {self.beta:g}"
 
     def build(self) -> Objective:
         """Return the objective.

@@ -94,7 +94,8 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     _write_model(folder, trainer, language)
     folder.write_json("samples.json", samples)
     folder.write_json("summary.json", {"before": before["metrics"], "after": after})
-    plot_curves(folder.metrics(), folder.path / "curves.png", title=_title(config))
+    title = f"{config.objective.title}, {config.model.path}"
+    plot_curves(folder.metrics(), folder.path / "curves.png", title=title)
     return RunSummary(folder, before["metrics"], after, samples)
 
 
@@ -143,11 +144,3 @@ def _write_model(folder: RunFolder, trainer: AlignmentTrainer, language: Languag
     else:
         assert isinstance(trainer.policy, PreTrainedModel)
         export_merged(trainer.policy, language.tokenizer, folder.weights, overwrite=True)
-
-
-def _title(config: RunConfig) -> str:
-    objective = config.objective.model_dump()
-    parts = [objective["kind"], objective.get("divergence")]
-    if objective.get("beta"):
-        parts.append(f"β = {objective['beta']:g}")
-    return ", ".join(str(part) for part in (*parts, config.model.path) if part)

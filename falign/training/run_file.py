@@ -197,9 +197,9 @@ def _near(place: _Place) -> str:
         return f": {section}.kind={place.kind} has no such field, {owners} has. Its fields are {own}."
     paths = list(valid_paths())
     if named := [path for path in paths if path.rpartition(".")[2] == last]:
-        top = min(path.count(".") for path in named)
-        named = [path for path in named if path.count(".") == top]
-        meant = difflib.get_close_matches(place.path, named, 1, 0.8) or named
+        least = min(path.count(".") for path in named)
+        shallow = [path for path in named if path.count(".") == least]
+        meant = difflib.get_close_matches(place.path, named, 1, 0.8) or shallow
         return f": did you mean {' or '.join(meant)}?"
     fields = [path for path in reversed(paths) if not any(other.startswith(f"{path}.") for other in paths)]
     anywhere = {path.rpartition(".")[2]: path for path in fields}
