@@ -1,6 +1,6 @@
 """The errors that falign raises at its borders; each message has the place, the value and the remedy."""
 
-__all__ = ["ConfigError", "DataError", "FalignError", "ModelError", "RewardError", "TrainingError"]
+__all__ = ["ConfigError", "DataError", "FalignError", "ModelError", "RewardError", "RolloutError", "TrainingError"]
 
 
 class FalignError(Exception):
@@ -21,6 +21,10 @@ class ModelError(FalignError):
 
 class RewardError(FalignError):
     """A reward that cannot be called, or that returns what is no reward."""
+
+
+class RolloutError(FalignError):
+    """A sampling that cannot be done, or whose result is no sample of the policy."""
 
 
 class TrainingError(FalignError):

@@ -39,7 +39,7 @@ def sample(
         policy, tokenizer = _load(model, dtype)
     from falign.models import stop_token_ids
     from falign.models.adapters import base_of
-    from falign.models.generation import answer
+    from falign.rollouts.answers import answer
 
     answers = answer(
         policy,

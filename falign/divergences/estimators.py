@@ -19,20 +19,24 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from falign.divergences.base import Divergence
+from falign.divergences.powers import power
 
 __all__ = [
     "full_vocabulary",
     "loss_from_policy",
     "loss_from_reference",
+    "loss_from_vocabulary",
     "penalty_from_policy",
     "value_from_policy",
     "value_from_reference",
 ]
 
+LARGEST_PENALTY = 1e30  # which a log-prob of 1e4, and 1e3 tokens, multiply within float32
 MODERATE = 10.0  # nats up to which π_ref f(u) loses nothing, whatever power of u is in f
 
 
@@ -116,6 +120,7 @@ def penalty_from_policy(
     level: Literal["sequence", "token"] = "sequence",
     credit: Literal["fixed_prefix", "returns"] = "fixed_prefix",
     importance_log_ratio: Float[Tensor, "N T"] | None = None,
+    baseline: Float[Tensor, " N"] | None = None,
 ) -> Float[Tensor, "N T"]:
     """Return the weight ``c_t`` of each token such that ``E[Σ_t c_t ∇log π(y_t|s_t)]`` is the divergence's gradient.
 
@@ -129,10 +134,13 @@ def penalty_from_policy(
             ``Σ_t D_f(π(·|s_t)‖π_ref(·|s_t))`` on the policy's own prefixes. They differ for every f but KL.
         credit: At token level, ``"fixed_prefix"`` holds the prefixes' law fixed: ``c_t = f'(u_t)``; ``"returns"`` adds
             what the token does to later prefixes, ``Σ_{t'>t} f(u_t')/u_t'``: the gradient of the mean under π.
-        importance_log_ratio: ``log π - log π_old`` of each token where the samples come from π_old, shape (N, T).
+        importance_log_ratio: ``log π - log π_old`` of each token where the samples come from π_old, shape (N, T). Its
+            weights ``π/π_old`` continue as their tangent line beyond 30 nats, as the divergences do.
+        baseline: Subtracted from ``f'``, shape (N,); it must not depend on the completion's own tokens. It changes the
+            variance, and no mean.
 
     Returns:
-        ``c_t``, shape (N, T), zero outside the mask, without gradient. Any baseline may be subtracted.
+        ``c_t``, shape (N, T), zero outside the mask, without gradient; a product of huge weights stops at 1e30.
 
     Raises:
         ValueError: ``credit="returns"`` at sequence level, where it has no meaning, or an unknown level or credit.
@@ -149,28 +157,31 @@ def penalty_from_policy(
         >>> penalty_from_policy(get("reverse_kl"), log_ratio, mask, level="token")
         tensor([[ 0.5000, -1.0000]])
     """
-    log_ratio = log_ratio.detach().masked_fill(~mask, 0.0)
-    # log of π/π_old over the prefix up to and including t.
-    weight_so_far = torch.zeros_like(log_ratio)
+    single = torch.promote_types(log_ratio.dtype, torch.float32)  # products leave the range of half precisions
+    log_ratio = log_ratio.detach().to(single).masked_fill(~mask, 0.0)
+    free = torch.zeros_like(log_ratio[:, :1]) if baseline is None else baseline.detach()[:, None]
+    # π/π_old over the prefix up to and including t.
+    importance_weight = torch.ones_like(log_ratio)
     if importance_log_ratio is not None:
-        weight_so_far = importance_log_ratio.detach().masked_fill(~mask, 0.0).cumsum(dim=-1)
+        importance_weight = power(importance_log_ratio.detach().to(single).masked_fill(~mask, 0.0).cumsum(dim=-1))
     if level == "sequence":
         if credit != "fixed_prefix":
             raise ValueError(
                 f"credit={credit!r} is a choice at level='token'; a whole completion has no later prefixes."
             )
-        penalty = divergence.f_prime(log_ratio.sum(dim=-1, keepdim=True)) * weight_so_far[:, -1:].exp()
-        return penalty.expand_as(log_ratio).masked_fill(~mask, 0.0)
+        slope = divergence.f_prime(log_ratio.sum(dim=-1, keepdim=True)) - free
+        penalty = (slope * importance_weight[:, -1:]).expand_as(log_ratio)
+        return penalty.clamp(-LARGEST_PENALTY, LARGEST_PENALTY).masked_fill(~mask, 0.0)
     if level != "token" or credit not in ("fixed_prefix", "returns"):
         raise ValueError(
             f"level={level!r}, credit={credit!r}: level is sequence or token, credit fixed_prefix or returns."
         )
-    importance_weight = weight_so_far.exp()
-    penalty = divergence.f_prime(log_ratio) * importance_weight
+    penalty = (divergence.f_prime(log_ratio) - free) * importance_weight
     if credit == "returns":
-        value = value_from_policy(divergence, log_ratio).masked_fill(~mask, 0.0) * importance_weight
-        penalty = penalty + value.flip(-1).cumsum(dim=-1).flip(-1) - value
-    return penalty.masked_fill(~mask, 0.0)
+        value = (value_from_policy(divergence, log_ratio) * importance_weight).clamp(max=LARGEST_PENALTY)
+        later = F.pad(value.masked_fill(~mask, 0.0), (0, 1))[:, 1:]
+        penalty = penalty + later.flip(-1).cumsum(dim=-1).flip(-1)
+    return penalty.clamp(-LARGEST_PENALTY, LARGEST_PENALTY).masked_fill(~mask, 0.0)
 
 
 def loss_from_policy(
@@ -182,6 +193,7 @@ def loss_from_policy(
     level: Literal["sequence", "token"] = "sequence",
     credit: Literal["fixed_prefix", "returns"] = "fixed_prefix",
     old_logprobs: Float[Tensor, "N T"] | None = None,
+    baseline: Float[Tensor, " N"] | None = None,
 ) -> Float[Tensor, " N"]:
     """Return ``Σ_t sg(c_t) log π(y_t|s_t)``: on policy samples its mean *gradient* is that of the divergence.
 
@@ -193,6 +205,7 @@ def loss_from_policy(
         level: See :func:`penalty_from_policy`.
         credit: See :func:`penalty_from_policy`.
         old_logprobs: ``log π_old`` of the same tokens where the samples come from π_old, shape (N, T).
+        baseline: See :func:`penalty_from_policy`.
 
     Returns:
         One surrogate per completion, shape (N,). Its value means nothing; use :func:`value_from_policy` for that.
@@ -214,8 +227,55 @@ def loss_from_policy(
         level=level,
         credit=credit,
         importance_log_ratio=None if old_logprobs is None else logprobs - old_logprobs,
+        baseline=baseline,
     )
     return (penalty * logprobs.masked_fill(~mask, 0.0)).sum(dim=-1)
+
+
+def loss_from_vocabulary(
+    token_divergence: Float[Tensor, "N T"],
+    logprobs: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    *,
+    credit: Literal["fixed_prefix", "returns"] = "fixed_prefix",
+    old_logprobs: Float[Tensor, "N T"] | None = None,
+) -> Float[Tensor, " N"]:
+    """Return ``Σ_t w_t D_f(π(·|s_t)‖π_ref(·|s_t))`` of policy samples, ``w_t = π/π_old`` of the prefix ``s_t``.
+
+    Its mean is the token-level divergence on the policy's own prefixes, in value and in gradient.
+
+    Args:
+        token_divergence: The divergence over the full vocabulary at each position, differentiable, shape (N, T).
+        logprobs: ``log π`` of the sampled tokens, shape (N, T), nats; differentiated only with ``credit="returns"``.
+        mask: True on completion tokens, shape (N, T).
+        credit: ``"fixed_prefix"`` holds the prefixes' law fixed, so ``w_t`` is a constant; ``"returns"`` differentiates
+            it too: the gradient of the mean under π.
+        old_logprobs: ``log π_old`` of the sampled tokens where they come from π_old, shape (N, T).
+
+    Returns:
+        One loss per completion, shape (N,).
+
+    Raises:
+        ValueError: The credit is unknown.
+
+    Source:
+        ``∇E_old[w D] = E_old[w ∇D] + E_old[w D ∇log w]``, with ``w_t`` the product over the tokens before t.
+
+    Example:
+        >>> divergence, mask = torch.tensor([[0.5, 0.25]]), torch.ones(1, 2, dtype=torch.bool)
+        >>> logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+        >>> loss_from_vocabulary(divergence, logprobs, mask, credit="returns").backward()
+        >>> logprobs.grad  # the first token leads to a prefix with divergence 0.25, the last one to none
+        tensor([[0.2500, 0.0000]])
+    """
+    if credit not in ("fixed_prefix", "returns"):
+        raise ValueError(f"credit={credit!r}: choose 'fixed_prefix' or 'returns'.")
+    old = logprobs.detach() if old_logprobs is None else old_logprobs
+    single = torch.promote_types(logprobs.dtype, torch.float32)
+    importance_log_ratio = (logprobs - old).to(single).masked_fill(~mask, 0.0)
+    before = F.pad(importance_log_ratio, (1, 0))[:, :-1].cumsum(dim=-1)
+    weight = power(before if credit == "returns" else before.detach())
+    return (weight * token_divergence.masked_fill(~mask, 0.0)).sum(dim=-1)
 
 
 def full_vocabulary(

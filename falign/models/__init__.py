@@ -1,13 +1,15 @@
 """Models and tokenizers: loading, LoRA adapters, identity, and exports that prove themselves."""
 
+from falign.models.adapter_start import start_from_adapter
 from falign.models.adapters import add_lora, load_adapter, transplant_adapter
 from falign.models.description import ModelDescription, describe
 from falign.models.export import export_adapter, export_merged
 from falign.models.gradient_checkpointing import enable_gradient_checkpointing
-from falign.models.identity import weights_hash
+from falign.models.identity import adapted_weights_hash, weights_hash
 from falign.models.loading import load_model, load_tokenizer
 from falign.models.probe import probe_ids
 from falign.models.proof import ExportProof, verify_export
+from falign.models.soup import write_soup
 from falign.models.sources import resolve
 from falign.models.stop_tokens import stop_token_ids
 from falign.models.structure import base_of
@@ -15,6 +17,7 @@ from falign.models.structure import base_of
 __all__ = [
     "ExportProof",
     "ModelDescription",
+    "adapted_weights_hash",
     "add_lora",
     "base_of",
     "describe",
@@ -26,8 +29,10 @@ __all__ = [
     "load_tokenizer",
     "probe_ids",
     "resolve",
+    "start_from_adapter",
     "stop_token_ids",
     "transplant_adapter",
     "verify_export",
     "weights_hash",
+    "write_soup",
 ]

@@ -25,7 +25,7 @@ from falign.models.adapter_precision import compute_in_activation_type
 from falign.models.sources import adapter_config, damaged
 from falign.models.structure import adapter_matrix, adapter_weights, base_of, is_transposed, linear_modules, lora_layers
 
-__all__ = ["add_lora", "load_adapter", "transplant_adapter"]
+__all__ = ["add_lora", "check_adapter_folder", "load_adapter", "transplant_adapter"]
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -91,7 +91,7 @@ def load_adapter(
         ModelError: no adapter there, pickled weights, a name in use, or weights that are not this model's.
     """
     folder = Path(path).expanduser()
-    _check_adapter_folder(folder)
+    check_adapter_folder(folder)
     device, was_training = str(base_of(model).device), model.training
     try:
         with _expected_warnings():
@@ -171,7 +171,12 @@ def _expected_warnings() -> Iterator[None]:
         yield
 
 
-def _check_adapter_folder(folder: Path) -> None:
+def check_adapter_folder(folder: Path) -> None:
+    """Raise unless a folder holds a LoRA adapter in safetensors.
+
+    Raises:
+        ModelError: no adapter there, one of another type, or weights that are pickled or damaged.
+    """
     config = folder / "adapter_config.json"
     if not config.is_file():
         nearest = []

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from falign.errors import ModelError
 from falign.models.structure import base_of
 
-__all__ = ["weights_hash"]
+__all__ = ["adapted_weights_hash", "weights_hash"]
 
 
 def weights_hash(model: PreTrainedModel | PeftModel, *, adapter: str | None = None) -> str:
@@ -37,6 +37,16 @@ def weights_hash(model: PreTrainedModel | PeftModel, *, adapter: str | None = No
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(raw.numpy().data)
     return digest.hexdigest()
+
+
+def adapted_weights_hash(model: PeftModel, *, adapter: str) -> str:
+    """Return the hash of the base and one adapter together: of what the two of them compute.
+
+    Raises:
+        ModelError: As `weights_hash`.
+    """
+    both = f"{weights_hash(model)} {weights_hash(model, adapter=adapter)}"
+    return hashlib.sha256(both.encode()).hexdigest()
 
 
 def _base_entries(base: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -52,9 +52,4 @@ def reduce_terms(terms: Sequence[Term], denominators: Float[Tensor, " K"]) -> Fl
     """
     if denominators.shape != (len(terms),):
         raise ValueError(f"denominators has shape {tuple(denominators.shape)} for {len(terms)} terms.")
-    # A term that is empty in the whole step (0/0) contributes nothing.
-    shares = [
-        term.scale * (term.losses * term.weights).sum() / total.clamp(min=torch.finfo(term.losses.dtype).tiny)
-        for term, total in zip(terms, denominators, strict=True)
-    ]
-    return torch.stack(shares).sum()
+    return torch.stack([term.share(total) for term, total in zip(terms, denominators, strict=True)]).sum()

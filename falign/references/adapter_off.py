@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from falign.errors import ModelError
+from falign.references.adapter_state import refuse_trained_base, trainable_as_before
 from falign.references.base import Reference, detached_logprobs, detached_states
 from falign.scoring import DEFAULT_CHUNK_TOKENS, Adapted, CompletionStates, Head, TokenBatch
 
@@ -55,8 +56,8 @@ def _adapter_off(model: nn.Module) -> Iterator[None]:
             f"{type(model).__name__} has no adapter to switch off, so the policy would be its own "
             "reference: train a LoRA adapter (peft.get_peft_model), or take a frozen model as reference."
         )
-    with _trainable_as_before(model), model.disable_adapter():
-        _refuse_trained_base(model)
+    with trainable_as_before(model), model.disable_adapter():
+        refuse_trained_base(model)
         yield
 
 
@@ -66,25 +67,3 @@ def _without_adapter(head: Head) -> Head:
     children = dict(head.embeddings.named_children())
     inner = [children[name] for name in ("base_layer", "original_module") if name in children]
     return replace(head, embeddings=inner[0]) if inner else head
-
-
-@contextmanager
-def _trainable_as_before(model: nn.Module) -> Iterator[None]:
-    # PEFT marks every active adapter as trainable when it is switched on again, frozen ones too.
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        yield
-    finally:
-        for parameter, requires_grad in trainable.items():
-            parameter.requires_grad_(requires_grad)
-
-
-def _refuse_trained_base(model: nn.Module) -> None:
-    # While adapters are off PEFT freezes them: what still trains belongs to the base, so to the reference.
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if trained:
-        raise ModelError(
-            f"{len(trained)} parameters outside the adapter are trained (first: {trained[0]}), so with the "
-            "adapter off the reference would move with the policy: freeze them, or take a frozen model as "
-            "reference."
-        )

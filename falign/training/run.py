@@ -22,10 +22,10 @@ from falign.models import (
     weights_hash,
 )
 from falign.models.dropout import disable_dropout
-from falign.models.generation import answer
 from falign.models.tokenizers import pad_token_id
 from falign.objectives import Objective
 from falign.references import Reference, check_same_at_start
+from falign.rollouts.answers import answer
 from falign.scoring import LAYOUTS, Layout, check_head, choose_layout
 from falign.training.config import RunConfig
 from falign.training.curves import plot_curves

@@ -19,6 +19,8 @@ def test_unequal_shapes_are_refused_with_both_shapes():
         "token_weights": torch.ones(2),
         "completion_mask": torch.ones(2, 2, dtype=torch.bool),
         "preference": torch.zeros(1),
+        "features": torch.zeros(2),
+        "values": torch.zeros(2, 4),
         "prompt_index": torch.zeros(3, dtype=torch.long),
     }.items():
         # The annotations are checked too under the test flags; what users see is the ValueError.
@@ -58,3 +60,47 @@ def slices(cuts):
 def test_the_number_of_denominators_is_checked():
     with pytest.raises(ValueError, match="for 1 terms"):
         reduce_terms([Term(torch.zeros(1), torch.ones(1))], torch.ones(2))
+
+
+def test_a_term_without_weight_counts_as_zero_and_has_no_gradient():
+    losses = torch.tensor([2.0, 5.0], requires_grad=True)
+    empty = Term(torch.zeros(0), torch.zeros(0))
+    output = ObjectiveOutput((Term(losses, torch.zeros(2)), empty, Term(torch.tensor([3.0]), torch.ones(1))), {})
+    output.mean().backward()
+    assert output.mean().item() == 3.0
+    assert reduce_terms(output.terms, total_weights(output.terms)).item() == 3.0
+    assert losses.grad.tolist() == [0.0, 0.0]
+
+
+def test_select_keeps_whole_rows_of_every_field():
+    batch = CompletionBatch(
+        logprobs=torch.arange(6.0).view(3, 2),
+        completion_mask=torch.ones(3, 2, dtype=torch.bool),
+        prompt_index=torch.tensor([5, 6, 7]),
+        features=torch.arange(9.0).view(3, 3),
+        advantages=-torch.arange(6.0).view(3, 2),
+        from_reference=torch.tensor([True, False, True]),
+    )
+    assert batch.from_reference is not None
+    kept = batch.select(batch.from_reference)
+    assert kept.logprobs.tolist() == [[0.0, 1.0], [4.0, 5.0]]
+    assert kept.prompt_index.tolist() == [5, 7]
+    assert kept.features.tolist() == [[0.0, 1.0, 2.0], [6.0, 7.0, 8.0]]
+    assert kept.advantages.tolist() == [[0.0, -1.0], [-4.0, -5.0]]
+    assert kept.rewards is None
+    assert len(batch.select(torch.zeros(3, dtype=torch.bool)).logprobs) == 0
+
+
+def test_half_precisions_are_widened_and_others_kept():
+    half = CompletionBatch(
+        logprobs=torch.tensor([[-3e4]], dtype=torch.float16, requires_grad=True),
+        completion_mask=torch.ones(1, 1, dtype=torch.bool),
+        prompt_index=torch.tensor([0]),
+        rewards=torch.ones(1, dtype=torch.float64),
+    )
+    wide = half.at_least_float32()
+    assert wide.logprobs.dtype == torch.float32
+    assert wide.rewards.dtype == torch.float64
+    assert wide.at_least_float32() is wide
+    wide.logprobs.sum().backward()
+    assert half.logprobs.grad.item() == 1.0

@@ -119,6 +119,23 @@ def test_full_vocabulary_is_the_exact_value_and_gradient(divergence, logits):
     torch.testing.assert_close(gradient(value.sum(), logits), gradient(exact.sum(), logits))
 
 
+@pytest.mark.parametrize("credit", ["fixed_prefix", "returns"])
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_full_vocabulary_on_policy_prefixes_is_the_exact_token_divergence(divergence, logits, credit, off_policy):
+    old = OLD if off_policy else logits.detach()
+    loss = estimators.loss_from_vocabulary(
+        divergence_at_prefixes(divergence, logits)[WORLD.prefix],
+        token_logprobs(logits),
+        WORLD.mask,
+        credit=credit,
+        old_logprobs=token_logprobs(old) if off_policy else None,
+    )
+    mean = (sequence_logprobs(old).exp() * loss).sum()
+    exact = textbook_token_divergence(divergence, logits, logits if credit == "returns" else logits.detach())
+    torch.testing.assert_close(mean, exact)
+    torch.testing.assert_close(gradient(mean, logits), gradient(exact, logits))
+
+
 def test_full_vocabulary_keeps_small_probabilities_exact(divergence):
     log_q = torch.tensor([-80.0, 0.0], dtype=torch.float64).log_softmax(-1)
     log_p = torch.tensor([2.0, 0.0], dtype=torch.float64).log_softmax(-1)
@@ -161,6 +178,36 @@ def test_reverse_kl_decomposes_over_tokens(logits):
     )
 
 
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_a_baseline_of_each_completion_changes_nothing_off_policy(divergence, logits, level):
+    """Of other completions, that is: a constant here."""
+    arguments = (divergence, token_logprobs(logits), token_logprobs(REFERENCE), WORLD.mask)
+    means = [
+        (
+            sequence_logprobs(OLD).exp()
+            * estimators.loss_from_policy(
+                *arguments,
+                level=level,
+                old_logprobs=token_logprobs(OLD),
+                baseline=torch.full((len(WORLD.mask),), constant, dtype=torch.float64),
+            )
+        ).sum()
+        for constant in (0.0, 0.7)
+    ]
+    torch.testing.assert_close(gradient(means[1], logits), gradient(means[0], logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("level", ["sequence", "token", "returns"])
+def test_penalties_are_finite_whatever_the_ratios(divergence, level, dtype):
+    extremes = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, 3.0], [1e4, 1e4, -300.0]], dtype=dtype)
+    choice = {"level": "token", "credit": "returns"} if level == "returns" else {"level": level}
+    mask = torch.ones(3, 3, dtype=torch.bool)
+    for importance in (extremes, -extremes, extremes.flip(-1)):
+        penalty = estimators.penalty_from_policy(divergence, extremes, mask, importance_log_ratio=importance, **choice)
+        assert torch.isfinite(penalty).all()
+
+
 def test_a_baseline_changes_nothing(divergence, logits):
     penalty = estimators.penalty_from_policy(divergence, token_logprobs(logits) - token_logprobs(REFERENCE), WORLD.mask)
     law = sequence_logprobs(logits).exp().detach()
@@ -200,3 +247,5 @@ def test_returns_at_sequence_level_are_refused():
     x, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match="no later prefixes"):
         estimators.penalty_from_policy(divergences.get("js"), x, mask, credit="returns")
+    with pytest.raises((ValueError, TypeError), match="credit"):
+        estimators.loss_from_vocabulary(x, x, mask, credit="all")

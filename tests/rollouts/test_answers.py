@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from falign.errors import ConfigError
+from falign.errors import ConfigError, RolloutError
 from falign.models import load_model, load_tokenizer
-from falign.models.generation import answer
+from falign.rollouts.answers import answer
 
 PROMPTS = ["a", "a much longer prompt than the first", "middling one"]
 
@@ -91,3 +91,8 @@ def test_turns_that_the_template_cannot_take_are_refused(loaded):
         answer(model, tokenizer, [turns], stop_token_ids={1})
     with pytest.raises(ConfigError, match="Prompt 0 is empty"):
         answer(model, tokenizer, [[]], stop_token_ids={1})
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(loaded):
+    with pytest.raises(RolloutError, match=r"Prompt 1 has .* the 2048 positions of the model"):
+        answer(*loaded, ["x", "y" * 2040], stop_token_ids={1})

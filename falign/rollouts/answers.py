@@ -2,12 +2,14 @@
 
 from collections.abc import Collection, Sequence
 
-import torch
 from jinja2 import TemplateError
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from falign.errors import ConfigError
-from falign.scoring import evaluation_mode
+from falign.models.tokenizers import pad_token_id
+from falign.rollouts.base import SamplingParams
+from falign.rollouts.transformers_engine import TransformersEngine
 
 __all__ = ["Prompt", "answer"]
 
@@ -16,7 +18,7 @@ Prompt = str | list[dict[str, str]]
 
 
 def answer(
-    model: torch.nn.Module,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
@@ -24,7 +26,6 @@ def answer(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
-    batch_size: int = 8,
 ) -> list[str]:
     """Return one completion per prompt, as text.
 
@@ -36,43 +37,22 @@ def answer(
         max_new_tokens: longest completion.
         temperature: 0 decodes greedily; else samples from the whole vocabulary.
         seed: of the sampling; the same seed gives the same answers. The global random state is left alone.
-        batch_size: prompts at a time.
 
     Raises:
         ConfigError: an empty prompt, or a conversation that the tokenizer has no chat template for.
+        RolloutError: a prompt that leaves no room for the answer.
     """
     if empty := [
         i for i, prompt in enumerate(prompts) if not _turns(prompt) or not _turns(prompt)[-1]["content"].strip()
     ]:
         raise ConfigError(f"Prompt {empty[0]} is empty: give some text.")
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature or None,
-        top_k=0 if temperature > 0 else None,
-        top_p=1.0 if temperature > 0 else None,
-        eos_token_id=sorted(stop_token_ids),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    answers: list[str] = []
-    with torch.no_grad(), evaluation_mode(model), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for start in range(0, len(prompts), batch_size):
-            answers += _answer_batch(model, tokenizer, prompts[start : start + batch_size], config)
-    return answers
-
-
-def _answer_batch(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], config: GenerationConfig
-) -> list[str]:
+    params = SamplingParams(max_new_tokens, temperature=temperature, stop_token_ids=frozenset(stop_token_ids))
+    engine = TransformersEngine(model, pad_token_id=pad_token_id(tokenizer))
+    engine.publish(model, version=0)
     rows = [_token_ids(tokenizer, prompt) for prompt in prompts]
-    longest = max(map(len, rows))
-    device = next(model.parameters()).device
-    # Left padding, so that every row continues at the same column; masked by position, never by value.
-    input_ids = torch.tensor([[config.pad_token_id] * (longest - len(row)) + row for row in rows], device=device)
-    attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)  # pyright: ignore
-    return [text.strip() for text in tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]
+    rollouts = engine.sample(rows, 1, params, version=0, seed=seed)
+    texts = [tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True) for rollout in rollouts]
+    return [str(text).strip() for text in texts]
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:

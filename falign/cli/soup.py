@@ -1,0 +1,81 @@
+"""``falign soup``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperCommand
+from typing_extensions import override
+
+from falign.errors import ConfigError
+
+__all__ = ["SoupCommand", "soup"]
+
+
+class SoupCommand(TyperCommand):
+    """Takes ``--weights 0.5 0.5`` as well as ``--weights 0.5 --weights 0.5``: an option of click has one value."""
+
+    @override
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        taking = False
+        for arg in args:
+            if taking and _is_number(arg):
+                if spread[-1] != "--weights":
+                    spread.append("--weights")
+            else:
+                taking = arg == "--weights"
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+def soup(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="A B [C ...]", help="Adapters, checkpoints, or runs that have trained such.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Target folder.")],
+    weights: Annotated[
+        list[float] | None, typer.Option("--weights", help="One share each, together 1; equal ones when left out.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of averaged checkpoints: auto is the first one's.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target folder.")] = False,
+) -> None:
+    """Average adapters over one base, exactly, or whole checkpoints; a reference (SALSA) or a model of its own."""
+    import json
+
+    from falign.models import write_soup
+
+    _refuse_what_is_no_model(out)
+    with Console(stderr=True).status(f"averaging {escape(', '.join(paths))}"):
+        write_soup(paths, out, weights=weights or None, dtype=dtype, overwrite=overwrite)
+    _show(out, json.loads((out / "soup.json").read_text(encoding="utf-8")))
+
+
+def _show(out: Path, record: dict[str, Any]) -> None:
+    console = Console()
+    console.print("wrote", Text(str(out), style="bold"))
+    table = Table(record["kind"], "weight", "sha256")
+    for member in record["members"]:
+        table.add_row(escape(member["path"]), f"{member['weight']:.4g}", member["sha256"][:12])
+    console.print(table)
+
+
+def _refuse_what_is_no_model(target: Path) -> None:
+    """Keep --overwrite from replacing a run, a home folder, or anything else that is no adapter and no checkpoint."""
+    marks = ("config.json", "adapter_config.json")
+    if target.is_dir() and any(target.iterdir()) and not any((target / mark).is_file() for mark in marks):
+        raise ConfigError(f"--out {target} holds something other than a model: choose another folder.")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,97 @@
+"""Frozen adapters beside the trained one that follow it: as its copy, or as an average over its past."""
+
+import copy
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+
+from falign.errors import ConfigError
+from falign.models.adapter_tensors import AdapterTensors, install_adapter
+from falign.models.lora_factors import cut_to_rank, factors_of, weighted_sum
+from falign.models.merging import check_plain_lora
+from falign.models.structure import adapter_matrix, adapter_weights, lora_layers
+
+__all__ = ["add_average", "add_copy", "average_into", "copy_into", "matrices_of"]
+
+
+def add_copy(model: PeftModel, *, source: str = "default", name: str = "ref") -> None:
+    """Add a frozen copy of an adapter.
+
+    Raises:
+        ModelError: The name is in use, or the adapter is more than LoRA matrices.
+    """
+    check_plain_lora(model, source)
+    config = _config(model, source)
+    install_adapter(model, AdapterTensors(config, adapter_weights(model, source)), name=name)
+
+
+def add_average(model: PeftModel, *, rank: int, source: str = "default", name: str = "ref") -> None:
+    """Add a frozen adapter with the updates of another and room for ``rank`` columns.
+
+    Raises:
+        ConfigError: The adapter itself has more columns.
+        ModelError: The name is in use, or the adapter is more than LoRA matrices.
+    """
+    check_plain_lora(model, source)
+    own = max(each.r[source] for each in lora_layers(model, source).values())
+    if rank < own:
+        raise ConfigError(f"a rank of {rank} has no room for an adapter of rank {own}: give at least {own}.")
+    config, layers = _config(model, source), lora_layers(model, source)
+    config.r, config.rank_pattern, config.use_rslora = rank, {}, False
+    # The same scales, so that the copy computes just what the original does.
+    config.lora_alpha = rank
+    config.alpha_pattern = {layer: each.scaling[source] * rank for layer, each in layers.items()}
+    tensors = {}
+    for key, tensor in adapter_weights(model, source).items():
+        shape = (rank, tensor.shape[1]) if ".lora_A." in key else (tensor.shape[0], rank)
+        tensors[key] = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+        tensors[key][: tensor.shape[0], : tensor.shape[1]] = tensor
+    install_adapter(model, AdapterTensors(config, tensors), name=name)
+
+
+@torch.no_grad()
+def copy_into(model: PeftModel, *, source: str = "default", name: str = "ref") -> None:
+    """Overwrite an adapter that `add_copy` made with what its original is now."""
+    new = matrices_of(model, source)
+    for key, matrix in matrices_of(model, name).items():
+        matrix.copy_(new[key])
+
+
+@torch.no_grad()
+def average_into(model: PeftModel, *, alpha: float, source: str = "default", name: str = "ref") -> float:
+    """Set ``ΔW ← (1-α) ΔW + α ΔW_source`` in an adapter that `add_average` made, and return what was lost.
+
+    It is the updates that are averaged: an average of A and one of B would multiply to cross terms between the policy
+    of now and the past. The sum has the columns of both, and is cut to the adapter's rank.
+
+    Returns:
+        Norm of what the rank had no room for, as a share of the norm of all updates together.
+    """
+    old, new = factors_of(model, name), factors_of(model, source)
+    discarded, total = [], []
+    for layer_name, layer in lora_layers(model, name).items():
+        up, down = adapter_matrix(layer.lora_B, name), adapter_matrix(layer.lora_A, name)
+        cut = cut_to_rank(weighted_sum([1 - alpha, alpha], [old[layer_name], new[layer_name]]), len(down))
+        up.copy_(cut.factors.up / layer.scaling[name])
+        down.copy_(cut.factors.down)
+        discarded.append(cut.discarded.cpu())
+        total.append(cut.total.cpu())
+    whole = torch.stack(total).sum()
+    return (torch.stack(discarded).sum() / whole).sqrt().item() if whole > 0 else 0.0
+
+
+def matrices_of(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """Return the matrices of an adapter themselves, not copies, under names without the adapter's."""
+    return {
+        f"{name}.{kind}": adapter_matrix(getattr(layer, kind), adapter)
+        for name, layer in lora_layers(model, adapter).items()
+        for kind in ("lora_A", "lora_B")
+    }
+
+
+def _config(model: PeftModel, adapter: str) -> LoraConfig:
+    config = copy.deepcopy(model.peft_config[adapter])
+    assert isinstance(config, LoraConfig)
+    config.lora_dropout = 0.0
+    return config

@@ -1,0 +1,74 @@
+"""The weighted average of LoRA adapters over one base, exactly: one adapter whose rank is the sum of theirs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from falign.errors import ModelError
+from falign.models.adapter_tensors import AdapterTensors, adapter_of, read_adapter
+from falign.models.lora_factors import weighted_sum
+from falign.models.soup_members import SoupMember
+
+__all__ = ["adapter_soup"]
+
+
+def adapter_soup(members: Sequence[SoupMember]) -> AdapterTensors:
+    """Return the adapter with ``ΔW = Σ w_i s_i B_i A_i``, for members of any ranks, scales and target modules.
+
+    The columns of all members stand beside each other, so that the average is exact on whatever base: averaging the
+    factors would add cross terms, and merging would need the base's weights, which a 4-bit base no longer has. A
+    member without weight leaves no columns, so that a soup of one is that adapter, bit for bit.
+
+    Args:
+        members: Adapter folders with their weights.
+
+    Raises:
+        ModelError: A member is not plain LoRA, or is for another base than the first; the first mismatch is named.
+    """
+    adapters = [read_adapter(member.folder) for member in members]
+    _check_one_base(members, adapters)
+    used = [(member.weight, adapter) for member, adapter in zip(members, adapters, strict=True) if member.weight]
+    first = adapters[0].config
+    if len(used) == 1:
+        return used[0][1]
+    updates = [(weight, adapter.factors()) for weight, adapter in used]
+    layers = dict.fromkeys(name for _, factors in updates for name in factors)
+    factors = {
+        name: weighted_sum(
+            [weight for weight, each in updates if name in each], [each[name] for _, each in updates if name in each]
+        )
+        for name in layers
+    }
+    soup = adapter_of(factors, base=first.base_model_name_or_path, transposed=first.fan_in_fan_out)
+    soup.config.revision = first.revision
+    return soup
+
+
+def _check_one_base(members: Sequence[SoupMember], adapters: Sequence[AdapterTensors]) -> None:
+    shapes: dict[str, tuple[tuple[int, int], Path]] = {}
+    first = members[0]
+    for member, adapter in zip(members, adapters, strict=True):
+        _check_recorded_base(first, adapters[0], member, adapter)
+        for name, shape in adapter.shapes().items():
+            known, owner = shapes.setdefault(name, (shape, member.folder))
+            if known != shape:
+                raise ModelError(
+                    f"{name} is {known} in {owner} and {shape} in {member.folder}: adapters for two bases have no "
+                    "average; give adapters over one base."
+                )
+
+
+def _check_recorded_base(first: SoupMember, one: AdapterTensors, member: SoupMember, other: AdapterTensors) -> None:
+    what, bases = "base weights", [first.base_weights, member.base_weights]
+    if None in bases or first.base_quantization != member.base_quantization:
+        # Hashes of one base differ by its quantisation; then its name has to do.
+        what, bases = "base", [_base_name(each) for each in (one, other)]
+    if bases[0] != bases[1]:
+        raise ModelError(
+            f"{first.folder} and {member.folder} are adapters for different bases ({what} {bases[0]} and {bases[1]}): "
+            "only adapters over one base have an average."
+        )
+
+
+def _base_name(adapter: AdapterTensors) -> str:
+    revision = adapter.config.revision
+    return f"{adapter.config.base_model_name_or_path}{f' at {revision}' if revision else ''}"

@@ -1,0 +1,157 @@
+"""An adapter outside a model: its configuration and its matrices, under the names that PEFT's files have."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from peft import LoraConfig, PeftModel, TaskType, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from falign.errors import ModelError
+from falign.models.adapter_precision import compute_in_activation_type
+from falign.models.adapters import check_adapter_folder
+from falign.models.lora_factors import Factors
+from falign.models.structure import linear_modules
+
+__all__ = ["AdapterTensors", "adapter_of", "install_adapter", "read_adapter"]
+
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+_PREFIX = "base_model.model."
+_MORE_THAN_MATRICES = {
+    "use_dora": "is DoRA",
+    "modules_to_save": "has fully trained modules (modules_to_save)",
+    "lora_bias": "has biases",
+    "trainable_token_indices": "has trained tokens",
+    "alora_invocation_tokens": "acts after an invocation alone",
+}
+
+
+class AdapterTensors(NamedTuple):
+    """A plain LoRA adapter.
+
+    Attributes:
+        config: PEFT's.
+        tensors: Its matrices, on the CPU.
+    """
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return (out, in) of the layers, by the names that they have in the base."""
+        return {layer: (len(up), down.shape[1]) for layer, (up, down) in self._pairs().items()}
+
+    def factors(self) -> dict[str, Factors]:
+        """Return the updates in float32, by the names that their layers have in the base."""
+        return {
+            layer: Factors(self._scale(layer, len(down)) * up.float(), down.float())
+            for layer, (up, down) in self._pairs().items()
+        }
+
+    def _pairs(self) -> dict[str, Factors]:
+        layers = [name.removesuffix(_DOWN) for name in self.tensors if name.endswith(_DOWN)]
+        return {
+            layer.removeprefix(_PREFIX): Factors(self.tensors[layer + _UP], self.tensors[layer + _DOWN])
+            for layer in layers
+        }
+
+    def _scale(self, layer: str, rank: int) -> float:
+        patterns = self.config.alpha_pattern or {}
+        alpha = patterns.get(get_pattern_key(list(patterns), layer), self.config.lora_alpha)
+        return alpha / (rank**0.5 if self.config.use_rslora else rank)
+
+
+def read_adapter(folder: Path) -> AdapterTensors:
+    """Read an adapter folder without the base.
+
+    Raises:
+        ModelError: No adapter there, or one that is more than pairs of LoRA matrices on linear layers.
+    """
+    check_adapter_folder(folder)
+    config = LoraConfig.from_pretrained(str(folder))
+    assert isinstance(config, LoraConfig)  # check_adapter_folder has seen to it
+    for field, what in _MORE_THAN_MATRICES.items():
+        if getattr(config, field) or (field == "lora_bias" and config.bias != "none"):
+            raise ModelError(f"{folder} {what}: only plain LoRA, pairs of matrices on linear layers, can be summed.")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    layers = {name.removesuffix(_DOWN) for name in tensors if name.endswith(_DOWN)}
+    stray = tensors.keys() - {layer + end for layer in layers for end in (_DOWN, _UP)}
+    unpaired = sorted(layer for layer in layers if layer + _UP not in tensors)
+    if stray or unpaired or not layers:
+        first = (sorted(stray) + unpaired + ["no matrices at all"])[0]
+        raise ModelError(f"{folder} is no plain LoRA ({first}): only pairs of matrices on linear layers can be summed.")
+    return AdapterTensors(config, tensors)
+
+
+def adapter_of(factors: Mapping[str, Factors], *, base: str | None, transposed: bool) -> AdapterTensors:
+    """Return the adapter whose updates are just these: ``alpha = r``, so that nothing scales them again.
+
+    Args:
+        factors: Updates by the names of their layers in the base; ranks may differ.
+        base: The base to record.
+        transposed: The base keeps its weights as (in, out), as GPT-2 does.
+    """
+    ranks = {name: len(each.down) for name, each in factors.items()}
+    largest = max(ranks.values())
+    other = {name: rank for name, rank in sorted(ranks.items()) if rank != largest}
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=base,
+        r=largest,
+        lora_alpha=largest,
+        target_modules=sorted(ranks),
+        rank_pattern=dict(other),
+        alpha_pattern=dict(other),
+        fan_in_fan_out=transposed,
+        inference_mode=True,
+    )
+    tensors = {}
+    for name, each in factors.items():
+        tensors[f"{_PREFIX}{name}{_DOWN}"] = each.down.contiguous()
+        tensors[f"{_PREFIX}{name}{_UP}"] = each.up.contiguous()
+    return AdapterTensors(config, tensors)
+
+
+def install_adapter(model: PeftModel, adapter: AdapterTensors, *, name: str) -> None:
+    """Add an adapter to a model that has others, frozen and not active; those stay as they are.
+
+    Raises:
+        ModelError: The name is in use, or the adapter is for another base.
+    """
+    if name in model.peft_config:
+        raise ModelError(f"The model has an adapter {name!r} already: choose another name.")
+    base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    _check_shapes(adapter, base)
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    config = copy.deepcopy(adapter.config)
+    config.inference_mode = True
+    model.add_adapter(name, config)
+    set_peft_model_state_dict(model, adapter.tensors, adapter_name=name)
+    compute_in_activation_type(model, name)
+    for parameter in model.parameters():
+        parameter.requires_grad_(trainable.get(parameter, False))
+
+
+def _check_shapes(adapter: AdapterTensors, base: PreTrainedModel) -> None:
+    layers = {name.removesuffix(".base_layer"): layer for name, layer in linear_modules(base).items()}
+    for name, wanted in adapter.shapes().items():
+        if name not in layers:
+            raise ModelError(f"The adapter changes {name}, which is no linear layer of this model: give its own base.")
+        shape = _shape(layers[name])
+        if shape != wanted:
+            raise ModelError(
+                f"{name} is {shape} in this model and {wanted} in the adapter: give the adapter's own base."
+            )
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    assert isinstance(layer, nn.Linear)  # 4-bit ones too, whose weights have another shape
+    return layer.out_features, layer.in_features

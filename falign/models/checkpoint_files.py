@@ -1,0 +1,81 @@
+"""The tensors of a checkpoint folder, read one by one."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from falign.errors import ModelError
+from falign.models.sources import check_weights, damaged
+
+__all__ = ["CheckpointFiles"]
+
+_INDEX = "model.safetensors.index.json"
+_TYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    "BOOL": torch.bool,
+}
+
+
+class CheckpointFiles:
+    """The open safetensors files of a folder; nothing is read before a tensor is asked for.
+
+    Args:
+        folder: A checkpoint in one file or in shards.
+        stack: What closes the files.
+
+    Raises:
+        ModelError: No weights there, pickled ones, or a damaged file.
+    """
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        check_weights(folder)
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        for file in _weight_files(folder):
+            try:
+                handle = stack.enter_context(safe_open(file, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise damaged(file, error) from error
+            self._files |= dict.fromkeys(handle.keys(), handle)
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors' names, in the files' order."""
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape, from the file's header."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's type, from the file's header.
+
+        Raises:
+            ModelError: One that only quantised weights have.
+        """
+        written = self._files[name].get_slice(name).get_dtype()
+        if written not in _TYPES:
+            raise ModelError(f"{self.folder}: {name} is of type {written}: give weights that are not quantised.")
+        return _TYPES[written]
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor."""
+        return self._files[name].get_tensor(name)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / _INDEX
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise damaged(index, error) from error
+        return [folder / file for file in sorted(set(weight_map.values()))]
+    single = folder / "model.safetensors"  # some repositories have the weights a second time, in another layout
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))

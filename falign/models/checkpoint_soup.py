@@ -1,0 +1,167 @@
+"""The weighted average of whole checkpoints, tensor by tensor, so that not even one model is held in memory."""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from falign.errors import ModelError
+from falign.models.checkpoint_files import CheckpointFiles
+from falign.models.companion_files import MODEL_FILES, copy_files
+from falign.models.loading import load_tokenizer
+from falign.models.soup_members import SoupMember
+
+__all__ = ["write_checkpoint_soup"]
+
+# What a configuration holds besides the architecture: where it lay, and what generation reads.
+_NOT_THE_ARCHITECTURE = frozenset(
+    {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+    | {"bos_token_id", "eos_token_id", "pad_token_id"}
+)
+_TIED_HEADS = frozenset({"lm_head.weight", "embed_out.weight"})  # some programs write them, others leave them out
+
+
+def write_checkpoint_soup(
+    members: Sequence[SoupMember], folder: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 2 << 30
+) -> None:
+    """Write ``θ = Σ w_i θ_i`` with the configuration, generation settings and tokenizer of the first member.
+
+    Each tensor is read of one member after the other, summed in float32, rounded once and kept until its file is
+    full, so that one file of the result is the most that is held.
+
+    Args:
+        members: Folders of checkpoints with their weights.
+        folder: An empty folder.
+        dtype: Of the result; by default each tensor has the type that the first member gives it.
+        max_shard_bytes: How large a file becomes.
+
+    Raises:
+        ModelError: The members differ in architecture, vocabulary, tensors or shapes; the first mismatch is named.
+    """
+    tied = _check_architecture(members)
+    _check_vocabulary(members)
+    with ExitStack() as stack:
+        checkpoints = [CheckpointFiles(member.folder, stack) for member in members]
+        names = _check_tensors(checkpoints, tied=tied)
+        first = checkpoints[0]
+        types = {name: _target_type(first.dtype(name), dtype) for name in names}
+        sizes = {name: types[name].itemsize * torch.Size(first.shape(name)).numel() for name in names}
+        used = [(member.weight, each) for member, each in zip(members, checkpoints, strict=True) if member.weight]
+        shards = _shards(sizes, max_shard_bytes)
+        for file, inside in shards.items():
+            tensors = {name: _average(name, used).to(types[name]).contiguous() for name in inside}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, inside in shards.items() for name in inside}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    copy_files(members[0].folder, folder, MODEL_FILES)
+    if dtype is not None:
+        _record_type(folder / "config.json", dtype)
+
+
+def _average(name: str, used: Sequence[tuple[float, CheckpointFiles]]) -> Tensor:
+    total: Tensor | None = None
+    for weight, checkpoint in used:
+        tensor = checkpoint.read(name)
+        if not tensor.is_floating_point():
+            if total is not None and not torch.equal(total, tensor):
+                raise ModelError(
+                    f"{name} holds integers, and {checkpoint.folder} has others than {used[0][1].folder}: they have no "
+                    "average; give checkpoints of one origin."
+                )
+            total = tensor
+            continue
+        # In place: one tensor of a member beside the sum.
+        part = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True).mul_(weight)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def _check_architecture(members: Sequence[SoupMember]) -> bool:
+    """Compare configurations, read so that versions of transformers write them alike; return whether heads are tied."""
+    configs = [_architecture(member.folder) for member in members]
+    for member, config in zip(members[1:], configs[1:], strict=True):
+        for key in sorted(configs[0].keys() | config.keys()):
+            known, found = configs[0].get(key), config.get(key)
+            if known != found:
+                raise ModelError(
+                    f"{members[0].folder} and {member.folder} are different architectures ({key} is {known!r} and "
+                    f"{found!r}): only checkpoints from one parent have an average."
+                )
+    return bool(configs[0].get("tie_word_embeddings"))
+
+
+def _architecture(folder: Path) -> dict[str, object]:
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: its config.json cannot be read ({' '.join(str(error).split())[:200]}).") from error
+    if config.get("quantization_config") is not None:
+        raise ModelError(f"{folder} has quantised weights, which have no average: give the 16- or 32-bit ones.")
+    return {key: value for key, value in config.items() if key not in _NOT_THE_ARCHITECTURE}
+
+
+def _check_vocabulary(members: Sequence[SoupMember]) -> None:
+    first = load_tokenizer(members[0].folder).get_vocab()
+    for member in members[1:]:
+        other = load_tokenizer(member.folder).get_vocab()
+        tokens = sorted(first.keys() | other.keys())
+        token = next((token for token in tokens if first.get(token) != other.get(token)), None)
+        if token is not None:
+            raise ModelError(
+                f"{members[0].folder} and {member.folder} have different vocabularies: {token!r} is {first.get(token)} "
+                f"in the one and {other.get(token)} in the other; only checkpoints with one tokenizer have an average."
+            )
+
+
+def _check_tensors(checkpoints: Sequence[CheckpointFiles], *, tied: bool) -> list[str]:
+    """Return the names of all tensors in the first one's order, present everywhere and of one shape."""
+    first, left_out = checkpoints[0], _TIED_HEADS if tied else frozenset()
+    names = [name for name in first.names if name not in left_out]
+    for checkpoint in checkpoints[1:]:
+        differing = sorted((set(names) ^ set(checkpoint.names)) - left_out)
+        if differing:
+            owner, other = (first, checkpoint) if differing[0] in set(names) else (checkpoint, first)
+            raise ModelError(
+                f"{differing[0]} is in {owner.folder} and not in {other.folder}: only checkpoints with the same "
+                "tensors have an average."
+            )
+        for name in names:
+            if first.shape(name) != checkpoint.shape(name):
+                raise ModelError(
+                    f"{name} is {first.shape(name)} in {first.folder} and {checkpoint.shape(name)} in "
+                    f"{checkpoint.folder}: only checkpoints of one shape have an average."
+                )
+    return names
+
+
+def _target_type(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return own if wanted is None or not own.is_floating_point else wanted
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def _record_type(config: Path, dtype: torch.dtype) -> None:
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content.pop("torch_dtype", None)
+    content["dtype"] = str(dtype).removeprefix("torch.")
+    config.write_text(json.dumps(content, indent=2), encoding="utf-8")

@@ -1,0 +1,86 @@
+"""Soups on disk: a folder of averaged weights, with a record of what went into it."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from falign.errors import ConfigError
+from falign.models.adapter_soup import adapter_soup
+from falign.models.checkpoint_soup import write_checkpoint_soup
+from falign.models.companion_files import TOKENIZER_FILES, copy_files
+from falign.models.gguf import cache_folder
+from falign.models.precision import resolve_dtype
+from falign.models.soup_members import SoupMember, content_hash, soup_members
+from falign.models.staging import staged_folder
+
+__all__ = ["cached_checkpoint_soup", "soup_record", "write_soup"]
+
+
+def write_soup(
+    paths: Sequence[str | Path],
+    out_dir: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str = "auto",
+    overwrite: bool = False,
+) -> Path:
+    """Write the weighted average of adapters, or of whole checkpoints, to ``out_dir``.
+
+    Adapters give one adapter in PEFT's layout, exactly; checkpoints a checkpoint. Tokenizer, configuration and
+    generation settings are the first one's. ``soup.json`` records paths, weights and content hashes.
+
+    Args:
+        paths: Two folders or more of one kind; run folders stand for what they have trained.
+        out_dir: appears complete or not at all.
+        weights: one share each, together 1; equal ones where left out.
+        dtype: of an average of checkpoints; ``auto`` is the first one's.
+        overwrite: replace a folder that is not empty.
+
+    Raises:
+        ConfigError: weights that are no shares, or an unknown ``dtype``.
+        ModelError: members that have no average (the first mismatch is named), an occupied folder, or a full disk.
+    """
+    members, target = soup_members(paths, weights), Path(out_dir)
+    written = resolve_dtype(dtype, device=torch.device("cpu"))
+    if written is not None and members[0].kind == "adapter":
+        raise ConfigError(f"dtype={dtype!r}: a soup of adapters is float32 so that it is exact; leave it out.")
+    with staged_folder(target, existing="replace" if overwrite else "refuse") as staging:
+        if members[0].kind == "adapter":
+            soup = adapter_soup(members)
+            save_file(soup.tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+            soup.config.save_pretrained(str(staging))
+            copy_files(members[0].folder, staging, TOKENIZER_FILES)
+        else:
+            write_checkpoint_soup(members, staging, dtype=written)
+        (staging / "soup.json").write_text(json.dumps(soup_record(members), indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def cached_checkpoint_soup(members: Sequence[SoupMember]) -> Path:
+    """Return the folder of an average of checkpoints, written on the first call and found again afterwards."""
+    record = soup_record(members)
+    ingredients = [record["kind"], *((each["sha256"], each["weight"]) for each in record["members"])]
+    digest = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
+    folder = cache_folder() / f"soup-{digest[:16]}"
+    if (folder / "soup.json").is_file():
+        return folder
+    with staged_folder(folder, existing="keep") as staging:
+        write_checkpoint_soup(members, staging)
+        (staging / "soup.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def soup_record(members: Sequence[SoupMember]) -> dict[str, Any]:
+    """Return what tells a soup from all others: kind, and each member's folder, weight and content hash."""
+    return {
+        "kind": members[0].kind,
+        "members": [
+            {"path": str(member.folder), "weight": member.weight, "sha256": content_hash(member.folder)}
+            for member in members
+        ],
+    }

@@ -1,0 +1,117 @@
+"""What goes into a soup: folders told apart by their files, with weights that sum to one."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from falign.errors import ConfigError, ModelError
+from falign.models.sources import resolve
+
+__all__ = ["SoupMember", "check_weights", "content_hash", "soup_members"]
+
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoupMember:
+    """One of the adapters or checkpoints that are averaged.
+
+    Attributes:
+        folder: Where its weights lie.
+        weight: Its share.
+        kind: What it is.
+        base_weights: Content hash of an adapter's base, which a run folder records; None where it is not known.
+        base_quantization: How that base was quantised.
+    """
+
+    folder: Path
+    weight: float
+    kind: Literal["adapter", "checkpoint"]
+    base_weights: str | None = None
+    base_quantization: str | None = None
+
+
+def check_weights(weights: Sequence[float], *, members: int) -> None:
+    """Raise unless there is one share for each member, none of them negative, all together 1.
+
+    Raises:
+        ConfigError: With what is wrong.
+    """
+    if members < 2:
+        raise ConfigError(f"a soup of {members}: give at least two adapters or checkpoints.")
+    if len(weights) != members:
+        raise ConfigError(f"{len(weights)} weights for {members} members: give one for each, or none for equal shares.")
+    for weight in weights:
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ConfigError(f"weights={[*weights]}: {weight} is no share of an average; give numbers of at least 0.")
+    if abs(math.fsum(weights) - 1) > 1e-6:
+        raise ConfigError(
+            f"weights={[*weights]} sum to {math.fsum(weights):g}: an average has shares that sum to 1; divide them by "
+            "their sum."
+        )
+
+
+def soup_members(paths: Sequence[str | Path], weights: Sequence[float] | None = None) -> tuple[SoupMember, ...]:
+    """Return the members of a soup.
+
+    Args:
+        paths: Folders of adapters or of whole checkpoints, or run folders, whose result is meant.
+        weights: One share each; equal ones where left out.
+
+    Raises:
+        ConfigError: The weights are no shares.
+        ModelError: A folder holds neither, or the folders are of two kinds.
+    """
+    shares = [1 / len(paths)] * len(paths) if weights is None and paths else [*(weights or ())]
+    check_weights(shares, members=len(paths))
+    members = tuple(_member(path, weight) for path, weight in zip(paths, shares, strict=True))
+    for member in members:
+        if member.kind != members[0].kind:
+            raise ModelError(
+                f"{members[0].folder} is of kind {members[0].kind} and {member.folder} of kind {member.kind}: a soup "
+                "is of one kind; merge the adapters first (`falign export --format merged`)."
+            )
+    return members
+
+
+def content_hash(folder: Path) -> str:
+    """Return the SHA-256 of a folder's weights and, for an adapter, of what scales them."""
+    digest = hashlib.sha256()
+    for file in [*sorted(folder.glob("*.safetensors")), folder / "adapter_config.json"]:
+        if file.is_file():
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            with file.open("rb") as content:
+                while block := content.read(_BLOCK):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def _member(path: str | Path, weight: float) -> SoupMember:
+    folder = Path(path).expanduser()
+    if (folder / "manifest.json").is_file() and (folder / "run.yaml").is_file():
+        return _run_member(folder, weight)
+    if (folder / "adapter_config.json").is_file():
+        return SoupMember(folder=folder.resolve(), weight=weight, kind="adapter")
+    plain = Path(resolve(path))  # also a GGUF file, and refusals that name the nearest folder
+    if not plain.is_dir():
+        raise ModelError(f"{path} is no folder here: a soup is made of local ones; download it first.")
+    return SoupMember(folder=plain, weight=weight, kind="checkpoint")
+
+
+def _run_member(run: Path, weight: float) -> SoupMember:
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    if (run / "adapter").is_dir():
+        return SoupMember(
+            folder=(run / "adapter").resolve(),
+            weight=weight,
+            kind="adapter",
+            base_weights=manifest.get("base_weights"),
+            base_quantization=manifest.get("model", {}).get("quantization"),
+        )
+    if (run / "model").is_dir():
+        return SoupMember(folder=(run / "model").resolve(), weight=weight, kind="checkpoint")
+    raise ModelError(f"{run} is a run without result yet: finish it by `falign train ... --resume`.")

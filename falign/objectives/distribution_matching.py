@@ -1,0 +1,197 @@
+"""f-DPG: a policy is led to an energy-based target by the policy gradient of ``D_f(π‖p)``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from falign.divergences import Divergence
+from falign.divergences.estimators import LARGEST_PENALTY, value_from_policy
+from falign.divergences.powers import power
+from falign.objectives.base import CompletionBatch, ObjectiveOutput, Term
+from falign.objectives.groups import groups_of, mean_of_others
+from falign.objectives.partition import log_partition
+from falign.objectives.targets import Target
+
+__all__ = ["DistributionMatching"]
+
+
+@dataclass(frozen=True)
+class DistributionMatching:
+    """Minimise ``D_f(π‖p)`` with ``p = π_ref exp(score)/Z``, by the pseudo-reward ``-f'(π(y)/p(y))`` of whole samples.
+
+    Samples of an older policy or of another proposal are weighted by ``π/π_old``, and ``Z(x)`` is estimated from the
+    other samples of the prompt. Where no estimate of Z exists, a sample has weight 0 and is counted.
+
+    Attributes:
+        divergence: f. Where the target has zeros, ``f'(∞)`` must be finite, and is the pseudo-reward there.
+        target: What p is, by its score.
+        baseline: ``"leave_one_out"``: the mean pseudo-reward of the other samples of the prompt; ``"constant"``: of
+            all others of the rollout; ``"none"``. None of them has the sample's own in it, so the gradient's mean is
+            exact, as far as Z is.
+
+    Raises:
+        ValueError: ``f'(∞) = ∞`` with a target that has zeros, or the baseline is unknown.
+
+    Source:
+        Go et al., f-DPG (arXiv:2302.08215), Theorem 1 and Eq. 8. Their baseline is an average over earlier steps.
+
+    Example:
+        >>> from falign import divergences
+        >>> from falign.objectives import ExponentialReward
+        >>> batch = CompletionBatch(
+        ...     logprobs=torch.tensor([[-1.0], [-1.0]], requires_grad=True),
+        ...     reference_logprobs=torch.tensor([[-1.0], [-1.0]]),
+        ...     completion_mask=torch.ones(2, 1, dtype=torch.bool),
+        ...     prompt_index=torch.tensor([0, 0]),
+        ...     features=torch.tensor([[1.0], [-1.0]]),
+        ...     log_partition=torch.tensor([0.0, 0.0]),
+        ... )
+        >>> objective = DistributionMatching(divergences.get("reverse_kl"), ExponentialReward(beta=1.0))
+        >>> objective(batch).metrics["pseudo_reward"]  # -log(π/p) = r
+        tensor([ 1., -1.])
+    """
+
+    divergence: Divergence
+    target: Target
+    baseline: Literal["leave_one_out", "constant", "none"] = "leave_one_out"
+
+    def __post_init__(self) -> None:
+        if self.target.has_zeros and math.isinf(self.divergence.f_prime_at_infinity):
+            raise ValueError(
+                f"{self.divergence.name} cannot lead to a target that has zeros: its f'(∞) is infinite, so D_f(π‖p) is "
+                "too as long as the policy can produce what the target forbids. Choose a divergence with finite f'(∞) "
+                "(forward_kl, jensen_shannon, total_variation, squared_hellinger, alpha(a) with a > 0), or a target "
+                "without zeros."
+            )
+        if self.baseline not in ("leave_one_out", "constant", "none"):
+            raise ValueError(f"baseline={self.baseline!r}: choose 'leave_one_out', 'constant' or 'none'.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the target reads, log-probs of reference and sampling law, and the estimates of ``log Z``."""
+        return frozenset({"features", "reference_logprobs", "old_logprobs", "log_partition"})
+
+    @property
+    def token_divergence(self) -> None:
+        """None: one ratio per completion is enough."""
+        return None
+
+    def log_weights(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
+        """Return ``log P/π_old`` of each sample, of which estimates of ``log Z`` are made.
+
+        Args:
+            batch: Samples with ``features``, ``reference_logprobs`` and ``old_logprobs`` (None: drawn from π itself).
+
+        Returns:
+            Shape (N,), without gradient; -inf where ``P = 0``. :class:`RunningPartition` and :func:`log_partition` take
+            it.
+        """
+        batch = batch.at_least_float32()
+        sampled = batch.logprobs if batch.old_logprobs is None else batch.old_logprobs
+        log_ratio = batch.sequence_sum(batch.require("reference_logprobs") - sampled).detach()
+        return log_ratio + self.target.log_score(batch.require("features").detach())
+
+    def prepare(self, batch: CompletionBatch) -> CompletionBatch:
+        """Return the rollout with ``baseline``, and with ``log_partition`` from the rollout itself if it has none.
+
+        Args:
+            batch: The whole rollout before its first update, with :attr:`needs`.
+
+        Returns:
+            The same completions.
+
+        Raises:
+            ValueError: A needed field is None, or a prompt has one sample and the baseline is that of the others.
+        """
+        wide = batch.at_least_float32()
+        if batch.log_partition is None:
+            estimate = log_partition(self.log_weights(wide), wide.prompt_index)
+            batch, wide = replace(batch, log_partition=estimate), replace(wide, log_partition=estimate)
+        if self.baseline == "none":
+            return batch
+        one_group = self.baseline == "constant"
+        groups = groups_of(torch.zeros_like(wide.prompt_index) if one_group else wide.prompt_index)
+        if (alone := groups.size == 1).any():
+            raise ValueError(
+                f"prompt_index={wide.prompt_index[alone][0].item()} has one sample, so baseline={self.baseline!r} has "
+                f"no other: draw two or more, or choose {'none' if one_group else 'constant'!r}."
+            )
+        slope, known = self._slope(wide), self._known(wide)
+        share = mean_of_others(known.to(slope.dtype), groups)
+        mean = mean_of_others(-slope, groups) / torch.where(share > 0, share, torch.ones_like(share))
+        return replace(batch, baseline=mean)
+
+    def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
+        """Return one loss per sample.
+
+        Args:
+            batch: Samples with :attr:`needs`, after :meth:`prepare` or before. ``old_logprobs`` may be None where they
+                were drawn from π itself, and ``log_partition`` for estimates from this batch alone.
+
+        Returns:
+            One term of shape (N,), of weight 0 where Z is unknown, and metrics of each sample: ``target/feature_<k>``,
+            ``target/satisfied`` (``P > 0``) where the target has zeros, ``logratios/policy`` (``log π/π_ref``),
+            ``importance_weight``, ``partition_missing``; where Z is known ``pseudo_reward``, ``log_partition`` and
+            ``divergence/<name>``, an estimate of ``D_f(π‖p)``.
+
+        Raises:
+            ValueError: A needed field is None.
+        """
+        batch = batch.at_least_float32()
+        if batch.log_partition is None or (batch.baseline is None and self.baseline != "none"):
+            batch = self.prepare(batch)
+        weight, slope, known = self._importance_weight(batch), self._slope(batch), self._known(batch)
+        free = torch.zeros_like(slope) if batch.baseline is None else batch.baseline
+        penalty = (weight * (slope + free)).clamp(-LARGEST_PENALTY, LARGEST_PENALTY)
+        losses = penalty * batch.sequence_sum(batch.logprobs)
+        return ObjectiveOutput((Term(losses, known.to(losses.dtype)),), self._metrics(batch))
+
+    def _known(self, batch: CompletionBatch) -> Bool[Tensor, " N"]:
+        return torch.isfinite(batch.require("log_partition"))
+
+    @torch.no_grad()
+    def _importance_weight(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
+        old = batch.logprobs if batch.old_logprobs is None else batch.old_logprobs
+        return power(batch.sequence_sum(batch.logprobs - old))
+
+    @torch.no_grad()
+    def _log_t(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
+        """``log π/p``; +inf where ``P = 0``, and without meaning where Z is unknown."""
+        log_z = batch.require("log_partition").masked_fill(~self._known(batch), 0.0)
+        log_ratio = batch.sequence_sum(batch.logprobs - batch.require("reference_logprobs"))
+        return log_ratio - self.target.log_score(batch.require("features")) + log_z
+
+    @torch.no_grad()
+    def _slope(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
+        """``f'(π/p)``, 0 where Z is unknown."""
+        log_t = self._log_t(batch)
+        forbidden = log_t == math.inf
+        slope = self.divergence.f_prime(log_t.masked_fill(forbidden, 0.0))
+        return slope.masked_fill(forbidden, self.divergence.f_prime_at_infinity).masked_fill(~self._known(batch), 0.0)
+
+    @torch.no_grad()
+    def _metrics(self, batch: CompletionBatch) -> dict[str, Tensor]:
+        features, known, weight = batch.require("features"), self._known(batch), self._importance_weight(batch)
+        metrics = {f"target/feature_{k}": column for k, column in enumerate(features.unbind(dim=-1))}
+        if self.target.has_zeros:
+            metrics["target/satisfied"] = (self.target.log_score(features) > -math.inf).to(features.dtype)
+        metrics["logratios/policy"] = batch.sequence_sum(batch.logprobs - batch.require("reference_logprobs"))
+        metrics["importance_weight"] = weight
+        metrics["partition_missing"] = (~known).to(weight.dtype)
+        if known.any():
+            log_t = self._log_t(batch)
+            forbidden = log_t == math.inf
+            # f(t)/t, whose limit for P = 0 is f'(∞).
+            value = value_from_policy(self.divergence, log_t.masked_fill(forbidden, 0.0))
+            value = value.masked_fill(forbidden, self.divergence.f_prime_at_infinity)
+            largest = torch.finfo(value.dtype).max / len(value)
+            metrics[f"divergence/{self.divergence.name}"] = (weight * value).clamp(max=largest)[known]
+            metrics["pseudo_reward"] = -self._slope(batch)[known]
+            metrics["log_partition"] = batch.require("log_partition")[known]
+        return {name: values.detach() for name, values in metrics.items()}

@@ -1,0 +1,106 @@
+"""Fitting of moment constraints: the λ with which the reference, reweighted, has the wanted moments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["fit_moments"]
+
+NEWTON_STEPS = 200
+HALVINGS = 50
+
+
+def fit_moments(
+    features: Float[Tensor, "M K"],
+    moments: Sequence[float] | Float[Tensor, " K"],
+    *,
+    log_weights: Float[Tensor, " M"] | None = None,
+    tolerance: float = 1e-8,
+) -> Float[Tensor, " K"]:
+    """Return λ such that ``Σ_i w_i φ_i = μ`` with ``w_i ∝ exp(λ·φ_i)``, on samples of the reference.
+
+    Args:
+        features: φ of each sample, shape (M, K).
+        moments: μ, K numbers.
+        log_weights: ``log π_ref/q`` where the samples come from another law q, shape (M,), nats.
+        tolerance: By how much a moment may be missed, as a share of its feature's range in the samples.
+
+    Returns:
+        λ, shape (K,), float64, without gradient. Where features depend on each other, the smallest.
+
+    Raises:
+        ValueError: The shapes disagree, or no weights of the samples reach the moments, with those that are in the way:
+            μ must be inside the convex hull of the samples.
+
+    Source:
+        Khalifa et al., GDC (arXiv:2012.11635), Section 2.3, there by gradient steps; here Newton's method on the convex
+        dual ``log Σ exp(λ·φ) - λ·μ``, whose gradient is ``Σ w φ - μ``.
+
+    Example:
+        >>> fit_moments(torch.tensor([[0.0], [0.0], [0.0], [1.0]]), [0.5])  # 1/4 has to count e^λ = 3 times
+        tensor([1.0986], dtype=torch.float64)
+    """
+    phi = features.detach().double()
+    mu = torch.as_tensor(moments, dtype=torch.float64, device=phi.device)
+    if mu.shape != phi.shape[1:] or len(phi) == 0:
+        raise ValueError(
+            f"features has shape {tuple(phi.shape)} for {mu.numel()} moments; one column for each is needed."
+        )
+    base = phi.new_zeros(len(phi)) if log_weights is None else log_weights.detach().double()
+    low, high = phi.amin(dim=0), phi.amax(dim=0)
+    span = high - low
+    fixed = (span == 0) & ((mu - low).abs() <= tolerance * low.abs().clamp(min=1.0))
+    if (outside := ~fixed & ~((low < mu) & (mu < high))).any():
+        raise ValueError(_unreachable(outside, mu, low, high, len(phi)))
+    # In units of each feature's range, from μ: the dual's minimum is where the weighted mean is 0.
+    x = (phi - mu) / span.where(span > 0, torch.ones_like(span))
+    lam = torch.zeros_like(mu)
+    for _ in range(NEWTON_STEPS):
+        weights = (base + x @ lam).softmax(dim=0)
+        slope = weights @ x
+        if slope.abs().max() <= tolerance:
+            return lam / span.where(span > 0, torch.ones_like(span))
+        if (x @ lam).max() < 0:  # a direction in which every sample falls short: the dual has no minimum
+            break
+        curvature = (x - slope).T @ (weights[:, None] * (x - slope))
+        step = torch.linalg.pinv(curvature, hermitian=True) @ slope
+        lam = _descend(base, x, lam, step, slope)
+    raise ValueError(_unreachable(_in_the_way(x, lam), mu, low, high, len(phi)))
+
+
+def _descend(base: Tensor, x: Tensor, lam: Tensor, step: Tensor, slope: Tensor) -> Tensor:
+    """Newton's step, halved until the dual falls by a share of what its slope promises."""
+    value, size = (base + x @ lam).logsumexp(dim=0), 1.0
+    for _ in range(HALVINGS):
+        candidate = lam - size * step
+        # The slack is rounding: at the minimum itself nothing falls any more.
+        if (base + x @ candidate).logsumexp(dim=0) <= value - 1e-4 * size * (slope @ step) + 1e-14 * (1 + value.abs()):
+            return candidate
+        size /= 2
+    return lam
+
+
+def _in_the_way(x: Tensor, lam: Tensor) -> Tensor:
+    """The features without which λ would no longer separate the samples from the moments; all if it does not."""
+    for k in lam.abs().argsort().tolist():
+        without = lam.index_fill(0, torch.tensor([k], device=lam.device), 0.0)
+        if (x @ without).max() < 0:
+            lam = without
+    return lam != 0
+
+
+def _unreachable(which: Tensor, mu: Tensor, low: Tensor, high: Tensor, num_samples: int) -> str:
+    named = [
+        f"{k} (wanted {mu[k].item():g}, samples {low[k].item():g} to {high[k].item():g})"
+        for k in torch.nonzero(which).flatten().tolist()
+    ]
+    together = " together" if len(named) > 1 else ""
+    return (
+        f"moments of feature {', '.join(named)}{together} cannot be reached by weighing {num_samples} samples of the "
+        "reference: they must lie inside the samples' convex hull; take more samples or milder moments (a feature that "
+        "must always hold is a BinaryConstraint)."
+    )

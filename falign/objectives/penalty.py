@@ -1,0 +1,131 @@
+"""The penalty of a policy gradient: ``β D_f(π‖π_ref)`` on the policy's own samples, by whichever estimator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from falign.divergences import Divergence
+from falign.divergences.estimators import loss_from_policy, loss_from_vocabulary, value_from_policy
+from falign.divergences.powers import power
+from falign.objectives.base import CompletionBatch
+from falign.objectives.groups import groups_of, mean_of_others
+
+__all__ = ["Credit", "Level", "Penalty"]
+
+Level = Literal["sequence", "token", "vocabulary"]
+Credit = Literal["fixed_prefix", "returns"]
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """A divergence that is held small on samples of the policy, or of π_old by importance weights, never clipped.
+
+    Attributes:
+        divergence: f.
+        level: ``"sequence"``: ``D_f`` of whole completions. ``"token"``: ``Σ_t D_f(π(·|s_t)‖π_ref(·|s_t))`` on the
+            policy's own prefixes, from the sampled tokens. ``"vocabulary"``: the same, each summand over the full
+            vocabulary. Sequence and token level differ for every f but the reverse KL.
+        credit: Below sequence level, ``"fixed_prefix"`` holds the prefixes' law fixed; ``"returns"`` adds what a token
+            does to later prefixes.
+
+    Raises:
+        ValueError: A choice is unknown, or ``credit="returns"`` at sequence level.
+
+    Source:
+        :mod:`falign.divergences.estimators`.
+
+    Example:
+        >>> from falign import divergences
+        >>> Penalty(divergences.get("jensen_shannon"), "token").needs
+        frozenset({'reference_logprobs'})
+    """
+
+    divergence: Divergence
+    level: Level = "sequence"
+    credit: Credit = "fixed_prefix"
+
+    def __post_init__(self) -> None:
+        if self.level not in ("sequence", "token", "vocabulary"):
+            raise ValueError(f"level={self.level!r}: choose 'sequence', 'token' or 'vocabulary'.")
+        if self.credit not in ("fixed_prefix", "returns"):
+            raise ValueError(f"credit={self.credit!r}: choose 'fixed_prefix' or 'returns'.")
+        if self.level == "sequence" and self.credit == "returns":
+            raise ValueError(
+                "credit='returns' at level='sequence': a whole completion has no later prefixes; leave credit out, or "
+                "set level='token' or 'vocabulary'."
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Reference log-probs, and the divergences per token at vocabulary level."""
+        fields = {"reference_logprobs", "token_divergence"} if self.level == "vocabulary" else {"reference_logprobs"}
+        return frozenset(fields)
+
+    def baseline(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
+        """Return for each completion the mean of ``f'(u)`` over the others of its prompt, 0 where there is none.
+
+        Without it a completion is pushed down by the whole of ``f'(u)``, most of which all completions share.
+
+        Args:
+            batch: The rollout, with ``reference_logprobs``.
+
+        Returns:
+            Shape (N,), without gradient.
+        """
+        log_ratio = batch.sequence_sum(batch.logprobs - batch.require("reference_logprobs")).detach()
+        return mean_of_others(self.divergence.f_prime(log_ratio), groups_of(batch.prompt_index))
+
+    def loss(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
+        """Return what has the gradient of ``D_f`` in the mean.
+
+        Args:
+            batch: Completions with :attr:`needs`, ``old_logprobs`` where they were drawn from π_old, and ``baseline``
+                if there is one.
+
+        Returns:
+            One surrogate per completion, shape (N,).
+        """
+        if self.level == "vocabulary":
+            return loss_from_vocabulary(
+                batch.require("token_divergence"),
+                batch.logprobs,
+                batch.completion_mask,
+                credit=self.credit,
+                old_logprobs=batch.old_logprobs,
+            )
+        return loss_from_policy(
+            self.divergence,
+            batch.logprobs,
+            batch.require("reference_logprobs"),
+            batch.completion_mask,
+            level=self.level,
+            credit=self.credit,
+            old_logprobs=batch.old_logprobs,
+            baseline=batch.baseline,
+        )
+
+    @torch.no_grad()
+    def value(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
+        """Return an estimate of the divergence from each completion; never negative.
+
+        Args:
+            batch: As for :meth:`loss`.
+
+        Returns:
+            Shape (N,); its mean is ``D_f`` of the current policy.
+        """
+        if self.level == "vocabulary":
+            return self.loss(batch)
+        log_ratio = (batch.logprobs - batch.require("reference_logprobs")).masked_fill(~batch.completion_mask, 0.0)
+        importance = torch.zeros_like(log_ratio) if batch.old_logprobs is None else batch.logprobs - batch.old_logprobs
+        importance = importance.masked_fill(~batch.completion_mask, 0.0).cumsum(dim=-1)
+        if self.level == "sequence":
+            log_ratio, importance = log_ratio.sum(dim=-1, keepdim=True), importance[:, -1:]
+        # A product of two huge weights overflows to an infinity, which a mean would not survive.
+        largest = torch.finfo(log_ratio.dtype).max / max(log_ratio.numel(), 1)
+        return (value_from_policy(self.divergence, log_ratio) * power(importance)).clamp(max=largest).sum(dim=-1)

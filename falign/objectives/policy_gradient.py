@@ -1,0 +1,220 @@
+"""Policy gradients with an f-divergence penalty: REINFORCE, RLOO, GRPO and PPO in their parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from falign.divergences import Divergence
+from falign.objectives.advantages import Advantage, get_advantage, group_deviation
+from falign.objectives.base import CompletionBatch, ObjectiveOutput
+from falign.objectives.completion_mean import CompletionMean, check_completion_mean, completion_term
+from falign.objectives.generalized_advantages import generalized_advantages
+from falign.objectives.groups import groups_of
+from falign.objectives.penalty import Credit, Level, Penalty
+from falign.objectives.surrogate import Surrogate, SurrogateOutput
+
+__all__ = ["PolicyGradient"]
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """Maximise ``E_π[r] - β D_f(π‖π_ref)`` from samples with rewards.
+
+    The loss of a completion is ``-Σ_t min(w A_t, clip(w) A_t)`` of the reward's advantage, plus β times what has the
+    gradient of ``D_f`` for the divergence that is named (its ``f'(u)`` in the reward's place, for every f). Only the
+    first part is clipped. Both are one term, so that β means the same under every reduction.
+
+    REINFORCE is ``advantage="none"``, RLOO the defaults; GRPO is ``"group_normalised"``, ``importance="token"``, two
+    clips and ``reduction="sequence_mean"``, and with another f or at another level GRPO under that divergence; PPO is
+    ``advantage="gae"``, ``importance="token"`` and two clips.
+
+    Attributes:
+        divergence: f; None for no penalty.
+        beta: β, nats of reward; 0 for no penalty, which then needs no reference.
+        advantage: A name (see :func:`falign.objectives.get_advantage`), a function of rewards and prompt index, or
+            ``"gae"`` with a value head.
+        clip_low: ``π/π_old`` is kept above ``1 - clip_low`` where the advantage is negative; None for no bound.
+        clip_high: ``π/π_old`` is kept below ``1 + clip_high`` where the advantage is positive; None for no bound.
+        importance: ``"sequence"``: ``π/π_old`` of whole completions, exact. ``"token"``: of single tokens, as in PPO.
+        level: Of the penalty: ``"sequence"``, ``"token"`` or ``"vocabulary"``; see :class:`Penalty`.
+        credit: Of the penalty below sequence level; see :class:`Penalty`.
+        reduction: ``"sequence_sum"``, ``"sequence_mean"`` or ``"token_mean"``; see :func:`completion_term`. The first
+            is the gradient of the expectation; under the others β and the reward shrink alike.
+        value_coefficient: Scale of the value head's loss; only with ``"gae"``, where None is 0.1.
+        gamma: Discount per token; only with ``"gae"``, where None is 1.
+        lam: λ of GAE; only with ``"gae"``, where None is 0.95.
+
+    Raises:
+        ValueError: A choice is unknown or out of range, or a field is given that the others leave without effect.
+
+    Source:
+        Williams 1992; Ahmadian et al., RLOO (arXiv:2402.14740); Shao et al., GRPO (arXiv:2402.03300); Schulman et al.,
+        PPO (arXiv:1707.06347). The penalty is none of theirs: it has the gradient of ``D_f`` (docs/divergences.md).
+        At sequence level a baseline, the mean over the other completions of the prompt, is subtracted from it too,
+        except with ``advantage="none"``. The value loss is ``½ (V - A - V_old)²``, a mean over tokens, not clipped.
+
+    Example:
+        >>> batch = CompletionBatch(
+        ...     logprobs=torch.tensor([[-1.0, -1.0], [-2.0, -1.0]], requires_grad=True),
+        ...     completion_mask=torch.ones(2, 2, dtype=torch.bool),
+        ...     prompt_index=torch.tensor([0, 0]),
+        ...     rewards=torch.tensor([1.0, 0.0]),
+        ... )
+        >>> PolicyGradient()(batch).mean().backward()
+        >>> batch.logprobs.grad  # -A/N
+        tensor([[-0.5000, -0.5000],
+                [ 0.5000,  0.5000]])
+    """
+
+    divergence: Divergence | None = None
+    beta: float = 0.0
+    advantage: Advantage | str = "leave_one_out"
+    clip_low: float | None = None
+    clip_high: float | None = None
+    importance: Literal["sequence", "token"] = "sequence"
+    level: Level = "sequence"
+    credit: Credit = "fixed_prefix"
+    reduction: CompletionMean = "sequence_sum"
+    value_coefficient: float | None = None
+    gamma: float | None = None
+    lam: float | None = None
+
+    def __post_init__(self) -> None:
+        check_completion_mean(self.reduction)
+        _ = self._surrogate  # checks its fields
+        if not self.beta >= 0:
+            raise ValueError(f"beta={self.beta!r} must not be negative: that would reward divergence.")
+        if self.divergence is not None:
+            _ = Penalty(self.divergence, self.level, self.credit)  # checks them even where β = 0
+        elif self.beta > 0 or self.level != "sequence" or self.credit != "fixed_prefix":
+            raise ValueError(
+                f"beta={self.beta!r}, level={self.level!r}, credit={self.credit!r} without a divergence: they say how "
+                "one is penalised; name the divergence, or leave them out."
+            )
+        if isinstance(self.advantage, str) and self.advantage != "gae":
+            get_advantage(self.advantage)
+        for name, default in {"value_coefficient": 0.1, "gamma": 1.0, "lam": 0.95}.items():
+            given = getattr(self, name)
+            if self.advantage == "gae":
+                object.__setattr__(self, name, default if given is None else given)
+            elif given is not None:
+                raise ValueError(
+                    f"{name}={given!r} belongs to advantage='gae', not {self.advantage!r}; leave it out, or choose gae."
+                )
+        for name, value in {"gamma": self.gamma, "lam": self.lam}.items():
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}={value!r} must be between 0 and 1.")
+        if self.value_coefficient is not None and not self.value_coefficient > 0:
+            raise ValueError(f"value_coefficient={self.value_coefficient!r} must be positive.")
+
+    @property
+    def _surrogate(self) -> Surrogate:
+        return Surrogate(self.importance, self.clip_low, self.clip_high)
+
+    @property
+    def penalty(self) -> Penalty | None:
+        """The divergence and how it is estimated; None where nothing is penalised."""
+        if self.divergence is None or self.beta == 0:
+            return None
+        return Penalty(self.divergence, self.level, self.credit)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Rewards and the sampling law's log-probs; what the penalty needs; the values with ``"gae"``."""
+        fields = frozenset({"rewards", "old_logprobs"})
+        if self.advantage == "gae":
+            fields |= {"values", "old_values"}
+        return fields if self.penalty is None else fields | self.penalty.needs
+
+    @property
+    def token_divergence(self) -> Divergence | None:
+        """The divergence where it is taken over the full vocabulary, else None."""
+        return self.divergence if self.penalty is not None and self.level == "vocabulary" else None
+
+    def prepare(self, batch: CompletionBatch) -> CompletionBatch:
+        """Return the rollout with ``advantages``, and the penalty's ``baseline`` or ``old_values`` where used.
+
+        Args:
+            batch: The whole rollout before its first update, with :attr:`needs`.
+
+        Returns:
+            The same completions.
+
+        Raises:
+            ValueError: A needed field is None, or a prompt has no second completion to compare with.
+        """
+        wide, mask = batch.at_least_float32(), batch.completion_mask
+        rewards = wide.require("rewards").detach()
+        if self.advantage == "gae":
+            assert self.gamma is not None
+            assert self.lam is not None
+            values = wide.require("values" if wide.old_values is None else "old_values").detach()
+            advantages = generalized_advantages(rewards, values, mask, self.gamma, self.lam)
+            batch = replace(batch, old_values=values)
+        else:
+            of_rewards = get_advantage(self.advantage) if isinstance(self.advantage, str) else self.advantage
+            per_completion = of_rewards(rewards, wide.prompt_index)
+            advantages = per_completion[:, None].expand(mask.shape).masked_fill(~mask, 0.0)
+        if self.penalty is not None and self.level == "sequence" and self.advantage != "none":
+            batch = replace(batch, baseline=self.penalty.baseline(wide))
+        return replace(batch, advantages=advantages)
+
+    def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
+        """Return the loss of each completion, and of its values with ``"gae"``.
+
+        Args:
+            batch: Completions of whole prompts with :attr:`needs`, after :meth:`prepare` or before. ``old_logprobs``
+                may be None where they were drawn from π itself and nothing is clipped.
+
+        Returns:
+            One term of shape (N,), a second one for the values with ``"gae"``, and metrics of each completion:
+            ``reward``, ``reward_std`` and ``zero_variance_groups`` of its prompt, ``advantage`` (its size),
+            ``importance_weight`` and ``clip_ratio/*`` (means over tokens); with a penalty ``divergence/<name>`` (an
+            estimate of what is penalised) and ``logratios/policy`` (``log u``); with ``"gae"`` ``value_loss``.
+
+        Raises:
+            ValueError: A needed field is None.
+        """
+        batch = batch.at_least_float32()
+        if batch.advantages is None:
+            batch = self.prepare(batch)
+        surrogate = self._surrogate(batch)
+        losses = -batch.sequence_sum(surrogate.gains)
+        if self.penalty is not None:
+            losses = losses + self.beta * self.penalty.loss(batch)
+        terms, metrics = [completion_term(losses, batch.num_tokens, self.reduction)], self._metrics(batch, surrogate)
+        if self.advantage == "gae":
+            assert self.value_coefficient is not None
+            target = (batch.require("advantages") + batch.require("old_values")).detach()
+            errors = batch.sequence_sum((batch.require("values") - target).square() / 2)
+            terms.append(completion_term(errors, batch.num_tokens, "token_mean", self.value_coefficient))
+            metrics["value_loss"] = errors.detach() / batch.num_tokens
+        return ObjectiveOutput(tuple(terms), metrics)
+
+    @torch.no_grad()
+    def _metrics(self, batch: CompletionBatch, surrogate: SurrogateOutput) -> dict[str, Tensor]:
+        rewards, groups = batch.require("rewards"), groups_of(batch.prompt_index)
+        deviation = group_deviation(rewards, batch.prompt_index)
+
+        def mean_over_tokens(per_token: Tensor) -> Tensor:
+            return batch.sequence_sum(per_token.to(deviation.dtype)) / batch.num_tokens
+
+        metrics = {
+            "reward": rewards,
+            "reward_std": deviation,
+            "zero_variance_groups": ((deviation == 0) & (groups.size > 1)).to(deviation.dtype),
+            "advantage": mean_over_tokens(batch.require("advantages").abs()),
+            "importance_weight": mean_over_tokens(surrogate.importance_weight),
+        }
+        if self.clip_low is not None:
+            metrics["clip_ratio/low"] = mean_over_tokens(surrogate.clipped_low)
+        if self.clip_high is not None:
+            metrics["clip_ratio/high"] = mean_over_tokens(surrogate.clipped_high)
+        if self.penalty is not None:
+            metrics[f"divergence/{self.penalty.divergence.name}"] = self.penalty.value(batch)
+            metrics["logratios/policy"] = batch.sequence_sum(batch.logprobs - batch.require("reference_logprobs"))
+        return {name: value.detach() for name, value in metrics.items()}

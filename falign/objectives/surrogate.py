@@ -1,0 +1,115 @@
+"""The policy gradient's surrogate: advantages weighted by π/π_old, clipped as in PPO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from falign.divergences.powers import power
+from falign.objectives.base import CompletionBatch
+
+__all__ = ["Surrogate", "SurrogateOutput"]
+
+
+class SurrogateOutput(NamedTuple):
+    """What the surrogate makes of a batch; every field is (N, T), and the last three are constants.
+
+    Attributes:
+        gains: What is to be maximised at each token; its gradient is the policy gradient, its value means nothing.
+        importance_weight: ``π/π_old`` of the token, or of its whole completion.
+        clipped_low: True where the lower bound cuts the gradient off.
+        clipped_high: True where the upper bound does.
+    """
+
+    gains: Float[Tensor, "N T"]
+    importance_weight: Float[Tensor, "N T"]
+    clipped_low: Bool[Tensor, "N T"]
+    clipped_high: Bool[Tensor, "N T"]
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """``min(w A, clip(w, 1 - ε_low, 1 + ε_high) A)`` at each token, with ``w = π/π_old``.
+
+    Attributes:
+        importance: ``"sequence"``: w is the product over the completion's tokens, which makes samples of π_old exact.
+            ``"token"``: w is the token's own ratio, as in PPO; it takes the prefixes' law for unchanged.
+        clip_low: ``ε_low``, in (0, 1]; None bounds nothing below.
+        clip_high: ``ε_high``, positive; None bounds nothing above.
+
+    Raises:
+        ValueError: A choice is unknown or a bound out of range.
+
+    Source:
+        Schulman et al., PPO (arXiv:1707.06347), Eq. 7; two bounds: Yu et al., DAPO (arXiv:2503.14476), Eq. 10. Beyond
+        30 nats ``π/π_old`` continues as its tangent line, so that an overflow cannot turn into NaN.
+
+    Example:
+        >>> batch = CompletionBatch(
+        ...     logprobs=torch.tensor([[-1.0, -2.0]]),
+        ...     old_logprobs=torch.tensor([[-2.0, -2.0]]),
+        ...     completion_mask=torch.ones(1, 2, dtype=torch.bool),
+        ...     prompt_index=torch.tensor([0]),
+        ...     advantages=torch.tensor([[0.5, 0.5]]),
+        ... )
+        >>> Surrogate("token", clip_high=0.25)(batch).gains  # e is above 1.25
+        tensor([[0.6250, 0.5000]])
+    """
+
+    importance: Literal["sequence", "token"] = "sequence"
+    clip_low: float | None = None
+    clip_high: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.importance not in ("sequence", "token"):
+            raise ValueError(f"importance={self.importance!r}: choose 'sequence' or 'token'.")
+        if self.clip_low is not None and not 0 < self.clip_low <= 1:
+            raise ValueError(f"clip_low={self.clip_low!r} must be in (0, 1]: π/π_old is kept above 1 - clip_low.")
+        if self.clip_high is not None and not self.clip_high > 0:
+            raise ValueError(f"clip_high={self.clip_high!r} must be positive: π/π_old is kept below 1 + clip_high.")
+
+    @property
+    def clips(self) -> bool:
+        """Whether there is any bound."""
+        return self.clip_low is not None or self.clip_high is not None
+
+    def __call__(self, batch: CompletionBatch) -> SurrogateOutput:
+        """Return the surrogate at each token.
+
+        Args:
+            batch: Completions with ``advantages``, and ``old_logprobs`` where they were not drawn from π itself.
+
+        Returns:
+            The gains and what was clipped; 0 and False outside the mask.
+
+        Raises:
+            ValueError: ``advantages`` is None, or ``old_logprobs`` is and there are bounds.
+        """
+        if self.clips and batch.old_logprobs is None:
+            raise ValueError(
+                f"clip_low={self.clip_low!r}, clip_high={self.clip_high!r} bound π/π_old, and "
+                "CompletionBatch.old_logprobs is None: set it to the log-probs before the first update, or leave the "
+                "clips out."
+            )
+        mask, advantages = batch.completion_mask, batch.require("advantages").masked_fill(~batch.completion_mask, 0.0)
+        logprobs = batch.logprobs.masked_fill(~mask, 0.0)
+        old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs.masked_fill(~mask, 0.0)
+        if self.importance == "token":
+            weight = power(logprobs - old)
+        else:
+            # The gradient of log π at each token, so that advantages may differ between tokens.
+            whole = power((logprobs - old).detach().sum(dim=-1, keepdim=True))
+            weight = whole * (1 + logprobs - logprobs.detach())
+        gains = weight * advantages
+        if self.clips:
+            low = None if self.clip_low is None else 1 - self.clip_low
+            high = None if self.clip_high is None else 1 + self.clip_high
+            gains = torch.minimum(gains, weight.clamp(low, high) * advantages)
+        constant, nowhere = weight.detach(), torch.zeros_like(mask)
+        below = nowhere if self.clip_low is None else mask & (constant < 1 - self.clip_low) & (advantages < 0)
+        above = nowhere if self.clip_high is None else mask & (constant > 1 + self.clip_high) & (advantages > 0)
+        return SurrogateOutput(gains, constant.masked_fill(~mask, 0.0), below, above)

@@ -1,0 +1,116 @@
+"""A reference that follows the policy."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from typing_extensions import override
+
+from falign.errors import ModelError
+from falign.models.adapter_copies import matrices_of
+from falign.references.adapter_reference import AdapterReference
+from falign.references.base import Reference
+from falign.references.frozen_model import FrozenModel
+from falign.references.moving_rules import MovingAverage, PeriodicReset
+from falign.scoring import CompletionStates, TokenBatch
+
+__all__ = ["MovingReference"]
+
+_FILE = "reference.safetensors"
+
+
+class MovingReference(Reference):
+    """A reference that a rule moves towards the policy between optimiser steps; its log-probs cannot be cached.
+
+    Call `move` after every ``rule.every`` steps, or let :class:`falign.training.AlignmentTrainer` do it.
+
+    Args:
+        held: What the reference is between two moves: an adapter in the policy that the rule added (see `beside`), or
+            a model of its own.
+        rule: How it moves.
+
+    Example:
+        ``MovingReference.beside(model, rule=MovingAverage(alpha=0.6, every=64))``
+    """
+
+    def __init__(self, held: AdapterReference | FrozenModel, *, rule: MovingAverage | PeriodicReset) -> None:
+        self.held = held
+        self.rule = rule
+        self.moves = 0
+        self._measured: dict[str, float] = {}
+
+    @classmethod
+    def beside(
+        cls, policy_model: PeftModel, *, rule: MovingAverage | PeriodicReset, adapter: str = "ref", **settings: Any
+    ) -> MovingReference:
+        """Return a reference in an adapter of its own over the policy's base, equal to the policy's for now.
+
+        Args:
+            policy_model: The policy; its trained adapter is ``default``.
+            rule: How the reference moves.
+            adapter: What the reference's adapter is called.
+            **settings: Of :class:`AdapterReference` (``weights``, ``chunk_tokens``).
+        """
+        rule.add_adapter(policy_model, adapter)
+        return cls(AdapterReference(adapter=adapter, **settings), rule=rule)
+
+    @override
+    def identity(self) -> dict[str, Any]:
+        start = self.held.identity()["weights"]
+        return {"kind": self.rule.kind, **asdict(self.rule), "start": start, "moves": self.moves}
+
+    @override
+    def logprobs(self, policy_model: nn.Module, batch: TokenBatch) -> Float[Tensor, "N T"]:
+        return self.held.logprobs(policy_model, batch)
+
+    @override
+    def states(self, policy_model: nn.Module, batch: TokenBatch, *, token_weights: bool = False) -> CompletionStates:
+        return self.held.states(policy_model, batch, token_weights=token_weights)
+
+    def move(self, policy_model: nn.Module) -> None:
+        """Move once towards the policy as it is now."""
+        if isinstance(self.held, FrozenModel):
+            self._measured = self.rule.move_weights(self.held.model, policy_model)
+        else:
+            assert isinstance(policy_model, PeftModel)
+            self._measured = self.rule.move_adapter(policy_model, self.held.adapter)
+        self.moves += 1
+
+    def metrics(self) -> dict[str, float]:
+        """Return what a log shows: the number of moves, and what the last of them measured."""
+        return {"reference/moves": float(self.moves), **self._measured}
+
+    def save(self, folder: Path, policy_model: nn.Module) -> None:
+        """Write the reference as it is now into an existing folder."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors(policy_model).items()}
+        save_file(tensors, folder / _FILE, metadata={"format": "pt", "moves": str(self.moves)})
+
+    @torch.no_grad()
+    def load(self, folder: Path, policy_model: nn.Module) -> None:
+        """Go on from what `save` wrote.
+
+        Raises:
+            ModelError: It is of another model.
+        """
+        tensors = self._tensors(policy_model)
+        with safe_open(folder / _FILE, framework="pt") as file:
+            if set(file.keys()) != tensors.keys():
+                stray = sorted(set(file.keys()) ^ tensors.keys())[0]
+                raise ModelError(f"{folder / _FILE} is of another reference, only one of them has {stray}.")
+            for name, tensor in tensors.items():
+                tensor.copy_(file.get_tensor(name))
+            self.moves = int(file.metadata()["moves"])
+
+    def _tensors(self, policy_model: nn.Module) -> dict[str, Tensor]:
+        if isinstance(self.held, FrozenModel):
+            return dict(self.held.model.named_parameters())
+        assert isinstance(policy_model, PeftModel)
+        return matrices_of(policy_model, self.held.adapter)

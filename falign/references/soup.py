@@ -1,0 +1,81 @@
+"""A weighted average of tuned models as reference, as in SALSA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor, nn
+from typing_extensions import override
+
+from falign.models.adapter_soup import adapter_soup
+from falign.models.adapter_tensors import install_adapter
+from falign.models.identity import adapted_weights_hash
+from falign.models.soup import soup_record
+from falign.models.soup_members import soup_members
+from falign.references.adapter_reference import AdapterReference
+from falign.references.base import Reference
+from falign.references.frozen_model import FrozenModel
+from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch
+
+__all__ = ["Soup"]
+
+
+class Soup(Reference):
+    """The model with ``θ = Σ w_i θ_i``; for adapters over one base exactly, on that base as it is, 4-bit or not.
+
+    Args:
+        held: The average: an adapter in the policy, or a model of its own.
+        record: What went into it, as ``soup.json`` has it.
+
+    Source:
+        Chegini et al., SALSA (arXiv:2411.01798), which averages two models from one parent.
+    """
+
+    def __init__(self, held: AdapterReference | FrozenModel, *, record: dict[str, Any]) -> None:
+        self.held = held
+        self.record = record
+
+    @classmethod
+    def of_adapters(
+        cls,
+        policy_model: PeftModel,
+        paths: Sequence[str | Path],
+        *,
+        weights: Sequence[float] | None = None,
+        adapter: str = "ref",
+        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    ) -> Soup:
+        """Return the soup of adapters over the policy's base, held in an adapter beside the policy's.
+
+        Args:
+            policy_model: The policy.
+            paths: Folders of adapters, or runs that have trained such.
+            weights: One share each, together 1; equal ones where left out.
+            adapter: What the soup's adapter is called.
+            chunk_tokens: How many positions reach the head at once.
+
+        Raises:
+            ConfigError: Weights that are no shares.
+            ModelError: Adapters that have no average, or for another base.
+        """
+        members = soup_members(paths, weights)
+        install_adapter(policy_model, adapter_soup(members), name=adapter)
+        combined = adapted_weights_hash(policy_model, adapter=adapter)
+        held = AdapterReference(adapter=adapter, weights=combined, chunk_tokens=chunk_tokens)
+        return cls(held, record=soup_record(members))
+
+    @override
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "soup", "weights": self.held.identity()["weights"], "members": self.record["members"]}
+
+    @override
+    def logprobs(self, policy_model: nn.Module, batch: TokenBatch) -> Float[Tensor, "N T"]:
+        return self.held.logprobs(policy_model, batch)
+
+    @override
+    def states(self, policy_model: nn.Module, batch: TokenBatch, *, token_weights: bool = False) -> CompletionStates:
+        return self.held.states(policy_model, batch, token_weights=token_weights)

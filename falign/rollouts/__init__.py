@@ -1,0 +1,6 @@
+"""Completions sampled from the policy, as token ids with the log-probabilities that they were drawn with."""
+
+from falign.rollouts.base import Engine, EngineCapabilities, Rollout, SamplingParams
+from falign.rollouts.transformers_engine import TransformersEngine
+
+__all__ = ["Engine", "EngineCapabilities", "Rollout", "SamplingParams", "TransformersEngine"]

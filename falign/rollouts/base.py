@@ -1,0 +1,129 @@
+"""What an engine is: token ids in, sampled token ids with their log-probabilities out, from a version of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from torch import nn
+
+from falign.errors import RolloutError
+
+__all__ = ["Engine", "EngineCapabilities", "Rollout", "SamplingParams"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn. Nothing else acts on the model's distribution, whatever its own settings say.
+
+    Applied in this order: temperature, the `top_k` likeliest tokens, the smallest set of those left with mass `top_p`.
+
+    Attributes:
+        max_new_tokens: Longest completion, its stop token included.
+        temperature: What logits are divided by; 0 decodes greedily, and `top_k` and `top_p` then change nothing.
+        top_k: How many tokens are kept, with those that equal the last one; 0 keeps all.
+        top_p: Probability mass that is kept; 1 keeps all.
+        stop_token_ids: Ids that end a completion, each as its last token.
+
+    Raises:
+        RolloutError: A value is out of its range.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_token_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise RolloutError(f"max_new_tokens={self.max_new_tokens}: a completion has at least 1 token.")
+        if not 0 <= self.temperature < float("inf"):
+            raise RolloutError(f"temperature={self.temperature} must be a number ≥ 0 (0 decodes greedily).")
+        if self.top_k < 0:
+            raise RolloutError(f"top_k={self.top_k} must be ≥ 0 (0 keeps every token).")
+        if not 0 < self.top_p <= 1:
+            raise RolloutError(f"top_p={self.top_p} must be in (0, 1] (1 keeps every token).")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens that the model gives a probability can never be drawn."""
+        return self.temperature == 0 or self.top_k > 0 or self.top_p < 1
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled completion; the ids are those that were drawn, never an encoding of decoded text.
+
+    Attributes:
+        prompt_ids: Token ids of the prompt.
+        completion_ids: The sampled ids; the stop token is the last one where the completion stopped.
+        logprobs: Log-probability of each, nats, under the distribution that it was drawn from: after temperature, top-k
+            and top-p. Greedy decoding draws from a point mass, so its values are 0.
+        finish_reason: ``"stop"`` at a stop token, ``"length"`` at the longest length.
+        policy_version: Which published weights it was drawn from.
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: Literal["stop", "length"]
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class EngineCapabilities:
+    """What a run checks before its first step.
+
+    Attributes:
+        dtype: Type of the weights that sample.
+        processed_logprobs: Whether log-probabilities are of the distribution after temperature, top-k and top-p.
+        max_length: Most tokens of a prompt and its completion; None where nothing bounds them.
+    """
+
+    dtype: str
+    processed_logprobs: bool
+    max_length: int | None
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Anything that draws completions from a version of the policy."""
+
+    def publish(self, model: nn.Module, version: int) -> None:
+        """Make the weights that a model has now samplable as `version`; they are when this returns."""
+        ...
+
+    def sample(
+        self, prompt_ids: Sequence[Sequence[int]], n: int, params: SamplingParams, *, version: int, seed: int
+    ) -> list[Rollout]:
+        """Draw `n` completions of each prompt.
+
+        Args:
+            prompt_ids: Token ids of each prompt.
+            n: Completions per prompt.
+            params: How they are drawn.
+            version: Which published weights draw.
+            seed: The same call with the same seed draws the same tokens.
+
+        Returns:
+            Prompt after prompt, `n` at a time.
+
+        Raises:
+            RolloutError: The version is not published, a prompt leaves no room, or what the model gives is no
+                distribution.
+        """
+        ...
+
+    def retire(self, version: int) -> None:
+        """Take no more requests for a version, so that its weights may go."""
+        ...
+
+    def capabilities(self) -> EngineCapabilities:
+        """Return what this engine can do."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+        ...

@@ -1,0 +1,105 @@
+"""A model that reads prompts once and is then continued token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from falign.errors import RolloutError
+from falign.rollouts.cache import spread
+from falign.scoring import read_backbone, read_head
+
+__all__ = ["Decoding"]
+
+
+class Decoding:
+    """Rows of tokens that grow at their right end; short prompts are padded at their left.
+
+    The model's parts are called as in scoring: its backbone with positions that count from each prompt's first token,
+    and the head on the last position alone. Padding is masked by where it lies, never by its value.
+
+    Args:
+        model: A causal language model in evaluation mode, with or without adapters.
+        prompts: Token ids of each prompt; read in one pass.
+        owners: The prompt of each row that is to be continued, as an index into `prompts`.
+        room: Tokens that will be appended at most.
+        pad_token_id: What fills short prompts; any valid id.
+
+    Raises:
+        RolloutError: The model keeps no cache of keys and values.
+    """
+
+    logits: Float[Tensor, "B V"]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        owners: Sequence[int],
+        *,
+        room: int,
+        pad_token_id: int,
+    ) -> None:
+        self._backbone, self._head = read_backbone(model), read_head(model)
+        device = next(model.parameters()).device
+        longest = max(map(len, prompts))
+        filled = [[pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self._mask = torch.ones(len(prompts), longest + room, dtype=torch.long, device=device)
+        columns = torch.arange(longest, device=device) - (longest - lengths)[:, None]
+        self._mask[:, :longest] = columns >= 0
+        self._width, self._positions = longest, lengths
+        outputs = self._backbone(
+            input_ids=torch.tensor(filled, device=device),
+            position_ids=columns.clamp(min=0),
+            attention_mask=self._mask[:, :longest],
+            use_cache=True,
+        )
+        cache = getattr(outputs, "past_key_values", None)
+        if not isinstance(cache, Cache):
+            raise RolloutError(
+                f"{type(self._backbone).__name__} returns no cache of keys and values, so every token would read its "
+                "whole prefix anew: sample from a model with use_cache."
+            )
+        self._cache = cache
+        self.logits = self._read(outputs[0])
+        self._room = room
+        self._choose(torch.tensor(owners, device=device))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows only.
+
+        Args:
+            rows: Their indices.
+        """
+        self._choose(torch.tensor(rows, device=self._mask.device))
+
+    def append(self, token_ids: Int[Tensor, " B"]) -> None:
+        """Read one further token in each row, after which `logits` predict the one behind it.
+
+        Args:
+            token_ids: Shape (B,).
+        """
+        self._width += 1
+        outputs = self._backbone(
+            input_ids=token_ids[:, None],
+            position_ids=self._positions[:, None],
+            attention_mask=self._mask[:, : self._width],
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._positions = self._positions + 1
+        self._room -= 1
+        self.logits = self._read(outputs[0])
+
+    def _read(self, states: Float[Tensor, "B L H"]) -> Float[Tensor, "B V"]:
+        # Two dimensions: a slice of three makes torch expand a frozen head once per row.
+        return self._head.logits(self._head.embeddings(states[:, -1].contiguous()))
+
+    def _choose(self, rows: Int[Tensor, " B"]) -> None:
+        spread(self._cache, rows, room=self._room)
+        self._mask, self._positions, self.logits = self._mask[rows], self._positions[rows], self.logits[rows]

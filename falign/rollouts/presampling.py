@@ -1,0 +1,94 @@
+"""Which prompts a model solves already: what rehearses them is kept, the others are left to explore."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from falign.errors import RolloutError
+from falign.rollouts.base import Engine, Rollout, SamplingParams
+
+__all__ = ["Presampled", "Verify", "presample"]
+
+Verify = Callable[[list[int], list[Rollout]], list[bool]]
+"""From the number of each completion's prompt, and the completions, to whether each is correct."""
+
+_SEEDS = 15_485_863  # seeds of different calls do not meet before half as many chunks
+
+
+class Presampled(NamedTuple):
+    """What a model makes of one prompt.
+
+    Attributes:
+        num_correct: How many of its completions are correct.
+        rehearsal: A further completion of a prompt that is solved, correct as well; None for prompts to explore.
+    """
+
+    num_correct: int
+    rehearsal: Rollout | None
+
+
+def presample(
+    engine: Engine,
+    prompt_ids: Sequence[Sequence[int]],
+    verify: Verify,
+    *,
+    num_completions: int,
+    threshold: int,
+    params: SamplingParams,
+    seed: int,
+    version: int = 0,
+    start: int = 0,
+    chunk_size: int = 32,
+) -> Iterator[list[Presampled]]:
+    """Sample each prompt, and once more where it is solved.
+
+    A prompt with `threshold` correct completions or more is solved if one further completion is correct too; that one
+    is kept: prompts that were solved by luck are found out, and the choice of prompts does not choose the sample.
+
+    Args:
+        engine: Has published the model.
+        prompt_ids: Token ids of each prompt.
+        verify: Says which completions are correct.
+        num_completions: Completions per prompt.
+        threshold: How many of them must be correct.
+        params: How they are drawn: from the model's own distribution, of which rehearsal takes them to be samples.
+        seed: Of all that is drawn.
+        version: What the engine has published.
+        start: The first prompt, a multiple of `chunk_size`; those before it were done by an earlier call.
+        chunk_size: Prompts at a time.
+
+    Yields:
+        The results of one chunk after another; they depend neither on `start` nor on what was yielded before.
+
+    Raises:
+        RolloutError: The threshold cannot be reached, or completions would not be drawn from the model itself.
+
+    Source:
+        The pre-sampling of DPH-RL (arXiv:2509.07430).
+    """
+    if not 1 <= threshold <= num_completions:
+        raise RolloutError(f"threshold={threshold} must be from 1 to num_completions={num_completions}.")
+    if params.truncates or params.temperature != 1:
+        raise RolloutError(
+            f"temperature={params.temperature}, top_k={params.top_k}, top_p={params.top_p}: what is rehearsed must be "
+            "sampled from the model itself, at temperature 1 without top-k and top-p."
+        )
+    assert start % chunk_size == 0
+
+    def verified(prompts: list[int], n: int, *, seed: int) -> list[tuple[int, Rollout]]:
+        """Return how many of each prompt's completions are correct, and the first of them."""
+        if not prompts:
+            return []
+        rollouts = engine.sample([prompt_ids[i] for i in prompts], n, params, version=version, seed=seed)
+        flags = verify([i for i in prompts for _ in range(n)], rollouts)
+        return [(sum(flags[j : j + n]), rollouts[j]) for j in range(0, len(flags), n)]
+
+    for first in range(start, len(prompt_ids), chunk_size):
+        chunk = list(range(first, min(first + chunk_size, len(prompt_ids))))
+        chunk_seed = seed * _SEEDS + 2 * (first // chunk_size)
+        counts = [count for count, _ in verified(chunk, num_completions, seed=chunk_seed)]
+        solved = [i for i, count in zip(chunk, counts, strict=True) if count >= threshold]
+        further = dict(zip(solved, verified(solved, 1, seed=chunk_seed + 1), strict=True))
+        kept = {i: rollout for i, (is_correct, rollout) in further.items() if is_correct}
+        yield [Presampled(count, kept.get(i)) for i, count in zip(chunk, counts, strict=True)]

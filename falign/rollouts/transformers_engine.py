@@ -1,0 +1,184 @@
+"""Sampling in the process that trains, from the very weights that are trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from typing_extensions import override
+
+from falign.errors import RolloutError
+from falign.rollouts.base import Engine, EngineCapabilities, Rollout, SamplingParams
+from falign.rollouts.batches import sampling_batches
+from falign.rollouts.decoding import Decoding
+from falign.rollouts.sampling import draw, uniform_streams
+from falign.scoring import evaluation_mode, without_wrapper
+
+__all__ = ["TransformersEngine"]
+
+_MOST_ALIVE = 0.75  # rows are dropped when no more than this share of those that are computed still runs
+
+
+class TransformersEngine(Engine):
+    """Draws from a Transformers model with a loop of its own over the model's cache.
+
+    Each prompt is read once and its keys and values are handed to all its completions; completions that have stopped
+    leave the batch. What the model's own generation settings force (penalties, suppressed tokens, temperatures) is not
+    applied, so that a trainer can recompute the distribution. Each completion has a stream of random numbers of its
+    own, made of the seed and its number in the call; the global random state is left alone.
+
+    Args:
+        model: A causal language model, with or without adapters; what is active is the policy.
+        pad_token_id: What fills short prompts; any valid id, also a stop token.
+        max_batch_tokens: Most tokens whose keys and values are held at once; changes memory and speed alone.
+
+    Raises:
+        RolloutError: The model is sharded by FSDP, whose processes would wait for each other's completions.
+    """
+
+    def __init__(self, model: nn.Module, *, pad_token_id: int, max_batch_tokens: int = 16_384) -> None:
+        if isinstance(model, FSDPModule):
+            raise RolloutError(
+                f"{type(model).__name__} is sharded by FSDP, and a process whose completions stop sooner would leave "
+                "the others waiting for its shards: sample with DDP or from a server."
+            )
+        self.model, self.pad_token_id, self.max_batch_tokens = model, pad_token_id, max_batch_tokens
+        self.version: int | None = None
+
+    @override
+    def publish(self, model: nn.Module, version: int) -> None:
+        if without_wrapper(model) is not without_wrapper(self.model):
+            raise RolloutError(
+                f"Version {version} is of another model than the engine samples from: publish the one that it was "
+                "made with, or make another engine."
+            )
+        self.version = version
+
+    @override
+    def sample(
+        self, prompt_ids: Sequence[Sequence[int]], n: int, params: SamplingParams, *, version: int, seed: int
+    ) -> list[Rollout]:
+        if version != self.version:
+            raise RolloutError(
+                f"Version {version} is not what the engine holds ({self.version}), which is the model as it is now: "
+                f"call publish(model, {version}) first."
+            )
+        if n < 1:
+            raise RolloutError(f"n={n}: at least 1 completion per prompt is drawn.")
+        self._check(prompt_ids, params)
+        batches = sampling_batches(
+            [len(prompt) for prompt in prompt_ids],
+            n,
+            max_new_tokens=params.max_new_tokens,
+            max_batch_tokens=self.max_batch_tokens,
+        )
+        completions: dict[int, _Completion] = {}
+        with torch.no_grad(), evaluation_mode(self.model):
+            for rows in batches:
+                prompts = list(dict.fromkeys(row // n for row in rows))
+                decoding = Decoding(
+                    self.model,
+                    [prompt_ids[prompt] for prompt in prompts],
+                    [prompts.index(row // n) for row in rows],
+                    room=params.max_new_tokens - 1,
+                    pad_token_id=self.pad_token_id,
+                )
+                places = [f"completion {row % n} of prompt {row // n}" for row in rows]
+                uniforms = uniform_streams(rows, params.max_new_tokens, seed=seed)
+                completions |= zip(rows, _complete(decoding, params, uniforms, places), strict=True)
+        return [
+            Rollout(
+                prompt_ids=tuple(prompt_ids[row // n]),
+                completion_ids=tuple(completions[row].ids),
+                logprobs=tuple(completions[row].logprobs),
+                finish_reason="stop" if completions[row].stopped else "length",
+                policy_version=version,
+            )
+            for row in range(len(prompt_ids) * n)
+        ]
+
+    @override
+    def retire(self, version: int) -> None:
+        if version == self.version:
+            self.version = None
+
+    @override
+    def capabilities(self) -> EngineCapabilities:
+        dtype = next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
+        positions = getattr(self._config, "max_position_embeddings", None)
+        return EngineCapabilities(
+            dtype=str(dtype).removeprefix("torch."),
+            processed_logprobs=True,
+            max_length=positions if isinstance(positions, int) else None,
+        )
+
+    @override
+    def close(self) -> None:
+        self.version = None
+
+    @property
+    def _config(self) -> Any:
+        return without_wrapper(self.model).config.get_text_config()  # pyright: ignore
+
+    def _check(self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams) -> None:
+        positions, vocabulary = self.capabilities().max_length, self._config.vocab_size
+        for i, prompt in enumerate(prompt_ids):
+            if not prompt:
+                raise RolloutError(f"Prompt {i} is empty: give at least one token, which predicts the first one drawn.")
+            if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+                raise RolloutError(
+                    f"Prompt {i} has the token ids {min(prompt)} to {max(prompt)}, and the model {vocabulary} tokens: "
+                    "encode it with the model's own tokenizer."
+                )
+            if positions is not None and len(prompt) + params.max_new_tokens > positions:
+                raise RolloutError(
+                    f"Prompt {i} has {len(prompt)} tokens, which with max_new_tokens={params.max_new_tokens} is more "
+                    f"than the {positions} positions of the model: shorten the prompt to "
+                    f"{max(positions - params.max_new_tokens, 0)}, or lower max_new_tokens."
+                )
+
+
+@dataclass
+class _Completion:
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stopped: bool = False
+
+
+def _complete(
+    decoding: Decoding, params: SamplingParams, uniforms: Float[Tensor, "B T"], places: Sequence[str]
+) -> list[_Completion]:
+    """Continue every row of a decoding until it stops or is full."""
+    uniforms = uniforms.to(decoding.logits.device)
+    completions = [_Completion() for _ in places]
+    alive = list(range(len(places)))  # which completion each row of the decoding continues
+    for step in range(params.max_new_tokens):
+        drawn = draw(decoding.logits, params, uniforms[:, step])
+        for i, token_id, logprob in zip(alive, drawn.token_ids.tolist(), drawn.logprobs.tolist(), strict=True):
+            completion = completions[i]
+            if completion.stopped:
+                continue
+            if not math.isfinite(logprob):
+                raise RolloutError(
+                    f"The logits of {places[i]} are not finite after {step} tokens: the weights are damaged (has "
+                    "training diverged?), or their type is too narrow for the model's activations; try bfloat16 or "
+                    "float32."
+                )
+            completion.ids.append(token_id)
+            completion.logprobs.append(logprob)
+            completion.stopped = token_id in params.stop_token_ids
+        running = [row for row, i in enumerate(alive) if not completions[i].stopped]
+        if not running or step == params.max_new_tokens - 1:
+            break
+        token_ids = drawn.token_ids
+        if len(running) <= _MOST_ALIVE * len(alive):
+            decoding.keep(running)
+            alive, token_ids, uniforms = [alive[row] for row in running], token_ids[running], uniforms[running]
+        decoding.append(token_ids)
+    return completions
