@@ -69,7 +69,7 @@ class ClassifierReward:
         return values
 
     def _label_index(self) -> int:
-        names: dict[int, str] = self.model.config.id2label or {}
+        names: dict[Any, str] = self.model.config.id2label or {}
         if self.label is None:
             if len(names) > 1:
                 raise ConfigError(f"reward classifier: it has {len(names)} labels; choose one of {[*names.values()]}.")
@@ -84,7 +84,7 @@ class ClassifierReward:
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             turns.append({"role": "assistant", "content": completion})
             # The template writes the special tokens itself.
-            rendered = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            rendered: Any = self.tokenizer.apply_chat_template(turns, tokenize=False)
             return self._encoded([rendered], place, special=False)
         if self.text == "completion":
             texts = [completion]

@@ -1,7 +1,10 @@
 import json
-from typing import Any
+import re
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from falign.errors import ConfigError
@@ -9,6 +12,8 @@ from falign.rewards import Lexicon, RewardSum, TimedFunction, Verifier, Words, m
 from falign.training.reward_config import RewardConfig, build_rewards
 from tests.models.tiny import save_tiny
 from tests.rewards import plain
+
+KINDS = [get_args(kind)[0] for kind in get_args(get_args(RewardConfig)[0])]
 
 
 class Holder(BaseModel):
@@ -129,3 +134,22 @@ def test_a_reward_that_cannot_be_built_is_a_config_error():
         build({"kind": "math"}, {"kind": "math", "answer": "other"})
     with pytest.raises(ConfigError, match="there is none"):
         build()
+
+
+def test_the_run_file_lines_of_the_page_are_valid_and_its_table_names_every_kind_and_field():
+    text = (Path(__file__).parents[2] / "docs/rewards.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        Holder(**yaml.safe_load(block))
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", text, re.MULTILINE)
+    models = {model.model_fields["kind"].default: model for model in KINDS}
+    table = {kind: set(re.findall(r"`(\w+)`", fields)) for kind, fields in rows if kind in models}
+    assert list(table) == list(models)
+    general = {"kind", "name", "weight", "timeout", "failed", "errors"}
+    values = {"all", "any", "none", "share"}
+    for kind, fields in table.items():
+        known = set(models[kind].model_fields)
+        assert fields - values <= known, kind
+        if kind not in ("classifier", "implicit"):  # whose rows end in an ellipsis
+            assert known - general <= fields, kind
