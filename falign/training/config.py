@@ -239,6 +239,9 @@ class SamplingConfig(FrozenModel):
     """0 decodes greedily."""
 
 
+ONLINE_SECTIONS = ("rollout", "rewards", "rehearsal")
+
+
 class RunConfig(FrozenModel):
     """A run: ``falign train RUN.yaml``."""
 
@@ -288,7 +291,10 @@ class RunConfig(FrozenModel):
     def _check_offline(self, objective: Objective) -> None:
         if self.data is None:
             raise ConfigError("data is missing: name data.train, or prompts.train for a run that samples its own.")
-        if online := sorted(self.model_fields_set & {"rollout", "rewards", "rehearsal"}):
+        fields = type(
+            self
+        ).model_fields  # the resolved run file of a run has all sections, these as they are by default
+        if online := [name for name in ONLINE_SECTIONS if getattr(self, name) != fields[name].default]:
             raise ConfigError(f"{online[0]} is a section of runs that sample their own completions: add prompts.train.")
         if missing := sorted(objective.needs - OFFLINE):
             raise ConfigError(

@@ -23,8 +23,10 @@ __all__ = [
 class PromptSourceConfig(FrozenModel):
     """One source of prompts."""
 
-    path: str
-    """JSON, JSONL (also .gz), CSV, Parquet, a folder saved by ``datasets``, a Hub name."""
+    path: str | None = None
+    """As in ``data``, or ``demo:one-digit-arithmetic``."""
+    texts: list[str] = []
+    """Prompts themselves, in place of a path."""
     split: str = "train"
     template: str | None = None
     """The prompt, with the row's columns in braces: ``"{question} Answer:"``; else the column ``prompt``."""
@@ -35,7 +37,7 @@ class PromptSourceConfig(FrozenModel):
 
     def build(self) -> PromptSource:
         """Return the source as the data package knows it."""
-        return PromptSource(**self.model_dump())
+        return PromptSource(**{**self.model_dump(), "texts": tuple(self.texts)})
 
 
 class PromptsConfig(FrozenModel):
