@@ -32,7 +32,7 @@ class MovingAverage:
         rank: Of the averaged adapter; four times the policy's where None. Not read without an adapter.
 
     Source:
-        Gorbatovski et al., TR-DPO (arXiv:2404.09656), Eq. 2.
+        Gorbatovski et al., TR-DPO (arXiv:2404.09656), soft update.
     """
 
     kind: ClassVar[str] = "moving_average"
@@ -76,7 +76,7 @@ class PeriodicReset:
         reset_optimizer: Also forget the optimiser's moments, as ProRL does.
 
     Source:
-        Gorbatovski et al., TR-DPO (arXiv:2404.09656), Eq. 3. Liu et al., ProRL (arXiv:2505.24864), Section 3.2, which
+        Gorbatovski et al., TR-DPO (arXiv:2404.09656), hard update. Liu et al., ProRL (arXiv:2505.24864), which
         resets when validation stalls, and here it is at a fixed interval.
     """
 

@@ -118,8 +118,10 @@ class LogprobStore:
     def _check_index(self) -> None:
         path = self.directory / "index.json"
         wanted = {"format": _FORMAT, **asdict(self.key)}
+        # In this order: another process writes the index before its first shard.
+        has_shards = any(self.directory.glob("shard-*.safetensors"))
         if not path.exists():
-            if any(self.directory.glob("shard-*.safetensors")):
+            if has_shards:
                 raise ConfigError(f"{self.directory} has shards but no index.json: delete it or take another.")
             self.directory.mkdir(parents=True, exist_ok=True)
             _write_atomically(path, json.dumps(wanted, indent=1).encode())

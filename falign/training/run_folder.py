@@ -18,6 +18,9 @@ from falign.training.config import RunConfig
 
 __all__ = ["RunFolder", "naming", "versions"]
 
+PATHS = frozenset({"path", "paths", "chat_template", "cache", "root", "init"})
+"""Fields of the run file that may name something on the disk."""
+
 PACKAGES = ("falign", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl")
 
 
@@ -30,6 +33,7 @@ class RunFolder:
     ``metrics.jsonl``       one log a line
     ``checkpoint-N/``       trainable weights, optimizer, scheduler, random states
     ``adapter/``            the trained adapter in PEFT's layout (``model/`` without adapter)
+    ``completions.jsonl``   in an online run, what the policy wrote and what it was worth
     ``samples.json``        prompts answered before and after
     ``summary.json``        held-out metrics before and after
     ``curves.png``          loss, rewards and log-ratios
@@ -62,6 +66,11 @@ class RunFolder:
     def metrics_file(self) -> Path:
         """One JSON object per log."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def completions_file(self) -> Path:
+        """One JSON object per completion of an online run."""
+        return self.path / "completions.jsonl"
 
     @property
     def adapter(self) -> Path:
@@ -154,6 +163,9 @@ class RunFolder:
         """Drop logs of steps that a resumed run takes again."""
         kept = [json.dumps(log) for log in self.metrics() if log["step"] <= step]
         self._write("metrics.jsonl", "".join(f"{line}\n" for line in kept))
+        if self.completions_file.is_file():
+            lines = self.completions_file.read_text(encoding="utf-8", errors="replace").splitlines()
+            self._write("completions.jsonl", "".join(f"{line}\n" for line in lines if _sampled_by(line, step)))
 
     def last_checkpoint(self) -> Path:
         """Return the newest checkpoint.
@@ -203,16 +215,27 @@ def _plain(config: RunConfig) -> dict[str, Any]:
     """The run file with local paths written whole, so that the run can be used from any folder."""
     plain = config.model_dump(mode="json")
     plain["output_dir"] = str(config.output_dir.absolute())
-    plain["reference"]["cache"] = config.reference.cache and str(config.reference.cache.absolute())
-    sources = (*plain["data"]["train"], *plain["data"]["eval"])
-    for section, field in (
-        *((s, "path") for s in (plain["model"], plain["reference"], *sources)),
-        (plain["model"], "chat_template"),
-    ):
-        value = section[field]
-        if value and len(value) < 4096 and Path(value).expanduser().exists():
-            section[field] = str(Path(value).expanduser().absolute())
-    return plain
+    return {section: _with_whole_paths(value, section) for section, value in plain.items()}
+
+
+def _with_whole_paths(value: Any, field: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_whole_paths(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_whole_paths(inner, field) for inner in value]
+    if not isinstance(value, str) or field not in PATHS or len(value) >= 4096:
+        return value
+    path = Path(value).expanduser()
+    return str(path.absolute()) if path.exists() or field == "cache" else value
+
+
+def _sampled_by(line: str, step: int) -> bool:
+    """Whether a completion was there when the checkpoint of a step was written; half a line of a killed run was not."""
+    try:
+        sample = json.loads(line)
+    except ValueError:
+        return False
+    return sample["step"] < step or (sample["step"] == step and sample["held_out"])
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
