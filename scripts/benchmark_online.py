@@ -62,6 +62,7 @@ def arguments() -> argparse.Namespace:
     add("--steps", type=int, default=4)
     add("--warmup", type=int, default=1, help="steps that are not counted")
     add("--rounds", type=int, default=1)
+    add("--loop", default="trainer", choices=["trainer", "bare"], help="falign's: its trainer, or a plain loop")
     add("--layout", default="auto", choices=["auto", "tree", "padded"], help="falign's")
     add("--r", type=int, default=16)
     add("--sides", nargs="+", choices=["trl", "falign"], default=["trl", "falign"])
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> dict:
     tokenizer = load_tokenizer(args.model)  # a random model's reward reads texts too, whatever they are
     prompts = prompts_of(args, model.config.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
-        SIDES[args.worker](args, model, tokenizer, prompts, clock, Path(folder))
+        SIDES[args.worker, args.loop](args, model, tokenizer, prompts, clock, Path(folder))
     counted = slice(args.warmup, None)
     parts = {name: statistics.fmean(clock.parts[name][counted]) for name in PARTS}
     return {
@@ -152,6 +153,21 @@ class StepClock(Clock):
         self.parts[name].append(spent - (self.inner - before))
         self.inner = before + spent
 
+    def last_update(self, updates: int):
+        """End a step of the clock with the last update of a rollout; what is no other part was updates."""
+        from transformers import TrainerCallback
+
+        clock = self
+
+        class LastUpdate(TrainerCallback):
+            def on_step_end(self, args, state, *_, **__) -> None:
+                if state.global_step % updates == 0:
+                    clock.end()
+                    others = clock.parts["generation"][-1] + clock.parts["scoring"][-1]
+                    clock.parts["update"].append(clock.seconds[-1] - others)
+
+        return LastUpdate()
+
     def wait(self) -> None:
         import torch
 
@@ -165,7 +181,6 @@ def reward(completions: list[str], **_) -> list[float]:
 
 def run_trl(args, model, tokenizer, prompts, clock, folder) -> None:
     from datasets import Dataset
-    from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     class Timed(GRPOTrainer):
@@ -179,22 +194,9 @@ def run_trl(args, model, tokenizer, prompts, clock, folder) -> None:
             return generated
 
         def _generate_and_score_completions(self, inputs):
+            clock.begin()
             with clock.part("scoring"):
                 return super()._generate_and_score_completions(inputs)
-
-    class Steps(TrainerCallback):
-        """A step of the clock is a rollout with all its updates."""
-
-        def on_step_begin(self, args_, state, *_, **__) -> None:
-            if state.global_step % args.updates == 0:
-                clock.begin()
-                clock.spent = sum(map(sum, clock.parts.values()))
-
-        def on_step_end(self, args_, state, *_, **__) -> None:
-            if state.global_step % args.updates == 0:
-                clock.end()
-                others = sum(map(sum, clock.parts.values())) - clock.spent
-                clock.parts["update"].append(clock.seconds[-1] - others)
 
     token_ids = prompts
     config = GRPOConfig(
@@ -216,20 +218,21 @@ def run_trl(args, model, tokenizer, prompts, clock, folder) -> None:
         shuffle_dataset=False,
     )
     dataset = Dataset.from_list([{"prompt": str(i)} for i in range(len(prompts))])
-    trainer = Timed(model, reward, config, dataset, processing_class=tokenizer, callbacks=[Steps()])
+    trainer = Timed(
+        model, reward, config, dataset, processing_class=tokenizer, callbacks=[clock.last_update(args.updates)]
+    )
     trainer.eos_token_ids = [-1]  # none ends a completion
     trainer.train()
 
 
-def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
-    import torch
-
+def own_parts(args, model, tokenizer, prompts) -> tuple:
+    """falign's objective, reference, layout, engine and how it samples."""
     from falign import divergences
     from falign.models.tokenizers import pad_token_id
     from falign.objectives import PolicyGradient
-    from falign.references import AdapterOff, objective_inputs
+    from falign.references import AdapterOff
     from falign.rollouts import SamplingParams, TransformersEngine
-    from falign.scoring import LAYOUTS, PromptTree, choose_layout
+    from falign.scoring import PromptTree, choose_layout
 
     objective = PolicyGradient(
         divergences.get("reverse_kl"),
@@ -241,11 +244,83 @@ def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
         level="token",
         reduction="sequence_mean",
     )
-    reference, pad = AdapterOff(), pad_token_id(tokenizer)
+    pad = pad_token_id(tokenizer)
     probes = [PromptTree(ids, (ids[-8:], ids[:5])) for ids in prompts[:2]]
     layout = choose_layout(model, probes, pad_token_id=pad, wanted=args.layout).layout
     engine = TransformersEngine(model, pad_token_id=pad)
-    sampling = SamplingParams(args.new_tokens)
+    return objective, AdapterOff(), layout, engine, SamplingParams(args.new_tokens)
+
+
+class InOrder:
+    """Prompts in the order in which TRL has them."""
+
+    position = 0
+
+    def take(self, count: int) -> range:
+        self.position += count
+        return range(self.position - count, self.position)
+
+
+def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
+    from transformers import PrinterCallback, TrainingArguments
+
+    from falign.data import PromptRow
+    from falign.rewards import RewardSum, WeightedReward
+    from falign.training.completions_table import CompletionsTable
+    from falign.training.groups import GroupSampler
+    from falign.training.online_trainer import OnlineTrainer
+    from falign.training.prompts_config import RolloutConfig
+
+    class Timed(OnlineTrainer):
+        def _draw(self, number):
+            with clock.part("generation"):
+                drawn = super()._draw(number)
+            clock.lengths |= {len(rollout.completion_ids) for group in drawn.groups for rollout in group.rollouts}
+            return drawn
+
+        def _roll_out(self):
+            clock.begin()
+            with clock.part("scoring"):
+                return super()._roll_out()
+
+    objective, reference, layout, engine, sampling = own_parts(args, model, tokenizer, prompts)
+    rewards = RewardSum((WeightedReward("letters", lambda prompts, completions: reward(completions)),))
+    sampler = GroupSampler(engine, rewards, tokenizer, sampling, completions=args.completions, seed=0)
+    settings = {**trainer_arguments(args, folder), "max_steps": args.steps * args.updates}
+    trainer = Timed(
+        model,
+        reference=reference,
+        objective=objective,
+        args=TrainingArguments(**settings, remove_unused_columns=False, label_names=[]),
+        sampler=sampler,
+        evaluation_sampler=sampler,
+        prompts=[PromptRow(str(i), ids) for i, ids in enumerate(prompts)],
+        eval_prompts=[],
+        rollout=RolloutConfig(
+            prompts=args.prompts,
+            completions=args.completions,
+            max_new_tokens=args.new_tokens,
+            updates=args.updates,
+            ignore_stop=True,
+        ),
+        pad_token_id=engine.pad_token_id,
+        table=CompletionsTable(None),
+        layout=layout,
+        processing_class=tokenizer,
+        callbacks=[clock.last_update(args.updates)],
+    )
+    trainer.order = InOrder()
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+def run_falign_bare(args, model, tokenizer, prompts, clock, folder) -> None:
+    import torch
+
+    from falign.references import objective_inputs
+    from falign.scoring import LAYOUTS, PromptTree
+
+    objective, reference, layout, engine, sampling = own_parts(args, model, tokenizer, prompts)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
     model.train()
@@ -260,7 +335,7 @@ def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
         with clock.part("scoring"):
             groups = [rollouts[i : i + args.completions] for i in range(0, len(rollouts), args.completions)]
             trees = [PromptTree(group[0].prompt_ids, tuple(each.completion_ids for each in group)) for group in groups]
-            batch = LAYOUTS[layout](trees, pad_token_id=pad).to(args.device)
+            batch = LAYOUTS[layout](trees, pad_token_id=engine.pad_token_id).to(args.device)
             known = {
                 "rewards": torch.tensor(reward(texts), device=args.device),
                 "reference_logprobs": reference.logprobs(model, batch),
@@ -283,7 +358,12 @@ def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
         clock.end()
 
 
-SIDES = {"trl": run_trl, "falign": run_falign}
+SIDES = {
+    ("trl", "trainer"): run_trl,
+    ("trl", "bare"): run_trl,
+    ("falign", "trainer"): run_falign,
+    ("falign", "bare"): run_falign_bare,
+}
 
 if __name__ == "__main__":
     main()

@@ -18,7 +18,7 @@ def run(demo, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--updates", "2", "--dtype", "bfloat16")], ids=["one_update", "two_updates"])
+@pytest.mark.parametrize("options", [("--updates", "2", "--dtype", "bfloat16"), ("--loop", "bare")], ids=str)
 def test_both_sides_sample_completions_of_one_length_and_time_the_parts_of_a_step(demo, options):
     table = run(demo, *options)
     for side in ("trl", "falign"):
