@@ -11,7 +11,16 @@ from falign.training.config import (
 )
 from falign.training.curves import plot_curves
 from falign.training.objective_config import ListwiseConfig, ObjectiveConfig, PairwiseConfig, TokenPairwiseConfig
-from falign.training.reference_config import ReferenceConfig
+from falign.training.reference_config import (
+    AdapterOffConfig,
+    AdapterReferenceConfig,
+    AutoReferenceConfig,
+    FrozenReferenceConfig,
+    MovingAverageConfig,
+    PeriodicResetConfig,
+    ReferenceConfig,
+    SoupConfig,
+)
 from falign.training.run import RunSummary, train
 from falign.training.run_file import load_run_file, parse_run
 from falign.training.run_folder import RunFolder
@@ -19,17 +28,24 @@ from falign.training.trainer import AlignmentTrainer
 
 __all__ = [
     "AdapterConfig",
+    "AdapterOffConfig",
+    "AdapterReferenceConfig",
     "AlignmentTrainer",
+    "AutoReferenceConfig",
     "DataConfig",
+    "FrozenReferenceConfig",
     "ListwiseConfig",
     "ModelConfig",
+    "MovingAverageConfig",
     "ObjectiveConfig",
     "PairwiseConfig",
+    "PeriodicResetConfig",
     "ReferenceConfig",
     "RunConfig",
     "RunFolder",
     "RunSummary",
     "SamplingConfig",
+    "SoupConfig",
     "SourceConfig",
     "TokenPairwiseConfig",
     "TrainingConfig",

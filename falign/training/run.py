@@ -30,7 +30,7 @@ from falign.scoring import LAYOUTS, Layout, check_head, choose_layout
 from falign.training.config import RunConfig
 from falign.training.curves import plot_curves
 from falign.training.progress import BAR, MetricsFile, ProgressBar
-from falign.training.references import build_reference, cached, starts_as_policy
+from falign.training.references import build_reference, cached, keep_moved, starts_as_policy
 from falign.training.run_folder import RunFolder, versions
 from falign.training.trainer import AlignmentTrainer
 
@@ -110,6 +110,7 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
         for prompt, first, last in zip(config.sampling.prompts, before["answers"], _answers(config, parts), strict=True)
     ]
     _write_model(folder, parts)
+    keep_moved(folder, trainer.reference, parts.policy)
     folder.write_json("samples.json", samples)
     folder.write_json("summary.json", {"before": before["metrics"], "after": after})
     title = f"{config.objective.divergence}, β = {config.objective.beta:g}, {config.model.path}"

@@ -18,6 +18,9 @@ from falign.training.config import RunConfig
 
 __all__ = ["RunFolder", "naming", "versions"]
 
+PATHS = frozenset({"path", "paths", "chat_template", "cache", "root", "init"})
+"""Fields of the run file that may name something on the disk."""
+
 PACKAGES = ("falign", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl")
 
 
@@ -30,6 +33,7 @@ class RunFolder:
     ``metrics.jsonl``       one log a line
     ``checkpoint-N/``       trainable weights, optimizer, scheduler, random states
     ``adapter/``            the trained adapter in PEFT's layout (``model/`` without adapter)
+    ``reference/``          where a reference that moves has come to
     ``samples.json``        prompts answered before and after
     ``summary.json``        held-out metrics before and after
     ``curves.png``          loss, rewards and log-ratios
@@ -67,6 +71,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """The trained adapter."""
         return self.path / "adapter"
+
+    @property
+    def reference(self) -> Path:
+        """The last state of a reference that moves."""
+        return self.path / "reference"
 
     @property
     def weights(self) -> Path:
@@ -203,16 +212,18 @@ def _plain(config: RunConfig) -> dict[str, Any]:
     """The run file with local paths written whole, so that the run can be used from any folder."""
     plain = config.model_dump(mode="json")
     plain["output_dir"] = str(config.output_dir.absolute())
-    plain["reference"]["cache"] = config.reference.cache and str(config.reference.cache.absolute())
-    sources = (*plain["data"]["train"], *plain["data"]["eval"])
-    for section, field in (
-        *((s, "path") for s in (plain["model"], plain["reference"], *sources)),
-        (plain["model"], "chat_template"),
-    ):
-        value = section[field]
-        if value and len(value) < 4096 and Path(value).expanduser().exists():
-            section[field] = str(Path(value).expanduser().absolute())
-    return plain
+    return {section: _with_whole_paths(value, section) for section, value in plain.items()}
+
+
+def _with_whole_paths(value: Any, field: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_whole_paths(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_whole_paths(inner, field) for inner in value]
+    if not isinstance(value, str) or field not in PATHS or len(value) >= 4096:
+        return value
+    path = Path(value).expanduser()
+    return str(path.absolute()) if path.exists() or field == "cache" else value
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
