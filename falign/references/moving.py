@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
-from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import override
 
 from falign.errors import ModelError
-from falign.models.adapter_copies import matrices_of
 from falign.references.adapter_reference import AdapterReference
 from falign.references.base import Reference
 from falign.references.frozen_model import FrozenModel
 from falign.references.moving_rules import MovingAverage, PeriodicReset
 from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = ["MovingReference"]
 
@@ -88,8 +89,7 @@ class MovingReference(Reference):
         if isinstance(self.held, FrozenModel):
             self._measured = self.rule.move_weights(self.held.model, policy_model)
         else:
-            assert isinstance(policy_model, PeftModel)
-            self._measured = self.rule.move_adapter(policy_model, self.held.adapter)
+            self._measured = self.rule.move_adapter(cast("PeftModel", policy_model), self.held.adapter)
         self.moves += 1
 
     def metrics(self) -> dict[str, float]:
@@ -121,5 +121,6 @@ class MovingReference(Reference):
     def _tensors(self, policy_model: nn.Module) -> dict[str, Tensor]:
         if isinstance(self.held, FrozenModel):
             return dict(self.held.model.named_parameters())
-        assert isinstance(policy_model, PeftModel)
-        return matrices_of(policy_model, self.held.adapter)
+        from falign.models.adapter_copies import matrices_of
+
+        return matrices_of(cast("PeftModel", policy_model), self.held.adapter)
