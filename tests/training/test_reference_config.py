@@ -1,4 +1,8 @@
+import re
+from pathlib import Path
+
 import pytest
+import yaml
 
 from falign.errors import ConfigError
 from falign.training import (
@@ -84,6 +88,13 @@ def test_a_field_that_a_kind_does_not_read_is_an_error(fields, message):
 def test_a_combination_that_cannot_work_is_refused_before_anything_is_loaded(data, message):
     with pytest.raises(ConfigError, match=message):
         parse_run(data).check()
+
+
+def test_the_lines_of_the_page_on_references_are_read():
+    page = (Path(__file__).parents[2] / "docs" / "references.md").read_text(encoding="utf-8")
+    blocks = [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)]
+    kinds = [parse_run({**LEAST, **block}).reference.kind for block in blocks if parse_run({**LEAST, **block}).check()]
+    assert kinds == ["auto", "adapter", "soup", "moving_average", "periodic_reset"]
 
 
 def test_what_an_initial_adapter_has_of_its_own_cannot_be_set_beside_it():
