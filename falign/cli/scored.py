@@ -46,9 +46,10 @@ class Scored(NamedTuple):
 
     def models(self) -> list[Any]:
         """Return the policy, and the reference's model where that is another one."""
-        from falign.references import FrozenModel
+        from falign.references import own_model
 
-        return [self.policy, *([self.reference.model] if isinstance(self.reference, FrozenModel) else [])]
+        other = own_model(self.reference)
+        return [self.policy, *([] if other is None else [other])]
 
     def scorer(self, trees: Sequence[PromptTree], *, layout: Any) -> tuple[CompletionScorer, LayoutChoice]:
         """Check the models on the first trees, and return what scores them and the others.
@@ -107,7 +108,7 @@ def load_run(path: str, *, max_length: int | None) -> Scored:
     from falign.models import weights_hash
     from falign.objectives import RewardingObjective
     from falign.training import RunFolder
-    from falign.training.references import build_reference
+    from falign.training.references import rebuild_reference
 
     folder = RunFolder.open(path)
     policy, tokenizer, config = load_trained(folder)
@@ -116,7 +117,7 @@ def load_run(path: str, *, max_length: int | None) -> Scored:
     if not isinstance(objective, RewardingObjective):
         raise ConfigError(f"{path}: objective.kind={config.objective.kind} defines no implicit reward to score by.")
     policy.to(_device())  # pyright: ignore[reportArgumentType]
-    reference = build_reference(config, policy, device=_device())
+    reference = rebuild_reference(config, policy, folder, device=_device())
     data = config.data
     assert data is not None, "objectives with an implicit reward"
     window = Window(data.max_length, data.max_completion_length, data.long_prompt, data.long_completion)

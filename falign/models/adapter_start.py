@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from falign.models.adapters import load_adapter
 from falign.models.merging import check_plain_lora
-from falign.models.sources import resolve
+from falign.models.sources import adapter_folder, resolve
 from falign.models.structure import base_name, lora_layers
 
 __all__ = ["start_from_adapter"]
@@ -21,7 +21,7 @@ def start_from_adapter(
 
     Args:
         model: the base, changed in place.
-        path: the adapter's folder, which is not written to.
+        path: the adapter's folder, or a run that has trained one; nothing is written there.
         dropout: on the adapter's input, while training.
         revision: the base's revision on the hub, to be recorded in the adapter's configuration.
 
@@ -29,7 +29,7 @@ def start_from_adapter(
         ModelError: no adapter there, one for another base, or one that is more than LoRA matrices, which could not
             be exported again.
     """
-    adapted = load_adapter(model, path, trainable=True)
+    adapted = load_adapter(model, adapter_folder(path), trainable=True)
     check_plain_lora(adapted, "default")
     config = adapted.peft_config["default"]
     assert isinstance(config, LoraConfig)

@@ -9,7 +9,7 @@ from falign.errors import ModelError
 from falign.models.demo import DEMO_PREFIX, demo_gguf
 from falign.models.gguf import plain_checkpoint
 
-__all__ = ["adapter_config", "check_weights", "damaged", "resolve"]
+__all__ = ["adapter_config", "adapter_folder", "check_weights", "damaged", "resolve"]
 
 
 def resolve(name_or_path: str | Path) -> str:
@@ -35,6 +35,20 @@ def resolve(name_or_path: str | Path) -> str:
     if _looks_local(name, path):
         raise ModelError(f"{path} does not exist{_nearest_sibling(path)}")
     return name
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """Return the folder of an adapter; of a run, that of what it has trained.
+
+    Raises:
+        ModelError: a run without adapter.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / "run.yaml").is_file():
+        return folder
+    if not (folder / "adapter").is_dir():
+        raise ModelError(f"{folder} is a run that has no adapter (yet): finish it, or give an adapter's folder.")
+    return folder / "adapter"
 
 
 def check_weights(folder: Path) -> None:

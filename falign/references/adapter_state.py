@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer, set_adapter
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from falign.errors import ModelError
@@ -33,6 +30,9 @@ def adapter_acting(module: nn.Module, adapter: str) -> Iterator[None]:
     Layer by layer, because PEFT lets each have active adapters of its own. A layer that does not carry the adapter
     acts as in the base.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer, set_adapter
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     layers = [
         (layer, [*layer.active_adapters], layer.disable_adapters)
         for layer in module.modules()
@@ -58,6 +58,8 @@ def require_adapter(model: nn.Module, adapter: str) -> None:
     Raises:
         ModelError: No such adapter, or one that moves with the policy.
     """
+    from peft import PeftModel
+
     known = list(model.peft_config) if isinstance(model, PeftModel) else []
     if adapter not in known:
         raise ModelError(

@@ -33,22 +33,30 @@ class Cached(Reference):
         reference: What computes missing values; None where all are there.
         directory: The store's folder.
         key: What the values depend on besides the token ids.
+        origin: Identity of what has computed the values, for the record, where that is no longer there.
 
     Raises:
         ConfigError: If the store was written under another key, or key and reference name different weights.
     """
 
-    def __init__(self, reference: Reference | None, *, directory: Path, key: CacheKey) -> None:
+    def __init__(
+        self,
+        reference: Reference | None,
+        *,
+        directory: Path,
+        key: CacheKey,
+        origin: dict[str, Any] | None = None,
+    ) -> None:
         weights = None if reference is None else reference.identity().get("weights")
         if weights not in (None, key.weights):
             raise ConfigError(f"The cache key names the weights {key.weights!r}, its reference {weights!r}.")
         self.reference = reference
+        self.origin = origin if reference is None else reference.identity()
         self.store = LogprobStore(directory, key=key)
 
     @override
     def identity(self) -> dict[str, Any]:
-        wrapped = None if self.reference is None else self.reference.identity()
-        return {"kind": "cached", "reference": wrapped, **asdict(self.store.key)}
+        return {"kind": "cached", "reference": self.origin, **asdict(self.store.key)}
 
     @override
     def logprobs(self, policy_model: nn.Module, batch: TokenBatch) -> Float[Tensor, "N T"]:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
-from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import override
 
 from falign.errors import ModelError
-from falign.models.adapter_copies import matrices_of
 from falign.references.adapter_reference import AdapterReference
 from falign.references.base import Reference
 from falign.references.frozen_model import FrozenModel
 from falign.references.moving_rules import MovingAverage, PeriodicReset
-from falign.scoring import CompletionStates, TokenBatch
+from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = ["MovingReference"]
 
@@ -45,11 +46,18 @@ class MovingReference(Reference):
         self.held = held
         self.rule = rule
         self.moves = 0
+        self.start = held.identity()["weights"]
         self._measured: dict[str, float] = {}
 
     @classmethod
     def beside(
-        cls, policy_model: PeftModel, *, rule: MovingAverage | PeriodicReset, adapter: str = "ref", **settings: Any
+        cls,
+        policy_model: PeftModel,
+        *,
+        rule: MovingAverage | PeriodicReset,
+        adapter: str = "ref",
+        weights: str | None = None,
+        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     ) -> MovingReference:
         """Return a reference in an adapter of its own over the policy's base, equal to the policy's for now.
 
@@ -57,15 +65,16 @@ class MovingReference(Reference):
             policy_model: The policy; its trained adapter is ``default``.
             rule: How the reference moves.
             adapter: What the reference's adapter is called.
-            **settings: Of :class:`AdapterReference` (``weights``, ``chunk_tokens``).
+            weights: Content hash of what the policy is now, for the record.
+            chunk_tokens: How many positions reach the head at once.
         """
         rule.add_adapter(policy_model, adapter)
-        return cls(AdapterReference(adapter=adapter, **settings), rule=rule)
+        held = AdapterReference(adapter=adapter, weights=weights, chunk_tokens=chunk_tokens)
+        return cls(held, rule=rule)
 
     @override
     def identity(self) -> dict[str, Any]:
-        start = self.held.identity()["weights"]
-        return {"kind": self.rule.kind, **asdict(self.rule), "start": start, "moves": self.moves}
+        return {"kind": self.rule.kind, **asdict(self.rule), "start": self.start, "moves": self.moves}
 
     @override
     def logprobs(self, policy_model: nn.Module, batch: TokenBatch) -> Float[Tensor, "N T"]:
@@ -80,8 +89,7 @@ class MovingReference(Reference):
         if isinstance(self.held, FrozenModel):
             self._measured = self.rule.move_weights(self.held.model, policy_model)
         else:
-            assert isinstance(policy_model, PeftModel)
-            self._measured = self.rule.move_adapter(policy_model, self.held.adapter)
+            self._measured = self.rule.move_adapter(cast("PeftModel", policy_model), self.held.adapter)
         self.moves += 1
 
     def metrics(self) -> dict[str, float]:
@@ -91,7 +99,8 @@ class MovingReference(Reference):
     def save(self, folder: Path, policy_model: nn.Module) -> None:
         """Write the reference as it is now into an existing folder."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors(policy_model).items()}
-        save_file(tensors, folder / _FILE, metadata={"format": "pt", "moves": str(self.moves)})
+        metadata = {"format": "pt", "moves": str(self.moves), "start": self.start or ""}
+        save_file(tensors, folder / _FILE, metadata=metadata)
 
     @torch.no_grad()
     def load(self, folder: Path, policy_model: nn.Module) -> None:
@@ -107,10 +116,11 @@ class MovingReference(Reference):
                 raise ModelError(f"{folder / _FILE} is of another reference, only one of them has {stray}.")
             for name, tensor in tensors.items():
                 tensor.copy_(file.get_tensor(name))
-            self.moves = int(file.metadata()["moves"])
+            self.moves, self.start = int(file.metadata()["moves"]), file.metadata()["start"] or None
 
     def _tensors(self, policy_model: nn.Module) -> dict[str, Tensor]:
         if isinstance(self.held, FrozenModel):
             return dict(self.held.model.named_parameters())
-        assert isinstance(policy_model, PeftModel)
-        return matrices_of(policy_model, self.held.adapter)
+        from falign.models.adapter_copies import matrices_of
+
+        return matrices_of(cast("PeftModel", policy_model), self.held.adapter)

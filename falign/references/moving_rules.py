@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from falign.errors import ModelError
-from falign.models.adapter_copies import add_average, add_copy, average_into, copy_into
-from falign.models.structure import lora_layers
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = ["MovingAverage", "PeriodicReset"]
 
@@ -47,11 +47,16 @@ class MovingAverage:
 
     def add_adapter(self, policy_model: PeftModel, name: str) -> None:
         """Add the adapter that will follow the policy's, equal to it for now."""
+        from falign.models.adapter_copies import add_average
+        from falign.models.structure import lora_layers
+
         own = max(layer.r["default"] for layer in lora_layers(policy_model, "default").values())
         add_average(policy_model, rank=_ROOM * own if self.rank is None else self.rank, name=name)
 
     def move_adapter(self, policy_model: PeftModel, name: str) -> dict[str, float]:
         """Move it, and return metrics."""
+        from falign.models.adapter_copies import average_into
+
         return {"reference/truncation": average_into(policy_model, alpha=self.alpha, name=name)}
 
     @torch.no_grad()
@@ -89,10 +94,14 @@ class PeriodicReset:
 
     def add_adapter(self, policy_model: PeftModel, name: str) -> None:
         """Add the adapter that will be set to the policy's, equal to it for now."""
+        from falign.models.adapter_copies import add_copy
+
         add_copy(policy_model, name=name)
 
     def move_adapter(self, policy_model: PeftModel, name: str) -> dict[str, float]:
         """Set it to the policy's, bit for bit, and return metrics."""
+        from falign.models.adapter_copies import copy_into
+
         copy_into(policy_model, name=name)
         return {}
 

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
-from peft import PeftModel
 from torch import Tensor, nn
 from typing_extensions import override
 
-from falign.models.adapter_soup import adapter_soup
-from falign.models.adapter_tensors import install_adapter
-from falign.models.identity import adapted_weights_hash
-from falign.models.soup import soup_record
-from falign.models.soup_members import soup_members
 from falign.references.adapter_reference import AdapterReference
 from falign.references.base import Reference
 from falign.references.frozen_model import FrozenModel
 from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = ["Soup"]
 
@@ -62,6 +59,12 @@ class Soup(Reference):
             ConfigError: Weights that are no shares.
             ModelError: Adapters that have no average, or for another base.
         """
+        from falign.models.adapter_soup import adapter_soup
+        from falign.models.adapter_tensors import install_adapter
+        from falign.models.identity import adapted_weights_hash
+        from falign.models.soup import soup_record
+        from falign.models.soup_members import soup_members
+
         members = soup_members(paths, weights)
         install_adapter(policy_model, adapter_soup(members), name=adapter)
         combined = adapted_weights_hash(policy_model, adapter=adapter)

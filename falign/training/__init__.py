@@ -18,7 +18,16 @@ from falign.training.online_objective_config import (
     RehearsalConfig,
     SupervisedConfig,
 )
-from falign.training.reference_config import ReferenceConfig
+from falign.training.reference_config import (
+    AdapterOffConfig,
+    AdapterReferenceConfig,
+    AutoReferenceConfig,
+    FrozenReferenceConfig,
+    MovingAverageConfig,
+    PeriodicResetConfig,
+    ReferenceConfig,
+    SoupConfig,
+)
 from falign.training.run import RunSummary, train
 from falign.training.run_file import load_run_file, parse_run
 from falign.training.run_folder import RunFolder
@@ -26,14 +35,20 @@ from falign.training.trainer import AlignmentTrainer
 
 __all__ = [
     "AdapterConfig",
+    "AdapterOffConfig",
+    "AdapterReferenceConfig",
     "AlignmentTrainer",
+    "AutoReferenceConfig",
     "DataConfig",
     "DistributionMatchingConfig",
+    "FrozenReferenceConfig",
     "HybridConfig",
     "ListwiseConfig",
     "ModelConfig",
+    "MovingAverageConfig",
     "ObjectiveConfig",
     "PairwiseConfig",
+    "PeriodicResetConfig",
     "PolicyGradientConfig",
     "ReferenceConfig",
     "RehearsalConfig",
@@ -41,6 +56,7 @@ __all__ = [
     "RunFolder",
     "RunSummary",
     "SamplingConfig",
+    "SoupConfig",
     "SourceConfig",
     "SupervisedConfig",
     "TokenPairwiseConfig",

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_serializer, model_validator
 
 from falign.data import DataSource, LengthPolicy, PreferenceData, Window, load_preferences
 from falign.errors import ConfigError
@@ -16,7 +16,7 @@ from falign.training.base_config import FrozenModel
 from falign.training.objective_config import ObjectiveConfig, PairwiseConfig
 from falign.training.online_objective_config import DistributionMatchingConfig
 from falign.training.prompts_config import PromptsConfig, RehearsalDataConfig, RolloutConfig
-from falign.training.reference_config import ReferenceConfig
+from falign.training.reference_config import AutoReferenceConfig, ReferenceConfig, check_reference
 from falign.training.reward_config import RewardConfig
 from falign.training.supplied import OFFLINE
 from falign.training.target_config import without_fit
@@ -77,6 +77,9 @@ class ModelConfig(FrozenModel):
         )
 
 
+_OF_THE_ADAPTER = frozenset({"r", "alpha", "target_modules"})
+
+
 class AdapterConfig(FrozenModel):
     """A LoRA adapter; ``adapter: null`` trains all weights."""
 
@@ -85,11 +88,26 @@ class AdapterConfig(FrozenModel):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
     """``all-linear`` or names of linear modules."""
+    init: str | None = None
+    """Start from this adapter, a folder or a run that has trained one; r, alpha and target_modules are then its own."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> AdapterConfig:
+        if self.init is not None and (given := sorted(self.model_fields_set & _OF_THE_ADAPTER)):
+            raise ValueError(f"{', '.join(given)} cannot be set beside init, whose adapter has its own; leave it out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_init_has(self, handler: Any) -> dict[str, Any]:
+        dropped = frozenset[str]() if self.init is None else _OF_THE_ADAPTER
+        return {name: value for name, value in handler(self).items() if name not in dropped}
 
     def build(self, model: PreTrainedModel, *, seed: int, revision: str | None = None) -> PeftModel:
         """Add the adapter to a model; the base's revision is recorded with it."""
-        from falign.models import add_lora
+        from falign.models import add_lora, start_from_adapter
 
+        if self.init is not None:
+            return start_from_adapter(model, self.init, dropout=self.dropout, revision=revision)
         return add_lora(
             model,
             r=self.r,
@@ -250,7 +268,7 @@ class RunConfig(FrozenModel):
     seed: int = Field(default=0, ge=0, lt=2**32)
     model: ModelConfig
     adapter: AdapterConfig | None = AdapterConfig()
-    reference: ReferenceConfig = ReferenceConfig()
+    reference: ReferenceConfig = AutoReferenceConfig()
     data: DataConfig | None = None
     """Completions that are there; or, in an online run, in its place:"""
     prompts: PromptsConfig | None = None
@@ -269,12 +287,7 @@ class RunConfig(FrozenModel):
         """
         if self.adapter is None and self.model.quantization is not None:
             raise ConfigError("model.quantization=nf4 with adapter=null: 4-bit weights do not train; add an adapter.")
-        if self.adapter is None and self.reference.kind == "adapter_off":
-            raise ConfigError("reference.kind=adapter_off with adapter=null: set reference.kind=frozen.")
-        if self.reference.path is not None and self.reference.kind != "frozen":
-            raise ConfigError(
-                f"reference.path={self.reference.path!r} is read with reference.kind=frozen only; set it."
-            )
+        check_reference(self.reference, adapter=self.adapter is not None)
         objective = self._unfitted().build()
         if self.prompts is None:
             self._check_offline(objective)

@@ -1,22 +1,138 @@
-"""The section of the run file that says what the policy is held to."""
+"""The section of the run file that says what the policy is held to: one model per kind, told apart by ``kind``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Discriminator, Field, Tag, field_validator
+
+from falign.errors import ConfigError
 from falign.training.base_config import FrozenModel
 
-__all__ = ["ReferenceConfig"]
+__all__ = [
+    "AdapterOffConfig",
+    "AdapterReferenceConfig",
+    "AutoReferenceConfig",
+    "FrozenReferenceConfig",
+    "MovingAverageConfig",
+    "PeriodicResetConfig",
+    "ReferenceConfig",
+    "SoupConfig",
+    "check_reference",
+]
 
 
-class ReferenceConfig(FrozenModel):
-    """What the policy is held to."""
-
-    kind: Literal["auto", "adapter_off", "frozen"] = "auto"
-    """``adapter_off``: the policy without its adapter; ``frozen``: a model of its own; ``auto``: the former with an
-    adapter, else the latter."""
-    path: str | None = None
-    """The frozen model, if not the one that is trained."""
+class _FixedReferenceConfig(FrozenModel):
     cache: Path | None = None
     """Folder of log-probabilities computed once before training; shared by all runs with the same reference."""
+
+
+class AutoReferenceConfig(_FixedReferenceConfig):
+    """What the policy starts from: ``adapter_off``; with ``adapter.init`` that adapter; ``frozen`` without adapter."""
+
+    kind: Literal["auto"] = "auto"
+
+
+class AdapterOffConfig(_FixedReferenceConfig):
+    """The policy without its adapter; no second model in memory."""
+
+    kind: Literal["adapter_off"] = "adapter_off"
+
+
+class FrozenReferenceConfig(_FixedReferenceConfig):
+    """A second model in memory that never changes."""
+
+    kind: Literal["frozen"] = "frozen"
+    path: str | None = None
+    """The model, if not the one that is trained."""
+
+
+class AdapterReferenceConfig(_FixedReferenceConfig):
+    """A frozen adapter over the policy's base, such as the one from supervised tuning."""
+
+    kind: Literal["adapter"] = "adapter"
+    path: str
+    """The adapter's folder, or a run that has trained one."""
+
+
+class SoupConfig(_FixedReferenceConfig):
+    """The weighted average of adapters over the policy's base, exactly, or of whole checkpoints (SALSA)."""
+
+    kind: Literal["soup"] = "soup"
+    paths: list[str]
+    """Two or more adapters, checkpoints, or runs that have trained such; of one kind."""
+    weights: list[float] | None = None
+    """One share each, together 1; equal ones where left out."""
+
+
+class _MovingConfig(FrozenModel):
+    every: int = Field(ge=1)
+    """Optimiser steps between two moves. What is logged at a step is measured before the move."""
+    cache: None = None
+    """Not possible here."""
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _refuse_cache(cls, value: Any) -> None:
+        if value is not None:
+            raise ValueError("a moving reference gives other log-probabilities after every move; leave the cache out")
+
+
+class MovingAverageConfig(_MovingConfig):
+    """An average over the policy's past: the reference takes α of the policy at each move (TR-DPO's soft update)."""
+
+    kind: Literal["moving_average"] = "moving_average"
+    alpha: float = Field(gt=0, le=1)
+    """α, the weight of the policy."""
+    rank: int | None = Field(default=None, ge=1)
+    """Of the adapter that is the average; four times the policy's where left out. What it has no room for is logged
+    as ``reference/truncation``."""
+
+
+class PeriodicResetConfig(_MovingConfig):
+    """The policy as it was at the last reset (TR-DPO's hard update, ProRL)."""
+
+    kind: Literal["periodic_reset"] = "periodic_reset"
+    reset_optimizer: bool = False
+    """Forget the optimiser's moments too."""
+
+
+def _kind(value: Any) -> str:
+    return str(value.get("kind", "auto") if isinstance(value, dict) else getattr(value, "kind", "auto"))
+
+
+ReferenceConfig = Annotated[
+    Annotated[AutoReferenceConfig, Tag("auto")]
+    | Annotated[AdapterOffConfig, Tag("adapter_off")]
+    | Annotated[FrozenReferenceConfig, Tag("frozen")]
+    | Annotated[AdapterReferenceConfig, Tag("adapter")]
+    | Annotated[SoupConfig, Tag("soup")]
+    | Annotated[MovingAverageConfig, Tag("moving_average")]
+    | Annotated[PeriodicResetConfig, Tag("periodic_reset")],
+    Discriminator(_kind),
+]
+"""What the policy is held to: ``kind`` names one of these, the first where it is left out."""
+
+
+def check_reference(reference: ReferenceConfig, *, adapter: bool) -> None:
+    """Refuse what cannot work before anything is loaded.
+
+    Raises:
+        ConfigError: With the fields that contradict each other.
+    """
+    if not adapter and isinstance(reference, AdapterOffConfig | AdapterReferenceConfig):
+        raise ConfigError(
+            f"reference.kind={reference.kind} with adapter=null: all weights are trained, so the base would move with "
+            "the policy: set reference.kind=frozen."
+        )
+    if not adapter and isinstance(reference, MovingAverageConfig) and reference.rank is not None:
+        raise ConfigError(f"reference.rank={reference.rank} with adapter=null: weights have no rank; leave it out.")
+    if isinstance(reference, SoupConfig):
+        from falign.models.soup_members import check_weights
+
+        shares = [1 / len(reference.paths)] * len(reference.paths) if reference.weights is None else reference.weights
+        try:
+            check_weights(shares, members=len(reference.paths))
+        except ConfigError as error:
+            raise ConfigError(f"reference: {error}") from error

@@ -9,35 +9,162 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from falign.models import base_of, load_model, weights_hash
+from falign.errors import ConfigError, ModelError
+from falign.models import adapted_weights_hash, base_of, load_adapter, load_model, weights_hash
+from falign.models.soup import cached_checkpoint_soup, soup_record
+from falign.models.soup_members import soup_members
+from falign.models.sources import adapter_folder
+from falign.models.staging import staged_folder
 from falign.models.tokenizers import pad_token_id, tokenizer_fingerprint
-from falign.references import AdapterOff, Cached, CacheKey, FrozenModel, Reference
+from falign.references import (
+    AdapterOff,
+    AdapterReference,
+    Cached,
+    CacheKey,
+    FrozenModel,
+    MovingAverage,
+    MovingReference,
+    PeriodicReset,
+    Reference,
+    Soup,
+    own_model,
+)
 from falign.scoring import Layout, PromptTree
 from falign.training.config import RunConfig
+from falign.training.reference_config import (
+    AdapterOffConfig,
+    AdapterReferenceConfig,
+    AutoReferenceConfig,
+    FrozenReferenceConfig,
+    MovingAverageConfig,
+    PeriodicResetConfig,
+    ReferenceConfig,
+    SoupConfig,
+)
+from falign.training.run_folder import RunFolder
 
-__all__ = ["build_reference", "cached", "starts_as_policy"]
+__all__ = ["build_reference", "cached", "keep_moved", "rebuild_reference", "starts_as_policy"]
 
 
 def starts_as_policy(config: RunConfig) -> bool:
     """Return whether policy and reference are the same model before the first step."""
-    return config.reference.path in (None, config.model.path)
+    reference, init = _resolved(config), None if config.adapter is None else config.adapter.init
+    if isinstance(reference, AdapterReferenceConfig):
+        return init is not None and adapter_folder(reference.path).resolve() == adapter_folder(init).resolve()
+    if isinstance(reference, FrozenReferenceConfig):
+        return init is None and reference.path in (None, config.model.path)
+    if isinstance(reference, AdapterOffConfig):
+        return init is None
+    return not isinstance(reference, SoupConfig)
 
 
 def build_reference(config: RunConfig, policy: PreTrainedModel | PeftModel, *, device: torch.device) -> Reference:
-    """Return what the policy is held to, with the content hash of its weights."""
-    kind, chunk_tokens = config.reference.kind, config.training.chunk_tokens
-    if kind == "adapter_off" or (kind == "auto" and config.adapter is not None):
+    """Return what the policy is held to, with the content hash of its weights.
+
+    Args:
+        config: The run.
+        policy: It gets a second adapter, ``ref``, where that is the reference.
+        device: Where a model of its own is put.
+
+    Raises:
+        FalignError: A model or adapter is not there, or does not fit the policy.
+    """
+    reference, chunk_tokens = _resolved(config), config.training.chunk_tokens
+    if isinstance(reference, AdapterOffConfig):
         return AdapterOff(weights=weights_hash(policy), chunk_tokens=chunk_tokens)
+    if isinstance(reference, FrozenReferenceConfig):
+        return _frozen(config, reference.path, device)
+    if isinstance(reference, AdapterReferenceConfig):
+        assert isinstance(policy, PeftModel)
+        load_adapter(policy, adapter_folder(reference.path), trainable=False, name="ref")
+        weights = adapted_weights_hash(policy, adapter="ref")
+        return AdapterReference(weights=weights, path=reference.path, chunk_tokens=chunk_tokens)
+    if isinstance(reference, SoupConfig):
+        return _soup(config, reference, policy, device)
+    rule = _rule(reference)
+    if not isinstance(policy, PeftModel):
+        return MovingReference(_frozen(config, None, device), rule=rule)
+    weights = adapted_weights_hash(policy, adapter="default")
+    return MovingReference.beside(policy, rule=rule, weights=weights, chunk_tokens=chunk_tokens)
+
+
+def keep_moved(folder: RunFolder, reference: Reference, policy: PreTrainedModel | PeftModel) -> None:
+    """Write where a moving reference has come to into the run folder, and into its record; other kinds do not move."""
+    if not isinstance(reference, MovingReference):
+        return
+    with staged_folder(folder.reference, existing="replace") as staging:
+        reference.save(staging, policy)
+    folder.write_json("manifest.json", {**folder.read_json("manifest.json"), "reference": reference.identity()})
+
+
+def rebuild_reference(
+    config: RunConfig, policy: PreTrainedModel | PeftModel, folder: RunFolder, *, device: torch.device
+) -> Reference:
+    """Return the reference of a finished run as its last step had it.
+
+    Raises:
+        ConfigError: The run is not finished.
+        ModelError: What the reference was made of holds other weights now.
+    """
+    reference = build_reference(config, policy, device=device)
+    if isinstance(reference, MovingReference):
+        if not folder.reference.is_dir():
+            raise ConfigError(
+                f"{folder.path} has not kept where its moving reference came to: finish it by `falign train ... "
+                "--resume`."
+            )
+        reference.load(folder.reference, policy)
+        return reference
+    recorded, found = folder.read_json("manifest.json")["reference"], reference.identity()
+    if recorded["weights"] != found["weights"]:
+        raise ModelError(
+            f"The reference of {folder.path} ({found['kind']}) holds other weights now than when the run was trained: "
+            f"restore what {folder.run_file} names under model and reference."
+        )
+    return reference
+
+
+def _resolved(config: RunConfig) -> ReferenceConfig:
+    """Say what ``auto`` means: what the policy starts from, so that nothing is held to a model it never was."""
+    if not isinstance(config.reference, AutoReferenceConfig):
+        return config.reference
+    if config.adapter is None:
+        return FrozenReferenceConfig()
+    return AdapterOffConfig() if config.adapter.init is None else AdapterReferenceConfig(path=config.adapter.init)
+
+
+def _rule(reference: MovingAverageConfig | PeriodicResetConfig | AutoReferenceConfig) -> MovingAverage | PeriodicReset:
+    if isinstance(reference, MovingAverageConfig):
+        return MovingAverage(alpha=reference.alpha, every=reference.every, rank=reference.rank)
+    assert isinstance(reference, PeriodicResetConfig)
+    return PeriodicReset(every=reference.every, reset_optimizer=reference.reset_optimizer)
+
+
+def _frozen(config: RunConfig, path: str | Path | None, device: torch.device) -> FrozenModel:
     model = load_model(
-        config.reference.path or config.model.path,
+        config.model.path if path is None else path,
         dtype=config.model.dtype,
         quantization=config.model.quantization,
         attn_implementation=config.model.attn_implementation,
-        revision=config.model.revision if starts_as_policy(config) else None,
+        revision=config.model.revision if path in (None, config.model.path) else None,
         trust_remote_code=config.model.trust_remote_code,
     )
     weights = weights_hash(model)
+    chunk_tokens = config.training.chunk_tokens
     return FrozenModel(model.to(device), weights=weights, chunk_tokens=chunk_tokens)  # pyright: ignore[reportArgumentType]
+
+
+def _soup(config: RunConfig, reference: SoupConfig, policy: PreTrainedModel | PeftModel, device: torch.device) -> Soup:
+    members = soup_members(reference.paths, reference.weights)
+    if members[0].kind == "checkpoint":
+        return Soup(_frozen(config, cached_checkpoint_soup(members), device), record=soup_record(members))
+    if not isinstance(policy, PeftModel):
+        raise ConfigError(
+            "reference.kind=soup of adapters with adapter=null: all weights are trained, so the base would move with "
+            "the policy; give merged checkpoints (`falign export --format merged`)."
+        )
+    chunk_tokens = config.training.chunk_tokens
+    return Soup.of_adapters(policy, reference.paths, weights=reference.weights, chunk_tokens=chunk_tokens)
 
 
 def cached(
@@ -63,7 +190,7 @@ def cached(
         layout: One that the reference's model can read.
         progress: Called with trees done and in all.
     """
-    base = reference.model if isinstance(reference, FrozenModel) else base_of(policy)
+    base = own_model(reference) or base_of(policy)
     assert isinstance(base, PreTrainedModel)
     quantization = getattr(base.config, "quantization_config", None)
     key = CacheKey(
@@ -81,4 +208,4 @@ def cached(
         layout=layout,
         on_progress=progress,
     )
-    return Cached(None, directory=store, key=key)
+    return Cached(None, directory=store, key=key, origin=reference.identity())

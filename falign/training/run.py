@@ -18,6 +18,7 @@ from falign.training.offline import offline_trainer
 from falign.training.online import online_trainer
 from falign.training.parts import Language, load_language
 from falign.training.progress import MetricsFile, ProgressBar
+from falign.training.references import keep_moved
 from falign.training.run_folder import RunFolder, versions
 from falign.training.trainer import AlignmentTrainer
 
@@ -92,6 +93,7 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
         )
     ]
     _write_model(folder, trainer, language)
+    keep_moved(folder, trainer.reference, trainer.policy)
     folder.write_json("samples.json", samples)
     folder.write_json("summary.json", {"before": before["metrics"], "after": after})
     title = f"{config.objective.title}, {config.model.path}"

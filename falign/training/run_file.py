@@ -35,6 +35,9 @@ ELSEWHERE = {
     "lora_target_modules": "adapter.target_modules",
     "precompute_ref_log_probs": "reference.cache (a folder)",
     "ref_model": "reference.path",
+    "sync_ref_model": "reference.kind (moving_average, periodic_reset)",
+    "ref_model_mixup_alpha": "reference.alpha, with reference.kind=moving_average",
+    "ref_model_sync_steps": "reference.every, with reference.kind=moving_average",
     "max_prompt_length": "data.max_completion_length (what it leaves of data.max_length is the prompt's)",
 }
 """What users of TRL and others write, and where it is here."""

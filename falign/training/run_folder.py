@@ -34,6 +34,7 @@ class RunFolder:
     ``checkpoint-N/``       trainable weights, optimizer, scheduler, random states
     ``adapter/``            the trained adapter in PEFT's layout (``model/`` without adapter)
     ``completions.jsonl``   in an online run, what the policy wrote and what it was worth
+    ``reference/``          where a reference that moves has come to
     ``samples.json``        prompts answered before and after
     ``summary.json``        held-out metrics before and after
     ``curves.png``          loss, rewards and log-ratios
@@ -76,6 +77,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """The trained adapter."""
         return self.path / "adapter"
+
+    @property
+    def reference(self) -> Path:
+        """The last state of a reference that moves."""
+        return self.path / "reference"
 
     @property
     def weights(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -10,6 +11,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -21,7 +23,7 @@ from typing_extensions import override
 from falign.errors import ConfigError, TrainingError
 from falign.models.staging import staged_folder
 from falign.objectives import CompletionBatch, Objective, ObjectiveOutput, reduce_terms, total_weights
-from falign.references import Reference, completion_batch, objective_inputs
+from falign.references import MovingReference, Reference, completion_batch, objective_inputs
 from falign.scoring import (
     DEFAULT_CHUNK_TOKENS,
     LAYOUTS,
@@ -32,6 +34,7 @@ from falign.scoring import (
     evaluation_mode,
 )
 from falign.training.means import Means
+from falign.training.moving_reference import MovesReference
 from falign.training.supplied import OFFLINE
 
 __all__ = ["AlignmentTrainer"]
@@ -95,6 +98,8 @@ class AlignmentTrainer(Trainer):
         self.value_head: nn.Module | None = None
         self.means = Means()
         self._staging: Path | None = None
+        if isinstance(reference, MovingReference):
+            self.add_callback(MovesReference(reference, model))
 
     @property
     def evaluates(self) -> bool:
@@ -132,10 +137,14 @@ class AlignmentTrainer(Trainer):
                 self.read_state(Path(checkpoint))
 
     def write_state(self, folder: Path) -> None:
-        """Add to a checkpoint what a trainer of another kind has to remember; this one has nothing."""
+        """Add to a checkpoint what has to be remembered besides; trainers of other kinds have more of it."""
+        if isinstance(self.reference, MovingReference) and self.args.should_save:
+            self.reference.save(folder, self.policy)
 
     def read_state(self, folder: Path) -> None:
         """Take up what :meth:`write_state` wrote."""
+        if isinstance(self.reference, MovingReference):
+            self.reference.load(folder, self.policy)
 
     @override
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -229,7 +238,16 @@ class AlignmentTrainer(Trainer):
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Training logs come with a loss; the metrics since the last one go with it.
-        super().log({**logs, **self.means.take()} if "loss" in logs else logs, start_time)
+        moved = self.reference.metrics() if isinstance(self.reference, MovingReference) else {}
+        super().log({**logs, **self.means.take(), **moved} if "loss" in logs else logs, start_time)
+
+    @override
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # PEFT writes all adapters, the frozen one of a reference into a folder of its own.
+        frozen = Path(self.args.output_dir if output_dir is None else output_dir) / "ref"  # pyright: ignore[reportArgumentType]
+        if isinstance(self.policy, PeftModel) and frozen.is_dir():
+            shutil.rmtree(frozen)
 
     @override
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
