@@ -104,7 +104,7 @@ def check(
     """
     source = DataSource(source) if isinstance(source, str) else source
     bad_rows = BadRows("skip", keep=keep)
-    reader = RowReader(source.format, source.columns)
+    reader = RowReader(source.format, source.columns, chat=source.chat)
     tally = Tally(bad_rows)
     lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
 

@@ -135,7 +135,7 @@ def _load(
     window: Window,
     bad_rows: BadRows,
 ) -> _Loaded:
-    reader = RowReader(source.format, source.columns)
+    reader = RowReader(source.format, source.columns, chat=source.chat)
     tally = Tally(bad_rows)
     trees: list[PromptTree] = []
     prompts: list[str] = []

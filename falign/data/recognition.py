@@ -67,16 +67,18 @@ class RowReader:
     Args:
         format: A name of ``FORMATS``, or ``"auto"``: the layout of the first row that has one.
         columns: falign's column name to the file's.
+        chat: Whether plain texts are turns, the prompt a user's, to be rendered by the chat template.
 
     Attributes:
         format: The layout; ``"auto"`` until the first row is read.
     """
 
-    def __init__(self, format: str = "auto", columns: Mapping[str, str] | None = None) -> None:
+    def __init__(self, format: str = "auto", columns: Mapping[str, str] | None = None, *, chat: bool = False) -> None:
         require_choice("format", format, ["auto", *FORMATS])
         self.format = format
         self._auto = format == "auto"
         self._columns = dict(columns or {})
+        self._chat = chat
         for name in self._columns:
             if name not in COLUMNS:
                 raise ConfigError(
@@ -114,7 +116,9 @@ class RowReader:
                     f"the row has {sorted(row.fields)}."
                 )
         kept = {name: value for name, value in row.fields.items() if name not in self._columns.values()}
-        return Row(row.place, kept | {name: row.fields[column] for name, column in self._columns.items()})
+        # A system column, also an empty one, makes a conversation of plain texts.
+        turns = {"system": ""} if self._chat else {}
+        return Row(row.place, turns | kept | {name: row.fields[column] for name, column in self._columns.items()})
 
 
 def read_examples(
@@ -127,7 +131,7 @@ def read_examples(
         reader: Made from the source by default; its ``format`` afterwards says which layout was found.
         bad_rows: Takes the rows that cannot be used; by default the first one raises.
     """
-    reader = reader or RowReader(source.format, source.columns)
+    reader = reader or RowReader(source.format, source.columns, chat=source.chat)
     bad_rows = bad_rows or BadRows()
     for row in read_rows(source.path, split=source.split, bad_rows=bad_rows):
         try:

@@ -128,6 +128,8 @@ class SourceConfig(FrozenModel):
     format: str = "auto"
     columns: dict[str, str] = {}
     """What the file calls falign's columns: ``{prompt: question}``."""
+    chat: bool = False
+    """Render plain texts as turns, the prompt as a user's, by the chat template."""
     weight: float | None = Field(default=None, gt=0)
     """Share in a mixture; for all sources or for none."""
     limit: int | None = Field(default=None, ge=1)

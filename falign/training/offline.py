@@ -47,7 +47,7 @@ def offline_trainer(
         language,
         objective,
         args,
-        probes=[*probes[:2], *probes[-2:]],
+        make_probes=lambda policy: [*probes[:2], *probes[-2:]],
         longest=config.data.max_length,
         console=console,
     )

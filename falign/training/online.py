@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import TrainerCallback
 
 from falign.data import PromptData
@@ -28,6 +29,7 @@ from falign.training.run_folder import RunFolder
 
 __all__ = ["online_trainer"]
 
+PROBE_TOKENS = 16
 FIT_VERSION = -(10**9)  # apart from all that training and evaluation sample
 
 
@@ -70,7 +72,7 @@ def online_trainer(
         language,
         objective,
         args,
-        probes=[_probe(row.prompt_ids) for row in sorted(data.train, key=lambda row: len(row.prompt_ids))[-2:]],
+        make_probes=lambda policy: _probes(policy, data, language, min(rollout.max_new_tokens, PROBE_TOKENS)),
         longest=config.prompts.max_length + rollout.max_new_tokens,
         console=console,
     )
@@ -150,6 +152,16 @@ def _tell(data: PromptData, console: Console) -> None:
     console.print("prompts: " + "; ".join(parts), highlight=False, markup=False)
 
 
-def _probe(prompt_ids: tuple[int, ...]) -> PromptTree:
-    """Two made completions of a prompt, of its own last tokens: enough to try a layout on."""
-    return PromptTree(prompt_ids, (prompt_ids[-8:], tuple(reversed(prompt_ids[-5:]))), place="a made completion")
+def _probes(policy: nn.Module, data: PromptData, language: Language, max_new_tokens: int) -> list[PromptTree]:
+    """Sample two completions of the longest prompts, as the run will: made-up ones would be too unlikely to compare."""
+    rows = sorted(data.train, key=lambda row: len(row.prompt_ids))[-2:]
+    engine = TransformersEngine(policy, pad_token_id=language.pad_token_id)
+    engine.publish(policy, FIT_VERSION)
+    params = SamplingParams(max_new_tokens=max_new_tokens)
+    rollouts = engine.sample([row.prompt_ids for row in rows], 2, params, version=FIT_VERSION, seed=0)
+    return [
+        PromptTree(
+            row.prompt_ids, tuple(rollout.completion_ids for rollout in rollouts[2 * i : 2 * i + 2]), place=row.place
+        )
+        for i, row in enumerate(rows)
+    ]

@@ -203,6 +203,8 @@ class OnlineTrainer(AlignmentTrainer):
         columns: dict[str, Any] = {"sampler_logprobs": [list(rollout.logprobs) for rollout in group.rollouts]}
         if "rewards" in self.objective.needs:
             columns["rewards"] = list(group.rewards)
+        if "from_reference" in self.objective.needs:
+            columns["from_reference"] = [False] * len(group.rollouts)
         if "features" in self.objective.needs:
             columns["features"] = group.features()
         return ScoredTree(tree, columns)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from peft import PeftModel
 from rich.console import Console
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from falign.errors import ConfigError
@@ -64,7 +65,7 @@ def load_parts(
     objective: Objective,
     args: TrainingArguments,
     *,
-    probes: Sequence[PromptTree],
+    make_probes: Callable[[nn.Module], Sequence[PromptTree]],
     longest: int,
     console: Console,
 ) -> Parts:
@@ -75,7 +76,8 @@ def load_parts(
         language: Its tokenizer.
         objective: What is minimised.
         args: Say the device.
-        probes: Completions to try the layouts and the reference on, the most telling last.
+        make_probes: Gives completions to try layouts and reference on, the most telling last; it may sample them from
+            the policy.
         longest: Tokens of the longest prompt with a completion that may come.
         console: Where is told what was found.
 
@@ -93,9 +95,10 @@ def load_parts(
             policy = config.adapter.build(policy, seed=config.seed, revision=config.model.revision)
         if config.training.gradient_checkpointing:
             enable_gradient_checkpointing(policy)
+        policy.to(args.device)  # pyright: ignore[reportArgumentType]
+        probes = make_probes(policy)
         check_head(policy, probes[0].prompt_ids + probes[0].completion_ids[0])
         reference = build_reference(config, policy, device=args.device)
-        policy.to(args.device)  # pyright: ignore[reportArgumentType]
     layout = _layout(config, policy, probes, language.pad_token_id, console)
     if starts_as_policy(config):
         batch = LAYOUTS[layout](probes[:2], pad_token_id=language.pad_token_id).to(args.device)

@@ -26,8 +26,8 @@ def read_rehearsal(path: str) -> list[ScoredTree]:
 
 
 def _tree(row: Row) -> ScoredTree:
-    prompt, completion = (_numbers(row, name, int) for name in ("prompt_ids", "completion_ids"))
-    logprobs = _numbers(row, "logprobs", float)
+    prompt, completion = (tuple(map(int, _numbers(row, name, int))) for name in ("prompt_ids", "completion_ids"))
+    logprobs = list(map(float, _numbers(row, "logprobs", float)))
     if len(logprobs) != len(completion):
         raise DataError(f"{row.place}: {len(logprobs)} logprobs for {len(completion)} completion_ids; sample it anew.")
     columns: Mapping[str, Any] = {
@@ -35,10 +35,10 @@ def _tree(row: Row) -> ScoredTree:
         "from_reference": [True],
         "rewards": [0.0],
     }
-    return ScoredTree(PromptTree(tuple(map(int, prompt)), (tuple(map(int, completion)),), place=row.place), columns)
+    return ScoredTree(PromptTree(prompt, (completion,), place=row.place), columns)
 
 
-def _numbers(row: Row, name: str, kind: type[int] | type[float]) -> list[float]:
+def _numbers(row: Row, name: str, kind: type[int] | type[float]) -> list[Any]:
     values = row.fields.get(name)
     if not isinstance(values, list) or not values or not all(isinstance(value, int | kind) for value in values):
         raise DataError(

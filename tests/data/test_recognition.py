@@ -79,3 +79,11 @@ def test_examples_in_the_documentation_are_read_as_their_headings_say():
             assert recognise(row) == found[-1]
             RowReader().read(row)
     assert set(found) == set(FORMATS)
+
+
+def test_plain_texts_become_turns_where_the_source_is_a_chat(write_rows):
+    path = write_rows({"question": "hi", "good": "ho"})
+    source = DataSource(path, columns={"prompt": "question", "completion": "good"}, chat=True)
+    (example,) = read_examples(source)
+    assert example.prompt == [{"role": "user", "content": "hi"}]
+    assert example.completions == ([{"role": "assistant", "content": "ho"}],)

@@ -10,6 +10,10 @@ def vowels(prompts, completions, **columns):
     return [float(sum(letter in VOWELS for letter in text)) for text in completions]
 
 
+def has_a_vowel(prompts, completions, **columns):
+    return [float(any(letter in VOWELS for letter in text)) for text in completions]
+
+
 def short(prompts, completions, **columns):
     return [1.0 if len(text) < 6 else 0.0 for text in completions]
 

@@ -174,3 +174,106 @@ def test_what_cannot_work_is_refused_before_anything_is_sampled(start, tmp_path,
     with pytest.raises(ConfigError, match=message):
         start(**changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_f_dpg_leads_the_policy_to_its_constraint(start):
+    objective = {"kind": "distribution_matching", "divergence": "jensen_shannon", "target": {"kind": "binary"}}
+    sizes = {"prompts": 1, "completions": 32, "max_new_tokens": 8, "evaluation": {"completions": 64}}
+    one = {"train": [{"texts": ["question 1: "]}], "eval": [{"texts": ["question 1: "]}], "eval_size": 0}
+    summary = start(objective=objective, reward="has_a_vowel", rollout=sizes, prompts=one, training={"max_steps": 12})
+    assert 0.02 < summary.before["reward"] < 0.5
+    assert summary.after["reward"] > summary.before["reward"] + 0.2
+    logs = training_logs(summary)
+    assert logs[-1]["target/satisfied"] > logs[0]["target/satisfied"]
+    # log Z is that of the reference's own rate, whatever the policy has become.
+    assert logs[-1]["log_partition"] == pytest.approx(torch.tensor(summary.before["reward"]).log().item(), abs=0.7)
+
+
+def test_moments_are_fitted_on_samples_of_the_reference_and_approached(start):
+    target = {"kind": "moments", "moments": [0.8]}
+    objective = {"kind": "distribution_matching", "divergence": "reverse_kl", "target": target}
+    sizes = {
+        "prompts": 1,
+        "completions": 32,
+        "max_new_tokens": 8,
+        "fit_samples": 256,
+        "evaluation": {"completions": 64},
+    }
+    one = {"train": [{"texts": ["question 1: "]}], "eval": [{"texts": ["question 1: "]}], "eval_size": 0}
+    summary = start(objective=objective, reward="has_a_vowel", rollout=sizes, prompts=one, training={"max_steps": 20})
+    assert summary.before["reward"] < 0.4
+    assert summary.before["reward"] + 0.15 < summary.after["reward"] < 0.95
+
+
+def test_a_target_of_zeros_and_an_infinite_slope_are_refused_before_anything_is_loaded(start):
+    target = {"kind": "binary"}
+    with pytest.raises(ConfigError, match="cannot lead to a target that has zeros"):
+        start(objective={"kind": "distribution_matching", "divergence": "reverse_kl", "target": target})
+
+
+def test_a_target_that_nothing_satisfies_is_counted_and_moves_nothing(start, tiny):
+    objective = {"kind": "distribution_matching", "divergence": "jensen_shannon", "target": {"kind": "binary"}}
+    summary = start(objective=objective, reward="nothing", training={"max_steps": 2})
+    assert [log["partition_missing"] for log in training_logs(summary)] == [1.0, 1.0]
+    assert all(not value.any() for name, value in adapter(summary).items() if "lora_B" in name)
+
+
+def test_ppo_learns_values_and_a_resumed_run_has_them_too(start):
+    objective = {**PENALISED, "advantage": "gae", "importance": "token", "clip_low": 0.2, "clip_high": 0.2}
+    options = {
+        "objective": objective,
+        "rollout": {"updates": 2},
+        "training": {"save_steps": 1, "save_total_limit": None, "max_steps": 6, "learning_rate": 0.01},
+    }
+    whole, broken = start("whole", **options), start("broken", **options)
+    for checkpoint in broken.folder.path.glob("checkpoint-*"):
+        if int(checkpoint.name.rpartition("-")[2]) > 3:
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(broken.folder.adapter)
+    resumed = start("broken", resume=True, **options)
+    assert all(torch.equal(value, adapter(resumed)[name]) for name, value in adapter(whole).items())
+    losses = [log["loss"] for log in training_logs(whole)]
+    assert [log["loss"] for log in training_logs(resumed)] == losses
+
+
+def test_dph_rl_explores_some_prompts_and_rehearses_others(start, tiny, tmp_path):
+    file = tmp_path / "rehearsal.jsonl"
+    rows = [
+        {"prompt_ids": [40 + i, 41, 42], "completion_ids": [70 + i, 80, 1], "logprobs": [-5.0, -4.5, -6.0]}
+        for i in range(6)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    summary = start(
+        objective={"kind": "hybrid", "divergence": "forward_kl", "coefficient": 0.1},
+        rehearsal={"path": str(file), "completions": 3},
+        training={"per_device_train_batch_size": 2, "max_steps": 4},
+    )
+    logs = training_logs(summary)
+    assert all("reward" in log for log in logs)
+    rehearsed = [name for name in logs[0] if name.startswith("rehearsal/")]
+    assert rehearsed
+    with pytest.raises(ConfigError, match="give both or neither"):
+        start("other", objective={"kind": "hybrid"})
+
+
+def test_supervised_tuning_is_an_offline_run_and_its_adapter_starts_another(start, tiny, tmp_path):
+    data = tmp_path / "demonstrations.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": f"q{i}: ", "completion": "aeiou"}) + "\n" for i in range(8)), encoding="utf-8"
+    )
+    plain = {
+        "output_dir": str(tmp_path / "sft"),
+        "model": {"path": str(tiny)},
+        "adapter": {"r": 4, "alpha": 8},
+        "data": {"train": [{"path": str(data)}], "eval_size": 2, "max_length": 32},
+        "objective": {"kind": "supervised"},
+        "training": {"learning_rate": 0.02, "max_steps": 6, "logging_steps": 1},
+    }
+    tuned = train(parse_run(plain), console=Console(quiet=True))
+    assert tuned.after["loss"] < tuned.before["loss"] - 0.5
+    config = online_data(tiny, write_prompts(tmp_path / "p.jsonl"), tmp_path / "online", objective=PENALISED)
+    config["adapter"] = {"init": str(tuned.folder.path)}
+    summary = train(parse_run(config), console=Console(quiet=True))
+    assert summary.before["reward"] > 0.2
+    assert summary.before["divergence/reverse_kl"] == pytest.approx(0.0, abs=1e-4)
+    assert summary.folder.read_json("manifest.json")["reference"]["kind"] == "adapter"
