@@ -95,8 +95,8 @@ def spread(ratios: list[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs)"
 
 
-def in_own_process(side: str) -> dict:
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", side]
+def in_own_process(side: str, script: str = __file__) -> dict:
+    command = [sys.executable, script, *sys.argv[1:], "--worker", side]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(f"the {side} side failed with status {done.returncode}")

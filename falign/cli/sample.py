@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["sample"]
 
+PRESAMPLING = "Pre-sampling"
+
 
 def sample(
     model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, or any model.")],
@@ -25,12 +27,86 @@ def sample(
         typer.Option("--file", "-f", help="A line each (.txt), or rows with `prompt`, text or turns (.jsonl ...)."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 decodes greedily. Default: 0, or 1 with --verifier.")
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     dtype: Annotated[str, typer.Option(help="For a model; a run has its own.")] = "auto",
     json_lines: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    verifier: Annotated[
+        str | None,
+        typer.Option(
+            help="Split the prompts of --file by what the model solves: module:function or a built-in reward, 1 where "
+            "a completion is correct.",
+            rich_help_panel=PRESAMPLING,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of exploration.jsonl and rehearsal.jsonl.", rich_help_panel=PRESAMPLING),
+    ] = None,
+    num_completions: Annotated[
+        int | None, typer.Option(min=1, help="Per prompt. Default: 8.", rich_help_panel=PRESAMPLING)
+    ] = None,
+    threshold: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="How many must be correct to be rehearsed. Default: all of them.", rich_help_panel=PRESAMPLING
+        ),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="The prompt, with a row's columns in braces: '{question}'.", rich_help_panel=PRESAMPLING),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--plain",
+            help="Whether a plain prompt is a user's turn. Default: with a chat template.",
+            rich_help_panel=PRESAMPLING,
+        ),
+    ] = None,
+    bad_rows: Annotated[
+        str | None, typer.Option(help="error stops at the first, skip counts them.", rich_help_panel=PRESAMPLING)
+    ] = None,
+    overwrite: Annotated[
+        bool | None, typer.Option("--overwrite", help="Sample anew.", rich_help_panel=PRESAMPLING)
+    ] = None,
 ) -> None:
-    """Answer prompts with a trained run or any model."""
+    """Answer prompts with a trained run or any model, or sort them by what it solves (--verifier)."""
+    given = {
+        "--out": out, "--num-completions": num_completions, "--threshold": threshold, "--template": template,
+        "--chat": chat, "--bad-rows": bad_rows, "--overwrite": overwrite,
+    }  # fmt: skip
+    if verifier is not None:
+        if file is None or out is None or prompt or json_lines or temperature not in (None, 1.0):
+            raise ConfigError(
+                "--verifier needs --file and --out, and samples from the model itself: leave out --prompt, --json and "
+                "any --temperature but 1."
+            )
+        from falign.cli.presample import Presampling
+
+        count = 8 if num_completions is None else num_completions
+        presampling = Presampling(
+            model=model,
+            file=file,
+            out=out,
+            verifier=verifier,
+            num_completions=count,
+            threshold=count if threshold is None else threshold,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            template=template,
+            chat=chat,
+            bad_rows="error" if bad_rows is None else bad_rows,
+            overwrite=bool(overwrite),
+        )
+        with Console(stderr=True).status(f"loading {model}"):
+            policy, tokenizer = _load(model, dtype)
+        presampling.run(policy, tokenizer)
+        return
+    if alone := [name for name, value in given.items() if value is not None]:
+        raise ConfigError(f"{', '.join(alone)} belongs to --verifier: give a verifier, or leave it out.")
     prompts: list[Text] = [*(prompt or []), *(_read_prompts(file) if file else [])]
     if not prompts:
         raise ConfigError("no prompt is given: use --prompt TEXT or --file FILE.")
@@ -47,7 +123,7 @@ def sample(
         prompts,
         stop_token_ids=stop_token_ids(base_of(policy), tokenizer),
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
+        temperature=temperature or 0.0,
         seed=seed,
     )
     for text, reply in zip(prompts, answers, strict=True):
@@ -60,14 +136,18 @@ def sample(
 
 
 def _load(name: str, dtype: str) -> tuple[Any, Any]:
+    import torch
+
     from falign.cli.trained import load_trained
     from falign.models import load_model, load_tokenizer
     from falign.training import RunFolder
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (Path(name) / "manifest.json").is_file():
         trained = load_trained(RunFolder.open(name))
+        trained.model.to(device)  # pyright: ignore[reportArgumentType]
         return trained.model, trained.tokenizer
-    return load_model(name, dtype=dtype), load_tokenizer(name)
+    return load_model(name, dtype=dtype, device=device), load_tokenizer(name)
 
 
 def _read_prompts(file: Path) -> list[Text]:

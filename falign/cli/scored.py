@@ -119,6 +119,7 @@ def load_run(path: str, *, max_length: int | None) -> Scored:
     policy.to(_device())  # pyright: ignore[reportArgumentType]
     reference = rebuild_reference(config, policy, folder, device=_device())
     data = config.data
+    assert data is not None, "objectives with an implicit reward"
     window = Window(data.max_length, data.max_completion_length, data.long_prompt, data.long_completion)
     if config.adapter is None:
         identity = {"weights": weights_hash(policy)}

@@ -21,6 +21,13 @@ __all__ = ["report", "train"]
 MUCH_LESS_LIKELY = 5.0  # nats of a whole completion
 
 ROWS = {
+    "reward": ("reward", "{:.4f}"),
+    "reward, best of 8": ("reward/best_of_8", "{:.4f}"),
+    "pass@1": ("pass@1", "{:.1%}"),
+    "pass@8": ("pass@8", "{:.1%}"),
+    "reverse KL to the reference": ("divergence/reverse_kl", "{:.3f}"),
+    "different bigrams": ("distinct-2", "{:.3f}"),
+    "tokens": ("completions/length", "{:.1f}"),
     "reward accuracy": ("rewards/accuracies", "{:.1%}"),
     "mean margin": ("rewards/margins", "{:+.3f}"),
     "loss": ("loss", "{:.4f}"),
@@ -66,9 +73,10 @@ def show(summary: RunSummary, console: Console) -> None:
     if summary.before:
         table = Table("held out", "before", "after", title=escape(str(summary.folder.path)), title_justify="left")
         for label, (name, style) in ROWS.items():
-            table.add_row(label, style.format(summary.before[name]), style.format(summary.after[name]))
+            if name in summary.before:
+                table.add_row(label, style.format(summary.before[name]), style.format(summary.after[name]))
         console.print(table)
-        if summary.after["logratios/chosen"] < -MUCH_LESS_LIKELY:
+        if summary.after.get("logratios/chosen", 0.0) < -MUCH_LESS_LIKELY:
             fall = -summary.after["logratios/chosen"]
             console.print(
                 f"[yellow]note:[/] chosen completions became less likely too, by {fall:.1f} nats: only the margin is "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ class PromptSource:
 
     Attributes:
         path: As :attr:`falign.data.DataSource.path`.
+        texts: Prompts themselves, in place of a path.
         split: As :attr:`falign.data.DataSource.split`.
         template: What the prompt is made of, with the row's columns in braces (``"{question}\nAnswer:"``); None takes
             the column ``prompt``, or ``messages`` up to the last turn that is not the assistant's.
@@ -34,7 +35,8 @@ class PromptSource:
         limit: Keep at most so many, the first usable ones.
     """
 
-    path: str
+    path: str | None = None
+    texts: tuple[str, ...] = ()
     split: str = "train"
     template: str | None = None
     chat: bool = False
@@ -145,7 +147,7 @@ class _Reader:
 
     def _read(self, source: PromptSource) -> list[PromptRow]:
         found: list[PromptRow] = []
-        for row in read_rows(source.path, split=source.split, bad_rows=self.bad):
+        for row in _rows(source, self.bad):
             try:
                 prompt = self._tokenized(row, source)
             except DataError as error:
@@ -157,7 +159,7 @@ class _Reader:
                 break
         if not found:
             reason = f" The first bad row: {self.bad.messages[0]}" if self.bad.messages else ""
-            raise DataError(f"{source.path}: none of its rows is a usable prompt.{reason}")
+            raise DataError(f"{source.path or 'texts'}: none of its rows is a usable prompt.{reason}")
         return found
 
     def _tokenized(self, row: Row, source: PromptSource) -> PromptRow | None:
@@ -177,6 +179,14 @@ class _Reader:
         used = {"prompt", "messages"} if source.template is None else set()
         columns = {name: value for name, value in row.fields.items() if name not in used}
         return PromptRow(prompt, ids, columns, row.place)
+
+
+def _rows(source: PromptSource, bad: BadRows) -> Iterable[Row]:
+    if (source.path is None) == (not source.texts):
+        raise ConfigError("prompts: a source has either a path or texts; give one of the two.")
+    if source.path is not None:
+        return read_rows(source.path, split=source.split, bad_rows=bad)
+    return [Row(f"texts:{number}", {"prompt": text}) for number, text in enumerate(source.texts, start=1)]
 
 
 def _prompt_of(row: Row, source: PromptSource) -> Text:

@@ -17,6 +17,7 @@ __all__ = ["DEMOS", "DataSource", "read_rows"]
 
 DEMOS: dict[str, Path] = {
     "demo:polite-preference": Path(__file__).parent / "embedded" / "polite-preference.jsonl.gz",
+    "demo:one-digit-arithmetic": Path(__file__).parent / "embedded" / "one-digit-arithmetic.jsonl.gz",
 }
 """Data sets inside the package, by the path that names them."""
 

@@ -8,6 +8,7 @@ from falign.divergences.chi_squared import Chi2KL, Chi2KLDual, NeymanChi2, Pears
 from falign.divergences.generator import GeneratorDivergence, from_generator
 from falign.divergences.jensen_shannon import GeneralizedJS, JensenShannon
 from falign.divergences.kullback_leibler import ForwardKL, Jeffreys, ReverseKL
+from falign.divergences.optimal import optimal_weights
 from falign.divergences.registry import get, names
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "from_generator",
     "get",
     "names",
+    "optimal_weights",
 ]

@@ -12,9 +12,10 @@ from falign.objectives.base import (
 from falign.objectives.completion_mean import CompletionMean, completion_term
 from falign.objectives.distribution_matching import DistributionMatching
 from falign.objectives.generalized_advantages import generalized_advantages
+from falign.objectives.hybrid import Hybrid
 from falign.objectives.listwise import Listwise
 from falign.objectives.margins import Exo, MarginLoss, Robust, get_margin_loss, hinge, logistic, squared
-from falign.objectives.methods import FDPO, TDPO
+from falign.objectives.methods import DPHRL, FDPG, FDPO, SALSA, TDPO
 from falign.objectives.moments import fit_moments
 from falign.objectives.pairs import pairs_of
 from falign.objectives.pairwise import Pairwise
@@ -22,12 +23,17 @@ from falign.objectives.partition import RunningPartition, log_partition
 from falign.objectives.penalty import Penalty
 from falign.objectives.policy_gradient import PolicyGradient
 from falign.objectives.reduction import reduce_terms, total_weights
+from falign.objectives.rehearsal import Rehearsal
+from falign.objectives.supervised import Supervised
 from falign.objectives.surrogate import Surrogate
 from falign.objectives.targets import BinaryConstraint, ExponentialReward, MomentConstraints, ProductTarget, Target
 from falign.objectives.token_pairwise import TokenPairwise
 
 __all__ = [
+    "DPHRL",
+    "FDPG",
     "FDPO",
+    "SALSA",
     "TDPO",
     "Advantage",
     "BinaryConstraint",
@@ -36,6 +42,7 @@ __all__ = [
     "DistributionMatching",
     "Exo",
     "ExponentialReward",
+    "Hybrid",
     "Listwise",
     "MarginLoss",
     "MomentConstraints",
@@ -45,10 +52,12 @@ __all__ = [
     "Penalty",
     "PolicyGradient",
     "ProductTarget",
+    "Rehearsal",
     "RewardingObjective",
     "Robust",
     "RolloutObjective",
     "RunningPartition",
+    "Supervised",
     "Surrogate",
     "Target",
     "Term",

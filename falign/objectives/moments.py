@@ -26,7 +26,8 @@ def fit_moments(
     Args:
         features: φ of each sample, shape (M, K).
         moments: μ, K numbers.
-        log_weights: ``log π_ref/q`` where the samples come from another law q, shape (M,), nats.
+        log_weights: What each sample counts besides, shape (M,), nats: ``log π_ref/q`` where they come from another
+            law q, or the score of another target that holds as well. Samples of weight 0 (-inf) are left out.
         tolerance: By how much a moment may be missed, as a share of its feature's range in the samples.
 
     Returns:
@@ -44,13 +45,15 @@ def fit_moments(
         >>> fit_moments(torch.tensor([[0.0], [0.0], [0.0], [1.0]]), [0.5])  # 1/4 has to count e^λ = 3 times
         tensor([1.0986], dtype=torch.float64)
     """
-    phi = features.detach().double()
+    phi, base = features.detach().double(), features.new_zeros(len(features)).double()
+    if log_weights is not None:
+        kept = log_weights > -torch.inf
+        phi, base = phi[kept], log_weights.detach()[kept].double()
     mu = torch.as_tensor(moments, dtype=torch.float64, device=phi.device)
     if mu.shape != phi.shape[1:] or len(phi) == 0:
         raise ValueError(
             f"features has shape {tuple(phi.shape)} for {mu.numel()} moments; one column for each is needed."
         )
-    base = phi.new_zeros(len(phi)) if log_weights is None else log_weights.detach().double()
     low, high = phi.amin(dim=0), phi.amax(dim=0)
     span = high - low
     fixed = (span == 0) & ((mu - low).abs() <= tolerance * low.abs().clamp(min=1.0))

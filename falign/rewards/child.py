@@ -79,7 +79,7 @@ class ChildPool:
         memory_bytes: int | None = DEFAULT_MEMORY_BYTES,
         start_timeout: float = 120.0,
     ) -> None:
-        self.num_workers = min(8, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
+        self.num_workers = min(8, _num_cores()) if num_workers is None else num_workers
         if self.num_workers < 1:
             raise ValueError(f"num_workers={num_workers} must be at least 1.")
         self.memory_bytes = memory_bytes
@@ -258,6 +258,11 @@ class _Round:
         if worker.loading:
             raise RewardError(f"{call.function} was not imported within {self.pool.start_timeout:g} s.")
         self.found[index] = Outcome("timeout", message=f"killed after {call.timeout:g} s")
+
+
+def _num_cores() -> int:
+    # Those that this process may use, where the system says so.
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _outcome(answer: Mapping[str, Any]) -> Outcome:

@@ -84,11 +84,11 @@ def best_of_n(rewards: Float[Tensor, "*P G"], n: int) -> Float[Tensor, "*P"]:
     group_size = rewards.shape[-1]
     if not 1 <= n <= group_size:
         raise ValueError(f"n={n} must be between 1 and the {group_size} rewards per prompt.")
-    i = torch.arange(1, group_size + 1, dtype=torch.float64, device=rewards.device)
-    n_ = torch.tensor(float(n), dtype=torch.float64, device=rewards.device)
-    log_weights = _log_choose(i - 1, n_ - 1) - _log_choose(i[-1], n_)
-    weights = torch.where(i >= n, log_weights.exp(), 0.0)
-    return (rewards.double().sort(dim=-1).values * weights).sum(dim=-1)
+    # The largest has weight n/G, and each one below it (i - n)/(i - 1) of the weight above: no factorials.
+    i = torch.arange(group_size, 1, -1, dtype=torch.float64, device=rewards.device)
+    shrinking = torch.cumprod((i - n).clamp(min=0.0) / (i - 1), dim=0)
+    weights = n / group_size * torch.cat([shrinking.new_ones(1), shrinking])
+    return (rewards.double().sort(dim=-1, descending=True).values * weights).sum(dim=-1)
 
 
 def group_shares(rewards: Float[Tensor, "P G"], *, threshold: float = 1.0, tolerance: float = 1e-6) -> GroupShares:
@@ -162,8 +162,3 @@ def calibrate(rewards: Float[Tensor, "P G"], reference_rewards: Float[Tensor, "P
     """
     ours, theirs = rewards[:, :, None], reference_rewards[:, None, :]
     return ((theirs < ours).to(rewards.dtype) + 0.5 * (theirs == ours).to(rewards.dtype)).mean(dim=-1)
-
-
-def _log_choose(n: Float[Tensor, "*S"], k: Float[Tensor, ""]) -> Float[Tensor, "*S"]:
-    # Where n < k the value is not used; the clamp keeps it a number.
-    return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma((n - k).clamp(min=0.0) + 1)

@@ -34,7 +34,7 @@ class Lexicon:
     bias: float = 0.0
     output: Literal["sum", "mean", "present", "probability"] = "sum"
 
-    def __call__(self, prompts: list[Any], completions: list[str]) -> list[float | None]:
+    def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float | None]:
         return [self.value(text) for text in completions]
 
     def value(self, text: str) -> float:

@@ -32,7 +32,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     sys.path[:], memory_bytes = connection.recv()
-    if memory_bytes is not None:
+    if memory_bytes is not None and sys.platform == "linux":  # other systems refuse it
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     _register_verifiers()
     functions: dict[str, Callable[..., Any]] = {}

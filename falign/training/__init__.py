@@ -11,6 +11,13 @@ from falign.training.config import (
 )
 from falign.training.curves import plot_curves
 from falign.training.objective_config import ListwiseConfig, ObjectiveConfig, PairwiseConfig, TokenPairwiseConfig
+from falign.training.online_objective_config import (
+    DistributionMatchingConfig,
+    HybridConfig,
+    PolicyGradientConfig,
+    RehearsalConfig,
+    SupervisedConfig,
+)
 from falign.training.reference_config import (
     AdapterOffConfig,
     AdapterReferenceConfig,
@@ -33,20 +40,25 @@ __all__ = [
     "AlignmentTrainer",
     "AutoReferenceConfig",
     "DataConfig",
+    "DistributionMatchingConfig",
     "FrozenReferenceConfig",
+    "HybridConfig",
     "ListwiseConfig",
     "ModelConfig",
     "MovingAverageConfig",
     "ObjectiveConfig",
     "PairwiseConfig",
     "PeriodicResetConfig",
+    "PolicyGradientConfig",
     "ReferenceConfig",
+    "RehearsalConfig",
     "RunConfig",
     "RunFolder",
     "RunSummary",
     "SamplingConfig",
     "SoupConfig",
     "SourceConfig",
+    "SupervisedConfig",
     "TokenPairwiseConfig",
     "TrainingConfig",
     "load_run_file",

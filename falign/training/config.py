@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +14,12 @@ from falign.objectives import Objective
 from falign.scoring import DEFAULT_CHUNK_TOKENS
 from falign.training.base_config import FrozenModel
 from falign.training.objective_config import ObjectiveConfig, PairwiseConfig
+from falign.training.online_objective_config import DistributionMatchingConfig
+from falign.training.prompts_config import PromptsConfig, RehearsalDataConfig, RolloutConfig
 from falign.training.reference_config import AutoReferenceConfig, ReferenceConfig, check_reference
+from falign.training.reward_config import RewardConfig
+from falign.training.supplied import OFFLINE
+from falign.training.target_config import without_fit
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -195,8 +201,22 @@ class TrainingConfig(FrozenModel):
     chunk_tokens: int = Field(default=DEFAULT_CHUNK_TOKENS, ge=1)
     """Positions that reach the vocabulary at once: memory against speed, no change of results."""
 
-    def build(self, output_dir: Path, *, seed: int) -> TrainingArguments:
-        """Return the arguments of the underlying trainer."""
+    def build(
+        self,
+        output_dir: Path,
+        *,
+        seed: int,
+        gradient_accumulation_steps: int | None = None,
+        steps_per_epoch: int | None = None,
+    ) -> TrainingArguments:
+        """Return the arguments of the underlying trainer.
+
+        Args:
+            output_dir: The run folder.
+            seed: Of the run.
+            gradient_accumulation_steps: In place of the field, in online runs, where it follows from other fields.
+            steps_per_epoch: There, what turns ``num_train_epochs`` into steps.
+        """
         from transformers import TrainingArguments
         from transformers.integrations.integration_utils import get_available_reporting_integrations
 
@@ -216,6 +236,12 @@ class TrainingConfig(FrozenModel):
             "logging_nan_inf_filter": False,
             "disable_tqdm": True,  # falign.training.progress draws its own
         }
+        if gradient_accumulation_steps is not None:
+            arguments["gradient_accumulation_steps"] = gradient_accumulation_steps
+        if steps_per_epoch is not None:
+            arguments["ignore_data_skip"] = True  # there are no data to skip: a checkpoint says what comes next
+            if self.max_steps <= 0:
+                arguments["max_steps"] = math.ceil(self.num_train_epochs * steps_per_epoch)
         try:
             return TrainingArguments(**arguments)
         except ValueError as error:
@@ -231,6 +257,9 @@ class SamplingConfig(FrozenModel):
     """0 decodes greedily."""
 
 
+ONLINE_SECTIONS = ("rollout", "rewards", "rehearsal")
+
+
 class RunConfig(FrozenModel):
     """A run: ``falign train RUN.yaml``."""
 
@@ -240,7 +269,12 @@ class RunConfig(FrozenModel):
     model: ModelConfig
     adapter: AdapterConfig | None = AdapterConfig()
     reference: ReferenceConfig = AutoReferenceConfig()
-    data: DataConfig
+    data: DataConfig | None = None
+    """Completions that are there; or, in an online run, in its place:"""
+    prompts: PromptsConfig | None = None
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: list[RewardConfig] = []
+    rehearsal: RehearsalDataConfig | None = None
     objective: ObjectiveConfig = PairwiseConfig()
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -254,6 +288,60 @@ class RunConfig(FrozenModel):
         if self.adapter is None and self.model.quantization is not None:
             raise ConfigError("model.quantization=nf4 with adapter=null: 4-bit weights do not train; add an adapter.")
         check_reference(self.reference, adapter=self.adapter is not None)
+        objective = self._unfitted().build()
+        if self.prompts is None:
+            self._check_offline(objective)
+        else:
+            self._check_online(objective)
+        return objective
+
+    def _unfitted(self) -> ObjectiveConfig:
+        """The objective's section without what is fitted on samples, which come later."""
+        if not isinstance(self.objective, DistributionMatchingConfig):
+            return self.objective
+        return self.objective.model_copy(update={"target": without_fit(self.objective.target)})
+
+    def _check_offline(self, objective: Objective) -> None:
+        if self.data is None:
+            raise ConfigError("data is missing: name data.train, or prompts.train for a run that samples its own.")
+        fields = type(
+            self
+        ).model_fields  # the resolved run file of a run has all sections, these as they are by default
+        if online := [name for name in ONLINE_SECTIONS if getattr(self, name) != fields[name].default]:
+            raise ConfigError(f"{online[0]} is a section of runs that sample their own completions: add prompts.train.")
+        if missing := sorted(objective.needs - OFFLINE):
+            raise ConfigError(
+                f"objective.kind={self.objective.kind} reads {', '.join(missing)} of each completion, which come from "
+                "rollouts: give prompts, rollout and rewards in place of data."
+            )
         if self.training.eval_steps and not (self.data.eval or self.data.eval_size or self.data.eval_fraction):
             raise ConfigError("training.eval_steps needs data.eval, data.eval_size or data.eval_fraction.")
-        return self.objective.build()
+
+    def _check_online(self, objective: Objective) -> None:
+        assert self.prompts is not None
+        if self.data is not None:
+            raise ConfigError("data and prompts exclude each other: a run learns from completions of one source.")
+        if not self.rewards:
+            raise ConfigError("rewards is empty: an online run needs at least one reward.")
+        if isinstance(self.objective, DistributionMatchingConfig):
+            wanted = self.objective.target.num_features
+            if wanted != len(self.rewards):
+                raise ConfigError(
+                    f"objective.target reads {wanted} rewards, one after the other, and {len(self.rewards)} are given."
+                )
+        if self.training.tokens_per_batch is not None or self.training.gradient_accumulation_steps != 1:
+            raise ConfigError(
+                "training.tokens_per_batch and training.gradient_accumulation_steps are of offline runs: here an "
+                "update takes rollout.prompts / rollout.minibatches prompts, per_device_train_batch_size at a time."
+            )
+        if self.rollout.minibatches > self.rollout.prompts:
+            raise ConfigError(
+                f"rollout.minibatches={self.rollout.minibatches} is more than rollout.prompts={self.rollout.prompts}: "
+                "a minibatch needs at least one prompt."
+            )
+        if self.reference.cache is not None:
+            raise ConfigError("reference.cache: every completion of an online run is new, so nothing is found again.")
+        if ("from_reference" in objective.needs) != (self.rehearsal is not None):
+            raise ConfigError("rehearsal belongs to objective.kind=hybrid, which needs it: give both or neither.")
+        if self.training.eval_steps and not (self.prompts.eval or self.prompts.eval_size):
+            raise ConfigError("training.eval_steps needs prompts.eval or prompts.eval_size.")

@@ -1,4 +1,4 @@
-"""The picture of a run: loss, rewards, accuracy and log-ratios over the steps."""
+"""The picture of a run over its steps: what it learns, and how far it goes from its reference for that."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from falign.training.run_folder import naming
 __all__ = ["plot_curves"]
 
 CHOSEN, REJECTED, PLAIN = "#0b7a75", "#c8553d", "#3d405b"
-PANELS = {
+OFFLINE = {
     "loss": (("loss", PLAIN, ""),),
     "implicit reward": (("rewards/chosen", CHOSEN, "chosen"), ("rewards/rejected", REJECTED, "rejected")),
     "reward accuracy": (("rewards/accuracies", PLAIN, ""),),
@@ -19,6 +19,14 @@ PANELS = {
         ("logratios/chosen", CHOSEN, "chosen"),
         ("logratios/rejected", REJECTED, "rejected"),
     ),
+}
+ONLINE = {
+    "reward": (("reward", PLAIN, ""),),
+    "share of prompts solved": (("pass@1", REJECTED, "pass@1"), ("pass@8", CHOSEN, "pass@8")),
+    "reverse KL to the reference (nats)": (("divergence/reverse_kl", PLAIN, ""),),
+    "entropy per token (nats)": (("entropy", PLAIN, ""),),
+    "length (tokens)": (("completions/length", PLAIN, ""),),
+    "different bigrams within a group": (("distinct-2", PLAIN, ""),),
 }
 
 
@@ -36,8 +44,10 @@ def plot_curves(logs: Sequence[Mapping[str, Any]], path: Path, *, title: str) ->
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharex=True)
-    for axis, (label, series) in zip(axes.flat, PANELS.items(), strict=True):
+    panels = ONLINE if any("eval_reward" in log or "reward" in log for log in logs) else OFFLINE
+    columns = len(panels) // 2
+    figure, axes = plt.subplots(2, columns, figsize=(5 * columns, 6.4), layout="constrained", sharex=True)
+    for axis, (label, series) in zip(axes.flat, panels.items(), strict=True):
         for name, color, legend in series:
             for key, style in ((name, {"linewidth": 1.8}), (f"eval_{name}", {"linestyle": "", "marker": "o"})):
                 points = [(log["step"], log[key]) for log in logs if key in log]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from falign import divergences
-from falign.errors import ConfigError
 from falign.objectives import Listwise, Objective, Pairwise, TokenPairwise
 from falign.training.base_config import FrozenModel
+from falign.training.named_divergence import named_divergence, refusals
+from falign.training.online_objective_config import (
+    DistributionMatchingConfig,
+    HybridConfig,
+    PolicyGradientConfig,
+    RehearsalConfig,
+    SupervisedConfig,
+)
 
 __all__ = ["ListwiseConfig", "ObjectiveConfig", "PairwiseConfig", "TokenPairwiseConfig"]
 
@@ -28,14 +31,19 @@ class PairwiseConfig(FrozenModel):
     """``logistic`` (f-DPO), ``hinge``, ``squared`` (IPO), ``robust(0.1)``, ``exo(0.001)``."""
     length_norm: Literal["none", "token"] = "none"
 
+    @property
+    def title(self) -> str:
+        """What a plot of the run is headed with."""
+        return f"{self.divergence}, β = {self.beta:g}"
+
     def build(self) -> Objective:
         """Return the objective.
 
         Raises:
             ConfigError: The divergence is unknown or theory does not allow it here; the message has the reason.
         """
-        with _refusals():
-            return Pairwise(_divergence(self.divergence), self.margin_loss, self.beta, self.length_norm)
+        with refusals():
+            return Pairwise(named_divergence(self.divergence), self.margin_loss, self.beta, self.length_norm)
 
 
 class ListwiseConfig(FrozenModel):
@@ -47,14 +55,19 @@ class ListwiseConfig(FrozenModel):
     beta: float = Field(default=0.1, gt=0)
     length_norm: Literal["none", "token"] = "none"
 
+    @property
+    def title(self) -> str:
+        """What a plot of the run is headed with."""
+        return f"{self.divergence}, β = {self.beta:g}"
+
     def build(self) -> Objective:
         """Return the objective.
 
         Raises:
             ConfigError: The divergence is unknown or theory does not allow it here; the message has the reason.
         """
-        with _refusals():
-            return Listwise(_divergence(self.divergence), self.beta, self.length_norm)
+        with refusals():
+            return Listwise(named_divergence(self.divergence), self.beta, self.length_norm)
 
 
 class TokenPairwiseConfig(FrozenModel):
@@ -70,14 +83,19 @@ class TokenPairwiseConfig(FrozenModel):
     weighting: Literal["none", "activations"] = "none"
     """``activations``: tokens count by the reference's activations (SparsePO's parameter-free mask)."""
 
+    @property
+    def title(self) -> str:
+        """What a plot of the run is headed with."""
+        return f"{self.divergence}, β = {self.beta:g}"
+
     def build(self) -> Objective:
         """Return the objective.
 
         Raises:
             ConfigError: The divergence is unknown, or two fields contradict each other; the message has the reason.
         """
-        with _refusals():
-            return TokenPairwise(_divergence(self.divergence), self.beta, self.alpha, self.variant, self.weighting)
+        with refusals():
+            return TokenPairwise(named_divergence(self.divergence), self.beta, self.alpha, self.variant, self.weighting)
 
 
 def _kind(value: Any) -> str:
@@ -87,28 +105,12 @@ def _kind(value: Any) -> str:
 ObjectiveConfig = Annotated[
     Annotated[PairwiseConfig, Tag("pairwise")]
     | Annotated[ListwiseConfig, Tag("listwise")]
-    | Annotated[TokenPairwiseConfig, Tag("token_pairwise")],
+    | Annotated[TokenPairwiseConfig, Tag("token_pairwise")]
+    | Annotated[PolicyGradientConfig, Tag("policy_gradient")]
+    | Annotated[DistributionMatchingConfig, Tag("distribution_matching")]
+    | Annotated[HybridConfig, Tag("hybrid")]
+    | Annotated[RehearsalConfig, Tag("rehearsal")]
+    | Annotated[SupervisedConfig, Tag("supervised")],
     Discriminator(_kind),
 ]
 """What is minimised: ``kind`` names one of these, the first where it is left out."""
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(f"objective: {error}") from error
-
-
-def _divergence(name: str) -> divergences.Divergence:
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        return divergences.get(name)
-    try:
-        value: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
-        raise ConfigError(f"objective.divergence={name!r}: {error}; give an importable module:attribute.") from error
-    if not isinstance(value, divergences.Divergence):
-        raise ConfigError(f"objective.divergence={name!r} is a {type(value).__name__}, not a falign Divergence.")
-    return value

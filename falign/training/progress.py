@@ -38,6 +38,9 @@ SHOWN = {
     "rewards/accuracies": "acc",
     "rewards/margins": "margin",
     "eval_rewards/accuracies": "held-out acc",
+    "reward": "reward",
+    "eval_reward": "held-out reward",
+    "completions/length": "tokens",
 }
 
 

@@ -116,10 +116,12 @@ def _place(location: Sequence[str | int]) -> _Place:
         if field is None:  # an item of a list, or what no model knows
             continue
         models = _models(field)
-        if len(models) > 1 and steps:
+        if models and steps and isinstance(steps[0], int):  # an item of a list of sections
+            parts.append(str(steps.pop(0)))
+        if len(models) > 1:
             kinds = {model.model_fields["kind"].default: model for model in models}
-            kind = str(steps.pop(0))
-            models = [kinds[kind]]
+            kind = str(steps.pop(0)) if steps else None
+            models = models if kind is None else [kinds[kind]]
     return _Place(".".join(parts), kind, kinds)
 
 
@@ -143,25 +145,28 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "missing":
         return f"{place.path} is required."
     if detail["type"] == "union_tag_invalid":
-        kinds = [model.model_fields["kind"].default for model in _models(RunConfig.model_fields[place.path])]
         given = detail["input"]["kind"]
-        close = difflib.get_close_matches(str(given), kinds, n=1)
+        close = difflib.get_close_matches(str(given), place.kinds, n=1)
         hint = f"did you mean {close[0]}? Choose" if close else "choose"
-        return f"{place.path}.kind={given!r} is unknown: {hint} one of {', '.join(kinds)}."
+        return f"{place.path}.kind={given!r} is unknown: {hint} one of {', '.join(place.kinds)}."
+    if detail["type"] == "union_tag_not_found":
+        return f"{place.path}.kind is required: choose one of {', '.join(place.kinds)}."
     if detail["type"] in ("model_type", "model_attributes_type"):
-        return f"{place.path}={detail['input']!r}: this is a section{_example(place.path)}."
+        return f"{place.path}={detail['input']!r}: this is a section{_example(place)}."
     return f"{place.path}={detail['input']!r}: {detail['msg']}."
 
 
-def _example(path: str) -> str:
+def _example(place: _Place) -> str:
+    if place.kinds and "." in place.path:  # only sections at the top may be null
+        return f", as in `{place.path}: {{kind: ...}}`"
     fields, field = RunConfig.model_fields, None
-    for step in path.split("."):
+    for step in place.path.split("."):
         if not step.isdigit():
             field = fields[step]
             fields = _models(field)[0].model_fields
     assert field is not None
     optional = ", or null" if type(None) in _types(field.annotation) else ""
-    return f", as in `{path}: {{{next(iter(fields))}: ...}}`{optional}"
+    return f", as in `{place.path}: {{{next(iter(fields))}: ...}}`{optional}"
 
 
 def _unknown(place: _Place, value: Any) -> str:
@@ -195,7 +200,9 @@ def _near(place: _Place) -> str:
         return f": {section}.kind={place.kind} has no such field, {owners} has. Its fields are {own}."
     paths = list(valid_paths())
     if named := [path for path in paths if path.rpartition(".")[2] == last]:
-        meant = difflib.get_close_matches(place.path, named, 1, 0.8) or named
+        least = min(path.count(".") for path in named)
+        shallow = [path for path in named if path.count(".") == least]
+        meant = difflib.get_close_matches(place.path, named, 1, 0.8) or shallow
         return f": did you mean {' or '.join(meant)}?"
     fields = [path for path in reversed(paths) if not any(other.startswith(f"{path}.") for other in paths)]
     anywhere = {path.rpartition(".")[2]: path for path in fields}

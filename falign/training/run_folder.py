@@ -34,6 +34,7 @@ class RunFolder:
     ``checkpoint-N/``       trainable weights, optimizer, scheduler, random states
     ``adapter/``            the trained adapter in PEFT's layout (``model/`` without adapter)
     ``reference/``          where a reference that moves has come to
+    ``completions.jsonl``   in an online run, what the policy wrote and what it was worth
     ``samples.json``        prompts answered before and after
     ``summary.json``        held-out metrics before and after
     ``curves.png``          loss, rewards and log-ratios
@@ -66,6 +67,11 @@ class RunFolder:
     def metrics_file(self) -> Path:
         """One JSON object per log."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def completions_file(self) -> Path:
+        """One JSON object per completion of an online run."""
+        return self.path / "completions.jsonl"
 
     @property
     def adapter(self) -> Path:
@@ -163,6 +169,9 @@ class RunFolder:
         """Drop logs of steps that a resumed run takes again."""
         kept = [json.dumps(log) for log in self.metrics() if log["step"] <= step]
         self._write("metrics.jsonl", "".join(f"{line}\n" for line in kept))
+        if self.completions_file.is_file():
+            lines = self.completions_file.read_text(encoding="utf-8", errors="replace").splitlines()
+            self._write("completions.jsonl", "".join(f"{line}\n" for line in lines if _sampled_by(line, step)))
 
     def last_checkpoint(self) -> Path:
         """Return the newest checkpoint.
@@ -224,6 +233,15 @@ def _with_whole_paths(value: Any, field: str) -> Any:
         return value
     path = Path(value).expanduser()
     return str(path.absolute()) if path.exists() or field == "cache" else value
+
+
+def _sampled_by(line: str, step: int) -> bool:
+    """Whether a completion was there when the checkpoint of a step was written; half a line of a killed run was not."""
+    try:
+        sample = json.loads(line)
+    except ValueError:
+        return False
+    return sample["step"] < step or (sample["step"] == step and sample["held_out"])
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -21,7 +22,7 @@ from typing_extensions import override
 
 from falign.errors import ConfigError, TrainingError
 from falign.models.staging import staged_folder
-from falign.objectives import Objective, ObjectiveOutput, reduce_terms, total_weights
+from falign.objectives import CompletionBatch, Objective, ObjectiveOutput, reduce_terms, total_weights
 from falign.references import MovingReference, Reference, completion_batch, objective_inputs
 from falign.scoring import (
     DEFAULT_CHUNK_TOKENS,
@@ -34,10 +35,9 @@ from falign.scoring import (
 )
 from falign.training.means import Means
 from falign.training.moving_reference import MovesReference
+from falign.training.supplied import OFFLINE
 
 __all__ = ["AlignmentTrainer"]
-
-SUPPLIED = frozenset({"reference_logprobs", "preference", "token_divergence", "token_weights"})
 
 
 class AlignmentTrainer(Trainer):
@@ -48,7 +48,7 @@ class AlignmentTrainer(Trainer):
         reference: What it is held to; it supplies ``reference_logprobs`` where the objective needs them.
         objective: What is minimised.
         args: Arguments of the underlying trainer.
-        train_trees: Prompts with their completions.
+        train_trees: Prompts with their completions; the numbers of the micro-batches where these are made later.
         eval_trees: Held-out ones; may be empty.
         pad_token_id: What fills rows; it is masked by position, never by value.
         layout: One that the model can read; see :func:`falign.scoring.choose_layout`.
@@ -58,6 +58,8 @@ class AlignmentTrainer(Trainer):
         **kwargs: Passed on to ``transformers.Trainer`` (``processing_class``, ``callbacks``, ``optimizers``).
     """
 
+    supplied = OFFLINE
+
     def __init__(
         self,
         model: nn.Module,
@@ -65,17 +67,18 @@ class AlignmentTrainer(Trainer):
         reference: Reference,
         objective: Objective,
         args: TrainingArguments,
-        train_trees: list[PromptTree],
-        eval_trees: list[PromptTree],
+        train_trees: Sequence[PromptTree] | range,
+        eval_trees: Sequence[PromptTree],
         pad_token_id: int,
         layout: Layout = "padded",
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         tokens_per_batch: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if unknown := sorted(objective.needs - SUPPLIED):
-            raise ConfigError(f"This objective reads {unknown} of a batch, which preference data do not have.")
-        self.layout, lay_out = layout, LAYOUTS[layout]
+        if unknown := sorted(objective.needs - self.supplied):
+            raise ConfigError(f"This objective reads {unknown} of a batch, and {type(self).__name__} supplies none.")
+        self.layout: Layout = layout
+        lay_out = LAYOUTS[layout]
 
         def collate(trees: list[PromptTree]) -> dict[str, Any]:
             return vars(lay_out(trees, pad_token_id=pad_token_id))
@@ -97,6 +100,11 @@ class AlignmentTrainer(Trainer):
         self._staging: Path | None = None
         if isinstance(reference, MovingReference):
             self.add_callback(MovesReference(reference, model))
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything held out."""
+        return bool(self.eval_dataset)
 
     def ended_at(self, checkpoint: Path) -> bool:
         """Return whether a checkpoint is of the run's last step, so that nothing is left to train.
@@ -262,7 +270,8 @@ class AlignmentTrainer(Trainer):
 def split_columns(inputs: dict[str, Any]) -> tuple[TokenBatch, dict[str, Tensor]]:
     """Return the rows of a micro-batch, and what is known of its completions besides."""
     rows = {name: value for name, value in inputs.items() if name != "columns"}
-    return TokenBatch(**rows), inputs.get("columns", {})
+    known = {field.name for field in fields(CompletionBatch)}
+    return TokenBatch(**rows), {name: value for name, value in inputs.get("columns", {}).items() if name in known}
 
 
 @contextmanager

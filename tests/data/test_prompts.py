@@ -66,6 +66,14 @@ def test_long_prompts_stop_are_cut_or_dropped_and_counted(write_rows, byte_bpe):
     assert dropped.report.dropped == 1
 
 
+def test_prompts_can_stand_in_the_run_file_itself(byte_bpe):
+    source = PromptSource(texts=("It was a dark night", "Once"))
+    rows = load_prompts([source], byte_bpe(), max_length=40).train
+    assert [(row.prompt, row.place) for row in rows] == [("It was a dark night", "texts:1"), ("Once", "texts:2")]
+    with pytest.raises(ConfigError, match="either a path or texts"):
+        load_prompts([PromptSource()], byte_bpe(), max_length=40)
+
+
 def test_a_split_takes_all_rows_of_a_prompt_to_one_side(write_rows, byte_bpe):
     rows = [{"prompt": f"question {i // 2}", "answer": i} for i in range(12)]
     data = load(write_rows(*rows), byte_bpe(), eval_size=4)

@@ -156,3 +156,38 @@ def test_the_logged_divergence_is_the_one_that_is_penalised(divergence, logits, 
     drawn = (law[FIRST] + law[SECOND]).exp().repeat_interleave(2) / 2
     logged = (drawn * objective(batch).metrics[f"divergence/{divergence.name}"]).sum()
     torch.testing.assert_close(logged, textbook_penalty(divergence, logits, level, credit).detach())
+
+
+@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
+def test_grpo_and_dapo_are_the_papers_formulas_token_by_token(reduction):
+    """With clips, several updates after sampling and ragged lengths; no penalty, which the papers' is not."""
+    generator = torch.Generator().manual_seed(5)
+    rows, group = torch.randint(N, (12,), generator=generator), torch.arange(12) // 4
+    logits = random_logits(0).requires_grad_()
+    objective = PolicyGradient(
+        advantage="group_normalised", clip_low=0.2, clip_high=0.28, importance="token", reduction=reduction
+    )
+    batch = CompletionBatch(
+        logprobs=token_logprobs(logits)[rows],
+        old_logprobs=token_logprobs(OLD)[rows],
+        completion_mask=WORLD.mask[rows],
+        prompt_index=group,
+        rewards=REWARDS[rows],
+    )
+    expected, count = torch.zeros((), dtype=torch.float64), 0
+    for i, row in enumerate(rows.tolist()):
+        own = REWARDS[rows][group == group[i]]
+        advantage = (REWARDS[row] - own.mean()) / (own.std() + 1e-4)
+        tokens = COMPLETIONS[row]
+        total = torch.zeros((), dtype=torch.float64)
+        for t in range(len(tokens)):
+            ratio = (batch.logprobs[i, t] - batch.old_logprobs[i, t]).exp()
+            clipped = ratio.clamp(0.8, 1.28)
+            total = total + torch.minimum(ratio * advantage, clipped * advantage)
+        expected = expected - (total / len(tokens) / 12 if reduction == "sequence_mean" else total)
+        count += len(tokens)
+    expected = expected if reduction == "sequence_mean" else expected / count
+    loss = objective(batch).mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient(loss, logits), gradient(expected, logits))
+    assert 0 < objective(batch).metrics["clip_ratio/low"].mean() < 1

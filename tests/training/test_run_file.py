@@ -154,7 +154,7 @@ def test_an_override_changes_the_kind(run_file):
         ("training.beta=0.1", "objective.beta?"),
         ("training.seed=1", "seed?"),
         ("training.output_dir=x", "output_dir?"),
-        ("training.max_length=9", "data.max_length?"),
+        ("training.max_length=9", "data.max_length or prompts.max_length?"),
         ("training.format=hh", "data.train.0.format or data.eval.0.format?"),
         ("training.alpha=9", "adapter.alpha or reference.alpha or objective.alpha?"),
         ("data.beta=0.1", "objective.beta?"),

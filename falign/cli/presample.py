@@ -1,0 +1,224 @@
+"""``falign sample --verifier``: the pre-sampling of DPH-RL, from prompts to those to rehearse and those to explore."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from falign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from falign.data import PromptData, PromptRow
+    from falign.rewards import RewardSum
+    from falign.rollouts import Rollout
+    from falign.rollouts.presampling_journal import Finding
+
+__all__ = ["Presampling"]
+
+CHUNK_SIZE = 32
+PASSES = 1.0 - 1e-6  # the value of a completion that is correct
+OUTPUTS = ("exploration.jsonl", "rehearsal.jsonl", "summary.json")
+SAMPLED = ("prompt_ids", "completion_ids", "logprobs")
+
+
+@dataclass
+class Presampling:
+    """One pre-sampling, from its options to its files.
+
+    Attributes:
+        model: What the user calls it.
+        file: Rows with prompts.
+        out: The folder of the outputs.
+        verifier: Name of a reward that is 1 where a completion is correct.
+        num_completions: Completions per prompt.
+        threshold: How many of them must be correct.
+        max_new_tokens: Longest completion.
+        seed: Of the sampling.
+        template: What a prompt is made of, with the row's columns in braces.
+        chat: Whether a plain prompt is a user's turn; None where the tokenizer has a chat template.
+        bad_rows: ``error`` or ``skip``.
+        overwrite: Whether outputs of an earlier call may go.
+    """
+
+    model: str
+    file: Path
+    out: Path
+    verifier: str
+    num_completions: int
+    threshold: int
+    max_new_tokens: int
+    seed: int
+    template: str | None = None
+    chat: bool | None = None
+    bad_rows: str = "error"
+    overwrite: bool = False
+    reward: RewardSum = field(init=False)
+    timeouts: int = 0
+    errors: int = 0
+
+    def __post_init__(self) -> None:
+        from falign.data.bad_rows import BadRowPolicy, require_choice
+        from falign.rewards import RewardSum, WeightedReward, load_reward
+
+        require_choice("--bad-rows", self.bad_rows, BadRowPolicy)
+        if not 1 <= self.threshold <= self.num_completions:
+            raise ConfigError(f"--threshold {self.threshold} must be from 1 to --num-completions.")
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError(f"{self.out} is a file: give --out a folder.")
+        found = [self.out / name for name in OUTPUTS if (self.out / name).exists()]
+        if found and not self.overwrite:
+            raise ConfigError(f"{found[0]} exists: name another --out, or give --overwrite to sample anew.")
+        for path in [*found, *([self._journal] if self.overwrite else [])]:
+            path.unlink(missing_ok=True)
+        sys.path.insert(0, str(Path.cwd()))  # where a verifier of one's own (module:function) lies
+        self.reward = RewardSum((WeightedReward("verifier", load_reward(self.verifier)),))
+
+    def run(self, policy: Any, tokenizer: Any) -> None:
+        """Sample, and write the outputs."""
+        from falign.models import base_of, stop_token_ids
+        from falign.models.tokenizers import pad_token_id
+        from falign.rollouts import SamplingParams, TransformersEngine
+        from falign.rollouts.presampling import presample
+        from falign.rollouts.presampling_journal import PresamplingJournal
+
+        engine = TransformersEngine(policy, pad_token_id=pad_token_id(tokenizer))
+        engine.publish(policy, version=0)
+        data = self._prompts(tokenizer, engine.capabilities().max_length)
+        rows = data.train
+        self.out.mkdir(parents=True, exist_ok=True)
+        journal = PresamplingJournal(self._journal, record=self._record(policy, tokenizer), chunk_size=CHUNK_SIZE)
+        resumed = len(journal.findings)
+
+        def verify(prompts: list[int], rollouts: list[Rollout]) -> list[bool]:
+            return self._correct([rows[i] for i in prompts], rollouts, tokenizer)
+
+        results = presample(
+            engine,
+            [row.prompt_ids for row in rows],
+            verify,
+            num_completions=self.num_completions,
+            threshold=self.threshold,
+            params=SamplingParams(self.max_new_tokens, stop_token_ids=stop_token_ids(base_of(policy), tokenizer)),
+            seed=self.seed,
+            start=resumed,
+            chunk_size=CHUNK_SIZE,
+        )
+        from falign.training.progress import BAR
+
+        console = Console(stderr=True)
+        with Progress(*BAR, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("prompts", total=len(rows), completed=resumed)
+            for chunk in results:
+                journal.append(chunk)
+                bar.update(task, completed=len(journal.findings))
+        self._finish(data, journal.findings, resumed)
+
+    @property
+    def _journal(self) -> Path:
+        return self.out / ".presampling.jsonl"
+
+    def _prompts(self, tokenizer: Any, positions: int | None) -> PromptData:
+        from falign.data import PromptSource, load_prompts
+
+        room = sys.maxsize if positions is None else positions - self.max_new_tokens
+        if room < 1:
+            raise ConfigError(
+                f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in the {positions} positions of "
+                f"{self.model}: lower it."
+            )
+        chat = bool(tokenizer.chat_template) if self.chat is None else self.chat
+        source = PromptSource(str(self.file), template=self.template, chat=chat)
+        bad_rows: Any = self.bad_rows
+        return load_prompts([source], tokenizer, max_length=room, long_prompt="drop", bad_rows=bad_rows)
+
+    def _record(self, policy: Any, tokenizer: Any) -> dict[str, Any]:
+        """What the findings depend on."""
+        from hashlib import sha256
+
+        from peft import PeftModel
+
+        from falign.models import weights_hash
+        from falign.models.tokenizers import tokenizer_fingerprint
+
+        adapter = {"adapter": weights_hash(policy, adapter="default")} if isinstance(policy, PeftModel) else {}
+        return {
+            "weights": weights_hash(policy),
+            **adapter,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "content of the file": sha256(self.file.read_bytes()).hexdigest(),
+            **{
+                name: getattr(self, name)
+                for name in ("verifier", "num_completions", "threshold", "max_new_tokens", "seed", "template", "chat")
+            },
+            "bad_rows": self.bad_rows,
+        }
+
+    def _correct(self, rows: list[PromptRow], rollouts: list[Rollout], tokenizer: Any) -> list[bool]:
+        texts = [tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True) for rollout in rollouts]
+        names = {name for row in rows for name in row.columns} - {*SAMPLED, "place", "prompts", "completions"}
+        scores = self.reward(
+            [row.prompt for row in rows],
+            texts,
+            **{name: [row.columns.get(name) for row in rows] for name in names},
+            place=[row.place for row in rows],
+            prompt_ids=[list(rollout.prompt_ids) for rollout in rollouts],
+            completion_ids=[list(rollout.completion_ids) for rollout in rollouts],
+        )
+        self.timeouts += scores.timeouts
+        self.errors += scores.errors
+        return [value >= PASSES for value in scores.total]
+
+    def _finish(self, data: PromptData, findings: list[Finding], resumed: int) -> None:
+        """Write what explores as it came, and what rehearses with its completion."""
+        from falign.data import BadRows, read_rows
+
+        bad_rows: Any = self.bad_rows
+        fields = {row.place: row.fields for row in read_rows(self.file, bad_rows=BadRows(bad_rows))}
+        found = [(fields[row.place], finding) for row, finding in zip(data.train, findings, strict=True)]
+        explored = [row for row, finding in found if finding.rehearsal is None]
+        rehearsed = [{**row, **finding.rehearsal} for row, finding in found if finding.rehearsal is not None]
+        total = len(findings) * self.num_completions
+        summary = {
+            "prompts": len(findings),
+            "rehearsal": len(rehearsed),
+            "exploration": len(explored),
+            "solved, and the further completion is wrong": sum(
+                finding.num_correct >= self.threshold and finding.rehearsal is None for finding in findings
+            ),
+            "never solved": sum(finding.num_correct == 0 for finding in findings),
+            "correct completions": sum(finding.num_correct for finding in findings) / total,
+            "too long": data.report.dropped,
+            "bad rows": data.report.bad,
+            "timeouts": self.timeouts,
+            "errors": self.errors,
+        }
+        for name, rows in (("exploration.jsonl", explored), ("rehearsal.jsonl", rehearsed)):
+            _write_whole(self.out / name, (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
+        _write_whole(self.out / "summary.json", [json.dumps(summary, indent=1)])
+        self._journal.unlink()
+        _show(summary, self.out, resumed)
+
+
+def _write_whole(path: Path, lines: Iterable[str]) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("w", encoding="utf-8", errors="surrogatepass") as file:
+        file.writelines(lines)
+    temporary.replace(path)
+
+
+def _show(summary: Mapping[str, Any], out: Path, resumed: int) -> None:
+    table = Table("", "", title=str(out), title_justify="left", show_header=False)
+    for name, value in summary.items():
+        if value or name in {"prompts", "rehearsal", "exploration"}:
+            table.add_row(name, f"{value:.1%}" if isinstance(value, float) else f"{value:,}")
+    if resumed:
+        table.add_row("of the prompts sampled by an earlier call", f"{resumed:,}")
+    Console(highlight=False).print(table)

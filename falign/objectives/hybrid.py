@@ -1,0 +1,107 @@
+"""Two objectives on two kinds of rows: fresh samples that explore, and samples of the reference that keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from falign.divergences import Divergence
+from falign.objectives.base import CompletionBatch, ObjectiveOutput
+from falign.objectives.policy_gradient import PolicyGradient
+from falign.objectives.rehearsal import Rehearsal
+
+__all__ = ["Hybrid"]
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """A policy gradient on fresh samples plus ``coefficient`` times rehearsal on samples of the reference.
+
+    ``from_reference`` tells the rows apart. Each part is a mean with its own denominator, so that the coefficient does
+    not depend on how many rows of either kind a batch has.
+
+    Attributes:
+        policy_gradient: For rows that are not from the reference.
+        rehearsal: For those that are.
+        coefficient: Weight of the rehearsal, not negative.
+
+    Raises:
+        ValueError: The coefficient is negative.
+
+    Source:
+        Li et al., DPH-RL (arXiv:2509.07430), Eq. 6. Their code takes one mean over all rows, which at its batch of 8
+        fresh rows for each of the others makes their η about 8 times this coefficient.
+
+    Example:
+        >>> from falign import divergences
+        >>> hybrid = Hybrid(PolicyGradient(), Rehearsal(divergences.get("jensen_shannon")), coefficient=0.1)
+        >>> sorted(hybrid.needs)
+        ['from_reference', 'old_logprobs', 'reference_logprobs', 'rewards']
+    """
+
+    policy_gradient: PolicyGradient
+    rehearsal: Rehearsal
+    coefficient: float
+
+    def __post_init__(self) -> None:
+        if not self.coefficient >= 0:
+            raise ValueError(f"coefficient={self.coefficient!r} must not be negative: that would reward forgetting.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What both need, and which row is whose."""
+        return self.policy_gradient.needs | self.rehearsal.needs | {"from_reference"}
+
+    @property
+    def token_divergence(self) -> Divergence | None:
+        """That of the policy gradient."""
+        return self.policy_gradient.token_divergence
+
+    def prepare(self, batch: CompletionBatch) -> CompletionBatch:
+        """Return the batch with what the policy gradient prepares for its rows; 0 for the others.
+
+        Args:
+            batch: The whole rollout and its rehearsal rows, with :attr:`needs`.
+
+        Returns:
+            The same completions.
+
+        Raises:
+            ValueError: A needed field is None.
+        """
+        fresh = ~batch.require("from_reference")
+        own = self.policy_gradient.prepare(batch.select(fresh))
+
+        def in_place(rows: Tensor | None) -> Tensor | None:
+            if rows is None:
+                return None
+            return rows.new_zeros(len(fresh), *rows.shape[1:]).index_put((fresh.nonzero().squeeze(-1),), rows)
+
+        return replace(
+            batch,
+            advantages=in_place(own.advantages),
+            baseline=in_place(own.baseline),
+            old_values=in_place(own.old_values),
+        )
+
+    def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
+        """Return the terms of both.
+
+        Args:
+            batch: Completions with :attr:`needs`, after :meth:`prepare` or before. Of rehearsal rows ``rewards`` and
+                ``old_logprobs`` are not read, nor ``reference_logprobs`` of the others where nothing is penalised. One
+                kind of row may be missing.
+
+        Returns:
+            The policy gradient's terms and metrics, then the rehearsal's, its term scaled by the coefficient and its
+            metrics under ``rehearsal/``; no metrics of a kind that is missing.
+
+        Raises:
+            ValueError: A needed field is None.
+        """
+        stored = batch.require("from_reference")
+        explored, kept = self.policy_gradient(batch.select(~stored)), self.rehearsal(batch.select(stored))
+        scaled = tuple(term._replace(scale=self.coefficient * term.scale) for term in kept.terms)
+        metrics = {**explored.metrics, **{f"rehearsal/{name}": values for name, values in kept.metrics.items()}}
+        return ObjectiveOutput(explored.terms + scaled, {k: v for k, v in metrics.items() if len(v) > 0})

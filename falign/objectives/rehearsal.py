@@ -1,0 +1,104 @@
+"""Rehearsal: samples of the reference that keep the policy near it, by the divergence's value itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from falign.divergences import Divergence
+from falign.divergences.estimators import loss_from_reference, value_from_reference
+from falign.objectives.base import CompletionBatch, ObjectiveOutput
+from falign.objectives.completion_mean import CompletionMean, check_completion_mean, completion_term
+
+__all__ = ["Rehearsal"]
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """``E_ref[f(u)]`` on stored samples of the reference, whose gradient is exactly that of ``D_f(π‖π_ref)``.
+
+    The law of the samples does not depend on the policy, so the loss is differentiated as it stands; the reference's
+    log-probs are stored with the samples, and no reference runs.
+
+    Attributes:
+        divergence: f, any.
+        level: ``"token"``: ``Σ_t f(u_t)``, whose mean is ``Σ_t D_f(π(·|s_t)‖π_ref(·|s_t))`` on the reference's
+            prefixes. ``"sequence"``: ``f(u)`` of whole completions.
+        reduction: At token level, see :func:`completion_term`; None is ``"token_mean"``. At sequence level there is
+            one loss per completion, and it must be None or ``"sequence_sum"``.
+
+    Raises:
+        ValueError: A choice is unknown, or the reduction divides by tokens at sequence level.
+
+    Source:
+        Li et al., DPH-RL (arXiv:2509.07430), the generator form, there at token level and as a mean over tokens. In
+        normal form f has ``c (u - 1)`` added, a control variate of mean 0 that theirs have for the forward KL.
+
+    Example:
+        >>> from falign import divergences
+        >>> batch = CompletionBatch(
+        ...     logprobs=torch.tensor([[-1.0, -2.0]]),
+        ...     reference_logprobs=torch.tensor([[-1.0, -1.0]]),
+        ...     completion_mask=torch.ones(1, 2, dtype=torch.bool),
+        ...     prompt_index=torch.tensor([0]),
+        ... )
+        >>> Rehearsal(divergences.get("forward_kl"))(batch).mean()  # (0 + (e^-1 - 1 + 1))/2
+        tensor(0.1839)
+    """
+
+    divergence: Divergence
+    level: Literal["sequence", "token"] = "token"
+    reduction: CompletionMean | None = None
+
+    def __post_init__(self) -> None:
+        if self.level not in ("sequence", "token"):
+            raise ValueError(f"level={self.level!r}: choose 'sequence' or 'token'.")
+        if self.reduction is None:
+            object.__setattr__(self, "reduction", "token_mean" if self.level == "token" else "sequence_sum")
+        assert self.reduction is not None
+        check_completion_mean(self.reduction)
+        if self.level == "sequence" and self.reduction != "sequence_sum":
+            raise ValueError(
+                f"reduction={self.reduction!r} at level='sequence': f(u) of a whole completion is no sum over tokens; "
+                "leave reduction out, or set level='token'."
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Reference log-probs."""
+        return frozenset({"reference_logprobs"})
+
+    @property
+    def token_divergence(self) -> None:
+        """None: the sampled tokens are enough."""
+        return None
+
+    def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
+        """Return one loss per completion.
+
+        Args:
+            batch: Samples of the reference with ``reference_logprobs``.
+
+        Returns:
+            One term of shape (N,), and the metrics ``divergence/<name>`` (the sum over the completion) and
+            ``logratios/reference_samples`` (``log u`` of the whole) of each.
+
+        Raises:
+            ValueError: ``reference_logprobs`` is None.
+        """
+        assert self.reduction is not None
+        batch = batch.at_least_float32()
+        log_ratio = batch.logprobs - batch.require("reference_logprobs")
+        log_ratio = log_ratio.masked_fill(~batch.completion_mask, 0.0)
+        whole = log_ratio.sum(dim=-1, keepdim=True)
+        compared = log_ratio if self.level == "token" else whole
+        losses = loss_from_reference(self.divergence, compared).sum(dim=-1)
+        with torch.no_grad():
+            metrics = {
+                f"divergence/{self.divergence.name}": value_from_reference(self.divergence, compared).sum(dim=-1),
+                "logratios/reference_samples": whole.squeeze(-1),
+            }
+        term = completion_term(losses, batch.num_tokens, self.reduction)
+        return ObjectiveOutput((term,), {name: value.detach() for name, value in metrics.items()})

@@ -1,0 +1,185 @@
+"""A reward model: a sequence classifier that reads prompt and completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from falign.errors import ConfigError, ModelError, RewardError
+from falign.models.precision import resolve_dtype
+from falign.models.sources import check_weights, resolve
+from falign.rewards.base import place_of
+
+__all__ = ["ClassifierReward", "load_classifier"]
+
+
+@dataclass(frozen=True)
+class ClassifierReward:
+    """What a classifier's head says of each completion.
+
+    Attributes:
+        model: With a head of one score, or of several labels.
+        tokenizer: The classifier's own.
+        text: What it reads: ``joined``: prompt and completion as one text; ``completion``: that alone; ``pair``: the
+            two as a pair of texts; ``chat``: as a conversation in the tokenizer's template.
+        output: ``score``: the head's raw value; ``logprob`` and ``probability``: of the label, or of the logistic
+            function where the head has one score.
+        label: Name or index of the label; needed where there are several.
+        max_length: Most tokens, by default what tokenizer and model allow; what is longer is cut on the tokenizer's
+            ``truncation_side``, which :func:`load_classifier` makes the left.
+        tokens_per_batch: Tokens computed at once, padding included.
+
+    Raises:
+        ConfigError: The label is missing or unknown, or there is no chat template for ``chat``.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    text: Literal["joined", "completion", "pair", "chat"] = "joined"
+    output: Literal["score", "logprob", "probability"] = "score"
+    label: str | int | None = None
+    max_length: int | None = None
+    tokens_per_batch: int = 16_384
+
+    def __post_init__(self) -> None:
+        self._label_index()
+        if self.text == "chat" and self.tokenizer.chat_template is None:
+            raise ConfigError("reward classifier: text=chat needs a chat template, and its tokenizer has none.")
+
+    def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float | None]:
+        places = columns.get("place")
+        rows = [
+            self._token_ids(prompt, completion, place_of(places, i))
+            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        values: list[float | None] = [None] * len(rows)
+        for batch in self._batches([len(ids) for ids in rows]):
+            logits = self._logits([rows[i] for i in batch])
+            for i, value in zip(batch, self._values(logits).tolist(), strict=True):
+                values[i] = value
+        return values
+
+    def _label_index(self) -> int:
+        names: dict[Any, str] = self.model.config.id2label or {}
+        if self.label is None:
+            if len(names) > 1:
+                raise ConfigError(f"reward classifier: it has {len(names)} labels; choose one of {[*names.values()]}.")
+            return 0
+        for index, name in names.items():
+            if self.label in (name, index):
+                return int(index)
+        raise ConfigError(f"reward classifier: label={self.label!r} is unknown; choose one of {[*names.values()]}.")
+
+    def _token_ids(self, prompt: Any, completion: str, place: str) -> list[int]:
+        if self.text == "chat":
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            turns.append({"role": "assistant", "content": completion})
+            # The template writes the special tokens itself.
+            rendered: Any = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            return self._encoded([rendered], place, special=False)
+        if self.text == "completion":
+            texts = [completion]
+        elif isinstance(prompt, str):
+            texts = [prompt + completion] if self.text == "joined" else [prompt, completion]
+        else:
+            raise RewardError(
+                f"reward classifier, {place}: the prompt is a conversation, which text={self.text} cannot read; set "
+                "text to chat or completion."
+            )
+        return self._encoded(texts, place)
+
+    def _encoded(self, texts: Sequence[str], place: str, *, special: bool = True) -> list[int]:
+        limit = self.max_length
+        if limit is None:
+            positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+            limit = min(self.tokenizer.model_max_length, positions or self.tokenizer.model_max_length)
+        ids = self.tokenizer(*texts, truncation=True, max_length=limit, add_special_tokens=special).input_ids
+        if not ids:
+            raise RewardError(f"reward classifier, {place}: the text is empty; set text to joined, pair or chat.")
+        return ids
+
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        batches: list[list[int]] = []
+        for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+            # The first of a batch is its longest.
+            if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > self.tokens_per_batch:
+                batches.append([])
+            batches[-1].append(i)
+        return batches
+
+    def _logits(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, "N C"]:
+        config = self.model.config.get_text_config()
+        configured = config.pad_token_id
+        # Decoders read the last token that is not padding, so without a padding token of its own padding is one that
+        # no row ends with.
+        ends = {row[-1] for row in rows}
+        pad = min(set(range(len(rows) + 1)) - ends) if configured is None else configured
+        length = max(map(len, rows))
+        ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], device=self.model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=self.model.device)
+        config.pad_token_id = pad
+        try:
+            with torch.no_grad():
+                return self.model(input_ids=ids, attention_mask=mask).logits.float()
+        finally:
+            config.pad_token_id = configured
+
+    def _values(self, logits: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
+        index = self._label_index()
+        if self.output == "score":
+            return logits[:, index]
+        logprobs = F.logsigmoid(logits[:, 0]) if logits.shape[1] == 1 else logits.log_softmax(dim=-1)[:, index]
+        return logprobs if self.output == "logprob" else logprobs.exp()
+
+
+def load_classifier(
+    name_or_path: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a sequence classifier and its tokenizer, in evaluation mode; code of the repository is never run.
+
+    Args:
+        name_or_path: A Hub name or a folder with safetensors.
+        dtype: As for :func:`falign.models.load_model`.
+        device: By default the GPU if there is one.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        ModelError: There is none, or its head is missing and would be random.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = resolve(name_or_path)
+    if Path(name).is_dir():
+        check_weights(Path(name))
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            dtype=resolve_dtype(dtype, device=place) or "auto",
+            revision=revision,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, truncation_side="left")
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ModelError(
+            f"Cannot load the classifier {name!r}: {' '.join(str(error).split())[:400]} Give a folder or a Hub name of "
+            "a sequence classifier that needs no code of its own."
+        ) from error
+    if info["missing_keys"]:
+        raise ModelError(
+            f"{name} lacks weights of {type(model).__name__}, which would be random: "
+            f"{sorted(info['missing_keys'])[:4]}. Give a checkpoint of a sequence classifier."
+        )
+    return model.to(place).eval(), tokenizer

@@ -1,0 +1,234 @@
+"""Groups: prompts, the completions that the policy gives to them, and what these are worth."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from falign.data import PromptRow
+from falign.data.rendering import Tokenizer
+from falign.errors import ConfigError, RolloutError
+from falign.rewards import RewardSum
+from falign.rollouts import Engine, Rollout, SamplingParams
+from falign.training.prompts_config import DifficultyConfig
+
+__all__ = ["Draw", "Group", "GroupSampler", "PromptOrder"]
+
+ARGUMENTS = frozenset({"prompts", "completions", "place", "prompt_ids", "completion_ids"})
+TOLERANCE = 1e-6  # of a reward that is compared with the one that passes
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt and its completions.
+
+    Attributes:
+        row: The prompt.
+        rollouts: Its completions, as token ids.
+        texts: The same as the rewards saw them.
+        rewards: One per completion.
+        parts: The rewards that these were combined of, by name.
+    """
+
+    row: PromptRow
+    rollouts: tuple[Rollout, ...]
+    texts: tuple[str, ...]
+    rewards: tuple[float, ...]
+    parts: Mapping[str, tuple[float | None, ...]]
+
+    def num_passed(self, pass_reward: float) -> int:
+        """Return how many completions have the reward that passes, or more."""
+        return sum(reward >= pass_reward - TOLERANCE for reward in self.rewards)
+
+    def features(self) -> list[list[float]]:
+        """Return the parts of each completion's reward, before weights: what a target reads.
+
+        Raises:
+            RolloutError: A part gives no value to a completion.
+        """
+        if missing := [name for name, values in self.parts.items() if None in values]:
+            raise RolloutError(
+                f"{self.row.place}: the reward {missing[0]!r} gives no value to a completion, and the target needs "
+                "every reward of every completion."
+            )
+        return [[float(values[i] or 0.0) for values in self.parts.values()] for i in range(len(self.rollouts))]
+
+    def best_and_worst(self) -> Group:
+        """Return the group with the completions of the highest and of the lowest reward alone."""
+        kept = [self.rewards.index(extreme(self.rewards)) for extreme in (max, min)]
+        return Group(
+            self.row,
+            tuple(self.rollouts[i] for i in kept),
+            tuple(self.texts[i] for i in kept),
+            tuple(self.rewards[i] for i in kept),
+            {name: tuple(values[i] for i in kept) for name, values in self.parts.items()},
+        )
+
+
+class Draw(NamedTuple):
+    """The groups of one rollout, and how they came together.
+
+    Attributes:
+        groups: As many as were asked for.
+        num_sampled: Prompts that were answered, those that were left out included.
+        num_unfit: Groups outside the difficulty range that were taken because not enough others were found.
+        timeouts: Calls of rewards that were stopped at their deadline.
+        errors: Calls of rewards that raised and were counted.
+        message: Of the first of these; ``""`` where there is none.
+    """
+
+    groups: list[Group]
+    num_sampled: int
+    num_unfit: int = 0
+    timeouts: int = 0
+    errors: int = 0
+    message: str = ""
+
+
+class PromptOrder:
+    """Prompts in an order that is drawn anew for each pass, from the seed and the number of the pass alone."""
+
+    def __init__(self, num_prompts: int, *, seed: int) -> None:
+        self.num_prompts, self.seed = num_prompts, seed
+        self.position = 0
+
+    def take(self, count: int) -> list[int]:
+        """Return the next prompts, going through all of them before any comes again."""
+        places = [divmod(position, self.num_prompts) for position in range(self.position, self.position + count)]
+        orders = {epoch: self._order(epoch) for epoch in {epoch for epoch, _ in places}}
+        self.position += count
+        return [orders[epoch][place] for epoch, place in places]
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(_mixed(self.seed, epoch))
+        return torch.randperm(self.num_prompts, generator=generator).tolist()
+
+
+class GroupSampler:
+    """Samples completions and has them rewarded.
+
+    Args:
+        engine: What samples.
+        rewards: What completions are worth.
+        tokenizer: Turns completions into what rewards read.
+        params: How is sampled.
+        completions: Completions per prompt.
+        seed: Of the run; each rollout has a seed of its own, made of this and its number.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        rewards: RewardSum,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        *,
+        completions: int,
+        seed: int,
+    ) -> None:
+        self.engine, self.rewards, self.tokenizer, self.params = engine, rewards, tokenizer, params
+        self.completions, self.seed = completions, seed
+
+    def with_completions(self, completions: int) -> GroupSampler:
+        """Return a sampler of groups of another size."""
+        return GroupSampler(
+            self.engine, self.rewards, self.tokenizer, self.params, completions=completions, seed=self.seed
+        )
+
+    def sample(self, rows: Sequence[PromptRow], *, version: int, number: int) -> Draw:
+        """Return one group per prompt; the same version, number and prompts give the same."""
+        rollouts = self.engine.sample(
+            [row.prompt_ids for row in rows],
+            self.completions,
+            self.params,
+            version=version,
+            seed=_mixed(self.seed, number),
+        )
+        texts = [self.text(rollout) for rollout in rollouts]
+        owners = [row for row in rows for _ in range(self.completions)]
+        rewards = self.rewards(
+            [row.prompt for row in owners],
+            texts,
+            **_columns(owners),
+            place=[row.place for row in owners],
+            prompt_ids=[row.prompt_ids for row in owners],
+            completion_ids=[rollout.completion_ids for rollout in rollouts],
+        )
+        groups = []
+        for i, row in enumerate(rows):
+            part = slice(i * self.completions, (i + 1) * self.completions)
+            groups.append(
+                Group(
+                    row,
+                    tuple(rollouts[part]),
+                    tuple(texts[part]),
+                    tuple(rewards.total[part]),
+                    {name: tuple(values[part]) for name, values in rewards.parts.items()},
+                )
+            )
+        return Draw(groups, len(rows), timeouts=rewards.timeouts, errors=rewards.errors, message=rewards.message)
+
+    def sample_within(
+        self,
+        rows: Sequence[PromptRow],
+        order: PromptOrder,
+        count: int,
+        *,
+        difficulty: DifficultyConfig,
+        pass_reward: float,
+        version: int,
+        number: int,
+    ) -> Draw:
+        """Return groups whose share of passes lies in a range; other prompts are drawn in place of those left out.
+
+        After ``difficulty.max_rounds`` draws the rest is taken from what was left out, the nearest to the range first.
+        """
+        fit: list[Group] = []
+        unfit: list[tuple[float, Group]] = []
+        draws: list[Draw] = []
+        for attempt in range(difficulty.max_rounds):
+            chosen = [rows[i] for i in order.take(count - len(fit))]
+            draw = self.sample(chosen, version=version, number=_mixed(number, attempt))
+            draws.append(draw)
+            for group in draw.groups:
+                rate = group.num_passed(pass_reward) / len(group.rewards)
+                outside = max(difficulty.low - rate, rate - difficulty.high, 0.0)
+                if outside > TOLERANCE:
+                    unfit.append((outside, group))
+                else:
+                    fit.append(group)
+            if len(fit) >= count:
+                break
+        missing = count - len(fit)
+        nearest = [group for _, group in sorted(unfit, key=lambda pair: pair[0])[:missing]]
+        return Draw(
+            fit + nearest,
+            sum(draw.num_sampled for draw in draws),
+            len(nearest),
+            sum(draw.timeouts for draw in draws),
+            sum(draw.errors for draw in draws),
+            next((draw.message for draw in draws if draw.message), ""),
+        )
+
+    def text(self, rollout: Rollout) -> str:
+        """Return a completion as text, without special tokens."""
+        return str(self.tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True))
+
+
+def _columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
+    names = dict.fromkeys(name for row in rows for name in row.columns)
+    if clashing := sorted(names.keys() & ARGUMENTS):
+        raise ConfigError(
+            f"{rows[0].place}: the column {clashing[0]!r} has the name of a reward's argument: rename it."
+        )
+    return {name: [row.columns.get(name) for row in rows] for name in names}
+
+
+def _mixed(*numbers: int) -> int:
+    """Return a seed that depends on all numbers, so that neighbouring ones share nothing."""
+    digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:6], "big")

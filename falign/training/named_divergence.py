@@ -1,0 +1,40 @@
+"""What the sections of the run file say of divergences, and how the mathematics' refusals are passed on."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from falign import divergences
+from falign.errors import ConfigError
+
+__all__ = ["named_divergence", "refusals"]
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn a ValueError of the objectives into a ConfigError of the section."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"objective: {error}") from error
+
+
+def named_divergence(name: str) -> divergences.Divergence:
+    """Return a divergence by its registry name, or by ``module:attribute``.
+
+    Raises:
+        ConfigError: The attribute is not importable, or no divergence.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        return divergences.get(name)
+    try:
+        value: Any = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
+        raise ConfigError(f"objective.divergence={name!r}: {error}; give an importable module:attribute.") from error
+    if not isinstance(value, divergences.Divergence):
+        raise ConfigError(f"objective.divergence={name!r} is a {type(value).__name__}, not a falign Divergence.")
+    return value

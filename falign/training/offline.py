@@ -1,0 +1,126 @@
+"""Runs on completions that are there: pairs, lists, demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import Progress
+from transformers import TrainerCallback
+
+from falign.data import PreferenceData
+from falign.errors import ConfigError, DataError
+from falign.objectives import Objective
+from falign.references import Reference
+from falign.training.config import RunConfig
+from falign.training.parts import Language, Parts, load_parts
+from falign.training.progress import BAR
+from falign.training.references import cached
+from falign.training.trainer import AlignmentTrainer
+
+__all__ = ["offline_trainer"]
+
+
+def offline_trainer(
+    config: RunConfig,
+    language: Language,
+    objective: Objective,
+    *,
+    callbacks: Sequence[TrainerCallback],
+    console: Console,
+) -> tuple[AlignmentTrainer, PreferenceData]:
+    """Load all of a run, the data first: a bad row is found before any weight is loaded.
+
+    Raises:
+        FalignError: Something of the run cannot work.
+    """
+    assert config.data is not None
+    with console.status("reading data"):
+        data = config.data.build(language.tokenizer, stop_token_ids=language.stop_tokens, seed=config.seed)
+    _check_preferences(data, objective)
+    _tell(data, console)
+    _check_budget(config, data)
+    args = config.training.build(config.output_dir, seed=config.seed)
+    probes = [*data.train[:2], *sorted(data.train, key=lambda tree: (len(tree.completion_ids) > 1, tree.num_tokens))]
+    parts = load_parts(
+        config,
+        language,
+        objective,
+        args,
+        probes=[*probes[:2], *probes[-2:]],
+        longest=config.data.max_length,
+        console=console,
+    )
+    reference = parts.reference
+    if config.reference.cache is not None and objective.token_divergence is not None:
+        console.print(
+            "reference.cache is not used: this objective needs the reference's whole distributions, computed live.",
+            style="yellow",
+        )
+    elif config.reference.cache is not None:
+        reference = _cache(config, parts, language, data, console)
+    trainer = AlignmentTrainer(
+        parts.policy,
+        reference=reference,
+        objective=objective,
+        args=args,
+        train_trees=data.train,
+        eval_trees=data.eval,
+        pad_token_id=language.pad_token_id,
+        layout=parts.layout,
+        tokens_per_batch=config.training.tokens_per_batch,
+        chunk_tokens=config.training.chunk_tokens,
+        processing_class=language.tokenizer,
+        callbacks=list(callbacks),
+    )
+    return trainer, data
+
+
+def _check_preferences(data: PreferenceData, objective: Objective) -> None:
+    if "preference" not in objective.needs:
+        return
+    for tree in (*data.train, *data.eval):
+        if len(set(tree.preference or ())) < 2:
+            raise DataError(
+                f"{tree.place}: no completion is preferred to another, which this objective needs: give chosen and "
+                "rejected, or completions with different scores."
+            )
+
+
+def _check_budget(config: RunConfig, data: PreferenceData) -> None:
+    budget, longest = config.training.tokens_per_batch, max(data.train, key=lambda tree: tree.num_tokens)
+    if budget is not None and longest.num_tokens > budget:
+        raise ConfigError(
+            f"training.tokens_per_batch={budget} is less than the {longest.num_tokens} tokens of {longest.place} with "
+            "its completions: raise it, or lower data.max_length."
+        )
+
+
+def _tell(data: PreferenceData, console: Console) -> None:
+    """One line on what became of the rows; the manifest has all of it."""
+    report = data.report
+    parts = [f"{report.num_train} rows to train on, {report.num_eval} held out"]
+    for source in (*report.sources, *report.eval_sources):
+        parts += [f"{label} {count}" for label, count in source.counts()[1:] if count and label != "rows kept"]
+    console.print("data: " + "; ".join(parts), highlight=False, markup=False)
+    if report.shared_prompts:
+        console.print(
+            f"warning: {report.shared_prompts} held-out prompts also occur in training, so held-out values flatter.",
+            style="yellow",
+        )
+
+
+def _cache(config: RunConfig, parts: Parts, language: Language, data: PreferenceData, console: Console) -> Reference:
+    assert config.reference.cache is not None
+    with Progress(*BAR, console=console, transient=True) as progress:
+        task = progress.add_task("reference", total=None)
+        return cached(
+            parts.reference,
+            parts.policy,
+            language.tokenizer,
+            [*data.train, *data.eval],
+            directory=config.reference.cache,
+            batch_size=config.training.per_device_eval_batch_size,
+            layout=parts.layout,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )

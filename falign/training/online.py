@@ -1,0 +1,155 @@
+"""Runs on the policy's own samples: prompts, rollouts and rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from rich.console import Console
+from transformers import TrainerCallback
+
+from falign.data import PromptData
+from falign.errors import ConfigError
+from falign.models.value_head import ValueHead
+from falign.objectives import Objective
+from falign.rollouts import SamplingParams, TransformersEngine
+from falign.scoring import PromptTree
+from falign.training.completions_table import CompletionsTable
+from falign.training.config import RunConfig
+from falign.training.groups import GroupSampler
+from falign.training.online_objective_config import DistributionMatchingConfig
+from falign.training.online_trainer import OnlineTrainer
+from falign.training.parts import Language, Parts, load_parts
+from falign.training.references import starts_as_policy
+from falign.training.rehearsal import read_rehearsal
+from falign.training.reward_config import build_rewards
+from falign.training.run_folder import RunFolder
+
+__all__ = ["online_trainer"]
+
+FIT_VERSION = -(10**9)  # apart from all that training and evaluation sample
+
+
+def online_trainer(
+    config: RunConfig,
+    language: Language,
+    objective: Objective,
+    *,
+    callbacks: Sequence[TrainerCallback],
+    console: Console,
+) -> tuple[OnlineTrainer, PromptData]:
+    """Load all of a run, the prompts first: a bad row is found before any weight is loaded.
+
+    Raises:
+        FalignError: Something of the run cannot work.
+    """
+    assert config.prompts is not None
+    fits = isinstance(config.objective, DistributionMatchingConfig) and config.objective.needs_samples
+    if fits and not starts_as_policy(config):
+        raise ConfigError(
+            "objective.target.lambdas is left out, and they are fitted on samples of the policy before training, which "
+            "is not the reference here: give lambdas."
+        )
+    with console.status("reading prompts"):
+        data = config.prompts.build(language.tokenizer, seed=config.seed)
+        rehearsal = [] if config.rehearsal is None else read_rehearsal(config.rehearsal.path)
+        rewards = build_rewards(config.rewards)
+    _tell(data, console)
+    rollout = config.rollout
+    per_update = -(-rollout.prompts // rollout.minibatches)
+    steps_per_epoch = -(-len(data.train) // rollout.prompts) * rollout.num_updates
+    args = config.training.build(
+        config.output_dir,
+        seed=config.seed,
+        gradient_accumulation_steps=-(-per_update // config.training.per_device_train_batch_size),
+        steps_per_epoch=steps_per_epoch,
+    )
+    parts = load_parts(
+        config,
+        language,
+        objective,
+        args,
+        probes=[_probe(row.prompt_ids) for row in sorted(data.train, key=lambda row: len(row.prompt_ids))[-2:]],
+        longest=config.prompts.max_length + rollout.max_new_tokens,
+        console=console,
+    )
+    engine = TransformersEngine(
+        parts.policy, pad_token_id=language.pad_token_id, max_batch_tokens=rollout.max_batch_tokens
+    )
+    params = SamplingParams(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        stop_token_ids=frozenset() if rollout.ignore_stop else language.stop_tokens,
+    )
+    held_out = rollout.evaluation
+    samplers = [
+        GroupSampler(engine, rewards, language.tokenizer, chosen, completions=completions, seed=seed)
+        for chosen, completions, seed in (
+            (params, rollout.completions, config.seed),
+            (replace(params, temperature=held_out.temperature), held_out.completions, config.seed + 1),
+        )
+    ]
+    if isinstance(config.objective, DistributionMatchingConfig) and config.objective.needs_samples:
+        objective = _fitted(config, config.objective, samplers[0], data, parts, console)
+    trainer = OnlineTrainer(
+        parts.policy,
+        reference=parts.reference,
+        objective=objective,
+        args=args,
+        sampler=samplers[0],
+        evaluation_sampler=samplers[1],
+        prompts=data.train,
+        eval_prompts=data.eval,
+        rollout=rollout,
+        rehearsal=rehearsal,
+        rehearsal_size=0 if config.rehearsal is None else config.rehearsal.completions,
+        pad_token_id=language.pad_token_id,
+        table=CompletionsTable(RunFolder(config.output_dir).completions_file),
+        layout=parts.layout,
+        chunk_tokens=config.training.chunk_tokens,
+        value_head=ValueHead.of(parts.policy) if "values" in objective.needs else None,
+        advise=lambda text: console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True),
+        processing_class=language.tokenizer,
+        callbacks=list(callbacks),
+    )
+    return trainer, data
+
+
+def _fitted(
+    config: RunConfig,
+    objective: DistributionMatchingConfig,
+    sampler: GroupSampler,
+    data: PromptData,
+    parts: Parts,
+    console: Console,
+) -> Objective:
+    """Fit the target's moments on samples of the policy, which is the reference as yet."""
+    per_prompt = max(2, -(-config.rollout.fit_samples // len(data.train)))
+    rows = data.train[: -(-config.rollout.fit_samples // per_prompt)]
+    sampler.engine.publish(parts.policy, FIT_VERSION)
+    with console.status(f"sampling {len(rows) * per_prompt} completions of the reference"):
+        draw = sampler.with_completions(per_prompt).sample(rows, version=FIT_VERSION, number=FIT_VERSION)
+    values = [features for group in draw.groups for features in group.features()]
+    features = torch.tensor(values, dtype=torch.float64)
+    fitted = objective.build(features)
+    means = ", ".join(f"{mean:.3f}" for mean in features.mean(dim=0).tolist())
+    console.print(
+        f"target: means {means} under the reference; {fitted.target}",  # pyright: ignore[reportAttributeAccessIssue]
+        highlight=False,
+        soft_wrap=True,
+    )
+    return fitted
+
+
+def _tell(data: PromptData, console: Console) -> None:
+    report = data.report
+    parts = [f"{report.num_train} prompts to train on, {report.num_eval} held out"]
+    for label, count in (("cut", report.cut), ("too long", report.dropped), ("bad rows", report.bad)):
+        parts += [f"{label} {count}"] if count else []
+    console.print("prompts: " + "; ".join(parts), highlight=False, markup=False)
+
+
+def _probe(prompt_ids: tuple[int, ...]) -> PromptTree:
+    """Two made completions of a prompt, of its own last tokens: enough to try a layout on."""
+    return PromptTree(prompt_ids, (prompt_ids[-8:], tuple(reversed(prompt_ids[-5:]))), place="a made completion")

@@ -1,0 +1,122 @@
+"""What is said of rollouts: rewards, passes, lengths, diversity, and how far the policy is from its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from falign import divergences
+from falign.divergences import estimators
+from falign.references import Reference
+from falign.rewards import best_of_n, pass_at_k
+from falign.rollouts import Rollout
+from falign.scoring import LAYOUTS, Layout, PromptTree, TokenBatch, completion_scores, evaluation_mode
+from falign.training.groups import Draw
+from falign.training.means import Means
+
+__all__ = ["distinct", "evaluation_metrics", "powers_of_two", "rollout_metrics"]
+
+
+def rollout_metrics(draw: Draw, *, pass_reward: float) -> dict[str, Tensor]:
+    """Return the metrics of a rollout, each with one value per completion, per prompt, or for all of it.
+
+    ``pass@k`` and ``reward/best_of_k`` are unbiased estimates from the whole group, for k = 1, 2, 4 ... up to its size.
+    """
+    groups = draw.groups
+    size = len(groups[0].rewards)
+    rewards = torch.tensor([group.rewards for group in groups])
+    passed = torch.tensor([group.num_passed(pass_reward) for group in groups])
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    metrics = {
+        "reward": rewards.flatten(),
+        "groups/all_pass": passed == size,
+        "groups/all_fail": passed == 0,
+        "groups/zero_variance": rewards.amax(dim=1) == rewards.amin(dim=1),
+        "completions/length": torch.tensor([len(rollout.completion_ids) for rollout in rollouts]),
+        "completions/clipped": torch.tensor([rollout.finish_reason == "length" for rollout in rollouts]),
+        "completions/unique": torch.tensor([len(set(map(_ids, group.rollouts))) / size for group in groups]),
+        "rollout/prompts_sampled": torch.tensor([draw.num_sampled]),
+        "rollout/prompts_unfit": torch.tensor([draw.num_unfit]),
+        "reward/timeouts": torch.tensor([draw.timeouts]),
+        "reward/errors": torch.tensor([draw.errors]),
+    }
+    for name in groups[0].parts:
+        values = [value for group in groups for value in group.parts[name] if value is not None]
+        metrics[f"reward/{name}"] = torch.tensor(values)
+    for n in (1, 2):
+        metrics[f"distinct-{n}"] = torch.tensor([distinct(map(_ids, group.rollouts), n) for group in groups])
+    for k in powers_of_two(size):
+        metrics[f"pass@{k}"] = pass_at_k(size, passed, k)
+        metrics[f"reward/best_of_{k}"] = best_of_n(rewards, k)
+    return {name: values.double() for name, values in metrics.items() if values.numel()}
+
+
+def evaluation_metrics(
+    draw: Draw,
+    *,
+    policy: nn.Module,
+    reference: Reference,
+    prepare: Callable[[Any], Any],
+    pass_reward: float,
+    batch_size: int,
+    layout: Layout,
+    pad_token_id: int,
+    chunk_tokens: int,
+) -> dict[str, float]:
+    """Return the means over held-out prompts, with entropy and divergences of the policy from its reference.
+
+    The divergences are estimates of whole completions, in nats, from the policy's own samples at temperature 1.
+
+    Args:
+        draw: The held-out completions.
+        policy: What sampled them.
+        reference: What the policy is held to.
+        prepare: Takes a batch to the device.
+        pass_reward: What a completion needs to pass.
+        batch_size: Prompts that are scored at once.
+        layout: One that the model can read.
+        pad_token_id: What fills rows.
+        chunk_tokens: Positions that reach the vocabulary at once.
+    """
+    means = Means()
+    means.add(rollout_metrics(draw, pass_reward=pass_reward))
+    for start in range(0, len(draw.groups), batch_size):
+        trees = [
+            PromptTree(group.row.prompt_ids, tuple(map(_ids, group.rollouts)), place=group.row.place)
+            for group in draw.groups[start : start + batch_size]
+        ]
+        batch = TokenBatch(**prepare(vars(LAYOUTS[layout](trees, pad_token_id=pad_token_id))))
+        with torch.no_grad(), evaluation_mode(policy):
+            scores = completion_scores(policy, batch, chunk_tokens=chunk_tokens)
+        log_ratio = (scores.logprobs - reference.logprobs(policy, batch)).masked_fill(~batch.completion_mask, 0.0)
+        whole = log_ratio.sum(dim=-1)
+        means.add(
+            {
+                "entropy": scores.entropy[batch.completion_mask],
+                "logratios/policy": whole,
+                **{
+                    f"divergence/{name}": estimators.value_from_policy(divergences.get(name), whole)
+                    for name in ("reverse_kl", "jensen_shannon", "total_variation")
+                },
+            }
+        )
+    return means.take()
+
+
+def distinct(completions: Iterable[Sequence[int]], n: int) -> float:
+    """Return the share of different n-grams of tokens among all n-grams of some completions; 0 where there is none."""
+    grams = [tuple(ids[i : i + n]) for ids in completions for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def powers_of_two(largest: int) -> list[int]:
+    """Return 1, 2, 4 ... up to ``largest``, and ``largest`` itself."""
+    powers = [2**i for i in range(largest.bit_length()) if 2**i <= largest]
+    return powers if powers[-1] == largest else [*powers, largest]
+
+
+def _ids(rollout: Rollout) -> tuple[int, ...]:
+    return tuple(rollout.completion_ids)

@@ -1,0 +1,344 @@
+"""The trainer of runs that learn from their own samples: rollouts, rewards and several updates on each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+from typing_extensions import override
+
+from falign.data import PromptRow
+from falign.errors import RolloutError
+from falign.objectives import CompletionBatch, Objective, ObjectiveOutput, RolloutObjective, RunningPartition
+from falign.references import Reference, objective_inputs
+from falign.scoring import DEFAULT_CHUNK_TOKENS, Layout, PromptTree, completion_scores, evaluation_mode
+from falign.training.completions_table import CompletionsTable
+from falign.training.groups import Draw, Group, GroupSampler, PromptOrder
+from falign.training.online_metrics import evaluation_metrics, rollout_metrics
+from falign.training.prompts_config import RolloutConfig
+from falign.training.scored_trees import ScoredTree, collate, completion_rows, whole_batch
+from falign.training.supplied import ONLINE
+from falign.training.trainer import AlignmentTrainer, split_columns
+
+__all__ = ["OnlineTrainer"]
+
+MOST_CLIPPED = 0.95  # of the completions of a rollout
+ROLLOUT_STATE = "rollout_state.json"
+EMPTY: dict[str, Any] = {"input_ids": torch.empty(0, dtype=torch.long)}
+"""A micro-batch of a step that has fewer prompts than micro-batches."""
+
+
+class OnlineTrainer(AlignmentTrainer):
+    """Minimise any objective on completions that the policy samples itself.
+
+    Each optimiser step takes ``rollout.prompts / rollout.minibatches`` prompts with all their completions. After
+    ``rollout.num_updates`` steps the policy, as it then is, samples anew.
+
+    Args:
+        model: The policy.
+        reference: What it is held to.
+        objective: What is minimised.
+        args: Arguments of the underlying trainer; its steps of accumulation follow from ``rollout``.
+        sampler: What samples the training completions.
+        evaluation_sampler: What samples the held-out ones.
+        prompts: To train on.
+        eval_prompts: Held out; may be empty.
+        rollout: Sizes.
+        rehearsal: Stored completions of the reference with their log-probabilities; may be empty.
+        rehearsal_size: How many of them go into each optimiser step.
+        pad_token_id: What fills rows.
+        table: Where completions are written down.
+        layout: One that the model can read.
+        chunk_tokens: Positions that reach the vocabulary at once.
+        value_head: Values of prefixes, for objectives that read them.
+        advise: Told once what is probably not meant.
+        **kwargs: Passed on to ``transformers.Trainer``.
+    """
+
+    supplied = ONLINE
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        reference: Reference,
+        objective: Objective,
+        args: TrainingArguments,
+        sampler: GroupSampler,
+        evaluation_sampler: GroupSampler,
+        prompts: Sequence[PromptRow],
+        eval_prompts: Sequence[PromptRow],
+        rollout: RolloutConfig,
+        pad_token_id: int,
+        table: CompletionsTable,
+        rehearsal: Sequence[ScoredTree] = (),
+        rehearsal_size: int = 0,
+        layout: Layout = "padded",
+        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        value_head: nn.Module | None = None,
+        advise: Callable[[str], None] = print,
+        **kwargs: Any,
+    ) -> None:
+        self.rollout, self.sampler, self.evaluation_sampler = rollout, sampler, evaluation_sampler
+        self.prompts, self.eval_prompts = prompts, eval_prompts
+        self.pad_token_id, self.table, self.advise = pad_token_id, table, advise
+        self.order = PromptOrder(len(prompts), seed=args.seed)
+        self.rehearsal, self.rehearsal_size = rehearsal, rehearsal_size
+        self.rehearsal_order = PromptOrder(len(rehearsal), seed=args.seed + 1)
+        self.partition = RunningPartition()
+        self.buffer: list[ScoredTree] = []
+        self.num_rollouts = 0
+        self._advised = rollout.ignore_stop
+        super().__init__(
+            model,
+            reference=reference,
+            objective=objective,
+            args=args,
+            train_trees=range(args.max_steps * args.gradient_accumulation_steps),
+            eval_trees=[],
+            pad_token_id=pad_token_id,
+            layout=layout,
+            chunk_tokens=chunk_tokens,
+            **kwargs,
+        )
+        self.value_head = value_head
+
+    @property
+    @override
+    def evaluates(self) -> bool:
+        return bool(self.eval_prompts)
+
+    @override
+    def get_train_dataloader(self) -> Any:
+        # Steps are counted by this; what they learn from is sampled in get_batch_samples.
+        return self.train_dataset
+
+    @override
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Return the micro-batches of the next update, sampling when the last rollout is used up."""
+        update = self.state.global_step % self.rollout.num_updates
+        if update == 0:
+            self.buffer = self._roll_out()
+        chosen = _part(self.buffer, update % self.rollout.minibatches, self.rollout.minibatches)
+        if not chosen:
+            raise RolloutError(
+                f"Step {self.state.global_step + 1}: {len(self.buffer)} prompts of the rollout can be learnt from, "
+                "fewer than rollout.minibatches: all completions of the others have one reward. Raise rollout.prompts "
+                "or rollout.completions, or look at the rewards in completions.jsonl."
+            )
+        rehearsed = [self.rehearsal[i] for i in self.rehearsal_order.take(self.rehearsal_size)]
+        parts = [[*_part(chosen, i, num_batches), *_part(rehearsed, i, num_batches)] for i in range(num_batches)]
+        batches = [self._collated(part) if part else EMPTY for part in parts]
+        return batches, self._get_num_items_in_batch([batch for batch in batches if batch is not EMPTY], device)
+
+    @override
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not inputs["input_ids"].numel():
+            return torch.zeros((), device=self.args.device, requires_grad=True)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _collated(self, trees: Sequence[ScoredTree]) -> dict[str, Any]:
+        return collate(trees, layout=self.layout, pad_token_id=self.pad_token_id)
+
+    def _roll_out(self) -> list[ScoredTree]:
+        """Sample, reward and score one rollout, and add to it what is computed from all of it at once."""
+        number, self.num_rollouts = self.num_rollouts, self.num_rollouts + 1
+        self.sampler.engine.publish(self.policy, number)
+        draw = self._draw(number)
+        compares = "preference" in self.objective.needs
+        # Where completions are compared, a prompt that they all answer equally well says nothing.
+        groups = [group for group in draw.groups if len(set(group.rewards)) > 1] if compares else draw.groups
+        trees = self._scored([self._tree(group) for group in groups])
+        if "log_partition" in self.objective.needs:
+            trees = self._with_partition(trees)
+        if isinstance(self.objective, RolloutObjective):
+            trees = _prepared(trees, self.objective)
+        metrics = rollout_metrics(draw, pass_reward=self.rollout.pass_reward)
+        self.means.add(metrics)
+        if draw.message:
+            self.advise(f"reward: {draw.message}")
+        self._advise_on_length(metrics["completions/clipped"].mean().item())
+        self.table.write(self.state.global_step, draw)
+        return trees
+
+    def _advise_on_length(self, clipped: float) -> None:
+        if clipped >= MOST_CLIPPED and not self._advised:
+            self._advised = True
+            self.advise(
+                f"{clipped:.0%} of a rollout hit rollout.max_new_tokens={self.rollout.max_new_tokens} "
+                "and have no end: raise it, ask for short answers in the prompt, or set rollout.ignore_stop if texts "
+                "have no end here."
+            )
+
+    def _draw(self, number: int) -> Draw:
+        count, rows = self.rollout.prompts, self.prompts
+        if self.rollout.difficulty is None:
+            return self.sampler.sample([rows[i] for i in self.order.take(count)], version=number, number=number)
+        return self.sampler.sample_within(
+            rows,
+            self.order,
+            count,
+            difficulty=self.rollout.difficulty,
+            pass_reward=self.rollout.pass_reward,
+            version=number,
+            number=number,
+        )
+
+    def _tree(self, group: Group) -> ScoredTree:
+        compares = "preference" in self.objective.needs
+        if compares and self.rollout.ranked == "best_worst":
+            group = group.best_and_worst()
+        tree = PromptTree(
+            group.row.prompt_ids,
+            tuple(rollout.completion_ids for rollout in group.rollouts),
+            group.rewards if compares else None,
+            group.row.place,
+        )
+        columns: dict[str, Any] = {"sampler_logprobs": [list(rollout.logprobs) for rollout in group.rollouts]}
+        if "rewards" in self.objective.needs:
+            columns["rewards"] = list(group.rewards)
+        if "features" in self.objective.needs:
+            columns["features"] = group.features()
+        return ScoredTree(tree, columns)
+
+    def _scored(self, trees: list[ScoredTree]) -> list[ScoredTree]:
+        """Add what policy and reference say before the first update, as far as it is needed then."""
+        needs = self.objective.needs
+        wants_reference = "reference_logprobs" in needs and self.objective.token_divergence is None
+        elsewhere = self.rollout.temperature != 1.0  # then the sampler's law is what importance weights are to
+        # On the only update of a rollout the policy is the one that sampled.
+        wants_policy = "log_partition" in needs or "old_values" in needs or self.rollout.num_updates > 1
+        scored, size = [], self.args.per_device_train_batch_size
+        for start in range(0, len(trees), size):
+            part = trees[start : start + size]
+            batch, _ = split_columns(self._prepare_inputs(self._collated(part)))
+            found: dict[str, Tensor] = {}
+            if wants_reference:
+                found["reference_logprobs"] = self.reference.logprobs(self.policy, batch)
+            if wants_policy:
+                with torch.no_grad(), evaluation_mode(self.policy):
+                    scores = completion_scores(
+                        self.policy, batch, chunk_tokens=self.chunk_tokens, value_head=self.value_head
+                    )
+                found["old_logprobs"] = scores.logprobs
+                if scores.values is not None:
+                    found["old_values"] = scores.values
+            scored += _with_rows(part, found, batch.completion_mask)
+        if elsewhere:
+            scored = [tree.with_columns(old_logprobs=tree.columns["sampler_logprobs"]) for tree in scored]
+        return scored
+
+    def _with_partition(self, trees: list[ScoredTree]) -> list[ScoredTree]:
+        """Add each completion's estimate of log Z, made of all others of its prompt, now and before."""
+        batch = whole_batch(trees)
+        keys = [tree.tree.place for tree in trees for _ in tree.tree.completion_ids]
+        weights = self.objective.log_weights(batch)  # pyright: ignore[reportAttributeAccessIssue] - it needs log_partition
+        estimates = self.partition.update(keys, weights)
+        return _with_rows(trees, {"log_partition": estimates}, batch.completion_mask)
+
+    @override
+    def evaluate_objective(self, model: nn.Module, inputs: dict[str, Any]) -> ObjectiveOutput:
+        batch, columns = split_columns(inputs)
+        sampler_logprobs = inputs["columns"].get("sampler_logprobs")
+        scored = objective_inputs(
+            self.policy,
+            batch,
+            reference=self.reference,
+            objective=self.objective,
+            chunk_tokens=self.chunk_tokens,
+            wrapped=model,
+            columns=columns,
+            value_head=self.value_head,
+        )
+        completions = scored.completions
+        own = batch.completion_mask
+        if completions.from_reference is not None:
+            own = own & ~completions.from_reference[:, None]
+        output = self.objective(completions)
+        metrics = {**output.metrics, "entropy": scored.entropy[own].detach()}
+        if sampler_logprobs is not None and self.state.global_step % self.rollout.num_updates == 0:
+            metrics["sampler/logprob_gap"] = (completions.logprobs.detach() - sampler_logprobs)[own].abs()
+        return output._replace(metrics=metrics)
+
+    @override
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Answer the held-out prompts, and log what the answers are worth and how far the policy has gone."""
+        version = -1 - self.state.global_step
+        self.evaluation_sampler.engine.publish(self.policy, version)
+        draw = self.evaluation_sampler.sample(self.eval_prompts, version=version, number=0)
+        means = evaluation_metrics(
+            draw,
+            policy=self.policy,
+            reference=self.reference,
+            prepare=self._prepare_inputs,
+            pass_reward=self.rollout.pass_reward,
+            batch_size=self.args.per_device_eval_batch_size,
+            layout=self.layout,
+            pad_token_id=self.pad_token_id,
+            chunk_tokens=self.chunk_tokens,
+        )
+        self.table.write(self.state.global_step, draw, held_out=True)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @override
+    def write_state(self, folder: Path) -> None:
+        super().write_state(folder)
+        state = {
+            "order": self.order.position,
+            "rehearsal_order": self.rehearsal_order.position,
+            "num_rollouts": self.num_rollouts,
+            "partition": self.partition.state_dict(),
+            # Between two rollouts nothing of the last one is needed any more.
+            "buffer": [tree.state_dict() for tree in self.buffer]
+            if self.state.global_step % self.rollout.num_updates
+            else [],
+        }
+        (folder / ROLLOUT_STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    @override
+    def read_state(self, folder: Path) -> None:
+        super().read_state(folder)
+        state = json.loads((folder / ROLLOUT_STATE).read_text(encoding="utf-8"))
+        self.order.position, self.rehearsal_order.position = state["order"], state["rehearsal_order"]
+        self.num_rollouts = state["num_rollouts"]
+        self.partition.load_state_dict(state["partition"])
+        self.buffer = [ScoredTree.from_state(tree) for tree in state["buffer"]]
+
+
+def _part(items: Sequence[ScoredTree], number: int, parts: int) -> Sequence[ScoredTree]:
+    """Return one of several parts whose sizes differ by at most one."""
+    return items[len(items) * number // parts : len(items) * (number + 1) // parts]
+
+
+def _with_rows(trees: Sequence[ScoredTree], found: Mapping[str, Tensor], mask: Tensor) -> list[ScoredTree]:
+    """Add to each tree its completions' rows of some tensors."""
+    rows = {name: completion_rows(values.cpu(), mask.cpu()) for name, values in found.items()}
+    added, start = [], 0
+    for tree in trees:
+        stop = start + len(tree.tree.completion_ids)
+        added.append(tree.with_columns(**{name: values[start:stop] for name, values in rows.items()}))
+        start = stop
+    return added
+
+
+def _prepared(trees: list[ScoredTree], objective: RolloutObjective) -> list[ScoredTree]:
+    """Add what the objective computes once from a whole rollout."""
+    batch = whole_batch(trees)
+    prepared = objective.prepare(batch)
+    new: dict[str, Tensor] = {
+        field.name: value
+        for field in fields(CompletionBatch)
+        if (value := getattr(prepared, field.name)) is not None and getattr(batch, field.name) is None
+    }
+    return _with_rows(trees, new, batch.completion_mask)

@@ -1,0 +1,132 @@
+"""What every run is made of, whether it learns from data or from its own samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from falign.errors import ConfigError
+from falign.models import enable_gradient_checkpointing, stop_token_ids
+from falign.models.dropout import disable_dropout
+from falign.models.tokenizers import pad_token_id
+from falign.objectives import Objective
+from falign.references import Reference, check_same_at_start
+from falign.scoring import LAYOUTS, Layout, PromptTree, check_head, choose_layout
+from falign.training.config import RunConfig
+from falign.training.references import build_reference, starts_as_policy
+
+__all__ = ["Language", "Parts", "load_language", "load_parts"]
+
+
+class Language(NamedTuple):
+    """What turns text into token ids.
+
+    Attributes:
+        tokenizer: The model's.
+        stop_tokens: All ids that end a completion.
+        pad_token_id: What fills rows.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_tokens: frozenset[int]
+    pad_token_id: int
+
+
+class Parts(NamedTuple):
+    """The models of a run, on their device.
+
+    Attributes:
+        policy: What is trained.
+        reference: What it is held to.
+        layout: One that both can read.
+    """
+
+    policy: PreTrainedModel | PeftModel
+    reference: Reference
+    layout: Layout
+
+
+def load_language(config: RunConfig) -> Language:
+    """Load what data need; weights come later, so that a bad row is found before they do."""
+    tokenizer = config.model.build_tokenizer()
+    stops = stop_token_ids(config.model.path, tokenizer, revision=config.model.revision)
+    return Language(tokenizer, stops, pad_token_id(tokenizer))
+
+
+def load_parts(
+    config: RunConfig,
+    language: Language,
+    objective: Objective,
+    args: TrainingArguments,
+    *,
+    probes: Sequence[PromptTree],
+    longest: int,
+    console: Console,
+) -> Parts:
+    """Load policy and reference, and check that they do what is expected of them.
+
+    Args:
+        config: The run.
+        language: Its tokenizer.
+        objective: What is minimised.
+        args: Say the device.
+        probes: Completions to try the layouts and the reference on, the most telling last.
+        longest: Tokens of the longest prompt with a completion that may come.
+        console: Where is told what was found.
+
+    Raises:
+        ConfigError: Something of the run file does not fit the model.
+        ModelError: Policy and reference differ where they should be the same.
+    """
+    if args.n_gpu > 1:
+        raise ConfigError(f"{args.n_gpu} GPUs are visible and one process uses one: set CUDA_VISIBLE_DEVICES=0.")
+    with console.status(f"loading {config.model.path}"):
+        policy: PreTrainedModel | PeftModel = config.model.build()
+        _check_fits(config, policy, longest)
+        disable_dropout(policy)
+        if config.adapter is not None:
+            policy = config.adapter.build(policy, seed=config.seed, revision=config.model.revision)
+        if config.training.gradient_checkpointing:
+            enable_gradient_checkpointing(policy)
+        check_head(policy, probes[0].prompt_ids + probes[0].completion_ids[0])
+        reference = build_reference(config, policy, device=args.device)
+        policy.to(args.device)  # pyright: ignore[reportArgumentType]
+    layout = _layout(config, policy, probes, language.pad_token_id, console)
+    if starts_as_policy(config):
+        batch = LAYOUTS[layout](probes[:2], pad_token_id=language.pad_token_id).to(args.device)
+        check_same_at_start(policy, reference, batch)
+    return Parts(policy, reference, layout)
+
+
+def _check_fits(config: RunConfig, model: PreTrainedModel, longest: int) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and longest > positions:
+        field = "data.max_length" if config.data is not None else "prompts.max_length + rollout.max_new_tokens"
+        raise ConfigError(f"{field}={longest} is more than the {positions} positions of {config.model.path}: lower it.")
+    if config.adapter is None and model.dtype in (torch.bfloat16, torch.float16):
+        raise ConfigError(
+            f"adapter=null trains all weights, and these are {str(model.dtype).removeprefix('torch.')}, where most "
+            "updates are below rounding and lost: set model.dtype=float32, or add an adapter."
+        )
+
+
+def _layout(
+    config: RunConfig, policy: PreTrainedModel | PeftModel, probes: Sequence[PromptTree], pad_id: int, console: Console
+) -> Layout:
+    """Try the trees that have several completions, where a wrong mask shows."""
+    try:
+        choice = choose_layout(policy, list(probes)[-2:], pad_token_id=pad_id, wanted=config.training.layout)
+    except ValueError as error:
+        raise ConfigError(f"training.{error}") from error
+    console.print(
+        f"layout: {choice.layout}, {choice.reason}",
+        style=None if choice.as_asked else "yellow",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return choice.layout

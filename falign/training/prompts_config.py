@@ -1,0 +1,130 @@
+"""The sections of the run file that an online run has in place of ``data``: prompts, rollouts, rehearsal."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from falign.data import LengthPolicy, PromptData, PromptSource, load_prompts
+from falign.data.rendering import Tokenizer
+from falign.training.base_config import FrozenModel
+
+__all__ = [
+    "DifficultyConfig",
+    "EvaluationConfig",
+    "PromptSourceConfig",
+    "PromptsConfig",
+    "RehearsalDataConfig",
+    "RolloutConfig",
+]
+
+
+class PromptSourceConfig(FrozenModel):
+    """One source of prompts."""
+
+    path: str | None = None
+    """As in ``data``, or ``demo:one-digit-arithmetic``."""
+    texts: list[str] = []
+    """Prompts themselves, in place of a path."""
+    split: str = "train"
+    template: str | None = None
+    """The prompt, with the row's columns in braces: ``"{question} Answer:"``; else the column ``prompt``."""
+    chat: bool = False
+    """Render a plain prompt as a user's turn, by the chat template."""
+    system: str | None = None
+    limit: int | None = Field(default=None, ge=1)
+
+    def build(self) -> PromptSource:
+        """Return the source as the data package knows it."""
+        return PromptSource(**{**self.model_dump(), "texts": tuple(self.texts)})
+
+
+class PromptsConfig(FrozenModel):
+    """What the model answers in an online run; the other columns of a row go to the rewards."""
+
+    train: list[PromptSourceConfig] = Field(min_length=1)
+    eval: list[PromptSourceConfig] = []
+    """Sources of their own, or hold out some of the training prompts:"""
+    eval_size: int = Field(default=0, ge=0)
+    max_length: int = Field(default=512, ge=1)
+    """Most tokens of a prompt."""
+    long_prompt: LengthPolicy = "error"
+    bad_rows: str = Field(default="error", pattern="^(error|skip)$")
+
+    def build(self, tokenizer: Tokenizer, *, seed: int) -> PromptData:
+        """Read, tokenise and split the prompts."""
+        return load_prompts(
+            [source.build() for source in self.train],
+            tokenizer,
+            max_length=self.max_length,
+            long_prompt=self.long_prompt,
+            bad_rows="skip" if self.bad_rows == "skip" else "error",
+            eval_sources=[source.build() for source in self.eval],
+            eval_size=self.eval_size,
+            seed=seed,
+        )
+
+
+class DifficultyConfig(FrozenModel):
+    """Which prompts are trained on: those that the policy solves sometimes."""
+
+    low: float = Field(default=0.1, ge=0, le=1)
+    """Least share of a prompt's completions that pass."""
+    high: float = Field(default=0.9, ge=0, le=1)
+    max_rounds: int = Field(default=3, ge=1)
+    """How often other prompts are drawn in place of those left out, before the rest is taken as it is."""
+
+
+class EvaluationConfig(FrozenModel):
+    """How held-out prompts are answered."""
+
+    completions: int = Field(default=8, ge=1)
+    """Completions per prompt, which pass@k is estimated from for k up to this."""
+    temperature: float = Field(default=1.0, ge=0)
+    """0 decodes greedily."""
+
+
+class RolloutConfig(FrozenModel):
+    """How completions are sampled, and how often each is learnt from.
+
+    Sampling is from the whole vocabulary: what top-k or top-p leave out, no importance weight brings back.
+    """
+
+    prompts: int = Field(default=8, ge=1)
+    """Prompts per rollout."""
+    completions: int = Field(default=8, ge=1)
+    """Completions per prompt: the group."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    """Another than 1 makes the samples another law's; they are weighted by ``π/π_sampler`` then."""
+    updates: int = Field(default=1, ge=1)
+    """Passes over each rollout."""
+    minibatches: int = Field(default=1, ge=1)
+    """Optimiser steps per pass; prompts are divided among them."""
+    ignore_stop: bool = False
+    """Sample exactly ``max_new_tokens`` tokens: for texts that have no natural end."""
+    pass_reward: float = 1.0
+    """A completion with this reward or more passes: for pass@k and difficulty."""
+    difficulty: DifficultyConfig | None = None
+    ranked: Literal["best_worst", "all"] = "best_worst"
+    """For objectives of preferences: which completions of a prompt are compared by their rewards."""
+    max_batch_tokens: int = Field(default=16_384, ge=1)
+    """Most tokens whose keys and values are held at once while sampling; memory and speed alone."""
+    fit_samples: int = Field(default=512, ge=2)
+    """Completions of the reference on which the weights of ``objective.target.moments`` are fitted."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def num_updates(self) -> int:
+        """Optimiser steps per rollout."""
+        return self.updates * self.minibatches
+
+
+class RehearsalDataConfig(FrozenModel):
+    """Stored completions of the reference, as ``falign sample --verifier`` writes them."""
+
+    path: str
+    """``rehearsal.jsonl``."""
+    completions: int = Field(default=8, ge=1)
+    """How many of them go into each optimiser step."""

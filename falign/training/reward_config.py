@@ -1,0 +1,391 @@
+"""The section of the run file that says what is rewarded: a list of models, told apart by ``kind``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from falign import divergences
+from falign.errors import ConfigError
+from falign.rewards import (
+    Lexicon,
+    Reward,
+    RewardSum,
+    TimedFunction,
+    WeightedReward,
+    Words,
+    choice,
+    fit_lexicon,
+    import_function,
+    mathematics,
+    number,
+    read_labelled,
+    read_lexicon,
+    regex,
+    sections,
+    sql,
+)
+from falign.training.base_config import FrozenModel
+
+__all__ = [
+    "ChoiceConfig",
+    "ClassifierConfig",
+    "FunctionConfig",
+    "ImplicitConfig",
+    "LexiconConfig",
+    "MathConfig",
+    "NumberConfig",
+    "RegexConfig",
+    "RewardConfig",
+    "SectionsConfig",
+    "SentimentConfig",
+    "SqlConfig",
+    "WordsConfig",
+    "build_rewards",
+]
+
+
+class _Part(FrozenModel):
+    """What all rewards have."""
+
+    name: str | None = None
+    """Logged as ``reward/<name>``; by default the kind, or the function's name."""
+    weight: float = 1.0
+    """Factor in the sum; 0 only logs it."""
+
+
+class _Verifier(_Part):
+    """What all rewards have that run in processes of their own."""
+
+    timeout: float = Field(default=10.0, gt=0)
+    """Seconds per completion, after which its process is killed."""
+    failed: float | None = 0.0
+    """What a completion is worth that was stopped or made the verifier raise; null leaves it out. Both are counted."""
+
+
+class FunctionConfig(_Part):
+    """A function of your own: ``(prompts, completions, **columns) -> list of float or None``."""
+
+    kind: Literal["function"] = "function"
+    function: str
+    """``module:function``."""
+    timeout: float | None = Field(default=None, gt=0)
+    """Seconds per completion. The function is then called for one completion at a time, in processes of its own;
+    without it, for all at once, in this one."""
+    failed: float | None = 0.0
+    """With ``timeout``: what a completion is worth that was stopped, or raised and was counted; null leaves it out."""
+    errors: Literal["stop", "count"] = "stop"
+    """With ``timeout``: ``count`` counts exceptions instead of stopping the run."""
+
+    @model_validator(mode="after")
+    def _needs_a_timeout(self) -> FunctionConfig:
+        given = sorted({"failed", "errors"} & self.model_fields_set)
+        if self.timeout is None and given:
+            raise ValueError(f"{given[0]} applies to single completions, so it needs a timeout")
+        return self
+
+    def build(self) -> Reward:
+        """Return the function, with its deadline if it has one.
+
+        Raises:
+            ConfigError: It cannot be imported.
+        """
+        if self.timeout is None:
+            return import_function(self.function)
+        return TimedFunction(self.function, timeout=self.timeout, failed=self.failed, errors=self.errors)
+
+
+class MathConfig(_Verifier):
+    """Whether the last answer equals the row's as an expression."""
+
+    kind: Literal["math"] = "math"
+    answer: str = "answer"
+    """Column with LaTeX, an expression, a number, or a text whose answer follows ``####``."""
+    decimals: int = Field(default=6, ge=0)
+    """Digits after the point to which numbers must agree."""
+
+    def build(self) -> Reward:
+        """Return the verifier."""
+        return mathematics(answer=self.answer, decimals=self.decimals, timeout=self.timeout, failed=self.failed)
+
+
+class NumberConfig(_Verifier):
+    """Whether the last number is the row's."""
+
+    kind: Literal["number"] = "number"
+    answer: str = "answer"
+    """Column with a number, or a text with one at its end or after ``####``."""
+    tolerance: float = Field(default=1e-6, ge=0)
+    """Largest difference as a share of the answer."""
+
+    def build(self) -> Reward:
+        """Return the verifier."""
+        return number(answer=self.answer, tolerance=self.tolerance, timeout=self.timeout, failed=self.failed)
+
+
+class ChoiceConfig(_Verifier):
+    """Whether the letter that the completion settles on is the row's."""
+
+    kind: Literal["choice"] = "choice"
+    answer: str = "answer"
+    """Column with the letter."""
+    letters: str = Field(default="ABCDE", min_length=2)
+    options: str | None = None
+    """Column with the options' texts, which a completion may end with instead."""
+
+    def build(self) -> Reward:
+        """Return the verifier."""
+        return choice(
+            answer=self.answer,
+            letters=self.letters,
+            options=self.options,
+            timeout=self.timeout,
+            failed=self.failed,
+        )
+
+
+class RegexConfig(_Verifier):
+    """Whether a regular expression occurs."""
+
+    kind: Literal["regex"] = "regex"
+    pattern: str
+    """Python's syntax; flags go inside, ``(?s)``."""
+    whole: bool = False
+    """Whether it must match the whole completion."""
+    answer: str | None = None
+    """Column that the first group must equal, in the last match."""
+
+    def build(self) -> Reward:
+        """Return the verifier."""
+        return regex(self.pattern, whole=self.whole, answer=self.answer, timeout=self.timeout, failed=self.failed)
+
+
+class SectionsConfig(_Verifier):
+    """Whether the completion is a row of sections ``<tag>…</tag>`` and nothing else."""
+
+    kind: Literal["sections"] = "sections"
+    tags: list[str] = Field(min_length=1)
+    """Their names, in order: ``[think, answer]``."""
+
+    def build(self) -> Reward:
+        """Return the verifier."""
+        return sections(self.tags, timeout=self.timeout, failed=self.failed)
+
+
+class SqlConfig(_Verifier):
+    """Whether the query returns what the row's does, on a read-only SQLite file."""
+
+    kind: Literal["sql"] = "sql"
+    root: Path
+    """Folder of the databases; no file outside it is opened."""
+    database: str = "{db_id}.sqlite"
+    """File in it, made of columns in braces."""
+    answer: str = "query"
+    """Column with the row's query."""
+    max_rows: int = Field(default=10_000, ge=1)
+    """Most rows that the row's query may return."""
+    skip_empty: bool = False
+    """Whether rows whose query returns nothing do not apply: any number of wrong queries return that too."""
+
+    def build(self) -> Reward:
+        """Return the verifier.
+
+        Raises:
+            ConfigError: The folder is not there.
+        """
+        if not self.root.is_dir():
+            raise ConfigError(f"rewards: root={str(self.root)!r} is no folder; give the one that holds the databases.")
+        return sql(
+            self.root.absolute(),
+            database=self.database,
+            answer=self.answer,
+            max_rows=self.max_rows,
+            skip_empty=self.skip_empty,
+            timeout=self.timeout,
+            failed=self.failed,
+        )
+
+
+class WordsConfig(_Part):
+    """Whether whole words occur, case aside."""
+
+    kind: Literal["words"] = "words"
+    words: list[str] = []
+    """The same for all rows; or"""
+    column: str | None = None
+    """the column with each row's: a list, or a text with white space between them."""
+    mode: Literal["all", "any", "none", "share"] = "all"
+
+    def build(self) -> Reward:
+        """Return the reward.
+
+        Raises:
+            ConfigError: Both or neither of ``words`` and ``column`` are given.
+        """
+        return Words(self.words, self.column, self.mode)
+
+
+class LexiconConfig(_Part):
+    """The sum of weighted words."""
+
+    kind: Literal["lexicon"] = "lexicon"
+    path: Path
+    """A word per line, with a tab and its weight behind it where that is not 1."""
+    output: Literal["sum", "mean", "present", "probability"] = "sum"
+    """``mean``: per word; ``present``: 1 if one of them occurs, else 0; ``probability``: logistic function of
+    the sum."""
+
+    def build(self) -> Reward:
+        """Return the reward.
+
+        Raises:
+            DataError: A line is no word with its weight.
+        """
+        return Lexicon(read_lexicon(self.path), output=self.output)
+
+
+class SentimentConfig(_Part):
+    """The log-odds of a class by the words of labelled texts (naive Bayes)."""
+
+    kind: Literal["sentiment"] = "sentiment"
+    path: Path
+    """JSONL, also ``.gz``, with ``text`` and ``label``."""
+    positive: str
+    """The label whose log-odds are the reward."""
+    output: Literal["sum", "mean", "probability"] = "sum"
+    """``sum``: the log-odds; ``mean``: per word; ``probability``: of the class."""
+    smoothing: float = Field(default=1.0, gt=0)
+    """Added to every count."""
+
+    def build(self) -> Reward:
+        """Return the reward.
+
+        Raises:
+            DataError: A row lacks a column, or there are not two classes.
+        """
+        texts, labels = read_labelled(self.path, positive=self.positive)
+        return fit_lexicon(texts, labels, smoothing=self.smoothing, output=self.output)
+
+
+class ClassifierConfig(_Part):
+    """What a sequence classifier says."""
+
+    kind: Literal["classifier"] = "classifier"
+    path: str
+    """Hub name or folder."""
+    text: Literal["joined", "completion", "pair", "chat"] = "joined"
+    """What it reads: prompt and completion as one text, the completion alone, a pair of texts, or a conversation."""
+    output: Literal["score", "logprob", "probability"] = "score"
+    """``score``: the head's raw value."""
+    label: str | int | None = None
+    """Name or index; needed where the head has several."""
+    max_length: int | None = Field(default=None, ge=1)
+    """Most tokens; by default what the model allows. What is longer loses its beginning."""
+    tokens_per_batch: int = Field(default=16_384, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"
+    device: str | None = None
+    """By default the GPU if there is one."""
+    revision: str | None = None
+
+    def build(self) -> Reward:
+        """Load the classifier.
+
+        Raises:
+            ModelError: There is none.
+            ConfigError: The label is missing or unknown.
+        """
+        from falign.rewards.classifier import ClassifierReward, load_classifier
+
+        model, tokenizer = load_classifier(self.path, dtype=self.dtype, device=self.device, revision=self.revision)
+        return ClassifierReward(
+            model,
+            tokenizer,
+            text=self.text,
+            output=self.output,
+            label=self.label,
+            max_length=self.max_length,
+            tokens_per_batch=self.tokens_per_batch,
+        )
+
+
+class ImplicitConfig(_Part):
+    """What f-DPO has made one model prefer over another, β f'(π/π_ref)."""
+
+    kind: Literal["implicit"] = "implicit"
+    path: str
+    """π: hub name or folder, with the policy's tokens."""
+    reference: str
+    """π_ref."""
+    divergence: str = "reverse_kl"
+    beta: float = Field(default=0.1, gt=0)
+    layout: Literal["padded", "tree"] = "padded"
+    """``tree``: prompts are computed once for all their completions, for models that read it."""
+    tokens_per_batch: int = Field(default=8192, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"
+    device: str | None = None
+    """By default the GPU if there is one."""
+
+    def build(self) -> Reward:
+        """Load both models.
+
+        Raises:
+            ConfigError: The divergence is unknown or has no barrier.
+            ModelError: A model is not there.
+        """
+        import torch
+
+        from falign.models import load_model
+        from falign.rewards.implicit import ImplicitReward
+
+        place = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            divergence = divergences.get(self.divergence)
+            model, reference = (load_model(p, dtype=self.dtype, device=place) for p in (self.path, self.reference))
+            return ImplicitReward(
+                model, reference, divergence, self.beta, layout=self.layout, tokens_per_batch=self.tokens_per_batch
+            )
+        except ValueError as error:
+            raise ConfigError(f"rewards: {error}") from error
+
+
+def _kind(value: Any) -> str:
+    return str(value.get("kind", "function") if isinstance(value, dict) else getattr(value, "kind", "function"))
+
+
+RewardConfig = Annotated[
+    Annotated[FunctionConfig, Tag("function")]
+    | Annotated[MathConfig, Tag("math")]
+    | Annotated[NumberConfig, Tag("number")]
+    | Annotated[ChoiceConfig, Tag("choice")]
+    | Annotated[RegexConfig, Tag("regex")]
+    | Annotated[SectionsConfig, Tag("sections")]
+    | Annotated[SqlConfig, Tag("sql")]
+    | Annotated[WordsConfig, Tag("words")]
+    | Annotated[LexiconConfig, Tag("lexicon")]
+    | Annotated[SentimentConfig, Tag("sentiment")]
+    | Annotated[ClassifierConfig, Tag("classifier")]
+    | Annotated[ImplicitConfig, Tag("implicit")],
+    Discriminator(_kind),
+]
+"""One reward of the list ``rewards``: ``kind`` names one of these, the first where it is left out."""
+
+
+def build_rewards(configs: Sequence[RewardConfig]) -> RewardSum:
+    """Return the weighted sum of the rewards of a run file.
+
+    Args:
+        configs: The list ``rewards``.
+
+    Raises:
+        ConfigError: It is empty, two have one name, or one cannot be built.
+    """
+    return RewardSum(
+        tuple(WeightedReward(config.name or _default_name(config), config.build(), config.weight) for config in configs)
+    )
+
+
+def _default_name(config: RewardConfig) -> str:
+    return config.function.rpartition(":")[2] if isinstance(config, FunctionConfig) else config.kind

@@ -1,0 +1,179 @@
+"""``falign sample --verifier`` as a user types it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import falign as falign_package
+from falign.cli import main
+from falign.models import load_model, load_tokenizer
+from falign.scoring import PromptTree, completion_scores, pack
+
+VERIFIER = """
+def even(prompts, completions, label, **columns):
+    assert all(text for text in label)
+    return [float(i % 4 < 3 and ids[0] % 3 > 0) for i, ids in zip(columns["number"], columns["completion_ids"])]
+"""
+
+
+@pytest.fixture
+def falign(monkeypatch, capsys):
+    """Return a function that runs a command line and returns exit status, output and errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["falign", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "120")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, " ".join(captured.err.split())
+
+    return run
+
+
+@pytest.fixture
+def prompts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "my_verifier.py").write_text(VERIFIER)
+    return write_prompts(tmp_path / "prompts.jsonl", 70)
+
+
+def write_prompts(path, count):
+    rows = [{"prompt": f"question {i}", "label": f"é{i}", "number": i} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def presample(falign, tiny, prompts, tmp_path):
+    def run(*arguments, file=prompts, out=tmp_path / "out", verifier="my_verifier:even"):
+        options = ("--num-completions", 4, "--threshold", 3, "--max-new-tokens", 4)
+        return falign("sample", tiny, "--file", file, "--out", out, "--verifier", verifier, *options, *arguments)
+
+    yield run
+    sys.modules.pop("my_verifier", None)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_prompts_are_split_and_what_rehearses_has_its_logprobs(presample, prompts, tiny, tmp_path):
+    status, table, err = presample()
+    assert status == 0, err
+    explored, rehearsed = (rows_of(tmp_path / "out" / f"{name}.jsonl") for name in ("exploration", "rehearsal"))
+    rows = rows_of(prompts)
+    assert all(row in rows for row in explored)
+    assert sorted([*explored, *({k: row[k] for k in rows[0]} for row in rehearsed)], key=rows.index) == rows
+    assert rehearsed
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["prompts"], summary["rehearsal"], summary["exploration"]) == (70, len(rehearsed), len(explored))
+    assert f"{len(rehearsed):,}" in table
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "exploration.jsonl",
+        "rehearsal.jsonl",
+        "summary.json",
+    }
+
+    model, tokenizer = load_model(tiny), load_tokenizer(tiny)
+    for row in rehearsed:
+        assert row["number"] % 4 < 3
+        assert row["completion_ids"][0] % 3 > 0
+        turns = [{"role": "user", "content": row["prompt"]}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert row["prompt_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+        batch = pack([PromptTree(tuple(row["prompt_ids"]), (tuple(row["completion_ids"]),))], pad_token_id=1)
+        with torch.no_grad():
+            assert completion_scores(model, batch).logprobs[0].tolist() == pytest.approx(row["logprobs"], abs=1e-5)
+
+
+def test_a_template_makes_plain_prompts(presample, tiny, tmp_path):
+    status, _, err = presample("--template", "Q: {label}? A:", "--plain")
+    assert status == 0, err
+    row = rows_of(tmp_path / "out" / "rehearsal.jsonl")[0]
+    assert row["prompt_ids"] == load_tokenizer(tiny)(f"Q: {row['label']}? A:", add_special_tokens=False)["input_ids"]
+    assert row["prompt"] == f"question {row['number']}"
+
+
+def test_a_killed_call_goes_on_to_the_same_files(presample, tiny, prompts, tmp_path):
+    write_prompts(prompts, 600)
+    assert presample(out=tmp_path / "whole")[0] == 0
+    out = tmp_path / "out"
+    journal = out / ".presampling.jsonl"
+    options = ["--out", out, "--verifier", "my_verifier:even", "--num-completions", 4, "--threshold", 3]
+    command = [sys.executable, "-c", "from falign.cli import main; main()", "sample", tiny, "--file", prompts, *options]
+    process = subprocess.Popen(
+        list(map(str, [*command, "--max-new-tokens", 4])),
+        env=os.environ | {"PYTHONPATH": str(Path(falign_package.__file__).parents[1])},  # the working folder is another
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.stat().st_size > 2000) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert {file.name for file in out.iterdir()} == {".presampling.jsonl"}
+    status, _, err = presample("--seed", 1)
+    assert status == 2
+    assert "seed (0 there, 1 now)" in err
+    status, table, err = presample()
+    assert status == 0, err
+    assert "of the prompts sampled by an earlier call" in table
+    for name in ("exploration.jsonl", "rehearsal.jsonl", "summary.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_outputs_are_replaced_only_when_asked_for(presample):
+    assert presample()[0] == 0
+    status, _, err = presample()
+    assert status == 2
+    assert "--overwrite" in err
+    assert presample("--overwrite", "--seed", 3)[0] == 0
+
+
+def test_prompts_without_room_are_left_out_and_counted(presample, prompts, tmp_path):
+    with prompts.open("a") as file:
+        file.write(json.dumps({"prompt": "x" * 2044, "label": "y", "number": 1}) + "\n")
+    assert presample()[0] == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["prompts"], summary["too long"]) == (70, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("--threshold", 9), {}, "--threshold 9 must be from 1 to --num-completions"),
+        (("--temperature", 0.5), {}, "leave out --prompt, --json and any --temperature but 1"),
+        (("--max-new-tokens", 2048), {}, "leaves no room for a prompt in the 2048 positions"),
+        ((), {"verifier": "nothing"}, "reward 'nothing' is unknown"),
+        ((), {"verifier": "my_verifier:odd"}, "my_verifier:odd"),
+        ((), {"file": "missing.jsonl"}, "missing.jsonl"),
+        ((), {"out": "prompts.jsonl"}, "prompts.jsonl is a file: give --out a folder"),
+        (("--template", "{nothing}"), {}, "prompts.jsonl:1"),
+        (("--bad-rows", "ignore"), {}, "'skip'"),
+    ],
+)
+def test_a_mistake_ends_with_status_2_and_a_remedy(presample, tmp_path, arguments, options, message):
+    before = {file.name for file in tmp_path.iterdir()}
+    status, _, err = presample(*arguments, **options)
+    assert status == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert {file.name for file in tmp_path.iterdir()} - before <= {"__pycache__"}
+
+
+def test_options_of_the_pre_sampling_need_a_verifier(falign, tiny):
+    status, _, err = falign("sample", tiny, "--prompt", "hi", "--num-completions", 2, "--overwrite")
+    assert status == 2
+    assert "--num-completions, --overwrite belongs to --verifier" in err
