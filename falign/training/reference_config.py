@@ -148,6 +148,6 @@ def check_moves(reference: ReferenceConfig, *, updates_per_rollout: int) -> None
     if isinstance(reference, _MovingConfig) and reference.every % updates_per_rollout:
         raise ConfigError(
             f"reference.every={reference.every} is no multiple of the {updates_per_rollout} optimiser steps of a "
-            "rollout (rollout.updates times rollout.minibatches), so the reference would move in the midst of one: make "
-            "it one."
+            "rollout (rollout.updates times rollout.minibatches), so the reference would move in the midst of one: "
+            "make it one."
         )
