@@ -16,7 +16,7 @@ from falign.training.base_config import FrozenModel
 from falign.training.objective_config import ObjectiveConfig, PairwiseConfig
 from falign.training.online_objective_config import DistributionMatchingConfig
 from falign.training.prompts_config import PromptsConfig, RehearsalDataConfig, RolloutConfig
-from falign.training.reference_config import AutoReferenceConfig, ReferenceConfig, check_reference
+from falign.training.reference_config import AutoReferenceConfig, ReferenceConfig, check_moves, check_reference
 from falign.training.reward_config import RewardConfig
 from falign.training.supplied import OFFLINE
 from falign.training.target_config import without_fit
@@ -341,6 +341,7 @@ class RunConfig(FrozenModel):
                 f"rollout.minibatches={self.rollout.minibatches} is more than rollout.prompts={self.rollout.prompts}: "
                 "a minibatch needs at least one prompt."
             )
+        check_moves(self.reference, updates_per_rollout=self.rollout.num_updates)
         if self.reference.cache is not None:
             raise ConfigError("reference.cache: every completion of an online run is new, so nothing is found again.")
         if ("from_reference" in objective.needs) != (self.rehearsal is not None):

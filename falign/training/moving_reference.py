@@ -5,39 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from typing_extensions import override
 
-from falign.references import MovingReference, PeriodicReset
+from falign.references import MovingReference, PeriodicReset, Reference
 
-__all__ = ["MovesReference"]
+__all__ = ["move_when_due"]
 
 
-class MovesReference(TrainerCallback):
-    """Move the reference between two optimiser steps.
+def move_when_due(reference: Reference, policy: nn.Module, *, step: int, optimizer: Any) -> None:
+    """Move a reference after every so many optimiser steps; one that does not move is left alone.
 
-    It moves when the next step begins, not when one ends: what is logged, evaluated and saved at a step then belongs
-    to the reference that the step was taken against. Right after a reset every log-ratio is zero, and the last step
-    of a run would be measured by nothing.
+    Call it when the next step begins, not when one ends, and before anything is sampled or scored for it: what is
+    logged, evaluated and saved at a step then belongs to the reference that the step was taken against. Right after a
+    reset every log-ratio is zero, and the last step of a run would be measured by nothing.
+
+    Args:
+        reference: What the policy is held to.
+        policy: As the last step left it.
+        step: Optimiser steps taken so far.
+        optimizer: Whose moments a reset may forget.
     """
-
-    def __init__(self, reference: MovingReference, policy: nn.Module) -> None:
-        self.reference, self.policy = reference, policy
-
-    @override
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
-    ) -> None:
-        rule = self.reference.rule
-        if state.global_step == 0 or state.global_step % rule.every:
-            return
-        self.reference.move(self.policy)
-        if isinstance(rule, PeriodicReset) and rule.reset_optimizer:
-            assert optimizer is not None
-            optimizer.state.clear()
+    if not isinstance(reference, MovingReference) or step == 0 or step % reference.rule.every:
+        return
+    reference.move(policy)
+    if isinstance(reference.rule, PeriodicReset) and reference.rule.reset_optimizer:
+        optimizer.state.clear()

@@ -122,6 +122,7 @@ class OnlineTrainer(AlignmentTrainer):
     @override
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Return the micro-batches of the next update, sampling when the last rollout is used up."""
+        self.move_reference()
         update = self.state.global_step % self.rollout.num_updates
         if update == 0:
             self.buffer = self._roll_out()

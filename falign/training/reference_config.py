@@ -19,6 +19,7 @@ __all__ = [
     "PeriodicResetConfig",
     "ReferenceConfig",
     "SoupConfig",
+    "check_moves",
     "check_reference",
 ]
 
@@ -136,3 +137,17 @@ def check_reference(reference: ReferenceConfig, *, adapter: bool) -> None:
             check_weights(shares, members=len(reference.paths))
         except ConfigError as error:
             raise ConfigError(f"reference: {error}") from error
+
+
+def check_moves(reference: ReferenceConfig, *, updates_per_rollout: int) -> None:
+    """Refuse a reference that would move while a rollout that was scored under it is still learnt from.
+
+    Raises:
+        ConfigError: The interval is no multiple of a rollout's updates.
+    """
+    if isinstance(reference, _MovingConfig) and reference.every % updates_per_rollout:
+        raise ConfigError(
+            f"reference.every={reference.every} is no multiple of the {updates_per_rollout} optimiser steps of a "
+            "rollout (rollout.updates times rollout.minibatches), so the reference would move in the midst of one: "
+            "make it one."
+        )

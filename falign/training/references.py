@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from falign.errors import ConfigError, ModelError
 from falign.models import adapted_weights_hash, base_of, load_adapter, load_model, weights_hash
+from falign.models.merging import check_plain_lora
 from falign.models.soup import cached_checkpoint_soup, soup_record
 from falign.models.soup_members import soup_members
 from falign.models.sources import adapter_folder
@@ -77,6 +78,7 @@ def build_reference(config: RunConfig, policy: PreTrainedModel | PeftModel, *, d
     if isinstance(reference, AdapterReferenceConfig):
         assert isinstance(policy, PeftModel)
         load_adapter(policy, adapter_folder(reference.path), trainable=False, name="ref")
+        check_plain_lora(policy, "ref")  # a fully trained module would be taken for a part of the base
         weights = adapted_weights_hash(policy, adapter="ref")
         return AdapterReference(weights=weights, path=reference.path, chunk_tokens=chunk_tokens)
     if isinstance(reference, SoupConfig):

@@ -33,8 +33,8 @@ class RunFolder:
     ``metrics.jsonl``       one log a line
     ``checkpoint-N/``       trainable weights, optimizer, scheduler, random states
     ``adapter/``            the trained adapter in PEFT's layout (``model/`` without adapter)
-    ``completions.jsonl``   in an online run, what the policy wrote and what it was worth
     ``reference/``          where a reference that moves has come to
+    ``completions.jsonl``   in an online run, what the policy wrote and what it was worth
     ``samples.json``        prompts answered before and after
     ``summary.json``        held-out metrics before and after
     ``curves.png``          loss, rewards and log-ratios

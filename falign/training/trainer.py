@@ -34,7 +34,7 @@ from falign.scoring import (
     evaluation_mode,
 )
 from falign.training.means import Means
-from falign.training.moving_reference import MovesReference
+from falign.training.moving_reference import move_when_due
 from falign.training.supplied import OFFLINE
 
 __all__ = ["AlignmentTrainer"]
@@ -98,8 +98,6 @@ class AlignmentTrainer(Trainer):
         self.value_head: nn.Module | None = None
         self.means = Means()
         self._staging: Path | None = None
-        if isinstance(reference, MovingReference):
-            self.add_callback(MovesReference(reference, model))
 
     @property
     def evaluates(self) -> bool:
@@ -161,6 +159,15 @@ class AlignmentTrainer(Trainer):
         )
         loader = DataLoader(trees, batch_sampler=batches, collate_fn=self.data_collator)  # pyright: ignore[reportArgumentType]
         return self.accelerator.prepare(loader)
+
+    @override
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        self.move_reference()
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def move_reference(self) -> None:
+        """Move the reference if it is due, before anything of the next step is sampled or scored."""
+        move_when_due(self.reference, self.policy, step=self.state.global_step, optimizer=self.optimizer)
 
     @override
     def compute_loss(

@@ -86,6 +86,11 @@ def test_scores_on_a_runs_rows_are_the_values_that_it_logged(falign, trained, sf
         assert sum(ratios) / len(ratios) == pytest.approx(logged[f"logratios/{side}"], abs=2e-5)
     status, err = falign("report", run)
     assert status == 0, err
+    if kind in ("soup", "average"):
+        for form in ("adapter", "merged"):
+            status, err = falign("export", run, "--format", form)
+            assert status == 0, err
+        assert not list((run / "export").rglob("ref"))
 
 
 def test_a_reference_that_changed_or_is_gone_is_no_reference(falign, trained, sft, tmp_path):

@@ -11,7 +11,9 @@ from falign.models import (
     write_soup,
 )
 from falign.models.adapter_copies import matrices_of
+from falign.models.merging import lora_delta
 from falign.references import AdapterOff, Cached, CacheKey, FrozenModel, Soup, check_same_at_start, own_model
+from falign.references.adapter_state import adapter_acting
 from falign.scoring import completion_scores, pad
 from tests.models.tiny import fill_adapter
 from tests.scoring.models import TREES
@@ -63,6 +65,21 @@ def test_the_identity_has_the_members_their_shares_and_one_hash_of_all(tiny, two
     assert (
         len({identities[0]["weights"], identities[1]["weights"], *(m["sha256"] for m in identities[0]["members"])}) == 4
     )
+
+
+def test_over_a_4_bit_base_each_layer_adds_the_average_to_its_own_output(tiny, two):
+    base = load_model(tiny, quantization="nf4")
+    policy = start_from_adapter(base, two[0])
+    soup = Soup.of_adapters(policy, two, weights=[0.3, 0.7])
+    assert soup.logprobs(policy, BATCH).isfinite().all()
+    layer = policy.get_base_model().model.layers[1].self_attn.v_proj
+    assert type(layer.base_layer).__name__ == "Linear4bit"
+    plain = [load_adapter(load_model(tiny), folder, trainable=False).get_base_model() for folder in two]
+    deltas = [lora_delta(model.model.layers[1].self_attn.v_proj, "default") for model in plain]
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), adapter_acting(policy, "ref"):
+        added = layer(x) - layer.base_layer(x)
+    torch.testing.assert_close(added, x @ (0.3 * deltas[0] + 0.7 * deltas[1]).T, rtol=0, atol=1e-4)
 
 
 def test_only_a_model_of_its_own_is_a_second_one(tiny, two, tmp_path):
