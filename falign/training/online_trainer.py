@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from typing_extensions import override
@@ -30,6 +31,7 @@ __all__ = ["OnlineTrainer"]
 
 MOST_CLIPPED = 0.95  # of the completions of a rollout
 ROLLOUT_STATE = "rollout_state.json"
+VALUE_HEAD = "value_head.safetensors"
 EMPTY: dict[str, Any] = {"input_ids": torch.empty(0, dtype=torch.long)}
 """A micro-batch of a step that has fewer prompts than micro-batches."""
 
@@ -120,9 +122,19 @@ class OnlineTrainer(AlignmentTrainer):
         return self.train_dataset
 
     @override
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.value_head is not None:
+            values = list(self.value_head.parameters())
+            optimizer.add_param_group({"params": values, "lr": self.args.learning_rate, "weight_decay": 0.0})
+        return optimizer
+
+    @override
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Return the micro-batches of the next update, sampling when the last rollout is used up."""
         self.move_reference()
+        if self.value_head is not None:
+            self.value_head.zero_grad()  # the loop clears the gradients of the policy alone
         update = self.state.global_step % self.rollout.num_updates
         if update == 0:
             self.buffer = self._roll_out()
@@ -308,6 +320,8 @@ class OnlineTrainer(AlignmentTrainer):
             else [],
         }
         (folder / ROLLOUT_STATE).write_text(json.dumps(state), encoding="utf-8")
+        if self.value_head is not None:
+            save_file(self.value_head.state_dict(), folder / VALUE_HEAD)
 
     @override
     def read_state(self, folder: Path) -> None:
@@ -317,6 +331,8 @@ class OnlineTrainer(AlignmentTrainer):
         self.num_rollouts = state["num_rollouts"]
         self.partition.load_state_dict(state["partition"])
         self.buffer = [ScoredTree.from_state(tree) for tree in state["buffer"]]
+        if self.value_head is not None:
+            self.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
 
 
 def _part(items: Sequence[ScoredTree], number: int, parts: int) -> Sequence[ScoredTree]:

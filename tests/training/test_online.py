@@ -234,6 +234,12 @@ def test_ppo_learns_values_and_a_resumed_run_has_them_too(start):
     assert all(torch.equal(value, adapter(resumed)[name]) for name, value in adapter(whole).items())
     losses = [log["loss"] for log in training_logs(whole)]
     assert [log["loss"] for log in training_logs(resumed)] == losses
+    first, last = (
+        load_file(resumed.folder.path / f"checkpoint-{step}" / "value_head.safetensors")["linear.weight"]
+        for step in (1, 6)
+    )
+    assert first.any()
+    assert (first - last).norm() > first.norm()
 
 
 def test_dph_rl_explores_some_prompts_and_rehearses_others(start, tiny, tmp_path):
