@@ -277,8 +277,9 @@ class OnlineTrainer(AlignmentTrainer):
             own = own & ~completions.from_reference[:, None]
         output = self.objective(completions)
         metrics = {**output.metrics, "entropy": scored.entropy[own].detach()}
-        if sampler_logprobs is not None and self.state.global_step % self.rollout.num_updates == 0:
-            metrics["sampler/logprob_gap"] = (completions.logprobs.detach() - sampler_logprobs)[own].abs()
+        if own.any() and sampler_logprobs is not None and self.state.global_step % self.rollout.num_updates == 0:
+            gap = (completions.logprobs.detach() - sampler_logprobs)[own].abs()
+            metrics |= {"sampler/logprob_gap": gap, "sampler/logprob_gap_max": gap.max(dim=0, keepdim=True).values}
         return output._replace(metrics=metrics)
 
     @override
