@@ -61,13 +61,16 @@ def collate(trees: Sequence[ScoredTree], *, layout: Layout, pad_token_id: int) -
 
 
 def whole_batch(trees: Sequence[ScoredTree]) -> CompletionBatch:
-    """Return a rollout as one batch without token ids, for what is computed once from all of it."""
+    """Return a rollout as one batch without token ids, for what is computed once from all of it.
+
+    Its log-probabilities are those before the first update, or, where these are not computed, the sampler's.
+    """
     lengths = torch.tensor([len(ids) for tree in trees for ids in tree.tree.completion_ids])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     columns = _columns(trees, mask.shape)
     known = {field.name for field in fields(CompletionBatch)}
     return CompletionBatch(
-        logprobs=columns.get("old_logprobs", torch.zeros(mask.shape)),
+        logprobs=columns["old_logprobs" if "old_logprobs" in columns else "sampler_logprobs"],
         completion_mask=mask,
         prompt_index=torch.repeat_interleave(torch.tensor([len(tree.tree.completion_ids) for tree in trees])),
         **{name: value for name, value in columns.items() if name in known},

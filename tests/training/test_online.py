@@ -74,6 +74,12 @@ def test_micro_batches_change_nothing_but_rounding(start):
         torch.testing.assert_close(adapter(cut)[name], value, rtol=2e-3, atol=2e-5)
 
 
+def test_a_policy_that_is_its_reference_yet_has_no_penalty_to_pay_not_even_a_baseline(start):
+    summary = start(objective=PENALISED, rollout={"ignore_stop": True}, training={"max_steps": 1})
+    # Advantages of completions of one length sum to 0, and log u is 0 for all of them.
+    assert training_logs(summary)[0]["loss"] == pytest.approx(0.0, abs=1e-4)
+
+
 def test_the_first_update_finds_the_sampler_and_the_trainer_in_agreement(start):
     summary = start(objective=PENALISED)
     for log in training_logs(summary):
