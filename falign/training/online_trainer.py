@@ -252,7 +252,8 @@ class OnlineTrainer(AlignmentTrainer):
     def _with_partition(self, trees: list[ScoredTree]) -> list[ScoredTree]:
         """Add each completion's estimate of log Z, made of all others of its prompt, now and before."""
         batch = whole_batch(trees)
-        keys = [tree.tree.place for tree in trees for _ in tree.tree.completion_ids]
+        # Sources may share places: the first text of each is "texts:1", and a file may be read under two templates.
+        keys = [f"{tree.tree.place} {list(tree.tree.prompt_ids)}" for tree in trees for _ in tree.tree.completion_ids]
         weights = self.objective.log_weights(batch)  # pyright: ignore[reportAttributeAccessIssue] - it needs log_partition
         estimates = self.partition.update(keys, weights)
         return _with_rows(trees, {"log_partition": estimates}, batch.completion_mask)

@@ -196,6 +196,19 @@ def test_f_dpg_leads_the_policy_to_its_constraint(start):
     assert logs[-1]["log_partition"] == pytest.approx(torch.tensor(summary.before["reward"]).log().item(), abs=0.7)
 
 
+def test_prompts_of_one_place_have_a_log_partition_each(start):
+    objective = {"kind": "distribution_matching", "divergence": "jensen_shannon", "target": {"kind": "binary"}}
+    sources = [{"texts": ["question 1: "]}, {"texts": ["question 2: "]}]
+    summary = start(
+        objective=objective,
+        prompts={"train": sources, "eval_size": 0},
+        rollout={"prompts": 2},
+        training={"max_steps": 1, "save_steps": 1},
+    )
+    state = json.loads((summary.folder.path / "checkpoint-1" / "rollout_state.json").read_text(encoding="utf-8"))
+    assert state["partition"]["counts"] == [4, 4]
+
+
 def test_moments_are_fitted_on_samples_of_the_reference_and_approached(start):
     target = {"kind": "moments", "moments": [0.8]}
     objective = {"kind": "distribution_matching", "divergence": "reverse_kl", "target": target}
