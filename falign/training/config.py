@@ -14,6 +14,7 @@ from falign.objectives import Objective
 from falign.scoring import DEFAULT_CHUNK_TOKENS
 from falign.training.base_config import FrozenModel
 from falign.training.objective_config import ObjectiveConfig, PairwiseConfig
+from falign.training.online_check import check_samples
 from falign.training.online_objective_config import DistributionMatchingConfig
 from falign.training.prompts_config import PromptsConfig, RehearsalDataConfig, RolloutConfig
 from falign.training.reference_config import AutoReferenceConfig, ReferenceConfig, check_moves, check_reference
@@ -341,6 +342,7 @@ class RunConfig(FrozenModel):
                 f"rollout.minibatches={self.rollout.minibatches} is more than rollout.prompts={self.rollout.prompts}: "
                 "a minibatch needs at least one prompt."
             )
+        check_samples(self, objective)
         check_moves(self.reference, updates_per_rollout=self.rollout.num_updates)
         if self.reference.cache is not None:
             raise ConfigError("reference.cache: every completion of an online run is new, so nothing is found again.")

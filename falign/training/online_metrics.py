@@ -61,6 +61,7 @@ def evaluation_metrics(
     reference: Reference,
     prepare: Callable[[Any], Any],
     pass_reward: float,
+    temperature: float,
     batch_size: int,
     layout: Layout,
     pad_token_id: int,
@@ -68,7 +69,8 @@ def evaluation_metrics(
 ) -> dict[str, float]:
     """Return the means over held-out prompts, with entropy and divergences of the policy from its reference.
 
-    The divergences are estimates of whole completions, in nats, from the policy's own samples at temperature 1.
+    The divergences are estimates of whole completions, in nats; at another temperature than 1 there are none, because
+    the samples are not the policy's own.
 
     Args:
         draw: The held-out completions.
@@ -76,6 +78,7 @@ def evaluation_metrics(
         reference: What the policy is held to.
         prepare: Takes a batch to the device.
         pass_reward: What a completion needs to pass.
+        temperature: At which they were sampled.
         batch_size: Prompts that are scored at once.
         layout: One that the model can read.
         pad_token_id: What fills rows.
@@ -93,16 +96,14 @@ def evaluation_metrics(
             scores = completion_scores(policy, batch, chunk_tokens=chunk_tokens)
         log_ratio = (scores.logprobs - reference.logprobs(policy, batch)).masked_fill(~batch.completion_mask, 0.0)
         whole = log_ratio.sum(dim=-1)
-        means.add(
-            {
-                "entropy": scores.entropy[batch.completion_mask],
-                "logratios/policy": whole,
-                **{
+        means.add({"entropy": scores.entropy[batch.completion_mask], "logratios/policy": whole})
+        if temperature == 1:
+            means.add(
+                {
                     f"divergence/{name}": estimators.value_from_policy(divergences.get(name), whole)
                     for name in ("reverse_kl", "jensen_shannon", "total_variation")
-                },
-            }
-        )
+                }
+            )
     return means.take()
 
 

@@ -300,6 +300,7 @@ class OnlineTrainer(AlignmentTrainer):
             reference=self.reference,
             prepare=self._prepare_inputs,
             pass_reward=self.rollout.pass_reward,
+            temperature=self.rollout.evaluation.temperature,
             batch_size=self.args.per_device_eval_batch_size,
             layout=self.layout,
             pad_token_id=self.pad_token_id,

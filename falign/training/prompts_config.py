@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from falign.data import LengthPolicy, PromptData, PromptSource, load_prompts
 from falign.data.rendering import Tokenizer
@@ -74,6 +74,12 @@ class DifficultyConfig(FrozenModel):
     high: float = Field(default=0.9, ge=0, le=1)
     max_rounds: int = Field(default=3, ge=1)
     """How often other prompts are drawn in place of those left out, before the rest is taken as it is."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> DifficultyConfig:
+        if self.low > self.high:
+            raise ValueError(f"low={self.low:g} is above high={self.high:g}, so no prompt fits; exchange them")
+        return self
 
 
 class EvaluationConfig(FrozenModel):

@@ -144,6 +144,12 @@ def test_evaluation_estimates_passes_and_the_best_of_some(start):
     assert after["reward/best_of_1"] == pytest.approx(after["reward"]) == pytest.approx(after["pass@1"])
 
 
+def test_greedy_answers_are_no_samples_that_a_divergence_could_be_estimated_from(start):
+    summary = start(rollout={"evaluation": {"temperature": 0.0, "completions": 1}}, training={"max_steps": 1})
+    assert summary.after["logratios/policy"] != 0
+    assert not [name for name in summary.after if name.startswith("divergence/")]
+
+
 def test_completions_that_hit_the_limit_are_counted_with_advice(start, capsys):
     summary = start(
         console=Console(force_terminal=False, width=200), rollout={"ignore_stop": False, "max_new_tokens": 1}

@@ -1,0 +1,76 @@
+"""What of an online run file could not work on its samples, or would have no effect on them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from falign.errors import ConfigError
+from falign.objectives import Objective
+from falign.training.online_objective_config import DistributionMatchingConfig, HybridConfig, PolicyGradientConfig
+from falign.training.prompts_config import RolloutConfig
+
+if TYPE_CHECKING:
+    from falign.training.config import RunConfig
+
+__all__ = ["check_samples"]
+
+WORTH = frozenset({"rewards", "features", "preference"})
+"""Fields that say what a completion is worth."""
+
+WITHIN_GROUPS = frozenset({"leave_one_out", "group_centred", "group_normalised"})
+"""Advantages that compare the completions of a prompt."""
+
+
+def check_samples(config: RunConfig, objective: Objective) -> None:
+    """Refuse an objective that does not learn from rewards, groups that it cannot compare, and fields without effect.
+
+    Raises:
+        ConfigError: With the fields.
+    """
+    if not objective.needs & WORTH:
+        raise ConfigError(
+            f"objective.kind={config.objective.kind} reads no reward, and would learn from the policy's own samples "
+            "as they are: give data in place of prompts, rollout and rewards."
+        )
+    _check_groups(config, objective)
+    _check_effects(config, objective)
+
+
+def _check_groups(config: RunConfig, objective: Objective) -> None:
+    rollout, chosen = config.rollout, config.objective
+    if rollout.completions > 1:
+        return
+    if "preference" in objective.needs:
+        raise ConfigError(
+            f"rollout.completions=1 with objective.kind={chosen.kind}, which compares completions of one prompt: "
+            "sample two or more."
+        )
+    advantage = chosen.advantage if isinstance(chosen, PolicyGradientConfig | HybridConfig) else None
+    if advantage in WITHIN_GROUPS or (advantage == "batch_mean" and rollout.prompts == 1):
+        raise ConfigError(
+            f"rollout.completions=1 with objective.advantage={advantage}, which compares a completion with others: "
+            "sample two or more, or choose batch_mean (with two or more prompts), gae or none."
+        )
+
+
+def _check_effects(config: RunConfig, objective: Objective) -> None:
+    # A resolved run file has all fields, so one counts as given where it differs from its default.
+    fields = RolloutConfig.model_fields
+    if config.rollout.ranked != fields["ranked"].default and "preference" not in objective.needs:
+        raise ConfigError(
+            f"rollout.ranked={config.rollout.ranked} is of objectives of preferences, and objective.kind="
+            f"{config.objective.kind} reads rewards themselves: leave it out."
+        )
+    matching = config.objective if isinstance(config.objective, DistributionMatchingConfig) else None
+    fits = matching is not None and matching.needs_samples
+    if config.rollout.fit_samples != fields["fit_samples"].default and not fits:
+        raise ConfigError(
+            f"rollout.fit_samples={config.rollout.fit_samples}: nothing is fitted here; it belongs to "
+            "objective.target.moments without lambdas."
+        )
+    weighted = [i for i, reward in enumerate(config.rewards) if reward.weight != 1]
+    if matching is not None and weighted:
+        raise ConfigError(
+            f"rewards.{weighted[0]}.weight={config.rewards[weighted[0]].weight:g}: a target reads each reward by "
+            "itself, before weights; leave it out, and say in objective.target what it counts."
+        )
