@@ -313,6 +313,12 @@ class OnlineTrainer(AlignmentTrainer):
         return metrics
 
     @override
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # The loop counts steps, of this process alone; what passes over the prompts there were is known here.
+        self.state.epoch = self.order.position / len(self.prompts)
+        super().log(logs, start_time)
+
+    @override
     def write_state(self, folder: Path) -> None:
         super().write_state(folder)
         state = {

@@ -19,7 +19,7 @@ from falign.training.online import online_trainer
 from falign.training.parts import Language, load_language
 from falign.training.progress import MetricsFile, ProgressBar
 from falign.training.references import keep_moved
-from falign.training.run_folder import RunFolder, versions
+from falign.training.run_folder import RunFolder, is_held_out, versions
 from falign.training.trainer import AlignmentTrainer
 
 __all__ = ["RunSummary", "train"]
@@ -68,7 +68,8 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     trainer.remove_callback(PrinterCallback)
     if resume:
         checkpoint = folder.last_checkpoint()
-        folder.forget_after(int(checkpoint.name.rpartition("-")[2]))
+        step = int(checkpoint.name.rpartition("-")[2])
+        folder.forget_after(step, evaluated=trainer.evaluated_before(checkpoint))
     else:
         checkpoint = None
         folder.claim(config)  # not before all of the run is known to start
@@ -106,7 +107,7 @@ def _evaluate(trainer: AlignmentTrainer) -> dict[str, float]:
     if not trainer.evaluates:
         return {}
     for log in reversed(trainer.state.log_history):
-        if log["step"] == trainer.state.global_step and any(name.startswith("eval_") for name in log):
+        if log["step"] == trainer.state.global_step and is_held_out(log):
             break
     else:
         log = trainer.evaluate()

@@ -16,7 +16,7 @@ import yaml
 from falign.errors import ConfigError, TrainingError
 from falign.training.config import RunConfig
 
-__all__ = ["RunFolder", "naming", "versions"]
+__all__ = ["RunFolder", "is_held_out", "naming", "versions"]
 
 PATHS = frozenset({"path", "paths", "chat_template", "cache", "root", "init"})
 """Fields of the run file that may name something on the disk."""
@@ -165,13 +165,23 @@ class RunFolder:
                     raise ConfigError(f"{self.metrics_file}:{number} is damaged ({error}): remove the line.") from error
         return logs
 
-    def forget_after(self, step: int) -> None:
-        """Drop logs of steps that a resumed run takes again."""
-        kept = [json.dumps(log) for log in self.metrics() if log["step"] <= step]
+    def forget_after(self, step: int, *, evaluated: bool) -> None:
+        """Drop what a resumed run writes again: all of later steps.
+
+        Args:
+            step: Of the checkpoint from which it goes on.
+            evaluated: Whether the evaluation at that step is older than the checkpoint; else it comes again too.
+        """
+        last_evaluated = step if evaluated else step - 1
+        kept = [
+            json.dumps(log) for log in self.metrics() if log["step"] <= (last_evaluated if is_held_out(log) else step)
+        ]
         self._write("metrics.jsonl", "".join(f"{line}\n" for line in kept))
         if self.completions_file.is_file():
             lines = self.completions_file.read_text(encoding="utf-8", errors="replace").splitlines()
-            self._write("completions.jsonl", "".join(f"{line}\n" for line in lines if _sampled_by(line, step)))
+            self._write(
+                "completions.jsonl", "".join(f"{line}\n" for line in lines if _sampled_by(line, step, last_evaluated))
+            )
 
     def last_checkpoint(self) -> Path:
         """Return the newest checkpoint.
@@ -235,13 +245,18 @@ def _with_whole_paths(value: Any, field: str) -> Any:
     return str(path.absolute()) if path.exists() or field == "cache" else value
 
 
-def _sampled_by(line: str, step: int) -> bool:
+def is_held_out(log: dict[str, Any]) -> bool:
+    """Whether a log is that of an evaluation."""
+    return any(name.startswith("eval_") for name in log)
+
+
+def _sampled_by(line: str, step: int, last_evaluated: int) -> bool:
     """Whether a completion was there when the checkpoint of a step was written; half a line of a killed run was not."""
     try:
         sample = json.loads(line)
     except ValueError:
         return False
-    return sample["step"] < step or (sample["step"] == step and sample["held_out"])
+    return sample["step"] <= last_evaluated if sample["held_out"] else sample["step"] < step
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -35,6 +35,7 @@ from falign.scoring import (
 )
 from falign.training.means import Means
 from falign.training.moving_reference import move_when_due
+from falign.training.run_folder import is_held_out
 from falign.training.supplied import OFFLINE
 
 __all__ = ["AlignmentTrainer"]
@@ -115,6 +116,16 @@ class AlignmentTrainer(Trainer):
                 (checkpoint / name).stat()
             state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         return state.global_step >= state.max_steps
+
+    def evaluated_before(self, checkpoint: Path) -> bool:
+        """Return whether the evaluation at a checkpoint's step was done when it was written.
+
+        Raises:
+            TrainingError: The checkpoint is damaged.
+        """
+        with _reading(checkpoint):
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        return any(log["step"] == state.global_step and is_held_out(log) for log in state.log_history)
 
     def take_up(self, checkpoint: Path) -> None:
         """Load weights and state of a checkpoint without training on."""

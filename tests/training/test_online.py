@@ -115,6 +115,27 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit_also_within_a_ro
     assert samples[0].splitlines()[: len(samples[1].splitlines())] == samples[1].splitlines()
 
 
+@pytest.mark.parametrize("evaluates", [None, 6])
+def test_a_run_that_is_killed_after_its_last_step_says_nothing_twice(start, evaluates):
+    options = {"training": {"save_steps": 3, "eval_steps": evaluates}}
+    whole = start(**options)
+    rows, logs = completions(whole), whole.folder.metrics()
+    shutil.rmtree(whole.folder.adapter)
+    resumed = start(resume=True, **options)
+    assert completions(resumed) == rows
+    assert [log["step"] for log in resumed.folder.metrics()] == [log["step"] for log in logs]
+
+
+def test_epochs_are_passes_over_the_prompts_also_after_a_resume(start):
+    options = {"rollout": {"updates": 2}, "training": {"save_steps": 2, "save_total_limit": None}}
+    whole = start(**options)  # 4 of 8 prompts for every other step
+    expected = [0.5, 0.5, 1.0, 1.0, 1.5, 1.5]
+    assert [log["epoch"] for log in training_logs(whole)] == expected
+    for step in (4, 6):
+        shutil.rmtree(whole.folder.path / f"checkpoint-{step}")
+    assert [log["epoch"] for log in training_logs(start(resume=True, **options))] == expected
+
+
 def test_prompts_outside_the_difficulty_range_are_replaced_and_counted(start):
     difficulty = {"low": 0.25, "high": 0.75, "max_rounds": 3}
     summary = start(reward="short", rollout={"difficulty": difficulty, "completions": 4}, objective=PENALISED)
