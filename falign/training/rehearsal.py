@@ -38,7 +38,7 @@ def _tree(row: Row, num_tokens: int) -> ScoredTree:
     logprobs = list(map(float, _numbers(row, "logprobs", float)))
     if strange := [id_ for id_ in prompt + completion if not 0 <= id_ < num_tokens]:
         raise DataError(
-            f"{row.place}: there is no token {strange[0]} among the tokenizer's {num_tokens}; sample it with this model."
+            f"{row.place}: there is no token {strange[0]} among the tokenizer's {num_tokens}: sample with this model."
         )
     if strange := [value for value in logprobs if not -math.inf < value < ROUNDING]:
         raise DataError(f"{row.place}: {strange[0]} in 'logprobs' is the logarithm of no probability; sample it anew.")
