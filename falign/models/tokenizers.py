@@ -9,10 +9,12 @@ __all__ = ["pad_token_id", "tokenizer_fingerprint"]
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return what fills rows; `load_tokenizer` has seen to it that there is one."""
-    id_ = tokenizer.pad_token_id
-    assert isinstance(id_, int)
-    return id_
+    """Return what fills rows: the first of the special tokens, for rows are masked by position, never by value.
+
+    The padding token itself may have been added to the tokenizer alone, and has no row in the embeddings then.
+    `load_tokenizer` has seen to it that there is one.
+    """
+    return min(tokenizer.all_special_ids)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

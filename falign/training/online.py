@@ -55,7 +55,8 @@ def online_trainer(
         )
     with console.status("reading prompts"):
         data = config.prompts.build(language.tokenizer, seed=config.seed)
-        rehearsal = [] if config.rehearsal is None else read_rehearsal(config.rehearsal.path)
+        stored = None if config.rehearsal is None else config.rehearsal.path
+        rehearsal = [] if stored is None else read_rehearsal(stored, num_tokens=len(language.tokenizer))
         rewards = build_rewards(config.rewards)
     _tell(data, console)
     rollout = config.rollout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,22 +13,35 @@ from falign.training.scored_trees import ScoredTree
 
 __all__ = ["read_rehearsal"]
 
+ROUNDING = 1e-3
+"""By how much a log-probability may be above 0."""
 
-def read_rehearsal(path: str) -> list[ScoredTree]:
+
+def read_rehearsal(path: str, *, num_tokens: int) -> list[ScoredTree]:
     """Return the stored completions of a file.
 
+    Args:
+        path: The file.
+        num_tokens: Of the tokenizer; no id may be as large.
+
     Raises:
-        DataError: A row lacks token ids or log-probabilities, or the two differ in number.
+        DataError: A row lacks token ids or log-probabilities, has some that cannot be, or the two differ in number.
     """
-    trees = [_tree(row) for row in read_rows(path)]
+    trees = [_tree(row, num_tokens) for row in read_rows(path)]
     if not trees:
         raise DataError(f"{path} has no stored completion: lower the threshold of `falign sample`, or leave it out.")
     return trees
 
 
-def _tree(row: Row) -> ScoredTree:
+def _tree(row: Row, num_tokens: int) -> ScoredTree:
     prompt, completion = (tuple(map(int, _numbers(row, name, int))) for name in ("prompt_ids", "completion_ids"))
     logprobs = list(map(float, _numbers(row, "logprobs", float)))
+    if strange := [id_ for id_ in prompt + completion if not 0 <= id_ < num_tokens]:
+        raise DataError(
+            f"{row.place}: there is no token {strange[0]} among the tokenizer's {num_tokens}: sample with this model."
+        )
+    if strange := [value for value in logprobs if not -math.inf < value < ROUNDING]:
+        raise DataError(f"{row.place}: {strange[0]} in 'logprobs' is the logarithm of no probability; sample it anew.")
     if len(logprobs) != len(completion):
         raise DataError(f"{row.place}: {len(logprobs)} logprobs for {len(completion)} completion_ids; sample it anew.")
     columns: Mapping[str, Any] = {
@@ -40,8 +54,12 @@ def _tree(row: Row) -> ScoredTree:
 
 def _numbers(row: Row, name: str, kind: type[int] | type[float]) -> list[Any]:
     values = row.fields.get(name)
-    if not isinstance(values, list) or not values or not all(isinstance(value, int | kind) for value in values):
+    if not isinstance(values, list) or not values or not all(_is_number(v, kind) for v in values):
         raise DataError(
             f"{row.place}: {name!r} is no list of numbers; a rehearsal file is written by `falign sample --verifier`."
         )
     return values
+
+
+def _is_number(value: Any, kind: type[int] | type[float]) -> bool:
+    return isinstance(value, int | kind) and not isinstance(value, bool)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_serializer, model_validator
 
 from falign import divergences
 from falign.errors import ConfigError
@@ -86,6 +86,11 @@ class FunctionConfig(_Part):
         if self.timeout is None and given:
             raise ValueError(f"{given[0]} applies to single completions, so it needs a timeout")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_a_timeout_allows(self, handler: Any) -> dict[str, Any]:
+        dropped = frozenset[str]() if self.timeout is not None else frozenset({"failed", "errors"})
+        return {name: value for name, value in handler(self).items() if name not in dropped}
 
     def build(self) -> Reward:
         """Return the function, with its deadline if it has one.

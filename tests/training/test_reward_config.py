@@ -34,6 +34,12 @@ def test_a_list_of_rewards_becomes_their_sum():
     assert total(["p", "p"], ["aa", "b"]).total == [2.0, 0.5]
 
 
+@pytest.mark.parametrize("row", [{}, {"timeout": 2.0}, {"timeout": 2.0, "failed": None, "errors": "count"}])
+def test_a_function_written_out_can_be_read_back(row):
+    held = Holder.model_validate({"rewards": [{"function": "tests.rewards.plain:length", **row}]})
+    assert Holder.model_validate(held.model_dump(mode="json")) == held
+
+
 @pytest.mark.parametrize(
     ("row", "kind"),
     [
