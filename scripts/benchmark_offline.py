@@ -134,7 +134,7 @@ def annotations_without_jaxtyping() -> None:
         import jaxtyping  # noqa: F401
     except ImportError:
         module = types.ModuleType("jaxtyping")
-        anything = {"__class_getitem__": lambda item: item}
+        anything = {"__class_getitem__": lambda cls, item: item[0]}
         vars(module).update({name: type(name, (), anything) for name in ("Bool", "Float", "Int")})
         sys.modules["jaxtyping"] = module
 

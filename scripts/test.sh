@@ -6,4 +6,4 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .venv/bin/ruff check
 .venv/bin/ruff format --check
 .venv/bin/basedpyright
-.venv/bin/pytest "$@"
+OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist loadfile "$@"

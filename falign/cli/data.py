@@ -23,7 +23,13 @@ def group() -> None:
 
 @app.command("check")
 def check(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A file, folder, Hub name, or demo:polite-preference.")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="A file, folder, Hub name, or demo:polite-preference; demo:one-digit-arithmetic needs --columns.",
+        ),
+    ],
     model: Annotated[str | None, typer.Option(help="Count in this model's tokens; words when left out.")] = None,
     chat_template: Annotated[str | None, typer.Option(help="A Jinja template, or a file with one.")] = None,
     format: Annotated[str, typer.Option(help="Layout; auto tells it from the columns.")] = "auto",

@@ -145,6 +145,7 @@ class Presampling:
 
         from peft import PeftModel
 
+        from falign.data import DEMOS
         from falign.models import weights_hash
         from falign.models.tokenizers import tokenizer_fingerprint
 
@@ -153,7 +154,7 @@ class Presampling:
             "weights": weights_hash(policy),
             **adapter,
             "tokenizer": tokenizer_fingerprint(tokenizer),
-            "content of the file": sha256(self.file.read_bytes()).hexdigest(),
+            "content of the file": sha256(DEMOS.get(str(self.file), self.file).read_bytes()).hexdigest(),
             **{
                 name: getattr(self, name)
                 for name in ("verifier", "num_completions", "threshold", "max_new_tokens", "seed", "template", "chat")

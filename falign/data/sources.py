@@ -1,4 +1,4 @@
-"""Where rows come from: a file, a folder, a data set on the Hub, or the sample inside the package."""
+"""Where rows come from: a file, a folder, a data set on the Hub, or a sample inside the package."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class DataSource:
     """One source of preference data.
 
     Attributes:
-        path: A file, a folder, a Hub data set (``"org/name"``), or ``"demo:polite-preference"``.
+        path: A file, a folder, a Hub data set (``"org/name"``), or a sample inside the package:
+            ``"demo:polite-preference"`` (pairs) or ``"demo:one-digit-arithmetic"`` (questions with answers).
         split: Which split of a Hub data set or of a folder with several.
         format: A name of ``falign.data.FORMATS``, or ``"auto"`` to tell it from the columns.
         columns: What the file calls falign's columns, for example ``{"prompt": "question"}``.

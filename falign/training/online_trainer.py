@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from falign.data import PromptRow
 from falign.errors import RolloutError
-from falign.objectives import CompletionBatch, Objective, ObjectiveOutput, RolloutObjective, RunningPartition
+from falign.objectives import CompletionBatch, Hybrid, Objective, ObjectiveOutput, RolloutObjective, RunningPartition
 from falign.references import Reference, objective_inputs
 from falign.scoring import DEFAULT_CHUNK_TOKENS, Layout, PromptTree, completion_scores, evaluation_mode
 from falign.training.completions_table import CompletionsTable
@@ -225,7 +225,8 @@ class OnlineTrainer(AlignmentTrainer):
     def _scored(self, trees: list[ScoredTree]) -> list[ScoredTree]:
         """Add what policy and reference say before the first update, as far as it is needed then."""
         needs = self.objective.needs
-        wants_reference = "reference_logprobs" in needs and self.objective.token_divergence is None
+        fresh = self.objective.policy_gradient.needs if isinstance(self.objective, Hybrid) else needs
+        wants_reference = "reference_logprobs" in fresh and self.objective.token_divergence is None
         elsewhere = self.rollout.temperature != 1.0  # then the sampler's law is what importance weights are to
         # On the only update of a rollout the policy is the one that sampled.
         wants_policy = "log_partition" in needs or "old_values" in needs or self.rollout.num_updates > 1
@@ -236,6 +237,8 @@ class OnlineTrainer(AlignmentTrainer):
             found: dict[str, Tensor] = {}
             if wants_reference:
                 found["reference_logprobs"] = self.reference.logprobs(self.policy, batch)
+            elif fresh != needs:  # read of stored completions alone, which bring their own
+                found["reference_logprobs"] = torch.zeros(batch.completion_mask.shape)
             if wants_policy:
                 with torch.no_grad(), evaluation_mode(self.policy):
                     scores = completion_scores(

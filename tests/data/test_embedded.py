@@ -1,4 +1,4 @@
-"""The sample in the package is what its README says."""
+"""The samples in the package are what their README says."""
 
 import difflib
 import gzip
@@ -43,6 +43,18 @@ def test_sample_carries_its_licence_and_source():
     readme = (folder / "README.md").read_text(encoding="utf-8")
     assert "28c65cdfbc3338e2e040016eea4b7fdf556e4d57" in readme
     assert all(word in readme for word in RUDE)
+
+
+def test_arithmetic_is_all_sums_differences_and_products_of_two_digits():
+    results = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+    rows = [
+        {"question": f"{a} {sign} {b}", "answer": str(result(a, b))}
+        for a in range(10)
+        for b in range(10)
+        for sign, result in results.items()
+    ]
+    assert len(rows) == 300
+    assert [json.loads(line) for line in read(DEMOS["demo:one-digit-arithmetic"])] == rows
 
 
 def test_public_names_exist_and_importing_loads_nothing_heavy():

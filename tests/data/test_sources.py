@@ -68,7 +68,7 @@ def test_demo_is_inside_the_package():
     rows = list(read_rows("demo:polite-preference"))
     assert len(rows) == 400
     assert rows[0].place == "demo:polite-preference:1"
-    with pytest.raises(DataError, match="demo:rude: no such sample in the package; there is demo:polite-preference"):
+    with pytest.raises(DataError, match="demo:rude: no such sample in the package; there is demo:one-digit"):
         list(read_rows("demo:rude"))
 
 

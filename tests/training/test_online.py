@@ -9,6 +9,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from falign.errors import ConfigError, RewardError, RolloutError
+from falign.references import AdapterOff
 from falign.training import parse_run, train
 from tests.training.prompts import online_data, write_prompts
 
@@ -289,7 +290,16 @@ def test_ppo_learns_values_and_a_resumed_run_has_them_too(start):
     assert (first - last).norm() > first.norm()
 
 
-def test_dph_rl_explores_some_prompts_and_rehearses_others(start, tiny, tmp_path):
+def test_dph_rl_explores_some_prompts_and_rehearses_others(start, tmp_path, monkeypatch):
+    calls = 0
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return logprobs(*args, **kwargs)
+
+    logprobs = AdapterOff.logprobs
+    monkeypatch.setattr(AdapterOff, "logprobs", counted)
     file = tmp_path / "rehearsal.jsonl"
     rows = [
         {"prompt_ids": [40 + i, 41, 42], "completion_ids": [70 + i, 80, 1], "logprobs": [-5.0, -4.5, -6.0]}
@@ -299,12 +309,14 @@ def test_dph_rl_explores_some_prompts_and_rehearses_others(start, tiny, tmp_path
     summary = start(
         objective={"kind": "hybrid", "divergence": "forward_kl", "coefficient": 0.1},
         rehearsal={"path": str(file), "completions": 3},
+        prompts={"eval_size": 0},  # evaluation asks the reference how far the policy has come; training never does
         training={"per_device_train_batch_size": 2, "max_steps": 4},
     )
     logs = training_logs(summary)
     assert all("reward" in log for log in logs)
     rehearsed = [name for name in logs[0] if name.startswith("rehearsal/")]
     assert rehearsed
+    assert calls == 1  # at the start, to see that policy and reference are one model
     with pytest.raises(ConfigError, match="give both or neither"):
         start("other", objective={"kind": "hybrid"})
 
