@@ -91,9 +91,10 @@ def main() -> None:
                   f"{result['lengths'][0]} to {result['lengths'][1]}", flush=True)  # fmt: skip
     if len(args.sides) == 2:
         both = list(zip(results["trl"], results["falign"], strict=True))
-        for name in ("seconds", *PARTS):
-            label = "whole step" if name == "seconds" else name
-            print(f"{label}: TRL's time over falign's: {spread([trl[name] / own[name] for trl, own in both])}")
+        compared = {"whole step": ("seconds",), **{part: (part,) for part in PARTS}, "scoring and update": PARTS[1:]}
+        for label, names in compared.items():
+            ratios = [sum(trl[name] for name in names) / sum(own[name] for name in names) for trl, own in both]
+            print(f"{label}: TRL's time over falign's: {spread(ratios)}")
         memory = [own["peak_mib"] / trl["peak_mib"] for trl, own in both]
         print(f"falign's peak memory over TRL's: {spread(memory)}")
 

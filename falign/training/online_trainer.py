@@ -16,8 +16,8 @@ from typing_extensions import override
 
 from falign.data import PromptRow
 from falign.errors import RolloutError
-from falign.objectives import CompletionBatch, Hybrid, Objective, ObjectiveOutput, RolloutObjective, RunningPartition
-from falign.references import Reference, objective_inputs
+from falign.objectives import CompletionBatch, Hybrid, Objective, RolloutObjective, RunningPartition
+from falign.references import ObjectiveInputs, Reference
 from falign.scoring import DEFAULT_CHUNK_TOKENS, Layout, PromptTree, completion_scores, evaluation_mode
 from falign.training.completions_table import CompletionsTable
 from falign.training.groups import Draw, Group, GroupSampler, PromptOrder
@@ -262,29 +262,16 @@ class OnlineTrainer(AlignmentTrainer):
         return _with_rows(trees, {"log_partition": estimates}, batch.completion_mask)
 
     @override
-    def evaluate_objective(self, model: nn.Module, inputs: dict[str, Any]) -> ObjectiveOutput:
-        batch, columns = split_columns(inputs)
-        sampler_logprobs = inputs["columns"].get("sampler_logprobs")
-        scored = objective_inputs(
-            self.policy,
-            batch,
-            reference=self.reference,
-            objective=self.objective,
-            chunk_tokens=self.chunk_tokens,
-            wrapped=model,
-            columns=columns,
-            value_head=self.value_head,
-        )
-        completions = scored.completions
-        own = batch.completion_mask
+    def scored_metrics(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        completions, sampled = scored.completions, inputs["columns"].get("sampler_logprobs")
+        own = completions.completion_mask
         if completions.from_reference is not None:
             own = own & ~completions.from_reference[:, None]
-        output = self.objective(completions)
-        metrics = {**output.metrics, "entropy": scored.entropy[own].detach()}
-        if own.any() and sampler_logprobs is not None and self.state.global_step % self.rollout.num_updates == 0:
-            gap = (completions.logprobs.detach() - sampler_logprobs)[own].abs()
+        metrics = {"entropy": scored.entropy[own].detach()}
+        if own.any() and sampled is not None and self.state.global_step % self.rollout.num_updates == 0:
+            gap = (completions.logprobs.detach() - sampled)[own].abs()
             metrics |= {"sampler/logprob_gap": gap, "sampler/logprob_gap_max": gap.max(dim=0, keepdim=True).values}
-        return output._replace(metrics=metrics)
+        return metrics
 
     @override
     def evaluate(

@@ -23,7 +23,7 @@ from typing_extensions import override
 from falign.errors import ConfigError, TrainingError
 from falign.models.staging import staged_folder
 from falign.objectives import CompletionBatch, Objective, ObjectiveOutput, reduce_terms, total_weights
-from falign.references import MovingReference, Reference, completion_batch, objective_inputs
+from falign.references import MovingReference, ObjectiveInputs, Reference, completion_batch, objective_inputs
 from falign.scoring import (
     DEFAULT_CHUNK_TOKENS,
     LAYOUTS,
@@ -215,8 +215,11 @@ class AlignmentTrainer(Trainer):
             value_head=self.value_head,
         )
         output = self.objective(scored.completions)
-        entropy = scored.entropy[batch.completion_mask]
-        return output._replace(metrics={**output.metrics, "entropy": entropy.detach()})
+        return output._replace(metrics={**output.metrics, **self.scored_metrics(scored, inputs)})
+
+    def scored_metrics(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Return what is logged of a scored micro-batch besides what the objective says."""
+        return {"entropy": scored.entropy[scored.completions.completion_mask].detach()}
 
     @override
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:

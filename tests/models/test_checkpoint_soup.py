@@ -135,6 +135,7 @@ def test_how_a_checkpoint_generates_is_no_matter_of_architecture(three, tmp_path
     changed = {**config, "use_cache": False, "pad_token_id": 3, "transformers_version": "4.40.0"}
     (three[1] / "config.json").write_text(json.dumps(changed))
     write_soup(three[:2], tmp_path / "soup")
+    assert (tmp_path / "soup" / "config.json").read_bytes() == (three[0] / "config.json").read_bytes()
 
 
 def test_another_vocabulary_is_refused_with_its_first_token(three, tmp_path):

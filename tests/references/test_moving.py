@@ -6,7 +6,14 @@ import torch
 from falign.errors import ModelError
 from falign.models.adapter_copies import matrices_of
 from falign.models.lora_factors import factors_of
-from falign.references import FrozenModel, MovingAverage, MovingReference, PeriodicReset, check_same_at_start
+from falign.references import (
+    FrozenModel,
+    MovingAverage,
+    MovingReference,
+    PeriodicReset,
+    check_same_at_start,
+    detached_logprobs,
+)
 from falign.scoring import completion_scores, pad
 from tests.models.tiny import fill_adapter
 from tests.scoring.models import TREES, tiny_model, with_lora
@@ -161,4 +168,7 @@ def test_rules_refuse_what_is_no_share_and_no_interval():
 def test_an_average_follows_from_an_adapter_that_was_trained_before():
     policy = fill_adapter(with_lora(tiny_model(), r=2, lora_alpha=3, use_rslora=True), scale=0.5)
     reference = MovingReference.beside(policy, rule=AVERAGE)
-    check_same_at_start(policy, reference, BATCH)
+    expected = detached_logprobs(policy, BATCH)
+    torch.testing.assert_close(reference.logprobs(policy, BATCH), expected, rtol=0, atol=1e-5)
+    with policy.disable_adapter():
+        assert (detached_logprobs(policy, BATCH) - expected).abs().max() > 0.01

@@ -31,5 +31,6 @@ def test_both_sides_sample_completions_of_one_length_and_time_the_parts_of_a_ste
         "generation",
         "scoring",
         "update",
+        "scoring and update",
         "falign's peak memory over TRL's",
     ]

@@ -4,6 +4,7 @@ import pytest
 
 from falign.errors import ConfigError
 from falign.training import parse_run
+from falign.training.online_check import WORTH
 from tests.training.prompts import online_data
 
 BINARY = {"kind": "distribution_matching", "target": {"kind": "binary"}}
@@ -11,7 +12,7 @@ FITTED = {"kind": "distribution_matching", "target": {"kind": "moments", "moment
 
 
 def check(**changes):
-    parse_run(online_data("model", "prompts.jsonl", "run", **changes)).check()
+    return parse_run(online_data("model", "prompts.jsonl", "run", **changes)).check()
 
 
 @pytest.mark.parametrize(
@@ -53,4 +54,4 @@ def test_what_could_not_work_or_would_have_no_effect_is_refused(changes, message
     ],
 )
 def test_where_they_have_an_effect_they_are_allowed(changes):
-    check(**changes)
+    assert check(**changes).needs & WORTH
