@@ -17,9 +17,9 @@ __all__ = ["DEMOS", "DataSource", "read_rows"]
 
 DEMOS: dict[str, Path] = {
     "demo:polite-preference": Path(__file__).parent / "embedded" / "polite-preference.jsonl.gz",
-    "demo:one-digit-arithmetic": Path(__file__).parent / "embedded" / "one-digit-arithmetic.jsonl.gz",
+    "demo:one-digit-arithmetic": Path(__file__).parent / "embedded" / "one-digit-arithmetic",
 }
-"""Data sets inside the package, by the path that names them."""
+"""Data sets inside the package, by the path that names them: a file, or a folder with a file per split."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -31,7 +31,7 @@ class DataSource:
     Attributes:
         path: A file, a folder, a Hub data set (``"org/name"``), or a sample inside the package:
             ``"demo:polite-preference"`` (pairs) or ``"demo:one-digit-arithmetic"`` (questions with answers).
-        split: Which split of a Hub data set or of a folder with several.
+        split: Which split of a Hub data set or of a folder with several; the arithmetic has ``train`` and ``test``.
         format: A name of ``falign.data.FORMATS``, or ``"auto"`` to tell it from the columns.
         columns: What the file calls falign's columns, for example ``{"prompt": "question"}``.
         chat: Whether plain texts are turns, the prompt a user's, to be rendered by the chat template.
@@ -70,7 +70,10 @@ def read_rows(path: str | Path, *, split: str = "train", bad_rows: BadRows | Non
     if name.startswith("demo:"):
         if name not in DEMOS:
             raise DataError(f"{name}: no such sample in the package; there is {', '.join(sorted(DEMOS))}.")
-        yield from read_file(DEMOS[name], bad_rows=bad_rows, name=name)
+        if DEMOS[name].is_dir():
+            yield from _read_folder(DEMOS[name], split, bad_rows, name=name)
+        else:
+            yield from read_file(DEMOS[name], bad_rows=bad_rows, name=name)
     elif local.is_file():
         yield from read_file(local, bad_rows=bad_rows)
     elif local.is_dir():
@@ -91,7 +94,7 @@ def _not_found(path: Path) -> str:
     return f"{path}: no such file or folder; {path.parent} does not exist either. Check the path."
 
 
-def _read_folder(folder: Path, split: str, bad_rows: BadRows) -> Iterator[Row]:
+def _read_folder(folder: Path, split: str, bad_rows: BadRows, *, name: str | None = None) -> Iterator[Row]:
     saved_dataset = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     if saved_dataset or (folder / "dataset_dict.json").is_file():
         yield from _numbered(_load_saved(folder, split), f"{folder}[{split}]" if not saved_dataset else str(folder))
@@ -101,11 +104,11 @@ def _read_folder(folder: Path, split: str, bad_rows: BadRows) -> Iterator[Row]:
     if not chosen:
         found = ", ".join(file.name for file in files) or f"no file of the types {FILE_SUFFIXES}"
         raise DataError(
-            f"{folder}: no data file is named after the split {split!r}; found {found}. "
+            f"{name or folder}: no data file is named after the split {split!r}; found {found}. "
             "Give the path of a file, or the split that a file's name begins with."
         )
     for file in chosen:
-        yield from read_file(file, bad_rows=bad_rows)
+        yield from read_file(file, bad_rows=bad_rows, name=f"{name}[{split}]" if name else None)
 
 
 def _load_saved(folder: Path, split: str) -> Any:

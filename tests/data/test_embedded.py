@@ -4,8 +4,11 @@ import difflib
 import gzip
 import json
 
+import pytest
+
 import falign.data
-from falign.data import DEMOS
+from falign.data import DEMOS, read_rows
+from falign.errors import DataError
 
 RUDE = {"damn", "crap", "freaking", "hell", "stupid", "idiot", "dumb", "ass", "bloody", "shit", "fuck", "sucks"}
 
@@ -54,7 +57,13 @@ def test_arithmetic_is_all_sums_differences_and_products_of_two_digits():
         for sign, result in results.items()
     ]
     assert len(rows) == 300
-    assert [json.loads(line) for line in read(DEMOS["demo:one-digit-arithmetic"])] == rows
+    for split, expected in (("test", rows[::13]), ("train", [row for i, row in enumerate(rows) if i % 13])):
+        assert [row.fields for row in read_rows("demo:one-digit-arithmetic", split=split)] == expected
+
+
+def test_a_split_that_the_arithmetic_lacks_is_refused_by_the_sample_s_name():
+    with pytest.raises(DataError, match="demo:one-digit-arithmetic: no data file is named after the split 'dev'"):
+        list(read_rows("demo:one-digit-arithmetic", split="dev"))
 
 
 def test_public_names_exist_and_importing_loads_nothing_heavy():
