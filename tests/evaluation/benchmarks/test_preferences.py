@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from falign.data import BadRows
+from falign.data import BadRowPolicy, BadRows
 from falign.divergences import ReverseKL
 from falign.errors import DataError
 from falign.evaluation.benchmarks import Preferences
@@ -14,7 +14,7 @@ from tests.evaluation.benchmarks.samples import write
 TURN = [{"role": "user", "content": "Hi."}]
 
 
-def read(path, benchmark=None, policy="error"):
+def read(path, benchmark=None, policy: BadRowPolicy = "error"):
     return list((benchmark or Preferences()).read(path, bad_rows=BadRows(policy)))
 
 

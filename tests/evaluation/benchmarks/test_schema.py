@@ -1,6 +1,6 @@
 import pytest
 
-from falign.data import BadRows
+from falign.data import BadRowPolicy, BadRows
 from falign.errors import DataError
 from falign.evaluation import benchmarks
 from tests.evaluation.benchmarks.samples import (
@@ -29,7 +29,7 @@ TEXTS = {
 PROMPTS = {"judgebench": "question", "llmbar": "input"}
 
 
-def read(name, path, policy="error"):
+def read(name, path, policy: BadRowPolicy = "error"):
     bad_rows = BadRows(policy)
     return list(benchmarks.get(name).read(path, bad_rows=bad_rows)), bad_rows
 
