@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="as for falign train")
     parser.add_argument("--out", type=Path, required=True, help="a folder for the runs and the report")
     parser.add_argument("--divergences", nargs="+", default=list(FAMILIES), metavar="F")
-    parser.add_argument("--rewards", type=Path, help="of the samples, a YAML file; the first run's implicit reward if left out")
+    parser.add_argument("--rewards", type=Path, help="of samples, a YAML file; else the first run's implicit reward")
     parser.add_argument("--prompts", type=int, default=32, help="held-out prompts that are answered")
     parser.add_argument("--completions", type=int, default=4, help="answers to each")
     parser.add_argument("--max-new-tokens", type=int, default=48)
