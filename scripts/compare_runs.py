@@ -20,13 +20,14 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="run folders; NAME=FOLDER gives one a name")
     parser.add_argument("--metrics", nargs="+", required=True, help="held-out metrics, for the table")
     parser.add_argument("--curves", nargs="*", default=[], help="training metrics, a panel each")
+    parser.add_argument("--pass-at-k", action="store_true", help="a panel of held-out pass@k against k")
     parser.add_argument("--smooth", type=int, default=5, help="steps that a point of a curve is the mean of")
     parser.add_argument("--out", type=Path, help="the picture, a PNG")
     arguments = parser.parse_args()
     runs = dict(named(run) for run in arguments.runs)
     print(table(runs, arguments.metrics))
     if arguments.out is not None:
-        draw(runs, arguments.curves, smooth=arguments.smooth, out=arguments.out)
+        draw(runs, arguments.curves, pass_at_k=arguments.pass_at_k, smooth=arguments.smooth, out=arguments.out)
 
 
 def named(run: str) -> tuple[str, RunFolder]:
@@ -48,24 +49,43 @@ def shown(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def draw(runs: dict[str, RunFolder], metrics: list[str], *, smooth: int, out: Path) -> None:
+def draw(runs: dict[str, RunFolder], metrics: list[str], *, pass_at_k: bool, smooth: int, out: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(metrics), figsize=(4.6 * len(metrics), 3.6), layout="constrained", squeeze=False)
-    for axis, metric in zip(axes[0], metrics, strict=True):
+    panels = len(metrics) + pass_at_k
+    figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 3.6), layout="constrained", squeeze=False)
+    for axis, metric in zip(axes[0], metrics, strict=False):
         for color, (name, folder) in zip(COLORS, runs.items(), strict=False):
-            steps, values = series(folder.metrics(), metric, smooth)
-            axis.plot(steps, values, color=color, label=name, linewidth=1.8)
-        axis.set_title(metric, fontsize=10, loc="left")
+            # Held-out values are means over many prompts already.
+            points = series(folder.metrics(), metric, 1 if metric.startswith("eval_") else smooth)
+            axis.plot(*points, color=color, label=name, linewidth=1.8)
+        axis.set_title(metric.replace("eval_", "held-out "), fontsize=10, loc="left")
         axis.set_xlabel("optimiser step")
+    if pass_at_k:
+        draw_pass_at_k(axes[0][-1], runs)
+    for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.25)
     axes[0][0].legend(frameon=False, fontsize=8)
     figure.savefig(out, dpi=150)
     plt.close(figure)
+
+
+def draw_pass_at_k(axis: Any, runs: dict[str, RunFolder]) -> None:
+    summaries = {name: folder.read_json("summary.json") for name, folder in runs.items()}
+    before = next(iter(summaries.values()))["before"]
+    lines = [("before", "#8a8a8a", before)]
+    lines += [(name, color, summaries[name]["after"]) for color, name in zip(COLORS, summaries, strict=False)]
+    for name, color, metrics in lines:
+        points = {int(key.removeprefix("pass@")): value for key, value in metrics.items() if key.startswith("pass@")}
+        axis.plot(list(points), list(points.values()), color=color, label=name, linewidth=1.8, marker="o", markersize=3)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.set_title("held-out pass@k", fontsize=10, loc="left")
+    axis.set_xlabel("k")
 
 
 def series(logs: list[dict[str, Any]], metric: str, smooth: int) -> tuple[list[int], list[float]]:
