@@ -86,7 +86,7 @@ def win_rate(outcomes: Numbers, *, level: float = 0.95) -> Interval:
         raise ValueError("There are no outcomes; a win rate needs one or more comparisons.")
     for i, outcome in enumerate(outcomes):
         _check_outcome(outcome, f"outcomes[{i}]")
-    ties = sum(outcome == 0.5 for outcome in outcomes)
+    ties = sum(1 for outcome in outcomes if outcome == 0.5)
     return wilson(float(sum(outcomes)), len(outcomes), ties=ties, level=level)
 
 
