@@ -19,11 +19,13 @@ class BenchmarkItem:
         place: The row it came from, for messages.
         id: The row's own id where it has one, unique within its subset; the row's number otherwise.
         subset: The part of the benchmark that it belongs to; ``""`` where there is one part only.
-        prompt: Plain text, which is a user's turn, or the turns before the answer.
+        prompt: Plain text, or the turns before the answer.
         completions: The texts to score.
         preference: One value per completion, larger is preferred; equal values are of equal worth.
         group: Items of one subset and group are scored together, so that an interval resamples them together; ``""``
             for an item that stands alone.
+        plain: Whether a plain prompt is continued as it is, like a file's plain pairs in training; otherwise it is a
+            user's turn and the completions are the assistant's.
     """
 
     place: str
@@ -33,6 +35,7 @@ class BenchmarkItem:
     completions: tuple[str, ...]
     preference: tuple[float, ...]
     group: str = ""
+    plain: bool = False
 
 
 @runtime_checkable
