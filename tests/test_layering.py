@@ -21,9 +21,10 @@ ALLOWED = {
     "references": {"objectives", "scoring", "models"},
     "rollouts": {"scoring", "models"},
     "rewards": {"divergences", "objectives", "scoring", "models", "references"},
-    "training": {*BELOW_TRAINING},
-    "evaluation": {*BELOW_TRAINING},
-    "cli": {*BELOW_TRAINING, "training", "evaluation"},
+    "metrics": {"divergences", "rewards"},
+    "training": {*BELOW_TRAINING, "metrics"},
+    "evaluation": {*BELOW_TRAINING, "metrics"},
+    "cli": {*BELOW_TRAINING, "training", "evaluation", "metrics"},
 }
 SHARED = {"errors", "full_disk"}
 LIGHT = {"divergences", "objectives", "scoring"}

@@ -1,0 +1,167 @@
+"""Confidence intervals: the bootstrap for any statistic, Wilson's for a share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence, Sized
+from statistics import NormalDist
+from typing import NamedTuple, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Interval", "Intervals", "bootstrap", "normal_quantile", "wilson"]
+
+Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+
+class Interval(NamedTuple):
+    """An estimate between the ends of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Intervals(NamedTuple):
+    """Several estimates, each between the ends of its confidence interval: arrays of one shape."""
+
+    value: Array
+    low: Array
+    high: Array
+
+
+@overload
+def bootstrap(
+    statistic: Callable[[Indices], float],
+    samples: int | Sized,
+    *,
+    strata: Sequence[object] | None = ...,
+    num_resamples: int = ...,
+    level: float = ...,
+    seed: int = ...,
+) -> Interval: ...
+
+
+@overload
+def bootstrap(
+    statistic: Callable[[Indices], Array],
+    samples: int | Sized,
+    *,
+    strata: Sequence[object] | None = ...,
+    num_resamples: int = ...,
+    level: float = ...,
+    seed: int = ...,
+) -> Intervals: ...
+
+
+def bootstrap(
+    statistic: Callable[[Indices], float] | Callable[[Indices], Array],
+    samples: int | Sized,
+    *,
+    strata: Sequence[object] | None = None,
+    num_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval | Intervals:
+    """Return a statistic of some samples with its percentile interval under resampling with replacement.
+
+    The samples are what is independent: with several completions per prompt, the prompts.
+
+    Args:
+        statistic: Takes indices into the samples, shape (n,), and returns a float or an array of floats for these.
+        samples: Their number n, or anything of that length.
+        strata: The stratum of each sample, such as its subset; a sample is only replaced by one of its own stratum,
+            so that each keeps its size, and ``strata[i]`` is also that of the i-th index.
+        num_resamples: How often the statistic is computed anew.
+        level: The probability with which the interval is to cover.
+        seed: Of the resampling; equal seeds give equal intervals.
+
+    Returns:
+        The statistic of the samples as they are, and its interval; of an array, one for each entry.
+
+    Raises:
+        ValueError: There are no samples, not one stratum for each, no resamples, a level outside of (0, 1), or a
+            statistic that is NaN.
+
+    Source:
+        Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
+
+    Example:
+        >>> correct = np.array([1.0] * 80 + [0.0] * 20)
+        >>> value, low, high = bootstrap(lambda index: float(correct[index].mean()), correct)
+        >>> print(f"{value:.2f} ({low:.2f} to {high:.2f})")
+        0.80 (0.72 to 0.88)
+    """
+    size = samples if isinstance(samples, int) else len(samples)
+    if size < 1:
+        raise ValueError(f"samples={size}: a statistic needs one or more samples.")
+    if strata is not None and len(strata) != size:
+        raise ValueError(f"strata has {len(strata)} entries for {size} samples; give one for each sample.")
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples={num_resamples} must be 1 or more; 1000 is usual.")
+    _check_level(level)
+    value = statistic(np.arange(size))
+    if np.isnan(value).any():
+        raise ValueError("The statistic of the samples is NaN; leave out the samples or entries that have none.")
+
+    # The members of each stratum stand together in `order`, from `start` on; each sample knows those of its own.
+    number = {stratum: i for i, stratum in enumerate(dict.fromkeys([0] if strata is None else strata))}
+    member_of = np.zeros(size, dtype=np.int64) if strata is None else np.array([number[s] for s in strata])
+    order = np.argsort(member_of, kind="stable")
+    sizes = np.bincount(member_of)
+    start = (np.cumsum(sizes) - sizes)[member_of]
+    sizes = sizes[member_of]
+    generator = np.random.default_rng(seed)
+    resampled = np.stack(
+        [np.asarray(statistic(order[start + generator.integers(sizes)])) for _ in range(num_resamples)]
+    )
+    if np.isnan(resampled).any():
+        raise ValueError("The statistic is NaN for a resample; give strata that keep what it needs in each resample.")
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    if isinstance(value, np.ndarray) and value.ndim:
+        return Intervals(value, low, high)
+    return Interval(float(value), float(low), float(high))
+
+
+def wilson(successes: float | int, total: int, *, level: float = 0.95) -> Interval:
+    """Return a share with Wilson's score interval, which stays within 0 and 1 and is honest near both.
+
+    Args:
+        successes: How many of the samples; a tie that counts half may make it half a number.
+        total: Number of samples, positive.
+        level: The probability with which the interval is to cover.
+
+    Returns:
+        ``successes/total`` and the shares p with ``(p̂ - p)² ≤ z² p (1 - p)/n``.
+
+    Raises:
+        ValueError: There are no samples, more successes than samples, or a level outside of (0, 1).
+
+    Source:
+        Wilson (1927), Probable inference, the law of succession, and statistical inference.
+
+    Example:
+        >>> value, low, high = wilson(9, 10)
+        >>> print(f"{value:.2f} ({low:.2f} to {high:.2f})")
+        0.90 (0.60 to 0.98)
+    """
+    if not total > 0 or not 0 <= successes <= total:
+        raise ValueError(f"successes={successes}, total={total}: they must satisfy 0 <= successes <= total, 0 < total.")
+    share, spread = successes / total, normal_quantile(level) ** 2 / total
+    centre = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * share * (1 - share) + spread**2 / 4) / (1 + spread)
+    # Where the share is 0 or 1 that is one of the ends, which rounding must not move.
+    return Interval(share, min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share))
+
+
+def normal_quantile(level: float) -> float:
+    """Return z such that a standard normal lies within ±z with probability ``level``: 1.96 for 0.95."""
+    _check_level(level)
+    return NormalDist().inv_cdf((1 + level) / 2)
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} must lie between 0 and 1; 0.95 is usual.")
