@@ -93,13 +93,13 @@ class ItemScorer:
 
     Attributes:
         names: Which of ``SCORERS``, in the order of the results.
-        of_trees: What computes the policy's scores.
+        of_trees: What computes the policy's scores; None where none of the names is one of them.
         classifier: A reward called with prompts and completions as text; needed for ``classifier``.
         seed: Of ``random``, which depends on it and on the item alone.
     """
 
     names: tuple[str, ...]
-    of_trees: TreeScores
+    of_trees: TreeScores | None
     classifier: Callable[..., Sequence[float | None]] | None = None
     seed: int = 0
 
@@ -113,11 +113,12 @@ class ItemScorer:
             ModelError: A value is not finite.
             RewardError: The classifier has no value for a completion.
         """
-        by_tree = self.of_trees([item.tree for item in items])
+        trees = [item.tree for item in items]
+        by_tree = [[]] * len(items) if self.of_trees is None else self.of_trees(trees)
         by_classifier = self._classified(items) if "classifier" in self.names else [None] * len(items)
         scored: list[dict[str, list[float]]] = []
         for (item, tree), rows, classified in zip(items, by_tree, by_classifier, strict=True):
-            scores: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+            scores: dict[str, Any] = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
             scores["classifier"] = classified
             scores["length"] = [float(len(ids)) for ids in tree.completion_ids]
             scores["random"] = self._random(item)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from falign.data import BadRows, Example, Window, encode
-from falign.data.bad_rows import require_choice
+from falign.data.bad_rows import nearest, require_choice
 from falign.data.rendering import Tokenizer
 from falign.data.windows import fit
 from falign.errors import DataError
-from falign.evaluation.benchmarks import BenchmarkItem
+from falign.evaluation.benchmarks import Benchmark, BenchmarkItem
 from falign.scoring import PromptTree
 
-__all__ = ["ItemStream", "ItemTree", "LongItems"]
+__all__ = ["ItemStream", "ItemTree", "LongItems", "read_items"]
 
 LongItems = Literal["skip", "cut", "error"]
 
@@ -35,12 +35,13 @@ class ItemTree(NamedTuple):
 class ItemStream:
     """The items that can be scored, each tokenised when it is asked for, and counts of those that cannot.
 
+    A plain prompt is a user's turn, unless the item is plain or the tokenizer has no chat template.
+
     Args:
         items: As a benchmark reads them.
         tokenizer: The policy's.
         stop_token_ids: All tokens at which the model's generation ends.
         window: The most tokens that prompt and longest completion have together; for ``cut`` also how.
-        chat: Whether a plain prompt is a user's turn, to be rendered by the chat template.
         long_items: What is longer than the window is left out and counted, cut as in training, or an error.
         bad_rows: Takes items that cannot be scored: an empty completion, a stop token inside one.
         limit: Stop after so many items that can be scored.
@@ -56,7 +57,6 @@ class ItemStream:
         *,
         stop_token_ids: Collection[int],
         window: Window,
-        chat: bool,
         long_items: LongItems = "skip",
         bad_rows: BadRows | None = None,
         limit: int | None = None,
@@ -67,7 +67,6 @@ class ItemStream:
         self._tokenizer = tokenizer
         self._stops = stop_token_ids
         self._window = window
-        self._chat = chat
         self._long_items = long_items
         self._limit = limit
         self._skipped: Counter[str] = Counter()
@@ -107,17 +106,52 @@ class ItemStream:
         if self._long_items == "skip":
             self._skipped["longer than the window"] += 1
             return None
-        fitted = fit(
-            replace(tree, preference=item.preference), self._window, bos_token_id=self._tokenizer.bos_token_id
-        )
+        fitted = fit(replace(tree, preference=item.preference), self._window, bos_token_id=self._tokenizer.bos_token_id)
         if fitted.tree is None:
             self._skipped[str(fitted.dropped)] += 1
             return None
         return replace(fitted.tree, preference=None)
 
     def _example(self, item: BenchmarkItem) -> Example:
-        if isinstance(item.prompt, str) and not self._chat:
+        if isinstance(item.prompt, str) and (item.plain or not self._tokenizer.chat_template):
             return Example(item.prompt, item.completions, None, item.place)
         prompt = [{"role": "user", "content": item.prompt}] if isinstance(item.prompt, str) else item.prompt
         answers = tuple([{"role": "assistant", "content": text}] for text in item.completions)
         return Example(prompt, answers, None, item.place)
+
+
+def read_items(
+    benchmark: Benchmark,
+    path: str | None,
+    *,
+    split: str | None = None,
+    subsets: Sequence[str] = (),
+    bad_rows: BadRows | None = None,
+) -> list[BenchmarkItem]:
+    """Return the items of a benchmark, or of some of its subsets.
+
+    Args:
+        benchmark: What reads them.
+        path: A file or folder; None reads the Hub's data set.
+        split: As the benchmark takes it.
+        subsets: Keep these alone; all where there are none.
+        bad_rows: Takes the rows that cannot be used; by default the first one raises.
+
+    Raises:
+        DataError: The source cannot be read, has another schema, lacks a subset, or has no row that can be used.
+    """
+    bad_rows = BadRows() if bad_rows is None else bad_rows
+    source = path or benchmark.hub_name or benchmark.name
+    items = list(benchmark.read(path, split=split, bad_rows=bad_rows))
+    if not items:
+        reason = f" The first bad row: {bad_rows.messages[0]}" if bad_rows.messages else ""
+        raise DataError(f"{source}: it has no row that can be used.{reason}")
+    there = sorted({item.subset for item in items})
+    for subset in subsets:
+        if subset not in there:
+            guess = nearest(subset, there)
+            hint = f"did you mean {guess!r}? There is" if guess else "there is"
+            raise DataError(
+                f"{source}: no row is of the subset {subset!r}; {hint} {', '.join(there) or 'one part only'}."
+            )
+    return [item for item in items if not subsets or item.subset in subsets]

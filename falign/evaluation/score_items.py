@@ -75,7 +75,9 @@ def score_items(
         new: list[ItemRow] = []
         if len(there) < len(batch):
             scores = scorer.score(batch)
-            new = [_row(item, benchmark, values) for item, values in list(zip(batch, scores, strict=True))[len(there) :]]
+            new = [
+                _row(item, benchmark, values) for item, values in list(zip(batch, scores, strict=True))[len(there) :]
+            ]
             output.append(new)
         resumed += len(there)
         rows += [*there, *new]
