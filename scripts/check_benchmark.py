@@ -52,7 +52,8 @@ def main():
     parser.add_argument("--tolerance", type=float, default=1e-6)
     args = parser.parse_args()
     summary = json.loads((args.results / "summary.json").read_text())
-    found = {row["place"]: row for row in map(json.loads, (args.results / "items.jsonl").open())}
+    items = map(json.loads, (args.results / "items.jsonl").read_text(encoding="utf-8").splitlines())
+    found = {Path(row["place"]).name: row for row in items}
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(summary[name], dtype=torch.float32).eval()
         for name in ("model", "reference")
@@ -80,7 +81,9 @@ def main():
         for name, values in scores.items():
             right = row.get("label", 1) - 1
             outcomes[name].append({"correct": values[right] > values[1 - right]} if pairs else rm_bench(values))
-    scored = sum(map(len, outcomes.values())) // len(outcomes)
+    scored = len(outcomes["logprob"])
+    if not scored:
+        sys.exit(f"{args.results} has no row of {args.file}: give the file that was scored.")
     print(f"{scored} items: scores per token differ by at most {worst:.2g}")
     wrong = worst > args.tolerance or scored != summary["num_items"]
     for name, items in outcomes.items():
