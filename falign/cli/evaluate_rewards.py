@@ -78,6 +78,9 @@ def rewards(
         bool | None, typer.Option("--chat/--plain", help="Whether a file's plain texts are turns; as the run's were.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the scorer random and of the intervals.")] = 0,
+    num_resamples: Annotated[
+        int, typer.Option("--resamples", min=1, help="Of the bootstrap that the intervals come from.")
+    ] = 1000,
     out: Annotated[Path | None, typer.Option("--out", help="A folder for the results, needed for a model.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Score anew what is there, whole or begun.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many items, the first ones.")] = None,
@@ -101,6 +104,7 @@ def rewards(
         bad_rows=bad_rows,
         layout=layout,
         seed=seed,
+        num_resamples=num_resamples,
         out=_folder(model, name or benchmark, out),
         overwrite=overwrite,
     )

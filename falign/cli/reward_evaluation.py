@@ -95,6 +95,7 @@ class RewardEvaluation:
     Attributes:
         scorers: Names of ``SCORERS``; None takes all that there are.
         judge: The classifier, if any.
+        num_resamples: Of the intervals; no score depends on it.
         out: The folder of ``items.jsonl`` and ``summary.json``.
     """
 
@@ -112,6 +113,7 @@ class RewardEvaluation:
     bad_rows: Any
     layout: str
     seed: int
+    num_resamples: int
     out: Path
     overwrite: bool
 
@@ -331,7 +333,10 @@ class RewardEvaluation:
             "skipped": stream.skipped(),
             "subsets": dict(Counter(subsets)),
             "missing_subsets": list(missing_subsets(self.benchmark, subsets)),
-            "scorers": {name: summarise_scorer(rows, self.benchmark, name, seed=self.seed) for name in names},
+            "scorers": {
+                name: summarise_scorer(rows, self.benchmark, name, num_resamples=self.num_resamples, seed=self.seed)
+                for name in names
+            },
             "record": record,
         }
 

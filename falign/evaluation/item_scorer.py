@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 
 from falign.errors import RewardError
 from falign.evaluation.benchmarks import BenchmarkItem
-from falign.evaluation.completion_scorer import CompletionScorer
+from falign.evaluation.completion_scorer import CompletionScorer, check_finite
 from falign.evaluation.item_stream import ItemTree
 from falign.evaluation.score_rows import ScoreRow
 from falign.objectives import Listwise, Pairwise
@@ -117,9 +117,11 @@ class ReferenceFreeScores:
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
 
     def __call__(self, trees: Sequence[PromptTree]) -> list[list[dict[str, float]]]:
-        batch = LAYOUTS[self.layout](trees, pad_token_id=self.pad_token_id)
+        bare = [replace(tree, preference=None) for tree in trees]
+        batch = LAYOUTS[self.layout](bare, pad_token_id=self.pad_token_id)
         batch = batch.to(next(self.policy.parameters()).device)
         logprobs = detached_logprobs(self.policy, batch, chunk_tokens=self.chunk_tokens)
+        check_finite(logprobs, batch, "logprobs")
         values = zip(logprobs.double().sum(dim=-1).tolist(), batch.completion_mask.sum(dim=-1).tolist(), strict=True)
         scores = [{"logprob": logprob, "mean_logprob": logprob / count} for logprob, count in values]
         taken = iter(scores)

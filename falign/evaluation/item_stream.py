@@ -150,7 +150,7 @@ def read_items(
     for subset in subsets:
         if subset not in there:
             guess = nearest(subset, there)
-            hint = f"did you mean {guess!r}? There is" if guess else "there is"
+            hint = f"did you mean {guess!r}? There are" if guess else "there are"
             raise DataError(
                 f"{source}: no row is of the subset {subset!r}; {hint} {', '.join(there) or 'one part only'}."
             )

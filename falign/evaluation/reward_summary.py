@@ -18,13 +18,16 @@ CALIBRATED = ("implicit_reward", "length_normalised", "classifier")
 """Scorers whose differences are log-odds of a preference."""
 
 
-def summarise_scorer(rows: Sequence[ItemRow], benchmark: Benchmark, name: str, *, seed: int = 0) -> dict[str, Any]:
+def summarise_scorer(
+    rows: Sequence[ItemRow], benchmark: Benchmark, name: str, *, num_resamples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
     """Return the scores of one scorer with their intervals, and its calibration.
 
     Args:
         rows: Of all items.
         benchmark: How they are aggregated.
         name: The scorer.
+        num_resamples: Of the bootstrap.
         seed: Of the resampling.
 
     Returns:
@@ -32,13 +35,13 @@ def summarise_scorer(rows: Sequence[ItemRow], benchmark: Benchmark, name: str, *
         are no log-odds.
     """
     return {
-        "scores": scores_with_intervals(rows, benchmark, name, seed=seed),
+        "scores": scores_with_intervals(rows, benchmark, name, num_resamples=num_resamples, seed=seed),
         "calibration": _calibration(rows, name) if name in CALIBRATED else None,
     }
 
 
 def scores_with_intervals(
-    rows: Sequence[ItemRow], benchmark: Benchmark, name: str, *, seed: int = 0
+    rows: Sequence[ItemRow], benchmark: Benchmark, name: str, *, num_resamples: int = 1000, seed: int = 0
 ) -> dict[str, dict[str, float]]:
     """Return the benchmark's aggregation under one scorer, each value with its 95% bootstrap interval.
 
@@ -48,6 +51,7 @@ def scores_with_intervals(
         rows: Of all items.
         benchmark: How they are aggregated.
         name: The scorer.
+        num_resamples: Of the bootstrap.
         seed: Of the resampling.
     """
     units = _units(rows)
@@ -62,7 +66,7 @@ def scores_with_intervals(
 
     # Units of one subset and size are alike, so that nothing that the aggregation needs is missing from a resample.
     strata = [(subsets[unit[0]], len(unit)) for unit in units]
-    values, low, high = bootstrap(statistic, len(units), strata=strata, seed=seed)
+    values, low, high = bootstrap(statistic, len(units), strata=strata, num_resamples=num_resamples, seed=seed)
     return {
         each: {"value": float(values[i]), "low": float(low[i]), "high": float(high[i])} for i, each in enumerate(names)
     }

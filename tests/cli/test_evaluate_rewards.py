@@ -22,6 +22,7 @@ from tests.training.pairs import run_data, write_pairs
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 
 CHECK = Path(__file__).parents[2] / "scripts" / "check_benchmark.py"
+FEW = ("--resamples", 20)
 ALL = ["implicit_reward", "length_normalised", "log_ratio", "logprob", "mean_logprob", "length", "random"]
 
 
@@ -87,7 +88,7 @@ def evaluate(falign, tiny, base, rm_bench, tmp_path):
     def run(*arguments, model=tiny, benchmark="rm_bench", file=rm_bench, out=tmp_path / "out", reference=base):
         against = [] if reference is None else ["--reference", reference]
         place = [] if out is None else ["--out", out]
-        return falign("evaluate", "rewards", model, benchmark, file, *place, *against, *arguments)
+        return falign("evaluate", "rewards", model, benchmark, file, *place, *against, *FEW, *arguments)
 
     return run
 
@@ -144,7 +145,7 @@ def assert_logged(folder, logged):
 )
 def test_a_run_on_its_training_rows_has_the_rewards_of_its_last_evaluation(falign, train, pairs, objective):
     run = train(objective=objective)
-    status, table, err = falign("evaluate", "rewards", run, "preferences", pairs, "--tokens-per-batch", 300)
+    status, table, err = falign("evaluate", "rewards", run, "preferences", pairs, *FEW, "--tokens-per-batch", 300)
     assert status == 0, err
     folder = run / "evaluation" / "preferences"
     logged = json.loads((run / "summary.json").read_text())["after"]
@@ -165,19 +166,19 @@ def test_a_run_on_its_training_rows_has_the_rewards_that_it_logged_last(falign, 
     logs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = [log for log in logs if "rewards/chosen" in log][-1]
     assert abs(logged["rewards/margins"]) > 0.01
-    status, _, err = falign("evaluate", "rewards", run, "preferences", pairs)
+    status, _, err = falign("evaluate", "rewards", run, "preferences", pairs, *FEW)
     assert status == 0, err
     assert_logged(run / "evaluation" / "preferences", logged)
 
 
 def test_a_run_without_implicit_reward_has_log_ratios(falign, train, pairs):
     run = train(objective={"kind": "supervised", "divergence": "reverse_kl", "beta": 0.1})
-    status, _, err = falign("evaluate", "rewards", run, "preferences", pairs, "--name", "mine")
+    status, _, err = falign("evaluate", "rewards", run, "preferences", pairs, *FEW, "--name", "mine")
     assert status == 0, err
     summary = summary_of(run / "evaluation" / "mine")
     assert [*summary["scorers"]] == ALL[2:]
     assert (summary["name"], summary["divergence"], summary["beta"]) == ("mine", None, None)
-    status, _, err = falign("evaluate", "rewards", run, "preferences", pairs, "--scorers", "implicit_reward")
+    status, _, err = falign("evaluate", "rewards", run, "preferences", pairs, *FEW, "--scorers", "implicit_reward")
     assert status == 2
     assert "an objective with an implicit reward" in err
 
@@ -335,7 +336,7 @@ def test_a_mistake_is_told_before_a_model_is_loaded(
 def test_a_run_is_scored_as_it_was_trained(falign, train, pairs):
     run = train(training={"max_steps": 1})
     options = ("--divergence", "js", "--reference", "base", "--reference-free")
-    status, _, err = falign("evaluate", "rewards", run, "preferences", pairs, *options)
+    status, _, err = falign("evaluate", "rewards", run, "preferences", pairs, *FEW, *options)
     assert status == 2
     assert "--reference, --divergence, --reference-free would make it another one" in err
 
@@ -373,7 +374,7 @@ def test_results_are_replaced_only_when_asked_for_and_other_settings_do_not_go_o
 def test_a_killed_call_goes_on_and_ends_with_the_same_numbers(evaluate, tiny, base, pairs, tmp_path):
     write_pairs(pairs, n=600)
     out, partial = tmp_path / "out", tmp_path / "out" / ".items.jsonl.partial.jsonl"
-    options = ["--out", out, "--reference", base, "--tokens-per-batch", 100]
+    options = ["--out", out, "--reference", base, "--tokens-per-batch", 100, *FEW]
     code = "from falign.cli import main; main()"
     command = [sys.executable, "-c", code, "evaluate", "rewards", tiny, "preferences", pairs, *options]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
