@@ -1,11 +1,14 @@
-"""Tokens and n-grams of completions that are texts or lists of tokens, and completions by prompt."""
+"""n-grams of completions that are texts or lists of tokens, and how many of them are different.
+
+It loads nothing, so that a training run has them without evaluate.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TypeVar
 
-__all__ = ["Completion", "by_prompt", "ngrams", "tokens"]
+__all__ = ["Completion", "by_prompt", "distinct", "ngrams", "tokens"]
 
 Completion = str | Sequence[Hashable]
 Item = TypeVar("Item")
@@ -29,6 +32,32 @@ def ngrams(sequence: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
     if n < 1:
         raise ValueError(f"n={n}: an n-gram has 1 or more tokens.")
     return [tuple(sequence[i : i + n]) for i in range(len(sequence) - n + 1)]
+
+
+def distinct(completions: Iterable[Completion], n: int) -> float:
+    """Return the share of different n-grams among all n-grams of some completions; 0 where there is none.
+
+    It falls with the number and the length of the completions: compare only where both are alike.
+
+    Args:
+        completions: Texts, whose tokens are words between white space, or lists of tokens.
+        n: Length of the n-grams, in tokens.
+
+    Returns:
+        From 0 to 1, where none occurs twice.
+
+    Raises:
+        ValueError: n is not positive.
+
+    Source:
+        Li et al. (arXiv:1510.03055), section 5.1.
+
+    Example:
+        >>> distinct(["a b a", "a b c"], 1), distinct([[5, 6, 5], [5, 6, 7]], 2)
+        (0.5, 0.75)
+    """
+    grams = [gram for completion in completions for gram in ngrams(tokens(completion), n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def by_prompt(completions: Sequence[Item], prompts: Iterable[Hashable] | None) -> list[list[Item]]:

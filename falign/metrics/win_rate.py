@@ -86,7 +86,7 @@ def win_rate(outcomes: Numbers, *, level: float = 0.95) -> Interval:
         raise ValueError("There are no outcomes; a win rate needs one or more comparisons.")
     for i, outcome in enumerate(outcomes):
         _check_outcome(outcome, f"outcomes[{i}]")
-    ties = sum(outcome == 0.5 for outcome in outcomes)
+    ties = sum(1 for outcome in outcomes if outcome == 0.5)
     return wilson(float(sum(outcomes)), len(outcomes), ties=ties, level=level)
 
 
@@ -129,7 +129,7 @@ def bradley_terry(
         if np.abs(gradient).max() <= 1e-10 * games.sum():
             break
         step = np.linalg.pinv(_laplacian(games * p * (1 - p)), hermitian=True) @ gradient
-        # A full step may leave where the likelihood is all but linear; a shorter one always gains.
+        # Where p is near 0 or 1 the likelihood is all but linear, and a full step leads anywhere.
         strengths = strengths + step * min(1.0, 2.0 / np.abs(step).max())
     p = _probabilities(strengths)
     believed = ties * games / (games + FEW_TIES)

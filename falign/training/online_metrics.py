@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from falign import divergences
 from falign.divergences import estimators
+from falign.metrics.ngrams import distinct
 from falign.references import Reference
 from falign.rewards import best_of_n, pass_at_k
 from falign.rollouts import Rollout
@@ -17,7 +18,7 @@ from falign.scoring import LAYOUTS, Layout, PromptTree, TokenBatch, completion_s
 from falign.training.groups import Draw
 from falign.training.means import Means
 
-__all__ = ["distinct", "evaluation_metrics", "powers_of_two", "rollout_metrics"]
+__all__ = ["evaluation_metrics", "powers_of_two", "rollout_metrics"]
 
 
 def rollout_metrics(draw: Draw, *, pass_reward: float) -> dict[str, Tensor]:
@@ -105,12 +106,6 @@ def evaluation_metrics(
                 }
             )
     return means.take()
-
-
-def distinct(completions: Iterable[Sequence[int]], n: int) -> float:
-    """Return the share of different n-grams of tokens among all n-grams of some completions; 0 where there is none."""
-    grams = [tuple(ids[i : i + n]) for ids in completions for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def powers_of_two(largest: int) -> list[int]:

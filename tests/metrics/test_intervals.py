@@ -14,19 +14,19 @@ def mean_of(values):
 
 def test_bootstrap_interval_of_a_mean_is_the_normal_one_for_many_samples():
     values = np.random.default_rng(1).exponential(size=2000)
-    value, low, high = bootstrap(mean_of(values), values, num_resamples=4000)
+    value, low, high = bootstrap(mean_of(values), values, num_resamples=2000)
     half = 1.959964 * values.std() / math.sqrt(len(values))
     assert value == values.mean()
-    assert (low, high) == pytest.approx((value - half, value + half), abs=0.06 * half)
+    assert (low, high) == pytest.approx((value - half, value + half), abs=0.1 * half)
 
 
 def test_bootstrap_covers_at_its_level():
     generator = np.random.default_rng(2)
     covered = 0
-    for trial in range(400):
-        interval = bootstrap(mean_of(generator.gamma(2.0, size=80)), 80, num_resamples=300, level=0.9, seed=trial)
+    for trial in range(200):
+        interval = bootstrap(mean_of(generator.gamma(2.0, size=80)), 80, num_resamples=200, level=0.9, seed=trial)
         covered += interval.low <= 2.0 <= interval.high
-    assert covered / 400 == pytest.approx(0.9, abs=0.045)  # three standard deviations
+    assert covered / 200 == pytest.approx(0.9, abs=0.065)  # three standard deviations
 
 
 def test_strata_keep_their_sizes_and_their_places():
@@ -79,6 +79,13 @@ def test_wilson_ends_solve_the_score_equation():
         assert (share - end) ** 2 == pytest.approx(normal_quantile(0.9) ** 2 * end * (1 - end) / 20)
 
 
+def test_wilson_with_ties_solves_its_equation():
+    z2 = normal_quantile(0.95) ** 2
+    share, low, high = wilson(20, 30, ties=12)
+    for end in (low, high):
+        assert (share - end) ** 2 == pytest.approx(z2 / 30 * (end * (1 - end) - 12 / (30 + z2) / 4))
+
+
 def test_wilson_at_the_ends():
     z = normal_quantile(0.95)
     assert wilson(0, 10) == (0.0, 0.0, pytest.approx(z**2 / (10 + z**2)))
@@ -97,6 +104,7 @@ def test_wilson_covers_at_its_level(share):
 
 def test_an_interval_reads_as_its_three_numbers():
     assert Interval(0.5, 0.4, 0.6)._asdict() == {"value": 0.5, "low": 0.4, "high": 0.6}
+    assert Interval(0.5, 0.4, 0.6).entries("ece") == {"ece": 0.5, "ece_low": 0.4, "ece_high": 0.6}
 
 
 @pytest.mark.parametrize(
@@ -110,6 +118,7 @@ def test_an_interval_reads_as_its_three_numbers():
         (lambda: bootstrap(lambda index: math.nan if index[0] else 0.0, 3), "NaN for a resample; give strata"),
         (lambda: wilson(3, 2), "successes=3, total=2"),
         (lambda: wilson(0, 0), "successes=0, total=0"),
+        (lambda: wilson(1, 4, ties=3), "ties=3: .* a tie is half a success"),
     ],
 )
 def test_what_cannot_be_is_refused(call, message):
