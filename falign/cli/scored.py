@@ -134,7 +134,10 @@ def load_run(path: str, *, max_length: int | None, any_objective: bool = False) 
     rewarding = isinstance(objective, RewardingObjective)
     if not rewarding and not any_objective:
         kind = folder.read_run_file()["objective"]["kind"]
-        raise ConfigError(f"{path}: objective.kind={kind} defines no implicit reward to score by.")
+        raise ConfigError(
+            f"{path}: objective.kind={kind} defines no implicit reward to score by. Export the run "
+            "(falign export --format merged), and score that with --reference and a --divergence of your choice."
+        )
     policy, tokenizer, config = load_trained(folder)
     policy.to(_device())  # pyright: ignore[reportArgumentType]
     reference = rebuild_reference(config, policy, folder, device=_device())
@@ -258,8 +261,8 @@ def _window(config: RunConfig) -> Window:
     data = config.data
     if data is not None:
         return Window(data.max_length, data.max_completion_length, data.long_prompt, data.long_completion)
-    assert config.prompts is not None
-    return Window(config.prompts.max_length + config.rollout.max_new_tokens, config.rollout.max_new_tokens)
+    assert config.prompts is not None, "a run has data or prompts"
+    return Window(config.prompts.max_length + config.rollout.max_new_tokens)
 
 
 def _record(policy: dict[str, Any], reference: Reference | None, objective: dict[str, Any]) -> dict[str, Any]:
