@@ -24,7 +24,7 @@ from falign.scoring import (
     evaluation_mode,
 )
 
-__all__ = ["CompletionScorer", "choose_common_layout"]
+__all__ = ["CompletionScorer", "check_finite", "choose_common_layout"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,17 +135,22 @@ def choose_common_layout(
 
 
 def _lists(values: Tensor, batch: TokenBatch, name: str) -> list[list[float]]:
-    _check_finite(values, batch, name)
+    check_finite(values, batch, name)
     rows = zip(values.cpu(), batch.completion_mask.cpu(), strict=True)
     return [plain_floats(row[mask]) for row, mask in rows]
 
 
 def _numbers(values: Tensor, batch: TokenBatch, name: str) -> list[float]:
-    _check_finite(values[:, None], batch, name)
+    check_finite(values[:, None], batch, name)
     return plain_floats(values)
 
 
-def _check_finite(values: Tensor, batch: TokenBatch, name: str) -> None:
+def check_finite(values: Tensor, batch: TokenBatch, name: str) -> None:
+    """Refuse what is no number, with the row that it is of.
+
+    Raises:
+        ModelError: A value of shape (N, T) is not finite.
+    """
     bad = ~values.isfinite()
     if bad.any():
         row, column = (int(index) for index in bad.nonzero()[0])
