@@ -1,0 +1,112 @@
+"""Reward benchmarks: scores with intervals, calibration, and what was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from falign.report.evaluation_plots import MAIN_SCORER, reliability_plot, score_plot
+from falign.report.evaluations import RewardSummary
+from falign.report.html import Html, joined, tag
+from falign.report.metric_names import number, share
+from falign.report.runs import ReportedRun
+from falign.report.sections.base import Section, drawn, lacking, missing, path_of
+from falign.report.tables import details, interval, legend, run_name, table
+
+__all__ = ["benchmarks"]
+
+TITLE = "Reward benchmarks"
+COMMAND = "falign evaluate rewards RUN rm_bench"
+Found = Sequence[tuple[ReportedRun, RewardSummary]]
+
+
+def benchmarks(runs: Sequence[ReportedRun]) -> Section:
+    """Show how well each run's implicit reward tells better from worse, and how well it knows."""
+    has = [run for run in runs if run.rewards]
+    if not has:
+        return Section("benchmarks", TITLE, missing("Not measured yet:", COMMAND.replace("RUN", path_of(runs[0]))))
+    body: list[Html] = [legend(runs)]
+    pictures = ()
+    for name in dict.fromkeys(name for run in has for name in run.rewards):
+        found = [(run, run.rewards[name]) for run in has if name in run.rewards]
+        plots = [score_plot(name, found), reliability_plot(name, found)]
+        grid, new = drawn([plot for plot in plots if plot is not None])
+        pictures += new
+        body += [
+            tag("h3", name),
+            _about(found),
+            _scorers(name, found),
+            grid,
+            _sections(name, found),
+            _calibration(name, found),
+        ]
+    body.append(lacking(runs, has, COMMAND))
+    return Section("benchmarks", TITLE, joined(body), pictures)
+
+
+def _about(found: Found) -> Html:
+    """What was measured, once where it is the same for all runs."""
+    lines = []
+    for run, summary in found:
+        skipped = ", ".join(f"{count} {reason}" for reason, count in summary.skipped.items() if count)
+        lines.append(
+            f"{summary.num_items} items of {summary.source or summary.benchmark}"
+            + (f"; left out: {skipped}" if skipped else "")
+        )
+    if len(set(lines)) == 1:
+        return tag("p", f"{lines[0]}.", attributes={"class": "note"})
+    items = [tag("li", run_name(run), f": {line}") for (run, _), line in zip(found, lines, strict=True)]
+    return tag("ul", *items, attributes={"class": "note"})
+
+
+def _scorers(name: str, found: Found) -> Html:
+    scorers = list(dict.fromkeys(scorer for _, summary in found for scorer in summary.scorers))
+    rows = [
+        [run_name(run), *(interval(_score(summary, scorer, "score"), share) for scorer in scorers)]
+        for run, summary in found
+    ]
+    return table(f"Score on {name} by what scores, with intervals", ["run", *map(_spoken, scorers)], rows)
+
+
+def _sections(name: str, found: Found) -> Html:
+    """The parts of the benchmark under the main scorer, and under all others where they are asked for."""
+    scorers = dict.fromkeys([MAIN_SCORER, *(scorer for _, summary in found for scorer in summary.scorers)])
+    tables = []
+    for scorer in scorers:
+        parts = dict.fromkeys(
+            part
+            for _, summary in found
+            if scorer in summary.scorers
+            for part in summary.scorers[scorer].scores
+            if part != "score"
+        )
+        rows = [[part, *(interval(_score(summary, scorer, part), share) for _, summary in found)] for part in parts]
+        if rows:
+            caption = f"Parts of {name}: {_spoken(scorer)}"
+            tables.append(table(caption, ["part", *(run_name(run) for run, _ in found)], rows))
+    if len(tables) < 2:
+        return joined(tables)
+    return joined([tables[0], details("Parts under the other scorers", *tables[1:])])
+
+
+def _calibration(name: str, found: Found) -> Html:
+    rows = [
+        [
+            joined([run_name(run), f" {_spoken(scorer)}"]),
+            interval(scored.calibration.ece),
+            interval(scored.calibration.brier),
+        ]
+        for run, summary in found
+        for scorer, scored in summary.scorers.items()
+        if scored.calibration is not None
+    ]
+    if not rows:
+        return Html("")
+    return table(f"Calibration on {name}", ["", "expected calibration error", "Brier"], rows)
+
+
+def _score(summary: RewardSummary, scorer: str, part: str):
+    return summary.scorers[scorer].scores.get(part) if scorer in summary.scorers else None
+
+
+def _spoken(scorer: str) -> str:
+    return scorer.replace("_", " ")
