@@ -23,7 +23,8 @@ ALLOWED = {
     "rewards": {"divergences", "objectives", "scoring", "models", "references"},
     "training": {*BELOW_TRAINING},
     "evaluation": {*BELOW_TRAINING},
-    "cli": {*BELOW_TRAINING, "training", "evaluation"},
+    "report": {"training"},
+    "cli": {*BELOW_TRAINING, "training", "evaluation", "report"},
 }
 SHARED = {"errors", "full_disk"}
 LIGHT = {"divergences", "objectives", "scoring"}

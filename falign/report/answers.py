@@ -1,4 +1,4 @@
-"""What runs wrote before and after: ``samples.json``, or the first and the last held-out rows of ``completions.jsonl``."""
+"""What runs wrote before and after: ``samples.json``, and the first and last rows of ``completions.jsonl``."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("loss", "Loss", "", "loss"),
     Panel("reward", "Reward", "", "reward"),
-    Panel("pass-at-k", "Prompts solved", "share", "pass@1", "pass@8", ("pass@1", "pass@8"), shares=True),
-    Panel("reward-accuracy", "Reward accuracy", "share", "rewards/accuracies", shares=True),
+    Panel("pass-at-k", "Prompts solved", "", "pass@1", "pass@8", ("pass@1", "pass@8"), shares=True),
+    Panel("reward-accuracy", "Reward accuracy", "", "rewards/accuracies", shares=True),
     Panel("implicit-reward", "Implicit reward", "nats", "rewards/chosen", "rewards/rejected", ("chosen", "rejected")),
     Panel("margin", "Margin of implicit rewards", "nats", "rewards/margins"),
     Panel(
@@ -55,13 +55,13 @@ PANELS = (
     Panel(
         "distinct",
         "Different n-grams within a group",
-        "share",
+        "",
         "distinct-2",
         "distinct-1",
         ("2-grams", "1-grams"),
         shares=True,
     ),
-    Panel("clipped", "Completions without an end", "share", "completions/clipped", shares=True),
+    Panel("clipped", "Completions without an end", "", "completions/clipped", shares=True),
     Panel("grad-norm", "Gradient norm", "", "grad_norm"),
     Panel("learning-rate", "Learning rate", "", "learning_rate"),
 )
@@ -88,7 +88,7 @@ def _plot(panel: Panel, runs: Sequence[ReportedRun]) -> Plot | None:
             if metric is not None:
                 label = ", ".join(part for part in (run.label if len(runs) > 1 else "", called) if part)
                 series += _series(run, metric, line, label)
-    if not series:
+    if not any(len(set(each.x)) > 1 for each in series):  # a single step is no curve
         return None
     smooth = any(each.faint for each in series)
     held_out = any(each.marker for each in series)

@@ -26,7 +26,7 @@ SOLID: Line = ()
 DASHED: Line = (4, 2)
 DOTTED: Line = (1, 1.5)
 
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "falign",  # the same runs give the same bytes
     "text.parse_math": False,  # a dollar in a run's name is a dollar
@@ -42,6 +42,7 @@ SETTINGS = {
     "text.color": INK.light,
     "grid.color": FAINT.light,
     "grid.linewidth": 0.7,
+    "axes.formatter.limits": (-3, 4),
 }
 
 
@@ -140,8 +141,8 @@ def _sample(series: Series) -> Html:
     """A short piece of a line as it is in the plot."""
     names = {color.light: color.name for color in NAMED}
     drawn = "" if series.line is None else f'<path d="M0 6h28" stroke-dasharray="{_dashes(series.line)}"/>'
-    if series.marker:
-        drawn += f'<path class="marker" d="{MARKERS.get(series.marker, MARKERS["o"])}"/>'
+    if series.marker in MARKERS:
+        drawn += f'<path class="marker" d="{MARKERS[series.marker]}"/>'
     look = f"--run: var(--{names[series.color]})"
     return tag(
         "svg", Html(drawn), attributes={"class": "mark", "viewBox": "0 0 28 12", "aria-hidden": "true", "style": look}
@@ -162,7 +163,7 @@ def _any_letters() -> Iterator[None]:
 
 def _draw(plot: Plot) -> Figure:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, MaxNLocator, ScalarFormatter
+    from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter, ScalarFormatter
 
     figure = Figure(figsize=plot.size, layout="constrained")
     axes = figure.subplots()
@@ -175,7 +176,8 @@ def _draw(plot: Plot) -> Figure:
     if plot.categories:
         axes.set_yticks(range(len(plot.categories)), labels=[_short(name) for name in plot.categories])
         axes.set_ylim(len(plot.categories) - 0.5, -0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     if plot.whole:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if plot.powers:
@@ -185,6 +187,7 @@ def _draw(plot: Plot) -> Figure:
         axes.xaxis.set_major_formatter(ScalarFormatter())
     if plot.unit:
         axes.set_ylim(-0.02, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 
 

@@ -117,7 +117,7 @@ def pass_plot(title: str, found: Sequence[tuple[ReportedRun, dict[str, Estimate]
     if not series:
         return None
     dashed = "dashed: before training" if any(what == "before" for _, _, what in found) else ""
-    return Plot(slug(title), title, "k", "share of prompts", tuple(series), caption=dashed, powers=True, unit=True)
+    return Plot(slug(title), title, "k", "prompts solved", tuple(series), caption=dashed, powers=True, unit=True)
 
 
 def frontier_plot(name: str, found: Sequence[tuple[ReportedRun, SampleSummary]]) -> Plot | None:

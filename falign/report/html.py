@@ -20,11 +20,11 @@ class Html(str):
 
 
 def markup(content: str) -> Html:
-    """Return markup as it is, and text escaped.
+    r"""Return markup as it is, and text escaped.
 
     Example:
-        >>> markup("<b> & \\x00"), markup(Html("<b>"))
-        ('&lt;b&gt; &amp; \ufffd', '<b>')
+        >>> markup("<b> & \x00"), markup(Html("<b>"))
+        ('&lt;b&gt; &amp; �', '<b>')
     """
     return content if isinstance(content, Html) else Html(html.escape(UNWRITABLE.sub("\ufffd", content), quote=True))
 

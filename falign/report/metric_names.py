@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["HELD_OUT", "MINUS", "NOTHING", "divergence_label", "number", "share", "written"]
+__all__ = ["HELD_OUT", "MINUS", "NOTHING", "divergence_label", "fixed", "number", "share", "written"]
 
 NOTHING, MINUS = "–", "−"
 
@@ -24,6 +24,21 @@ HELD_OUT = {
     "entropy per token": ("entropy", "{:.3f}"),
 }
 """Label to name and form: the rows of the table of held-out values, in the terminal and in the report."""
+
+
+SPOKEN = {
+    "reverse_kl": "reverse KL",
+    "forward_kl": "forward KL",
+    "jensen_shannon": "Jensen–Shannon",
+    "alpha": "α",
+    "jeffreys": "Jeffreys",
+    "squared_hellinger": "squared Hellinger",
+    "pearson_chi2": "Pearson χ²",
+    "neyman_chi2": "Neyman χ²",
+    "chi2_kl": "χ² + KL",
+    "le_cam": "Le Cam",
+    "generalized_js": "generalized JS",
+}
 
 
 def written(value: float | None, style: str = "{:.4g}") -> str:
@@ -46,6 +61,11 @@ def number(value: float | None) -> str:
     return written(value)
 
 
+def fixed(value: float | None) -> str:
+    """Return a value with three decimals, so that it stands below others."""
+    return written(value, "{:.3f}")
+
+
 def share(value: float | None) -> str:
     """Return a share in per cent."""
     return written(value, "{:.1%}")
@@ -56,6 +76,7 @@ def divergence_label(name: str) -> str:
 
     Example:
         >>> divergence_label("reverse_kl"), divergence_label("alpha(0.5)")
-        ('reverse KL', 'alpha(0.5)')
+        ('reverse KL', 'α(0.5)')
     """
-    return name.replace("_", " ").replace(" kl", " KL").replace("chi2", "χ²")
+    family, opening, parameter = name.partition("(")
+    return f"{SPOKEN.get(family, family.replace('_', ' '))}{opening}{parameter}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.resources import files
@@ -23,7 +24,7 @@ def page(runs: Sequence[ReportedRun], sections: Sequence[Section]) -> str:
     names = ", ".join(run.label for run in runs)
     title = f"{names} · falign report"
     contents = [
-        tag("li", tag("a", part.title.partition(":")[0], attributes={"href": f"#{part.id}"})) for part in sections
+        tag("li", tag("a", re.split("[:,]", part.title)[0], attributes={"href": f"#{part.id}"})) for part in sections
     ]
     parts = [
         tag("section", tag("h2", part.title), part.body, attributes={"id": part.id, "class": "part"})

@@ -33,6 +33,8 @@ def table(
     *,
     groups: Sequence[tuple[str, int]] = (),
     text: bool = False,
+    stacked: bool = False,
+    quiet: bool = False,
 ) -> Html:
     """Return a table; the first cell of each row is its heading.
 
@@ -42,6 +44,8 @@ def table(
         rows: Texts or markup.
         groups: Headings over several columns, each with their number, after the first column.
         text: The cells hold texts, not numbers.
+        stacked: Intervals lie below their values, not beside them.
+        quiet: The caption is not shown, because a heading above says as much.
     """
     head = []
     if groups:
@@ -54,17 +58,18 @@ def table(
     ]
     inner = tag("table", tag("caption", caption), tag("thead", *head), tag("tbody", *body))
     # Who moves by keyboard scrolls what can be focused.
-    box = {"class": "scroll text" if text else "scroll", "tabindex": "0", "role": "region", "aria-label": caption}
+    kinds = ["scroll", *(["text"] if text else []), *(["stacked"] if stacked else []), *(["quiet"] if quiet else [])]
+    box = {"class": " ".join(kinds), "tabindex": "0", "role": "region", "aria-label": caption}
     return tag("div", inner, attributes=box)
 
 
 def interval(found: Estimate | None, write: Callable[[float | None], str] = number) -> Html:
-    """Return a value with its interval below it, where it has one."""
+    """Return a value with its interval, where it has one."""
     if found is None:
         return markup(NOTHING)
     if found.low is None or found.high is None:
         return markup(write(found.value))
-    return joined([write(found.value), tag("br"), tag("small", f"{write(found.low)} to {write(found.high)}")])
+    return joined([write(found.value), " ", tag("small", f"{write(found.low)} to {write(found.high)}")])
 
 
 def details(summary: str, *children: str) -> Html:

@@ -22,10 +22,12 @@ class WrittenReport(NamedTuple):
 
     Attributes:
         page: The HTML file.
+        figures: The folder of the PNG files.
         pictures: The PNG files.
     """
 
     page: Path
+    figures: Path
     pictures: tuple[Path, ...]
 
 
@@ -72,4 +74,4 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> W
         path.write_text(page(read, sections), encoding="utf-8")
         for file, content in pictures.items():
             file.write_bytes(content)
-    return WrittenReport(path, tuple(pictures))
+    return WrittenReport(path, folder, tuple(pictures))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from falign.report.evaluation_plots import MAIN_SCORER, reliability_plot, score_plot
-from falign.report.evaluations import RewardSummary
+from falign.report.evaluations import Estimate, RewardSummary
 from falign.report.html import Html, joined, tag
-from falign.report.metric_names import number, share
+from falign.report.metric_names import fixed, share
 from falign.report.runs import ReportedRun
 from falign.report.sections.base import Section, drawn, lacking, missing, path_of
 from falign.report.tables import details, interval, legend, run_name, table
@@ -46,7 +46,7 @@ def benchmarks(runs: Sequence[ReportedRun]) -> Section:
 def _about(found: Found) -> Html:
     """What was measured, once where it is the same for all runs."""
     lines = []
-    for run, summary in found:
+    for _, summary in found:
         skipped = ", ".join(f"{count} {reason}" for reason, count in summary.skipped.items() if count)
         lines.append(
             f"{summary.num_items} items of {summary.source or summary.benchmark}"
@@ -64,7 +64,7 @@ def _scorers(name: str, found: Found) -> Html:
         [run_name(run), *(interval(_score(summary, scorer, "score"), share) for scorer in scorers)]
         for run, summary in found
     ]
-    return table(f"Score on {name} by what scores, with intervals", ["run", *map(_spoken, scorers)], rows)
+    return table(f"Score on {name} by what scores, with intervals", ["run", *map(_spoken, scorers)], rows, stacked=True)
 
 
 def _sections(name: str, found: Found) -> Html:
@@ -92,8 +92,8 @@ def _calibration(name: str, found: Found) -> Html:
     rows = [
         [
             joined([run_name(run), f" {_spoken(scorer)}"]),
-            interval(scored.calibration.ece),
-            interval(scored.calibration.brier),
+            interval(scored.calibration.ece, fixed),
+            interval(scored.calibration.brier, fixed),
         ]
         for run, summary in found
         for scorer, scored in summary.scorers.items()
@@ -104,7 +104,7 @@ def _calibration(name: str, found: Found) -> Html:
     return table(f"Calibration on {name}", ["", "expected calibration error", "Brier"], rows)
 
 
-def _score(summary: RewardSummary, scorer: str, part: str):
+def _score(summary: RewardSummary, scorer: str, part: str) -> Estimate | None:
     return summary.scorers[scorer].scores.get(part) if scorer in summary.scorers else None
 
 

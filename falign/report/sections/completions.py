@@ -30,7 +30,8 @@ def completions(runs: Sequence[ReportedRun]) -> Section:
         return Section("completions", TITLE, line)
     note = ""
     if any(run.online for run in runs):
-        text = f"The first {MOST_PROMPTS} prompts and the first {MOST_COMPLETIONS} completions of each, as sampled; all are in completions.jsonl."
+        counts = f"The first {MOST_PROMPTS} prompts and the first {MOST_COMPLETIONS} completions of each, as sampled"
+        text = f"{counts}; all are in completions.jsonl."
         note = tag("p", text, attributes={"class": "note"})
     cards = [_card(prompt, answered, several=len(runs) > 1) for prompt, answered in found.items()]
     return Section("completions", TITLE, joined([legend(runs), note, *cards]))

@@ -42,9 +42,11 @@ def data(runs: Sequence[ReportedRun]) -> Section:
         if any(name in report for report in reports)
     ]
     body = [table("Rows", ["", *map(run_name, runs)], totals)]
-    sources = [[tag("code", place), *cells] for place, cells in _sources(runs).items()]
+    sources = _sources(runs)
     if sources:
-        body.append(table("Sources", ["source", "use", "format", *COUNTS.values(), "dropped"], sources))
+        labels = ["use", "format", *COUNTS.values(), "dropped"]
+        rows = [[label, *(cells[i] for cells in sources.values())] for i, label in enumerate(labels)]
+        body.append(table("Sources", ["", *(tag("code", place) for place in sources)], rows))
     prompts = [[run_name(run), ", ".join(_prompt_sources(run))] for run in runs if run.online]
     if prompts:
         body.append(table("Prompts", ["run", "sources"], prompts, text=True))

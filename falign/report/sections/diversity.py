@@ -8,7 +8,7 @@ from falign.report.drawing import Plot
 from falign.report.evaluation_plots import pass_plot
 from falign.report.evaluations import Estimate
 from falign.report.html import Html, joined, tag
-from falign.report.metric_names import divergence_label, number
+from falign.report.metric_names import divergence_label, fixed, share
 from falign.report.runs import ReportedRun
 from falign.report.sections.base import Section, drawn, lacking, missing, path_of
 from falign.report.tables import interval, legend, run_name, table
@@ -38,7 +38,13 @@ def diversity(runs: Sequence[ReportedRun]) -> Section:
         about = f"{'; '.join(sorted(counts))}."
         names = dict.fromkeys(metric for _, summary in found for metric in summary.metrics)
         rows = [
-            [_label(metric), *(interval(summary.metrics.get(metric), number) for _, summary in found)]
+            [
+                _label(metric),
+                *(
+                    interval(summary.metrics.get(metric), share if metric.startswith("pass@") else fixed)
+                    for _, summary in found
+                ),
+            ]
             for metric in names
         ]
         head = ["", *(run_name(run) for run, _ in found)]

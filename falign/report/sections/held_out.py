@@ -18,11 +18,11 @@ TITLE = "Held out, before and after"
 def held_out(runs: Sequence[ReportedRun]) -> Section:
     """Tabulate what each run changed on data that it did not learn from."""
     found = [run for run in runs if run.before]
-    lines = [
-        missing(f"{run.label} has not ended; values after training come when it has:", command(run))
-        for run in runs
-        if not run.ended
-    ]
+    lines = []
+    if running := [run for run in runs if not run.ended]:
+        names = ", ".join(run.label for run in running)
+        text = f"Not ended: {names}. Values after training come when it has; what was stopped goes on by"
+        lines.append(missing(text, f"falign train {path_of(running[0])}/run.yaml --resume"))
     if len(found) < len(runs):
         fields = "`data.eval_size` or `prompts.eval_size`"
         names = ", ".join(run.label for run in runs if run not in found)
@@ -53,11 +53,6 @@ def held_out(runs: Sequence[ReportedRun]) -> Section:
     return Section("held-out", TITLE, joined(body))
 
 
-def command(run: ReportedRun) -> str:
-    """Return what goes on with a run."""
-    return f"falign train {path_of(run)}/run.yaml --resume"
-
-
 def _table(caption: str, runs: Sequence[ReportedRun], rows: Sequence[tuple[str, str, str]]) -> Html:
     def cell(values: dict[str, float], metric: str, style: str) -> str:
         return written(values.get(metric), style) if style else number(values.get(metric))
@@ -70,4 +65,5 @@ def _table(caption: str, runs: Sequence[ReportedRun], rows: Sequence[tuple[str, 
             for label, metric, style in rows
         ],
         groups=[(run_name(run), 2) for run in runs],
+        quiet=True,
     )

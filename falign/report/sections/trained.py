@@ -32,7 +32,7 @@ def trained(runs: Sequence[ReportedRun]) -> Section:
     """Say what each run is, and how to repeat it."""
     rows = [[label, *(say(run) for run in runs)] for label, say in ROWS.items()]
     rows = [row for row in rows if any(cell != NOTHING for cell in row[1:])]
-    body = [table("What was trained", ["", *map(run_name, runs)], rows, text=True)]
+    body = [table("What was trained", ["", *map(run_name, runs)], rows, text=True, quiet=True)]
     if len(runs) > 1:
         body.append(_differences(runs))
     commands = "\n".join(f"falign train {path_of(run)}/run.yaml output_dir={path_of(run)}-again" for run in runs)
@@ -77,7 +77,7 @@ def _said(value: Any) -> str:
 
 def _method(run: ReportedRun) -> str:
     kind = run.run_file["objective"]["kind"]
-    name = METHODS.get(kind, kind)
+    name = METHODS.get(kind, str(kind))
     return f"online {name.replace(' on pairs', '')}" if run.online and kind.endswith(("wise",)) else name
 
 
@@ -92,7 +92,10 @@ def _beta(run: ReportedRun) -> str:
 
 def _target(run: ReportedRun) -> str:
     target = run.run_file["objective"].get("target")
-    return NOTHING if not target else ", ".join(f"{name} {_said(value)}" for name, value in target.items())
+    if not target:
+        return NOTHING
+    others = [f"{name} {_said(value)}" for name, value in target.items() if name != "kind" and value is not None]
+    return ", ".join([target["kind"], *others])
 
 
 def _settings(run: ReportedRun) -> str:
@@ -139,10 +142,14 @@ def _time(run: ReportedRun) -> str:
 def _batch(run: ReportedRun) -> str:
     training, rollout = run.run_file["training"], run.run_file["rollout"]
     if run.online:
-        return f"{rollout['prompts']} prompts × {rollout['completions']} completions"
+        return f"{_counted(rollout['prompts'], 'prompt')} × {_counted(rollout['completions'], 'completion')}"
     if training.get("tokens_per_batch"):
         return f"{training['tokens_per_batch']} tokens × {training['gradient_accumulation_steps']}"
-    return f"{training['per_device_train_batch_size'] * training['gradient_accumulation_steps']} prompts"
+    return _counted(training["per_device_train_batch_size"] * training["gradient_accumulation_steps"], "prompt")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _versions(run: ReportedRun) -> str:
