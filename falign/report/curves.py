@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from falign.report.drawing import DASHED, SOLID, Line, Plot, Series
+from falign.report.drawing import DASHED, SOLID, Line, Plot, Series, file_name
 from falign.report.metric_names import divergence_label
 from falign.report.runs import ReportedRun
 
@@ -77,8 +77,7 @@ def _divergences(runs: Sequence[ReportedRun]) -> Iterator[Panel]:
     logged = {name.removeprefix("eval_") for run in runs for log in run.logs for name in log}
     for metric in sorted(name for name in logged if name.startswith("divergence/")):
         name = metric.removeprefix("divergence/")
-        file = "divergence-" + "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in name)
-        yield Panel(file, f"Divergence: {divergence_label(name)}", "nats", metric)
+        yield Panel(f"divergence-{file_name(name)}", f"Divergence: {divergence_label(name)}", "nats", metric)
 
 
 def _plot(panel: Panel, runs: Sequence[ReportedRun]) -> Plot | None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["DASHED", "DOTTED", "SOLID", "Line", "Picture", "Plot", "Series", "render"]
+__all__ = ["DASHED", "DOTTED", "SOLID", "Line", "Picture", "Plot", "Series", "file_name", "render"]
 
 Line: TypeAlias = tuple[float, ...]
 """Lengths of ink and gap in turn, in widths of the line; empty for a whole line."""
@@ -118,6 +118,16 @@ class Picture(NamedTuple):
     name: str
     figure: Html
     png: bytes
+
+
+def file_name(name: str) -> str:
+    """Return a name as a part of a file's name.
+
+    Example:
+        >>> file_name("RM-Bench (hard)")
+        'rm-bench-hard'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "x"
 
 
 def render(plot: Plot) -> Picture:

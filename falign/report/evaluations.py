@@ -72,29 +72,35 @@ class RewardSummary(_Form):
     skipped: dict[str, int] = {}
     scorers: dict[str, Scorer]
 
+    @property
+    def main_scorer(self) -> str:
+        """The implicit reward, or what comes first where a model without reference has none."""
+        return "implicit_reward" if "implicit_reward" in self.scorers else next(iter(self.scorers), "")
+
 
 class Point(_Form):
     """A run or a checkpoint: how far it went, and for what."""
 
     label: str = ""
-    divergence: float
-    reward: float
+    divergence: float | None
+    reward: float | None
+    reward_interval: tuple[float, float] | None = None
 
 
 class BestOfN(_Form):
     """The best of n samples of the reference."""
 
     n: int
-    divergence: float
-    reward: float
+    divergence: float | None
+    reward: float | None
 
 
 class Ideal(_Form):
     """The closed-form optimum at one beta."""
 
     beta: float
-    divergence: float
-    reward: float
+    divergence: float | None
+    reward: float | None
 
 
 class Frontier(_Form):
@@ -117,6 +123,7 @@ class SampleSummary(_Form):
     beta: float | None = None
     num_prompts: int
     num_completions: int
+    """Of each prompt."""
     sampling: dict[str, Any] = {}
     source: str | None = None
     metrics: dict[str, Estimated]

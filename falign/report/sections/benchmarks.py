@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from falign.report.evaluation_plots import MAIN_SCORER, reliability_plot, score_plot
+from falign.report.benchmark_plots import reliability_plot, score_plot
 from falign.report.evaluations import Estimate, RewardSummary
 from falign.report.html import Html, joined, tag
 from falign.report.metric_names import fixed, share
@@ -69,7 +69,7 @@ def _scorers(name: str, found: Found) -> Html:
 
 def _sections(name: str, found: Found) -> Html:
     """The parts of the benchmark under the main scorer, and under all others where they are asked for."""
-    scorers = dict.fromkeys([MAIN_SCORER, *(scorer for _, summary in found for scorer in summary.scorers)])
+    scorers = dict.fromkeys([found[0][1].main_scorer, *(scorer for _, summary in found for scorer in summary.scorers)])
     tables = []
     for scorer in scorers:
         parts = dict.fromkeys(

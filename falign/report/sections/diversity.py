@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from falign.report.drawing import Plot
-from falign.report.evaluation_plots import pass_plot
-from falign.report.evaluations import Estimate
+from falign.report.evaluations import Estimate, SampleSummary
 from falign.report.html import Html, joined, tag
 from falign.report.metric_names import divergence_label, fixed, share
 from falign.report.runs import ReportedRun
+from falign.report.sample_plots import BEFORE, pass_plot
 from falign.report.sections.base import Section, drawn, lacking, missing, path_of
-from falign.report.tables import interval, legend, run_name, table
+from falign.report.tables import details, interval, legend, run_name, table
 
 __all__ = ["diversity"]
 
 TITLE = "Samples: reward, diversity, pass@k"
 COMMAND = "falign evaluate samples RUN"
+REFERENCE = "reference/"
 LABELS = {
-    "reward": "reward",
     "entropy": "entropy per token (nats)",
-    "distinct-1": "different words (distinct-1)",
-    "distinct-2": "different pairs of words (distinct-2)",
-    "self_bleu": "self-BLEU (lower is more diverse)",
+    "distinct-1": "different tokens (distinct-1)",
+    "distinct-2": "different pairs of tokens (distinct-2)",
+    "self_bleu": "self-BLEU (less is more diverse)",
+    "unique": "different completions",
     "length": "length (tokens)",
+    "clipped": "without an end",
 }
+SERIES = re.compile(r"(pass@|reward/best_of_)\d+")
+Found = Sequence[tuple[ReportedRun, SampleSummary]]
 
 
 def diversity(runs: Sequence[ReportedRun]) -> Section:
@@ -34,42 +39,68 @@ def diversity(runs: Sequence[ReportedRun]) -> Section:
     plots: list[Plot | None] = []
     for name in dict.fromkeys(name for run in has for name in run.sampled):
         found = [(run, run.sampled[name]) for run in has if name in run.sampled]
-        counts = {f"{summary.num_prompts} prompts, {summary.num_completions} completions" for _, summary in found}
-        about = f"{'; '.join(sorted(counts))}."
-        names = dict.fromkeys(metric for _, summary in found for metric in summary.metrics)
-        rows = [
-            [
-                _label(metric),
-                *(
-                    interval(summary.metrics.get(metric), share if metric.startswith("pass@") else fixed)
-                    for _, summary in found
-                ),
-            ]
-            for metric in names
-        ]
-        head = ["", *(run_name(run) for run, _ in found)]
-        body += [
-            tag("h3", name),
-            tag("p", about, attributes={"class": "note"}),
-            table(f"Samples of {name}", head, rows),
-        ]
+        body += [tag("h3", name), _about(found), _metrics(name, found)]
         plots.append(pass_plot(f"pass@k of {name}", [(run, summary.metrics, "") for run, summary in found]))
-    plots.append(
-        pass_plot(
-            "pass@k held out",
-            [
-                (run, _estimates(values), what)
-                for run in runs
-                for values, what in ((run.before, "before"), (run.after, "after"))
-            ],
-        )
-    )
+    held_out = [(run, _estimates(run.before), BEFORE) for run in runs] + [
+        (run, _estimates(run.after), "") for run in runs
+    ]
+    plots.append(pass_plot("pass@k held out", held_out))
     grid, pictures = drawn([plot for plot in plots if plot is not None])
-    if pictures:
-        body.append(grid)
+    body += [grid] if pictures else []
     if not has:
         body.append(missing("Samples are not measured yet:", COMMAND.replace("RUN", path_of(runs[0]))))
     return Section("diversity", TITLE, joined([*body, lacking(runs, has, COMMAND)]), pictures)
+
+
+def _about(found: Found) -> Html:
+    told = {_told(summary): None for _, summary in found}
+    return tag("p", "; ".join(told), ".", attributes={"class": "note"})
+
+
+def _told(summary: SampleSummary) -> str:
+    settings = [
+        f"{name.replace('_', ' ')} {summary.sampling[name]}"
+        for name in ("temperature", "max_new_tokens")
+        if name in summary.sampling
+    ]
+    counts = f"{summary.num_prompts} prompts with {summary.num_completions} completions each"
+    source = [f"from {summary.source}"] if summary.source else []
+    return ", ".join([counts, *source, *settings])
+
+
+def _metrics(name: str, found: Found) -> Html:
+    """The metrics of each run beside those of the reference; long series over k where they are asked for."""
+    names = dict.fromkeys(metric.removeprefix(REFERENCE) for _, summary in found for metric in summary.metrics)
+    columns = [*_references(found), *((run_name(run), summary.metrics) for run, summary in found)]
+    head = ["", *(column for column, _ in columns)]
+    rows = {metric: [_label(metric), *(_cell(metric, values) for _, values in columns)] for metric in names}
+    main = [row for metric, row in rows.items() if not SERIES.fullmatch(metric)]
+    series = [row for metric, row in rows.items() if SERIES.fullmatch(metric)]
+    shown = table(f"Samples of {name}", head, main, quiet=True)
+    if not series:
+        return shown
+    return joined([shown, details("For each k", table(f"Samples of {name} for each k", head, series, quiet=True))])
+
+
+def _references(found: Found) -> list[tuple[Html, dict[str, Estimate]]]:
+    """The reference's own samples: once where those of all runs are the same."""
+    measured = [
+        (
+            run,
+            {key.removeprefix(REFERENCE): value for key, value in summary.metrics.items() if key.startswith(REFERENCE)},
+        )
+        for run, summary in found
+    ]
+    measured = [(run, metrics) for run, metrics in measured if metrics]
+    if not measured:
+        return []
+    if all(metrics == measured[0][1] for _, metrics in measured):
+        return [(tag("span", "reference"), measured[0][1])]
+    return [(joined([run_name(run), ", reference"]), metrics) for run, metrics in measured]
+
+
+def _cell(metric: str, values: dict[str, Estimate]) -> Html:
+    return interval(values.get(metric), share if metric.startswith("pass@") else fixed)
 
 
 def _estimates(values: dict[str, float]) -> dict[str, Estimate]:
@@ -77,6 +108,9 @@ def _estimates(values: dict[str, float]) -> dict[str, Estimate]:
 
 
 def _label(metric: str) -> str:
-    if metric.startswith("divergence/"):
-        return f"{divergence_label(metric.removeprefix('divergence/'))} to the reference (nats)"
-    return LABELS.get(metric, metric)
+    kind, _, rest = metric.partition("/")
+    if kind != "divergence":
+        return LABELS.get(metric, metric)
+    name, _, estimator = rest.partition("/")
+    how = f", {estimator.replace('_', ' ')}" if estimator else ""
+    return f"{divergence_label(name)} to the reference{how} (nats)"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from falign.report.evaluation_plots import frontier_plot
+from falign.report.evaluations import Frontier, SampleSummary
 from falign.report.html import joined
 from falign.report.metric_names import divergence_label, number
 from falign.report.runs import ReportedRun
+from falign.report.sample_plots import frontier_plot
 from falign.report.sections.base import Section, drawn, lacking, missing, path_of
 from falign.report.tables import details, legend, run_name, table
 
@@ -19,24 +20,33 @@ COMMAND = "falign evaluate samples RUN"
 
 def frontier(runs: Sequence[ReportedRun]) -> Section:
     """Show how much reward each run has for how much divergence, and what would be possible."""
-    has = [run for run in runs if any(found.frontier for found in run.sampled.values())]
+    groups = _groups(runs)
+    has = [run for run in runs if any(run is other for found in groups.values() for other, _, _ in found)]
     if not has:
         return Section("frontier", TITLE, missing("Not measured yet:", COMMAND.replace("RUN", path_of(runs[0]))))
-    # Only what was measured on the same prompts, with the same axis, belongs into one plot.
-    groups: dict[tuple[str, str | None, str], list] = {}
-    for run in has:
-        for name, found in run.sampled.items():
-            if found.frontier is not None:
-                groups.setdefault((name, found.source, found.frontier.divergence), []).append((run, found))
     plots, tables = [], []
-    for (name, _, axis), found in groups.items():
+    for place, ((source, axis), found) in enumerate(groups.items(), start=1):
+        name = source if len({key[0] for key in groups}) == len(groups) else f"{source} ({place})"
         plots.append(frontier_plot(name, found))
         rows = [
-            [run_name(run), point.label or run.label, number(point.divergence), number(point.reward)]
-            for run, summary in found
-            for point in summary.frontier.points
+            [run_name(run), point.label or summary.name, number(point.divergence), number(point.reward)]
+            for run, summary, measured in found
+            for point in measured.points
         ]
         head = ["run", "point", f"{divergence_label(axis)} (nats)", "reward"]
-        tables.append(details(f"Points of {name}", table(f"Points of the frontier of {name}", head, rows)))
+        tables.append(details(f"Points of {name}", table(f"Points of the frontier: {name}", head, rows)))
     grid, pictures = drawn(plots, wide=True)
     return Section("frontier", TITLE, joined([legend(runs), grid, *tables, lacking(runs, has, COMMAND)]), pictures)
+
+
+def _groups(
+    runs: Sequence[ReportedRun],
+) -> dict[tuple[str, str], list[tuple[ReportedRun, SampleSummary, Frontier]]]:
+    """What belongs into one plot: measured on the same prompts, with the same axis."""
+    groups: dict[tuple[str, str], list[tuple[ReportedRun, SampleSummary, Frontier]]] = {}
+    for run in runs:
+        for summary in run.sampled.values():
+            if summary.frontier is not None:
+                key = (summary.source or summary.name, summary.frontier.divergence)
+                groups.setdefault(key, []).append((run, summary, summary.frontier))
+    return groups
