@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from falign.errors import ConfigError
+from falign.report.metric_names import Number
 from falign.report.runs import ReportedRun
 
 __all__ = ["MOST_COMPLETIONS", "MOST_PROMPTS", "Answer", "Answers", "answers_of"]
@@ -18,7 +19,7 @@ class Answer(NamedTuple):
     """A completion, and what it was worth where that is known."""
 
     text: str
-    reward: float | None = None
+    reward: Number | None = None
 
 
 class Answers(NamedTuple):

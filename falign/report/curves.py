@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from falign.report.drawing import DASHED, SOLID, Line, Plot, Series, file_name
-from falign.report.metric_names import divergence_label
+from falign.report.metric_names import Number, divergence_label
 from falign.report.runs import ReportedRun
 
 __all__ = ["curve_plots"]
@@ -119,12 +119,12 @@ def _series(run: ReportedRun, metric: str, line: Line, label: str) -> Iterator[S
         yield Series(told, steps, values, color, line=None, marker=run.marker)
 
 
-def _points(run: ReportedRun, metric: str) -> tuple[list[float], list[float]]:
+def _points(run: ReportedRun, metric: str) -> tuple[list[Number], list[Number]]:
     points = [(log["step"], log[metric]) for log in run.logs if metric in log]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _running_mean(values: Sequence[float]) -> list[float]:
+def _running_mean(values: Sequence[Number]) -> list[Number]:
     half = max(1, len(values) // WINDOW // 2)
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from falign.report.html import Html, markup, tag
-from falign.report.metric_names import number
+from falign.report.metric_names import Number, number
 from falign.report.palette import FAINT, INK, MARKERS, MUTED, NAMED, SURFACE
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DASHED", "DOTTED", "SOLID", "Line", "Picture", "Plot", "Series", "file_name", "render"]
 
-Line: TypeAlias = tuple[float, ...]
+Line: TypeAlias = tuple[Number, ...]
 """Lengths of ink and gap in turn, in widths of the line; empty for a whole line."""
 SOLID: Line = ()
 DASHED: Line = (4, 2)
@@ -63,13 +63,13 @@ class Series:
     """
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[Number]
+    y: Sequence[Number]
     color: str
     line: Line | None = SOLID
     marker: str = ""
-    low: Sequence[float] | None = None
-    high: Sequence[float] | None = None
+    low: Sequence[Number] | None = None
+    high: Sequence[Number] | None = None
     faint: bool = False
 
 
@@ -103,7 +103,7 @@ class Plot:
     whole: bool = False
     unit: bool = False
     key: bool = False
-    size: tuple[float, float] = (4.2, 2.8)
+    size: tuple[Number, Number] = (4.2, 2.8)
 
 
 class Picture(NamedTuple):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
-__all__ = ["HELD_OUT", "MINUS", "NOTHING", "divergence_label", "fixed", "number", "share", "written"]
+__all__ = ["HELD_OUT", "MINUS", "NOTHING", "Number", "divergence_label", "fixed", "number", "share", "written"]
+
+Number: TypeAlias = float | int
+"""What JSON has; a float may have been written as a whole number there."""
 
 NOTHING, MINUS = "–", "−"
 
@@ -41,7 +45,7 @@ SPOKEN = {
 }
 
 
-def written(value: float | None, style: str = "{:.4g}") -> str:
+def written(value: Number | None, style: str = "{:.4g}") -> str:
     """Return a value in a form, a missing one as a dash.
 
     Example:
@@ -56,17 +60,17 @@ def written(value: float | None, style: str = "{:.4g}") -> str:
     return text.replace("-", MINUS) if "e" not in text else text
 
 
-def number(value: float | None) -> str:
+def number(value: Number | None) -> str:
     """Return a value with four digits."""
     return written(value)
 
 
-def fixed(value: float | None) -> str:
+def fixed(value: Number | None) -> str:
     """Return a value with three decimals, so that it stands below others."""
     return written(value, "{:.3f}")
 
 
-def share(value: float | None) -> str:
+def share(value: Number | None) -> str:
     """Return a share in per cent."""
     return written(value, "{:.1%}")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from falign.errors import ConfigError
 from falign.report.evaluations import RewardSummary, SampleSummary, read_evaluations
+from falign.report.metric_names import Number
 from falign.report.palette import Color, marker_of, run_color
 from falign.training import RunFolder
 
@@ -39,8 +40,8 @@ class ReportedRun:
     run_file: dict[str, Any]
     manifest: dict[str, Any]
     logs: list[dict[str, Any]]
-    before: dict[str, float]
-    after: dict[str, float]
+    before: dict[str, Number]
+    after: dict[str, Number]
     samples: list[dict[str, str]]
     evaluations: tuple[RewardSummary | SampleSummary, ...]
 

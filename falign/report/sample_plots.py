@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from falign.report.drawing import DASHED, DOTTED, SOLID, Line, Plot, Series, file_name
 from falign.report.evaluations import Estimate, Frontier, SampleSummary
-from falign.report.metric_names import divergence_label
+from falign.report.metric_names import Number, divergence_label
 from falign.report.palette import MUTED
 from falign.report.runs import ReportedRun
 
@@ -91,7 +91,7 @@ def _anchors(frontier: Frontier, own: Mapping[str | None, str]) -> Iterator[Seri
             yield Series(f"ideal, {divergence_label(name)}", x, y, own.get(name, MUTED.light), line=line)
 
 
-def _line(points: Iterable[tuple[float | None, float | None]]) -> tuple[list[float], list[float]]:
+def _line(points: Iterable[tuple[Number | None, Number | None]]) -> tuple[list[Number], list[Number]]:
     """Points from left to right; what is infinitely far away cannot be drawn."""
     there = sorted((x, y) for x, y in points if x is not None and y is not None and math.isfinite(x + y))
     return [x for x, _ in there], [y for _, y in there]

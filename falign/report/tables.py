@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from falign.report.evaluations import Estimate
 from falign.report.html import Html, joined, markup, tag
-from falign.report.metric_names import NOTHING, number
+from falign.report.metric_names import NOTHING, Number, number
 from falign.report.palette import MARKERS
 from falign.report.runs import ReportedRun
 
@@ -63,7 +63,7 @@ def table(
     return tag("div", inner, attributes=box)
 
 
-def interval(found: Estimate | None, write: Callable[[float | None], str] = number) -> Html:
+def interval(found: Estimate | None, write: Callable[[Number | None], str] = number) -> Html:
     """Return a value with its interval, where it has one."""
     if found is None:
         return markup(NOTHING)

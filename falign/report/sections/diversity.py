@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from falign.report.drawing import Plot
 from falign.report.evaluations import Estimate, SampleSummary
 from falign.report.html import Html, joined, tag
-from falign.report.metric_names import divergence_label, fixed, share
+from falign.report.metric_names import Number, divergence_label, fixed, share
 from falign.report.runs import ReportedRun
 from falign.report.sample_plots import BEFORE, pass_plot
 from falign.report.sections.base import Section, drawn, lacking, missing, path_of
@@ -103,7 +103,7 @@ def _cell(metric: str, values: dict[str, Estimate]) -> Html:
     return interval(values.get(metric), share if metric.startswith("pass@") else fixed)
 
 
-def _estimates(values: dict[str, float]) -> dict[str, Estimate]:
+def _estimates(values: dict[str, Number]) -> dict[str, Estimate]:
     return {name: Estimate(value=value) for name, value in values.items()}
 
 

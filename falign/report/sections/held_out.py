@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from falign.report.html import Html, joined
-from falign.report.metric_names import HELD_OUT, number, written
+from falign.report.metric_names import HELD_OUT, Number, number, written
 from falign.report.runs import ReportedRun
 from falign.report.sections.base import Section, missing, path_of
 from falign.report.tables import details, run_name, table
@@ -54,7 +54,7 @@ def held_out(runs: Sequence[ReportedRun]) -> Section:
 
 
 def _table(caption: str, runs: Sequence[ReportedRun], rows: Sequence[tuple[str, str, str]]) -> Html:
-    def cell(values: dict[str, float], metric: str, style: str) -> str:
+    def cell(values: dict[str, Number], metric: str, style: str) -> str:
         return written(values.get(metric), style) if style else number(values.get(metric))
 
     return table(
