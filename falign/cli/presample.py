@@ -94,7 +94,8 @@ class Presampling:
         data = self._prompts(tokenizer, engine.capabilities().max_length)
         rows = data.train
         self.out.mkdir(parents=True, exist_ok=True)
-        journal = PresamplingJournal(self._journal, record=self._record(policy, tokenizer), chunk_size=CHUNK_SIZE)
+        record = self._record(policy, tokenizer)
+        journal = PresamplingJournal(self._journal, record=record, chunk_size=CHUNK_SIZE)
         resumed = len(journal.findings)
 
         def verify(prompts: list[int], rollouts: list[Rollout]) -> list[bool]:
@@ -119,7 +120,9 @@ class Presampling:
             for chunk in results:
                 journal.append(chunk)
                 bar.update(task, completed=len(journal.findings))
-        self._finish(data, journal.findings, resumed)
+                if not console.is_terminal:
+                    console.print(f"{len(journal.findings)} of {len(rows)} prompts", highlight=False)
+        self._finish(data, journal.findings, resumed, sampled_by={"model": self.model, **record})
 
     @property
     def _journal(self) -> Path:
@@ -149,12 +152,14 @@ class Presampling:
         from falign.models import weights_hash
         from falign.models.tokenizers import tokenizer_fingerprint
 
+        path = DEMOS.get(str(self.file), self.file)
+        files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
         adapter = {"adapter": weights_hash(policy, adapter="default")} if isinstance(policy, PeftModel) else {}
         return {
             "weights": weights_hash(policy),
             **adapter,
             "tokenizer": tokenizer_fingerprint(tokenizer),
-            "content of the file": sha256(DEMOS.get(str(self.file), self.file).read_bytes()).hexdigest(),
+            "content of the file": sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
             **{
                 name: getattr(self, name)
                 for name in ("verifier", "num_completions", "threshold", "max_new_tokens", "seed", "template", "chat")
@@ -177,7 +182,9 @@ class Presampling:
         self.errors += scores.errors
         return [value >= PASSES for value in scores.total]
 
-    def _finish(self, data: PromptData, findings: list[Finding], resumed: int) -> None:
+    def _finish(
+        self, data: PromptData, findings: list[Finding], resumed: int, *, sampled_by: Mapping[str, Any]
+    ) -> None:
         """Write what explores as it came, and what rehearses with its completion."""
         from falign.data import BadRows, read_rows
 
@@ -203,7 +210,7 @@ class Presampling:
         }
         for name, rows in (("exploration.jsonl", explored), ("rehearsal.jsonl", rehearsed)):
             _write_whole(self.out / name, (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
-        _write_whole(self.out / "summary.json", [json.dumps(summary, indent=1)])
+        _write_whole(self.out / "summary.json", [json.dumps({**summary, "sampled_by": sampled_by}, indent=1)])
         self._journal.unlink()
         _show(summary, self.out, resumed)
 

@@ -115,12 +115,18 @@ def load_run(path: str, *, max_length: int | None) -> Scored:
     sys.path.insert(0, str(Path.cwd()))  # where a divergence of one's own (module:attribute) lies
     objective = config.objective.build()
     if not isinstance(objective, RewardingObjective):
-        raise ConfigError(f"{path}: objective.kind={config.objective.kind} defines no implicit reward to score by.")
+        raise ConfigError(
+            f"{path}: objective.kind={config.objective.kind} defines no implicit reward to score by. Export the run "
+            "(falign export --format merged), and score that with --reference and a --divergence of your choice."
+        )
     policy.to(_device())  # pyright: ignore[reportArgumentType]
     reference = rebuild_reference(config, policy, folder, device=_device())
-    data = config.data
-    assert data is not None, "objectives with an implicit reward"
-    window = Window(data.max_length, data.max_completion_length, data.long_prompt, data.long_completion)
+    if config.data is not None:
+        data = config.data
+        window = Window(data.max_length, data.max_completion_length, data.long_prompt, data.long_completion)
+    else:
+        assert config.prompts is not None, "a run has data or prompts"
+        window = Window(config.prompts.max_length + config.rollout.max_new_tokens)
     if config.adapter is None:
         identity = {"weights": weights_hash(policy)}
     else:

@@ -16,7 +16,7 @@ from falign.rewards import RewardSum
 from falign.rollouts import Engine, Rollout, SamplingParams
 from falign.training.prompts_config import DifficultyConfig
 
-__all__ = ["Draw", "Group", "GroupSampler", "PromptOrder"]
+__all__ = ["Draw", "Group", "GroupSampler", "PromptOrder", "mixed"]
 
 ARGUMENTS = frozenset({"prompts", "completions", "place", "prompt_ids", "completion_ids"})
 TOLERANCE = 1e-6  # of a reward that is compared with the one that passes
@@ -88,6 +88,17 @@ class Draw(NamedTuple):
     errors: int = 0
     message: str = ""
 
+    def __add__(self, other: Draw) -> Draw:  # pyright: ignore[reportIncompatibleMethodOverride] - not a tuple's
+        """Return the groups of both."""
+        return Draw(
+            self.groups + other.groups,
+            self.num_sampled + other.num_sampled,
+            self.num_unfit + other.num_unfit,
+            self.timeouts + other.timeouts,
+            self.errors + other.errors,
+            self.message or other.message,
+        )
+
 
 class PromptOrder:
     """Prompts in an order that is drawn anew for each pass, from the seed and the number of the pass alone."""
@@ -104,7 +115,7 @@ class PromptOrder:
         return [orders[epoch][place] for epoch, place in places]
 
     def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(_mixed(self.seed, epoch))
+        generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
         return torch.randperm(self.num_prompts, generator=generator).tolist()
 
 
@@ -146,7 +157,7 @@ class GroupSampler:
             self.completions,
             self.params,
             version=version,
-            seed=_mixed(self.seed, number),
+            seed=mixed(self.seed, number),
         )
         texts = [self.text(rollout) for rollout in rollouts]
         owners = [row for row in rows for _ in range(self.completions)]
@@ -189,11 +200,11 @@ class GroupSampler:
         """
         fit: list[Group] = []
         unfit: list[tuple[float, Group]] = []
-        draws: list[Draw] = []
+        drawn = Draw([], 0)
         for attempt in range(difficulty.max_rounds):
             chosen = [rows[i] for i in order.take(count - len(fit))]
-            draw = self.sample(chosen, version=version, number=_mixed(number, attempt))
-            draws.append(draw)
+            draw = self.sample(chosen, version=version, number=mixed(number, attempt))
+            drawn += draw
             for group in draw.groups:
                 rate = group.num_passed(pass_reward) / len(group.rewards)
                 outside = max(difficulty.low - rate, rate - difficulty.high, 0.0)
@@ -205,14 +216,7 @@ class GroupSampler:
                 break
         missing = count - len(fit)
         nearest = [group for _, group in sorted(unfit, key=lambda pair: pair[0])[:missing]]
-        return Draw(
-            fit + nearest,
-            sum(draw.num_sampled for draw in draws),
-            len(nearest),
-            sum(draw.timeouts for draw in draws),
-            sum(draw.errors for draw in draws),
-            next((draw.message for draw in draws if draw.message), ""),
-        )
+        return drawn._replace(groups=fit + nearest, num_unfit=len(nearest))
 
     def text(self, rollout: Rollout) -> str:
         """Return a completion as text, without special tokens."""
@@ -228,7 +232,7 @@ def _columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
     return {name: [row.columns.get(name) for row in rows] for name in names}
 
 
-def _mixed(*numbers: int) -> int:
+def mixed(*numbers: int) -> int:
     """Return a seed that depends on all numbers, so that neighbouring ones share nothing."""
     digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
     return int.from_bytes(digest[:6], "big")

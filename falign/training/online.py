@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from falign.data import PromptData
 from falign.errors import ConfigError
+from falign.models import weights_hash
 from falign.models.value_head import ValueHead
 from falign.objectives import Objective
 from falign.rollouts import SamplingParams, TransformersEngine
@@ -23,7 +24,7 @@ from falign.training.online_objective_config import DistributionMatchingConfig
 from falign.training.online_trainer import OnlineTrainer
 from falign.training.parts import Language, Parts, load_parts
 from falign.training.references import starts_as_policy
-from falign.training.rehearsal import read_rehearsal
+from falign.training.rehearsal import read_rehearsal, sampled_by
 from falign.training.reward_config import build_rewards
 from falign.training.run_folder import RunFolder
 
@@ -55,8 +56,11 @@ def online_trainer(
         )
     with console.status("reading prompts"):
         data = config.prompts.build(language.tokenizer, seed=config.seed)
-        stored = None if config.rehearsal is None else config.rehearsal.path
-        rehearsal = [] if stored is None else read_rehearsal(stored, num_tokens=len(language.tokenizer))
+        rehearsal = (
+            []
+            if config.rehearsal is None
+            else read_rehearsal(config.rehearsal.path, num_tokens=len(language.tokenizer))
+        )
         rewards = build_rewards(config.rewards)
     _tell(data, console)
     rollout = config.rollout
@@ -74,9 +78,13 @@ def online_trainer(
         objective,
         args,
         make_probes=lambda policy: _probes(policy, data, language, min(rollout.max_new_tokens, PROBE_TOKENS)),
-        longest=config.prompts.max_length + rollout.max_new_tokens,
+        longest=max(
+            [config.prompts.max_length + rollout.max_new_tokens, *(each.tree.num_tokens for each in rehearsal)]
+        ),
         console=console,
     )
+    if config.rehearsal is not None:
+        _tell_origin(config.rehearsal.path, parts.policy, console)
     engine = TransformersEngine(
         parts.policy, pad_token_id=language.pad_token_id, max_batch_tokens=rollout.max_batch_tokens
     )
@@ -151,6 +159,19 @@ def _tell(data: PromptData, console: Console) -> None:
     for label, count in (("cut", report.cut), ("too long", report.dropped), ("bad rows", report.bad)):
         parts += [f"{label} {count}"] if count else []
     console.print("prompts: " + "; ".join(parts), highlight=False, markup=False)
+
+
+def _tell_origin(stored: str, policy: nn.Module, console: Console) -> None:
+    """Say so where another model, or this one at another precision, sampled what is rehearsed."""
+    origin = sampled_by(stored)
+    if origin and origin["weights"] != weights_hash(policy):  # pyright: ignore[reportArgumentType]
+        console.print(
+            f"rehearsal: {stored} was sampled from {origin['model']}, whose weights are not those of model.path at "
+            "model.dtype: the log-probabilities in it are another model's. Sample it anew if that is not meant.",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _probes(policy: nn.Module, data: PromptData, language: Language, max_new_tokens: int) -> list[PromptTree]:

@@ -20,7 +20,7 @@ from falign.objectives import CompletionBatch, Hybrid, Objective, RolloutObjecti
 from falign.references import ObjectiveInputs, Reference
 from falign.scoring import DEFAULT_CHUNK_TOKENS, Layout, PromptTree, completion_scores, evaluation_mode
 from falign.training.completions_table import CompletionsTable
-from falign.training.groups import Draw, Group, GroupSampler, PromptOrder
+from falign.training.groups import Draw, Group, GroupSampler, PromptOrder, mixed
 from falign.training.online_metrics import evaluation_metrics, rollout_metrics
 from falign.training.prompts_config import RolloutConfig
 from falign.training.scored_trees import ScoredTree, collate, completion_rows, whole_batch
@@ -30,6 +30,7 @@ from falign.training.trainer import AlignmentTrainer, split_columns
 __all__ = ["OnlineTrainer"]
 
 MOST_CLIPPED = 0.95  # of the completions of a rollout
+MOST_DRAWS = 8  # in search of completions that differ in reward
 ROLLOUT_STATE = "rollout_state.json"
 VALUE_HEAD = "value_head.safetensors"
 EMPTY: dict[str, Any] = {"input_ids": torch.empty(0, dtype=torch.long)}
@@ -139,12 +140,6 @@ class OnlineTrainer(AlignmentTrainer):
         if update == 0:
             self.buffer = self._roll_out()
         chosen = _part(self.buffer, update % self.rollout.minibatches, self.rollout.minibatches)
-        if not chosen:
-            raise RolloutError(
-                f"Step {self.state.global_step + 1}: {len(self.buffer)} prompts of the rollout can be learnt from, "
-                "fewer than rollout.minibatches: all completions of the others have one reward. Raise rollout.prompts "
-                "or rollout.completions, or look at the rewards in completions.jsonl."
-            )
         rehearsed = [self.rehearsal[i] for i in self.rehearsal_order.take(self.rehearsal_size)]
         parts = [[*_part(chosen, i, num_batches), *_part(rehearsed, i, num_batches)] for i in range(num_batches)]
         batches = [self._collated(part) if part else EMPTY for part in parts]
@@ -163,10 +158,12 @@ class OnlineTrainer(AlignmentTrainer):
         """Sample, reward and score one rollout, and add to it what is computed from all of it at once."""
         number, self.num_rollouts = self.num_rollouts, self.num_rollouts + 1
         self.sampler.engine.publish(self.policy, number)
-        draw = self._draw(number)
         compares = "preference" in self.objective.needs
-        # Where completions are compared, a prompt that they all answer equally well says nothing.
-        groups = [group for group in draw.groups if len(set(group.rewards)) > 1] if compares else draw.groups
+        if compares:
+            draw, groups = self._draw_to_compare(number)
+        else:
+            draw = self._draw(number, number)
+            groups = draw.groups
         trees = self._scored([self._tree(group) for group in groups])
         if "log_partition" in self.objective.needs:
             trees = self._with_partition(trees)
@@ -189,17 +186,33 @@ class OnlineTrainer(AlignmentTrainer):
                 "have no end here."
             )
 
-    def _draw(self, number: int) -> Draw:
+    def _draw_to_compare(self, number: int) -> tuple[Draw, list[Group]]:
+        """Draw until there is a prompt for each minibatch; one whose completions are worth the same says nothing."""
+        draw = Draw([], 0)
+        for attempt in range(MOST_DRAWS):
+            draw += self._draw(number, mixed(number, attempt) if attempt else number)
+            groups = [group for group in draw.groups if len(set(group.rewards)) > 1]
+            if len(groups) >= self.rollout.minibatches:
+                return draw, groups
+        self.table.write(self.state.global_step, draw)
+        raise RolloutError(
+            f"Step {self.state.global_step + 1}: of {draw.num_sampled} prompts, drawn in {MOST_DRAWS} rounds, "
+            f"{len(groups)} have completions of different rewards, fewer than rollout.minibatches="
+            f"{self.rollout.minibatches}, and nothing can be learnt from the others. Raise rollout.completions, or "
+            "look at the rewards in completions.jsonl."
+        )
+
+    def _draw(self, version: int, number: int) -> Draw:
         count, rows = self.rollout.prompts, self.prompts
         if self.rollout.difficulty is None:
-            return self.sampler.sample([rows[i] for i in self.order.take(count)], version=number, number=number)
+            return self.sampler.sample([rows[i] for i in self.order.take(count)], version=version, number=number)
         return self.sampler.sample_within(
             rows,
             self.order,
             count,
             difficulty=self.rollout.difficulty,
             pass_reward=self.rollout.pass_reward,
-            version=number,
+            version=version,
             number=number,
         )
 

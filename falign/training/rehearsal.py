@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from falign.data import Row, read_rows
@@ -11,7 +13,7 @@ from falign.errors import DataError
 from falign.scoring import PromptTree
 from falign.training.scored_trees import ScoredTree
 
-__all__ = ["read_rehearsal"]
+__all__ = ["read_rehearsal", "sampled_by"]
 
 ROUNDING = 1e-3
 """By how much a log-probability may be above 0."""
@@ -31,6 +33,14 @@ def read_rehearsal(path: str, *, num_tokens: int) -> list[ScoredTree]:
     if not trees:
         raise DataError(f"{path} has no stored completion: lower the threshold of `falign sample`, or leave it out.")
     return trees
+
+
+def sampled_by(path: str) -> dict[str, Any]:
+    """Return what sampled a file, as ``falign sample`` has written beside it; empty for a file of another origin."""
+    summary = Path(path).with_name("summary.json")
+    if not summary.is_file():
+        return {}
+    return json.loads(summary.read_text(encoding="utf-8")).get("sampled_by", {})
 
 
 def _tree(row: Row, num_tokens: int) -> ScoredTree:

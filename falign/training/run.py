@@ -78,8 +78,12 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     _record(folder, config, trainer, data)
 
     if checkpoint is None:
-        before = {"metrics": _evaluate(trainer), "answers": _answers(config, trainer, language)}
-        folder.write_json("before.json", before)
+        try:
+            before = {"metrics": _evaluate(trainer), "answers": _answers(config, trainer, language)}
+            folder.write_json("before.json", before)
+        except BaseException:
+            folder.release()
+            raise
     before = folder.read_json("before.json")
     try:
         if checkpoint is not None and trainer.ended_at(checkpoint):

@@ -121,6 +121,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._write("run.yaml", yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
 
+    def release(self) -> None:
+        """Undo :meth:`claim` where a run ended before its first step, so that its folder can be claimed again."""
+        for name in ("run.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl", "before.json"):
+            (self.path / name).unlink(missing_ok=True)
+
     def read_run_file(self) -> dict[str, Any]:
         """Return the resolved run file as plain values."""
         try:

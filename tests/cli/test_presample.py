@@ -107,7 +107,7 @@ def test_a_template_makes_plain_prompts(presample, tiny, tmp_path):
 def test_the_sample_in_the_package_is_a_file_as_any_other(presample, tiny, tmp_path):
     presample("--template", "{question}", file="demo:one-digit-arithmetic", verifier="number")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["prompts"] == 300
+    assert summary["prompts"] == 276
 
 
 def test_a_killed_call_goes_on_to_the_same_files(presample, tiny, prompts, tmp_path):

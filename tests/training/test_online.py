@@ -188,8 +188,26 @@ def test_a_reward_that_is_none_stops_the_run_and_is_named(start, reward, message
         start(reward=reward)
 
 
+def test_a_run_that_ends_before_its_first_step_leaves_its_folder_free(start):
+    with pytest.raises(RewardError):
+        start(reward="not_a_number")
+    assert start().after["reward"] >= 0
+
+
+def test_prompts_are_drawn_until_there_are_completions_to_compare(start):
+    # A third of the completions have a vowel, so that two of them are often alike.
+    summary = start(
+        reward="has_a_vowel",
+        objective={"kind": "pairwise"},
+        rollout={"prompts": 2, "minibatches": 2, "completions": 2},
+        training={"per_device_train_batch_size": 1},
+    )
+    sampled = [log["rollout/prompts_sampled"] for log in training_logs(summary) if "rollout/prompts_sampled" in log]
+    assert max(sampled) > 2
+
+
 def test_where_all_rewards_are_equal_nothing_can_be_compared(start):
-    with pytest.raises(RolloutError, match="all completions of the others have one reward"):
+    with pytest.raises(RolloutError, match="of 32 prompts, drawn in 8 rounds, 0 have"):
         start(reward="nothing", objective={"kind": "pairwise"})
 
 
