@@ -113,10 +113,10 @@ def _series(run: ReportedRun, metric: str, line: Line, label: str) -> Iterator[S
         values = _running_mean(values)
     if steps:
         yield Series(label or "training", steps, values, color, line=line)
-    steps, values = _points(run, f"eval_{metric}")
-    if steps:
+    held_out, values = _points(run, f"eval_{metric}")
+    if held_out:
         told = f"{label}, held out" if label else "held out"
-        yield Series(told, steps, values, color, line=None, marker=run.marker)
+        yield Series(told, held_out, values, color, line=None if steps else SOLID, marker=run.marker)
 
 
 def _points(run: ReportedRun, metric: str) -> tuple[list[Number], list[Number]]:

@@ -101,6 +101,8 @@ class Ideal(_Form):
     beta: float
     divergence: float | None
     reward: float | None
+    effective_samples: float | None = None
+    """How many samples of a prompt carry it; few of them say little."""
 
 
 class Frontier(_Form):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 __all__ = ["Html", "joined", "markup", "tag"]
 
-VOID = frozenset({"meta", "br"})
+VOID = frozenset({"meta", "br", "wbr"})
 UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 """What a completion may hold and HTML in UTF-8 may not."""
 

@@ -17,6 +17,8 @@ __all__ = ["BEFORE", "frontier_plot", "pass_plot"]
 BEFORE = "before"
 PASS = re.compile(r"pass@(\d+)")
 IDEAL_LINES: tuple[Line, ...] = (DOTTED, (5, 2), (3, 1.5, 1, 1.5), (8, 2), (2, 2), (5, 1.5, 1, 1.5, 1, 1.5))
+FEW = 5.0
+"""Samples of a prompt that carry an ideal; where they are fewer, its line is pale."""
 
 
 def pass_plot(title: str, found: Sequence[tuple[ReportedRun, Mapping[str, Estimate], str]]) -> Plot | None:
@@ -74,7 +76,8 @@ def frontier_plot(name: str, found: Sequence[tuple[ReportedRun, SampleSummary, F
         f"{divergence_label(found[0][2].divergence)} to the reference (nats)",
         "reward",
         tuple(series),
-        caption=f"marks: trained; lines: the best that each divergence allows, and best of n{source}",
+        caption=f"marks: trained; lines: the best that each divergence allows, and best of n; pale where few samples "
+        f"say so{source}",
         key=True,
         size=(5.4, 3.6),
     )
@@ -85,10 +88,14 @@ def _anchors(frontier: Frontier, own: Mapping[str | None, str]) -> Iterator[Seri
     if x:
         yield Series("best of n", x, y, MUTED.light, marker=".")
     for place, (name, ideal) in enumerate(sorted(frontier.ideal.items())):
-        x, y = _line((point.divergence, point.reward) for point in ideal)
+        color, line = own.get(name, MUTED.light), IDEAL_LINES[place % len(IDEAL_LINES)]
+        carried = [point for point in ideal if point.effective_samples is None or point.effective_samples >= FEW]
+        x, y = _line((point.divergence, point.reward) for point in carried)
         if x:
-            line = IDEAL_LINES[place % len(IDEAL_LINES)]
-            yield Series(f"ideal, {divergence_label(name)}", x, y, own.get(name, MUTED.light), line=line)
+            yield Series(f"ideal, {divergence_label(name)}", x, y, color, line=line)
+        x, y = _line((point.divergence, point.reward) for point in ideal)
+        if len(carried) < len(ideal) and x:
+            yield Series("", x, y, color, line=line, faint=True)
 
 
 def _line(points: Iterable[tuple[Number | None, Number | None]]) -> tuple[list[Number], list[Number]]:

@@ -43,7 +43,7 @@ def table(
         columns: Headings, that of the first column among them.
         rows: Texts or markup.
         groups: Headings over several columns, each with their number, after the first column.
-        text: The cells hold texts, not numbers.
+        text: The cells hold texts, not numbers; what is the same in all columns stands once.
         stacked: Intervals lie below their values, not beside them.
         quiet: The caption is not shown, because a heading above says as much.
     """
@@ -52,15 +52,19 @@ def table(
         over = [tag("th", name, attributes={"scope": "colgroup", "colspan": str(count)}) for name, count in groups]
         head.append(tag("tr", tag("td"), *over))
     head.append(tag("tr", *(tag("th", name, attributes={"scope": "col"}) for name in columns)))
-    body = [
-        tag("tr", tag("th", row[0], attributes={"scope": "row"}), *(tag("td", cell) for cell in row[1:]))
-        for row in rows
-    ]
+    body = [_row(row, merged=text) for row in rows]
     inner = tag("table", tag("caption", caption), tag("thead", *head), tag("tbody", *body))
     # Who moves by keyboard scrolls what can be focused.
     kinds = ["scroll", *(["text"] if text else []), *(["stacked"] if stacked else []), *(["quiet"] if quiet else [])]
     box = {"class": " ".join(kinds), "tabindex": "0", "role": "region", "aria-label": caption}
     return tag("div", inner, attributes=box)
+
+
+def _row(row: Sequence[str], *, merged: bool) -> Html:
+    heading = tag("th", row[0], attributes={"scope": "row"})
+    if merged and len(row) > 2 and len(set(row[1:])) == 1:
+        return tag("tr", heading, tag("td", row[1], attributes={"colspan": str(len(row) - 1), "class": "same"}))
+    return tag("tr", heading, *(tag("td", cell) for cell in row[1:]))
 
 
 def interval(found: Estimate | None, write: Callable[[Number | None], str] = number) -> Html:

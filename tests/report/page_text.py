@@ -2,7 +2,7 @@
 
 from html.parser import HTMLParser
 
-VOID = {"meta", "br", "path", "use"}
+VOID = {"meta", "br", "wbr", "path", "use"}
 
 
 class Page(HTMLParser):

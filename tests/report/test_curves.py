@@ -52,3 +52,9 @@ def test_each_run_keeps_its_colour_in_every_plot():
     colors = {(series.label.split(",")[0], series.color) for plot in plots for series in plot.series}
     assert len(plots) == 2
     assert len(colors) == 2
+
+
+def test_held_out_values_alone_are_joined_by_a_line():
+    logs = [{"step": i, "eval_divergence/total_variation": 0.1 * i} for i in range(3)]
+    (series,) = drawn(curve_plots([run(logs)]))["divergence-total-variation"].series
+    assert (series.line, series.marker) == ((), "o")

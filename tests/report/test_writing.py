@@ -107,8 +107,8 @@ def test_runs_that_lack_an_evaluation_are_named(reported):
 
 def test_several_runs_have_their_differences_and_one_colour_each(reported):
     _, text, page = reported
-    assert "objective.beta 0.5 0.3 0.0" in page.words()
-    assert "objective.divergence jensen_shannon forward_kl null" in page.words()
+    assert "objective .beta 0.5 0.3 0.0" in page.words()
+    assert "objective .divergence jensen_shannon forward_kl null" in page.words()
     assert re.search(r"output_dir \S*offline \S*other", page.words()) is None
     assert all(f"stroke: var(--run-{i})" in text for i in (1, 2, 3))
     assert "stroke: var(--run-4)" not in text

@@ -38,13 +38,15 @@ def completions(runs: Sequence[ReportedRun]) -> Section:
 
 
 def _card(prompt: str, answered: Sequence[tuple[ReportedRun, Answers]], *, several: bool) -> Html:
+    starts: dict[tuple[str, tuple[Answer, ...]], list[ReportedRun]] = {}
+    for run, answers in answered:
+        starts.setdefault((answers.when[0], answers.before), []).append(run)
     cells = []
-    same = len({answers.before for _, answers in answered}) == 1
-    for place, (run, answers) in enumerate(answered):
+    for (when, answers), runs in starts.items():  # most runs start from the same model
+        names = [part for run in runs for part in (" ", run_name(run))] if len(starts) > 1 else []
+        cells.append(_cell([when, *names], answers, runs[0], trained=False))
+    for run, answers in answered:
         name = [run_name(run), " "] if several else []
-        if place == 0 or not same:
-            own = [] if same else name
-            cells.append(_cell([*own, answers.when[0]], answers.before, run, trained=False))
         cells.append(_cell([*name, answers.when[1]], answers.after, run, trained=True))
     head = tag("h3", tag("span", "Prompt "), tag("q", prompt, attributes={"dir": "auto"}))
     return tag("article", head, tag("div", *cells, attributes={"class": "answers"}), attributes={"class": "card"})

@@ -46,15 +46,21 @@ def trained(runs: Sequence[ReportedRun]) -> Section:
 
 def _differences(runs: Sequence[ReportedRun]) -> Html:
     flat = [_flat({name: value for name, value in run.run_file.items() if name != "output_dir"}) for run in runs]
-    names = list(dict.fromkeys(name for fields in flat for name in fields))
+    names = dict.fromkeys(name for fields in flat for name, value in fields.items() if value is not None)
     rows = [
-        [tag("code", name), *(_said(fields.get(name, NOTHING)) for fields in flat)]
+        [tag("code", *_breakable(name)), *(_said(fields[name]) if name in fields else NOTHING for fields in flat)]
         for name in names
-        if any(fields.get(name, NOTHING) != flat[0].get(name, NOTHING) for fields in flat)
+        if any(fields.get(name) != flat[0].get(name) for fields in flat)
     ]
     if not rows:
         return tag("p", "The run files are equal but for the folder.", attributes={"class": "note"})
     return table("What differs in the run files", ["field", *map(run_name, runs)], rows, text=True)
+
+
+def _breakable(name: str) -> list[str]:
+    """A field's name, whose parts may stand below each other."""
+    first, *others = name.split(".")
+    return [first, *(part for other in others for part in (tag("wbr"), f".{other}"))]
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
