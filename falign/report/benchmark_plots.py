@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from falign.report.drawing import DOTTED, Plot, Series, file_name
+from falign.report.drawing import DOTTED, SOLID, Plot, Series, file_name
 from falign.report.evaluations import RewardSummary
 from falign.report.palette import MUTED
 from falign.report.runs import ReportedRun
@@ -12,6 +12,8 @@ from falign.report.runs import ReportedRun
 __all__ = ["reliability_plot", "score_plot"]
 
 BASELINES = ("length", "random")
+FEW = 10
+"""Items of a bin; fewer say little of it."""
 
 
 def score_plot(name: str, found: Sequence[tuple[ReportedRun, RewardSummary]]) -> Plot | None:
@@ -36,7 +38,8 @@ def _rows(found: Sequence[tuple[ReportedRun, RewardSummary]]) -> Iterator[Series
     wanted += [(scorer, MUTED.light, "|", found[0][1], scorer) for scorer in BASELINES]
     place = 0
     for label, color, marker, summary, scorer in wanted:
-        score = summary.scorers[scorer].scores.get("score") if scorer in summary.scorers else None
+        scored = summary.scorers.get(scorer)
+        score = None if scored is None else scored.scores.get(scored.whole)
         if score is None or score.value is None:
             continue
         low, high = (None, None) if score.low is None or score.high is None else ([score.low], [score.high])
@@ -49,14 +52,20 @@ def reliability_plot(name: str, found: Sequence[tuple[ReportedRun, RewardSummary
     series = []
     for run, summary in found:
         scorer = summary.scorers.get(summary.main_scorer)
-        bins = [
-            (each.confidence, each.accuracy)
-            for each in (scorer.calibration.bins if scorer is not None and scorer.calibration is not None else ())
-            if each.count and each.confidence is not None and each.accuracy is not None
-        ]
-        if bins:
-            x, y = zip(*bins, strict=True)
-            series.append(Series(run.label, x, y, run.color.light, marker=run.marker))
+        bins = scorer.calibration.bins if scorer is not None and scorer.calibration is not None else ()
+        for few in (True, False):
+            points = [
+                (each.confidence, each.accuracy)
+                for each in bins
+                if each.count
+                and (each.count < FEW) == few
+                and each.confidence is not None
+                and each.accuracy is not None
+            ]
+            if points:
+                x, y = zip(*points, strict=True)
+                line = None if few else SOLID
+                series.append(Series(run.label, x, y, run.color.light, line=line, marker=run.marker, faint=few))
     if not series:
         return None
     return Plot(
@@ -65,6 +74,6 @@ def reliability_plot(name: str, found: Sequence[tuple[ReportedRun, RewardSummary
         "confidence",
         "accuracy",
         (Series("calibrated", [0.5, 1.0], [0.5, 1.0], MUTED.light, line=DOTTED), *series),
-        caption="dotted: confidence equals accuracy; below it the reward is too sure",
+        caption=f"dotted: confidence equals accuracy; pale: fewer than {FEW} items",
         unit=True,
     )

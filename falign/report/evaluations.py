@@ -56,6 +56,11 @@ class Scorer(_Form):
     scores: dict[str, Estimated]
     calibration: Calibration | None = None
 
+    @property
+    def whole(self) -> str:
+        """The name of the benchmark's score; the plain mean, where a subset that the score needs is missing."""
+        return next((name for name in ("score", "accuracy") if name in self.scores), next(iter(self.scores), ""))
+
 
 class RewardSummary(_Form):
     """Of ``falign evaluate rewards``."""
@@ -70,6 +75,8 @@ class RewardSummary(_Form):
     beta: float | None = None
     num_items: int
     skipped: dict[str, int] = {}
+    missing_subsets: tuple[str, ...] = ()
+    """Without which there is no score."""
     scorers: dict[str, Scorer]
 
     @property

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from falign.report.drawing import Picture, Plot, render
 from falign.report.html import Html, tag
 from falign.report.runs import ReportedRun
 
-__all__ = ["Section", "drawn", "lacking", "missing", "path_of"]
+__all__ = ["Section", "drawn", "lacking", "missing", "path_of", "sampling_command"]
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,18 @@ def missing(text: str, *commands: str) -> Html:
     return tag("p", text, *parts, attributes={"class": "missing"})
 
 
-def lacking(runs: Sequence[ReportedRun], has: Sequence[ReportedRun], command: str) -> Html:
-    """Return a line on the runs that lack what others have; ``RUN`` in the command stands for each."""
+def sampling_command(run: ReportedRun) -> str:
+    """Return what samples a run; one that learnt from preferences has no rewards of its own."""
+    rewards = "" if run.online else " --rewards REWARDS.yaml"
+    return f"falign evaluate samples {path_of(run)}{rewards}"
+
+
+def lacking(runs: Sequence[ReportedRun], has: Sequence[ReportedRun], command: Callable[[ReportedRun], str]) -> Html:
+    """Return a line on the runs that lack what others have, with the command for the first of them."""
     without = [run for run in runs if run not in has]
     if not without or not has:
         return Html("")
-    return missing(f"Without: {', '.join(run.label for run in without)}.", command.replace("RUN", path_of(without[0])))
+    return missing(f"Without: {', '.join(run.label for run in without)}.", command(without[0]))
 
 
 def drawn(plots: Sequence[Plot], *, wide: bool = False) -> tuple[Html, tuple[Picture, ...]]:

@@ -15,15 +15,19 @@ from falign.report.tables import details, interval, legend, run_name, table
 __all__ = ["benchmarks"]
 
 TITLE = "Reward benchmarks"
-COMMAND = "falign evaluate rewards RUN rm_bench"
 Found = Sequence[tuple[ReportedRun, RewardSummary]]
+
+
+def command(run: ReportedRun) -> str:
+    """Return what measures a run on a benchmark."""
+    return f"falign evaluate rewards {path_of(run)} rm_bench"
 
 
 def benchmarks(runs: Sequence[ReportedRun]) -> Section:
     """Show how well each run's implicit reward tells better from worse, and how well it knows."""
     has = [run for run in runs if run.rewards]
     if not has:
-        return Section("benchmarks", TITLE, missing("Not measured yet:", COMMAND.replace("RUN", path_of(runs[0]))))
+        return Section("benchmarks", TITLE, missing("Not measured yet:", command(runs[0])))
     body: list[Html] = [legend(runs)]
     pictures = ()
     for name in dict.fromkeys(name for run in has for name in run.rewards):
@@ -39,7 +43,7 @@ def benchmarks(runs: Sequence[ReportedRun]) -> Section:
             _sections(name, found),
             _calibration(name, found),
         ]
-    body.append(lacking(runs, has, COMMAND))
+    body.append(lacking(runs, has, command))
     return Section("benchmarks", TITLE, joined(body), pictures)
 
 
@@ -48,10 +52,11 @@ def _about(found: Found) -> Html:
     lines = []
     for _, summary in found:
         skipped = ", ".join(f"{count} {reason}" for reason, count in summary.skipped.items() if count)
-        lines.append(
-            f"{summary.num_items} items of {summary.source or summary.benchmark}"
-            + (f"; left out: {skipped}" if skipped else "")
-        )
+        told = [f"{summary.num_items} items of {summary.source or summary.benchmark}"]
+        told += [f"left out: {skipped}"] if skipped else []
+        absent = ", ".join(summary.missing_subsets)
+        told += [f"no score, as {absent} are missing; the plain mean is in its place"] if absent else []
+        lines.append("; ".join(told))
     if len(set(lines)) == 1:
         return tag("p", f"{lines[0]}.", attributes={"class": "note"})
     items = [tag("li", run_name(run), f": {line}") for (run, _), line in zip(found, lines, strict=True)]
@@ -61,8 +66,7 @@ def _about(found: Found) -> Html:
 def _scorers(name: str, found: Found) -> Html:
     scorers = list(dict.fromkeys(scorer for _, summary in found for scorer in summary.scorers))
     rows = [
-        [run_name(run), *(interval(_score(summary, scorer, "score"), share) for scorer in scorers)]
-        for run, summary in found
+        [run_name(run), *(interval(_whole(summary, scorer), share) for scorer in scorers)] for run, summary in found
     ]
     return table(f"Score on {name} by what scores, with intervals", ["run", *map(_spoken, scorers)], rows, stacked=True)
 
@@ -77,7 +81,7 @@ def _sections(name: str, found: Found) -> Html:
             for _, summary in found
             if scorer in summary.scorers
             for part in summary.scorers[scorer].scores
-            if part != "score"
+            if part != summary.scorers[scorer].whole
         )
         rows = [[part, *(interval(_score(summary, scorer, part), share) for _, summary in found)] for part in parts]
         if rows:
@@ -102,6 +106,10 @@ def _calibration(name: str, found: Found) -> Html:
     if not rows:
         return Html("")
     return table(f"Calibration on {name}", ["", "expected calibration error", "Brier"], rows)
+
+
+def _whole(summary: RewardSummary, scorer: str) -> Estimate | None:
+    return _score(summary, scorer, summary.scorers[scorer].whole) if scorer in summary.scorers else None
 
 
 def _score(summary: RewardSummary, scorer: str, part: str) -> Estimate | None:

@@ -11,13 +11,12 @@ from falign.report.html import Html, joined, tag
 from falign.report.metric_names import Number, divergence_label, fixed, share
 from falign.report.runs import ReportedRun
 from falign.report.sample_plots import BEFORE, pass_plot
-from falign.report.sections.base import Section, drawn, lacking, missing, path_of
+from falign.report.sections.base import Section, drawn, lacking, missing, sampling_command
 from falign.report.tables import details, interval, legend, run_name, table
 
 __all__ = ["diversity"]
 
 TITLE = "Samples: reward, diversity, pass@k"
-COMMAND = "falign evaluate samples RUN"
 REFERENCE = "reference/"
 LABELS = {
     "entropy": "entropy per token (nats)",
@@ -48,8 +47,8 @@ def diversity(runs: Sequence[ReportedRun]) -> Section:
     grid, pictures = drawn([plot for plot in plots if plot is not None])
     body += [grid] if pictures else []
     if not has:
-        body.append(missing("Samples are not measured yet:", COMMAND.replace("RUN", path_of(runs[0]))))
-    return Section("diversity", TITLE, joined([*body, lacking(runs, has, COMMAND)]), pictures)
+        body.append(missing("Samples are not measured yet:", sampling_command(runs[0])))
+    return Section("diversity", TITLE, joined([*body, lacking(runs, has, sampling_command)]), pictures)
 
 
 def _about(found: Found) -> Html:

@@ -9,13 +9,12 @@ from falign.report.html import joined
 from falign.report.metric_names import divergence_label, number
 from falign.report.runs import ReportedRun
 from falign.report.sample_plots import frontier_plot
-from falign.report.sections.base import Section, drawn, lacking, missing, path_of
+from falign.report.sections.base import Section, drawn, lacking, missing, sampling_command
 from falign.report.tables import details, legend, run_name, table
 
 __all__ = ["frontier"]
 
 TITLE = "Frontier: reward against divergence"
-COMMAND = "falign evaluate samples RUN"
 
 
 def frontier(runs: Sequence[ReportedRun]) -> Section:
@@ -23,7 +22,7 @@ def frontier(runs: Sequence[ReportedRun]) -> Section:
     groups = _groups(runs)
     has = [run for run in runs if any(run is other for found in groups.values() for other, _, _ in found)]
     if not has:
-        return Section("frontier", TITLE, missing("Not measured yet:", COMMAND.replace("RUN", path_of(runs[0]))))
+        return Section("frontier", TITLE, missing("Not measured yet:", sampling_command(runs[0])))
     plots, tables = [], []
     for place, ((source, axis), found) in enumerate(groups.items(), start=1):
         name = source if len({key[0] for key in groups}) == len(groups) else f"{source} ({place})"
@@ -36,7 +35,9 @@ def frontier(runs: Sequence[ReportedRun]) -> Section:
         head = ["run", "point", f"{divergence_label(axis)} (nats)", "reward"]
         tables.append(details(f"Points of {name}", table(f"Points of the frontier: {name}", head, rows)))
     grid, pictures = drawn(plots, wide=True)
-    return Section("frontier", TITLE, joined([legend(runs), grid, *tables, lacking(runs, has, COMMAND)]), pictures)
+    return Section(
+        "frontier", TITLE, joined([legend(runs), grid, *tables, lacking(runs, has, sampling_command)]), pictures
+    )
 
 
 def _groups(
