@@ -137,6 +137,13 @@ class SampleSummary(_Form):
     source: str | None = None
     metrics: dict[str, Estimated]
     frontier: Frontier | None = None
+    record: dict[str, Any] = {}
+
+    @property
+    def measured_on(self) -> str:
+        """What two evaluations have in common that can be compared: prompts, rewards, and how long samples may be."""
+        told = [self.record.get(name) for name in ("prompts", "rewards", "max_new_tokens")]
+        return json.dumps(told, sort_keys=True) if self.record else self.source or self.name
 
 
 _ANY = TypeAdapter[RewardSummary | SampleSummary](Annotated[RewardSummary | SampleSummary, Field(discriminator="kind")])

@@ -66,8 +66,8 @@ def number(value: Number | None) -> str:
 
 
 def fixed(value: Number | None) -> str:
-    """Return a value with three decimals, so that it stands below others."""
-    return written(value, "{:.3f}")
+    """Return a value with three decimals, so that it stands below others; with one where it is large."""
+    return written(value, "{:.3f}" if value is None or abs(value) < 10 else "{:.1f}")
 
 
 def share(value: Number | None) -> str:

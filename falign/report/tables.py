@@ -73,7 +73,9 @@ def interval(found: Estimate | None, write: Callable[[Number | None], str] = num
         return markup(NOTHING)
     if found.low is None or found.high is None:
         return markup(write(found.value))
-    return joined([write(found.value), " ", tag("small", f"{write(found.low)} to {write(found.high)}")])
+    low, high = write(found.low), write(found.high)
+    ends = f"{low.removesuffix('%') if high.endswith('%') else low} to {high}"
+    return joined([write(found.value), " ", tag("small", ends)])
 
 
 def details(summary: str, *children: str) -> Html:

@@ -31,6 +31,16 @@ def test_where_a_subset_is_missing_the_plain_mean_stands_for_the_score(tmp_path)
     assert RewardSummary.model_validate(rewards_summary()).scorers["length"].whole == "score"
 
 
+def test_samples_are_compared_where_prompts_and_rewards_are_the_same_whatever_their_source_is_called():
+    def measured_on(source, **record):
+        record = {"prompts": "a1", "rewards": [{"kind": "words"}], "max_new_tokens": 40, "weights": source, **record}
+        return SampleSummary.model_validate(samples_summary(source=source, record=record)).measured_on
+
+    assert measured_on("held-out prompts of x") == measured_on("held-out prompts of y")
+    assert measured_on("x") != measured_on("x", prompts="b2")
+    assert measured_on("x") != measured_on("x", rewards=[])
+
+
 @pytest.mark.parametrize(
     ("summary", "message"),
     [

@@ -95,7 +95,8 @@ def _sections(name: str, found: Found) -> Html:
 def _calibration(name: str, found: Found) -> Html:
     rows = [
         [
-            joined([run_name(run), f" {_spoken(scorer)}"]),
+            run_name(run),
+            _spoken(scorer),
             interval(scored.calibration.ece, fixed),
             interval(scored.calibration.brier, fixed),
         ]
@@ -105,7 +106,7 @@ def _calibration(name: str, found: Found) -> Html:
     ]
     if not rows:
         return Html("")
-    return table(f"Calibration on {name}", ["", "expected calibration error", "Brier"], rows)
+    return table(f"Calibration on {name}", ["run", "scorer", "expected calibration error", "Brier"], rows)
 
 
 def _whole(summary: RewardSummary, scorer: str) -> Estimate | None:

@@ -27,7 +27,8 @@ LABELS = {
     "length": "length (tokens)",
     "clipped": "without an end",
 }
-SERIES = re.compile(r"(pass@|reward/best_of_)\d+")
+ASIDE = re.compile(r"(pass@|reward/best_of_)\d+|divergence/[^/]+/(?!vocabulary$).*")
+"""Long series, and estimates of divergences that vary more than others."""
 Found = Sequence[tuple[ReportedRun, SampleSummary]]
 
 
@@ -52,8 +53,11 @@ def diversity(runs: Sequence[ReportedRun]) -> Section:
 
 
 def _about(found: Found) -> Html:
-    told = {_told(summary): None for _, summary in found}
-    return tag("p", "; ".join(told), ".", attributes={"class": "note"})
+    """What was sampled, once where it is the same for all runs."""
+    sources = {summary.source for _, summary in found if summary.source is not None}
+    told = list(dict.fromkeys(_told(summary) for _, summary in found))
+    source = f", from {sources.pop()}" if len(sources) == 1 else ""
+    return tag("p", "; ".join(told), f"{source}.", attributes={"class": "note"})
 
 
 def _told(summary: SampleSummary) -> str:
@@ -62,23 +66,22 @@ def _told(summary: SampleSummary) -> str:
         for name in ("temperature", "max_new_tokens")
         if name in summary.sampling
     ]
-    counts = f"{summary.num_prompts} prompts with {summary.num_completions} completions each"
-    source = [f"from {summary.source}"] if summary.source else []
-    return ", ".join([counts, *source, *settings])
+    return ", ".join([f"{summary.num_prompts} prompts with {summary.num_completions} completions each", *settings])
 
 
 def _metrics(name: str, found: Found) -> Html:
-    """The metrics of each run beside those of the reference; long series over k where they are asked for."""
+    """The metrics of each run beside those of the reference; others where they are asked for."""
     names = dict.fromkeys(metric.removeprefix(REFERENCE) for _, summary in found for metric in summary.metrics)
     columns = [*_references(found), *((run_name(run), summary.metrics) for run, summary in found)]
     head = ["", *(column for column, _ in columns)]
     rows = {metric: [_label(metric), *(_cell(metric, values) for _, values in columns)] for metric in names}
-    main = [row for metric, row in rows.items() if not SERIES.fullmatch(metric)]
-    series = [row for metric, row in rows.items() if SERIES.fullmatch(metric)]
+    main = [row for metric, row in rows.items() if not ASIDE.fullmatch(metric)]
+    aside = [row for metric, row in rows.items() if ASIDE.fullmatch(metric)]
     shown = table(f"Samples of {name}", head, main, quiet=True)
-    if not series:
+    if not aside:
         return shown
-    return joined([shown, details("For each k", table(f"Samples of {name} for each k", head, series, quiet=True))])
+    more = table(f"Samples of {name}: other values", head, aside, quiet=True)
+    return joined([shown, details("For each k, and divergences by other estimates", more)])
 
 
 def _references(found: Found) -> list[tuple[Html, dict[str, Estimate]]]:
@@ -111,5 +114,5 @@ def _label(metric: str) -> str:
     if kind != "divergence":
         return LABELS.get(metric, metric)
     name, _, estimator = rest.partition("/")
-    how = f", {estimator.replace('_', ' ')}" if estimator else ""
-    return f"{divergence_label(name)} to the reference{how} (nats)"
+    how = {"": "", "vocabulary": ", over the vocabulary"}.get(estimator, f", by {estimator.replace('_', ' ')}")
+    return f"{divergence_label(name)}{how} (nats)"

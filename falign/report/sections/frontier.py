@@ -24,8 +24,7 @@ def frontier(runs: Sequence[ReportedRun]) -> Section:
     if not has:
         return Section("frontier", TITLE, missing("Not measured yet:", sampling_command(runs[0])))
     plots, tables = [], []
-    for place, ((source, axis), found) in enumerate(groups.items(), start=1):
-        name = source if len({key[0] for key in groups}) == len(groups) else f"{source} ({place})"
+    for (name, axis), found in groups.items():
         plots.append(frontier_plot(name, found))
         rows = [
             [run_name(run), point.label or summary.name, number(point.divergence), number(point.reward)]
@@ -43,11 +42,16 @@ def frontier(runs: Sequence[ReportedRun]) -> Section:
 def _groups(
     runs: Sequence[ReportedRun],
 ) -> dict[tuple[str, str], list[tuple[ReportedRun, SampleSummary, Frontier]]]:
-    """What belongs into one plot: measured on the same prompts, with the same axis."""
+    """What belongs into one plot, by its name and axis: measured on the same prompts, with the same axis."""
     groups: dict[tuple[str, str], list[tuple[ReportedRun, SampleSummary, Frontier]]] = {}
     for run in runs:
         for summary in run.sampled.values():
             if summary.frontier is not None:
-                key = (summary.source or summary.name, summary.frontier.divergence)
+                key = (summary.measured_on, summary.frontier.divergence)
                 groups.setdefault(key, []).append((run, summary, summary.frontier))
-    return groups
+    named: dict[tuple[str, str], list[tuple[ReportedRun, SampleSummary, Frontier]]] = {}
+    for (_, axis), found in groups.items():
+        name = found[0][1].name
+        name = name if (name, axis) not in named else f"{name} ({len(named) + 1})"
+        named[name, axis] = found
+    return named
