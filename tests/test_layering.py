@@ -24,7 +24,8 @@ ALLOWED = {
     "metrics": {"divergences", "objectives", "rewards"},
     "training": {*BELOW_TRAINING, "metrics"},
     "evaluation": {*BELOW_TRAINING, "metrics"},
-    "cli": {*BELOW_TRAINING, "training", "evaluation", "metrics"},
+    "report": {"training"},
+    "cli": {*BELOW_TRAINING, "training", "evaluation", "metrics", "report"},
 }
 SHARED = {"errors", "full_disk"}
 LIGHT = {"divergences", "objectives", "scoring"}

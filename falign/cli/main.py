@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from falign.cli import data, divergences, evaluate, export, sample, score, soup, train
+from falign.cli import data, divergences, evaluate, export, report, sample, score, soup, train
 from falign.cli.quiet import quiet
 from falign.errors import FalignError
 from falign.full_disk import is_full_disk
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("train")(train.train)
-app.command("report")(train.report)
+app.command("report")(report.report)
 app.command("sample")(sample.sample)
 app.command("score")(score.score)
 app.command("export")(export.export)

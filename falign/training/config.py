@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from falign.data import DataSource, LengthPolicy, PreferenceData, Window, load_preferences
 from falign.errors import ConfigError
@@ -21,6 +21,7 @@ from falign.training.reference_config import AutoReferenceConfig, ReferenceConfi
 from falign.training.reward_config import RewardConfig
 from falign.training.supplied import OFFLINE
 from falign.training.target_config import without_fit
+from falign.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -170,6 +171,10 @@ class DataConfig(FrozenModel):
         )
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class TrainingConfig(FrozenModel):
     """How it is minimised; the names are those of ``transformers.TrainingArguments``."""
 
@@ -195,7 +200,8 @@ class TrainingConfig(FrozenModel):
     save_steps: int | None = Field(default=None, ge=1)
     """Write a checkpoint so often; none when left out."""
     save_total_limit: int | None = Field(default=2, ge=1)
-    report_to: list[str] = []
+    report_to: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """Trackers besides ``metrics.jsonl``: ``trackio``, ``wandb``, ``tensorboard`` ...; one, or a list."""
     tokens_per_batch: int | None = Field(default=None, ge=2)
     """Micro-batches of as many prompts as have so many tokens with their completions, instead of a fixed number."""
     layout: Literal["auto", "tree", "padded"] = "auto"
@@ -221,10 +227,7 @@ class TrainingConfig(FrozenModel):
             steps_per_epoch: There, what turns ``num_train_epochs`` into steps.
         """
         from transformers import TrainingArguments
-        from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-        if missing := set(self.report_to) - {*get_available_reporting_integrations(), "none", "all"}:
-            raise ConfigError(f"training.report_to={sorted(missing)}: not installed, or unknown; install the package.")
         own = {"eval_steps", "save_steps", "tokens_per_batch", "layout", "chunk_tokens", "gradient_checkpointing"}
         arguments: dict[str, Any] = {
             **self.model_dump(exclude=own),
@@ -291,6 +294,7 @@ class RunConfig(FrozenModel):
         if self.adapter is None and self.model.quantization is not None:
             raise ConfigError("model.quantization=nf4 with adapter=null: 4-bit weights do not train; add an adapter.")
         check_reference(self.reference, adapter=self.adapter is not None)
+        check_trackers(self.training.report_to)
         objective = self._unfitted().build()
         if self.prompts is None:
             self._check_offline(objective)

@@ -20,6 +20,7 @@ from falign.training.parts import Language, load_language
 from falign.training.progress import MetricsFile, ProgressBar
 from falign.training.references import keep_moved
 from falign.training.run_folder import RunFolder, is_held_out, versions
+from falign.training.trackers import prepare_trackers
 from falign.training.trainer import AlignmentTrainer
 
 __all__ = ["RunSummary", "train"]
@@ -66,6 +67,7 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
         config, language, objective, callbacks=[MetricsFile(folder.metrics_file), bar], console=console
     )
     trainer.remove_callback(PrinterCallback)
+    prepare_trackers(trainer, folder.path, evaluates=trainer.evaluates)
     if resume:
         checkpoint = folder.last_checkpoint()
         step = int(checkpoint.name.rpartition("-")[2])

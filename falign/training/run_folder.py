@@ -38,6 +38,8 @@ class RunFolder:
     ``samples.json``        prompts answered before and after
     ``summary.json``        held-out metrics before and after
     ``curves.png``          loss, rewards and log-ratios
+    ``evaluation/NAME/``    what ``falign evaluate`` has measured
+    ``report.html``         what ``falign report`` has written, with its plots in ``report-figures/``
     ======================  ==============================================================
     """
 

@@ -66,6 +66,8 @@ def test_train_export_sample_and_report(falign, run_file, tmp_path):
     status, out, _ = falign("report", run)
     assert status == 0
     assert "mean margin" in out
+    assert "report.html" in out
+    assert "reward accuracy" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_sampling_a_file_is_reproducible(falign, tiny, tmp_path):
@@ -281,12 +283,27 @@ def test_a_run_that_is_not_finished_says_so(falign, run_file, tmp_path):
     path = run_file(training={"max_steps": 1})
     assert falign("train", path)[0] == 0
     (tmp_path / "run" / "summary.json").unlink()
-    status, _, err = falign("report", tmp_path / "run")
-    assert status == 2
-    assert "--resume" in err
+    status, out, _ = falign("report", tmp_path / "run", "--out", tmp_path / "so-far.html")
+    assert status == 0
+    assert "has not ended" in out
+    assert "run.yaml --resume" in out
+    assert (tmp_path / "so-far.html").is_file()
     status, _, err = falign("export", tmp_path, "--format", "merged")
     assert status == 2
     assert "not a run folder" in err
+
+
+def test_a_report_is_refused_before_anything_is_printed(falign, run_file, tmp_path):
+    assert falign("train", run_file(training={"max_steps": 1}))[0] == 0
+    for arguments, message in (
+        ((tmp_path / "run", tmp_path / "run"), "is given twice"),
+        ((tmp_path / "run", tmp_path), "not a run folder"),
+        ((tmp_path / "run", "--out", tmp_path / "run.yaml" / "x.html"), "run.yaml"),
+    ):
+        status, out, err = falign("report", *arguments)
+        assert status == 2
+        assert message in err
+        assert not out.strip()
 
 
 def test_nothing_to_sample_is_refused(falign, tiny):

@@ -376,7 +376,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(start, tmp_p
     [
         ({"training": {"lr_scheduler_type": "cosin"}}, "cosin"),
         ({"training": {"optim": "adamw"}}, "adamw"),
-        ({"training": {"report_to": ["nowhere"]}}, "nowhere"),
+        ({"training": {"report_to": ["nowhere"]}}, "'nowhere' is unknown: choose of .*wandb"),
+        ({"training": {"report_to": "comet_ml"}}, "the package comet-ml is not installed"),
+        ({"training": {"report_to": ["none", "wandb"]}}, "none stands alone"),
         ({"data": {"max_length": 4096}}, "2048 positions"),
         ({"adapter": None, "model": {"dtype": "bfloat16"}}, "model.dtype=float32"),
     ],

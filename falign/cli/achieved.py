@@ -1,0 +1,48 @@
+"""What a run achieved, in the terminal: the table of held-out values, and answers before and after."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from falign.training import RunSummary
+
+__all__ = ["show"]
+
+MUCH_LESS_LIKELY = 5.0  # nats of a whole completion
+
+
+def show(summary: RunSummary, console: Console) -> None:
+    """Print held-out metrics and answers before and after."""
+    from falign.report import HELD_OUT
+
+    if summary.before:
+        table = Table("held out", "before", "after", title=escape(str(summary.folder.path)), title_justify="left")
+        for label, (name, style) in HELD_OUT.items():
+            if name in summary.before:
+                table.add_row(label, style.format(summary.before[name]), style.format(summary.after[name]))
+        console.print(table)
+        if summary.after.get("logratios/chosen", 0.0) < -MUCH_LESS_LIKELY:
+            fall = -summary.after["logratios/chosen"]
+            console.print(
+                f"[yellow]note:[/] chosen completions became less likely too, by {fall:.1f} nats: only the margin is "
+                "trained. A larger beta or a lower learning rate holds them; see docs/which-divergence.md."
+            )
+    for sample in summary.samples:
+        answers = Table.grid(padding=(0, 2))
+        for name in ("prompt", "before", "after"):
+            answers.add_row(f"[bold]{name}", Text(sample[name]))
+        console.print(answers)
+    model = summary.folder.adapter if summary.folder.adapter.is_dir() else summary.folder.weights
+    bold = "bold"
+    console.print(
+        "model", Text(str(model), style=bold), " curves", Text(str(summary.folder.path / "curves.png"), style=bold)
+    )
+    command = f"next: falign export {shlex.quote(str(summary.folder.path))} --format merged"
+    console.print(command, highlight=False, markup=False, soft_wrap=True)

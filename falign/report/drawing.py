@@ -1,0 +1,289 @@
+"""One plot, drawn twice: for the page in the page's own colours and letters, and as a PNG that stands alone."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from falign.report.html import Html, markup, tag
+from falign.report.metric_names import Number, number
+from falign.report.palette import FAINT, INK, MARKERS, MUTED, NAMED, SURFACE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["DASHED", "DOTTED", "SOLID", "Line", "Picture", "Plot", "Series", "file_name", "render"]
+
+Line: TypeAlias = tuple[Number, ...]
+"""Lengths of ink and gap in turn, in widths of the line; empty for a whole line."""
+SOLID: Line = ()
+DASHED: Line = (4, 2)
+DOTTED: Line = (1, 1.5)
+
+SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "falign",  # the same runs give the same bytes
+    "text.parse_math": False,  # a dollar in a run's name is a dollar
+    "font.size": 9.5,
+    "axes.labelsize": 9.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "axes.edgecolor": MUTED.light,
+    "axes.linewidth": 0.8,
+    "xtick.color": MUTED.light,
+    "ytick.color": MUTED.light,
+    "axes.labelcolor": MUTED.light,
+    "text.color": INK.light,
+    "grid.color": FAINT.light,
+    "grid.linewidth": 0.7,
+    "axes.formatter.limits": (-3, 4),
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one kind.
+
+    Attributes:
+        label: In the PNG's legend and in the alternative text; empty for none.
+        x: First coordinates.
+        y: Second ones.
+        color: One of the palette's light colours.
+        line: How it is drawn; None for marks alone.
+        marker: matplotlib's marker; empty for none.
+        low: Lower ends of intervals.
+        high: Upper ends.
+        faint: Drawn thin and pale, as what lies behind another series.
+    """
+
+    label: str
+    x: Sequence[Number]
+    y: Sequence[Number]
+    color: str
+    line: Line | None = SOLID
+    marker: str = ""
+    low: Sequence[Number] | None = None
+    high: Sequence[Number] | None = None
+    faint: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What is drawn.
+
+    Attributes:
+        name: Of the PNG file, without suffix; letters, digits and hyphens.
+        title: What it shows.
+        x_label: Of the first axis.
+        y_label: Of the second axis.
+        series: What is in it.
+        caption: How to read it.
+        categories: Names in place of the numbers 0, 1, 2 ... of the second axis; intervals then lie along the first.
+        powers: The first axis counts doublings.
+        whole: The first axis has whole numbers.
+        unit: The second axis shows shares, from 0 to 1.
+        key: The page says which series is which, where colours and marks of the runs do not.
+        size: In inches.
+    """
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    caption: str = ""
+    categories: tuple[str, ...] = ()
+    powers: bool = False
+    whole: bool = False
+    unit: bool = False
+    key: bool = False
+    size: tuple[Number, Number] = (4.2, 2.8)
+
+
+class Picture(NamedTuple):
+    """A drawn plot.
+
+    Attributes:
+        name: Of the PNG file.
+        figure: For the page.
+        png: For everywhere else.
+    """
+
+    name: str
+    figure: Html
+    png: bytes
+
+
+def file_name(name: str) -> str:
+    """Return a name as a part of a file's name.
+
+    Example:
+        >>> file_name("RM-Bench (hard)")
+        'rm-bench-hard'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "x"
+
+
+def render(plot: Plot) -> Picture:
+    """Draw a plot for the page and as a PNG."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(SETTINGS), _any_letters():
+        figure = _draw(plot)
+        svg = _svg(figure, plot)
+        png = _png(figure, plot)
+    caption = [tag("strong", plot.title), *([" ", tag("span", plot.caption)] if plot.caption else [])]
+    return Picture(plot.name, tag("figure", tag("figcaption", *caption), svg, *([_key(plot)] if plot.key else [])), png)
+
+
+def _key(plot: Plot) -> Html:
+    entries = [tag("li", _sample(series), " ", series.label) for series in plot.series if series.label]
+    return tag("ul", *entries, attributes={"class": "key"})
+
+
+def _sample(series: Series) -> Html:
+    """A short piece of a line as it is in the plot."""
+    names = {color.light: color.name for color in NAMED}
+    drawn = "" if series.line is None else f'<path d="M0 6h28" stroke-dasharray="{_dashes(series.line)}"/>'
+    if series.marker in MARKERS:
+        drawn += f'<path class="marker" d="{MARKERS[series.marker]}"/>'
+    look = f"--run: var(--{names[series.color]})"
+    return tag(
+        "svg", Html(drawn), attributes={"class": "mark", "viewBox": "0 0 28 12", "aria-hidden": "true", "style": look}
+    )
+
+
+def _dashes(line: Line) -> str:
+    return " ".join(f"{1.7 * length:g}" for length in line)
+
+
+@contextmanager
+def _any_letters() -> Iterator[None]:
+    """A run's name may be in letters that the PNG's font lacks; the page has them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        yield
+
+
+def _draw(plot: Plot) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter, ScalarFormatter
+
+    figure = Figure(figsize=plot.size, layout="constrained")
+    axes = figure.subplots()
+    for series in plot.series:
+        _add(axes, series, along_x=bool(plot.categories))
+    axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x" if plot.categories else "y")
+    axes.set_axisbelow(True)
+    if plot.categories:
+        axes.set_yticks(range(len(plot.categories)), labels=[_short(name) for name in plot.categories])
+        axes.set_ylim(len(plot.categories) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    if plot.whole:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if plot.powers:
+        axes.set_xscale("log", base=2)
+        values = sorted({x for series in plot.series for x in series.x})
+        axes.xaxis.set_major_locator(FixedLocator(values[:: -(-len(values) // 8)]))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+    if plot.unit:
+        axes.set_ylim(-0.02, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    return figure
+
+
+def _add(axes: Axes, series: Series, *, along_x: bool) -> None:
+    look: dict[str, Any] = {"color": series.color, "linestyle": _style(series), "marker": series.marker or None}
+    if series.faint:
+        axes.plot(series.x, series.y, linewidth=0.9, alpha=0.4, **look)
+        return
+    if series.low is not None and series.high is not None:
+        centre = series.x if along_x else series.y
+        ends = [
+            [value - low for value, low in zip(centre, series.low, strict=True)],
+            [high - value for value, high in zip(centre, series.high, strict=True)],
+        ]
+        look |= {"xerr" if along_x else "yerr": ends, "elinewidth": 1.6, "capsize": 3}
+        axes.errorbar(series.x, series.y, linewidth=1.7, markersize=5.5, **look)
+        return
+    axes.plot(
+        series.x, series.y, linewidth=1.7, markersize=5, markeredgecolor=SURFACE.light, markeredgewidth=0.6, **look
+    )
+
+
+def _style(series: Series) -> Any:
+    return "none" if series.line is None else (0, series.line) if series.line else "-"
+
+
+def _svg(figure: Figure, plot: Plot) -> Html:
+    file = io.StringIO()
+    figure.savefig(
+        file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+    )
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    opening, body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL).split(">", 1)
+    box = re.search(r'viewBox="([^"]*)"', opening)
+    assert box is not None
+    # Nothing is drawn outside of its axes, so nothing needs to be cut off.
+    body = re.sub(r'<clipPath.*?</clipPath>| clip-path="[^"]*"', "", body, flags=re.DOTALL)
+    # Ids are unique within a plot only; all but those of the markers, which are used, say nothing.
+    body = re.sub(r' id="(?!m[0-9a-f]{10}")[^"]*"', "", body)
+    body = re.sub(r'(id="|href="#)(m[0-9a-f]{10})', rf"\g<1>{plot.name}-\g<2>", body.replace("xlink:href", "href"))
+    body = re.sub(r" font-family: [^;\"]*;", "", body)
+    for color in NAMED:
+        body = body.replace(color.light, f"var(--{color.name})")
+    body = re.sub(r"\s*\n\s*", " ", body).replace("> <", "><").replace("rotate(-0", "rotate(0")
+    width = round(plot.size[0] * 72)
+    about = f'role="img" aria-label="{markup(_described(plot))}" style="max-width: {width * 2}px"'
+    return Html(f'<svg class="plot" viewBox="{box[1]}" {about}>{body.strip()}')
+
+
+def _png(figure: Figure, plot: Plot) -> bytes:
+    figure.axes[0].set_title(plot.title, loc="left", fontsize=10)
+    named = [series for series in plot.series if series.label and not series.faint]
+    if named and not plot.categories:
+        from matplotlib.lines import Line2D
+
+        handles = [
+            Line2D([], [], color=each.color, linestyle=_style(each), marker=each.marker or None, markersize=5)
+            for each in named
+        ]
+        columns = 1 if max(len(each.label) for each in named) > 28 else 2
+        rows = -(-len(named) // columns)
+        figure.set_size_inches(plot.size[0], plot.size[1] + 0.3 + 0.19 * rows)
+        labels = [_short(each.label, 52) for each in named]
+        figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=8)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=160, facecolor=SURFACE.light, metadata={"Software": None})
+    return file.getvalue()
+
+
+def _short(label: str, length: int = 26) -> str:
+    # matplotlib leaves out what begins with an underscore.
+    label = label if len(label) <= length else f"{label[: length // 2]}…{label[-(length // 2 - 1) :]}"
+    return f" {label}" if label.startswith("_") else label
+
+
+def _described(plot: Plot) -> str:
+    """The plot in words, for who does not see it."""
+    parts = [f"{plot.title}. {plot.x_label} against {plot.y_label or 'runs'}."]
+    for series in plot.series:
+        if series.faint or not series.label or not len(series.x):
+            continue
+        if plot.categories or len(series.x) == 1:
+            at = number(series.x[0]) if plot.categories else f"{number(series.y[0])} at {number(series.x[0])}"
+            parts.append(f"{series.label}: {at}.")
+        else:
+            first, last = number(series.y[0]), number(series.y[-1])
+            parts.append(f"{series.label}: from {first} at {number(series.x[0])} to {last} at {number(series.x[-1])}.")
+    return " ".join(parts)

@@ -1,0 +1,170 @@
+"""``evaluation/NAME/summary.json`` of a run, in the forms that ``falign evaluate`` writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from falign.errors import ConfigError
+
+__all__ = ["Bin", "Calibration", "Estimate", "Frontier", "RewardSummary", "SampleSummary", "Scorer", "read_evaluations"]
+
+
+class _Form(BaseModel):
+    """What is not named here may come along, and is not read."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Estimate(_Form):
+    """A value with its interval, where there is one."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+def _as_estimate(value: Any) -> Any:
+    return {"value": value} if value is None or isinstance(value, int | float) else value
+
+
+Estimated = Annotated[Estimate, BeforeValidator(_as_estimate)]
+
+
+class Bin(_Form):
+    """Items whose confidence is about the same."""
+
+    confidence: float | None
+    accuracy: float | None
+    count: int
+
+
+class Calibration(_Form):
+    """How far confidence is from accuracy."""
+
+    ece: Estimated
+    brier: Estimated
+    bins: tuple[Bin, ...]
+
+
+class Scorer(_Form):
+    """What one way to score achieves: ``score``, and the sections or subsets of the benchmark."""
+
+    scores: dict[str, Estimated]
+    calibration: Calibration | None = None
+
+    @property
+    def whole(self) -> str:
+        """The name of the benchmark's score; the plain mean, where a subset that the score needs is missing."""
+        return next((name for name in ("score", "accuracy") if name in self.scores), next(iter(self.scores), ""))
+
+
+class RewardSummary(_Form):
+    """Of ``falign evaluate rewards``."""
+
+    kind: Literal["rewards"]
+    name: str
+    benchmark: str
+    source: str | None = None
+    model: str | None = None
+    reference: str | None = None
+    divergence: str | None = None
+    beta: float | None = None
+    num_items: int
+    skipped: dict[str, int] = {}
+    missing_subsets: tuple[str, ...] = ()
+    """Without which there is no score."""
+    scorers: dict[str, Scorer]
+
+    @property
+    def main_scorer(self) -> str:
+        """The implicit reward, or what comes first where a model without reference has none."""
+        return "implicit_reward" if "implicit_reward" in self.scorers else next(iter(self.scorers), "")
+
+
+class Point(_Form):
+    """A run or a checkpoint: how far it went, and for what."""
+
+    label: str = ""
+    divergence: float | None
+    reward: float | None
+    reward_interval: tuple[float, float] | None = None
+
+
+class BestOfN(_Form):
+    """The best of n samples of the reference."""
+
+    n: int
+    divergence: float | None
+    reward: float | None
+
+
+class Ideal(_Form):
+    """The closed-form optimum at one beta."""
+
+    beta: float
+    divergence: float | None
+    reward: float | None
+    effective_samples: float | None = None
+    """How many samples of a prompt carry it; few of them say little."""
+
+
+class Frontier(_Form):
+    """Reward against divergence."""
+
+    divergence: str
+    points: tuple[Point, ...] = ()
+    best_of_n: tuple[BestOfN, ...] = ()
+    ideal: dict[str, tuple[Ideal, ...]] = {}
+
+
+class SampleSummary(_Form):
+    """Of ``falign evaluate samples``."""
+
+    kind: Literal["samples"]
+    name: str
+    model: str | None = None
+    reference: str | None = None
+    divergence: str | None = None
+    beta: float | None = None
+    num_prompts: int
+    num_completions: int
+    """Of each prompt."""
+    sampling: dict[str, Any] = {}
+    source: str | None = None
+    metrics: dict[str, Estimated]
+    frontier: Frontier | None = None
+    record: dict[str, Any] = {}
+
+    @property
+    def measured_on(self) -> str:
+        """What two evaluations have in common that can be compared: prompts, rewards, and how long samples may be."""
+        told = [self.record.get(name) for name in ("prompts", "rewards", "max_new_tokens")]
+        return json.dumps(told, sort_keys=True) if self.record else self.source or self.name
+
+
+_ANY = TypeAdapter[RewardSummary | SampleSummary](Annotated[RewardSummary | SampleSummary, Field(discriminator="kind")])
+
+
+def read_evaluations(folder: Path) -> tuple[RewardSummary | SampleSummary, ...]:
+    """Return the finished evaluations of a run, by name.
+
+    Raises:
+        ConfigError: One has another form.
+    """
+    return tuple(map(_read, sorted((folder / "evaluation").glob("*/summary.json"))))
+
+
+def _read(file: Path) -> RewardSummary | SampleSummary:
+    remedy = "remove its folder, and evaluate anew."
+    try:
+        return _ANY.validate_python(json.loads(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise ConfigError(f"{file}: {place} is not of an evaluation's form ({first['msg']}): {remedy}") from error
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged ({error}): {remedy}") from error

@@ -1,0 +1,86 @@
+"""What metrics are called where a person reads them, and how their values are written."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+__all__ = ["HELD_OUT", "MINUS", "NOTHING", "Number", "divergence_label", "fixed", "number", "share", "written"]
+
+Number: TypeAlias = float | int
+"""What JSON has; a float may have been written as a whole number there."""
+
+NOTHING, MINUS = "–", "−"
+
+HELD_OUT = {
+    "reward": ("reward", "{:.4f}"),
+    "reward, best of 8": ("reward/best_of_8", "{:.4f}"),
+    "pass@1": ("pass@1", "{:.1%}"),
+    "pass@8": ("pass@8", "{:.1%}"),
+    "reverse KL to the reference": ("divergence/reverse_kl", "{:.3f}"),
+    "different bigrams": ("distinct-2", "{:.3f}"),
+    "tokens": ("completions/length", "{:.1f}"),
+    "reward accuracy": ("rewards/accuracies", "{:.1%}"),
+    "mean margin": ("rewards/margins", "{:+.3f}"),
+    "loss": ("loss", "{:.4f}"),
+    "log-ratio of chosen": ("logratios/chosen", "{:+.2f}"),
+    "log-ratio of rejected": ("logratios/rejected", "{:+.2f}"),
+    "entropy per token": ("entropy", "{:.3f}"),
+}
+"""Label to name and form: the rows of the table of held-out values, in the terminal and in the report."""
+
+
+SPOKEN = {
+    "reverse_kl": "reverse KL",
+    "forward_kl": "forward KL",
+    "jensen_shannon": "Jensen–Shannon",
+    "alpha": "α",
+    "jeffreys": "Jeffreys",
+    "squared_hellinger": "squared Hellinger",
+    "pearson_chi2": "Pearson χ²",
+    "neyman_chi2": "Neyman χ²",
+    "chi2_kl": "χ² + KL",
+    "le_cam": "Le Cam",
+    "generalized_js": "generalized JS",
+}
+
+
+def written(value: Number | None, style: str = "{:.4g}") -> str:
+    """Return a value in a form, a missing one as a dash.
+
+    Example:
+        >>> written(-0.51234, "{:+.2f}"), written(None), written(float("inf"))
+        ('−0.51', '–', '∞')
+    """
+    if value is None or math.isnan(value):
+        return NOTHING
+    if math.isinf(value):
+        return "∞" if value > 0 else f"{MINUS}∞"
+    text = style.format(value)
+    return text.replace("-", MINUS) if "e" not in text else text
+
+
+def number(value: Number | None) -> str:
+    """Return a value with four digits."""
+    return written(value)
+
+
+def fixed(value: Number | None) -> str:
+    """Return a value with three decimals, so that it stands below others; with one where it is large."""
+    return written(value, "{:.3f}" if value is None or abs(value) < 10 else "{:.1f}")
+
+
+def share(value: Number | None) -> str:
+    """Return a share in per cent."""
+    return written(value, "{:.1%}")
+
+
+def divergence_label(name: str) -> str:
+    """Return a divergence's name as it is spoken.
+
+    Example:
+        >>> divergence_label("reverse_kl"), divergence_label("alpha(0.5)")
+        ('reverse KL', 'α(0.5)')
+    """
+    family, opening, parameter = name.partition("(")
+    return f"{SPOKEN.get(family, family.replace('_', ' '))}{opening}{parameter}"

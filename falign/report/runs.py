@@ -1,0 +1,119 @@
+"""The runs of a report, read from their folders."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from falign.errors import ConfigError
+from falign.report.evaluations import RewardSummary, SampleSummary, read_evaluations
+from falign.report.metric_names import Number
+from falign.report.palette import Color, marker_of, run_color
+from falign.training import RunFolder
+
+__all__ = ["ReportedRun", "read_runs"]
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """What a report says of one run.
+
+    Attributes:
+        label: The shortest end of its path that no other run of the report has.
+        index: Its place in the report, which decides its colour and marker.
+        folder: Where it lies.
+        run_file: The resolved run file.
+        manifest: Versions, model, reference, data.
+        logs: The lines of ``metrics.jsonl``.
+        before: Held-out values before training; empty without held-out data.
+        after: The same after training; empty until the run has ended.
+        samples: Prompts of the run file, answered before and after.
+        evaluations: What ``falign evaluate`` has measured.
+    """
+
+    label: str
+    index: int
+    folder: RunFolder
+    run_file: dict[str, Any]
+    manifest: dict[str, Any]
+    logs: list[dict[str, Any]]
+    before: dict[str, Number]
+    after: dict[str, Number]
+    samples: list[dict[str, str]]
+    evaluations: tuple[RewardSummary | SampleSummary, ...]
+
+    @property
+    def color(self) -> Color:
+        """Its colour, everywhere."""
+        return run_color(self.index)
+
+    @property
+    def marker(self) -> str:
+        """Its marker, everywhere."""
+        return marker_of(self.index)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has trained all its steps."""
+        return (self.folder.path / "summary.json").is_file()
+
+    @property
+    def online(self) -> bool:
+        """Whether it learns from its own samples."""
+        return self.run_file.get("prompts") is not None
+
+    @property
+    def rewards(self) -> dict[str, RewardSummary]:
+        """Reward benchmarks by the names of their folders."""
+        return {found.name: found for found in self.evaluations if isinstance(found, RewardSummary)}
+
+    @property
+    def sampled(self) -> dict[str, SampleSummary]:
+        """Evaluations of samples by the names of their folders."""
+        return {found.name: found for found in self.evaluations if isinstance(found, SampleSummary)}
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[ReportedRun]:
+    """Read the runs of a report; one that has not ended has what it has come to.
+
+    Raises:
+        ConfigError: A path is no run folder, is given twice, or a file of a run is damaged.
+    """
+    folders = [RunFolder.open(path) for path in paths]
+    places = Counter(folder.path.resolve() for folder in folders)
+    if twice := [place for place, count in places.items() if count > 1]:
+        raise ConfigError(f"{twice[0]} is given twice: name each run once.")
+    labels = _labels([folder.path.resolve() for folder in folders])
+    return [_read(folder, index, label) for index, (folder, label) in enumerate(zip(folders, labels, strict=True))]
+
+
+def _read(folder: RunFolder, index: int, label: str) -> ReportedRun:
+    def known(name: str) -> Any:
+        return folder.read_json(name) if (folder.path / name).is_file() else None
+
+    summary = known("summary.json") or {"before": (known("before.json") or {"metrics": {}})["metrics"], "after": {}}
+    return ReportedRun(
+        label=label,
+        index=index,
+        folder=folder,
+        run_file=folder.read_run_file(),
+        manifest=folder.read_json("manifest.json"),
+        logs=folder.metrics(),
+        before=summary["before"],
+        after=summary["after"],
+        samples=known("samples.json") or [],
+        evaluations=read_evaluations(folder.path),
+    )
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as few as tell it from all others."""
+    return [next(end for end in _ends(path) if sum(end in _ends(other) for other in paths) == 1) for path in paths]
+
+
+def _ends(path: Path) -> list[str]:
+    parts = path.parts
+    return ["/".join(parts[-n:]) for n in range(1, len(parts))] + [str(path)]

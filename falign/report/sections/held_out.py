@@ -1,0 +1,69 @@
+"""Held-out values before and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from falign.report.html import Html, joined
+from falign.report.metric_names import HELD_OUT, Number, number, written
+from falign.report.runs import ReportedRun
+from falign.report.sections.base import Section, missing, path_of
+from falign.report.tables import details, run_name, table
+
+__all__ = ["held_out"]
+
+TITLE = "Held out, before and after"
+
+
+def held_out(runs: Sequence[ReportedRun]) -> Section:
+    """Tabulate what each run changed on data that it did not learn from."""
+    found = [run for run in runs if run.before]
+    lines = []
+    if running := [run for run in runs if not run.ended]:
+        names = ", ".join(run.label for run in running)
+        text = f"Not ended: {names}. Values after training come when it has; what was stopped goes on by"
+        lines.append(missing(text, f"falign train {path_of(running[0])}/run.yaml --resume"))
+    if len(found) < len(runs):
+        fields = "`data.eval_size` or `prompts.eval_size`"
+        names = ", ".join(run.label for run in runs if run not in found)
+        lines.append(
+            missing(f"Nothing is held out in {names}: set {fields} in the run file and train:", "falign train RUN.yaml")
+        )
+    if not found:
+        return Section("held-out", TITLE, joined(lines))
+    main = [
+        (label, metric, style)
+        for label, (metric, style) in HELD_OUT.items()
+        if any(metric in run.before for run in found)
+    ]
+    shown = {metric for _, metric, _ in main}
+    rest = sorted({metric for run in found for metric in run.before} - shown)
+    body = [_table("Held-out means", found, main), *lines]
+    if rest:
+        body.append(
+            details(
+                f"All {len(rest)} other held-out values",
+                _table(
+                    "Other held-out means, by the names of metrics.jsonl",
+                    found,
+                    [(metric, metric, "") for metric in rest],
+                ),
+            )
+        )
+    return Section("held-out", TITLE, joined(body))
+
+
+def _table(caption: str, runs: Sequence[ReportedRun], rows: Sequence[tuple[str, str, str]]) -> Html:
+    def cell(values: dict[str, Number], metric: str, style: str) -> str:
+        return written(values.get(metric), style) if style else number(values.get(metric))
+
+    return table(
+        caption,
+        ["", *(when for _ in runs for when in ("before", "after"))],
+        [
+            [label, *(cell(values, metric, style) for run in runs for values in (run.before, run.after))]
+            for label, metric, style in rows
+        ],
+        groups=[(run_name(run), 2) for run in runs],
+        quiet=True,
+    )

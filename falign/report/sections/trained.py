@@ -1,0 +1,189 @@
+"""What was trained: method, divergence, model, versions, the command to do it again, and how the runs differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from falign.report.html import Html, joined, tag
+from falign.report.metric_names import NOTHING, divergence_label, number
+from falign.report.runs import ReportedRun
+from falign.report.sections.base import Section, path_of
+from falign.report.tables import code, details, run_name, table
+
+__all__ = ["trained"]
+
+METHODS = {
+    "pairwise": "f-DPO on pairs",
+    "listwise": "f-DPO on ranked lists",
+    "token_pairwise": "TDPO, a divergence per token",
+    "policy_gradient": "policy gradient",
+    "distribution_matching": "f-DPG",
+    "hybrid": "DPH-RL",
+    "rehearsal": "rehearsal of reference samples",
+    "supervised": "supervised tuning",
+}
+BESIDE = frozenset({"kind", "divergence", "beta", "target"})
+
+
+def trained(runs: Sequence[ReportedRun]) -> Section:
+    """Say what each run is, and how to repeat it."""
+    rows = [[label, *(say(run) for run in runs)] for label, say in ROWS.items()]
+    rows = [row for row in rows if any(cell != NOTHING for cell in row[1:])]
+    body = [table("What was trained", ["", *map(run_name, runs)], rows, text=True, quiet=True)]
+    if len(runs) > 1:
+        body.append(_differences(runs))
+    commands = "\n".join(f"falign train {path_of(run)}/run.yaml output_dir={path_of(run)}-again" for run in runs)
+    body += [tag("h3", "To train it again"), code(commands, "command to train it again")]
+    for run in runs:
+        text = yaml.safe_dump(run.run_file, sort_keys=False, allow_unicode=True)
+        name = f" of {run.label}" if len(runs) > 1 else ""
+        body.append(details(f"The whole run file{name}", code(text, f"run file{name}")))
+    return Section("trained", "What was trained", joined(body))
+
+
+def _differences(runs: Sequence[ReportedRun]) -> Html:
+    flat = [_flat({name: value for name, value in run.run_file.items() if name != "output_dir"}) for run in runs]
+    names = dict.fromkeys(name for fields in flat for name, value in fields.items() if value is not None)
+    rows = [
+        [tag("code", *_breakable(name)), *(_said(fields[name]) if name in fields else NOTHING for fields in flat)]
+        for name in names
+        if any(fields.get(name) != flat[0].get(name) for fields in flat)
+    ]
+    if not rows:
+        return tag("p", "The run files are equal but for the folder.", attributes={"class": "note"})
+    return table("What differs in the run files", ["field", *map(run_name, runs)], rows, text=True)
+
+
+def _breakable(name: str) -> list[str]:
+    """A field's name, whose parts may stand below each other."""
+    first, *others = name.split(".")
+    return [first, *(part for other in others for part in (tag("wbr"), f".{other}"))]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    items: Any = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        items = enumerate(value)
+    if not items:
+        return {prefix: value}
+    return {name: inner for key, part in items for name, inner in _flat(part, f"{prefix}.{key}".strip(".")).items()}
+
+
+def _said(value: Any) -> str:
+    """A value of the run file as it is written there."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return ", ".join(map(_said, value)) if isinstance(value, list) else str(value)
+
+
+def _method(run: ReportedRun) -> str:
+    kind = run.run_file["objective"]["kind"]
+    name = METHODS.get(kind, str(kind))
+    return f"online {name.replace(' on pairs', '')}" if run.online and kind.endswith(("wise",)) else name
+
+
+def _divergence(run: ReportedRun) -> str:
+    name = run.run_file["objective"].get("divergence")
+    return NOTHING if name is None else divergence_label(name)
+
+
+def _beta(run: ReportedRun) -> str:
+    return number(run.run_file["objective"].get("beta"))
+
+
+def _target(run: ReportedRun) -> str:
+    target = run.run_file["objective"].get("target")
+    if not target:
+        return NOTHING
+    others = [f"{name} {_said(value)}" for name, value in target.items() if name != "kind" and value is not None]
+    return ", ".join([target["kind"], *others])
+
+
+def _settings(run: ReportedRun) -> str:
+    others = {
+        name: value for name, value in run.run_file["objective"].items() if name not in BESIDE and value is not None
+    }
+    return ", ".join(f"{name} {_said(value)}" for name, value in others.items()) or NOTHING
+
+
+def _rewards(run: ReportedRun) -> str:
+    return ", ".join(reward.get("name") or reward["kind"] for reward in run.run_file.get("rewards") or []) or NOTHING
+
+
+def _reference(run: ReportedRun) -> str:
+    kind = run.manifest["reference"].get("kind", run.run_file["reference"].get("kind", "auto"))
+    return {"adapter_off": "the model without its adapter"}.get(kind, str(kind).replace("_", " "))
+
+
+def _model(run: ReportedRun) -> Html:
+    described = run.manifest["model"]
+    size = f"{described['architecture']}, {_count(described['total_parameters'])} parameters"
+    return joined([run.run_file["model"]["path"], tag("br"), tag("small", size)])
+
+
+def _adapter(run: ReportedRun) -> str:
+    adapter: Mapping[str, Any] | None = run.run_file.get("adapter")
+    count = f"{_count(run.manifest['model']['trainable_parameters'])} trained"
+    if adapter is None:
+        return f"none, all weights: {count}"
+    origin = f"from {adapter['init']}" if adapter.get("init") else f"LoRA, r {adapter['r']}, alpha {adapter['alpha']:g}"
+    return f"{origin}: {count}"
+
+
+def _steps(run: ReportedRun) -> str:
+    steps = max((log["step"] for log in run.logs), default=0)
+    return f"{steps}" if run.ended else f"{steps} so far"
+
+
+def _time(run: ReportedRun) -> str:
+    seconds = next((log["train_runtime"] for log in reversed(run.logs) if "train_runtime" in log), None)
+    return NOTHING if seconds is None else f"{seconds / 60:.1f} min"
+
+
+def _batch(run: ReportedRun) -> str:
+    training, rollout = run.run_file["training"], run.run_file["rollout"]
+    if run.online:
+        return f"{_counted(rollout['prompts'], 'prompt')} × {_counted(rollout['completions'], 'completion')}"
+    if training.get("tokens_per_batch"):
+        return f"{training['tokens_per_batch']} tokens × {training['gradient_accumulation_steps']}"
+    return _counted(training["per_device_train_batch_size"] * training["gradient_accumulation_steps"], "prompt")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _versions(run: ReportedRun) -> str:
+    return ", ".join(f"{name} {version}" for name, version in run.manifest["versions"].items())
+
+
+def _count(number_of: int) -> str:
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number_of >= size:
+            return f"{number_of / size:.3g} {letter}"
+    return str(number_of)
+
+
+ROWS: dict[str, Callable[[ReportedRun], str]] = {
+    "method": _method,
+    "divergence": _divergence,
+    "β": _beta,
+    "target": _target,
+    "rewards": _rewards,
+    "other settings": _settings,
+    "reference": _reference,
+    "model": _model,
+    "adapter": _adapter,
+    "steps": _steps,
+    "batch": _batch,
+    "learning rate": lambda run: number(run.run_file["training"]["learning_rate"]),
+    "seed": lambda run: str(run.run_file["seed"]),
+    "time of training": _time,
+    "layout": lambda run: str(run.manifest["layout"]),
+    "versions": _versions,
+}

@@ -1,0 +1,88 @@
+"""Tables that scroll inside their box, and the name of a run with its colour and marker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from falign.report.evaluations import Estimate
+from falign.report.html import Html, joined, markup, tag
+from falign.report.metric_names import NOTHING, Number, number
+from falign.report.palette import MARKERS
+from falign.report.runs import ReportedRun
+
+__all__ = ["code", "details", "interval", "legend", "run_name", "table"]
+
+
+def run_name(run: ReportedRun) -> Html:
+    """Return a run's name behind its mark."""
+    mark = Html(f'<path d="M0 6h28"/><path class="marker" d="{MARKERS[run.marker]}"/>')
+    look = {"class": "mark", "viewBox": "0 0 28 12", "aria-hidden": "true", "style": f"--run: var(--{run.color.name})"}
+    return tag("span", tag("svg", mark, attributes=look), run.label, attributes={"class": "run"})
+
+
+def legend(runs: Sequence[ReportedRun]) -> Html:
+    """Return the names of several runs in a line; nothing for one run."""
+    names = [tag("li", run_name(run)) for run in runs]
+    return tag("ul", *names, attributes={"class": "legend", "aria-label": "runs"}) if len(runs) > 1 else Html("")
+
+
+def table(
+    caption: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    groups: Sequence[tuple[str, int]] = (),
+    text: bool = False,
+    stacked: bool = False,
+    quiet: bool = False,
+) -> Html:
+    """Return a table; the first cell of each row is its heading.
+
+    Args:
+        caption: What it shows, for the eye and for who does not see it.
+        columns: Headings, that of the first column among them.
+        rows: Texts or markup.
+        groups: Headings over several columns, each with their number, after the first column.
+        text: The cells hold texts, not numbers; what is the same in all columns stands once.
+        stacked: Intervals lie below their values, not beside them.
+        quiet: The caption is not shown, because a heading above says as much.
+    """
+    head = []
+    if groups:
+        over = [tag("th", name, attributes={"scope": "colgroup", "colspan": str(count)}) for name, count in groups]
+        head.append(tag("tr", tag("td"), *over))
+    head.append(tag("tr", *(tag("th", name, attributes={"scope": "col"}) for name in columns)))
+    body = [_row(row, merged=text) for row in rows]
+    inner = tag("table", tag("caption", caption), tag("thead", *head), tag("tbody", *body))
+    # Who moves by keyboard scrolls what can be focused.
+    kinds = ["scroll", *(["text"] if text else []), *(["stacked"] if stacked else []), *(["quiet"] if quiet else [])]
+    box = {"class": " ".join(kinds), "tabindex": "0", "role": "region", "aria-label": caption}
+    return tag("div", inner, attributes=box)
+
+
+def _row(row: Sequence[str], *, merged: bool) -> Html:
+    heading = tag("th", row[0], attributes={"scope": "row"})
+    if merged and len(row) > 2 and len(set(row[1:])) == 1:
+        return tag("tr", heading, tag("td", row[1], attributes={"colspan": str(len(row) - 1), "class": "same"}))
+    return tag("tr", heading, *(tag("td", cell) for cell in row[1:]))
+
+
+def interval(found: Estimate | None, write: Callable[[Number | None], str] = number) -> Html:
+    """Return a value with its interval, where it has one."""
+    if found is None:
+        return markup(NOTHING)
+    if found.low is None or found.high is None:
+        return markup(write(found.value))
+    low, high = write(found.low), write(found.high)
+    ends = f"{low.removesuffix('%') if high.endswith('%') else low} to {high}"
+    return joined([write(found.value), " ", tag("small", ends)])
+
+
+def details(summary: str, *children: str) -> Html:
+    """Return what is shown when it is asked for."""
+    return tag("details", tag("summary", summary), *children)
+
+
+def code(text: str, label: str) -> Html:
+    """Return lines to copy."""
+    return tag("pre", tag("code", text), attributes={"tabindex": "0", "role": "region", "aria-label": label})

@@ -1,0 +1,77 @@
+"""A report on the disk: the page, and its pictures beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from falign.errors import ConfigError
+from falign.report.page import MARK, page
+from falign.report.runs import read_runs
+from falign.report.sections import SECTIONS
+from falign.training.run_folder import naming
+
+__all__ = ["WrittenReport", "report_path", "write_report"]
+
+NAME = "report.html"
+
+
+class WrittenReport(NamedTuple):
+    """Where a report lies.
+
+    Attributes:
+        page: The HTML file.
+        figures: The folder of the PNG files.
+        pictures: The PNG files.
+    """
+
+    page: Path
+    figures: Path
+    pictures: tuple[Path, ...]
+
+
+def report_path(runs: Sequence[str | Path], out: str | Path | None) -> Path:
+    """Return the file of a report.
+
+    Args:
+        runs: What it is of.
+        out: A folder, or a file with the suffix ``.html``; left out, the folder of a single run, or this folder.
+
+    Raises:
+        ConfigError: A file that is no report lies there.
+    """
+    if out is None:
+        path = (Path(runs[0]) if len(runs) == 1 else Path()) / NAME
+    else:
+        path = Path(out)
+        path = path if path.suffix.lower() in (".html", ".htm") and not path.is_dir() else path / NAME
+    if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        raise ConfigError(f"{path} is there and is no report of falign: choose another --out.")
+    return path
+
+
+def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> WrittenReport:
+    """Write the report of one or more runs.
+
+    Args:
+        runs: Run folders.
+        out: As in :func:`report_path`.
+
+    Returns:
+        The page and its pictures, which lie in the folder ``NAME-figures`` beside ``NAME.html``.
+
+    Raises:
+        ConfigError: A folder is no run, a file in one is damaged, or another file lies where the report would.
+    """
+    path = report_path(runs, out)
+    read = read_runs(runs)
+    sections = [section(read) for section in SECTIONS]
+    folder = path.parent / f"{path.stem}-figures"
+    pictures = {folder / f"{picture.name}.png": picture.png for part in sections for picture in part.pictures}
+    with naming(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(page(read, sections), encoding="utf-8")
+        for file, content in pictures.items():
+            file.write_bytes(content)
+    return WrittenReport(path, folder, tuple(pictures))
