@@ -1,5 +1,6 @@
 """What a trained policy does to completions: scores of files, streamed and resumable."""
 
+from falign.evaluation.best_of_n import best_of_n_divergence
 from falign.evaluation.completion_scorer import CompletionScorer, choose_common_layout
 from falign.evaluation.score_file import ScoreTotals, score_trees
 from falign.evaluation.score_output import ScoreOutput, check_output
@@ -13,6 +14,7 @@ __all__ = [
     "ScoreTotals",
     "TreeStream",
     "batches_in_order",
+    "best_of_n_divergence",
     "check_output",
     "choose_common_layout",
     "score_trees",
