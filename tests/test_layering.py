@@ -22,7 +22,7 @@ ALLOWED = {
     "rollouts": {"scoring", "models"},
     "rewards": {"divergences", "objectives", "scoring", "models", "references"},
     "metrics": {"divergences", "rewards"},
-    "training": {*BELOW_TRAINING, "metrics"},
+    "training": {*BELOW_TRAINING, "metrics", "evaluation"},
     "evaluation": {*BELOW_TRAINING, "metrics"},
     "cli": {*BELOW_TRAINING, "training", "evaluation", "metrics"},
 }
