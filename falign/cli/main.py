@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from falign.cli import data, divergences, export, sample, score, soup, train
+from falign.cli import data, divergences, evaluate, export, sample, score, soup, train
 from falign.cli.quiet import quiet
 from falign.errors import FalignError
 from falign.full_disk import is_full_disk
@@ -31,6 +31,7 @@ app.command("export")(export.export)
 app.command("soup", cls=soup.SoupCommand)(soup.soup)
 app.command("divergences")(divergences.divergences)
 app.add_typer(data.app, name="data")
+app.add_typer(evaluate.app, name="evaluate")
 
 
 def main() -> None:

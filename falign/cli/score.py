@@ -61,6 +61,7 @@ def score(
     """Write log-probs per token, log-ratios and implicit rewards of completions; a stopped call goes on if repeated."""
     from falign.cli.data import column_mapping
     from falign.cli.scored import load_compared, load_run
+    from falign.cli.trained import is_run
     from falign.data import DataSource
     from falign.data.bad_rows import require_choice
     from falign.evaluation import ScoreOutput, TreeStream, check_output
@@ -74,13 +75,13 @@ def score(
     if out.resolve() == Path(file).resolve():
         raise ConfigError(f"{out} is the file that is scored: give the scores another name.")
     own = {"--reference": reference, "--divergence": divergence, "--beta": beta, "--dtype": dtype}
-    is_run = (Path(model) / "manifest.json").is_file()
-    _check_options(model, is_run=is_run, given={name: value for name, value in own.items() if value is not None})
+    trained = is_run(model)
+    _check_options(model, trained=trained, given={name: value for name, value in own.items() if value is not None})
     source = DataSource(file, split=split, format=format, columns=column_mapping(columns))
     _require_rows(source, bad_rows)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with console.status(f"loading {escape(model)}"):
-        if is_run:
+        if trained:
             scored = load_run(model, max_length=max_length)
         else:
             assert reference is not None
@@ -115,13 +116,13 @@ def score(
     _show(totals, out)
 
 
-def _check_options(model: str, *, is_run: bool, given: dict[str, Any]) -> None:
-    if is_run and given:
+def _check_options(model: str, *, trained: bool, given: dict[str, Any]) -> None:
+    if trained and given:
         raise ConfigError(
             f"{model} is a run, which is scored as it was trained; {', '.join(given)} would make it another one. Leave "
             "it out, or export the run (falign export --format merged) and score that with --reference."
         )
-    if not is_run and "--reference" not in given:
+    if not trained and "--reference" not in given:
         raise ConfigError(
             f"{model} is not a run folder, so there is nothing to compare it with: give --reference MODEL, for example "
             "the model that it was trained from."

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
     from falign.data import Window
     from falign.evaluation import CompletionScorer
-    from falign.objectives import RewardingObjective
+    from falign.objectives import Objective, RewardingObjective
     from falign.references import Reference
     from falign.scoring import LayoutChoice, PromptTree
+    from falign.training import RunConfig
 
-__all__ = ["Scored", "load_compared", "load_run"]
+__all__ = ["Scored", "load_alone", "load_compared", "load_run", "positions_of", "run_objective"]
 
 
 class Scored(NamedTuple):
@@ -29,8 +30,9 @@ class Scored(NamedTuple):
     Attributes:
         policy: On the device to compute on.
         tokenizer: The policy's.
-        reference: What the policy is compared with.
+        reference: What the policy is compared with; None where it is scored alone.
         objective: What defines the implicit reward.
+        rewarding: Whether that is the policy's own, and not one that stands in for an objective without reward.
         window: Lengths, and what happens to what is longer.
         chunk_tokens: Positions that reach the vocabulary at once.
         record: What tells these from others, by name.
@@ -38,17 +40,18 @@ class Scored(NamedTuple):
 
     policy: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
-    reference: Reference
+    reference: Reference | None
     objective: RewardingObjective
     window: Window
     chunk_tokens: int
     record: dict[str, Any]
+    rewarding: bool = True
 
     def models(self) -> list[Any]:
         """Return the policy, and the reference's model where that is another one."""
         from falign.references import own_model
 
-        other = own_model(self.reference)
+        other = None if self.reference is None else own_model(self.reference)
         return [self.policy, *([] if other is None else [other])]
 
     def scorer(self, trees: Sequence[PromptTree], *, layout: Any) -> tuple[CompletionScorer, LayoutChoice]:
@@ -62,29 +65,45 @@ class Scored(NamedTuple):
             ConfigError: The window is too long, or a model cannot read the layout.
             ModelError: Scores are not those of the model's own logits.
         """
-        from falign.evaluation import CompletionScorer, choose_common_layout
+        from falign.evaluation import CompletionScorer
         from falign.models.tokenizers import pad_token_id
 
-        self._check(trees[0].prompt_ids + trees[0].completion_ids[0])
-        pad_id = pad_token_id(self.tokenizer)
-        choice = choose_common_layout(self.models(), trees, pad_token_id=pad_id, wanted=layout)
+        choice = self.choose_layout(trees, layout=layout)
+        assert self.reference is not None
         scorer = CompletionScorer(
             policy=self.policy,
             reference=self.reference,
             objective=self.objective,
-            pad_token_id=pad_id,
+            pad_token_id=pad_token_id(self.tokenizer),
             layout=choice.layout,
             chunk_tokens=self.chunk_tokens,
         )
         return scorer, choice
+
+    def choose_layout(self, trees: Sequence[PromptTree], *, layout: Any) -> LayoutChoice:
+        """Check the models on the first trees, and return a layout that they can read.
+
+        Args:
+            trees: The first ones of the source.
+            layout: ``auto``, ``tree`` or ``padded``.
+
+        Raises:
+            ConfigError: The window is too long, or a model cannot read the layout.
+            ModelError: Scores are not those of the model's own logits.
+        """
+        from falign.evaluation import choose_common_layout
+        from falign.models.tokenizers import pad_token_id
+
+        self._check(trees[0].prompt_ids + trees[0].completion_ids[0])
+        return choose_common_layout(self.models(), trees, pad_token_id=pad_token_id(self.tokenizer), wanted=layout)
 
     def _check(self, token_ids: Sequence[int]) -> None:
         from falign.models import base_of
         from falign.scoring import check_head
 
         for model in self.models():
-            positions = getattr(base_of(model).config, "max_position_embeddings", None)
-            if isinstance(positions, int) and self.window.max_length > positions:
+            positions = positions_of(model)
+            if positions is not None and self.window.max_length > positions:
                 raise ConfigError(
                     f"--max-length {self.window.max_length} is more than the {positions} positions of "
                     f"{base_of(model).name_or_path}: lower it."
@@ -92,35 +111,34 @@ class Scored(NamedTuple):
             check_head(model, token_ids)
 
 
-def load_run(path: str, *, max_length: int | None) -> Scored:
+def load_run(path: str, *, max_length: int | None, any_objective: bool = False) -> Scored:
     """Load a run as it was trained: its policy, reference, objective and window.
 
     Args:
         path: The run folder.
         max_length: The window, if not the run's own.
+        any_objective: Take a run whose objective defines no implicit reward too, with log-ratios for rewards.
 
     Raises:
-        ConfigError: The run is not finished, or its objective defines no implicit reward.
+        ConfigError: The run is not finished, or its objective defines no implicit reward and needs to.
         ModelError: A model is not there, or not the one that was trained.
     """
     from falign.cli.trained import load_trained
-    from falign.data import Window
     from falign.models import weights_hash
-    from falign.objectives import RewardingObjective
+    from falign.objectives import FDPO, RewardingObjective
     from falign.training import RunFolder
     from falign.training.references import rebuild_reference
 
     folder = RunFolder.open(path)
+    objective = run_objective(path)
+    rewarding = isinstance(objective, RewardingObjective)
+    if not rewarding and not any_objective:
+        kind = folder.read_run_file()["objective"]["kind"]
+        raise ConfigError(f"{path}: objective.kind={kind} defines no implicit reward to score by.")
     policy, tokenizer, config = load_trained(folder)
-    sys.path.insert(0, str(Path.cwd()))  # where a divergence of one's own (module:attribute) lies
-    objective = config.objective.build()
-    if not isinstance(objective, RewardingObjective):
-        raise ConfigError(f"{path}: objective.kind={config.objective.kind} defines no implicit reward to score by.")
     policy.to(_device())  # pyright: ignore[reportArgumentType]
     reference = rebuild_reference(config, policy, folder, device=_device())
-    data = config.data
-    assert data is not None, "objectives with an implicit reward"
-    window = Window(data.max_length, data.max_completion_length, data.long_prompt, data.long_completion)
+    window = _window(config)
     if config.adapter is None:
         identity = {"weights": weights_hash(policy)}
     else:
@@ -130,10 +148,11 @@ def load_run(path: str, *, max_length: int | None) -> Scored:
         policy,
         tokenizer,
         reference,
-        objective,
+        objective if isinstance(objective, RewardingObjective) else FDPO("reverse_kl", 1.0),
         window if max_length is None else replace(window, max_length=max_length),
         config.training.chunk_tokens,
         _record(identity, reference, config.objective.model_dump(mode="json")),
+        rewarding,
     )
 
 
@@ -181,8 +200,71 @@ def load_compared(
     )
 
 
-def _record(policy: dict[str, Any], reference: Reference, objective: dict[str, Any]) -> dict[str, Any]:
-    sections = {"policy": policy, "reference": reference.identity(), "objective": objective}
+def load_alone(path: str, *, dtype: str, max_length: int | None) -> Scored:
+    """Load a model without anything to compare it with.
+
+    Args:
+        path: The policy.
+        dtype: Of the model.
+        max_length: The window; 1024 where None.
+
+    Raises:
+        ModelError: The model is not there.
+    """
+    from falign.data import Window
+    from falign.models import load_model, load_tokenizer, weights_hash
+    from falign.objectives import FDPO
+    from falign.scoring import DEFAULT_CHUNK_TOKENS
+
+    tokenizer = load_tokenizer(path)
+    policy = load_model(path, dtype=dtype, device=_device())
+    return Scored(
+        policy,
+        tokenizer,
+        None,
+        FDPO("reverse_kl", 1.0),
+        Window(1024 if max_length is None else max_length),
+        DEFAULT_CHUNK_TOKENS,
+        _record({"weights": weights_hash(policy)}, None, {}),
+        rewarding=False,
+    )
+
+
+def run_objective(path: str) -> Objective:
+    """Return the objective of a run, without what is fitted on samples.
+
+    Raises:
+        ConfigError: There is no run, or its run file is damaged.
+    """
+    from falign.training import RunFolder, parse_run
+
+    folder = RunFolder.open(path)
+    sys.path.insert(0, str(Path.cwd()))  # where a divergence of one's own (module:attribute) lies
+    return parse_run(folder.read_run_file(), place=str(folder.run_file)).check()
+
+
+def positions_of(model: Any) -> int | None:
+    """Return how many positions a model has; None where it does not say."""
+    from falign.models import base_of
+
+    positions = getattr(base_of(model).config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else None
+
+
+def _window(config: RunConfig) -> Window:
+    """What a run's completions fit into, whether it read or sampled them."""
+    from falign.data import Window
+
+    data = config.data
+    if data is not None:
+        return Window(data.max_length, data.max_completion_length, data.long_prompt, data.long_completion)
+    assert config.prompts is not None
+    return Window(config.prompts.max_length + config.rollout.max_new_tokens, config.rollout.max_new_tokens)
+
+
+def _record(policy: dict[str, Any], reference: Reference | None, objective: dict[str, Any]) -> dict[str, Any]:
+    identity = {} if reference is None else reference.identity()
+    sections = {"policy": policy, "reference": identity, "objective": objective}
     return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
 
 

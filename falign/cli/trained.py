@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from falign.errors import ConfigError, ModelError
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     from falign.training import RunConfig, RunFolder
 
-__all__ = ["Trained", "load_trained"]
+__all__ = ["Trained", "is_run", "load_trained"]
 
 
 class Trained(NamedTuple):
@@ -21,6 +22,11 @@ class Trained(NamedTuple):
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     config: RunConfig
+
+
+def is_run(path: str) -> bool:
+    """Return whether a path is that of a run folder, and not a model's."""
+    return (Path(path) / "manifest.json").is_file()
 
 
 def load_trained(folder: RunFolder) -> Trained:

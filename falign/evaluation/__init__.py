@@ -1,29 +1,34 @@
-"""What a trained policy does to completions: scores of files, streamed and resumable."""
+"""What a trained policy does to completions: scores of files and benchmarks, streamed and resumable."""
 
-from falign.evaluation.best_of_n import best_of_n_divergence
 from falign.evaluation.completion_scorer import CompletionScorer, choose_common_layout
-from falign.evaluation.frontier import BestOfN, Ideal, Limit, best_of_n_frontier, betas, ideal_frontier, sample_limit
+from falign.evaluation.item_scorer import SCORERS, ComparedScores, ItemScorer, ReferenceFreeScores
+from falign.evaluation.item_stream import ItemStream, ItemTree, read_items
+from falign.evaluation.reward_summary import scores_with_intervals, summarise_scorer
 from falign.evaluation.score_file import ScoreTotals, score_trees
+from falign.evaluation.score_items import ItemRow, score_items
 from falign.evaluation.score_output import ScoreOutput, check_output
 from falign.evaluation.score_rows import ScoreRow
 from falign.evaluation.tree_stream import TreeStream, batches_in_order
 
 __all__ = [
-    "BestOfN",
+    "SCORERS",
+    "ComparedScores",
     "CompletionScorer",
-    "Ideal",
-    "Limit",
+    "ItemRow",
+    "ItemScorer",
+    "ItemStream",
+    "ItemTree",
+    "ReferenceFreeScores",
     "ScoreOutput",
     "ScoreRow",
     "ScoreTotals",
     "TreeStream",
     "batches_in_order",
-    "best_of_n_divergence",
-    "best_of_n_frontier",
-    "betas",
     "check_output",
     "choose_common_layout",
-    "ideal_frontier",
-    "sample_limit",
+    "read_items",
+    "score_items",
     "score_trees",
+    "scores_with_intervals",
+    "summarise_scorer",
 ]

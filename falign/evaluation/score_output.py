@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -87,31 +87,45 @@ class ScoreOutput:
     def take(self, tree: PromptTree) -> list[ScoreRow] | None:
         """Return the rows of the next tree if they are there already.
 
-        At the first tree of which not all are, what there is of it is cut off, and nothing is there from then on.
-
         Args:
             tree: The next one of the source.
 
         Raises:
             ConfigError: The rows are of another tree, so the source has changed since.
         """
+        expected = [
+            {"place": tree.place, "completion": i, "token_ids": list(ids)} for i, ids in enumerate(tree.completion_ids)
+        ]
+        return self.take_rows(expected)  # pyright: ignore[reportReturnType] - a row is what was appended
+
+    def take_rows(self, expected: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+        """Return the next rows, of which all or none are needed, if they are there already.
+
+        Where not all are there, what there is of them is cut off, and nothing is there from then on.
+
+        Args:
+            expected: What each of the rows must have, by name, its ``place`` among it.
+
+        Raises:
+            ConfigError: The rows have something else, so the source has changed since.
+        """
         if not self._reading:
             return None
         start = self._file.tell()
-        rows: list[ScoreRow] = []
-        for i, ids in enumerate(tree.completion_ids):
+        rows: list[dict[str, Any]] = []
+        for wanted in expected:
             row = _parse(self._file.readline())
             if row is None:
                 self._file.seek(start)
                 self._file.truncate()
                 self._reading = False
                 return None
-            if (row["place"], row["completion"], row["token_ids"]) != (tree.place, i, list(ids)):
-                raise self._changed(f"it goes on with {row['place']}, where the source now has {tree.place}")
+            if any(row.get(name) != value for name, value in wanted.items()):
+                raise self._changed(f"it goes on with {row['place']}, where the source now has {wanted['place']}")
             rows.append(row)
         return rows
 
-    def append(self, rows: Iterable[ScoreRow]) -> None:
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write rows behind those that are there; they survive the process from here on."""
         assert not self._reading
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
@@ -165,7 +179,7 @@ class ScoreOutput:
         )
 
 
-def _parse(line: bytes) -> ScoreRow | None:
+def _parse(line: bytes) -> dict[str, Any] | None:
     """Return a row, or None for the end and for what a killed process has left of one."""
     if not line.endswith(b"\n"):
         return None

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from typing import Protocol, TypeVar, runtime_checkable
 
 from falign.data import BadRowPolicy, BadRows, DataSource, Window, read_tokenized
 from falign.data.rendering import Tokenizer
 from falign.scoring import PromptTree
 
 __all__ = ["TreeStream", "batches_in_order"]
+
+
+@runtime_checkable
+class _Sized(Protocol):
+    @property
+    def num_tokens(self) -> int: ...
+
+
+TreeT = TypeVar("TreeT", bound=_Sized)
 
 
 class TreeStream:
@@ -56,11 +66,11 @@ class TreeStream:
         return [(label, count) for label, count in counts if count]
 
 
-def batches_in_order(trees: Iterable[PromptTree], *, max_tokens: int) -> Iterator[list[PromptTree]]:
+def batches_in_order(trees: Iterable[TreeT], *, max_tokens: int) -> Iterator[list[TreeT]]:
     """Yield trees in their order, in batches of at most so many tokens.
 
     Args:
-        trees: Any number of trees, read as they are needed.
+        trees: Any number of trees, or of what holds one and has its ``num_tokens``, read as they are needed.
         max_tokens: The budget; a tree of more tokens is a batch of its own.
 
     Example:
@@ -68,7 +78,7 @@ def batches_in_order(trees: Iterable[PromptTree], *, max_tokens: int) -> Iterato
         >>> [[tree.num_tokens for tree in batch] for batch in batches_in_order(trees, max_tokens=5)]
         [[2, 3], [10], [2]]
     """
-    batch: list[PromptTree] = []
+    batch: list[TreeT] = []
     room = max_tokens
     for tree in trees:
         if batch and tree.num_tokens > room:

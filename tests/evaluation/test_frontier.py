@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from falign import divergences
-from falign.evaluation import best_of_n_frontier, betas, ideal_frontier, sample_limit
+from falign.evaluation.frontier import best_of_n_frontier, betas, ideal_frontier, sample_limit
 
 COUNTS = torch.tensor([10, 5, 4, 1])
 REFERENCE = COUNTS.double() / 20

@@ -1,0 +1,14 @@
+"""``falign evaluate``: what a model is worth, measured in the same way for every method."""
+
+from __future__ import annotations
+
+import typer
+
+from falign.cli import evaluate_rewards
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="evaluate", help="Measure a run or a model: reward benchmarks.", no_args_is_help=True, rich_markup_mode="rich"
+)
+app.command("rewards")(evaluate_rewards.rewards)

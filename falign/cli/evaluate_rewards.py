@@ -1,0 +1,138 @@
+"""``falign evaluate rewards``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from falign.cli.trained import is_run
+from falign.errors import ConfigError
+
+__all__ = ["rewards"]
+
+
+def rewards(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run folder, scored by its own objective; or any model.")
+    ],
+    benchmark: Annotated[
+        str,
+        typer.Argument(
+            metavar="BENCHMARK",
+            help="rewardbench, rewardbench2, rm_bench, judgebench, llmbar; preferences: any file of pairs or lists.",
+        ),
+    ],
+    file: Annotated[
+        str | None, typer.Argument(metavar="[FILE]", help="Its file or folder; from the Hub if left out.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Results go to RUN/evaluation/NAME; the benchmark's name if left out.")
+    ] = None,
+    subset: Annotated[
+        list[str] | None, typer.Option(help="Only this part of the benchmark; may be given several times.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of the Hub's data set or a folder.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="What a model is compared with; refused for a run, which has its own.")
+    ] = None,
+    divergence: Annotated[
+        str | None, typer.Option(help="f of a model's implicit reward, reverse_kl if left out; refused for a run.")
+    ] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="β of a model's implicit reward, 0.1 if left out; refused for a run.")
+    ] = None,
+    reference_free: Annotated[
+        bool, typer.Option("--reference-free", help="Score a model without reference, by its log-probabilities.")
+    ] = False,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="The window, prompt and longest completion together. If left out, the run's own for preferences, else "
+            "what the model allows, at most 4096.",
+        ),
+    ] = None,
+    long_items: Annotated[
+        str, typer.Option(help="What is longer: skip leaves it out and counts it, cut as in training, error.")
+    ] = "skip",
+    tokens_per_batch: Annotated[int, typer.Option(min=2, help="Tokens scored at once: memory against speed.")] = 4096,
+    bad_rows: Annotated[
+        str, typer.Option(help="skip leaves out rows that cannot be used and counts them, error stops at one.")
+    ] = "skip",
+    layout: Annotated[str, typer.Option(help="tree, padded, or auto: trees where the models read them.")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of both models, the checkpoint's if left out; refused for a run.")
+    ] = None,
+    scorers: Annotated[str | None, typer.Option(help="Some of them, separated by commas; all if left out.")] = None,
+    classifier: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A sequence classifier, which becomes another scorer.")
+    ] = None,
+    classifier_text: Annotated[
+        str | None, typer.Option(help="What it reads: chat, joined, pair or completion; chat where it has a template.")
+    ] = None,
+    classifier_label: Annotated[str | None, typer.Option(help="Name of its label, where it has several.")] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--plain", help="Whether a file's plain texts are turns; as the run's were.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the scorer random and of the intervals.")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="A folder for the results, needed for a model.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Score anew what is there, whole or begun.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many items, the first ones.")] = None,
+) -> None:
+    """Score a benchmark under all rewards that a model defines; a stopped call goes on if repeated."""
+    from falign.cli.reward_evaluation import Compared, Judge, RewardEvaluation
+
+    compared = Compared(reference, divergence, beta, dtype, reference_free)
+    evaluation = RewardEvaluation(
+        model=model,
+        compared=compared,
+        benchmark=_benchmark(model, benchmark, chat),
+        file=file,
+        split=split,
+        subsets=tuple(subset or ()),
+        limit=limit,
+        scorers=None if scorers is None else tuple(filter(None, scorers.replace(",", " ").split())),
+        judge=None if classifier is None else Judge(classifier, classifier_text, classifier_label),
+        max_length=max_length,
+        long_items=long_items,
+        bad_rows=bad_rows,
+        layout=layout,
+        seed=seed,
+        out=_folder(model, name or benchmark, out),
+        overwrite=overwrite,
+    )
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    summary = evaluation.run(console, tokens_per_batch=tokens_per_batch)
+    from falign.cli.reward_table import show
+
+    show(summary, evaluation.out)
+
+
+def _benchmark(model: str, name: str, chat: bool | None) -> Any:
+    """Return the benchmark, which reads a file's plain texts as the run read its own."""
+    from falign.evaluation import benchmarks
+    from falign.training import RunFolder, parse_run
+
+    found = benchmarks.get(name)
+    if not isinstance(found, benchmarks.Preferences):
+        if chat is not None:
+            raise ConfigError(f"--chat and --plain are of preferences: {name} says itself what its texts are.")
+        return found
+    if chat is None and is_run(model):
+        folder = RunFolder.open(model)
+        data = parse_run(folder.read_run_file(), place=str(folder.run_file)).data
+        chat = data is not None and all(source.chat for source in data.train)
+    return benchmarks.Preferences(chat=bool(chat))
+
+
+def _folder(model: str, name: str, out: Path | None) -> Path:
+    if Path(name).name != name:
+        raise ConfigError(f"--name {name} must be the name of a folder, without a path; --out takes a path.")
+    if out is not None:
+        return out
+    if not is_run(model):
+        raise ConfigError(f"{model} is not a run folder, which results would go into: give --out DIR.")
+    return Path(model) / "evaluation" / name

@@ -1,0 +1,101 @@
+"""Preference data of one's own as a benchmark: any file of pairs or lists that training reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from falign.data import BadRows, DataSource, Example, Row, RowReader, read_rows
+from falign.errors import DataError
+from falign.evaluation.benchmarks.base import BenchmarkItem
+from falign.evaluation.benchmarks.comparison import mean
+from falign.evaluation.benchmarks.schema import identifier, items_of
+from falign.objectives import pairs_of
+from falign.objectives.pairs import accuracies
+
+__all__ = ["Preferences"]
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Whether the preferred of two completions has the larger score, for all pairs within a row.
+
+    The score is ``rewards/accuracies`` of training: the mean over all pairs, a tie, up to rounding, counting half.
+    ``best`` is the share of rows in which one of the most preferred completions has the largest score.
+
+    Attributes:
+        format: As :attr:`falign.data.DataSource.format`.
+        columns: As :attr:`falign.data.DataSource.columns`.
+        chat: As :attr:`falign.data.DataSource.chat`.
+    """
+
+    format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    chat: bool = False
+
+    @property
+    def name(self) -> str:
+        """``"preferences"``."""
+        return "preferences"
+
+    @property
+    def hub_name(self) -> str | None:
+        """None: the path may be that of any data set on the Hub."""
+        return None
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Of the data set that is given; ``"train"`` by default, as in training."""
+        return ()
+
+    @property
+    def subsets(self) -> tuple[str, ...]:
+        """None are published."""
+        return ()
+
+    def read(self, path: str | None = None, *, split: str | None = None, bad_rows: BadRows) -> Iterator[BenchmarkItem]:
+        """Yield the items, with plain texts left plain unless ``chat`` is set."""
+        if path is None:
+            raise DataError("preferences: no source is given; name a file, a folder or a data set on the Hub.")
+        source = DataSource(path, split or "train", self.format, self.columns, self.chat)
+        reader = RowReader(source.format, source.columns, chat=source.chat)
+        rows = read_rows(source.path, split=source.split, bad_rows=bad_rows)
+        yield from items_of(rows, lambda row: _item(row, reader.read(row)), source=path, bad_rows=bad_rows)
+
+    def outcome(self, item: BenchmarkItem, scores: Sequence[float]) -> dict[str, float]:
+        """Return ``correct``, the share of right pairs, with how many there are, and ``best``."""
+        preference, values = (torch.tensor(list(x), dtype=torch.float64) for x in (item.preference, scores))
+        chosen, rejected = pairs_of(preference, torch.zeros(len(preference), dtype=torch.long))
+        size = torch.maximum(values[chosen].abs(), values[rejected].abs())
+        right = accuracies(values[chosen] - values[rejected], size)
+        top = values == values.max()
+        best = (preference[top] == preference.max()).double().mean()
+        return {"correct": right.mean().item(), "pairs": float(len(chosen)), "best": best.item()}
+
+    def summarise(self, subsets: Sequence[str], outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
+        """Return the score, ``best``, and the mean of the rows' own accuracies."""
+        pairs = sum(outcome["pairs"] for outcome in outcomes)
+        return {
+            "score": sum(outcome["correct"] * outcome["pairs"] for outcome in outcomes) / pairs,
+            "best": mean(outcome["best"] for outcome in outcomes),
+            "accuracy": mean(outcome["correct"] for outcome in outcomes),
+        }
+
+
+def _item(row: Row, example: Example) -> BenchmarkItem:
+    if example.preference is None or len(example.completions) < 2:
+        raise DataError(
+            f"{row.place}: the row has {len(example.completions)} completion and nothing to compare it with; "
+            "give pairs or lists."
+        )
+    return BenchmarkItem(
+        place=row.place,
+        id=identifier(row, "id"),
+        subset="",
+        prompt=example.prompt,
+        completions=tuple(text if isinstance(text, str) else text[-1]["content"] for text in example.completions),
+        preference=example.preference,
+        plain=not example.conversational,
+    )

@@ -1,0 +1,151 @@
+"""The published columns of each benchmark, and what is wrong with a row that lacks some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from falign.data import BadRows, Row, Text, read_rows
+from falign.data.bad_rows import shown
+from falign.data.conversations import read_messages
+from falign.errors import DataError
+from falign.evaluation.benchmarks.base import BenchmarkItem
+
+__all__ = ["COLUMNS", "PAIR_COLUMNS", "identifier", "items_of", "prompt_of", "read_published", "string", "texts"]
+
+COLUMNS: dict[str, frozenset[str]] = {
+    "rewardbench2": frozenset({"id", "prompt", "chosen", "rejected", "num_correct", "subset"}),
+    "rm_bench": frozenset({"id", "prompt", "chosen", "rejected"}),
+    "judgebench": frozenset({"pair_id", "source", "question", "response_A", "response_B", "label"}),
+    "llmbar": frozenset({"input", "output_1", "output_2", "label"}),
+    "rewardbench": frozenset({"prompt", "chosen", "rejected", "subset"}),
+}
+"""What a row needs, by the name of the benchmark."""
+
+PAIR_COLUMNS: frozenset[str] = frozenset({"prompt", "chosen", "rejected"})
+"""What a row of RewardBench's prior sets needs: they have a split each, and no column that says so."""
+
+_TELL = "mend the row or remove it"
+
+
+def read_published(
+    name: str, path: str, *, split: str, bad_rows: BadRows, columns: frozenset[str] | None = None
+) -> Iterator[Row]:
+    """Yield the rows of a benchmark's source; the first one must have the benchmark's columns.
+
+    Args:
+        name: A name of ``COLUMNS``.
+        path: A file, a folder or a Hub data set.
+        split: Of a folder or of the Hub's data set.
+        bad_rows: Takes lines that are no rows, and later rows that lack a column.
+        columns: What is needed in place of ``COLUMNS[name]``.
+
+    Raises:
+        DataError: The source cannot be read, or it has another schema.
+    """
+    columns = columns or COLUMNS[name]
+    right = False
+    for row in read_rows(path, split=split, bad_rows=bad_rows):
+        if not columns - row.fields.keys():
+            right = True
+            yield row
+        elif right:
+            bad_rows.add(_missing_columns(row, name, columns))
+        else:  # a source of another kind has no good row: to skip all of them would say nothing
+            raise _missing_columns(row, name, columns)
+
+
+def items_of(
+    rows: Iterable[Row], item: Callable[[Row], BenchmarkItem], *, source: str, bad_rows: BadRows
+) -> Iterator[BenchmarkItem]:
+    """Yield the items of rows.
+
+    Args:
+        rows: Of one source.
+        item: Makes one of a row.
+        source: Where they are, for messages.
+        bad_rows: Takes the rows of which none can be made.
+
+    Raises:
+        DataError: There is no item at all.
+    """
+    empty, first = True, ""
+    for row in rows:
+        try:
+            made = item(row)
+        except DataError as error:
+            bad_rows.add(error)
+            first = first or f" The first bad row: {error}"
+            continue
+        empty = False
+        yield made
+    if empty:
+        raise DataError(f"{source}: none of its rows is an item of the benchmark.{first}")
+
+
+def _missing_columns(row: Row, name: str, columns: frozenset[str]) -> DataError:
+    missing = sorted(columns - row.fields.keys())
+    message = f"{row.place}: {name} needs the columns {missing} too; the row has {sorted(row.fields)}."
+    found = _looks_like(row)
+    if found is not None and found != name:
+        return DataError(f"{message} It looks like {found}: name that benchmark, or give another file.")
+    return DataError(f"{message} Check the file, or name the benchmark that it belongs to.")
+
+
+def _looks_like(row: Row) -> str | None:
+    several = isinstance(row.fields.get("chosen"), list | tuple)
+    for name, columns in COLUMNS.items():
+        if row.fields.keys() >= columns and several == (name in ("rewardbench2", "rm_bench")):
+            return name
+    pair = row.fields.keys() >= {"chosen", "rejected"} or row.fields.keys() >= {"prompt", "completions"}
+    return "preferences" if pair else None
+
+
+def identifier(row: Row, column: str) -> str:
+    """Return a row's own id; where it has none, its place within the source (``"12"`` of ``"pairs.jsonl:12"``)."""
+    value = row.fields.get(column)
+    return row.place.replace(":", " ").rsplit(" ", 1)[-1] if value is None else str(value)
+
+
+def string(row: Row, column: str) -> str:
+    """Return a column's text.
+
+    Raises:
+        DataError: It is no text, or it is empty.
+    """
+    return _text(row.fields[column], row.place, column)
+
+
+def texts(row: Row, column: str) -> tuple[str, ...]:
+    """Return a column's list of texts.
+
+    Raises:
+        DataError: It is no list, or one of its texts is empty.
+    """
+    value = row.fields[column]
+    if not isinstance(value, list | tuple) or not value:
+        raise DataError(f"{row.place}: {column!r} is {shown(value)}; it must be a list of texts: {_TELL}.")
+    return tuple(_text(text, row.place, f"{column}[{i}]") for i, text in enumerate(value))
+
+
+def prompt_of(row: Row, column: str = "prompt") -> Text:
+    """Return a prompt: plain text, or turns.
+
+    Raises:
+        DataError: It is neither, or it is empty.
+    """
+    value = row.fields[column]
+    if isinstance(value, str):
+        return string(row, column)
+    turns = read_messages(value, place=row.place, field=column)
+    if not turns or not turns[-1]["content"].strip():
+        raise DataError(f"{row.place}: {column!r} is {shown(value)}; its last turn must contain text: {_TELL}.")
+    return turns
+
+
+def _text(value: Any, place: str, field: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{place}: {field!r} is {shown(value)}; it must be text: {_TELL}.")
+    if not value.strip():
+        raise DataError(f"{place}: {field!r} is empty ({shown(value)}); it must contain text: {_TELL}.")
+    return value

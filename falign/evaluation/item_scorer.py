@@ -1,0 +1,162 @@
+"""The scores of a benchmark's completions, side by side: what each scorer would have preferred."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import torch
+from torch import nn
+
+from falign.errors import RewardError
+from falign.evaluation.benchmarks import BenchmarkItem
+from falign.evaluation.completion_scorer import CompletionScorer
+from falign.evaluation.item_stream import ItemTree
+from falign.evaluation.score_rows import ScoreRow, plain_floats
+from falign.objectives import Listwise, Pairwise, RewardingObjective
+from falign.references import detached_logprobs
+from falign.scoring import DEFAULT_CHUNK_TOKENS, LAYOUTS, Layout, PromptTree
+
+__all__ = ["BASELINES", "OF_POLICY", "OF_REWARD", "SCORERS", "ComparedScores", "ItemScorer", "ReferenceFreeScores"]
+
+OF_REWARD = ("implicit_reward", "length_normalised")
+"""Scorers that need a reference and an objective."""
+
+OF_POLICY = ("logprob", "mean_logprob")
+"""Scorers that need the policy alone."""
+
+BASELINES = ("length", "random")
+"""Scorers that know nothing of what is written."""
+
+SCORERS = (*OF_REWARD, "log_ratio", *OF_POLICY, "classifier", *BASELINES)
+"""All of them, in the order of tables."""
+
+TreeScores = Callable[[Sequence[PromptTree]], list[list[dict[str, float]]]]
+"""From trees to the scores of each completion of each tree, by name."""
+
+
+@dataclass(frozen=True)
+class ComparedScores:
+    """What a policy and its reference say of completions.
+
+    Attributes:
+        scorer: Policy, reference and objective.
+        rewarding: Whether the objective is the policy's own, so that its implicit reward means something.
+    """
+
+    scorer: CompletionScorer
+    rewarding: bool = True
+
+    def __call__(self, trees: Sequence[PromptTree]) -> list[list[dict[str, float]]]:
+        return [[self._of_row(row) for row in rows] for rows in self.scorer.score(trees)]
+
+    def _of_row(self, row: ScoreRow) -> dict[str, float]:
+        logprob, count = sum(row["logprobs"]), row["num_tokens"]
+        scores = {"log_ratio": row["log_ratio"], "logprob": logprob, "mean_logprob": logprob / count}
+        if not self.rewarding:
+            return scores
+        normalised = length_normalised(self.scorer.objective, row["log_ratio"], row["implicit_reward"], count)
+        return {"implicit_reward": row["implicit_reward"], "length_normalised": normalised, **scores}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceFreeScores:
+    """What a policy alone says of completions.
+
+    Attributes:
+        policy: The model, on the device to compute on.
+        pad_token_id: Any valid id.
+        layout: One that it can read.
+        chunk_tokens: How many positions reach the head at once; changes memory and speed alone.
+    """
+
+    policy: nn.Module
+    pad_token_id: int
+    layout: Layout = "padded"
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+
+    def __call__(self, trees: Sequence[PromptTree]) -> list[list[dict[str, float]]]:
+        batch = LAYOUTS[self.layout](trees, pad_token_id=self.pad_token_id)
+        batch = batch.to(next(self.policy.parameters()).device)
+        logprobs = detached_logprobs(self.policy, batch, chunk_tokens=self.chunk_tokens)
+        values = zip(logprobs.double().sum(dim=-1).tolist(), batch.completion_mask.sum(dim=-1).tolist(), strict=True)
+        scores = [{"logprob": logprob, "mean_logprob": logprob / count} for logprob, count in values]
+        taken = iter(scores)
+        return [[next(taken) for _ in tree.completion_ids] for tree in trees]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemScorer:
+    """Scores items under several scorers in one pass.
+
+    Attributes:
+        names: Which of ``SCORERS``, in the order of the results.
+        of_trees: What computes the policy's scores; None where none of the names is one of them.
+        classifier: A reward called with prompts and completions as text; needed for ``classifier``.
+        seed: Of ``random``, which depends on it and on the item alone.
+    """
+
+    names: tuple[str, ...]
+    of_trees: TreeScores | None
+    classifier: Callable[..., Sequence[float | None]] | None = None
+    seed: int = 0
+
+    def score(self, items: Sequence[ItemTree]) -> list[dict[str, list[float]]]:
+        """Return for each item one score per completion under each scorer; larger is better.
+
+        Args:
+            items: What is scored at once.
+
+        Raises:
+            ModelError: A value is not finite.
+            RewardError: The classifier has no value for a completion.
+        """
+        trees = [item.tree for item in items]
+        by_tree = [[]] * len(items) if self.of_trees is None else self.of_trees(trees)
+        by_classifier = self._classified(items) if "classifier" in self.names else [None] * len(items)
+        scored: list[dict[str, list[float]]] = []
+        for (item, tree), rows, classified in zip(items, by_tree, by_classifier, strict=True):
+            scores: dict[str, Any] = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+            scores["classifier"] = classified
+            scores["length"] = [float(len(ids)) for ids in tree.completion_ids]
+            scores["random"] = self._random(item)
+            scored.append({name: _rounded(scores[name]) for name in self.names})
+        return scored
+
+    def _classified(self, items: Sequence[ItemTree]) -> list[list[float]]:
+        assert self.classifier is not None
+        flat = [(item, text) for item, _ in items for text in item.completions]
+        values = self.classifier(
+            [item.prompt for item, _ in flat], [text for _, text in flat], place=[item.place for item, _ in flat]
+        )
+        for (item, _), value in zip(flat, values, strict=True):
+            if value is None:
+                raise RewardError(f"{item.place}: the classifier has no value for a completion; leave it out.")
+        taken = iter(values)
+        return [[float(next(taken) or 0.0) for _ in item.completions] for item, _ in items]
+
+    def _random(self, item: BenchmarkItem) -> list[float]:
+        generator = Random(f"{self.seed} {item.subset} {item.id}")
+        return [generator.random() for _ in item.completions]
+
+
+def length_normalised(
+    objective: RewardingObjective, log_ratio: float, implicit_reward: float, num_tokens: int
+) -> float:
+    """Return the reward per token: β f' of the mean log-ratio where the reward is of a ratio, else its mean.
+
+    Args:
+        objective: What defines the reward.
+        log_ratio: Of the whole completion, nats.
+        implicit_reward: What the objective takes for its reward.
+        num_tokens: Its length.
+    """
+    if isinstance(objective, Pairwise | Listwise):
+        return objective.implicit_reward(torch.tensor(log_ratio / num_tokens, dtype=torch.float64)).item()
+    return implicit_reward / num_tokens
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return plain_floats(torch.tensor(values, dtype=torch.float64))

@@ -1,0 +1,101 @@
+"""What the rows of a benchmark come to: the published aggregation with its intervals, and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from falign.evaluation.benchmarks import Benchmark
+from falign.evaluation.score_items import ItemRow
+from falign.metrics import bootstrap
+
+__all__ = ["CALIBRATED", "scores_with_intervals", "summarise_scorer"]
+
+CALIBRATED = ("implicit_reward", "length_normalised", "classifier")
+"""Scorers whose differences are log-odds of a preference."""
+
+
+def summarise_scorer(rows: Sequence[ItemRow], benchmark: Benchmark, name: str, *, seed: int = 0) -> dict[str, Any]:
+    """Return the scores of one scorer with their intervals, and its calibration.
+
+    Args:
+        rows: Of all items.
+        benchmark: How they are aggregated.
+        name: The scorer.
+        seed: Of the resampling.
+
+    Returns:
+        ``scores``, each with ``value``, ``low`` and ``high``, and ``calibration``: None for a scorer whose differences
+        are no log-odds.
+    """
+    return {
+        "scores": scores_with_intervals(rows, benchmark, name, seed=seed),
+        "calibration": _calibration(rows, name) if name in CALIBRATED else None,
+    }
+
+
+def scores_with_intervals(
+    rows: Sequence[ItemRow], benchmark: Benchmark, name: str, *, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Return the benchmark's aggregation under one scorer, each value with its 95% bootstrap interval.
+
+    Items are resampled within their subsets, those of one group together.
+
+    Args:
+        rows: Of all items.
+        benchmark: How they are aggregated.
+        name: The scorer.
+        seed: Of the resampling.
+    """
+    units = _units(rows)
+    subsets = [row["subset"] for row in rows]
+    outcomes = [row["outcome"][name] for row in rows]
+    names = list(benchmark.summarise(subsets, outcomes))
+
+    def statistic(drawn: NDArray[np.int64]) -> NDArray[np.float64]:
+        chosen = [i for unit in drawn for i in units[unit]]
+        summary = benchmark.summarise([subsets[i] for i in chosen], [outcomes[i] for i in chosen])
+        return np.array([summary[name] for name in names])
+
+    # Units of one subset and size are alike, so that nothing that the aggregation needs is missing from a resample.
+    strata = [(subsets[unit[0]], len(unit)) for unit in units]
+    values, low, high = bootstrap(statistic, len(units), strata=strata, seed=seed)
+    return {
+        each: {"value": float(values[i]), "low": float(low[i]), "high": float(high[i])} for i, each in enumerate(names)
+    }
+
+
+def _units(rows: Sequence[ItemRow]) -> list[list[int]]:
+    """Return the rows that are drawn together."""
+    units: dict[Any, list[int]] = {}
+    for i, row in enumerate(rows):
+        units.setdefault((row["subset"], row["group"]) if row["group"] else i, []).append(i)
+    return list(units.values())
+
+
+def _calibration(rows: Sequence[ItemRow], name: str) -> dict[str, Any]:
+    """Return what the logistic function of the margin of each pair is worth as the probability of the preference."""
+    margins = np.array(
+        [
+            score - other
+            for row in rows
+            for score, value in zip(row["scores"][name], row["preference"], strict=True)
+            for other, other_value in zip(row["scores"][name], row["preference"], strict=True)
+            if value > other_value
+        ]
+    )
+    confidence, correct = 1 / (1 + np.exp(-np.abs(margins))), (1 + np.sign(margins)) / 2
+    place = np.minimum((confidence * 20 - 10).astype(int), 9)
+    bins = [
+        {
+            "confidence": float(confidence[place == i].mean()),
+            "accuracy": float(correct[place == i].mean()),
+            "count": int((place == i).sum()),
+        }
+        for i in sorted(set(place.tolist()))
+    ]
+    ece = sum(each["count"] * abs(each["accuracy"] - each["confidence"]) for each in bins) / len(margins)
+    return {"ece": ece, "brier": float(np.mean((confidence - correct) ** 2)), "bins": bins}
