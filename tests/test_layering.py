@@ -21,7 +21,7 @@ ALLOWED = {
     "references": {"objectives", "scoring", "models"},
     "rollouts": {"scoring", "models"},
     "rewards": {"divergences", "objectives", "scoring", "models", "references"},
-    "metrics": {"divergences", "rewards"},
+    "metrics": {"divergences", "objectives", "rewards"},
     "training": {*BELOW_TRAINING, "metrics", "evaluation"},
     "evaluation": {*BELOW_TRAINING, "metrics"},
     "cli": {*BELOW_TRAINING, "training", "evaluation", "metrics"},

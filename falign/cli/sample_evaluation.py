@@ -169,7 +169,7 @@ class SampleEvaluation:
             given = {"--template": self.asked.template, "--chat": self.asked.chat}
             if alone := [name for name, value in given.items() if value is not None]:
                 raise ConfigError(
-                    f"{alone[0]} belongs to --prompts: a run's own prompts are made as its run file says."
+                    f"{alone[0]} belongs to --prompts: a run's own prompts are as its run file says."
                 )
             if not is_run(self.model):
                 raise ConfigError(f"{self.model} is not a run folder and has no prompts: give --prompts FILE.")
@@ -321,9 +321,8 @@ class SampleEvaluation:
         divergences: Mapping[str, Divergence],
     ) -> dict[str, Any]:
         own, *others = groups
-        online = config is not None and config.prompts is not None
         pass_reward = self.pass_reward
-        if pass_reward is None and online and self.rewards is None:
+        if pass_reward is None and config is not None and config.prompts is not None and self.rewards is None:
             pass_reward = config.rollout.pass_reward
         metrics = sample_metrics(own, pass_reward=pass_reward, seed=self.seed)
         frontier = None

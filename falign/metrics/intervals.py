@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence, Sized
 from statistics import NormalDist
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Interval", "Intervals", "bootstrap", "normal_quantile", "wilson"]
+__all__ = ["Array", "Indices", "Interval", "Intervals", "Numbers", "bootstrap", "normal_quantile", "wilson"]
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
+Numbers = Sequence[float | int] | NDArray[Any]
 
 
 class Interval(NamedTuple):
@@ -22,6 +23,10 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
+
+    def entries(self, name: str) -> dict[str, float]:
+        """Return the three under ``name``, ``name_low`` and ``name_high``, as the metrics give them."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
 class Intervals(NamedTuple):
@@ -125,33 +130,43 @@ def bootstrap(
     return Interval(float(value), float(low), float(high))
 
 
-def wilson(successes: float | int, total: int, *, level: float = 0.95) -> Interval:
+def wilson(successes: float | int, total: int, *, ties: int = 0, level: float = 0.95) -> Interval:
     """Return a share with Wilson's score interval, which stays within 0 and 1 and is honest near both.
 
+    Ties that count half make the share more certain than as many whole successes and failures would. Few ties prove
+    little of that, though, so their share is taken as ``T/(n + z²)`` instead of ``T/n``.
+
     Args:
-        successes: How many of the samples; a tie that counts half may make it half a number.
-        total: Number of samples, positive.
+        successes: How many of the samples, ties counting one half.
+        total: n, number of samples, positive.
+        ties: T, how many of the samples are ties.
         level: The probability with which the interval is to cover.
 
     Returns:
-        ``successes/total`` and the shares p with ``(p̂ - p)² ≤ z² p (1 - p)/n``.
+        ``p̂ = successes/n`` and the shares p with ``(p̂ - p)² ≤ z² (p (1 - p) - ¼ T/(n + z²))/n``.
 
     Raises:
-        ValueError: There are no samples, more successes than samples, or a level outside of (0, 1).
+        ValueError: There are no samples, more successes than samples, more ties than make sense, or a level outside
+            of (0, 1).
 
     Source:
-        Wilson (1927), Probable inference, the law of succession, and statistical inference.
+        Wilson (1927), Probable inference, the law of succession, and statistical inference; a sample that is ½ with
+        probability t has the variance ``p (1 - p) - t/4``.
 
     Example:
         >>> value, low, high = wilson(9, 10)
         >>> print(f"{value:.2f} ({low:.2f} to {high:.2f})")
         0.90 (0.60 to 0.98)
     """
-    if not total > 0 or not 0 <= successes <= total:
-        raise ValueError(f"successes={successes}, total={total}: they must satisfy 0 <= successes <= total, 0 < total.")
-    share, spread = successes / total, normal_quantile(level) ** 2 / total
+    if not total > 0 or not 0 <= ties / 2 <= successes <= total - ties / 2:
+        raise ValueError(
+            f"successes={successes}, total={total}, ties={ties}: they must satisfy 0 < total and "
+            f"ties/2 <= successes <= total - ties/2; a tie is half a success."
+        )
+    z2 = normal_quantile(level) ** 2
+    share, spread, tied = successes / total, z2 / total, ties / (total + z2)
     centre = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(spread * share * (1 - share) + spread**2 / 4) / (1 + spread)
+    half = math.sqrt(spread * (4 * share * (1 - share) + spread - (1 + spread) * tied)) / (2 * (1 + spread))
     # Where the share is 0 or 1 that is one of the ends, which rounding must not move.
     return Interval(share, min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share))
 

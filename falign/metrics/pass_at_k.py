@@ -1,0 +1,95 @@
+"""pass@k: the probability that one or more of k samples passes, estimated without bias from n ≥ k of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from typing_extensions import override
+
+from falign.metrics.intervals import Array, Interval, Numbers, bootstrap
+from falign.rewards import groups
+
+__all__ = ["PassAtK", "pass_at_k", "pass_at_k_per_prompt"]
+
+
+def pass_at_k_per_prompt(rewards: Sequence[Numbers], k: int, *, pass_reward: float = 1.0) -> Array:
+    """Return :func:`falign.rewards.pass_at_k` of each prompt.
+
+    Args:
+        rewards: For each prompt one per sample; prompts may have different numbers of them.
+        k: At most the samples of any prompt.
+        pass_reward: What a sample needs to pass.
+
+    Returns:
+        One estimate per prompt.
+
+    Raises:
+        ValueError: There are no prompts, or one has fewer than k samples.
+
+    Example:
+        >>> pass_at_k_per_prompt([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0]], 2).tolist()
+        [0.5, 1.0]
+    """
+    if len(rewards) == 0:
+        raise ValueError("There are no prompts; pass@k needs the rewards of the samples of one or more.")
+    estimates = []
+    for i, row in enumerate(rewards):
+        if not 1 <= k <= len(row):
+            raise ValueError(f"rewards[{i}] has {len(row)} samples; pass@{k} needs k from 1 to their number.")
+        values = torch.as_tensor(row, dtype=torch.float64)
+        passed = (groups.pass_rates(values, threshold=pass_reward) * len(row)).round().long()
+        estimates.append(groups.pass_at_k(len(row), passed, k).item())
+    return np.array(estimates)
+
+
+def pass_at_k(
+    rewards: Sequence[Numbers], k: int, *, pass_reward: float = 1.0, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Return the mean of :func:`pass_at_k_per_prompt`, with an interval that resamples prompts.
+
+    Args:
+        rewards: See there.
+        k: See there.
+        pass_reward: See there.
+        level: Of the interval.
+        seed: Of the resampling.
+
+    Returns:
+        pass@k and its interval.
+    """
+    estimates = pass_at_k_per_prompt(rewards, k, pass_reward=pass_reward)
+    return bootstrap(lambda index: float(estimates[index].mean()), len(estimates), level=level, seed=seed)
+
+
+class PassAtK(evaluate.Metric):
+    """:func:`pass_at_k` of the rewards of each prompt's samples (predictions)."""
+
+    @override
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=__doc__ or "",
+            citation="Chen et al., Evaluating Large Language Models Trained on Code, arXiv:2107.03374",
+            inputs_description="predictions: the rewards of each prompt's samples. k: numbers of "
+            "samples to choose from them. pass_reward: what a sample needs to pass.",
+            features=datasets.Features({"predictions": datasets.List(datasets.Value("float64"))}),
+        )
+
+    @override
+    def _compute(  # pyright: ignore[reportIncompatibleMethodOverride]: called with the features by name
+        self,
+        *,
+        predictions: list[list[float]],
+        k: Sequence[int] = (1,),
+        pass_reward: float = 1.0,
+        level: float = 0.95,
+        seed: int = 0,
+    ) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        for each in k:
+            estimate = pass_at_k(predictions, each, pass_reward=pass_reward, level=level, seed=seed)
+            scores |= estimate.entries(f"pass@{each}")
+        return scores
