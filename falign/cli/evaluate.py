@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from falign.cli import evaluate_rewards, evaluate_samples
+from falign.cli import evaluate_frontier, evaluate_rewards, evaluate_samples
 
 __all__ = ["app"]
 
@@ -16,3 +16,4 @@ app = typer.Typer(
 )
 app.command("rewards")(evaluate_rewards.rewards)
 app.command("samples")(evaluate_samples.samples)
+app.command("frontier")(evaluate_frontier.frontier)

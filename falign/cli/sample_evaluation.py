@@ -168,9 +168,7 @@ class SampleEvaluation:
         if self.asked.prompts is None:
             given = {"--template": self.asked.template, "--chat": self.asked.chat}
             if alone := [name for name, value in given.items() if value is not None]:
-                raise ConfigError(
-                    f"{alone[0]} belongs to --prompts: a run's own prompts are as its run file says."
-                )
+                raise ConfigError(f"{alone[0]} belongs to --prompts: a run's own prompts are as its run file says.")
             if not is_run(self.model):
                 raise ConfigError(f"{self.model} is not a run folder and has no prompts: give --prompts FILE.")
         if not self._of_policy and self.compared.divergences:
