@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -14,8 +16,8 @@ from falign.errors import RewardError
 from falign.evaluation.benchmarks import BenchmarkItem
 from falign.evaluation.completion_scorer import CompletionScorer
 from falign.evaluation.item_stream import ItemTree
-from falign.evaluation.score_rows import ScoreRow, plain_floats
-from falign.objectives import Listwise, Pairwise, RewardingObjective
+from falign.evaluation.score_rows import ScoreRow
+from falign.objectives import Listwise, Pairwise
 from falign.references import detached_logprobs
 from falign.scoring import DEFAULT_CHUNK_TOKENS, LAYOUTS, Layout, PromptTree
 
@@ -50,15 +52,52 @@ class ComparedScores:
     rewarding: bool = True
 
     def __call__(self, trees: Sequence[PromptTree]) -> list[list[dict[str, float]]]:
-        return [[self._of_row(row) for row in rows] for rows in self.scorer.score(trees)]
+        return [self._of_tree(rows) for rows in self.scorer.score(trees)]
 
-    def _of_row(self, row: ScoreRow) -> dict[str, float]:
-        logprob, count = sum(row["logprobs"]), row["num_tokens"]
-        scores = {"log_ratio": row["log_ratio"], "logprob": logprob, "mean_logprob": logprob / count}
-        if not self.rewarding:
-            return scores
-        normalised = length_normalised(self.scorer.objective, row["log_ratio"], row["implicit_reward"], count)
-        return {"implicit_reward": row["implicit_reward"], "length_normalised": normalised, **scores}
+    def _of_tree(self, rows: Sequence[ScoreRow]) -> list[dict[str, float]]:
+        log_ratios = [row["log_ratio"] for row in rows]
+        counts = [row["num_tokens"] for row in rows]
+        logprobs = [sum(row["logprobs"]) for row in rows]
+        columns = {
+            "log_ratio": log_ratios,
+            "logprob": logprobs,
+            "mean_logprob": [logprob / count for logprob, count in zip(logprobs, counts, strict=True)],
+        }
+        if self.rewarding:
+            columns |= self._rewards([row["implicit_reward"] for row in rows], log_ratios, counts)
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def _rewards(self, rewards: list[float], log_ratios: list[float], counts: list[int]) -> dict[str, list[float]]:
+        objective = self.scorer.objective
+        if not isinstance(objective, Pairwise | Listwise):
+            per_token = [reward / count for reward, count in zip(rewards, counts, strict=True)]
+            return {"implicit_reward": rewards, "length_normalised": per_token}
+        means = [log_ratio / count for log_ratio, count in zip(log_ratios, counts, strict=True)]
+        compared = means if objective.length_norm == "token" else log_ratios
+        return {
+            "implicit_reward": _rising(_f_prime(objective, compared), compared),
+            "length_normalised": _rising(_f_prime(objective, means), means),
+        }
+
+
+def _f_prime(objective: Pairwise | Listwise, log_ratios: list[float]) -> list[float]:
+    return objective.implicit_reward(torch.tensor(log_ratios, dtype=torch.float64)).tolist()
+
+
+def _rising(rewards: list[float], log_ratios: list[float]) -> list[float]:
+    """Return rewards in the strict order of what they are a rising function of.
+
+    Where f' is bounded its numbers become equal, in float32 from 17 nats on, and a benchmark would see ties that the
+    method does not have.
+    """
+    ordered = list(rewards)
+    places = sorted(range(len(rewards)), key=log_ratios.__getitem__)
+    for lower, higher in pairwise(places):
+        if log_ratios[lower] == log_ratios[higher]:
+            ordered[higher] = ordered[lower]
+        else:
+            ordered[higher] = max(ordered[higher], math.nextafter(ordered[lower], math.inf))
+    return ordered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +161,7 @@ class ItemScorer:
             scores["classifier"] = classified
             scores["length"] = [float(len(ids)) for ids in tree.completion_ids]
             scores["random"] = self._random(item)
-            scored.append({name: _rounded(scores[name]) for name in self.names})
+            scored.append({name: scores[name] for name in self.names})
         return scored
 
     def _classified(self, items: Sequence[ItemTree]) -> list[list[float]]:
@@ -140,23 +179,3 @@ class ItemScorer:
     def _random(self, item: BenchmarkItem) -> list[float]:
         generator = Random(f"{self.seed} {item.subset} {item.id}")
         return [generator.random() for _ in item.completions]
-
-
-def length_normalised(
-    objective: RewardingObjective, log_ratio: float, implicit_reward: float, num_tokens: int
-) -> float:
-    """Return the reward per token: β f' of the mean log-ratio where the reward is of a ratio, else its mean.
-
-    Args:
-        objective: What defines the reward.
-        log_ratio: Of the whole completion, nats.
-        implicit_reward: What the objective takes for its reward.
-        num_tokens: Its length.
-    """
-    if isinstance(objective, Pairwise | Listwise):
-        return objective.implicit_reward(torch.tensor(log_ratio / num_tokens, dtype=torch.float64)).item()
-    return implicit_reward / num_tokens
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    return plain_floats(torch.tensor(values, dtype=torch.float64))

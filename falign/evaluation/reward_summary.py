@@ -77,25 +77,16 @@ def _units(rows: Sequence[ItemRow]) -> list[list[int]]:
 
 
 def _calibration(rows: Sequence[ItemRow], name: str) -> dict[str, Any]:
-    """Return what the logistic function of the margin of each pair is worth as the probability of the preference."""
-    margins = np.array(
-        [
-            score - other
-            for row in rows
-            for score, value in zip(row["scores"][name], row["preference"], strict=True)
-            for other, other_value in zip(row["scores"][name], row["preference"], strict=True)
-            if value > other_value
-        ]
-    )
-    confidence, correct = 1 / (1 + np.exp(-np.abs(margins))), (1 + np.sign(margins)) / 2
-    place = np.minimum((confidence * 20 - 10).astype(int), 9)
-    bins = [
-        {
-            "confidence": float(confidence[place == i].mean()),
-            "accuracy": float(correct[place == i].mean()),
-            "count": int((place == i).sum()),
-        }
-        for i in sorted(set(place.tolist()))
+    """Return what the logistic function of a pair's margin is worth as the probability of its preference."""
+    from falign.metrics.calibration import calibration
+
+    margins = [
+        score - other
+        for row in rows
+        for score, value in zip(row["scores"][name], row["preference"], strict=True)
+        for other, other_value in zip(row["scores"][name], row["preference"], strict=True)
+        if value > other_value
     ]
-    ece = sum(each["count"] * abs(each["accuracy"] - each["confidence"]) for each in bins) / len(margins)
-    return {"ece": ece, "brier": float(np.mean((confidence - correct) ** 2)), "bins": bins}
+    summary = calibration(margins)
+    bins = [{"confidence": b.confidence, "accuracy": b.accuracy, "count": b.count} for b in summary.bins]
+    return {"ece": summary.ece, "brier": summary.brier, "bins": bins}

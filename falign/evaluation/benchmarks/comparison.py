@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["by_subset", "larger", "mean", "mean_of_all", "subset_means"]
+__all__ = ["by_subset", "larger", "mean", "mean_of_all", "means_of_keys", "subset_means"]
 
 
 def larger(first: float, second: float, *, tie: float) -> float:
@@ -21,6 +21,18 @@ def mean(values: Iterable[float]) -> float:
     """Return the mean of at least one value."""
     values = list(values)
     return sum(values) / len(values)
+
+
+def means_of_keys(outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of every key of at least one outcome; all have the keys of the first.
+
+    Example:
+        >>> means_of_keys([{"easy": 1.0, "hard": 0.0}, {"hard": 1.0, "easy": 1.0}])
+        {'easy': 1.0, 'hard': 0.5}
+    """
+    keys = list(outcomes[0])
+    columns = zip(*([outcome[key] for key in keys] for outcome in outcomes), strict=True)
+    return {key: mean(column) for key, column in zip(keys, columns, strict=True)}
 
 
 def by_subset(

@@ -10,7 +10,7 @@ from falign.data import BadRows, Row
 from falign.data.bad_rows import shown
 from falign.errors import DataError
 from falign.evaluation.benchmarks.base import BenchmarkItem
-from falign.evaluation.benchmarks.comparison import by_subset, larger, mean, mean_of_all
+from falign.evaluation.benchmarks.comparison import by_subset, larger, mean, mean_of_all, means_of_keys
 from falign.evaluation.benchmarks.schema import identifier, items_of, prompt_of, read_published, texts
 
 __all__ = ["RMBench"]
@@ -74,7 +74,7 @@ class RMBench:
             for domain, inside in DOMAINS.items()
             if groups.keys() >= set(inside)
         } | groups
-        means = {part: {key: mean(o[key] for o in group) for key in group[0]} for part, group in parts.items()}
+        means = {part: means_of_keys(group) for part, group in parts.items()}
         overall = {part: values.pop("correct") for part, values in means.items()}
         summary: dict[str, float] = {}
         score = mean_of_all(overall, list(DOMAINS))

@@ -31,7 +31,7 @@ _TELL = "mend the row or remove it"
 def read_published(
     name: str, path: str, *, split: str, bad_rows: BadRows, columns: frozenset[str] | None = None
 ) -> Iterator[Row]:
-    """Yield the rows of a benchmark's source; the first one must have the benchmark's columns.
+    """Yield the rows of a benchmark's source; the first one must be of that benchmark.
 
     Args:
         name: A name of ``COLUMNS``.
@@ -44,15 +44,16 @@ def read_published(
         DataError: The source cannot be read, or it has another schema.
     """
     columns = columns or COLUMNS[name]
-    right = False
+    first = True
     for row in read_rows(path, split=split, bad_rows=bad_rows):
-        if not columns - row.fields.keys():
-            right = True
+        error = _wrong_schema(row, name, columns)
+        if error is None:
             yield row
-        elif right:
-            bad_rows.add(_missing_columns(row, name, columns))
-        else:  # a source of another kind has no good row: to skip all of them would say nothing
-            raise _missing_columns(row, name, columns)
+        elif first:  # a source of another kind has no good row: to skip all of them would say nothing
+            raise error
+        else:
+            bad_rows.add(error)
+        first = False
 
 
 def items_of(
@@ -83,17 +84,23 @@ def items_of(
         raise DataError(f"{source}: none of its rows is an item of the benchmark.{first}")
 
 
-def _missing_columns(row: Row, name: str, columns: frozenset[str]) -> DataError:
+def _wrong_schema(row: Row, name: str, columns: frozenset[str]) -> DataError | None:
     missing = sorted(columns - row.fields.keys())
-    message = f"{row.place}: {name} needs the columns {missing} too; the row has {sorted(row.fields)}."
     found = _looks_like(row)
+    # What RewardBench 2 has, RM-Bench has too, and a list of answers is called like one answer: by its columns alone
+    # a file of one would pass for another.
+    if not missing and (found == name or found not in COLUMNS):
+        return None
+    problem = f"{name} needs the columns {missing} too" if missing else f"this is not a row of {name}"
+    message = f"{row.place}: {problem}; the row has {sorted(row.fields)}."
     if found is not None and found != name:
         return DataError(f"{message} It looks like {found}: name that benchmark, or give another file.")
     return DataError(f"{message} Check the file, or name the benchmark that it belongs to.")
 
 
 def _looks_like(row: Row) -> str | None:
-    several = isinstance(row.fields.get("chosen"), list | tuple)
+    chosen = row.fields.get("chosen")
+    several = isinstance(chosen, list | tuple) and all(isinstance(text, str) for text in chosen)
     for name, columns in COLUMNS.items():
         if row.fields.keys() >= columns and several == (name in ("rewardbench2", "rm_bench")):
             return name
