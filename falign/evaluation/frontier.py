@@ -27,12 +27,14 @@ class Ideal(NamedTuple):
         divergence: Of the optimum from the reference, in the divergence of the axis; inf where that is.
         own: The same in the divergence that it is the optimum of.
         reward: Mean reward of the optimum.
+        effective_samples: How many samples of a prompt share the weight, ``M/mean(w²)``; few of them say little.
     """
 
     beta: float
     divergence: float
     own: float
     reward: float
+    effective_samples: float
 
 
 class BestOfN(NamedTuple):
@@ -91,6 +93,7 @@ def ideal_frontier(
                 own if axis is None else _mean_divergence(axis, weights),
                 own,
                 (weights * rewards).mean().item(),
+                (rewards.shape[1] / weights.square().mean(dim=1)).mean().item(),
             )
         )
     return points

@@ -15,6 +15,7 @@ POLICY, BEST, LIMIT = "#c8553d", "#3d405b", "0.55"
 LINES = ("#0b7a75", "#5b8e7d", "#b08968", "#7d5ba6", "#4d7ea8", "#8a817c")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1)))
 ROOM = 1.15
+FEW = 5.0  # samples of a prompt that share the weight of an ideal; below, its line is faint
 
 
 def plot_frontier(data: Mapping[str, Any], path: Path) -> None:
@@ -32,8 +33,12 @@ def plot_frontier(data: Mapping[str, Any], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7.6, 5.0), layout="constrained")
     for i, (name, line) in enumerate(data["ideal"].items()):
         color, style = LINES[i % len(LINES)], STYLES[i % len(STYLES)]
-        xs, ys = ([point[key] for point in line] for key in ("divergence", "reward"))
-        axis.plot(xs, ys, color=color, linestyle=style, linewidth=1.6, label=f"ideal of {name}")
+        known = [point for point in line if point["effective_samples"] >= FEW]
+        # The last point that is known belongs to both parts.
+        for part, alpha in ((known, 1.0), (line[max(len(known) - 1, 0) :], 0.3)):
+            xs, ys = ([point[key] for point in part] for key in ("divergence", "reward"))
+            label = f"ideal of {_spoken(name)}" if part is known else None
+            axis.plot(xs, ys, color=color, linestyle=style, linewidth=1.6, alpha=alpha, label=label)
     if best := data["best_of_n"]:
         xs, ys = ([point[key] for point in best] for key in ("divergence", "reward"))
         axis.plot(xs, ys, color=BEST, linewidth=1.0, marker="o", markersize=3.5, label="best of n (bound)")
@@ -56,12 +61,12 @@ def plot_frontier(data: Mapping[str, Any], path: Path) -> None:
             axis.errorbar([x], [y], xerr=spans[0], yerr=spans[1], color=POLICY, marker="D", markersize=5, linewidth=0.9)
             axis.annotate(point["label"], (x, y), (7, 5), textcoords="offset points", fontsize=8, color=POLICY)
     axis.set_xlim(left=0)
-    axis.set_xlabel(f"{data['divergence'].replace('_', ' ')} to the reference (nats)")
+    axis.set_xlabel(f"{_spoken(data['divergence'])} to the reference (nats)")
     axis.set_title("mean reward", fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
     if axis.get_legend_handles_labels()[1]:
-        axis.legend(frameon=False, fontsize=8, loc="lower right")
+        figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -79,6 +84,10 @@ def check_picture(path: Path) -> None:
         raise ConfigError(
             f"--out {path}: give a file in an existing folder with one of the suffixes json, {', '.join(kinds)}."
         )
+
+
+def _spoken(name: str) -> str:
+    return name.replace("_", " ").replace(" kl", " KL")
 
 
 def _draw_limit(axis: Any, data: Mapping[str, Any]) -> None:
