@@ -266,9 +266,9 @@ def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
     from transformers import PrinterCallback, TrainingArguments
 
     from falign.data import PromptRow
+    from falign.evaluation.groups import GroupSampler
     from falign.rewards import RewardSum, WeightedReward
     from falign.training.completions_table import CompletionsTable
-    from falign.training.groups import GroupSampler
     from falign.training.online_trainer import OnlineTrainer
     from falign.training.prompts_config import RolloutConfig
 

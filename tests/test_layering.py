@@ -22,7 +22,7 @@ ALLOWED = {
     "rollouts": {"scoring", "models"},
     "rewards": {"divergences", "objectives", "scoring", "models", "references"},
     "metrics": {"divergences", "objectives", "rewards"},
-    "training": {*BELOW_TRAINING, "metrics"},
+    "training": {*BELOW_TRAINING, "metrics", "evaluation"},
     "evaluation": {*BELOW_TRAINING, "metrics"},
     "report": {"training"},
     "cli": {*BELOW_TRAINING, "training", "evaluation", "metrics", "report"},

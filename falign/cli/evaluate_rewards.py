@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from falign.cli.trained import is_run
+from falign.cli.trained import is_run, result_folder
 from falign.errors import ConfigError
 
 __all__ = ["rewards"]
@@ -105,7 +105,7 @@ def rewards(
         layout=layout,
         seed=seed,
         num_resamples=num_resamples,
-        out=_folder(model, name or benchmark, out),
+        out=result_folder(model, name or benchmark, out),
         overwrite=overwrite,
     )
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -130,13 +130,3 @@ def _benchmark(model: str, name: str, chat: bool | None) -> Any:
         data = parse_run(folder.read_run_file(), place=str(folder.run_file)).data
         chat = data is not None and all(source.chat for source in data.train)
     return benchmarks.Preferences(chat=bool(chat))
-
-
-def _folder(model: str, name: str, out: Path | None) -> Path:
-    if Path(name).name != name:
-        raise ConfigError(f"--name {name} must be the name of a folder, without a path; --out takes a path.")
-    if out is not None:
-        return out
-    if not is_run(model):
-        raise ConfigError(f"{model} is not a run folder, which results would go into: give --out DIR.")
-    return Path(model) / "evaluation" / name

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from falign.scoring import LayoutChoice, PromptTree
     from falign.training import RunConfig
 
-__all__ = ["Scored", "load_alone", "load_compared", "load_run", "positions_of", "run_objective"]
+__all__ = ["Scored", "check_same_tokens", "load_alone", "load_compared", "load_run", "positions_of", "run_objective"]
 
 
 class Scored(NamedTuple):
@@ -111,21 +111,25 @@ class Scored(NamedTuple):
             check_head(model, token_ids)
 
 
-def load_run(path: str, *, max_length: int | None, any_objective: bool = False) -> Scored:
+def load_run(
+    path: str, *, max_length: int | None, any_objective: bool = False, checkpoint: int | None = None
+) -> Scored:
     """Load a run as it was trained: its policy, reference, objective and window.
 
     Args:
         path: The run folder.
         max_length: The window, if not the run's own.
         any_objective: Take a run whose objective defines no implicit reward too, with log-ratios for rewards.
+        checkpoint: The step of a checkpoint to take in place of the end.
 
     Raises:
         ConfigError: The run is not finished, or its objective defines no implicit reward and needs to.
         ModelError: A model is not there, or not the one that was trained.
     """
-    from falign.cli.trained import load_trained
+    from falign.cli.trained import checkpoint_folder, load_trained
     from falign.models import weights_hash
     from falign.objectives import FDPO, RewardingObjective
+    from falign.references import MovingReference
     from falign.training import RunFolder
     from falign.training.references import rebuild_reference
 
@@ -138,9 +142,11 @@ def load_run(path: str, *, max_length: int | None, any_objective: bool = False) 
             f"{path}: objective.kind={kind} defines no implicit reward to score by. Export the run "
             "(falign export --format merged), and score that with --reference and a --divergence of your choice."
         )
-    policy, tokenizer, config = load_trained(folder)
+    policy, tokenizer, config = load_trained(folder, checkpoint)
     policy.to(_device())  # pyright: ignore[reportArgumentType]
     reference = rebuild_reference(config, policy, folder, device=_device())
+    if checkpoint is not None and isinstance(reference, MovingReference):
+        reference.load(checkpoint_folder(folder, checkpoint), policy)
     window = _window(config)
     if config.adapter is None:
         identity = {"weights": weights_hash(policy)}
@@ -187,7 +193,7 @@ def load_compared(
     except ValueError as error:
         raise ConfigError(f"--divergence {divergence} --beta {beta:g}: {error}") from error
     tokenizer, other = load_tokenizer(path), load_tokenizer(reference)
-    _check_same_tokens(tokenizer, other, f"{path} and {reference}")
+    check_same_tokens(tokenizer, other, f"{path} and {reference}")
     policy = load_model(path, dtype=dtype, device=_device())
     frozen = load_model(reference, dtype=dtype, device=_device())
     against = FrozenModel(frozen, weights=weights_hash(frozen))
@@ -271,7 +277,17 @@ def _record(policy: dict[str, Any], reference: Reference | None, objective: dict
     return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
 
 
-def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, models: str) -> None:
+def check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, models: str) -> None:
+    """Refuse two tokenizers of which one has ids for other tokens.
+
+    Args:
+        tokenizer: The policy's.
+        other: The other model's.
+        models: What messages call the two.
+
+    Raises:
+        ConfigError: With the first token that differs.
+    """
     ids, other_ids = tokenizer.get_vocab(), other.get_vocab()
     ids = {token: id_ for token, id_ in ids.items() if token != tokenizer.pad_token or token == tokenizer.eos_token}
     token = next((token for token in sorted(ids, key=ids.__getitem__) if other_ids.get(token) != ids[token]), None)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from falign.training import RunConfig, RunFolder
 
-__all__ = ["Trained", "is_run", "load_trained"]
+__all__ = ["Trained", "checkpoint_folder", "is_run", "load_trained", "result_folder"]
 
 
 class Trained(NamedTuple):
@@ -29,11 +29,30 @@ def is_run(path: str) -> bool:
     return (Path(path) / "manifest.json").is_file()
 
 
-def load_trained(folder: RunFolder) -> Trained:
-    """Load the model of a run as it was trained.
+def result_folder(model: str, name: str, out: Path | None) -> Path:
+    """Return where results go: a folder of the run, or the one that is given.
 
     Raises:
-        ConfigError: The run is not finished.
+        ConfigError: The name is a path, or there is no folder for a model's.
+    """
+    if Path(name).name != name:
+        raise ConfigError(f"--name {name} must be the name of a folder, without a path; --out takes a path.")
+    if out is not None:
+        return out
+    if not is_run(model):
+        raise ConfigError(f"{model} is not a run folder, which results would go into: give --out DIR.")
+    return Path(model) / "evaluation" / name
+
+
+def load_trained(folder: RunFolder, checkpoint: int | None = None) -> Trained:
+    """Load the model of a run as it was trained.
+
+    Args:
+        folder: The run.
+        checkpoint: The step of a checkpoint to take in place of the end.
+
+    Raises:
+        ConfigError: The run is not finished, or has no such checkpoint.
         ModelError: The base model is not the one that was trained.
     """
     from falign.models import load_adapter, load_model, load_tokenizer, weights_hash
@@ -41,6 +60,8 @@ def load_trained(folder: RunFolder) -> Trained:
 
     config = parse_run(folder.read_run_file(), place=str(folder.run_file))
     source = folder.weights if config.adapter is None else folder.adapter
+    if checkpoint is not None:
+        source = checkpoint_folder(folder, checkpoint)
     if not source.is_dir():
         raise ConfigError(f"{folder.path} has no trained model yet: finish it by `falign train ... --resume`.")
     if config.adapter is None:
@@ -57,3 +78,16 @@ def load_trained(folder: RunFolder) -> Trained:
             f"model.revision in {folder.run_file}), because the adapter is for those."
         )
     return Trained(load_adapter(base, source, trainable=False), config.model.build_tokenizer(), config)
+
+
+def checkpoint_folder(folder: RunFolder, step: int) -> Path:
+    """Return the folder of a checkpoint.
+
+    Raises:
+        ConfigError: The run has none of that step.
+    """
+    path = folder.path / f"checkpoint-{step}"
+    if not path.is_dir():
+        there = sorted(int(found.name.rpartition("-")[2]) for found in folder.path.glob("checkpoint-*"))
+        raise ConfigError(f"{folder.path} has no checkpoint of step {step}; it has {there or 'none: see save_steps'}.")
+    return path

@@ -13,18 +13,18 @@ __all__ = ["optimal_weights"]
 BISECTIONS = 100
 
 
-def optimal_weights(rewards: Float[Tensor, " M"], divergence: Divergence, beta: float) -> Float[Tensor, " M"]:
+def optimal_weights(rewards: Float[Tensor, "*P M"], divergence: Divergence, beta: float) -> Float[Tensor, "*P M"]:
     """Return ``w_i = π*(y_i)/π_ref(y_i)`` of the policy that maximises ``E_π[r] - β D_f(π‖π_ref)``.
 
     ``w_i = (f')⁻¹((r_i - λ)/β)``, 0 where that is below ``f'(0+)``, with λ such that the mean of w is 1.
 
     Args:
-        rewards: ``r_i`` of M samples of the reference, shape (M,).
+        rewards: ``r_i`` of M samples of the reference, shape (..., M); each row has its own λ.
         divergence: f, any; a barrier is not needed.
         beta: β, nats of reward; positive.
 
     Returns:
-        Shape (M,), not negative, of mean 1, without gradient; computed in float64.
+        Shape (..., M), not negative, of mean 1 in each row, without gradient; computed in float64.
 
     Raises:
         ValueError: There are no rewards, or β is not positive.
@@ -40,27 +40,26 @@ def optimal_weights(rewards: Float[Tensor, " M"], divergence: Divergence, beta: 
         >>> optimal_weights(rewards, get("pearson_chi2"), beta=0.1)  # the worst are given up
         tensor([0., 0., 3.])
     """
-    if rewards.ndim != 1 or len(rewards) == 0:
+    if rewards.ndim == 0 or rewards.numel() == 0:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}; one reward for each of one or more samples.")
     if not beta > 0:
         raise ValueError(f"beta={beta!r} must be positive.")
     r = rewards.detach().double()
-    r = r - r.max()  # λ is found to the rounding of r, which is then least where the weights are largest
+    r = r - r.amax(dim=-1, keepdim=True)  # λ is found to the rounding of r, which is then least for the largest weights
 
     def weights(multiplier: Tensor) -> Tensor:
         return divergence.f_prime_inverse((r - multiplier) / beta).exp()
 
     # f'(1) = 0, so that at λ = min r all w ≥ 1, at λ = max r all w ≤ 1, and in between w falls with λ.
-    low, high = r.min(), r.max()
+    low, high = r.amin(dim=-1, keepdim=True), r.amax(dim=-1, keepdim=True)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        too_many = weights(middle).mean() > 1
+        too_many = weights(middle).mean(dim=-1, keepdim=True) > 1
         low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
     w, above = weights(high), weights(low)
-    missing = 1 - w.mean()
-    if torch.isinf(above).any():
-        # f' has a jump at its upper end (total variation): what is given up goes to the best, in equal parts.
-        best = torch.isinf(above)
-        return (w + best * missing * len(r) / best.sum()).to(rewards.dtype)
-    step = above - w
-    return (w + step * missing / step.mean().clamp(min=torch.finfo(r.dtype).tiny)).to(rewards.dtype)
+    # Where f' has a jump at its upper end (total variation), what is given up goes to the best, in equal parts.
+    best = torch.isinf(above)
+    step = torch.where(best.any(dim=-1, keepdim=True), best.double(), above - w)
+    missing = 1 - w.mean(dim=-1, keepdim=True)
+    tiny = torch.finfo(r.dtype).tiny
+    return (w + step * missing / step.mean(dim=-1, keepdim=True).clamp(min=tiny)).to(rewards.dtype)

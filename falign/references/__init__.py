@@ -1,5 +1,6 @@
 """The distributions that a policy is held to."""
 
+from falign.references.acting_model import acting_model
 from falign.references.adapter_off import AdapterOff
 from falign.references.adapter_reference import AdapterReference
 from falign.references.base import Reference, check_same_at_start, detached_logprobs, detached_states
@@ -25,6 +26,7 @@ __all__ = [
     "PeriodicReset",
     "Reference",
     "Soup",
+    "acting_model",
     "check_same_at_start",
     "completion_batch",
     "detached_logprobs",

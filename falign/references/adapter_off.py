@@ -16,7 +16,7 @@ from falign.references.adapter_state import refuse_trained_base, trainable_as_be
 from falign.references.base import Reference, detached_logprobs, detached_states
 from falign.scoring import DEFAULT_CHUNK_TOKENS, Adapted, CompletionStates, Head, TokenBatch
 
-__all__ = ["AdapterOff"]
+__all__ = ["AdapterOff", "adapter_off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +37,12 @@ class AdapterOff(Reference):
 
     @override
     def logprobs(self, policy_model: nn.Module, batch: TokenBatch) -> Float[Tensor, "N T"]:
-        with _adapter_off(policy_model):
+        with adapter_off(policy_model):
             return detached_logprobs(policy_model, batch, chunk_tokens=self.chunk_tokens)
 
     @override
     def states(self, policy_model: nn.Module, batch: TokenBatch, *, token_weights: bool = False) -> CompletionStates:
-        with _adapter_off(policy_model):
+        with adapter_off(policy_model):
             states = detached_states(policy_model, batch, token_weights=token_weights)
         # The head is applied later, when the adapter is on again.
         head = _without_adapter(states.distribution.head)
@@ -50,7 +50,8 @@ class AdapterOff(Reference):
 
 
 @contextmanager
-def _adapter_off(model: nn.Module) -> Iterator[None]:
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Let a model act without its adapter for a while."""
     if not isinstance(model, Adapted):
         raise ModelError(
             f"{type(model).__name__} has no adapter to switch off, so the policy would be its own "

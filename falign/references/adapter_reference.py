@@ -46,12 +46,12 @@ class AdapterReference(Reference):
 
     @override
     def logprobs(self, policy_model: nn.Module, batch: TokenBatch) -> Float[Tensor, "N T"]:
-        with self._acting(policy_model):
+        with self.acting(policy_model):
             return detached_logprobs(policy_model, batch, chunk_tokens=self.chunk_tokens)
 
     @override
     def states(self, policy_model: nn.Module, batch: TokenBatch, *, token_weights: bool = False) -> CompletionStates:
-        with self._acting(policy_model):
+        with self.acting(policy_model):
             states = detached_states(policy_model, batch, token_weights=token_weights)
         # The head is applied later, when the policy's adapter acts again.
         head = states.distribution.head
@@ -59,7 +59,8 @@ class AdapterReference(Reference):
         return states._replace(distribution=states.distribution._replace(head=head))
 
     @contextmanager
-    def _acting(self, policy_model: nn.Module) -> Iterator[None]:
+    def acting(self, policy_model: nn.Module) -> Iterator[None]:
+        """Let the policy act as the reference for a while."""
         require_adapter(policy_model, self.adapter)
         with adapter_acting(policy_model, self.adapter):
             refuse_trained_base(policy_model)

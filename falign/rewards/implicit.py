@@ -16,7 +16,7 @@ from falign.references import detached_logprobs
 from falign.rewards.base import column, place_of
 from falign.scoring import DEFAULT_CHUNK_TOKENS, LAYOUTS, Layout, PromptTree
 
-__all__ = ["ImplicitReward"]
+__all__ = ["ImplicitReward", "completion_trees"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ImplicitReward:
         prompt_ids = column(columns, "prompt_ids", reward="implicit")
         completion_ids = column(columns, "completion_ids", reward="implicit")
         values: list[float | None] = []
-        for batch in self._batches(_trees(prompt_ids, completion_ids, columns.get("place"))):
+        for batch in self._batches(completion_trees(prompt_ids, completion_ids, columns.get("place"))):
             values += self._rewards(batch)
         return values
 
@@ -84,7 +84,9 @@ class ImplicitReward:
         return self.link.reward((logprobs - reference_logprobs).sum(dim=-1)).tolist()
 
 
-def _trees(prompt_ids: Sequence[Any], completion_ids: Sequence[Any], places: Sequence[str] | None) -> list[PromptTree]:
+def completion_trees(
+    prompt_ids: Sequence[Any], completion_ids: Sequence[Any], places: Sequence[str] | None
+) -> list[PromptTree]:
     """Return a tree per run of completions of one prompt, in their order."""
     trees = []
     for ids, run in groupby(range(len(completion_ids)), key=lambda i: tuple(prompt_ids[i])):

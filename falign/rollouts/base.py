@@ -96,7 +96,13 @@ class Engine(Protocol):
         ...
 
     def sample(
-        self, prompt_ids: Sequence[Sequence[int]], n: int, params: SamplingParams, *, version: int, seed: int
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        *,
+        version: int,
+        seed: int | list[int],
     ) -> list[Rollout]:
         """Draw `n` completions of each prompt.
 
@@ -105,7 +111,8 @@ class Engine(Protocol):
             n: Completions per prompt.
             params: How they are drawn.
             version: Which published weights draw.
-            seed: The same call with the same seed draws the same tokens.
+            seed: The same call with the same seed draws the same tokens. With one per prompt, the tokens of a prompt
+                do not depend on the prompts beside it.
 
         Returns:
             Prompt after prompt, `n` at a time.

@@ -75,19 +75,20 @@ def draw(logits: Float[Tensor, "B V"], params: SamplingParams, uniforms: Float[T
     return Draw(token_ids[:, 0], logprobs[:, 0])
 
 
-def uniform_streams(rows: list[int], count: int, *, seed: int) -> Float[Tensor, "B T"]:
+def uniform_streams(rows: list[int], count: int, *, seed: int | list[int]) -> Float[Tensor, "B T"]:
     """Return numbers in [0, 1) of which each row has a stream of its own, whatever rows are beside it.
 
     Args:
         rows: Which streams, by their numbers in the whole call.
         count: How many of each; more of them begin with the same ones.
-        seed: Of the call.
+        seed: Of the call, or one per row.
 
     Returns:
         float64 on the CPU, shape (B, T).
     """
     generator = torch.Generator()
-    seeds = [(seed * _STREAMS + row) % 2**63 for row in rows]
-    streams = [torch.rand(count, generator=generator.manual_seed(each), dtype=torch.float64) for each in seeds]
+    each = [seed] * len(rows) if isinstance(seed, int) else seed
+    seeds = [(own * _STREAMS + row) % 2**63 for own, row in zip(each, rows, strict=True)]
+    streams = [torch.rand(count, generator=generator.manual_seed(stream), dtype=torch.float64) for stream in seeds]
     # Rounding must not lift a product with the total to the total itself, where no token is.
     return torch.stack(streams) * (1 - 2**-52)

@@ -62,7 +62,13 @@ class TransformersEngine(Engine):
 
     @override
     def sample(
-        self, prompt_ids: Sequence[Sequence[int]], n: int, params: SamplingParams, *, version: int, seed: int
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        *,
+        version: int,
+        seed: int | list[int],
     ) -> list[Rollout]:
         if version != self.version:
             raise RolloutError(
@@ -71,6 +77,8 @@ class TransformersEngine(Engine):
             )
         if n < 1:
             raise RolloutError(f"n={n}: at least 1 completion per prompt is drawn.")
+        if not isinstance(seed, int) and len(seed) != len(prompt_ids):
+            raise RolloutError(f"{len(seed)} seeds for {len(prompt_ids)} prompts: give one, or one for each prompt.")
         self._check(prompt_ids, params)
         batches = sampling_batches(
             [len(prompt) for prompt in prompt_ids],
@@ -90,7 +98,11 @@ class TransformersEngine(Engine):
                     pad_token_id=self.pad_token_id,
                 )
                 places = [f"completion {row % n} of prompt {row // n}" for row in rows]
-                uniforms = uniform_streams(rows, params.max_new_tokens, seed=seed)
+                if isinstance(seed, int):
+                    uniforms = uniform_streams(rows, params.max_new_tokens, seed=seed)
+                else:
+                    own, seeds = [row % n for row in rows], [seed[row // n] for row in rows]
+                    uniforms = uniform_streams(own, params.max_new_tokens, seed=seeds)
                 completions |= zip(rows, _complete(decoding, params, uniforms, places), strict=True)
         return [
             Rollout(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from falign.training.groups import Draw
+from falign.evaluation.groups import Draw
 from falign.training.run_folder import naming
 
 __all__ = ["CompletionsTable"]

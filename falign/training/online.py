@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from falign.data import PromptData
 from falign.errors import ConfigError
+from falign.evaluation.groups import GroupSampler
 from falign.models import weights_hash
 from falign.models.value_head import ValueHead
 from falign.objectives import Objective
@@ -19,7 +20,6 @@ from falign.rollouts import SamplingParams, TransformersEngine
 from falign.scoring import PromptTree
 from falign.training.completions_table import CompletionsTable
 from falign.training.config import RunConfig
-from falign.training.groups import GroupSampler
 from falign.training.online_objective_config import DistributionMatchingConfig
 from falign.training.online_trainer import OnlineTrainer
 from falign.training.parts import Language, Parts, load_parts

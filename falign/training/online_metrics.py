@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from falign import divergences
 from falign.divergences import estimators
+from falign.evaluation.groups import Draw
 from falign.metrics.ngrams import distinct
 from falign.references import Reference
 from falign.rewards import best_of_n, pass_at_k
 from falign.rollouts import Rollout
 from falign.scoring import LAYOUTS, Layout, PromptTree, TokenBatch, completion_scores, evaluation_mode
-from falign.training.groups import Draw
 from falign.training.means import Means
 
 __all__ = ["evaluation_metrics", "powers_of_two", "rollout_metrics"]

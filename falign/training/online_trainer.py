@@ -16,12 +16,13 @@ from typing_extensions import override
 
 from falign.data import PromptRow
 from falign.errors import RolloutError
+from falign.evaluation.groups import Draw, Group, GroupSampler, mixed
 from falign.objectives import CompletionBatch, Hybrid, Objective, RolloutObjective, RunningPartition
 from falign.references import ObjectiveInputs, Reference
 from falign.scoring import DEFAULT_CHUNK_TOKENS, Layout, PromptTree, completion_scores, evaluation_mode
 from falign.training.completions_table import CompletionsTable
-from falign.training.groups import Draw, Group, GroupSampler, PromptOrder, mixed
 from falign.training.online_metrics import evaluation_metrics, rollout_metrics
+from falign.training.prompt_order import PromptOrder, sample_within
 from falign.training.prompts_config import RolloutConfig
 from falign.training.scored_trees import ScoredTree, collate, completion_rows, whole_batch
 from falign.training.supplied import ONLINE
@@ -206,7 +207,8 @@ class OnlineTrainer(AlignmentTrainer):
         count, rows = self.rollout.prompts, self.prompts
         if self.rollout.difficulty is None:
             return self.sampler.sample([rows[i] for i in self.order.take(count)], version=version, number=number)
-        return self.sampler.sample_within(
+        return sample_within(
+            self.sampler,
             rows,
             self.order,
             count,

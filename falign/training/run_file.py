@@ -13,9 +13,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from falign.errors import ConfigError
+from falign.training.base_config import FrozenModel
 from falign.training.config import RunConfig
+from falign.training.reward_config import RewardConfig
 
-__all__ = ["load_run_file", "parse_run", "valid_paths"]
+__all__ = ["load_reward_list", "load_run_file", "parse_run", "valid_paths"]
 
 ELSEWHERE = {
     "model_name_or_path": "model.path",
@@ -53,23 +55,12 @@ def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: The file is missing or no YAML mapping, or a key or value is wrong.
     """
-    file = Path(path)
-    if not file.is_file():
-        near = difflib.get_close_matches(file.name, [p.name for p in file.absolute().parent.glob("*.y*ml")], n=1)
-        raise ConfigError(f"No run file at {file}.{f' Did you mean {file.with_name(near[0])}?' if near else ''}")
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{file}:{mark.line + 1}" if mark else str(file)
-        raise ConfigError(f"{place} is not YAML: {getattr(error, 'problem', None) or error}.") from error
+    data = _read_yaml(path)
     if not isinstance(data, dict):
-        raise ConfigError(f"{file} holds {type(data).__name__}, not the sections of a run file (model, data, ...).")
+        raise ConfigError(f"{path} holds {type(data).__name__}, not the sections of a run file (model, data, ...).")
     for override in overrides:
         _apply(data, override)
-    return parse_run(data, place=str(file))
+    return parse_run(data, place=str(path))
 
 
 def parse_run(data: dict[str, Any], *, place: str = "run") -> RunConfig:
@@ -89,6 +80,30 @@ def parse_run(data: dict[str, Any], *, place: str = "run") -> RunConfig:
         raise ConfigError(f"{place}: " + "\n  ".join(lines)) from error
 
 
+def load_reward_list(path: str | Path) -> list[RewardConfig]:
+    """Return the section ``rewards`` of a YAML file, which may have others or be the list alone.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ConfigError: The file is missing or has no such section, or a key or value is wrong.
+    """
+    data = _read_yaml(path)
+    section = data.get("rewards") if isinstance(data, dict) else data
+    if not isinstance(section, list) or not section:
+        raise ConfigError(f"{path} has no list of rewards: write `rewards: [{{kind: ...}}]`, as in a run file.")
+    try:
+        return _RewardList.model_validate({"rewards": section}).rewards
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors(include_url=False)]
+        raise ConfigError(f"{path}: " + "\n  ".join(lines)) from error
+
+
+class _RewardList(FrozenModel):
+    rewards: list[RewardConfig]
+
+
 def valid_paths(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
     """Yield ``section.field`` of every field of the run file, of all kinds of a section."""
     for name, field in model.model_fields.items():
@@ -96,6 +111,21 @@ def valid_paths(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
         section = f"{prefix}{name}.0." if get_origin(field.annotation) is list else f"{prefix}{name}."
         paths = (path for inner in _models(field) for path in valid_paths(inner, section))
         yield from dict.fromkeys(paths)
+
+
+def _read_yaml(path: str | Path) -> Any:
+    file = Path(path)
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [p.name for p in file.absolute().parent.glob("*.y*ml")], n=1)
+        raise ConfigError(f"No run file at {file}.{f' Did you mean {file.with_name(near[0])}?' if near else ''}")
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{file}:{mark.line + 1}" if mark else str(file)
+        raise ConfigError(f"{place} is not YAML: {getattr(error, 'problem', None) or error}.") from error
 
 
 class _Place(NamedTuple):

@@ -92,3 +92,12 @@ def test_bad_arguments_are_refused():
             optimal_weights(REWARDS, js, beta)
     with pytest.raises((ValueError, TypeError), match="rewards"):
         optimal_weights(torch.zeros(0), js, 0.1)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "pearson_chi2", "total_variation"])
+def test_each_row_of_rewards_is_a_prompt_of_its_own(name):
+    divergence = divergences.get(name)
+    rows = torch.stack([REWARDS, -2 * REWARDS, REWARDS.round()])
+    weights = optimal_weights(rows.reshape(3, 1, 7), divergence, 0.3)
+    alone = torch.stack([optimal_weights(row, divergence, 0.3) for row in rows])
+    torch.testing.assert_close(weights[:, 0], alone, rtol=1e-12, atol=1e-12)

@@ -350,3 +350,13 @@ def test_a_real_model_answers_and_its_logprobs_are_those_of_scoring(demo):
     with torch.no_grad():
         scores = completion_scores(model, batch).logprobs[batch.completion_mask].tolist()
     assert [value for rollout in rollouts for value in rollout.logprobs] == pytest.approx(scores, abs=1e-4)
+
+
+def test_with_a_seed_for_each_prompt_the_prompts_beside_it_change_nothing():
+    model = tiny_model("llama").eval()
+    whole = sample(model, n=3, seed=[11, 12, 13, 11])
+    alone = sample(model, PROMPTS[1:2], 3, seed=[12])
+    assert [rollout.completion_ids for rollout in whole[3:6]] == [rollout.completion_ids for rollout in alone]
+    assert len({rollout.completion_ids for rollout in alone}) == 3
+    with pytest.raises(RolloutError, match="1 seeds for 2 prompts"):
+        sample(model, PROMPTS[:2], 3, seed=[1])

@@ -7,16 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from falign.data import PromptRow
 from falign.data.rendering import Tokenizer
 from falign.errors import ConfigError, RolloutError
 from falign.rewards import RewardSum
 from falign.rollouts import Engine, Rollout, SamplingParams
-from falign.training.prompts_config import DifficultyConfig
 
-__all__ = ["Draw", "Group", "GroupSampler", "PromptOrder", "mixed"]
+__all__ = ["TOLERANCE", "Draw", "Group", "GroupSampler", "mixed"]
 
 ARGUMENTS = frozenset({"prompts", "completions", "place", "prompt_ids", "completion_ids"})
 TOLERANCE = 1e-6  # of a reward that is compared with the one that passes
@@ -100,25 +97,6 @@ class Draw(NamedTuple):
         )
 
 
-class PromptOrder:
-    """Prompts in an order that is drawn anew for each pass, from the seed and the number of the pass alone."""
-
-    def __init__(self, num_prompts: int, *, seed: int) -> None:
-        self.num_prompts, self.seed = num_prompts, seed
-        self.position = 0
-
-    def take(self, count: int) -> list[int]:
-        """Return the next prompts, going through all of them before any comes again."""
-        places = [divmod(position, self.num_prompts) for position in range(self.position, self.position + count)]
-        orders = {epoch: self._order(epoch) for epoch in {epoch for epoch, _ in places}}
-        self.position += count
-        return [orders[epoch][place] for epoch, place in places]
-
-    def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
-        return torch.randperm(self.num_prompts, generator=generator).tolist()
-
-
 class GroupSampler:
     """Samples completions and has them rewarded.
 
@@ -152,12 +130,22 @@ class GroupSampler:
 
     def sample(self, rows: Sequence[PromptRow], *, version: int, number: int) -> Draw:
         """Return one group per prompt; the same version, number and prompts give the same."""
+        return self._sample(rows, version=version, seed=mixed(self.seed, number))
+
+    def sample_each(self, rows: Sequence[PromptRow], *, version: int, repeats: Sequence[int]) -> Draw:
+        """Return one group per prompt, of which each depends on the seed and the prompt alone.
+
+        Args:
+            rows: The prompts.
+            version: Which published weights answer.
+            repeats: For each prompt, how often it has come before: completions of equal prompts are to be independent.
+        """
+        seeds = [mixed(self.seed, repeat, *row.prompt_ids) for row, repeat in zip(rows, repeats, strict=True)]
+        return self._sample(rows, version=version, seed=seeds)
+
+    def _sample(self, rows: Sequence[PromptRow], *, version: int, seed: int | list[int]) -> Draw:
         rollouts = self.engine.sample(
-            [row.prompt_ids for row in rows],
-            self.completions,
-            self.params,
-            version=version,
-            seed=mixed(self.seed, number),
+            [row.prompt_ids for row in rows], self.completions, self.params, version=version, seed=seed
         )
         texts = [self.text(rollout) for rollout in rollouts]
         owners = [row for row in rows for _ in range(self.completions)]
@@ -182,41 +170,6 @@ class GroupSampler:
                 )
             )
         return Draw(groups, len(rows), timeouts=rewards.timeouts, errors=rewards.errors, message=rewards.message)
-
-    def sample_within(
-        self,
-        rows: Sequence[PromptRow],
-        order: PromptOrder,
-        count: int,
-        *,
-        difficulty: DifficultyConfig,
-        pass_reward: float,
-        version: int,
-        number: int,
-    ) -> Draw:
-        """Return groups whose share of passes lies in a range; other prompts are drawn in place of those left out.
-
-        After ``difficulty.max_rounds`` draws the rest is taken from what was left out, the nearest to the range first.
-        """
-        fit: list[Group] = []
-        unfit: list[tuple[float, Group]] = []
-        drawn = Draw([], 0)
-        for attempt in range(difficulty.max_rounds):
-            chosen = [rows[i] for i in order.take(count - len(fit))]
-            draw = self.sample(chosen, version=version, number=mixed(number, attempt))
-            drawn += draw
-            for group in draw.groups:
-                rate = group.num_passed(pass_reward) / len(group.rewards)
-                outside = max(difficulty.low - rate, rate - difficulty.high, 0.0)
-                if outside > TOLERANCE:
-                    unfit.append((outside, group))
-                else:
-                    fit.append(group)
-            if len(fit) >= count:
-                break
-        missing = count - len(fit)
-        nearest = [group for _, group in sorted(unfit, key=lambda pair: pair[0])[:missing]]
-        return drawn._replace(groups=fit + nearest, num_unfit=len(nearest))
 
     def text(self, rollout: Rollout) -> str:
         """Return a completion as text, without special tokens."""

@@ -1,0 +1,128 @@
+"""``falign evaluate frontier``: reward against divergence, of what ``falign evaluate samples`` has measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from falign.cli.trained import is_run
+from falign.errors import ConfigError
+
+__all__ = ["frontier"]
+
+SAME = ("prompts", "rewards", "max_new_tokens", "temperature", "tokenizer")
+"""What two evaluations have in common that are drawn into one picture, besides the reference."""
+
+
+class Evaluated(NamedTuple):
+    """One evaluation, as its folder has it."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+    def rows(self, name: str) -> list[list[Any]] | None:
+        """Return the rows of a file by prompt; None where there is no file."""
+        file = self.folder / name
+        if not file.is_file():
+            return None
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        size = len(rows) // self.summary["num_prompts"]
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def frontier(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN ...", help="Run folders, or folders of `falign evaluate samples`.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="A picture (.png, .svg, .pdf), or .json.")],
+    name: Annotated[
+        str | None, typer.Option(help="Which evaluation of the runs; all that sampled, if left out.")
+    ] = None,
+    divergence: Annotated[str, typer.Option(help="On the horizontal axis.")] = "reverse_kl",
+) -> None:
+    """Draw reward against divergence, beside the best of n and what each divergence ideally allows."""
+    from falign import divergences
+    from falign.evaluation.frontier_plot import check_picture, plot_frontier
+    from falign.evaluation.frontier_summary import IDEALS, frontier_point, frontier_summary
+    from falign.evaluation.sample_metrics import divergence_metrics, sample_metrics
+    from falign.training.named_divergence import named_divergence
+
+    if out.suffix != ".json":
+        check_picture(out)
+    try:
+        axis = named_divergence(divergence)
+        found = [each for run in runs for each in _evaluations(run, name)]
+        own = [each.summary["divergence"] for each in found if each.summary["divergence"]]
+        ideals = {each.name: each for each in map(named_divergence, (*IDEALS, *own)) if each.name != "total_variation"}
+    except ValueError as error:
+        raise ConfigError(f"--divergence: {error}") from error
+    _require_alike(found)
+    points, anchors = [], None
+    for each in found:
+        groups, of_reference = each.rows("samples.jsonl"), each.rows("reference_samples.jsonl")
+        assert groups is not None
+        anchors = anchors or of_reference
+        names = {axis.name: axis, "reverse_kl": divergences.get("reverse_kl")}
+        metrics = sample_metrics(groups) | divergence_metrics(groups, names, reference_groups=of_reference)
+        point = frontier_point(each.summary["label"], metrics, axis.name)
+        points.append({**point, "run": each.summary["model"], "folder": str(each.folder)})
+    data = frontier_summary(points, anchors, axis=(axis.name, axis), ideals=ideals)
+    if out.suffix == ".json":
+        out.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    else:
+        plot_frontier(data, out)
+    _show(data, out)
+
+
+def _evaluations(run: str, name: str | None) -> list[Evaluated]:
+    """The evaluations of a run that sampled, in the order of their checkpoints, or the one of a folder."""
+    folders = sorted(Path(run).glob(f"evaluation/{name or '*'}")) if is_run(run) else [Path(run)]
+    found = []
+    for folder in folders:
+        if (folder / "summary.json").is_file() and (folder / "samples.jsonl").is_file():
+            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            if summary["reference"] is None or summary["record"]["temperature"] != 1:
+                raise ConfigError(
+                    f"{folder} has no divergences: sample with --reference MODEL and --temperature 1, or name another "
+                    "evaluation."
+                )
+            found.append(Evaluated(folder, summary))
+    if not found:
+        command = f"falign evaluate samples {run}"
+        raise ConfigError(f"{run} has no finished evaluation{f' {name}' if name else ''} of samples: run `{command}`.")
+    return sorted(found, key=lambda each: (each.summary["checkpoint"] is None, each.summary["checkpoint"] or 0))
+
+
+def _require_alike(found: Sequence[Evaluated]) -> None:
+    first = found[0]
+    for other in found[1:]:
+        records = [_compared(each.summary["record"]) for each in (first, other)]
+        if different := [key for key in records[0] if records[0][key] != records[1].get(key)]:
+            raise ConfigError(
+                f"{first.folder} and {other.folder} differ in {', '.join(different)}, so their rewards or divergences "
+                "are of different things: evaluate both with the same --prompts, --rewards, --limit, --max-new-tokens "
+                "and --reference."
+            )
+
+
+def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
+    reference = record.get("reference.weights", {k: v for k, v in record.items() if k.startswith("reference.")})
+    return {**{key: record[key] for key in SAME}, "reference": reference}
+
+
+def _show(data: Mapping[str, Any], out: Path) -> None:
+    console = Console(highlight=False)
+    table = Table("", f"{data['divergence']}, nats", "reward", title="reward against divergence", title_justify="left")
+    for point in data["points"]:
+        table.add_row(escape(point["label"]), f"{point['divergence']:.4g}", f"{point['reward']:.4g}")
+    for each in data["best_of_n"]:
+        table.add_row(f"best of {each['n']}", f"≤ {each['divergence']:.4g}", f"{each['reward']:.4g}", style="dim")
+    console.print(table)
+    console.print("wrote", escape(str(out)), soft_wrap=True)

@@ -1,0 +1,110 @@
+"""``falign evaluate samples``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+__all__ = ["samples"]
+
+PROMPTS, LINES = "Prompts and rewards", "Divergences and frontier"
+
+
+def samples(
+    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, or any model.")],
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="A file, folder or Hub name, as in a run file; if left out, the run's own held-out prompts.",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of --prompts.", rich_help_panel=PROMPTS)] = "train",
+    template: Annotated[
+        str | None,
+        typer.Option(help="The prompt, with a row's columns in braces: '{question}'.", rich_help_panel=PROMPTS),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--plain",
+            help="Whether a plain prompt of --prompts is a user's turn. Default: with a chat template.",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many prompts, the first ones.", rich_help_panel=PROMPTS)
+    ] = None,
+    rewards: Annotated[
+        str | None,
+        typer.Option(
+            help="A YAML file with the section rewards of a run file, or a run: an online run's rewards, an offline "
+            "run's implicit reward. If left out, the run's own.",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
+    pass_reward: Annotated[
+        float | None,
+        typer.Option(
+            help="What a completion needs to pass, for pass@k; an online run has its own.", rich_help_panel=PROMPTS
+        ),
+    ] = None,
+    num_completions: Annotated[
+        int | None, typer.Option(min=1, help="Per prompt; if left out, as the run evaluates, or 8.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="If left out, the run's own, or 128.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily; divergences need 1.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling and intervals.")] = 0,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="What the policy is compared with; if left out, the run's own.", rich_help_panel=LINES),
+    ] = None,
+    divergence: Annotated[
+        list[str] | None,
+        typer.Option(help="Measured besides the usual ones; may be given several times.", rich_help_panel=LINES),
+    ] = None,
+    anchors: Annotated[
+        bool, typer.Option(help="Also sample the reference, for the frontier's lines.", rich_help_panel=LINES)
+    ] = True,
+    num_reference_completions: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Of the reference per prompt; if left out, as many as the policy's.", rich_help_panel=LINES
+        ),
+    ] = None,
+    checkpoint: Annotated[int | None, typer.Option(help="Of a run, the step of a checkpoint.")] = None,
+    prompts_per_batch: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 8,
+    dtype: Annotated[str | None, typer.Option(help="Of a model, the checkpoint's if left out.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Results go to RUN/evaluation/NAME; samples, or samples-STEP, if left out."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="A folder for the results, needed for a model.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Sample anew what is there, whole or begun.")] = False,
+) -> None:
+    """Sample completions and measure reward, divergence, diversity and pass@k; a stopped call goes on if repeated."""
+    from falign.cli.sample_evaluation import Asked, Compared, SampleEvaluation
+    from falign.cli.sample_table import show
+    from falign.cli.trained import result_folder
+
+    default = "samples" if checkpoint is None else f"samples-{checkpoint}"
+    evaluation = SampleEvaluation(
+        model=model,
+        asked=Asked(prompts, split, template, chat, limit),
+        rewards=rewards,
+        pass_reward=pass_reward,
+        num_completions=num_completions,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        compared=Compared(reference, tuple(divergence or ()), anchors, num_reference_completions),
+        checkpoint=checkpoint,
+        prompts_per_batch=prompts_per_batch,
+        dtype=dtype,
+        out=result_folder(model, name or default, out),
+        overwrite=overwrite,
+    )
+    show(evaluation.run(Console(stderr=True, highlight=False, soft_wrap=True)), evaluation.out)
