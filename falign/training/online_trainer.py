@@ -189,7 +189,7 @@ class OnlineTrainer(AlignmentTrainer):
 
     def _draw_to_compare(self, number: int) -> tuple[Draw, list[Group]]:
         """Draw until there is a prompt for each minibatch; one whose completions are worth the same says nothing."""
-        draw = Draw([], 0)
+        draw, groups = Draw([], 0), list[Group]()
         for attempt in range(MOST_DRAWS):
             draw += self._draw(number, mixed(number, attempt) if attempt else number)
             groups = [group for group in draw.groups if len(set(group.rewards)) > 1]

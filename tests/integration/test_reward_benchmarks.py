@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,9 @@ CHECK = Path(__file__).parents[2] / "scripts" / "check_benchmark.py"
 def run(monkeypatch, command, *arguments):
     """Return the exit status of a command line."""
     monkeypatch.setattr(sys, "argv", [str(command), *map(str, arguments)])
+    start = main if command == "falign" else partial(runpy.run_path, str(command), run_name="__main__")
     with pytest.raises(SystemExit) as stopped:
-        if command == "falign":
-            main()
-        runpy.run_path(str(command), run_name="__main__")
+        start()
     return stopped.value.code or 0
 
 
