@@ -51,7 +51,7 @@ def plot_frontier(data: Mapping[str, Any], path: Path) -> None:
     runs: defaultdict[str, list[Any]] = defaultdict(list)
     for point in data["points"]:
         runs[point.get("run", point["label"])].append(point)
-    for points in runs.values():
+    for number, points in enumerate(runs.values()):
         xs, ys = ([point[key] for point in points] for key in ("divergence", "reward"))
         axis.plot(xs, ys, color=POLICY, linewidth=1.0, alpha=0.6)
         for point in points:
@@ -59,7 +59,9 @@ def plot_frontier(data: Mapping[str, Any], path: Path) -> None:
             spans = [[[v - low], [high - v]] for v, (low, high) in
                      ((x, point["divergence_interval"]), (y, point["reward_interval"]))]  # fmt: skip
             axis.errorbar([x], [y], xerr=spans[0], yerr=spans[1], color=POLICY, marker="D", markersize=5, linewidth=0.9)
-            axis.annotate(point["label"], (x, y), (7, 5), textcoords="offset points", fontsize=8, color=POLICY)
+            axis.annotate(
+                point["label"], (x, y), (7, (5, -12)[number % 2]), textcoords="offset points", fontsize=8, color=POLICY
+            )
     axis.set_xlim(left=0)
     axis.set_xlabel(f"{_spoken(data['divergence'])} to the reference (nats)")
     axis.set_title("mean reward", fontsize=10, loc="left")
