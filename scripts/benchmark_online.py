@@ -275,7 +275,7 @@ def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
     class Timed(OnlineTrainer):
         def _draw(self, number):
             with clock.part("generation"):
-                drawn = super()._draw(number)
+                drawn = super()._draw(version, number)
             clock.lengths |= {len(rollout.completion_ids) for group in drawn.groups for rollout in group.rollouts}
             return drawn
 

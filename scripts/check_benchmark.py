@@ -3,8 +3,8 @@
     falign evaluate rewards ./policy rm_bench code_filtered.jsonl.gz --reference ./base --out checked --limit 20
     python scripts/check_benchmark.py checked code_filtered.jsonl.gz
 
-Reads files of RM-Bench and LLMBar. Exits with 1 where the benchmark's scores, or scores per token, differ by more than
-1e-6 (`--tolerance`).
+Reads files of RM-Bench and LLMBar. Exits with 1 where the benchmark's scores differ by more than 1e-6 (`--tolerance`), or
+log-probabilities by more than the rounding of 32 bits, 5e-5 nats per token (`--rounding`).
 """
 
 import argparse
@@ -50,6 +50,7 @@ def main():
     parser.add_argument("results", type=Path)
     parser.add_argument("file", type=Path)
     parser.add_argument("--tolerance", type=float, default=1e-6)
+    parser.add_argument("--rounding", type=float, default=5e-5)
     args = parser.parse_args()
     summary = json.loads((args.results / "summary.json").read_text())
     items = map(json.loads, (args.results / "items.jsonl").read_text(encoding="utf-8").splitlines())
@@ -85,7 +86,7 @@ def main():
     if not scored:
         sys.exit(f"{args.results} has no row of {args.file}: give the file that was scored.")
     print(f"{scored} items: scores per token differ by at most {worst:.2g}")
-    wrong = worst > args.tolerance or scored != summary["num_items"]
+    wrong = worst > args.rounding or scored != summary["num_items"]
     for name, items in outcomes.items():
         mean = sum(sum(item.values()) / len(item) for item in items) / len(items)
         theirs = summary["scorers"][name]["scores"]["accuracy"]["value"]
