@@ -273,7 +273,7 @@ def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
     from falign.training.prompts_config import RolloutConfig
 
     class Timed(OnlineTrainer):
-        def _draw(self, number):
+        def _draw(self, version, number):
             with clock.part("generation"):
                 drawn = super()._draw(version, number)
             clock.lengths |= {len(rollout.completion_ids) for group in drawn.groups for rollout in group.rollouts}
