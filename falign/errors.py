@@ -1,6 +1,15 @@
 """The errors that falign raises at its borders; each message has the place, the value and the remedy."""
 
-__all__ = ["ConfigError", "DataError", "FalignError", "ModelError", "RewardError", "RolloutError", "TrainingError"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "EngineError",
+    "FalignError",
+    "ModelError",
+    "RewardError",
+    "RolloutError",
+    "TrainingError",
+]
 
 
 class FalignError(Exception):
@@ -25,6 +34,10 @@ class RewardError(FalignError):
 
 class RolloutError(FalignError):
     """A sampling that cannot be done, or whose result is no sample of the policy."""
+
+
+class EngineError(RolloutError):
+    """An engine outside of this process that fails or does what it should not; the policy here is untouched by that."""
 
 
 class TrainingError(FalignError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,8 +11,9 @@ from falign.data.rendering import Tokenizer
 from falign.errors import ConfigError, RolloutError
 from falign.rewards import RewardSum
 from falign.rollouts import Engine, Rollout, SamplingParams
+from falign.rollouts.seeds import mixed
 
-__all__ = ["TOLERANCE", "Draw", "Group", "GroupSampler", "mixed"]
+__all__ = ["TOLERANCE", "Draw", "Group", "GroupSampler"]
 
 ARGUMENTS = frozenset({"prompts", "completions", "place", "prompt_ids", "completion_ids"})
 TOLERANCE = 1e-6  # of a reward that is compared with the one that passes
@@ -183,9 +183,3 @@ def _columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
             f"{rows[0].place}: the column {clashing[0]!r} has the name of a reward's argument: rename it."
         )
     return {name: [row.columns.get(name) for row in rows] for name in names}
-
-
-def mixed(*numbers: int) -> int:
-    """Return a seed that depends on all numbers, so that neighbouring ones share nothing."""
-    digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
-    return int.from_bytes(digest[:6], "big")

@@ -2,5 +2,6 @@
 
 from falign.rollouts.base import Engine, EngineCapabilities, Rollout, SamplingParams
 from falign.rollouts.transformers_engine import TransformersEngine
+from falign.rollouts.vllm_engine import VLLMEngine
 
-__all__ = ["Engine", "EngineCapabilities", "Rollout", "SamplingParams", "TransformersEngine"]
+__all__ = ["Engine", "EngineCapabilities", "Rollout", "SamplingParams", "TransformersEngine", "VLLMEngine"]

@@ -17,6 +17,7 @@ from falign.errors import RolloutError
 from falign.rollouts.base import Engine, EngineCapabilities, Rollout, SamplingParams
 from falign.rollouts.batches import sampling_batches
 from falign.rollouts.decoding import Decoding
+from falign.rollouts.prompt_check import check_prompts, check_request
 from falign.rollouts.sampling import draw, uniform_streams
 from falign.scoring import evaluation_mode, without_wrapper
 
@@ -75,11 +76,8 @@ class TransformersEngine(Engine):
                 f"Version {version} is not what the engine holds ({self.version}), which is the model as it is now: "
                 f"call publish(model, {version}) first."
             )
-        if n < 1:
-            raise RolloutError(f"n={n}: at least 1 completion per prompt is drawn.")
-        if not isinstance(seed, int) and len(seed) != len(prompt_ids):
-            raise RolloutError(f"{len(seed)} seeds for {len(prompt_ids)} prompts: give one, or one for each prompt.")
-        self._check(prompt_ids, params)
+        check_request(prompt_ids, n, seed)
+        check_prompts(prompt_ids, params, vocabulary=self._config.vocab_size, positions=self.capabilities().max_length)
         batches = sampling_batches(
             [len(prompt) for prompt in prompt_ids],
             n,
@@ -137,23 +135,6 @@ class TransformersEngine(Engine):
     @property
     def _config(self) -> Any:
         return without_wrapper(self.model).config.get_text_config()  # pyright: ignore
-
-    def _check(self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams) -> None:
-        positions, vocabulary = self.capabilities().max_length, self._config.vocab_size
-        for i, prompt in enumerate(prompt_ids):
-            if not prompt:
-                raise RolloutError(f"Prompt {i} is empty: give at least one token, which predicts the first one drawn.")
-            if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-                raise RolloutError(
-                    f"Prompt {i} has the token ids {min(prompt)} to {max(prompt)}, and the model {vocabulary} tokens: "
-                    "encode it with the model's own tokenizer."
-                )
-            if positions is not None and len(prompt) + params.max_new_tokens > positions:
-                raise RolloutError(
-                    f"Prompt {i} has {len(prompt)} tokens, which with max_new_tokens={params.max_new_tokens} is more "
-                    f"than the {positions} positions of the model: shorten the prompt to "
-                    f"{max(positions - params.max_new_tokens, 0)}, or lower max_new_tokens."
-                )
 
 
 @dataclass

@@ -16,9 +16,10 @@ from typing_extensions import override
 
 from falign.data import PromptRow
 from falign.errors import RolloutError
-from falign.evaluation.groups import Draw, Group, GroupSampler, mixed
+from falign.evaluation.groups import Draw, Group, GroupSampler
 from falign.objectives import CompletionBatch, Hybrid, Objective, RolloutObjective, RunningPartition
 from falign.references import ObjectiveInputs, Reference
+from falign.rollouts.seeds import mixed
 from falign.scoring import DEFAULT_CHUNK_TOKENS, Layout, PromptTree, completion_scores, evaluation_mode
 from falign.training.completions_table import CompletionsTable
 from falign.training.online_metrics import evaluation_metrics, rollout_metrics

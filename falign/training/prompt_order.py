@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from falign.data import PromptRow
-from falign.evaluation.groups import TOLERANCE, Draw, Group, GroupSampler, mixed
+from falign.evaluation.groups import TOLERANCE, Draw, Group, GroupSampler
+from falign.rollouts.seeds import mixed
 from falign.training.prompts_config import DifficultyConfig
 
 __all__ = ["PromptOrder", "sample_within"]
