@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from falign.errors import ConfigError, EngineError, RolloutError
 from falign.rollouts.base import Engine, EngineCapabilities, Rollout, SamplingParams
+from falign.rollouts.gap import Canary
 from falign.rollouts.prompt_check import check_prompts, check_request
 from falign.rollouts.seeds import mixed
 from falign.rollouts.servable import why_not_servable
@@ -49,6 +50,9 @@ class VLLMEngine(Engine):
         sync: ``adapter``: each version is an adapter over the server's base; ``merged``: it replaces the server's
             weights; ``auto``: the first where the server can.
 
+    Attributes:
+        canary: What looks at each version as soon as it is published; None for nothing.
+
     Raises:
         ConfigError: The server is not set up as it must be.
         EngineError: It is not there.
@@ -69,6 +73,7 @@ class VLLMEngine(Engine):
         self.asked: Literal["auto", "adapter", "merged"] = sync
         self.sync: Sync | None = None
         self.why_merged: str | None = None
+        self.canary: Canary | None = None
         self._published: dict[int, Published] = {}
         self._unloaded: list[Path] = []
         self._count = 0
@@ -89,6 +94,8 @@ class VLLMEngine(Engine):
             self.retire(old)
         self._published[version] = published
         self._persist(lambda: sync.bring(self._published.values()))
+        if self.canary is not None:
+            self.canary.check(self, policy, version)
 
     @override
     def sample(

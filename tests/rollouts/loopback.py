@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from falign.models import load_adapter
+from falign.models import add_lora, load_adapter, load_model
 from falign.rollouts import SamplingParams, TransformersEngine
+from tests.models.tiny import fill_adapter
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Loopback:
     def start(self):
         self.starts += 1
         self.base = AutoModelForCausalLM.from_pretrained(self.model_folder).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model_folder)
         self.cached = None  # weights whose keys and values are in the cache, where these are not the current ones
         self.adapters = {}
         self.dead = self.paused = False
@@ -167,7 +169,7 @@ class Loopback:
         return 200, {"data": cards}
 
     def on_tokenize(self, body):
-        return 200, {"tokens": [byte + 4 for byte in body["prompt"].encode()]}
+        return 200, {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]}
 
     def on_v1_load_lora_adapter(self, body):
         folder = Path(body["lora_path"])
@@ -309,3 +311,8 @@ def send(handler, status, reply, *, truncated=False, garbled=False):
 def hang_up(handler):
     handler.close_connection = True
     handler.connection.close()
+
+
+def policy_of(server, seed=5):
+    model = add_lora(load_model(server.model_folder, dtype="float32"), r=4, alpha=8, seed=0)
+    return fill_adapter(model, seed=seed, scale=0.3)

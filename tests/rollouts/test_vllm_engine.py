@@ -8,11 +8,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from falign.errors import ConfigError, EngineError, RolloutError
-from falign.models import add_lora, load_model
-from falign.rollouts import Engine, SamplingParams, VLLMEngine
+from falign.models import load_model
+from falign.rollouts import Engine, SamplingParams
 from falign.rollouts.recompute import recomputed_logprobs
-from tests.models.tiny import VOCABULARY, fill_adapter, save_tiny
-from tests.rollouts.loopback import Loopback
+from tests.models.tiny import VOCABULARY, fill_adapter
+from tests.rollouts.loopback import policy_of
 
 # PEFT 0.21 reads an attribute that Transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -20,39 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 PROMPTS = [[5, 6, 7], [9, 4] * 10, [4, 8, 15, 16, 23, 42]]
 STOPS = frozenset({1, *range(40, 60)})
 PARAMS = SamplingParams(max_new_tokens=10, stop_token_ids=STOPS)
-
-
-@pytest.fixture
-def serve(tmp_path):
-    """Return a function that starts a server over a tiny model."""
-    folder, started = save_tiny(tmp_path / "tiny"), []
-
-    def start(**options):
-        started.append(Loopback(folder, **options).start())
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.stop()
-
-
-@pytest.fixture
-def connect(tmp_path):
-    engines = []
-
-    def make(server, **options):
-        options = {"timeout": 20.0, "wait": 0.0, **options}
-        engines.append(VLLMEngine(server.url, shared_dir=tmp_path / "shared", vocabulary=VOCABULARY, **options))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
-
-
-def policy_of(server, seed=5):
-    model = add_lora(load_model(server.model_folder, dtype="float32"), r=4, alpha=8, seed=0)
-    return fill_adapter(model, seed=seed, scale=0.3)
 
 
 def gap(model, rollouts, params=PARAMS):
