@@ -13,13 +13,14 @@ from transformers import TrainerCallback
 from falign.data import PromptData
 from falign.errors import ConfigError
 from falign.evaluation.groups import GroupSampler
-from falign.models import weights_hash
+from falign.models import base_of, weights_hash
 from falign.models.value_head import ValueHead
 from falign.objectives import Objective
-from falign.rollouts import SamplingParams, TransformersEngine
+from falign.rollouts import Engine, SamplingParams, TransformersEngine, shake_hands
 from falign.scoring import PromptTree
 from falign.training.completions_table import CompletionsTable
 from falign.training.config import RunConfig
+from falign.training.engine_config import TransformersEngineConfig
 from falign.training.online_objective_config import DistributionMatchingConfig
 from falign.training.online_trainer import OnlineTrainer
 from falign.training.parts import Language, Parts, load_parts
@@ -85,14 +86,12 @@ def online_trainer(
     )
     if config.rehearsal is not None:
         _tell_origin(config.rehearsal.path, parts.policy, console)
-    engine = TransformersEngine(
-        parts.policy, pad_token_id=language.pad_token_id, max_batch_tokens=rollout.max_batch_tokens
-    )
     params = SamplingParams(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
         stop_token_ids=frozenset() if rollout.ignore_stop else language.stop_tokens,
     )
+    engine, max_gap = _engine(config, parts, language, data, params, console)
     held_out = rollout.evaluation
     samplers = [
         GroupSampler(engine, rewards, language.tokenizer, chosen, completions=completions, seed=seed)
@@ -119,12 +118,46 @@ def online_trainer(
         table=CompletionsTable(RunFolder(config.output_dir).completions_file),
         layout=parts.layout,
         chunk_tokens=config.training.chunk_tokens,
+        max_gap=max_gap,
         value_head=ValueHead.of(parts.policy) if "values" in objective.needs else None,
         advise=lambda text: console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True),
         processing_class=language.tokenizer,
         callbacks=list(callbacks),
     )
     return trainer, data
+
+
+def _engine(
+    config: RunConfig, parts: Parts, language: Language, data: PromptData, params: SamplingParams, console: Console
+) -> tuple[Engine, float | None]:
+    """Return what samples, and the bound of its gap to the policy."""
+    chosen, rollout = config.rollout.engine, config.rollout
+    if isinstance(chosen, TransformersEngineConfig):
+        engine = chosen.build(
+            parts.policy, pad_token_id=language.pad_token_id, max_batch_tokens=rollout.max_batch_tokens
+        )
+        return engine, None
+    assert config.prompts is not None
+    with console.status(f"waiting for {chosen.url}"):
+        engine = chosen.build(vocabulary=base_of(parts.policy).config.get_text_config().vocab_size)
+    rows = sorted(data.train, key=lambda row: len(row.prompt_ids))[-2:]
+    try:
+        with console.status(f"trying {chosen.url}"):
+            found = shake_hands(
+                engine,
+                parts.policy,
+                encode=lambda text: language.tokenizer(text, add_special_tokens=False)["input_ids"],
+                prompt_ids=[row.prompt_ids for row in rows],
+                params=params,
+                longest=config.prompts.max_length + rollout.max_new_tokens,
+                max_gap=chosen.max_gap,
+            )
+    except BaseException:
+        engine.close()
+        raise
+    style = "yellow" if found.is_suspicious else None
+    console.print(f"rollouts: {chosen.url}, {found}", style=style, highlight=False, markup=False, soft_wrap=True)
+    return engine, found.bound
 
 
 def _fitted(
@@ -141,6 +174,7 @@ def _fitted(
     sampler.engine.publish(parts.policy, FIT_VERSION)
     with console.status(f"sampling {len(rows) * per_prompt} completions of the reference"):
         draw = sampler.with_completions(per_prompt).sample(rows, version=FIT_VERSION, number=FIT_VERSION)
+    sampler.engine.retire(FIT_VERSION)
     values = [features for group in draw.groups for features in group.features()]
     features = torch.tensor(values, dtype=torch.float64)
     fitted = objective.build(features)

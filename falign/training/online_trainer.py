@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,9 +15,9 @@ from transformers import TrainingArguments
 from typing_extensions import override
 
 from falign.data import PromptRow
-from falign.errors import RolloutError
+from falign.errors import EngineError, RolloutError
 from falign.evaluation.groups import Draw, Group, GroupSampler
-from falign.objectives import CompletionBatch, Hybrid, Objective, RolloutObjective, RunningPartition
+from falign.objectives import CompletionBatch, Hybrid, Objective, PolicyGradient, RolloutObjective, RunningPartition
 from falign.references import ObjectiveInputs, Reference
 from falign.rollouts.seeds import mixed
 from falign.scoring import DEFAULT_CHUNK_TOKENS, Layout, PromptTree, completion_scores, evaluation_mode
@@ -25,6 +25,7 @@ from falign.training.completions_table import CompletionsTable
 from falign.training.online_metrics import evaluation_metrics, rollout_metrics
 from falign.training.prompt_order import PromptOrder, sample_within
 from falign.training.prompts_config import RolloutConfig
+from falign.training.sampler_gap import correct, gap_metrics, require_gap
 from falign.training.scored_trees import ScoredTree, collate, completion_rows, whole_batch
 from falign.training.supplied import ONLINE
 from falign.training.trainer import AlignmentTrainer, split_columns
@@ -62,6 +63,8 @@ class OnlineTrainer(AlignmentTrainer):
         layout: One that the model can read.
         chunk_tokens: Positions that reach the vocabulary at once.
         value_head: Values of prefixes, for objectives that read them.
+        max_gap: Bound of the mean difference between log-probabilities of sampler and policy; None for none. It is
+            for samples at temperature 1.
         advise: Told once what is probably not meant.
         **kwargs: Passed on to ``transformers.Trainer``.
     """
@@ -87,6 +90,7 @@ class OnlineTrainer(AlignmentTrainer):
         layout: Layout = "padded",
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         value_head: nn.Module | None = None,
+        max_gap: float | None = None,
         advise: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
@@ -98,7 +102,7 @@ class OnlineTrainer(AlignmentTrainer):
         self.rehearsal_order = PromptOrder(len(rehearsal), seed=args.seed + 1)
         self.partition = RunningPartition()
         self.buffer: list[ScoredTree] = []
-        self.num_rollouts = 0
+        self.num_rollouts, self.max_gap = 0, max_gap
         self._advised = rollout.ignore_stop
         super().__init__(
             model,
@@ -158,19 +162,23 @@ class OnlineTrainer(AlignmentTrainer):
 
     def _roll_out(self) -> list[ScoredTree]:
         """Sample, reward and score one rollout, and add to it what is computed from all of it at once."""
-        number, self.num_rollouts = self.num_rollouts, self.num_rollouts + 1
-        self.sampler.engine.publish(self.policy, number)
-        compares = "preference" in self.objective.needs
-        if compares:
-            draw, groups = self._draw_to_compare(number)
-        else:
-            draw = self._draw(number, number)
-            groups = draw.groups
-        trees = self._scored([self._tree(group) for group in groups])
+        position, number = self.order.position, self.num_rollouts
+        try:
+            draw, groups = self._sampled(number)
+        except EngineError:
+            self.order.position = position
+            self._keep()
+            raise
+        self.num_rollouts += 1
+        trees, cut = self._scored([self._tree(group) for group in groups]), dict[str, Tensor]()
+        if self.rollout.correction is not None:
+            trees, weights_cut = correct(trees, importance=self._importance, cap=self.rollout.correction.cap)
+            cut["sampler/truncated"] = weights_cut
         if "log_partition" in self.objective.needs:
             trees = self._with_partition(trees)
         if isinstance(self.objective, RolloutObjective):
             trees = _prepared(trees, self.objective)
+        self.means.add(cut)
         metrics = rollout_metrics(draw, pass_reward=self.rollout.pass_reward)
         self.means.add(metrics)
         if draw.message:
@@ -178,6 +186,32 @@ class OnlineTrainer(AlignmentTrainer):
         self._advise_on_length(metrics["completions/clipped"].mean().item())
         self.table.write(self.state.global_step, draw)
         return trees
+
+    def _sampled(self, number: int) -> tuple[Draw, list[Group]]:
+        """Publish the policy, and draw what the next updates learn from."""
+        self.sampler.engine.publish(self.policy, number)
+        if "preference" in self.objective.needs:
+            draw, groups = self._draw_to_compare(number)
+        else:
+            draw = self._draw(number, number)
+            groups = draw.groups
+        self.sampler.engine.retire(number)
+        return draw, groups
+
+    def _keep(self) -> None:
+        """Write a checkpoint between two steps, for a run that goes on once its engine is mended."""
+        self._save_checkpoint(self.policy, trial=None)
+        self.advise(f"checkpoint-{self.state.global_step} is written: --resume goes on from there.")
+
+    @property
+    def _importance(self) -> Literal["sequence", "token"]:
+        objective = self.objective.policy_gradient if isinstance(self.objective, Hybrid) else self.objective
+        assert isinstance(objective, PolicyGradient), "the run file is checked for that"
+        return objective.importance
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+        self.sampler.engine.close()
 
     def _advise_on_length(self, clipped: float) -> None:
         if clipped >= MOST_CLIPPED and not self._advised:
@@ -245,7 +279,12 @@ class OnlineTrainer(AlignmentTrainer):
         wants_reference = "reference_logprobs" in fresh and self.objective.token_divergence is None
         elsewhere = self.rollout.temperature != 1.0  # then the sampler's law is what importance weights are to
         # On the only update of a rollout the policy is the one that sampled.
-        wants_policy = "log_partition" in needs or "old_values" in needs or self.rollout.num_updates > 1
+        wants_policy = (
+            "log_partition" in needs
+            or "old_values" in needs
+            or self.rollout.num_updates > 1
+            or self.rollout.correction is not None
+        )
         scored, size = [], self.args.per_device_train_batch_size
         for start in range(0, len(trees), size):
             part = trees[start : start + size]
@@ -264,7 +303,7 @@ class OnlineTrainer(AlignmentTrainer):
                 if scores.values is not None:
                     found["old_values"] = scores.values
             scored += _with_rows(part, found, batch.completion_mask)
-        if elsewhere:
+        if elsewhere and self.rollout.correction is None:
             scored = [tree.with_columns(old_logprobs=tree.columns["sampler_logprobs"]) for tree in scored]
         return scored
 
@@ -285,8 +324,10 @@ class OnlineTrainer(AlignmentTrainer):
             own = own & ~completions.from_reference[:, None]
         metrics = {"entropy": scored.entropy[own].detach()}
         if own.any() and sampled is not None and self.state.global_step % self.rollout.num_updates == 0:
-            gap = (completions.logprobs.detach() - sampled)[own].abs()
-            metrics |= {"sampler/logprob_gap": gap, "sampler/logprob_gap_max": gap.max(dim=0, keepdim=True).values}
+            log_ratio = (completions.logprobs.detach() - sampled)[own]
+            if self.max_gap is not None and self.rollout.temperature == 1:
+                require_gap(log_ratio, self.max_gap, step=self.state.global_step + 1)
+            metrics |= gap_metrics(log_ratio)
         return metrics
 
     @override
@@ -295,8 +336,15 @@ class OnlineTrainer(AlignmentTrainer):
     ) -> dict[str, float]:
         """Answer the held-out prompts, and log what the answers are worth and how far the policy has gone."""
         version = -1 - self.state.global_step
-        self.evaluation_sampler.engine.publish(self.policy, version)
-        draw = self.evaluation_sampler.sample(self.eval_prompts, version=version, number=0)
+        engine = self.evaluation_sampler.engine
+        try:
+            engine.publish(self.policy, version)
+            draw = self.evaluation_sampler.sample(self.eval_prompts, version=version, number=0)
+            engine.retire(version)
+        except EngineError:
+            if self.optimizer is not None:  # else nothing was trained yet
+                self._keep()
+            raise
         means = evaluation_metrics(
             draw,
             policy=self.policy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -66,6 +67,21 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     trainer, data = build(
         config, language, objective, callbacks=[MetricsFile(folder.metrics_file), bar], console=console
     )
+    with closing(trainer):
+        return _train(config, trainer, data, language, folder, bar, resume=resume)
+
+
+def _train(
+    config: RunConfig,
+    trainer: AlignmentTrainer,
+    data: PreferenceData | PromptData,
+    language: Language,
+    folder: RunFolder,
+    bar: ProgressBar,
+    *,
+    resume: bool,
+) -> RunSummary:
+    """Evaluate, train and evaluate again, and write what was reached."""
     trainer.remove_callback(PrinterCallback)
     prepare_trackers(trainer, folder.path, evaluates=trainer.evaluates)
     if resume:
@@ -100,6 +116,7 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
         )
     ]
     _write_model(folder, trainer, language)
+    assert isinstance(trainer.policy, PreTrainedModel | PeftModel)
     keep_moved(folder, trainer.reference, trainer.policy)
     folder.write_json("samples.json", samples)
     folder.write_json("summary.json", {"before": before["metrics"], "after": after})

@@ -18,7 +18,8 @@ from falign.training.config import RunConfig
 
 __all__ = ["RunFolder", "is_held_out", "naming", "versions"]
 
-PATHS = frozenset({"path", "paths", "chat_template", "cache", "root", "init"})
+MAY_CHANGE = frozenset({"output_dir", *(f"rollout.engine.{name}" for name in ("url", "shared_dir", "timeout", "wait"))})
+PATHS = frozenset({"path", "paths", "chat_template", "cache", "root", "init", "shared_dir"})
 """Fields of the run file that may name something on the disk."""
 
 PACKAGES = ("falign", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl")
@@ -112,7 +113,8 @@ class RunFolder:
         """
         RunFolder.open(self.path)
         old, new = _flat(self.read_run_file()), _flat(_plain(config))
-        keys = (old.keys() | new.keys()) - {"output_dir"}  # the folder may be written otherwise, or have moved
+        # The folder may be written otherwise, or have moved, and the server may be another one of the same model.
+        keys = {key for key in old.keys() | new.keys() if key not in MAY_CHANGE}
         different = sorted(key for key in keys if old.get(key) != new.get(key))
         if different:
             shown = ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in different[:5])
@@ -249,7 +251,7 @@ def _with_whole_paths(value: Any, field: str) -> Any:
     if not isinstance(value, str) or field not in PATHS or len(value) >= 4096:
         return value
     path = Path(value).expanduser()
-    return str(path.absolute()) if path.exists() or field == "cache" else value
+    return str(path.absolute()) if path.exists() or field in ("cache", "shared_dir") else value
 
 
 def is_held_out(log: dict[str, Any]) -> bool:

@@ -176,6 +176,9 @@ class AlignmentTrainer(Trainer):
         self.move_reference()
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
+    def close(self) -> None:
+        """Give back what lies outside of this process; trainers of other kinds have something there."""
+
     def move_reference(self) -> None:
         """Move the reference if it is due, before anything of the next step is sampled or scored."""
         move_when_due(self.reference, self.policy, step=self.state.global_step, optimizer=self.optimizer)
