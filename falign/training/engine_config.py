@@ -33,7 +33,7 @@ class TransformersEngineConfig(FrozenModel):
 class VLLMEngineConfig(FrozenModel):
     """From a vLLM server, started by itself (``scripts/vllm_server.sh``)."""
 
-    kind: Literal["vllm"]
+    kind: Literal["vllm"] = "vllm"
     url: str = Field(default="http://127.0.0.1:8000", pattern=r"^https?://[^/]+/?$")
     shared_dir: str
     """A folder that the server sees under the same path; each version of the weights is written there."""
