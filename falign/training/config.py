@@ -240,6 +240,7 @@ class TrainingConfig(FrozenModel):
             "remove_unused_columns": False,
             "label_names": [],
             "logging_nan_inf_filter": False,
+            "ddp_find_unused_parameters": False,  # every trained parameter acts in every batch
             "disable_tqdm": True,  # falign.training.progress draws its own
         }
         if gradient_accumulation_steps is not None:
