@@ -267,9 +267,9 @@ def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
 
     from falign.data import PromptRow
     from falign.evaluation.groups import GroupSampler
-    from falign.training.divided_sampler import DividedSampler
     from falign.rewards import RewardSum, WeightedReward
     from falign.training.completions_table import CompletionsTable
+    from falign.training.divided_sampler import DividedSampler
     from falign.training.online_trainer import OnlineTrainer
     from falign.training.prompts_config import RolloutConfig
 

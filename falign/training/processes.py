@@ -12,16 +12,11 @@ from accelerate.utils import gather_object
 
 from falign.errors import ConfigError
 
-__all__ = ["NO_ZERO", "gathered", "is_writer", "join", "num_processes", "own_batches", "part", "rank", "shards", "wait"]
+__all__ = ["gathered", "is_writer", "join", "num_processes", "own_batches", "part", "rank", "shards", "wait"]
 
 T = TypeVar("T")
 
 SHARDS = "FALIGN_SHARDS"
-NO_ZERO = (
-    "not supported: DeepSpeed is not part of falign's tests, and no run under it has been shown to equal one process. "
-    "Start with --launch fsdp2, which spreads weights, gradients and optimizer state in the same way (ZeRO-3), or with "
-    "--launch ddp."
-)
 
 
 def join() -> None:
@@ -30,7 +25,7 @@ def join() -> None:
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # Accelerate takes a process without a device to be alone
     if os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ConfigError(f"ZeRO is {NO_ZERO}")
+        raise ConfigError("ZeRO (DeepSpeed) is not supported: take configs/accelerate/fsdp2.yaml, or ddp.yaml.")
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise ConfigError("FSDP is meant in its second version here: set fsdp_config.fsdp_version=2.")

@@ -106,6 +106,13 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         bar.close()
+    return _finish(folder, config, trainer, language, before)
+
+
+def _finish(
+    folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer, language: Language, before: dict[str, Any]
+) -> RunSummary:
+    """Measure what was trained, and write it down."""
     after = _evaluate(trainer)
     samples = [
         {"prompt": prompt, "before": first, "after": last}

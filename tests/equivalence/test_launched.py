@@ -17,7 +17,10 @@ from tests.models.tiny import save_tiny
 from tests.training.pairs import run_data, write_pairs
 from tests.training.prompts import online_data, write_prompts
 
-pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+]
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("ddp", "fsdp2")
@@ -31,6 +34,10 @@ PAIRS = {
     "tdpo": {"objective": {"kind": "token_pairwise", "alpha": 0.2}},
     "full": {"adapter": None, "training": {"max_steps": 5, "learning_rate": 0.05}},
 }
+COMPARED = [
+    *((name, kind) for name in ("f-dpo", "tdpo", "policy gradient", "full") for kind in KINDS),
+    ("f-dpo by tokens", "ddp"),
+]
 SAVING = {"training": {"max_steps": 10, "save_steps": 5, "optim": "adamw_torch", "learning_rate": 0.01}}
 QUANTIZED = {"model": {"quantization": "nf4", "dtype": "bfloat16"}, "training": {"max_steps": 5}}
 
@@ -65,7 +72,11 @@ def folder(tmp_path_factory):
     write_prompts(path / "prompts.jsonl", n=12)
     cases = [{"kind": "ddp", "run": offline(path, "quantized ddp", 2, QUANTIZED)}]
     for kind in KINDS:
-        cases += [{"kind": kind, "run": offline(path, f"{name} {kind}", 2, changes)} for name, changes in PAIRS.items()]
+        cases += [
+            {"kind": kind, "run": offline(path, f"{name} {kind}", 2, changes)}
+            for name, changes in PAIRS.items()
+            if (name, kind) in COMPARED
+        ]
         cases.append({"kind": kind, "run": online(path, f"policy gradient {kind}", 3)})
         saving = offline(path, f"saving {kind}", 2, SAVING)
         cases.append({"kind": kind, "run": saving, "resume": str(path / f"resumed {kind}")})
@@ -96,8 +107,7 @@ def weights(run):
     return {name: tensor for file in found for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [*PAIRS, "policy gradient"])
+@pytest.mark.parametrize(("name", "kind"), COMPARED)
 def test_two_processes_have_the_losses_metrics_and_weights_of_one(folder, name, kind):
     two, one = folder / f"{name} {kind}", folder / f"{name} alone"
     assert weights(two).keys() == weights(one).keys()
@@ -128,8 +138,9 @@ def test_a_checkpoint_holds_whole_trained_weights_alone_and_goes_on_bit_for_bit(
     exported = weights(folder / f"saving {kind}")
     assert {key: tensor.shape for key, tensor in saved.items()} == {k: t.shape for k, t in exported.items()}
     size = sum(tensor.nbytes for tensor in saved.values())
-    optimizer = (checkpoint / "optimizer.pt").stat().st_size
-    assert optimizer < 2.6 * size  # two moments of each trained weight, and their names
+    states = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"].values()
+    moments = sum(tensor.nbytes for state in states for tensor in state.values() if tensor.numel() > 1)
+    assert moments == 2 * size
     assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
     assert logs(folder / f"resumed {kind}") == logs(folder / f"saving {kind}")
     for key, tensor in exported.items():
