@@ -20,10 +20,12 @@ from falign.rollouts import Engine, SamplingParams, TransformersEngine, shake_ha
 from falign.scoring import PromptTree
 from falign.training.completions_table import CompletionsTable
 from falign.training.config import RunConfig
+from falign.training.divided_sampler import DividedSampler
 from falign.training.engine_config import TransformersEngineConfig
 from falign.training.online_objective_config import DistributionMatchingConfig
 from falign.training.online_trainer import OnlineTrainer
 from falign.training.parts import Language, Parts, load_parts
+from falign.training.processes import is_writer, num_processes
 from falign.training.references import starts_as_policy
 from falign.training.rehearsal import read_rehearsal, sampled_by
 from falign.training.reward_config import build_rewards
@@ -70,7 +72,7 @@ def online_trainer(
     args = config.training.build(
         config.output_dir,
         seed=config.seed,
-        gradient_accumulation_steps=-(-per_update // config.training.per_device_train_batch_size),
+        gradient_accumulation_steps=-(-per_update // (config.training.per_device_train_batch_size * num_processes())),
         steps_per_epoch=steps_per_epoch,
     )
     parts = load_parts(
@@ -94,7 +96,7 @@ def online_trainer(
     engine, max_gap = _engine(config, parts, language, data, params, console)
     held_out = rollout.evaluation
     samplers = [
-        GroupSampler(engine, rewards, language.tokenizer, chosen, completions=completions, seed=seed)
+        DividedSampler(GroupSampler(engine, rewards, language.tokenizer, chosen, completions=completions, seed=seed))
         for chosen, completions, seed in (
             (params, rollout.completions, config.seed),
             (replace(params, temperature=held_out.temperature), held_out.completions, config.seed + 1),
@@ -115,7 +117,7 @@ def online_trainer(
         rehearsal=rehearsal,
         rehearsal_size=0 if config.rehearsal is None else config.rehearsal.completions,
         pad_token_id=language.pad_token_id,
-        table=CompletionsTable(RunFolder(config.output_dir).completions_file),
+        table=CompletionsTable(RunFolder(config.output_dir).completions_file if is_writer() else None),
         layout=parts.layout,
         chunk_tokens=config.training.chunk_tokens,
         max_gap=max_gap,
@@ -137,6 +139,11 @@ def _engine(
             parts.policy, pad_token_id=language.pad_token_id, max_batch_tokens=rollout.max_batch_tokens
         )
         return engine, None
+    if num_processes() > 1:
+        raise ConfigError(
+            f"rollout.engine.kind=vllm with {num_processes()} processes: one that loses the server would leave the "
+            "others waiting. Train in one process, or sample in process (kind: transformers)."
+        )
     assert config.prompts is not None
     with console.status(f"waiting for {chosen.url}"):
         engine = chosen.build(vocabulary=base_of(parts.policy).config.get_text_config().vocab_size)
@@ -163,7 +170,7 @@ def _engine(
 def _fitted(
     config: RunConfig,
     objective: DistributionMatchingConfig,
-    sampler: GroupSampler,
+    sampler: DividedSampler,
     data: PromptData,
     parts: Parts,
     console: Console,

@@ -16,17 +16,20 @@ from typing_extensions import override
 
 from falign.data import PromptRow
 from falign.errors import EngineError, RolloutError
-from falign.evaluation.groups import Draw, Group, GroupSampler
+from falign.evaluation.groups import Draw, Group
 from falign.objectives import CompletionBatch, Hybrid, Objective, PolicyGradient, RolloutObjective, RunningPartition
 from falign.references import ObjectiveInputs, Reference
 from falign.rollouts.seeds import mixed
 from falign.scoring import DEFAULT_CHUNK_TOKENS, Layout, PromptTree, completion_scores, evaluation_mode
 from falign.training.completions_table import CompletionsTable
+from falign.training.divided_sampler import DividedSampler
 from falign.training.online_metrics import evaluation_metrics, rollout_metrics
+from falign.training.processes import gathered, is_writer, num_processes, own_batches, part, rank
 from falign.training.prompt_order import PromptOrder, sample_within
 from falign.training.prompts_config import RolloutConfig
 from falign.training.sampler_gap import correct, gap_metrics, require_gap
 from falign.training.scored_trees import ScoredTree, collate, completion_rows, whole_batch
+from falign.training.stand_ins import stand_in
 from falign.training.supplied import ONLINE
 from falign.training.trainer import AlignmentTrainer, split_columns
 
@@ -36,8 +39,6 @@ MOST_CLIPPED = 0.95  # of the completions of a rollout
 MOST_DRAWS = 8  # in search of completions that differ in reward
 ROLLOUT_STATE = "rollout_state.json"
 VALUE_HEAD = "value_head.safetensors"
-EMPTY: dict[str, Any] = {"input_ids": torch.empty(0, dtype=torch.long)}
-"""A micro-batch of a step that has fewer prompts than micro-batches."""
 
 
 class OnlineTrainer(AlignmentTrainer):
@@ -78,8 +79,8 @@ class OnlineTrainer(AlignmentTrainer):
         reference: Reference,
         objective: Objective,
         args: TrainingArguments,
-        sampler: GroupSampler,
-        evaluation_sampler: GroupSampler,
+        sampler: DividedSampler,
+        evaluation_sampler: DividedSampler,
         prompts: Sequence[PromptRow],
         eval_prompts: Sequence[PromptRow],
         rollout: RolloutConfig,
@@ -117,6 +118,9 @@ class OnlineTrainer(AlignmentTrainer):
             **kwargs,
         )
         self.value_head = value_head
+        if value_head is not None and num_processes() > 1:
+            for parameter in value_head.parameters():  # outside the model that is wrapped
+                parameter.register_post_accumulate_grad_hook(_average)
 
     @property
     @override
@@ -145,17 +149,13 @@ class OnlineTrainer(AlignmentTrainer):
         update = self.state.global_step % self.rollout.num_updates
         if update == 0:
             self.buffer = self._roll_out()
-        chosen = _part(self.buffer, update % self.rollout.minibatches, self.rollout.minibatches)
+        chosen = part(self.buffer, update % self.rollout.minibatches, self.rollout.minibatches)
         rehearsed = [self.rehearsal[i] for i in self.rehearsal_order.take(self.rehearsal_size)]
-        parts = [[*_part(chosen, i, num_batches), *_part(rehearsed, i, num_batches)] for i in range(num_batches)]
-        batches = [self._collated(part) if part else EMPTY for part in parts]
-        return batches, self._get_num_items_in_batch([batch for batch in batches if batch is not EMPTY], device)
-
-    @override
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if not inputs["input_ids"].numel():
-            return torch.zeros((), device=self.args.device, requires_grad=True)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        count, batches = num_batches * num_processes(), []
+        for number in range(rank(), count, num_processes()):  # what processes do at once are neighbours
+            trees = [*part(chosen, number, count), *part(rehearsed, number, count)]
+            batches.append(self._collated(trees) if trees else stand_in(self._collated(chosen[:1])))
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def _collated(self, trees: Sequence[ScoredTree]) -> dict[str, Any]:
         return collate(trees, layout=self.layout, pad_token_id=self.pad_token_id)
@@ -178,9 +178,9 @@ class OnlineTrainer(AlignmentTrainer):
             trees = self._with_partition(trees)
         if isinstance(self.objective, RolloutObjective):
             trees = _prepared(trees, self.objective)
-        self.means.add(cut)
         metrics = rollout_metrics(draw, pass_reward=self.rollout.pass_reward)
-        self.means.add(metrics)
+        if is_writer():  # all processes have the whole rollout
+            self.means.add({**metrics, **cut})
         if draw.message:
             self.advise(f"reward: {draw.message}")
         self._advise_on_length(metrics["completions/clipped"].mean().item())
@@ -285,10 +285,9 @@ class OnlineTrainer(AlignmentTrainer):
             or self.rollout.num_updates > 1
             or self.rollout.correction is not None
         )
-        scored, size = [], self.args.per_device_train_batch_size
-        for start in range(0, len(trees), size):
-            part = trees[start : start + size]
-            batch, _ = split_columns(self._prepare_inputs(self._collated(part)))
+        scored = []
+        for own, counted in own_batches(trees, self.args.per_device_train_batch_size):
+            batch, _ = split_columns(self._prepare_inputs(self._collated(own)))
             found: dict[str, Tensor] = {}
             if wants_reference:
                 found["reference_logprobs"] = self.reference.logprobs(self.policy, batch)
@@ -302,7 +301,9 @@ class OnlineTrainer(AlignmentTrainer):
                 found["old_logprobs"] = scores.logprobs
                 if scores.values is not None:
                     found["old_values"] = scores.values
-            scored += _with_rows(part, found, batch.completion_mask)
+            if counted:
+                scored += _with_rows(own, found, batch.completion_mask)
+        scored = gathered(scored)
         if elsewhere and self.rollout.correction is None:
             scored = [tree.with_columns(old_logprobs=tree.columns["sampler_logprobs"]) for tree in scored]
         return scored
@@ -382,6 +383,8 @@ class OnlineTrainer(AlignmentTrainer):
             if self.state.global_step % self.rollout.num_updates
             else [],
         }
+        if not is_writer():
+            return
         (folder / ROLLOUT_STATE).write_text(json.dumps(state), encoding="utf-8")
         if self.value_head is not None:
             save_file(self.value_head.state_dict(), folder / VALUE_HEAD)
@@ -398,9 +401,11 @@ class OnlineTrainer(AlignmentTrainer):
             self.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
 
 
-def _part(items: Sequence[ScoredTree], number: int, parts: int) -> Sequence[ScoredTree]:
-    """Return one of several parts whose sizes differ by at most one."""
-    return items[len(items) * number // parts : len(items) * (number + 1) // parts]
+def _average(parameter: Tensor) -> None:
+    """Average an accumulated gradient over processes; what was averaged before stays as it is."""
+    assert parameter.grad is not None
+    torch.distributed.all_reduce(parameter.grad)
+    parameter.grad /= num_processes()
 
 
 def _with_rows(trees: Sequence[ScoredTree], found: Mapping[str, Tensor], mask: Tensor) -> list[ScoredTree]:

@@ -34,13 +34,13 @@ def gap_metrics(log_ratio: Float[Tensor, " M"]) -> dict[str, Tensor]:
     """Return what is logged of ``log π - log π_sampler`` of sampled tokens.
 
     Returns:
-        ``sampler/logprob_gap``, its largest value, and ``sampler/ratio_outside``: whether π/π_sampler is outside
-        [1/2, 2].
+        ``sampler/logprob_gap`` and ``sampler/logprob_gap_max``, of which mean and largest value are logged, and
+        ``sampler/ratio_outside``: whether π/π_sampler is outside [1/2, 2].
     """
     gap = log_ratio.detach().abs()
     return {
         "sampler/logprob_gap": gap,
-        "sampler/logprob_gap_max": gap.max(dim=0, keepdim=True).values,
+        "sampler/logprob_gap_max": gap,  # of which the largest is logged
         "sampler/ratio_outside": (gap > _LOG_2).to(gap.dtype),
     }
 

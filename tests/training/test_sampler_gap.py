@@ -52,7 +52,7 @@ def test_the_monitor_gives_mean_largest_and_share_outside():
     log_ratio = torch.tensor([0.1, -0.2, 0.7, -0.69, -1.0])
     found = gap_metrics(log_ratio)
     assert found["sampler/logprob_gap"].mean().item() == pytest.approx(2.69 / 5)
-    assert found["sampler/logprob_gap_max"].tolist() == [1.0]
+    assert found["sampler/logprob_gap_max"].max() == 1.0
     assert found["sampler/ratio_outside"].tolist() == [0, 0, 1, 0, 1]  # e^0.7 > 2 > e^0.69
 
 
