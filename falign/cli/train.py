@@ -19,7 +19,11 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.field=value ...]", help="Fields to set otherwise.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    skip_bad: Annotated[
+        bool,
+        typer.Option("--skip-bad", help="Leave out steps whose loss, gradient or reward is no number, and count them."),
+    ] = False,
 ) -> None:
     """Train what a run file describes, and show what became better."""
     console = Console()
@@ -29,5 +33,5 @@ def train(
         from falign.training import load_run_file
         from falign.training import train as run
 
-        config = load_run_file(run_file, overrides or [])
+        config = load_run_file(run_file, [*(overrides or []), *(["training.skip_bad=true"] if skip_bad else [])])
     show(run(config, resume=resume), console)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from falign.durable import sync_folder
 from falign.errors import ConfigError, DataError
 
 __all__ = ["CacheKey", "LogprobStore", "entry_digest"]
@@ -155,3 +156,4 @@ def _write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync_folder(path.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft import PeftModel
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PrinterCallback, set_seed
 from falign.data import PreferenceData, PromptData
 from falign.models import describe, export_adapter, export_merged, weights_hash
 from falign.rollouts.answers import answer
+from falign.training.checkpoints import remove_leftovers, step_of
 from falign.training.config import RunConfig
 from falign.training.curves import plot_curves
 from falign.training.offline import offline_trainer
@@ -48,7 +50,7 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     Args:
         config: The run.
         console: Where progress is shown.
-        resume: Go on from the newest checkpoint of the same run.
+        resume: Go on from the newest whole checkpoint of the same run, or begin again where it has none yet.
 
     Raises:
         FalignError: Something of the run cannot work; nothing was trained, or what was written stays.
@@ -68,13 +70,10 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     )
     trainer.remove_callback(PrinterCallback)
     prepare_trackers(trainer, folder.path, evaluates=trainer.evaluates)
-    if resume:
-        checkpoint = folder.last_checkpoint()
-        step = int(checkpoint.name.rpartition("-")[2])
-        folder.forget_after(step, evaluated=trainer.evaluated_before(checkpoint))
-    else:
-        checkpoint = None
-        folder.claim(config)  # not before all of the run is known to start
+    checkpoint = _checkpoint(folder, trainer, console) if resume else None
+    if checkpoint is not None:
+        folder.forget_after(step_of(checkpoint), evaluated=trainer.evaluated_before(checkpoint))
+    folder.claim(config)  # not before all of the run is known to start
     _record(folder, config, trainer, data)
 
     if checkpoint is None:
@@ -106,6 +105,21 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     title = f"{config.objective.title}, {config.model.path}"
     plot_curves(folder.metrics(), folder.path / "curves.png", title=title)
     return RunSummary(folder, before["metrics"], after, samples)
+
+
+def _checkpoint(folder: RunFolder, trainer: AlignmentTrainer, console: Console) -> Path | None:
+    """Return from where a run goes on; None where it was killed before its first checkpoint, and begins again."""
+
+    def tell(text: str) -> None:
+        console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+    with trainer.args.main_process_first(local=False):  # which puts damaged ones aside
+        checkpoint = folder.last_checkpoint(tell)
+        remove_leftovers(folder.path)
+        if checkpoint is None:
+            tell(f"{folder.path} has no checkpoint yet: the run begins again.")
+            folder.release()
+    return checkpoint
 
 
 def _evaluate(trainer: AlignmentTrainer) -> dict[str, float]:

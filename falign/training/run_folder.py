@@ -6,20 +6,25 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from falign.durable import sync_folder
 from falign.errors import ConfigError, TrainingError
+from falign.training.checkpoints import newest_whole
 from falign.training.config import RunConfig
 
 __all__ = ["RunFolder", "is_held_out", "naming", "versions"]
 
 PATHS = frozenset({"path", "paths", "chat_template", "cache", "root", "init"})
 """Fields of the run file that may name something on the disk."""
+
+MAY_DIFFER = frozenset({"output_dir", "training.skip_bad"})
+"""Of a run that goes on: its folder may be written otherwise, or have moved, and what stopped it may be skipped now."""
 
 PACKAGES = ("falign", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl")
 
@@ -110,9 +115,10 @@ class RunFolder:
         Raises:
             ConfigError: With the fields that differ.
         """
-        RunFolder.open(self.path)
+        if not self.run_file.is_file():  # the manifest comes later, and a run may have been killed before it
+            RunFolder.open(self.path)
         old, new = _flat(self.read_run_file()), _flat(_plain(config))
-        keys = (old.keys() | new.keys()) - {"output_dir"}  # the folder may be written otherwise, or have moved
+        keys = (old.keys() | new.keys()) - MAY_DIFFER
         different = sorted(key for key in keys if old.get(key) != new.get(key))
         if different:
             shown = ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in different[:5])
@@ -190,16 +196,21 @@ class RunFolder:
                 "completions.jsonl", "".join(f"{line}\n" for line in lines if _sampled_by(line, step, last_evaluated))
             )
 
-    def last_checkpoint(self) -> Path:
-        """Return the newest checkpoint.
+    def last_checkpoint(self, tell: Callable[[str], None] = print) -> Path | None:
+        """Return the newest whole checkpoint; newer ones that are damaged are put aside, and ``tell`` is told.
+
+        Returns:
+            None where the run has not come to its first checkpoint.
 
         Raises:
-            TrainingError: There is none.
+            TrainingError: It has checkpoints, and none is whole; or it is finished and has none.
         """
-        found = [path for path in self.path.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-        if not found:
-            raise TrainingError(f"{self.path} has no checkpoint to resume from: start it anew in another folder.")
-        return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
+        found = newest_whole(self.path, tell=tell)
+        if found is None and (self.path / "summary.json").is_file():
+            raise TrainingError(
+                f"{self.path} is finished and has no checkpoint to resume from: start it anew in another folder."
+            )
+        return found
 
     def _write(self, name: str, text: str) -> None:
         partial = self.path / f".{name}.partial"
@@ -209,6 +220,7 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(self.path / name)
+            sync_folder(self.path)
         finally:
             partial.unlink(missing_ok=True)
 
