@@ -100,7 +100,7 @@ def _check_architecture(members: Sequence[SoupMember]) -> bool:
 
 def _architecture(folder: Path) -> dict[str, object]:
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: its config.json cannot be read ({' '.join(str(error).split())[:200]}).") from error
     if config.get("quantization_config") is not None:

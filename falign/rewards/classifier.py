@@ -169,9 +169,12 @@ def load_classifier(
             dtype=resolve_dtype(dtype, device=place) or "auto",
             revision=revision,
             use_safetensors=True,
+            trust_remote_code=False,  # left out, it would be asked for at the terminal
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, truncation_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, truncation_side="left", trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"Cannot load the classifier {name!r}: {' '.join(str(error).split())[:400]} Give a folder or a Hub name of "

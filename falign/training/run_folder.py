@@ -15,6 +15,7 @@ import yaml
 
 from falign.durable import sync_folder
 from falign.errors import ConfigError, TrainingError
+from falign.passwords import without_passwords
 from falign.training.checkpoints import newest_whole
 from falign.training.config import RunConfig
 
@@ -25,6 +26,9 @@ PATHS = frozenset({"path", "paths", "chat_template", "cache", "root", "init"})
 
 MAY_DIFFER = frozenset({"output_dir", "training.skip_bad"})
 """Of a run that goes on: its folder may be written otherwise, or have moved, and what stopped it may be skipped now."""
+
+PARTIAL = ".run.yaml.partial"
+"""All that there is of a run that was killed while it wrote its first file."""
 
 PACKAGES = ("falign", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl")
 
@@ -63,6 +67,7 @@ class RunFolder:
             raise ConfigError(
                 f"{path} is not a run folder (no run.yaml and manifest.json): give the output_dir of a run."
             )
+        folder.refuse_links()
         return folder
 
     @property
@@ -106,8 +111,19 @@ class RunFolder:
                 f"output_dir={self.path} holds another run: choose another folder, remove it, or go on with that run "
                 "by --resume."
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(each.name != PARTIAL for each in self.path.iterdir())):
             raise ConfigError(f"output_dir={self.path} exists and is not an empty folder: choose another.")
+
+    def refuse_links(self) -> None:
+        """Refuse a folder in which a link leads out of it: what is written there would go elsewhere.
+
+        Raises:
+            ConfigError: With the link.
+        """
+        root = self.path.resolve()
+        for entry in (*self.path.iterdir(), *self.path.glob("evaluation/*")):
+            if entry.is_symlink() and not entry.resolve().is_relative_to(root):
+                raise ConfigError(f"{entry} is a link that leads out of the run folder: remove it.")
 
     def require_same(self, config: RunConfig) -> None:
         """Refuse to go on with a run under another run file.
@@ -117,6 +133,7 @@ class RunFolder:
         """
         if not self.run_file.is_file():  # the manifest comes later, and a run may have been killed before it
             RunFolder.open(self.path)
+        self.refuse_links()
         old, new = _flat(self.read_run_file()), _flat(_plain(config))
         keys = (old.keys() | new.keys()) - MAY_DIFFER
         different = sorted(key for key in keys if old.get(key) != new.get(key))
@@ -143,7 +160,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one JSON file, whole or not at all."""
-        self._write(name, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+        self._write(name, without_passwords(json.dumps(value, indent=2, ensure_ascii=False, default=str)) + "\n")
 
     def read_json(self, name: str) -> Any:
         """Return one JSON file.
