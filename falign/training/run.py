@@ -11,7 +11,9 @@ from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from falign.data import PreferenceData, PromptData
+from falign.errors import ConfigError
 from falign.models import describe, export_adapter, export_merged, weights_hash
+from falign.models.sharding import is_sharded, weights_at_hand
 from falign.rollouts.answers import answer
 from falign.training.checkpoints import remove_leftovers, step_of
 from falign.training.config import RunConfig
@@ -19,9 +21,11 @@ from falign.training.curves import plot_curves
 from falign.training.offline import offline_trainer
 from falign.training.online import online_trainer
 from falign.training.parts import Language, load_language
+from falign.training.processes import is_writer, join, num_processes, shards, wait
 from falign.training.progress import MetricsFile, ProgressBar
 from falign.training.references import keep_moved
 from falign.training.run_folder import RunFolder, is_held_out, versions
+from falign.training.sharded_runs import check_sharding
 from falign.training.trackers import prepare_trackers
 from falign.training.trainer import AlignmentTrainer
 
@@ -55,12 +59,15 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     Raises:
         FalignError: Something of the run cannot work; nothing was trained, or what was written stays.
     """
-    console = console or Console(stderr=True)
-    objective, folder = config.check(), RunFolder(config.output_dir)
+    join()
+    console = (console or Console(stderr=True)) if is_writer() else Console(quiet=True)
+    objective, folder = config.check(), RunFolder(config.output_dir, writes=is_writer())
     if resume:
         folder.require_same(config)
     else:
         folder.require_free()
+    if shards():
+        check_sharding(config)
     set_seed(config.seed)
     language = load_language(config)
     bar = ProgressBar(console)
@@ -70,11 +77,14 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     )
     trainer.remove_callback(PrinterCallback)
     prepare_trackers(trainer, folder.path, evaluates=trainer.evaluates)
-    checkpoint = _checkpoint(folder, trainer, console) if resume else None
+    checkpoint = _checkpoint(folder, console) if resume else None
+    evaluated = checkpoint is not None and trainer.evaluated_before(checkpoint)
+    wait()  # until here all processes see the folder as it was
     if checkpoint is not None:
-        folder.forget_after(step_of(checkpoint), evaluated=trainer.evaluated_before(checkpoint))
+        folder.forget_after(step_of(checkpoint), evaluated=evaluated)
     folder.claim(config)  # not before all of the run is known to start
-    _record(folder, config, trainer, data)
+    with weights_at_hand(trainer.policy):
+        _record(folder, config, trainer, data)
 
     if checkpoint is None:
         try:
@@ -83,6 +93,7 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
         except BaseException:
             folder.release()
             raise
+    wait()
     before = folder.read_json("before.json")
     try:
         if checkpoint is not None and trainer.ended_at(checkpoint):
@@ -91,6 +102,13 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         bar.close()
+    return _finish(folder, config, trainer, language, before)
+
+
+def _finish(
+    folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer, language: Language, before: dict[str, Any]
+) -> RunSummary:
+    """Measure what was trained, and write it down."""
     after = _evaluate(trainer)
     samples = [
         {"prompt": prompt, "before": first, "after": last}
@@ -98,28 +116,47 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
             config.sampling.prompts, before["answers"], _answers(config, trainer, language), strict=True
         )
     ]
-    _write_model(folder, trainer, language)
-    keep_moved(folder, trainer.reference, trainer.policy)
-    folder.write_json("samples.json", samples)
-    folder.write_json("summary.json", {"before": before["metrics"], "after": after})
-    title = f"{config.objective.title}, {config.model.path}"
-    plot_curves(folder.metrics(), folder.path / "curves.png", title=title)
+    with weights_at_hand(trainer.policy):
+        if is_writer():
+            _write_model(folder, trainer, language)
+    if is_writer():
+        keep_moved(folder, trainer.reference, trainer.policy)
+        folder.write_json("samples.json", samples)
+        folder.write_json("summary.json", {"before": before["metrics"], "after": after})
+        title = f"{config.objective.title}, {config.model.path}"
+        plot_curves(folder.metrics(), folder.path / "curves.png", title=title)
+    wait()
     return RunSummary(folder, before["metrics"], after, samples)
 
 
-def _checkpoint(folder: RunFolder, trainer: AlignmentTrainer, console: Console) -> Path | None:
+def _checkpoint(folder: RunFolder, console: Console) -> Path | None:
     """Return from where a run goes on; None where it was killed before its first checkpoint, and begins again."""
 
     def tell(text: str) -> None:
         console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
-    with trainer.args.main_process_first(local=False):  # which puts damaged ones aside
-        checkpoint = folder.last_checkpoint(tell)
+    if not is_writer():
+        wait()  # until damaged ones are put aside
+    checkpoint = folder.last_checkpoint(tell)
+    if checkpoint is not None:
+        _require_as_many_processes(checkpoint)
+    if is_writer():
         remove_leftovers(folder.path)
         if checkpoint is None:
             tell(f"{folder.path} has no checkpoint yet: the run begins again.")
             folder.release()
+        wait()
     return checkpoint
+
+
+def _require_as_many_processes(checkpoint: Path) -> None:
+    """Refuse to go on with other processes: each has random states of its own."""
+    written = max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
+    if written != num_processes():
+        raise ConfigError(
+            f"{checkpoint} was written by {written} process{'es' * (written > 1)}, and this run has {num_processes()}: "
+            + (f"resume with --processes {written}." if written > 1 else "resume without --launch.")
+        )
 
 
 def _evaluate(trainer: AlignmentTrainer) -> dict[str, float]:
@@ -153,6 +190,8 @@ def _record(folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer, dat
         "versions": versions(),
         "model": asdict(describe(policy)),
         "base_weights": weights_hash(policy),
+        "processes": num_processes(),
+        "sharded": is_sharded(policy),
         "reference": trainer.reference.identity(),
         "layout": trainer.layout,
         "objective": config.objective.model_dump(),

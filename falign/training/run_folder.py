@@ -50,10 +50,14 @@ class RunFolder:
     ``evaluation/NAME/``    what ``falign evaluate`` has measured
     ``report.html``         what ``falign report`` has written, with its plots in ``report-figures/``
     ======================  ==============================================================
+
+    Args:
+        path: The folder.
+        writes: False for the processes of a run that leave the writing to another one.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -143,11 +147,14 @@ class RunFolder:
 
     def claim(self, config: RunConfig) -> None:
         """Create the folder and write the resolved run file."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
         self._write("run.yaml", yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
 
     def release(self) -> None:
         """Undo :meth:`claim` where a run ended before its first step, so that its folder can be claimed again."""
+        if not self.writes:
+            return
         for name in ("run.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl", "before.json"):
             (self.path / name).unlink(missing_ok=True)
 
@@ -230,6 +237,8 @@ class RunFolder:
         return found
 
     def _write(self, name: str, text: str) -> None:
+        if not self.writes:
+            return
         partial = self.path / f".{name}.partial"
         try:
             with naming(self.path / name), partial.open("w", encoding="utf-8") as file:
