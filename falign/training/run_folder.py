@@ -40,7 +40,7 @@ class RunFolder:
     ``run.yaml``            the resolved run file
     ``manifest.json``       versions, model, reference identity, what became of the data
     ``metrics.jsonl``       one log a line
-    ``checkpoint-N/``       trainable weights, optimizer, scheduler, random states
+    ``checkpoint-N/``       trainable weights, optimizer, scheduler, random states (``damaged-`` before it: put aside)
     ``adapter/``            the trained adapter in PEFT's layout (``model/`` without adapter)
     ``reference/``          where a reference that moves has come to
     ``completions.jsonl``   in an online run, what the policy wrote and what it was worth
