@@ -6,6 +6,7 @@ __all__ = [
     "EngineError",
     "FalignError",
     "ModelError",
+    "NonFiniteRewardError",
     "RewardError",
     "RolloutError",
     "TrainingError",
@@ -30,6 +31,10 @@ class ModelError(FalignError):
 
 class RewardError(FalignError):
     """A reward that cannot be called, or that returns what is no reward."""
+
+
+class NonFiniteRewardError(RewardError):
+    """A reward that is no number."""
 
 
 class RolloutError(FalignError):

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from typing_extensions import override
 
 from falign.data import PromptRow
-from falign.errors import EngineError, RolloutError
+from falign.errors import EngineError, NonFiniteRewardError, RolloutError
 from falign.evaluation.groups import Draw, Group
 from falign.objectives import CompletionBatch, Hybrid, Objective, PolicyGradient, RolloutObjective, RunningPartition
 from falign.references import ObjectiveInputs, Reference
@@ -66,7 +66,8 @@ class OnlineTrainer(AlignmentTrainer):
         value_head: Values of prefixes, for objectives that read them.
         max_gap: Bound of the mean difference between log-probabilities of sampler and policy; None for none. It is
             for samples at temperature 1.
-        advise: Told once what is probably not meant.
+        skip_bad: Whether steps and rollouts in which something is no number are left out and counted.
+        advise: Told what a person should know.
         **kwargs: Passed on to ``transformers.Trainer``.
     """
 
@@ -92,6 +93,7 @@ class OnlineTrainer(AlignmentTrainer):
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         value_head: nn.Module | None = None,
         max_gap: float | None = None,
+        skip_bad: bool = False,
         advise: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
@@ -115,6 +117,8 @@ class OnlineTrainer(AlignmentTrainer):
             pad_token_id=pad_token_id,
             layout=layout,
             chunk_tokens=chunk_tokens,
+            skip_bad=skip_bad,
+            advise=advise,
             **kwargs,
         )
         self.value_head = value_head
@@ -143,12 +147,12 @@ class OnlineTrainer(AlignmentTrainer):
     @override
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Return the micro-batches of the next update, sampling when the last rollout is used up."""
-        self.move_reference()
+        self.begin_step()
         if self.value_head is not None:
             self.value_head.zero_grad()  # the loop clears the gradients of the policy alone
         update = self.state.global_step % self.rollout.num_updates
         if update == 0:
-            self.buffer = self._roll_out()
+            self.buffer = self._sensible_rollout()
         chosen = part(self.buffer, update % self.rollout.minibatches, self.rollout.minibatches)
         rehearsed = [self.rehearsal[i] for i in self.rehearsal_order.take(self.rehearsal_size)]
         count, batches = num_batches * num_processes(), []
@@ -160,16 +164,26 @@ class OnlineTrainer(AlignmentTrainer):
     def _collated(self, trees: Sequence[ScoredTree]) -> dict[str, Any]:
         return collate(trees, layout=self.layout, pad_token_id=self.pad_token_id)
 
+    def _sensible_rollout(self) -> list[ScoredTree]:
+        """Roll out; where a reward is no number, name the step, or leave the rollout out and take the next prompts."""
+        while True:
+            try:
+                return self._roll_out()
+            except NonFiniteRewardError as error:
+                message = f"Step {self.state.global_step + 1}: {error}"
+                if not self.guard.skip or num_processes() > 1:  # where the others would wait for this one's share
+                    raise NonFiniteRewardError(f"{message} --resume --skip-bad leaves such rollouts out.") from error
+                self.guard.count(message)
+
     def _roll_out(self) -> list[ScoredTree]:
         """Sample, reward and score one rollout, and add to it what is computed from all of it at once."""
-        position, number = self.order.position, self.num_rollouts
+        position, number, self.num_rollouts = self.order.position, self.num_rollouts, self.num_rollouts + 1
         try:
             draw, groups = self._sampled(number)
         except EngineError:
-            self.order.position = position
+            self.order.position, self.num_rollouts = position, number
             self._keep()
             raise
-        self.num_rollouts += 1
         trees, cut = self._scored([self._tree(group) for group in groups]), dict[str, Tensor]()
         if self.rollout.correction is not None:
             trees, weights_cut = correct(trees, importance=self._importance, cap=self.rollout.correction.cap)
