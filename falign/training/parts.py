@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from falign.errors import ConfigError
-from falign.models import enable_gradient_checkpointing, stop_token_ids
+from falign.models import enable_gradient_checkpointing, stop_token_ids, weights_hash
 from falign.models.dropout import disable_dropout
 from falign.models.sharding import shard
 from falign.models.tokenizers import pad_token_id
@@ -47,11 +47,13 @@ class Parts(NamedTuple):
         policy: What is trained.
         reference: What it is held to.
         layout: One that both can read.
+        base_weights: Content hash of the policy without its adapters, before it is trained.
     """
 
     policy: PreTrainedModel | PeftModel
     reference: Reference
     layout: Layout
+    base_weights: str
 
 
 def load_language(config: RunConfig) -> Language:
@@ -100,6 +102,7 @@ def load_parts(
             policy = config.adapter.build(policy, seed=config.seed, revision=config.model.revision)
         if config.training.gradient_checkpointing:
             enable_gradient_checkpointing(policy)
+        base_weights = weights_hash(policy)  # 4-bit weights that are sharded have no scales to hash
         if shards():
             reference = build_reference(config, policy, device=torch.device("cpu"))
             for model in (policy, own_model(reference)):
@@ -114,7 +117,7 @@ def load_parts(
     if starts_as_policy(config):
         batch = LAYOUTS[layout](probes[:2], pad_token_id=language.pad_token_id).to(args.device)
         check_same_at_start(policy, reference, batch)
-    return Parts(policy, reference, layout)
+    return Parts(policy, reference, layout, base_weights)
 
 
 def _check_fits(config: RunConfig, model: PreTrainedModel, longest: int) -> None:

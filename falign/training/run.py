@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from falign.data import PreferenceData, PromptData
 from falign.errors import ConfigError
-from falign.models import describe, export_adapter, export_merged, weights_hash
+from falign.models import describe, export_adapter, export_merged
 from falign.models.sharding import is_sharded, weights_at_hand
 from falign.rollouts.answers import answer
 from falign.training.config import RunConfig
@@ -87,8 +87,7 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
         checkpoint = None
         wait()
         folder.claim(config)  # not before all of the run is known to start
-    with weights_at_hand(trainer.policy):
-        _record(folder, config, trainer, data)
+    _record(folder, config, trainer, data)
 
     if checkpoint is None:
         try:
@@ -173,7 +172,7 @@ def _record(folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer, dat
     manifest: dict[str, Any] = {
         "versions": versions(),
         "model": asdict(describe(policy)),
-        "base_weights": weights_hash(policy),
+        "base_weights": trainer.base_weights,
         "processes": num_processes(),
         "sharded": is_sharded(policy),
         "reference": trainer.reference.identity(),
