@@ -35,7 +35,7 @@ def result_folder(model: str, name: str, out: Path | None) -> Path:
     Raises:
         ConfigError: The name is a path, or there is no folder for a model's.
     """
-    if Path(name).name != name:
+    if Path(name).name != name or name == "..":
         raise ConfigError(f"--name {name} must be the name of a folder, without a path; --out takes a path.")
     if out is not None:
         return out

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from falign.errors import ConfigError, TrainingError
+from falign.plain_yaml import plain_yaml
 from falign.training.config import RunConfig
 
 __all__ = ["RunFolder", "is_held_out", "naming", "versions"]
@@ -138,9 +139,12 @@ class RunFolder:
     def read_run_file(self) -> dict[str, Any]:
         """Return the resolved run file as plain values."""
         try:
-            return yaml.safe_load(self.run_file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            found = plain_yaml(self.run_file.read_text(encoding="utf-8"), place=str(self.run_file))
+        except UnicodeDecodeError as error:
             raise ConfigError(f"{self.run_file} is damaged ({error}): restore it, or run anew.") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"{self.run_file} is damaged (no sections): restore it, or run anew.")
+        return found
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one JSON file, whole or not at all."""

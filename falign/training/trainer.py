@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
@@ -23,6 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from typing_extensions import override
 
 from falign.errors import ConfigError, TrainingError
+from falign.models.foreign import reading
 from falign.models.sharding import is_sharded
 from falign.models.staging import staged_folder
 from falign.objectives import CompletionBatch, Objective, ObjectiveOutput, reduce_terms, total_weights
@@ -144,7 +143,8 @@ class AlignmentTrainer(Trainer):
     def take_up(self, checkpoint: Path) -> None:
         """Load weights and state of a checkpoint without training on."""
         self._load_from_checkpoint(str(checkpoint))
-        self.read_state(checkpoint)
+        with _reading(checkpoint):
+            self.read_state(checkpoint)
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     @override
@@ -388,12 +388,10 @@ def split_columns(inputs: dict[str, Any]) -> tuple[TokenBatch, dict[str, Tensor]
 @contextmanager
 def _reading(checkpoint: str | Path | None) -> Iterator[None]:
     """Name a checkpoint that cannot be read: pickles, safetensors and JSON each fail in their own way."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
-        raise TrainingError(
+    with reading(
+        lambda error: TrainingError(
             f"{checkpoint} is damaged ({' '.join(str(error).split())[:200] or type(error).__name__}): remove that "
             "folder, and --resume goes on from the checkpoint before it; without one, start anew in another folder."
-        ) from error
+        )
+    ):
+        yield

@@ -113,6 +113,17 @@ def test_what_a_killed_process_left_half_written_is_written_again_byte_for_byte(
     assert totals.resumed < 9
 
 
+@pytest.mark.parametrize("damaged", ["7", "[]", "\x00", '{"place":'])
+def test_a_line_that_is_no_row_is_written_again_with_all_behind_it(tmp_path, whole, monkeypatch, damaged):
+    path = tmp_path / "scores.jsonl"
+    stopped(path, monkeypatch)
+    partial = tmp_path / ".scores.jsonl.partial.jsonl"
+    lines = partial.read_text().splitlines(keepends=True)
+    partial.write_text("".join([*lines[:2], damaged + "\n", *lines[3:]]))
+    assert scored(path).resumed == 2
+    assert path.read_bytes() == whole[0].read_bytes()
+
+
 def test_a_tree_without_all_its_completions_is_scored_again(tmp_path, whole, monkeypatch):
     path = tmp_path / "scores.jsonl"
     with monkeypatch.context() as patch:
@@ -191,6 +202,26 @@ def test_a_source_that_has_changed_is_refused(tmp_path, monkeypatch, trees, mess
     with pytest.raises(ConfigError, match=rf"{message}.*--overwrite"):
         scored(path, trees)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("change", [{"log_ratio": None}, {"num_tokens": "many"}, {"logprobs": [[]]}, {"place": 3}])
+def test_a_damaged_row_is_refused(tmp_path, monkeypatch, change):
+    path = tmp_path / "scores.jsonl"
+    stopped(path, monkeypatch)
+    rows = path.with_name(".scores.jsonl.partial.jsonl")
+    first, *others = rows.read_text().splitlines(keepends=True)
+    rows.write_text(json.dumps(json.loads(first) | change) + "\n" + "".join(others))
+    with pytest.raises(ConfigError, match=r"partial.jsonl: a row, .*rows.jsonl:1, is damaged .*--overwrite"):
+        scored(path)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{", "\x00"])
+def test_a_damaged_record_is_refused(tmp_path, monkeypatch, content):
+    path = tmp_path / "scores.jsonl"
+    stopped(path, monkeypatch)
+    path.with_name(".scores.jsonl.partial.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"partial.json.*--overwrite"):
+        scored(path)
 
 
 def test_rows_whose_record_is_lost_are_refused(tmp_path, monkeypatch):
