@@ -73,7 +73,7 @@ def offline_trainer(
         processing_class=language.tokenizer,
         callbacks=list(callbacks),
     )
-    trainer.base_weights = parts.base_weights
+    trainer.record = parts.record
     return trainer, data
 
 

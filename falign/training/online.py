@@ -85,7 +85,7 @@ def online_trainer(
         console=console,
     )
     if config.rehearsal is not None:
-        _tell_origin(config.rehearsal.path, parts.base_weights, console)
+        _tell_origin(config.rehearsal.path, parts.record["base_weights"], console)
     engine = TransformersEngine(
         parts.policy, pad_token_id=language.pad_token_id, max_batch_tokens=rollout.max_batch_tokens
     )
@@ -125,7 +125,7 @@ def online_trainer(
         processing_class=language.tokenizer,
         callbacks=list(callbacks),
     )
-    trainer.base_weights = parts.base_weights
+    trainer.record = parts.record
     return trainer, data
 
 

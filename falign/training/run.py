@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from falign.data import PreferenceData, PromptData
 from falign.errors import ConfigError
-from falign.models import describe, export_adapter, export_merged
+from falign.models import export_adapter, export_merged
 from falign.models.sharding import is_sharded, weights_at_hand
 from falign.rollouts.answers import answer
 from falign.training.config import RunConfig
@@ -171,8 +171,7 @@ def _record(folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer, dat
     assert isinstance(policy, PreTrainedModel | PeftModel)
     manifest: dict[str, Any] = {
         "versions": versions(),
-        "model": asdict(describe(policy)),
-        "base_weights": trainer.base_weights,
+        **trainer.record,
         "processes": num_processes(),
         "sharded": is_sharded(policy),
         "reference": trainer.reference.identity(),

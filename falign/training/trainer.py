@@ -107,7 +107,7 @@ class AlignmentTrainer(Trainer):
         self.chunk_tokens, self.tokens_per_batch = chunk_tokens, tokens_per_batch
         self.loss_is_scaled_for_ga = True  # every term is divided by its weights over the whole step
         self.value_head: nn.Module | None = None
-        self.base_weights: str | None = None  # their content hash, for the record
+        self.record: dict[str, Any] = {}  # of the model, for the run folder
         self.means = Means()
         self._staging: Path | None = None
         # What transformers calls sharded at load time owns its placement and the reduction of its gradients.

@@ -156,7 +156,8 @@ def test_a_quantized_model_learns_in_two_processes_what_it_learns_in_one(folder,
             assert a["loss"] == pytest.approx(b["loss"], abs=0.02)  # bfloat16 rounds by what is beside a row
     assert any(weight.abs().max() > 0.01 for key, weight in weights(two).items() if "lora_B" in key)
     manifests = [RunFolder(run).read_json("manifest.json") for run in (two, one)]
-    assert manifests[0]["base_weights"] == manifests[1]["base_weights"]
+    for part in ("model", "base_weights"):
+        assert manifests[0][part] == manifests[1][part]
     assert [manifest["processes"] for manifest in manifests] == [2, 1]
 
 
