@@ -123,7 +123,9 @@ def _finish(
         if is_writer():
             _write_model(folder, trainer, language)
     if is_writer():
-        keep_moved(folder, trainer.reference, trainer.policy)
+        policy = trainer.policy
+        assert isinstance(policy, PreTrainedModel | PeftModel)
+        keep_moved(folder, trainer.reference, policy)
         folder.write_json("samples.json", samples)
         folder.write_json("summary.json", {"before": before["metrics"], "after": after})
         title = f"{config.objective.title}, {config.model.path}"
