@@ -27,7 +27,7 @@ ALLOWED = {
     "report": {"training"},
     "cli": {*BELOW_TRAINING, "training", "evaluation", "metrics", "report"},
 }
-SHARED = {"errors", "full_disk"}
+SHARED = {"errors", "full_disk", "plain_yaml"}
 LIGHT = {"divergences", "objectives", "scoring"}
 HEAVY = ("transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "numpy", "pydantic", "vllm")
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from falign.errors import ConfigError, DataError
+from falign.plain_yaml import plain_yaml
 
 __all__ = ["app", "check", "column_mapping"]
 
@@ -106,12 +107,7 @@ def check(
 
 def column_mapping(text: str) -> dict[str, str]:
     """Return what the option --columns says."""
-    import yaml
-
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = None
-    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+    value = plain_yaml(text, place=f"--columns {text!r}")
+    if not isinstance(value, dict) or not all(isinstance(name, str) for pair in value.items() for name in pair):
         raise ConfigError(f"--columns {text!r} must be a mapping of names, as in '{{prompt: question}}'.")
     return value

@@ -146,7 +146,7 @@ def _read_parquet(path: Path, name: str, bad_rows: BadRows) -> Iterator[Row]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(f"{name} row {number}", fields)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:  # thrift's errors come as the system's
         raise DataError(f"{name}: not a Parquet file that can be read ({error}); write it again.") from error
 
 

@@ -202,7 +202,7 @@ def _raw_prompt(row: Row, template: str | None) -> Text:
     if template is not None:
         try:
             return template.format_map(row.fields)
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError, OverflowError) as error:
             raise DataError(
                 f"{row.place}: the template {template!r} asks for {error}; the row has {sorted(row.fields)}."
             ) from error

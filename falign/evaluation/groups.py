@@ -128,9 +128,17 @@ class GroupSampler:
             self.engine, self.rewards, self.tokenizer, self.params, completions=completions, seed=self.seed
         )
 
-    def sample(self, rows: Sequence[PromptRow], *, version: int, number: int) -> Draw:
-        """Return one group per prompt; the same version, number and prompts give the same."""
-        return self._sample(rows, version=version, seed=mixed(self.seed, number))
+    def sample(self, rows: Sequence[PromptRow], *, version: int, number: int, first: int = 0) -> Draw:
+        """Return one group per prompt; the same version, number and prompts give the same.
+
+        Args:
+            rows: The prompts.
+            version: Which published weights answer.
+            number: Of the rollout.
+            first: Place of the first prompt among those of the whole rollout, where others sample the rest of it.
+        """
+        seeds = [mixed(self.seed, number, place) for place in range(first, first + len(rows))]
+        return self._sample(rows, version=version, seed=seeds)
 
     def sample_each(self, rows: Sequence[PromptRow], *, version: int, repeats: Sequence[int]) -> Draw:
         """Return one group per prompt, of which each depends on the seed and the prompt alone.
@@ -143,7 +151,7 @@ class GroupSampler:
         seeds = [mixed(self.seed, repeat, *row.prompt_ids) for row, repeat in zip(rows, repeats, strict=True)]
         return self._sample(rows, version=version, seed=seeds)
 
-    def _sample(self, rows: Sequence[PromptRow], *, version: int, seed: int | list[int]) -> Draw:
+    def _sample(self, rows: Sequence[PromptRow], *, version: int, seed: list[int]) -> Draw:
         rollouts = self.engine.sample(
             [row.prompt_ids for row in rows], self.completions, self.params, version=version, seed=seed
         )

@@ -54,7 +54,7 @@ def sample_prompts(
         there: list[Any] = []
         for prompt in batch:
             expected = [sample_identity(prompt.place, prompt.prompt)] * sampler.completions
-            if (taken := output.take_rows(expected)) is None:
+            if (taken := output.take_rows(expected, form=SampleRow)) is None:
                 break
             there.append(taken)
         new: list[list[SampleRow]] = []

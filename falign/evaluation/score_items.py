@@ -71,7 +71,8 @@ def score_items(
     rows: list[ItemRow] = []
     resumed = 0
     for batch in batches_in_order(items, max_tokens=tokens_per_batch):
-        there: list[Any] = [taken[0] for item in batch if (taken := output.take_rows([_identity(item)])) is not None]
+        taken = [output.take_rows([_identity(item)], form=ItemRow) for item in batch]
+        there: list[Any] = [rows[0] for rows in taken if rows is not None]
         new: list[ItemRow] = []
         if len(there) < len(batch):
             scores = scorer.score(batch)

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from pydantic import TypeAdapter, ValidationError
+
 from falign.errors import ConfigError
 from falign.evaluation.score_rows import ScoreRow
 from falign.scoring import PromptTree
@@ -68,8 +70,11 @@ class ScoreOutput:
             for file in (self.rows_file, self.record_file, self._parquet_file, path):
                 file.unlink(missing_ok=True)
         self._claim(json.loads(json.dumps(record)))
-        self.rows_file.touch()
-        self._file: BinaryIO = self.rows_file.open("r+b")
+        try:
+            self.rows_file.touch()
+            self._file: BinaryIO = self.rows_file.open("r+b")
+        except OSError as error:
+            raise ConfigError(f"{self.rows_file} cannot be opened ({error}): remove it, or rename --out.") from error
         self._reading = True
 
     def __enter__(self) -> ScoreOutput:
@@ -95,18 +100,19 @@ class ScoreOutput:
         expected = [
             {"place": tree.place, "completion": i, "token_ids": list(ids)} for i, ids in enumerate(tree.completion_ids)
         ]
-        return self.take_rows(expected)  # pyright: ignore[reportReturnType] - a row is what was appended
+        return self.take_rows(expected, form=ScoreRow)  # pyright: ignore[reportReturnType]
 
-    def take_rows(self, expected: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    def take_rows(self, expected: Sequence[Mapping[str, Any]], *, form: Any) -> list[dict[str, Any]] | None:
         """Return the next rows, of which all or none are needed, if they are there already.
 
         Where not all are there, what there is of them is cut off, and nothing is there from then on.
 
         Args:
             expected: What each of the rows must have, by name, its ``place`` among it.
+            form: The ``TypedDict`` that each of them is.
 
         Raises:
-            ConfigError: The rows have something else, so the source has changed since.
+            ConfigError: The rows have something else, so the source has changed since, or one is damaged.
         """
         if not self._reading:
             return None
@@ -119,6 +125,13 @@ class ScoreOutput:
                 self._file.truncate()
                 self._reading = False
                 return None
+            try:
+                TypeAdapter(form).validate_python(row)
+            except ValidationError as error:
+                raise ConfigError(
+                    f"{self.rows_file}: a row, where the source has {wanted['place']}, is damaged "
+                    f"({error.errors()[0]['msg']}): give --overwrite to start anew."
+                ) from error
             if any(row.get(name) != value for name, value in wanted.items()):
                 raise self._changed(f"it goes on with {row.get('place')}, where the source now has {wanted['place']}")
             rows.append(row)
@@ -165,7 +178,7 @@ class ScoreOutput:
     def _read_record(self) -> dict[str, Any]:
         try:
             return dict(json.loads(self.record_file.read_text(encoding="utf-8")))
-        except (FileNotFoundError, TypeError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"{self.record_file}, which says what {self.rows_file} depends on, cannot be read ({error}): give "
                 "--overwrite to start anew."
@@ -204,7 +217,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         row = json.loads(line.decode("utf-8", "surrogatepass"))
-    except ValueError:
+    except (RecursionError, ValueError):
         return None
     return row if isinstance(row, dict) else None
 

@@ -15,7 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from falign.errors import ModelError
 from falign.models.adapter_precision import compute_in_activation_type
 from falign.models.adapters import check_adapter_folder
+from falign.models.foreign import reading
 from falign.models.lora_factors import Factors
+from falign.models.sources import damaged
 from falign.models.structure import linear_modules
 
 __all__ = ["AdapterTensors", "adapter_of", "install_adapter", "read_adapter"]
@@ -73,12 +75,14 @@ def read_adapter(folder: Path) -> AdapterTensors:
         ModelError: No adapter there, or one that is more than pairs of LoRA matrices on linear layers.
     """
     check_adapter_folder(folder)
-    config = LoraConfig.from_pretrained(str(folder))
+    with reading(lambda error: damaged(folder / "adapter_config.json", error)):
+        config = LoraConfig.from_pretrained(str(folder))
     assert isinstance(config, LoraConfig)  # check_adapter_folder has seen to it
     for field, what in _MORE_THAN_MATRICES.items():
         if getattr(config, field) or (field == "lora_bias" and config.bias != "none"):
             raise ModelError(f"{folder} {what}: only plain LoRA, pairs of matrices on linear layers, can be summed.")
-    tensors = load_file(folder / "adapter_model.safetensors")
+    with reading(lambda error: damaged(folder / "adapter_model.safetensors", error)):
+        tensors = load_file(folder / "adapter_model.safetensors")
     layers = {name.removesuffix(_DOWN) for name in tensors if name.endswith(_DOWN)}
     stray = tensors.keys() - {layer + end for layer in layers for end in (_DOWN, _UP)}
     unpaired = sorted(layer for layer in layers if layer + _UP not in tensors)

@@ -16,12 +16,13 @@ from peft import (
     get_peft_model,
     set_peft_model_state_dict,
 )
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from falign.errors import ConfigError, ModelError
 from falign.models.adapter_precision import compute_in_activation_type
+from falign.models.foreign import reading
 from falign.models.sources import adapter_config, damaged
 from falign.models.structure import adapter_matrix, adapter_weights, base_of, is_transposed, linear_modules, lora_layers
 
@@ -93,19 +94,16 @@ def load_adapter(
     folder = Path(path).expanduser()
     check_adapter_folder(folder)
     device, was_training = str(base_of(model).device), model.training
-    try:
-        with _expected_warnings():
-            if isinstance(model, PeftModel):
-                if name in model.peft_config:
-                    raise ModelError(f"{folder}: the model has an adapter {name!r} already: choose another name.")
-                model.load_adapter(str(folder), name, is_trainable=trainable, torch_device=device)
-                adapted = model
-            else:
-                adapted = PeftModel.from_pretrained(
-                    model, folder, adapter_name=name, is_trainable=trainable, torch_device=device
-                )
-    except (RuntimeError, ValueError) as error:
-        raise _unfit(folder, " ".join(str(error).split())[:400]) from error
+    with reading(lambda error: _unfit(folder, " ".join(str(error).split())[:400])), _expected_warnings():
+        if isinstance(model, PeftModel):
+            if name in model.peft_config:
+                raise ModelError(f"{folder}: the model has an adapter {name!r} already: choose another name.")
+            model.load_adapter(str(folder), name, is_trainable=trainable, torch_device=device)
+            adapted = model
+        else:
+            adapted = PeftModel.from_pretrained(
+                model, folder, adapter_name=name, is_trainable=trainable, torch_device=device
+            )
     with safe_open(folder / _WEIGHTS, framework="pt") as file:
         stray = set(file.keys()) ^ set(adapter_weights(adapted, name))
     if stray:
@@ -192,11 +190,8 @@ def check_adapter_folder(folder: Path) -> None:
             f"{folder} has no {_WEIGHTS}. Pickled weights can run code when they are read and are never loaded: load "
             "such an adapter once where you trust it and `save_pretrained` it again."
         )
-    try:
-        with safe_open(folder / _WEIGHTS, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise damaged(folder / _WEIGHTS, error) from error
+    with reading(lambda error: damaged(folder / _WEIGHTS, error)), safe_open(folder / _WEIGHTS, framework="pt"):
+        pass
 
 
 def _unfit(folder: Path, reason: str) -> ModelError:

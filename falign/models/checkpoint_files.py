@@ -2,14 +2,16 @@
 
 import json
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from falign.errors import ModelError
+from falign.models.foreign import reading
 from falign.models.sources import check_weights, damaged
 
 __all__ = ["CheckpointFiles"]
@@ -38,10 +40,8 @@ class CheckpointFiles:
         self.folder = folder
         self._files: dict[str, Any] = {}
         for file in _weight_files(folder):
-            try:
+            with reading(partial(damaged, file)):
                 handle = stack.enter_context(safe_open(file, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise damaged(file, error) from error
             self._files |= dict.fromkeys(handle.keys(), handle)
 
     @property
@@ -72,10 +72,8 @@ class CheckpointFiles:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if index.is_file():
-        try:
+        with reading(partial(damaged, index)):
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise damaged(index, error) from error
-        return [folder / file for file in sorted(set(weight_map.values()))]
+            return [folder / file for file in sorted(set(weight_map.values()))]
     single = folder / "model.safetensors"  # some repositories have the weights a second time, in another layout
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))

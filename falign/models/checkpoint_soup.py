@@ -13,8 +13,10 @@ from transformers import AutoConfig
 from falign.errors import ModelError
 from falign.models.checkpoint_files import CheckpointFiles
 from falign.models.companion_files import MODEL_FILES, copy_files
+from falign.models.foreign import reading
 from falign.models.loading import load_tokenizer
 from falign.models.soup_members import SoupMember
+from falign.models.sources import damaged
 
 __all__ = ["write_checkpoint_soup"]
 
@@ -99,10 +101,8 @@ def _check_architecture(members: Sequence[SoupMember]) -> bool:
 
 
 def _architecture(folder: Path) -> dict[str, object]:
-    try:
+    with reading(lambda error: damaged(folder / "config.json", " ".join(str(error).split())[:200])):
         config = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: its config.json cannot be read ({' '.join(str(error).split())[:200]}).") from error
     if config.get("quantization_config") is not None:
         raise ModelError(f"{folder} has quantised weights, which have no average: give the 16- or 32-bit ones.")
     return {key: value for key, value in config.items() if key not in _NOT_THE_ARCHITECTURE}

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.constants import is_offline_mode
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -16,6 +15,8 @@ from transformers import (
 )
 
 from falign.errors import ConfigError, ModelError
+from falign.models.devices import named_device
+from falign.models.foreign import reading
 from falign.models.precision import resolve_dtype
 from falign.models.sources import check_weights, resolve
 
@@ -44,10 +45,8 @@ def load_tokenizer(
         ConfigError: ``chat_template`` is neither a template nor a file.
     """
     name = resolve(name_or_path)
-    try:
+    with reading(lambda error: _unloadable("tokenizer", name, error)):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise _unloadable("tokenizer", name, error) from error
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     if tokenizer.eos_token is None:
@@ -82,16 +81,16 @@ def load_model(
 
     Raises:
         ModelError: no model there, or one whose weights are incomplete, pickled, or need remote code.
-        ConfigError: an unknown ``dtype`` or ``quantization``.
+        ConfigError: an unknown ``dtype``, ``quantization`` or ``device``.
     """
     if quantization not in (None, "nf4"):
         raise ConfigError(f"quantization={quantization!r} is unknown; choose 'nf4', or leave it out.")
-    place = _default_device(quantization) if device is None else torch.device(device)
+    place = _default_device(quantization) if device is None else named_device(device)
     torch_dtype = resolve_dtype(dtype, device=place)
     name = resolve(name_or_path)
     if Path(name).is_dir():
         check_weights(Path(name))
-    try:
+    with reading(lambda error: _unloadable("model", name, error)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype="auto" if torch_dtype is None else torch_dtype,
@@ -103,8 +102,6 @@ def load_model(
             device_map={"": place},
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise _unloadable("model", name, error) from error
     model, info = loaded
     if info["missing_keys"]:
         raise ModelError(

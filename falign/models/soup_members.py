@@ -5,11 +5,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from falign.errors import ConfigError, ModelError
-from falign.models.sources import resolve
+from falign.models.foreign import reading
+from falign.models.sources import damaged, resolve
 
 __all__ = ["SoupMember", "check_weights", "content_hash", "soup_members"]
 
@@ -103,14 +105,16 @@ def _member(path: str | Path, weight: float) -> SoupMember:
 
 
 def _run_member(run: Path, weight: float) -> SoupMember:
-    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    with reading(partial(damaged, run / "manifest.json")):
+        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        model = dict(manifest.get("model", {}))
     if (run / "adapter").is_dir():
         return SoupMember(
             folder=(run / "adapter").resolve(),
             weight=weight,
             kind="adapter",
             base_weights=manifest.get("base_weights"),
-            base_quantization=manifest.get("model", {}).get("quantization"),
+            base_quantization=model.get("quantization"),
         )
     if (run / "model").is_dir():
         return SoupMember(folder=(run / "model").resolve(), weight=weight, kind="checkpoint")

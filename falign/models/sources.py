@@ -7,6 +7,7 @@ from typing import Any
 
 from falign.errors import ModelError
 from falign.models.demo import DEMO_PREFIX, demo_gguf
+from falign.models.foreign import reading
 from falign.models.gguf import plain_checkpoint
 
 __all__ = ["adapter_config", "adapter_folder", "check_weights", "damaged", "resolve"]
@@ -74,10 +75,8 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         ModelError: the file is no JSON object.
     """
     file = folder / "adapter_config.json"
-    try:
+    with reading(lambda error: damaged(file, error)):
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise damaged(file, error) from error
     if not isinstance(config, dict):
         raise damaged(file, "it holds no mapping")
     return config

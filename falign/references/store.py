@@ -8,7 +8,8 @@ import os
 import struct
 import uuid
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -96,7 +97,7 @@ class LogprobStore:
             by_shard[self._spans[digest].shard].append(digest)
         values: dict[bytes, Tensor] = {}
         for shard, members in by_shard.items():
-            with safe_open(shard, framework="pt") as file:
+            with _reading(shard), safe_open(shard, framework="pt") as file:
                 logprobs = file.get_slice("logprobs")
                 for digest in members:
                     span = self._spans[digest]
@@ -125,7 +126,10 @@ class LogprobStore:
                 raise ConfigError(f"{self.directory} has shards but no index.json: delete it or take another.")
             self.directory.mkdir(parents=True, exist_ok=True)
             _write_atomically(path, json.dumps(wanted, indent=1).encode())
-        found = json.loads(path.read_text())
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{path} is damaged ({error}): delete the folder, and all is computed again.") from error
         differing = [name for name in wanted if found.get(name) != wanted[name]]
         if differing:
             stale = ", ".join(f"{name} {found.get(name)!r} instead of {wanted[name]!r}" for name in differing)
@@ -135,17 +139,27 @@ class LogprobStore:
             )
 
     def _register(self, shard: Path) -> None:
-        try:
-            with safe_open(shard, framework="pt") as file:
-                digests = file.get_tensor("digests").numpy()
-                stops = file.get_tensor("lengths").cumsum(dim=0).tolist()
-        except SafetensorError as error:
-            raise DataError(
-                f"{shard} is not a shard of reference log-probabilities ({error}): delete this file, and its "
-                "entries are computed again."
-            ) from error
-        for row, start, stop in zip(digests, [0, *stops], stops, strict=False):
+        with _reading(shard), safe_open(shard, framework="pt") as file:
+            digests, lengths = file.get_tensor("digests"), file.get_tensor("lengths")
+            stops = lengths.cumsum(dim=0)
+            values, rows = file.get_slice("logprobs"), [digests.shape, lengths.dtype, lengths.shape]
+            if rows != [(len(lengths), 32), torch.int64, (len(lengths),)] or digests.dtype != torch.uint8:
+                raise ValueError(f"its entries are of another form, {rows}")
+            if (lengths < 0).any() or [int(lengths.sum())] != values.get_shape() or values.get_dtype() != "F32":
+                raise ValueError("its values are not as many as its entries say")
+        for row, start, stop in zip(digests.numpy(), [0, *stops.tolist()], stops.tolist(), strict=False):
             self._spans[row.tobytes()] = _Span(shard, start, stop)
+
+
+@contextmanager
+def _reading(shard: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, IndexError, RuntimeError, SafetensorError) as error:
+        raise DataError(
+            f"{shard} is not a shard of reference log-probabilities ({error}): delete this file, and its entries are "
+            "computed again."
+        ) from error
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

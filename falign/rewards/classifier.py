@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from falign.errors import ConfigError, ModelError, RewardError
+from falign.models.devices import named_device
+from falign.models.foreign import reading
 from falign.models.precision import resolve_dtype
 from falign.models.sources import check_weights, resolve
 from falign.rewards.base import place_of
@@ -157,13 +158,13 @@ def load_classifier(
         revision: Branch, tag or commit on the Hub.
 
     Raises:
+        ConfigError: There is no such device.
         ModelError: There is none, or its head is missing and would be random.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    name = resolve(name_or_path)
+    place, name = named_device(device), resolve(name_or_path)
     if Path(name).is_dir():
         check_weights(Path(name))
-    try:
+    with reading(lambda error: _unloadable(name, error)):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name,
             dtype=resolve_dtype(dtype, device=place) or "auto",
@@ -172,14 +173,16 @@ def load_classifier(
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, truncation_side="left")
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ModelError(
-            f"Cannot load the classifier {name!r}: {' '.join(str(error).split())[:400]} Give a folder or a Hub name of "
-            "a sequence classifier that needs no code of its own."
-        ) from error
     if info["missing_keys"]:
         raise ModelError(
             f"{name} lacks weights of {type(model).__name__}, which would be random: "
             f"{sorted(info['missing_keys'])[:4]}. Give a checkpoint of a sequence classifier."
         )
     return model.to(place).eval(), tokenizer
+
+
+def _unloadable(name: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"Cannot load the classifier {name!r}: {' '.join(str(error).split())[:400]} Give a folder or a Hub name of a "
+        "sequence classifier that needs no code of its own."
+    )

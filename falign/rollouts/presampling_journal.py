@@ -8,10 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
 from falign.errors import ConfigError
 from falign.rollouts.presampling import Presampled
 
 __all__ = ["Finding", "PresamplingJournal"]
+
+
+class _Stored(TypedDict):
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logprobs: list[float]
 
 
 class Finding(NamedTuple):
@@ -23,7 +32,10 @@ class Finding(NamedTuple):
     """
 
     num_correct: int
-    rehearsal: dict[str, Any] | None
+    rehearsal: _Stored | None
+
+
+_OBJECT, _FINDING = TypeAdapter(dict[str, Any]), TypeAdapter(Finding)
 
 
 class PresamplingJournal:
@@ -40,13 +52,17 @@ class PresamplingJournal:
 
     def __init__(self, path: Path, *, record: Mapping[str, Any], chunk_size: int) -> None:
         self.path, self._record = path, json.loads(json.dumps(record))
-        content = path.read_bytes() if path.exists() else b""
-        whole = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
-        if whole:
-            self._claim(json.loads(whole[0]))
-        rows = whole[1:]
-        rows = rows[: len(rows) // chunk_size * chunk_size]
-        self.findings = [Finding(**json.loads(row)) for row in rows]
+        try:
+            content = path.read_bytes() if path.exists() else b""
+            whole = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+            if whole:
+                self._claim(_OBJECT.validate_json(whole[0]))
+            rows = whole[1:]
+            rows = rows[: len(rows) // chunk_size * chunk_size]
+            self.findings = [_FINDING.validate_json(row) for row in rows]
+        except (OSError, ValidationError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"{path} is damaged ({reason}): remove it, and pre-sampling starts anew.") from error
         if content:  # what a killed process has left of a line or a chunk goes
             os.truncate(path, sum(map(len, [*whole[:1], *rows])))
         self._begun = bool(whole)
@@ -70,7 +86,7 @@ class PresamplingJournal:
             )
 
 
-def _stored(result: Presampled) -> dict[str, Any] | None:
+def _stored(result: Presampled) -> _Stored | None:
     if result.rehearsal is None:
         return None
     rollout = result.rehearsal

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
 from falign.errors import RolloutError
+from falign.models.sharding import weights_at_hand
 from falign.rollouts.base import Engine, EngineCapabilities, Rollout, SamplingParams
 from falign.rollouts.batches import sampling_batches
 from falign.rollouts.decoding import Decoding
@@ -33,21 +33,16 @@ class TransformersEngine(Engine):
     applied, so that a trainer can recompute the distribution. Each completion has a stream of random numbers of its
     own, made of the seed and its number in the call; the global random state is left alone.
 
+    A model that FSDP2 spreads over processes is gathered whole in each of them while it samples, because completions
+    end sooner in one process than in another; all of them have to sample at the same time.
+
     Args:
         model: A causal language model, with or without adapters; what is active is the policy.
         pad_token_id: What fills short prompts; any valid id, also a stop token.
         max_batch_tokens: Most tokens whose keys and values are held at once; changes memory and speed alone.
-
-    Raises:
-        RolloutError: The model is sharded by FSDP, whose processes would wait for each other's completions.
     """
 
     def __init__(self, model: nn.Module, *, pad_token_id: int, max_batch_tokens: int = 16_384) -> None:
-        if isinstance(model, FSDPModule):
-            raise RolloutError(
-                f"{type(model).__name__} is sharded by FSDP, and a process whose completions stop sooner would leave "
-                "the others waiting for its shards: sample with DDP or from a server."
-            )
         self.model, self.pad_token_id, self.max_batch_tokens = model, pad_token_id, max_batch_tokens
         self.version: int | None = None
 
@@ -87,7 +82,7 @@ class TransformersEngine(Engine):
             max_batch_tokens=self.max_batch_tokens,
         )
         completions: dict[int, _Completion] = {}
-        with torch.no_grad(), evaluation_mode(self.model):
+        with torch.no_grad(), evaluation_mode(self.model), weights_at_hand(self.model):
             for rows in batches:
                 prompts = list(dict.fromkeys(row // n for row in rows))
                 decoding = Decoding(

@@ -240,6 +240,8 @@ class TrainingConfig(FrozenModel):
             "remove_unused_columns": False,
             "label_names": [],
             "logging_nan_inf_filter": False,
+            "ddp_find_unused_parameters": False,  # every trained parameter acts in every batch
+            "log_level_replica": "error",  # as falign.cli.quiet has it for the first process
             "disable_tqdm": True,  # falign.training.progress draws its own
         }
         if gradient_accumulation_steps is not None:

@@ -20,9 +20,11 @@ from falign.rollouts import SamplingParams, TransformersEngine
 from falign.scoring import PromptTree
 from falign.training.completions_table import CompletionsTable
 from falign.training.config import RunConfig
+from falign.training.divided_sampler import DividedSampler
 from falign.training.online_objective_config import DistributionMatchingConfig
 from falign.training.online_trainer import OnlineTrainer
 from falign.training.parts import Language, Parts, load_parts
+from falign.training.processes import is_writer, num_processes
 from falign.training.references import starts_as_policy
 from falign.training.rehearsal import read_rehearsal, sampled_by
 from falign.training.reward_config import build_rewards
@@ -69,7 +71,7 @@ def online_trainer(
     args = config.training.build(
         config.output_dir,
         seed=config.seed,
-        gradient_accumulation_steps=-(-per_update // config.training.per_device_train_batch_size),
+        gradient_accumulation_steps=-(-per_update // (config.training.per_device_train_batch_size * num_processes())),
         steps_per_epoch=steps_per_epoch,
     )
     parts = load_parts(
@@ -95,7 +97,7 @@ def online_trainer(
     )
     held_out = rollout.evaluation
     samplers = [
-        GroupSampler(engine, rewards, language.tokenizer, chosen, completions=completions, seed=seed)
+        DividedSampler(GroupSampler(engine, rewards, language.tokenizer, chosen, completions=completions, seed=seed))
         for chosen, completions, seed in (
             (params, rollout.completions, config.seed),
             (replace(params, temperature=held_out.temperature), held_out.completions, config.seed + 1),
@@ -116,7 +118,7 @@ def online_trainer(
         rehearsal=rehearsal,
         rehearsal_size=0 if config.rehearsal is None else config.rehearsal.completions,
         pad_token_id=language.pad_token_id,
-        table=CompletionsTable(RunFolder(config.output_dir).completions_file),
+        table=CompletionsTable(RunFolder(config.output_dir).completions_file if is_writer() else None),
         layout=parts.layout,
         chunk_tokens=config.training.chunk_tokens,
         value_head=ValueHead.of(parts.policy) if "values" in objective.needs else None,
@@ -130,7 +132,7 @@ def online_trainer(
 def _fitted(
     config: RunConfig,
     objective: DistributionMatchingConfig,
-    sampler: GroupSampler,
+    sampler: DividedSampler,
     data: PromptData,
     parts: Parts,
     console: Console,

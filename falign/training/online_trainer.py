@@ -16,15 +16,18 @@ from typing_extensions import override
 
 from falign.data import PromptRow
 from falign.errors import RolloutError
-from falign.evaluation.groups import Draw, Group, GroupSampler, mixed
+from falign.evaluation.groups import Draw, Group, mixed
 from falign.objectives import CompletionBatch, Hybrid, Objective, RolloutObjective, RunningPartition
 from falign.references import ObjectiveInputs, Reference
 from falign.scoring import DEFAULT_CHUNK_TOKENS, Layout, PromptTree, completion_scores, evaluation_mode
 from falign.training.completions_table import CompletionsTable
+from falign.training.divided_sampler import DividedSampler
 from falign.training.online_metrics import evaluation_metrics, rollout_metrics
+from falign.training.processes import gathered, is_writer, num_processes, own_batches, part, rank
 from falign.training.prompt_order import PromptOrder, sample_within
 from falign.training.prompts_config import RolloutConfig
 from falign.training.scored_trees import ScoredTree, collate, completion_rows, whole_batch
+from falign.training.stand_ins import stand_in
 from falign.training.supplied import ONLINE
 from falign.training.trainer import AlignmentTrainer, split_columns
 
@@ -34,8 +37,6 @@ MOST_CLIPPED = 0.95  # of the completions of a rollout
 MOST_DRAWS = 8  # in search of completions that differ in reward
 ROLLOUT_STATE = "rollout_state.json"
 VALUE_HEAD = "value_head.safetensors"
-EMPTY: dict[str, Any] = {"input_ids": torch.empty(0, dtype=torch.long)}
-"""A micro-batch of a step that has fewer prompts than micro-batches."""
 
 
 class OnlineTrainer(AlignmentTrainer):
@@ -74,8 +75,8 @@ class OnlineTrainer(AlignmentTrainer):
         reference: Reference,
         objective: Objective,
         args: TrainingArguments,
-        sampler: GroupSampler,
-        evaluation_sampler: GroupSampler,
+        sampler: DividedSampler,
+        evaluation_sampler: DividedSampler,
         prompts: Sequence[PromptRow],
         eval_prompts: Sequence[PromptRow],
         rollout: RolloutConfig,
@@ -112,6 +113,9 @@ class OnlineTrainer(AlignmentTrainer):
             **kwargs,
         )
         self.value_head = value_head
+        if value_head is not None and num_processes() > 1:
+            for parameter in value_head.parameters():  # outside the model that is wrapped
+                parameter.register_post_accumulate_grad_hook(_average)
 
     @property
     @override
@@ -140,17 +144,13 @@ class OnlineTrainer(AlignmentTrainer):
         update = self.state.global_step % self.rollout.num_updates
         if update == 0:
             self.buffer = self._roll_out()
-        chosen = _part(self.buffer, update % self.rollout.minibatches, self.rollout.minibatches)
+        chosen = part(self.buffer, update % self.rollout.minibatches, self.rollout.minibatches)
         rehearsed = [self.rehearsal[i] for i in self.rehearsal_order.take(self.rehearsal_size)]
-        parts = [[*_part(chosen, i, num_batches), *_part(rehearsed, i, num_batches)] for i in range(num_batches)]
-        batches = [self._collated(part) if part else EMPTY for part in parts]
-        return batches, self._get_num_items_in_batch([batch for batch in batches if batch is not EMPTY], device)
-
-    @override
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if not inputs["input_ids"].numel():
-            return torch.zeros((), device=self.args.device, requires_grad=True)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        count, batches = num_batches * num_processes(), []
+        for number in range(rank(), count, num_processes()):  # what processes do at once are neighbours
+            trees = [*part(chosen, number, count), *part(rehearsed, number, count)]
+            batches.append(self._collated(trees) if trees else stand_in(self._collated(chosen[:1])))
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def _collated(self, trees: Sequence[ScoredTree]) -> dict[str, Any]:
         return collate(trees, layout=self.layout, pad_token_id=self.pad_token_id)
@@ -171,7 +171,8 @@ class OnlineTrainer(AlignmentTrainer):
         if isinstance(self.objective, RolloutObjective):
             trees = _prepared(trees, self.objective)
         metrics = rollout_metrics(draw, pass_reward=self.rollout.pass_reward)
-        self.means.add(metrics)
+        if is_writer():  # all processes have the whole rollout
+            self.means.add(metrics)
         if draw.message:
             self.advise(f"reward: {draw.message}")
         self._advise_on_length(metrics["completions/clipped"].mean().item())
@@ -245,10 +246,9 @@ class OnlineTrainer(AlignmentTrainer):
         elsewhere = self.rollout.temperature != 1.0  # then the sampler's law is what importance weights are to
         # On the only update of a rollout the policy is the one that sampled.
         wants_policy = "log_partition" in needs or "old_values" in needs or self.rollout.num_updates > 1
-        scored, size = [], self.args.per_device_train_batch_size
-        for start in range(0, len(trees), size):
-            part = trees[start : start + size]
-            batch, _ = split_columns(self._prepare_inputs(self._collated(part)))
+        scored = []
+        for own, counted in own_batches(trees, self.args.per_device_train_batch_size):
+            batch, _ = split_columns(self._prepare_inputs(self._collated(own)))
             found: dict[str, Tensor] = {}
             if wants_reference:
                 found["reference_logprobs"] = self.reference.logprobs(self.policy, batch)
@@ -262,7 +262,9 @@ class OnlineTrainer(AlignmentTrainer):
                 found["old_logprobs"] = scores.logprobs
                 if scores.values is not None:
                     found["old_values"] = scores.values
-            scored += _with_rows(part, found, batch.completion_mask)
+            if counted:
+                scored += _with_rows(own, found, batch.completion_mask)
+        scored = gathered(scored)
         if elsewhere:
             scored = [tree.with_columns(old_logprobs=tree.columns["sampler_logprobs"]) for tree in scored]
         return scored
@@ -285,7 +287,7 @@ class OnlineTrainer(AlignmentTrainer):
         metrics = {"entropy": scored.entropy[own].detach()}
         if own.any() and sampled is not None and self.state.global_step % self.rollout.num_updates == 0:
             gap = (completions.logprobs.detach() - sampled)[own].abs()
-            metrics |= {"sampler/logprob_gap": gap, "sampler/logprob_gap_max": gap.max(dim=0, keepdim=True).values}
+            metrics |= {"sampler/logprob_gap": gap, "sampler/logprob_gap_max": gap}
         return metrics
 
     @override
@@ -333,6 +335,8 @@ class OnlineTrainer(AlignmentTrainer):
             if self.state.global_step % self.rollout.num_updates
             else [],
         }
+        if not is_writer():
+            return
         (folder / ROLLOUT_STATE).write_text(json.dumps(state), encoding="utf-8")
         if self.value_head is not None:
             save_file(self.value_head.state_dict(), folder / VALUE_HEAD)
@@ -349,9 +353,11 @@ class OnlineTrainer(AlignmentTrainer):
             self.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
 
 
-def _part(items: Sequence[ScoredTree], number: int, parts: int) -> Sequence[ScoredTree]:
-    """Return one of several parts whose sizes differ by at most one."""
-    return items[len(items) * number // parts : len(items) * (number + 1) // parts]
+def _average(parameter: Tensor) -> None:
+    """Average an accumulated gradient over processes; what was averaged before stays as it is."""
+    assert parameter.grad is not None
+    torch.distributed.all_reduce(parameter.grad)
+    parameter.grad /= num_processes()
 
 
 def _with_rows(trees: Sequence[ScoredTree], found: Mapping[str, Tensor], mask: Tensor) -> list[ScoredTree]:

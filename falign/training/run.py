@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft import PeftModel
@@ -10,16 +11,20 @@ from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from falign.data import PreferenceData, PromptData
+from falign.errors import ConfigError
 from falign.models import describe, export_adapter, export_merged, weights_hash
+from falign.models.sharding import is_sharded, weights_at_hand
 from falign.rollouts.answers import answer
 from falign.training.config import RunConfig
 from falign.training.curves import plot_curves
 from falign.training.offline import offline_trainer
 from falign.training.online import online_trainer
 from falign.training.parts import Language, load_language
+from falign.training.processes import is_writer, join, num_processes, shards, wait
 from falign.training.progress import MetricsFile, ProgressBar
 from falign.training.references import keep_moved
 from falign.training.run_folder import RunFolder, is_held_out, versions
+from falign.training.sharded_runs import check_sharding
 from falign.training.trackers import prepare_trackers
 from falign.training.trainer import AlignmentTrainer
 
@@ -53,12 +58,15 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     Raises:
         FalignError: Something of the run cannot work; nothing was trained, or what was written stays.
     """
-    console = console or Console(stderr=True)
-    objective, folder = config.check(), RunFolder(config.output_dir)
+    join()
+    console = (console or Console(stderr=True)) if is_writer() else Console(quiet=True)
+    objective, folder = config.check(), RunFolder(config.output_dir, writes=is_writer())
     if resume:
         folder.require_same(config)
     else:
         folder.require_free()
+    if shards():
+        check_sharding(config)
     set_seed(config.seed)
     language = load_language(config)
     bar = ProgressBar(console)
@@ -70,12 +78,17 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     prepare_trackers(trainer, folder.path, evaluates=trainer.evaluates)
     if resume:
         checkpoint = folder.last_checkpoint()
+        _require_as_many_processes(checkpoint)
         step = int(checkpoint.name.rpartition("-")[2])
-        folder.forget_after(step, evaluated=trainer.evaluated_before(checkpoint))
+        evaluated = trainer.evaluated_before(checkpoint)
+        wait()  # until here all processes see the folder as it was
+        folder.forget_after(step, evaluated=evaluated)
     else:
         checkpoint = None
+        wait()
         folder.claim(config)  # not before all of the run is known to start
-    _record(folder, config, trainer, data)
+    with weights_at_hand(trainer.policy):
+        _record(folder, config, trainer, data)
 
     if checkpoint is None:
         try:
@@ -84,6 +97,7 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
         except BaseException:
             folder.release()
             raise
+    wait()
     before = folder.read_json("before.json")
     try:
         if checkpoint is not None and trainer.ended_at(checkpoint):
@@ -92,6 +106,13 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         bar.close()
+    return _finish(folder, config, trainer, language, before)
+
+
+def _finish(
+    folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer, language: Language, before: dict[str, Any]
+) -> RunSummary:
+    """Measure what was trained, and write it down."""
     after = _evaluate(trainer)
     samples = [
         {"prompt": prompt, "before": first, "after": last}
@@ -99,13 +120,27 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
             config.sampling.prompts, before["answers"], _answers(config, trainer, language), strict=True
         )
     ]
-    _write_model(folder, trainer, language)
-    keep_moved(folder, trainer.reference, trainer.policy)
-    folder.write_json("samples.json", samples)
-    folder.write_json("summary.json", {"before": before["metrics"], "after": after})
-    title = f"{config.objective.title}, {config.model.path}"
-    plot_curves(folder.metrics(), folder.path / "curves.png", title=title)
+    with weights_at_hand(trainer.policy):
+        if is_writer():
+            _write_model(folder, trainer, language)
+    if is_writer():
+        keep_moved(folder, trainer.reference, trainer.policy)
+        folder.write_json("samples.json", samples)
+        folder.write_json("summary.json", {"before": before["metrics"], "after": after})
+        title = f"{config.objective.title}, {config.model.path}"
+        plot_curves(folder.metrics(), folder.path / "curves.png", title=title)
+    wait()
     return RunSummary(folder, before["metrics"], after, samples)
+
+
+def _require_as_many_processes(checkpoint: Path) -> None:
+    """Refuse to go on with other processes: each has random states of its own."""
+    written = max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
+    if written != num_processes():
+        raise ConfigError(
+            f"{checkpoint} was written by {written} process{'es' * (written > 1)}, and this run has {num_processes()}: "
+            + (f"resume with --processes {written}." if written > 1 else "resume without --launch.")
+        )
 
 
 def _evaluate(trainer: AlignmentTrainer) -> dict[str, float]:
@@ -139,6 +174,8 @@ def _record(folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer, dat
         "versions": versions(),
         "model": asdict(describe(policy)),
         "base_weights": weights_hash(policy),
+        "processes": num_processes(),
+        "sharded": is_sharded(policy),
         "reference": trainer.reference.identity(),
         "layout": trainer.layout,
         "objective": config.objective.model_dump(),

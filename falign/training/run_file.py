@@ -8,11 +8,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from falign.data.bad_rows import shown
 from falign.errors import ConfigError
+from falign.plain_yaml import plain_yaml
 from falign.training.base_config import FrozenModel
 from falign.training.config import RunConfig
 from falign.training.reward_config import RewardConfig
@@ -119,13 +120,10 @@ def _read_yaml(path: str | Path) -> Any:
         near = difflib.get_close_matches(file.name, [p.name for p in file.absolute().parent.glob("*.y*ml")], n=1)
         raise ConfigError(f"No run file at {file}.{f' Did you mean {file.with_name(near[0])}?' if near else ''}")
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{file}:{mark.line + 1}" if mark else str(file)
-        raise ConfigError(f"{place} is not YAML: {getattr(error, 'problem', None) or error}.") from error
+    return plain_yaml(text, place=str(file))
 
 
 class _Place(NamedTuple):
@@ -178,12 +176,12 @@ def _explain(detail: Any) -> str:
         given = detail["input"]["kind"]
         close = difflib.get_close_matches(str(given), place.kinds, n=1)
         hint = f"did you mean {close[0]}? Choose" if close else "choose"
-        return f"{place.path}.kind={given!r} is unknown: {hint} one of {', '.join(place.kinds)}."
+        return f"{place.path}.kind={shown(given)} is unknown: {hint} one of {', '.join(place.kinds)}."
     if detail["type"] == "union_tag_not_found":
         return f"{place.path}.kind is required: choose one of {', '.join(place.kinds)}."
     if detail["type"] in ("model_type", "model_attributes_type"):
-        return f"{place.path}={detail['input']!r}: this is a section{_example(place)}."
-    return f"{place.path}={detail['input']!r}: {detail['msg']}."
+        return f"{place.path}={shown(detail['input'])}: this is a section{_example(place)}."
+    return f"{place.path}={shown(detail['input'])}: {detail['msg']}."
 
 
 def _example(place: _Place) -> str:
@@ -273,10 +271,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         target = target[section]
         if not isinstance(target, dict | list):
             raise ConfigError(f"{override!r}: {section} is a value, not a section.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not YAML.") from error
+    value = plain_yaml(text, place=f"{shown(override)}: the value")
     if isinstance(target, list):
         target[_index(target, key, path)] = value
     else:
@@ -284,9 +279,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _index(items: list[Any], key: str, path: str) -> int:
-    if not key.isdigit():
+    if not (key.isascii() and key.isdigit()):
         parent, _, rest = path.rpartition(f".{key}")
         raise ConfigError(f"{path}: {parent} is a list; did you mean {parent}.0.{key}{rest}?")
-    if int(key) >= len(items):
+    if len(key) > 9 or int(key) >= len(items):  # Python refuses to read thousands of digits
         raise ConfigError(f"{path}: {key!r} is not one of the items 0 to {len(items) - 1}.")
     return int(key)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from falign.errors import ConfigError, TrainingError
+from falign.plain_yaml import plain_yaml
 from falign.training.config import RunConfig
 
 __all__ = ["RunFolder", "is_held_out", "naming", "versions"]
@@ -41,10 +42,14 @@ class RunFolder:
     ``evaluation/NAME/``    what ``falign evaluate`` has measured
     ``report.html``         what ``falign report`` has written, with its plots in ``report-figures/``
     ======================  ==============================================================
+
+    Args:
+        path: The folder.
+        writes: False for the processes of a run that leave the writing to another one.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -120,20 +125,26 @@ class RunFolder:
 
     def claim(self, config: RunConfig) -> None:
         """Create the folder and write the resolved run file."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
         self._write("run.yaml", yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
 
     def release(self) -> None:
         """Undo :meth:`claim` where a run ended before its first step, so that its folder can be claimed again."""
+        if not self.writes:
+            return
         for name in ("run.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl", "before.json"):
             (self.path / name).unlink(missing_ok=True)
 
     def read_run_file(self) -> dict[str, Any]:
         """Return the resolved run file as plain values."""
         try:
-            return yaml.safe_load(self.run_file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            found = plain_yaml(self.run_file.read_text(encoding="utf-8"), place=str(self.run_file))
+        except UnicodeDecodeError as error:
             raise ConfigError(f"{self.run_file} is damaged ({error}): restore it, or run anew.") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"{self.run_file} is damaged (no sections): restore it, or run anew.")
+        return found
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one JSON file, whole or not at all."""
@@ -202,6 +213,8 @@ class RunFolder:
         return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
     def _write(self, name: str, text: str) -> None:
+        if not self.writes:
+            return
         partial = self.path / f".{name}.partial"
         try:
             with naming(self.path / name), partial.open("w", encoding="utf-8") as file:

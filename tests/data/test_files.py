@@ -1,4 +1,5 @@
 import gzip
+import io
 import json
 
 import pyarrow
@@ -96,6 +97,17 @@ def test_file_that_cannot_be_read_is_named_with_the_reason(tmp_path, name, data,
     with pytest.raises(DataError, match=message) as caught:
         read(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("place", [4, 12, 40])
+def test_a_parquet_file_whose_pages_are_spoilt_is_named(tmp_path, place):
+    path, sink = tmp_path / "x.parquet", io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"a": ["one", "two"] * 50}), sink)
+    content = bytearray(sink.getvalue())
+    content[place : place + 8] = b"\xff" * 8
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="not a Parquet file that can be read"):
+        read(path)
 
 
 def test_suffix_is_told_behind_gz(tmp_path):

@@ -204,6 +204,26 @@ def test_a_source_that_has_changed_is_refused(tmp_path, monkeypatch, trees, mess
     assert not path.exists()
 
 
+@pytest.mark.parametrize("change", [{"log_ratio": None}, {"num_tokens": "many"}, {"logprobs": [[]]}, {"place": 3}])
+def test_a_damaged_row_is_refused(tmp_path, monkeypatch, change):
+    path = tmp_path / "scores.jsonl"
+    stopped(path, monkeypatch)
+    rows = path.with_name(".scores.jsonl.partial.jsonl")
+    first, *others = rows.read_text().splitlines(keepends=True)
+    rows.write_text(json.dumps(json.loads(first) | change) + "\n" + "".join(others))
+    with pytest.raises(ConfigError, match=r"partial.jsonl: a row, .*rows.jsonl:1, is damaged .*--overwrite"):
+        scored(path)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{", "\x00"])
+def test_a_damaged_record_is_refused(tmp_path, monkeypatch, content):
+    path = tmp_path / "scores.jsonl"
+    stopped(path, monkeypatch)
+    path.with_name(".scores.jsonl.partial.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"partial.json.*--overwrite"):
+        scored(path)
+
+
 def test_rows_whose_record_is_lost_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "scores.jsonl"
     stopped(path, monkeypatch)

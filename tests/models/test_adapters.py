@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -186,6 +187,15 @@ def test_a_damaged_adapter_is_named(tiny, saved, name, content):
     (saved[1] / name).write_text(content)
     with pytest.raises(ModelError, match=rf"{name}.* is damaged .*restore it"):
         load_adapter(load_model(tiny), saved[1], trainable=False)
+
+
+@pytest.mark.parametrize(("field", "value"), [("r", {"a": 1}), ("target_modules", 3), ("task_type", {}), ("r", "x")])
+def test_a_configuration_of_another_form_is_refused(tiny, saved, field, value):
+    _, folder = saved
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    with pytest.raises(ModelError):
+        load_adapter(load_model(tiny), folder, trainable=False)
 
 
 def test_an_adapter_of_another_model_is_refused(saved, tmp_path):

@@ -163,3 +163,21 @@ def test_a_damaged_json_file_is_an_error_of_the_folder(tiny, load, name):
     (tiny / name).write_text("{")
     with pytest.raises(ModelError, match=r"Cannot load the (model|tokenizer) .*tiny"):
         load(tiny)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"eos_token": ["</s>"]}),
+        ("tokenizer_config.json", []),
+        ("tokenizer.json", {"model": 3}),
+        ("config.json", []),
+        ("config.json", {"model_type": "llama", "hidden_size": "wide"}),
+        ("config.json", {"model_type": "llama", "num_hidden_layers": -1}),
+    ],
+)
+def test_files_of_another_form_are_refused(tiny, name, content):
+    (tiny / name).write_text(json.dumps(content))
+    with pytest.raises(ModelError):
+        load_model(tiny)
+        load_tokenizer(tiny)

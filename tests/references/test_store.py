@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from falign.errors import ConfigError, DataError
 from falign.references import CacheKey, LogprobStore, entry_digest
@@ -86,6 +87,36 @@ def test_a_damaged_shard_is_an_error_that_names_it(tmp_path):
     (shard,) = tmp_path.glob("shard-*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-3])
     with pytest.raises(DataError, match=f"{shard.name} is not a shard.*delete this file"):
+        LogprobStore(tmp_path, key=KEY)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"digests": torch.zeros(1, 31, dtype=torch.uint8)},
+        {"digests": torch.zeros(2, 32, dtype=torch.uint8)},
+        {"lengths": torch.tensor([2])},
+        {"lengths": torch.tensor([-1])},
+        {"lengths": torch.tensor([1.0])},
+        {"logprobs": torch.zeros(1, dtype=torch.float16)},
+        {"logprobs": torch.zeros(1, 1)},
+        {"logprobs": None},
+    ],
+)
+def test_a_shard_whose_parts_do_not_fit_is_refused(tmp_path, changes):
+    LogprobStore(tmp_path, key=KEY).append({ONE: torch.tensor([-1.0])})
+    (shard,) = tmp_path.glob("shard-*.safetensors")
+    tensors = {name: tensor for name, tensor in (load_file(shard) | changes).items() if tensor is not None}
+    save_file(tensors, shard)
+    with pytest.raises(DataError, match=f"{shard.name} is not a shard.*delete this file"):
+        LogprobStore(tmp_path, key=KEY)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"3"])
+def test_a_damaged_index_is_refused(tmp_path, content):
+    LogprobStore(tmp_path, key=KEY).append({ONE: torch.tensor([-1.0])})
+    (tmp_path / "index.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"index.json is damaged .*: delete the folder"):
         LogprobStore(tmp_path, key=KEY)
 
 

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from falign.errors import ConfigError, RewardError, RolloutError
+from falign.errors import ConfigError, RewardError, RolloutError, TrainingError
 from falign.references import AdapterOff
 from falign.training import parse_run, train
 from tests.training.prompts import online_data, write_prompts
@@ -124,6 +124,18 @@ def test_a_run_that_is_killed_after_its_last_step_says_nothing_twice(start, eval
     resumed = start(resume=True, **options)
     assert completions(resumed) == rows
     assert [log["step"] for log in resumed.folder.metrics()] == [log["step"] for log in logs]
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"order": 1}', '{"order": {}, "rehearsal_order": 0}'])
+def test_a_damaged_state_of_rollouts_is_named(start, content):
+    options = {"training": {"save_steps": 1, "max_steps": 2}}
+    file = start(**options).folder.path / "checkpoint-2" / "rollout_state.json"
+    if content is None:
+        file.unlink()
+    else:
+        file.write_text(content)
+    with pytest.raises(TrainingError, match="checkpoint-2 is damaged"):
+        start(resume=True, **options)
 
 
 def test_epochs_are_passes_over_the_prompts_also_after_a_resume(start):
