@@ -1,6 +1,15 @@
 """The errors that falign raises at its borders; each message has the place, the value and the remedy."""
 
-__all__ = ["ConfigError", "DataError", "FalignError", "ModelError", "RewardError", "RolloutError", "TrainingError"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "FalignError",
+    "ModelError",
+    "NonFiniteRewardError",
+    "RewardError",
+    "RolloutError",
+    "TrainingError",
+]
 
 
 class FalignError(Exception):
@@ -21,6 +30,10 @@ class ModelError(FalignError):
 
 class RewardError(FalignError):
     """A reward that cannot be called, or that returns what is no reward."""
+
+
+class NonFiniteRewardError(RewardError):
+    """A reward that is no number."""
 
 
 class RolloutError(FalignError):

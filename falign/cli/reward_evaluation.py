@@ -19,6 +19,7 @@ from rich.progress import Progress
 
 from falign.cli.trained import is_run
 from falign.errors import ConfigError, DataError
+from falign.passwords import without_passwords
 
 if TYPE_CHECKING:
     from falign.cli.scored import Scored
@@ -372,7 +373,7 @@ def _told(stream: ItemStream) -> str:
 
 def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(without_passwords(text), encoding="utf-8")
     temporary.replace(path)
 
 

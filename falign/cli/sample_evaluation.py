@@ -34,6 +34,7 @@ from falign.evaluation.score_output import reopen
 from falign.evaluation.scored_reward import ScoredReward
 from falign.models import base_of, load_model, load_tokenizer, stop_token_ids, weights_hash
 from falign.models.tokenizers import pad_token_id, tokenizer_fingerprint
+from falign.passwords import without_passwords
 from falign.references import FrozenModel
 from falign.rewards import RewardSum, WeightedReward
 from falign.rollouts import Engine, SamplingParams, TransformersEngine
@@ -381,7 +382,7 @@ def _digest(prompts: Sequence[PromptRow]) -> str:
 
 def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(without_passwords(text), encoding="utf-8")
     temporary.replace(path)
 
 

@@ -22,7 +22,11 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.field=value ...]", help="Fields to set otherwise.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    skip_bad: Annotated[
+        bool,
+        typer.Option("--skip-bad", help="Leave out steps whose loss, gradient or reward is no number, and count them."),
+    ] = False,
     kind: Annotated[
         Launch | None, typer.Option("--launch", help="Train in several processes: ddp, or fsdp2 for large models.")
     ] = None,
@@ -32,7 +36,8 @@ def train(
 ) -> None:
     """Train what a run file describes, and show what became better."""
     if kind is not None:
-        launch(kind, processes, ["train", run_file, *(overrides or []), *(["--resume"] if resume else [])])
+        given = [*(overrides or []), *(["--resume"] if resume else []), *(["--skip-bad"] if skip_bad else [])]
+        launch(kind, processes, ["train", run_file, *given])
         return
     if processes is not None:
         raise ConfigError(f"--processes {processes} says nothing without --launch: give --launch ddp or fsdp2.")
@@ -43,5 +48,5 @@ def train(
         from falign.training import load_run_file
         from falign.training import train as run
 
-        config = load_run_file(run_file, overrides or [])
+        config = load_run_file(run_file, [*(overrides or []), *(["training.skip_bad=true"] if skip_bad else [])])
     show(run(config, resume=resume), console)

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from falign.errors import ConfigError
 from falign.evaluation.score_rows import ScoreRow
+from falign.passwords import without_passwords
 from falign.scoring import PromptTree
 
 __all__ = ["ScoreOutput", "check_output", "reopen"]
@@ -224,7 +225,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(without_passwords(text), encoding="utf-8")
     temporary.replace(path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,3 +49,14 @@ class Means:
             else:
                 sums[name], counts[name] = sums.get(name, 0.0) + total, counts.get(name, 0) + count
         return {name: total / counts[name] for name, total in sums.items()}
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return plain values that :meth:`load_state_dict` takes: sum and count of each metric."""
+        return {name: [total.item(), float(self._counts[name])] for name, total in self._sums.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]], device: torch.device) -> None:
+        """Go on from a state."""
+        self._sums = {
+            name: torch.tensor(total, dtype=torch.double, device=device) for name, (total, _) in state.items()
+        }
+        self._counts = {name: int(count) for name, (_, count) in state.items()}

@@ -122,6 +122,7 @@ def online_trainer(
         layout=parts.layout,
         chunk_tokens=config.training.chunk_tokens,
         value_head=ValueHead.of(parts.policy) if "values" in objective.needs else None,
+        skip_bad=config.training.skip_bad,
         advise=lambda text: console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True),
         processing_class=language.tokenizer,
         callbacks=list(callbacks),

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from typing_extensions import override
 
 from falign.data import PromptRow
-from falign.errors import RolloutError
+from falign.errors import NonFiniteRewardError, RolloutError
 from falign.evaluation.groups import Draw, Group, mixed
 from falign.objectives import CompletionBatch, Hybrid, Objective, RolloutObjective, RunningPartition
 from falign.references import ObjectiveInputs, Reference
@@ -62,7 +62,8 @@ class OnlineTrainer(AlignmentTrainer):
         layout: One that the model can read.
         chunk_tokens: Positions that reach the vocabulary at once.
         value_head: Values of prefixes, for objectives that read them.
-        advise: Told once what is probably not meant.
+        skip_bad: Whether steps and rollouts in which something is no number are left out and counted.
+        advise: Told what a person should know.
         **kwargs: Passed on to ``transformers.Trainer``.
     """
 
@@ -87,6 +88,7 @@ class OnlineTrainer(AlignmentTrainer):
         layout: Layout = "padded",
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         value_head: nn.Module | None = None,
+        skip_bad: bool = False,
         advise: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
@@ -110,6 +112,8 @@ class OnlineTrainer(AlignmentTrainer):
             pad_token_id=pad_token_id,
             layout=layout,
             chunk_tokens=chunk_tokens,
+            skip_bad=skip_bad,
+            advise=advise,
             **kwargs,
         )
         self.value_head = value_head
@@ -138,12 +142,12 @@ class OnlineTrainer(AlignmentTrainer):
     @override
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Return the micro-batches of the next update, sampling when the last rollout is used up."""
-        self.move_reference()
+        self.begin_step()
         if self.value_head is not None:
             self.value_head.zero_grad()  # the loop clears the gradients of the policy alone
         update = self.state.global_step % self.rollout.num_updates
         if update == 0:
-            self.buffer = self._roll_out()
+            self.buffer = self._sensible_rollout()
         chosen = part(self.buffer, update % self.rollout.minibatches, self.rollout.minibatches)
         rehearsed = [self.rehearsal[i] for i in self.rehearsal_order.take(self.rehearsal_size)]
         count, batches = num_batches * num_processes(), []
@@ -154,6 +158,17 @@ class OnlineTrainer(AlignmentTrainer):
 
     def _collated(self, trees: Sequence[ScoredTree]) -> dict[str, Any]:
         return collate(trees, layout=self.layout, pad_token_id=self.pad_token_id)
+
+    def _sensible_rollout(self) -> list[ScoredTree]:
+        """Roll out; where a reward is no number, name the step, or leave the rollout out and take the next prompts."""
+        while True:
+            try:
+                return self._roll_out()
+            except NonFiniteRewardError as error:
+                message = f"Step {self.state.global_step + 1}: {error}"
+                if not self.guard.skip or num_processes() > 1:  # where the others would wait for this one's share
+                    raise NonFiniteRewardError(f"{message} --resume --skip-bad leaves such rollouts out.") from error
+                self.guard.count(message)
 
     def _roll_out(self) -> list[ScoredTree]:
         """Sample, reward and score one rollout, and add to it what is computed from all of it at once."""

@@ -15,6 +15,7 @@ from falign.errors import ConfigError
 from falign.models import describe, export_adapter, export_merged, weights_hash
 from falign.models.sharding import is_sharded, weights_at_hand
 from falign.rollouts.answers import answer
+from falign.training.checkpoints import remove_leftovers, step_of
 from falign.training.config import RunConfig
 from falign.training.curves import plot_curves
 from falign.training.offline import offline_trainer
@@ -53,7 +54,7 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     Args:
         config: The run.
         console: Where progress is shown.
-        resume: Go on from the newest checkpoint of the same run.
+        resume: Go on from the newest whole checkpoint of the same run, or begin again where it has none yet.
 
     Raises:
         FalignError: Something of the run cannot work; nothing was trained, or what was written stays.
@@ -76,17 +77,12 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     )
     trainer.remove_callback(PrinterCallback)
     prepare_trackers(trainer, folder.path, evaluates=trainer.evaluates)
-    if resume:
-        checkpoint = folder.last_checkpoint()
-        _require_as_many_processes(checkpoint)
-        step = int(checkpoint.name.rpartition("-")[2])
-        evaluated = trainer.evaluated_before(checkpoint)
-        wait()  # until here all processes see the folder as it was
-        folder.forget_after(step, evaluated=evaluated)
-    else:
-        checkpoint = None
-        wait()
-        folder.claim(config)  # not before all of the run is known to start
+    checkpoint = _checkpoint(folder, console) if resume else None
+    evaluated = checkpoint is not None and trainer.evaluated_before(checkpoint)
+    wait()  # until here all processes see the folder as it was
+    if checkpoint is not None:
+        folder.forget_after(step_of(checkpoint), evaluated=evaluated)
+    folder.claim(config)  # not before all of the run is known to start
     with weights_at_hand(trainer.policy):
         _record(folder, config, trainer, data)
 
@@ -131,6 +127,26 @@ def _finish(
         plot_curves(folder.metrics(), folder.path / "curves.png", title=title)
     wait()
     return RunSummary(folder, before["metrics"], after, samples)
+
+
+def _checkpoint(folder: RunFolder, console: Console) -> Path | None:
+    """Return from where a run goes on; None where it was killed before its first checkpoint, and begins again."""
+
+    def tell(text: str) -> None:
+        console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+    if not is_writer():
+        wait()  # until damaged ones are put aside
+    checkpoint = folder.last_checkpoint(tell)
+    if checkpoint is not None:
+        _require_as_many_processes(checkpoint)
+    if is_writer():
+        remove_leftovers(folder.path)
+        if checkpoint is None:
+            tell(f"{folder.path} has no checkpoint yet: the run begins again.")
+            folder.release()
+        wait()
+    return checkpoint
 
 
 def _require_as_many_processes(checkpoint: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
 from typing_extensions import override
 
 from falign.errors import ConfigError, TrainingError
@@ -35,8 +35,10 @@ from falign.scoring import (
     TokenBudgetBatches,
     evaluation_mode,
 )
+from falign.training.checkpoints import rotate, seal, sync_logs
 from falign.training.means import Means
 from falign.training.moving_reference import move_when_due
+from falign.training.nonsense import NonsenseGuard, describe_loss, term_names
 from falign.training.processes import gathered, is_writer, num_processes, rank
 from falign.training.run_folder import is_held_out
 from falign.training.sharded_checkpoint import read_optimizer, read_weights, whole_optimizer, whole_weights
@@ -45,6 +47,8 @@ from falign.training.stand_ins import STANDS_IN, counts, stand_in, stand_in_loss
 from falign.training.supplied import OFFLINE
 
 __all__ = ["AlignmentTrainer"]
+
+UNLOGGED = "unlogged.json"
 
 
 class AlignmentTrainer(Trainer):
@@ -62,6 +66,8 @@ class AlignmentTrainer(Trainer):
         chunk_tokens: Positions that reach the vocabulary at once.
         tokens_per_batch: Micro-batches of as many trees as have so many tokens, in place of
             ``args.per_device_train_batch_size`` trees.
+        skip_bad: Whether steps whose loss or gradient is no number are left out and counted, in place of stopping.
+        advise: Told what a person should know.
         **kwargs: Passed on to ``transformers.Trainer`` (``processing_class``, ``callbacks``, ``optimizers``).
     """
 
@@ -80,6 +86,8 @@ class AlignmentTrainer(Trainer):
         layout: Layout = "padded",
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         tokens_per_batch: int | None = None,
+        skip_bad: bool = False,
+        advise: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
         if unknown := sorted(objective.needs - self.supplied):
@@ -108,6 +116,8 @@ class AlignmentTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # every term is divided by its weights over the whole step
         self.value_head: nn.Module | None = None
         self.means = Means()
+        self.guard = NonsenseGuard(skip=skip_bad, tell=advise)
+        self._loss_before = torch.zeros(())
         self._staging: Path | None = None
         # What transformers calls sharded at load time owns its placement and the reduction of its gradients.
         self.is_distributed_loading_by_transformers = is_sharded(model)
@@ -174,6 +184,15 @@ class AlignmentTrainer(Trainer):
         """Add to a checkpoint what has to be remembered besides; trainers of other kinds have more of it."""
         if isinstance(self.reference, MovingReference) and self.args.should_save:
             self.reference.save(folder, self.policy)
+        state = {
+            "loss": self._tr_loss.item(),
+            "since": self._globalstep_last_logged,
+            "means": self.means.state_dict(),
+            "guard": self.guard.state_dict(),
+        }
+        states = gathered([state])
+        if is_writer():
+            (folder / UNLOGGED).write_text(json.dumps(states), encoding="utf-8")
 
     def read_state(self, folder: Path) -> None:
         """Take up what :meth:`write_state` wrote."""
@@ -184,6 +203,13 @@ class AlignmentTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):
             super()._load_rng_state(checkpoint)
+            # The loop has begun its sums anew by now; what was not logged yet belongs to the next log.
+            if checkpoint is not None:
+                state = json.loads((Path(checkpoint) / UNLOGGED).read_text(encoding="utf-8"))[rank()]
+                self._loss_before = self._tr_loss.fill_(state["loss"]).clone()
+                self._globalstep_last_logged = state["since"]
+                self.means.load_state_dict(state["means"], self.args.device)
+                self.guard.load_state_dict(state["guard"])
 
     @override
     def get_train_dataloader(self) -> DataLoader:
@@ -222,11 +248,13 @@ class AlignmentTrainer(Trainer):
 
     @override
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        self.move_reference()
+        self.begin_step()
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def move_reference(self) -> None:
+    def begin_step(self) -> None:
         """Move the reference if it is due, before anything of the next step is sampled or scored."""
+        self.guard.begin_step()
+        self._loss_before = self._tr_loss.clone()
         move_when_due(self.reference, self.policy, step=self.state.global_step, optimizer=self.optimizer)
 
     @override
@@ -243,14 +271,15 @@ class AlignmentTrainer(Trainer):
         output = self.evaluate_objective(scored, inputs)
         assert isinstance(num_items_in_batch, Tensor), "the step's weights come from _get_num_items_in_batch"
         loss = reduce_terms(output.terms, num_items_in_batch)
-        if not torch.isfinite(loss):
-            rows = ", ".join(sorted(set(inputs["place"])))
-            raise TrainingError(
-                f"Step {self.state.global_step + 1}: the loss is {loss.item()} on {rows}. Look at these rows "
-                "(`falign data check`) and at logratios/* of the steps before; a lower learning rate or a larger beta "
-                "keeps the policy nearer. Checkpoints written so far are intact."
-            )
-        self.means.add(output.metrics)
+        if self.guard.check_loss(
+            loss,
+            step=self.state.global_step + 1,
+            places=inputs["place"],
+            describe=lambda: describe_loss(self.objective, scored.completions, output, inputs["place"]),
+        ):
+            self.means.add(output.metrics)
+        else:
+            loss = loss * torch.nan  # so that the gradients of all processes say so too
         return loss * num_processes()  # gradients are averaged over processes
 
     def score(self, model: nn.Module, inputs: dict[str, Any]) -> ObjectiveInputs:
@@ -271,6 +300,22 @@ class AlignmentTrainer(Trainer):
         """Return the objective's terms of a scored batch, and all that is logged of it."""
         output = self.objective(scored.completions)
         return output._replace(metrics={**output.metrics, **self.scored_metrics(scored, inputs)})
+
+    @override
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.value_head is not None:
+            values = [value.grad.norm() for value in self.value_head.parameters() if value.grad is not None]
+            together = torch.stack([torch.as_tensor(norm), *values]).norm()
+        else:
+            together = norm
+        if self.guard.check_gradient(together, step=self.state.global_step + 1, terms=term_names(self.objective)):
+            return norm
+        # Without gradients the optimizer touches neither weights nor moments.
+        assert isinstance(self.optimizer, torch.optim.Optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._tr_loss.copy_(self._loss_before)
+        return None
 
     def scored_metrics(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Return what is logged of a scored micro-batch besides what the objective says."""
@@ -320,7 +365,12 @@ class AlignmentTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Training logs come with a loss; the metrics since the last one go with it.
         moved = self.reference.metrics() if isinstance(self.reference, MovingReference) else {}
-        super().log({**logs, **self.means.take(), **moved} if "loss" in logs else logs, start_time)
+        if "loss" in logs:
+            logs = {**logs, **self.means.take(), **moved}
+            if self.guard.skip:
+                loss = self.guard.mean_over_taken(logs.pop("loss"))
+                logs = {**({} if loss is None else {"loss": loss}), **logs, "skipped_steps": self.guard.skipped}
+        super().log(logs, start_time)
 
     @override
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -362,6 +412,7 @@ class AlignmentTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.write_state(target)
             return
+        sync_logs(self.run_dir)
         with staged_folder(target, existing="replace") as self._staging:
             super()._save_checkpoint(model, trial)
             self.write_state(self._staging / target.name)
@@ -369,8 +420,9 @@ class AlignmentTrainer(Trainer):
             for item in written.iterdir():
                 item.rename(self._staging / item.name)
             written.rmdir()
+            seal(self._staging)
         self._staging = None
-        rotate_checkpoints(output_dir=str(self.run_dir), save_total_limit=self.args.save_total_limit, use_mtime=True)
+        rotate(self.run_dir, keep=self.args.save_total_limit)
 
     @override
     def _get_output_dir(self, trial: Any) -> str:
@@ -389,8 +441,9 @@ def _reading(checkpoint: str | Path | None) -> Iterator[None]:
     """Name a checkpoint that cannot be read: pickles, safetensors and JSON each fail in their own way."""
     with reading(
         lambda error: TrainingError(
-            f"{checkpoint} is damaged ({' '.join(str(error).split())[:200] or type(error).__name__}): remove that "
-            "folder, and --resume goes on from the checkpoint before it; without one, start anew in another folder."
+            f"{checkpoint} is as it was written and cannot be read ({' '.join(str(error).split())[:200]}, "
+            f"{type(error).__name__}): resume with the versions in manifest.json; or remove that folder, and --resume "
+            "goes on from the checkpoint before it."
         )
     ):
         yield
