@@ -56,7 +56,7 @@ def main() -> None:
         if not (run / "summary.json").is_file():
             falign("train", arguments.run_file, *changes, *(["--resume"] if any(run.glob("checkpoint-*")) else []))
         if not (run / "evaluation" / "preferences" / "summary.json").is_file():
-            falign("evaluate", "rewards", run, "preferences", held_out)
+            falign("evaluate", "rewards", run, "preferences", held_out, "--long-items", "cut")
         if not (run / "evaluation" / "samples" / "summary.json").is_file():
             falign("evaluate", "samples", run, "--prompts", held_out, "--limit", arguments.prompts, *sampling)
     falign("report", *runs, "--out", arguments.out / "report")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -177,6 +178,8 @@ class SampleEvaluation:
                 raise ConfigError(f"{alone[0]} belongs to --prompts: a run's own prompts are as its run file says.")
             if not is_run(self.model):
                 raise ConfigError(f"{self.model} is not a run folder and has no prompts: give --prompts FILE.")
+        if self.pass_reward is not None and math.isnan(self.pass_reward):
+            raise ConfigError("--pass-reward nan: no reward reaches or misses it; give a number.")
         if not is_run(self.model) and self.compared.reference is None and self.compared.divergences:
             raise ConfigError(f"--divergence: {self.model} has nothing that it diverges from: give --reference MODEL.")
         if not self._of_policy and self.compared.divergences:

@@ -137,8 +137,7 @@ class GroupSampler:
             number: Of the rollout.
             first: Place of the first prompt among those of the whole rollout, where others sample the rest of it.
         """
-        seeds = [mixed(self.seed, number, place) for place in range(first, first + len(rows))]
-        return self._sample(rows, version=version, seed=seeds)
+        return self._sample(rows, version=version, seed=mixed(self.seed, number), first=first)
 
     def sample_each(self, rows: Sequence[PromptRow], *, version: int, repeats: Sequence[int]) -> Draw:
         """Return one group per prompt, of which each depends on the seed and the prompt alone.
@@ -151,9 +150,9 @@ class GroupSampler:
         seeds = [mixed(self.seed, repeat, *row.prompt_ids) for row, repeat in zip(rows, repeats, strict=True)]
         return self._sample(rows, version=version, seed=seeds)
 
-    def _sample(self, rows: Sequence[PromptRow], *, version: int, seed: list[int]) -> Draw:
+    def _sample(self, rows: Sequence[PromptRow], *, version: int, seed: int | list[int], first: int = 0) -> Draw:
         rollouts = self.engine.sample(
-            [row.prompt_ids for row in rows], self.completions, self.params, version=version, seed=seed
+            [row.prompt_ids for row in rows], self.completions, self.params, version=version, seed=seed, first=first
         )
         texts = [self.text(rollout) for rollout in rollouts]
         owners = [row for row in rows for _ in range(self.completions)]

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ def shard(model: PreTrainedModel | PeftModel, *, device: torch.device) -> None:
     layers = [each for each in base.modules() if type(each).__name__ in set(base._no_split_modules or ())]
     if not layers:
         raise ModelError(f"{type(base).__name__} does not say what its layers are, which FSDP2 gathers one by one.")
-    mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)

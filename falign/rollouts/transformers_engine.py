@@ -65,6 +65,7 @@ class TransformersEngine(Engine):
         *,
         version: int,
         seed: int | list[int],
+        first: int = 0,
     ) -> list[Rollout]:
         if version != self.version:
             raise RolloutError(
@@ -92,7 +93,8 @@ class TransformersEngine(Engine):
                 )
                 places = [f"completion {row % n} of prompt {row // n}" for row in rows]
                 if isinstance(seed, int):
-                    uniforms = uniform_streams(rows, params.max_new_tokens, seed=seed)
+                    numbers = [first * n + row for row in rows]
+                    uniforms = uniform_streams(numbers, params.max_new_tokens, seed=seed)
                 else:
                     own, seeds = [row % n for row in rows], [seed[row // n] for row in rows]
                     uniforms = uniform_streams(own, params.max_new_tokens, seed=seeds)

@@ -106,6 +106,7 @@ class VLLMEngine(Engine):
         *,
         version: int,
         seed: int | list[int],
+        first: int = 0,
     ) -> list[Rollout]:
         published, sync = self._published.get(version), self.sync
         if published is None or sync is None:
@@ -115,7 +116,7 @@ class VLLMEngine(Engine):
             )
         check_request(prompt_ids, n, seed)
         check_prompts(prompt_ids, params, vocabulary=self.vocabulary, positions=self.description.max_length)
-        seeds = [mixed(seed, i) for i in range(len(prompt_ids))] if isinstance(seed, int) else seed
+        seeds = [mixed(seed, first + i) for i in range(len(prompt_ids))] if isinstance(seed, int) else seed
         answered: dict[int, list[Rollout]] = {}
 
         def answer_the_rest() -> None:

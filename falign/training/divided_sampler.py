@@ -15,7 +15,8 @@ __all__ = ["DividedSampler"]
 class DividedSampler:
     """Divides the prompts among the processes, and gives each of them all groups.
 
-    Every prompt has a seed of its own, so that the rollout is the same however many processes sample it.
+    Every completion's random numbers follow from its number in the whole rollout, which is therefore the same however
+    many processes sample it.
 
     Args:
         sampler: Samples and rewards the prompts of this process.
@@ -37,6 +38,8 @@ class DividedSampler:
         """Return one group per prompt, in their order; all processes have to call it, with the same arguments."""
         places = part(range(len(rows)), rank(), num_processes())
         own = [rows[place] for place in places]
+        if not own:  # where weights are sharded none may stay away
+            self.sampler.sample(rows[:1], version=version, number=number)
         draws = [self.sampler.sample(own, version=version, number=number, first=places[0])] if own else []
         whole = Draw([], 0)
         for draw in gathered(draws):

@@ -75,6 +75,7 @@ def offline_trainer(
         processing_class=language.tokenizer,
         callbacks=list(callbacks),
     )
+    trainer.record = parts.record
     return trainer, data
 
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from falign.data import PromptData
 from falign.errors import ConfigError
 from falign.evaluation.groups import GroupSampler
-from falign.models import base_of, weights_hash
+from falign.models import base_of
 from falign.models.value_head import ValueHead
 from falign.objectives import Objective
 from falign.rollouts import Engine, SamplingParams, TransformersEngine, shake_hands
@@ -87,7 +87,7 @@ def online_trainer(
         console=console,
     )
     if config.rehearsal is not None:
-        _tell_origin(config.rehearsal.path, parts.policy, console)
+        _tell_origin(config.rehearsal.path, parts.record["base_weights"], console)
     params = SamplingParams(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
@@ -127,6 +127,7 @@ def online_trainer(
         processing_class=language.tokenizer,
         callbacks=list(callbacks),
     )
+    trainer.record = parts.record
     return trainer, data
 
 
@@ -203,10 +204,10 @@ def _tell(data: PromptData, console: Console) -> None:
     console.print("prompts: " + "; ".join(parts), highlight=False, markup=False)
 
 
-def _tell_origin(stored: str, policy: nn.Module, console: Console) -> None:
+def _tell_origin(stored: str, weights: str, console: Console) -> None:
     """Say so where another model, or this one at another precision, sampled what is rehearsed."""
     origin = sampled_by(stored)
-    if origin and origin["weights"] != weights_hash(policy):  # pyright: ignore[reportArgumentType]
+    if origin and origin["weights"] != weights:
         console.print(
             f"rehearsal: {stored} was sampled from {origin['model']}, whose weights are not those of model.path at "
             "model.dtype: the log-probabilities in it are another model's. Sample it anew if that is not meant.",

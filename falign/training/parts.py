@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from falign.errors import ConfigError
-from falign.models import enable_gradient_checkpointing, stop_token_ids
+from falign.models import describe, enable_gradient_checkpointing, stop_token_ids, weights_hash
 from falign.models.dropout import disable_dropout
 from falign.models.sharding import shard
 from falign.models.tokenizers import pad_token_id
@@ -47,11 +48,13 @@ class Parts(NamedTuple):
         policy: What is trained.
         reference: What it is held to.
         layout: One that both can read.
+        record: What the policy is before it is trained: its description, and the content hash of its base.
     """
 
     policy: PreTrainedModel | PeftModel
     reference: Reference
     layout: Layout
+    record: dict[str, Any]
 
 
 def load_language(config: RunConfig) -> Language:
@@ -100,21 +103,22 @@ def load_parts(
             policy = config.adapter.build(policy, seed=config.seed, revision=config.model.revision)
         if config.training.gradient_checkpointing:
             enable_gradient_checkpointing(policy)
+        if not shards():
+            policy.to(args.device)  # pyright: ignore[reportArgumentType]
+        reference = build_reference(config, policy, device=torch.device("cpu") if shards() else args.device)
+        # Before 4-bit weights are sharded, which parts them from their scales.
+        record = {"model": asdict(describe(policy)), "base_weights": weights_hash(policy)}
         if shards():
-            reference = build_reference(config, policy, device=torch.device("cpu"))
             for model in (policy, own_model(reference)):
                 if model is not None:
                     shard(model, device=args.device)  # pyright: ignore[reportArgumentType]
-        else:
-            policy.to(args.device)  # pyright: ignore[reportArgumentType]
-            reference = build_reference(config, policy, device=args.device)
         probes = make_probes(policy)
         check_head(policy, probes[0].prompt_ids + probes[0].completion_ids[0])
     layout = _layout(config, policy, probes, language.pad_token_id, console)
     if starts_as_policy(config):
         batch = LAYOUTS[layout](probes[:2], pad_token_id=language.pad_token_id).to(args.device)
         check_same_at_start(policy, reference, batch)
-    return Parts(policy, reference, layout)
+    return Parts(policy, reference, layout, record)
 
 
 def _check_fits(config: RunConfig, model: PreTrainedModel, longest: int) -> None:

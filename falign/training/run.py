@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from falign.data import PreferenceData, PromptData
 from falign.errors import ConfigError
-from falign.models import describe, export_adapter, export_merged, weights_hash
+from falign.models import export_adapter, export_merged
 from falign.models.sharding import is_sharded, weights_at_hand
 from falign.rollouts.answers import answer
 from falign.training.checkpoints import remove_leftovers, step_of
@@ -100,8 +100,7 @@ def _train(
     if checkpoint is not None:
         folder.forget_after(step_of(checkpoint), evaluated=evaluated)
     folder.claim(config)  # not before all of the run is known to start
-    with weights_at_hand(trainer.policy):
-        _record(folder, config, trainer, data)
+    _record(folder, config, trainer, data)
 
     if checkpoint is None:
         try:
@@ -137,8 +136,9 @@ def _finish(
         if is_writer():
             _write_model(folder, trainer, language)
     if is_writer():
-        assert isinstance(trainer.policy, PreTrainedModel | PeftModel)
-        keep_moved(folder, trainer.reference, trainer.policy)
+        policy = trainer.policy
+        assert isinstance(policy, PreTrainedModel | PeftModel)
+        keep_moved(folder, trainer.reference, policy)
         folder.write_json("samples.json", samples)
         folder.write_json("summary.json", {"before": before["metrics"], "after": after})
         title = f"{config.objective.title}, {config.model.path}"
@@ -206,8 +206,7 @@ def _record(folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer, dat
     assert isinstance(policy, PreTrainedModel | PeftModel)
     manifest: dict[str, Any] = {
         "versions": versions(),
-        "model": asdict(describe(policy)),
-        "base_weights": weights_hash(policy),
+        **trainer.record,
         "processes": num_processes(),
         "sharded": is_sharded(policy),
         "reference": trainer.reference.identity(),

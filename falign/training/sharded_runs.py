@@ -15,11 +15,6 @@ def check_sharding(config: RunConfig) -> None:
     Raises:
         ConfigError: With the field, the reason and what works.
     """
-    if config.model.quantization is not None:
-        raise ConfigError(
-            "model.quantization=nf4 under FSDP2: a 4-bit weight that is spread over processes loses the scales that "
-            "belong to it. Start with --launch ddp, or leave model.quantization out."
-        )
     if isinstance(config.reference, MovingAverageConfig | PeriodicResetConfig):
         raise ConfigError(
             f"reference.kind={config.reference.kind} under FSDP2: the reference moves by arithmetic on whole matrices, "

@@ -95,7 +95,8 @@ class AlignmentTrainer(Trainer):
         self.layout: Layout = layout
         lay_out = LAYOUTS[layout]
         if is_sharded(model):
-            args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
+            accelerator_config: Any = args.accelerator_config
+            accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
 
         def collate(trees: list[PromptTree]) -> dict[str, Any]:
             if not trees:  # another process has one batch more
@@ -115,6 +116,7 @@ class AlignmentTrainer(Trainer):
         self.chunk_tokens, self.tokens_per_batch = chunk_tokens, tokens_per_batch
         self.loss_is_scaled_for_ga = True  # every term is divided by its weights over the whole step
         self.value_head: nn.Module | None = None
+        self.record: dict[str, Any] = {}  # of the model, for the run folder
         self.means = Means()
         self.guard = NonsenseGuard(skip=skip_bad, tell=advise)
         self._loss_before = torch.zeros(())
@@ -174,7 +176,8 @@ class AlignmentTrainer(Trainer):
         with _reading(checkpoint):
             if checkpoint is not None and is_sharded(self.policy):
                 read_optimizer(self.policy, self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
-                self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+                scheduler: Any = self.lr_scheduler
+                scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
             else:
                 super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint is not None:
@@ -395,7 +398,8 @@ class AlignmentTrainer(Trainer):
         state = whole_optimizer(self.policy, self.optimizer)
         if is_writer():
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     @override
     def _save_rng_state(self, output_dir: str) -> None:

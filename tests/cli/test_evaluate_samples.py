@@ -305,6 +305,7 @@ def test_what_is_measured_otherwise_is_not_drawn_together(falign, folder, evalua
         (("online", "--template", "{prompt}"), "--template belongs to --prompts"),
         (("online", "--dtype", "float32"), "is a run, which has its own"),
         (("online", "--name", "a/b"), "must be the name of a folder"),
+        (("online", "--name", "x", "--pass-reward", "nan"), "--pass-reward nan"),
         (("online", "--name", ".."), "must be the name of a folder"),
         (("tiny", "--out", "out", "--prompts", "prompts.jsonl", "--divergence", "js"), "give --reference MODEL"),
         (("online", "--name", "x", "--divergence", "kl"), "'kl' does not say which"),

@@ -70,8 +70,9 @@ def folder(tmp_path_factory):
     write_pairs(path / "pairs.jsonl", n=9)
     write_pairs(path / "held-out.jsonl", n=9)
     write_prompts(path / "prompts.jsonl", n=12)
-    cases = [{"kind": "ddp", "run": offline(path, "quantized ddp", 2, QUANTIZED)}]
+    cases = []
     for kind in KINDS:
+        cases.append({"kind": kind, "run": offline(path, f"quantized {kind}", 2, QUANTIZED)})
         cases += [
             {"kind": kind, "run": offline(path, f"{name} {kind}", 2, changes)}
             for name, changes in PAIRS.items()
@@ -147,14 +148,17 @@ def test_a_checkpoint_holds_whole_trained_weights_alone_and_goes_on_bit_for_bit(
         assert torch.equal(weights(folder / f"resumed {kind}")[key], tensor), key
 
 
-def test_a_quantized_model_learns_in_two_processes_what_it_learns_in_one(folder):
-    two, one = logs(folder / "quantized ddp"), logs(folder / "quantized alone")
-    for a, b in zip(two, one, strict=True):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_model_learns_in_two_processes_what_it_learns_in_one(folder, kind):
+    two, one = folder / f"quantized {kind}", folder / "quantized alone"
+    for a, b in zip(logs(two), logs(one), strict=True):
         if "loss" in b:
             assert a["loss"] == pytest.approx(b["loss"], abs=0.02)  # bfloat16 rounds by what is beside a row
-    assert any(
-        weight.abs().max() > 0.01 for key, weight in weights(folder / "quantized ddp").items() if "lora_B" in key
-    )
+    assert any(weight.abs().max() > 0.01 for key, weight in weights(two).items() if "lora_B" in key)
+    manifests = [RunFolder(run).read_json("manifest.json") for run in (two, one)]
+    for part in ("model", "base_weights"):
+        assert manifests[0][part] == manifests[1][part]
+    assert [manifest["processes"] for manifest in manifests] == [2, 1]
 
 
 def test_a_checkpoint_of_two_processes_is_not_taken_up_by_one(folder):

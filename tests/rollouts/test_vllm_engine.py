@@ -73,6 +73,7 @@ def test_a_seed_repeats_a_call_and_a_seed_per_prompt_makes_it_independent_of_the
     assert sample(engine, 0, seed=4) != first
     together = sample(engine, 0, seed=[11, 12, 13])
     assert sample(engine, 0, prompts=PROMPTS[1:2], seed=[12]) == together[4:8]
+    assert engine.sample(PROMPTS[1:], 4, PARAMS, version=0, seed=3, first=1) == first[4:]
     # Equal prompts of one call are answered independently of each other.
     twice = sample(engine, 0, prompts=[PROMPTS[0]] * 2)
     assert twice[:4] != twice[4:]
