@@ -305,3 +305,9 @@ def test_a_value_is_shown_short(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.path") as caught:
         parse_run({"output_dir": "x", "model": {"path": list(range(10**5))}})
     assert len(str(caught.value)) < 300
+
+
+def test_of_many_mistakes_the_first_are_told_and_the_others_counted():
+    with pytest.raises(ConfigError, match=r"rewards\.19=0: .*\n  and 280 more\.$") as caught:
+        parse_run({"output_dir": "x", "model": {"path": "x"}, "rewards": [0] * 300})
+    assert len(str(caught.value).splitlines()) == 21
