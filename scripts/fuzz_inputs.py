@@ -67,7 +67,6 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     prepare(args.memory)
-    failures: list[Failure] = []
     print(f"{'family':16} {'inputs':>7} {'read':>7} {'refused':>8} {'failed':>7} {'seconds':>8}")
     total: Counter[str] = Counter()
     for family in args.family or SHARES:
@@ -75,18 +74,20 @@ def main() -> None:
         numbers = range(count) if args.only is None else [args.only]
         begin = time.perf_counter()
         counts, failed = run(family, numbers, seed=args.seed, deadline=args.deadline)
-        failures += failed
         total += counts
         show(family, counts, time.perf_counter() - begin)
+        tell(failed, args.seed)
     show("all", total, time.process_time())
+    sys.exit(bool(total["failed"]))
+
+
+def tell(failures: list[Failure], seed: int) -> None:
+    """Show one of each kind of failure, and how to repeat it."""
     alike: dict[str, list[Failure]] = {}
     for failure in failures:
         alike.setdefault(failure.told.partition("\n")[0], []).append(failure)
     for first, *others in alike.values():
-        print(
-            f"\n{1 + len(others)} like --family {first.family} --seed {args.seed} --only {first.number}\n{first.told}"
-        )
-    sys.exit(bool(failures))
+        print(f"  {1 + len(others)} like --family {first.family} --seed {seed} --only {first.number}: {first.told}")
 
 
 def prepare(memory: float | None = None) -> None:

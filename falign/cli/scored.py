@@ -151,7 +151,7 @@ def load_run(
     if config.adapter is None:
         identity = {"weights": weights_hash(policy)}
     else:
-        base = folder.read_json("manifest.json")["base_weights"]
+        base = folder.read_manifest()["base_weights"]
         identity = {"weights": base, "adapter": weights_hash(policy, adapter="default")}
     return Scored(
         policy,

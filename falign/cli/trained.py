@@ -75,7 +75,7 @@ def load_trained(folder: RunFolder, checkpoint: int | None = None) -> Trained:
         )
         return Trained(model, load_tokenizer(source), config)
     base = config.model.build()
-    if weights_hash(base) != folder.read_json("manifest.json")["base_weights"]:
+    if weights_hash(base) != folder.read_manifest()["base_weights"]:
         raise ModelError(
             f"{config.model.path} holds other weights now than when {folder.path} was trained: restore them (or set "
             f"model.revision in {folder.run_file}), because the adapter is for those."

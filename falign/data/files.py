@@ -103,6 +103,10 @@ def _read_json(path: Path, name: str, bad_rows: BadRows) -> Iterator[Row]:
                 yield from _read_lines(file, name, bad_rows)
                 return
             raise DataError(f"{name}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); mend it.") from error
+        except UnicodeDecodeError:
+            raise
+        except (RecursionError, ValueError) as error:  # nested too deeply, or a number with too many digits
+            raise DataError(f"{name}: not JSON that can be read ({error}); mend it.") from error
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
         raise DataError(

@@ -89,6 +89,10 @@ def read_adapter(folder: Path) -> AdapterTensors:
     if stray or unpaired or not layers:
         first = (sorted(stray) + unpaired + ["no matrices at all"])[0]
         raise ModelError(f"{folder} is no plain LoRA ({first}): only pairs of matrices on linear layers can be summed.")
+    for layer in layers:
+        down, up = tensors[layer + _DOWN].shape, tensors[layer + _UP].shape
+        if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
+            raise damaged(folder / "adapter_model.safetensors", f"{layer} has matrices of {[*up]} and {[*down]}")
     return AdapterTensors(config, tensors)
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from falign.errors import ConfigError
+from falign.errors import ConfigError, FalignError
 from falign.passwords import without_passwords
 from falign.report.page import MARK, page
-from falign.report.runs import read_runs
-from falign.report.sections import SECTIONS
+from falign.report.runs import ReportedRun, read_runs
+from falign.report.sections import SECTIONS, Section
 from falign.training.run_folder import naming
 
-__all__ = ["WrittenReport", "report_path", "write_report"]
+__all__ = ["WrittenReport", "made_of", "report_path", "write_report"]
 
 NAME = "report.html"
 
@@ -66,8 +67,9 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> W
         ConfigError: A folder is no run, a file in one is damaged, or another file lies where the report would.
     """
     path = report_path(runs, out)
-    read = read_runs(runs)
-    sections = [section(read) for section in SECTIONS]
+    with _naming_the_runs(runs):
+        read = read_runs(runs)
+    sections = [made_of(section, read) for section in SECTIONS]
     folder = path.parent / f"{path.stem}-figures"
     pictures = {folder / f"{picture.name}.png": picture.png for part in sections for picture in part.pictures}
     with naming(path):
@@ -76,3 +78,31 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> W
         for file, content in pictures.items():
             file.write_bytes(content)
     return WrittenReport(path, folder, tuple(pictures))
+
+
+def made_of(section: Callable[[Sequence[ReportedRun]], Section], runs: Sequence[ReportedRun]) -> Section:
+    """Return a section of the page.
+
+    Args:
+        section: One of ``SECTIONS``.
+        runs: Of the report.
+
+    Raises:
+        ConfigError: A file of a run has not the form in which it was written.
+    """
+    with _naming_the_runs([run.folder.path for run in runs]):
+        return section(runs)
+
+
+@contextmanager
+def _naming_the_runs(runs: Sequence[str | Path]) -> Iterator[None]:
+    try:
+        yield
+    except FalignError:
+        raise
+    except (TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ConfigError(
+            f"A file of {', '.join(map(str, runs))} has not the form in which runs write it ({reason}): restore it, or "
+            "run anew."
+        ) from error

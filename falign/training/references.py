@@ -117,8 +117,8 @@ def rebuild_reference(
             )
         reference.load(folder.reference, policy)
         return reference
-    recorded, found = folder.read_json("manifest.json")["reference"], reference.identity()
-    if recorded["weights"] != found["weights"]:
+    recorded, found = folder.read_manifest()["reference"], reference.identity()
+    if recorded.get("weights") != found["weights"]:
         raise ModelError(
             f"The reference of {folder.path} ({found['kind']}) holds other weights now than when the run was trained: "
             f"restore what {folder.run_file} names under model and reference."

@@ -46,6 +46,8 @@ ELSEWHERE = {
 }
 """What users of TRL and others write, and where it is here."""
 
+MOST_MISTAKES = 20
+
 
 def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the run that a YAML file describes.
@@ -79,8 +81,7 @@ def parse_run(data: dict[str, Any], *, place: str = "run") -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors(include_url=False)]
-        raise ConfigError(f"{place}: " + "\n  ".join(lines)) from error
+        raise ConfigError(f"{place}: {_told(error)}") from error
 
 
 def load_reward_list(path: str | Path) -> list[RewardConfig]:
@@ -99,8 +100,14 @@ def load_reward_list(path: str | Path) -> list[RewardConfig]:
     try:
         return _RewardList.model_validate({"rewards": section}).rewards
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors(include_url=False)]
-        raise ConfigError(f"{path}: " + "\n  ".join(lines)) from error
+        raise ConfigError(f"{path}: {_told(error)}") from error
+
+
+def _told(error: ValidationError) -> str:
+    """One line per mistake, of the first ones."""
+    details = error.errors(include_url=False)
+    more = [f"and {len(details) - MOST_MISTAKES} more."] if len(details) > MOST_MISTAKES else []
+    return "\n  ".join([*map(_explain, details[:MOST_MISTAKES]), *more])
 
 
 class _RewardList(FrozenModel):

@@ -191,6 +191,17 @@ class RunFolder:
                 f"{file} is damaged ({error}): go on with the run by --resume to write it anew."
             ) from error
 
+    def read_manifest(self) -> dict[str, Any]:
+        """Return what the run recorded of itself.
+
+        Raises:
+            ConfigError: It is damaged.
+        """
+        found = self.read_json("manifest.json")
+        if not isinstance(found, dict) or not isinstance(found.get("reference"), dict) or "base_weights" not in found:
+            raise ConfigError(f"{self.path / 'manifest.json'} is damaged (a part is missing): restore it, or run anew.")
+        return found
+
     def metrics(self) -> list[dict[str, Any]]:
         """Return all logs; half a last line, of a run that was killed while it wrote, is none.
 

@@ -82,6 +82,8 @@ def test_line_that_is_not_json_names_line_problem_and_remedy(tmp_path):
     [
         ("x.json", b'{"rows": []}', "the top level must be a list of rows"),
         ("x.json", b'[{"a": 1},\n{]', r"x.json:2: not JSON \("),
+        ("x.json", b"[" + b"9" * 5000 + b"]", "not JSON that can be read .*digits"),
+        ("x.json", b"[" * 10**5, "not JSON that can be read .*recursion"),
         ("x.json", b"[3]", "x.json row 1: the row is 3; a row must be"),
         ("x.jsonl", '{"a": "é"}'.encode("latin-1"), "not UTF-8 text .*save the file as UTF-8"),
         ("x.jsonl.gz", b"plain", "damaged gzip file"),

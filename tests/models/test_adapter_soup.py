@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from falign.errors import ConfigError, ModelError
@@ -155,6 +155,16 @@ def test_what_is_not_plain_lora_over_one_base_is_refused(three, tmp_path, fields
     with pytest.raises(ModelError, match=message):
         write_soup([three[0], changed], tmp_path / "soup")
     assert not (tmp_path / "soup").exists()
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 2, 3), (7, 64)])
+def test_matrices_that_are_no_pair_are_refused(three, shape):
+    file = three[0] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[next(name for name in sorted(tensors) if "lora_A" in name)] = torch.zeros(shape)
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors is damaged .*has matrices of"):
+        read_adapter(three[0])
 
 
 def test_adapters_of_another_shape_are_refused_with_the_first_layer(tiny, three, tmp_path):

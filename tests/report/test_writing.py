@@ -156,6 +156,18 @@ def test_pages_of_one_folder_keep_their_pictures_apart(runs, tmp_path):
     assert figures == [tmp_path / "a-figures", tmp_path / "b-figures", tmp_path / "folder" / "report-figures"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("samples.json", [3]), ("manifest.json", {"data": {"sources": [{}]}}), ("summary.json", [3])],
+)
+def test_a_file_of_another_form_is_refused_and_no_page_is_left(runs, tmp_path, name, content):
+    run = runs("offline").rename(tmp_path / "spoilt")
+    (run / name).write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"spoilt.* has not the form|spoilt.* is damaged"):
+        write_report([run], tmp_path / "page")
+    assert not (tmp_path / "page").exists()
+
+
 def test_a_file_that_is_no_report_is_not_overwritten(runs, tmp_path):
     run = runs("offline", logs=False)
     (tmp_path / "mine.html").write_text("<p>mine</p>")

@@ -315,6 +315,13 @@ def test_half_a_last_line_of_metrics_does_not_block_resuming(start):
     assert losses(start(resume=True, training=settings).folder) == before
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"base_weights": "x", "reference": 3}', "{"])
+def test_a_damaged_record_of_a_run_is_named(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"manifest.json is damaged"):
+        RunFolder(tmp_path).read_manifest()
+
+
 def test_a_damaged_line_within_the_metrics_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ConfigError, match=r"metrics.jsonl:2 is damaged"):

@@ -297,11 +297,17 @@ def test_a_divergence_of_ones_own_by_import_path(monkeypatch, tmp_path):
 def test_an_index_that_is_none_is_refused(tmp_path, index):
     file = tmp_path / "run.yaml"
     file.write_text("output_dir: x\nmodel: {path: x}\ndata: {train: [{path: x}]}\n")
-    with pytest.raises(ConfigError, match=r"data.train is a list|is not one of the items 0 to 0"):
+    with pytest.raises(ConfigError, match=r"data\.train is a list|is not one of the items 0 to 0"):
         load_run_file(file, [f"data.train.{index}.path=y"])
 
 
 def test_a_value_is_shown_short(tmp_path):
-    with pytest.raises(ConfigError, match="model.path") as caught:
+    with pytest.raises(ConfigError, match=r"model\.path") as caught:
         parse_run({"output_dir": "x", "model": {"path": list(range(10**5))}})
     assert len(str(caught.value)) < 300
+
+
+def test_of_many_mistakes_the_first_are_told_and_the_others_counted():
+    with pytest.raises(ConfigError, match=r"rewards\.19=0: .*\n  and 280 more\.$") as caught:
+        parse_run({"output_dir": "x", "model": {"path": "x"}, "rewards": [0] * 300})
+    assert len(str(caught.value).splitlines()) == 21

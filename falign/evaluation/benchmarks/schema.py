@@ -145,6 +145,8 @@ def prompt_of(row: Row, column: str = "prompt") -> Text:
     if isinstance(value, str):
         return string(row, column)
     turns = read_messages(value, place=row.place, field=column)
+    for turn in turns:
+        _require_unicode(turn["content"], row.place, column)
     if not turns or not turns[-1]["content"].strip():
         raise DataError(f"{row.place}: {column!r} is {shown(value)}; its last turn must contain text: {_TELL}.")
     return turns
@@ -155,4 +157,10 @@ def _text(value: Any, place: str, field: str) -> str:
         raise DataError(f"{place}: {field!r} is {shown(value)}; it must be text: {_TELL}.")
     if not value.strip():
         raise DataError(f"{place}: {field!r} is empty ({shown(value)}); it must contain text: {_TELL}.")
+    _require_unicode(value, place, field)
     return value
+
+
+def _require_unicode(text: str, place: str, field: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{place}: {field!r} has half a surrogate pair ({shown(text)}); it must be Unicode: {_TELL}.")

@@ -116,3 +116,13 @@ def test_a_prompt_of_turns_stays_one(tmp_path):
     assert item.prompt == asked
     with pytest.raises(DataError, match="its last turn must contain text"):
         read("rewardbench", write(tmp_path / "none.jsonl", [rewardbench_row("hep-go", prompt=[])]))
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("columns", [TEXTS, PROMPTS], ids=["text", "prompt"])
+def test_half_a_surrogate_pair_is_a_bad_row(name, columns, tmp_path):
+    column = columns.get(name, "prompt")
+    value = ROWS[name][column]
+    spoilt = [f"{text}\ud800" for text in value] if isinstance(value, list) else f"{value}\ud800"
+    with pytest.raises(DataError, match="has half a surrogate pair"):
+        read(name, write(tmp_path / "rows.jsonl", [{**ROWS[name], column: spoilt}]))
