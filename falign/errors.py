@@ -1,6 +1,16 @@
 """The errors that falign raises at its borders; each message has the place, the value and the remedy."""
 
-__all__ = ["ConfigError", "DataError", "FalignError", "ModelError", "RewardError", "RolloutError", "TrainingError"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "EngineError",
+    "FalignError",
+    "ModelError",
+    "NonFiniteRewardError",
+    "RewardError",
+    "RolloutError",
+    "TrainingError",
+]
 
 
 class FalignError(Exception):
@@ -23,8 +33,16 @@ class RewardError(FalignError):
     """A reward that cannot be called, or that returns what is no reward."""
 
 
+class NonFiniteRewardError(RewardError):
+    """A reward that is no number."""
+
+
 class RolloutError(FalignError):
     """A sampling that cannot be done, or whose result is no sample of the policy."""
+
+
+class EngineError(RolloutError):
+    """An engine outside of this process that fails or does what it should not; the policy here is untouched by that."""
 
 
 class TrainingError(FalignError):

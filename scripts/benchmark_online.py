@@ -269,6 +269,7 @@ def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
     from falign.evaluation.groups import GroupSampler
     from falign.rewards import RewardSum, WeightedReward
     from falign.training.completions_table import CompletionsTable
+    from falign.training.divided_sampler import DividedSampler
     from falign.training.online_trainer import OnlineTrainer
     from falign.training.prompts_config import RolloutConfig
 
@@ -286,7 +287,7 @@ def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
 
     objective, reference, layout, engine, sampling = own_parts(args, model, tokenizer, prompts)
     rewards = RewardSum((WeightedReward("letters", lambda prompts, completions: reward(completions)),))
-    sampler = GroupSampler(engine, rewards, tokenizer, sampling, completions=args.completions, seed=0)
+    sampler = DividedSampler(GroupSampler(engine, rewards, tokenizer, sampling, completions=args.completions, seed=0))
     settings = {**trainer_arguments(args, folder), "max_steps": args.steps * args.updates}
     trainer = Timed(
         model,

@@ -1,10 +1,11 @@
 """What `falign evaluate rewards` wrote, computed again with transformers alone: one completion at a time, full logits.
 
-    falign evaluate rewards ./policy rm_bench code_filtered.jsonl.gz --reference ./base --out checked --limit 20
+    falign evaluate rewards ./policy rm_bench code_filtered.jsonl.gz --reference ./base --dtype float32 --out checked
     python scripts/check_benchmark.py checked code_filtered.jsonl.gz
 
-Reads files of RM-Bench and LLMBar. Exits with 1 where the benchmark's scores differ by more than 1e-6 (`--tolerance`),
-or log-probabilities by more than the rounding of 32 bits, 5e-5 nats per token (`--rounding`).
+Reads files of RM-Bench and LLMBar; both models are folders that transformers reads, such as `falign export` writes, and
+`--limit 20` is enough for a first look. Exits with 1 where the benchmark's scores differ by more than 1e-6
+(`--tolerance`), or log-probabilities by more than the rounding of 32 bits, 5e-5 nats per token (`--rounding`).
 """
 
 import argparse

@@ -21,9 +21,8 @@ from typing import Any
 
 from falign import divergences
 from falign.data import BadRows, Example, read_examples
-from falign.data.examples import prompt_key
-from falign.data.splits import held_out_prompts
 from falign.training import RunConfig, RunFolder, load_run_file
+from falign.training.parts import load_language
 
 FAMILIES = (
     *("reverse_kl", "forward_kl", "jensen_shannon", "alpha(0.5)", "jeffreys", "squared_hellinger"),
@@ -42,7 +41,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32, help="held-out prompts that are answered")
     parser.add_argument("--completions", type=int, default=4, help="answers to each")
     parser.add_argument("--max-new-tokens", type=int, default=48)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # fields may come after options
     config = load_run_file(arguments.run_file, arguments.overrides)
     if config.data is None:
         parser.error(f"{arguments.run_file} has no section data: give the run file of an f-DPO run.")
@@ -57,7 +56,7 @@ def main() -> None:
         if not (run / "summary.json").is_file():
             falign("train", arguments.run_file, *changes, *(["--resume"] if any(run.glob("checkpoint-*")) else []))
         if not (run / "evaluation" / "preferences" / "summary.json").is_file():
-            falign("evaluate", "rewards", run, "preferences", held_out)
+            falign("evaluate", "rewards", run, "preferences", held_out, "--long-items", "cut")
         if not (run / "evaluation" / "samples" / "summary.json").is_file():
             falign("evaluate", "samples", run, "--prompts", held_out, "--limit", arguments.prompts, *sampling)
     falign("report", *runs, "--out", arguments.out / "report")
@@ -70,18 +69,15 @@ def split(config: RunConfig, out: Path) -> list[str]:
     assert data is not None
     files = {"train": out / "train.jsonl", "eval": out / "held-out.jsonl"}
     if not all(file.is_file() for file in files.values()):
+        language = load_language(config)
+        built = data.build(language.tokenizer, stop_token_ids=language.stop_tokens, seed=config.seed)
+        places = {"train": {tree.place for tree in built.train}, "eval": {tree.place for tree in built.eval}}
         bad_rows = BadRows(data.bad_rows)
-        train = [example for source in data.train for example in read_examples(source.build(), bad_rows=bad_rows)]
-        held_out = [example for source in data.eval for example in read_examples(source.build(), bad_rows=bad_rows)]
-        if not held_out:
-            keys = [prompt_key(example.prompt) for example in train]
-            chosen = held_out_prompts(keys, fraction=data.eval_fraction, size=data.eval_size, seed=config.seed)
-            held_out = [example for example, key in zip(train, keys, strict=True) if key in chosen]
-            train = [example for example, key in zip(train, keys, strict=True) if key not in chosen]
         out.mkdir(parents=True, exist_ok=True)
-        for name, examples in (("train", train), ("eval", held_out)):
-            lines = (json.dumps(row(example), ensure_ascii=False) + "\n" for example in examples)
-            files[name].write_text("".join(lines), encoding="utf-8")
+        for name, sources in (("train", data.train), ("eval", data.eval or data.train)):
+            examples = (found for source in sources for found in read_examples(source.build(), bad_rows=bad_rows))
+            rows = [row(example) for example in examples if example.place in places[name]]
+            files[name].write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
     chat = str(all(source.chat for source in data.train)).lower()
     named = [f"data.{name}=[{{path: {json.dumps(str(file))}, chat: {chat}}}]" for name, file in files.items()]
     return [*named, "data.eval_size=0", "data.eval_fraction=0"]

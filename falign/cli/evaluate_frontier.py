@@ -32,8 +32,13 @@ class Evaluated(NamedTuple):
         file = self.folder / name
         if not file.is_file():
             return None
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-        size = len(rows) // self.summary["num_prompts"]
+        try:
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        except ValueError as error:
+            raise _damaged(file, str(error)) from error
+        size, left = divmod(len(rows), self.summary["num_prompts"])
+        if left or not rows:
+            raise _damaged(file, f"{len(rows)} rows of {self.summary['num_prompts']} prompts")
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
@@ -56,10 +61,12 @@ def frontier(
 
     if out.suffix != ".json":
         check_picture(out)
+    elif not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: the folder {out.parent} does not exist; create it.")
+    found = [each for run in runs for each in _evaluations(run, name)]
+    own = [each.summary["divergence"] for each in found if each.summary["divergence"]]
     try:
         axis = named_divergence(divergence)
-        found = [each for run in runs for each in _evaluations(run, name)]
-        own = [each.summary["divergence"] for each in found if each.summary["divergence"]]
         ideals = {each.name: each for each in map(named_divergence, (*IDEALS, *own)) if each.name != "total_variation"}
     except ValueError as error:
         raise ConfigError(f"--divergence: {error}") from error
@@ -87,7 +94,10 @@ def _evaluations(run: str, name: str | None) -> list[Evaluated]:
     found = []
     for folder in folders:
         if (folder / "summary.json").is_file() and (folder / "samples.jsonl").is_file():
-            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            try:
+                summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise _damaged(folder / "summary.json", str(error)) from error
             if summary["reference"] is None or summary["record"]["temperature"] != 1:
                 raise ConfigError(
                     f"{folder} has no divergences: sample with --reference MODEL and --temperature 1, or name another "
@@ -98,6 +108,10 @@ def _evaluations(run: str, name: str | None) -> list[Evaluated]:
         command = f"falign evaluate samples {run}"
         raise ConfigError(f"{run} has no finished evaluation{f' {name}' if name else ''} of samples: run `{command}`.")
     return sorted(found, key=lambda each: (each.summary["checkpoint"] is None, each.summary["checkpoint"] or 0))
+
+
+def _damaged(file: Path, reason: str) -> ConfigError:
+    return ConfigError(f"{file} is damaged ({reason}): repeat its evaluation with --overwrite.")
 
 
 def _require_alike(found: Sequence[Evaluated]) -> None:

@@ -77,7 +77,7 @@ def rewards(
     chat: Annotated[
         bool | None, typer.Option("--chat/--plain", help="Whether a file's plain texts are turns; as the run's were.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the scorer random and of the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the scorer random and of the intervals.")] = 0,
     num_resamples: Annotated[
         int, typer.Option("--resamples", min=1, help="Of the bootstrap that the intervals come from.")
     ] = 1000,
@@ -88,6 +88,8 @@ def rewards(
     """Score a benchmark under all rewards that a model defines; a stopped call goes on if repeated."""
     from falign.cli.reward_evaluation import Compared, Judge, RewardEvaluation
 
+    if classifier is None and (classifier_text or classifier_label):
+        raise ConfigError("--classifier-text and --classifier-label belong to --classifier: give the model too.")
     compared = Compared(reference, divergence, beta, dtype, reference_free)
     evaluation = RewardEvaluation(
         model=model,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from falign.cli import data, divergences, evaluate, export, report, sample, score, soup, train
+from falign.cli.failures import end_quietly, leave_failure
 from falign.cli.quiet import quiet
 from falign.errors import FalignError
 from falign.full_disk import is_full_disk
@@ -37,13 +39,17 @@ app.add_typer(evaluate.app, name="evaluate")
 def main() -> None:
     """Run the command line; errors that a user can mend go to standard error, without a traceback."""
     quiet()
+    end_quietly()
     try:
         app()
     except Exception as error:
         message = _mendable(error)
         if message is None:
+            if leave_failure(traceback.format_exc()):
+                sys.exit(1)
             raise
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
+        if not leave_failure(f"error: {message}\n"):
+            Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
         sys.exit(2)
 
 

@@ -19,6 +19,7 @@ from rich.progress import Progress
 
 from falign.cli.trained import is_run
 from falign.errors import ConfigError, DataError
+from falign.passwords import without_passwords
 
 if TYPE_CHECKING:
     from falign.cli.scored import Scored
@@ -163,6 +164,8 @@ class RewardEvaluation:
             **self._of_items(scored.window, names),
         }
         self.out.mkdir(parents=True, exist_ok=True)
+        if self.overwrite:
+            (self.out / "summary.json").unlink(missing_ok=True)  # of items that are gone, should this call be stopped
         output = ScoreOutput(self.out / "items.jsonl", record=record, overwrite=self.overwrite)
         count = len(items) if self.limit is None else min(self.limit, len(items))
         with output, _progress(console, count) as progress:
@@ -216,6 +219,8 @@ class RewardEvaluation:
             available |= {"log_ratio", *(OF_REWARD if self._rewarding() else ())}
         if self.judge is not None:
             available.add("classifier")
+        if self.scorers == ():
+            raise ConfigError(f"--scorers names none: give some of {', '.join(_ordered(available))}, or leave it out.")
         for name in self.scorers or ():
             require_choice("--scorers", name, SCORERS)
             if name not in available:
@@ -269,6 +274,7 @@ class RewardEvaluation:
         console: Console,
     ) -> tuple[ItemScorer, str]:
         from falign.evaluation import ComparedScores, ItemScorer, ReferenceFreeScores
+        from falign.evaluation.item_scorer import BASELINES
         from falign.models.tokenizers import pad_token_id
 
         trees = [tree for _, tree in first]
@@ -284,6 +290,8 @@ class RewardEvaluation:
             compared, choice = scored.scorer(trees, layout=self.layout)
             of_trees = ComparedScores(compared, rewarding=scored.rewarding)
         console.print(f"layout: {choice.layout}, {choice.reason}", style=None if choice.as_asked else "yellow")
+        if {*names} <= {"classifier", *BASELINES}:
+            of_trees = None  # nobody asks the policy
         scorer = ItemScorer(names=names, of_trees=of_trees, classifier=judge, seed=self.seed)
         return scorer, choice.layout
 
@@ -365,7 +373,7 @@ def _told(stream: ItemStream) -> str:
 
 def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(without_passwords(text), encoding="utf-8")
     temporary.replace(path)
 
 

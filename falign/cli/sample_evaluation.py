@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,9 +30,11 @@ from falign.evaluation.sample_metrics import divergence_metrics, sample_metrics
 from falign.evaluation.sample_prompts import sample_prompts
 from falign.evaluation.sample_rows import SampleRow
 from falign.evaluation.sample_scorer import SampleScorer
+from falign.evaluation.score_output import reopen
 from falign.evaluation.scored_reward import ScoredReward
 from falign.models import base_of, load_model, load_tokenizer, stop_token_ids, weights_hash
 from falign.models.tokenizers import pad_token_id, tokenizer_fingerprint
+from falign.passwords import without_passwords
 from falign.references import FrozenModel
 from falign.rewards import RewardSum, WeightedReward
 from falign.rollouts import Engine, SamplingParams, TransformersEngine
@@ -127,6 +130,10 @@ class SampleEvaluation:
             **settings,
             "prompts_per_batch": self.prompts_per_batch,
         }
+        if self.overwrite:  # what has no samples, should this call be stopped, and anchors that it does not want
+            for name in ("summary.json", FILES[1]):
+                (self.out / name).unlink(missing_ok=True)
+        reopen(self.out / FILES[1], sibling=self.out / FILES[0])  # stopped between the names of the two
         with ExitStack() as stack, _progress(console, len(prompts) * len(samplers)) as progress:
             outputs = [
                 stack.enter_context(ScoreOutput(self.out / name, record=record, overwrite=self.overwrite))
@@ -171,6 +178,10 @@ class SampleEvaluation:
                 raise ConfigError(f"{alone[0]} belongs to --prompts: a run's own prompts are as its run file says.")
             if not is_run(self.model):
                 raise ConfigError(f"{self.model} is not a run folder and has no prompts: give --prompts FILE.")
+        if self.pass_reward is not None and math.isnan(self.pass_reward):
+            raise ConfigError("--pass-reward nan: no reward reaches or misses it; give a number.")
+        if not is_run(self.model) and self.compared.reference is None and self.compared.divergences:
+            raise ConfigError(f"--divergence: {self.model} has nothing that it diverges from: give --reference MODEL.")
         if not self._of_policy and self.compared.divergences:
             raise ConfigError(f"--divergence needs --temperature 1: at {self.temperature:g} another law is sampled.")
         if self.out.exists() and not self.out.is_dir():
@@ -178,8 +189,6 @@ class SampleEvaluation:
         if (self.out / FILES[0]).exists() and not self.overwrite:
             raise ConfigError(f"{self.out} holds results: give another --name or --out, or --overwrite to sample anew.")
         self.out.mkdir(parents=True, exist_ok=True)
-        if self.overwrite:
-            (self.out / FILES[1]).unlink(missing_ok=True)  # of an evaluation with anchors, before one without
 
     def _config(self) -> RunConfig | None:
         if not is_run(self.model):
@@ -373,7 +382,7 @@ def _digest(prompts: Sequence[PromptRow]) -> str:
 
 def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(without_passwords(text), encoding="utf-8")
     temporary.replace(path)
 
 

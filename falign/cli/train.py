@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,8 @@ import typer
 from rich.console import Console
 
 from falign.cli.achieved import show
+from falign.cli.launch import Launch, launch
+from falign.errors import ConfigError
 
 __all__ = ["train"]
 
@@ -19,15 +22,31 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.field=value ...]", help="Fields to set otherwise.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    skip_bad: Annotated[
+        bool,
+        typer.Option("--skip-bad", help="Leave out steps whose loss, gradient or reward is no number, and count them."),
+    ] = False,
+    kind: Annotated[
+        Launch | None, typer.Option("--launch", help="Train in several processes: ddp, or fsdp2 for large models.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="How many, with --launch; by default one for each GPU.")
+    ] = None,
 ) -> None:
     """Train what a run file describes, and show what became better."""
-    console = Console()
+    if kind is not None:
+        given = [*(overrides or []), *(["--resume"] if resume else []), *(["--skip-bad"] if skip_bad else [])]
+        launch(kind, processes, ["train", run_file, *given])
+        return
+    if processes is not None:
+        raise ConfigError(f"--processes {processes} says nothing without --launch: give --launch ddp or fsdp2.")
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     # A divergence of one's own (module:attribute) lies beside the run file or in the working folder.
     sys.path[:0] = [str(Path.cwd()), str(Path(run_file).absolute().parent)]
     with console.status("starting"):
         from falign.training import load_run_file
         from falign.training import train as run
 
-        config = load_run_file(run_file, overrides or [])
+        config = load_run_file(run_file, [*(overrides or []), *(["training.skip_bad=true"] if skip_bad else [])])
     show(run(config, resume=resume), console)

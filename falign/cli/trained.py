@@ -35,13 +35,16 @@ def result_folder(model: str, name: str, out: Path | None) -> Path:
     Raises:
         ConfigError: The name is a path, or there is no folder for a model's.
     """
-    if Path(name).name != name:
+    if Path(name).name != name or name in {"", "..", "."}:
         raise ConfigError(f"--name {name} must be the name of a folder, without a path; --out takes a path.")
     if out is not None:
         return out
     if not is_run(model):
         raise ConfigError(f"{model} is not a run folder, which results would go into: give --out DIR.")
-    return Path(model) / "evaluation" / name
+    folder = Path(model) / "evaluation" / name
+    if not folder.resolve().is_relative_to(Path(model).resolve()):
+        raise ConfigError(f"{folder} is a link that leads out of {model}: remove it, or give --out DIR.")
+    return folder
 
 
 def load_trained(folder: RunFolder, checkpoint: int | None = None) -> Trained:

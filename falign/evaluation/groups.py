@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,8 +11,9 @@ from falign.data.rendering import Tokenizer
 from falign.errors import ConfigError, RolloutError
 from falign.rewards import RewardSum
 from falign.rollouts import Engine, Rollout, SamplingParams
+from falign.rollouts.seeds import mixed
 
-__all__ = ["TOLERANCE", "Draw", "Group", "GroupSampler", "mixed"]
+__all__ = ["TOLERANCE", "Draw", "Group", "GroupSampler"]
 
 ARGUMENTS = frozenset({"prompts", "completions", "place", "prompt_ids", "completion_ids"})
 TOLERANCE = 1e-6  # of a reward that is compared with the one that passes
@@ -128,9 +128,16 @@ class GroupSampler:
             self.engine, self.rewards, self.tokenizer, self.params, completions=completions, seed=self.seed
         )
 
-    def sample(self, rows: Sequence[PromptRow], *, version: int, number: int) -> Draw:
-        """Return one group per prompt; the same version, number and prompts give the same."""
-        return self._sample(rows, version=version, seed=mixed(self.seed, number))
+    def sample(self, rows: Sequence[PromptRow], *, version: int, number: int, first: int = 0) -> Draw:
+        """Return one group per prompt; the same version, number and prompts give the same.
+
+        Args:
+            rows: The prompts.
+            version: Which published weights answer.
+            number: Of the rollout.
+            first: Place of the first prompt among those of the whole rollout, where others sample the rest of it.
+        """
+        return self._sample(rows, version=version, seed=mixed(self.seed, number), first=first)
 
     def sample_each(self, rows: Sequence[PromptRow], *, version: int, repeats: Sequence[int]) -> Draw:
         """Return one group per prompt, of which each depends on the seed and the prompt alone.
@@ -143,9 +150,9 @@ class GroupSampler:
         seeds = [mixed(self.seed, repeat, *row.prompt_ids) for row, repeat in zip(rows, repeats, strict=True)]
         return self._sample(rows, version=version, seed=seeds)
 
-    def _sample(self, rows: Sequence[PromptRow], *, version: int, seed: int | list[int]) -> Draw:
+    def _sample(self, rows: Sequence[PromptRow], *, version: int, seed: int | list[int], first: int = 0) -> Draw:
         rollouts = self.engine.sample(
-            [row.prompt_ids for row in rows], self.completions, self.params, version=version, seed=seed
+            [row.prompt_ids for row in rows], self.completions, self.params, version=version, seed=seed, first=first
         )
         texts = [self.text(rollout) for rollout in rollouts]
         owners = [row for row in rows for _ in range(self.completions)]
@@ -183,9 +190,3 @@ def _columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
             f"{rows[0].place}: the column {clashing[0]!r} has the name of a reward's argument: rename it."
         )
     return {name: [row.columns.get(name) for row in rows] for name in names}
-
-
-def mixed(*numbers: int) -> int:
-    """Return a seed that depends on all numbers, so that neighbouring ones share nothing."""
-    digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
-    return int.from_bytes(digest[:6], "big")

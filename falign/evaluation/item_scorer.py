@@ -175,6 +175,11 @@ class ItemScorer:
         for (item, _), value in zip(flat, values, strict=True):
             if value is None:
                 raise RewardError(f"{item.place}: the classifier has no value for a completion; leave it out.")
+            if not math.isfinite(value):
+                raise RewardError(
+                    f"{item.place}: the classifier says {value} of a completion. Check its weights and its dtype, or "
+                    "remove the row; what was scored before it is kept."
+                )
         taken = iter(values)
         return [[float(next(taken) or 0.0) for _ in item.completions] for item, _ in items]
 

@@ -77,10 +77,11 @@ class ItemStream:
             if count == self._limit:
                 return
             try:
-                tree = self._tree(item)
+                tree = self._encoded(item)
             except DataError as error:
                 self.bad_rows.add(error)
                 continue
+            tree = self._fitted(item, tree)
             if tree is not None:
                 count += 1
                 yield ItemTree(item, tree)
@@ -90,11 +91,13 @@ class ItemStream:
         counts = {"bad row": self.bad_rows.count, **dict(sorted(self._skipped.items()))}
         return {reason: count for reason, count in counts.items() if count}
 
-    def _tree(self, item: BenchmarkItem) -> PromptTree | None:
+    def _encoded(self, item: BenchmarkItem) -> PromptTree:
         for i, text in enumerate(item.completions, start=1):
             if not text.strip():
                 raise DataError(f"{item.place}: completion {i} is empty, so there is nothing to score: remove the row.")
-        tree, _ = encode(self._example(item), self._tokenizer, stop_token_ids=self._stops)
+        return encode(self._example(item), self._tokenizer, stop_token_ids=self._stops)[0]
+
+    def _fitted(self, item: BenchmarkItem, tree: PromptTree) -> PromptTree | None:
         longest = len(tree.prompt_ids) + max(map(len, tree.completion_ids))
         if longest <= self._window.max_length and self._long_items != "cut":
             return tree

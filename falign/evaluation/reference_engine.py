@@ -38,11 +38,12 @@ class ReferenceEngine(Engine):
         *,
         version: int,
         seed: int | list[int],
+        first: int = 0,
     ) -> list[Rollout]:
         with acting_model(self.reference, self.policy) as model:
             engine = TransformersEngine(model, pad_token_id=self.pad_token_id)
             engine.publish(model, version)
-            return engine.sample(prompt_ids, n, params, version=version, seed=seed)
+            return engine.sample(prompt_ids, n, params, version=version, seed=seed, first=first)
 
     @override
     def retire(self, version: int) -> None:

@@ -18,9 +18,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from falign.errors import ConfigError
 from falign.evaluation.score_rows import ScoreRow
+from falign.passwords import without_passwords
 from falign.scoring import PromptTree
 
-__all__ = ["ScoreOutput", "check_output"]
+__all__ = ["ScoreOutput", "check_output", "reopen"]
 
 SUFFIXES = (".jsonl", ".parquet")
 _ROWS_PER_GROUP = 1024
@@ -64,8 +65,7 @@ class ScoreOutput:
     def __init__(self, path: Path, *, record: Mapping[str, Any], overwrite: bool = False) -> None:
         check_output(path, overwrite=overwrite)
         self.path = path
-        self.rows_file = path.with_name(f".{path.name}.partial.jsonl")
-        self.record_file = path.with_name(f".{path.name}.partial.json")
+        self.rows_file, self.record_file = _rows_file(path), _record_file(path)
         self._parquet_file = path.with_name(f".{path.name}.partial.parquet")
         if overwrite:
             for file in (self.rows_file, self.record_file, self._parquet_file, path):
@@ -134,7 +134,7 @@ class ScoreOutput:
                     f"({error.errors()[0]['msg']}): give --overwrite to start anew."
                 ) from error
             if any(row.get(name) != value for name, value in wanted.items()):
-                raise self._changed(f"it goes on with {row['place']}, where the source now has {wanted['place']}")
+                raise self._changed(f"it goes on with {row.get('place')}, where the source now has {wanted['place']}")
             rows.append(row)
         return rows
 
@@ -192,19 +192,40 @@ class ScoreOutput:
         )
 
 
-def _parse(line: bytes) -> Any:
+def reopen(path: Path, *, sibling: Path) -> None:
+    """Take its name from a ``.jsonl`` that got it before another output of the same record, if that has none yet.
+
+    Args:
+        path: What was finished first.
+        sibling: What was to be finished after it.
+    """
+    if path.exists() and not sibling.exists() and _record_file(sibling).exists():
+        _write_whole(_record_file(path), _record_file(sibling).read_text(encoding="utf-8"))
+        path.replace(_rows_file(path))
+
+
+def _rows_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial.jsonl")
+
+
+def _record_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial.json")
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
     """Return a row, or None for the end and for what a killed process has left of one."""
     if not line.endswith(b"\n"):
         return None
     try:
-        return json.loads(line.decode("utf-8", "surrogatepass"))
+        row = json.loads(line.decode("utf-8", "surrogatepass"))
     except (RecursionError, ValueError):
         return None
+    return row if isinstance(row, dict) else None
 
 
 def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(without_passwords(text), encoding="utf-8")
     temporary.replace(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import datasets
@@ -28,7 +29,7 @@ def pass_at_k_per_prompt(rewards: Sequence[Numbers], k: int, *, pass_reward: flo
         One estimate per prompt.
 
     Raises:
-        ValueError: There are no prompts, or one has fewer than k samples.
+        ValueError: There are no prompts, one has fewer than k samples, or a reward or ``pass_reward`` is NaN.
 
     Example:
         >>> pass_at_k_per_prompt([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0]], 2).tolist()
@@ -36,11 +37,15 @@ def pass_at_k_per_prompt(rewards: Sequence[Numbers], k: int, *, pass_reward: flo
     """
     if len(rewards) == 0:
         raise ValueError("There are no prompts; pass@k needs the rewards of the samples of one or more.")
+    if math.isnan(pass_reward):
+        raise ValueError("pass_reward is nan, which no reward reaches or misses; give a number.")
     estimates = []
     for i, row in enumerate(rewards):
         if not 1 <= k <= len(row):
             raise ValueError(f"rewards[{i}] has {len(row)} samples; pass@{k} needs k from 1 to their number.")
         values = torch.as_tensor(row, dtype=torch.float64)
+        if values.isnan().any():
+            raise ValueError(f"rewards[{i}] is {list(row)}; leave out the samples without a value.")
         passed = (groups.pass_rates(values, threshold=pass_reward) * len(row)).round().long()
         estimates.append(groups.pass_at_k(len(row), passed, k).item())
     return np.array(estimates)

@@ -36,7 +36,9 @@ def outcomes(first: Numbers, second: Numbers) -> Array:
     if len(first) != len(second):
         raise ValueError(f"{len(first)} rewards are compared with {len(second)}; give as many of both.")
     a, b = torch.as_tensor(first, dtype=torch.float64), torch.as_tensor(second, dtype=torch.float64)
-    return accuracies(a - b, torch.maximum(a.abs(), b.abs())).numpy()
+    size = torch.maximum(a.abs(), b.abs())
+    # Infinite rewards are equal or not, and their differences have no rounding.
+    return accuracies(torch.where(a == b, 0.0, a - b), size.masked_fill(size.isinf(), 0.0)).numpy()
 
 
 def pair_outcomes(rewards: Numbers, preference: Numbers) -> Array:

@@ -102,7 +102,7 @@ def _check_architecture(members: Sequence[SoupMember]) -> bool:
 
 def _architecture(folder: Path) -> dict[str, object]:
     with reading(lambda error: damaged(folder / "config.json", " ".join(str(error).split())[:200])):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
     if config.get("quantization_config") is not None:
         raise ModelError(f"{folder} has quantised weights, which have no average: give the 16- or 32-bit ones.")
     return {key: value for key, value in config.items() if key not in _NOT_THE_ARCHITECTURE}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from falign.errors import ModelError
@@ -35,6 +36,8 @@ def weights_hash(model: PreTrainedModel | PeftModel, *, adapter: str | None = No
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         # Viewed as bytes because numpy has no bfloat16; flat because a scalar cannot be viewed.
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        if isinstance(model, FSDPModule):
+            raw = raw.clone()  # FSDP2 could not free again what numpy has seen
         digest.update(raw.numpy().data)
     return digest.hexdigest()
 

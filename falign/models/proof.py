@@ -221,7 +221,7 @@ def _load_plain(
 
 
 def _compare_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    exported = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    exported = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if exported.chat_template != tokenizer.chat_template:
         raise ModelError(f"{folder}: its chat template is not the training one: export again with that tokenizer.")
     if exported.get_vocab() != tokenizer.get_vocab() or exported.eos_token_id != tokenizer.eos_token_id:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from falign.durable import sync_folder, sync_tree
 from falign.errors import ModelError
 from falign.full_disk import is_full_disk
 
@@ -21,6 +22,8 @@ def staged_folder(
     needed_bytes: int | None = None,
 ) -> Iterator[Path]:
     """Yield a temporary sibling of ``target`` that takes its name when the block ends without an error.
+
+    Before it does, all that was written is on the disk: what has the final name is whole after a power cut too.
 
     Args:
         target: the final folder; its parents are made.
@@ -39,7 +42,9 @@ def staged_folder(
         staging.mkdir()
         yield staging
         _make_readable(staging)
+        sync_tree(staging)
         _publish(staging, target, existing)
+        sync_folder(target.parent)
     except Exception as error:
         if not is_full_disk(error, folder=staging):
             raise

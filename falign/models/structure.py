@@ -3,6 +3,7 @@
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -68,4 +69,6 @@ def adapter_matrix(matrices: nn.ModuleDict, adapter: str) -> Tensor:
 
 def adapter_weights(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     """Return the weights of one adapter under the names that PEFT stores them by."""
-    return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    # A sharded model's state dictionary has shards in it, also while the whole weights are at hand.
+    state = {name: each.detach() for name, each in model.named_parameters()} if isinstance(model, FSDPModule) else None
+    return get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter, save_embedding_layers=False)

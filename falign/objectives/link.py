@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -61,8 +62,8 @@ class Link:
                 "Choose a divergence with a barrier (chi2_kl in place of pearson_chi2, jensen_shannon in place of "
                 "total_variation or le_cam)."
             )
-        if not self.beta > 0:
-            raise ValueError(f"beta={self.beta!r} must be positive.")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta={self.beta!r} must be positive and finite.")
         if self.length_norm not in ("none", "token"):
             raise ValueError(f"length_norm={self.length_norm!r}: choose 'none' or 'token'.")
 

@@ -61,8 +61,8 @@ class Supervised:
             raise ValueError(
                 f"divergence={self.divergence!r} with beta={self.beta!r}: give both, or neither for plain fine-tuning."
             )
-        if self.beta is not None and not self.beta > 0:
-            raise ValueError(f"beta={self.beta!r} must be positive.")
+        if self.beta is not None and not 0 < self.beta < math.inf:
+            raise ValueError(f"beta={self.beta!r} must be positive and finite.")
         if self.divergence is not None and math.isfinite(self.divergence.f_prime_at_infinity):
             slope = self.divergence.f_prime_at_infinity
             raise ValueError(

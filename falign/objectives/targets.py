@@ -133,8 +133,8 @@ class ExponentialReward:
     num_features = 1
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"beta={self.beta!r} must be positive.")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta={self.beta!r} must be positive and finite.")
 
     def log_score(self, features: Float[Tensor, "N 1"]) -> Float[Tensor, " N"]:
         """Return ``r/β``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -71,8 +72,8 @@ class TokenPairwise:
             raise ValueError(f"variant={self.variant!r}: choose 1 (TDPO1) or 2 (TDPO2).")
         if self.weighting not in ("none", "activations"):
             raise ValueError(f"weighting={self.weighting!r}: choose 'none' or 'activations'.")
-        if not self.beta > 0:
-            raise ValueError(f"beta={self.beta!r} must be positive.")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta={self.beta!r} must be positive and finite.")
         if self.variant == 1 and self.alpha is not None:
             raise ValueError(
                 f"alpha={self.alpha!r} with variant=1: TDPO1 counts the divergences in full and has no α; leave alpha "

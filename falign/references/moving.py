@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -99,7 +100,8 @@ class MovingReference(Reference):
     def save(self, folder: Path, policy_model: nn.Module) -> None:
         """Write the reference as it is now into an existing folder."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors(policy_model).items()}
-        metadata = {"format": "pt", "moves": str(self.moves), "start": self.start or ""}
+        measured = json.dumps(self._measured)
+        metadata = {"format": "pt", "moves": str(self.moves), "start": self.start or "", "measured": measured}
         save_file(tensors, folder / _FILE, metadata=metadata)
 
     @torch.no_grad()
@@ -116,7 +118,9 @@ class MovingReference(Reference):
                 raise ModelError(f"{folder / _FILE} is of another reference, only one of them has {stray}.")
             for name, tensor in tensors.items():
                 tensor.copy_(file.get_tensor(name))
-            self.moves, self.start = int(file.metadata()["moves"]), file.metadata()["start"] or None
+            metadata = file.metadata()
+            self.moves, self.start = int(metadata["moves"]), metadata["start"] or None
+            self._measured = json.loads(metadata["measured"])
 
     def _tensors(self, policy_model: nn.Module) -> dict[str, Tensor]:
         if isinstance(self.held, FrozenModel):

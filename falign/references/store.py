@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from falign.durable import sync_folder
 from falign.errors import ConfigError, DataError
 
 __all__ = ["CacheKey", "LogprobStore", "entry_digest"]
@@ -72,7 +73,7 @@ class LogprobStore:
         key: What the values depend on.
 
     Raises:
-        ConfigError: If the folder was written under another key.
+        ConfigError: If the folder was written under another key, or a link leads out of it.
         DataError: If a shard cannot be read.
     """
 
@@ -80,6 +81,9 @@ class LogprobStore:
         self.directory = directory
         self.key = key
         self._spans: dict[bytes, _Span] = {}
+        for path in (directory, *directory.glob("shard-*.safetensors"), directory / "index.json"):
+            if path.is_symlink():
+                raise ConfigError(f"{path} is a link, and a cache has its files in its own folder: remove the link.")
         self._check_index()
         for shard in sorted(directory.glob("shard-*.safetensors")):
             self._register(shard)
@@ -169,3 +173,4 @@ def _write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync_folder(path.parent)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from falign.errors import ConfigError, FalignError
+from falign.passwords import without_passwords
 from falign.report.page import MARK, page
 from falign.report.runs import ReportedRun, read_runs
 from falign.report.sections import SECTIONS, Section
@@ -73,7 +74,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> W
     pictures = {folder / f"{picture.name}.png": picture.png for part in sections for picture in part.pictures}
     with naming(path):
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(page(read, sections), encoding="utf-8")
+        path.write_text(without_passwords(page(read, sections)), encoding="utf-8")
         for file, content in pictures.items():
             file.write_bytes(content)
     return WrittenReport(path, folder, tuple(pictures))

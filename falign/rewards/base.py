@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from falign.errors import RewardError
+from falign.errors import NonFiniteRewardError, RewardError
 
 __all__ = [
     "Prompt",
@@ -163,7 +163,7 @@ def _checked(value: Any, where: str) -> float | None:
         raise RewardError(f"{where}: the value is a {type(value).__name__}, {value!r:.80}; return a float or None.")
     number = float(value)
     if not math.isfinite(number):
-        raise RewardError(f"{where}: the value is {number}; return a finite number, or None to leave it out.")
+        raise NonFiniteRewardError(f"{where}: the value is {number}; return a finite number, or None to leave it out.")
     return number
 
 

@@ -70,6 +70,8 @@ class ChildPool:
         num_workers: How many calls run at once; by default one per core, at most 8.
         memory_bytes: Address space of each process; None does not limit it.
         start_timeout: Seconds that importing a function may take.
+        confined: Whether calls are kept from writing, from the network and from other processes; see
+            :mod:`falign.rewards.confinement`.
     """
 
     def __init__(
@@ -78,12 +80,14 @@ class ChildPool:
         num_workers: int | None = None,
         memory_bytes: int | None = DEFAULT_MEMORY_BYTES,
         start_timeout: float = 120.0,
+        confined: bool = False,
     ) -> None:
         self.num_workers = min(8, _num_cores()) if num_workers is None else num_workers
         if self.num_workers < 1:
             raise ValueError(f"num_workers={num_workers} must be at least 1.")
         self.memory_bytes = memory_bytes
         self.start_timeout = start_timeout
+        self.confined = confined
         self._workers: list[_Worker] = []
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -120,7 +124,7 @@ class ChildPool:
                 return worker
             self.replace(worker)  # it was killed between two rounds, by the system for instance
         if len(self._workers) < self.num_workers:
-            self._workers.append(_Worker(self.memory_bytes))
+            self._workers.append(_Worker(self.memory_bytes, self.confined))
             return self._workers[-1]
         return None
 
@@ -143,8 +147,8 @@ class ChildPool:
 
 @cache
 def shared_pool() -> ChildPool:
-    """Return the pool that verifiers use unless they are given one."""
-    return ChildPool()
+    """Return the pool that verifiers use unless they are given one; its processes are confined."""
+    return ChildPool(confined=True)
 
 
 @dataclass(eq=False)
@@ -152,6 +156,7 @@ class _Worker:
     """A process; ``index`` is the call that it works on, ``loading`` whether it is still at its import."""
 
     memory_bytes: int | None
+    confined: bool
     process: subprocess.Popen[bytes] = field(init=False)
     connection: Any = field(init=False)  # of Pipe, whose class depends on the system
     loaded: set[str] = field(default_factory=set)
@@ -170,7 +175,7 @@ class _Worker:
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # so that what it starts is killed with it, and Ctrl-C reaches the parent alone
             )
-        self.connection.send((list(sys.path), self.memory_bytes))
+        self.connection.send((list(sys.path), self.memory_bytes, self.confined))
 
     def send(self, index: int, request: bytes, timeout: float, *, loading: bool) -> None:
         self.index, self.loading = index, loading

@@ -170,9 +170,12 @@ def load_classifier(
             dtype=resolve_dtype(dtype, device=place) or "auto",
             revision=revision,
             use_safetensors=True,
+            trust_remote_code=False,  # left out, it would be asked for at the terminal
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, truncation_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, truncation_side="left", trust_remote_code=False
+        )
     if info["missing_keys"]:
         raise ModelError(
             f"{name} lacks weights of {type(model).__name__}, which would be random: "

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from falign.errors import ConfigError, RewardError
+from falign.errors import ConfigError, NonFiniteRewardError, RewardError
 from falign.rewards.base import Reward, call_reward, place_of
 
 __all__ = ["RewardSum", "Rewards", "WeightedReward"]
@@ -117,4 +117,7 @@ class RewardSum:
             raise RewardError(
                 f"{place}: no reward applies to a completion (None from {names}); add one that does, or remove the row."
             )
+        total = sum(applying)
+        if not math.isfinite(total):
+            raise NonFiniteRewardError(f"{place}: the weighted sum of the rewards is {total}; lower rewards.weight.")
         return math.fsum(applying)

@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,26 +32,32 @@ def main() -> None:
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    sys.path[:], memory_bytes = connection.recv()
+    sys.path[:], memory_bytes, confined = connection.recv()
     if memory_bytes is not None and sys.platform == "linux":  # other systems refuse it
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     _register_verifiers()
+    import_freely = _confinement().import_freely if confined else nullcontext
     functions: dict[str, Callable[..., Any]] = {}
     while True:
         try:
             request = connection.recv_bytes()
         except (EOFError, ConnectionError):
             return
-        connection.send_bytes(_answer(request, functions))
+        connection.send_bytes(_answer(request, functions, import_freely))
 
 
-def _answer(request: bytes, functions: dict[str, Callable[..., Any]]) -> bytes:
+def _answer(
+    request: bytes,
+    functions: dict[str, Callable[..., Any]],
+    import_freely: Callable[[], AbstractContextManager[None]],
+) -> bytes:
     try:
         name, arguments, timeout = pickle.loads(request)
         # The parent kills at the deadline. Should it be gone by then, the kernel does, whatever is running here.
         signal.setitimer(signal.ITIMER_REAL, timeout * ORPHAN_FACTOR + ORPHAN_GRACE)
         if arguments is None:
-            functions[name] = _load(name)
+            with import_freely():
+                functions[name] = _load(name)
             value = None
         else:
             value = functions[name](**arguments)
@@ -70,6 +77,15 @@ def _load(name: str) -> Callable[..., Any]:
     for part in attribute.split("."):
         function = getattr(function, part)
     return function
+
+
+def _confinement() -> Any:
+    spec = importlib.util.spec_from_file_location("_falign_confinement", Path(__file__).with_name("confinement.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Confinement()
 
 
 def _register_verifiers() -> None:

@@ -103,6 +103,7 @@ class Engine(Protocol):
         *,
         version: int,
         seed: int | list[int],
+        first: int = 0,
     ) -> list[Rollout]:
         """Draw `n` completions of each prompt.
 
@@ -113,6 +114,8 @@ class Engine(Protocol):
             version: Which published weights draw.
             seed: The same call with the same seed draws the same tokens. With one per prompt, the tokens of a prompt
                 do not depend on the prompts beside it.
+            first: Number of the first prompt in a whole of which this is a part: with one seed the tokens are then
+                those that the whole call gives.
 
         Returns:
             Prompt after prompt, `n` at a time.

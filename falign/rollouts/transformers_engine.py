@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
 from falign.errors import RolloutError
+from falign.models.sharding import weights_at_hand
 from falign.rollouts.base import Engine, EngineCapabilities, Rollout, SamplingParams
 from falign.rollouts.batches import sampling_batches
 from falign.rollouts.decoding import Decoding
+from falign.rollouts.prompt_check import check_prompts, check_request
 from falign.rollouts.sampling import draw, uniform_streams
 from falign.scoring import evaluation_mode, without_wrapper
 
@@ -33,21 +34,16 @@ class TransformersEngine(Engine):
     applied, so that a trainer can recompute the distribution. Each completion has a stream of random numbers of its
     own, made of the seed and its number in the call; the global random state is left alone.
 
+    A model that FSDP2 spreads over processes is gathered whole in each of them while it samples, because completions
+    end sooner in one process than in another; all of them have to sample at the same time.
+
     Args:
         model: A causal language model, with or without adapters; what is active is the policy.
         pad_token_id: What fills short prompts; any valid id, also a stop token.
         max_batch_tokens: Most tokens whose keys and values are held at once; changes memory and speed alone.
-
-    Raises:
-        RolloutError: The model is sharded by FSDP, whose processes would wait for each other's completions.
     """
 
     def __init__(self, model: nn.Module, *, pad_token_id: int, max_batch_tokens: int = 16_384) -> None:
-        if isinstance(model, FSDPModule):
-            raise RolloutError(
-                f"{type(model).__name__} is sharded by FSDP, and a process whose completions stop sooner would leave "
-                "the others waiting for its shards: sample with DDP or from a server."
-            )
         self.model, self.pad_token_id, self.max_batch_tokens = model, pad_token_id, max_batch_tokens
         self.version: int | None = None
 
@@ -69,17 +65,15 @@ class TransformersEngine(Engine):
         *,
         version: int,
         seed: int | list[int],
+        first: int = 0,
     ) -> list[Rollout]:
         if version != self.version:
             raise RolloutError(
                 f"Version {version} is not what the engine holds ({self.version}), which is the model as it is now: "
                 f"call publish(model, {version}) first."
             )
-        if n < 1:
-            raise RolloutError(f"n={n}: at least 1 completion per prompt is drawn.")
-        if not isinstance(seed, int) and len(seed) != len(prompt_ids):
-            raise RolloutError(f"{len(seed)} seeds for {len(prompt_ids)} prompts: give one, or one for each prompt.")
-        self._check(prompt_ids, params)
+        check_request(prompt_ids, n, seed)
+        check_prompts(prompt_ids, params, vocabulary=self._config.vocab_size, positions=self.capabilities().max_length)
         batches = sampling_batches(
             [len(prompt) for prompt in prompt_ids],
             n,
@@ -87,7 +81,7 @@ class TransformersEngine(Engine):
             max_batch_tokens=self.max_batch_tokens,
         )
         completions: dict[int, _Completion] = {}
-        with torch.no_grad(), evaluation_mode(self.model):
+        with torch.no_grad(), evaluation_mode(self.model), weights_at_hand(self.model):
             for rows in batches:
                 prompts = list(dict.fromkeys(row // n for row in rows))
                 decoding = Decoding(
@@ -99,7 +93,8 @@ class TransformersEngine(Engine):
                 )
                 places = [f"completion {row % n} of prompt {row // n}" for row in rows]
                 if isinstance(seed, int):
-                    uniforms = uniform_streams(rows, params.max_new_tokens, seed=seed)
+                    numbers = [first * n + row for row in rows]
+                    uniforms = uniform_streams(numbers, params.max_new_tokens, seed=seed)
                 else:
                     own, seeds = [row % n for row in rows], [seed[row // n] for row in rows]
                     uniforms = uniform_streams(own, params.max_new_tokens, seed=seeds)
@@ -137,23 +132,6 @@ class TransformersEngine(Engine):
     @property
     def _config(self) -> Any:
         return without_wrapper(self.model).config.get_text_config()  # pyright: ignore
-
-    def _check(self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams) -> None:
-        positions, vocabulary = self.capabilities().max_length, self._config.vocab_size
-        for i, prompt in enumerate(prompt_ids):
-            if not prompt:
-                raise RolloutError(f"Prompt {i} is empty: give at least one token, which predicts the first one drawn.")
-            if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-                raise RolloutError(
-                    f"Prompt {i} has the token ids {min(prompt)} to {max(prompt)}, and the model {vocabulary} tokens: "
-                    "encode it with the model's own tokenizer."
-                )
-            if positions is not None and len(prompt) + params.max_new_tokens > positions:
-                raise RolloutError(
-                    f"Prompt {i} has {len(prompt)} tokens, which with max_new_tokens={params.max_new_tokens} is more "
-                    f"than the {positions} positions of the model: shorten the prompt to "
-                    f"{max(positions - params.max_new_tokens, 0)}, or lower max_new_tokens."
-                )
 
 
 @dataclass

@@ -41,7 +41,11 @@ def check_head(model: nn.Module, token_ids: Sequence[int], *, tolerance: float |
         tolerance = 1e-4 if logits.dtype.itemsize >= torch.float32.itemsize else 0.1
     dense = logits.to(scores.dtype).log_softmax(dim=-1)
     difference = (scores - dense.gather(-1, batch.completion_ids[0][:, None])[:, 0]).abs().max().item()
-    # Written so that nan fails.
+    if not (scores.isfinite().all() and logits.isfinite().all()):
+        raise ModelError(
+            f"{type(model).__name__} has logits that are not finite: its weights are damaged, or too large for its "
+            "dtype. Check both."
+        )
     if not difference <= tolerance:
         raise ModelError(
             f"Scores of {type(model).__name__} differ from its own logits by {difference:.3g} nats (at most "

@@ -209,6 +209,8 @@ class TrainingConfig(FrozenModel):
     where the model gives it the values of the second, which is tried before training."""
     chunk_tokens: int = Field(default=DEFAULT_CHUNK_TOKENS, ge=1)
     """Positions that reach the vocabulary at once: memory against speed, no change of results."""
+    skip_bad: bool = False
+    """Leave out and count steps whose loss, gradient or reward is no number, which stop the run otherwise."""
 
     def build(
         self,
@@ -229,6 +231,7 @@ class TrainingConfig(FrozenModel):
         from transformers import TrainingArguments
 
         own = {"eval_steps", "save_steps", "tokens_per_batch", "layout", "chunk_tokens", "gradient_checkpointing"}
+        own.add("skip_bad")
         arguments: dict[str, Any] = {
             **self.model_dump(exclude=own),
             "output_dir": str(output_dir),
@@ -240,6 +243,8 @@ class TrainingConfig(FrozenModel):
             "remove_unused_columns": False,
             "label_names": [],
             "logging_nan_inf_filter": False,
+            "ddp_find_unused_parameters": False,  # every trained parameter acts in every batch
+            "log_level_replica": "error",  # as falign.cli.quiet has it for the first process
             "disable_tqdm": True,  # falign.training.progress draws its own
         }
         if gradient_accumulation_steps is not None:

@@ -70,9 +70,12 @@ def offline_trainer(
         layout=parts.layout,
         tokens_per_batch=config.training.tokens_per_batch,
         chunk_tokens=config.training.chunk_tokens,
+        skip_bad=config.training.skip_bad,
+        advise=lambda text: console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True),
         processing_class=language.tokenizer,
         callbacks=list(callbacks),
     )
+    trainer.record = parts.record
     return trainer, data
 
 

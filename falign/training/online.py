@@ -13,16 +13,19 @@ from transformers import TrainerCallback
 from falign.data import PromptData
 from falign.errors import ConfigError
 from falign.evaluation.groups import GroupSampler
-from falign.models import weights_hash
+from falign.models import base_of
 from falign.models.value_head import ValueHead
 from falign.objectives import Objective
-from falign.rollouts import SamplingParams, TransformersEngine
+from falign.rollouts import Engine, SamplingParams, TransformersEngine, shake_hands
 from falign.scoring import PromptTree
 from falign.training.completions_table import CompletionsTable
 from falign.training.config import RunConfig
+from falign.training.divided_sampler import DividedSampler
+from falign.training.engine_config import TransformersEngineConfig
 from falign.training.online_objective_config import DistributionMatchingConfig
 from falign.training.online_trainer import OnlineTrainer
 from falign.training.parts import Language, Parts, load_parts
+from falign.training.processes import is_writer, num_processes
 from falign.training.references import starts_as_policy
 from falign.training.rehearsal import read_rehearsal, sampled_by
 from falign.training.reward_config import build_rewards
@@ -69,7 +72,7 @@ def online_trainer(
     args = config.training.build(
         config.output_dir,
         seed=config.seed,
-        gradient_accumulation_steps=-(-per_update // config.training.per_device_train_batch_size),
+        gradient_accumulation_steps=-(-per_update // (config.training.per_device_train_batch_size * num_processes())),
         steps_per_epoch=steps_per_epoch,
     )
     parts = load_parts(
@@ -84,18 +87,16 @@ def online_trainer(
         console=console,
     )
     if config.rehearsal is not None:
-        _tell_origin(config.rehearsal.path, parts.policy, console)
-    engine = TransformersEngine(
-        parts.policy, pad_token_id=language.pad_token_id, max_batch_tokens=rollout.max_batch_tokens
-    )
+        _tell_origin(config.rehearsal.path, parts.record["base_weights"], console)
     params = SamplingParams(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
         stop_token_ids=frozenset() if rollout.ignore_stop else language.stop_tokens,
     )
+    engine, max_gap = _engine(config, parts, language, data, params, console)
     held_out = rollout.evaluation
     samplers = [
-        GroupSampler(engine, rewards, language.tokenizer, chosen, completions=completions, seed=seed)
+        DividedSampler(GroupSampler(engine, rewards, language.tokenizer, chosen, completions=completions, seed=seed))
         for chosen, completions, seed in (
             (params, rollout.completions, config.seed),
             (replace(params, temperature=held_out.temperature), held_out.completions, config.seed + 1),
@@ -116,21 +117,62 @@ def online_trainer(
         rehearsal=rehearsal,
         rehearsal_size=0 if config.rehearsal is None else config.rehearsal.completions,
         pad_token_id=language.pad_token_id,
-        table=CompletionsTable(RunFolder(config.output_dir).completions_file),
+        table=CompletionsTable(RunFolder(config.output_dir).completions_file if is_writer() else None),
         layout=parts.layout,
         chunk_tokens=config.training.chunk_tokens,
+        max_gap=max_gap,
         value_head=ValueHead.of(parts.policy) if "values" in objective.needs else None,
+        skip_bad=config.training.skip_bad,
         advise=lambda text: console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True),
         processing_class=language.tokenizer,
         callbacks=list(callbacks),
     )
+    trainer.record = parts.record
     return trainer, data
+
+
+def _engine(
+    config: RunConfig, parts: Parts, language: Language, data: PromptData, params: SamplingParams, console: Console
+) -> tuple[Engine, float | None]:
+    """Return what samples, and the bound of its gap to the policy."""
+    chosen, rollout = config.rollout.engine, config.rollout
+    if isinstance(chosen, TransformersEngineConfig):
+        engine = chosen.build(
+            parts.policy, pad_token_id=language.pad_token_id, max_batch_tokens=rollout.max_batch_tokens
+        )
+        return engine, None
+    if num_processes() > 1:
+        raise ConfigError(
+            f"rollout.engine.kind=vllm with {num_processes()} processes: one that loses the server would leave the "
+            "others waiting. Train in one process, or sample in process (kind: transformers)."
+        )
+    assert config.prompts is not None
+    with console.status(f"waiting for {chosen.url}"):
+        engine = chosen.build(vocabulary=base_of(parts.policy).config.get_text_config().vocab_size)
+    rows = sorted(data.train, key=lambda row: len(row.prompt_ids))[-2:]
+    try:
+        with console.status(f"trying {chosen.url}"):
+            found = shake_hands(
+                engine,
+                parts.policy,
+                encode=lambda text: language.tokenizer(text, add_special_tokens=False)["input_ids"],
+                prompt_ids=[row.prompt_ids for row in rows],
+                params=params,
+                longest=config.prompts.max_length + rollout.max_new_tokens,
+                max_gap=chosen.max_gap,
+            )
+    except BaseException:
+        engine.close()
+        raise
+    style = "yellow" if found.is_suspicious else None
+    console.print(f"rollouts: {chosen.url}, {found}", style=style, highlight=False, markup=False, soft_wrap=True)
+    return engine, found.bound
 
 
 def _fitted(
     config: RunConfig,
     objective: DistributionMatchingConfig,
-    sampler: GroupSampler,
+    sampler: DividedSampler,
     data: PromptData,
     parts: Parts,
     console: Console,
@@ -141,6 +183,7 @@ def _fitted(
     sampler.engine.publish(parts.policy, FIT_VERSION)
     with console.status(f"sampling {len(rows) * per_prompt} completions of the reference"):
         draw = sampler.with_completions(per_prompt).sample(rows, version=FIT_VERSION, number=FIT_VERSION)
+    sampler.engine.retire(FIT_VERSION)
     values = [features for group in draw.groups for features in group.features()]
     features = torch.tensor(values, dtype=torch.float64)
     fitted = objective.build(features)
@@ -161,10 +204,10 @@ def _tell(data: PromptData, console: Console) -> None:
     console.print("prompts: " + "; ".join(parts), highlight=False, markup=False)
 
 
-def _tell_origin(stored: str, policy: nn.Module, console: Console) -> None:
+def _tell_origin(stored: str, weights: str, console: Console) -> None:
     """Say so where another model, or this one at another precision, sampled what is rehearsed."""
     origin = sampled_by(stored)
-    if origin and origin["weights"] != weights_hash(policy):  # pyright: ignore[reportArgumentType]
+    if origin and origin["weights"] != weights:
         console.print(
             f"rehearsal: {stored} was sampled from {origin['model']}, whose weights are not those of model.path at "
             "model.dtype: the log-probabilities in it are another model's. Sample it anew if that is not meant.",

@@ -33,7 +33,16 @@ def check_samples(config: RunConfig, objective: Objective) -> None:
             "as they are: give data in place of prompts, rollout and rewards."
         )
     _check_groups(config, objective)
+    _check_correction(config)
     _check_effects(config, objective)
+
+
+def _check_correction(config: RunConfig) -> None:
+    if config.rollout.correction is not None and not isinstance(config.objective, PolicyGradientConfig | HybridConfig):
+        raise ConfigError(
+            f"rollout.correction weights policy gradients, and objective.kind={config.objective.kind} is none: leave "
+            "it out."
+        )
 
 
 def _check_groups(config: RunConfig, objective: Objective) -> None:

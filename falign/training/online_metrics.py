@@ -17,6 +17,7 @@ from falign.rewards import best_of_n, pass_at_k
 from falign.rollouts import Rollout
 from falign.scoring import LAYOUTS, Layout, PromptTree, TokenBatch, completion_scores, evaluation_mode
 from falign.training.means import Means
+from falign.training.processes import is_writer, own_batches
 
 __all__ = ["evaluation_metrics", "powers_of_two", "rollout_metrics"]
 
@@ -86,17 +87,20 @@ def evaluation_metrics(
         chunk_tokens: Positions that reach the vocabulary at once.
     """
     means = Means()
-    means.add(rollout_metrics(draw, pass_reward=pass_reward))
-    for start in range(0, len(draw.groups), batch_size):
+    if is_writer():  # all processes have the whole draw
+        means.add(rollout_metrics(draw, pass_reward=pass_reward))
+    for groups, counted in own_batches(draw.groups, batch_size):
         trees = [
             PromptTree(group.row.prompt_ids, tuple(map(_ids, group.rollouts)), place=group.row.place)
-            for group in draw.groups[start : start + batch_size]
+            for group in groups
         ]
         batch = TokenBatch(**prepare(vars(LAYOUTS[layout](trees, pad_token_id=pad_token_id))))
         with torch.no_grad(), evaluation_mode(policy):
             scores = completion_scores(policy, batch, chunk_tokens=chunk_tokens)
         log_ratio = (scores.logprobs - reference.logprobs(policy, batch)).masked_fill(~batch.completion_mask, 0.0)
         whole = log_ratio.sum(dim=-1)
+        if not counted:
+            continue
         means.add({"entropy": scores.entropy[batch.completion_mask], "logratios/policy": whole})
         if temperature == 1:
             means.add(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,16 +15,21 @@ from transformers import TrainingArguments
 from typing_extensions import override
 
 from falign.data import PromptRow
-from falign.errors import RolloutError
-from falign.evaluation.groups import Draw, Group, GroupSampler, mixed
-from falign.objectives import CompletionBatch, Hybrid, Objective, RolloutObjective, RunningPartition
+from falign.errors import EngineError, NonFiniteRewardError, RolloutError
+from falign.evaluation.groups import Draw, Group
+from falign.objectives import CompletionBatch, Hybrid, Objective, PolicyGradient, RolloutObjective, RunningPartition
 from falign.references import ObjectiveInputs, Reference
+from falign.rollouts.seeds import mixed
 from falign.scoring import DEFAULT_CHUNK_TOKENS, Layout, PromptTree, completion_scores, evaluation_mode
 from falign.training.completions_table import CompletionsTable
+from falign.training.divided_sampler import DividedSampler
 from falign.training.online_metrics import evaluation_metrics, rollout_metrics
+from falign.training.processes import gathered, is_writer, num_processes, own_batches, part, rank
 from falign.training.prompt_order import PromptOrder, sample_within
 from falign.training.prompts_config import RolloutConfig
+from falign.training.sampler_gap import correct, gap_metrics, require_gap
 from falign.training.scored_trees import ScoredTree, collate, completion_rows, whole_batch
+from falign.training.stand_ins import stand_in
 from falign.training.supplied import ONLINE
 from falign.training.trainer import AlignmentTrainer, split_columns
 
@@ -34,8 +39,6 @@ MOST_CLIPPED = 0.95  # of the completions of a rollout
 MOST_DRAWS = 8  # in search of completions that differ in reward
 ROLLOUT_STATE = "rollout_state.json"
 VALUE_HEAD = "value_head.safetensors"
-EMPTY: dict[str, Any] = {"input_ids": torch.empty(0, dtype=torch.long)}
-"""A micro-batch of a step that has fewer prompts than micro-batches."""
 
 
 class OnlineTrainer(AlignmentTrainer):
@@ -61,7 +64,10 @@ class OnlineTrainer(AlignmentTrainer):
         layout: One that the model can read.
         chunk_tokens: Positions that reach the vocabulary at once.
         value_head: Values of prefixes, for objectives that read them.
-        advise: Told once what is probably not meant.
+        max_gap: Bound of the mean difference between log-probabilities of sampler and policy; None for none. It is
+            for samples at temperature 1.
+        skip_bad: Whether steps and rollouts in which something is no number are left out and counted.
+        advise: Told what a person should know.
         **kwargs: Passed on to ``transformers.Trainer``.
     """
 
@@ -74,8 +80,8 @@ class OnlineTrainer(AlignmentTrainer):
         reference: Reference,
         objective: Objective,
         args: TrainingArguments,
-        sampler: GroupSampler,
-        evaluation_sampler: GroupSampler,
+        sampler: DividedSampler,
+        evaluation_sampler: DividedSampler,
         prompts: Sequence[PromptRow],
         eval_prompts: Sequence[PromptRow],
         rollout: RolloutConfig,
@@ -86,6 +92,8 @@ class OnlineTrainer(AlignmentTrainer):
         layout: Layout = "padded",
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         value_head: nn.Module | None = None,
+        max_gap: float | None = None,
+        skip_bad: bool = False,
         advise: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
@@ -97,7 +105,7 @@ class OnlineTrainer(AlignmentTrainer):
         self.rehearsal_order = PromptOrder(len(rehearsal), seed=args.seed + 1)
         self.partition = RunningPartition()
         self.buffer: list[ScoredTree] = []
-        self.num_rollouts = 0
+        self.num_rollouts, self.max_gap = 0, max_gap
         self._advised = rollout.ignore_stop
         super().__init__(
             model,
@@ -109,9 +117,14 @@ class OnlineTrainer(AlignmentTrainer):
             pad_token_id=pad_token_id,
             layout=layout,
             chunk_tokens=chunk_tokens,
+            skip_bad=skip_bad,
+            advise=advise,
             **kwargs,
         )
         self.value_head = value_head
+        if value_head is not None and num_processes() > 1:
+            for parameter in value_head.parameters():  # outside the model that is wrapped
+                parameter.register_post_accumulate_grad_hook(_average)
 
     @property
     @override
@@ -134,49 +147,85 @@ class OnlineTrainer(AlignmentTrainer):
     @override
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Return the micro-batches of the next update, sampling when the last rollout is used up."""
-        self.move_reference()
+        self.begin_step()
         if self.value_head is not None:
             self.value_head.zero_grad()  # the loop clears the gradients of the policy alone
         update = self.state.global_step % self.rollout.num_updates
         if update == 0:
-            self.buffer = self._roll_out()
-        chosen = _part(self.buffer, update % self.rollout.minibatches, self.rollout.minibatches)
+            self.buffer = self._sensible_rollout()
+        chosen = part(self.buffer, update % self.rollout.minibatches, self.rollout.minibatches)
         rehearsed = [self.rehearsal[i] for i in self.rehearsal_order.take(self.rehearsal_size)]
-        parts = [[*_part(chosen, i, num_batches), *_part(rehearsed, i, num_batches)] for i in range(num_batches)]
-        batches = [self._collated(part) if part else EMPTY for part in parts]
-        return batches, self._get_num_items_in_batch([batch for batch in batches if batch is not EMPTY], device)
-
-    @override
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if not inputs["input_ids"].numel():
-            return torch.zeros((), device=self.args.device, requires_grad=True)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        count, batches = num_batches * num_processes(), []
+        for number in range(rank(), count, num_processes()):  # what processes do at once are neighbours
+            trees = [*part(chosen, number, count), *part(rehearsed, number, count)]
+            batches.append(self._collated(trees) if trees else stand_in(self._collated(chosen[:1])))
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def _collated(self, trees: Sequence[ScoredTree]) -> dict[str, Any]:
         return collate(trees, layout=self.layout, pad_token_id=self.pad_token_id)
 
+    def _sensible_rollout(self) -> list[ScoredTree]:
+        """Roll out; where a reward is no number, name the step, or leave the rollout out and take the next prompts."""
+        while True:
+            try:
+                return self._roll_out()
+            except NonFiniteRewardError as error:
+                message = f"Step {self.state.global_step + 1}: {error}"
+                if not self.guard.skip or num_processes() > 1:  # where the others would wait for this one's share
+                    raise NonFiniteRewardError(f"{message} --resume --skip-bad leaves such rollouts out.") from error
+                self.guard.count(message)
+
     def _roll_out(self) -> list[ScoredTree]:
         """Sample, reward and score one rollout, and add to it what is computed from all of it at once."""
-        number, self.num_rollouts = self.num_rollouts, self.num_rollouts + 1
-        self.sampler.engine.publish(self.policy, number)
-        compares = "preference" in self.objective.needs
-        if compares:
-            draw, groups = self._draw_to_compare(number)
-        else:
-            draw = self._draw(number, number)
-            groups = draw.groups
-        trees = self._scored([self._tree(group) for group in groups])
+        position, number, self.num_rollouts = self.order.position, self.num_rollouts, self.num_rollouts + 1
+        try:
+            draw, groups = self._sampled(number)
+        except EngineError:
+            self.order.position, self.num_rollouts = position, number
+            self._keep()
+            raise
+        trees, cut = self._scored([self._tree(group) for group in groups]), dict[str, Tensor]()
+        if self.rollout.correction is not None:
+            trees, weights_cut = correct(trees, importance=self._importance, cap=self.rollout.correction.cap)
+            cut["sampler/truncated"] = weights_cut
         if "log_partition" in self.objective.needs:
             trees = self._with_partition(trees)
         if isinstance(self.objective, RolloutObjective):
             trees = _prepared(trees, self.objective)
         metrics = rollout_metrics(draw, pass_reward=self.rollout.pass_reward)
-        self.means.add(metrics)
+        if is_writer():  # all processes have the whole rollout
+            self.means.add({**metrics, **cut})
         if draw.message:
             self.advise(f"reward: {draw.message}")
         self._advise_on_length(metrics["completions/clipped"].mean().item())
         self.table.write(self.state.global_step, draw)
         return trees
+
+    def _sampled(self, number: int) -> tuple[Draw, list[Group]]:
+        """Publish the policy, and draw what the next updates learn from."""
+        self.sampler.engine.publish(self.policy, number)
+        if "preference" in self.objective.needs:
+            draw, groups = self._draw_to_compare(number)
+        else:
+            draw = self._draw(number, number)
+            groups = draw.groups
+        self.sampler.engine.retire(number)
+        return draw, groups
+
+    def _keep(self) -> None:
+        """Write a checkpoint between two steps, for a run that goes on once its engine is mended."""
+        self._save_checkpoint(self.policy, trial=None)
+        self.advise(f"checkpoint-{self.state.global_step} is written: --resume goes on from there.")
+
+    @property
+    def _importance(self) -> Literal["sequence", "token"]:
+        objective = self.objective.policy_gradient if isinstance(self.objective, Hybrid) else self.objective
+        assert isinstance(objective, PolicyGradient), "the run file is checked for that"
+        return objective.importance
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+        self.sampler.engine.close()
 
     def _advise_on_length(self, clipped: float) -> None:
         if clipped >= MOST_CLIPPED and not self._advised:
@@ -244,11 +293,15 @@ class OnlineTrainer(AlignmentTrainer):
         wants_reference = "reference_logprobs" in fresh and self.objective.token_divergence is None
         elsewhere = self.rollout.temperature != 1.0  # then the sampler's law is what importance weights are to
         # On the only update of a rollout the policy is the one that sampled.
-        wants_policy = "log_partition" in needs or "old_values" in needs or self.rollout.num_updates > 1
-        scored, size = [], self.args.per_device_train_batch_size
-        for start in range(0, len(trees), size):
-            part = trees[start : start + size]
-            batch, _ = split_columns(self._prepare_inputs(self._collated(part)))
+        wants_policy = (
+            "log_partition" in needs
+            or "old_values" in needs
+            or self.rollout.num_updates > 1
+            or self.rollout.correction is not None
+        )
+        scored = []
+        for own, counted in own_batches(trees, self.args.per_device_train_batch_size):
+            batch, _ = split_columns(self._prepare_inputs(self._collated(own)))
             found: dict[str, Tensor] = {}
             if wants_reference:
                 found["reference_logprobs"] = self.reference.logprobs(self.policy, batch)
@@ -262,8 +315,10 @@ class OnlineTrainer(AlignmentTrainer):
                 found["old_logprobs"] = scores.logprobs
                 if scores.values is not None:
                     found["old_values"] = scores.values
-            scored += _with_rows(part, found, batch.completion_mask)
-        if elsewhere:
+            if counted:
+                scored += _with_rows(own, found, batch.completion_mask)
+        scored = gathered(scored)
+        if elsewhere and self.rollout.correction is None:
             scored = [tree.with_columns(old_logprobs=tree.columns["sampler_logprobs"]) for tree in scored]
         return scored
 
@@ -284,8 +339,10 @@ class OnlineTrainer(AlignmentTrainer):
             own = own & ~completions.from_reference[:, None]
         metrics = {"entropy": scored.entropy[own].detach()}
         if own.any() and sampled is not None and self.state.global_step % self.rollout.num_updates == 0:
-            gap = (completions.logprobs.detach() - sampled)[own].abs()
-            metrics |= {"sampler/logprob_gap": gap, "sampler/logprob_gap_max": gap.max(dim=0, keepdim=True).values}
+            log_ratio = (completions.logprobs.detach() - sampled)[own]
+            if self.max_gap is not None and self.rollout.temperature == 1:
+                require_gap(log_ratio, self.max_gap, step=self.state.global_step + 1)
+            metrics |= gap_metrics(log_ratio)
         return metrics
 
     @override
@@ -294,8 +351,15 @@ class OnlineTrainer(AlignmentTrainer):
     ) -> dict[str, float]:
         """Answer the held-out prompts, and log what the answers are worth and how far the policy has gone."""
         version = -1 - self.state.global_step
-        self.evaluation_sampler.engine.publish(self.policy, version)
-        draw = self.evaluation_sampler.sample(self.eval_prompts, version=version, number=0)
+        engine = self.evaluation_sampler.engine
+        try:
+            engine.publish(self.policy, version)
+            draw = self.evaluation_sampler.sample(self.eval_prompts, version=version, number=0)
+            engine.retire(version)
+        except EngineError:
+            if self.optimizer is not None:  # else nothing was trained yet
+                self._keep()
+            raise
         means = evaluation_metrics(
             draw,
             policy=self.policy,
@@ -333,6 +397,8 @@ class OnlineTrainer(AlignmentTrainer):
             if self.state.global_step % self.rollout.num_updates
             else [],
         }
+        if not is_writer():
+            return
         (folder / ROLLOUT_STATE).write_text(json.dumps(state), encoding="utf-8")
         if self.value_head is not None:
             save_file(self.value_head.state_dict(), folder / VALUE_HEAD)
@@ -349,9 +415,11 @@ class OnlineTrainer(AlignmentTrainer):
             self.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
 
 
-def _part(items: Sequence[ScoredTree], number: int, parts: int) -> Sequence[ScoredTree]:
-    """Return one of several parts whose sizes differ by at most one."""
-    return items[len(items) * number // parts : len(items) * (number + 1) // parts]
+def _average(parameter: Tensor) -> None:
+    """Average an accumulated gradient over processes; what was averaged before stays as it is."""
+    assert parameter.grad is not None
+    torch.distributed.all_reduce(parameter.grad)
+    parameter.grad /= num_processes()
 
 
 def _with_rows(trees: Sequence[ScoredTree], found: Mapping[str, Tensor], mask: Tensor) -> list[ScoredTree]:

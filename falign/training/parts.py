@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -12,13 +13,15 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from falign.errors import ConfigError
-from falign.models import enable_gradient_checkpointing, stop_token_ids
+from falign.models import describe, enable_gradient_checkpointing, stop_token_ids, weights_hash
 from falign.models.dropout import disable_dropout
+from falign.models.sharding import shard
 from falign.models.tokenizers import pad_token_id
 from falign.objectives import Objective
-from falign.references import Reference, check_same_at_start
+from falign.references import Reference, check_same_at_start, own_model
 from falign.scoring import LAYOUTS, Layout, PromptTree, check_head, choose_layout
 from falign.training.config import RunConfig
+from falign.training.processes import shards
 from falign.training.references import build_reference, starts_as_policy
 
 __all__ = ["Language", "Parts", "load_language", "load_parts"]
@@ -45,11 +48,13 @@ class Parts(NamedTuple):
         policy: What is trained.
         reference: What it is held to.
         layout: One that both can read.
+        record: What the policy is before it is trained: its description, and the content hash of its base.
     """
 
     policy: PreTrainedModel | PeftModel
     reference: Reference
     layout: Layout
+    record: dict[str, Any]
 
 
 def load_language(config: RunConfig) -> Language:
@@ -86,7 +91,10 @@ def load_parts(
         ModelError: Policy and reference differ where they should be the same.
     """
     if args.n_gpu > 1:
-        raise ConfigError(f"{args.n_gpu} GPUs are visible and one process uses one: set CUDA_VISIBLE_DEVICES=0.")
+        raise ConfigError(
+            f"{args.n_gpu} GPUs are visible and one process uses one: set CUDA_VISIBLE_DEVICES=0, or start a process "
+            f"for each of them by --launch ddp --processes {args.n_gpu}."
+        )
     with console.status(f"loading {config.model.path}"):
         policy: PreTrainedModel | PeftModel = config.model.build()
         _check_fits(config, policy, longest)
@@ -95,15 +103,22 @@ def load_parts(
             policy = config.adapter.build(policy, seed=config.seed, revision=config.model.revision)
         if config.training.gradient_checkpointing:
             enable_gradient_checkpointing(policy)
-        policy.to(args.device)  # pyright: ignore[reportArgumentType]
+        if not shards():
+            policy.to(args.device)  # pyright: ignore[reportArgumentType]
+        reference = build_reference(config, policy, device=torch.device("cpu") if shards() else args.device)
+        # Before 4-bit weights are sharded, which parts them from their scales.
+        record = {"model": asdict(describe(policy)), "base_weights": weights_hash(policy)}
+        if shards():
+            for model in (policy, own_model(reference)):
+                if model is not None:
+                    shard(model, device=args.device)  # pyright: ignore[reportArgumentType]
         probes = make_probes(policy)
         check_head(policy, probes[0].prompt_ids + probes[0].completion_ids[0])
-        reference = build_reference(config, policy, device=args.device)
     layout = _layout(config, policy, probes, language.pad_token_id, console)
     if starts_as_policy(config):
         batch = LAYOUTS[layout](probes[:2], pad_token_id=language.pad_token_id).to(args.device)
         check_same_at_start(policy, reference, batch)
-    return Parts(policy, reference, layout)
+    return Parts(policy, reference, layout, record)
 
 
 def _check_fits(config: RunConfig, model: PreTrainedModel, longest: int) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from falign.data import PromptRow
-from falign.evaluation.groups import TOLERANCE, Draw, Group, GroupSampler, mixed
+from falign.evaluation.groups import TOLERANCE, Draw, Group
+from falign.rollouts.seeds import mixed
+from falign.training.divided_sampler import DividedSampler
 from falign.training.prompts_config import DifficultyConfig
 
 __all__ = ["PromptOrder", "sample_within"]
@@ -33,7 +35,7 @@ class PromptOrder:
 
 
 def sample_within(
-    sampler: GroupSampler,
+    sampler: DividedSampler,
     rows: Sequence[PromptRow],
     order: PromptOrder,
     count: int,

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from falign.data import LengthPolicy, PromptData, PromptSource, load_prompts
 from falign.data.rendering import Tokenizer
 from falign.training.base_config import FrozenModel
+from falign.training.engine_config import CorrectionConfig, EngineConfig, TransformersEngineConfig
 
 __all__ = [
     "DifficultyConfig",
@@ -120,6 +121,11 @@ class RolloutConfig(FrozenModel):
     fit_samples: int = Field(default=512, ge=2)
     """Completions of the reference on which the weights of ``objective.target.moments`` are fitted."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    engine: EngineConfig = TransformersEngineConfig()
+    """What samples: ``{kind: transformers}`` or ``{kind: vllm, shared_dir: ...}``."""
+    correction: CorrectionConfig | None = None
+    """``{cap: 2}`` takes the sampler's log-probabilities for those of π_old, and bounds the weights of that; for policy
+    gradients."""
 
     @property
     def num_updates(self) -> int:

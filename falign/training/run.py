@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft import PeftModel
@@ -10,16 +12,21 @@ from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from falign.data import PreferenceData, PromptData
-from falign.models import describe, export_adapter, export_merged, weights_hash
+from falign.errors import ConfigError
+from falign.models import export_adapter, export_merged
+from falign.models.sharding import is_sharded, weights_at_hand
 from falign.rollouts.answers import answer
+from falign.training.checkpoints import remove_leftovers, step_of
 from falign.training.config import RunConfig
 from falign.training.curves import plot_curves
 from falign.training.offline import offline_trainer
 from falign.training.online import online_trainer
 from falign.training.parts import Language, load_language
+from falign.training.processes import is_writer, join, num_processes, shards, wait
 from falign.training.progress import MetricsFile, ProgressBar
 from falign.training.references import keep_moved
 from falign.training.run_folder import RunFolder, is_held_out, versions
+from falign.training.sharded_runs import check_sharding
 from falign.training.trackers import prepare_trackers
 from falign.training.trainer import AlignmentTrainer
 
@@ -48,17 +55,20 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     Args:
         config: The run.
         console: Where progress is shown.
-        resume: Go on from the newest checkpoint of the same run.
+        resume: Go on from the newest whole checkpoint of the same run, or begin again where it has none yet.
 
     Raises:
         FalignError: Something of the run cannot work; nothing was trained, or what was written stays.
     """
-    console = console or Console(stderr=True)
-    objective, folder = config.check(), RunFolder(config.output_dir)
+    join()
+    console = (console or Console(stderr=True)) if is_writer() else Console(quiet=True)
+    objective, folder = config.check(), RunFolder(config.output_dir, writes=is_writer())
     if resume:
         folder.require_same(config)
     else:
         folder.require_free()
+    if shards():
+        check_sharding(config)
     set_seed(config.seed)
     language = load_language(config)
     bar = ProgressBar(console)
@@ -66,15 +76,30 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     trainer, data = build(
         config, language, objective, callbacks=[MetricsFile(folder.metrics_file), bar], console=console
     )
+    with closing(trainer):
+        return _train(config, trainer, data, language, folder, bar, console=console, resume=resume)
+
+
+def _train(
+    config: RunConfig,
+    trainer: AlignmentTrainer,
+    data: PreferenceData | PromptData,
+    language: Language,
+    folder: RunFolder,
+    bar: ProgressBar,
+    *,
+    console: Console,
+    resume: bool,
+) -> RunSummary:
+    """Evaluate, train and evaluate again, and write what was reached."""
     trainer.remove_callback(PrinterCallback)
     prepare_trackers(trainer, folder.path, evaluates=trainer.evaluates)
-    if resume:
-        checkpoint = folder.last_checkpoint()
-        step = int(checkpoint.name.rpartition("-")[2])
-        folder.forget_after(step, evaluated=trainer.evaluated_before(checkpoint))
-    else:
-        checkpoint = None
-        folder.claim(config)  # not before all of the run is known to start
+    checkpoint = _checkpoint(folder, console) if resume else None
+    evaluated = checkpoint is not None and trainer.evaluated_before(checkpoint)
+    wait()  # until here all processes see the folder as it was
+    if checkpoint is not None:
+        folder.forget_after(step_of(checkpoint), evaluated=evaluated)
+    folder.claim(config)  # not before all of the run is known to start
     _record(folder, config, trainer, data)
 
     if checkpoint is None:
@@ -84,6 +109,7 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
         except BaseException:
             folder.release()
             raise
+    wait()
     before = folder.read_json("before.json")
     try:
         if checkpoint is not None and trainer.ended_at(checkpoint):
@@ -92,6 +118,13 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         bar.close()
+    return _finish(folder, config, trainer, language, before)
+
+
+def _finish(
+    folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer, language: Language, before: dict[str, Any]
+) -> RunSummary:
+    """Measure what was trained, and write it down."""
     after = _evaluate(trainer)
     samples = [
         {"prompt": prompt, "before": first, "after": last}
@@ -99,13 +132,49 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
             config.sampling.prompts, before["answers"], _answers(config, trainer, language), strict=True
         )
     ]
-    _write_model(folder, trainer, language)
-    keep_moved(folder, trainer.reference, trainer.policy)
-    folder.write_json("samples.json", samples)
-    folder.write_json("summary.json", {"before": before["metrics"], "after": after})
-    title = f"{config.objective.title}, {config.model.path}"
-    plot_curves(folder.metrics(), folder.path / "curves.png", title=title)
+    with weights_at_hand(trainer.policy):
+        if is_writer():
+            _write_model(folder, trainer, language)
+    if is_writer():
+        policy = trainer.policy
+        assert isinstance(policy, PreTrainedModel | PeftModel)
+        keep_moved(folder, trainer.reference, policy)
+        folder.write_json("samples.json", samples)
+        folder.write_json("summary.json", {"before": before["metrics"], "after": after})
+        title = f"{config.objective.title}, {config.model.path}"
+        plot_curves(folder.metrics(), folder.path / "curves.png", title=title)
+    wait()
     return RunSummary(folder, before["metrics"], after, samples)
+
+
+def _checkpoint(folder: RunFolder, console: Console) -> Path | None:
+    """Return from where a run goes on; None where it was killed before its first checkpoint, and begins again."""
+
+    def tell(text: str) -> None:
+        console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+    if not is_writer():
+        wait()  # until damaged ones are put aside
+    checkpoint = folder.last_checkpoint(tell)
+    if checkpoint is not None:
+        _require_as_many_processes(checkpoint)
+    if is_writer():
+        remove_leftovers(folder.path)
+        if checkpoint is None:
+            tell(f"{folder.path} has no checkpoint yet: the run begins again.")
+            folder.release()
+        wait()
+    return checkpoint
+
+
+def _require_as_many_processes(checkpoint: Path) -> None:
+    """Refuse to go on with other processes: each has random states of its own."""
+    written = max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
+    if written != num_processes():
+        raise ConfigError(
+            f"{checkpoint} was written by {written} process{'es' * (written > 1)}, and this run has {num_processes()}: "
+            + (f"resume with --processes {written}." if written > 1 else "resume without --launch.")
+        )
 
 
 def _evaluate(trainer: AlignmentTrainer) -> dict[str, float]:
@@ -137,8 +206,9 @@ def _record(folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer, dat
     assert isinstance(policy, PreTrainedModel | PeftModel)
     manifest: dict[str, Any] = {
         "versions": versions(),
-        "model": asdict(describe(policy)),
-        "base_weights": weights_hash(policy),
+        **trainer.record,
+        "processes": num_processes(),
+        "sharded": is_sharded(policy),
         "reference": trainer.reference.identity(),
         "layout": trainer.layout,
         "objective": config.objective.model_dump(),

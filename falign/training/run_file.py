@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from falign.data.bad_rows import shown
 from falign.errors import ConfigError
+from falign.passwords import refuse_passwords
 from falign.plain_yaml import plain_yaml
 from falign.training.base_config import FrozenModel
 from falign.training.config import RunConfig
@@ -74,8 +75,9 @@ def parse_run(data: dict[str, Any], *, place: str = "run") -> RunConfig:
         place: What messages call it.
 
     Raises:
-        ConfigError: With one line per mistake.
+        ConfigError: With one line per mistake; or there is a password in it, which is not shown.
     """
+    refuse_passwords(data, place=place)
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:

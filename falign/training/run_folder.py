@@ -6,21 +6,32 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from falign.durable import sync_folder
 from falign.errors import ConfigError, TrainingError
+from falign.passwords import without_passwords
 from falign.plain_yaml import plain_yaml
+from falign.training.checkpoints import newest_whole
 from falign.training.config import RunConfig
 
 __all__ = ["RunFolder", "is_held_out", "naming", "versions"]
 
-PATHS = frozenset({"path", "paths", "chat_template", "cache", "root", "init"})
+PATHS = frozenset({"path", "paths", "chat_template", "cache", "root", "init", "shared_dir"})
 """Fields of the run file that may name something on the disk."""
+
+SERVER = frozenset(f"rollout.engine.{name}" for name in ("url", "shared_dir", "timeout", "wait"))
+MAY_DIFFER = frozenset({"output_dir", "training.skip_bad"}) | SERVER
+"""Of a run that goes on: its folder may be written otherwise, or have moved, what stopped it may be skipped now, and
+the server may be another one of the same model."""
+
+PARTIAL = ".run.yaml.partial"
+"""All that there is of a run that was killed while it wrote its first file."""
 
 PACKAGES = ("falign", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl")
 
@@ -32,7 +43,7 @@ class RunFolder:
     ``run.yaml``            the resolved run file
     ``manifest.json``       versions, model, reference identity, what became of the data
     ``metrics.jsonl``       one log a line
-    ``checkpoint-N/``       trainable weights, optimizer, scheduler, random states
+    ``checkpoint-N/``       trainable weights, optimizer, scheduler, random states (``damaged-`` before it: put aside)
     ``adapter/``            the trained adapter in PEFT's layout (``model/`` without adapter)
     ``reference/``          where a reference that moves has come to
     ``completions.jsonl``   in an online run, what the policy wrote and what it was worth
@@ -42,10 +53,14 @@ class RunFolder:
     ``evaluation/NAME/``    what ``falign evaluate`` has measured
     ``report.html``         what ``falign report`` has written, with its plots in ``report-figures/``
     ======================  ==============================================================
+
+    Args:
+        path: The folder.
+        writes: False for the processes of a run that leave the writing to another one.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -59,6 +74,7 @@ class RunFolder:
             raise ConfigError(
                 f"{path} is not a run folder (no run.yaml and manifest.json): give the output_dir of a run."
             )
+        folder.refuse_links()
         return folder
 
     @property
@@ -102,8 +118,19 @@ class RunFolder:
                 f"output_dir={self.path} holds another run: choose another folder, remove it, or go on with that run "
                 "by --resume."
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(each.name != PARTIAL for each in self.path.iterdir())):
             raise ConfigError(f"output_dir={self.path} exists and is not an empty folder: choose another.")
+
+    def refuse_links(self) -> None:
+        """Refuse a folder in which a link leads out of it: what is written there would go elsewhere.
+
+        Raises:
+            ConfigError: With the link.
+        """
+        root = self.path.resolve()
+        for entry in (*self.path.iterdir(), *self.path.glob("evaluation/*")):
+            if entry.is_symlink() and not entry.resolve().is_relative_to(root):
+                raise ConfigError(f"{entry} is a link that leads out of the run folder: remove it.")
 
     def require_same(self, config: RunConfig) -> None:
         """Refuse to go on with a run under another run file.
@@ -111,9 +138,11 @@ class RunFolder:
         Raises:
             ConfigError: With the fields that differ.
         """
-        RunFolder.open(self.path)
+        if not self.run_file.is_file():  # the manifest comes later, and a run may have been killed before it
+            RunFolder.open(self.path)
+        self.refuse_links()
         old, new = _flat(self.read_run_file()), _flat(_plain(config))
-        keys = (old.keys() | new.keys()) - {"output_dir"}  # the folder may be written otherwise, or have moved
+        keys = (old.keys() | new.keys()) - MAY_DIFFER
         different = sorted(key for key in keys if old.get(key) != new.get(key))
         if different:
             shown = ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in different[:5])
@@ -121,11 +150,14 @@ class RunFolder:
 
     def claim(self, config: RunConfig) -> None:
         """Create the folder and write the resolved run file."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
         self._write("run.yaml", yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
 
     def release(self) -> None:
         """Undo :meth:`claim` where a run ended before its first step, so that its folder can be claimed again."""
+        if not self.writes:
+            return
         for name in ("run.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl", "before.json"):
             (self.path / name).unlink(missing_ok=True)
 
@@ -141,7 +173,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one JSON file, whole or not at all."""
-        self._write(name, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+        self._write(name, without_passwords(json.dumps(value, indent=2, ensure_ascii=False, default=str)) + "\n")
 
     def read_json(self, name: str) -> Any:
         """Return one JSON file.
@@ -205,18 +237,25 @@ class RunFolder:
                 "completions.jsonl", "".join(f"{line}\n" for line in lines if _sampled_by(line, step, last_evaluated))
             )
 
-    def last_checkpoint(self) -> Path:
-        """Return the newest checkpoint.
+    def last_checkpoint(self, tell: Callable[[str], None] = print) -> Path | None:
+        """Return the newest whole checkpoint; newer ones that are damaged are put aside, and ``tell`` is told.
+
+        Returns:
+            None where the run has not come to its first checkpoint.
 
         Raises:
-            TrainingError: There is none.
+            TrainingError: It has checkpoints, and none is whole; or it is finished and has none.
         """
-        found = [path for path in self.path.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-        if not found:
-            raise TrainingError(f"{self.path} has no checkpoint to resume from: start it anew in another folder.")
-        return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
+        found = newest_whole(self.path, tell=tell)
+        if found is None and (self.path / "summary.json").is_file():
+            raise TrainingError(
+                f"{self.path} is finished and has no checkpoint to resume from: start it anew in another folder."
+            )
+        return found
 
     def _write(self, name: str, text: str) -> None:
+        if not self.writes:
+            return
         partial = self.path / f".{name}.partial"
         try:
             with naming(self.path / name), partial.open("w", encoding="utf-8") as file:
@@ -224,6 +263,7 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(self.path / name)
+            sync_folder(self.path)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -264,7 +304,7 @@ def _with_whole_paths(value: Any, field: str) -> Any:
     if not isinstance(value, str) or field not in PATHS or len(value) >= 4096:
         return value
     path = Path(value).expanduser()
-    return str(path.absolute()) if path.exists() or field == "cache" else value
+    return str(path.absolute()) if path.exists() or field in ("cache", "shared_dir") else value
 
 
 def is_held_out(log: dict[str, Any]) -> bool:

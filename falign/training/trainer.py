@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
 from typing_extensions import override
 
 from falign.errors import ConfigError, TrainingError
 from falign.models.foreign import reading
+from falign.models.sharding import is_sharded
 from falign.models.staging import staged_folder
 from falign.objectives import CompletionBatch, Objective, ObjectiveOutput, reduce_terms, total_weights
 from falign.references import MovingReference, ObjectiveInputs, Reference, completion_batch, objective_inputs
@@ -32,12 +35,20 @@ from falign.scoring import (
     TokenBudgetBatches,
     evaluation_mode,
 )
+from falign.training.checkpoints import rotate, seal, sync_logs
 from falign.training.means import Means
 from falign.training.moving_reference import move_when_due
+from falign.training.nonsense import NonsenseGuard, describe_loss, term_names
+from falign.training.processes import gathered, is_writer, num_processes, rank
 from falign.training.run_folder import is_held_out
+from falign.training.sharded_checkpoint import read_optimizer, read_weights, whole_optimizer, whole_weights
+from falign.training.shares import Batches, RowBatches, Share
+from falign.training.stand_ins import STANDS_IN, counts, stand_in, stand_in_loss
 from falign.training.supplied import OFFLINE
 
 __all__ = ["AlignmentTrainer"]
+
+UNLOGGED = "unlogged.json"
 
 
 class AlignmentTrainer(Trainer):
@@ -55,6 +66,8 @@ class AlignmentTrainer(Trainer):
         chunk_tokens: Positions that reach the vocabulary at once.
         tokens_per_batch: Micro-batches of as many trees as have so many tokens, in place of
             ``args.per_device_train_batch_size`` trees.
+        skip_bad: Whether steps whose loss or gradient is no number are left out and counted, in place of stopping.
+        advise: Told what a person should know.
         **kwargs: Passed on to ``transformers.Trainer`` (``processing_class``, ``callbacks``, ``optimizers``).
     """
 
@@ -73,14 +86,21 @@ class AlignmentTrainer(Trainer):
         layout: Layout = "padded",
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         tokens_per_batch: int | None = None,
+        skip_bad: bool = False,
+        advise: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
         if unknown := sorted(objective.needs - self.supplied):
             raise ConfigError(f"This objective reads {unknown} of a batch, and {type(self).__name__} supplies none.")
         self.layout: Layout = layout
         lay_out = LAYOUTS[layout]
+        if is_sharded(model):
+            accelerator_config: Any = args.accelerator_config
+            accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
 
         def collate(trees: list[PromptTree]) -> dict[str, Any]:
+            if not trees:  # another process has one batch more
+                return stand_in(vars(lay_out([self._shortest], pad_token_id=pad_token_id)))
             return vars(lay_out(trees, pad_token_id=pad_token_id))
 
         super().__init__(
@@ -96,8 +116,13 @@ class AlignmentTrainer(Trainer):
         self.chunk_tokens, self.tokens_per_batch = chunk_tokens, tokens_per_batch
         self.loss_is_scaled_for_ga = True  # every term is divided by its weights over the whole step
         self.value_head: nn.Module | None = None
+        self.record: dict[str, Any] = {}  # of the model, for the run folder
         self.means = Means()
+        self.guard = NonsenseGuard(skip=skip_bad, tell=advise)
+        self._loss_before = torch.zeros(())
         self._staging: Path | None = None
+        # What transformers calls sharded at load time owns its placement and the reduction of its gradients.
+        self.is_distributed_loading_by_transformers = is_sharded(model)
 
     @property
     def evaluates(self) -> bool:
@@ -134,14 +159,27 @@ class AlignmentTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     @override
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not is_sharded(model):  # shards are where they belong
+            super()._move_model_to_device(model, device)
+
+    @override
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with _reading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if is_sharded(self.policy):
+                read_weights(self.policy, Path(resume_from_checkpoint))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and is_sharded(self.policy):
+                read_optimizer(self.policy, self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+                scheduler: Any = self.lr_scheduler
+                scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint is not None:
                 self.read_state(Path(checkpoint))
 
@@ -149,6 +187,15 @@ class AlignmentTrainer(Trainer):
         """Add to a checkpoint what has to be remembered besides; trainers of other kinds have more of it."""
         if isinstance(self.reference, MovingReference) and self.args.should_save:
             self.reference.save(folder, self.policy)
+        state = {
+            "loss": self._tr_loss.item(),
+            "since": self._globalstep_last_logged,
+            "means": self.means.state_dict(),
+            "guard": self.guard.state_dict(),
+        }
+        states = gathered([state])
+        if is_writer():
+            (folder / UNLOGGED).write_text(json.dumps(states), encoding="utf-8")
 
     def read_state(self, folder: Path) -> None:
         """Take up what :meth:`write_state` wrote."""
@@ -159,25 +206,61 @@ class AlignmentTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):
             super()._load_rng_state(checkpoint)
+            # The loop has begun its sums anew by now; what was not logged yet belongs to the next log.
+            if checkpoint is not None:
+                state = json.loads((Path(checkpoint) / UNLOGGED).read_text(encoding="utf-8"))[rank()]
+                self._loss_before = self._tr_loss.fill_(state["loss"]).clone()
+                self._globalstep_last_logged = state["since"]
+                self.means.load_state_dict(state["means"], self.args.device)
+                self.guard.load_state_dict(state["guard"])
 
     @override
     def get_train_dataloader(self) -> DataLoader:
-        if self.tokens_per_batch is None:
-            return super().get_train_dataloader()
         trees: Any = self.train_dataset
-        batches = TokenBudgetBatches(
-            [tree.num_tokens for tree in trees], max_tokens=self.tokens_per_batch, seed=self.args.seed
+        if self.tokens_per_batch is None:
+            shuffle = self.args.train_sampling_strategy != "sequential"
+            batches = RowBatches(
+                len(trees), size=self.args.per_device_train_batch_size, seed=self.args.seed, shuffle=shuffle
+            )
+        else:
+            batches = TokenBudgetBatches(
+                [tree.num_tokens for tree in trees], max_tokens=self.tokens_per_batch, seed=self.args.seed
+            )
+        return self._loader(trees, batches)
+
+    @override
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        trees: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = RowBatches(len(trees), size=self.args.per_device_eval_batch_size, seed=0, shuffle=False)
+        return self._loader(trees, batches)
+
+    def _loader(self, trees: Any, batches: Batches) -> DataLoader:
+        # Accelerate's own division among processes repeats rows to make all parts equally long.
+        share = Share(batches, rank=rank(), processes=num_processes())
+        return DataLoader(
+            trees,
+            batch_sampler=share,  # pyright: ignore[reportArgumentType]
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
         )
-        loader = DataLoader(trees, batch_sampler=batches, collate_fn=self.data_collator)  # pyright: ignore[reportArgumentType]
-        return self.accelerator.prepare(loader)
+
+    @cached_property
+    def _shortest(self) -> PromptTree:
+        trees: Any = [*self.train_dataset, *(self.eval_dataset or ())]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+        return min(trees, key=lambda tree: tree.num_tokens)
 
     @override
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        self.move_reference()
+        self.begin_step()
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def move_reference(self) -> None:
+    def close(self) -> None:
+        """Give back what lies outside of this process; trainers of other kinds have something there."""
+
+    def begin_step(self) -> None:
         """Move the reference if it is due, before anything of the next step is sampled or scored."""
+        self.guard.begin_step()
+        self._loss_before = self._tr_loss.clone()
         move_when_due(self.reference, self.policy, step=self.state.global_step, optimizer=self.optimizer)
 
     @override
@@ -188,23 +271,27 @@ class AlignmentTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        output = self.evaluate_objective(model, inputs)
+        scored = self.score(model, inputs)
+        if not counts(inputs):
+            return stand_in_loss(scored.completions)
+        output = self.evaluate_objective(scored, inputs)
         assert isinstance(num_items_in_batch, Tensor), "the step's weights come from _get_num_items_in_batch"
         loss = reduce_terms(output.terms, num_items_in_batch)
-        if not torch.isfinite(loss):
-            rows = ", ".join(sorted(set(inputs["place"])))
-            raise TrainingError(
-                f"Step {self.state.global_step + 1}: the loss is {loss.item()} on {rows}. Look at these rows "
-                "(`falign data check`) and at logratios/* of the steps before; a lower learning rate or a larger beta "
-                "keeps the policy nearer. Checkpoints written so far are intact."
-            )
-        self.means.add(output.metrics)
-        return loss * self.accelerator.num_processes  # DistributedDataParallel averages over ranks
+        if self.guard.check_loss(
+            loss,
+            step=self.state.global_step + 1,
+            places=inputs["place"],
+            describe=lambda: describe_loss(self.objective, scored.completions, output, inputs["place"]),
+        ):
+            self.means.add(output.metrics)
+        else:
+            loss = loss * torch.nan  # so that the gradients of all processes say so too
+        return loss * num_processes()  # gradients are averaged over processes
 
-    def evaluate_objective(self, model: nn.Module, inputs: dict[str, Any]) -> ObjectiveOutput:
-        """Score a batch under reference and policy, and return the objective's terms and metrics."""
+    def score(self, model: nn.Module, inputs: dict[str, Any]) -> ObjectiveInputs:
+        """Score a batch under reference and policy, as far as the objective needs it."""
         batch, columns = split_columns(inputs)
-        scored = objective_inputs(
+        return objective_inputs(
             self.policy,
             batch,
             reference=self.reference,
@@ -214,8 +301,27 @@ class AlignmentTrainer(Trainer):
             columns=columns,
             value_head=self.value_head,
         )
+
+    def evaluate_objective(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> ObjectiveOutput:
+        """Return the objective's terms of a scored batch, and all that is logged of it."""
         output = self.objective(scored.completions)
         return output._replace(metrics={**output.metrics, **self.scored_metrics(scored, inputs)})
+
+    @override
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.value_head is not None:
+            values = [value.grad.norm() for value in self.value_head.parameters() if value.grad is not None]
+            together = torch.stack([torch.as_tensor(norm), *values]).norm()
+        else:
+            together = norm
+        if self.guard.check_gradient(together, step=self.state.global_step + 1, terms=term_names(self.objective)):
+            return norm
+        # Without gradients the optimizer touches neither weights nor moments.
+        assert isinstance(self.optimizer, torch.optim.Optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._tr_loss.copy_(self._loss_before)
+        return None
 
     def scored_metrics(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Return what is logged of a scored micro-batch besides what the objective says."""
@@ -234,23 +340,28 @@ class AlignmentTrainer(Trainer):
         batch, columns = split_columns(inputs)
         nowhere = torch.zeros(batch.completion_mask.shape, device=batch.completion_mask.device)
         needed = dict.fromkeys(self.objective.needs - {"preference"}, nowhere) | columns
-        return total_weights(self.objective(completion_batch(batch, nowhere, **needed)).terms)
+        weights = total_weights(self.objective(completion_batch(batch, nowhere, **needed)).terms)
+        return weights if counts(inputs) else torch.zeros_like(weights)
 
     @override
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Return and log the exact means over all held-out completions, each counted once."""
-        means, losses, weights = Means(), [], []
+        means, totals = Means(), []
         # Iterating a loader draws from the CPU's generator, which dropout in training would notice.
         with torch.no_grad(), evaluation_mode(self.policy), torch.random.fork_rng(devices=[]):
             for inputs in self.get_eval_dataloader(eval_dataset):
                 batch: dict[str, Any] = self._prepare_inputs(inputs)
-                output = self.evaluate_objective(self.policy, batch)
+                scored = self.score(self.policy, batch)
+                if not counts(inputs):
+                    continue
+                output = self.evaluate_objective(scored, batch)
                 means.add(output.metrics)
-                losses.append(torch.stack([term.scale * (term.losses * term.weights).sum() for term in output.terms]))
-                weights.append(total_weights(output.terms))
-        loss = (torch.stack(losses).sum(dim=0) / torch.stack(weights).sum(dim=0)).sum().item()
+                losses = [term.scale * (term.losses * term.weights).sum() for term in output.terms]
+                totals.append(torch.stack([torch.stack(losses), total_weights(output.terms)]).cpu())
+        loss_sums, weight_sums = torch.stack(gathered(totals)).sum(dim=0)
+        loss = (loss_sums / weight_sums).sum().item()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in {"loss": loss, **means.take()}.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -260,10 +371,19 @@ class AlignmentTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Training logs come with a loss; the metrics since the last one go with it.
         moved = self.reference.metrics() if isinstance(self.reference, MovingReference) else {}
-        super().log({**logs, **self.means.take(), **moved} if "loss" in logs else logs, start_time)
+        if "loss" in logs:
+            logs = {**logs, **self.means.take(), **moved}
+            if self.guard.skip:
+                loss = self.guard.mean_over_taken(logs.pop("loss"))
+                logs = {**({} if loss is None else {"loss": loss}), **logs, "skipped_steps": self.guard.skipped}
+        super().log(logs, start_time)
 
     @override
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if is_sharded(self.policy):
+            state_dict = whole_weights(self.policy)
+        if not is_writer():
+            return
         super()._save(output_dir, state_dict)
         # PEFT writes all adapters, the frozen one of a reference into a folder of its own.
         frozen = Path(self.args.output_dir if output_dir is None else output_dir) / "ref"  # pyright: ignore[reportArgumentType]
@@ -271,8 +391,35 @@ class AlignmentTrainer(Trainer):
             shutil.rmtree(frozen)
 
     @override
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.policy):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_optimizer(self.policy, self.optimizer)
+        if is_writer():
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    @override
+    def _save_rng_state(self, output_dir: str) -> None:
+        if num_processes() == 1:
+            super()._save_rng_state(output_dir)
+            return
+        with TemporaryDirectory() as own:
+            super()._save_rng_state(own)
+            states = gathered([(file.name, file.read_bytes()) for file in Path(own).iterdir()])
+        for name, state in states if is_writer() else ():
+            (Path(output_dir) / name).write_bytes(state)
+
+    @override
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         target = self.run_dir / f"checkpoint-{self.state.global_step}"
+        if not is_writer():  # it takes part in what is gathered, and writes nothing
+            super()._save_checkpoint(model, trial)
+            self.write_state(target)
+            return
+        sync_logs(self.run_dir)
         with staged_folder(target, existing="replace") as self._staging:
             super()._save_checkpoint(model, trial)
             self.write_state(self._staging / target.name)
@@ -280,8 +427,9 @@ class AlignmentTrainer(Trainer):
             for item in written.iterdir():
                 item.rename(self._staging / item.name)
             written.rmdir()
+            seal(self._staging)
         self._staging = None
-        rotate_checkpoints(output_dir=str(self.run_dir), save_total_limit=self.args.save_total_limit, use_mtime=True)
+        rotate(self.run_dir, keep=self.args.save_total_limit)
 
     @override
     def _get_output_dir(self, trial: Any) -> str:
@@ -290,7 +438,7 @@ class AlignmentTrainer(Trainer):
 
 def split_columns(inputs: dict[str, Any]) -> tuple[TokenBatch, dict[str, Tensor]]:
     """Return the rows of a micro-batch, and what is known of its completions besides."""
-    rows = {name: value for name, value in inputs.items() if name != "columns"}
+    rows = {name: value for name, value in inputs.items() if name not in ("columns", STANDS_IN)}
     known = {field.name for field in fields(CompletionBatch)}
     return TokenBatch(**rows), {name: value for name, value in inputs.get("columns", {}).items() if name in known}
 
@@ -300,8 +448,9 @@ def _reading(checkpoint: str | Path | None) -> Iterator[None]:
     """Name a checkpoint that cannot be read: pickles, safetensors and JSON each fail in their own way."""
     with reading(
         lambda error: TrainingError(
-            f"{checkpoint} is damaged ({' '.join(str(error).split())[:200] or type(error).__name__}): remove that "
-            "folder, and --resume goes on from the checkpoint before it; without one, start anew in another folder."
+            f"{checkpoint} is as it was written and cannot be read ({' '.join(str(error).split())[:200]}, "
+            f"{type(error).__name__}): resume with the versions in manifest.json; or remove that folder, and --resume "
+            "goes on from the checkpoint before it."
         )
     ):
         yield

@@ -245,7 +245,7 @@ def test_rows_and_summary_have_what_the_page_says(evaluate, tmp_path, rm_bench):
 
 
 def test_long_items_are_cut_or_an_error_when_asked_for(evaluate, tmp_path):
-    status, _, err = evaluate("--max-length", 128, "--long-items", "error", "--bad-rows", "error")
+    status, _, err = evaluate("--max-length", 128, "--long-items", "error")
     assert status == 2
     assert "code_filtered.jsonl:5: prompt and longest completion have" in err
     status, _, err = evaluate("--max-length", 128, "--long-items", "cut")
@@ -312,7 +312,11 @@ def test_a_classifier_scores_beside_the_policy(evaluate, rm_bench, tmp_path):
         (("--subset", "cod"), {}, "did you mean 'code'"),
         (("--scorers", "lenght"), {}, "did you mean 'length'"),
         (("--scorers", "classifier"), {}, "give --classifier MODEL"),
+        (("--scorers", " , "), {}, "--scorers names none: give some of implicit_reward"),
+        (("--beta", "inf"), {"model": "tiny"}, "beta=inf must be positive and finite"),
         ((), {"reference": None}, "give --reference MODEL"),
+        (("--classifier-label", "good"), {}, "belong to --classifier"),
+        (("--seed", -1), {}, "greater than or equal to 0"),
         (("--reference-free",), {}, "--reference-free excludes --reference"),
         ((), {"out": None}, "give --out DIR"),
         (("--name", "a/b"), {"out": None}, "--name a/b must be the name of a folder"),
@@ -369,6 +373,10 @@ def test_results_are_replaced_only_when_asked_for_and_other_settings_do_not_go_o
     assert f"{out} holds results" in err
     assert evaluate("--tokens-per-batch", 2, "--overwrite")[0] == 0
     assert (out / "items.jsonl").read_bytes() == whole
+    with monkeypatch.context() as patch:
+        patch.setattr(ScoreOutput, "append", dies)
+        assert evaluate("--tokens-per-batch", 2, "--overwrite")[0] != 0
+    assert not (out / "summary.json").exists(), "of items that are gone"
 
 
 def test_a_killed_call_goes_on_and_ends_with_the_same_numbers(evaluate, tiny, base, pairs, tmp_path):

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from falign.cli import main
 from falign.cli.scored import load_run
+from falign.evaluation import ScoreOutput
 from falign.models import load_model
 from falign.scoring import PromptTree, completion_scores, pad
 from falign.training import parse_run, train
@@ -164,7 +165,16 @@ def test_a_prompt_has_the_same_samples_whatever_stands_beside_it(falign, folder,
     assert not any(name.startswith(("divergence", "pass@")) for name in summary["metrics"])
 
 
-def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_bytes(falign, folder, tmp_path):
+def stopping_at(path, finish):
+    def dies(output):
+        if output.path == path:
+            raise KeyboardInterrupt
+        finish(output)
+
+    return dies
+
+
+def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_bytes(falign, folder, tmp_path, monkeypatch):
     rewards = write_rewards(tmp_path)
 
     def evaluate(name, *arguments):
@@ -195,6 +205,18 @@ def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_bytes(fal
     assert whole["metrics"]["divergence/reverse_kl/vocabulary"]["value"] == pytest.approx(0, abs=1e-6)
     status, _, err = evaluate("broken")
     assert (status, "holds results" in err) == (2, True)
+    with monkeypatch.context() as patch:  # between the names of the two
+        patch.setattr(ScoreOutput, "finish", stopping_at(tmp_path / "broken" / FILES[0], ScoreOutput.finish))
+        assert evaluate("broken", "--overwrite")[0] != 0
+    assert (tmp_path / "broken" / FILES[1]).exists()
+    status, _, err = evaluate("broken")
+    assert status == 0, err
+    for name in FILES[:2]:
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    (tmp_path / "stop").touch()
+    assert evaluate("broken", "--overwrite")[0] == 2
+    assert not (tmp_path / "broken" / "summary.json").exists(), "of samples that are gone"
+    (tmp_path / "stop").unlink()
     assert evaluate("broken", "--overwrite", "--no-anchors")[0] == 0
     assert not (tmp_path / "broken" / "reference_samples.jsonl").exists()
     assert summary_of(tmp_path / "broken")["frontier"] is None
@@ -241,6 +263,26 @@ def test_a_checkpoint_is_measured_and_drawn_with_the_run(falign, folder, evaluat
     assert (status, "no checkpoint of step 3; it has [2, 4]" in err) == (2, True)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_evaluation_is_named_with_its_file(falign, evaluated, tmp_path, name):
+    shutil.copytree(evaluated, tmp_path / "damaged")
+    file = tmp_path / "damaged" / name
+    file.write_bytes(file.read_bytes()[: -file.stat().st_size // 3])
+    status, _, err = falign("evaluate", "frontier", tmp_path / "damaged", "--out", tmp_path / "f.png")
+    assert (status, err.startswith(f"error: {file} is damaged")) == (2, True), err
+    file.write_bytes(file.read_bytes() if name == "summary.json" else b"")
+    status, _, err = falign("evaluate", "frontier", tmp_path / "damaged", "--out", tmp_path / "f.png")
+    assert (status, f"{file} is damaged" in err) == (2, True), err
+
+
+def test_a_picture_without_a_folder_and_an_unknown_divergence_are_refused(falign, evaluated, tmp_path):
+    for out in ("nowhere/f.png", "nowhere/f.json"):
+        status, _, err = falign("evaluate", "frontier", evaluated, "--out", out)
+        assert (status, f"--out {out}: " in err) == (2, True), err
+    status, _, err = falign("evaluate", "frontier", evaluated, "--out", "f.json", "--divergence", "jss")
+    assert (status, "--divergence: divergence 'jss' is unknown" in err) == (2, True), err
+
+
 def test_what_is_measured_otherwise_is_not_drawn_together(falign, folder, evaluated, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(evaluated, other)
@@ -263,6 +305,9 @@ def test_what_is_measured_otherwise_is_not_drawn_together(falign, folder, evalua
         (("online", "--template", "{prompt}"), "--template belongs to --prompts"),
         (("online", "--dtype", "float32"), "is a run, which has its own"),
         (("online", "--name", "a/b"), "must be the name of a folder"),
+        (("online", "--name", "x", "--pass-reward", "nan"), "--pass-reward nan"),
+        (("online", "--name", ".."), "must be the name of a folder"),
+        (("tiny", "--out", "out", "--prompts", "prompts.jsonl", "--divergence", "js"), "give --reference MODEL"),
         (("online", "--name", "x", "--divergence", "kl"), "'kl' does not say which"),
         (("online", "--name", "x", "--divergence", "js", "--temperature", "0.5"), "--divergence needs --temperature 1"),
         (("online", "--name", "x", "--rewards", "nothing.yaml"), "nothing.yaml"),

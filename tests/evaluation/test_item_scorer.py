@@ -121,3 +121,12 @@ def test_a_classifier_without_a_value_is_named_with_its_row():
     )
     with pytest.raises(RewardError, match=r"rows.jsonl:1: the classifier has no value"):
         scorer.score(items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_classifier_whose_value_is_no_number_is_named_with_its_row(value):
+    scorer = ItemScorer(
+        names=("classifier",), of_trees=None, classifier=lambda prompts, texts, **_: [0.0, 1.0, value, 2.0, 3.0]
+    )
+    with pytest.raises(RewardError, match=rf"rows.jsonl:2: the classifier says {value} of a completion"):
+        scorer.score(items()[:2])

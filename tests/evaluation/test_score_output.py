@@ -113,6 +113,17 @@ def test_what_a_killed_process_left_half_written_is_written_again_byte_for_byte(
     assert totals.resumed < 9
 
 
+@pytest.mark.parametrize("damaged", ["7", "[]", "\x00", '{"place":'])
+def test_a_line_that_is_no_row_is_written_again_with_all_behind_it(tmp_path, whole, monkeypatch, damaged):
+    path = tmp_path / "scores.jsonl"
+    stopped(path, monkeypatch)
+    partial = tmp_path / ".scores.jsonl.partial.jsonl"
+    lines = partial.read_text().splitlines(keepends=True)
+    partial.write_text("".join([*lines[:2], damaged + "\n", *lines[3:]]))
+    assert scored(path).resumed == 2
+    assert path.read_bytes() == whole[0].read_bytes()
+
+
 def test_a_tree_without_all_its_completions_is_scored_again(tmp_path, whole, monkeypatch):
     path = tmp_path / "scores.jsonl"
     with monkeypatch.context() as patch:

@@ -1,3 +1,4 @@
+import math
 from itertools import combinations
 from statistics import mean
 
@@ -27,8 +28,14 @@ def test_the_interval_resamples_prompts():
         ([], 1, "There are no prompts"),
         ([[1.0, 0.0], [1.0]], 2, r"rewards\[1\] has 1 samples; pass@2 needs"),
         ([[1.0]], 0, r"rewards\[0\] has 1 samples; pass@0 needs"),
+        ([[1.0], [0.0, math.nan]], 1, r"rewards\[1\] is \[0.0, nan\]; leave out"),
     ],
 )
 def test_what_cannot_be_is_refused(rewards, k, message):
     with pytest.raises(ValueError, match=message):
         pass_at_k(rewards, k)
+
+
+def test_a_reward_that_passes_is_a_number():
+    with pytest.raises(ValueError, match="pass_reward is nan"):
+        pass_at_k([[1.0]], 1, pass_reward=math.nan)

@@ -80,3 +80,9 @@ def test_unlike_lengths_are_refused():
         outcomes([1.0, 2.0], [1.0])
     with pytest.raises(ValueError, match="2 rewards but 1 preferences"):
         pair_outcomes([1.0, 2.0], [1])
+
+
+def test_infinite_rewards_win_lose_and_tie():
+    rewards = [[math.inf, 0.0], [0.0, -math.inf], [-math.inf, math.inf], [math.inf, math.inf]]
+    assert [outcomes(row[:1], row[1:])[0] for row in rewards] == [1.0, 1.0, 0.0, 0.5]
+    assert reward_accuracy(rewards, [[1, 0]] * 4).value == top1_accuracy(rewards, [[1, 0]] * 4).value == 2.5 / 4

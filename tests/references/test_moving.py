@@ -102,6 +102,7 @@ def test_what_is_saved_is_gone_on_from_bit_for_bit(build, rule, tmp_path):
     policy, reference = build(rule)
     shift(policy)
     reference.move(policy)
+    measured = reference.metrics()
     reference.save(tmp_path, policy)
     shift(policy, 2)
     expected = reference.logprobs(policy, BATCH)
@@ -111,6 +112,7 @@ def test_what_is_saved_is_gone_on_from_bit_for_bit(build, rule, tmp_path):
     other.load_state_dict({**policy.state_dict(), **{n: t for n, t in other.state_dict().items() if ".ref." in n}})
     anew.load(tmp_path, other)
     assert anew.identity() == {**reference.identity(), "moves": 1}
+    assert anew.metrics() == measured
     torch.testing.assert_close(anew.logprobs(other, BATCH), expected, rtol=0, atol=0)
     anew.move(other)
     torch.testing.assert_close(anew.logprobs(other, BATCH), after, rtol=0, atol=0)

@@ -1,6 +1,7 @@
 """A tiny online run: a random llama with a byte tokenizer, and a reward for a letter."""
 
 import json
+import os
 
 VOWELS = "aeiou"
 
@@ -28,6 +29,10 @@ def not_a_number(prompts, completions, **columns):
 
 def one_too_few(prompts, completions, **columns):
     return [0.0 for _ in completions][1:]
+
+
+def one_too_few_in_the_second_process(prompts, completions, **columns):
+    return [0.0 for _ in completions][os.environ.get("RANK") == "1" :]
 
 
 def write_prompts(path, n=12):

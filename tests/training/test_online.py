@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from falign.errors import ConfigError, RewardError, RolloutError, TrainingError
 from falign.references import AdapterOff
 from falign.training import parse_run, train
+from falign.training.checkpoints import seal
 from tests.training.prompts import online_data, write_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
@@ -134,7 +135,8 @@ def test_a_damaged_state_of_rollouts_is_named(start, content):
         file.unlink()
     else:
         file.write_text(content)
-    with pytest.raises(TrainingError, match="checkpoint-2 is damaged"):
+    seal(file.parent)  # written so, and not damaged later, which the seal would tell
+    with pytest.raises(TrainingError, match="checkpoint-2 is as it was written and cannot be read"):
         start(resume=True, **options)
 
 

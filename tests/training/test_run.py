@@ -2,7 +2,6 @@
 
 import errno
 import json
-import shutil
 
 import pytest
 import torch
@@ -241,7 +240,7 @@ def test_resuming_needs_the_same_run(start, tmp_path):
     start()
     with pytest.raises(ConfigError, match=r"objective.beta \(0.5 there, 0.7 now\)"):
         start(resume=True, objective={"beta": 0.7})
-    with pytest.raises(TrainingError, match="no checkpoint"):
+    with pytest.raises(TrainingError, match="is finished and has no checkpoint"):
         start(resume=True)
 
 
@@ -270,25 +269,6 @@ def test_a_full_disk_leaves_no_half_written_checkpoint(start, tmp_path, monkeypa
     monkeypatch.undo()
     summary = start(resume=True, training={"save_steps": 3})
     assert max(losses(summary.folder)) == 8
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_with_rows_and_step(start, tmp_path, monkeypatch):
-    from falign.objectives import Pairwise
-
-    original, calls = Pairwise.__call__, 0
-
-    def breaks(self, batch):
-        nonlocal calls
-        calls += 1
-        output = original(self, batch)
-        if batch.logprobs.requires_grad and calls > 12:
-            return output._replace(terms=(output.terms[0]._replace(losses=output.terms[0].losses * float("nan")),))
-        return output
-
-    monkeypatch.setattr(Pairwise, "__call__", breaks)
-    with pytest.raises(TrainingError, match=r"Step \d+: the loss is nan on .*pairs.jsonl:\d+"):
-        start(training={"save_steps": 2})
-    assert RunFolder.open(tmp_path / "run").last_checkpoint().is_dir()
 
 
 def test_the_evaluation_before_training_is_called_so(tiny, tmp_path, capsys):
@@ -346,36 +326,6 @@ def test_a_damaged_line_within_the_metrics_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ConfigError, match=r"metrics.jsonl:2 is damaged"):
         RunFolder(tmp_path).metrics()
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("optimizer.pt", b""),
-        ("optimizer.pt", b"not a pickle"),
-        ("optimizer.pt", None),
-        ("scheduler.pt", b""),
-        ("rng_state.pth", b""),
-        ("adapter_model.safetensors", b""),
-        ("trainer_state.json", None),
-        ("trainer_state.json", b"{"),
-    ],
-)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(start, tmp_path, name, content):
-    settings = {"save_steps": 2, "max_steps": 6, "lr_scheduler_type": "constant"}
-    whole = start(training=settings)
-    newest = tmp_path / "run" / "checkpoint-5"
-    newest.with_name("checkpoint-6").rename(newest)  # one that training would go on from
-    state = newest / "trainer_state.json"
-    state.write_text(state.read_text().replace('"global_step": 6', '"global_step": 5'))
-    if content is None:
-        (newest / name).unlink()
-    else:
-        (newest / name).write_bytes(content)
-    with pytest.raises(TrainingError, match=r"checkpoint-5 is damaged .*remove that folder"):
-        start(resume=True, training=settings)
-    shutil.rmtree(newest)
-    assert start(resume=True, training=settings).after == whole.after
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ def _open(root: Path, database: str) -> sqlite3.Connection:
         raise RowError(f"there is no database {database!r} in {root}")
     connection = sqlite3.connect(f"{file.as_uri()}?mode=ro&immutable=1", uri=True, isolation_level=None)
     connection.text_factory = lambda raw: raw.decode("utf-8", errors="replace")
+    connection.execute("PRAGMA temp_store=MEMORY")  # a large sort would go to a file, which may not be written
     connection.set_authorizer(_authorize)
     if sys.version_info >= (3, 11):
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LARGEST_VALUE)

@@ -151,3 +151,9 @@ def test_the_queries_of_spider_return_what_the_data_says_and_equal_themselves(sh
         told_apart += score(others[question["db_id"]]["query"], gold, database=database, root=root) == 0.0
     # A wrong query may return the right rows by chance, and each database's last query is right on itself.
     assert told_apart == 666
+
+
+def test_a_link_out_of_the_folder_is_the_rows_fault(root):
+    (root / "link.sqlite").symlink_to(root.parent / "outside.sqlite")
+    with pytest.raises(RowError, match="is not inside"):
+        score(GOLD, GOLD, database="link.sqlite", root=str(root))

@@ -1,0 +1,45 @@
+"""How processes that were started together report an error: each to a file, of which the launcher shows the first.
+
+One that fails takes the others with it, and what these say of a connection that was closed hides the cause.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+__all__ = ["FAILURES", "end_quietly", "first_failure", "leave_failure"]
+
+FAILURES = "FALIGN_FAILURES"
+"""Names the folder of these files."""
+
+
+def leave_failure(text: str) -> bool:
+    """Leave what a process has to say of its error to the launcher; False where there is none."""
+    folder = os.environ.get(FAILURES)
+    if folder is None or "RANK" not in os.environ:
+        return False
+    (Path(folder) / f"{time.time_ns():020}-{os.environ['RANK']}").write_text(text, encoding="utf-8")
+    return True
+
+
+def first_failure(folder: Path) -> str:
+    """Return what the process that failed first has left; empty if none could."""
+    files = sorted(folder.iterdir())
+    return files[0].read_text(encoding="utf-8") if files else ""
+
+
+def end_quietly() -> None:
+    """Let a process that a launcher ends leave by an exit, which cleans up, and not by a report."""
+    if "RANK" not in os.environ:
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, end)

@@ -1,0 +1,82 @@
+"""Starting a command in several processes, through Accelerate: ``--launch``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+
+import torch
+
+from falign.cli.failures import FAILURES, first_failure
+from falign.errors import ConfigError
+
+__all__ = ["Launch", "launch"]
+
+NO_ZERO = (
+    "DeepSpeed is not part of falign's tests, and no run under it has been shown to equal one process. --launch fsdp2 "
+    "spreads weights, gradients and optimizer state in the same way as ZeRO-3; where a model fits each GPU, --launch "
+    "ddp is faster."
+)
+
+
+class Launch(str, Enum):
+    """How several processes share a run."""
+
+    ddp = "ddp"
+    fsdp2 = "fsdp2"
+    zero2 = "zero2"
+    zero3 = "zero3"
+
+
+FLAGS = {Launch.ddp: ["--multi_gpu"], Launch.fsdp2: ["--use_fsdp", "--fsdp_version", "2"]}
+
+
+def launch(kind: Launch, processes: int | None, command: Sequence[str]) -> None:
+    """Run ``falign`` with some arguments in several processes of this machine, and exit as they do.
+
+    An error is shown once: that of the process which failed first. Its exit status becomes this process's.
+
+    Args:
+        kind: How they share the work.
+        processes: How many; by default one for each GPU.
+        command: The arguments.
+
+    Raises:
+        ConfigError: A kind that is not supported, or a number of processes that cannot be.
+    """
+    if kind not in FLAGS:
+        raise ConfigError(f"--launch {kind.value} is not supported: {NO_ZERO}")
+    gpus = torch.cuda.device_count()
+    count = processes or gpus
+    if count < 2:
+        raise ConfigError(
+            f"--launch {kind.value} with {count} process{'' if count == 1 else 'es'}: give --processes, 2 or more, or "
+            "leave --launch out."
+        )
+    if gpus and count > gpus:
+        raise ConfigError(f"--processes {count} is more than the {gpus} GPUs here: each process needs one of its own.")
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # Its own account of a failure is a traceback of the launcher.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
+    options = [*FLAGS[kind], "--num_processes", str(count), "--num_machines", "1", "--main_process_port", "0"]
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", threads]
+    arguments = launch_command_parser().parse_args([*options, "--module", "falign", *command])
+    with tempfile.TemporaryDirectory() as failures:
+        os.environ[FAILURES] = failures
+        try:
+            launch_command(arguments)
+        except ChildFailedError as error:
+            print(first_failure(Path(failures)), end="", file=sys.stderr)
+            _, failure = error.get_first_failure()
+            sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+        except SignalException as error:
+            sys.exit(128 + error.sigval)

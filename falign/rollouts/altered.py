@@ -1,0 +1,67 @@
+"""Weights that are visibly others for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from falign.errors import ConfigError
+from falign.models.structure import adapter_matrix, base_of, linear_modules, lora_layers
+
+__all__ = ["altered"]
+
+_SHARE = 0.1  # size of the change over that of the weights
+_USUAL_STD = 0.02  # of weights that are packed and do not tell theirs
+
+
+@contextmanager
+def altered(policy: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Change some of the weights that train, and on leaving give them back bit for bit.
+
+    At the start of a run B = 0 and the policy is its base, so that a sampler without the adapter would pass for one
+    with it. Here all B are random; without adapters the last linear layer before the head is.
+
+    Args:
+        policy: What is trained.
+
+    Raises:
+        ConfigError: There is nothing in it that this could change.
+    """
+    changes = list(_changes(policy))
+    if not changes:
+        raise ConfigError("The policy has no LoRA and no linear layer that trains, so no sampler can be tried with it.")
+    before = [weight.detach().clone() for weight, _ in changes]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for weight, std in changes:
+                weight.copy_(weight + std * torch.randn(weight.shape, generator=generator).to(weight))
+        yield
+    finally:
+        with torch.no_grad():
+            for (weight, _), old in zip(changes, before, strict=True):
+                weight.copy_(old)
+
+
+def _changes(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[Tensor, float]]:
+    """Give weights, and the standard deviation of what is added to each."""
+    if isinstance(policy, PeftModel):
+        name = policy.active_adapters[0]
+        for layer in lora_layers(policy, name).values():
+            down, up = adapter_matrix(layer.lora_A, name).detach(), adapter_matrix(layer.lora_B, name)
+            weight = layer.get_base_layer().weight
+            assert isinstance(weight, Tensor)
+            std = float(weight.detach().float().std()) if weight.is_floating_point() else _USUAL_STD
+            size = layer.scaling[name] * layer.r[name] ** 0.5 * float(down.float().std())
+            yield up, _SHARE * std / max(size, 1e-8)
+        return
+    base = base_of(policy)
+    inner = [module for module in linear_modules(base).values() if module is not base.get_output_embeddings()]
+    for module in inner[-1:]:
+        assert isinstance(module.weight, Tensor)
+        yield module.weight, 3 * _SHARE * float(module.weight.detach().float().std())

@@ -1,0 +1,127 @@
+"""Before the first step: the server computes what the trainer computes, adapters included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from falign.errors import ConfigError
+from falign.models.structure import base_of
+from falign.rollouts.altered import altered
+from falign.rollouts.base import SamplingParams
+from falign.rollouts.gap import EXACT, Canary, Gap, measure_gap
+from falign.rollouts.vllm_engine import VLLMEngine
+
+__all__ = ["Handshake", "shake_hands"]
+
+_VERSION = -(10**9) - 1  # apart from all that is trained and evaluated
+_TOKENS, _COMPLETIONS = 8, 4  # of each prompt
+_SUSPICIOUS = 0.1  # nats: more than 16-bit rounding was seen to make
+_TEXT = "Water boils at 100 degrees;\n\n  ‘heute’ it is 3,000 m – mean(values)?"
+
+
+@dataclass(frozen=True)
+class Handshake:
+    """What was found.
+
+    Attributes:
+        sync: How weights come to the server.
+        why_merged: Why not as adapters.
+        dtype: Of the server's weights.
+        trained_dtype: Of the trainer's.
+        gap: Between them, on weights that are not the base's.
+        bound: What is allowed of its mean from now on; None where rounding hides what it could show.
+    """
+
+    sync: str
+    why_merged: str | None
+    dtype: str
+    trained_dtype: str
+    gap: Gap
+    bound: float | None
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether the gap is more than rounding usually makes."""
+        return self.gap.mean > _SUSPICIOUS
+
+    def __str__(self) -> str:
+        """Return one line for the user."""
+        how = "adapters" if self.sync == "adapter" else f"whole weights ({self.why_merged})"
+        return (
+            f"{how}, {self.dtype} there and {self.trained_dtype} here; log-probabilities of {self.gap.num_tokens} "
+            f"tokens differ by {self.gap.mean:.1e} on average, {self.gap.max:.1e} at most"
+        )
+
+
+def shake_hands(
+    engine: VLLMEngine,
+    policy: PreTrainedModel | PeftModel,
+    *,
+    encode: Callable[[str], list[int]],
+    prompt_ids: Sequence[Sequence[int]],
+    params: SamplingParams,
+    longest: int,
+    max_gap: float | None = None,
+) -> Handshake:
+    """Try a server on weights that are not its own, and have the engine look at every version from now on.
+
+    Args:
+        engine: Of the server.
+        policy: What is trained; it is changed for the trial and given back as it was.
+        encode: From a text to token ids without special tokens.
+        prompt_ids: Two or so prompts of the run, long ones.
+        params: How the run samples.
+        longest: Tokens of the longest prompt and completion that may come.
+        max_gap: Bound of the mean gap; where left out, there is one only if both compute in float32.
+
+    Raises:
+        ConfigError: The server's tokenizer, length, weights or distribution are not the run's.
+        EngineError: The server fails.
+    """
+    described, trained = engine.description, str(base_of(policy).dtype).removeprefix("torch.")
+    if longest > described.max_length:
+        raise ConfigError(
+            f"{engine.client.url}: --max-model-len is {described.max_length}, and prompts.max_length + "
+            f"rollout.max_new_tokens = {longest}: raise the first or lower the others."
+        )
+    theirs = engine.client.post_json(
+        "/tokenize", {"model": described.base, "prompt": _TEXT, "add_special_tokens": False}
+    )["tokens"]
+    if theirs != encode(_TEXT):
+        raise ConfigError(
+            f"{engine.client.url}: its tokenizer, of {described.model}, is not that of model.path: serve the model "
+            "that is trained."
+        )
+    short = replace(params, max_new_tokens=min(_TOKENS, params.max_new_tokens))
+    with altered(policy):
+        engine.publish(policy, _VERSION)
+        rollouts = engine.sample(prompt_ids, _COMPLETIONS, short, version=_VERSION, seed=0)
+        gap = measure_gap(policy, rollouts, short)
+    unchanged = measure_gap(policy, rollouts, short)
+    engine.retire(_VERSION)
+    exact = described.dtype == trained == "float32"
+    bound = EXACT if max_gap is None and exact else max_gap
+    _judge(engine, gap, unchanged, bound)
+    if bound is not None:
+        engine.canary = Canary(prompt_ids[:1], short, bound=bound)
+    assert engine.sync is not None
+    return Handshake(engine.sync.kind, engine.why_merged, described.dtype, trained, gap, bound)
+
+
+def _judge(engine: VLLMEngine, gap: Gap, unchanged: Gap, bound: float | None) -> None:
+    place = f"{engine.client.url} on {gap.num_tokens} tokens"
+    if not gap.mean < unchanged.mean:
+        raise ConfigError(
+            f"{place}: it samples the model without what was changed in the adapter (gaps {unchanged.mean:.2g}, and "
+            f"{gap.mean:.2g} to the model with it): the weights that it is sent have no effect. See its log."
+        )
+    if bound is not None and not gap.mean <= bound:
+        raise ConfigError(
+            f"{place}: its log-probabilities are {gap.mean:.2g} off on average, {gap.max:.2g} at most, and {bound:.2g} "
+            "is allowed (rollout.engine.max_gap). Serve the very model of model.path in the same dtype; another "
+            "temperature than it samples at, weights left by another run, or another quantisation show like this."
+        )

@@ -1,0 +1,47 @@
+"""A rollout sampled by all processes together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from falign.data import PromptRow
+from falign.evaluation.groups import Draw, GroupSampler
+from falign.rollouts import Engine
+from falign.training.processes import gathered, num_processes, part, rank
+
+__all__ = ["DividedSampler"]
+
+
+class DividedSampler:
+    """Divides the prompts among the processes, and gives each of them all groups.
+
+    Every completion's random numbers follow from its number in the whole rollout, which is therefore the same however
+    many processes sample it.
+
+    Args:
+        sampler: Samples and rewards the prompts of this process.
+    """
+
+    def __init__(self, sampler: GroupSampler) -> None:
+        self.sampler = sampler
+
+    @property
+    def engine(self) -> Engine:
+        """What samples."""
+        return self.sampler.engine
+
+    def with_completions(self, completions: int) -> DividedSampler:
+        """Return a sampler of groups of another size."""
+        return DividedSampler(self.sampler.with_completions(completions))
+
+    def sample(self, rows: Sequence[PromptRow], *, version: int, number: int) -> Draw:
+        """Return one group per prompt, in their order; all processes have to call it, with the same arguments."""
+        places = part(range(len(rows)), rank(), num_processes())
+        own = [rows[place] for place in places]
+        if not own:  # where weights are sharded none may stay away
+            self.sampler.sample(rows[:1], version=version, number=number)
+        draws = [self.sampler.sample(own, version=version, number=number, first=places[0])] if own else []
+        whole = Draw([], 0)
+        for draw in gathered(draws):
+            whole += draw
+        return whole

@@ -1,0 +1,191 @@
+"""Stopping at the first loss, gradient or reward that is no number, or leaving the step out and counting it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from falign.errors import TrainingError
+from falign.objectives import CompletionBatch, Hybrid, Objective, ObjectiveOutput, PolicyGradient
+
+__all__ = ["NonsenseGuard", "describe_loss", "term_names"]
+
+MOST_IN_A_ROW = 10
+"""Steps left out one after the other, beyond which the policy itself is taken for broken."""
+ROWS_NAMED = 8
+ADVICE = (
+    "Look at these rows (`falign data check`) and at logratios/* of the steps before; a lower learning rate or a "
+    "larger beta keeps the policy nearer. Checkpoints written so far are intact; --resume --skip-bad goes on from the "
+    "last of them and leaves such steps out."
+)
+
+
+class NonsenseGuard:
+    """What was no number in a step, and how often that has been.
+
+    Args:
+        skip: Whether such a step is counted and left out; else it stops the run.
+        tell: Is told of each step that is left out.
+
+    Attributes:
+        skipped: Steps left out since the run began.
+    """
+
+    def __init__(self, *, skip: bool, tell: Callable[[str], None]) -> None:
+        self.skip, self.tell = skip, tell
+        self.skipped = self._in_a_row = 0
+        self._steps = self._untaken = 0  # since the last log
+        self._found: str | None = None
+        self._places: dict[str, None] = {}
+
+    def begin_step(self) -> None:
+        """Forget the rows of the step before."""
+        self._found, self._places = None, {}
+
+    def check_loss(self, loss: Tensor, *, step: int, places: Sequence[str], describe: Callable[[], str]) -> bool:
+        """Return whether the loss of a micro-batch is a number.
+
+        Args:
+            loss: Of the micro-batch.
+            step: Which step, for messages.
+            places: Where its rows came from.
+            describe: Says what is wrong; called only where something is.
+
+        Raises:
+            TrainingError: It is none, and is not to be skipped.
+        """
+        self._places |= dict.fromkeys(places)
+        if torch.isfinite(loss):
+            return True
+        self._refuse(f"Step {step}: {describe()}")
+        return False
+
+    def check_gradient(self, norm: Tensor | float | None, *, step: int, terms: Sequence[str]) -> bool:
+        """Return whether a step may be taken.
+
+        Args:
+            norm: Of the gradient of the whole step.
+            step: Which step, for messages.
+            terms: What the objective's terms are called.
+
+        Raises:
+            TrainingError: The gradient is no number, and is not to be skipped; or too many steps were skipped.
+        """
+        self._steps += 1
+        finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)).all())
+        if finite and self._found is None:
+            self._in_a_row = 0
+            return True
+        if self._found is None:
+            kind = f"{'term' if len(terms) == 1 else 'terms'} {', '.join(terms)}"
+            self._refuse(
+                f"Step {step}: the gradient's norm is {float(norm or 0.0)} on {_listed(self._places)} ({kind})."
+            )
+        self._untaken += 1
+        self.count(self._found or "")
+        return False
+
+    def count(self, message: str) -> None:
+        """Count a step, or the rollout for one, that is left out.
+
+        Raises:
+            TrainingError: It is one too many.
+        """
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row > MOST_IN_A_ROW:
+            raise TrainingError(
+                f"{message} That is the step number {self._in_a_row} in a row that is no number: the policy is broken, "
+                "and not the data. Resume from an earlier checkpoint with a lower learning rate."
+            )
+        self.tell(f"{message} It is left out (training.skip_bad); {self.skipped} so far.")
+
+    def mean_over_taken(self, loss: float) -> float | None:
+        """Return a mean over all steps since the last log as one over those that were taken; None where none was."""
+        steps, taken = self._steps, self._steps - self._untaken
+        self._steps = self._untaken = 0
+        return loss * steps / taken if taken else None
+
+    def state_dict(self) -> dict[str, int]:
+        """Return plain values that :meth:`load_state_dict` takes."""
+        return {
+            "skipped": self.skipped,
+            "in_a_row": self._in_a_row,
+            "steps": self._steps,
+            "untaken": self._untaken,
+        }
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on counting from a state."""
+        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
+        self._steps, self._untaken = state["steps"], state["untaken"]
+
+    def _refuse(self, message: str) -> None:
+        if not self.skip:
+            raise TrainingError(f"{message} {ADVICE}")
+        self._found = self._found or message
+
+
+def term_names(objective: Objective) -> tuple[str, ...]:
+    """Return what the terms of an objective are called in messages, in their order."""
+    if isinstance(objective, Hybrid):
+        return (*term_names(objective.policy_gradient), "rehearsal")
+    if isinstance(objective, PolicyGradient):
+        return ("policy_gradient", "values") if "values" in objective.needs else ("policy_gradient",)
+    return (type(objective).__name__,)
+
+
+def describe_loss(objective: Objective, batch: CompletionBatch, output: ObjectiveOutput, places: Sequence[str]) -> str:
+    """Return which term of which rows is no number, and what was none before it came to the objective.
+
+    Args:
+        objective: What was minimised.
+        batch: What it was called with.
+        output: What it returned.
+        places: Where each completion came from, N strings.
+    """
+    names = term_names(objective)
+    sums = [(term.losses * term.weights).detach().sum() for term in output.terms]
+    bad = [k for k, total in enumerate(sums) if not torch.isfinite(total)]
+    terms = ", ".join(names[k] if len(names) == len(sums) else str(k + 1) for k in bad) or "all together"
+    rows = _rows(objective, batch, places, bad) or list(dict.fromkeys(places))
+    value = sums[bad[0]].item() if bad else float("inf")
+    causes = _not_finite(batch)
+    why = f"; not finite before: {', '.join(causes)}" if causes else ""
+    return f"the loss is {value} on {_listed(rows)} (term {terms}{why})."
+
+
+def _rows(objective: Objective, batch: CompletionBatch, places: Sequence[str], bad: Sequence[int]) -> list[str]:
+    """Return the rows whose own terms are no number: each prompt's completions on their own say so."""
+    plain = replace(batch, **{name: value.detach() for name, value in _tensors(batch).items()})
+    found: dict[str, None] = {}
+    for prompt in batch.prompt_index.unique():
+        own = batch.prompt_index == prompt
+        terms = objective(plain.select(own)).terms
+        if any(not torch.isfinite((terms[k].losses * terms[k].weights).sum()) for k in bad if k < len(terms)):
+            found[places[int(own.nonzero()[0])]] = None
+    return list(found)
+
+
+def _not_finite(batch: CompletionBatch) -> list[str]:
+    mask, found = batch.completion_mask, []
+    for name, value in _tensors(batch).items():
+        if value.is_floating_point():
+            inside = value[mask] if value.shape == mask.shape else value
+            found += [] if torch.isfinite(inside).all() else [name]
+    return found
+
+
+def _tensors(batch: CompletionBatch) -> dict[str, Tensor]:
+    values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _listed(places: Any) -> str:
+    rows = sorted(places)
+    more = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
+    return ", ".join(rows[:ROWS_NAMED]) + more

@@ -1,0 +1,82 @@
+"""The processes of a run: launched together, each with a share of the work, one of them the writer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from falign.errors import ConfigError
+
+__all__ = ["gathered", "is_writer", "join", "num_processes", "own_batches", "part", "rank", "shards", "wait"]
+
+T = TypeVar("T")
+
+SHARDS = "FALIGN_SHARDS"
+
+
+def join() -> None:
+    """Take this process's place among those that a launcher started; one that was started alone is the only one."""
+    on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+    if on_cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # Accelerate takes a process without a device to be alone
+    if os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ConfigError("ZeRO (DeepSpeed) is not supported: take configs/accelerate/fsdp2.yaml, or ddp.yaml.")
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise ConfigError("FSDP is meant in its second version here: set fsdp_config.fsdp_version=2.")
+        # Taken over: the model is sharded before anything is computed, and on CPUs, where Accelerate does not.
+        os.environ[SHARDS] = "true"
+    PartialState(cpu=on_cpu)
+
+
+def shards() -> bool:
+    """Return whether the processes share the weights of models (FSDP2); else each has them whole (DDP)."""
+    return num_processes() > 1 and os.environ.get(SHARDS) == "true"
+
+
+def num_processes() -> int:
+    """Return how many processes the run has."""
+    return PartialState().num_processes
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return PartialState().process_index
+
+
+def is_writer() -> bool:
+    """Return whether this is the process that writes the run folder and talks to the user."""
+    return PartialState().is_main_process
+
+
+def wait() -> None:
+    """Wait until all processes have come here."""
+    PartialState().wait_for_everyone()
+
+
+def gathered(items: list[T]) -> list[T]:
+    """Return the items of all processes, those of the first process first; all of them have to call it."""
+    return gather_object(items) if num_processes() > 1 else items
+
+
+def part(items: Sequence[T], number: int, parts: int) -> Sequence[T]:
+    """Return one of several parts of a sequence, in its order, whose sizes differ by at most one."""
+    return items[len(items) * number // parts : len(items) * (number + 1) // parts]
+
+
+def own_batches(items: Sequence[T], size: int) -> Iterator[tuple[Sequence[T], bool]]:
+    """Yield this process's part of a sequence in batches, and as many batches as every other process has.
+
+    Where the weights are spread over the processes a pass of the model is a joint work, and none may stay away: a
+    process with fewer batches yields the first item again, with False, which says that it does not count.
+    """
+    count = num_processes()
+    own, most = part(items, rank(), count), -(-len(items) // count)
+    for start in range(0, most, size):
+        batch = own[start : start + size]
+        yield (batch, True) if batch else (items[:1], False)

@@ -1,0 +1,82 @@
+"""Which rows make up the micro-batches of a process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from falign.scoring import TokenBudgetBatches
+
+__all__ = ["Batches", "RowBatches", "Share"]
+
+
+class RowBatches:
+    """So many rows at a time; a batch sampler for a data loader.
+
+    Args:
+        num_rows: Rows in all.
+        size: Of a batch; the last one may be smaller.
+        seed: With the epoch's number it gives the order.
+        shuffle: False keeps the given order.
+
+    Example:
+        >>> list(RowBatches(5, size=2, seed=0, shuffle=False))
+        [[0, 1], [2, 3], [4]]
+    """
+
+    def __init__(self, num_rows: int, *, size: int, seed: int, shuffle: bool = True) -> None:
+        self.num_rows, self.size, self.seed, self.shuffle = num_rows, size, seed, shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order of this epoch from here on."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_rows / self.size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(range(self.num_rows))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = torch.randperm(self.num_rows, generator=generator).tolist()
+        return iter([order[start : start + self.size] for start in range(0, self.num_rows, self.size)])
+
+
+Batches = RowBatches | TokenBudgetBatches
+
+
+class Share:
+    """One process's part of the batches: every n-th of them.
+
+    What n processes do at once are neighbours in the order, so that a step takes the rows that one process would take
+    in n times as many micro-batches. No row comes twice. Where the batches run out before all processes have one, the
+    rest of them get an empty one, so that all have equally many.
+
+    Args:
+        batches: Of all processes together.
+        rank: Which process this is.
+        processes: How many there are.
+
+    Example:
+        >>> list(Share(RowBatches(5, size=2, seed=0, shuffle=False), rank=1, processes=2))
+        [[2, 3], []]
+    """
+
+    def __init__(self, batches: Batches, *, rank: int, processes: int) -> None:
+        self.batch_sampler = batches  # under this name transformers looks for what has epochs
+        self.rank, self.processes = rank, processes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order of this epoch from here on."""
+        self.batch_sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.batch_sampler) / self.processes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = list(self.batch_sampler)
+        batches += [[]] * (len(self) * self.processes - len(batches))
+        return iter(batches[self.rank :: self.processes])

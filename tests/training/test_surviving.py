@@ -1,0 +1,128 @@
+"""Runs that go on: after damage, a kill before the first checkpoint, and between two logs."""
+
+import io
+import os
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from falign.errors import TrainingError
+from falign.training import parse_run, train
+from tests.training.pairs import run_data, write_pairs
+from tests.training.prompts import online_data, write_prompts
+
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+
+KINDS = pytest.mark.parametrize("kind", ["offline", "online"])
+
+
+@pytest.fixture
+def start(tiny, tmp_path):
+    """Return a function that starts or resumes a run with few steps; ``dies_at`` ends it when a step begins."""
+
+    def run(kind, name, *, resume=False, dies_at=None, console=None, **changes):
+        if kind == "offline":
+            data = run_data(tiny, write_pairs(tmp_path / "pairs.jsonl"), tmp_path / name)
+        else:
+            data = online_data(tiny, write_prompts(tmp_path / "prompts.jsonl"), tmp_path / name)
+            data["rollout"] = {**data["rollout"], "updates": 2}
+        data["training"] = {**data["training"], "max_steps": 5, "save_steps": 2, "save_total_limit": 5, **changes}
+        data.pop("sampling", None)
+        with pytest.MonkeyPatch.context() as patch:
+            if dies_at is not None:
+                patch.setattr("falign.training.trainer.move_when_due", dying(dies_at))
+            return train(parse_run(data), console=console or Console(quiet=True), resume=resume)
+
+    return run
+
+
+def dying(at):
+    def move(*args, step, **kwargs):
+        if step == at:
+            raise KeyboardInterrupt
+
+    return move
+
+
+def adapter(summary):
+    return load_file(summary.folder.adapter / "adapter_model.safetensors")
+
+
+def logs(summary):
+    return [
+        {name: value for name, value in log.items() if not name.startswith(("train_", "total_flos"))}
+        for log in summary.folder.metrics()
+    ]
+
+
+def assert_same(left, right):
+    assert logs(left) == logs(right)
+    assert all(torch.equal(value, adapter(right)[name]) for name, value in adapter(left).items())
+    assert left.after == right.after
+
+
+def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before_and_ends_as_if_nothing_had_been(start):
+    whole = start("offline", "whole")
+    with pytest.raises(KeyboardInterrupt):
+        start("offline", "broken", dies_at=4)
+    folder = whole.folder.path.with_name("broken")
+    os.truncate(folder / "checkpoint-4" / "optimizer.pt", 1000)
+    output = io.StringIO()
+    resumed = start("offline", "broken", resume=True, console=Console(file=output))
+    assert "checkpoint-4 is damaged (optimizer.pt has 1,000 of" in output.getvalue()
+    assert "goes on from checkpoint-2" in output.getvalue()
+    assert_same(resumed, whole)
+    names = {path.name for path in folder.iterdir()}
+    assert {"damaged-checkpoint-4", "checkpoint-2", "checkpoint-4"} <= names
+
+
+def test_where_no_checkpoint_is_whole_the_run_says_so_and_changes_nothing(start, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        start("offline", "run", dies_at=2)
+    (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").write_text("{")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(TrainingError, match=r"no whole checkpoint \(checkpoint-2: trainer_state.json has 1 of"):
+        start("offline", "run", resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@KINDS
+def test_what_was_not_logged_yet_at_a_checkpoint_is_in_the_next_log(start, kind):
+    whole = start(kind, "whole", logging_steps=3)
+    with pytest.raises(KeyboardInterrupt):
+        start(kind, "broken", dies_at=2, logging_steps=3)
+    assert_same(start(kind, "broken", resume=True, logging_steps=3), whole)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(start, tmp_path):
+    whole = start("offline", "whole")
+    with pytest.raises(KeyboardInterrupt):
+        start("offline", "broken", dies_at=1)
+    (tmp_path / "broken" / "manifest.json").unlink()  # as of one that came no further than its run file
+    output = io.StringIO()
+    assert_same(start("offline", "broken", resume=True, console=Console(file=output)), whole)
+    assert "has no checkpoint yet: the run begins again" in output.getvalue().replace("\n", " ")
+
+
+def test_a_checkpoint_and_what_it_is_called_are_synced_before_it_counts(start, monkeypatch):
+    events, sync, rename = [], os.fsync, os.rename
+
+    def synced(descriptor):
+        events.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    def renamed(source, target, **kwargs):
+        events.append(("rename", str(target)))
+        rename(source, target, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    folder = start("offline", "run", max_steps=2).folder.path
+    at = events.index(("rename", str(folder / "checkpoint-2")))
+    written = {path.name for path in (folder / "checkpoint-2").iterdir()}
+    before = [place for kind, place in events[:at] if kind == "sync"]
+    assert written <= {place.rpartition("/")[2] for place in before if "/.checkpoint-2." in place}
+    assert str(folder / "metrics.jsonl") in before
+    assert events[at + 1] == ("sync", str(folder))
