@@ -87,6 +87,7 @@ def plan(config):
     seen = {}
     built = {name: describe(getattr(trainer, name, None), seen) for name in OF_THE_TRAINER}
     torch.manual_seed(0)
+    trainer._tr_loss = torch.zeros(())  # of the loop, which is not run here
     if online:
         config.output_dir.mkdir(exist_ok=True)
         trainer.table.path.unlink(missing_ok=True)
@@ -101,6 +102,7 @@ def plan(config):
     return {
         "language": describe(language),
         "built": built,
+        "skips": trainer.guard.skip,
         "data": describe(data.report),
         "batches": describe(batches),
         "means": describe(means),

@@ -33,10 +33,21 @@ NOTHING_TO_BUILD = {
             "SoupConfig.kind",
             "MovingAverageConfig.kind",
             "PeriodicResetConfig.kind",
+            "TransformersEngineConfig.kind",
         ),
         "the name of the variant; the other variants' kinds are changed, and RunConfig.reference",
     ),
     "ClassifierConfig.revision": "of a repository on the Hub: a folder has one revision, and there is no network here",
+    **dict.fromkeys(
+        (
+            "RolloutConfig.engine",
+            *(
+                f"VLLMEngineConfig.{name}"
+                for name in ("kind", "url", "shared_dir", "timeout", "wait", "sync", "max_gap")
+            ),
+        ),
+        "of a server, and there is none here: tests/rollouts/test_vllm_engine.py and test_online_vllm.py have one",
+    ),
     **dict.fromkeys(
         ("MovingAverageConfig.cache", "PeriodicResetConfig.cache"),
         "there to say why it is refused: it can only be null",
@@ -304,6 +315,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             save_steps=2,
             save_total_limit=1,
             report_to="tensorboard",
+            skip_bad=True,
             tokens_per_batch=100,
             layout="padded",
             chunk_tokens=3,
@@ -357,8 +369,10 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             max_batch_tokens=16,
             fit_samples=With(16, run={"objective": MOMENTS}),
             evaluation={"completions": 3},
+            correction={"cap": 1.5},
         ),
     ),
+    "CorrectionConfig": ("rollout.correction", Changes({"cap": 2.0}, cap=1.0)),
     "DifficultyConfig": (
         "rollout.difficulty",
         Changes({"low": 0.3, "high": 0.7, "max_rounds": 2}, low=0.0, high=1.0, max_rounds=1),
@@ -371,6 +385,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
 }
 ONLINE = frozenset(
     {"PromptsConfig", "PromptSourceConfig", "RolloutConfig", "DifficultyConfig", "EvaluationConfig"}
+    | {"CorrectionConfig"}
     | {"RehearsalDataConfig"}
 )
 """Sections of runs that sample their own completions."""
