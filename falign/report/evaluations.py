@@ -166,5 +166,5 @@ def _read(file: Path) -> RewardSummary | SampleSummary:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise ConfigError(f"{file}: {place} is not of an evaluation's form ({first['msg']}): {remedy}") from error
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is damaged ({error}): {remedy}") from error

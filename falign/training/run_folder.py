@@ -129,7 +129,8 @@ class RunFolder:
         """
         root = self.path.resolve()
         for entry in (*self.path.iterdir(), *self.path.glob("evaluation/*")):
-            if entry.is_symlink() and not entry.resolve().is_relative_to(root):
+            target = Path(os.path.realpath(entry))  # Path.resolve raises where a link is its own target
+            if entry.is_symlink() and not target.is_relative_to(root):
                 raise ConfigError(f"{entry} is a link that leads out of the run folder: remove it.")
 
     def require_same(self, config: RunConfig) -> None:

@@ -191,6 +191,7 @@ def checkpoints(folder: Path) -> Attempt:
             config, load_language(config), config.check(), callbacks=[], console=Console(file=io.StringIO())
         )
         trainer.create_optimizer_and_scheduler(3)
+        trainer._tr_loss = torch.zeros(())  # the loop has it, which does not run here
         trainers.append((trainer, max(run.glob("checkpoint-*"))))
 
     def attempt(random: Random) -> None:

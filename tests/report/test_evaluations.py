@@ -60,3 +60,9 @@ def test_a_damaged_summary_is_named(tmp_path):
     file.write_text(file.read_text()[:-9])
     with pytest.raises(ConfigError, match=r"summary.json is damaged .*evaluate anew"):
         read_evaluations(tmp_path)
+
+
+def test_a_folder_in_place_of_a_summary_is_damage(tmp_path):
+    (tmp_path / "evaluation" / "rewards" / "summary.json").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"summary.json is damaged"):
+        read_evaluations(tmp_path)

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import io
+import re
 import types
 from enum import Enum
 from pathlib import Path
@@ -21,16 +22,19 @@ PLAIN = (type(None), bool, int, str, bytes, Path, torch.dtype, torch.device, ran
 OF_THE_TRAINER = (
     *("policy", "reference", "objective", "args", "layout", "chunk_tokens", "tokens_per_batch"),
     *("train_dataset", "eval_dataset", "rehearsal", "rehearsal_size", "prompts", "eval_prompts"),
-    *("value_head", "sampler", "evaluation_sampler"),
+    *("value_head", "sampler", "evaluation_sampler", "guard", "max_gap", "correction"),
 )
 NOT_MADE_HERE = ("hook", "forward", "hf_device_map")
+DRAWN = re.compile(r"falign-[0-9a-f]{8}")  # of folders that have a new name each time
 
 
 def describe(value, seen=None):
     """Plain values that differ where what they describe does; sections of a run file in it are left out."""
     seen = {} if seen is None else seen
     if isinstance(value, PLAIN):
-        return str(value) if isinstance(value, Path | range | torch.dtype | torch.device | bytes) else value
+        if isinstance(value, Path) or (isinstance(value, str) and "/" in value):
+            return DRAWN.sub("*", str(value))
+        return str(value) if isinstance(value, range | torch.dtype | torch.device | bytes) else value
     if isinstance(value, float):
         return repr(value)
     if isinstance(value, BaseModel):
@@ -87,7 +91,7 @@ def plan(config):
     seen = {}
     built = {name: describe(getattr(trainer, name, None), seen) for name in OF_THE_TRAINER}
     torch.manual_seed(0)
-    trainer._tr_loss = torch.zeros(())  # of the loop, which is not run here
+    trainer._tr_loss = torch.zeros(())  # the loop has it, which does not run here
     if online:
         config.output_dir.mkdir(exist_ok=True)
         trainer.table.path.unlink(missing_ok=True)
@@ -102,7 +106,6 @@ def plan(config):
     return {
         "language": describe(language),
         "built": built,
-        "skips": trainer.guard.skip,
         "data": describe(data.report),
         "batches": describe(batches),
         "means": describe(means),

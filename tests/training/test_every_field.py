@@ -17,6 +17,7 @@ from falign.models import add_lora, export_adapter, load_model, load_tokenizer
 from falign.training import objective_config, parse_run, reward_config, target_config
 from falign.training.config import RunConfig
 from tests.models.tiny import VOCABULARY, fill_adapter, save_tiny, tiny_tokenizer
+from tests.rollouts.loopback import Loopback
 from tests.training.pairs import run_data, write_pairs
 from tests.training.plan import describe, plan
 from tests.training.prompts import online_data, write_prompts
@@ -31,23 +32,14 @@ NOTHING_TO_BUILD = {
             "AutoReferenceConfig.kind",
             "AdapterReferenceConfig.kind",
             "SoupConfig.kind",
+            "VLLMEngineConfig.kind",
+            "TransformersEngineConfig.kind",
             "MovingAverageConfig.kind",
             "PeriodicResetConfig.kind",
-            "TransformersEngineConfig.kind",
         ),
         "the name of the variant; the other variants' kinds are changed, and RunConfig.reference",
     ),
     "ClassifierConfig.revision": "of a repository on the Hub: a folder has one revision, and there is no network here",
-    **dict.fromkeys(
-        (
-            "RolloutConfig.engine",
-            *(
-                f"VLLMEngineConfig.{name}"
-                for name in ("kind", "url", "shared_dir", "timeout", "wait", "sync", "max_gap")
-            ),
-        ),
-        "of a server, and there is none here: tests/rollouts/test_vllm_engine.py and test_online_vllm.py have one",
-    ),
     **dict.fromkeys(
         ("MovingAverageConfig.cache", "PeriodicResetConfig.cache"),
         "there to say why it is refused: it can only be null",
@@ -197,6 +189,8 @@ REWARDS = {
         device="nowhere",
     ),
 }
+URL, OTHER_URL = "a server", "another server"
+COLDER = {"prompts": 4, "completions": 4, "max_new_tokens": 8, "temperature": 0.5}
 MOVING = {"every": 4}
 LONG = {"path": "long.jsonl"}
 REHEARSES = {"objective": {"kind": "hybrid"}, "rehearsal": {"path": "rehearsal.jsonl", "completions": 2}}
@@ -315,10 +309,10 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             save_steps=2,
             save_total_limit=1,
             report_to="tensorboard",
-            skip_bad=True,
             tokens_per_batch=100,
             layout="padded",
             chunk_tokens=3,
+            skip_bad=True,
         ),
     ),
     "SamplingConfig": (
@@ -369,13 +363,26 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             max_batch_tokens=16,
             fit_samples=With(16, run={"objective": MOMENTS}),
             evaluation={"completions": 3},
-            correction={"cap": 1.5},
+            engine={"kind": "vllm", "shared_dir": "shared", "url": URL},
+            correction=With({"cap": 1.5}, updates=2),
         ),
     ),
-    "CorrectionConfig": ("rollout.correction", Changes({"cap": 2.0}, cap=1.0)),
     "DifficultyConfig": (
         "rollout.difficulty",
         Changes({"low": 0.3, "high": 0.7, "max_rounds": 2}, low=0.0, high=1.0, max_rounds=1),
+    ),
+    "CorrectionConfig": ("rollout.correction", Changes({"cap": 1.1}, cap=With(3.0, run={"rollout": COLDER}))),
+    "VLLMEngineConfig": (
+        "rollout.engine",
+        Changes(
+            {"kind": "vllm", "shared_dir": "shared", "url": URL},
+            url=OTHER_URL,
+            shared_dir="shared2",
+            timeout=9.0,
+            wait=4.0,
+            sync="merged",
+            max_gap=0.5,
+        ),
     ),
     "EvaluationConfig": ("rollout.evaluation", Changes({"completions": 4}, completions=3, temperature=0.5)),
     "RehearsalDataConfig": (
@@ -385,8 +392,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
 }
 ONLINE = frozenset(
     {"PromptsConfig", "PromptSourceConfig", "RolloutConfig", "DifficultyConfig", "EvaluationConfig"}
-    | {"CorrectionConfig"}
-    | {"RehearsalDataConfig"}
+    | {"RehearsalDataConfig", "CorrectionConfig", "VLLMEngineConfig"}
 )
 """Sections of runs that sample their own completions."""
 
@@ -502,8 +508,27 @@ def test_a_field_of_an_objective_or_a_reward_changes_what_is_built(section, fiel
         assert after != before
 
 
+@pytest.fixture
+def servers(files):
+    """Return a function that puts the addresses of two servers, started at need, in place of their names."""
+    started = {}
+
+    def with_addresses(run):
+        for name in (URL, OTHER_URL):
+            if repr(name) in str(run) and name not in started:
+                started[name] = Loopback(files / "tiny").start()
+        text = json.dumps(run, default=str)
+        for name, server in started.items():
+            text = text.replace(json.dumps(name), json.dumps(server.url))
+        return json.loads(text)
+
+    yield with_addresses
+    for server in started.values():
+        server.stop()
+
+
 @pytest.mark.parametrize(("section", "field"), changed_fields(RUNS))
-def test_a_field_of_a_run_changes_its_plan(section, field, files, monkeypatch):
+def test_a_field_of_a_run_changes_its_plan(section, field, files, servers, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(files / "modules"))
     monkeypatch.syspath_prepend(str(files / "modules"))
     write_data(files)
@@ -512,11 +537,11 @@ def test_a_field_of_a_run_changes_its_plan(section, field, files, monkeypatch):
     write_models(files, set(re.findall(r"[\w-]+", str([changes.base, change.beside, change.value]))))
     online = section in ONLINE if change.online is None else change.online
     base = run_of(files, path, {**changes.base, **change.beside}, change.run, online=online)
-    before = plan(parse_run(base))
-    assert before == plan(parse_run(base))
+    before = plan(parse_run(servers(base)))
+    assert before == plan(parse_run(servers(base)))
     changed = run_of(files, path, {**changes.base, **change.beside, field: change.value}, change.run, online=online)
     try:
-        after = plan(parse_run(changed))
+        after = plan(parse_run(servers(changed)))
     except FalignError:
         assert f"{section}.{field}" in MAY_REFUSE
     else:

@@ -315,6 +315,16 @@ def test_half_a_last_line_of_metrics_does_not_block_resuming(start):
     assert losses(start(resume=True, training=settings).folder) == before
 
 
+def test_a_link_to_itself_leads_nowhere_and_one_outside_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "samples.json").symlink_to("samples.json")
+    RunFolder(folder).refuse_links()
+    (folder / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"metrics.jsonl is a link that leads out"):
+        RunFolder(folder).refuse_links()
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", '{"base_weights": "x", "reference": 3}', "{"])
 def test_a_damaged_record_of_a_run_is_named(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
