@@ -187,7 +187,8 @@ def compare(whole: Path, other: Path) -> list[str]:
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """Return all that was logged but what depends on time."""
     logs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    timeless = [{key: log[key] for key in log if not key.startswith(("train_", "total_flos"))} for log in logs]
+    timed = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
+    timeless = [{key: log[key] for key in log if key not in timed} for log in logs]
     return [log for log in timeless if log.keys() - {"step", "epoch"}]
 
 

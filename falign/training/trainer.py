@@ -189,6 +189,7 @@ class AlignmentTrainer(Trainer):
             self.reference.save(folder, self.policy)
         state = {
             "loss": self._tr_loss.item(),
+            "logged": self._total_loss_scalar,
             "since": self._globalstep_last_logged,
             "means": self.means.state_dict(),
             "guard": self.guard.state_dict(),
@@ -210,6 +211,7 @@ class AlignmentTrainer(Trainer):
             if checkpoint is not None:
                 state = json.loads((Path(checkpoint) / UNLOGGED).read_text(encoding="utf-8"))[rank()]
                 self._loss_before = self._tr_loss.fill_(state["loss"]).clone()
+                self._total_loss_scalar = state["logged"]
                 self._globalstep_last_logged = state["since"]
                 self.means.load_state_dict(state["means"], self.args.device)
                 self.guard.load_state_dict(state["guard"])
@@ -376,6 +378,8 @@ class AlignmentTrainer(Trainer):
             if self.guard.skip:
                 loss = self.guard.mean_over_taken(logs.pop("loss"))
                 logs = {**({} if loss is None else {"loss": loss}), **logs, "skipped_steps": self.guard.skipped}
+        if "train_loss" in logs:  # of the whole run, whatever part of it this process has done
+            logs = {**logs, "train_loss": self._total_loss_scalar / max(self.state.global_step, 1)}
         super().log(logs, start_time)
 
     @override
