@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from falign.scoring.batch import TreeSpan
+from falign.scoring.tree_calls import attend_in_tree, sees
 
 __all__ = ["TreeMask"]
 
@@ -21,8 +22,8 @@ class TreeMask(Tensor):
 
     To a model it is a boolean tensor of shape (R, 1, L, L). `scaled_dot_product_attention` called with it attends
     tree by tree, so that its cost is that of the trees and not the square of the row: on a GPU by FlexAttention with a
-    block mask, elsewhere by one causal call for each prompt and one for the completions behind it. What fills a row
-    attends nowhere and gets zeros.
+    block mask, elsewhere by causal calls for the prompt and for each long completion behind it, or one call for all
+    the short ones. What fills a row attends nowhere and gets zeros.
     """
 
     spans: tuple[TreeSpan, ...]
@@ -79,7 +80,7 @@ class TreeMask(Tensor):
         dense = torch.eye(self.columns, dtype=torch.bool).repeat(self.shape[0], 1, 1, 1)
         for span in self.spans:
             inside = slice(span.start, span.start + span.length)
-            dense[span.row, 0, inside, inside] = _sees(span, self.window)
+            dense[span.row, 0, inside, inside] = sees(span, self.window)
         return dense.to(self.device)
 
     def additive(self, dtype: torch.dtype) -> Float[Tensor, "R 1 L L"]:
@@ -99,20 +100,6 @@ class TreeMask(Tensor):
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
-
-
-def _sees(span: TreeSpan, window: int | None) -> Bool[Tensor, "S S"]:
-    """The visibility rule of one tree, written once; everything else is a way to compute with it."""
-    branch = torch.zeros(span.length, dtype=torch.long)
-    position = torch.arange(span.length)
-    begin = span.prompt_length
-    for number, length in enumerate(span.completion_lengths, start=1):
-        branch[begin : begin + length] = number
-        position[begin : begin + length] = span.prompt_length + torch.arange(length)
-        begin += length
-    distance = position[:, None] - position[None, :]
-    sees = ((branch == 0)[None, :] | (branch[:, None] == branch[None, :])) & (distance >= 0)
-    return sees if window is None else sees & (distance < window)
 
 
 def _attend(
@@ -151,26 +138,9 @@ def _row(
     filling = mask.columns - sum(sizes)
     parts = [tensor.split([*sizes, filling], dim=2) for tensor in (query, key, value)]
     for span, q, k, v in zip(spans, *parts, strict=False):
-        windowed = mask.window is not None and mask.window < span.depth
-        if windowed:
-            bias = mask.once((span, "all", q.dtype), lambda s=span, t=q: _bias(s, mask.window, 0, t))
-            yield F.scaled_dot_product_attention(q, k, v, attn_mask=bias, **options).transpose(1, 2)
-            continue
-        # The prompt sees itself; the completions see it and themselves. No one else needs a mask's worth of zeros.
-        p = span.prompt_length
-        prompt, completions = q.split([p, span.length - p], dim=2)
-        own = F.scaled_dot_product_attention(prompt, k[:, :, :p], v[:, :, :p], is_causal=True, **options)
-        yield own.transpose(1, 2)
-        bias = mask.once((span, "completions", q.dtype), lambda s=span, t=q: _bias(s, None, s.prompt_length, t))
-        yield F.scaled_dot_product_attention(completions, k, v, attn_mask=bias, **options).transpose(1, 2)
+        yield from attend_in_tree(span, q, k, v, window=mask.window, once=mask.once, options=options)
     if filling:
         yield value.new_zeros(1, filling, query.shape[1], value.shape[-1])
-
-
-def _bias(span: TreeSpan, window: int | None, first: int, like: Tensor) -> Float[Tensor, "1 1 Q S"]:
-    sees = _sees(span, window)[first:]
-    bias = torch.zeros(sees.shape, dtype=like.dtype).masked_fill(~sees, -torch.inf)
-    return bias[None, None].to(like.device)
 
 
 @cache

@@ -5,6 +5,7 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from falign.scoring import PromptTree, TreeMask, TreeSpan, pack
 from falign.scoring.tree_attention import _block_mask
+from falign.scoring.tree_calls import is_long
 
 TREES = [
     PromptTree((5, 6, 7), ((8, 9, 2), (10, 2))),
@@ -48,11 +49,25 @@ def test_a_window_counts_positions_on_the_path_and_not_columns():
     assert seen[7].nonzero()[:, 0].tolist() == [2, 6, 7]
 
 
+# Completions long enough to be worth a call each: behind a shorter prompt, and behind a longer one.
+LONG = [
+    PromptTree((5,) * 9, ((6,) * 120, (7,) * 90, (8,) * 5, (9,) * 80)),
+    PromptTree((5,) * 50, ((6,) * 90, (7,) * 30, (8,) * 80, (9,) * 75)),
+]
+
+
+def test_only_long_completions_are_attended_one_by_one():
+    assert [is_long(span) for span in pack(TREES, pad_token_id=0).spans] == [False] * 3
+    assert [is_long(span) for span in pack(LONG, pad_token_id=0).spans] == [True] * 2
+    for shape in (((1,) * 2000, ((1,) * 300, (1,) * 300)), ((1,) * 100, ((1,) * 10,) * 16)):
+        assert not is_long(pack([PromptTree(*shape)], pad_token_id=0).spans[0])
+
+
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("row_tokens", [None, 15])
+@pytest.mark.parametrize(("trees", "row_tokens"), [(TREES, None), (TREES, 15), (LONG, None), (LONG + TREES, 400)])
 @pytest.mark.parametrize("gqa", [False, True])
-def test_attention_by_trees_is_attention_with_the_mask_written_out(window, row_tokens, gqa):
-    batch = pack(TREES, pad_token_id=0, row_tokens=row_tokens, pad_to_multiple_of=4)
+def test_attention_by_trees_is_attention_with_the_mask_written_out(window, trees, row_tokens, gqa):
+    batch = pack(trees, pad_token_id=0, row_tokens=row_tokens, pad_to_multiple_of=4)
     mask, (rows, columns) = mask_of(batch, window), batch.input_ids.shape
     generator = torch.Generator().manual_seed(0)
     shapes = [(rows, heads, columns, 8) for heads in ((4, 2, 2) if gqa else (2, 2, 2))]
