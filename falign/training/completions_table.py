@@ -12,7 +12,7 @@ __all__ = ["CompletionsTable"]
 
 
 class CompletionsTable:
-    """A line for each completion, with the step before which it was sampled.
+    """A line for each completion, with the step before which it was sampled, or, if drawn ahead, first learnt from.
 
     Args:
         path: The file; None writes nothing.

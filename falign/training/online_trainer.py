@@ -21,6 +21,7 @@ from falign.objectives import CompletionBatch, Hybrid, Objective, PolicyGradient
 from falign.references import ObjectiveInputs, Reference
 from falign.rollouts.seeds import mixed
 from falign.scoring import DEFAULT_CHUNK_TOKENS, Layout, PromptTree, completion_scores, evaluation_mode
+from falign.training.ahead import Drawn, RolloutAhead
 from falign.training.completions_table import CompletionsTable
 from falign.training.divided_sampler import DividedSampler
 from falign.training.online_metrics import evaluation_metrics, rollout_metrics
@@ -106,6 +107,8 @@ class OnlineTrainer(AlignmentTrainer):
         self.partition = RunningPartition()
         self.buffer: list[ScoredTree] = []
         self.num_rollouts, self.max_gap = 0, max_gap
+        self.ahead, self.staleness = RolloutAhead(), 0
+        self.position = 0  # of the prompts in their order, until which there are rollouts to learn from
         self._advised = rollout.ignore_stop
         super().__init__(
             model,
@@ -170,6 +173,7 @@ class OnlineTrainer(AlignmentTrainer):
             try:
                 return self._roll_out()
             except NonFiniteRewardError as error:
+                self.num_rollouts, self.position = self.num_rollouts + 1, self.order.position
                 message = f"Step {self.state.global_step + 1}: {error}"
                 if not self.guard.skip or num_processes() > 1:  # where the others would wait for this one's share
                     raise NonFiniteRewardError(f"{message} --resume --skip-bad leaves such rollouts out.") from error
@@ -177,13 +181,18 @@ class OnlineTrainer(AlignmentTrainer):
 
     def _roll_out(self) -> list[ScoredTree]:
         """Sample, reward and score one rollout, and add to it what is computed from all of it at once."""
-        position, number, self.num_rollouts = self.order.position, self.num_rollouts, self.num_rollouts + 1
         try:
-            draw, groups = self._sampled(number)
+            drawn = self.ahead.take() or self._publish(self.num_rollouts)()
+            self.sampler.engine.retire(drawn.number)
         except EngineError:
-            self.order.position, self.num_rollouts = position, number
+            self.order.position = self.position
             self._keep()
             raise
+        self.num_rollouts, self.position = drawn.number + 1, drawn.position
+        self.staleness = self.state.global_step - drawn.step
+        if self.rollout.ahead and self.state.global_step + self.rollout.num_updates < self.state.max_steps:
+            self._start_the_next(drawn)
+        draw, groups = drawn.draw, self._instructive(drawn.draw)
         trees, cut = self._scored([self._tree(group) for group in groups]), dict[str, Tensor]()
         if self.rollout.correction is not None:
             trees, weights_cut = correct(trees, importance=self._importance, cap=self.rollout.correction.cap)
@@ -201,16 +210,26 @@ class OnlineTrainer(AlignmentTrainer):
         self.table.write(self.state.global_step, draw)
         return trees
 
-    def _sampled(self, number: int) -> tuple[Draw, list[Group]]:
-        """Publish the policy, and draw what the next updates learn from."""
+    def _publish(self, number: int) -> Callable[[], Drawn]:
+        """Publish the policy as it is now; what is returned draws a rollout from it, in whatever thread."""
         self.sampler.engine.publish(self.policy, number)
-        if "preference" in self.objective.needs:
-            draw, groups = self._draw_to_compare(number)
-        else:
-            draw = self._draw(number, number)
-            groups = draw.groups
-        self.sampler.engine.retire(number)
-        return draw, groups
+        sample = self._draw_to_compare if "preference" in self.objective.needs else self._draw
+        step = self.state.global_step
+        return lambda: Drawn(sample(number, number), number, step, self.order.position)
+
+    def _start_the_next(self, drawn: Drawn) -> None:
+        try:
+            self.ahead.start(self._publish(self.num_rollouts))
+        except EngineError:
+            self.ahead.put(drawn)  # a run that goes on learns from it
+            self._keep()
+            raise
+
+    def _instructive(self, draw: Draw) -> list[Group]:
+        """Return the groups that say something: all, or, to compare, those whose completions are not worth the same."""
+        if "preference" not in self.objective.needs:
+            return draw.groups
+        return [group for group in draw.groups if len(set(group.rewards)) > 1]
 
     def _keep(self) -> None:
         """Write a checkpoint between two steps, for a run that goes on once its engine is mended."""
@@ -236,18 +255,17 @@ class OnlineTrainer(AlignmentTrainer):
                 "have no end here."
             )
 
-    def _draw_to_compare(self, number: int) -> tuple[Draw, list[Group]]:
+    def _draw_to_compare(self, version: int, number: int) -> Draw:
         """Draw until there is a prompt for each minibatch; one whose completions are worth the same says nothing."""
-        draw, groups = Draw([], 0), list[Group]()
+        draw, found = Draw([], 0), 0
         for attempt in range(MOST_DRAWS):
-            draw += self._draw(number, mixed(number, attempt) if attempt else number)
-            groups = [group for group in draw.groups if len(set(group.rewards)) > 1]
-            if len(groups) >= self.rollout.minibatches:
-                return draw, groups
+            draw += self._draw(version, mixed(number, attempt) if attempt else number)
+            if (found := len(self._instructive(draw))) >= self.rollout.minibatches:
+                return draw
         self.table.write(self.state.global_step, draw)
         raise RolloutError(
             f"Step {self.state.global_step + 1}: of {draw.num_sampled} prompts, drawn in {MOST_DRAWS} rounds, "
-            f"{len(groups)} have completions of different rewards, fewer than rollout.minibatches="
+            f"{found} have completions of different rewards, fewer than rollout.minibatches="
             f"{self.rollout.minibatches}, and nothing can be learnt from the others. Raise rollout.completions, or "
             "look at the rewards in completions.jsonl."
         )
@@ -291,7 +309,8 @@ class OnlineTrainer(AlignmentTrainer):
         needs = self.objective.needs
         fresh = self.objective.policy_gradient.needs if isinstance(self.objective, Hybrid) else needs
         wants_reference = "reference_logprobs" in fresh and self.objective.token_divergence is None
-        elsewhere = self.rollout.temperature != 1.0  # then the sampler's law is what importance weights are to
+        # Then the sampler's law is what importance weights are to.
+        elsewhere = self.rollout.temperature != 1.0 or self.rollout.ahead
         # On the only update of a rollout the policy is the one that sampled.
         wants_policy = (
             "log_partition" in needs
@@ -340,9 +359,11 @@ class OnlineTrainer(AlignmentTrainer):
         metrics = {"entropy": scored.entropy[own].detach()}
         if own.any() and sampled is not None and self.state.global_step % self.rollout.num_updates == 0:
             log_ratio = (completions.logprobs.detach() - sampled)[own]
-            if self.max_gap is not None and self.rollout.temperature == 1:
+            if self.max_gap is not None and self.rollout.temperature == 1 and self.staleness == 0:
                 require_gap(log_ratio, self.max_gap, step=self.state.global_step + 1)
             metrics |= gap_metrics(log_ratio)
+            if self.rollout.ahead:
+                metrics["sampler/staleness"] = torch.tensor([float(self.staleness)])
         return metrics
 
     @override
@@ -351,6 +372,7 @@ class OnlineTrainer(AlignmentTrainer):
     ) -> dict[str, float]:
         """Answer the held-out prompts, and log what the answers are worth and how far the policy has gone."""
         version = -1 - self.state.global_step
+        self.ahead.wait()
         engine = self.evaluation_sampler.engine
         try:
             engine.publish(self.policy, version)
@@ -381,14 +403,17 @@ class OnlineTrainer(AlignmentTrainer):
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The loop counts steps, of this process alone; what passes over the prompts there were is known here.
-        self.state.epoch = self.order.position / len(self.prompts)
+        self.state.epoch = self.position / len(self.prompts)
         super().log(logs, start_time)
 
     @override
     def write_state(self, folder: Path) -> None:
         super().write_state(folder)
+        ahead = self.ahead.state_dict(self.prompts)
         state = {
-            "order": self.order.position,
+            "order": self.position if ahead is None else ahead["position"],
+            "position": self.position,
+            "ahead": ahead,
             "rehearsal_order": self.rehearsal_order.position,
             "num_rollouts": self.num_rollouts,
             "partition": self.partition.state_dict(),
@@ -408,7 +433,9 @@ class OnlineTrainer(AlignmentTrainer):
         super().read_state(folder)
         state = json.loads((folder / ROLLOUT_STATE).read_text(encoding="utf-8"))
         self.order.position, self.rehearsal_order.position = state["order"], state["rehearsal_order"]
-        self.num_rollouts = state["num_rollouts"]
+        self.num_rollouts, self.position = state["num_rollouts"], state["position"]
+        if state["ahead"] is not None:
+            self.ahead.put(Drawn.from_state(state["ahead"], self.prompts))
         self.partition.load_state_dict(state["partition"])
         self.buffer = [ScoredTree.from_state(tree) for tree in state["buffer"]]
         if self.value_head is not None:

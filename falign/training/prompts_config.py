@@ -123,9 +123,20 @@ class RolloutConfig(FrozenModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: EngineConfig = TransformersEngineConfig()
     """What samples: ``{kind: transformers}`` or ``{kind: vllm, shared_dir: ...}``."""
+    ahead: bool = False
+    """Sample the next rollout while the policy learns from the last; its samples are weighted by ``π/π_sampler``."""
     correction: CorrectionConfig | None = None
     """``{cap: 2}`` takes the sampler's log-probabilities for those of π_old, and bounds the weights of that; for policy
     gradients."""
+
+    @model_validator(mode="after")
+    def _samples_beside_training(self) -> RolloutConfig:
+        if self.ahead and isinstance(self.engine, TransformersEngineConfig):
+            raise ValueError(
+                "ahead=true: the process that trains cannot sample at the same time; give it an engine of kind vllm, "
+                "or leave ahead out"
+            )
+        return self
 
     @property
     def num_updates(self) -> int:

@@ -364,6 +364,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             fit_samples=With(16, run={"objective": MOMENTS}),
             evaluation={"completions": 3},
             engine={"kind": "vllm", "shared_dir": "shared", "url": URL},
+            ahead=With(True, engine={"kind": "vllm", "shared_dir": "shared", "url": URL}),
             correction=With({"cap": 1.5}, updates=2),
         ),
     ),

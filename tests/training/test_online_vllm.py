@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from falign.errors import ConfigError, EngineError
 from falign.training import parse_run, train
+from falign.training.online_trainer import OnlineTrainer
 from tests.rollouts.loopback import Loopback
 from tests.training.prompts import online_data, write_prompts
 
@@ -130,3 +131,117 @@ def test_full_fine_tuning_runs_from_the_server_too(start, server, tiny):
     assert all(log["sampler/logprob_gap"] < 1e-5 for log in training_logs(summary))
     assert not server.calls("/v1/load_lora_adapter")
     assert len(server.calls("/collective_rpc")) == 1 + 1 + 3 + 1 + 1  # trial, before, steps, after, and back
+
+
+AHEAD = {"objective": {"kind": "policy_gradient", "advantage": "leave_one_out"}, "training": {"max_steps": 6}}
+
+
+def ahead(start, name, training=(), rollout=(), **options):
+    training = {**AHEAD["training"], **dict(training)}
+    rollout = {"ahead": True, "updates": 2, **dict(rollout)}
+    return start(name, objective=AHEAD["objective"], training=training, rollout=rollout, **options)
+
+
+def test_a_rollout_is_drawn_ahead_from_weights_that_are_one_rollout_old_and_weighted_for_that(start, server):
+    summary = ahead(start, "run", training={"learning_rate": 3e-2, "logging_steps": 1})
+    logs = training_logs(summary)
+    first = [log for log in logs if "sampler/staleness" in log]
+    assert [log["sampler/staleness"] for log in first] == [0, 2, 2]
+    assert first[0]["sampler/logprob_gap"] < 1e-5
+    assert all(log["sampler/logprob_gap"] > 1e-3 for log in first[1:])
+    # Weights are to the law that sampled, which the policy has left by now.
+    assert first[0]["importance_weight"] == pytest.approx(1, abs=1e-5)
+    assert all(abs(log["importance_weight"] - 1) > 1e-4 for log in first[1:])
+    # Versions 0 and 1 are published before the first update on rollout 0, 2 before that on rollout 1, and no fourth.
+    loads = [load["lora_name"].rpartition("-v")[2] for load in server.calls("/v1/load_lora_adapter")]
+    assert loads == ["-1000000001", "-1", "0", "1", "2", "-7"]
+    assert server.adapters == {}
+
+
+def test_sampling_goes_on_while_the_policy_learns(start, server, monkeypatch):
+    seen = []
+    server.change(delay=0.3)
+    step = OnlineTrainer.training_step
+
+    def watched(self, *args, **kwargs):
+        seen.append(self.ahead.is_underway)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(OnlineTrainer, "training_step", watched)
+    ahead(start, "run", training={"max_steps": 4})
+    assert any(seen[:2])
+    assert not any(seen[2:]), "nothing is drawn that no step would learn from"
+
+
+def test_the_correction_bounds_the_weights_of_what_was_drawn_ahead(start):
+    summary = ahead(start, "run", training={"learning_rate": 3e-2}, rollout={"correction": {"cap": 1.05}})
+    assert any(log.get("sampler/truncated", 0) > 0 for log in training_logs(summary))
+    assert all(log["importance_weight"] < 1.05 + 1e-6 for log in training_logs(summary) if "sampler/truncated" in log)
+
+
+@pytest.mark.parametrize("save_steps", [1, 2])
+def test_a_run_that_draws_ahead_goes_on_from_a_checkpoint_bit_for_bit(start, save_steps, tmp_path, monkeypatch):
+    training = {"save_steps": save_steps, "learning_rate": 1e-2, "logging_steps": 1}
+    whole = ahead(start, "whole", training=training)
+    real = OnlineTrainer.training_step
+
+    def stopped(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OnlineTrainer, "training_step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            ahead(start, "broken", training=training)
+    resumed = ahead(start, "broken", training=training, resume=True)
+    assert same(whole, resumed)
+    assert resumed.after == whole.after
+    timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+    logs = [
+        [{k: v for k, v in log.items() if k not in timed} for log in summary.folder.metrics()]
+        for summary in (whole, resumed)
+    ]
+    assert logs[0] == logs[1]
+    rows = [summary.folder.completions_file.read_text(encoding="utf-8") for summary in (whole, resumed)]
+    assert rows[0] == rows[1]
+
+
+def asked_until_ahead(server):
+    """Completions that a run asks for before the first ones that it draws ahead."""
+    models = [call["model"] for call in server.calls("/v1/completions")]
+    return next(i for i, name in enumerate(models) if name.endswith("-v1") and name in models[i + 2 :])
+
+
+def test_a_server_that_goes_away_while_it_samples_ahead_costs_nothing(start, server):
+    whole = ahead(start, "whole")
+    server.change(die_after=server.asked + asked_until_ahead(server) + 4)
+    thread = server.restart_in(2.0)
+    broken = ahead(start, "broken")
+    thread.join()
+    assert server.starts == 2
+    assert same(whole, broken)
+
+
+def test_a_server_that_stays_away_while_it_samples_ahead_leaves_a_run_that_goes_on(start, server):
+    ahead(start, "whole", training={"max_steps": 4})
+    server.change(die_after=server.asked + asked_until_ahead(server) + 4)
+    with pytest.raises(EngineError, match="--resume"):
+        ahead(start, "broken", engine={"wait": 0.5})
+    server.stop()
+    server.start()
+    resumed = ahead(start, "broken", resume=True)
+    steps = [log["step"] for log in training_logs(resumed)]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 6
+
+
+def test_pairs_are_drawn_ahead_too(start):
+    summary = start(objective={"kind": "pairwise", "beta": 0.1}, rollout={"ahead": True}, training={"max_steps": 3})
+    assert [log["step"] for log in training_logs(summary)] == [1, 2, 3]
+
+
+def test_nothing_is_drawn_ahead_in_process(tiny, tmp_path):
+    data = write_prompts(tmp_path / "prompts.jsonl")
+    with pytest.raises(ConfigError, match="give it an engine of kind vllm"):
+        parse_run(online_data(tiny, data, tmp_path / "run", rollout={"ahead": True}))
