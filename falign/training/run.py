@@ -15,6 +15,7 @@ from falign.data import PreferenceData, PromptData
 from falign.errors import ConfigError
 from falign.models import export_adapter, export_merged
 from falign.models.sharding import is_sharded, weights_at_hand
+from falign.objectives import Objective
 from falign.rollouts.answers import answer
 from falign.training.checkpoints import remove_leftovers, step_of
 from falign.training.config import RunConfig
@@ -65,8 +66,18 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     objective, folder = config.check(), RunFolder(config.output_dir, writes=is_writer())
     if resume:
         folder.require_same(config)
+        if folder.writes:
+            folder.lock.take()
     else:
         folder.require_free()
+    try:
+        return _begin(config, objective, folder, console=console, resume=resume)
+    finally:
+        folder.lock.give_back()
+
+
+def _begin(config: RunConfig, objective: Objective, folder: RunFolder, *, console: Console, resume: bool) -> RunSummary:
+    """Load everything, and train."""
     if shards():
         check_sharding(config)
     set_seed(config.seed)

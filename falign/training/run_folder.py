@@ -19,6 +19,7 @@ from falign.passwords import without_passwords
 from falign.plain_yaml import plain_yaml
 from falign.training.checkpoints import newest_whole
 from falign.training.config import RunConfig
+from falign.training.run_lock import LOCK, RunLock
 
 __all__ = ["RunFolder", "is_held_out", "naming", "versions"]
 
@@ -30,7 +31,7 @@ MAY_DIFFER = frozenset({"output_dir", "training.skip_bad"}) | SERVER
 """Of a run that goes on: its folder may be written otherwise, or have moved, what stopped it may be skipped now, and
 the server may be another one of the same model."""
 
-PARTIAL = ".run.yaml.partial"
+LEFT = frozenset({".run.yaml.partial", LOCK})
 """All that there is of a run that was killed while it wrote its first file."""
 
 PACKAGES = ("falign", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl")
@@ -60,7 +61,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
-        self.path, self.writes = path, writes
+        self.path, self.writes, self.lock = path, writes, RunLock(path)
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -118,7 +119,9 @@ class RunFolder:
                 f"output_dir={self.path} holds another run: choose another folder, remove it, or go on with that run "
                 "by --resume."
             )
-        if self.path.exists() and (not self.path.is_dir() or any(each.name != PARTIAL for each in self.path.iterdir())):
+        if self.path.exists() and (
+            not self.path.is_dir() or any(each.name not in LEFT for each in self.path.iterdir())
+        ):
             raise ConfigError(f"output_dir={self.path} exists and is not an empty folder: choose another.")
 
     def refuse_links(self) -> None:
@@ -150,9 +153,15 @@ class RunFolder:
             raise ConfigError(f"{self.path} holds a run with other settings: {shown}. Resume with the same run file.")
 
     def claim(self, config: RunConfig) -> None:
-        """Create the folder and write the resolved run file."""
-        if self.writes:
+        """Create the folder, keep others out of it, and write the resolved run file.
+
+        Raises:
+            ConfigError: Another process was first.
+        """
+        if self.writes and not self.lock.is_held:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.lock.take()
+            self.require_free()
         self._write("run.yaml", yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
 
     def release(self) -> None:

@@ -2,19 +2,23 @@
 
 import io
 import os
+import subprocess
+import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from falign.errors import TrainingError
+from falign.errors import ConfigError, TrainingError
 from falign.training import parse_run, train
 from tests.training.pairs import run_data, write_pairs
 from tests.training.prompts import online_data, write_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 
+TIMED = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 KINDS = pytest.mark.parametrize("kind", ["offline", "online"])
 
 
@@ -51,10 +55,7 @@ def adapter(summary):
 
 
 def logs(summary):
-    return [
-        {name: value for name, value in log.items() if not name.startswith(("train_", "total_flos"))}
-        for log in summary.folder.metrics()
-    ]
+    return [{name: value for name, value in log.items() if name not in TIMED} for log in summary.folder.metrics()]
 
 
 def assert_same(left, right):
@@ -126,3 +127,34 @@ def test_a_checkpoint_and_what_it_is_called_are_synced_before_it_counts(start, m
     assert written <= {place.rpartition("/")[2] for place in before if "/.checkpoint-2." in place}
     assert str(folder / "metrics.jsonl") in before
     assert events[at + 1] == ("sync", str(folder))
+
+
+@contextmanager
+def another_process_in(folder):
+    """A process that holds a run folder until it is killed."""
+    folder.mkdir(exist_ok=True)
+    code = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True)"
+    code += "; input()"
+    command = [sys.executable, "-c", code, str(folder / "run.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield
+        process.kill()
+
+
+def test_two_processes_do_not_write_to_one_run_folder(start, tmp_path):
+    with another_process_in(tmp_path / "begun"), pytest.raises(ConfigError, match="going on in another process"):
+        start("offline", "begun")
+    assert {path.name for path in (tmp_path / "begun").iterdir()} == {"run.lock"}
+    assert start("offline", "begun").folder.path == tmp_path / "begun"  # the other one was killed
+    assert not (tmp_path / "begun" / "run.lock").exists()
+
+    with pytest.raises(KeyboardInterrupt):
+        start("offline", "stopped", dies_at=3)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "stopped").iterdir()}
+    with another_process_in(tmp_path / "stopped"), pytest.raises(ConfigError, match="going on in another process"):
+        start("offline", "stopped", resume=True)
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "stopped").iterdir()}
+    assert after.keys() == before.keys() | {"run.lock"}
+    assert all(after[name] == before[name] for name in before)
+    start("offline", "stopped", resume=True)

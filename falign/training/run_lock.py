@@ -1,0 +1,49 @@
+"""One process at a time writes to a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from falign.errors import ConfigError
+
+__all__ = ["LOCK", "RunLock"]
+
+LOCK = "run.lock"
+
+
+class RunLock:
+    """A lock that ends with the process that holds it, however it ends.
+
+    Args:
+        folder: Of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._held = folder, FileLock(folder / LOCK)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process holds it."""
+        return self._held.is_locked
+
+    def take(self) -> None:
+        """Keep other processes out of the folder, which has to exist.
+
+        Raises:
+            ConfigError: Another process is at it.
+        """
+        try:
+            self._held.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(
+                f"{self.folder} belongs to a run that is going on in another process ({LOCK} in it is locked): wait "
+                "for it, stop it, or choose another output_dir."
+            ) from error
+
+    def give_back(self) -> None:
+        """Let others in."""
+        if self.is_held:
+            (self.folder / LOCK).unlink(missing_ok=True)
+            self._held.release()
