@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,7 +14,13 @@ from rich.text import Text
 
 from falign.errors import ConfigError, FalignError
 
+if TYPE_CHECKING:
+    from torch import nn
+
 __all__ = ["Format", "export"]
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for --max-lora-rank."""
 
 
 class Format(str, Enum):
@@ -80,12 +86,24 @@ def export(
         table.add_row("accepted by the export itself", accepted)
     table.add_row("change against the base model", f"{proof.max_abs_change_against_base:.3g}")
     console.print(table)
+    if format is Format.adapter:
+        console.print(_serving(model, run), highlight=False, markup=False)
     if format is Format.merged and config.model.quantization is not None:
         console.print(
             "[yellow]note:[/] the trained model has a 4-bit base, the export its original weights: the rest of the "
             "difference is that base's rounding, which has no bound. Evaluate the export, or serve the adapter on the "
             "4-bit base."
         )
+
+
+def _serving(model: nn.Module, run: str) -> str:
+    """Say how vLLM serves an adapter, or why it does not."""
+    from falign.rollouts.servable import why_not_servable
+
+    reasons = {rank: why_not_servable(model, max_rank=rank) for rank in VLLM_RANKS}
+    if (rank := next((rank for rank, reason in reasons.items() if reason is None), None)) is not None:
+        return f"vLLM serves it over the base model with --enable-lora --max-lora-rank {rank}"
+    return f"vLLM does not serve it ({reasons[VLLM_RANKS[-1]]}): falign export {run} --format merged has whole weights"
 
 
 def _refuse_what_is_no_export(target: Path) -> None:

@@ -312,6 +312,23 @@ def test_nothing_to_sample_is_refused(falign, tiny):
     assert "--prompt" in err
 
 
+@pytest.mark.parametrize(
+    ("adapter", "expected"),
+    [
+        ({}, "vLLM serves it over the base model with --enable-lora --max-lora-rank 8"),
+        ({"r": 9}, "--max-lora-rank 16"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "vLLM does not serve it (embeddings or head have an adapter"),
+    ],
+)
+def test_an_adapters_export_says_how_vllm_serves_it(falign, run_file, tmp_path, adapter, expected):
+    base = run_data(tmp_path / "tiny", tmp_path / "pairs.jsonl", tmp_path / "run")["adapter"]
+    changes = {"max_steps": 1, "learning_rate": 1e-2}
+    assert falign("train", run_file(adapter={**base, **adapter}, training=changes))[0] == 0
+    status, out, err = falign("export", tmp_path / "run", "--format", "adapter")
+    assert status == 0, err
+    assert expected in " ".join(out.split())
+
+
 def test_full_fine_tuning_is_exported(falign, run_file, tmp_path):
     assert falign("train", run_file(adapter=None, training={"learning_rate": 1e-3}))[0] == 0
     status, out, err = falign("export", tmp_path / "run", "--format", "merged")
