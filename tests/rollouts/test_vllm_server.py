@@ -209,7 +209,8 @@ def test_a_server_killed_half_way_and_started_anew_loses_nothing(connect, model_
     assert len(rollouts) == 8
 
 
-def test_an_online_run_goes_on_after_kill_9(demo, model_folder, server, tmp_path):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_an_online_run_goes_on_after_kill_9(demo, model_folder, server, tmp_path, ahead):
     from rich.console import Console
 
     from falign.training import parse_run, train
@@ -226,6 +227,7 @@ def test_an_online_run_goes_on_after_kill_9(demo, model_folder, server, tmp_path
             "prompts": 2,
             "completions": 2,
             "max_new_tokens": 32,
+            "ahead": ahead,
             "engine": {"kind": "vllm", "url": server.url, "shared_dir": str(tmp_path / "shared"), "wait": WAIT},
             "evaluation": {"completions": 2},
         },
@@ -237,7 +239,10 @@ def test_an_online_run_goes_on_after_kill_9(demo, model_folder, server, tmp_path
     killed.join()
     logs = [log for log in summary.folder.metrics() if "loss" in log]
     assert [log["step"] for log in logs] == [1, 2, 3, 4]
-    assert all(log["sampler/logprob_gap"] < 1e-3 for log in logs)
+    on_policy = logs[:1] if ahead else logs
+    assert all(log["sampler/logprob_gap"] < 1e-3 for log in on_policy)
+    if ahead:
+        assert [log["sampler/staleness"] for log in logs] == [0, 1, 1, 1]
     shutil.rmtree(tmp_path / "shared")
 
 
