@@ -273,13 +273,14 @@ def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
     from falign.training.online_trainer import OnlineTrainer
     from falign.training.prompts_config import RolloutConfig
 
-    class Timed(OnlineTrainer):
-        def _draw(self, version, number):
+    class TimedSampler(DividedSampler):
+        def sample(self, rows, **options):
             with clock.part("generation"):
-                drawn = super()._draw(version, number)
-            clock.lengths |= {len(rollout.completion_ids) for group in drawn.groups for rollout in group.rollouts}
-            return drawn
+                draw = super().sample(rows, **options)
+            clock.lengths |= {len(rollout.completion_ids) for group in draw.groups for rollout in group.rollouts}
+            return draw
 
+    class Timed(OnlineTrainer):
         def _roll_out(self):
             clock.begin()
             with clock.part("scoring"):
@@ -287,7 +288,7 @@ def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
 
     objective, reference, layout, engine, sampling = own_parts(args, model, tokenizer, prompts)
     rewards = RewardSum((WeightedReward("letters", lambda prompts, completions: reward(completions)),))
-    sampler = DividedSampler(GroupSampler(engine, rewards, tokenizer, sampling, completions=args.completions, seed=0))
+    sampler = TimedSampler(GroupSampler(engine, rewards, tokenizer, sampling, completions=args.completions, seed=0))
     settings = {**trainer_arguments(args, folder), "max_steps": args.steps * args.updates}
     trainer = Timed(
         model,
@@ -311,7 +312,7 @@ def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
         processing_class=tokenizer,
         callbacks=[clock.last_update(args.updates)],
     )
-    trainer.order = InOrder()
+    trainer.source.order = InOrder()
     trainer.remove_callback(PrinterCallback)
     trainer.train()
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,29 +14,27 @@ from transformers import TrainingArguments
 from typing_extensions import override
 
 from falign.data import PromptRow
-from falign.errors import EngineError, NonFiniteRewardError, RolloutError
-from falign.evaluation.groups import Draw, Group
-from falign.objectives import CompletionBatch, Hybrid, Objective, PolicyGradient, RolloutObjective, RunningPartition
+from falign.errors import EngineError, NonFiniteRewardError
+from falign.objectives import Objective
 from falign.references import ObjectiveInputs, Reference
-from falign.rollouts.seeds import mixed
-from falign.scoring import DEFAULT_CHUNK_TOKENS, Layout, PromptTree, completion_scores, evaluation_mode
-from falign.training.ahead import Drawn, RolloutAhead
+from falign.scoring import DEFAULT_CHUNK_TOKENS, Layout
 from falign.training.completions_table import CompletionsTable
 from falign.training.divided_sampler import DividedSampler
 from falign.training.online_metrics import evaluation_metrics, rollout_metrics
-from falign.training.processes import gathered, is_writer, num_processes, own_batches, part, rank
-from falign.training.prompt_order import PromptOrder, sample_within
+from falign.training.processes import is_writer, num_processes, part, rank
+from falign.training.prompt_order import PromptOrder
 from falign.training.prompts_config import RolloutConfig
-from falign.training.sampler_gap import correct, gap_metrics, require_gap
-from falign.training.scored_trees import ScoredTree, collate, completion_rows, whole_batch
+from falign.training.rollout_scorer import RolloutScorer
+from falign.training.rollout_source import RolloutSource
+from falign.training.sampler_gap import gap_metrics, require_gap
+from falign.training.scored_trees import ScoredTree, collate
 from falign.training.stand_ins import stand_in
 from falign.training.supplied import ONLINE
-from falign.training.trainer import AlignmentTrainer, split_columns
+from falign.training.trainer import AlignmentTrainer
 
 __all__ = ["OnlineTrainer"]
 
 MOST_CLIPPED = 0.95  # of the completions of a rollout
-MOST_DRAWS = 8  # in search of completions that differ in reward
 ROLLOUT_STATE = "rollout_state.json"
 VALUE_HEAD = "value_head.safetensors"
 
@@ -98,17 +95,14 @@ class OnlineTrainer(AlignmentTrainer):
         advise: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
-        self.rollout, self.sampler, self.evaluation_sampler = rollout, sampler, evaluation_sampler
-        self.prompts, self.eval_prompts = prompts, eval_prompts
+        self.rollout, self.evaluation_sampler, self.eval_prompts = rollout, evaluation_sampler, eval_prompts
         self.pad_token_id, self.table, self.advise = pad_token_id, table, advise
-        self.order = PromptOrder(len(prompts), seed=args.seed)
+        compares = "preference" in objective.needs
+        self.source = RolloutSource(sampler, prompts, rollout, compares=compares, seed=args.seed, keep=table.write)
         self.rehearsal, self.rehearsal_size = rehearsal, rehearsal_size
         self.rehearsal_order = PromptOrder(len(rehearsal), seed=args.seed + 1)
-        self.partition = RunningPartition()
         self.buffer: list[ScoredTree] = []
-        self.num_rollouts, self.max_gap = 0, max_gap
-        self.ahead, self.staleness = RolloutAhead(), 0
-        self.position = 0  # of the prompts in their order, until which there are rollouts to learn from
+        self.staleness, self.max_gap = 0, max_gap
         self._advised = rollout.ignore_stop
         super().__init__(
             model,
@@ -125,6 +119,18 @@ class OnlineTrainer(AlignmentTrainer):
             **kwargs,
         )
         self.value_head = value_head
+        self.scorer = RolloutScorer(
+            self.policy,
+            reference,
+            objective,
+            rollout,
+            batch_size=args.per_device_train_batch_size,
+            layout=layout,
+            pad_token_id=pad_token_id,
+            chunk_tokens=chunk_tokens,
+            value_head=value_head,
+            prepare=self._prepare_inputs,
+        )
         if value_head is not None and num_processes() > 1:
             for parameter in value_head.parameters():  # outside the model that is wrapped
                 parameter.register_post_accumulate_grad_hook(_average)
@@ -173,7 +179,6 @@ class OnlineTrainer(AlignmentTrainer):
             try:
                 return self._roll_out()
             except NonFiniteRewardError as error:
-                self.num_rollouts, self.position = self.num_rollouts + 1, self.order.position
                 message = f"Step {self.state.global_step + 1}: {error}"
                 if not self.guard.skip or num_processes() > 1:  # where the others would wait for this one's share
                     raise NonFiniteRewardError(f"{message} --resume --skip-bad leaves such rollouts out.") from error
@@ -181,70 +186,31 @@ class OnlineTrainer(AlignmentTrainer):
 
     def _roll_out(self) -> list[ScoredTree]:
         """Sample, reward and score one rollout, and add to it what is computed from all of it at once."""
+        step = self.state.global_step
         try:
-            drawn = self.ahead.take() or self._publish(self.num_rollouts)()
-            self.sampler.engine.retire(drawn.number)
+            drawn = self.source.take(self.policy, step, goes_on=step + self.rollout.num_updates < self.state.max_steps)
         except EngineError:
-            self.order.position = self.position
             self._keep()
             raise
-        self.num_rollouts, self.position = drawn.number + 1, drawn.position
-        self.staleness = self.state.global_step - drawn.step
-        if self.rollout.ahead and self.state.global_step + self.rollout.num_updates < self.state.max_steps:
-            self._start_the_next(drawn)
-        draw, groups = drawn.draw, self._instructive(drawn.draw)
-        trees, cut = self._scored([self._tree(group) for group in groups]), dict[str, Tensor]()
-        if self.rollout.correction is not None:
-            trees, weights_cut = correct(trees, importance=self._importance, cap=self.rollout.correction.cap)
-            cut["sampler/truncated"] = weights_cut
-        if "log_partition" in self.objective.needs:
-            trees = self._with_partition(trees)
-        if isinstance(self.objective, RolloutObjective):
-            trees = _prepared(trees, self.objective)
+        draw, self.staleness = drawn.draw, step - drawn.step
+        trees, scores = self.scorer(self.source.groups(draw))
         metrics = rollout_metrics(draw, pass_reward=self.rollout.pass_reward)
         if is_writer():  # all processes have the whole rollout
-            self.means.add({**metrics, **cut})
+            self.means.add({**metrics, **scores})
         if draw.message:
             self.advise(f"reward: {draw.message}")
         self._advise_on_length(metrics["completions/clipped"].mean().item())
         self.table.write(self.state.global_step, draw)
         return trees
 
-    def _publish(self, number: int) -> Callable[[], Drawn]:
-        """Publish the policy as it is now; what is returned draws a rollout from it, in whatever thread."""
-        self.sampler.engine.publish(self.policy, number)
-        sample = self._draw_to_compare if "preference" in self.objective.needs else self._draw
-        step = self.state.global_step
-        return lambda: Drawn(sample(number, number), number, step, self.order.position)
-
-    def _start_the_next(self, drawn: Drawn) -> None:
-        try:
-            self.ahead.start(self._publish(self.num_rollouts))
-        except EngineError:
-            self.ahead.put(drawn)  # a run that goes on learns from it
-            self._keep()
-            raise
-
-    def _instructive(self, draw: Draw) -> list[Group]:
-        """Return the groups that say something: all, or, to compare, those whose completions are not worth the same."""
-        if "preference" not in self.objective.needs:
-            return draw.groups
-        return [group for group in draw.groups if len(set(group.rewards)) > 1]
-
     def _keep(self) -> None:
         """Write a checkpoint between two steps, for a run that goes on once its engine is mended."""
         self._save_checkpoint(self.policy, trial=None)
         self.advise(f"checkpoint-{self.state.global_step} is written: --resume goes on from there.")
 
-    @property
-    def _importance(self) -> Literal["sequence", "token"]:
-        objective = self.objective.policy_gradient if isinstance(self.objective, Hybrid) else self.objective
-        assert isinstance(objective, PolicyGradient), "the run file is checked for that"
-        return objective.importance
-
     def close(self) -> None:
         """Give back what the engine holds."""
-        self.sampler.engine.close()
+        self.source.sampler.engine.close()
 
     def _advise_on_length(self, clipped: float) -> None:
         if clipped >= MOST_CLIPPED and not self._advised:
@@ -254,101 +220,6 @@ class OnlineTrainer(AlignmentTrainer):
                 "and have no end: raise it, ask for short answers in the prompt, or set rollout.ignore_stop if texts "
                 "have no end here."
             )
-
-    def _draw_to_compare(self, version: int, number: int) -> Draw:
-        """Draw until there is a prompt for each minibatch; one whose completions are worth the same says nothing."""
-        draw, found = Draw([], 0), 0
-        for attempt in range(MOST_DRAWS):
-            draw += self._draw(version, mixed(number, attempt) if attempt else number)
-            if (found := len(self._instructive(draw))) >= self.rollout.minibatches:
-                return draw
-        self.table.write(self.state.global_step, draw)
-        raise RolloutError(
-            f"Step {self.state.global_step + 1}: of {draw.num_sampled} prompts, drawn in {MOST_DRAWS} rounds, "
-            f"{found} have completions of different rewards, fewer than rollout.minibatches="
-            f"{self.rollout.minibatches}, and nothing can be learnt from the others. Raise rollout.completions, or "
-            "look at the rewards in completions.jsonl."
-        )
-
-    def _draw(self, version: int, number: int) -> Draw:
-        count, rows = self.rollout.prompts, self.prompts
-        if self.rollout.difficulty is None:
-            return self.sampler.sample([rows[i] for i in self.order.take(count)], version=version, number=number)
-        return sample_within(
-            self.sampler,
-            rows,
-            self.order,
-            count,
-            difficulty=self.rollout.difficulty,
-            pass_reward=self.rollout.pass_reward,
-            version=version,
-            number=number,
-        )
-
-    def _tree(self, group: Group) -> ScoredTree:
-        compares = "preference" in self.objective.needs
-        if compares and self.rollout.ranked == "best_worst":
-            group = group.best_and_worst()
-        tree = PromptTree(
-            group.row.prompt_ids,
-            tuple(rollout.completion_ids for rollout in group.rollouts),
-            group.rewards if compares else None,
-            group.row.place,
-        )
-        columns: dict[str, Any] = {"sampler_logprobs": [list(rollout.logprobs) for rollout in group.rollouts]}
-        if "rewards" in self.objective.needs:
-            columns["rewards"] = list(group.rewards)
-        if "from_reference" in self.objective.needs:
-            columns["from_reference"] = [False] * len(group.rollouts)
-        if "features" in self.objective.needs:
-            columns["features"] = group.features()
-        return ScoredTree(tree, columns)
-
-    def _scored(self, trees: list[ScoredTree]) -> list[ScoredTree]:
-        """Add what policy and reference say before the first update, as far as it is needed then."""
-        needs = self.objective.needs
-        fresh = self.objective.policy_gradient.needs if isinstance(self.objective, Hybrid) else needs
-        wants_reference = "reference_logprobs" in fresh and self.objective.token_divergence is None
-        # Then the sampler's law is what importance weights are to.
-        elsewhere = self.rollout.temperature != 1.0 or self.rollout.ahead
-        # On the only update of a rollout the policy is the one that sampled.
-        wants_policy = (
-            "log_partition" in needs
-            or "old_values" in needs
-            or self.rollout.num_updates > 1
-            or self.rollout.correction is not None
-        )
-        scored = []
-        for own, counted in own_batches(trees, self.args.per_device_train_batch_size):
-            batch, _ = split_columns(self._prepare_inputs(self._collated(own)))
-            found: dict[str, Tensor] = {}
-            if wants_reference:
-                found["reference_logprobs"] = self.reference.logprobs(self.policy, batch)
-            elif fresh != needs:  # read of stored completions alone, which bring their own
-                found["reference_logprobs"] = torch.zeros(batch.completion_mask.shape)
-            if wants_policy:
-                with torch.no_grad(), evaluation_mode(self.policy):
-                    scores = completion_scores(
-                        self.policy, batch, chunk_tokens=self.chunk_tokens, value_head=self.value_head
-                    )
-                found["old_logprobs"] = scores.logprobs
-                if scores.values is not None:
-                    found["old_values"] = scores.values
-            if counted:
-                scored += _with_rows(own, found, batch.completion_mask)
-        scored = gathered(scored)
-        if elsewhere and self.rollout.correction is None:
-            scored = [tree.with_columns(old_logprobs=tree.columns["sampler_logprobs"]) for tree in scored]
-        return scored
-
-    def _with_partition(self, trees: list[ScoredTree]) -> list[ScoredTree]:
-        """Add each completion's estimate of log Z, made of all others of its prompt, now and before."""
-        batch = whole_batch(trees)
-        # Sources may share places: the first text of each is "texts:1", and a file may be read under two templates.
-        keys = [f"{tree.tree.place} {list(tree.tree.prompt_ids)}" for tree in trees for _ in tree.tree.completion_ids]
-        weights = self.objective.log_weights(batch)  # pyright: ignore[reportAttributeAccessIssue] - it needs log_partition
-        estimates = self.partition.update(keys, weights)
-        return _with_rows(trees, {"log_partition": estimates}, batch.completion_mask)
 
     @override
     def scored_metrics(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -372,7 +243,7 @@ class OnlineTrainer(AlignmentTrainer):
     ) -> dict[str, float]:
         """Answer the held-out prompts, and log what the answers are worth and how far the policy has gone."""
         version = -1 - self.state.global_step
-        self.ahead.wait()
+        self.source.ahead.wait()
         engine = self.evaluation_sampler.engine
         try:
             engine.publish(self.policy, version)
@@ -403,20 +274,16 @@ class OnlineTrainer(AlignmentTrainer):
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The loop counts steps, of this process alone; what passes over the prompts there were is known here.
-        self.state.epoch = self.position / len(self.prompts)
+        self.state.epoch = self.source.position / len(self.source.prompts)
         super().log(logs, start_time)
 
     @override
     def write_state(self, folder: Path) -> None:
         super().write_state(folder)
-        ahead = self.ahead.state_dict(self.prompts)
         state = {
-            "order": self.position if ahead is None else ahead["position"],
-            "position": self.position,
-            "ahead": ahead,
+            "source": self.source.state_dict(),
             "rehearsal_order": self.rehearsal_order.position,
-            "num_rollouts": self.num_rollouts,
-            "partition": self.partition.state_dict(),
+            "partition": self.scorer.partition.state_dict(),
             # Between two rollouts nothing of the last one is needed any more.
             "buffer": [tree.state_dict() for tree in self.buffer]
             if self.state.global_step % self.rollout.num_updates
@@ -432,11 +299,9 @@ class OnlineTrainer(AlignmentTrainer):
     def read_state(self, folder: Path) -> None:
         super().read_state(folder)
         state = json.loads((folder / ROLLOUT_STATE).read_text(encoding="utf-8"))
-        self.order.position, self.rehearsal_order.position = state["order"], state["rehearsal_order"]
-        self.num_rollouts, self.position = state["num_rollouts"], state["position"]
-        if state["ahead"] is not None:
-            self.ahead.put(Drawn.from_state(state["ahead"], self.prompts))
-        self.partition.load_state_dict(state["partition"])
+        self.source.load_state_dict(state["source"])
+        self.rehearsal_order.position = state["rehearsal_order"]
+        self.scorer.partition.load_state_dict(state["partition"])
         self.buffer = [ScoredTree.from_state(tree) for tree in state["buffer"]]
         if self.value_head is not None:
             self.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
@@ -447,26 +312,3 @@ def _average(parameter: Tensor) -> None:
     assert parameter.grad is not None
     torch.distributed.all_reduce(parameter.grad)
     parameter.grad /= num_processes()
-
-
-def _with_rows(trees: Sequence[ScoredTree], found: Mapping[str, Tensor], mask: Tensor) -> list[ScoredTree]:
-    """Add to each tree its completions' rows of some tensors."""
-    rows = {name: completion_rows(values.cpu(), mask.cpu()) for name, values in found.items()}
-    added, start = [], 0
-    for tree in trees:
-        stop = start + len(tree.tree.completion_ids)
-        added.append(tree.with_columns(**{name: values[start:stop] for name, values in rows.items()}))
-        start = stop
-    return added
-
-
-def _prepared(trees: list[ScoredTree], objective: RolloutObjective) -> list[ScoredTree]:
-    """Add what the objective computes once from a whole rollout."""
-    batch = whole_batch(trees)
-    prepared = objective.prepare(batch)
-    new: dict[str, Tensor] = {
-        field.name: value
-        for field in fields(CompletionBatch)
-        if (value := getattr(prepared, field.name)) is not None and getattr(batch, field.name) is None
-    }
-    return _with_rows(trees, new, batch.completion_mask)

@@ -164,7 +164,7 @@ def test_sampling_goes_on_while_the_policy_learns(start, server, monkeypatch):
     step = OnlineTrainer.training_step
 
     def watched(self, *args, **kwargs):
-        seen.append(self.ahead.is_underway)
+        seen.append(self.source.ahead.is_underway)
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(OnlineTrainer, "training_step", watched)
