@@ -218,6 +218,7 @@ class VLLMEngine(Engine):
 
     def _gone(self) -> EngineError:
         return EngineError(
-            f"{self.client.url}: there has been no vLLM server for wait={self.wait:g} seconds; published are "
-            f"{sorted(self._published)}. Start it (scripts/vllm_server.sh MODEL), and go on with the run by --resume."
+            f"{self.client.url}: there has been no vLLM server for wait={self.wait:g} seconds"
+            + (f"; published are {sorted(self._published)}" if self._published else "")
+            + ". Start it (scripts/vllm_server.sh MODEL), and start the run, or go on with it by --resume."
         )
