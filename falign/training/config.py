@@ -351,7 +351,7 @@ class RunConfig(FrozenModel):
                 f"rollout.minibatches={self.rollout.minibatches} is more than rollout.prompts={self.rollout.prompts}: "
                 "a minibatch needs at least one prompt."
             )
-        check_samples(self, objective)
+        check_samples(self.rollout, self.objective, self.rewards, objective)
         check_moves(self.reference, updates_per_rollout=self.rollout.num_updates)
         if self.reference.cache is not None:
             raise ConfigError("reference.cache: every completion of an online run is new, so nothing is found again.")

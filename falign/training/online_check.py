@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from falign.errors import ConfigError
 from falign.objectives import Objective
+from falign.training.objective_config import ObjectiveConfig
 from falign.training.online_objective_config import DistributionMatchingConfig, HybridConfig, PolicyGradientConfig
 from falign.training.prompts_config import RolloutConfig
-
-if TYPE_CHECKING:
-    from falign.training.config import RunConfig
+from falign.training.reward_config import RewardConfig
 
 __all__ = ["check_samples"]
 
@@ -21,7 +20,9 @@ WITHIN_GROUPS = frozenset({"leave_one_out", "group_centred", "group_normalised"}
 """Advantages that compare the completions of a prompt."""
 
 
-def check_samples(config: RunConfig, objective: Objective) -> None:
+def check_samples(
+    rollout: RolloutConfig, chosen: ObjectiveConfig, rewards: Sequence[RewardConfig], objective: Objective
+) -> None:
     """Refuse an objective that does not learn from rewards, groups that it cannot compare, and fields without effect.
 
     Raises:
@@ -29,24 +30,22 @@ def check_samples(config: RunConfig, objective: Objective) -> None:
     """
     if not objective.needs & WORTH:
         raise ConfigError(
-            f"objective.kind={config.objective.kind} reads no reward, and would learn from the policy's own samples "
+            f"objective.kind={chosen.kind} reads no reward, and would learn from the policy's own samples "
             "as they are: give data in place of prompts, rollout and rewards."
         )
-    _check_groups(config, objective)
-    _check_correction(config)
-    _check_effects(config, objective)
+    _check_groups(rollout, chosen, objective)
+    _check_correction(rollout, chosen)
+    _check_effects(rollout, chosen, rewards, objective)
 
 
-def _check_correction(config: RunConfig) -> None:
-    if config.rollout.correction is not None and not isinstance(config.objective, PolicyGradientConfig | HybridConfig):
+def _check_correction(rollout: RolloutConfig, chosen: ObjectiveConfig) -> None:
+    if rollout.correction is not None and not isinstance(chosen, PolicyGradientConfig | HybridConfig):
         raise ConfigError(
-            f"rollout.correction weights policy gradients, and objective.kind={config.objective.kind} is none: leave "
-            "it out."
+            f"rollout.correction weights policy gradients, and objective.kind={chosen.kind} is none: leave it out."
         )
 
 
-def _check_groups(config: RunConfig, objective: Objective) -> None:
-    rollout, chosen = config.rollout, config.objective
+def _check_groups(rollout: RolloutConfig, chosen: ObjectiveConfig, objective: Objective) -> None:
     if rollout.completions > 1:
         return
     if "preference" in objective.needs:
@@ -62,24 +61,26 @@ def _check_groups(config: RunConfig, objective: Objective) -> None:
         )
 
 
-def _check_effects(config: RunConfig, objective: Objective) -> None:
+def _check_effects(
+    rollout: RolloutConfig, chosen: ObjectiveConfig, rewards: Sequence[RewardConfig], objective: Objective
+) -> None:
     # A resolved run file has all fields, so one counts as given where it differs from its default.
     fields = RolloutConfig.model_fields
-    if config.rollout.ranked != fields["ranked"].default and "preference" not in objective.needs:
+    if rollout.ranked != fields["ranked"].default and "preference" not in objective.needs:
         raise ConfigError(
-            f"rollout.ranked={config.rollout.ranked} is of objectives of preferences, and objective.kind="
-            f"{config.objective.kind} reads rewards themselves: leave it out."
+            f"rollout.ranked={rollout.ranked} is of objectives of preferences, and objective.kind="
+            f"{chosen.kind} reads rewards themselves: leave it out."
         )
-    matching = config.objective if isinstance(config.objective, DistributionMatchingConfig) else None
+    matching = chosen if isinstance(chosen, DistributionMatchingConfig) else None
     fits = matching is not None and matching.needs_samples
-    if config.rollout.fit_samples != fields["fit_samples"].default and not fits:
+    if rollout.fit_samples != fields["fit_samples"].default and not fits:
         raise ConfigError(
-            f"rollout.fit_samples={config.rollout.fit_samples}: nothing is fitted here; it belongs to "
+            f"rollout.fit_samples={rollout.fit_samples}: nothing is fitted here; it belongs to "
             "objective.target.moments without lambdas."
         )
-    weighted = [i for i, reward in enumerate(config.rewards) if reward.weight != 1]
+    weighted = [i for i, reward in enumerate(rewards) if reward.weight != 1]
     if matching is not None and weighted:
         raise ConfigError(
-            f"rewards.{weighted[0]}.weight={config.rewards[weighted[0]].weight:g}: a target reads each reward by "
+            f"rewards.{weighted[0]}.weight={rewards[weighted[0]].weight:g}: a target reads each reward by "
             "itself, before weights; leave it out, and say in objective.target what it counts."
         )
