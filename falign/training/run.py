@@ -197,7 +197,8 @@ def _evaluate(trainer: AlignmentTrainer) -> dict[str, float]:
             break
     else:
         log = trainer.evaluate()
-    return {name.removeprefix("eval_"): value for name, value in log.items() if name.startswith("eval_")}
+    # Sorted, as in the state of a checkpoint, which may be where they are read.
+    return {name.removeprefix("eval_"): value for name, value in sorted(log.items()) if name.startswith("eval_")}
 
 
 def _answers(config: RunConfig, trainer: AlignmentTrainer, language: Language) -> list[str]:

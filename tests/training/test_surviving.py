@@ -107,6 +107,23 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(start, t
     assert "has no checkpoint yet: the run begins again" in output.getvalue().replace("\n", " ")
 
 
+@KINDS
+def test_a_run_that_was_killed_after_its_last_step_writes_the_same_bytes(start, kind, monkeypatch):
+    whole = start(kind, "whole", eval_steps=5)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("falign.training.run._write_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            start(kind, "late", eval_steps=5)
+    late = start(kind, "late", eval_steps=5, resume=True)
+    assert_same(late, whole)
+    for name in ("before.json", "summary.json"):
+        assert (late.folder.path / name).read_bytes() == (whole.folder.path / name).read_bytes()
+
+
 def test_a_checkpoint_and_what_it_is_called_are_synced_before_it_counts(start, monkeypatch):
     events, sync, rename = [], os.fsync, os.rename
 
