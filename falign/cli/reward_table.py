@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 __all__ = ["headline", "show"]
 
@@ -16,7 +17,7 @@ MOST_COLUMNS = 6
 
 
 def show(summary: Mapping[str, Any], folder: Path) -> None:
-    """Print one row per scorer: the score with its interval, the parts that it is made of, and calibration.
+    """Print a column for each scorer: the score, its interval, the parts that it is made of, and calibration.
 
     Args:
         summary: As in ``summary.json``.
@@ -24,24 +25,37 @@ def show(summary: Mapping[str, Any], folder: Path) -> None:
     """
     console = Console(highlight=False)
     scorers = summary["scorers"]
-    names = headline(next(iter(scorers.values()))["scores"], summary["subsets"])
-    calibrated = any(scorer["calibration"] for scorer in scorers.values())
-    title = f"{summary['benchmark']}, {summary['num_items']:,} items"
-    table = Table("scorer", title=escape(title), title_justify="left")
-    for name in [*names, *(["ECE"] if calibrated else [])]:
-        table.add_column(name, justify="right")
-    for scorer, values in scorers.items():
-        scores = values["scores"]
-        first, *others = (scores[name] for name in names)
-        cells = [f"{first['value']:.1%} ({first['low']:.1%}–{first['high']:.1%})"]
-        cells += [f"{score['value']:.1%}" for score in others]
-        if calibrated:
-            cells.append(f"{values['calibration']['ece']:.3f}" if values["calibration"] else "")
-        table.add_row(scorer, *cells)
+    whole, *parts = headline(next(iter(scorers.values()))["scores"], summary["subsets"])
+    title = f"{summary['benchmark']}, {summary['num_items']:,} items, in %"
+    table = Table(
+        Column(no_wrap=True),
+        title=escape(title),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for name in scorers:
+        table.add_column(name.replace("_", "\n"), justify="right", vertical="bottom")  # seven of them fit 80 columns
+    table.add_row(whole, *(f"[bold]{_percent(each['scores'][whole]['value'])}[/]" for each in scorers.values()))
+    table.add_row("95%", *(_interval(each["scores"][whole]) for each in scorers.values()))
+    for part in parts:
+        table.add_row(part, *(_percent(each["scores"][part]["value"]) for each in scorers.values()))
+    if any(each["calibration"] for each in scorers.values()):
+        errors = (each["calibration"] for each in scorers.values())
+        table.add_row("ECE", *(_percent(error["ece"]) if error else "" for error in errors))
     console.print(table)
     if missing := summary["missing_subsets"]:
-        console.print(f"no score: without {', '.join(missing)} there is none; the first column is the plain mean.")
+        console.print(f"no score: without {', '.join(missing)} there is none; the first row is the plain mean.")
     console.print(f"results {escape(str(folder))}", soft_wrap=True)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _interval(score: Mapping[str, float]) -> str:
+    return f"{100 * score['low']:.0f}–{100 * score['high']:.0f}"
 
 
 def headline(scores: Mapping[str, Any], subsets: Mapping[str, int]) -> list[str]:

@@ -30,9 +30,9 @@ ALL = ["implicit_reward", "length_normalised", "log_ratio", "logprob", "mean_log
 def falign(monkeypatch, capsys):
     """Return a function that runs a command line and returns exit status, output and errors."""
 
-    def run(*arguments):
+    def run(*arguments, columns=160):
         monkeypatch.setattr(sys, "argv", ["falign", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "160")
+        monkeypatch.setenv("COLUMNS", str(columns))
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             main()
@@ -85,10 +85,12 @@ def rm_bench(tmp_path):
 def evaluate(falign, tiny, base, rm_bench, tmp_path):
     """Evaluate the tiny model against one near it; ``*arguments`` come on top."""
 
-    def run(*arguments, model=tiny, benchmark="rm_bench", file=rm_bench, out=tmp_path / "out", reference=base):
+    def run(
+        *arguments, model=tiny, benchmark="rm_bench", file=rm_bench, out=tmp_path / "out", reference=base, **options
+    ):
         against = [] if reference is None else ["--reference", reference]
         place = [] if out is None else ["--out", out]
-        return falign("evaluate", "rewards", model, benchmark, file, *place, *against, *FEW, *arguments)
+        return falign("evaluate", "rewards", model, benchmark, file, *place, *against, *FEW, *arguments, **options)
 
     return run
 
@@ -202,8 +204,11 @@ def test_llmbar_rows_have_the_scores_of_transformers_alone(evaluate, shared_data
     source, file = shared_data("llmbar/llmbar.jsonl.gz"), tmp_path / "llmbar.jsonl"
     with gzip.open(source, "rt", encoding="utf-8") as lines:
         file.write_text("".join([line for line in lines if len(line) < 500][::12]))
-    status, _, err = evaluate(benchmark="llmbar", file=file)
+    status, table, err = evaluate(benchmark="llmbar", file=file, columns=80)
     assert status == 0, err
+    assert "…" not in table
+    assert table.split().count("normalised") == 1
+    assert {"random", "ECE"} <= set(table.split())
     assert summary_of(tmp_path / "out")["num_items"] >= 6
     assert_checked(tmp_path / "out", file, monkeypatch)
 
