@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,16 +60,10 @@ def attend_in_tree(
         Consecutive parts of (1, S, H, E).
     """
     if window is not None and window < span.depth:
-        pieces = iter(
-            [
-                scaled_dot_product_attention(
-                    q, k, v, once((span, "all", q.dtype), lambda: _bias(span, q, window=window)), **options
-                )
-            ]
-        )
+        calls = partial(_windowed, window=window)
     else:
-        pieces = (_one_by_one if is_long(span) else _together)(span, q, k, v, once, options)
-    for piece in pieces:
+        calls = _one_by_one if is_long(span) else _together
+    for piece in calls(span, q, k, v, once, options):
         yield piece.transpose(1, 2)
 
 
@@ -82,6 +77,13 @@ def is_long(span: TreeSpan) -> bool:
     together = sum(lengths) * span.length
     used = sum(length * (span.prompt_length + length) for length in lengths)
     return together - used > max(together / 3, LONG_COMPLETION**2 * len(lengths))
+
+
+def _windowed(
+    span: TreeSpan, q: Tensor, k: Tensor, v: Tensor, once: Once, options: dict[str, Any], *, window: int
+) -> Iterator[Float[Tensor, "1 H Q E"]]:
+    bias = once((span, "all", q.dtype), lambda: _bias(span, q, window=window))
+    yield scaled_dot_product_attention(q, k, v, bias, **options)
 
 
 def _together(

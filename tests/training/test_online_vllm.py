@@ -210,7 +210,7 @@ def test_a_run_that_draws_ahead_goes_on_from_a_checkpoint_bit_for_bit(start, sav
 def asked_until_ahead(server):
     """Completions that a run asks for before the first ones that it draws ahead."""
     models = [call["model"] for call in server.calls("/v1/completions")]
-    return next(i for i, name in enumerate(models) if name.endswith("-v1") and name in models[i + 2 :])
+    return next(i for i, name in enumerate(models) if name.endswith("-v1"))
 
 
 def test_a_server_that_goes_away_while_it_samples_ahead_costs_nothing(start, server):
