@@ -8,6 +8,7 @@ from falign.rewards.base import Reward, Scores, ScoringReward, call_reward, chec
 from falign.rewards.child import Call, ChildPool, Outcome, shared_pool
 from falign.rewards.combination import Rewards, RewardSum, WeightedReward
 from falign.rewards.groups import GroupShares, best_of_n, calibrate, group_shares, keep, pass_at_k, pass_rates
+from falign.rewards.identity import Identified, Identity, reward_identities, reward_identity
 from falign.rewards.importing import import_function
 from falign.rewards.lexicon import Lexicon, fit_lexicon, read_labelled, read_lexicon
 from falign.rewards.loading import load_reward
@@ -20,6 +21,8 @@ __all__ = [
     "Call",
     "ChildPool",
     "GroupShares",
+    "Identified",
+    "Identity",
     "Lexicon",
     "Outcome",
     "Reward",
@@ -48,6 +51,8 @@ __all__ = [
     "read_labelled",
     "read_lexicon",
     "regex",
+    "reward_identities",
+    "reward_identity",
     "sections",
     "select_columns",
     "shared_pool",

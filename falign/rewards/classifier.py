@@ -16,9 +16,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from falign.errors import ConfigError, ModelError, RewardError
 from falign.models.devices import named_device
 from falign.models.foreign import reading
+from falign.models.identity import weights_hash
 from falign.models.precision import resolve_dtype
 from falign.models.sources import check_weights, resolve
+from falign.models.tokenizers import tokenizer_fingerprint
 from falign.rewards.base import place_of
+from falign.rewards.identity import Identity
 
 __all__ = ["ClassifierReward", "load_classifier"]
 
@@ -68,6 +71,15 @@ class ClassifierReward:
             for i, value in zip(batch, self._values(logits).tolist(), strict=True):
                 values[i] = value
         return values
+
+    def identity(self) -> Identity:
+        """Return this module, the weights, the tokenizer and the fields that change a value."""
+        settings = {
+            "weights": weights_hash(self.model),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            **{name: getattr(self, name) for name in ("text", "output", "label", "max_length")},
+        }
+        return Identity(__name__, settings)
 
     def _label_index(self) -> int:
         names: dict[Any, str] = self.model.config.id2label or {}

@@ -11,9 +11,11 @@ from torch import nn
 
 from falign.divergences import Divergence
 from falign.errors import RewardError
+from falign.models.identity import weights_hash
 from falign.objectives.link import Link
 from falign.references import detached_logprobs
 from falign.rewards.base import column, place_of
+from falign.rewards.identity import Identity
 from falign.scoring import DEFAULT_CHUNK_TOKENS, LAYOUTS, Layout, PromptTree
 
 __all__ = ["ImplicitReward", "completion_trees"]
@@ -59,6 +61,12 @@ class ImplicitReward:
         for batch in self._batches(completion_trees(prompt_ids, completion_ids, columns.get("place"))):
             values += self._rewards(batch)
         return values
+
+    def identity(self) -> Identity:
+        """Return this module, both models' weights and the fields that change a value."""
+        models: list[Any] = [self.model, self.reference]
+        weights = [weights_hash(model) for model in models]
+        return Identity(__name__, {"weights": weights, "divergence": repr(self.divergence), "beta": self.beta})
 
     def _batches(self, trees: Sequence[PromptTree]) -> list[list[PromptTree]]:
         batches: list[list[PromptTree]] = []

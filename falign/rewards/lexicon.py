@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from falign.errors import DataError
+from falign.rewards.identity import Identity
 
 __all__ = ["Lexicon", "fit_lexicon", "read_labelled", "read_lexicon"]
 
@@ -36,6 +37,10 @@ class Lexicon:
 
     def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float | None]:
         return [self.value(text) for text in completions]
+
+    def identity(self) -> Identity:
+        """Return this module and the fields."""
+        return Identity(__name__, {"weights": dict(self.weights), "bias": self.bias, "output": self.output})
 
     def value(self, text: str) -> float:
         """Return what one text is worth."""

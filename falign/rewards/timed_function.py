@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from falign.rewards.base import Reward, Scores, check_rewards, select_columns
 from falign.rewards.child import Call, ChildPool
+from falign.rewards.identity import Identity
 from falign.rewards.importing import import_function
 from falign.rewards.outcomes import scores_of
 
@@ -60,3 +61,8 @@ class TimedFunction:
             places=columns.get("place"),
             value=lambda value, where: check_rewards(value, 1, name=self.function, places=[where])[0],
         )
+
+    def identity(self) -> Identity:
+        """Return the module of the function, and what a failed call is worth."""
+        settings = {"function": self.function, "timeout": self.timeout, "failed": self.failed, "errors": self.errors}
+        return Identity(self.function.partition(":")[0], settings)

@@ -10,6 +10,7 @@ from typing import Any
 from falign.errors import RewardError
 from falign.rewards.base import Scores, column, place_of
 from falign.rewards.child import Call, ChildPool, shared_pool
+from falign.rewards.identity import Identity
 from falign.rewards.outcomes import scores_of
 
 __all__ = ["Verifier"]
@@ -71,6 +72,18 @@ class Verifier:
         ]
         outcomes = (self.pool or shared_pool()).run(calls)
         return scores_of(outcomes, name=self.name, failed=self.failed, places=place)
+
+    def identity(self) -> Identity:
+        """Return the module of the function, and all that it is called with."""
+        settings = {
+            "function": self.function,
+            "columns": dict(self.columns),
+            "templates": dict(self.templates),
+            "parameters": dict(self.parameters),
+            "timeout": self.timeout,
+            "failed": self.failed,
+        }
+        return Identity(self.function.partition(":")[0], settings)
 
     def _filled(self, template: str, row: Mapping[str, Any], place: str) -> str:
         try:

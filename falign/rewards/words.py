@@ -10,6 +10,7 @@ from typing import Any
 
 from falign.errors import ConfigError, RewardError
 from falign.rewards.base import column, place_of
+from falign.rewards.identity import Identity
 
 __all__ = ["Words"]
 
@@ -48,6 +49,10 @@ class Words:
             self._value(text, self._of_row(row, place_of(places, i)))
             for i, (text, row) in enumerate(zip(completions, rows, strict=True))
         ]
+
+    def identity(self) -> Identity:
+        """Return this module and the fields."""
+        return Identity(__name__, {"words": list(self.words), "column": self.column, "mode": self.mode})
 
     def _of_row(self, row: Any, place: str) -> tuple[str, ...]:
         words = tuple(row.split()) if isinstance(row, str) else tuple(row) if isinstance(row, Sequence) else ()

@@ -3,6 +3,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from falign.errors import ConfigError, ModelError, RewardError
+from falign.rewards import reward_identity
 from falign.rewards.classifier import ClassifierReward, load_classifier
 from tests.models.tiny import VOCABULARY, save_tiny, tiny_tokenizer
 
@@ -119,3 +120,15 @@ def test_a_model_without_the_head_or_that_is_not_there_is_refused(tmp_path):
         load_classifier(save_tiny(tmp_path / "causal"))
     with pytest.raises(ModelError, match="does not exist"):
         load_classifier(tmp_path / "none")
+
+
+def test_its_identity_is_its_weights_and_what_it_reads():
+    def identity(model, **settings):
+        return reward_identity(ClassifierReward(model, tiny_tokenizer(), **settings))
+
+    other = llama()
+    with torch.no_grad():
+        other.score.weight[0, 0] += 1e-3
+    found = [identity(llama()), identity(other), identity(llama(), text="pair"), identity(llama(), output="logprob")]
+    assert len(set(found)) == 4
+    assert identity(llama()) == found[0]

@@ -1,0 +1,164 @@
+"""The identity of a reward: a hash of its code and of its settings, equal where it judges alike."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import json
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from falign.rewards.combination import RewardSum
+
+__all__ = ["Identified", "Identity", "reward_identities", "reward_identity"]
+
+
+class Identity(NamedTuple):
+    """Code and settings that decide a reward's values.
+
+    Attributes:
+        module: Name of the module that holds the code.
+        settings: Everything else that changes a value, as JSON knows it.
+    """
+
+    module: str
+    settings: Mapping[str, Any]
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A reward that has settings beside its code."""
+
+    def identity(self) -> Identity:
+        """Return the module whose source decides the values, and the settings."""
+        ...
+
+
+def reward_identities(rewards: RewardSum) -> dict[str, str]:
+    """Return the identity of each reward of a sum by its name; weights are not part of it.
+
+    Args:
+        rewards: Named rewards.
+    """
+    return {part.name: reward_identity(part.reward) for part in rewards.rewards}
+
+
+def reward_identity(reward: Any) -> str:
+    """Return the SHA-256 of a reward's code and settings.
+
+    The code is the source of the reward's module and of the modules beside it that it imports, as far as import
+    statements tell: those in the same folder or package. Installed libraries and data files that a function reads are
+    not covered. Neither the order in which rewards are asked nor the place of the files changes the hash.
+
+    Args:
+        reward: A function, or any object of :class:`falign.rewards.Reward`.
+    """
+    identity = reward.identity() if isinstance(reward, Identified) else _of_callable(reward)
+    parts = {"settings": dict(identity.settings), "module": identity.module, "code": _code(identity.module)}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _of_callable(reward: Any) -> Identity:
+    settings: dict[str, Any] = {}
+    while isinstance(reward, functools.partial):
+        settings = {"arguments": repr((reward.args, reward.keywords)), "of": settings}
+        reward = reward.func
+    reward = inspect.unwrap(reward)
+    named = reward if inspect.isroutine(reward) or inspect.isclass(reward) else type(reward)
+    return Identity(named.__module__, {**settings, "name": named.__qualname__})
+
+
+def _code(module: str) -> dict[str, str]:
+    """Return the hash of each source file that a module is made of, by the module's name."""
+    begin = _spec(module)
+    if begin is None or _file(begin) is None:
+        return {}
+    is_beside = _beside(begin)
+    found: dict[str, str] = {}
+    waiting = {begin.name: begin}
+    while waiting:
+        name, spec = waiting.popitem()
+        content = Path(spec.origin or "").read_bytes().replace(b"\r\n", b"\n")
+        found[name] = hashlib.sha256(content).hexdigest()
+        for imported in _imported(content, spec):
+            if imported in found or imported in waiting:
+                continue
+            other = _spec(imported)
+            if other is not None and is_beside(other):
+                waiting[imported] = other
+    return found
+
+
+def _beside(spec: ModuleSpec) -> Callable[[ModuleSpec], bool]:
+    """Return whether a module is the author's of this one: in its package, or in the folder that it is found in."""
+    file, depth = Path(spec.origin or "").resolve(), spec.name.count(".")
+    top = file.parents[depth + 1 if file.stem == "__init__" else depth]  # holds the outermost package
+    outermost, falign = spec.name.partition(".")[0], __name__.partition(".")[0]
+    if outermost == falign:
+        root = file.parent  # verdicts do not depend on falign's other packages
+    elif top in _INSTALLED:
+        root = top / outermost
+    else:
+        root = top
+
+    def is_beside(other: ModuleSpec) -> bool:
+        path = _file(other)
+        if path is None or not path.is_relative_to(root):
+            return False
+        if other.name.partition(".")[0] == falign:
+            return outermost == falign
+        # An environment may lie in the folder of the project.
+        return not any(path.is_relative_to(place) and not root.is_relative_to(place) for place in _INSTALLED)
+
+    return is_beside
+
+
+_INSTALLED = frozenset(
+    Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")
+)
+
+
+def _file(spec: ModuleSpec) -> Path | None:
+    return Path(spec.origin).resolve() if spec.origin is not None and Path(spec.origin).is_file() else None
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    """Find a module without importing anything; None where there is none."""
+    loaded = sys.modules.get(name)
+    if loaded is not None:
+        return loaded.__spec__ or ModuleSpec(name, None, origin=vars(loaded).get("__file__"))
+    places: list[str] | None = None
+    spec = None
+    for depth in range(1, name.count(".") + 2):
+        if depth > 1 and not places:
+            return None  # a name in a module, not a module
+        spec = PathFinder.find_spec(".".join(name.split(".")[:depth]), places)
+        places = None if spec is None else list(spec.submodule_search_locations or ())
+    return spec
+
+
+def _imported(content: bytes, spec: ModuleSpec) -> Iterator[str]:
+    """Name the modules that a source imports, and what it takes from them, which may be modules, too."""
+    if not (spec.origin or "").endswith(".py"):
+        return
+    package = spec.name if spec.submodule_search_locations is not None else spec.parent or ""
+    try:
+        tree = ast.parse(content)
+    except SyntaxError:
+        return  # it cannot be imported either
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            if base:
+                yield base
+                yield from (f"{base}.{alias.name}" for alias in node.names)
