@@ -1,6 +1,7 @@
-"""A content hash of weights: equal for equal weights, whoever loaded them."""
+"""Content hashes of weights and of a model's configuration: equal for what computes the same, whoever loaded it."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,17 @@ from transformers import PreTrainedModel
 from falign.errors import ModelError
 from falign.models.structure import base_of
 
-__all__ = ["adapted_weights_hash", "weights_hash"]
+__all__ = ["adapted_weights_hash", "config_hash", "weights_hash"]
+
+# The fields of a configuration that do not change logits, at every level of it. All others count, those that falign
+# does not know included. The weights' types are a part of `weights_hash`; how attention is computed is recorded
+# beside the hashes. bitsandbytes holds the same bytes in storage of either type.
+_NOT_COMPUTED_WITH = frozenset(
+    {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "use_cache"}
+    | {"dtype", "torch_dtype", "_attn_implementation", "_experts_implementation", "attn_implementation"}
+    | {"_attn_implementation_internal", "_attn_implementation_autoset", "_experts_implementation_internal"}
+    | {"bos_token_id", "eos_token_id", "bnb_4bit_quant_storage"}
+)
 
 
 def weights_hash(model: PreTrainedModel | PeftModel, *, adapter: str | None = None) -> str:
@@ -50,6 +61,31 @@ def adapted_weights_hash(model: PeftModel, *, adapter: str) -> str:
     """
     both = f"{weights_hash(model)} {weights_hash(model, adapter=adapter)}"
     return hashlib.sha256(both.encode()).hexdigest()
+
+
+def config_hash(model: PreTrainedModel | PeftModel) -> str:
+    """Return the SHA-256 of a model's configuration, as far as it changes logits.
+
+    The configuration is taken as loaded, with its defaults, so that a field that is left out equals one that says the
+    default, and files written by two versions of transformers are one. Names, paths, versions, caching, the types of
+    weights and the ids at which generation stops do not count.
+
+    Args:
+        model: The model; adapters over it do not count.
+    """
+    content = json.dumps(_computed_with(base_of(model).config.to_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _computed_with(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _computed_with(each) for key, each in value.items() if key not in _NOT_COMPUTED_WITH}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [_computed_with(each) for each in value]
+    # Code of a repository is named with the repository where it is loaded from the hub, and without in a copy of it.
+    return value.rpartition("--")[2] if isinstance(value, str) else value
 
 
 def _base_entries(base: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -1,8 +1,10 @@
+import json
+
 import pytest
 import torch
 
 from falign.errors import ModelError
-from falign.models import add_lora, load_adapter, load_model, weights_hash
+from falign.models import add_lora, config_hash, load_adapter, load_model, weights_hash
 from falign.models.structure import adapter_matrix, lora_layers
 from tests.models.tiny import fill_adapter, save_tiny
 
@@ -78,3 +80,60 @@ def test_an_unknown_adapter_lists_the_known_ones(tiny):
         weights_hash(add_lora(load_model(tiny), r=4, alpha=8, seed=1), adapter="ref")
     with pytest.raises(ModelError, match=r"no adapter named 'default'; it has \[\]"):
         weights_hash(load_model(tiny), adapter="default")
+
+
+@pytest.fixture(scope="module")
+def hash_with(tmp_path_factory):
+    """Return the hash of a model's configuration after some fields of its config.json have changed."""
+    folder = save_tiny(tmp_path_factory.mktemp("config") / "m")
+    written = json.loads((folder / "config.json").read_text())
+
+    def hash_with(removed=(), **changes):
+        content = {key: value for key, value in (written | changes).items() if key not in removed}
+        (folder / "config.json").write_text(json.dumps(content))
+        return config_hash(load_model(folder))
+
+    return hash_with
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_theta": 20000.0, "rope_type": "default"}},
+        {"rope_theta": 20000.0, "rope_parameters": None},
+        {"rms_norm_eps": 1e-4},
+        {"hidden_act": "gelu"},
+        {"attention_dropout": 0.1},
+        {"pretraining_tp": 2},
+        {"pad_token_id": 2},
+        {"a_field_of_tomorrow": 3},
+    ],
+)
+def test_each_field_that_may_change_logits_counts(hash_with, changes):
+    assert hash_with(**changes) != hash_with()
+
+
+def test_names_versions_types_caching_and_stop_ids_do_not_count(hash_with):
+    assert hash_with(removed=["rms_norm_eps", "pretraining_tp"]) == hash_with()  # defaults
+    assert (
+        hash_with(
+            _name_or_path="elsewhere",
+            transformers_version="4.40.0",
+            architectures=["Llama"],
+            use_cache=False,
+            dtype="bfloat16",
+            eos_token_id=[1, 3],
+            bos_token_id=2,
+        )
+        == hash_with()
+    )
+
+
+def test_a_configuration_has_one_hash_with_and_without_adapters_and_in_another_folder(tmp_path):
+    first = load_model(save_tiny(tmp_path / "m"))
+    expected = config_hash(first)
+    second = add_lora(load_model(save_tiny(tmp_path / "n"), attn_implementation="eager"), r=4, alpha=8, seed=1)
+    assert config_hash(second) == expected
+    quantized = config_hash(load_model(tmp_path / "m", quantization="nf4"))
+    assert quantized != expected  # its arithmetic is that of 4-bit layers
+    assert len(expected) == 64
