@@ -54,7 +54,7 @@ def main():
     parser.add_argument("--rounding", type=float, default=5e-5)
     args = parser.parse_args()
     summary = json.loads((args.results / "summary.json").read_text())
-    items = map(json.loads, (args.results / "items.jsonl").read_text(encoding="utf-8").splitlines())
+    items = map(json.loads, filter(None, (args.results / "items.jsonl").read_text(encoding="utf-8").split("\n")))
     found = {Path(row["place"]).name: row for row in items}
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(summary[name], dtype=torch.float32).eval()

@@ -13,7 +13,6 @@ file has is what is tried.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -26,6 +25,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from falign.json_lines import read_journal
 
 ANYWHERE = "anywhere"
 PLACES = {
@@ -186,7 +187,7 @@ def compare(whole: Path, other: Path) -> list[str]:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """Return all that was logged but what depends on time."""
-    logs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    logs = list(read_journal(folder / "metrics.jsonl"))
     timed = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
     timeless = [{key: log[key] for key in log if key not in timed} for log in logs]
     return [log for log in timeless if log.keys() - {"step", "epoch"}]

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from falign.cli.trained import is_run
 from falign.errors import ConfigError
+from falign.json_lines import split_lines
 
 __all__ = ["frontier"]
 
@@ -33,7 +34,7 @@ class Evaluated(NamedTuple):
         if not file.is_file():
             return None
         try:
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+            rows = [json.loads(line) for line in split_lines(file.read_text(encoding="utf-8"))]
         except ValueError as error:
             raise _damaged(file, str(error)) from error
         size, left = divmod(len(rows), self.summary["num_prompts"])

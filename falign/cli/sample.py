@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from falign.errors import ConfigError, DataError
+from falign.json_lines import split_lines
 
 if TYPE_CHECKING:
     from falign.data import Row, Text
@@ -155,7 +156,8 @@ def _read_prompts(file: Path) -> list[Text]:
         if not file.is_file():
             raise DataError(f"No file of prompts at {file}.")
         try:
-            return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = split_lines(file.read_text(encoding="utf-8-sig"))
+            return [line.removesuffix("\r") for line in lines if line.strip()]
         except UnicodeDecodeError as error:
             raise DataError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
     from falign.data import read_rows

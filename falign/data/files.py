@@ -88,12 +88,12 @@ def _read_lines(lines: TextIOWrapper, name: str, bad_rows: BadRows) -> Iterator[
 
 
 def _read_jsonl(path: Path, name: str, bad_rows: BadRows) -> Iterator[Row]:
-    with _open(path) as lines:
+    with _open(path, newline="\n") as lines:
         yield from _read_lines(lines, name, bad_rows)
 
 
 def _read_json(path: Path, name: str, bad_rows: BadRows) -> Iterator[Row]:
-    with _open(path) as file:
+    with _open(path, newline="\n") as file:
         try:
             value = json.load(file)
         except json.JSONDecodeError as error:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from falign.errors import ConfigError
+from falign.json_lines import read_journal
 from falign.report.metric_names import Number
 from falign.report.runs import ReportedRun
 
@@ -73,16 +72,7 @@ def _online(run: ReportedRun) -> Iterator[Answers]:
 
 
 def _rows(run: ReportedRun) -> Iterator[dict[str, Any]]:
-    path = run.folder.completions_file
-    if not path.is_file():
-        return
-    lines: Sequence[str] = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            if number < len(lines):  # half a last line, of a run that is being written, is none
-                raise ConfigError(f"{path}:{number} is damaged ({error}): remove the line.") from error
+    return read_journal(run.folder.completions_file)
 
 
 def _text(prompt: str | list[dict[str, str]]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from falign.errors import DataError
+from falign.json_lines import split_lines
 from falign.rewards.identity import Identity
 
 __all__ = ["Lexicon", "fit_lexicon", "read_labelled", "read_lexicon"]
@@ -65,7 +66,7 @@ def read_lexicon(path: str | Path) -> dict[str, float]:
         DataError: A weight is no finite number, a word is no single word or comes twice, or there is none.
     """
     weights: dict[str, float] = {}
-    for n, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for n, line in enumerate(split_lines(Path(path).read_text(encoding="utf-8")), start=1):
         if not line.strip():
             continue
         word, _, weight = line.strip().casefold().partition("\t")

@@ -15,6 +15,7 @@ import yaml
 
 from falign.durable import sync_folder
 from falign.errors import ConfigError, TrainingError
+from falign.json_lines import read_journal, split_lines
 from falign.passwords import without_passwords
 from falign.plain_yaml import plain_yaml
 from falign.training.checkpoints import newest_whole
@@ -218,16 +219,7 @@ class RunFolder:
         Raises:
             ConfigError: Another line is damaged.
         """
-        if not self.metrics_file.is_file():
-            return []
-        logs, lines = [], self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
-        for number, line in enumerate(lines, start=1):
-            try:
-                logs.append(json.loads(line))
-            except ValueError as error:
-                if number < len(lines):
-                    raise ConfigError(f"{self.metrics_file}:{number} is damaged ({error}): remove the line.") from error
-        return logs
+        return list(read_journal(self.metrics_file))
 
     def forget_after(self, step: int, *, evaluated: bool) -> None:
         """Drop what a resumed run writes again: all of later steps.
@@ -242,7 +234,7 @@ class RunFolder:
         ]
         self._write("metrics.jsonl", "".join(f"{line}\n" for line in kept))
         if self.completions_file.is_file():
-            lines = self.completions_file.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = split_lines(self.completions_file.read_text(encoding="utf-8", errors="replace"))
             self._write(
                 "completions.jsonl", "".join(f"{line}\n" for line in lines if _sampled_by(line, step, last_evaluated))
             )
