@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from falign.errors import ModelError
 from falign.models.adapter_precision import compute_in_activation_type
+from falign.models.adapter_settings import beyond_plain_lora
 from falign.models.adapters import check_adapter_folder
 from falign.models.foreign import reading
 from falign.models.lora_factors import Factors
@@ -24,13 +25,6 @@ __all__ = ["AdapterTensors", "adapter_of", "install_adapter", "read_adapter"]
 
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _PREFIX = "base_model.model."
-_MORE_THAN_MATRICES = {
-    "use_dora": "is DoRA",
-    "modules_to_save": "has fully trained modules (modules_to_save)",
-    "lora_bias": "has biases",
-    "trainable_token_indices": "has trained tokens",
-    "alora_invocation_tokens": "acts after an invocation alone",
-}
 
 
 class AdapterTensors(NamedTuple):
@@ -78,9 +72,8 @@ def read_adapter(folder: Path) -> AdapterTensors:
     with reading(lambda error: damaged(folder / "adapter_config.json", error)):
         config = LoraConfig.from_pretrained(str(folder))
     assert isinstance(config, LoraConfig)  # check_adapter_folder has seen to it
-    for field, what in _MORE_THAN_MATRICES.items():
-        if getattr(config, field) or (field == "lora_bias" and config.bias != "none"):
-            raise ModelError(f"{folder} {what}: only plain LoRA, pairs of matrices on linear layers, can be summed.")
+    for what in beyond_plain_lora(vars(config)):
+        raise ModelError(f"{folder} {what}: only plain LoRA, pairs of matrices on linear layers, can be summed.")
     with reading(lambda error: damaged(folder / "adapter_model.safetensors", error)):
         tensors = load_file(folder / "adapter_model.safetensors")
     layers = {name.removesuffix(_DOWN) for name in tensors if name.endswith(_DOWN)}

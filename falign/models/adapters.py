@@ -16,15 +16,25 @@ from peft import (
     get_peft_model,
     set_peft_model_state_dict,
 )
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from falign.errors import ConfigError, ModelError
 from falign.models.adapter_precision import compute_in_activation_type
+from falign.models.adapter_settings import base_change
 from falign.models.foreign import reading
 from falign.models.sources import adapter_config, damaged
-from falign.models.structure import adapter_matrix, adapter_weights, base_of, is_transposed, linear_modules, lora_layers
+from falign.models.structure import (
+    adapter_matrix,
+    adapter_weights,
+    base_of,
+    expert_modules,
+    is_transposed,
+    linear_modules,
+    lora_layers,
+)
 
 __all__ = ["add_lora", "check_adapter_folder", "load_adapter", "transplant_adapter"]
 
@@ -54,7 +64,8 @@ def add_lora(
         alpha: scale; the update is ``alpha / r · B A``, or ``alpha / √r · B A`` with ``rslora``.
         seed: of A.
         dropout: on the adapter's input, while training.
-        target_modules: ``all-linear`` (all linear layers but the output head), or endings of module names.
+        target_modules: ``all-linear`` (all linear layers but the output head), or endings of module names. Experts that
+            are stacked in one parameter, and their router, are not linear layers and stay as they are.
         rslora: scale by 1/√r.
         revision: the base's revision on the hub, to be recorded in the adapter's configuration.
 
@@ -64,6 +75,13 @@ def add_lora(
     linear = linear_modules(model)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     chosen = _match(targets, linear)
+    if targets == "all-linear" and expert_modules(model):
+        targets = _linear_beside_experts(model, linear)
+    elif taken := _taken_for_experts(targets, model):
+        raise ConfigError(
+            f"target_modules={targets!r}: PEFT takes {sorted(taken)} for the experts of a {type(model).__name__}, "
+            "which are not linear layers: leave them out."
+        )
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=r,
@@ -149,6 +167,21 @@ def _match(targets: str | list[str], linear: dict[str, nn.Module]) -> list[str]:
     return chosen
 
 
+def _linear_beside_experts(model: PreTrainedModel, linear: dict[str, nn.Module]) -> list[str]:
+    head = model.get_output_embeddings()
+    names = sorted({name.rpartition(".")[2] for name, module in linear.items() if module is not head})
+    return [name for name in names if name not in _taken_for_experts(names, model)]
+
+
+def _taken_for_experts(targets: str | list[str], model: PreTrainedModel) -> set[str]:
+    """Return the targets that PEFT would replace by parameters of this model's experts."""
+    if isinstance(targets, str) or not expert_modules(model):
+        return set()
+    config = LoraConfig(target_modules=targets)
+    convert_peft_config_for_transformers(config, model, None)
+    return set(targets) - set(config.target_modules or ())
+
+
 @torch.no_grad()
 def _initialise(model: PeftModel, *, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -173,7 +206,8 @@ def check_adapter_folder(folder: Path) -> None:
     """Raise unless a folder holds a LoRA adapter in safetensors.
 
     Raises:
-        ModelError: no adapter there, one of another type, or weights that are pickled or damaged.
+        ModelError: no adapter there, one of another type or that changes its base, or weights that are pickled or
+            damaged.
     """
     config = folder / "adapter_config.json"
     if not config.is_file():
@@ -182,9 +216,15 @@ def check_adapter_folder(folder: Path) -> None:
             nearest = difflib.get_close_matches(folder.name, [entry.name for entry in folder.parent.iterdir()], n=1)
         hint = f"did you mean {folder.parent / nearest[0]}?" if nearest else "give a folder in PEFT's layout."
         raise ModelError(f"{folder} holds no adapter (no adapter_config.json): {hint}")
-    peft_type = adapter_config(folder).get("peft_type")
+    settings = adapter_config(folder)
+    peft_type = settings.get("peft_type")
     if peft_type != "LORA":
         raise ModelError(f"{folder} holds a {peft_type} adapter; only LORA is supported.")
+    if (change := base_change(settings)) is not None:
+        raise ModelError(
+            f"{config}: {change}, so that nothing could be compared with the base, averaged or exported over it. Merge "
+            "the adapter with PEFT (merge_and_unload), save the result, and give that as the model."
+        )
     if not (folder / _WEIGHTS).is_file():
         raise ModelError(
             f"{folder} has no {_WEIGHTS}. Pickled weights can run code when they are read and are never loaded: load "

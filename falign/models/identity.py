@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from falign.errors import ModelError
+from falign.models.adapter_settings import BEYOND_PLAIN_LORA
+from falign.models.base_weights import base_weights
 from falign.models.structure import base_of
 
 __all__ = ["adapted_weights_hash", "config_hash", "weights_hash"]
@@ -39,9 +42,10 @@ def weights_hash(model: PreTrainedModel | PeftModel, *, adapter: str | None = No
         adapter: the adapter to hash instead of the base.
 
     Raises:
-        ModelError: no such adapter, or 4-bit weights that an inference kernel has repacked.
+        ModelError: no such adapter, a base that an adapter has changed, or 4-bit weights that an inference kernel has
+            repacked.
     """
-    entries = _base_entries(base_of(model)) if adapter is None else _adapter_entries(model, adapter)
+    entries = _base_entries(model) if adapter is None else _adapter_entries(model, adapter)
     digest = hashlib.sha256()
     for name, tensor in entries:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -88,22 +92,13 @@ def _computed_with(value: Any) -> Any:
     return value.rpartition("--")[2] if isinstance(value, str) else value
 
 
-def _base_entries(base: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    seen = set()  # tied weights count once
-    for name, tensor in base.named_parameters(remove_duplicate=False):
-        if ".lora_" in name or id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
+def _base_entries(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in base_weights(model):
         state = vars(tensor).get("quant_state")
-        plain_name = name.replace(".base_layer.", ".")
         if state is None:
-            yield plain_name, tensor
+            yield name, tensor
         else:
-            yield from _four_bit_entries(plain_name, tensor, state)
-    persistent = base.state_dict(keep_vars=True)
-    for name, buffer in base.named_buffers():
-        if name in persistent:
-            yield name.replace(".base_layer.", "."), buffer
+            yield from _four_bit_entries(name, tensor, state)
 
 
 def _four_bit_entries(name: str, tensor: Tensor, state: Any) -> Iterator[tuple[str, Tensor]]:
@@ -123,10 +118,23 @@ def _adapter_entries(model: PreTrainedModel | PeftModel, adapter: str) -> Iterat
         known = list(model.peft_config) if isinstance(model, PeftModel) else []
         raise ModelError(f"The model has no adapter named {adapter!r}; it has {known}.")
     for name, tensor in model.named_parameters():
-        head, separator, tail = name.partition(f".{adapter}.")
-        if separator and ".lora_" in f"{head}.":
-            yield f"{head}.{tail}", tensor
+        if (plain_name := _name_in_adapter(name, adapter)) is not None:
+            yield plain_name, tensor
     for name, layer in model.named_modules():
         scaling = vars(layer).get("scaling")
         if isinstance(scaling, dict) and adapter in scaling:
             yield f"{name}.scaling", torch.tensor(scaling[adapter], dtype=torch.float64)
+    settings = vars(model.peft_config[adapter])
+    beyond = {field: settings[field] for field in sorted(BEYOND_PLAIN_LORA) if settings.get(field)}
+    if beyond:
+        text = json.dumps(beyond, sort_keys=True, default=lambda value: sorted(map(str, value)))
+        yield "settings", torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _name_in_adapter(name: str, adapter: str) -> str | None:
+    """Return a parameter's name without the adapter's, or None for a parameter of the base or of another adapter."""
+    parts = name.split(".")
+    for place, (kind, found) in enumerate(pairwise(parts), start=1):
+        if found == adapter and (kind.startswith("lora_") or kind in ("modules_to_save", "trainable_tokens_delta")):
+            return ".".join(parts[:place] + parts[place + 1 :])
+    return None

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from falign.errors import ModelError
+from falign.models.adapter_settings import beyond_plain_lora
 from falign.models.structure import adapter_matrix, is_transposed, lora_layers
 
 __all__ = ["check_plain_lora", "fold_adapter", "lora_delta"]
@@ -61,7 +62,7 @@ def check_plain_lora(adapted: PeftModel, adapter: str) -> None:
     """Raise unless ``adapter`` consists of LoRA matrices alone, which merging and vLLM understand.
 
     Raises:
-        ModelError: no such adapter, or one with biases, DoRA and the like, or fully trained modules.
+        ModelError: no such adapter, or one that is more than such matrices or changes its base.
     """
     layers = lora_layers(adapted, adapter)
     if not layers:
@@ -72,7 +73,8 @@ def check_plain_lora(adapted: PeftModel, adapter: str) -> None:
                 f"{name}: adapter {adapter!r} is more than a pair of LoRA matrices (a variant such as DoRA, a "
                 "bias, or an embedding): train plain LoRA on linear layers to export it."
             )
-    if getattr(adapted.peft_config[adapter], "modules_to_save", None):
+    for what in beyond_plain_lora(vars(adapted.peft_config[adapter])):
         raise ModelError(
-            f"Adapter {adapter!r} has fully trained modules (modules_to_save): export a merge of plain LoRA."
+            f"Adapter {adapter!r} {what}: only plain LoRA, pairs of matrices on linear layers, can be trained further, "
+            "averaged and exported. Merge it with PEFT (merge_and_unload) and give the merged model."
         )

@@ -2,6 +2,8 @@
 
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -14,9 +16,11 @@ __all__ = [
     "adapter_weights",
     "base_name",
     "base_of",
+    "expert_modules",
     "is_transposed",
     "linear_modules",
     "lora_layers",
+    "without_adapters",
 ]
 
 
@@ -26,6 +30,15 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     if not isinstance(base, PreTrainedModel):
         raise ModelError(f"The adapters are over a {type(base).__name__}: only transformers models are supported.")
     return base
+
+
+def without_adapters(module: nn.Module) -> nn.Module:
+    """Return the module of the base under PEFT's layers, however many lie on each other, or the module itself."""
+    while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        inner = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.base_layer
+        assert isinstance(inner, nn.Module)
+        module = inner
+    return module
 
 
 def base_name(model: PreTrainedModel | PeftModel) -> str:
@@ -43,6 +56,15 @@ def base_name(model: PreTrainedModel | PeftModel) -> str:
 def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the linear layers, quantised ones included, by their full names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def expert_modules(model: PreTrainedModel) -> list[str]:
+    """Return the names of modules whose own parameters are stacks of matrices, such as the experts of a mixture."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+    ]
 
 
 def is_transposed(module: nn.Module) -> bool:

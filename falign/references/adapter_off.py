@@ -57,14 +57,16 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             f"{type(model).__name__} has no adapter to switch off, so the policy would be its own "
             "reference: train a LoRA adapter (peft.get_peft_model), or take a frozen model as reference."
         )
+    from falign.models.base_weights import check_base_intact
+
+    check_base_intact(model)
     with trainable_as_before(model), model.disable_adapter():
         refuse_trained_base(model)
         yield
 
 
 def _without_adapter(head: Head) -> Head:
-    # PEFT's layers keep what they wrap under these names.
+    from falign.models.structure import without_adapters
+
     assert isinstance(head.embeddings, nn.Module)
-    children = dict(head.embeddings.named_children())
-    inner = [children[name] for name in ("base_layer", "original_module") if name in children]
-    return replace(head, embeddings=inner[0]) if inner else head
+    return replace(head, embeddings=without_adapters(head.embeddings))

@@ -61,6 +61,9 @@ class AdapterReference(Reference):
     @contextmanager
     def acting(self, policy_model: nn.Module) -> Iterator[None]:
         """Let the policy act as the reference for a while."""
+        from falign.models.base_weights import check_base_intact
+
+        check_base_intact(policy_model)
         require_adapter(policy_model, self.adapter)
         with adapter_acting(policy_model, self.adapter):
             refuse_trained_base(policy_model)

@@ -9,21 +9,10 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from falign.models.adapter_settings import BEYOND_PLAIN_LORA, base_change
 from falign.models.structure import base_of, lora_layers
 
 __all__ = ["why_not_servable"]
-
-# They give A and B a start and leave the base as it is; all other named ones change the base.
-_HARMLESS_STARTS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
-_BEYOND_LORA = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-)
 
 
 def why_not_servable(model: nn.Module, *, max_rank: int) -> str | None:
@@ -45,14 +34,11 @@ def why_not_servable(model: nn.Module, *, max_rank: int) -> str | None:
 
 
 def _beyond_lora(config: LoraConfig) -> Iterator[str]:
-    for field in _BEYOND_LORA:
+    for field in BEYOND_PLAIN_LORA:
         if value := getattr(config, field):
             yield f"the adapter has {field}={value}"
-    if config.bias != "none":
-        yield f"the adapter has bias={config.bias}"
-    start = config.init_lora_weights
-    if isinstance(start, str) and start.lower() not in _HARMLESS_STARTS:
-        yield f"the adapter was started with init_lora_weights={start}, which changes the base model"
+    if (change := base_change(vars(config))) is not None:
+        yield f"the adapter changes the base model ({change})"
 
 
 def _unfit_layers(model: PeftModel, name: str, max_rank: int) -> Iterator[str]:

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from falign.errors import ConfigError
-from falign.models import describe, enable_gradient_checkpointing, stop_token_ids, weights_hash
+from falign.models import base_of, describe, enable_gradient_checkpointing, stop_token_ids, weights_hash
 from falign.models.dropout import disable_dropout
 from falign.models.sharding import shard
+from falign.models.structure import expert_modules
 from falign.models.tokenizers import pad_token_id
 from falign.objectives import Objective
 from falign.references import Reference, check_same_at_start, own_model
@@ -114,11 +115,23 @@ def load_parts(
                     shard(model, device=args.device)  # pyright: ignore[reportArgumentType]
         probes = make_probes(policy)
         check_head(policy, probes[0].prompt_ids + probes[0].completion_ids[0])
+        _tell_experts(policy, console)
     layout = _layout(config, policy, probes, language.pad_token_id, console)
     if starts_as_policy(config):
         batch = LAYOUTS[layout](probes[:2], pad_token_id=language.pad_token_id).to(args.device)
         check_same_at_start(policy, reference, batch)
     return Parts(policy, reference, layout, record)
+
+
+def _tell_experts(policy: PreTrainedModel | PeftModel, console: Console) -> None:
+    if isinstance(policy, PeftModel) and (experts := expert_modules(base_of(policy))):
+        console.print(
+            f"adapter: {len(experts)} modules hold experts (first: {experts[0]}). They and their routers are not "
+            "linear layers and are not trained.",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _check_fits(config: RunConfig, model: PreTrainedModel, longest: int) -> None:

@@ -145,7 +145,9 @@ def rewrite_config(source, target, **fields):
     [
         ({"use_dora": True}, "changed is DoRA: only plain LoRA"),
         ({"modules_to_save": ["lm_head"]}, r"fully trained modules \(modules_to_save\)"),
-        ({"bias": "all"}, "has biases"),
+        ({"bias": "all"}, "replaces the base's own biases"),
+        ({"init_lora_weights": "pissa"}, r"changed/adapter_config.json: .*subtracts the adapter's start"),
+        ({"target_parameters": ["experts.down_proj"]}, r"\(target_parameters\)"),
         ({"base_model_name_or_path": "another/base"}, r"different bases \(base .*tiny and another/base\)"),
         ({"revision": "v2"}, r"different bases \(base .*tiny and .*tiny at v2\)"),
     ],

@@ -28,7 +28,7 @@ def test_plain_lora_up_to_the_servers_rank_is_served(rslora):
     [
         ({"use_dora": True}, "use_dora"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"bias": "lora_only"}, "bias=lora_only"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "changes the base model"),
         ({"init_lora_weights": "olora"}, "changes the base model"),

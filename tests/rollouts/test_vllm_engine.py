@@ -192,7 +192,7 @@ def lora(server, **options):
 UNSERVABLE = {
     "DoRA": ({"use_dora": True}, "use_dora"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
+    "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
     "rank": ({"r": 16}, "above --max-lora-rank 8"),
     "head": ({"target_modules": ["q_proj", "lm_head"]}, "ends of the model"),
 }
