@@ -4,8 +4,8 @@
 """
 
 from falign import divergences, objectives
-from falign.objectives import DPHRL, FDPG, FDPO, SALSA, TDPO, CompletionBatch
+from falign.objectives import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO, CompletionBatch
 
 __version__ = "0.1.0"
 
-__all__ = ["DPHRL", "FDPG", "FDPO", "SALSA", "TDPO", "CompletionBatch", "divergences", "objectives"]
+__all__ = ["DPHRL", "FDPG", "FDPO", "SALSA", "SALSARLOO", "TDPO", "CompletionBatch", "divergences", "objectives"]

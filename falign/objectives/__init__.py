@@ -14,8 +14,8 @@ from falign.objectives.distribution_matching import DistributionMatching
 from falign.objectives.generalized_advantages import generalized_advantages
 from falign.objectives.hybrid import Hybrid
 from falign.objectives.listwise import Listwise
-from falign.objectives.margins import Exo, MarginLoss, Robust, get_margin_loss, hinge, logistic, squared
-from falign.objectives.methods import DPHRL, FDPG, FDPO, SALSA, TDPO
+from falign.objectives.margins import IPO, Exo, MarginLoss, Robust, get_margin_loss, hinge, logistic, squared
+from falign.objectives.methods import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO, dph_rl_coefficient
 from falign.objectives.moments import fit_moments
 from falign.objectives.pairs import pairs_of
 from falign.objectives.pairwise import Pairwise
@@ -33,7 +33,9 @@ __all__ = [
     "DPHRL",
     "FDPG",
     "FDPO",
+    "IPO",
     "SALSA",
+    "SALSARLOO",
     "TDPO",
     "Advantage",
     "BinaryConstraint",
@@ -63,6 +65,7 @@ __all__ = [
     "Term",
     "TokenPairwise",
     "completion_term",
+    "dph_rl_coefficient",
     "fit_moments",
     "generalized_advantages",
     "get_advantage",

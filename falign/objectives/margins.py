@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["MARGIN_LOSSES", "Exo", "MarginLoss", "Robust", "get_margin_loss", "hinge", "logistic", "squared"]
+__all__ = ["IPO", "MARGIN_LOSSES", "Exo", "MarginLoss", "Robust", "get_margin_loss", "hinge", "logistic", "squared"]
 
 MarginLoss = Callable[[Tensor], Tensor]
 
@@ -58,7 +58,7 @@ def hinge(margin: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
 
 
 def squared(margin: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Return ``(m - 1/2)²``: the IPO loss times β², when ``m = β (log u_chosen - log u_rejected)``.
+    """Return ``(m - 1/2)²``: β² times the loss of IPO's Eq. 17, when ``m = β (log u_chosen - log u_rejected)``.
 
     Args:
         margin: ``m``, implicit reward of chosen minus rejected, shape (B,), nats.
@@ -68,13 +68,39 @@ def squared(margin: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         stays finite where f' grows exponentially.
 
     Source:
-        Azar et al., IPO (arXiv:2310.12036), Eq. 17, with τ = β; scaled by β².
+        Azar et al., IPO (arXiv:2310.12036), Eq. 17, with τ = β; scaled by β². The published results are of
+        :class:`IPO`, with log-ratios per token.
 
     Example:
         >>> squared(torch.tensor([0.5, 1.5]))
         tensor([0., 1.])
     """
     return 2 * F.huber_loss(margin, torch.full_like(margin, 0.5), reduction="none", delta=1e6)
+
+
+@dataclass(frozen=True)
+class IPO:
+    """``(m/β - 1/(2β))²``: IPO as published, when m is of log-ratios per token (``length_norm="token"``).
+
+    :class:`falign.objectives.Pairwise` makes it, with its own β, where ``margin_loss="ipo"``.
+
+    Attributes:
+        beta: β, the paper's τ.
+
+    Source:
+        Azar et al., IPO (arXiv:2310.12036), Eq. 17. That its log-ratios are means over tokens is the authors' word to
+        TRL, whose ``loss_type="ipo"`` this is.
+
+    Example:
+        >>> IPO(beta=0.5)(torch.tensor([1.5]))
+        tensor([4.])
+    """
+
+    beta: float
+
+    def __call__(self, margin: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """Return one loss per pair, shape (B,)."""
+        return squared(margin) / self.beta**2
 
 
 @dataclass(frozen=True)
@@ -141,7 +167,7 @@ MARGIN_LOSSES: dict[str, MarginLoss | type[Robust] | type[Exo]] = {
     "robust": Robust,
     "exo": Exo,
 }
-ALIASES = {"sigmoid": "logistic", "ipo": "squared", "exo_pair": "exo"}
+ALIASES = {"sigmoid": "logistic", "exo_pair": "exo"}
 
 
 def get_margin_loss(name: str) -> MarginLoss:
@@ -149,13 +175,13 @@ def get_margin_loss(name: str) -> MarginLoss:
 
     Args:
         name: ``logistic``, ``hinge``, ``squared``, ``robust``, ``robust(0.2)``, ``exo``, ``exo(0.01)``; TRL's
-            ``sigmoid``, ``ipo`` and ``exo_pair`` are accepted.
+            ``sigmoid`` and ``exo_pair`` are accepted.
 
     Returns:
         The loss.
 
     Raises:
-        ValueError: The name is unknown, or its parameter is out of range.
+        ValueError: The name is unknown, its parameter is out of range, or it is ``ipo``, which needs β.
 
     Example:
         >>> get_margin_loss("robust(0.2)")
@@ -163,10 +189,15 @@ def get_margin_loss(name: str) -> MarginLoss:
     """
     match = re.fullmatch(r"\s*([a-z_]+)\s*(?:\((.*)\))?\s*", name)
     key = ALIASES.get(match[1], match[1]) if match else name
+    if key == "ipo":
+        raise ValueError(
+            f"margin_loss {name!r} is a loss of log-ratios per token that depends on beta: name it as 'ipo' in an "
+            "objective of pairs, or make IPO(beta); without either it is 'squared'."
+        )
     if match is None or key not in MARGIN_LOSSES:
-        close = difflib.get_close_matches(key, [*MARGIN_LOSSES, *ALIASES], n=1, cutoff=0.5)
+        close = difflib.get_close_matches(key, [*MARGIN_LOSSES, *ALIASES, "ipo"], n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? Choose" if close else "choose"
-        raise ValueError(f"margin_loss {name!r} is unknown; {hint} one of {', '.join(MARGIN_LOSSES)}.")
+        raise ValueError(f"margin_loss {name!r} is unknown; {hint} one of {', '.join(MARGIN_LOSSES)}, ipo.")
     loss = MARGIN_LOSSES[key]
     if inspect.isclass(loss):
         return loss() if match[2] is None else loss(_number(match[2], name, key))

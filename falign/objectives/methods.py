@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from falign.divergences import Divergence, get
+from falign.divergences import Alpha, Divergence, ForwardKL, JensenShannon, get
 from falign.objectives.advantages import Advantage
 from falign.objectives.completion_mean import CompletionMean
 from falign.objectives.distribution_matching import DistributionMatching
@@ -17,7 +17,12 @@ from falign.objectives.rehearsal import Rehearsal
 from falign.objectives.targets import Target
 from falign.objectives.token_pairwise import TokenPairwise
 
-__all__ = ["DPHRL", "FDPG", "FDPO", "SALSA", "TDPO"]
+__all__ = ["DPHRL", "FDPG", "FDPO", "SALSA", "SALSARLOO", "TDPO", "dph_rl_coefficient"]
+
+# The paper's η is the weight in one mean over all rows, 8 fresh ones for each of the reference: 8 times the weight
+# between two means. Jensen-Shannon's is the η of its tables; of the forward KL and α only ranges are published, 0.01 to
+# 0.05, of which this is the same end.
+DPH_RL_COEFFICIENTS: dict[type[Divergence], float] = {JensenShannon: 0.2 / 8, ForwardKL: 0.05 / 8, Alpha: 0.05 / 8}
 
 
 def FDPO(  # noqa: N802 - the paper's name
@@ -25,21 +30,21 @@ def FDPO(  # noqa: N802 - the paper's name
     beta: float = 0.1,
     *,
     margin_loss: MarginLoss | str = logistic,
-    length_norm: Literal["none", "token"] = "none",
+    length_norm: Literal["none", "token"] | None = None,
 ) -> Pairwise:
     """Return f-DPO: ``-log σ(β f'(u_w) - β f'(u_l))``; with the reverse KL it is DPO.
 
     Args:
         divergence: f, or its name.
         beta: β, strength of the divergence.
-        margin_loss: Another loss on the same margin.
+        margin_loss: Another loss on the same margin, or its name; ``"ipo"`` with the reverse KL is IPO.
         length_norm: See :class:`Pairwise`.
 
     Returns:
         The objective.
 
     Raises:
-        ValueError: The divergence is unknown or has no barrier, or β is not positive.
+        ValueError: A name is unknown, the divergence has no barrier, or the other arguments contradict each other.
 
     Source:
         Wang et al., f-DPO (arXiv:2309.16240).
@@ -115,9 +120,37 @@ def FDPG(  # noqa: N802 - the paper's name
     return DistributionMatching(_resolve(divergence), target, baseline)
 
 
+def dph_rl_coefficient(divergence: Divergence) -> float:
+    """Return the weight of DPH-RL's rehearsal that its authors published for a divergence, between two means.
+
+    Args:
+        divergence: f of the rehearsal: Jensen-Shannon, the forward KL, or an α-divergence.
+
+    Returns:
+        An eighth of their η.
+
+    Raises:
+        ValueError: None is published for this divergence.
+
+    Source:
+        Li et al., DPH-RL (arXiv:2509.07430): η of the tables for Jensen-Shannon, 0.2; the upper end of the range in
+        the authors' code for the forward KL and α, 0.01 to 0.05.
+
+    Example:
+        >>> dph_rl_coefficient(get("jensen_shannon")), dph_rl_coefficient(get("forward_kl"))
+        (0.025, 0.00625)
+    """
+    if type(divergence) not in DPH_RL_COEFFICIENTS:
+        raise ValueError(
+            f"no coefficient is published for DPH-RL under {divergence.name}: give one. As a measure, it is 0.025 for "
+            "jensen_shannon, whose f''(1) is 0.5, and 0.00625 for forward_kl, whose f''(1) is 1."
+        )
+    return DPH_RL_COEFFICIENTS[type(divergence)]
+
+
 def DPHRL(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "jensen_shannon",
-    coefficient: float = 0.025,
+    coefficient: float | None = None,
     *,
     advantage: Advantage | str = "group_normalised",
     clip_low: float | None = 0.2,
@@ -128,8 +161,7 @@ def DPHRL(  # noqa: N802 - the paper's name
 
     Args:
         divergence: f of the rehearsal, per token, or its name.
-        coefficient: Weight of the rehearsal. The paper's η for Jensen-Shannon is 0.2 in a mean over all rows, 8 fresh
-            ones for each of the reference; between two means that is 0.025.
+        coefficient: Weight of the rehearsal; None is :func:`dph_rl_coefficient`.
         advantage: See :class:`PolicyGradient`.
         clip_low: See :class:`PolicyGradient`.
         clip_high: See :class:`PolicyGradient`.
@@ -139,7 +171,7 @@ def DPHRL(  # noqa: N802 - the paper's name
         The objective.
 
     Raises:
-        ValueError: The divergence is unknown, or an argument out of range.
+        ValueError: The divergence is unknown, an argument out of range, or no coefficient is published for it.
 
     Source:
         Li et al., DPH-RL (arXiv:2509.07430); bounds, advantage and mean over tokens as in their code.
@@ -151,29 +183,31 @@ def DPHRL(  # noqa: N802 - the paper's name
     exploration = PolicyGradient(
         advantage=advantage, clip_low=clip_low, clip_high=clip_high, importance="token", reduction=reduction
     )
-    return Hybrid(exploration, Rehearsal(_resolve(divergence)), coefficient)
+    rehearsal = Rehearsal(_resolve(divergence))
+    weight = dph_rl_coefficient(rehearsal.divergence) if coefficient is None else coefficient
+    return Hybrid(exploration, rehearsal, weight)
 
 
 def SALSA(  # noqa: N802 - the paper's name
     beta: float = 0.05,
     divergence: Divergence | str = "reverse_kl",
     *,
-    advantage: Advantage | str = "leave_one_out",
     clip_low: float | None = 0.2,
     clip_high: float | None = 0.2,
     level: Level = "sequence",
+    reduction: CompletionMean = "token_mean",
 ) -> PolicyGradient:
-    """Return SALSA's objective: PPO's clipped policy gradient with a penalty to the reference.
+    """Return SALSA's objective: PPO with a value head and a penalty to the reference.
 
     What makes it SALSA is the reference, an average of fine-tuned models, which is chosen outside.
 
     Args:
         beta: β, strength of the penalty, nats of reward.
         divergence: f, or its name; the paper's is the reverse KL.
-        advantage: See :class:`PolicyGradient`; ``"gae"`` is the paper's, with a value head.
         clip_low: See :class:`PolicyGradient`.
         clip_high: See :class:`PolicyGradient`.
         level: Of the penalty; see :class:`PolicyGradient`.
+        reduction: See :class:`PolicyGradient`.
 
     Returns:
         The objective.
@@ -186,18 +220,51 @@ def SALSA(  # noqa: N802 - the paper's name
         reverse KL has the same mean gradient.
 
     Example:
-        >>> SALSA(0.1).needs == {"rewards", "old_logprobs", "reference_logprobs"}
-        True
+        >>> sorted(SALSA(0.1).needs)
+        ['old_logprobs', 'old_values', 'reference_logprobs', 'rewards', 'values']
     """
     return PolicyGradient(
         _resolve(divergence),
         beta,
-        advantage,
+        "gae",
         clip_low=clip_low,
         clip_high=clip_high,
         importance="token",
         level=level,
+        reduction=reduction,
     )
+
+
+def SALSARLOO(  # noqa: N802 - after the paper's name
+    beta: float = 0.05,
+    divergence: Divergence | str = "reverse_kl",
+    *,
+    advantage: Advantage | str = "leave_one_out",
+    level: Level = "sequence",
+) -> PolicyGradient:
+    """Return SALSA's penalty with RLOO in place of PPO: no value head, no clipping.
+
+    Args:
+        beta: β, strength of the penalty, nats of reward.
+        divergence: f, or its name.
+        advantage: Another than RLOO's; see :class:`PolicyGradient`.
+        level: Of the penalty; see :class:`PolicyGradient`.
+
+    Returns:
+        The objective.
+
+    Raises:
+        ValueError: A name is unknown, or β is negative.
+
+    Source:
+        The reference is that of Chegini et al., SALSA (arXiv:2411.01798); the estimator is that of Ahmadian et al.,
+        RLOO (arXiv:2402.14740).
+
+    Example:
+        >>> sorted(SALSARLOO(0.1).needs)
+        ['old_logprobs', 'reference_logprobs', 'rewards']
+    """
+    return PolicyGradient(_resolve(divergence), beta, advantage, level=level)
 
 
 def _resolve(divergence: Divergence | str) -> Divergence:

@@ -12,7 +12,7 @@ from torch import Tensor
 from falign.divergences import Divergence
 from falign.objectives.base import CompletionBatch, ObjectiveOutput, Term
 from falign.objectives.link import Link
-from falign.objectives.margins import MarginLoss, get_margin_loss, logistic
+from falign.objectives.margins import IPO, MarginLoss, get_margin_loss, logistic
 from falign.objectives.pairs import accuracies, pairs_in
 
 __all__ = ["Pairwise"]
@@ -27,12 +27,15 @@ class Pairwise:
 
     Attributes:
         divergence: f; it must have a barrier.
-        margin_loss: ℓ, a function of the margin or its name (see :func:`falign.objectives.get_margin_loss`).
+        margin_loss: ℓ, a function of the margin or its name (see :func:`falign.objectives.get_margin_loss`);
+            ``"ipo"`` is :class:`IPO` with this β.
         beta: β, strength of the divergence, nats of reward; positive.
-        length_norm: ``"token"`` divides ``log u`` by the completion's length, so that u is a ratio per token.
+        length_norm: ``"token"`` divides ``log u`` by the completion's length, so that u is a ratio per token; None is
+            ``"token"`` for IPO, else ``"none"``.
 
     Raises:
-        ValueError: The divergence has no barrier, β is not positive, or a name is unknown.
+        ValueError: The divergence has no barrier, β is not positive, a name is unknown, or IPO is to be of whole
+            completions.
 
     Source:
         Wang et al., f-DPO (arXiv:2309.16240), Eq. 8 and Theorem 1. ``length_norm``: Ahrabian et al. (arXiv:2407.15229)
@@ -48,15 +51,25 @@ class Pairwise:
     divergence: Divergence
     margin_loss: MarginLoss | str = logistic
     beta: float = 0.1
-    length_norm: Literal["none", "token"] = "none"
+    length_norm: Literal["none", "token"] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.margin_loss, str):
-            object.__setattr__(self, "margin_loss", get_margin_loss(self.margin_loss))
+            loss = IPO(self.beta) if self.margin_loss == "ipo" else get_margin_loss(self.margin_loss)
+            object.__setattr__(self, "margin_loss", loss)
+        is_ipo = isinstance(self.margin_loss, IPO)
+        if self.length_norm is None:
+            object.__setattr__(self, "length_norm", "token" if is_ipo else "none")
+        if is_ipo and self.length_norm != "token":
+            raise ValueError(
+                f"length_norm={self.length_norm!r} with margin_loss='ipo': IPO is of log-ratios per token; leave it "
+                "out, or name the loss of whole completions, 'squared'."
+            )
         _ = self._link  # checks the other three
 
     @property
     def _link(self) -> Link:
+        assert self.length_norm is not None
         return Link(self.divergence, self.beta, self.length_norm)
 
     @property

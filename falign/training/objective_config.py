@@ -28,8 +28,10 @@ class PairwiseConfig(FrozenModel):
     """A name (``falign divergences`` lists them), or ``module:attribute`` with a divergence of your own."""
     beta: float = Field(default=0.1, gt=0)
     margin_loss: str = "logistic"
-    """``logistic`` (f-DPO), ``hinge``, ``squared`` (IPO), ``robust(0.1)``, ``exo(0.001)``."""
-    length_norm: Literal["none", "token"] = "none"
+    """``logistic`` (f-DPO), ``hinge``, ``ipo``, ``squared`` (IPO of whole completions), ``robust(0.1)``,
+    ``exo(0.001)``."""
+    length_norm: Literal["none", "token"] | None = None
+    """``token``: log-ratios are means over tokens; left out, they are with ``ipo`` alone."""
 
     @property
     def title(self) -> str:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from falign.divergences import Divergence
 from falign.objectives import (
     CompletionMean,
     DistributionMatching,
@@ -16,6 +17,7 @@ from falign.objectives import (
     PolicyGradient,
     Rehearsal,
     Supervised,
+    dph_rl_coefficient,
 )
 from falign.training.base_config import FrozenModel
 from falign.training.named_divergence import named_divergence, refusals
@@ -124,8 +126,9 @@ class HybridConfig(FrozenModel):
     kind: Literal["hybrid"] = "hybrid"
     divergence: str = "jensen_shannon"
     """Of the rehearsal; as under ``pairwise``, but any."""
-    coefficient: float = Field(default=0.025, ge=0)
-    """Weight of the rehearsal; each part is a mean of its own, so it does not depend on the numbers of rows."""
+    coefficient: float | None = Field(default=None, ge=0)
+    """Weight of the rehearsal; each part is a mean of its own, so it does not depend on the numbers of rows. Left out,
+    the published one: 0.025 for Jensen-Shannon, 0.00625 for the forward KL and α; required for any other divergence."""
     level: Literal["sequence", "token"] = "token"
     """Of the rehearsal: the divergence of whole completions, or of their tokens."""
     advantage: str = "group_normalised"
@@ -139,7 +142,12 @@ class HybridConfig(FrozenModel):
     @property
     def title(self) -> str:
         """What a plot of the run is headed with."""
-        return f"reward, and {self.coefficient:g} × {self.divergence} on reference samples"
+        return (
+            f"reward, and {self._weight(named_divergence(self.divergence)):g} × {self.divergence} on reference samples"
+        )
+
+    def _weight(self, divergence: Divergence) -> float:
+        return dph_rl_coefficient(divergence) if self.coefficient is None else self.coefficient
 
     def build(self) -> Objective:
         """Return the objective.
@@ -155,7 +163,8 @@ class HybridConfig(FrozenModel):
                 importance=self.importance,
                 reduction=self.reduction,
             )
-            return Hybrid(exploration, Rehearsal(named_divergence(self.divergence), self.level), self.coefficient)
+            divergence = named_divergence(self.divergence)
+            return Hybrid(exploration, Rehearsal(divergence, self.level), self._weight(divergence))
 
 
 class RehearsalConfig(FrozenModel):

@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 from falign import divergences
 from falign.models import add_lora
-from falign.objectives import FDPO, CompletionBatch, Exo, Pairwise, Robust, hinge, logistic
+from falign.objectives import FDPO, IPO, CompletionBatch, Exo, Pairwise, Robust, hinge, logistic
 from falign.references import AdapterOff, FrozenModel, Reference
 from falign.scoring import PromptTree, TokenBatch, TokenScores, completion_scores, pad
 
@@ -218,11 +218,27 @@ def test_the_adapter_has_the_gradient_of_trl_with_the_adapter_off_as_reference(t
     assert_same(result, trl_result(trainer, batch))
 
 
-def test_ipo_of_trl_is_the_squared_loss_per_token_over_beta_squared(tmp_path, tokenizer, policy, reference_model):
-    # (δ - 1/(2β))² of TRL against (β δ - 1/2)², δ of log-ratios per token.
+def test_ipo_is_that_of_trl(tmp_path, tokenizer, policy, reference_model):
+    settings = {"loss_type": ["ipo"]}
+    objective = FDPO("reverse_kl", BETA, margin_loss="ipo")
+    assert objective.length_norm == "token"
+    ours, theirs = results(tmp_path, tokenizer, policy, reference_model, objective, settings)
+    assert_same(ours, theirs)
+
+
+def test_the_squared_loss_per_token_is_ipo_times_beta_squared(tmp_path, tokenizer, policy, reference_model):
     objective = FDPO("reverse_kl", BETA, margin_loss="squared", length_norm="token")
     ours, theirs = results(tmp_path, tokenizer, policy, reference_model, objective, {"loss_type": ["ipo"]})
     assert_same(ours, theirs, scale=BETA**2)
+
+
+@pytest.mark.parametrize("margin_loss", ["ipo", IPO(BETA)])
+def test_ipo_of_whole_completions_has_another_name(margin_loss):
+    with pytest.raises(ValueError, match="name the loss of whole completions, 'squared'"):
+        FDPO("reverse_kl", BETA, margin_loss=margin_loss, length_norm="none")
+    assert FDPO("reverse_kl", BETA, margin_loss=margin_loss) == FDPO(
+        "reverse_kl", BETA, margin_loss="ipo", length_norm="token"
+    )
 
 
 def test_sigmoid_norm_of_trl_is_f_dpo_per_token_for_the_reverse_kl(tmp_path, tokenizer, policy, reference_model):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from falign.objectives import Exo, Robust, hinge, logistic, squared
+from falign.objectives import IPO, Exo, Robust, hinge, logistic, squared
 from falign.objectives.margins import MARGIN_LOSSES, get_margin_loss
 
 MARGINS = torch.tensor([-3.0, -0.5, 0.0, 0.25, 2.0], dtype=torch.float64)
@@ -49,5 +49,13 @@ def test_exo_is_zero_where_the_policy_says_what_the_labels_say():
 
 def test_aliases_of_the_ecosystem():
     assert get_margin_loss("sigmoid") is logistic
-    assert get_margin_loss("ipo") is squared
     assert get_margin_loss("exo_pair(0.1)") == Exo(0.1)
+
+
+def test_ipo_is_that_of_the_paper_and_needs_beta():
+    expected = [(margin / 0.2 - 1 / 0.4) ** 2 for margin in MARGINS.tolist()]
+    torch.testing.assert_close(IPO(0.2)(MARGINS).tolist(), expected)
+    with pytest.raises(ValueError, match="depends on beta: name it as 'ipo' in an objective of pairs"):
+        get_margin_loss("ipo")
+    with pytest.raises(ValueError, match="did you mean 'ipo'"):
+        get_margin_loss("ip")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from falign import DPHRL, FDPG, SALSA
+from falign import DPHRL, FDPG, SALSA, SALSARLOO
 from falign.divergences import get
 from falign.errors import ConfigError
 from falign.objectives import (
@@ -32,12 +32,15 @@ def config(**fields):
                 "kind": "policy_gradient",
                 "divergence": "reverse_kl",
                 "beta": 0.1,
+                "advantage": "gae",
                 "clip_low": 0.2,
                 "clip_high": 0.2,
                 "importance": "token",
+                "reduction": "token_mean",
             },
             SALSA(0.1),
         ),
+        ({"kind": "policy_gradient", "divergence": "reverse_kl", "beta": 0.1}, SALSARLOO(0.1)),
         (
             {
                 "kind": "policy_gradient",
