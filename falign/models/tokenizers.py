@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from datetime import datetime
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["pad_token_id", "tokenizer_fingerprint"]
+__all__ = ["fix_date", "pad_token_id", "tokenizer_fingerprint"]
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -15,6 +17,15 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     `load_tokenizer` has seen to it that there is one.
     """
     return min(tokenizer.all_special_ids)
+
+
+def fix_date(tokenizer: PreTrainedTokenizerBase, date: datetime) -> None:
+    """Tell chat templates that write the date another one than the present: the same turns are the same tokens then.
+
+    What is saved of the tokenizer stays as it is.
+    """
+    # An argument of the template stands before a function of the same name that transformers gives to all templates.
+    tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, strftime_now=date.strftime)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

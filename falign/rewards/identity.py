@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from falign.rewards.combination import RewardSum
 
-__all__ = ["Identified", "Identity", "reward_identities", "reward_identity"]
+__all__ = ["Identified", "Identity", "reward_identities", "reward_identity", "source_hashes"]
 
 
 class Identity(NamedTuple):
@@ -61,7 +61,7 @@ def reward_identity(reward: Any) -> str:
         reward: A function, or any object of :class:`falign.rewards.Reward`.
     """
     identity = reward.identity() if isinstance(reward, Identified) else _of_callable(reward)
-    parts = {"settings": dict(identity.settings), "module": identity.module, "code": _code(identity.module)}
+    parts = {"settings": dict(identity.settings), "module": identity.module, "code": source_hashes(identity.module)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -75,7 +75,7 @@ def _of_callable(reward: Any) -> Identity:
     return Identity(named.__module__, {**settings, "name": named.__qualname__})
 
 
-def _code(module: str) -> dict[str, str]:
+def source_hashes(module: str) -> dict[str, str]:
     """Return the hash of each source file that a module is made of, by the module's name."""
     begin = _spec(module)
     if begin is None or _file(begin) is None:

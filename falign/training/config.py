@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -54,16 +55,20 @@ class ModelConfig(FrozenModel):
     trust_remote_code: bool = False
     """Run code that the model's repository brings along."""
 
-    def build_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer."""
+    def build_tokenizer(self, *, date: datetime | None = None) -> PreTrainedTokenizerBase:
+        """Load the tokenizer; a date is what a template that writes the date is told, in place of the present."""
         from falign.models import load_tokenizer
+        from falign.models.tokenizers import fix_date
 
-        return load_tokenizer(
+        tokenizer = load_tokenizer(
             self.path,
             chat_template=self.chat_template,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
         )
+        if date is not None:
+            fix_date(tokenizer, date)
+        return tokenizer
 
     def build(self) -> PreTrainedModel:
         """Load the weights."""

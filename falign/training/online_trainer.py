@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from typing_extensions import override
 
 from falign.data import PromptRow
-from falign.errors import EngineError, NonFiniteRewardError
+from falign.errors import ConfigError, EngineError, NonFiniteRewardError
 from falign.objectives import Objective
 from falign.references import ObjectiveInputs, Reference
+from falign.rewards import RewardSum
 from falign.scoring import DEFAULT_CHUNK_TOKENS, Layout
 from falign.training.completions_table import CompletionsTable
 from falign.training.divided_sampler import DividedSampler
@@ -139,6 +140,27 @@ class OnlineTrainer(AlignmentTrainer):
     @override
     def evaluates(self) -> bool:
         return bool(self.eval_prompts)
+
+    @property
+    @override
+    def rows(self) -> dict[str, Sequence[Any]]:
+        return {"prompts.train": self.source.prompts, "prompts.eval": self.eval_prompts, "rehearsal": self.rehearsal}
+
+    @property
+    def rewards(self) -> RewardSum:
+        """What completions are worth."""
+        return self.source.sampler.sampler.rewards
+
+    @override
+    def require_same_schedule(self, began: TrainerState) -> None:
+        super().require_same_schedule(began)
+        # The last rollout of a run has none drawn ahead after it, which a longer run has.
+        last = began.max_steps - self.rollout.num_updates
+        if self.rollout.ahead and self.num_steps > began.max_steps and began.global_step > last:
+            raise ConfigError(
+                f"training.max_steps: with rollout.ahead the rollout after step {began.max_steps} is drawn before it, "
+                f"and the run of {began.max_steps} steps has not drawn it. Set max_steps as it was."
+            )
 
     @override
     def get_train_dataloader(self) -> Any:

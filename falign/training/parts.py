@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from falign.errors import ConfigError
 from falign.models import base_of, describe, enable_gradient_checkpointing, stop_token_ids, weights_hash
 from falign.models.dropout import disable_dropout
+from falign.models.identity import config_hash
 from falign.models.sharding import shard
 from falign.models.structure import expert_modules
 from falign.models.tokenizers import pad_token_id
@@ -49,7 +51,8 @@ class Parts(NamedTuple):
         policy: What is trained.
         reference: What it is held to.
         layout: One that both can read.
-        record: What the policy is before it is trained: its description, and the content hash of its base.
+        record: What the policy is before it is trained: its description, and the content hashes of its base and its
+            configuration, and of the reference's configuration.
     """
 
     policy: PreTrainedModel | PeftModel
@@ -58,9 +61,14 @@ class Parts(NamedTuple):
     record: dict[str, Any]
 
 
-def load_language(config: RunConfig) -> Language:
-    """Load what data need; weights come later, so that a bad row is found before they do."""
-    tokenizer = config.model.build_tokenizer()
+def load_language(config: RunConfig, *, date: datetime | None = None) -> Language:
+    """Load what data need; weights come later, so that a bad row is found before they do.
+
+    Args:
+        config: The run.
+        date: What a template that writes the date is told; the present where None.
+    """
+    tokenizer = config.model.build_tokenizer(date=date)
     stops = stop_token_ids(config.model.path, tokenizer, revision=config.model.revision)
     return Language(tokenizer, stops, pad_token_id(tokenizer))
 
@@ -108,9 +116,15 @@ def load_parts(
             policy.to(args.device)  # pyright: ignore[reportArgumentType]
         reference = build_reference(config, policy, device=torch.device("cpu") if shards() else args.device)
         # Before 4-bit weights are sharded, which parts them from their scales.
-        record = {"model": asdict(describe(policy)), "base_weights": weights_hash(policy)}
+        own = own_model(reference)
+        record = {
+            "model": asdict(describe(policy)),
+            "base_weights": weights_hash(policy),
+            "base_config": config_hash(policy),
+            "reference_config": config_hash(policy if own is None else own),  # pyright: ignore[reportArgumentType]
+        }
         if shards():
-            for model in (policy, own_model(reference)):
+            for model in (policy, own):
                 if model is not None:
                     shard(model, device=args.device)  # pyright: ignore[reportArgumentType]
         probes = make_probes(policy)

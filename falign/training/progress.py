@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from rich.progress import (
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
-from falign.training.run_folder import naming
+from falign.training.run_folder import log_line, naming
 
 __all__ = ["BAR", "MetricsFile", "ProgressBar"]
 
@@ -59,11 +57,9 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        # JSON has no NaN and no infinity: such a value is left out rather than written as what no reader accepts.
-        finite = {k: v for k, v in (logs or {}).items() if not isinstance(v, float) or math.isfinite(v)}
         if state.is_world_process_zero:
             with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **finite}) + "\n")
+                file.write(log_line({"step": state.global_step, **(logs or {})}))
 
 
 class ProgressBar(TrainerCallback):

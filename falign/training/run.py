@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 from peft import PeftModel
 from rich.console import Console
@@ -15,23 +18,55 @@ from falign.data import PreferenceData, PromptData
 from falign.errors import ConfigError
 from falign.models import export_adapter, export_merged
 from falign.models.sharding import is_sharded, weights_at_hand
+from falign.models.tokenizers import tokenizer_fingerprint
 from falign.objectives import Objective
+from falign.rewards.identity import reward_identities, source_hashes
 from falign.rollouts.answers import answer
-from falign.training.checkpoints import remove_leftovers, step_of
+from falign.training.checkpoints import checkpoints, remove_leftovers
 from falign.training.config import RunConfig
 from falign.training.curves import plot_curves
 from falign.training.offline import offline_trainer
 from falign.training.online import online_trainer
+from falign.training.online_trainer import OnlineTrainer
 from falign.training.parts import Language, load_language
-from falign.training.processes import is_writer, join, num_processes, shards, wait
+from falign.training.processes import gathered, is_writer, join, num_processes, shards, wait
 from falign.training.progress import MetricsFile, ProgressBar
 from falign.training.references import keep_moved
 from falign.training.run_folder import RunFolder, is_held_out, versions
+from falign.training.run_inputs import RunInputs, RunRows, text_hash
 from falign.training.sharded_runs import check_sharding
 from falign.training.trackers import prepare_trackers
 from falign.training.trainer import AlignmentTrainer
 
 __all__ = ["RunSummary", "train"]
+
+
+class Origin(NamedTuple):
+    """What a run is given when it begins, and keeps however often it is resumed.
+
+    Attributes:
+        run: An identifier, which all its checkpoints bear.
+        date: What templates that write the date are told.
+    """
+
+    run: str
+    date: datetime
+
+    @classmethod
+    def new(cls) -> Origin:
+        """Return that of a run that begins now; all processes have to call it."""
+        return gathered([cls(uuid4().hex, datetime.now().replace(microsecond=0))])[0]
+
+    @classmethod
+    def of(cls, folder: RunFolder) -> Origin:
+        """Return that of a run that has begun."""
+        inputs = folder.read_inputs()
+        return cls(inputs["run"], datetime.fromisoformat(inputs["date"]))
+
+    @property
+    def record(self) -> dict[str, str]:
+        """As the manifest has it."""
+        return {"run": self.run, "date": self.date.isoformat()}
 
 
 class RunSummary(NamedTuple):
@@ -64,31 +99,36 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     join()
     console = (console or Console(stderr=True)) if is_writer() else Console(quiet=True)
     objective, folder = config.check(), RunFolder(config.output_dir, writes=is_writer())
+    origin = Origin.new()
     if resume:
         folder.require_same(config)
         if folder.writes:
             folder.lock.take()
+        if folder.began:
+            origin = Origin.of(folder)
     else:
         folder.require_free()
     try:
-        return _begin(config, objective, folder, console=console, resume=resume)
+        return _begin(config, objective, folder, origin, console=console, resume=resume)
     finally:
         folder.lock.give_back()
 
 
-def _begin(config: RunConfig, objective: Objective, folder: RunFolder, *, console: Console, resume: bool) -> RunSummary:
+def _begin(
+    config: RunConfig, objective: Objective, folder: RunFolder, origin: Origin, *, console: Console, resume: bool
+) -> RunSummary:
     """Load everything, and train."""
     if shards():
         check_sharding(config)
     set_seed(config.seed)
-    language = load_language(config)
+    language = load_language(config, date=origin.date)
     bar = ProgressBar(console)
     build: Any = online_trainer if config.prompts is not None else offline_trainer
     trainer, data = build(
         config, language, objective, callbacks=[MetricsFile(folder.metrics_file), bar], console=console
     )
     with closing(trainer):
-        return _train(config, trainer, data, language, folder, bar, console=console, resume=resume)
+        return _train(config, trainer, data, language, folder, origin, bar, console=console, resume=resume)
 
 
 def _train(
@@ -97,6 +137,7 @@ def _train(
     data: PreferenceData | PromptData,
     language: Language,
     folder: RunFolder,
+    origin: Origin,
     bar: ProgressBar,
     *,
     console: Console,
@@ -105,13 +146,20 @@ def _train(
     """Evaluate, train and evaluate again, and write what was reached."""
     trainer.remove_callback(PrinterCallback)
     prepare_trackers(trainer, folder.path, evaluates=trainer.evaluates)
+    trainer.run_id = origin.run
+    rows, inputs = RunRows.of(trainer.rows), _inputs(config, trainer, language)
+    if resume and checkpoints(folder.path):
+        folder.require_same_inputs(rows, inputs)
     checkpoint = _checkpoint(folder, console) if resume else None
-    evaluated = checkpoint is not None and trainer.evaluated_before(checkpoint)
+    began = None if checkpoint is None else trainer.state_at(checkpoint)
+    if began is not None:
+        trainer.require_same_schedule(began)
     wait()  # until here all processes see the folder as it was
-    if checkpoint is not None:
-        folder.forget_after(step_of(checkpoint), evaluated=evaluated)
+    if checkpoint is not None and began is not None and is_writer():
+        folder.restore_logs(checkpoint, began.log_history, _tell(console))
     folder.claim(config)  # not before all of the run is known to start
-    _record(folder, config, trainer, data)
+    folder.write_rows(rows)
+    _record(folder, config, trainer, data, {**origin.record, "hashes": inputs.hashes, "rows": rows.digest})
 
     if checkpoint is None:
         try:
@@ -123,7 +171,7 @@ def _train(
     wait()
     before = folder.read_json("before.json")
     try:
-        if checkpoint is not None and trainer.ended_at(checkpoint):
+        if checkpoint is not None and began is not None and began.global_step >= trainer.num_steps:
             trainer.take_up(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -160,10 +208,7 @@ def _finish(
 
 def _checkpoint(folder: RunFolder, console: Console) -> Path | None:
     """Return from where a run goes on; None where it was killed before its first checkpoint, and begins again."""
-
-    def tell(text: str) -> None:
-        console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
-
+    tell = _tell(console)
     if not is_writer():
         wait()  # until damaged ones are put aside
     checkpoint = folder.last_checkpoint(tell)
@@ -176,6 +221,10 @@ def _checkpoint(folder: RunFolder, console: Console) -> Path | None:
             folder.release()
         wait()
     return checkpoint
+
+
+def _tell(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _require_as_many_processes(checkpoint: Path) -> None:
@@ -213,7 +262,40 @@ def _answers(config: RunConfig, trainer: AlignmentTrainer, language: Language) -
     )
 
 
-def _record(folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer, data: PreferenceData | PromptData) -> None:
+def _inputs(config: RunConfig, trainer: AlignmentTrainer, language: Language) -> RunInputs:
+    """Hash all that decides the steps of a run besides its rows and its settings."""
+    identity = {name: value for name, value in trainer.reference.identity().items() if name != "path"}
+    modules = {name: source_hashes(name.partition(":")[0]) for name in _own_divergences(config.objective.model_dump())}
+    return RunInputs(
+        {
+            "chat_template": text_hash(str(language.tokenizer.chat_template)),
+            "tokenizer": tokenizer_fingerprint(language.tokenizer),
+            "stop_tokens": sorted(language.stop_tokens),
+            "base_weights": trainer.record["base_weights"],
+            "base_config": trainer.record["base_config"],
+            "reference": {**identity, "config": trainer.record["reference_config"]},
+            "objective_code": modules,
+            "rewards": reward_identities(trainer.rewards) if isinstance(trainer, OnlineTrainer) else {},
+        }
+    )
+
+
+def _own_divergences(section: dict[str, Any]) -> Iterator[str]:
+    """Yield the divergences of an objective that are given as ``module:attribute``."""
+    for name, value in section.items():
+        if isinstance(value, dict):
+            yield from _own_divergences(value)
+        elif name == "divergence" and ":" in str(value):
+            yield value
+
+
+def _record(
+    folder: RunFolder,
+    config: RunConfig,
+    trainer: AlignmentTrainer,
+    data: PreferenceData | PromptData,
+    inputs: dict[str, Any],
+) -> None:
     policy = trainer.policy
     assert isinstance(policy, PreTrainedModel | PeftModel)
     manifest: dict[str, Any] = {
@@ -225,6 +307,7 @@ def _record(folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer, dat
         "layout": trainer.layout,
         "objective": config.objective.model_dump(),
         "data": asdict(data.report),
+        "inputs": {**inputs, "settings": folder.settings(config)},
     }
     folder.write_json("manifest.json", manifest)
 

@@ -4,33 +4,47 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from falign.durable import sync_folder
+from falign.durable import sync_file, sync_folder
 from falign.errors import ConfigError, TrainingError
-from falign.json_lines import read_journal, split_lines
+from falign.json_lines import read_journal
 from falign.passwords import without_passwords
 from falign.plain_yaml import plain_yaml
-from falign.training.checkpoints import newest_whole
+from falign.training.checkpoints import checkpoints, holds, log_marks, newest_whole
 from falign.training.config import RunConfig
+from falign.training.run_inputs import RunInputs, RunRows
 from falign.training.run_lock import LOCK, RunLock
 
-__all__ = ["RunFolder", "is_held_out", "naming", "versions"]
+__all__ = ["RunFolder", "is_held_out", "log_line", "naming", "versions"]
 
 PATHS = frozenset({"path", "paths", "chat_template", "cache", "root", "init", "shared_dir"})
 """Fields of the run file that may name something on the disk."""
 
 SERVER = frozenset(f"rollout.engine.{name}" for name in ("url", "shared_dir", "timeout", "wait"))
-MAY_DIFFER = frozenset({"output_dir", "training.skip_bad"}) | SERVER
-"""Of a run that goes on: its folder may be written otherwise, or have moved, what stopped it may be skipped now, and
-the server may be another one of the same model."""
+OBSERVERS = frozenset(
+    f"training.{name}"
+    for name in ("save_steps", "save_total_limit", "logging_steps", "eval_steps", "report_to", "skip_bad")
+)
+LENGTH = frozenset({"training.max_steps", "training.num_train_epochs"})
+MAY_DIFFER = frozenset({"output_dir"}) | OBSERVERS | LENGTH | SERVER
+"""Settings of a run that goes on which change no step that was taken: its folder may have moved, other steps may be
+logged, saved and evaluated, bad steps may be skipped, and the server may be another one of the same model. How long a
+run is decides about its learning rates, which are compared themselves."""
+
+BEGUN = ("run.yaml", "manifest.json", "rows.txt", "metrics.jsonl", "completions.jsonl", "before.json")
+"""All that a run writes before its first step."""
+
+FINISHED = ("summary.json", "samples.json")
+"""What says that a run has come to its end."""
 
 LEFT = frozenset({".run.yaml.partial", LOCK})
 """All that there is of a run that was killed while it wrote its first file."""
@@ -43,7 +57,9 @@ class RunFolder:
 
     ======================  ==============================================================
     ``run.yaml``            the resolved run file
-    ``manifest.json``       versions, model, reference identity, what became of the data
+    ``manifest.json``       versions, model, reference identity, what became of the data, and the content hashes of all
+                            that decides its steps
+    ``rows.txt``            a digest of each row and of its prompt, in order: what is trained on, and what is held out
     ``metrics.jsonl``       one log a line
     ``checkpoint-N/``       trainable weights, optimizer, scheduler, random states (``damaged-`` before it: put aside)
     ``adapter/``            the trained adapter in PEFT's layout (``model/`` without adapter)
@@ -138,20 +154,75 @@ class RunFolder:
                 raise ConfigError(f"{entry} is a link that leads out of the run folder: remove it.")
 
     def require_same(self, config: RunConfig) -> None:
-        """Refuse to go on with a run under another run file.
+        """Refuse to go on with a run under settings that change its steps.
 
         Raises:
-            ConfigError: With the fields that differ.
+            ConfigError: With the settings that differ from those that the run began with; or it cannot go on.
         """
         if not self.run_file.is_file():  # the manifest comes later, and a run may have been killed before it
             RunFolder.open(self.path)
         self.refuse_links()
-        old, new = _flat(self.read_run_file()), _flat(_plain(config))
-        keys = (old.keys() | new.keys()) - MAY_DIFFER
-        different = sorted(key for key in keys if old.get(key) != new.get(key))
-        if different:
-            shown = ", ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in different[:5])
-            raise ConfigError(f"{self.path} holds a run with other settings: {shown}. Resume with the same run file.")
+        began = self.read_inputs()["settings"] if self.began else self.read_run_file()
+        old, new = _flat(began), _flat(self.settings(config))
+        keys = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)} - MAY_DIFFER
+        if keys:
+            shown = ", ".join(f"{key} ({old.get(key)!r} when it began, {new.get(key)!r} now)" for key in sorted(keys)[:5])
+            raise ConfigError(
+                f"{self.path} holds a run with other settings: {shown}. Set them as they were, or start a new run in "
+                "another output_dir."
+            )
+
+    def require_same_inputs(self, rows: RunRows, inputs: RunInputs) -> None:
+        """Refuse to go on with a run where something else that decides its steps has changed.
+
+        Raises:
+            ConfigError: With the first input that differs, and the remedy.
+        """
+        recorded = self.read_inputs()
+        changed = inputs.difference(recorded["hashes"])
+        if changed is None and (changed := self.read_rows().difference(rows)) is not None:
+            changed = f"{changed}: restore the file"
+        if changed is not None:
+            raise ConfigError(
+                f"{self.path} cannot go on as the run that it began as: {changed}; or start a new run in another "
+                "output_dir."
+            )
+
+    @staticmethod
+    def settings(config: RunConfig) -> dict[str, Any]:
+        """Return the resolved run file as the manifest gives it back."""
+        return json.loads(_json(_plain(config)))
+
+    @property
+    def began(self) -> bool:
+        """Whether the run has come to record what it is."""
+        return (self.path / "manifest.json").is_file()
+
+    def read_inputs(self) -> dict[str, Any]:
+        """Return what the manifest records of all that decides the run's steps.
+
+        Raises:
+            ConfigError: It records none.
+        """
+        found = self.read_manifest().get("inputs")
+        if not isinstance(found, dict) or found.keys() != {"run", "date", "settings", "hashes", "rows"}:
+            raise ConfigError(
+                f"{self.path / 'manifest.json'} has no record of the run's inputs, so nothing tells whether they are "
+                "the same: restore it, go on with the version of falign in its 'versions', or start a new run."
+            )
+        return found
+
+    def read_rows(self) -> RunRows:
+        """Return the digests of the rows of the run: what it trains on, and what it holds out.
+
+        Raises:
+            ConfigError: They are missing or damaged.
+        """
+        file, recorded = self.path / "rows.txt", self.read_inputs()["rows"]
+        rows = RunRows.read(file.read_text(encoding="ascii", errors="replace")) if file.is_file() else None
+        if rows is None or rows.digest != recorded:
+            raise ConfigError(f"{file} is missing or damaged: restore it, or start a new run in another output_dir.")
+        return rows
 
     def claim(self, config: RunConfig) -> None:
         """Create the folder, keep others out of it, and write the resolved run file.
@@ -169,7 +240,7 @@ class RunFolder:
         """Undo :meth:`claim` where a run ended before its first step, so that its folder can be claimed again."""
         if not self.writes:
             return
-        for name in ("run.yaml", "manifest.json", "metrics.jsonl", "completions.jsonl", "before.json"):
+        for name in BEGUN:
             (self.path / name).unlink(missing_ok=True)
 
     def read_run_file(self) -> dict[str, Any]:
@@ -184,7 +255,11 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one JSON file, whole or not at all."""
-        self._write(name, without_passwords(json.dumps(value, indent=2, ensure_ascii=False, default=str)) + "\n")
+        self._write(name, _json(value) + "\n")
+
+    def write_rows(self, rows: RunRows) -> None:
+        """Write the digests of the run's rows; the manifest, which has their hash, comes after them."""
+        self._write("rows.txt", rows.text)
 
     def read_json(self, name: str) -> Any:
         """Return one JSON file.
@@ -221,23 +296,44 @@ class RunFolder:
         """
         return list(read_journal(self.metrics_file))
 
-    def forget_after(self, step: int, *, evaluated: bool) -> None:
-        """Drop what a resumed run writes again: all of later steps.
+    def restore_logs(self, checkpoint: Path, history: Sequence[dict[str, Any]], tell: Callable[[str], None]) -> None:
+        """Take all logs back to where they were when a checkpoint was written; a resumed run writes the rest again.
 
         Args:
-            step: Of the checkpoint from which it goes on.
-            evaluated: Whether the evaluation at that step is older than the checkpoint; else it comes again too.
+            checkpoint: From which the run goes on.
+            history: All that had been logged then, by the checkpoint itself.
+            tell: Is told where lines were lost.
+
+        Raises:
+            TrainingError: Lines of completions are lost, which nothing brings back.
         """
-        last_evaluated = step if evaluated else step - 1
-        kept = [
-            json.dumps(log) for log in self.metrics() if log["step"] <= (last_evaluated if is_held_out(log) else step)
-        ]
-        self._write("metrics.jsonl", "".join(f"{line}\n" for line in kept))
-        if self.completions_file.is_file():
-            lines = split_lines(self.completions_file.read_text(encoding="utf-8", errors="replace"))
-            self._write(
-                "completions.jsonl", "".join(f"{line}\n" for line in lines if _sampled_by(line, step, last_evaluated))
-            )
+        marks = log_marks(checkpoint)
+        completions = marks.get("completions.jsonl")
+        if completions is not None and not holds(self.completions_file, completions):
+            if self.completions_file.exists():
+                raise TrainingError(
+                    f"{self.completions_file} has lost or changed lines that were in it at {checkpoint.name}: restore "
+                    "it, or remove it, and the run goes on with a new one."
+                )
+            tell(f"{self.completions_file} is gone: a new one begins at {checkpoint.name}.")
+            completions = None
+        for file, mark in ((self.completions_file, completions), (self.metrics_file, marks.get("metrics.jsonl"))):
+            if mark is None:
+                file.unlink(missing_ok=True)
+            elif holds(file, mark):
+                os.truncate(file, mark.bytes)
+                sync_file(file)
+            else:
+                tell(
+                    f"{file} has lost or changed lines that were in it at {checkpoint.name}: it is written anew from "
+                    "what the checkpoint remembers."
+                )
+                self._write(file.name, "".join(log_line(log) for log in history))
+
+    def reopen(self) -> None:
+        """Take away what says that the run has ended: it goes on to more steps than it began with."""
+        for name in FINISHED:
+            (self.path / name).unlink(missing_ok=True)
 
     def last_checkpoint(self, tell: Callable[[str], None] = print) -> Path | None:
         """Return the newest whole checkpoint; newer ones that are damaged are put aside, and ``tell`` is told.
@@ -248,7 +344,10 @@ class RunFolder:
         Raises:
             TrainingError: It has checkpoints, and none is whole; or it is finished and has none.
         """
-        found = newest_whole(self.path, tell=tell)
+        if not checkpoints(self.path):
+            found = None
+        else:
+            found = newest_whole(self.path, run=self.read_inputs()["run"], tell=tell)
         if found is None and (self.path / "summary.json").is_file():
             raise TrainingError(
                 f"{self.path} is finished and has no checkpoint to resume from: start it anew in another folder."
@@ -314,16 +413,23 @@ def is_held_out(log: dict[str, Any]) -> bool:
     return any(name.startswith("eval_") for name in log)
 
 
-def _sampled_by(line: str, step: int, last_evaluated: int) -> bool:
-    """Whether a completion was there when the checkpoint of a step was written; half a line of a killed run was not."""
-    try:
-        sample = json.loads(line)
-    except ValueError:
-        return False
-    return sample["step"] <= last_evaluated if sample["held_out"] else sample["step"] < step
+def log_line(log: dict[str, Any]) -> str:
+    """Return the line of ``metrics.jsonl`` for a log with its step.
+
+    JSON has no NaN and no infinity: such a value is left out rather than written as what no reader accepts.
+    """
+    finite = {name: v for name, v in log.items() if not isinstance(v, float) or math.isfinite(v)}
+    return json.dumps({"step": log["step"], **finite}) + "\n"
+
+
+def _json(value: Any) -> str:
+    return without_passwords(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested sections by their paths, as in ``data.train.0.path``."""
+    if isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        value = dict(enumerate(value))
     if isinstance(value, dict):
         return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}.{name}".strip(".")).items()}
     return {prefix: value}

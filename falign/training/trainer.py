@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -39,8 +40,8 @@ from falign.training.checkpoints import rotate, seal, sync_logs
 from falign.training.means import Means
 from falign.training.moving_reference import move_when_due
 from falign.training.nonsense import NonsenseGuard, describe_loss, term_names
+from falign.training.learning_rate import same_learning_rates
 from falign.training.processes import gathered, is_writer, num_processes, rank
-from falign.training.run_folder import is_held_out
 from falign.training.sharded_checkpoint import read_optimizer, read_weights, whole_optimizer, whole_weights
 from falign.training.shares import Batches, RowBatches, Share
 from falign.training.stand_ins import STANDS_IN, counts, stand_in, stand_in_loss
@@ -117,6 +118,7 @@ class AlignmentTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # every term is divided by its weights over the whole step
         self.value_head: nn.Module | None = None
         self.record: dict[str, Any] = {}  # of the model, for the run folder
+        self.run_id = ""  # which its checkpoints bear
         self.means = Means()
         self.guard = NonsenseGuard(skip=skip_bad, tell=advise)
         self._loss_before = torch.zeros(())
@@ -129,34 +131,68 @@ class AlignmentTrainer(Trainer):
         """Whether there is anything held out."""
         return bool(self.eval_dataset)
 
-    def ended_at(self, checkpoint: Path) -> bool:
-        """Return whether a checkpoint is of the run's last step, so that nothing is left to train.
+    @property
+    def rows(self) -> dict[str, Sequence[Any]]:
+        """All that is trained on and held out, by the sections of the run file."""
+        train, held_out = self.train_dataset, self.eval_dataset
+        return {"data.train": train, "data.eval": held_out}  # pyright: ignore[reportReturnType]
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def state_at(self, checkpoint: Path) -> TrainerState:
+        """Return the state of a checkpoint.
 
         Raises:
-            TrainingError: The checkpoint is damaged.
+            TrainingError: The checkpoint cannot be read.
         """
         with _reading(checkpoint):
             for name in (OPTIMIZER_NAME, SCHEDULER_NAME):  # what is missing would start afresh in silence
                 (checkpoint / name).stat()
-            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        return state.global_step >= state.max_steps
+            return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
-    def evaluated_before(self, checkpoint: Path) -> bool:
-        """Return whether the evaluation at a checkpoint's step was done when it was written.
+    def require_same_schedule(self, began: TrainerState) -> None:
+        """Refuse to go on to another number of steps where that changes a step that was taken.
+
+        Args:
+            began: The state of the checkpoint from which the run goes on.
 
         Raises:
-            TrainingError: The checkpoint is damaged.
+            ConfigError: A learning rate would have been another one, or the run has come further.
         """
-        with _reading(checkpoint):
-            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        return any(log["step"] == state.global_step and is_held_out(log) for log in state.log_history)
+        steps, taken = self.num_steps, began.global_step
+        if steps == began.max_steps:
+            return
+        if steps < taken:
+            raise ConfigError(f"The run has taken {taken} steps, and would end after {steps} now: raise max_steps.")
+        if not same_learning_rates(self.args, began.max_steps, steps, until=taken):
+            raise ConfigError(
+                f"training.max_steps or num_train_epochs: the run began with {began.max_steps} steps, and with {steps} "
+                f"lr_scheduler_type={self.args.lr_scheduler_type} gives the {taken} steps that were taken other "
+                "learning rates. Set it as it was; or train on from what the run has trained, in a new run with "
+                "adapter.init=RUN (without adapter, model.path=RUN/model)."
+            )
 
     def take_up(self, checkpoint: Path) -> None:
-        """Load weights and state of a checkpoint without training on."""
+        """Load weights and state of the last checkpoint of a run, and end the training as the loop does."""
         self._load_from_checkpoint(str(checkpoint))
+        self.state = self.state_at(checkpoint)
+        self._initial_global_step = self.state.global_step
+        self._tr_loss = torch.tensor(0.0, device=self.args.device)
         with _reading(checkpoint):
             self.read_state(checkpoint)
-        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            self._read_unlogged(checkpoint)
+        self._finalize_training(None, num_train_samples=0, start_time=time.time())
+
+    @override
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        history = self.state.log_history
+        progress = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)  # those of a checkpoint may be other ones
+        self.state.log_history = self.state.log_history or history
+        return progress
 
     @override
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
@@ -207,14 +243,17 @@ class AlignmentTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):
             super()._load_rng_state(checkpoint)
-            # The loop has begun its sums anew by now; what was not logged yet belongs to the next log.
             if checkpoint is not None:
-                state = json.loads((Path(checkpoint) / UNLOGGED).read_text(encoding="utf-8"))[rank()]
-                self._loss_before = self._tr_loss.fill_(state["loss"]).clone()
-                self._total_loss_scalar = state["logged"]
-                self._globalstep_last_logged = state["since"]
-                self.means.load_state_dict(state["means"], self.args.device)
-                self.guard.load_state_dict(state["guard"])
+                self._read_unlogged(Path(checkpoint))
+
+    def _read_unlogged(self, checkpoint: Path) -> None:
+        """Take up what was not logged yet at a checkpoint and belongs to the next log."""
+        state = json.loads((checkpoint / UNLOGGED).read_text(encoding="utf-8"))[rank()]
+        self._loss_before = self._tr_loss.fill_(state["loss"]).clone()
+        self._total_loss_scalar = state["logged"]
+        self._globalstep_last_logged = state["since"]
+        self.means.load_state_dict(state["means"], self.args.device)
+        self.guard.load_state_dict(state["guard"])
 
     @override
     def get_train_dataloader(self) -> DataLoader:
@@ -423,7 +462,7 @@ class AlignmentTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.write_state(target)
             return
-        sync_logs(self.run_dir)
+        marks = sync_logs(self.run_dir)
         with staged_folder(target, existing="replace") as self._staging:
             super()._save_checkpoint(model, trial)
             self.write_state(self._staging / target.name)
@@ -431,9 +470,9 @@ class AlignmentTrainer(Trainer):
             for item in written.iterdir():
                 item.rename(self._staging / item.name)
             written.rmdir()
-            seal(self._staging)
+            seal(self._staging, run=self.run_id, step=self.state.global_step, logs=marks)
         self._staging = None
-        rotate(self.run_dir, keep=self.args.save_total_limit)
+        rotate(self.run_dir, run=self.run_id, keep=self.args.save_total_limit)
 
     @override
     def _get_output_dir(self, trial: Any) -> str:

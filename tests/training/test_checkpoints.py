@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import pytest
 
@@ -7,12 +8,15 @@ from falign.errors import TrainingError
 from falign.training.checkpoints import checkpoints, newest_whole, remove_leftovers, rotate, seal, why_damaged
 
 
+RUN = "0123abcd"
+
+
 def checkpoint(run, step, content="weights"):
     folder = run / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_text(content)
     (folder / "optimizer.pt").write_text("moments")
-    seal(folder)
+    seal(folder, run=RUN, step=step, logs={})
     return folder
 
 
@@ -21,7 +25,7 @@ def names(run):
 
 
 def whole(run, told=None):
-    return newest_whole(run, tell=(told if told is not None else []).append)
+    return newest_whole(run, run=RUN, tell=(told if told is not None else []).append)
 
 
 def truncate(folder):
@@ -36,11 +40,44 @@ def remove(folder):
     (folder / "optimizer.pt").unlink()
 
 
-def unseal(folder):
-    (folder / "checksums.json").write_text('{"optim')
+def sealed_as(text):
+    def unseal(folder):
+        (folder / "checksums.json").write_text(text)
+
+    unseal.__name__ = f"sealed as {text}"
+    return unseal
 
 
-DAMAGES = {truncate: "optimizer.pt has 3 of 7 bytes", change: "other content", remove: "missing", unseal: "checksums"}
+def unname(folder):
+    """Flip a bit of a file that the seal does not name."""
+    file = folder / "checksums.json"
+    sealed = json.loads(file.read_text())
+    del sealed["files"]["optimizer.pt"]
+    file.write_text(json.dumps(sealed))
+    change(folder)
+
+
+def give_to_another_run(folder):
+    file = folder / "checksums.json"
+    file.write_text(file.read_text().replace(RUN, "fedcba98"))
+
+
+def take_of_an_earlier_step(folder):
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("checkpoint-9"), folder)
+
+
+HALF = '{"run": "0123abcd", "step": 10, "logs": {}, "files": {"optimizer.pt": '
+SEALS = ('{"optim', "", "[]", "null", "{}", "3", '{"files": {}}', HALF + "null}}", HALF + '{"bytes": 7}}}', HALF + "[]}}")
+DAMAGES = {
+    truncate: "optimizer.pt has 3 of 7 bytes",
+    change: "other content",
+    remove: "missing",
+    unname: "optimizer.pt is not in checksums.json",
+    give_to_another_run: "it belongs to another run",
+    take_of_an_earlier_step: "it is the checkpoint of step 9",
+    **{sealed_as(text): "checksums.json is missing or damaged" for text in SEALS},
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
@@ -83,16 +120,16 @@ def test_a_link_is_no_checkpoint_of_the_run_and_what_it_leads_to_is_left_alone(t
     (run / "checkpoint-7").symlink_to(elsewhere)
     assert [path.name for path in checkpoints(run)] == ["checkpoint-3"]
     assert whole(run).name == "checkpoint-3"
-    rotate(run, keep=1)
+    rotate(run, run=RUN, keep=1)
     assert why_damaged(elsewhere) is None
 
 
 def test_the_newest_stay_by_step_and_not_by_time(tmp_path):
     for step in (10, 9, 2):
         checkpoint(tmp_path, step)
-    rotate(tmp_path, keep=2)
+    rotate(tmp_path, run=RUN, keep=2)
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-9"]
-    rotate(tmp_path, keep=None)
+    rotate(tmp_path, run=RUN, keep=None)
     assert len(names(tmp_path)) == 2
 
 
@@ -100,7 +137,7 @@ def test_the_checkpoint_that_a_resume_would_take_is_never_removed(tmp_path):
     first = checkpoint(tmp_path, 1)
     for step in (2, 3):
         truncate(checkpoint(tmp_path, step))
-    rotate(tmp_path, keep=2)
+    rotate(tmp_path, run=RUN, keep=2)
     assert whole(tmp_path) == first
 
 
@@ -120,7 +157,8 @@ def test_a_seal_names_every_file_in_every_folder(tmp_path):
     folder = checkpoint(tmp_path, 1)
     (folder / "shards").mkdir()
     (folder / "shards" / "0.safetensors").write_text("x")
-    seal(folder)
-    assert set(json.loads((folder / "checksums.json").read_text())) >= {"optimizer.pt", "shards/0.safetensors"}
+    seal(folder, run=RUN, step=1, logs={})
+    sealed = json.loads((folder / "checksums.json").read_text())["files"]
+    assert set(sealed) == {"adapter_model.safetensors", "optimizer.pt", "shards/0.safetensors"}
     (folder / "shards" / "0.safetensors").write_text("y")
     assert why_damaged(folder) == "shards/0.safetensors has other content than was written"

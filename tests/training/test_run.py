@@ -41,7 +41,7 @@ def test_a_run_learns_the_preference_and_leaves_a_whole_folder(start):
     assert summary.after["loss"] < summary.before["loss"] == pytest.approx(0.693147, abs=1e-6)
     files = {path.name for path in summary.folder.path.iterdir()}
     assert files == {
-        *("run.yaml", "manifest.json", "metrics.jsonl", "before.json", "summary.json", "samples.json"),
+        *("run.yaml", "manifest.json", "rows.txt", "metrics.jsonl", "before.json", "summary.json", "samples.json"),
         *("adapter", "curves.png"),
     }
     manifest = summary.folder.read_json("manifest.json")
@@ -238,7 +238,7 @@ def test_resuming_needs_the_same_run(start, tmp_path):
     with pytest.raises(ConfigError, match="not a run folder"):
         start("nowhere", resume=True)
     start()
-    with pytest.raises(ConfigError, match=r"objective.beta \(0.5 there, 0.7 now\)"):
+    with pytest.raises(ConfigError, match=r"objective.beta \(0.5 when it began, 0.7 now\)"):
         start(resume=True, objective={"beta": 0.7})
     with pytest.raises(TrainingError, match="is finished and has no checkpoint"):
         start(resume=True)
