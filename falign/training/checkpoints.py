@@ -1,8 +1,8 @@
 """Which checkpoints are whole: each is sealed with checksums, and a run goes on from the newest whose seal holds.
 
 ``checksums.json`` names the run and the step, every file of the checkpoint with its size and SHA-256, and how far the
-run's logs had come. It is written last, and the folder gets its name after it, so that neither a kill nor a bad disk nor
-a copy leaves anything that is taken for a whole checkpoint of the run.
+run's logs had come. It is written last, and the folder gets its name after it, so that neither a kill nor a bad disk
+nor a copy leaves anything that is taken for a whole checkpoint of the run.
 """
 
 from __future__ import annotations
@@ -99,10 +99,14 @@ def why_damaged(folder: Path, *, run: str | None = None, contents: bool = True) 
         return "it belongs to another run"
     if sealed.step != step_of(folder):
         return f"it is the checkpoint of step {sealed.step}"
+    return _first_damaged(folder, sealed.files, contents=contents)
+
+
+def _first_damaged(folder: Path, files: Mapping[str, _Sum], *, contents: bool) -> str | None:
     there = _files(folder)
-    if unnamed := sorted(there.keys() - sealed.files.keys()):
+    if unnamed := sorted(there.keys() - files.keys()):
         return f"{unnamed[0]} is not in {SEAL}"
-    for name, written in sealed.files.items():
+    for name, written in files.items():
         if name not in there:
             return f"{name} is missing"
         size = there[name].stat().st_size
@@ -119,14 +123,14 @@ def log_marks(checkpoint: Path) -> dict[str, LogMark]:
     return {name: LogMark(mark.bytes, mark.sha256) for name, mark in sealed.logs.items()}
 
 
-def newest_whole(folder: Path, *, run: str, tell: Callable[[str], None]) -> Path | None:
+def newest_whole(folder: Path, *, run: str | None = None, tell: Callable[[str], None]) -> Path | None:
     """Return the newest whole checkpoint; damaged ones that are newer are put aside, and it is said so.
 
     They are renamed and not removed: ``damaged-checkpoint-6`` is never resumed from, counted or deleted.
 
     Args:
         folder: The run folder.
-        run: The identifier of the run; a checkpoint of another run counts as damaged.
+        run: The identifier of the run; a checkpoint of another run counts as damaged; any run where None.
         tell: Is told of each damaged one.
 
     Returns:

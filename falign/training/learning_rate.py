@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -26,12 +27,13 @@ def same_learning_rates(args: TrainingArguments, steps: int, other_steps: int, *
 
 def _factor(args: TrainingArguments, steps: int) -> Callable[[int], float]:
     """Return what multiplies the learning rate at each step."""
+    options: Any = args.lr_scheduler_kwargs
     scheduler = get_scheduler(
         args.lr_scheduler_type,
         torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0),
         num_warmup_steps=args.get_warmup_steps(steps),
         num_training_steps=steps,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        scheduler_specific_kwargs=options,
     )
     if not isinstance(scheduler, LambdaLR):  # it follows what is measured, whatever the number of steps
         return lambda step: 1.0

@@ -164,9 +164,11 @@ class RunFolder:
         self.refuse_links()
         began = self.read_inputs()["settings"] if self.began else self.read_run_file()
         old, new = _flat(began), _flat(self.settings(config))
-        keys = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)} - MAY_DIFFER
+        keys = sorted({key for key in old.keys() | new.keys() if old.get(key) != new.get(key)} - MAY_DIFFER)
         if keys:
-            shown = ", ".join(f"{key} ({old.get(key)!r} when it began, {new.get(key)!r} now)" for key in sorted(keys)[:5])
+            shown = ", ".join(
+                f"{key} ({old.get(key)!r} when it began, {new.get(key)!r} now)" for key in sorted(keys)[:5]
+            )
             raise ConfigError(
                 f"{self.path} holds a run with other settings: {shown}. Set them as they were, or start a new run in "
                 "another output_dir."

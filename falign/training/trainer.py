@@ -37,10 +37,10 @@ from falign.scoring import (
     evaluation_mode,
 )
 from falign.training.checkpoints import rotate, seal, sync_logs
+from falign.training.learning_rate import same_learning_rates
 from falign.training.means import Means
 from falign.training.moving_reference import move_when_due
 from falign.training.nonsense import NonsenseGuard, describe_loss, term_names
-from falign.training.learning_rate import same_learning_rates
 from falign.training.processes import gathered, is_writer, num_processes, rank
 from falign.training.sharded_checkpoint import read_optimizer, read_weights, whole_optimizer, whole_weights
 from falign.training.shares import Batches, RowBatches, Share
@@ -187,9 +187,18 @@ class AlignmentTrainer(Trainer):
         self._finalize_training(None, num_train_samples=0, start_time=time.time())
 
     @override
-    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
         history = self.state.log_history
-        progress = super()._init_training_state(max_steps, *args)
+        progress = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
         self.state.compute_steps(self.args, max_steps)  # those of a checkpoint may be other ones
         self.state.log_history = self.state.log_history or history
         return progress

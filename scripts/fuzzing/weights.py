@@ -202,8 +202,7 @@ def checkpoints(folder: Path) -> Attempt:
             copy,
             only=("adapter*", "optimizer*", "scheduler*", "rng*", "trainer_state*", "rollout*", "value*", "reference*"),
         )
-        trainer.ended_at(copy)
-        trainer.evaluated_before(copy)
+        trainer.state_at(copy)
         trainer.take_up(copy)
         trainer._load_optimizer_and_scheduler(str(copy))
         trainer._load_rng_state(str(copy))

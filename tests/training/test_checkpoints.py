@@ -7,7 +7,6 @@ import pytest
 from falign.errors import TrainingError
 from falign.training.checkpoints import checkpoints, newest_whole, remove_leftovers, rotate, seal, why_damaged
 
-
 RUN = "0123abcd"
 
 
@@ -68,7 +67,18 @@ def take_of_an_earlier_step(folder):
 
 
 HALF = '{"run": "0123abcd", "step": 10, "logs": {}, "files": {"optimizer.pt": '
-SEALS = ('{"optim', "", "[]", "null", "{}", "3", '{"files": {}}', HALF + "null}}", HALF + '{"bytes": 7}}}', HALF + "[]}}")
+SEALS = (
+    '{"optim',
+    "",
+    "[]",
+    "null",
+    "{}",
+    "3",
+    '{"files": {}}',
+    HALF + "null}}",
+    HALF + '{"bytes": 7}}}',
+    HALF + "[]}}",
+)
 DAMAGES = {
     truncate: "optimizer.pt has 3 of 7 bytes",
     change: "other content",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from falign.errors import ConfigError, RewardError, RolloutError, TrainingError
 from falign.references import AdapterOff
 from falign.training import parse_run, train
-from falign.training.checkpoints import seal
+from falign.training.checkpoints import log_marks, seal
 from tests.training.prompts import online_data, write_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
@@ -130,12 +130,15 @@ def test_a_run_that_is_killed_after_its_last_step_says_nothing_twice(start, eval
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"order": 1}', '{"order": {}, "rehearsal_order": 0}'])
 def test_a_damaged_state_of_rollouts_is_named(start, content):
     options = {"training": {"save_steps": 1, "max_steps": 2}}
-    file = start(**options).folder.path / "checkpoint-2" / "rollout_state.json"
+    folder = start(**options).folder
+    file = folder.path / "checkpoint-2" / "rollout_state.json"
+    logs = log_marks(file.parent)
     if content is None:
         file.unlink()
     else:
         file.write_text(content)
-    seal(file.parent)  # written so, and not damaged later, which the seal would tell
+    # Written so, and not damaged later, which the seal would tell.
+    seal(file.parent, run=folder.read_inputs()["run"], step=2, logs=logs)
     with pytest.raises(TrainingError, match="checkpoint-2 is as it was written and cannot be read"):
         start(resume=True, **options)
 
