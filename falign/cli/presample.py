@@ -26,7 +26,6 @@ __all__ = ["Presampling"]
 CHUNK_SIZE = 32
 PASSES = 1.0 - 1e-6  # the value of a completion that is correct
 OUTPUTS = ("exploration.jsonl", "rehearsal.jsonl", "summary.json")
-SAMPLED = ("prompt_ids", "completion_ids", "logprobs")
 
 
 @dataclass
@@ -130,6 +129,7 @@ class Presampling:
 
     def _prompts(self, tokenizer: Any, positions: int | None) -> PromptData:
         from falign.data import PromptSource, load_prompts
+        from falign.evaluation.reward_columns import row_check
 
         room = sys.maxsize if positions is None else positions - self.max_new_tokens
         if room < 1:
@@ -140,7 +140,8 @@ class Presampling:
         chat = bool(tokenizer.chat_template) if self.chat is None else self.chat
         source = PromptSource(str(self.file), template=self.template, chat=chat)
         bad_rows: Any = self.bad_rows
-        return load_prompts([source], tokenizer, max_length=room, long_prompt="drop", bad_rows=bad_rows)
+        check = row_check(self.reward)
+        return load_prompts([source], tokenizer, max_length=room, long_prompt="drop", bad_rows=bad_rows, check=check)
 
     def _record(self, policy: Any, tokenizer: Any) -> dict[str, Any]:
         """What the findings depend on."""
@@ -168,14 +169,13 @@ class Presampling:
         }
 
     def _correct(self, rows: list[PromptRow], rollouts: list[Rollout], tokenizer: Any) -> list[bool]:
+        from falign.evaluation.reward_columns import reward_columns
+
         texts = [tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True) for rollout in rollouts]
-        names = {name for row in rows for name in row.columns} - {*SAMPLED, "place", "prompts", "completions"}
         scores = self.reward(
             [row.prompt for row in rows],
             texts,
-            **{name: [row.columns.get(name) for row in rows] for name in names},
-            place=[row.place for row in rows],
-            prompt_ids=[list(rollout.prompt_ids) for rollout in rollouts],
+            **reward_columns(rows),
             completion_ids=[list(rollout.completion_ids) for rollout in rollouts],
         )
         self.timeouts += scores.timeouts

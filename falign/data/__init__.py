@@ -7,7 +7,7 @@ from falign.data.files import Row
 from falign.data.formats import COLUMNS, FORMATS
 from falign.data.inspection import DataReport, Lengths, check
 from falign.data.preferences import LoadReport, PreferenceData, load_preferences
-from falign.data.prompts import PromptData, PromptReport, PromptRow, PromptSource, load_prompts
+from falign.data.prompts import PromptData, PromptReport, PromptRow, PromptSource, RowCheck, load_prompts
 from falign.data.reading import TokenizedRow, read_tokenized
 from falign.data.recognition import RowReader, read_examples
 from falign.data.reports import SourceReport
@@ -35,6 +35,7 @@ __all__ = [
     "PromptRow",
     "PromptSource",
     "Row",
+    "RowCheck",
     "RowReader",
     "SourceReport",
     "Text",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 from falign.data.bad_rows import BadRowPolicy, BadRows, require_choice
@@ -17,7 +18,7 @@ from falign.data.tokenization import encode_prompt
 from falign.data.windows import LengthPolicy, cut_left
 from falign.errors import ConfigError, DataError
 
-__all__ = ["PromptData", "PromptReport", "PromptRow", "PromptSource", "load_prompts"]
+__all__ = ["PromptData", "PromptReport", "PromptRow", "PromptSource", "RowCheck", "load_prompts"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ class PromptReport:
     messages: tuple[str, ...]
 
 
+RowCheck = Callable[[Sequence[PromptRow]], list[str | None]]
+"""From rows to why each cannot be used; None where it can."""
+
+
 class PromptData(NamedTuple):
     """The prompts of a run, and what became of their rows."""
 
@@ -100,6 +105,7 @@ def load_prompts(
     eval_sources: Sequence[PromptSource] = (),
     eval_size: int = 0,
     seed: int = 0,
+    check: RowCheck | None = None,
 ) -> PromptData:
     """Read, tokenise and split prompts.
 
@@ -112,6 +118,7 @@ def load_prompts(
         eval_sources: Evaluation prompts of their own; or
         eval_size: how many rows are held out. All rows of one prompt land on the same side.
         seed: For splitting.
+        check: Finds further rows that cannot be used, which count as bad.
 
     Raises:
         ConfigError: Options that contradict each other or leave one side empty.
@@ -120,7 +127,7 @@ def load_prompts(
     if eval_sources and eval_size:
         raise ConfigError("prompts.eval excludes prompts.eval_size; choose one way to evaluate.")
     require_choice("long_prompt", long_prompt, LengthPolicy)
-    reader = _Reader(tokenizer, max_length, long_prompt, BadRows(bad_rows))
+    reader = _Reader(tokenizer, max_length, long_prompt, BadRows(bad_rows), check)
     train, held_out = reader.read_all(sources), reader.read_all(eval_sources)
     if eval_size:
         keys = [prompt_key(row.prompt) for row in train]
@@ -139,6 +146,7 @@ class _Reader:
     max_length: int
     long_prompt: LengthPolicy
     bad: BadRows
+    check: RowCheck | None
     cut: int = 0
     dropped: int = 0
 
@@ -147,6 +155,17 @@ class _Reader:
 
     def _read(self, source: PromptSource) -> list[PromptRow]:
         found: list[PromptRow] = []
+        candidates = self._candidates(source)
+        missing = source.limit
+        while missing != 0 and (chosen := list(islice(candidates, missing))):
+            found += chosen if self.check is None else self._checked(chosen, self.check)
+            missing = None if source.limit is None else source.limit - len(found)
+        if not found:
+            reason = f" The first bad row: {self.bad.messages[0]}" if self.bad.messages else ""
+            raise DataError(f"{source.path or 'texts'}: none of its rows is a usable prompt.{reason}")
+        return found
+
+    def _candidates(self, source: PromptSource) -> Iterator[PromptRow]:
         for row in _rows(source, self.bad):
             try:
                 prompt = self._tokenized(row, source)
@@ -154,13 +173,16 @@ class _Reader:
                 self.bad.add(error)
                 continue
             if prompt is not None:
-                found.append(prompt)
-            if len(found) == source.limit:
-                break
-        if not found:
-            reason = f" The first bad row: {self.bad.messages[0]}" if self.bad.messages else ""
-            raise DataError(f"{source.path or 'texts'}: none of its rows is a usable prompt.{reason}")
-        return found
+                yield prompt
+
+    def _checked(self, rows: list[PromptRow], check: RowCheck) -> list[PromptRow]:
+        usable = []
+        for row, reason in zip(rows, check(rows), strict=True):
+            if reason is None:
+                usable.append(row)
+            else:
+                self.bad.add(DataError(f"{row.place}: {reason}. Mend the row or remove it."))
+        return usable
 
     def _tokenized(self, row: Row, source: PromptSource) -> PromptRow | None:
         prompt = _prompt_of(row, source)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from falign.data import PromptRow
 from falign.data.rendering import Tokenizer
-from falign.errors import ConfigError, RolloutError
+from falign.errors import RolloutError
+from falign.evaluation.reward_columns import reward_columns
 from falign.rewards import RewardSum
 from falign.rollouts import Engine, Rollout, SamplingParams
 from falign.rollouts.seeds import mixed
 
 __all__ = ["TOLERANCE", "Draw", "Group", "GroupSampler"]
 
-ARGUMENTS = frozenset({"prompts", "completions", "place", "prompt_ids", "completion_ids"})
 TOLERANCE = 1e-6  # of a reward that is compared with the one that passes
 
 
@@ -159,9 +159,7 @@ class GroupSampler:
         rewards = self.rewards(
             [row.prompt for row in owners],
             texts,
-            **_columns(owners),
-            place=[row.place for row in owners],
-            prompt_ids=[row.prompt_ids for row in owners],
+            **reward_columns(owners),
             completion_ids=[rollout.completion_ids for rollout in rollouts],
         )
         groups = []
@@ -181,12 +179,3 @@ class GroupSampler:
     def text(self, rollout: Rollout) -> str:
         """Return a completion as text, without special tokens."""
         return str(self.tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True))
-
-
-def _columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
-    names = dict.fromkeys(name for row in rows for name in row.columns)
-    if clashing := sorted(names.keys() & ARGUMENTS):
-        raise ConfigError(
-            f"{rows[0].place}: the column {clashing[0]!r} has the name of a reward's argument: rename it."
-        )
-    return {name: [row.columns.get(name) for row in rows] for name in names}

@@ -4,7 +4,7 @@ Reward models load transformers and are imported from their modules: :mod:`falig
 :mod:`falign.rewards.implicit`.
 """
 
-from falign.rewards.base import Reward, Scores, ScoringReward, call_reward, check_rewards, select_columns
+from falign.rewards.base import Reward, RowReward, Scores, ScoringReward, call_reward, check_rewards, select_columns
 from falign.rewards.child import Call, ChildPool, Outcome, shared_pool
 from falign.rewards.combination import Rewards, RewardSum, WeightedReward
 from falign.rewards.groups import GroupShares, best_of_n, calibrate, group_shares, keep, pass_at_k, pass_rates
@@ -28,6 +28,7 @@ __all__ = [
     "Reward",
     "RewardSum",
     "Rewards",
+    "RowReward",
     "Scores",
     "ScoringReward",
     "TimedFunction",

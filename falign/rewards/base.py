@@ -11,8 +11,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from falign.errors import NonFiniteRewardError, RewardError
 
 __all__ = [
+    "ARGUMENTS",
     "Prompt",
     "Reward",
+    "RowReward",
     "Scores",
     "ScoringReward",
     "call_reward",
@@ -21,6 +23,9 @@ __all__ = [
     "place_of",
     "select_columns",
 ]
+
+ARGUMENTS = frozenset({"prompts", "completions", "place", "prompt_ids", "completion_ids"})
+"""What rewards are given by these names is not a column of the data."""
 
 Prompt = str | list[dict[str, str]]
 """Text, or turns with ``role`` and ``content``."""
@@ -59,6 +64,23 @@ class Scores(NamedTuple):
     timeouts: int = 0
     errors: int = 0
     message: str = ""
+
+
+@runtime_checkable
+class RowReward(Protocol):
+    """A reward that reads columns, and can say before any completion is there which rows it cannot judge."""
+
+    def row_errors(self, prompts: list[Any], **columns: list[Any]) -> list[str | None]:
+        """Return for each row why no completion of it can be judged; None where it can.
+
+        Args:
+            prompts: One per row.
+            columns: One value per row; ``prompt_ids`` and ``place`` among them.
+
+        Raises:
+            RewardError: No row can be judged: a column that is read does not exist, for instance.
+        """
+        ...
 
 
 @runtime_checkable
@@ -180,8 +202,8 @@ def column(columns: Mapping[str, list[Any]], name: str, *, reward: str) -> list[
     """
     if name not in columns:
         raise RewardError(
-            f"reward {reward} reads the column {name!r}, and the data has {sorted(columns)}: name the column that "
-            "holds it, or add it to the rows."
+            f"reward {reward} reads the column {name!r}, and the data has {sorted(columns.keys() - ARGUMENTS)}: name "
+            "the column that holds it, or add it to the rows."
         )
     return columns[name]
 

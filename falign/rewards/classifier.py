@@ -72,6 +72,17 @@ class ClassifierReward:
                 values[i] = value
         return values
 
+    def row_errors(self, prompts: list[Any], **columns: list[Any]) -> list[str | None]:
+        """Return why a prompt cannot be read together with a completion."""
+        return [None if self._reads(prompt) else self._unreadable for prompt in prompts]
+
+    def _reads(self, prompt: Any) -> bool:
+        return isinstance(prompt, str) or self.text in ("chat", "completion")
+
+    @property
+    def _unreadable(self) -> str:
+        return f"the prompt is a conversation, which text={self.text} cannot read; set text to chat or completion"
+
     def identity(self) -> Identity:
         """Return this module, the weights, the tokenizer and the fields that change a value."""
         settings = {
@@ -99,15 +110,12 @@ class ClassifierReward:
             # The template writes the special tokens itself.
             rendered: Any = self.tokenizer.apply_chat_template(turns, tokenize=False)
             return self._encoded([rendered], place, special=False)
+        if not self._reads(prompt):
+            raise RewardError(f"reward classifier, {place}: {self._unreadable}.")
         if self.text == "completion":
             texts = [completion]
-        elif isinstance(prompt, str):
-            texts = [prompt + completion] if self.text == "joined" else [prompt, completion]
         else:
-            raise RewardError(
-                f"reward classifier, {place}: the prompt is a conversation, which text={self.text} cannot read; set "
-                "text to chat or completion."
-            )
+            texts = [prompt + completion] if self.text == "joined" else [prompt, completion]
         return self._encoded(texts, place)
 
     def _encoded(self, texts: Sequence[str], place: str, *, special: bool = True) -> list[int]:

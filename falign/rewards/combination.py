@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from falign.errors import ConfigError, NonFiniteRewardError, RewardError
-from falign.rewards.base import Reward, call_reward, place_of
+from falign.rewards.base import Reward, RowReward, call_reward, place_of
 
 __all__ = ["RewardSum", "Rewards", "WeightedReward"]
 
@@ -109,6 +109,26 @@ class RewardSum:
             errors=sum(score.errors for score in scores),
             message=next((score.message for score in scores if score.message), ""),
         )
+
+    def row_errors(self, prompts: Sequence[Any], **columns: Sequence[Any]) -> list[str | None]:
+        """Return for each row why one of the rewards cannot judge it; None where all can.
+
+        Args:
+            prompts: One per row.
+            columns: One value per row; ``prompt_ids`` and ``place`` among them.
+
+        Raises:
+            RewardError: A column that a reward reads does not exist, or a reward cannot judge anything.
+        """
+        found: list[str | None] = [None] * len(prompts)
+        lists = {name: list(values) for name, values in columns.items()}
+        for part in self.rewards:
+            if isinstance(part.reward, RowReward):
+                reasons = part.reward.row_errors(list(prompts), **lists)
+                for i, reason in enumerate(reasons):
+                    if found[i] is None and reason is not None:
+                        found[i] = f"reward {part.name}: {reason}"
+        return found
 
     def _sum(self, values: Sequence[float | None], place: str) -> float:
         applying = [part.weight * v for part, v in zip(self.rewards, values, strict=True) if v is not None]

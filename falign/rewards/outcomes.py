@@ -9,9 +9,14 @@ from falign.errors import RewardError
 from falign.rewards.base import Scores, check_rewards, place_of
 from falign.rewards.child import Outcome
 
-__all__ = ["scores_of"]
+__all__ = ["row_error", "scores_of"]
 
 ROW_ERROR = "RowError"  # of falign.rewards.verifiers, by its name in another process
+
+
+def row_error(outcome: Outcome) -> str | None:
+    """Return why a row cannot be judged; None where the outcome says nothing of that."""
+    return outcome.message.partition(": ")[2] if outcome.error == ROW_ERROR else None
 
 
 def scores_of(
@@ -40,8 +45,8 @@ def scores_of(
     messages: list[str] = []
     for i, outcome in enumerate(outcomes):
         where = f"reward {name}, {place_of(places, i)}"
-        if outcome.error == ROW_ERROR:
-            raise RewardError(f"{where}: {outcome.message.partition(': ')[2]}. Mend the row, or remove it.")
+        if (reason := row_error(outcome)) is not None:
+            raise RewardError(f"{where}: {reason}. Mend the row, or remove it.")
         if outcome.kind == "error" and stop_on_errors:
             raise RewardError(f"{where}: {outcome.message}. Mend the function, or set errors: count.")
         if outcome.kind == "value":

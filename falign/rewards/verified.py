@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from falign.errors import ConfigError
 from falign.rewards.verifier import Verifier
 
 __all__ = ["choice", "mathematics", "number", "regex", "sections", "sql"]
@@ -75,7 +77,7 @@ def choice(
     """
     return Verifier(
         "choice",
-        f"{MODULES}.choice:score",
+        f"{MODULES}.choice:{'score' if options is None else 'score_with_options'}",
         columns={"answer": answer} if options is None else {"answer": answer, "options": options},
         parameters={"letters": letters},
         timeout=timeout,
@@ -99,10 +101,22 @@ def regex(
         answer: A column that its first group must equal, in its last match.
         timeout: See :class:`Verifier`.
         failed: See :class:`Verifier`.
+
+    Raises:
+        ConfigError: The pattern is invalid, or has no group for ``answer``.
     """
+    try:
+        groups = re.compile(pattern).groups
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"reward regex: the pattern {pattern!r:.80} is invalid: {error}.") from error
+    if answer is not None and groups == 0:
+        raise ConfigError(
+            f"reward regex: the pattern {pattern!r:.80} has no group that could equal answer={answer!r}; put "
+            "parentheses around what is to be compared."
+        )
     return Verifier(
         "regex",
-        f"{MODULES}.patterns:matches",
+        f"{MODULES}.patterns:{'matches' if answer is None else 'matches_answer'}",
         columns={} if answer is None else {"answer": answer},
         parameters={"pattern": pattern, "whole": whole},
         timeout=timeout,

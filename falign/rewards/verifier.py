@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from falign.errors import RewardError
 from falign.rewards.base import Scores, column, place_of
 from falign.rewards.child import Call, ChildPool, shared_pool
 from falign.rewards.identity import Identity
-from falign.rewards.outcomes import scores_of
+from falign.rewards.outcomes import row_error, scores_of
 
 __all__ = ["Verifier"]
 
@@ -54,24 +55,53 @@ class Verifier:
         Raises:
             RewardError: A column is missing, or a row cannot be judged at all.
         """
-        place = columns.get("place")
-        varying = {key: column(columns, name, reward=self.name) for key, name in self.columns.items()}
-        for key, template in self.templates.items():
-            read = {name: column(columns, name, reward=self.name) for name in _fields(template)}
-            varying[key] = [
-                self._filled(template, {name: values[i] for name, values in read.items()}, place_of(place, i))
-                for i in range(len(completions))
-            ]
-        calls = [
-            Call(
-                self.function,
-                {"completion": text, **self.parameters, **{key: values[i] for key, values in varying.items()}},
-                self.timeout,
-            )
-            for i, text in enumerate(completions)
-        ]
+        places = columns.get("place")
+        rows = self._rows(columns, len(completions))
+        calls = []
+        for i, (text, row) in enumerate(zip(completions, rows, strict=True)):
+            try:
+                calls.append(self._call(text, row))
+            except ValueError as error:
+                raise RewardError(f"reward {self.name}, {place_of(places, i)}: {error}") from error
         outcomes = (self.pool or shared_pool()).run(calls)
-        return scores_of(outcomes, name=self.name, failed=self.failed, places=place)
+        return scores_of(outcomes, name=self.name, failed=self.failed, places=places)
+
+    def row_errors(self, prompts: list[Any], **columns: list[Any]) -> list[str | None]:
+        """Judge an empty completion of each row, and return why that failed where the row is at fault.
+
+        Args:
+            prompts: Not read.
+            columns: One value per row.
+
+        Raises:
+            RewardError: A column is missing, or the function cannot be imported.
+        """
+        found: list[str | None] = [None] * len(prompts)
+        places: dict[bytes, list[int]] = {}  # rows with the same arguments are judged once
+        for i, row in enumerate(self._rows(columns, len(prompts))):
+            try:
+                places.setdefault(pickle.dumps(self._call("", row)), []).append(i)
+            except ValueError as error:
+                found[i] = str(error)
+        outcomes = (self.pool or shared_pool()).run([pickle.loads(call) for call in places])
+        for indices, outcome in zip(places.values(), outcomes, strict=True):
+            reason = row_error(outcome) or (
+                f"an empty completion cannot be judged, {outcome.message}" if outcome.kind == "timeout" else None
+            )
+            for i in indices:
+                found[i] = reason
+        return found
+
+    def _rows(self, columns: Mapping[str, list[Any]], count: int) -> list[dict[str, Any]]:
+        """Return each row's values of the columns that are read."""
+        names = {*self.columns.values(), *(name for template in self.templates.values() for name in _fields(template))}
+        read = {name: column(columns, name, reward=self.name) for name in sorted(names)}
+        return [{name: values[i] for name, values in read.items()} for i in range(count)]
+
+    def _call(self, completion: str, row: Mapping[str, Any]) -> Call:
+        varying = {key: row[name] for key, name in self.columns.items()}
+        filled = {key: self._filled(template, row) for key, template in self.templates.items()}
+        return Call(self.function, {"completion": completion, **self.parameters, **varying, **filled}, self.timeout)
 
     def identity(self) -> Identity:
         """Return the module of the function, and all that it is called with."""
@@ -85,14 +115,13 @@ class Verifier:
         }
         return Identity(self.function.partition(":")[0], settings)
 
-    def _filled(self, template: str, row: Mapping[str, Any], place: str) -> str:
+    def _filled(self, template: str, row: Mapping[str, Any]) -> str:
+        if missing := [name for name in _fields(template) if row[name] is None]:
+            raise ValueError(f"the column {missing[0]!r}, of which {template!r} is made, is missing")
         try:
             return template.format_map(row)
         except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-            raise RewardError(
-                f"reward {self.name}, {place}: the template {template!r} cannot be filled ({error}); name columns in "
-                "braces."
-            ) from error
+            raise ValueError(f"the template {template!r} cannot be filled ({error}); name columns in braces") from error
 
 
 def _fields(template: str) -> list[str]:

@@ -45,21 +45,39 @@ class Words:
             return [self._value(text, tuple(self.words)) for text in completions]
         places = columns.get("place")
         rows = column(columns, self.column, reward="words")
-        return [
-            self._value(text, self._of_row(row, place_of(places, i)))
-            for i, (text, row) in enumerate(zip(completions, rows, strict=True))
-        ]
+        values: list[float | None] = []
+        for i, (text, row) in enumerate(zip(completions, rows, strict=True)):
+            try:
+                values.append(self._value(text, self._of_row(row)))
+            except ValueError as error:
+                raise RewardError(f"reward words, {place_of(places, i)}: {error}.") from error
+        return values
+
+    def row_errors(self, prompts: list[Any], **columns: list[Any]) -> list[str | None]:
+        """Return why a row's column does not hold words.
+
+        Raises:
+            RewardError: The column is missing.
+        """
+        if self.column is None:
+            return [None] * len(prompts)
+        return [self._error(row) for row in column(columns, self.column, reward="words")]
+
+    def _error(self, row: Any) -> str | None:
+        try:
+            self._of_row(row)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def identity(self) -> Identity:
         """Return this module and the fields."""
         return Identity(__name__, {"words": list(self.words), "column": self.column, "mode": self.mode})
 
-    def _of_row(self, row: Any, place: str) -> tuple[str, ...]:
+    def _of_row(self, row: Any) -> tuple[str, ...]:
         words = tuple(row.split()) if isinstance(row, str) else tuple(row) if isinstance(row, Sequence) else ()
         if not words or not all(isinstance(word, str) and word.strip() for word in words):
-            raise RewardError(
-                f"reward words, {place}: column {self.column!r} is {row!r:.80}; it must hold words, at least one."
-            )
+            raise ValueError(f"column {self.column!r} is {row!r:.80}; it must hold words, at least one")
         return words
 
     def _value(self, text: str, words: tuple[str, ...]) -> float:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from falign.data import PromptData
 from falign.errors import ConfigError
 from falign.evaluation.groups import GroupSampler
+from falign.evaluation.reward_columns import row_check
 from falign.models import base_of
 from falign.models.value_head import ValueHead
 from falign.objectives import Objective
@@ -58,13 +59,13 @@ def online_trainer(
             "is not the reference here: give lambdas."
         )
     with console.status("reading prompts"):
-        data = config.prompts.build(language.tokenizer, seed=config.seed)
+        rewards = build_rewards(config.rewards)
+        data = config.prompts.build(language.tokenizer, seed=config.seed, check=row_check(rewards))
         rehearsal = (
             []
             if config.rehearsal is None
             else read_rehearsal(config.rehearsal.path, num_tokens=len(language.tokenizer))
         )
-        rewards = build_rewards(config.rewards)
     _tell(data, console)
     rollout = config.rollout
     per_update = -(-rollout.prompts // rollout.minibatches)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from falign.data import LengthPolicy, PromptData, PromptSource, load_prompts
+from falign.data import LengthPolicy, PromptData, PromptSource, RowCheck, load_prompts
 from falign.data.rendering import Tokenizer
 from falign.training.base_config import FrozenModel
 from falign.training.engine_config import CorrectionConfig, EngineConfig, TransformersEngineConfig
@@ -53,8 +53,8 @@ class PromptsConfig(FrozenModel):
     long_prompt: LengthPolicy = "error"
     bad_rows: str = Field(default="error", pattern="^(error|skip)$")
 
-    def build(self, tokenizer: Tokenizer, *, seed: int) -> PromptData:
-        """Read, tokenise and split the prompts."""
+    def build(self, tokenizer: Tokenizer, *, seed: int, check: RowCheck | None = None) -> PromptData:
+        """Read, tokenise and split the prompts; ``check`` finds rows that the rewards cannot judge."""
         return load_prompts(
             [source.build() for source in self.train],
             tokenizer,
@@ -64,6 +64,7 @@ class PromptsConfig(FrozenModel):
             eval_sources=[source.build() for source in self.eval],
             eval_size=self.eval_size,
             seed=seed,
+            check=check,
         )
 
 

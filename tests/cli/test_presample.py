@@ -183,3 +183,23 @@ def test_options_of_the_pre_sampling_need_a_verifier(falign, tiny):
     status, _, err = falign("sample", tiny, "--prompt", "hi", "--num-completions", 2, "--overwrite")
     assert status == 2
     assert "--num-completions, --overwrite belongs to --verifier" in err
+
+
+def test_rows_that_the_verifier_cannot_judge_are_found_before_sampling(presample, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "one", "label": "1"}, {"prompt": "two", "label": None}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, _, err = presample(file=file, verifier="number(answer='label')")
+    assert status == 2
+    assert "rows.jsonl:2: reward verifier: the answer is missing" in err
+    status, _, err = presample(file=file, verifier="number(answer='value')")
+    assert status == 2
+    assert "reads the column 'value', and the data has ['label']" in err
+
+
+def test_a_column_with_the_name_of_an_argument_is_refused_as_in_online_runs(presample, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "one", "completion_ids": [1]}) + "\n")
+    status, _, err = presample(file=file, verifier="regex('a')")
+    assert status == 2
+    assert "the column 'completion_ids' has the name of an argument of rewards" in err

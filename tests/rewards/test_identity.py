@@ -1,6 +1,6 @@
 import functools
 import importlib
-import subprocess
+import shutil
 import sys
 
 import pytest
@@ -31,6 +31,10 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "package_of_reward" / "deep.py").write_text("scale = 1.0\n")
     (tmp_path / "unrelated.py").write_text("a = 1\n")
     yield tmp_path
+    forget_modules()
+
+
+def forget_modules():
     for name in ("reward_of_identity", "helper_of_reward", "package_of_reward", "package_of_reward.deep"):
         sys.modules.pop(name, None)
 
@@ -49,25 +53,23 @@ def test_the_source_of_the_module_and_of_those_beside_it_decide(project):
     assert reward_identity(score) not in (before, deep)
 
 
-def test_the_same_code_elsewhere_is_the_same_reward(project, tmp_path_factory):
-    score = importlib.import_module("reward_of_identity").score
+def test_the_same_code_elsewhere_is_the_same_reward(project, tmp_path_factory, monkeypatch):
+    before = reward_identity(importlib.import_module("reward_of_identity").score)
     other = tmp_path_factory.mktemp("elsewhere")
-    subprocess.run(["cp", "-r", f"{project}/.", other], check=True)
-    program = (
-        f"import sys; sys.path.insert(0, {str(other)!r})\n"
-        "from reward_of_identity import score\n"
-        "from falign.rewards import reward_identity\n"
-        "print(reward_identity(score))"
-    )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=other)
-    assert found.stdout.strip() == reward_identity(score)
+    shutil.copytree(project, other, dirs_exist_ok=True)
+    shutil.rmtree(project)
+    forget_modules()
+    monkeypatch.syspath_prepend(other)
+    score = importlib.import_module("reward_of_identity").score
+    assert score.__code__.co_filename.startswith(str(other))
+    assert reward_identity(score) == before
 
 
 def test_a_built_in_verifier_is_its_own_source_and_its_settings():
     assert reward_identity(number()) == reward_identity(number())
     changed = [number(tolerance=0.1), number(answer="label"), number(failed=None), number(timeout=1.0)]
     assert len({reward_identity(reward) for reward in [number(), *changed]}) == 5
-    names = {f"falign.rewards.verifiers{name}" for name in ("", ".numbers", ".marks")}
+    names = {f"falign.rewards.verifiers{name}" for name in ("", ".numbers", ".marks", ".row_answer")}
     assert set(_code("falign.rewards.verifiers.numbers")) == names
 
 

@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from . import RowError
 from .marks import after_mark, last_match
+from .row_answer import answer_text
 
-__all__ = ["chosen_letter", "score"]
+__all__ = ["chosen_letter", "score", "score_with_options"]
 
 
-def score(completion: str, answer: str, *, letters: str = "ABCDE", options: Sequence[str] | None = None) -> float:
+def score(completion: str, answer: Any, *, letters: str = "ABCDE") -> float:
     r"""Return 1 if the completion chooses the row's letter, else 0; a completion that names two chooses none.
 
     Args:
@@ -17,15 +19,39 @@ def score(completion: str, answer: str, *, letters: str = "ABCDE", options: Sequ
             else its last line where that is a letter or begins with one as options do (``C)``).
         answer: The letter, in any case, with or without brackets.
         letters: Those that may be chosen.
-        options: The options as texts; a completion whose last line is one of them chooses its letter.
 
     Raises:
-        RowError: The answer is none of the letters.
+        RowError: The answer is missing, or none of the letters.
     """
-    expected = answer.strip().strip("().[]").upper()
-    if len(expected) != 1 or expected not in letters.upper():
-        raise RowError(f"the answer {answer!r} is none of the letters {letters}")
+    expected = _expected(answer, letters)
+    return float(chosen_letter(completion, letters=letters.upper()) == expected)
+
+
+def score_with_options(completion: str, answer: Any, options: Any, *, letters: str = "ABCDE") -> float:
+    """Return what :func:`score` does, where a completion may also end with the text of an option.
+
+    Args:
+        completion: As for :func:`score`; where it names no letter, its last line is compared with the options.
+        answer: The letter.
+        options: The options as texts, in the order of the letters.
+        letters: Those that may be chosen.
+
+    Raises:
+        RowError: The answer is missing or has no option, or the options are not a list of texts.
+    """
+    expected = _expected(answer, letters)
+    if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
+        raise RowError(f"the options are {options!r:.80}; they must be a list of texts")
+    if not letters.upper().index(expected) < len(options) <= len(letters):
+        raise RowError(f"the answer is {expected}, and there are {len(options)} options for the letters {letters}")
     return float(chosen_letter(completion, letters=letters.upper(), options=options) == expected)
+
+
+def _expected(answer: Any, letters: str) -> str:
+    expected = answer_text(answer).strip().strip("().[]").upper()
+    if len(expected) != 1 or expected not in letters.upper():
+        raise RowError(f"the answer {answer!r:.80} is none of the letters {letters}")
+    return expected
 
 
 def chosen_letter(completion: str, *, letters: str, options: Sequence[str] | None = None) -> str | None:

@@ -5,23 +5,37 @@ from collections.abc import Sequence
 from typing import Any
 
 from .marks import last_match
+from .row_answer import answer_text
 
-__all__ = ["matches", "sections"]
+__all__ = ["matches", "matches_answer", "sections"]
 
 
-def matches(completion: str, pattern: str, *, whole: bool = False, answer: Any = None) -> float:
+def matches(completion: str, pattern: str, *, whole: bool = False) -> float:
     """Return 1 if a pattern occurs, else 0.
 
     Args:
         completion: The text.
         pattern: A regular expression of Python's; flags go inside (``(?s)``).
         whole: Whether it must match the whole completion, not a part of it.
-        answer: What its first group must be in its last match, white space at the ends aside; None for anything.
     """
-    if answer is None:
-        return float((re.fullmatch if whole else re.search)(pattern, completion) is not None)
+    return float((re.fullmatch if whole else re.search)(pattern, completion) is not None)
+
+
+def matches_answer(completion: str, answer: Any, pattern: str, *, whole: bool = False) -> float:
+    """Return 1 if a pattern's first group is the row's answer in its last match, else 0.
+
+    Args:
+        completion: The text.
+        answer: A text or a number; white space at its ends does not count.
+        pattern: As for :func:`matches`, with a group.
+        whole: As for :func:`matches`.
+
+    Raises:
+        RowError: The answer is missing or empty, or neither a text nor a number.
+    """
+    expected = answer_text(answer).strip()
     found = re.fullmatch(pattern, completion) if whole else last_match(pattern, completion)
-    return float(found is not None and (found[1] or "").strip() == str(answer).strip())
+    return float(found is not None and (found[1] or "").strip() == expected)
 
 
 def sections(completion: str, tags: Sequence[str]) -> float:

@@ -23,7 +23,7 @@ Row = tuple[Any, ...]
 
 def score(
     completion: str,
-    answer: str,
+    answer: Any,
     *,
     database: str,
     root: str,
@@ -46,10 +46,11 @@ def score(
         skip_empty: Whether a row whose query returns nothing, as any number of wrong ones do, does not apply.
 
     Raises:
-        RowError: The file is not below ``root``, or the row's query fails there.
+        RowError: The file is not a database below ``root``, or the row's query is missing or fails there.
         TimeoutError: The time was not enough.
     """
     deadline = time.monotonic() + seconds
+    answer = _query_of_row(answer)
     connection = _open(Path(root), database)
     try:
         connection.set_progress_handler(lambda: time.monotonic() > deadline, INSTRUCTIONS_PER_CHECK)
@@ -82,14 +83,24 @@ def extract_query(text: str) -> str:
     return text[begin.start() :].strip() if begin else text.strip()
 
 
+def _query_of_row(answer: Any) -> str:
+    if not isinstance(answer, str) or not answer.strip():
+        raise RowError(f"the query of the row is {answer!r:.80}; it must be a text")
+    return answer
+
+
 def _open(root: Path, database: str) -> sqlite3.Connection:
     folder = root.resolve()
-    file = (folder / database).resolve()
-    if not file.is_relative_to(folder):
-        raise RowError(f"the database {database!r} is not inside {root}")
-    if not file.is_file():
-        raise RowError(f"there is no database {database!r} in {root}")
-    connection = sqlite3.connect(f"{file.as_uri()}?mode=ro&immutable=1", uri=True, isolation_level=None)
+    try:
+        file = (folder / database).resolve()
+        if not file.is_relative_to(folder):
+            raise RowError(f"the database {database!r} is not inside {root}")
+        if not file.is_file():
+            raise RowError(f"there is no database {database!r} in {root}")
+        connection = sqlite3.connect(f"{file.as_uri()}?mode=ro&immutable=1", uri=True, isolation_level=None)
+        connection.execute("PRAGMA schema_version")  # the first to read the file
+    except (OSError, ValueError, sqlite3.Error) as error:  # damaged, or no path at all
+        raise RowError(f"the database {database!r:.80} cannot be opened: {error}") from error
     connection.text_factory = lambda raw: raw.decode("utf-8", errors="replace")
     connection.execute("PRAGMA temp_store=MEMORY")  # a large sort would go to a file, which may not be written
     connection.set_authorizer(_authorize)

@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 
 from falign.rewards.verifiers import RowError
-from falign.rewards.verifiers.choice import chosen_letter, score
+from falign.rewards.verifiers.choice import chosen_letter, score, score_with_options
 from tests.rewards.verifiers.gsm8k import rows
 
 OPTIONS = ["A)125", "B)150", "C) 2 ft", "D)225", "E)None of these"]
@@ -44,6 +44,29 @@ def test_the_answer_may_have_brackets_and_must_be_one_of_the_letters():
     assert score("Answer: E", "B", letters="ABCD") == 0.0
     with pytest.raises(RowError, match="'E' is none of the letters ABCD"):
         score("Answer: E", "E", letters="ABCD")
+    assert score("Answer: B", "B", letters="abcd") == 1.0
+
+
+@pytest.mark.parametrize("answer", [None, float("nan"), 1, 1.0, "1", "", "AB", True, ["A"], "none"])
+def test_an_answer_that_is_no_letter_is_the_rows_fault(answer):
+    with pytest.raises(RowError, match="the answer"):
+        score("Answer: B", answer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (None, "the options are None; they must be a list of texts"),
+        ("A)1 B)2", "must be a list of texts"),
+        ([1, 2], "must be a list of texts"),
+        ({"text": ["1", "2"]}, "must be a list of texts"),
+        (["1", "2"], "the answer is C, and there are 2 options for the letters ABC"),
+        (["1", "2", "3", "4"], "there are 4 options for the letters ABC"),
+    ],
+)
+def test_options_that_do_not_fit_the_letters_are_the_rows_fault(options, message):
+    with pytest.raises(RowError, match=message):
+        score_with_options("Answer: C", "C", options, letters="ABC")
 
 
 def test_rationales_of_aqua_that_name_a_letter_name_the_right_one(shared_data):

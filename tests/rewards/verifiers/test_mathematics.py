@@ -40,10 +40,42 @@ def test_decimals_say_how_near_numbers_must_be():
     assert score(r"\boxed{0.3333}", r"\frac{1}{3}", decimals=6) == 0.0
 
 
-@pytest.mark.parametrize("answer", ["", "one\nand two"])
+NO_EXPRESSIONS = [
+    *("", "one\nand two", None, float("nan"), float("inf"), True, {}, [], [None], [1, "tower"], "[]", "N/A"),
+    *("none", "None", "null", "NaN", "tower", "north", "yes", "no solution", "June 20", "$tower$"),
+    *("sin(x)", "log 2", "2 pi", "1 000", "1 1/2"),
+]
+
+
+@pytest.mark.parametrize("answer", NO_EXPRESSIONS)
 def test_an_answer_that_is_no_expression_is_the_rows_fault(answer):
     with pytest.raises(RowError, match="the answer"):
         score("1", answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("xyz", "2abc", "AB", r"\text{tower}", r"\mathrm{even}", r"\sin x", r"2\pi", "sqrt(2)", "inf", "y = mx + b"),
+        *(r"A \cup B", r"\{x | x>3\}", "5 apples", "12:30", "f(x)=2x", r"\begin{pmatrix} a \\ b \end{pmatrix}", "e"),
+        *(r"90^\circ", "3 cm", "(A)", "1e-3", "-2.5E+4"),
+    ],
+)
+def test_letters_and_texts_that_are_answers_stay_answers(answer):
+    assert (
+        score(rf"\boxed{{{answer}}}" if "e-" not in answer and "E" not in answer else f"{float(answer)}", answer) == 1
+    )
+    assert score(r"\boxed{q + 7}", answer) == 0
+
+
+def test_a_word_is_not_its_anagram():
+    assert score(r"\boxed{\text{wrote}}", r"\text{tower}") == 0.0
+
+
+def test_to_echo_the_question_is_not_to_answer_it():
+    for question, answer in (("0 - 4 =", -4), ("What is 3 + 1 = ?", "4")):
+        assert score(question, answer) == 0.0
+        assert score(f"{question} {answer}", answer) == 1.0
 
 
 def test_every_answer_of_gsm8k_is_its_own_and_real_attempts_get_their_labels(shared_data):

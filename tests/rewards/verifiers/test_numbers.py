@@ -21,6 +21,21 @@ from tests.rewards.verifiers.gsm8k import attempts, rows
         (r"\boxed{9} since 3 + 6 = 9, as 5 > 1", 9.0),
         ("#### none, 5 at most", 5.0),
         ("nothing", None),
+        ("0 - 4 =", 4.0),
+        ("0 -4", 4.0),
+        ("What is 12 − 5?", 5.0),
+        ("0 - 4 = -4", -4.0),
+        ("5 - -4", -4.0),
+        ("(3 + 1) - 4", 4.0),
+        ("1) -4", -4.0),
+        ("50% - 4", 4.0),
+        ("$5 - $4", 4.0),
+        ("x - 4", 4.0),
+        ("x = -4", -4.0),
+        ("the answer is - 4", -4.0),
+        ("3, -4", -4.0),
+        ("It has 3.\n-4", -4.0),
+        ("\\frac{1}{2} - 4", 4.0),
         ("", None),
     ],
 )
@@ -39,8 +54,23 @@ def test_the_tolerance_is_a_share_of_the_answer():
 def test_an_answer_without_a_number_is_the_rows_fault():
     with pytest.raises(RowError, match="'none' holds no finite number"):
         score("5", "none")
-    with pytest.raises(RowError):
-        score("5", True)
+    for answer in (None, True, float("nan"), float("inf"), "", "tower", [5], {"value": 5}):
+        with pytest.raises(RowError, match="the answer"):
+            score("5", answer)
+
+
+@pytest.mark.parametrize(
+    "answer", ["1/2", "10^5", "0 - 4", "5 - -4", "2 * -3", "3:45", "3 * (4", r"\frac{1}{2}", "2^{10}"]
+)
+def test_an_answer_that_is_a_calculation_is_not_its_last_number(answer):
+    with pytest.raises(RowError, match="is a calculation or a fraction; write its value, or judge with math"):
+        score("5", answer)
+
+
+@pytest.mark.parametrize(("question", "answer"), [("0 - 4 =", -4), ("3 − 7 = ?", "-4"), ("What is 10 - 12?", -12)])
+def test_to_echo_the_question_is_not_to_answer_it(question, answer):
+    assert score(question, answer) == 0.0
+    assert score(f"{question} {answer}", answer) == 1.0
 
 
 def test_every_answer_of_gsm8k_is_its_own_and_real_attempts_get_their_labels(shared_data):

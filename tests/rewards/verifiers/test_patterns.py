@@ -1,6 +1,7 @@
 import pytest
 
-from falign.rewards.verifiers.patterns import matches, sections
+from falign.rewards.verifiers import RowError
+from falign.rewards.verifiers.patterns import matches, matches_answer, sections
 
 
 def test_a_pattern_occurs_or_matches_the_whole():
@@ -12,10 +13,16 @@ def test_a_pattern_occurs_or_matches_the_whole():
 
 
 def test_the_first_group_of_the_last_match_must_be_the_answer():
-    assert matches("x = 3; x = 4", r"x = (\d)", answer=4) == 1.0
-    assert matches("x = 3; x = 4", r"x = (\d)", answer=3) == 0.0
-    assert matches("<a> yes </a>", "<a>(.*)</a>", whole=True, answer="yes") == 1.0
-    assert matches("none", r"x = (\d)", answer=3) == 0.0
+    assert matches_answer("x = 3; x = 4", 4, r"x = (\d)") == 1.0
+    assert matches_answer("x = 3; x = 4", 3, r"x = (\d)") == 0.0
+    assert matches_answer("<a> yes </a>", "yes", "<a>(.*)</a>", whole=True) == 1.0
+    assert matches_answer("none", 3, r"x = (\d)") == 0.0
+
+
+@pytest.mark.parametrize("answer", [None, float("nan"), "", " ", True, ["yes"]])
+def test_a_row_without_an_answer_is_not_a_row_that_any_completion_answers(answer):
+    with pytest.raises(RowError, match="the answer is"):
+        matches_answer("x = 3", answer, r"x = (\d)")
 
 
 @pytest.mark.parametrize(
