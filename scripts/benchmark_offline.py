@@ -166,7 +166,7 @@ def pairs(args: argparse.Namespace) -> tuple:
     tokenizer = load_tokenizer(args.model)
     window = Window(args.max_length, long_prompt="drop", long_completion="drop")
     stops = stop_token_ids(args.model, tokenizer)
-    source = DataSource(args.data, limit=20 * count)
+    source = DataSource(args.data, chat=True, limit=20 * count)
     loaded = load_preferences([source], tokenizer, stop_token_ids=stops, window=window, bad_rows="skip")
     trees = [tree for tree in loaded.train if len(tree.completion_ids) == 2]
     random.Random(0).shuffle(trees)

@@ -44,6 +44,12 @@ def check(
     ] = None,
     long_completion: Annotated[str | None, typer.Option(help="cut, drop or error; cut when left out.")] = None,
     columns: Annotated[str, typer.Option(help="What the file calls falign's columns: '{prompt: question}'.")] = "{}",
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--plain", help="Whether plain texts are turns; needed where the model has a chat template."
+        ),
+    ] = None,
     max_drift: Annotated[float, typer.Option(min=0, max=1, help="Largest share of drifting rows that passes.")] = 0.05,
     keep: Annotated[int, typer.Option(min=0, help="How many bad rows to show.")] = 10,
 ) -> None:
@@ -69,7 +75,7 @@ def check(
         stops = stop_token_ids(model, tokenizer)
         window = Window(**{"max_length": 1024, **given})
     report = inspect(
-        DataSource(file, split=split, format=format, columns=column_mapping(columns)),
+        DataSource(file, split=split, format=format, columns=column_mapping(columns), chat=chat),
         tokenizer=tokenizer,
         stop_token_ids=stops,
         window=window,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from falign.cli.trained import is_run, result_folder
+from falign.cli.trained import chat_of_run, result_folder
 from falign.errors import ConfigError
 
 __all__ = ["rewards"]
@@ -120,15 +120,10 @@ def rewards(
 def _benchmark(model: str, name: str, chat: bool | None) -> Any:
     """Return the benchmark, which reads a file's plain texts as the run read its own."""
     from falign.evaluation import benchmarks
-    from falign.training import RunFolder, parse_run
 
     found = benchmarks.get(name)
     if not isinstance(found, benchmarks.Preferences):
         if chat is not None:
             raise ConfigError(f"--chat and --plain are of preferences: {name} says itself what its texts are.")
         return found
-    if chat is None and is_run(model):
-        folder = RunFolder.open(model)
-        data = parse_run(folder.read_run_file(), place=str(folder.run_file)).data
-        chat = data is not None and all(source.chat for source in data.train)
-    return benchmarks.Preferences(chat=bool(chat))
+    return benchmarks.Preferences(chat=chat_of_run(model) if chat is None else chat)

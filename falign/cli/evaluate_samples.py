@@ -31,7 +31,7 @@ def samples(
         bool | None,
         typer.Option(
             "--chat/--plain",
-            help="Whether a plain prompt of --prompts is a user's turn. Default: with a chat template.",
+            help="Whether a plain prompt of --prompts is a user's turn. Default: the run's; else with a template.",
             rich_help_panel=PROMPTS,
         ),
     ] = None,

@@ -114,6 +114,7 @@ def sample(
     console = Console()
     with Console(stderr=True).status(f"loading {model}"):
         policy, tokenizer = _load(model, dtype)
+    from falign.cli.trained import chat_of_run
     from falign.models import stop_token_ids
     from falign.models.adapters import base_of
     from falign.rollouts.answers import answer
@@ -122,6 +123,7 @@ def sample(
         policy,
         tokenizer,
         prompts,
+        chat=chat_of_run(model) is not False,
         stop_token_ids=stop_token_ids(base_of(policy), tokenizer),
         max_new_tokens=max_new_tokens,
         temperature=temperature or 0.0,

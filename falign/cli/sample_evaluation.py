@@ -261,7 +261,8 @@ class SampleEvaluation:
         settings = self._settings(config)
         positions = positions_of(scored.policy)
         room = sys.maxsize if positions is None else positions - settings["max_new_tokens"]
-        chat = bool(scored.tokenizer.chat_template) if asked.chat is None else asked.chat
+        of_run = None if config is None else config.chat
+        chat = asked.chat if asked.chat is not None else bool(scored.tokenizer.chat_template) and of_run is not False
         source = PromptSource(asked.prompts, split=asked.split, template=asked.template, chat=chat, limit=asked.limit)
         return load_prompts([source], scored.tokenizer, max_length=room).train, asked.prompts
 

@@ -47,6 +47,10 @@ def score(
     format: Annotated[str, typer.Option(help="Layout of the file; auto tells it from the columns.")] = "auto",
     columns: Annotated[str, typer.Option(help="What the file calls falign's columns: '{prompt: question}'.")] = "{}",
     split: Annotated[str, typer.Option()] = "train",
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--plain", help="Whether the file's plain texts are turns; a run's own if left out."),
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(min=2, help="The window, prompt and completion together; a run's own, else 1024.")
     ] = None,
@@ -61,7 +65,7 @@ def score(
     """Write log-probs per token, log-ratios and implicit rewards of completions; a stopped call goes on if repeated."""
     from falign.cli.data import column_mapping
     from falign.cli.scored import load_compared, load_run
-    from falign.cli.trained import is_run
+    from falign.cli.trained import chat_of_run, is_run
     from falign.data import DataSource
     from falign.data.bad_rows import require_choice
     from falign.evaluation import ScoreOutput, TreeStream, check_output
@@ -77,7 +81,13 @@ def score(
     own = {"--reference": reference, "--divergence": divergence, "--beta": beta, "--dtype": dtype}
     trained = is_run(model)
     _check_options(model, trained=trained, given={name: value for name, value in own.items() if value is not None})
-    source = DataSource(file, split=split, format=format, columns=column_mapping(columns))
+    source = DataSource(
+        file,
+        split=split,
+        format=format,
+        columns=column_mapping(columns),
+        chat=chat_of_run(model) if chat is None else chat,
+    )
     _require_rows(source, bad_rows)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with console.status(f"loading {escape(model)}"):
@@ -145,6 +155,7 @@ def _of_data(source: DataSource, scored: Scored) -> dict[str, Any]:
         "split": source.split,
         "format": source.format,
         "columns": dict(source.columns),
+        "chat": source.chat,
         **asdict(scored.window),
     }
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from falign.training import RunConfig, RunFolder
 
-__all__ = ["Trained", "checkpoint_folder", "is_run", "load_trained", "result_folder"]
+__all__ = ["Trained", "chat_of_run", "checkpoint_folder", "is_run", "load_trained", "result_folder"]
 
 
 class Trained(NamedTuple):
@@ -27,6 +27,16 @@ class Trained(NamedTuple):
 def is_run(path: str) -> bool:
     """Return whether a path is that of a run folder, and not a model's."""
     return (Path(path) / "manifest.json").is_file()
+
+
+def chat_of_run(path: str) -> bool | None:
+    """Return whether a run read plain texts as turns; None for a model, and where the run's sources differ."""
+    from falign.training import RunFolder, parse_run
+
+    if not is_run(path):
+        return None
+    folder = RunFolder.open(path)
+    return parse_run(folder.read_run_file(), place=str(folder.run_file)).chat
 
 
 def result_folder(model: str, name: str, out: Path | None) -> Path:

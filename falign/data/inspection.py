@@ -9,7 +9,7 @@ from falign.data.bad_rows import BadRows
 from falign.data.conversations import Text
 from falign.data.examples import Example
 from falign.data.recognition import RowReader, read_examples
-from falign.data.rendering import Tokenizer
+from falign.data.rendering import Tokenizer, require_chat_choice
 from falign.data.reports import SourceReport, Tally
 from falign.data.sources import DataSource
 from falign.data.tokenization import Tokenized, encode
@@ -117,6 +117,7 @@ def check(
         if tokenizer is None:
             record(example, [_num_words(text) for text in (example.prompt, *example.completions)])
         else:
+            require_chat_choice(example.prompt, tokenizer, source.chat, example.place)
             try:
                 tree, drifting_tokens = encode(example, tokenizer, stop_token_ids=stop_token_ids)
                 record(example, [len(ids) for ids in (tree.prompt_ids, *tree.completion_ids)])

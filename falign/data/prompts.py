@@ -11,7 +11,7 @@ from falign.data.bad_rows import BadRowPolicy, BadRows, require_choice
 from falign.data.conversations import Message, Text, read_messages
 from falign.data.examples import prompt_key, prompt_turns
 from falign.data.files import Row
-from falign.data.rendering import Tokenizer
+from falign.data.rendering import Tokenizer, require_chat_choice
 from falign.data.sources import read_rows
 from falign.data.splits import held_out_prompts
 from falign.data.tokenization import encode_prompt
@@ -31,7 +31,8 @@ class PromptSource:
         split: As :attr:`falign.data.DataSource.split`.
         template: What the prompt is made of, with the row's columns in braces (``"{question}\nAnswer:"``); None takes
             the column ``prompt``, or ``messages`` up to the last turn that is not the assistant's.
-        chat: Whether a plain prompt is a user's turn, to be rendered by the chat template.
+        chat: Whether a plain prompt is a user's turn, to be rendered by the chat template. None asks: a plain prompt is
+            refused where the tokenizer has a chat template.
         system: A system turn before every prompt; makes it a conversation.
         limit: Keep at most so many, the first usable ones.
     """
@@ -40,7 +41,7 @@ class PromptSource:
     texts: tuple[str, ...] = ()
     split: str = "train"
     template: str | None = None
-    chat: bool = False
+    chat: bool | None = None
     system: str | None = None
     limit: int | None = None
 
@@ -186,6 +187,7 @@ class _Reader:
 
     def _tokenized(self, row: Row, source: PromptSource) -> PromptRow | None:
         prompt = _prompt_of(row, source)
+        require_chat_choice(prompt, self.tokenizer, source.chat, row.place)
         ids = encode_prompt(prompt, self.tokenizer, row.place)
         if len(ids) > self.max_length:
             if self.long_prompt == "error":

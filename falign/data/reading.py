@@ -8,7 +8,7 @@ from typing import NamedTuple
 from falign.data.bad_rows import BadRows
 from falign.data.examples import Example
 from falign.data.recognition import RowReader, read_examples
-from falign.data.rendering import Tokenizer
+from falign.data.rendering import Tokenizer, require_chat_choice
 from falign.data.sources import DataSource
 from falign.data.tokenization import Tokenized, tokenize
 from falign.data.windows import Window
@@ -44,11 +44,12 @@ def read_tokenized(
         bad_rows: Takes the rows that cannot be used; by default the first one raises.
 
     Raises:
-        ConfigError: No chat template, or no stop token, where one is needed.
+        ConfigError: No chat template, or no stop token, where one is needed; plain texts where ``chat`` must be said.
         DataError: The source, or under the policy ``"error"`` a row, cannot be used.
     """
     bad_rows = bad_rows or BadRows()
     for example in read_examples(source, reader=reader, bad_rows=bad_rows):
+        require_chat_choice(example.prompt, tokenizer, source.chat, example.place)
         try:
             tokenized = tokenize(example, tokenizer, stop_token_ids=stop_token_ids, window=window)
         except DataError as error:

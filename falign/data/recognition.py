@@ -67,13 +67,15 @@ class RowReader:
     Args:
         format: A name of ``FORMATS``, or ``"auto"``: the layout of the first row that has one.
         columns: falign's column name to the file's.
-        chat: Whether plain texts are turns, the prompt a user's, to be rendered by the chat template.
+        chat: As :attr:`falign.data.DataSource.chat`; None leaves plain texts plain.
 
     Attributes:
         format: The layout; ``"auto"`` until the first row is read.
     """
 
-    def __init__(self, format: str = "auto", columns: Mapping[str, str] | None = None, *, chat: bool = False) -> None:
+    def __init__(
+        self, format: str = "auto", columns: Mapping[str, str] | None = None, *, chat: bool | None = None
+    ) -> None:
         require_choice("format", format, ["auto", *FORMATS])
         self.format = format
         self._auto = format == "auto"

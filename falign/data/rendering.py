@@ -8,7 +8,7 @@ from falign.data.conversations import Message, Text
 from falign.data.examples import Example
 from falign.errors import ConfigError, DataError
 
-__all__ = ["Rendered", "Tokenizer", "render", "render_prompt"]
+__all__ = ["Rendered", "Tokenizer", "render", "render_prompt", "require_chat_choice"]
 
 
 if TYPE_CHECKING:
@@ -54,6 +54,26 @@ def render(example: Example, tokenizer: Tokenizer) -> Rendered:
         if not isinstance(turns, str)
     )
     return Rendered(rendered, full)
+
+
+def require_chat_choice(prompt: Text, tokenizer: Tokenizer, chat: bool | None, place: str) -> None:
+    """Refuse plain text where the tokenizer has a chat template and nobody has said whether to use it.
+
+    Args:
+        prompt: As it will be rendered.
+        tokenizer: The model's.
+        chat: As :attr:`falign.data.DataSource.chat`.
+        place: The row, for messages.
+
+    Raises:
+        ConfigError: Both readings are possible, and ``chat`` is None.
+    """
+    if chat is None and isinstance(prompt, str) and tokenizer.chat_template:
+        raise ConfigError(
+            f"{place}: the row is plain text, and the model has a chat template. Set chat on the source: "
+            "true makes the prompt a user's turn and a completion the assistant's, as the model is prompted in a chat; "
+            "false continues the text as it stands, without the template."
+        )
 
 
 def render_prompt(prompt: Text, tokenizer: Tokenizer, place: str) -> str:

@@ -34,7 +34,8 @@ class DataSource:
         split: Which split of a Hub data set or of a folder with several; the arithmetic has ``train`` and ``test``.
         format: A name of ``falign.data.FORMATS``, or ``"auto"`` to tell it from the columns.
         columns: What the file calls falign's columns, for example ``{"prompt": "question"}``.
-        chat: Whether plain texts are turns, the prompt a user's, to be rendered by the chat template.
+        chat: Whether plain texts are turns, the prompt a user's, to be rendered by the chat template. None asks: plain
+            texts are refused where the tokenizer has a chat template.
         weight: Share of this source in a mixture; all sources of a mixture have one, or none has.
         limit: Keep at most so many examples, the first usable ones.
     """
@@ -43,7 +44,7 @@ class DataSource:
     split: str = "train"
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
-    chat: bool = False
+    chat: bool | None = None
     weight: float | None = None
     limit: int | None = None
 

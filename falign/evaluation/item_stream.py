@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from falign.data import BadRows, Example, Window, encode
 from falign.data.bad_rows import nearest, require_choice
-from falign.data.rendering import Tokenizer
+from falign.data.rendering import Tokenizer, require_chat_choice
 from falign.data.windows import fit
 from falign.errors import DataError
 from falign.evaluation.benchmarks import Benchmark, BenchmarkItem
@@ -116,6 +116,8 @@ class ItemStream:
         return replace(fitted.tree, preference=None)
 
     def _example(self, item: BenchmarkItem) -> Example:
+        if item.plain is None:
+            require_chat_choice(item.prompt, self._tokenizer, None, item.place)
         if isinstance(item.prompt, str) and (item.plain or not self._tokenizer.chat_template):
             return Example(item.prompt, item.completions, None, item.place)
         prompt = [{"role": "user", "content": item.prompt}] if isinstance(item.prompt, str) else item.prompt

@@ -22,6 +22,7 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
+    chat: bool = True,
     stop_token_ids: Collection[int],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -31,8 +32,9 @@ def answer(
 
     Args:
         model: a causal language model, with or without adapters; back in its mode afterwards.
-        tokenizer: the model's; a chat template, where it has one, renders each prompt as a user's turn.
+        tokenizer: the model's.
         prompts: plain texts, or conversations up to the turn that is wanted.
+        chat: whether a plain text is a user's turn where there is a chat template; false continues it as it stands.
         stop_token_ids: what ends a completion.
         max_new_tokens: longest completion.
         temperature: 0 decodes greedily; else samples from the whole vocabulary.
@@ -49,14 +51,14 @@ def answer(
     params = SamplingParams(max_new_tokens, temperature=temperature, stop_token_ids=frozenset(stop_token_ids))
     engine = TransformersEngine(model, pad_token_id=pad_token_id(tokenizer))
     engine.publish(model, version=0)
-    rows = [_token_ids(tokenizer, prompt) for prompt in prompts]
+    rows = [_token_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
     rollouts = engine.sample(rows, 1, params, version=0, seed=seed)
     texts = [tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True) for rollout in rollouts]
     return [str(text).strip() for text in texts]
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    if tokenizer.chat_template is None:
+def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat: bool) -> list[int]:
+    if tokenizer.chat_template is None or (isinstance(prompt, str) and not chat):
         if not isinstance(prompt, str):
             raise ConfigError("A prompt is a conversation, and the tokenizer has no chat template: give plain text.")
         return list(tokenizer(prompt)["input_ids"])

@@ -135,8 +135,9 @@ class SourceConfig(FrozenModel):
     format: str = "auto"
     columns: dict[str, str] = {}
     """What the file calls falign's columns: ``{prompt: question}``."""
-    chat: bool = False
-    """Render plain texts as turns, the prompt as a user's, by the chat template."""
+    chat: bool | None = None
+    """``true``: plain texts are turns, the prompt a user's, rendered by the chat template; ``false``: they are
+    continued as they stand. Must be set for plain texts where the model has a chat template."""
     weight: float | None = Field(default=None, gt=0)
     """Share in a mixture; for all sources or for none."""
     limit: int | None = Field(default=None, ge=1)
@@ -294,6 +295,13 @@ class RunConfig(FrozenModel):
     objective: ObjectiveConfig = PairwiseConfig()
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
+
+    @property
+    def chat(self) -> bool | None:
+        """Whether all sources render plain texts as turns (true) or none does (false); None where they differ."""
+        section = self.data or self.prompts
+        said = set() if section is None else {source.chat for source in section.train}
+        return said.pop() if len(said) == 1 else None
 
     def check(self) -> Objective:
         """Refuse what cannot work before anything is loaded, and return the objective.

@@ -31,8 +31,9 @@ class PromptSourceConfig(FrozenModel):
     split: str = "train"
     template: str | None = None
     """The prompt, with the row's columns in braces: ``"{question} Answer:"``; else the column ``prompt``."""
-    chat: bool = False
-    """Render a plain prompt as a user's turn, by the chat template."""
+    chat: bool | None = None
+    """``true``: a plain prompt is a user's turn, rendered by the chat template; ``false``: it is continued as it
+    stands. Must be set for plain prompts where the model has a chat template."""
     system: str | None = None
     limit: int | None = Field(default=None, ge=1)
 

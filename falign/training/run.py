@@ -255,6 +255,7 @@ def _answers(config: RunConfig, trainer: AlignmentTrainer, language: Language) -
         trainer.policy,
         language.tokenizer,
         config.sampling.prompts,
+        chat=config.chat is not False,
         stop_token_ids=language.stop_tokens,
         max_new_tokens=config.sampling.max_new_tokens,
         temperature=config.sampling.temperature,

@@ -103,7 +103,7 @@ def data_rows(folder: Path) -> Attempt:
         elif random.random() < 0.25:
             template = random.choice(templates)
             source = PromptSource(
-                str(file), template=template, chat=random.random() < 0.5, system=random.choice((None, "Be."))
+                str(file), template=template, chat=random.choice((True, False)), system=random.choice((None, "Be."))
             )
             load_prompts([source], tokenizer, max_length=64, long_prompt="cut", bad_rows=bad_rows)
         else:

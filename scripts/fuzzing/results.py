@@ -30,7 +30,7 @@ def partial_results(folder: Path) -> Attempt:
     from tests.models.tiny import tiny_tokenizer
     from tests.training.pairs import write_pairs
 
-    source, scorer = DataSource(str(write_pairs(folder / "pairs.jsonl", n=3))), tiny_scorer()
+    source, scorer = DataSource(str(write_pairs(folder / "pairs.jsonl", n=3)), chat=False), tiny_scorer()
     out, key = folder / "partial" / "scores.jsonl", CacheKey(weights="w", tokenizer="t", dtype="d", attention="a")
     out.parent.mkdir()
 

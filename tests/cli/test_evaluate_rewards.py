@@ -100,7 +100,7 @@ def train(falign, tiny, pairs, tmp_path):
     """Train a tiny run that evaluates on the rows it has trained on, and return its folder."""
 
     def run(name="run", adapter=None, **changes):
-        data = {"eval": [{"path": str(pairs)}], "eval_size": 0, "max_length": 64}
+        data = {"eval": [{"path": str(pairs), "chat": False}], "eval_size": 0, "max_length": 64}
         content = run_data(tiny, pairs, tmp_path / name, data=data, **changes)
         content["adapter"] = adapter or content["adapter"]
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))

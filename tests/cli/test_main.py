@@ -269,7 +269,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_the_table(falign, tmp_
 
 def test_data_check_counts_and_refuses(falign, tmp_path, tiny):
     data = write_pairs(tmp_path / "pairs.jsonl")
-    status, out, _ = falign("data", "check", data, "--model", tiny)
+    status, out, _ = falign("data", "check", data, "--plain", "--model", tiny)
     assert status == 0
     assert "length in tokens" in out
     break_row(data, chosen="")
@@ -406,8 +406,8 @@ def test_an_error_of_the_operating_system_is_an_error_and_no_traceback(falign, r
 def test_data_check_refuses_what_a_run_would_refuse(falign, tmp_path, tiny):
     data = write_pairs(tmp_path / "pairs.jsonl")
     break_row(data, prompt="long " * 40)
-    assert falign("data", "check", data, "--model", tiny, "--max-length", 64)[0] == 2
-    assert falign("data", "check", data, "--model", tiny, "--max-length", 64, "--long-prompt", "cut")[0] == 0
+    assert falign("data", "check", data, "--plain", "--model", tiny, "--max-length", 64)[0] == 2
+    assert falign("data", "check", data, "--plain", "--model", tiny, "--max-length", 64, "--long-prompt", "cut")[0] == 0
     (tmp_path / "empty.jsonl").write_text("")
     status, _, err = falign("data", "check", tmp_path / "empty.jsonl")
     assert status == 2
@@ -416,7 +416,9 @@ def test_data_check_refuses_what_a_run_would_refuse(falign, tmp_path, tiny):
 
 def test_data_check_says_when_the_window_drops_every_row(falign, tmp_path, tiny):
     data = write_pairs(tmp_path / "pairs.jsonl")
-    status, _, err = falign("data", "check", data, "--model", tiny, "--max-length", 4, "--long-prompt", "drop")
+    status, _, err = falign(
+        "data", "check", data, "--plain", "--model", tiny, "--max-length", 4, "--long-prompt", "drop"
+    )
     assert status == 2
     assert "the window drops all 24 rows (long prompt: 24): raise --max-length" in err
     assert "bad row" not in err

@@ -49,7 +49,7 @@ def score(falign, tiny, base, pairs, tmp_path):
     """Score the tiny model against another one; ``*arguments`` come on top."""
 
     def run(*arguments, model=tiny, file=pairs, out=tmp_path / "scores.jsonl", reference=base):
-        against = [] if reference is None else ["--reference", reference]
+        against = [] if reference is None else ["--reference", reference, "--plain"]
         return falign("score", model, file, "--out", out, *against, "--max-length", 64, *arguments)
 
     return run
@@ -60,7 +60,7 @@ def trained(falign, tiny, pairs, tmp_path):
     """Train a tiny run that evaluates on the rows it has trained on, and return its folder."""
 
     def run(**changes):
-        data = {"eval": [{"path": str(pairs)}], "eval_size": 0, "max_length": 64}
+        data = {"eval": [{"path": str(pairs), "chat": False}], "eval_size": 0, "max_length": 64}
         content = run_data(tiny, pairs, tmp_path / "run", data=data, **changes)
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
         status, _, err = falign("train", tmp_path / "run.yaml")
@@ -261,7 +261,7 @@ def test_a_killed_call_leaves_nothing_under_the_final_name_and_goes_on(score, ti
     write_pairs(pairs, n=600)
     out, partial = tmp_path / "scores.jsonl", tmp_path / ".scores.jsonl.partial.jsonl"
     code = "from falign.cli import main; main()"
-    options = ["--out", out, "--reference", base, "--max-length", 64, "--tokens-per-batch", 100]
+    options = ["--out", out, "--reference", base, "--plain", "--max-length", 64, "--tokens-per-batch", 100]
     command = [sys.executable, "-c", code, "score", tiny, pairs, *options]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

@@ -39,7 +39,7 @@ def trained(falign, tiny, tmp_path):
     pairs = write_pairs(tmp_path / "pairs.jsonl")
 
     def run(**changes):
-        data = {"eval": [{"path": str(pairs)}], "eval_size": 0, "max_length": 64}
+        data = {"eval": [{"path": str(pairs), "chat": False}], "eval_size": 0, "max_length": 64}
         content = run_data(tiny, pairs, tmp_path / "run", data=data, **changes)
         if "init" in (content["adapter"] or {}):
             content["adapter"] = {"init": content["adapter"]["init"]}

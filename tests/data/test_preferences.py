@@ -32,7 +32,7 @@ def load(tokenizer, *sources, window=WIDE, **options):
 
 def test_rows_become_trees_in_their_order(tokenizer, pairs):
     path = pairs("a", 3)
-    data = load(tokenizer, DataSource(path))
+    data = load(tokenizer, DataSource(path, chat=False))
     assert [tree.place for tree in data.train] == [f"{path}:{line}" for line in (1, 2, 3)]
     assert tokenizer.decode(data.train[2].prompt_ids) == "a question 2?\n"
     assert [tokenizer.decode(ids) for ids in data.train[2].completion_ids] == ["yes 2</s>", "no 2</s>"]
@@ -43,7 +43,7 @@ def test_rows_become_trees_in_their_order(tokenizer, pairs):
 
 
 def test_sources_without_weights_are_joined_and_limited(tokenizer, pairs):
-    data = load(tokenizer, DataSource(pairs("a", 5), limit=2), DataSource(pairs("b", 3)))
+    data = load(tokenizer, DataSource(pairs("a", 5), chat=False, limit=2), DataSource(pairs("b", 3), chat=False))
     names = [tokenizer.decode(tree.prompt_ids) for tree in data.train]
     assert names == [f"{name} question {i}?\n" for name, i in (("a", 0), ("a", 1), ("b", 0), ("b", 1), ("b", 2))]
     assert [report.read for report in data.report.sources] == [2, 3]
@@ -52,12 +52,12 @@ def test_sources_without_weights_are_joined_and_limited(tokenizer, pairs):
 def test_limit_counts_usable_rows(tokenizer, write_rows, pairs):
     good = {"prompt": "q\n", "chosen": "a", "rejected": "b"}
     path = write_rows({**good, "chosen": ""}, good, good, good)
-    data = load(tokenizer, DataSource(path, limit=2), bad_rows="skip")
+    data = load(tokenizer, DataSource(path, chat=False, limit=2), bad_rows="skip")
     assert (data.report.num_train, data.report.sources[0].bad, data.report.sources[0].read) == (2, 1, 3)
 
 
 def test_weights_are_shares_of_what_is_drawn_and_the_seed_decides(tokenizer, pairs):
-    sources = DataSource(pairs("a", 40), weight=3.0), DataSource(pairs("b", 40), weight=1.0)
+    sources = DataSource(pairs("a", 40), chat=False, weight=3.0), DataSource(pairs("b", 40), chat=False, weight=1.0)
     first, again, other = (load(tokenizer, *sources, seed=seed) for seed in (1, 1, 2))
     from_a = sum(tokenizer.decode(tree.prompt_ids).startswith("a") for tree in first.train)
     assert (from_a, len(first.train) - from_a) == (40, 13)
@@ -67,7 +67,10 @@ def test_weights_are_shares_of_what_is_drawn_and_the_seed_decides(tokenizer, pai
 
 def test_evaluation_split_never_shares_a_prompt(tokenizer, pairs):
     # 60 rows of 30 prompts: the second source asks the first one's questions in other case and spacing.
-    sources = DataSource(pairs("a", 30)), DataSource(pairs("b", 30, prompt="A  question {i}?\n"))
+    sources = (
+        DataSource(pairs("a", 30), chat=False),
+        DataSource(pairs("b", 30, prompt="A  question {i}?\n"), chat=False),
+    )
     data = load(tokenizer, *sources, eval_size=11, seed=5)
     sides = [
         {tokenizer.decode(tree.prompt_ids).lower().split()[-1] for tree in side} for side in (data.train, data.eval)
@@ -79,7 +82,9 @@ def test_evaluation_split_never_shares_a_prompt(tokenizer, pairs):
 
 def test_evaluation_source_of_its_own_and_what_it_shares_with_training(tokenizer, pairs):
     data = load(
-        tokenizer, DataSource(pairs("a", 5)), eval_sources=[DataSource(pairs("a", 2)), DataSource(pairs("c", 4))]
+        tokenizer,
+        DataSource(pairs("a", 5), chat=False),
+        eval_sources=[DataSource(pairs("a", 2), chat=False), DataSource(pairs("c", 4), chat=False)],
     )
     assert (len(data.train), len(data.eval), data.report.shared_prompts) == (5, 6, 2)
     assert [report.kept for report in data.report.eval_sources] == [2, 4]
@@ -89,8 +94,8 @@ def test_bad_row_stops_or_is_counted(tokenizer, write_rows):
     good = {"prompt": "q\n", "chosen": "a", "rejected": "b"}
     path = write_rows(good, "not json", {**good, "rejected": "a"}, good, {**good, "chosen": "a</s>b"})
     with pytest.raises(DataError, match=r"rows.jsonl:2: this line is not JSON .* \(bad_rows=skip leaves such rows out"):
-        load(tokenizer, DataSource(path))
-    report = load(tokenizer, DataSource(path), bad_rows="skip").report.sources[0]
+        load(tokenizer, DataSource(path, chat=False))
+    report = load(tokenizer, DataSource(path, chat=False), bad_rows="skip").report.sources[0]
     assert (report.read, report.bad, report.kept, report.duplicates) == (5, 3, 2, 1)
     assert [message.removeprefix(path)[:3].strip(":") for message in report.messages] == ["2", "3", "5"]
 
@@ -100,11 +105,11 @@ def test_long_prompt_stops_by_default_and_is_a_bad_row_when_skipping(tokenizer, 
     path = write_rows(good, {**good, "prompt": "z" * 50})
     window = Window(max_length=20)
     with pytest.raises(DataError, match=r"rows.jsonl:2: the prompt has 50 tokens .*set long_prompt to cut"):
-        load(tokenizer, DataSource(path), window=window)
-    assert load(tokenizer, DataSource(path), window=window, bad_rows="skip").report.sources[0].bad == 1
-    cut = load(tokenizer, DataSource(path), window=Window(20, long_prompt="cut")).report.sources[0]
+        load(tokenizer, DataSource(path, chat=False), window=window)
+    assert load(tokenizer, DataSource(path, chat=False), window=window, bad_rows="skip").report.sources[0].bad == 1
+    cut = load(tokenizer, DataSource(path, chat=False), window=Window(20, long_prompt="cut")).report.sources[0]
     assert (cut.kept, cut.prompts_cut) == (2, 1)
-    dropped = load(tokenizer, DataSource(path), window=Window(20, long_prompt="drop")).report.sources[0]
+    dropped = load(tokenizer, DataSource(path, chat=False), window=Window(20, long_prompt="drop")).report.sources[0]
     assert (dropped.kept, dropped.dropped) == (1, {"long prompt": 1})
 
 
@@ -130,11 +135,11 @@ def test_demo_is_ready_to_train_on(tokenizer):
 )
 def test_contradicting_options_are_refused(tokenizer, pairs, options, message):
     with pytest.raises(ConfigError, match=message):
-        load(tokenizer, DataSource(pairs("a", 10)), **options)
+        load(tokenizer, DataSource(pairs("a", 10), chat=False), **options)
 
 
 def test_weights_for_some_sources_only_are_refused(tokenizer, pairs):
-    sources = DataSource(pairs("a", 2), weight=1.0), DataSource(pairs("b", 2))
+    sources = DataSource(pairs("a", 2), chat=False, weight=1.0), DataSource(pairs("b", 2), chat=False)
     with pytest.raises(ConfigError, match=r"some sources have a weight and \['.*b.jsonl'\] have none"):
         load(tokenizer, *sources)
     with pytest.raises(ConfigError, match="no data source is given"):
@@ -144,4 +149,4 @@ def test_weights_for_some_sources_only_are_refused(tokenizer, pairs):
 def test_source_without_a_usable_row_is_an_error(tokenizer, write_rows):
     path = write_rows({"prompt": "q", "chosen": "", "rejected": "b"})
     with pytest.raises(DataError, match=r"none of its 1 rows can be used. The first bad row: .*'chosen' is empty"):
-        load(tokenizer, DataSource(path), bad_rows="skip")
+        load(tokenizer, DataSource(path, chat=False), bad_rows="skip")

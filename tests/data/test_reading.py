@@ -15,7 +15,7 @@ ROWS = [
 
 
 def read(path, **options):
-    return read_tokenized(DataSource(str(path)), tiny_tokenizer(), stop_token_ids={1}, **options)
+    return read_tokenized(DataSource(str(path), chat=False), tiny_tokenizer(), stop_token_ids={1}, **options)
 
 
 @pytest.fixture

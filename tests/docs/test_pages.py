@@ -75,7 +75,7 @@ def write_scores(folder):
     from tests.models.tiny import tiny_tokenizer
     from tests.training.pairs import write_pairs
 
-    source = DataSource(str(write_pairs(folder / "pairs.jsonl", n=6)))
+    source = DataSource(str(write_pairs(folder / "pairs.jsonl", n=6)), chat=False)
     trees = TreeStream(source, tiny_tokenizer(), stop_token_ids={1}, window=Window(64))
     with ScoreOutput(folder / "scores.jsonl", record={}) as output:
         score_trees(trees, tiny_scorer(), output, tokens_per_batch=64)

@@ -44,7 +44,10 @@ QUANTIZED = {"model": {"quantization": "nf4", "dtype": "bfloat16"}, "training": 
 
 def offline(folder, name, batch_size, changes):
     training = {**STEPS, "per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size}
-    data = {"train": [{"path": str(folder / "pairs.jsonl")}], "eval": [{"path": str(folder / "held-out.jsonl")}]}
+    data = {
+        "train": [{"path": str(folder / "pairs.jsonl"), "chat": False}],
+        "eval": [{"path": str(folder / "held-out.jsonl"), "chat": False}],
+    }
     changes = {**changes, "training": {**training, "eval_steps": 10, **changes.get("training", {})}}
     return run_data(folder / "tiny", None, folder / name, **changes, data={**data, "eval_size": 0})
 
@@ -56,7 +59,7 @@ def online(folder, name, batch_size):
         prompts,
         folder / name,
         objective=PENALISED,
-        prompts={"train": [{"path": prompts}], "eval_size": 3},
+        prompts={"train": [{"path": prompts, "chat": False}], "eval_size": 3},
         rollout={"prompts": 9, "max_new_tokens": 6, "evaluation": {"completions": 4}},
         training={**STEPS, "learning_rate": 0.1, "per_device_train_batch_size": batch_size},
     )

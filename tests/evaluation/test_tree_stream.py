@@ -22,7 +22,7 @@ def stream(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
     def of(**options):
-        return TreeStream(DataSource(str(path)), tiny_tokenizer(), stop_token_ids={1}, **options)
+        return TreeStream(DataSource(str(path), chat=False), tiny_tokenizer(), stop_token_ids={1}, **options)
 
     return of
 

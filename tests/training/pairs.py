@@ -25,7 +25,7 @@ def run_data(model, data, output_dir, /, **changes):
         "seed": 1,
         "model": {"path": str(model)},
         "adapter": {"r": 4, "alpha": 8},
-        "data": {"train": [{"path": str(data)}], "eval_size": 6, "max_length": 64},
+        "data": {"train": [{"path": str(data), "chat": False}], "eval_size": 6, "max_length": 64},
         "objective": {"divergence": "jensen_shannon", "beta": 0.5},
         "training": {"learning_rate": 0.01, "per_device_train_batch_size": 4, "max_steps": 8, "logging_steps": 1},
         "sampling": {"prompts": ["question 1: "], "max_new_tokens": 4},

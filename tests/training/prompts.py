@@ -48,7 +48,7 @@ def online_data(model, prompts, output_dir, /, reward="vowels", **changes):
         "seed": 1,
         "model": {"path": str(model)},
         "adapter": {"r": 4, "alpha": 8},
-        "prompts": {"train": [{"path": str(prompts)}], "eval_size": 4, "max_length": 64},
+        "prompts": {"train": [{"path": str(prompts), "chat": False}], "eval_size": 4, "max_length": 64},
         "rollout": {"prompts": 4, "completions": 4, "max_new_tokens": 8, "evaluation": {"completions": 16}},
         "rewards": [{"kind": "function", "function": f"tests.training.prompts:{reward}"}],
         "objective": {"kind": "policy_gradient", "advantage": "leave_one_out"},

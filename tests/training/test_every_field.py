@@ -192,7 +192,7 @@ REWARDS = {
 URL, OTHER_URL = "a server", "another server"
 COLDER = {"prompts": 4, "completions": 4, "max_new_tokens": 8, "temperature": 0.5}
 MOVING = {"every": 4}
-LONG = {"path": "long.jsonl"}
+LONG = {"path": "long.jsonl", "chat": False}
 REHEARSES = {"objective": {"kind": "hybrid"}, "rehearsal": {"path": "rehearsal.jsonl", "completions": 2}}
 MOMENTS = {"kind": "distribution_matching", "target": {"kind": "moments", "moments": [0.5]}}
 OF_A_RUN: dict[str, tuple[str, Changes]] = {
@@ -204,8 +204,8 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             model={"path": "tiny2"},
             adapter=None,
             reference={"kind": "frozen"},
-            data={"train": [{"path": "pairs2.jsonl"}]},
-            prompts=With({"train": [{"texts": ["another "]}], "max_length": 64}, online=True),
+            data={"train": [{"path": "pairs2.jsonl", "chat": False}]},
+            prompts=With({"train": [{"texts": ["another "], "chat": False}], "max_length": 64}, online=True),
             rollout=With({"prompts": 2, "completions": 3, "max_new_tokens": 8}, online=True),
             rewards=With([{"function": "tests.training.prompts:short"}], online=True),
             rehearsal=With({"path": "rehearsal2.jsonl"}, online=True, run=REHEARSES),
@@ -262,28 +262,30 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
     "DataConfig": (
         "data",
         Changes(
-            {"train": [{"path": "pairs.jsonl"}], "max_length": 64},
-            train=[{"path": "pairs2.jsonl"}],
-            eval=[{"path": "pairs2.jsonl"}],
+            {"train": [{"path": "pairs.jsonl", "chat": False}], "max_length": 64},
+            train=[{"path": "pairs2.jsonl", "chat": False}],
+            eval=[{"path": "pairs2.jsonl", "chat": False}],
             eval_fraction=0.3,
             eval_size=4,
             max_length=With(20, long_prompt="cut"),
             max_completion_length=3,
             long_prompt=With("cut", train=[LONG], max_length=24, long_prompt="drop"),
             long_completion=With("drop", max_completion_length=8),
-            bad_rows=With("error", train=[{"path": "bad.jsonl"}], bad_rows="skip"),
+            bad_rows=With("error", train=[{"path": "bad.jsonl", "chat": False}], bad_rows="skip"),
         ),
     ),
     "SourceConfig": (
         "data.train.0",
         Changes(
-            {"path": "pairs.jsonl"},
+            {"path": "pairs.jsonl", "chat": False},
             path="pairs2.jsonl",
-            split=With("test", path="splits"),
-            format=With("implicit", path="both.jsonl"),
-            columns=With({"prompt": "question"}, path="both.jsonl"),
+            split=With("test", path="splits", chat=False),
+            format=With("implicit", path="both.jsonl", chat=False),
+            columns=With({"prompt": "question"}, path="both.jsonl", chat=False),
             chat=True,
-            weight=With(3.0, run={"data": {"train": [..., {"path": "pairs2.jsonl", "weight": 1.0}]}}, weight=1.0),
+            weight=With(
+                3.0, run={"data": {"train": [..., {"path": "pairs2.jsonl", "chat": False, "weight": 1.0}]}}, weight=1.0
+            ),
             limit=3,
         ),
     ),
@@ -324,22 +326,22 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
     "PromptsConfig": (
         "prompts",
         Changes(
-            {"train": [{"path": "prompts.jsonl"}], "max_length": 64},
-            train=[{"path": "prompts2.jsonl"}],
-            eval=[{"path": "prompts2.jsonl"}],
+            {"train": [{"path": "prompts.jsonl", "chat": False}], "max_length": 64},
+            train=[{"path": "prompts2.jsonl", "chat": False}],
+            eval=[{"path": "prompts2.jsonl", "chat": False}],
             eval_size=4,
             max_length=With(10, long_prompt="cut"),
             long_prompt=With("cut", train=[LONG], max_length=20, long_prompt="drop"),
-            bad_rows=With("error", train=[{"path": "bad.jsonl"}], bad_rows="skip"),
+            bad_rows=With("error", train=[{"path": "bad.jsonl", "chat": False}], bad_rows="skip"),
         ),
     ),
     "PromptSourceConfig": (
         "prompts.train.0",
         Changes(
-            {"path": "prompts.jsonl"},
+            {"path": "prompts.jsonl", "chat": False},
             path="prompts2.jsonl",
             texts=With(["another "], path=None, texts=["one "]),
-            split=With("test", path="splits"),
+            split=With("test", path="splits", chat=False),
             template="{answer}? ",
             chat=True,
             system="Be kind.",

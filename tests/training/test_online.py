@@ -249,7 +249,11 @@ def test_what_cannot_work_is_refused_before_anything_is_sampled(start, tmp_path,
 def test_f_dpg_leads_the_policy_to_its_constraint(start):
     objective = {"kind": "distribution_matching", "divergence": "jensen_shannon", "target": {"kind": "binary"}}
     sizes = {"prompts": 1, "completions": 32, "max_new_tokens": 8, "evaluation": {"completions": 64}}
-    one = {"train": [{"texts": ["question 1: "]}], "eval": [{"texts": ["question 1: "]}], "eval_size": 0}
+    one = {
+        "train": [{"texts": ["question 1: "], "chat": False}],
+        "eval": [{"texts": ["question 1: "], "chat": False}],
+        "eval_size": 0,
+    }
     summary = start(objective=objective, reward="has_a_vowel", rollout=sizes, prompts=one, training={"max_steps": 12})
     assert 0.02 < summary.before["reward"] < 0.5
     assert summary.after["reward"] > summary.before["reward"] + 0.2
@@ -261,7 +265,7 @@ def test_f_dpg_leads_the_policy_to_its_constraint(start):
 
 def test_prompts_of_one_place_have_a_log_partition_each(start):
     objective = {"kind": "distribution_matching", "divergence": "jensen_shannon", "target": {"kind": "binary"}}
-    sources = [{"texts": ["question 1: "]}, {"texts": ["question 2: "]}]
+    sources = [{"texts": ["question 1: "], "chat": False}, {"texts": ["question 2: "], "chat": False}]
     summary = start(
         objective=objective,
         prompts={"train": sources, "eval_size": 0},
@@ -282,7 +286,11 @@ def test_moments_are_fitted_on_samples_of_the_reference_and_approached(start):
         "fit_samples": 256,
         "evaluation": {"completions": 64},
     }
-    one = {"train": [{"texts": ["question 1: "]}], "eval": [{"texts": ["question 1: "]}], "eval_size": 0}
+    one = {
+        "train": [{"texts": ["question 1: "], "chat": False}],
+        "eval": [{"texts": ["question 1: "], "chat": False}],
+        "eval_size": 0,
+    }
     summary = start(objective=objective, reward="has_a_vowel", rollout=sizes, prompts=one, training={"max_steps": 20})
     assert summary.before["reward"] < 0.4
     assert summary.before["reward"] + 0.15 < summary.after["reward"] < 0.95
@@ -365,7 +373,7 @@ def test_supervised_tuning_is_an_offline_run_and_its_adapter_starts_another(star
         "output_dir": str(tmp_path / "sft"),
         "model": {"path": str(tiny)},
         "adapter": {"r": 4, "alpha": 8},
-        "data": {"train": [{"path": str(data)}], "eval_size": 2, "max_length": 32},
+        "data": {"train": [{"path": str(data), "chat": False}], "eval_size": 2, "max_length": 32},
         "objective": {"kind": "supervised"},
         "training": {"learning_rate": 0.02, "max_steps": 6, "logging_steps": 1},
     }

@@ -360,13 +360,13 @@ def test_rows_without_preference_are_refused_with_their_place(start, tmp_path):
     rows = [{"prompt": f"p{i} ", "completion": "c", "label": True} for i in range(8)]
     (tmp_path / "unpaired.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(FalignError, match=r"unpaired.jsonl:\d+: no completion is preferred"):
-        start(data={"train": [{"path": str(tmp_path / "unpaired.jsonl")}], "eval_size": 1})
+        start(data={"train": [{"path": str(tmp_path / "unpaired.jsonl"), "chat": False}], "eval_size": 1})
 
 
 def test_a_prompt_of_one_token_is_enough(start, tmp_path):
     rows = [{"prompt": "a", "chosen": f" yes{i}", "rejected": f" no{i}"} for i in range(8)]
     (tmp_path / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = start(data={"train": [{"path": str(tmp_path / "short.jsonl")}], "eval_size": 0})
+    summary = start(data={"train": [{"path": str(tmp_path / "short.jsonl"), "chat": False}], "eval_size": 0})
     assert max(losses(summary.folder)) == 8
 
 
@@ -386,7 +386,7 @@ def test_held_out_prompts_that_are_trained_on_are_reported(start, tmp_path, caps
             tmp_path / "tiny",
             tmp_path / "pairs.jsonl",
             tmp_path / "run",
-            data={"eval": [{"path": str(tmp_path / "pairs.jsonl")}], "eval_size": 0},
+            data={"eval": [{"path": str(tmp_path / "pairs.jsonl"), "chat": False}], "eval_size": 0},
             training={"max_steps": 1},
         )
     )

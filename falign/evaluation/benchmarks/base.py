@@ -25,7 +25,8 @@ class BenchmarkItem:
         group: Items of one subset and group are scored together, so that an interval resamples them together; ``""``
             for an item that stands alone.
         plain: Whether a plain prompt is continued as it is, like a file's plain pairs in training; otherwise it is a
-            user's turn and the completions are the assistant's.
+            user's turn and the completions are the assistant's. None: nobody has said so, and it is refused where the
+            policy has a chat template.
     """
 
     place: str
@@ -35,7 +36,7 @@ class BenchmarkItem:
     completions: tuple[str, ...]
     preference: tuple[float, ...]
     group: str = ""
-    plain: bool = False
+    plain: bool | None = False
 
 
 @runtime_checkable

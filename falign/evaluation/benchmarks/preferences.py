@@ -33,7 +33,7 @@ class Preferences:
 
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
-    chat: bool = False
+    chat: bool | None = None
 
     @property
     def name(self) -> str:
@@ -56,13 +56,13 @@ class Preferences:
         return ()
 
     def read(self, path: str | None = None, *, split: str | None = None, bad_rows: BadRows) -> Iterator[BenchmarkItem]:
-        """Yield the items, with plain texts left plain unless ``chat`` is set."""
+        """Yield the items; plain texts are left plain unless ``chat`` is true."""
         if path is None:
             raise DataError("preferences: no source is given; name a file, a folder or a data set on the Hub.")
         source = DataSource(path, split or "train", self.format, self.columns, self.chat)
         reader = RowReader(source.format, source.columns, chat=source.chat)
         rows = read_rows(source.path, split=source.split, bad_rows=bad_rows)
-        yield from items_of(rows, lambda row: _item(row, reader.read(row)), source=path, bad_rows=bad_rows)
+        yield from items_of(rows, lambda row: _item(row, reader.read(row), self.chat), source=path, bad_rows=bad_rows)
 
     def outcome(self, item: BenchmarkItem, scores: Sequence[float]) -> dict[str, float]:
         """Return ``correct``, the share of right pairs, with how many there are, and ``best``."""
@@ -84,7 +84,7 @@ class Preferences:
         }
 
 
-def _item(row: Row, example: Example) -> BenchmarkItem:
+def _item(row: Row, example: Example, chat: bool | None) -> BenchmarkItem:
     if example.preference is None or len(example.completions) < 2:
         raise DataError(
             f"{row.place}: the row has {len(example.completions)} completion and nothing to compare it with; "
@@ -97,5 +97,5 @@ def _item(row: Row, example: Example) -> BenchmarkItem:
         prompt=example.prompt,
         completions=tuple(text if isinstance(text, str) else text[-1]["content"] for text in example.completions),
         preference=example.preference,
-        plain=not example.conversational,
+        plain=None if chat is None and not example.conversational else not example.conversational,
     )

@@ -66,8 +66,10 @@ def test_plain_pairs_stay_plain_and_conversations_are_turns(tmp_path):
     assert (item.prompt, item.completions, item.plain) == (TURN, ("A.", "B."), False)
 
     path = write(tmp_path / "plain.jsonl", [{"prompt": "Hi.", "chosen": "A.", "rejected": "B.", "id": "x7"}])
-    (item,) = read(path)
+    (item,) = read(path, Preferences(chat=False))
     assert (item.prompt, item.plain, item.id) == ("Hi.", True, "x7")
+    (item,) = read(path)  # whoever has a chat template asks
+    assert item.plain is None
     (item,) = read(path, Preferences(chat=True))
     assert (item.prompt, item.completions, item.plain) == (TURN, ("A.", "B."), False)
 
