@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_serializer, model_validator
 
 from falign.data import DataSource, LengthPolicy, PreferenceData, Window, load_preferences
 from falign.errors import ConfigError
@@ -191,12 +191,14 @@ class TrainingConfig(FrozenModel):
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     num_train_epochs: float = Field(default=1.0, gt=0)
     max_steps: int = -1
-    """Optimiser steps; overrides ``num_train_epochs`` when positive."""
+    """Optimizer steps in place of ``num_train_epochs``; -1 where left out."""
     optim: str = "adamw_torch"
     weight_decay: float = Field(default=0.0, ge=0)
     adam_beta2: float = Field(default=0.999, gt=0, lt=1)
     max_grad_norm: float = Field(default=1.0, ge=0)
     lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    """Options of the schedule: ``{min_lr_rate: 0.1}`` for ``cosine_with_min_lr``."""
     warmup_steps: float = Field(default=0.0, ge=0)
     """Steps, or a share of all steps where below 1."""
     gradient_checkpointing: bool = False
@@ -217,6 +219,30 @@ class TrainingConfig(FrozenModel):
     """Positions that reach the vocabulary at once: memory against speed, no change of results."""
     skip_bad: bool = False
     """Leave out and count steps whose loss, gradient or reward is no number, which stop the run otherwise."""
+
+    @field_validator("max_steps")
+    @classmethod
+    def _takes_steps(cls, value: int) -> int:
+        if value < 1 and value != -1:
+            raise ValueError(
+                "a run takes at least one optimizer step; leave it out (-1) to train for num_train_epochs. "
+                "falign evaluate and falign score judge a model without training it"
+            )
+        return value
+
+    def check(self) -> None:
+        """Refuse trackers, an optimizer or a schedule that would not work on this machine.
+
+        Raises:
+            ConfigError: With the field and the reason.
+        """
+        from falign.training.optimization import check_names, check_optimizer, check_schedule
+
+        check_trackers(self.report_to)
+        check_names(self.optim, self.lr_scheduler_type)
+        args = self.build(Path("run"), seed=0)
+        check_optimizer(args)
+        check_schedule(args)
 
     def build(
         self,
@@ -240,6 +266,7 @@ class TrainingConfig(FrozenModel):
         own.add("skip_bad")
         arguments: dict[str, Any] = {
             **self.model_dump(exclude=own),
+            "lr_scheduler_kwargs": dict(self.lr_scheduler_kwargs) or None,
             "output_dir": str(output_dir),
             "seed": seed,
             "save_strategy": "steps" if self.save_steps else "no",
@@ -312,7 +339,6 @@ class RunConfig(FrozenModel):
         if self.adapter is None and self.model.quantization is not None:
             raise ConfigError("model.quantization=nf4 with adapter=null: 4-bit weights do not train; add an adapter.")
         check_reference(self.reference, adapter=self.adapter is not None)
-        check_trackers(self.training.report_to)
         objective = self._unfitted().build()
         if self.prompts is None:
             self._check_offline(objective)

@@ -99,6 +99,7 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     join()
     console = (console or Console(stderr=True)) if is_writer() else Console(quiet=True)
     objective, folder = config.check(), RunFolder(config.output_dir, writes=is_writer())
+    config.training.check()
     origin = Origin.new()
     if resume:
         folder.require_same(config)

@@ -18,33 +18,9 @@ from falign.plain_yaml import plain_yaml
 from falign.training.base_config import FrozenModel
 from falign.training.config import RunConfig
 from falign.training.reward_config import RewardConfig
+from falign.training.trl_names import FOREIGN_NAMES, near_foreign_name
 
 __all__ = ["load_reward_list", "load_run_file", "parse_run", "valid_paths"]
-
-ELSEWHERE = {
-    "model_name_or_path": "model.path",
-    "dataset_name": "data.train",
-    "lr": "training.learning_rate",
-    "batch_size": "training.per_device_train_batch_size",
-    "bf16": "model.dtype (bfloat16)",
-    "fp16": "model.dtype (float16)",
-    "loss_type": "objective.margin_loss",
-    "f_divergence_type": "objective.divergence",
-    "f_alpha_divergence_coef": "objective.divergence (as alpha(1 - coefficient): TRL's α is 1 minus the paper's)",
-    "label_smoothing": "objective.margin_loss (robust(0.1), exo(0.001))",
-    "load_in_4bit": "model.quantization (nf4)",
-    "use_peft": "adapter",
-    "lora_r": "adapter.r",
-    "lora_alpha": "adapter.alpha",
-    "lora_target_modules": "adapter.target_modules",
-    "precompute_ref_log_probs": "reference.cache (a folder)",
-    "ref_model": "reference.path",
-    "sync_ref_model": "reference.kind (moving_average, periodic_reset)",
-    "ref_model_mixup_alpha": "reference.alpha, with reference.kind=moving_average",
-    "ref_model_sync_steps": "reference.every, with reference.kind=moving_average",
-    "max_prompt_length": "data.max_completion_length (what it leaves of data.max_length is the prompt's)",
-}
-"""What users of TRL and others write, and where it is here."""
 
 MOST_MISTAKES = 20
 
@@ -190,7 +166,7 @@ def _explain(detail: Any) -> str:
         return f"{place.path}.kind is required: choose one of {', '.join(place.kinds)}."
     if detail["type"] in ("model_type", "model_attributes_type"):
         return f"{place.path}={shown(detail['input'])}: this is a section{_example(place)}."
-    return f"{place.path}={shown(detail['input'])}: {detail['msg']}."
+    return f"{place.path}={shown(detail['input'])}: {detail['msg'].removeprefix('Value error, ')}."
 
 
 def _example(place: _Place) -> str:
@@ -230,8 +206,8 @@ def _siblings(path: str) -> dict[str, str]:
 def _near(place: _Place) -> str:
     """What an unknown key was probably meant to be; empty if nothing is near."""
     section, _, last = place.path.rpartition(".")
-    if last in ELSEWHERE:
-        return f": here it is {ELSEWHERE[last]}."
+    if last in FOREIGN_NAMES:
+        return f": {FOREIGN_NAMES[last].told()}"
     if place.kind is not None and (owners := _owners(place, place.path)):
         own = ", ".join(place.kinds[place.kind].model_fields)
         return f": {section}.kind={place.kind} has no such field, {owners} has. Its fields are {own}."
@@ -243,11 +219,11 @@ def _near(place: _Place) -> str:
         return f": did you mean {' or '.join(meant)}?"
     fields = [path for path in reversed(paths) if not any(other.startswith(f"{path}.") for other in paths)]
     anywhere = {path.rpartition(".")[2]: path for path in fields}
-    close = [
-        known[key]
-        for known in (_siblings(place.path), anywhere)
-        for key in difflib.get_close_matches(last, known, 1, 0.6)
-    ]
+    siblings = _siblings(place.path)
+    if foreign := near_foreign_name(last, [*siblings, *anywhere]):
+        told = FOREIGN_NAMES[foreign].told()
+        return f": did you mean {foreign}? {told[0].upper()}{told[1:]}"
+    close = [known[key] for known in (siblings, anywhere) for key in difflib.get_close_matches(last, known, 1, 0.6)]
     if not close:
         return ""
     owners = _owners(place, close[0])

@@ -304,6 +304,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             adam_beta2=0.9,
             max_grad_norm=0.5,
             lr_scheduler_type="cosine",
+            lr_scheduler_kwargs=With({"num_cycles": 2}, lr_scheduler_type="cosine"),
             warmup_steps=2.0,
             gradient_checkpointing=True,
             logging_steps=3,

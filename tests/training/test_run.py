@@ -341,10 +341,19 @@ def test_a_damaged_line_within_the_metrics_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"training": {"lr_scheduler_type": "cosin"}}, "cosin"),
-        ({"training": {"optim": "adamw"}}, "adamw"),
+        ({"training": {"lr_scheduler_type": "cosin"}}, "training.lr_scheduler_type='cosin' is unknown.* mean 'cosine'"),
+        ({"training": {"optim": "adamw"}}, "training.optim='adamw' is unknown; choose one of .*; did you mean"),
         ({"training": {"report_to": ["nowhere"]}}, "'nowhere' is unknown: choose of .*wandb"),
-        ({"training": {"report_to": "comet_ml"}}, "the package comet-ml is not installed"),
+        (
+            {"training": {"report_to": "comet_ml"}},
+            r"it needs comet-ml. Install .*\(pip install comet-ml\)",
+        ),
+        ({"training": {"report_to": "dagshub"}}, "it needs dagshub and mlflow"),
+        ({"training": {"report_to": "kubeflow"}}, "KUBEFLOW_TRAINER_SERVER_URL is not set"),
+        ({"training": {"optim": "galore_adamw"}}, "training.optim='galore_adamw' is not supported: it changes chosen"),
+        ({"training": {"lr_scheduler_type": "greedy"}}, "'greedy' is not supported: it follows a metric"),
+        ({"training": {"lr_scheduler_type": "cosine_with_min_lr"}}, "does not work: ValueError: .*min_lr"),
+        ({"training": {"max_steps": 0}}, "training.max_steps=0: a run takes at least one optimizer step; leave it out"),
         ({"training": {"report_to": ["none", "wandb"]}}, "none stands alone"),
         ({"data": {"max_length": 4096}}, "2048 positions"),
         ({"adapter": None, "model": {"dtype": "bfloat16"}}, "model.dtype=float32"),
