@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import yaml
+from typing_extensions import override
 
 from falign.errors import ConfigError
 
@@ -12,6 +13,26 @@ __all__ = ["plain_yaml"]
 
 MOST_VALUES = 1_000_000
 """Of a document with all its aliases written out: more of them are nobody's run file."""
+
+
+class _GivenTwiceError(yaml.YAMLError):
+    """A key, and the lines on which it is."""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that comes twice is an error, as the standard has it; PyYAML drops the first."""
+
+    @override
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: dict[tuple[str, str], yaml.ScalarNode] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            first = seen.setdefault((key.tag, key.value), key)
+            if first is not key:
+                raise _GivenTwiceError(key.value, first.start_mark.line + 1, key.start_mark.line + 1)
+        return node
 
 
 def plain_yaml(text: str, *, place: str) -> Any:
@@ -22,11 +43,15 @@ def plain_yaml(text: str, *, place: str) -> Any:
         place: What messages call it.
 
     Raises:
-        ConfigError: It is not YAML, or it cannot be written without aliases.
+        ConfigError: It is not YAML, a key comes twice in a section, or it cannot be written without aliases.
     """
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_UniqueKeys)
         size = _size(value, {})
+    except _GivenTwiceError as error:
+        key, first, second = error.args
+        lines = f" (lines {first} and {second})" if "\n" in text else ""
+        raise ConfigError(f"{place} has {key!r} twice in one section{lines}: merge the two into one.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark and "\n" in text else ""

@@ -28,3 +28,26 @@ def test_what_is_no_plain_value_is_refused(text, message):
     with pytest.raises(ConfigError, match=message) as caught:
         plain_yaml(text, place="x")
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {max_steps: 3}\nseed: 1\ntraining:\n  save_steps: 2\n", r"'training' twice .*\(lines 1 and 3\)"),
+        (
+            "data:\n  train:\n  - path: a\n    columns:\n      prompt: q\n      prompt: r\n",
+            r"'prompt' .*\(lines 5 and 6\)",
+        ),
+        ("a: [{b: 1,\n b: 1}]", r"'b' twice in one section \(lines 1 and 2\)"),
+        ("'a': 1\na: 2", r"'a' twice in one section \(lines 1 and 2\)"),
+        ("{r: 8, r: 16}", "'r' twice in one section: merge"),
+    ],
+)
+def test_a_key_that_comes_twice_in_a_section_is_refused_with_both_lines(text, message):
+    with pytest.raises(ConfigError, match=f"x has {message}"):
+        plain_yaml(text, place="x")
+
+
+def test_a_section_that_takes_another_in_may_change_its_keys():
+    text = "a: &a {b: 1, c: 2}\nd: &d {<<: *a, b: 3}\ne: {<<: [*a, *d], b: 4}\n"
+    assert plain_yaml(text, place="x") == {"a": {"b": 1, "c": 2}, "d": {"b": 3, "c": 2}, "e": {"b": 4, "c": 2}}

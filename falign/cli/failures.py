@@ -12,10 +12,15 @@ import time
 from pathlib import Path
 from types import FrameType
 
-__all__ = ["FAILURES", "end_quietly", "first_failure", "leave_failure"]
+from falign.parent_death import end_with_parent
+
+__all__ = ["FAILURES", "LAUNCHER", "end_quietly", "first_failure", "leave_failure"]
 
 FAILURES = "FALIGN_FAILURES"
 """Names the folder of these files."""
+
+LAUNCHER = "FALIGN_LAUNCHER"
+"""The launcher's process."""
 
 
 def leave_failure(text: str) -> bool:
@@ -34,9 +39,13 @@ def first_failure(folder: Path) -> str:
 
 
 def end_quietly() -> None:
-    """Let a process that a launcher ends leave by an exit, which cleans up, and not by a report."""
+    """Let a process that a launcher ends leave by an exit, which cleans up, and not by a report.
+
+    One whose launcher is killed ends, too: it would go on training, and write, with nobody to stop it.
+    """
     if "RANK" not in os.environ:
         return
+    end_with_parent(int(os.environ.get(LAUNCHER, os.getppid())))
 
     def end(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from falign.cli.failures import FAILURES, first_failure
+from falign.cli.failures import FAILURES, LAUNCHER, first_failure
 from falign.errors import ConfigError
 
 __all__ = ["Launch", "launch"]
@@ -71,7 +71,7 @@ def launch(kind: Launch, processes: int | None, command: Sequence[str]) -> None:
     options += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", threads]
     arguments = launch_command_parser().parse_args([*options, "--module", "falign", *command])
     with tempfile.TemporaryDirectory() as failures:
-        os.environ[FAILURES] = failures
+        os.environ[FAILURES], os.environ[LAUNCHER] = failures, str(os.getpid())
         try:
             launch_command(arguments)
         except ChildFailedError as error:

@@ -69,6 +69,7 @@ def load_trained(folder: RunFolder, checkpoint: int | None = None) -> Trained:
         ModelError: The base model is not the one that was trained.
     """
     from falign.models import load_adapter, load_model, load_tokenizer, weights_hash
+    from falign.models.tokenizers import fix_date
     from falign.training import parse_run
 
     config = parse_run(folder.read_run_file(), place=str(folder.run_file))
@@ -83,14 +84,17 @@ def load_trained(folder: RunFolder, checkpoint: int | None = None) -> Trained:
             attn_implementation=config.model.attn_implementation,
             trust_remote_code=config.model.trust_remote_code,
         )
-        return Trained(model, load_tokenizer(source), config)
+        tokenizer = load_tokenizer(source)
+        fix_date(tokenizer, folder.read_date())
+        return Trained(model, tokenizer, config)
     base = config.model.build()
     if weights_hash(base) != folder.read_manifest()["base_weights"]:
         raise ModelError(
             f"{config.model.path} holds other weights now than when {folder.path} was trained: restore them (or set "
             f"model.revision in {folder.run_file}), because the adapter is for those."
         )
-    return Trained(load_adapter(base, source, trainable=False), config.model.build_tokenizer(), config)
+    tokenizer = config.model.build_tokenizer(date=folder.read_date())
+    return Trained(load_adapter(base, source, trainable=False), tokenizer, config)
 
 
 def checkpoint_folder(folder: RunFolder, step: int) -> Path:

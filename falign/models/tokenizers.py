@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from datetime import datetime
 from functools import partial
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,8 +26,25 @@ def fix_date(tokenizer: PreTrainedTokenizerBase, date: datetime) -> None:
 
     What is saved of the tokenizer stays as it is.
     """
-    # An argument of the template stands before a function of the same name that transformers gives to all templates.
-    tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, strftime_now=date.strftime)
+    codes = {code: date.strftime(code) for letter in _DATE_CODES for code in (f"%{letter}", f"%-{letter}")}
+    macro = _STRFTIME_NOW.replace("CODES", json.dumps(list(codes.items())))
+    tokenizer.get_chat_template = partial(_with_date, tokenizer.get_chat_template, macro)
+
+
+_DATE_CODES = "aAbBcdDeFGhHIjklmMpPrRsSTuUVwWxXyYzZ"
+
+# transformers hands plain values alone to templates, so that the function is written in the template's own language.
+# It stands on the first line, and lets the text after it be as it was.
+_STRFTIME_NOW = (
+    "{%- macro strftime_now(format) -%}{%- set written = namespace(text=format.replace('%%', '\\0')) -%}"
+    "{%- for code, value in CODES -%}{%- set written.text = written.text.replace(code, value) -%}{%- endfor -%}"
+    "{{- written.text.replace('\\0', '%') -}}{%- endmacro -%}{{ '' }}"
+)
+
+
+def _with_date(get_chat_template: Callable[..., str], macro: str, *args: Any, **kwargs: Any) -> str:
+    template = get_chat_template(*args, **kwargs)
+    return f"{macro}{template}" if "strftime_now" in template else template
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

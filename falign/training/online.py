@@ -59,7 +59,7 @@ def online_trainer(
             "is not the reference here: give lambdas."
         )
     with console.status("reading prompts"):
-        rewards = build_rewards(config.rewards)
+        rewards = build_rewards(config.rewards, date=language.date)
         data = config.prompts.build(language.tokenizer, seed=config.seed, check=row_check(rewards))
         rehearsal = (
             []

@@ -37,11 +37,13 @@ class Language(NamedTuple):
         tokenizer: The model's.
         stop_tokens: All ids that end a completion.
         pad_token_id: What fills rows.
+        date: What templates that write the date are told; the present where None.
     """
 
     tokenizer: PreTrainedTokenizerBase
     stop_tokens: frozenset[int]
     pad_token_id: int
+    date: datetime | None = None
 
 
 class Parts(NamedTuple):
@@ -70,7 +72,7 @@ def load_language(config: RunConfig, *, date: datetime | None = None) -> Languag
     """
     tokenizer = config.model.build_tokenizer(date=date)
     stops = stop_token_ids(config.model.path, tokenizer, revision=config.model.revision)
-    return Language(tokenizer, stops, pad_token_id(tokenizer))
+    return Language(tokenizer, stops, pad_token_id(tokenizer), date)
 
 
 def load_parts(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_serializer, model_validator
+from typing_extensions import override
 
 from falign import divergences
 from falign.errors import ConfigError
@@ -29,6 +32,9 @@ from falign.rewards import (
     sql,
 )
 from falign.training.base_config import FrozenModel
+
+if TYPE_CHECKING:
+    from falign.rewards.classifier import ClassifierReward
 
 __all__ = [
     "ChoiceConfig",
@@ -55,6 +61,14 @@ class _Part(FrozenModel):
     """Logged as ``reward/<name>``; by default the kind, or the function's name."""
     weight: float = 1.0
     """Factor in the sum; 0 only logs it."""
+
+    @abstractmethod
+    def build(self) -> Reward:
+        """Return the reward."""
+
+    def build_at(self, date: datetime | None) -> Reward:
+        """Return the reward as it is on a date, at present where None; most have nothing to do with it."""
+        return self.build()
 
 
 class _Verifier(_Part):
@@ -295,7 +309,7 @@ class ClassifierConfig(_Part):
     """By default the GPU if there is one."""
     revision: str | None = None
 
-    def build(self) -> Reward:
+    def build(self) -> ClassifierReward:
         """Load the classifier.
 
         Raises:
@@ -314,6 +328,15 @@ class ClassifierConfig(_Part):
             max_length=self.max_length,
             tokens_per_batch=self.tokens_per_batch,
         )
+
+    @override
+    def build_at(self, date: datetime | None) -> Reward:
+        from falign.models.tokenizers import fix_date
+
+        reward = self.build()
+        if date is not None:
+            fix_date(reward.tokenizer, date)
+        return reward
 
 
 class ImplicitConfig(_Part):
@@ -378,17 +401,21 @@ RewardConfig = Annotated[
 """One reward of the list ``rewards``: ``kind`` names one of these, the first where it is left out."""
 
 
-def build_rewards(configs: Sequence[RewardConfig]) -> RewardSum:
+def build_rewards(configs: Sequence[RewardConfig], *, date: datetime | None = None) -> RewardSum:
     """Return the weighted sum of the rewards of a run file.
 
     Args:
         configs: The list ``rewards``.
+        date: What chat templates that write the date are told; the present where None.
 
     Raises:
         ConfigError: It is empty, two have one name, or one cannot be built.
     """
     return RewardSum(
-        tuple(WeightedReward(config.name or _default_name(config), config.build(), config.weight) for config in configs)
+        tuple(
+            WeightedReward(config.name or _default_name(config), config.build_at(date), config.weight)
+            for config in configs
+        )
     )
 
 

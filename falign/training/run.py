@@ -60,8 +60,7 @@ class Origin(NamedTuple):
     @classmethod
     def of(cls, folder: RunFolder) -> Origin:
         """Return that of a run that has begun."""
-        inputs = folder.read_inputs()
-        return cls(inputs["run"], datetime.fromisoformat(inputs["date"]))
+        return cls(folder.read_inputs()["run"], folder.read_date())
 
     @property
     def record(self) -> dict[str, str]:

@@ -28,6 +28,8 @@ MOST_MISTAKES = 20
 def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the run that a YAML file describes.
 
+    The run file in a run folder describes the run of that folder, wherever the folder was when it was written.
+
     Args:
         path: The run file.
         overrides: ``section.field=value``, later ones win; values are YAML.
@@ -38,6 +40,9 @@ def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     data = _read_yaml(path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {type(data).__name__}, not the sections of a run file (model, data, ...).")
+    folder = Path(path).absolute().parent
+    if Path(path).name == "run.yaml" and (folder / "manifest.json").is_file():
+        data["output_dir"] = str(folder)
     for override in overrides:
         _apply(data, override)
     return parse_run(data, place=str(path))

@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,10 @@ class RunFolder:
         """Refuse a folder that holds anything.
 
         Raises:
-            ConfigError: It holds another run, or other files.
+            ConfigError: It holds another run, which may be going on, or other files.
         """
         if self.run_file.is_file():
+            self.lock.require_free()
             raise ConfigError(
                 f"output_dir={self.path} holds another run: choose another folder, remove it, or go on with that run "
                 "by --resume."
@@ -213,6 +215,10 @@ class RunFolder:
                 "the same: restore it, go on with the version of falign in its 'versions', or start a new run."
             )
         return found
+
+    def read_date(self) -> datetime:
+        """Return what templates that write the date are told in this run."""
+        return datetime.fromisoformat(self.read_inputs()["date"])
 
     def read_rows(self) -> RunRows:
         """Return the digests of the rows of the run: what it trains on, and what it holds out.

@@ -42,6 +42,16 @@ class RunLock:
                 "for it, stop it, or choose another output_dir."
             ) from error
 
+    def require_free(self) -> None:
+        """Refuse a folder at which another process is.
+
+        Raises:
+            ConfigError: Another process is at it.
+        """
+        if (self.folder / LOCK).is_file() and not self.is_held:
+            self.take()
+            self.give_back()
+
     def give_back(self) -> None:
         """Let others in."""
         if self.is_held:

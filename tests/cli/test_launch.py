@@ -1,6 +1,8 @@
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,47 @@ def test_an_error_in_one_process_ends_all_is_told_once_and_leaves_the_folder_fre
     assert "one_too_few_in_the_second_process" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "run.yaml").exists()
+
+
+def processes_about(path):
+    """The processes whose command line names a path."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and entry.name != str(os.getpid()):
+            try:
+                command = (entry / "cmdline").read_bytes()
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:  # it has ended
+                continue
+            if str(path).encode() in command and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def waited_for(condition, seconds):
+    until = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < until:
+        time.sleep(0.1)
+    return met
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the parent-death signal is Linux's")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on CPUs")
+def test_a_launcher_that_is_killed_leaves_no_process_10_seconds_later(tmp_path, tiny):
+    prompts, run_file = write_prompts(tmp_path / "prompts.jsonl"), tmp_path / "run.yaml"
+    run = online_data(tiny, prompts, tmp_path / "run", "that_waits")
+    run_file.write_text(yaml.safe_dump(run))
+    command = [sys.executable, "-m", "falign", "train", str(run_file), "--launch", "ddp", "--processes", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FALIGN_TEST_WAITING": str(tmp_path / "waiting")}
+    with (tmp_path / "log").open("wb") as log:
+        launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    try:
+        assert waited_for((tmp_path / "waiting").exists, 300), (tmp_path / "log").read_text()
+        assert len(processes_about(run_file)) == 3
+        launcher.kill()
+        launcher.wait()
+        assert waited_for(lambda: not processes_about(run_file), 10)
+    finally:
+        for process in processes_about(run_file):
+            os.kill(process, signal.SIGKILL)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+from pathlib import Path
 
 VOWELS = "aeiou"
 
@@ -33,6 +35,12 @@ def one_too_few(prompts, completions, **columns):
 
 def one_too_few_in_the_second_process(prompts, completions, **columns):
     return [0.0 for _ in completions][os.environ.get("RANK") == "1" :]
+
+
+def that_waits(prompts, completions, **columns):
+    """Say that it was called, and do not come back."""
+    Path(os.environ["FALIGN_TEST_WAITING"]).touch()
+    time.sleep(600)
 
 
 def write_prompts(path, n=12):

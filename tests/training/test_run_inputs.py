@@ -1,14 +1,21 @@
 """A run goes on only where all that decides its next step is as it was; what decides no step may change."""
 
+import copy
+import io
 import json
 import shutil
+from datetime import datetime
 
 import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from falign.errors import ConfigError
-from falign.training import RunFolder, parse_run, train
+from falign.errors import ConfigError, TrainingError
+from falign.models.tokenizers import fix_date
+from falign.training import RunFolder, TrainingConfig, load_run_file, parse_run, train
+from falign.training.learning_rate import same_learning_rates
+from falign.training.parts import load_language
+from falign.training.run_inputs import prompt_digest
 from tests.models.tiny import save_tiny, tiny_tokenizer
 from tests.training.pairs import run_data, write_pairs
 from tests.training.prompts import online_data, write_prompts
@@ -182,3 +189,196 @@ def test_an_edited_run_file_in_the_run_folder_is_compared_with_what_the_run_bega
             train(parse_run(folder.read_run_file()), console=Console(quiet=True), resume=True)
     finally:
         folder.run_file.write_text(kept)
+
+
+def copied(place, kind, target):
+    shutil.copytree(place["folder"] / kind, target)
+    return RunFolder(target)
+
+
+def logs(folder):
+    timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+    return [{name: value for name, value in log.items() if name not in timed} for log in folder.metrics()]
+
+
+def same_end(folder, other):
+    assert logs(folder) == logs(other)
+    name = "adapter/adapter_model.safetensors"
+    assert (folder.path / name).read_bytes() == (other.path / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """The offline run, never stopped."""
+    run = {**place["offline"], "output_dir": str(place["folder"] / "whole")}
+    return train(parse_run(run), console=Console(quiet=True)).folder
+
+
+def contents(folder):
+    return {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_a_copied_run_folder_is_resumed_where_it_is_and_the_first_one_stays_as_it_is(place, whole, tmp_path):
+    kept = copied(place, "offline", tmp_path / "copy")
+    before = contents(place["folder"] / "offline")
+    config = load_run_file(kept.run_file)
+    assert config.output_dir == kept.path
+    same_end(train(config, console=Console(quiet=True), resume=True).folder, whole)
+    assert contents(place["folder"] / "offline") == before
+    with pytest.raises(ConfigError, match=f"{kept.path} holds another run"):
+        train(load_run_file(kept.run_file), console=Console(quiet=True))
+    assert load_run_file(kept.run_file, [f"output_dir={tmp_path / 'again'}"]).output_dir == tmp_path / "again"
+
+
+def test_settings_that_change_no_step_may_change(place, whole, tmp_path):
+    kept = copied(place, "offline", tmp_path / "copy")
+    training = {**TRAINING, "save_steps": 1, "save_total_limit": 1, "logging_steps": 2, "eval_steps": 1}
+    run = {**place["offline"], "output_dir": str(kept.path), "training": {**place["offline"]["training"], **training}}
+    resumed = train(parse_run(run), console=Console(quiet=True), resume=True).folder
+    assert [path.name for path in resumed.path.glob("checkpoint-*")] == ["checkpoint-4"]
+    name = "adapter/adapter_model.safetensors"
+    assert (resumed.path / name).read_bytes() == (whole.path / name).read_bytes()
+    steps = [(log["step"], "eval_loss" in log) for log in resumed.metrics()]
+    assert steps == [(0, True), (1, False), (2, False), (3, True), (4, False), (4, True), (4, False)]
+    assert resumed.read_inputs()["settings"]["training"]["save_steps"] == 1
+
+
+def test_a_longer_run_ends_as_if_it_had_been_so_long_from_the_beginning(place, tmp_path):
+    long = {**place["offline"], "training": {**place["offline"]["training"], "max_steps": 6}}
+    kept = copied(place, "offline", tmp_path / "copy")
+    train(parse_run({**place["offline"], "output_dir": str(kept.path)}), console=Console(quiet=True), resume=True)
+    resumed = train(parse_run({**long, "output_dir": str(kept.path)}), console=Console(quiet=True), resume=True)
+    assert resumed.folder.metrics()[-1]["step"] == 6
+    at_once = train(parse_run({**long, "output_dir": str(tmp_path / "long")}), console=Console(quiet=True))
+    same_end(resumed.folder, at_once.folder)
+    shorter = {**long, "training": {**long["training"], "max_steps": 5}, "output_dir": str(kept.path)}
+    with pytest.raises(ConfigError, match="has taken 6 steps, and would end after 5 now"):
+        train(parse_run(shorter), console=Console(quiet=True), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "allowed"),
+    [
+        ("constant", 0, True),
+        ("constant_with_warmup", 3, True),
+        ("constant_with_warmup", 0.5, False),
+        ("inverse_sqrt", 4, True),
+        ("linear", 0, False),
+        ("linear", 8, True),  # all steps taken were of the warmup
+        ("cosine", 2, False),
+        ("reduce_lr_on_plateau", 0, True),
+    ],
+)
+def test_more_steps_are_allowed_where_the_schedule_gives_the_steps_taken_the_same_learning_rates(
+    schedule, warmup, allowed, tmp_path
+):
+    config = TrainingConfig(lr_scheduler_type=schedule, warmup_steps=warmup, eval_steps=5)
+    args = config.build(tmp_path, seed=0)
+    assert same_learning_rates(args, 10, 20, until=6) is allowed
+
+
+def test_lost_and_changed_lines_of_the_logs_come_back_or_are_told(place, whole, tmp_path):
+    for number, damage in enumerate(
+        (lambda text: "", lambda text: text[: len(text) // 2], lambda text: "x" + text[1:])
+    ):
+        kept, output = copied(place, "offline", tmp_path / str(number)), io.StringIO()
+        kept.metrics_file.write_text(damage(kept.metrics_file.read_text()))
+        run = {**place["offline"], "output_dir": str(kept.path)}
+        resumed = train(parse_run(run), console=Console(file=output, width=1000), resume=True).folder
+        assert "metrics.jsonl has lost or changed lines that were in it at checkpoint-2" in output.getvalue()
+        same_end(resumed, whole)
+
+    kept, output = copied(place, "online", tmp_path / "online"), io.StringIO()
+    lines_there = kept.completions_file.read_text()
+    run = {**place["online"], "output_dir": str(kept.path)}
+    kept.completions_file.write_text(lines_there[:100])
+    with pytest.raises(
+        TrainingError, match=r"completions\.jsonl has lost or changed lines that were in it at checkpoint-2"
+    ):
+        train(parse_run(run), console=Console(quiet=True), resume=True)
+    assert kept.completions_file.read_text() == lines_there[:100]
+    kept.completions_file.unlink()
+    train(parse_run(run), console=Console(file=output, width=1000), resume=True)
+    assert "completions.jsonl is gone: a new one begins at checkpoint-2" in output.getvalue()
+
+
+def test_a_checkpoint_of_another_run_or_step_is_put_aside_and_told(place, whole, tmp_path):
+    kept, output = copied(place, "offline", tmp_path / "copy"), io.StringIO()
+    shutil.copytree(whole.path / "checkpoint-4", kept.path / "checkpoint-4")
+    shutil.copytree(kept.path / "checkpoint-2", kept.path / "checkpoint-600")
+    run = {**place["offline"], "output_dir": str(kept.path)}
+    resumed = train(parse_run(run), console=Console(file=output, width=1000), resume=True).folder
+    assert "checkpoint-4 is damaged (it belongs to another run)" in output.getvalue()
+    assert "checkpoint-600 is damaged (it is the checkpoint of step 2)" in output.getvalue()
+    same_end(resumed, whole)
+
+
+def test_the_record_says_which_prompts_were_trained_on(place):
+    folder = RunFolder(place["folder"] / "offline")
+    trained = folder.read_rows().trained_prompts
+    ids = [tuple(tiny_tokenizer()(f"question {i}: ")["input_ids"]) for i in range(24)]
+    digests = [prompt_digest(prompt) for prompt in ids]
+    assert sum(digest in trained for digest in digests) == len(trained) == 18
+    folder = RunFolder(place["folder"] / "online")
+    assert len(folder.read_rows().trained_prompts) == 8
+    kept = (folder.path / "rows.txt").read_text()
+    try:
+        (folder.path / "rows.txt").write_text(kept.replace("prompts.train", "prompts.eval", 1))
+        with pytest.raises(ConfigError, match=r"rows\.txt is missing or damaged"):
+            folder.read_rows()
+    finally:
+        (folder.path / "rows.txt").write_text(kept)
+
+
+@pytest.mark.parametrize(
+    ("template", "begins"),
+    [
+        ("{{ strftime_now('%d %b %Y') }}", "03 Feb 2001<s>"),
+        ("\n {{- strftime_now('%-d.%-m.%y %H:%M 100%%d') }}", "3.2.01 04:05 100%d<s>"),
+        ("\n{% set day = strftime_now %}\n {{ day('%A') }}", "\n Saturday<s>"),
+        (
+            "{% if strftime_now is defined %}{% macro m() %}{{ strftime_now('%j') }}{% endmacro %}{{ m() }}{% endif %}",
+            "034<s>",
+        ),
+    ],
+)
+def test_a_template_that_writes_the_date_writes_that_which_was_fixed(template, begins):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template + tokenizer.chat_template
+    turns = [{"role": "user", "content": "hello"}]
+    fix_date(tokenizer, datetime(2001, 2, 3, 4, 5))
+    for each in (tokenizer, copy.deepcopy(tokenizer)):
+        assert each.apply_chat_template(turns, tokenize=False).startswith(begins)
+    assert tokenizer.chat_template.startswith(template)
+
+
+def test_fixing_the_date_changes_nothing_else():
+    tokenizer, same = tiny_tokenizer(), tiny_tokenizer()
+    fix_date(tokenizer, datetime(2001, 2, 3, 4, 5))
+    turns = [{"role": "user", "content": "hello"}]
+    assert tokenizer.apply_chat_template(turns) == same.apply_chat_template(turns)
+
+
+def test_the_tokens_of_a_run_are_those_of_its_first_day(place, tmp_path):
+    rows = [
+        {"prompt": [{"role": "user", "content": f"q{i}"}], "chosen": "yes!", "rejected": "no way"} for i in range(8)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    template = "{{ strftime_now('%H:%M:%S') }}" + tiny_tokenizer().chat_template
+    run = run_data(place["folder"] / "model", tmp_path / "chats.jsonl", tmp_path / "run", training=TRAINING)
+    run["model"] = {**run["model"], "chat_template": template}
+    run["data"] = {**run["data"], "eval_size": 2}
+    stopped(run)
+    folder = RunFolder(tmp_path / "run")
+    began = folder.read_rows().text
+    manifest = json.loads((folder.path / "manifest.json").read_text())
+    resumed = train(parse_run(run), console=Console(quiet=True), resume=True).folder
+    assert resumed.read_rows().text == began
+    assert resumed.read_inputs()["date"] == manifest["inputs"]["date"]
+    tokens = tiny_tokenizer()
+    dated = resumed.read_date().strftime("%H:%M:%S") + "<s>userq"
+    assert tokens.decode(
+        load_language(parse_run(run), date=resumed.read_date()).tokenizer.apply_chat_template(
+            [{"role": "user", "content": "q"}]
+        )["input_ids"]
+    ).startswith(dated)
