@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from falign.errors import ConfigError
 
-__all__ = ["refuse_passwords", "without_passwords"]
+__all__ = ["refuse_passwords", "without_passwords", "without_secrets"]
 
 IN_URL = re.compile(r"(?<=://)[^\s/@\"'<>]+:[^\s/@\"'<>]+@")
 NAMES = re.compile(
     r"(?:^|_)(?:password|passwd|secret|token|credentials?|api_?key|access_?key|private_?key)$", re.IGNORECASE
 )
+SHORTEST_SECRET = 8  # characters; a shorter one would be found in ordinary words
 
 
 def without_passwords(text: str) -> str:
     """Return a text in which ``://user:password@`` of each URL has become ``://***@``."""
     return IN_URL.sub("***@", text)
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without passwords in URLs, and without the values of environment variables with a secret's name."""
+    secrets = {value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= SHORTEST_SECRET}
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return without_passwords(text)
 
 
 def refuse_passwords(values: Any, *, place: str) -> None:

@@ -12,6 +12,7 @@ from falign.rewards.identity import Identified, Identity, reward_identities, rew
 from falign.rewards.importing import import_function
 from falign.rewards.lexicon import Lexicon, fit_lexicon, read_labelled, read_lexicon
 from falign.rewards.loading import load_reward
+from falign.rewards.own_function import OwnFunction
 from falign.rewards.timed_function import TimedFunction
 from falign.rewards.verified import choice, mathematics, number, regex, sections, sql
 from falign.rewards.verifier import Verifier
@@ -25,6 +26,7 @@ __all__ = [
     "Identity",
     "Lexicon",
     "Outcome",
+    "OwnFunction",
     "Reward",
     "RewardSum",
     "Rewards",

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from falign.errors import NonFiniteRewardError, RewardError
+from falign.rewards.raised import code_lines, completion_at_fault, raised_message
 
 __all__ = [
     "ARGUMENTS",
@@ -21,6 +22,7 @@ __all__ = [
     "check_rewards",
     "column",
     "place_of",
+    "reward_raised",
     "select_columns",
 ]
 
@@ -130,13 +132,39 @@ def call_reward(
         except RewardError:
             raise
         except Exception as error:
-            raise RewardError(
-                f"reward {name} raised {type(error).__name__}: {error} (completions of "
-                f"{place_of(places, 0)} to {place_of(places, len(completions) - 1)}). Mend it; or give it a timeout, "
-                "so that it is called for one completion at a time, and errors: count."
-            ) from error
+            raise reward_raised(error, name=name, completions=completions, places=places) from error
         scores = Scores(returned)
     return scores._replace(values=check_rewards(scores.values, len(completions), name=name, places=places))
+
+
+def reward_raised(
+    error: Exception,
+    *,
+    name: str,
+    completions: Sequence[str],
+    places: Sequence[str] | None,
+    objects: Sequence[Any] = (),
+    hint: str = "",
+) -> RewardError:
+    """Return the error that tells of an exception in a reward: its lines, and the completion where that is known.
+
+    Args:
+        error: What was raised.
+        name: What messages call the reward.
+        completions: Those that it was given.
+        places: Where their prompts came from.
+        objects: What it was given for each of them, where that is not the text.
+        hint: A further sentence, with a space before it.
+    """
+    at_fault = completion_at_fault(error, completions)
+    if at_fault is None:
+        at_fault = completion_at_fault(error, objects)
+    if at_fault is None:
+        where, text = f"completions of {place_of(places, 0)} to {place_of(places, len(completions) - 1)}", None
+    else:
+        where, text = place_of(places, at_fault), completions[at_fault]
+    message = raised_message(f"{type(error).__name__}: {error}", code_lines(error), text)
+    return RewardError(f"reward {name}, {where}: {message}\nMend the function.{hint}")
 
 
 def select_columns(function: Callable[..., Any], columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:

@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 import pickle
-import signal
+import selectors
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -16,16 +18,22 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from multiprocessing.connection import Pipe, wait
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from falign.errors import RewardError
+from falign.rewards.raised import CodeLine
 
 __all__ = ["DEFAULT_MEMORY_BYTES", "Call", "ChildPool", "Outcome", "shared_pool"]
 
 DEFAULT_MEMORY_BYTES = 4 << 30
 WORKER = Path(__file__).with_name("worker.py")
+NUMBER_BYTES = 16
+HEADER = struct.Struct(f"!I{NUMBER_BYTES}s?")  # as in the worker
+PART_BYTES = 1 << 16
+LONGEST_ANSWER = 1 << 26
+SECONDS_TO_END = 10.0
+KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Call(NamedTuple):
@@ -51,12 +59,14 @@ class Outcome(NamedTuple):
         value: What it returned, as JSON knows it.
         error: The name of the exception's class, ``""`` where there is none.
         message: What a person should read.
+        lines: Of the exception's traceback.
     """
 
     kind: Literal["value", "timeout", "error"]
     value: Any = None
     error: str = ""
     message: str = ""
+    lines: tuple[CodeLine, ...] = ()
 
 
 class ChildPool:
@@ -64,14 +74,14 @@ class ChildPool:
 
     A process whose call passes its deadline is killed and replaced, so code that never looks at a signal (a regular
     expression, a symbolic simplification) is ended too. It may be used from any thread. The processes end with this
-    one, however it ends.
+    one, however it ends, and with them all processes that calls have started.
 
     Args:
         num_workers: How many calls run at once; by default one per core, at most 8.
         memory_bytes: Address space of each process; None does not limit it.
         start_timeout: Seconds that importing a function may take.
-        confined: Whether calls are kept from writing, from the network and from other processes; see
-            :mod:`falign.rewards.confinement`.
+        confined: Whether calls are kept from writing, from the network, from other processes and from the
+            environment; see :mod:`falign.rewards.confinement`.
     """
 
     def __init__(
@@ -120,9 +130,9 @@ class ChildPool:
     def idle_worker(self) -> _Worker | None:
         """Return a process that has nothing to do, started if need be; None where all are busy."""
         for worker in [worker for worker in self._workers if worker.index is None]:
-            if worker.process.poll() is None:
+            if worker.is_fit():
                 return worker
-            self.replace(worker)  # it was killed between two rounds, by the system for instance
+            self.replace(worker)  # it was killed between two rounds, or a call left something that writes
         if len(self._workers) < self.num_workers:
             self._workers.append(_Worker(self.memory_bytes, self.confined))
             return self._workers[-1]
@@ -140,7 +150,7 @@ class ChildPool:
     def _forget_after_fork(self) -> None:
         if self._pid != os.getpid():  # the processes are the parent's, and so are their answers
             for worker in self._workers:
-                worker.connection.close()
+                worker.channel.close()
             self._workers.clear()
             self._pid = os.getpid()
 
@@ -158,35 +168,101 @@ class _Worker:
     memory_bytes: int | None
     confined: bool
     process: subprocess.Popen[bytes] = field(init=False)
-    connection: Any = field(init=False)  # of Pipe, whose class depends on the system
+    channel: socket.socket = field(init=False)
     loaded: set[str] = field(default_factory=set)
     index: int | None = None
     loading: bool = False
     deadline: float = 0.0
+    number: bytes = b""  # of the request, which its answer must bear
+    outgoing: bytearray = field(default_factory=bytearray)
+    incoming: bytearray = field(default_factory=bytearray)
 
     def __post_init__(self) -> None:
-        self.connection, theirs = Pipe()
+        self.channel, theirs = socket.socketpair()
+        self.channel.setblocking(False)
         with theirs:
             self.process = subprocess.Popen(
                 # Isolated: the folder of the file would shadow modules of the standard library.
-                [sys.executable, "-I", str(WORKER), str(theirs.fileno())],
+                [sys.executable, "-I", str(WORKER), str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                start_new_session=True,  # so that what it starts is killed with it, and Ctrl-C reaches the parent alone
+                env=_environment() if self.confined else None,
+                start_new_session=True,  # so that Ctrl-C reaches the parent alone
             )
-        self.connection.send((list(sys.path), self.memory_bytes, self.confined))
+        self._queue(pickle.dumps((list(sys.path), self.memory_bytes, self.confined)))
 
-    def send(self, index: int, request: bytes, timeout: float, *, loading: bool) -> None:
+    def ask(self, index: int, request: bytes, timeout: float, *, loading: bool) -> None:
+        """Begin to send a request; :meth:`send` sends the rest of it."""
         self.index, self.loading = index, loading
         self.deadline = time.monotonic() + timeout
-        self.connection.send_bytes(request)
+        self.number = os.urandom(NUMBER_BYTES)
+        self._queue(request)
+        self.send()
+
+    def send(self) -> None:
+        """Send as much as the connection takes at once."""
+        # Where the process has died, the missing answer is what is read next.
+        with contextlib.suppress(BlockingIOError, OSError):
+            while self.outgoing:
+                del self.outgoing[: self.channel.send(self.outgoing)]
+
+    def receive(self) -> _Reply | None:
+        """Return the answer, or None where it is not whole yet.
+
+        Raises:
+            EOFError: The process is gone.
+            ValueError: It wrote anything else than its answer.
+        """
+        try:
+            part = self.channel.recv(PART_BYTES)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise EOFError from error
+        if not part:
+            raise EOFError
+        self.incoming += part
+        if len(self.incoming) < HEADER.size:
+            return None
+        length, number, is_spent = HEADER.unpack_from(self.incoming)
+        if number != self.number or length > LONGEST_ANSWER or len(self.incoming) > HEADER.size + length:
+            raise ValueError
+        if len(self.incoming) < HEADER.size + length:
+            return None
+        content, self.incoming = bytes(self.incoming[HEADER.size :]), bytearray()
+        return _Reply(json.loads(content), is_spent)
+
+    def is_fit(self) -> bool:
+        """Return whether the process is there and has said nothing without being asked."""
+        try:
+            self.channel.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def end(self) -> None:
-        self.connection.close()
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """End the process and all that it has started."""
+        self.channel.close()
+        # Its supervisor ends what has a session of its own, too; then it ends itself.
+        self.process.terminate()
+        try:
+            self.process.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            self.process.kill()  # upon which the system kills the process that it supervises
+            self.process.wait()
+
+    def _queue(self, content: bytes) -> None:
+        self.outgoing += HEADER.pack(len(content), self.number or bytes(NUMBER_BYTES), False) + content
+
+
+class _Reply(NamedTuple):
+    """An answer, and whether its process is not to be used again."""
+
+    content: Any
+    is_spent: bool
 
 
 class _Round:
@@ -205,11 +281,19 @@ class _Round:
             if not busy:
                 return [outcome for outcome in self.found if outcome is not None]
             remaining = min(worker.deadline for worker in busy) - time.monotonic()
-            answered = wait([worker.connection for worker in busy], timeout=max(0.0, remaining))
+            with selectors.DefaultSelector() as selector:
+                for worker in busy:
+                    events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.outgoing else 0)
+                    selector.register(worker.channel, events, worker)
+                ready = {key.data.process.pid: mask for key, mask in selector.select(max(0.0, remaining))}
             for worker in busy:
-                if worker.connection in answered:
+                mask = ready.get(worker.process.pid, 0)
+                if mask & selectors.EVENT_WRITE:
+                    worker.send()
+                if mask & selectors.EVENT_READ:
                     self._receive(worker)
-                elif worker.deadline <= time.monotonic():
+                # Whatever it has sent, unless that was its answer.
+                if worker.index is not None and worker.deadline <= time.monotonic():
                     self._expire(worker)
 
     def _begin(self, worker: _Worker, index: int) -> None:
@@ -218,29 +302,31 @@ class _Round:
         timeout = self.pool.start_timeout if loading else call.timeout
         arguments = None if loading else dict(call.arguments)
         try:
-            request = pickle.dumps((call.function, arguments, timeout))
+            request = pickle.dumps((call.function, arguments))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise RewardError(
                 f"{call.function}: an argument cannot be sent to another process ({error}). Pass plain values, or "
                 "leave out the timeout, so that it is called in this process."
             ) from error
-        # Where it has died, the want of an answer is what is read next.
-        with contextlib.suppress(OSError):
-            worker.send(index, request, timeout, loading=loading)
+        worker.ask(index, request, timeout, loading=loading)
 
     def _receive(self, worker: _Worker) -> None:
         index = worker.index
         assert index is not None
         call = self.calls[index]
         try:
-            answer = json.loads(worker.connection.recv_bytes())
-        except (EOFError, OSError, ValueError):
+            reply = worker.receive()
+        except (EOFError, ValueError) as error:
             self.pool.replace(worker)
-            died = f"its process died (exit status {worker.process.returncode})"
+            status = f"its process died (exit status {worker.process.returncode})"
+            died = status if isinstance(error, EOFError) else "its process wrote something else than one answer"
             if worker.loading:
                 raise RewardError(f"{call.function} cannot be imported: {died}; more memory may help.") from None
             self.found[index] = Outcome("error", error="ProcessDied", message=died)
             return
+        if reply is None:
+            return
+        answer = reply.content
         if worker.loading:
             if "error" in answer:
                 raise RewardError(
@@ -251,9 +337,9 @@ class _Round:
             self._begin(worker, index)
             return
         worker.index = None
-        self.found[index] = outcome = _outcome(answer)
-        if outcome.error == "MemoryError":
-            self.pool.replace(worker)  # what it still holds would make the next call fail
+        self.found[index] = _outcome(answer)
+        if reply.is_spent:
+            self.pool.replace(worker)
 
     def _expire(self, worker: _Worker) -> None:
         index = worker.index
@@ -265,6 +351,11 @@ class _Round:
         self.found[index] = Outcome("timeout", message=f"killed after {call.timeout:g} s")
 
 
+def _environment() -> dict[str, str]:
+    """Return what Python needs of the environment: where libraries lie, and how many threads they may start."""
+    return {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+
+
 def _num_cores() -> int:
     # Those that this process may use, where the system says so.
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
@@ -274,7 +365,8 @@ def _outcome(answer: Mapping[str, Any]) -> Outcome:
     if "value" in answer:
         return Outcome("value", answer["value"])
     kind = "timeout" if answer["error"] == "TimeoutError" else "error"
-    return Outcome(kind, error=answer["error"], message=f"{answer['error']}: {answer['message']}")
+    lines = tuple(CodeLine(*line) for line in answer["lines"])
+    return Outcome(kind, error=answer["error"], message=f"{answer['error']}: {answer['message']}", lines=lines)
 
 
 def _end(workers: list[_Worker], pid: int) -> None:

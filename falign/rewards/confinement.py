@@ -1,17 +1,21 @@
-"""What a verifier's process may not do: write, reach the network, start or signal other processes.
+"""The limits of a verifier's process: no writing, no network, no other processes, no look into this one.
 
-It is loaded by :mod:`falign.rewards.worker` from its file, and imports nothing of falign. It holds what Python does on
-behalf of a completion (an expression that is evaluated, a query that is run); a library's own machine code that calls
-the kernel past Python can still reach it, but for files, to which the kernel lets nothing be written.
+It is loaded by :mod:`falign.rewards.worker` from its file, and imports nothing of falign. Python's own functions are
+refused by their events; on Linux the kernel refuses new processes, signals, sockets, named pipes and writing to files,
+whatever calls it. What remains is the process itself: code of a completion that is evaluated in it can change how later
+completions are judged by the same process.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 __all__ = ["Confinement"]
@@ -23,9 +27,13 @@ REFUSED = frozenset(
         *("os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "os.system"),
         *("os.kill", "os.killpg", "signal.pthread_kill", "pty.spawn", "subprocess.Popen"),
         *("resource.setrlimit", "resource.prlimit", "sqlite3.enable_load_extension", "sqlite3.load_extension"),
+        # They lead to the thread that holds the connection.
+        *("sys._current_frames", "sys._current_exceptions", "sys.setprofile", "sys.settrace"),
+        *("gc.get_objects", "gc.get_referents", "gc.get_referrers"),
     }
 )
 REFUSED_MODULES = ("ctypes.", "shutil.", "socket.", "tempfile.")
+PROCESSES = Path("/proc")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -42,8 +50,8 @@ class Confinement:
             if importing:
                 return
             if event == "open":
-                _, mode, flags = arguments
-                refused = bool(flags & WRITING) or bool(set(mode or "") & set("wax+"))
+                path, mode, flags = arguments
+                refused = bool(flags & WRITING) or bool(set(mode or "") & set("wax+")) or _leads_out(path)
             else:
                 refused = event in REFUSED or event.startswith(REFUSED_MODULES)
             if refused:
@@ -66,6 +74,28 @@ class Confinement:
         for descriptor in (1, 2):
             os.dup2(nowhere, descriptor)
         sys.dont_write_bytecode = True
+        if sys.platform == "linux":
+            _system_calls().refuse_system_calls()
         sys.addaudithook(refuse)
         with import_freely():  # after which nothing can be written
             pass
+
+
+def _leads_out(path: Any) -> bool:
+    """Return whether a file tells of another process, whose environment has secrets, or is a folder on the way."""
+    if not isinstance(path, str | bytes):
+        return False  # a descriptor that is open already
+    file = os.path.realpath(os.fsdecode(path))
+    parts = list(Path(file).parts)
+    of_process = len(parts) > 2 and Path(file).is_relative_to(PROCESSES) and parts[2].isdigit()
+    return (of_process and parts[2] != str(os.getpid())) or os.path.isdir(file)
+
+
+def _system_calls() -> ModuleType:
+    file = Path(__file__).with_name("system_calls.py")
+    spec = importlib.util.spec_from_file_location("_falign_system_calls", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

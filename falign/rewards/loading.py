@@ -10,7 +10,7 @@ from typing import Any
 from falign.errors import ConfigError
 from falign.rewards import verified
 from falign.rewards.base import Reward
-from falign.rewards.importing import import_function
+from falign.rewards.own_function import OwnFunction
 from falign.rewards.words import Words
 
 __all__ = ["BUILT_IN", "load_reward"]
@@ -39,7 +39,7 @@ def load_reward(name: str) -> Reward:
     function, arguments, keywords = _parsed(name)
     if function not in BUILT_IN:
         if ":" in name:
-            return import_function(name)
+            return OwnFunction(name)
         close = difflib.get_close_matches(function, BUILT_IN, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? Choose" if close else "choose"
         raise ConfigError(f"reward {name!r} is unknown; {hint} one of {', '.join(BUILT_IN)}, or give module:function.")

@@ -8,6 +8,7 @@ from typing import Any
 from falign.errors import RewardError
 from falign.rewards.base import Scores, check_rewards, place_of
 from falign.rewards.child import Outcome
+from falign.rewards.raised import raised_message
 
 __all__ = ["row_error", "scores_of"]
 
@@ -26,7 +27,9 @@ def scores_of(
     failed: float | None,
     stop_on_errors: bool = False,
     places: Sequence[str] | None = None,
+    completions: Sequence[str] | None = None,
     value: Callable[[Any, str], Any] = lambda value, where: value,
+    hint: Callable[[str], str] = lambda raised: "",
 ) -> Scores:
     """Return values and counts.
 
@@ -36,7 +39,9 @@ def scores_of(
         failed: What a call is worth that timed out or raised.
         stop_on_errors: Whether an exception stops the run instead of being counted. Timeouts are always counted.
         places: Where the prompts came from, for messages.
+        completions: Their texts, for messages.
         value: What makes a value of what a call returned, given its place.
+        hint: What makes a further sentence of an exception's class and message.
 
     Raises:
         RewardError: An exception that stops, a row that cannot be judged at all, or a value that is no reward.
@@ -47,13 +52,16 @@ def scores_of(
         where = f"reward {name}, {place_of(places, i)}"
         if (reason := row_error(outcome)) is not None:
             raise RewardError(f"{where}: {reason}. Mend the row, or remove it.")
+        text = None if completions is None or outcome.kind != "error" else completions[i]
+        lines = outcome.lines if outcome.kind == "error" else ()
+        told = raised_message(f"{where}: {outcome.message}", lines, text)
         if outcome.kind == "error" and stop_on_errors:
-            raise RewardError(f"{where}: {outcome.message}. Mend the function, or set errors: count.")
+            raise RewardError(f"{told}\nMend the function.{hint(outcome.message)}")
         if outcome.kind == "value":
             values.append(value(outcome.value, where))
         else:
             values.append(failed)
-            messages.append(f"{where}: {outcome.message}")
+            messages.append(told)
     timeouts = sum(outcome.kind == "timeout" for outcome in outcomes)
     checked = check_rewards(values, len(outcomes), name=name, places=places)
     return Scores(checked, timeouts, len(messages) - timeouts, messages[0] if messages else "")

@@ -1,72 +1,225 @@
 """The program of one verifying process: it calls what it is told to, and is killed when that takes too long.
 
 It is run as a file, not imported: ``import falign`` loads torch, which costs a second and memory in every process.
-Requests come pickled from the parent, which is trusted; answers go back as JSON, because what runs here is not.
+Requests come pickled from the run, which is trusted; answers go back as JSON, because what runs here is not.
+
+The program forks. Its first process supervises: it outlives every call, and when the run or the second process ends, it
+ends all that the second process has started. The second process serves: one thread holds the connection and the number
+that each answer must bear, the main thread calls the functions.
 """
 
 from __future__ import annotations
 
+import _thread
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import pickle
+import queue
 import resource
+import select
 import signal
+import socket
+import struct
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from multiprocessing.connection import Connection
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 VERIFIERS = "falign.rewards.verifiers"
 ALIAS = "_falign_verifiers"
-ORPHAN_FACTOR, ORPHAN_GRACE = 2.0, 2.0  # seconds beyond its deadline that a call outlives its parent
+HEADER = struct.Struct("!I16s?")  # length of what follows, the request's number, whether the process is to be replaced
+MOST_FRAMES = 12
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+LOOK_EVERY = 0.25  # seconds between two looks whether the run is still there
+GIVE_UP = 5.0  # seconds after which processes that cannot be killed are left
 
 
 def main() -> None:
-    """Serve until the parent closes its end or dies."""
-    connection = Connection(int(sys.argv[1]))
-    # What a verifier prints must not be mistaken for anything, and a crash of it leaves no core file.
-    os.dup2(2, 1)
+    """Serve in a second process until the run closes its end or dies, and leave no process behind."""
+    channel, run = int(sys.argv[1]), int(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    supervisor = os.getpid()
+    worker = os.fork()
+    if worker:
+        os.close(channel)
+        _supervise(worker, run)
+    os.setpgid(0, 0)
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == supervisor:
+        os.set_inheritable(channel, False)
+        _serve(socket.socket(fileno=channel))
+
+
+def _supervise(worker: int, run: int) -> None:
+    """Wait for the end of a process or of the run, end whatever is left, and exit as the process did."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    status: int | None = None
+    while status is None and not told and os.getppid() == run:
+        status = _collect(worker)
+        if status is None and select.select([reading], [], [], LOOK_EVERY)[0]:
+            os.read(reading, 512)
+    end = time.monotonic() + GIVE_UP
+    while time.monotonic() < end:
+        for process in _children():
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(worker, signal.SIGKILL)
+        try:
+            found, ended = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            break
+        if found == worker:
+            status = ended
+        if not found:
+            time.sleep(0.002)
+    _exit_as(status)
+
+
+def _collect(worker: int) -> int | None:
+    """Collect processes that have ended, and return the status of one of them if it is among them."""
+    while True:
+        found, status = os.waitpid(-1, os.WNOHANG)
+        if found in (0, worker):
+            return status if found else None
+
+
+def _children() -> list[int]:
+    """Return the processes whose parent is this one, where the system tells; those whose own parent died are."""
+    if sys.platform != "linux":
+        return []
+    found, own = [], os.getpid()
+    for entry in os.listdir("/proc"):
+        with suppress(OSError, ValueError, IndexError):
+            process = int(entry)
+            if int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]) == own:
+                found.append(process)
+    return found
+
+
+def _exit_as(status: int | None) -> None:
+    if status is not None and os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    os._exit(0 if status is None else os.WEXITSTATUS(status))
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _serve(channel: socket.socket) -> None:
+    # What a verifier prints must not be mistaken for anything.
+    os.dup2(2, 1)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    sys.path[:], memory_bytes, confined = connection.recv()
+    sys.path[:], memory_bytes, confined = pickle.loads(_receive(channel)[1])
     if memory_bytes is not None and sys.platform == "linux":  # other systems refuse it
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     _register_verifiers()
+    requests: queue.SimpleQueue[tuple[bytes, queue.SimpleQueue[tuple[bytes, bool]]]] = queue.SimpleQueue()
+    threading.Thread(target=_exchange, args=(channel, requests), daemon=True).start()
+    del channel
     import_freely = _confinement().import_freely if confined else nullcontext
     functions: dict[str, Callable[..., Any]] = {}
+    threads = _thread._count()
     while True:
-        try:
-            request = connection.recv_bytes()
-        except (EOFError, ConnectionError):
-            return
-        connection.send_bytes(_answer(request, functions, import_freely))
+        request, reply = requests.get()
+        answer, is_spent = _answer(request, functions, import_freely)
+        # A thread that a call has left could interfere with the next one.
+        reply.put((answer, is_spent or (confined and _thread._count() > threads)))
+
+
+def _exchange(channel: socket.socket, requests: Any) -> None:
+    """Pass requests on and answers back. The numbers of requests are known to this function alone.
+
+    Args:
+        channel: The connection.
+        requests: Taken by the main thread, each with the queue that its own answer is put into.
+    """
+    try:
+        while True:
+            number, request = _receive(channel)
+            reply: queue.SimpleQueue[tuple[bytes, bool]] = queue.SimpleQueue()
+            requests.put((request, reply))
+            answer, is_spent = reply.get()
+            channel.sendall(HEADER.pack(len(answer), number, is_spent) + answer)
+    except (OSError, EOFError):  # the run is gone, or has no more use for this process
+        os._exit(0)
+
+
+def _receive(channel: socket.socket) -> tuple[bytes, bytes]:
+    length, number, _ = HEADER.unpack(_exactly(channel, HEADER.size))
+    return number, _exactly(channel, length)
+
+
+def _exactly(channel: socket.socket, count: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < count:
+        part = channel.recv(min(count - len(parts), 1 << 20))
+        if not part:
+            raise EOFError
+        parts += part
+    return bytes(parts)
 
 
 def _answer(
     request: bytes,
     functions: dict[str, Callable[..., Any]],
     import_freely: Callable[[], AbstractContextManager[None]],
-) -> bytes:
+) -> tuple[bytes, bool]:
+    """Return the answer, and whether the process should not be used again."""
     try:
-        name, arguments, timeout = pickle.loads(request)
-        # The parent kills at the deadline. Should it be gone by then, the kernel does, whatever is running here.
-        signal.setitimer(signal.ITIMER_REAL, timeout * ORPHAN_FACTOR + ORPHAN_GRACE)
+        name, arguments = pickle.loads(request)
         if arguments is None:
             with import_freely():
                 functions[name] = _load(name)
             value = None
         else:
-            value = functions[name](**arguments)
+            value = _finished(functions[name](**arguments))
         # Numbers of numpy and torch are no JSON, but convert.
-        return json.dumps({"value": value}, default=float).encode()
+        return json.dumps({"value": value}, default=float).encode(), False
     except Exception as error:
-        return json.dumps({"error": type(error).__name__, "message": f"{error}"[:1000]}).encode()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        frames = traceback.extract_tb(error.__traceback__)[1:][-MOST_FRAMES:]
+        lines = [(each.filename, each.lineno or 0, each.name, each.line or "") for each in frames]
+        told = {"error": type(error).__name__, "message": f"{error}"[:1000], "lines": lines}
+        return json.dumps(told).encode(), isinstance(error, MemoryError)  # what it still holds
+
+
+def _finished(returned: Any) -> Any:
+    """Return what an ``async`` function returns in the end; all of them share one event loop."""
+    if not inspect.isawaitable(returned):
+        return returned
+
+    async def wait() -> Any:
+        return await returned
+
+    return _event_loop().run_until_complete(wait())
+
+
+@cache
+def _event_loop() -> Any:
+    import asyncio
+
+    return asyncio.new_event_loop()
 
 
 def _load(name: str) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ from falign import divergences
 from falign.errors import ConfigError
 from falign.rewards import (
     Lexicon,
+    OwnFunction,
     Reward,
     RewardSum,
     TimedFunction,
@@ -22,7 +23,6 @@ from falign.rewards import (
     Words,
     choice,
     fit_lexicon,
-    import_function,
     mathematics,
     number,
     read_labelled,
@@ -81,11 +81,14 @@ class _Verifier(_Part):
 
 
 class FunctionConfig(_Part):
-    """A function of your own: ``(prompts, completions, **columns) -> list of float or None``."""
+    """A function of your own, in falign's form ``(prompts, completions, **columns) -> list``, in TRL's or verl's."""
 
     kind: Literal["function"] = "function"
     function: str
-    """``module:function``."""
+    """``module:function``; it may be ``async``."""
+    form: Literal["falign", "trl", "verl"] = "falign"
+    """How it is written: ``trl`` gives completions of conversations as lists of one message, ``verl`` calls
+    ``compute_score(data_source, solution_str, ground_truth, extra_info)`` for each completion."""
     timeout: float | None = Field(default=None, gt=0)
     """Seconds per completion. The function is then called for one completion at a time, in processes of its own;
     without it, for all at once, in this one."""
@@ -113,8 +116,10 @@ class FunctionConfig(_Part):
             ConfigError: It cannot be imported.
         """
         if self.timeout is None:
-            return import_function(self.function)
-        return TimedFunction(self.function, timeout=self.timeout, failed=self.failed, errors=self.errors)
+            return OwnFunction(self.function, self.form)
+        return TimedFunction(
+            self.function, timeout=self.timeout, failed=self.failed, errors=self.errors, form=self.form
+        )
 
 
 class MathConfig(_Verifier):

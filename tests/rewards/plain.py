@@ -1,6 +1,7 @@
 """Rewards and verifiers of the tests; the processes import this file."""
 
 import os
+import subprocess
 import sys
 import time
 
@@ -80,3 +81,28 @@ def needs_content(completion, level):
     if level is None:
         raise RowError("no level")
     return float(completion[0] == "x")
+
+
+def starts(file, how, end):
+    """Start another process, write its number down, and end as told."""
+    if how == "a fork":
+        number = os.fork()
+        if number == 0:
+            os.setsid()
+            time.sleep(3600)
+    else:
+        number = subprocess.Popen(["sleep", "3600"], start_new_session=how == "in its own session").pid
+    file.with_suffix(".new").write_text(str(number))
+    file.with_suffix(".new").rename(file)
+    if end == "dies":
+        os._exit(3)
+    if end == "hangs":
+        time.sleep(3600)
+    return 1
+
+
+async def waits(completions, answer):
+    import asyncio
+
+    await asyncio.sleep(0.01)
+    return [float(completion == expected) for completion, expected in zip(completions, answer, strict=True)]

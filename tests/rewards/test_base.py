@@ -57,8 +57,10 @@ def test_what_is_no_reward_is_refused_with_its_place(returned, message):
 
 
 def test_an_exception_stops_with_the_reward_the_place_and_the_cause():
-    with pytest.raises(RewardError, match=r"reward mine raised KeyError: 'x' \(completions of r:1 to r:2\)") as caught:
+    with pytest.raises(RewardError, match=r"reward mine, completions of r:1 to r:2: KeyError: 'x'\n") as caught:
         call(lambda prompts, completions: {}["x"], place=["r:1", "r:2"])
+    assert 'test_base.py", line' in str(caught.value)
+    assert '{}["x"]' in str(caught.value)
     assert isinstance(caught.value.__cause__, KeyError)
 
 

@@ -153,28 +153,52 @@ def test_closing_ends_the_processes_and_a_later_call_starts_new_ones():
     assert until_dead(second.value, 5)
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["idle", "in a call that holds the interpreter"])
-def test_processes_end_when_their_parent_is_killed(busy, tmp_path):
+STARTED = ["in its own session", "in its group", "a fork"]
+
+
+@pytest.mark.parametrize("how", STARTED)
+@pytest.mark.parametrize("end", ["dies", "hangs", "returns"])
+def test_what_a_call_has_started_ends_with_its_process(how, end, tmp_path):
+    pool = ChildPool(num_workers=1, memory_bytes=None)
+    (outcome,) = pool.run(
+        [call("starts", timeout=1.0 if end == "hangs" else 20.0, file=tmp_path / "p", how=how, end=end)]
+    )
+    assert outcome.kind == {"dies": "error", "hangs": "timeout", "returns": "value"}[end]
+    started = int((tmp_path / "p").read_text())
+    pool.close()
+    assert until_dead(started, 5)
+
+
+def test_nothing_is_left_when_the_run_is_killed(tmp_path):
     code = textwrap.dedent(f"""
         import sys
+        from pathlib import Path
+        from threading import Thread
         from falign.rewards.child import Call, ChildPool
-        pool = ChildPool(num_workers=1)
-        print(pool.run([Call("tests.rewards.plain:pid", {{}}, 1.0)])[0].value, flush=True)
-        if {busy}:
-            pool.run([Call("re:fullmatch", {{"pattern": "(a+)+b", "string": "a" * 60}}, 0.6)])
+        pools = [ChildPool(num_workers=1, memory_bytes=None, confined=i == 1) for i in range(3)]
+        pids = [pool.run([Call("tests.rewards.plain:pid", {{}}, 1.0)])[0].value for pool in pools]
+        print(*pids, flush=True)
+        held = Call("re:fullmatch", {{"pattern": "(a+)+b", "string": "a" * 60}}, 600.0)
+        arguments = {{"file": Path({str(tmp_path / "p")!r}), "how": "in its own session", "end": "hangs"}}
+        started = Call("tests.rewards.plain:starts", arguments, 600.0)
+        for pool, work in zip(pools, (held, started), strict=False):
+            Thread(target=pools[0 if work is held else 2].run, args=([work],), daemon=True).start()
         sys.stdin.read()
     """)
     parent = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    assert alive(child)
-    if busy:
-        time.sleep(0.2)
+    children = list(map(int, parent.stdout.readline().split()))
+    supervisors = [int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1]) for child in children]
+    end = time.monotonic() + 20
+    while not (tmp_path / "p").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    processes = [*children, *supervisors, int((tmp_path / "p").read_text())]
+    assert all(map(alive, processes))
     parent.kill()
     parent.communicate()
-    assert until_dead(child, 10)
+    assert all(until_dead(process, 10) for process in processes)
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")

@@ -1,10 +1,12 @@
 """What a verifier's process may not do, tried in a pool like the one that verifiers share."""
 
 import sqlite3
+import time
 
 import pytest
 
 from falign.rewards import Call, ChildPool, Verifier, shared_pool
+from falign.rewards.child import KEPT_VARIABLES
 from tests.rewards import attempts
 
 
@@ -56,3 +58,39 @@ def test_a_query_that_sorts_more_than_sqlite_keeps_in_memory_has_its_rows(pool, 
     arguments = {"completion": query, "answer": query, "database": "empty.sqlite", "root": str(tmp_path)}
     (outcome,) = pool.run([Call("falign.rewards.verifiers.sql:score", arguments | {"seconds": 60.0}, 90.0)])
     assert outcome.value == 1.0, outcome
+
+
+def ask(pool, function, timeout=10.0, count=1, **arguments):
+    return pool.run([Call(f"{attempts.__name__}:{function}", {"completion": "", **arguments}, timeout)] * count)
+
+
+@pytest.mark.parametrize("how", ["whole frame", "half a frame", "a long frame", "noise"])
+def test_an_answer_that_is_forged_costs_its_own_call_and_no_other(how, pool):
+    (forged,) = ask(pool, "forges", how=how)
+    assert (forged.kind, forged.error) == ("error", "ProcessDied")
+    assert forged.message == "its process wrote something else than one answer"
+    assert [outcome.value for outcome in ask(pool, "number_in_reach", count=3)] == [0, 0, 0]
+
+
+def test_half_a_frame_does_not_hold_the_run_beyond_the_deadline(pool):
+    begin = time.monotonic()
+    (outcome,) = ask(pool, "half_a_frame_and_hang", timeout=0.5)
+    assert time.monotonic() - begin < 5
+    assert outcome.kind in {"timeout", "error"}
+
+
+def test_a_thread_that_a_call_leaves_does_not_reach_the_next_one(pool):
+    (before,) = ask(pool, "pid")
+    (forger,) = ask(pool, "forges_later")
+    assert forger.value == 0.0 or forger.error == "ProcessDied"  # where the thread was faster than the answer
+    outcomes = ask(pool, "pid", count=5)
+    assert {outcome.kind for outcome in outcomes} == {"value"}
+    assert before.value not in {outcome.value for outcome in outcomes}
+
+
+def test_the_environment_is_empty_but_for_what_python_needs(pool, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    other = ChildPool(num_workers=1, confined=True)
+    (outcome,) = ask(other, "environment")
+    other.close()
+    assert set(outcome.value) <= {*KEPT_VARIABLES, "LC_CTYPE"}  # the last is set by Python itself

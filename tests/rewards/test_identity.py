@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from falign.rewards import RewardSum, WeightedReward, Words, number, reward_identities, reward_identity
-from falign.rewards.identity import _code
+from falign.rewards.identity import source_hashes
 from falign.rewards.lexicon import Lexicon
 from falign.rewards.timed_function import TimedFunction
 from tests.rewards import plain
@@ -70,7 +70,7 @@ def test_a_built_in_verifier_is_its_own_source_and_its_settings():
     changed = [number(tolerance=0.1), number(answer="label"), number(failed=None), number(timeout=1.0)]
     assert len({reward_identity(reward) for reward in [number(), *changed]}) == 5
     names = {f"falign.rewards.verifiers{name}" for name in ("", ".numbers", ".marks", ".row_answer")}
-    assert set(_code("falign.rewards.verifiers.numbers")) == names
+    assert set(source_hashes("falign.rewards.verifiers.numbers")) == names
 
 
 def test_settings_of_every_kind_of_reward_count():

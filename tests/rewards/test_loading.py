@@ -1,8 +1,7 @@
 import pytest
 
 from falign.errors import ConfigError
-from falign.rewards import Verifier, Words, choice, load_reward, mathematics, number, regex
-from tests.rewards import plain
+from falign.rewards import OwnFunction, Verifier, Words, choice, load_reward, mathematics, number, regex
 
 
 def test_names_functions_and_arguments():
@@ -12,7 +11,7 @@ def test_names_functions_and_arguments():
     assert load_reward(r"regex('(?m)^\\d+: a', whole=True)") == regex(r"(?m)^\d+: a", whole=True)
     assert load_reward("words(['a', 'b'], mode='any')") == Words(words=["a", "b"], mode="any")
     assert isinstance(load_reward("sections(['think', 'answer'])"), Verifier)
-    assert load_reward("tests.rewards.plain:length") is plain.length
+    assert load_reward("tests.rewards.plain:length") == OwnFunction("tests.rewards.plain:length")
 
 
 @pytest.mark.parametrize(

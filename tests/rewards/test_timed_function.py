@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from falign.errors import ConfigError, RewardError
@@ -26,8 +28,10 @@ def test_a_hang_costs_its_own_completion_and_is_counted(pool):
 
 def test_an_exception_stops_unless_it_is_to_be_counted(pool):
     arguments = (["p"] * 2, ["raise", "b"])
-    with pytest.raises(RewardError, match=r"one_at_a_time, completion 0: ValueError: told to. Mend the function"):
+    with pytest.raises(RewardError, match=r"one_at_a_time, completion 0: ValueError: told to\n") as caught:
         TimedFunction(ONE, pool=pool).score(*arguments, answer=[1.0, 1.0])
+    assert re.search(r'plain.py", line \d+, in by_content\n    raise ValueError\("told to"\)', str(caught.value))
+    assert "completion: 'raise'\nMend the function." in str(caught.value)
     counted = TimedFunction(ONE, errors="count", failed=-2.0, pool=pool).score(*arguments, answer=[1.0, 1.0])
     assert counted[:3] == ([-2.0, 1.0], 0, 1)
 

@@ -140,6 +140,7 @@ REWARDS = {
         {"function": "tests.training.prompts:vowels"},
         **PART,
         function="tests.training.prompts:short",
+        form="trl",
         timeout=3.0,
         failed=With(0.5, timeout=3.0),
         errors=With("count", timeout=3.0),

@@ -8,10 +8,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from falign.errors import ConfigError
-from falign.rewards import Lexicon, RewardSum, TimedFunction, Verifier, Words, mathematics, sql
+from falign.rewards import Lexicon, OwnFunction, RewardSum, TimedFunction, Verifier, Words, mathematics, sql
 from falign.training.reward_config import RewardConfig, build_rewards
 from tests.models.tiny import save_tiny
-from tests.rewards import plain
 
 KINDS = [get_args(kind)[0] for kind in get_args(get_args(RewardConfig)[0])]
 
@@ -30,7 +29,7 @@ def test_a_list_of_rewards_becomes_their_sum():
         {"kind": "words", "words": ["b"], "mode": "none", "name": "no-b"},
     )
     assert [(part.name, part.weight) for part in total.rewards] == [("length", 0.5), ("no-b", 1.0)]
-    assert total.rewards[0].reward is plain.length
+    assert total.rewards[0].reward == OwnFunction("tests.rewards.plain:length")
     assert total(["p", "p"], ["aa", "b"]).total == [2.0, 0.5]
 
 

@@ -1,0 +1,92 @@
+"""A user's own reward function, called for all completions at once in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from falign.errors import RewardError
+from falign.rewards.base import Scores, reward_raised
+from falign.rewards.forms import FORMS, FormName, arguments, check_columns, check_parameters, finished
+from falign.rewards.identity import Identity
+from falign.rewards.importing import import_function
+
+__all__ = ["OwnFunction"]
+
+
+@dataclass(frozen=True)
+class OwnFunction:
+    """Calls ``module:function`` in the form that it is written in; it may be ``async``.
+
+    Attributes:
+        function: ``module:function``.
+        form: ``falign``: lists of prompts, texts and columns; ``trl``: the same, with completions of conversations as
+            lists of one message; ``verl``: ``data_source, solution_str, ground_truth, extra_info`` of one completion.
+
+    Raises:
+        ConfigError: It cannot be imported, or has the parameters of another form.
+    """
+
+    function: str
+    form: FormName = "falign"
+    _imported: Any = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_imported", import_function(self.function))
+        check_parameters(self.function, self._imported, self.form)
+
+    def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float | None]:
+        return self.score(prompts, completions, **columns).values
+
+    def score(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> Scores:
+        """Return what the function returns, as values.
+
+        Args:
+            prompts: The prompt of each completion.
+            completions: Their texts.
+            columns: One value per completion.
+
+        Raises:
+            RewardError: The function raised; with its lines, and the completion where that is known.
+        """
+        form, places = FORMS[self.form], columns.get("place")
+        given = arguments(self._imported, self.form, prompts, completions, columns)
+        if form.takes_lists:
+            return Scores(self._call(given, prompts, completions, given.get("completions", completions), places))
+        values: list[Any] = []
+        for i, text in enumerate(completions):
+            one = {name: column[i] for name, column in given.items()}
+            place = None if places is None else places[i : i + 1]
+            values.append(form.value(self._call(one, prompts[i : i + 1], [text], [text], place)))
+        return Scores(values)
+
+    def row_errors(self, prompts: list[Any], **columns: list[Any]) -> list[str | None]:
+        """Accept every row.
+
+        Raises:
+            RewardError: The function has a parameter that is no column.
+        """
+        check_columns(self.function, self._imported, self.form, columns)
+        return [None] * len(prompts)
+
+    def identity(self) -> Identity:
+        """Return the module of the function, and how it is called."""
+        return Identity(self.function.partition(":")[0], {"function": self.function, "form": self.form})
+
+    def _call(
+        self, given: Mapping[str, Any], prompts: list[Any], completions: list[str], objects: list[Any], places: Any
+    ) -> Any:
+        try:
+            return finished(self._imported(**given))
+        except RewardError:
+            raise
+        except Exception as error:
+            raise reward_raised(
+                error,
+                name=self.function,
+                completions=completions,
+                places=places,
+                objects=objects,
+                hint=FORMS[self.form].hint(f"{type(error).__name__}: {error}", prompts),
+            ) from error

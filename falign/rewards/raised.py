@@ -1,0 +1,82 @@
+"""Messages of exceptions in reward functions: the lines of code that raised, and the completion that was judged."""
+
+from __future__ import annotations
+
+import sysconfig
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from falign.passwords import without_secrets
+
+__all__ = ["CodeLine", "code_lines", "completion_at_fault", "raised_message"]
+
+MOST_LINES = 3
+LONGEST_COMPLETION = 300
+_FALIGN = Path(__file__).parents[1]
+_INSTALLED = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
+class CodeLine(NamedTuple):
+    """A line of a traceback.
+
+    Attributes:
+        file: Path of the source.
+        number: Of the line.
+        function: Name of the function.
+        source: The line itself; ``""`` where the source is not there.
+    """
+
+    file: str
+    number: int
+    function: str
+    source: str
+
+
+def code_lines(error: BaseException) -> list[CodeLine]:
+    """Return the lines of an exception's traceback, the one that raised last."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [CodeLine(each.filename, each.lineno or 0, each.name, each.line or "") for each in frames]
+
+
+def completion_at_fault(error: BaseException, completions: Sequence[Any]) -> int | None:
+    """Return which completion was being judged: the one that a variable of the innermost frame holds.
+
+    Args:
+        error: Raised by a reward.
+        completions: The very objects that it was given.
+    """
+    if len(completions) == 1:
+        return 0
+    known = {id(completion): i for i, completion in enumerate(completions)}
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        held = {known[id(value)] for value in frame.f_locals.values() if id(value) in known}
+        if len(held) == 1:
+            return held.pop()
+    return None
+
+
+def raised_message(text: str, lines: Sequence[CodeLine], completion: str | None) -> str:
+    """Return what a person should read of an exception, without secrets and control characters.
+
+    Args:
+        text: Class and message.
+        lines: Of its traceback; those of the user's files are kept, and the one that raised.
+        completion: The one that was judged, if it is known.
+    """
+    own = [line for line in lines if _is_own(line)]
+    kept = [*own[-MOST_LINES:], *[line for line in lines[-1:] if not _is_own(line)]]
+    parts = [
+        text,
+        *(f'  File "{line.file}", line {line.number}, in {line.function}\n    {line.source}' for line in kept),
+    ]
+    if completion is not None:
+        cut = "" if len(completion) <= LONGEST_COMPLETION else f" (the first {LONGEST_COMPLETION} characters)"
+        parts.append(f"  completion{cut}: {completion[:LONGEST_COMPLETION]!r}")
+    return without_secrets("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in "\n".join(parts)))
+
+
+def _is_own(line: CodeLine) -> bool:
+    file = Path(line.file)
+    return not any(file.is_relative_to(folder) for folder in (_FALIGN, *_INSTALLED))
