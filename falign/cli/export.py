@@ -35,14 +35,19 @@ def export(
     format: Annotated[Format, typer.Option("--format", help="An adapter in PEFT's layout, or merged weights.")],
     out: Annotated[Path | None, typer.Option("--out", help="Target folder; RUN/export/FORMAT when left out.")] = None,
     dtype: Annotated[str, typer.Option(help="Of merged weights: auto is the base checkpoint's.")] = "auto",
+    base: Annotated[
+        str | None, typer.Option("--base", help="The 16-bit model to merge into, where the run's is stored in 4 bits.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target folder.")] = False,
 ) -> None:
     """Write a trained model for other programs, reload it, and prove that it is the trained one."""
     from falign.cli.trained import load_trained
-    from falign.models import export_adapter, export_merged, verify_export
+    from falign.models import describe, export_adapter, export_merged, verify_export
     from falign.training import RunFolder
 
     console, folder = Console(), RunFolder.open(run)
+    if base is not None and format is Format.adapter:
+        raise ConfigError(f"--base {base} is what an adapter is merged into: use it with --format merged.")
     target = out or folder.path / "export" / format.value
     with Console(stderr=True).status(f"exporting {run}"):
         _refuse_what_is_no_export(target)
@@ -56,8 +61,9 @@ def export(
                 model,
                 tokenizer,
                 target,
+                base_name_or_path=base,
                 dtype=dtype,
-                revision=config.model.revision,
+                revision=config.model.revision if base is None else None,
                 trust_remote_code=config.model.trust_remote_code,
                 overwrite=overwrite,
             )
@@ -67,8 +73,8 @@ def export(
                 target,
                 tokenizer=tokenizer,
                 kind=format.value,
-                base_name_or_path=config.model.path,
-                revision=config.model.revision,
+                base_name_or_path=config.model.path if base is None else base,
+                revision=config.model.revision if base is None else None,
                 trust_remote_code=config.model.trust_remote_code,
             )
         except FalignError:
@@ -88,7 +94,7 @@ def export(
     console.print(table)
     if format is Format.adapter:
         console.print(_serving(model, run), highlight=False, markup=False)
-    if format is Format.merged and config.model.quantization is not None:
+    if format is Format.merged and describe(model).quantization is not None:
         console.print(
             "[yellow]note:[/] the trained model has a 4-bit base, the export its original weights: the rest of the "
             "difference is that base's rounding, which has no bound. Evaluate the export, or serve the adapter on the "

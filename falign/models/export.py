@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from falign.errors import ModelError
-from falign.models.loading import load_model
+from falign.models.loading import load_model, stored_quantization
 from falign.models.merging import check_plain_lora, fold_adapter
 from falign.models.precision import resolve_dtype
 from falign.models.sources import resolve
@@ -83,7 +83,8 @@ def export_merged(
         model: the trained model; it is not changed.
         tokenizer: the tokenizer it was trained with.
         out_dir: appears complete or not at all.
-        base_name_or_path: the base to fold into, if not the one it was loaded from.
+        base_name_or_path: the base to fold into, if not the one it was loaded from; needed where that is stored in 4
+            bits.
         dtype: of the written weights; ``auto`` is the base checkpoint's own.
         adapter: which adapter.
         revision: the base's revision on the hub.
@@ -97,6 +98,12 @@ def export_merged(
         check_plain_lora(model, adapter)
     wanted = resolve_dtype(dtype, device=torch.device("cpu"))
     name = base_name(model) if base_name_or_path is None else base_name_or_path
+    if (stored := stored_quantization(name, revision=revision)) is not None:
+        raise ModelError(
+            f"{name} is stored in 4 bits ({stored}), into which an adapter cannot be merged without rounding it away: "
+            "give the 16-bit model that it was made from (base_name_or_path; falign export --base), or export the "
+            "adapter."
+        )
     merged = load_model(name, revision=revision, trust_remote_code=trust_remote_code, device="cpu")
     own = merged.dtype
     target = own if wanted is None else wanted

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -20,7 +21,7 @@ from falign.models.foreign import reading
 from falign.models.precision import resolve_dtype
 from falign.models.sources import check_weights, resolve
 
-__all__ = ["load_model", "load_tokenizer"]
+__all__ = ["load_model", "load_tokenizer", "stored_quantization"]
 
 
 def load_tokenizer(
@@ -72,7 +73,8 @@ def load_model(
         name_or_path: a hub name, a folder, a ``.gguf`` file, or ``demo:smollm2-135m-instruct``.
         dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16``, ``float16``, or ``fastest`` (bfloat16
             where the device multiplies it natively, else float32). With ``quantization``, of the other weights.
-        quantization: ``nf4`` for 4-bit NormalFloat with double quantisation and bfloat16 arithmetic.
+        quantization: ``nf4`` for 4-bit NormalFloat with double quantisation and bfloat16 arithmetic. A checkpoint that
+            is stored in 4 bits by bitsandbytes is loaded as it is stored.
         attn_implementation: as in transformers.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that the repository brings along.
@@ -83,24 +85,30 @@ def load_model(
         ModelError: no model there, or one whose weights are incomplete, pickled, or need remote code.
         ConfigError: an unknown ``dtype``, ``quantization`` or ``device``.
     """
-    if quantization not in (None, "nf4"):
-        raise ConfigError(f"quantization={quantization!r} is unknown; choose 'nf4', or leave it out.")
-    place = _default_device(quantization) if device is None else named_device(device)
-    torch_dtype = resolve_dtype(dtype, device=place)
     name = resolve(name_or_path)
     if Path(name).is_dir():
         check_weights(Path(name))
+    stored = stored_quantization(name, revision=revision)
+    if stored is not None and quantization not in (None, stored):
+        raise ConfigError(f"quantization={quantization!r}: {name} is stored as {stored} already; leave it out.")
+    if stored is None and quantization not in (None, "nf4"):
+        raise ConfigError(f"quantization={quantization!r} is unknown; choose 'nf4', or leave it out.")
+    quantized = quantization is not None or stored is not None
+    place = _default_device(quantized) if device is None else named_device(device)
+    torch_dtype = resolve_dtype(dtype, device=place)
+    # Given explicitly, None would stand for a checkpoint's own quantization.
+    options = {"quantization_config": _nf4()} if quantization is not None and stored is None else {}
     with reading(lambda error: _unloadable("model", name, error)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype="auto" if torch_dtype is None else torch_dtype,
-            quantization_config=None if quantization is None else _nf4(),
             attn_implementation=attn_implementation,
             revision=revision,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             device_map={"": place},
             output_loading_info=True,
+            **options,
         )
     model, info = loaded
     if info["missing_keys"]:
@@ -108,9 +116,30 @@ def load_model(
             f"{name} lacks weights of {type(model).__name__}, which would be random: "
             f"{sorted(info['missing_keys'])[:4]}. Give a checkpoint of a causal language model."
         )
-    if quantization is not None:
+    if quantized:
         _keep_weights(model)
     return model
+
+
+def stored_quantization(name_or_path: str | Path, *, revision: str | None = None) -> str | None:
+    """Return how a checkpoint is stored: ``nf4`` or ``fp4`` by bitsandbytes, or None for weights of 16 or 32 bits.
+
+    Raises:
+        ModelError: no configuration there, or another quantization, which falign does not support.
+    """
+    name = resolve(name_or_path)
+    with reading(lambda error: _unloadable("model", name, error)):
+        config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+        stored = dict(config.get("quantization_config") or {})
+    if not stored:
+        return None
+    if not stored.get("load_in_4bit"):
+        method = "bitsandbytes in 8 bits" if stored.get("load_in_8bit") else stored.get("quant_method")
+        raise ModelError(
+            f"{name} is stored quantized ({method}), and falign supports 4 bits by bitsandbytes alone: give the 16-bit "
+            "model, with model.quantization=nf4 where memory is short."
+        )
+    return str(stored.get("bnb_4bit_quant_type", "fp4"))
 
 
 def _nf4() -> BitsAndBytesConfig:
@@ -140,8 +169,8 @@ def _keep_weights(model: PreTrainedModel) -> None:
             module.bias.data = module.bias.data.to(module.compute_dtype)
 
 
-def _default_device(quantization: str | None) -> torch.device:
-    if quantization is not None and torch.cuda.is_available():
+def _default_device(quantized: bool) -> torch.device:
+    if quantized and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 

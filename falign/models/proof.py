@@ -71,8 +71,10 @@ def verify_export(
         probe: token ids of a few sentences; by default ``probe_ids(tokenizer)``.
         bound: largest accepted error as a share of the largest |logit|; the default depends on kind and type.
         adapter: the name of the exported adapter in ``trained_model``.
-        base_name_or_path: what a model without adapters was before training, if not what it was loaded from.
-        revision: of that base on the hub; with an adapter, the one that its config records counts.
+        base_name_or_path: what the model was before training, or what its adapter was merged into, if not what it was
+            loaded from.
+        revision: of that base on the hub; with an adapter over the base that it was loaded with, the one that its
+            config records counts.
         trust_remote_code: run code that the base's repository brings along.
 
     Raises:
@@ -85,11 +87,13 @@ def verify_export(
     trained = probe_logits(trained_model, rows)
     if kind == "adapter":
         comparison = _compare_adapter(trained_model, folder, rows, trained, trust_remote_code)
-    elif isinstance(trained_model, PeftModel):
-        comparison = _compare_merged(trained_model, folder, rows, adapter, trust_remote_code)
     else:
         source = base_name(trained_model) if base_name_or_path is None else base_name_or_path
-        comparison = _compare_weights(trained_model, folder, rows, trained, source, revision, trust_remote_code)
+        if isinstance(trained_model, PeftModel):
+            revision = trained_model.peft_config[adapter].revision if base_name_or_path is None else revision
+            comparison = _compare_merged(trained_model, folder, rows, adapter, source, revision, trust_remote_code)
+        else:
+            comparison = _compare_weights(trained_model, folder, rows, trained, source, revision, trust_remote_code)
     exported, expected, untrained, dtype = comparison
     proof = ExportProof(
         kind=kind,
@@ -143,12 +147,13 @@ def _compare_merged(
     folder: Path,
     rows: Sequence[Sequence[int]],
     adapter: str,
+    source: str | Path,
+    revision: str | None,
     trust_remote_code: bool,
 ) -> _Comparison:
     base = base_of(trained_model)
     exported, dtype = _exported_logits(folder, base, rows, trust_remote_code)
-    revision = trained_model.peft_config[adapter].revision
-    original = _load_plain(base_name(base), base, _name(dtype), revision, trust_remote_code)
+    original = _load_plain(source, base, _name(dtype), revision, trust_remote_code)
     untrained = probe_logits(original, rows)
     unmerged = transplant_adapter(trained_model, original, adapter=adapter)
     return _Comparison(exported, probe_logits(unmerged, rows), untrained, dtype)

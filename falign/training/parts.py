@@ -155,6 +155,12 @@ def _check_fits(config: RunConfig, model: PreTrainedModel, longest: int) -> None
     if isinstance(positions, int) and longest > positions:
         field = "data.max_length" if config.data is not None else "prompts.max_length + rollout.max_new_tokens"
         raise ConfigError(f"{field}={longest} is more than the {positions} positions of {config.model.path}: lower it.")
+    stored = describe(model).quantization
+    if config.adapter is None and stored is not None:
+        raise ConfigError(
+            f"adapter=null trains all weights, and those of {config.model.path} are stored in 4 bits ({stored}), which "
+            "cannot be trained: add an adapter, or give the 16-bit model."
+        )
     if config.adapter is None and model.dtype in (torch.bfloat16, torch.float16):
         raise ConfigError(
             f"adapter=null trains all weights, and these are {str(model.dtype).removeprefix('torch.')}, where most "

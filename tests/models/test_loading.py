@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -6,8 +7,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from falign.errors import ConfigError, ModelError
+from falign.models import add_lora, describe, export_adapter, export_merged, verify_export, weights_hash
 from falign.models.loading import load_model, load_tokenizer
-from tests.models.tiny import TEMPLATE, save_tiny
+from tests.models.tiny import TEMPLATE, fill_adapter, save_tiny, tiny_tokenizer
 
 IDS = torch.tensor([[0, 20, 33, 7, 100, 41]])
 
@@ -181,3 +183,62 @@ def test_files_of_another_form_are_refused(tiny, name, content):
     load = load_model if name == "config.json" else load_tokenizer
     with pytest.raises(ModelError):
         load(tiny)
+
+
+@pytest.fixture(scope="module")
+def four_bits(tmp_path_factory):
+    source = save_tiny(tmp_path_factory.mktemp("plain"))
+    folder = tmp_path_factory.mktemp("nf4")
+    load_model(source, quantization="nf4").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return source, folder
+
+
+def test_a_checkpoint_that_is_stored_in_four_bits_is_the_model_that_was_quantized(four_bits):
+    source, folder = four_bits
+    ids = torch.tensor([[5, 9, 30, 7]])
+    with torch.no_grad():
+        expected = load_model(source, quantization="nf4")(ids).logits
+        for asked in (None, "nf4"):
+            model = load_model(folder, quantization=asked)
+            assert torch.equal(model(ids).logits, expected)
+    assert describe(model).quantization == "nf4"
+    assert weights_hash(model) == weights_hash(load_model(source, quantization="nf4"))
+
+
+def test_an_adapter_over_it_is_merged_into_the_sixteen_bit_model_that_is_named(four_bits, tmp_path):
+    source, folder = four_bits
+    tokenizer = load_tokenizer(folder)
+    policy = fill_adapter(add_lora(load_model(folder), r=2, alpha=4, seed=0))
+    with pytest.raises(ModelError, match=r"is stored in 4 bits \(nf4\).*give the 16-bit model.*falign export --base"):
+        export_merged(policy, tokenizer, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    export_merged(policy, tokenizer, tmp_path / "merged", base_name_or_path=source)
+    proof = verify_export(policy, tmp_path / "merged", tokenizer=tokenizer, kind="merged", base_name_or_path=source)
+    assert proof.max_abs_export_error < 1e-4 < proof.max_abs_change_against_base
+    export_adapter(policy, tokenizer, tmp_path / "adapter")
+    assert verify_export(policy, tmp_path / "adapter", tokenizer=tokenizer, kind="adapter").max_abs_export_error == 0
+
+
+@pytest.mark.parametrize(
+    ("stored", "name"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes in 8 bits"),
+    ],
+)
+def test_other_stored_quantizations_are_refused_by_name(tiny, stored, name):
+    config = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    with pytest.raises(ModelError, match=rf"is stored quantized \({name}\).*give the 16-bit model"):
+        load_model(tiny)
+
+
+def test_another_quantization_than_the_stored_one_is_refused(four_bits, tmp_path):
+    folder = shutil.copytree(four_bits[1], tmp_path / "fp4")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["bnb_4bit_quant_type"] = "fp4"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"quantization='nf4': .* is stored as fp4 already; leave it out"):
+        load_model(folder, quantization="nf4")
