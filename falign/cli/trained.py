@@ -88,13 +88,14 @@ def load_trained(folder: RunFolder, checkpoint: int | None = None) -> Trained:
         fix_date(tokenizer, folder.read_date())
         return Trained(model, tokenizer, config)
     base = config.model.build()
-    if weights_hash(base) != folder.read_manifest()["base_weights"]:
+    weights = weights_hash(base)
+    if weights != folder.read_manifest()["base_weights"]:
         raise ModelError(
             f"{config.model.path} holds other weights now than when {folder.path} was trained: restore them (or set "
             f"model.revision in {folder.run_file}), because the adapter is for those."
         )
     tokenizer = config.model.build_tokenizer(date=folder.read_date())
-    return Trained(load_adapter(base, source, trainable=False), tokenizer, config)
+    return Trained(load_adapter(base, source, trainable=False, base_hash=weights), tokenizer, config)
 
 
 def checkpoint_folder(folder: RunFolder, step: int) -> Path:

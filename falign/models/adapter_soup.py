@@ -40,14 +40,17 @@ def adapter_soup(members: Sequence[SoupMember]) -> AdapterTensors:
     }
     soup = adapter_of(factors, base=first.base_model_name_or_path, transposed=first.fan_in_fan_out)
     soup.config.revision = first.revision
-    return soup
+    return soup._replace(base=adapters[0].base)
 
 
 def _check_one_base(members: Sequence[SoupMember], adapters: Sequence[AdapterTensors]) -> None:
     shapes: dict[str, tuple[tuple[int, int], Path]] = {}
-    first = members[0]
     for member, adapter in zip(members, adapters, strict=True):
-        _check_recorded_base(first, adapters[0], member, adapter)
+        if (difference := adapters[0].base.difference(adapter.base)) is not None:
+            raise ModelError(
+                f"{members[0].folder} and {member.folder} are adapters for different bases ({difference}): only "
+                "adapters over one base have an average."
+            )
         for name, shape in adapter.shapes().items():
             known, owner = shapes.setdefault(name, (shape, member.folder))
             if known != shape:
@@ -55,20 +58,3 @@ def _check_one_base(members: Sequence[SoupMember], adapters: Sequence[AdapterTen
                     f"{name} is {known} in {owner} and {shape} in {member.folder}: adapters for two bases have no "
                     "average; give adapters over one base."
                 )
-
-
-def _check_recorded_base(first: SoupMember, one: AdapterTensors, member: SoupMember, other: AdapterTensors) -> None:
-    what, bases = "base weights", [first.base_weights, member.base_weights]
-    if None in bases or first.base_quantization != member.base_quantization:
-        # Hashes of one base differ by its quantisation; then its name has to do.
-        what, bases = "base", [_base_name(each) for each in (one, other)]
-    if bases[0] != bases[1]:
-        raise ModelError(
-            f"{first.folder} and {member.folder} are adapters for different bases ({what} {bases[0]} and {bases[1]}): "
-            "only adapters over one base have an average."
-        )
-
-
-def _base_name(adapter: AdapterTensors) -> str:
-    revision = adapter.config.revision
-    return f"{adapter.config.base_model_name_or_path}{f' at {revision}' if revision else ''}"

@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 from peft import LoraConfig, PeftModel, TaskType, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from falign.errors import ModelError
+from falign.models.adapter_files import read_adapter_files
 from falign.models.adapter_precision import compute_in_activation_type
 from falign.models.adapter_settings import beyond_plain_lora
-from falign.models.adapters import check_adapter_folder
 from falign.models.foreign import reading
 from falign.models.lora_factors import Factors
+from falign.models.recorded_base import RecordedBase
 from falign.models.sources import damaged
 from falign.models.structure import linear_modules
 
@@ -33,10 +33,12 @@ class AdapterTensors(NamedTuple):
     Attributes:
         config: PEFT's.
         tensors: Its matrices, on the CPU.
+        base: What it was made for, as far as that is recorded.
     """
 
     config: LoraConfig
     tensors: dict[str, Tensor]
+    base: RecordedBase = RecordedBase()
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return (out, in) of the layers, by the names that they have in the base."""
@@ -68,14 +70,12 @@ def read_adapter(folder: Path) -> AdapterTensors:
     Raises:
         ModelError: No adapter there, or one that is more than pairs of LoRA matrices on linear layers.
     """
-    check_adapter_folder(folder)
+    _, tensors, base = read_adapter_files(folder)
     with reading(lambda error: damaged(folder / "adapter_config.json", error)):
         config = LoraConfig.from_pretrained(str(folder))
-    assert isinstance(config, LoraConfig)  # check_adapter_folder has seen to it
+    assert isinstance(config, LoraConfig)  # the files have been checked
     for what in beyond_plain_lora(vars(config)):
         raise ModelError(f"{folder} {what}: only plain LoRA, pairs of matrices on linear layers, can be summed.")
-    with reading(lambda error: damaged(folder / "adapter_model.safetensors", error)):
-        tensors = load_file(folder / "adapter_model.safetensors")
     layers = {name.removesuffix(_DOWN) for name in tensors if name.endswith(_DOWN)}
     stray = tensors.keys() - {layer + end for layer in layers for end in (_DOWN, _UP)}
     unpaired = sorted(layer for layer in layers if layer + _UP not in tensors)
@@ -86,7 +86,7 @@ def read_adapter(folder: Path) -> AdapterTensors:
         down, up = tensors[layer + _DOWN].shape, tensors[layer + _UP].shape
         if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
             raise damaged(folder / "adapter_model.safetensors", f"{layer} has matrices of {[*up]} and {[*down]}")
-    return AdapterTensors(config, tensors)
+    return AdapterTensors(config, tensors, base)
 
 
 def adapter_of(factors: Mapping[str, Factors], *, base: str | None, transposed: bool) -> AdapterTensors:

@@ -17,15 +17,15 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from falign.errors import ConfigError, ModelError
+from falign.models.adapter_files import AdapterFiles, read_adapter_files
 from falign.models.adapter_precision import compute_in_activation_type
-from falign.models.adapter_settings import base_change
+from falign.models.base_weights import base_parameters
 from falign.models.foreign import reading
-from falign.models.sources import adapter_config, damaged
+from falign.models.recorded_base import check_recorded_base
 from falign.models.structure import (
     adapter_matrix,
     adapter_weights,
@@ -36,9 +36,7 @@ from falign.models.structure import (
     lora_layers,
 )
 
-__all__ = ["add_lora", "check_adapter_folder", "load_adapter", "transplant_adapter"]
-
-_WEIGHTS = "adapter_model.safetensors"
+__all__ = ["add_lora", "load_adapter", "transplant_adapter"]
 
 
 def add_lora(
@@ -102,28 +100,45 @@ def add_lora(
 
 
 def load_adapter(
-    model: PreTrainedModel | PeftModel, path: str | Path, *, trainable: bool, name: str = "default"
+    model: PreTrainedModel | PeftModel,
+    path: str | Path,
+    *,
+    trainable: bool,
+    name: str = "default",
+    base_hash: str | None = None,
 ) -> PeftModel:
     """Load an adapter folder over ``model`` as adapter ``name``; the first one loaded is the active one.
 
+    An adapter that falign wrote is refused over other weights than it was made for; one by PEFT has only the name of
+    its base, and a warning says if that is another.
+
+    Args:
+        model: the base, or a model that has other adapters.
+        path: the adapter's folder.
+        trainable: whether it takes gradients.
+        name: what it is called in the model.
+        base_hash: ``weights_hash`` of the base, if it is known already.
+
     Raises:
-        ModelError: no adapter there, pickled weights, a name in use, or weights that are not this model's.
+        ModelError: no adapter there, invalid settings, pickled, damaged or changed weights, a name in use, an adapter
+            that changes its base, or one for another base.
     """
     folder = Path(path).expanduser()
-    check_adapter_folder(folder)
+    if isinstance(model, PeftModel) and name in model.peft_config:
+        raise ModelError(f"{folder}: the model has an adapter {name!r} already: choose another name.")
+    files = read_adapter_files(folder)
+    check_recorded_base(files.base, model, folder, weights=base_hash)
+    own = files.tensors.keys() - _brought_along(files, model, folder)
     device, was_training = str(base_of(model).device), model.training
-    with reading(lambda error: _unfit(folder, " ".join(str(error).split())[:400])), _expected_warnings():
+    with reading(lambda error: _unfit(folder, " ".join(str(error).split()))), _expected_warnings():
         if isinstance(model, PeftModel):
-            if name in model.peft_config:
-                raise ModelError(f"{folder}: the model has an adapter {name!r} already: choose another name.")
             model.load_adapter(str(folder), name, is_trainable=trainable, torch_device=device)
             adapted = model
         else:
             adapted = PeftModel.from_pretrained(
                 model, folder, adapter_name=name, is_trainable=trainable, torch_device=device
             )
-    with safe_open(folder / _WEIGHTS, framework="pt") as file:
-        stray = set(file.keys()) ^ set(adapter_weights(adapted, name))
+    stray = own ^ adapter_weights(adapted, name).keys()
     if stray:
         raise _unfit(folder, f"weights that only one of them has: {sorted(stray)[:3]}.")
     compute_in_activation_type(adapted, name)
@@ -202,36 +217,31 @@ def _expected_warnings() -> Iterator[None]:
         yield
 
 
-def check_adapter_folder(folder: Path) -> None:
-    """Raise unless a folder holds a LoRA adapter in safetensors.
+def _brought_along(files: AdapterFiles, model: PreTrainedModel | PeftModel, folder: Path) -> set[str]:
+    """Return the names of base weights that PEFT saved beside an adapter (save_embedding_layers), if they are equal.
 
-    Raises:
-        ModelError: no adapter there, one of another type or that changes its base, or weights that are pickled or
-            damaged.
+    Loading would write them over the base's own.
     """
-    config = folder / "adapter_config.json"
-    if not config.is_file():
-        nearest = []
-        if folder.parent.is_dir() and not folder.is_dir():
-            nearest = difflib.get_close_matches(folder.name, [entry.name for entry in folder.parent.iterdir()], n=1)
-        hint = f"did you mean {folder.parent / nearest[0]}?" if nearest else "give a folder in PEFT's layout."
-        raise ModelError(f"{folder} holds no adapter (no adapter_config.json): {hint}")
-    settings = adapter_config(folder)
-    peft_type = settings.get("peft_type")
-    if peft_type != "LORA":
-        raise ModelError(f"{folder} holds a {peft_type} adapter; only LORA is supported.")
-    if (change := base_change(settings)) is not None:
-        raise ModelError(
-            f"{config}: {change}, so that nothing could be compared with the base, averaged or exported over it. Merge "
-            "the adapter with PEFT (merge_and_unload), save the result, and give that as the model."
-        )
-    if not (folder / _WEIGHTS).is_file():
-        raise ModelError(
-            f"{folder} has no {_WEIGHTS}. Pickled weights can run code when they are read and are never loaded: load "
-            "such an adapter once where you trust it and `save_pretrained` it again."
-        )
-    with reading(lambda error: damaged(folder / _WEIGHTS, error)), safe_open(folder / _WEIGHTS, framework="pt"):
-        pass
+    base, brought = base_parameters(model), set[str]()
+    saved = files.settings.get("modules_to_save") or []
+    for name, tensor in files.tensors.items():
+        own = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if own not in base or any(f".{module}." in f".{own}" for module in saved):
+            continue
+        weight = base[own]
+        if tensor.shape != weight.shape:
+            raise ModelError(
+                f"{folder} was made over a base whose {own} has shape {[*tensor.shape]}, as after a resize, "
+                f"and that of this model has {[*weight.shape]}: save the resized base, and give that as the model."
+            )
+        if not torch.equal(tensor.to(weight), weight):
+            raise ModelError(
+                f"{folder} brings {own} along (PEFT's save_embedding_layers) with other values than this model has: "
+                "loading would replace them in the base, and in every reference over it. Give the base with these "
+                "values, or merge the adapter with PEFT (merge_and_unload) and give the merged model."
+            )
+        brought.add(name)
+    return brought
 
 
 def _unfit(folder: Path, reason: str) -> ModelError:

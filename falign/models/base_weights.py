@@ -11,7 +11,7 @@ from falign.errors import ModelError
 from falign.models.adapter_settings import base_change
 from falign.models.structure import base_of, without_adapters
 
-__all__ = ["base_weights", "check_base_intact"]
+__all__ = ["base_parameters", "base_storage", "base_weights", "check_base_intact"]
 
 
 def base_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
@@ -21,19 +21,37 @@ def base_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tens
         ModelError: An adapter has changed the base, so that it is not the model that the adapter was made for.
     """
     check_base_intact(model)
-    modules = list(_base_modules(model))
     seen = set()
-    for name, module in modules:
-        for own, parameter in module.named_parameters(name, recurse=False, remove_duplicate=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield own, parameter
+    for name, parameter in base_parameters(model).items():
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield name, parameter
     persistent = {id(value) for value in base_of(model).state_dict(keep_vars=True).values()}
-    for name, module in modules:
+    for name, module in _base_modules(model):
         for own, buffer in module.named_buffers(name, recurse=False):
             if id(buffer) in persistent and id(buffer) not in seen:
                 seen.add(id(buffer))
                 yield own, buffer
+
+
+def base_parameters(model: PreTrainedModel | PeftModel) -> dict[str, nn.Parameter]:
+    """Return the parameters of the base by their names in it; tied ones are there under each of their names."""
+    return {
+        own: parameter
+        for name, module in _base_modules(model)
+        for own, parameter in module.named_parameters(name, recurse=False, remove_duplicate=False)
+    }
+
+
+def base_storage(model: PreTrainedModel | PeftModel) -> str:
+    """Return the types of the base's weights, as far as they tell two hashes of one base apart."""
+    kinds = {_kind(parameter) for parameter in base_parameters(model).values()}
+    return " ".join(sorted(kinds))
+
+
+def _kind(parameter: nn.Parameter) -> str:
+    state = vars(parameter).get("quant_state")
+    return str(parameter.dtype).removeprefix("torch.") if state is None else str(state.quant_type)
 
 
 def check_base_intact(model: nn.Module) -> None:

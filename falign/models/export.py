@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import PeftModel
-from safetensors.torch import save_file
+from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from falign.errors import ModelError
+from falign.models.adapter_files import write_adapter_files
 from falign.models.loading import load_model, stored_quantization
 from falign.models.merging import check_plain_lora, fold_adapter
 from falign.models.precision import resolve_dtype
+from falign.models.recorded_base import RecordedBase, record_base
 from falign.models.sources import resolve
 from falign.models.staging import staged_folder
 from falign.models.structure import adapter_weights, base_name
@@ -28,6 +29,7 @@ def export_adapter(
     *,
     adapter: str = "default",
     base_name_or_path: str | Path | None = None,
+    base: RecordedBase | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write one adapter, the tokenizer and its chat template, and nothing else, to ``out_dir``.
@@ -38,6 +40,7 @@ def export_adapter(
         out_dir: appears complete or not at all.
         adapter: which adapter; never ``ref``.
         base_name_or_path: the base to record, if not the one it was loaded from.
+        base: the content of the base to record, if it is known already; it is read where left out.
         overwrite: replace a folder that is not empty.
 
     Raises:
@@ -48,15 +51,16 @@ def export_adapter(
     check_plain_lora(model, adapter)
     weights = {name: tensor.cpu().contiguous() for name, tensor in adapter_weights(model, adapter).items()}
     config = copy.deepcopy(model.peft_config[adapter])
+    assert isinstance(config, LoraConfig)  # it has been checked
     config.inference_mode = True
     if base_name_or_path is not None:
         config.base_model_name_or_path = resolve(base_name_or_path)
     if not config.base_model_name_or_path:
         raise ModelError("The adapter's base has no name to record: give base_name_or_path.")
+    base = record_base(model) if base is None else base
     size = sum(tensor.nbytes for tensor in weights.values())
     with staged_folder(Path(out_dir), existing=_existing(overwrite), needed_bytes=size) as staging:
-        save_file(weights, staging / "adapter_model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(str(staging))
+        write_adapter_files(staging, config, weights, base)
         tokenizer.save_pretrained(staging)
     return Path(out_dir)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from falign.errors import ConfigError
+from falign.models.adapter_files import write_adapter_files
 from falign.models.adapter_soup import adapter_soup
 from falign.models.checkpoint_soup import write_checkpoint_soup
 from falign.models.companion_files import TOKENIZER_FILES, copy_files
@@ -52,8 +52,7 @@ def write_soup(
     with staged_folder(target, existing="replace" if overwrite else "refuse") as staging:
         if members[0].kind == "adapter":
             soup = adapter_soup(members)
-            save_file(soup.tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
-            soup.config.save_pretrained(str(staging))
+            write_adapter_files(staging, soup.config, soup.tensors, soup.base)
             copy_files(members[0].folder, staging, TOKENIZER_FILES)
         else:
             write_checkpoint_soup(members, staging, dtype=written)

@@ -1,17 +1,14 @@
 """What goes into a soup: folders told apart by their files, with weights that sum to one."""
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from falign.errors import ConfigError, ModelError
-from falign.models.foreign import reading
-from falign.models.sources import damaged, resolve
+from falign.models.sources import resolve
 
 __all__ = ["SoupMember", "check_weights", "content_hash", "soup_members"]
 
@@ -26,15 +23,11 @@ class SoupMember:
         folder: Where its weights lie.
         weight: Its share.
         kind: What it is.
-        base_weights: Content hash of an adapter's base, which a run folder records; None where it is not known.
-        base_quantization: How that base was quantised.
     """
 
     folder: Path
     weight: float
     kind: Literal["adapter", "checkpoint"]
-    base_weights: str | None = None
-    base_quantization: str | None = None
 
 
 def check_weights(weights: Sequence[float], *, members: int) -> None:
@@ -105,17 +98,8 @@ def _member(path: str | Path, weight: float) -> SoupMember:
 
 
 def _run_member(run: Path, weight: float) -> SoupMember:
-    with reading(partial(damaged, run / "manifest.json")):
-        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-        model = dict(manifest.get("model", {}))
     if (run / "adapter").is_dir():
-        return SoupMember(
-            folder=(run / "adapter").resolve(),
-            weight=weight,
-            kind="adapter",
-            base_weights=manifest.get("base_weights"),
-            base_quantization=model.get("quantization"),
-        )
+        return SoupMember(folder=(run / "adapter").resolve(), weight=weight, kind="adapter")
     if (run / "model").is_dir():
         return SoupMember(folder=(run / "model").resolve(), weight=weight, kind="checkpoint")
     raise ModelError(f"{run} is a run without result yet: finish it by `falign train ... --resume`.")

@@ -62,11 +62,14 @@ class Soup(Reference):
         from falign.models.adapter_soup import adapter_soup
         from falign.models.adapter_tensors import install_adapter
         from falign.models.identity import adapted_weights_hash
+        from falign.models.recorded_base import check_recorded_base
         from falign.models.soup import soup_record
         from falign.models.soup_members import soup_members
 
         members = soup_members(paths, weights)
-        install_adapter(policy_model, adapter_soup(members), name=adapter)
+        average = adapter_soup(members)
+        check_recorded_base(average.base, policy_model, members[0].folder)
+        install_adapter(policy_model, average, name=adapter)
         combined = adapted_weights_hash(policy_model, adapter=adapter)
         held = AdapterReference(adapter=adapter, weights=combined, chunk_tokens=chunk_tokens)
         return cls(held, record=soup_record(members))

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from falign.errors import ConfigError
 from falign.models import base_of, describe, enable_gradient_checkpointing, stop_token_ids, weights_hash
+from falign.models.base_weights import base_storage
 from falign.models.dropout import disable_dropout
 from falign.models.identity import config_hash
 from falign.models.sharding import shard
@@ -122,6 +123,7 @@ def load_parts(
         record = {
             "model": asdict(describe(policy)),
             "base_weights": weights_hash(policy),
+            "base_storage": base_storage(policy),
             "base_config": config_hash(policy),
             "reference_config": config_hash(policy if own is None else own),  # pyright: ignore[reportArgumentType]
         }

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PrinterCallback, set_seed
 from falign.data import PreferenceData, PromptData
 from falign.errors import ConfigError
 from falign.models import export_adapter, export_merged
+from falign.models.recorded_base import RecordedBase
 from falign.models.sharding import is_sharded, weights_at_hand
 from falign.models.tokenizers import tokenizer_fingerprint
 from falign.objectives import Objective
@@ -315,7 +316,8 @@ def _record(
 
 def _write_model(folder: RunFolder, trainer: AlignmentTrainer, language: Language) -> None:
     if isinstance(trainer.policy, PeftModel):
-        export_adapter(trainer.policy, language.tokenizer, folder.adapter, overwrite=True)
+        recorded = RecordedBase(weights=trainer.record["base_weights"], storage=trainer.record["base_storage"])
+        export_adapter(trainer.policy, language.tokenizer, folder.adapter, base=recorded, overwrite=True)
     else:
         assert isinstance(trainer.policy, PreTrainedModel)
         export_merged(trainer.policy, language.tokenizer, folder.weights, overwrite=True)

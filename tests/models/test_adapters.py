@@ -198,6 +198,7 @@ def test_a_configuration_of_another_form_is_refused(tiny, saved, field, value):
         load_adapter(load_model(tiny), folder, trainable=False)
 
 
+@pytest.mark.filterwarnings("ignore:.* was made for .*:UserWarning")
 def test_an_adapter_of_another_model_is_refused(saved, tmp_path):
     with pytest.raises(ModelError, match=r"does not fit this model: .*Load the base that it was made for"):
         load_adapter(load_model(save_tiny(tmp_path / "g", "gpt2")), saved[1], trainable=False)
