@@ -79,6 +79,11 @@ def read_adapter(folder: Path) -> AdapterTensors:
     layers = {name.removesuffix(_DOWN) for name in tensors if name.endswith(_DOWN)}
     stray = tensors.keys() - {layer + end for layer in layers for end in (_DOWN, _UP)}
     unpaired = sorted(layer for layer in layers if layer + _UP not in tensors)
+    if brought := sorted(name for name in stray if ".lora_" not in name):
+        raise ModelError(
+            f"{folder} brings {brought[0]} of its base along (PEFT's save_embedding_layers), which nothing here can be "
+            "compared with: load it over its base and save it again with save_embedding_layers=False."
+        )
     if stray or unpaired or not layers:
         first = (sorted(stray) + unpaired + ["no matrices at all"])[0]
         raise ModelError(f"{folder} is no plain LoRA ({first}): only pairs of matrices on linear layers can be summed.")
