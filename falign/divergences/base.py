@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from typing_extensions import override
+
+from falign.divergences.dtypes import numbers
 
 __all__ = ["Divergence", "Standardized"]
 
@@ -19,10 +21,11 @@ class Divergence(ABC):
     """An f-divergence ``D_f(π‖π_ref) = E_ref[f(u)]``, with ``u = π/π_ref`` and ``f(1) = f'(1) = 0``.
 
     Every method takes ``log u`` in nats, of any shape and floating dtype, and returns that shape and dtype;
-    half precisions are computed in float32. For ``|log u| ≤ 30`` values agree with exact arithmetic to a relative 1e-6
-    (float32) or 1e-10 (float64), also near u = 1; beyond, growing exponentials continue as their tangent lines, so
-    that values and gradients are finite for ``|log u| ≤ 1e4`` in float32 and bfloat16. In float32 a power of u turns
-    into its tangent at e^60 already where that comes before 30 nats, as in ``alpha(a)`` for a > 2 or a < -1.
+    half precisions are computed in float32, integers and booleans are taken as numbers in torch's default dtype. For
+    ``|log u| ≤ 30`` values agree with exact arithmetic to a relative 1e-6 (float32) or 1e-10 (float64), also near
+    u = 1; beyond, growing exponentials continue as their tangent lines, so that values and gradients are finite for
+    ``|log u| ≤ 1e4`` in float32 and bfloat16. In float32 a power of u turns into its tangent at e^60 already where that
+    comes before 30 nats, as in ``alpha(a)`` for a > 2 or a < -1.
 
     Attributes:
         name: What :func:`falign.divergences.get` calls it.
@@ -49,7 +52,7 @@ class Divergence(ABC):
         """Whether ``f'(0+) = -inf``: no outcome is given up, which f-DPO's closed form needs."""
         return self.f_prime_at_zero == -math.inf
 
-    def f(self, log_u: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    def f(self, log_u: Shaped[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         """Return ``f(u)``, the generator: non-negative, zero at u = 1, convex in u.
 
         Args:
@@ -58,9 +61,9 @@ class Divergence(ABC):
         Returns:
             ``f(u)``, same shape and dtype; differentiable.
         """
-        return _at_least_float32(self._f, log_u)
+        return _in_its_dtype(self._f, log_u, "log_u")
 
-    def f_prime(self, log_u: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    def f_prime(self, log_u: Shaped[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         """Return ``f'(u)``, the derivative in u: zero at u = 1, non-decreasing.
 
         Args:
@@ -70,9 +73,9 @@ class Divergence(ABC):
             ``f'(u)``, same shape and dtype; differentiable. It is the reward of f-DPO over β, and the policy-gradient
             penalty that has the gradient of ``D_f``.
         """
-        return _at_least_float32(self._f_prime, log_u)
+        return _in_its_dtype(self._f_prime, log_u, "log_u")
 
-    def f_prime_inverse(self, y: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    def f_prime_inverse(self, y: Shaped[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         """Return the ``log u`` at which ``f'(u) = y``.
 
         Args:
@@ -82,9 +85,9 @@ class Divergence(ABC):
             ``log u``; -inf where ``y ≤ f'(0+)`` and +inf where ``y ≥ f'(∞)``. It inverts the formula, so beyond 30
             nats not the tangent lines by which :meth:`f_prime` continues.
         """
-        return _at_least_float32(self._inverse_or_infinity, y)
+        return _in_its_dtype(self._inverse_or_infinity, y, "y")
 
-    def conjugate(self, y: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    def conjugate(self, y: Shaped[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         """Return the convex conjugate ``f*(y) = sup_{u ≥ 0} (u y - f(u))``.
 
         Args:
@@ -93,8 +96,12 @@ class Divergence(ABC):
         Returns:
             ``f*(y)``: ``-f(0)`` where ``y ≤ f'(0+)``, +inf where ``y > f'(∞)``.
         """
-        value = _at_least_float32(lambda v: self._conjugate_at(self._inverse_or_infinity(v), v), y)
-        return torch.where(y > self.f_prime_at_infinity, torch.full_like(y, math.inf), value)
+
+        def conjugate(v: Tensor) -> Tensor:
+            value = self._conjugate_at(self._inverse_or_infinity(v), v)
+            return torch.where(v > self.f_prime_at_infinity, torch.full_like(v, math.inf), value)
+
+        return _in_its_dtype(conjugate, y, "y")
 
     @abstractmethod
     def dual(self) -> Divergence:
@@ -132,10 +139,9 @@ class Divergence(ABC):
         """``u y - f(u)`` at the maximiser, ``f'(u) = y``, simplified so that nothing cancels."""
 
 
-def _at_least_float32(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    if x.dtype in (torch.float32, torch.float64):
-        return function(x)
-    return function(x.float()).to(x.dtype)
+def _in_its_dtype(function: Callable[[Tensor], Tensor], x: Tensor, name: str) -> Tensor:
+    value = function(numbers(x, name))
+    return value.to(x.dtype) if x.is_floating_point() else value
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class TotalVariation(Divergence):
 
     @override
     def _f_prime(self, log_u: Tensor) -> Tensor:
-        return torch.sign(log_u) / 2
+        return (torch.sign(log_u) / 2).masked_fill(log_u.isnan(), math.nan)  # torch's sign of NaN is 0
 
     @override
     def _inverse_or_infinity(self, y: Tensor) -> Tensor:

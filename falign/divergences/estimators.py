@@ -20,10 +20,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from falign.divergences.base import Divergence
+from falign.divergences.dtypes import numbers
 from falign.divergences.powers import power
 
 __all__ = [
@@ -40,7 +41,7 @@ LARGEST_PENALTY = 1e30  # which a log-prob of 1e4, and 1e3 tokens, multiply with
 MODERATE = 10.0  # nats up to which π_ref f(u) loses nothing, whatever power of u is in f
 
 
-def value_from_policy(divergence: Divergence, log_ratio: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+def value_from_policy(divergence: Divergence, log_ratio: Shaped[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     """Return ``f(u)/u``, whose mean over ``y ~ π`` is ``D_f(π‖π_ref)``; never negative, no gradient.
 
     Args:
@@ -58,10 +59,10 @@ def value_from_policy(divergence: Divergence, log_ratio: Float[Tensor, "*S"]) ->
         >>> value_from_policy(get("reverse_kl"), torch.tensor([0.0, 1.0]))  # 1/u - 1 + log u
         tensor([0.0000, 0.3679])
     """
-    return divergence.dual().f(-log_ratio.detach())
+    return divergence.dual().f(-numbers(log_ratio, "log_ratio").detach())
 
 
-def value_from_reference(divergence: Divergence, log_ratio: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+def value_from_reference(divergence: Divergence, log_ratio: Shaped[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     """Return ``f(u)``, whose mean over ``y ~ π_ref`` is ``D_f(π‖π_ref)``; never negative, no gradient.
 
     Args:
@@ -79,14 +80,14 @@ def value_from_reference(divergence: Divergence, log_ratio: Float[Tensor, "*S"])
         >>> value_from_reference(get("pearson_chi2"), torch.tensor([0.0, 1.0]))  # (u - 1)²
         tensor([0.0000, 2.9525])
     """
-    return divergence.f(log_ratio.detach())
+    return divergence.f(numbers(log_ratio, "log_ratio").detach())
 
 
 def loss_from_reference(
     divergence: Divergence,
-    log_ratio: Float[Tensor, "*S"],
+    log_ratio: Shaped[Tensor, "*S"],
     *,
-    importance_weight: Float[Tensor, "*S"] | None = None,
+    importance_weight: Shaped[Tensor, "*S"] | None = None,
 ) -> Float[Tensor, "*S"]:
     """Return ``f(u)`` on reference samples: its mean is the divergence *and* its gradient is the divergence's.
 
@@ -108,19 +109,19 @@ def loss_from_reference(
         >>> log_ratio.grad  # f'(u) u = u - 1
         tensor([1.7183])
     """
-    loss = divergence.f(log_ratio)
-    return loss if importance_weight is None else loss * importance_weight.detach()
+    loss = divergence.f(numbers(log_ratio, "log_ratio"))
+    return loss if importance_weight is None else loss * numbers(importance_weight, "importance_weight").detach()
 
 
 def penalty_from_policy(
     divergence: Divergence,
-    log_ratio: Float[Tensor, "N T"],
+    log_ratio: Shaped[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
     *,
     level: Literal["sequence", "token"] = "sequence",
     credit: Literal["fixed_prefix", "returns"] = "fixed_prefix",
-    importance_log_ratio: Float[Tensor, "N T"] | None = None,
-    baseline: Float[Tensor, " N"] | None = None,
+    importance_log_ratio: Shaped[Tensor, "N T"] | None = None,
+    baseline: Shaped[Tensor, " N"] | None = None,
 ) -> Float[Tensor, "N T"]:
     """Return the weight ``c_t`` of each token such that ``E[Σ_t c_t ∇log π(y_t|s_t)]`` is the divergence's gradient.
 
@@ -157,13 +158,13 @@ def penalty_from_policy(
         >>> penalty_from_policy(get("reverse_kl"), log_ratio, mask, level="token")
         tensor([[ 0.5000, -1.0000]])
     """
-    single = torch.promote_types(log_ratio.dtype, torch.float32)  # products leave the range of half precisions
-    log_ratio = log_ratio.detach().to(single).masked_fill(~mask, 0.0)
-    free = torch.zeros_like(log_ratio[:, :1]) if baseline is None else baseline.detach()[:, None]
+    log_ratio = numbers(log_ratio, "log_ratio").detach().masked_fill(~mask, 0.0)
+    free = torch.zeros_like(log_ratio[:, :1]) if baseline is None else numbers(baseline, "baseline").detach()[:, None]
     # π/π_old over the prefix up to and including t.
     importance_weight = torch.ones_like(log_ratio)
     if importance_log_ratio is not None:
-        importance_weight = power(importance_log_ratio.detach().to(single).masked_fill(~mask, 0.0).cumsum(dim=-1))
+        importance_log_ratio = numbers(importance_log_ratio, "importance_log_ratio").detach()
+        importance_weight = power(importance_log_ratio.masked_fill(~mask, 0.0).cumsum(dim=-1))
     if level == "sequence":
         if credit != "fixed_prefix":
             raise ValueError(
@@ -186,14 +187,14 @@ def penalty_from_policy(
 
 def loss_from_policy(
     divergence: Divergence,
-    logprobs: Float[Tensor, "N T"],
-    reference_logprobs: Float[Tensor, "N T"],
+    logprobs: Shaped[Tensor, "N T"],
+    reference_logprobs: Shaped[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
     *,
     level: Literal["sequence", "token"] = "sequence",
     credit: Literal["fixed_prefix", "returns"] = "fixed_prefix",
-    old_logprobs: Float[Tensor, "N T"] | None = None,
-    baseline: Float[Tensor, " N"] | None = None,
+    old_logprobs: Shaped[Tensor, "N T"] | None = None,
+    baseline: Shaped[Tensor, " N"] | None = None,
 ) -> Float[Tensor, " N"]:
     """Return ``Σ_t sg(c_t) log π(y_t|s_t)``: on policy samples its mean *gradient* is that of the divergence.
 
@@ -220,25 +221,26 @@ def loss_from_policy(
         >>> logprobs.grad  # log u = -0.5 for each
         tensor([[-0.5000, -0.5000]])
     """
+    logprobs, reference_logprobs = numbers(logprobs, "logprobs"), numbers(reference_logprobs, "reference_logprobs")
     penalty = penalty_from_policy(
         divergence,
         logprobs - reference_logprobs,
         mask,
         level=level,
         credit=credit,
-        importance_log_ratio=None if old_logprobs is None else logprobs - old_logprobs,
+        importance_log_ratio=None if old_logprobs is None else logprobs - numbers(old_logprobs, "old_logprobs"),
         baseline=baseline,
     )
     return (penalty * logprobs.masked_fill(~mask, 0.0)).sum(dim=-1)
 
 
 def loss_from_vocabulary(
-    token_divergence: Float[Tensor, "N T"],
-    logprobs: Float[Tensor, "N T"],
+    token_divergence: Shaped[Tensor, "N T"],
+    logprobs: Shaped[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
     *,
     credit: Literal["fixed_prefix", "returns"] = "fixed_prefix",
-    old_logprobs: Float[Tensor, "N T"] | None = None,
+    old_logprobs: Shaped[Tensor, "N T"] | None = None,
 ) -> Float[Tensor, " N"]:
     """Return ``Σ_t w_t D_f(π(·|s_t)‖π_ref(·|s_t))`` of policy samples, ``w_t = π/π_old`` of the prefix ``s_t``.
 
@@ -270,9 +272,9 @@ def loss_from_vocabulary(
     """
     if credit not in ("fixed_prefix", "returns"):
         raise ValueError(f"credit={credit!r}: choose 'fixed_prefix' or 'returns'.")
-    old = logprobs.detach() if old_logprobs is None else old_logprobs
-    single = torch.promote_types(logprobs.dtype, torch.float32)
-    importance_log_ratio = (logprobs - old).to(single).masked_fill(~mask, 0.0)
+    logprobs, token_divergence = numbers(logprobs, "logprobs"), numbers(token_divergence, "token_divergence")
+    old = logprobs if old_logprobs is None else numbers(old_logprobs, "old_logprobs")
+    importance_log_ratio = (logprobs - old.detach()).masked_fill(~mask, 0.0)
     before = F.pad(importance_log_ratio, (1, 0))[:, :-1].cumsum(dim=-1)
     weight = power(before if credit == "returns" else before.detach())
     return (weight * token_divergence.masked_fill(~mask, 0.0)).sum(dim=-1)
@@ -280,8 +282,8 @@ def loss_from_vocabulary(
 
 def full_vocabulary(
     divergence: Divergence,
-    logprobs: Float[Tensor, "*S V"],
-    reference_logprobs: Float[Tensor, "*S V"],
+    logprobs: Shaped[Tensor, "*S V"],
+    reference_logprobs: Shaped[Tensor, "*S V"],
 ) -> Float[Tensor, "*S"]:
     """Return ``Σ_v π_ref(v) f(π(v)/π_ref(v))`` exactly, differentiable in π.
 
@@ -303,8 +305,12 @@ def full_vocabulary(
         >>> full_vocabulary(get("total_variation"), p.log(), q.log())
         tensor(0.2500)
     """
-    # Tokens that neither can produce count nothing; where one cannot, the ratio is as large as the numerics go.
-    log_ratio = torch.nan_to_num(logprobs - reference_logprobs, nan=0.0).clamp(-1e4, 1e4)
+    logprobs = numbers(logprobs, "logprobs")
+    reference_logprobs = numbers(reference_logprobs, "reference_logprobs").detach()
+    # Tokens that neither can produce count nothing; where one cannot, the ratio is as large as the numerics go. A NaN
+    # stays one.
+    neither = (logprobs == -torch.inf) & (reference_logprobs == -torch.inf)
+    log_ratio = (logprobs - reference_logprobs).masked_fill(neither, 0.0).clamp(-1e4, 1e4)
     if log_ratio.device.type == "cpu" and log_ratio.amax() <= MODERATE:
         # Both forms of a summand are one function; a look at the values is free here, and saves the half.
         return (reference_logprobs.exp() * divergence.f(log_ratio)).sum(dim=-1)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from falign.divergences.base import Divergence
+from falign.divergences.dtypes import numbers
 
 __all__ = ["optimal_weights"]
 
 BISECTIONS = 100
 
 
-def optimal_weights(rewards: Float[Tensor, "*P M"], divergence: Divergence, beta: float) -> Float[Tensor, "*P M"]:
+def optimal_weights(rewards: Shaped[Tensor, "*P M"], divergence: Divergence, beta: float) -> Float[Tensor, "*P M"]:
     """Return ``w_i = π*(y_i)/π_ref(y_i)`` of the policy that maximises ``E_π[r] - β D_f(π‖π_ref)``.
 
     ``w_i = (f')⁻¹((r_i - λ)/β)``, 0 where that is below ``f'(0+)``, with λ such that the mean of w is 1.
@@ -27,7 +30,7 @@ def optimal_weights(rewards: Float[Tensor, "*P M"], divergence: Divergence, beta
         Shape (..., M), not negative, of mean 1 in each row, without gradient; computed in float64.
 
     Raises:
-        ValueError: There are no rewards, or β is not positive.
+        ValueError: There are no rewards, one of them is NaN or infinite, or β is not positive and finite.
 
     Source:
         Wang et al., f-DPO (arXiv:2309.16240), Theorem 1; the multiplier of ``π ≥ 0`` is not 0 where f has no barrier.
@@ -42,9 +45,13 @@ def optimal_weights(rewards: Float[Tensor, "*P M"], divergence: Divergence, beta
     """
     if rewards.ndim == 0 or rewards.numel() == 0:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}; one reward for each of one or more samples.")
-    if not beta > 0:
-        raise ValueError(f"beta={beta!r} must be positive.")
-    r = rewards.detach().double()
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta={beta!r} must be positive and finite.")
+    rewards = numbers(rewards, "rewards").detach()
+    if not (finite := torch.isfinite(rewards)).all():
+        place = (~finite).nonzero()[0].tolist()
+        raise ValueError(f"rewards{place} is {rewards[~finite][0].item()}; each reward must be finite.")
+    r = rewards.double()
     r = r - r.amax(dim=-1, keepdim=True)  # λ is found to the rounding of r, which is then least for the largest weights
 
     def weights(multiplier: Tensor) -> Tensor:

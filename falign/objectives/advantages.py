@@ -6,9 +6,10 @@ import difflib
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from falign.divergences.dtypes import numbers
 from falign.objectives.groups import groups_of, mean_of_others, smallest, total
 
 __all__ = [
@@ -26,7 +27,7 @@ __all__ = [
 Advantage = Callable[[Tensor, Tensor], Tensor]
 
 
-def none(rewards: Float[Tensor, " N"], prompt_index: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+def none(rewards: Shaped[Tensor, " N"], prompt_index: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Return the rewards themselves: plain REINFORCE.
 
     Args:
@@ -43,10 +44,10 @@ def none(rewards: Float[Tensor, " N"], prompt_index: Int[Tensor, " N"]) -> Float
         >>> none(torch.tensor([1.0, 3.0]), torch.tensor([0, 0]))
         tensor([1., 3.])
     """
-    return rewards
+    return numbers(rewards, "rewards")
 
 
-def batch_mean(rewards: Float[Tensor, " N"], prompt_index: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+def batch_mean(rewards: Shaped[Tensor, " N"], prompt_index: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Return each reward minus the mean of all *other* rewards of the rollout, of whatever prompt.
 
     Args:
@@ -70,7 +71,7 @@ def batch_mean(rewards: Float[Tensor, " N"], prompt_index: Int[Tensor, " N"]) ->
     return leave_one_out(rewards, torch.zeros_like(prompt_index))
 
 
-def leave_one_out(rewards: Float[Tensor, " N"], prompt_index: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+def leave_one_out(rewards: Shaped[Tensor, " N"], prompt_index: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Return ``r_i`` minus the mean reward of the *other* completions of its prompt.
 
     Args:
@@ -96,12 +97,13 @@ def leave_one_out(rewards: Float[Tensor, " N"], prompt_index: Int[Tensor, " N"])
             f"prompt_index={prompt_index[alone][0].item()} has one completion and no other to compare it with: sample "
             "two or more for each prompt, or choose advantage='batch_mean'."
         )
+    rewards = numbers(rewards, "rewards")
     # Measured from the smallest, equal rewards are exact zeros, which a mean of rounded sums would not give.
     above = rewards - smallest(rewards, groups)
     return above - mean_of_others(above, groups)
 
 
-def group_centred(rewards: Float[Tensor, " N"], prompt_index: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+def group_centred(rewards: Shaped[Tensor, " N"], prompt_index: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Return each reward minus the mean of its prompt, itself included.
 
     Args:
@@ -118,12 +120,12 @@ def group_centred(rewards: Float[Tensor, " N"], prompt_index: Int[Tensor, " N"])
         >>> group_centred(torch.tensor([1.0, 3.0, 8.0]), torch.tensor([0, 0, 0]))
         tensor([-3., -1.,  4.])
     """
-    groups = groups_of(prompt_index)
+    groups, rewards = groups_of(prompt_index), numbers(rewards, "rewards")
     above = rewards - smallest(rewards, groups)
     return above - total(above, groups) / groups.size
 
 
-def group_deviation(rewards: Float[Tensor, " N"], prompt_index: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+def group_deviation(rewards: Shaped[Tensor, " N"], prompt_index: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Return for each completion the standard deviation of the rewards of its prompt.
 
     Args:
@@ -143,7 +145,7 @@ def group_deviation(rewards: Float[Tensor, " N"], prompt_index: Int[Tensor, " N"
 
 
 def group_normalised(
-    rewards: Float[Tensor, " N"], prompt_index: Int[Tensor, " N"], eps: float = 1e-4
+    rewards: Shaped[Tensor, " N"], prompt_index: Int[Tensor, " N"], eps: float = 1e-4
 ) -> Float[Tensor, " N"]:
     """Return ``(r - mean)/(std + eps)`` within each prompt.
 

@@ -9,13 +9,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from falign.divergences import Divergence
+from falign.divergences.dtypes import numbers
 from falign.objectives.batch import CompletionBatch
 
 __all__ = ["CompletionBatch", "Objective", "ObjectiveOutput", "RewardingObjective", "RolloutObjective", "Term"]
 
 
 class Term(NamedTuple):
-    """One mean of an objective: ``scale · Σ losses·weights / Σ weights``, both sums over the global batch."""
+    """One mean of an objective: ``scale · Σ losses·weights / Σ weights``, both sums over the global batch.
+
+    Attributes:
+        losses: Any shape; carries the gradient.
+        weights: Of the same shape, not negative. They must not depend on log-probabilities, values or divergences of
+            the policy, not even detached: the trainer sums them over the whole step before its first forward pass,
+            and stops where they then differ. What depends on the policy belongs into ``losses``.
+        scale: Factor of the mean.
+    """
 
     losses: Float[Tensor, ...]
     weights: Float[Tensor, ...]
@@ -29,9 +38,18 @@ class Term(NamedTuple):
 
         Returns:
             A scalar; where nothing has any weight (0/0) it is 0.
+
+        Raises:
+            ValueError: Losses and weights have different shapes.
         """
-        tiny = torch.finfo(self.losses.dtype).tiny
-        return self.scale * (self.losses * self.weights).sum() / denominator.clamp(min=tiny)
+        if self.losses.shape != self.weights.shape:
+            raise ValueError(
+                f"A term has losses of shape {tuple(self.losses.shape)} and weights of shape "
+                f"{tuple(self.weights.shape)}; give one weight for each loss."
+            )
+        losses, weights = numbers(self.losses, "losses"), numbers(self.weights, "weights")
+        tiny = torch.finfo(losses.dtype).tiny
+        return self.scale * (losses * weights).sum() / denominator.clamp(min=tiny)
 
 
 class ObjectiveOutput(NamedTuple):
@@ -47,7 +65,7 @@ class ObjectiveOutput(NamedTuple):
 
     def mean(self) -> Float[Tensor, ""]:
         """Return the loss of this batch alone, for a loop of one's own: the sum over terms of their weighted means."""
-        return torch.stack([term.share(term.weights.sum()) for term in self.terms]).sum()
+        return torch.stack([term.share(numbers(term.weights, "weights").sum()) for term in self.terms]).sum()
 
 
 @runtime_checkable
@@ -65,7 +83,17 @@ class Objective(Protocol):
     @property
     def token_divergence(self) -> Divergence | None: ...
 
-    def __call__(self, batch: CompletionBatch) -> ObjectiveOutput: ...
+    def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
+        """Return the losses of a batch.
+
+        Args:
+            batch: Completions with :attr:`needs`. The trainer also calls with zeros for what the policy computes, to
+                sum the weights of a step, which must not depend on it; see :class:`Term`.
+
+        Returns:
+            As many terms in each call, with weights of the shape of their losses.
+        """
+        ...
 
 
 @runtime_checkable

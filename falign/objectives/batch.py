@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+
+from falign.divergences.dtypes import numbers
 
 __all__ = ["CompletionBatch"]
 
@@ -16,11 +18,17 @@ PER_TOKEN = frozenset(
         *("values", "old_values", "advantages"),
     }
 )
+MASKS = frozenset({"completion_mask", "from_reference"})
+CARRY_GRADIENT = frozenset({"logprobs", "token_divergence", "values"})
 
 
 @dataclass(frozen=True)
 class CompletionBatch:
     """N completions of at most T tokens; logs in nats. Pairs, lists, samples and rollouts are all this.
+
+    ``logprobs``, ``token_divergence`` and ``values`` carry the gradient. Everything else is a constant and is detached
+    here, whatever it was computed from. Numbers are kept in float32 at least: sums over tokens leave the range of half
+    precisions. Integers and booleans are taken as numbers, except in the masks and in ``prompt_index``.
 
     Attributes:
         logprobs: ``log π(y_t | x, y_<t)``, shape (N, T); carries the gradient.
@@ -44,6 +52,7 @@ class CompletionBatch:
 
     Raises:
         ValueError: Two shapes disagree. (A broadcast would be silent and wrong.)
+        TypeError: A mask is not boolean, ``prompt_index`` is not integer, or a field is complex or no tensor.
 
     Source:
         docs/own-loop.md.
@@ -58,24 +67,28 @@ class CompletionBatch:
         tensor([-3., -3.])
     """
 
-    logprobs: Float[Tensor, "N T"]
-    completion_mask: Bool[Tensor, "N T"]
-    prompt_index: Int[Tensor, " N"]
-    reference_logprobs: Float[Tensor, "N T"] | None = None
-    old_logprobs: Float[Tensor, "N T"] | None = None
-    token_divergence: Float[Tensor, "N T"] | None = None
-    preference: Float[Tensor, " N"] | None = None
-    rewards: Float[Tensor, " N"] | None = None
-    from_reference: Bool[Tensor, " N"] | None = None
-    token_weights: Float[Tensor, "N T"] | None = None
-    features: Float[Tensor, "N K"] | None = None
-    log_partition: Float[Tensor, " N"] | None = None
-    values: Float[Tensor, "N T"] | None = None
-    old_values: Float[Tensor, "N T"] | None = None
-    advantages: Float[Tensor, "N T"] | None = None
-    baseline: Float[Tensor, " N"] | None = None
+    logprobs: Shaped[Tensor, "N T"]
+    completion_mask: Shaped[Tensor, "N T"]
+    prompt_index: Shaped[Tensor, " N"]
+    reference_logprobs: Shaped[Tensor, "N T"] | None = None
+    old_logprobs: Shaped[Tensor, "N T"] | None = None
+    token_divergence: Shaped[Tensor, "N T"] | None = None
+    preference: Shaped[Tensor, " N"] | None = None
+    rewards: Shaped[Tensor, " N"] | None = None
+    from_reference: Shaped[Tensor, " N"] | None = None
+    token_weights: Shaped[Tensor, "N T"] | None = None
+    features: Shaped[Tensor, "N K"] | None = None
+    log_partition: Shaped[Tensor, " N"] | None = None
+    values: Shaped[Tensor, "N T"] | None = None
+    old_values: Shaped[Tensor, "N T"] | None = None
+    advantages: Shaped[Tensor, "N T"] | None = None
+    baseline: Shaped[Tensor, " N"] | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                object.__setattr__(self, field.name, _of_field(field.name, value))
         if self.logprobs.ndim != 2:
             raise ValueError(f"logprobs has shape {tuple(self.logprobs.shape)}; it must be (completions, tokens).")
         for field in fields(self):
@@ -88,8 +101,6 @@ class CompletionBatch:
                     f"{field.name} has shape {tuple(value.shape)}; logprobs of shape {tuple(self.logprobs.shape)} "
                     f"needs {tuple(expected)}."
                 )
-        if self.completion_mask.dtype != torch.bool:
-            raise ValueError(f"completion_mask has dtype {self.completion_mask.dtype}; pass mask.bool().")
 
     @property
     def num_tokens(self) -> Int[Tensor, " N"]:
@@ -131,8 +142,16 @@ class CompletionBatch:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: value[rows] for name, value in given.items() if value is not None})
 
-    def at_least_float32(self) -> CompletionBatch:
-        """Return the batch with half precisions widened: sums over tokens leave the range of float16."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        half = {k: v for k, v in given.items() if v is not None and v.dtype in (torch.float16, torch.bfloat16)}
-        return replace(self, **{name: value.float() for name, value in half.items()}) if half else self
+
+def _of_field(name: str, value: Tensor) -> Tensor:
+    """The value of a field under the rules of the batch."""
+    if name in MASKS:
+        if value.dtype != torch.bool:
+            raise TypeError(f"{name} has dtype {value.dtype}; it must be bool: pass {name}.bool().")
+        return value
+    if name == "prompt_index":
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} has dtype {value.dtype}; it must be an integer that numbers the prompts.")
+        return value
+    value = numbers(value, name)
+    return value if name in CARRY_GRADIENT else value.detach()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from falign.divergences.dtypes import numbers
 from falign.objectives.base import Term
 
 __all__ = ["CompletionMean", "check_completion_mean", "completion_term"]
@@ -25,7 +26,7 @@ def check_completion_mean(reduction: str) -> None:
 
 
 def completion_term(
-    sums: Float[Tensor, " N"], num_tokens: Int[Tensor, " N"], reduction: CompletionMean, scale: float = 1.0
+    sums: Shaped[Tensor, " N"], num_tokens: Int[Tensor, " N"], reduction: CompletionMean, scale: float = 1.0
 ) -> Term:
     """Return the mean over completions of a loss that is a sum over tokens.
 
@@ -52,6 +53,7 @@ def completion_term(
         tensor(2.)
         tensor(2.)
     """
+    sums = numbers(sums, "sums")
     lengths = num_tokens.to(sums.dtype)
     if reduction == "sequence_sum":
         return Term(sums, lengths.new_ones(lengths.shape), scale)

@@ -92,10 +92,9 @@ class DistributionMatching:
             Shape (N,), without gradient; -inf where ``P = 0``. :class:`RunningPartition` and :func:`log_partition` take
             it.
         """
-        batch = batch.at_least_float32()
         sampled = batch.logprobs if batch.old_logprobs is None else batch.old_logprobs
         log_ratio = batch.sequence_sum(batch.require("reference_logprobs") - sampled).detach()
-        return log_ratio + self.target.log_score(batch.require("features").detach())
+        return log_ratio + self.target.log_score(batch.require("features"))
 
     def prepare(self, batch: CompletionBatch) -> CompletionBatch:
         """Return the rollout with ``baseline``, and with ``log_partition`` from the rollout itself if it has none.
@@ -109,20 +108,18 @@ class DistributionMatching:
         Raises:
             ValueError: A needed field is None, or a prompt has one sample and the baseline is that of the others.
         """
-        wide = batch.at_least_float32()
         if batch.log_partition is None:
-            estimate = log_partition(self.log_weights(wide), wide.prompt_index)
-            batch, wide = replace(batch, log_partition=estimate), replace(wide, log_partition=estimate)
+            batch = replace(batch, log_partition=log_partition(self.log_weights(batch), batch.prompt_index))
         if self.baseline == "none":
             return batch
         one_group = self.baseline == "constant"
-        groups = groups_of(torch.zeros_like(wide.prompt_index) if one_group else wide.prompt_index)
+        groups = groups_of(torch.zeros_like(batch.prompt_index) if one_group else batch.prompt_index)
         if (alone := groups.size == 1).any():
             raise ValueError(
-                f"prompt_index={wide.prompt_index[alone][0].item()} has one sample, so baseline={self.baseline!r} has "
+                f"prompt_index={batch.prompt_index[alone][0].item()} has one sample, so baseline={self.baseline!r} has "
                 f"no other: draw two or more, or choose {'none' if one_group else 'constant'!r}."
             )
-        slope, known = self._slope(wide), self._known(wide)
+        slope, known = self._slope(batch), self._known(batch)
         share = mean_of_others(known.to(slope.dtype), groups)
         mean = mean_of_others(-slope, groups) / torch.where(share > 0, share, torch.ones_like(share))
         return replace(batch, baseline=mean)
@@ -143,7 +140,6 @@ class DistributionMatching:
         Raises:
             ValueError: A needed field is None.
         """
-        batch = batch.at_least_float32()
         if batch.log_partition is None or (batch.baseline is None and self.baseline != "none"):
             batch = self.prepare(batch)
         weight, slope, known = self._importance_weight(batch), self._slope(batch), self._known(batch)
@@ -153,7 +149,7 @@ class DistributionMatching:
         return ObjectiveOutput((Term(losses, known.to(losses.dtype)),), self._metrics(batch))
 
     def _known(self, batch: CompletionBatch) -> Bool[Tensor, " N"]:
-        return torch.isfinite(batch.require("log_partition"))
+        return batch.require("log_partition") != -math.inf  # a NaN is no missing estimate: it must be seen
 
     @torch.no_grad()
     def _importance_weight(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
@@ -161,18 +157,19 @@ class DistributionMatching:
         return power(batch.sequence_sum(batch.logprobs - old))
 
     @torch.no_grad()
-    def _log_t(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
-        """``log π/p``; +inf where ``P = 0``, and without meaning where Z is unknown."""
+    def _log_t(self, batch: CompletionBatch) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
+        """``log π/p``, 0 where ``P = 0`` and without meaning where Z is unknown; and where ``P = 0``."""
         log_z = batch.require("log_partition").masked_fill(~self._known(batch), 0.0)
         log_ratio = batch.sequence_sum(batch.logprobs - batch.require("reference_logprobs"))
-        return log_ratio - self.target.log_score(batch.require("features")) + log_z
+        score = self.target.log_score(batch.require("features"))
+        forbidden = score == -math.inf
+        return (log_ratio - score + log_z).masked_fill(forbidden, 0.0), forbidden
 
     @torch.no_grad()
     def _slope(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
         """``f'(π/p)``, 0 where Z is unknown."""
-        log_t = self._log_t(batch)
-        forbidden = log_t == math.inf
-        slope = self.divergence.f_prime(log_t.masked_fill(forbidden, 0.0))
+        log_t, forbidden = self._log_t(batch)
+        slope = self.divergence.f_prime(log_t)
         return slope.masked_fill(forbidden, self.divergence.f_prime_at_infinity).masked_fill(~self._known(batch), 0.0)
 
     @torch.no_grad()
@@ -180,15 +177,15 @@ class DistributionMatching:
         features, known, weight = batch.require("features"), self._known(batch), self._importance_weight(batch)
         metrics = {f"target/feature_{k}": column for k, column in enumerate(features.unbind(dim=-1))}
         if self.target.has_zeros:
-            metrics["target/satisfied"] = (self.target.log_score(features) > -math.inf).to(features.dtype)
+            score = self.target.log_score(features)
+            metrics["target/satisfied"] = (score > -math.inf).to(score.dtype).masked_fill(score.isnan(), math.nan)
         metrics["logratios/policy"] = batch.sequence_sum(batch.logprobs - batch.require("reference_logprobs"))
         metrics["importance_weight"] = weight
         metrics["partition_missing"] = (~known).to(weight.dtype)
         if known.any():
-            log_t = self._log_t(batch)
-            forbidden = log_t == math.inf
+            log_t, forbidden = self._log_t(batch)
             # f(t)/t, whose limit for P = 0 is f'(∞).
-            value = value_from_policy(self.divergence, log_t.masked_fill(forbidden, 0.0))
+            value = value_from_policy(self.divergence, log_t)
             value = value.masked_fill(forbidden, self.divergence.f_prime_at_infinity)
             largest = torch.finfo(value.dtype).max / len(value)
             metrics[f"divergence/{self.divergence.name}"] = (weight * value).clamp(max=largest)[known]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+
+from falign.divergences.dtypes import numbers
 
 __all__ = ["generalized_advantages"]
 
 
 def generalized_advantages(
-    rewards_at_end: Float[Tensor, " N"],
-    values: Float[Tensor, "N T"],
+    rewards_at_end: Shaped[Tensor, " N"],
+    values: Shaped[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
     gamma: float,
     lam: float,
@@ -27,7 +29,7 @@ def generalized_advantages(
         lam: λ; 0 trusts the values (one step), 1 the rewards (``A_t = Σ γ^k r - V_t``).
 
     Returns:
-        Shape (N, T), 0 outside the mask.
+        Shape (N, T), 0 outside the mask, without gradient.
 
     Source:
         Schulman et al., GAE (arXiv:1506.02438), Eq. 16.
@@ -37,7 +39,8 @@ def generalized_advantages(
         >>> generalized_advantages(torch.tensor([1.0]), values, mask, gamma=1.0, lam=1.0)
         tensor([[0.5000, 0.7500]])
     """
-    values = values.masked_fill(~mask, 0.0)
+    values = numbers(values, "values").detach().masked_fill(~mask, 0.0)
+    rewards_at_end = numbers(rewards_at_end, "rewards_at_end").detach()
     remaining = mask.flip(-1).cumsum(dim=-1).flip(-1)
     rewards = torch.where(mask & (remaining == 1), rewards_at_end[:, None], torch.zeros_like(values))
     advantages = (rewards + gamma * F.pad(values, (0, 1))[:, 1:] - values).masked_fill(~mask, 0.0)

@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+
+from falign.divergences.dtypes import numbers
 
 __all__ = ["Groups", "groups_of", "logsumexp_of_others", "mean_of_others", "smallest", "total"]
 
@@ -25,9 +27,10 @@ class Groups(NamedTuple):
     column: Int[Tensor, " N"]
     size: Int[Tensor, " N"]
 
-    def table(self, values: Float[Tensor, " N"], fill: float) -> Float[Tensor, "G n"]:
+    def table(self, values: Shaped[Tensor, " N"], fill: float) -> Float[Tensor, "G n"]:
         """Return the values as one row per group, short groups filled up on the right."""
         shape = (int(self.row.max()) + 1, int(self.size.max())) if len(values) else (0, 0)
+        values = numbers(values, "values")
         return values.new_full(shape, fill).index_put((self.row, self.column), values)
 
 
@@ -51,19 +54,19 @@ def groups_of(prompt_index: Int[Tensor, " N"]) -> Groups:
     return Groups(row, torch.empty_like(row).index_put((order,), places), counts[row])
 
 
-def total(values: Float[Tensor, " N"], groups: Groups) -> Float[Tensor, " N"]:
+def total(values: Shaped[Tensor, " N"], groups: Groups) -> Float[Tensor, " N"]:
     """Return for each completion the sum over its group."""
     return groups.table(values, 0.0).sum(dim=-1)[groups.row]
 
 
-def smallest(values: Float[Tensor, " N"], groups: Groups) -> Float[Tensor, " N"]:
+def smallest(values: Shaped[Tensor, " N"], groups: Groups) -> Float[Tensor, " N"]:
     """Return for each completion the smallest value of its group."""
     if len(values) == 0:
-        return values
+        return numbers(values, "values")
     return groups.table(values, torch.inf).amin(dim=-1)[groups.row]
 
 
-def mean_of_others(values: Float[Tensor, " N"], groups: Groups) -> Float[Tensor, " N"]:
+def mean_of_others(values: Shaped[Tensor, " N"], groups: Groups) -> Float[Tensor, " N"]:
     """Return for each completion the mean over the others of its group, 0 where there is none.
 
     The completion's own value is left out and not subtracted, so that it cannot show through rounding.
@@ -74,7 +77,7 @@ def mean_of_others(values: Float[Tensor, " N"], groups: Groups) -> Float[Tensor,
     return (before + after)[groups.row, groups.column] / (groups.size - 1).clamp(min=1)
 
 
-def logsumexp_of_others(values: Float[Tensor, " N"], groups: Groups) -> Float[Tensor, " N"]:
+def logsumexp_of_others(values: Shaped[Tensor, " N"], groups: Groups) -> Float[Tensor, " N"]:
     """Return for each completion ``log Σ exp`` over the others of its group, -inf where there is none."""
     table = groups.table(values, -torch.inf)
     before = F.pad(table, (1, 0), value=-torch.inf)[:, :-1].logcumsumexp(dim=-1)

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -72,10 +71,7 @@ class Link:
         return self.beta * self.divergence.f_prime(log_ratio)
 
     def rewards_of(self, batch: CompletionBatch) -> CompletionRewards:
-        """Return the rewards of a batch's completions, and what they come from, in float32 at least."""
-        # Sums over tokens and differences of rewards leave the range of float16.
-        single = torch.promote_types(batch.logprobs.dtype, torch.float32)
-        logprobs, reference_logprobs = batch.logprobs.to(single), batch.require("reference_logprobs").to(single)
-        log_ratio = batch.sequence_sum(logprobs - reference_logprobs)
+        """Return the rewards of a batch's completions, and what they come from."""
+        log_ratio = batch.sequence_sum(batch.logprobs - batch.require("reference_logprobs"))
         compared = log_ratio / batch.num_tokens if self.length_norm == "token" else log_ratio
-        return CompletionRewards(batch.sequence_sum(logprobs), log_ratio, self.reward(compared))
+        return CompletionRewards(batch.sequence_sum(batch.logprobs), log_ratio, self.reward(compared))

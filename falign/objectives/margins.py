@@ -11,15 +11,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
+
+from falign.divergences.dtypes import numbers
 
 __all__ = ["IPO", "MARGIN_LOSSES", "Exo", "MarginLoss", "Robust", "get_margin_loss", "hinge", "logistic", "squared"]
 
 MarginLoss = Callable[[Tensor], Tensor]
 
 
-def logistic(margin: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+def logistic(margin: Shaped[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Return ``-log σ(m)``: the negative log-likelihood under Bradley-Terry.
 
     Args:
@@ -35,10 +37,10 @@ def logistic(margin: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         >>> logistic(torch.tensor([0.0, 2.0]))
         tensor([0.6931, 0.1269])
     """
-    return F.softplus(-margin)
+    return F.softplus(-numbers(margin, "margin"))
 
 
-def hinge(margin: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+def hinge(margin: Shaped[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Return ``max(0, 1 - m)``.
 
     Args:
@@ -54,10 +56,10 @@ def hinge(margin: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         >>> hinge(torch.tensor([0.25, 2.0]))
         tensor([0.7500, 0.0000])
     """
-    return torch.relu(1 - margin)
+    return torch.relu(1 - numbers(margin, "margin"))
 
 
-def squared(margin: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+def squared(margin: Shaped[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Return ``(m - 1/2)²``: β² times the loss of IPO's Eq. 17, when ``m = β (log u_chosen - log u_rejected)``.
 
     Args:
@@ -75,6 +77,7 @@ def squared(margin: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         >>> squared(torch.tensor([0.5, 1.5]))
         tensor([0., 1.])
     """
+    margin = numbers(margin, "margin")
     return 2 * F.huber_loss(margin, torch.full_like(margin, 0.5), reduction="none", delta=1e6)
 
 
@@ -98,7 +101,11 @@ class IPO:
 
     beta: float
 
-    def __call__(self, margin: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta={self.beta!r} must be positive and finite.")
+
+    def __call__(self, margin: Shaped[Tensor, " B"]) -> Float[Tensor, " B"]:
         """Return one loss per pair, shape (B,)."""
         return squared(margin) / self.beta**2
 
@@ -124,9 +131,9 @@ class Robust:
         if not 0.0 <= self.label_noise < 0.5:
             raise ValueError(f"robust needs 0 ≤ label_noise < 0.5, got {self.label_noise!r}.")
 
-    def __call__(self, margin: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    def __call__(self, margin: Shaped[Tensor, " B"]) -> Float[Tensor, " B"]:
         """Return one loss per pair, shape (B,); it can be negative."""
-        noise = self.label_noise
+        noise, margin = self.label_noise, numbers(margin, "margin")
         return ((1 - noise) * F.softplus(-margin) - noise * F.softplus(margin)) / (1 - 2 * noise)
 
 
@@ -151,10 +158,10 @@ class Exo:
         if not 0.0 < self.label_smoothing < 0.5:
             raise ValueError(f"exo needs 0 < label_smoothing < 0.5, got {self.label_smoothing!r}.")
 
-    def __call__(self, margin: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    def __call__(self, margin: Shaped[Tensor, " B"]) -> Float[Tensor, " B"]:
         """Return one loss per pair, shape (B,)."""
         # Beyond 100 nats σ(-|m|) is below the smallest float32, and 0 · inf would follow.
-        m = torch.clamp(margin, -100.0, 100.0)
+        m = torch.clamp(numbers(margin, "margin"), -100.0, 100.0)
         to_chosen = F.logsigmoid(m) - math.log1p(-self.label_smoothing)
         to_rejected = F.logsigmoid(-m) - math.log(self.label_smoothing)
         return torch.sigmoid(m) * to_chosen + torch.sigmoid(-m) * to_rejected

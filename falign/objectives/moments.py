@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
+
+from falign.divergences.dtypes import numbers
 
 __all__ = ["fit_moments"]
 
@@ -15,10 +17,10 @@ HALVINGS = 50
 
 
 def fit_moments(
-    features: Float[Tensor, "M K"],
-    moments: Sequence[float] | Float[Tensor, " K"],
+    features: Shaped[Tensor, "M K"],
+    moments: Sequence[float] | Shaped[Tensor, " K"],
     *,
-    log_weights: Float[Tensor, " M"] | None = None,
+    log_weights: Shaped[Tensor, " M"] | None = None,
     tolerance: float = 1e-8,
 ) -> Float[Tensor, " K"]:
     """Return λ such that ``Σ_i w_i φ_i = μ`` with ``w_i ∝ exp(λ·φ_i)``, on samples of the reference.
@@ -34,8 +36,8 @@ def fit_moments(
         λ, shape (K,), float64, without gradient. Where features depend on each other, the smallest.
 
     Raises:
-        ValueError: The shapes disagree, or no weights of the samples reach the moments, with those that are in the way:
-            μ must be inside the convex hull of the samples.
+        ValueError: The shapes disagree, a value is NaN or infinite, or no weights of the samples reach the moments,
+            with those that are in the way: μ must be inside the convex hull of the samples.
 
     Source:
         Khalifa et al., GDC (arXiv:2012.11635), Section 2.3, there by gradient steps; here Newton's method on the convex
@@ -45,10 +47,14 @@ def fit_moments(
         >>> fit_moments(torch.tensor([[0.0], [0.0], [0.0], [1.0]]), [0.5])  # 1/4 has to count e^λ = 3 times
         tensor([1.0986], dtype=torch.float64)
     """
-    phi, base = features.detach().double(), features.new_zeros(len(features)).double()
+    phi = numbers(features, "features").detach().double()
+    base = phi.new_zeros(len(phi))
     if log_weights is not None:
-        kept = log_weights > -torch.inf
-        phi, base = phi[kept], log_weights.detach()[kept].double()
+        base = numbers(log_weights, "log_weights").detach().double()
+        phi, base = phi[base != -torch.inf], base[base != -torch.inf]
+    for name, value in {"features": phi, "log_weights": base}.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} has a value that is NaN or infinite: leave that sample out.")
     mu = torch.as_tensor(moments, dtype=torch.float64, device=phi.device)
     if mu.shape != phi.shape[1:] or len(phi) == 0:
         raise ValueError(

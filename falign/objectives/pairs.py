@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from falign.divergences.dtypes import numbers
 from falign.objectives.base import CompletionBatch
 
 __all__ = ["accuracies", "pairs_in", "pairs_of"]
@@ -14,7 +15,7 @@ ROUNDING = 1e-6
 
 
 def pairs_of(
-    preference: Float[Tensor, " N"], prompt_index: Int[Tensor, " N"]
+    preference: Shaped[Tensor, " N"], prompt_index: Int[Tensor, " N"]
 ) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"]]:
     """Return the indices of the preferred and of the other completion of every pair, in row-major order.
 
@@ -25,10 +26,15 @@ def pairs_of(
     Returns:
         Two index tensors of shape (P,).
 
+    Raises:
+        ValueError: A preference is NaN, which is neither above nor below another.
+
     Example:
         >>> pairs_of(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 1, 1]))
         (tensor([0, 3]), tensor([1, 2]))
     """
+    if (missing := preference.isnan()).any():
+        raise ValueError(f"preference[{int(missing.nonzero()[0])}] is NaN; leave that completion out.")
     better = preference[:, None] > preference[None, :]
     chosen, rejected = torch.nonzero(better & (prompt_index[:, None] == prompt_index[None, :]), as_tuple=True)
     return chosen, rejected
@@ -52,7 +58,7 @@ def pairs_in(batch: CompletionBatch) -> tuple[Int[Tensor, " P"], Int[Tensor, " P
     return chosen, rejected
 
 
-def accuracies(margin: Float[Tensor, "*S"], size: Float[Tensor, "*S"] | float = 0.0) -> Float[Tensor, "*S"]:
+def accuracies(margin: Shaped[Tensor, "*S"], size: Shaped[Tensor, "*S"] | float = 0.0) -> Float[Tensor, "*S"]:
     """Return 1 where the margin is positive, 0 where it is negative, and ½ at a tie.
 
     Args:
@@ -60,7 +66,7 @@ def accuracies(margin: Float[Tensor, "*S"], size: Float[Tensor, "*S"] | float = 
         size: Largest absolute reward of the two sides, whose rounding the margin inherits; same shape.
 
     Returns:
-        The same shape; a margin within ``1e-6 (1 + size)`` is a tie.
+        The same shape; a margin within ``1e-6 (1 + size)`` is a tie, one that is NaN has no result and stays NaN.
 
     Example:
         >>> accuracies(torch.tensor([3.0, 0.0, 1e-8, -1.0]))
@@ -68,5 +74,7 @@ def accuracies(margin: Float[Tensor, "*S"], size: Float[Tensor, "*S"] | float = 
     """
     # At the reference both rewards are 0, and what the policy's and the reference's log-probs differ by (computed in
     # other batches, or read from a cache) is rounding: counted as won or lost, it would look like an accuracy.
+    margin = numbers(margin, "margin")
     tie = margin.abs() <= ROUNDING * (1 + size)
-    return torch.where(tie, torch.zeros_like(margin), torch.sign(margin)).add(1) / 2
+    result = torch.where(tie, torch.zeros_like(margin), torch.sign(margin)).add(1) / 2
+    return result.masked_fill(margin.isnan(), torch.nan)

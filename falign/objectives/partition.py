@@ -7,20 +7,21 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from falign.divergences.dtypes import numbers
 from falign.objectives.groups import groups_of, logsumexp_of_others
 
 __all__ = ["RunningPartition", "log_partition"]
 
 
 def log_partition(
-    log_weights: Float[Tensor, " N"],
+    log_weights: Shaped[Tensor, " N"],
     prompt_index: Int[Tensor, " N"],
     *,
-    earlier_log_sum: Float[Tensor, " N"] | None = None,
-    earlier_count: Float[Tensor, " N"] | None = None,
+    earlier_log_sum: Shaped[Tensor, " N"] | None = None,
+    earlier_count: Shaped[Tensor, " N"] | None = None,
 ) -> Float[Tensor, " N"]:
     """Return ``log Z(x)`` for each sample: of the mean weight of the *other* samples of its prompt.
 
@@ -41,7 +42,7 @@ def log_partition(
         >>> log_partition(torch.tensor([0.0, 1.0, 2.0]).log(), torch.tensor([0, 0, 0])).exp()
         tensor([1.5000, 1.0000, 0.5000])
     """
-    groups = groups_of(prompt_index)
+    groups, log_weights = groups_of(prompt_index), numbers(log_weights, "log_weights")
     log_sum, count = logsumexp_of_others(log_weights, groups), (groups.size - 1).to(log_weights.dtype)
     if earlier_log_sum is not None and earlier_count is not None:
         log_sum, count = torch.logaddexp(log_sum, earlier_log_sum), count + earlier_count
@@ -65,7 +66,7 @@ class RunningPartition:
     def __init__(self) -> None:
         self._sums: dict[Hashable, tuple[float, int]] = {}
 
-    def update(self, keys: Sequence[Hashable], log_weights: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    def update(self, keys: Sequence[Hashable], log_weights: Shaped[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Return ``log Z`` for each sample from all others of its prompt, now and before; then remember these.
 
         Args:
@@ -80,19 +81,19 @@ class RunningPartition:
         """
         if len(keys) != len(log_weights):
             raise ValueError(f"{len(keys)} keys for {len(log_weights)} log_weights; one for each sample is needed.")
-        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        rows = {key: row for row, key in enumerate(dict.fromkeys(keys))}
         weights = log_weights.detach().double().cpu()
         earlier = [self._sums.get(key, (-math.inf, 0)) for key in keys]
         log_sum = torch.tensor([log_sum for log_sum, _ in earlier], dtype=torch.float64)
         count = torch.tensor([count for _, count in earlier], dtype=torch.float64)
-        index = torch.tensor([numbers[key] for key in keys], dtype=torch.long)
+        index = torch.tensor([rows[key] for key in keys], dtype=torch.long)
         estimates = log_partition(weights, index, earlier_log_sum=log_sum, earlier_count=count)
-        for key, number in numbers.items():
-            own = weights[index == number]
+        for key, row in rows.items():
+            own = weights[index == row]
             before, so_far = self._sums.get(key, (-math.inf, 0))
             total = torch.logaddexp(own.logsumexp(dim=0), torch.tensor(before, dtype=torch.float64))
             self._sums[key] = (total.item(), so_far + len(own))
-        return estimates.to(log_weights)
+        return estimates.to(numbers(log_weights, "log_weights"))
 
     def state_dict(self) -> dict[str, list[Any]]:
         """Return keys, log-sums (-inf where all weights were 0) and counts, as plain lists."""

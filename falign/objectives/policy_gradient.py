@@ -147,20 +147,19 @@ class PolicyGradient:
         Raises:
             ValueError: A needed field is None, or a prompt has no second completion to compare with.
         """
-        wide, mask = batch.at_least_float32(), batch.completion_mask
-        rewards = wide.require("rewards").detach()
+        rewards, mask = batch.require("rewards"), batch.completion_mask
         if self.advantage == "gae":
             assert self.gamma is not None
             assert self.lam is not None
-            values = wide.require("values" if wide.old_values is None else "old_values").detach()
+            values = batch.require("values" if batch.old_values is None else "old_values").detach()
             advantages = generalized_advantages(rewards, values, mask, self.gamma, self.lam)
             batch = replace(batch, old_values=values)
         else:
             of_rewards = get_advantage(self.advantage) if isinstance(self.advantage, str) else self.advantage
-            per_completion = of_rewards(rewards, wide.prompt_index)
+            per_completion = of_rewards(rewards, batch.prompt_index)
             advantages = per_completion[:, None].expand(mask.shape).masked_fill(~mask, 0.0)
         if self.penalty is not None and self.level == "sequence" and self.advantage != "none":
-            batch = replace(batch, baseline=self.penalty.baseline(wide))
+            batch = replace(batch, baseline=self.penalty.baseline(batch))
         return replace(batch, advantages=advantages)
 
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
@@ -179,7 +178,6 @@ class PolicyGradient:
         Raises:
             ValueError: A needed field is None.
         """
-        batch = batch.at_least_float32()
         if batch.advantages is None:
             batch = self.prepare(batch)
         surrogate = self._surrogate(batch)
@@ -189,7 +187,7 @@ class PolicyGradient:
         terms, metrics = [completion_term(losses, batch.num_tokens, self.reduction)], self._metrics(batch, surrogate)
         if self.advantage == "gae":
             assert self.value_coefficient is not None
-            target = (batch.require("advantages") + batch.require("old_values")).detach()
+            target = batch.require("advantages") + batch.require("old_values")
             errors = batch.sequence_sum((batch.require("values") - target).square() / 2)
             terms.append(completion_term(errors, batch.num_tokens, "token_mean", self.value_coefficient))
             metrics["value_loss"] = errors.detach() / batch.num_tokens

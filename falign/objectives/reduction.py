@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from falign.divergences.dtypes import numbers
 from falign.objectives.base import Term
 
 __all__ = ["reduce_terms", "total_weights"]
@@ -30,7 +31,7 @@ def total_weights(terms: Sequence[Term]) -> Float[Tensor, " K"]:
         >>> total_weights([Term(torch.zeros(3), torch.ones(3))])
         tensor([3.])
     """
-    return torch.stack([term.weights.detach().sum() for term in terms])
+    return torch.stack([numbers(term.weights, "weights").detach().sum() for term in terms])
 
 
 def reduce_terms(terms: Sequence[Term], denominators: Float[Tensor, " K"]) -> Float[Tensor, ""]:

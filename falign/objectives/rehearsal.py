@@ -89,7 +89,6 @@ class Rehearsal:
             ValueError: ``reference_logprobs`` is None.
         """
         assert self.reduction is not None
-        batch = batch.at_least_float32()
         log_ratio = batch.logprobs - batch.require("reference_logprobs")
         log_ratio = log_ratio.masked_fill(~batch.completion_mask, 0.0)
         whole = log_ratio.sum(dim=-1, keepdim=True)

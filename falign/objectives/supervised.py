@@ -95,7 +95,6 @@ class Supervised:
         Raises:
             ValueError: There is a divergence and ``reference_logprobs`` is None.
         """
-        batch = batch.at_least_float32()
         per_token, weights = self._losses(batch)
         metrics = {"nll": -batch.sequence_sum(batch.logprobs) / batch.num_tokens}
         if self.divergence is not None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
+
+from falign.divergences.dtypes import numbers
 
 __all__ = ["BinaryConstraint", "ExponentialReward", "MomentConstraints", "ProductTarget", "Target"]
 
@@ -28,7 +30,7 @@ class Target(Protocol):
     @property
     def num_features(self) -> int: ...
 
-    def log_score(self, features: Float[Tensor, "N K"]) -> Float[Tensor, " N"]:
+    def log_score(self, features: Shaped[Tensor, "N K"]) -> Float[Tensor, " N"]:
         """Return ``log P/π_ref`` of each completion.
 
         Args:
@@ -55,17 +57,18 @@ class BinaryConstraint:
     has_zeros = True
     num_features = 1
 
-    def log_score(self, features: Float[Tensor, "N 1"]) -> Float[Tensor, " N"]:
+    def log_score(self, features: Shaped[Tensor, "N 1"]) -> Float[Tensor, " N"]:
         """Return 0 where the feature is 1, and -inf where it is 0.
 
         Args:
             features: 1 where the constraint holds, else 0, shape (N, 1).
 
         Returns:
-            Shape (N,).
+            Shape (N,); NaN where the feature is NaN, which neither holds nor fails.
         """
-        satisfied = _columns(self, features)[:, 0] > 0.5
-        return torch.where(satisfied, 0.0, -math.inf).to(features.dtype)
+        holds = _columns(self, features)[:, 0]
+        score = torch.zeros_like(holds).masked_fill(holds <= 0.5, -math.inf)
+        return score.masked_fill(holds.isnan(), math.nan)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class MomentConstraints:
         """How many λ there are."""
         return len(self.lambdas)
 
-    def log_score(self, features: Float[Tensor, "N K"]) -> Float[Tensor, " N"]:
+    def log_score(self, features: Shaped[Tensor, "N K"]) -> Float[Tensor, " N"]:
         """Return ``λ·φ``.
 
         Args:
@@ -107,7 +110,8 @@ class MomentConstraints:
         Returns:
             Shape (N,), nats.
         """
-        return _columns(self, features) @ features.new_tensor(self.lambdas)
+        phi = _columns(self, features)
+        return (phi * phi.new_tensor(self.lambdas)).sum(dim=-1)  # a matrix product would lose digits under autocast
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class ExponentialReward:
         if not 0 < self.beta < math.inf:
             raise ValueError(f"beta={self.beta!r} must be positive and finite.")
 
-    def log_score(self, features: Float[Tensor, "N 1"]) -> Float[Tensor, " N"]:
+    def log_score(self, features: Shaped[Tensor, "N 1"]) -> Float[Tensor, " N"]:
         """Return ``r/β``.
 
         Args:
@@ -183,7 +187,7 @@ class ProductTarget:
         """What the factors read together."""
         return sum(target.num_features for target in self.targets)
 
-    def log_score(self, features: Float[Tensor, "N K"]) -> Float[Tensor, " N"]:
+    def log_score(self, features: Shaped[Tensor, "N K"]) -> Float[Tensor, " N"]:
         """Return the sum of the factors' scores.
 
         Args:
@@ -203,4 +207,4 @@ def _columns(target: Target, features: Tensor) -> Tensor:
             f"features has shape {tuple(features.shape)}; {type(target).__name__} reads {target.num_features} of each "
             "completion."
         )
-    return features
+    return numbers(features, "features")

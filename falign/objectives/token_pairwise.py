@@ -173,5 +173,5 @@ class TokenPairwise:
         """``Σ_t w_t x_t``; where nothing counts, x is not read, so that 0 · inf cannot be."""
         if self.weighting == "none":
             return batch.sequence_sum(per_token)
-        weights = batch.require("token_weights").detach().masked_fill(~batch.completion_mask, 0.0)
+        weights = batch.require("token_weights").masked_fill(~batch.completion_mask, 0.0)
         return (weights * per_token.masked_fill(weights == 0, 0.0)).sum(dim=-1)

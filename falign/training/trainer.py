@@ -46,6 +46,7 @@ from falign.training.sharded_checkpoint import read_optimizer, read_weights, who
 from falign.training.shares import Batches, RowBatches, Share
 from falign.training.stand_ins import STANDS_IN, counts, stand_in, stand_in_loss
 from falign.training.supplied import OFFLINE
+from falign.training.term_weights import PLANNED_WEIGHTS, check_planned, planned_weights
 
 __all__ = ["AlignmentTrainer"]
 
@@ -325,6 +326,8 @@ class AlignmentTrainer(Trainer):
         if not counts(inputs):
             return stand_in_loss(scored.completions)
         output = self.evaluate_objective(scored, inputs)
+        names = term_names(self.objective)
+        check_planned(inputs, output.terms, step=self.state.global_step + 1, names=names)
         assert isinstance(num_items_in_batch, Tensor), "the step's weights come from _get_num_items_in_batch"
         loss = reduce_terms(output.terms, num_items_in_batch)
         if self.guard.check_loss(
@@ -390,7 +393,9 @@ class AlignmentTrainer(Trainer):
         batch, columns = split_columns(inputs)
         nowhere = torch.zeros(batch.completion_mask.shape, device=batch.completion_mask.device)
         needed = dict.fromkeys(self.objective.needs - {"preference"}, nowhere) | columns
-        weights = total_weights(self.objective(completion_batch(batch, nowhere, **needed)).terms)
+        terms = self.objective(completion_batch(batch, nowhere, **needed)).terms
+        inputs[PLANNED_WEIGHTS] = planned_weights(terms)
+        weights = total_weights(terms)
         return weights if counts(inputs) else torch.zeros_like(weights)
 
     @override
@@ -490,7 +495,7 @@ class AlignmentTrainer(Trainer):
 
 def split_columns(inputs: dict[str, Any]) -> tuple[TokenBatch, dict[str, Tensor]]:
     """Return the rows of a micro-batch, and what is known of its completions besides."""
-    rows = {name: value for name, value in inputs.items() if name not in ("columns", STANDS_IN)}
+    rows = {name: value for name, value in inputs.items() if name not in ("columns", STANDS_IN, PLANNED_WEIGHTS)}
     known = {field.name for field in fields(CompletionBatch)}
     return TokenBatch(**rows), {name: value for name, value in inputs.get("columns", {}).items() if name in known}
 
