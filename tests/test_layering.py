@@ -19,15 +19,15 @@ ALLOWED = {
     "data": {"scoring"},
     "models": {"scoring"},
     "references": {"objectives", "scoring", "models"},
-    "rollouts": {"scoring", "models"},
-    "rewards": {"divergences", "objectives", "scoring", "models", "references"},
+    "rollouts": {"scoring", "data", "models"},
+    "rewards": {"divergences", "objectives", "scoring", "data", "models", "references"},
     "metrics": {"divergences", "objectives", "rewards"},
     "training": {*BELOW_TRAINING, "metrics", "evaluation"},
     "evaluation": {*BELOW_TRAINING, "metrics"},
     "report": {"training"},
     "cli": {*BELOW_TRAINING, "training", "evaluation", "metrics", "report"},
 }
-SHARED = {"durable", "errors", "full_disk", "json_lines", "parent_death", "passwords", "plain_yaml"}
+SHARED = {"durable", "errors", "full_disk", "json_lines", "parent_death", "passwords", "plain_yaml", "seeds"}
 LIGHT = {"divergences", "objectives", "scoring"}
 HEAVY = ("transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "numpy", "pydantic", "vllm")
 

@@ -50,7 +50,13 @@ def check(
             "--chat/--plain", help="Whether plain texts are turns; needed where the model has a chat template."
         ),
     ] = None,
-    max_drift: Annotated[float, typer.Option(min=0, max=1, help="Largest share of drifting rows that passes.")] = 0.05,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="A column that looks like a part of the prompt and is none; repeatable.")
+    ] = None,
+    max_drift: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Refuse a larger share of prompts that drift; a run only warns."),
+    ] = None,
     keep: Annotated[int, typer.Option(min=0, help="How many bad rows to show.")] = 10,
 ) -> None:
     """Count rows, lengths, cuts, duplicates and bad rows; exit status 2 if a run would not start."""
@@ -74,8 +80,10 @@ def check(
         tokenizer = load_tokenizer(model, chat_template=chat_template)
         stops = stop_token_ids(model, tokenizer)
         window = Window(**{"max_length": 1024, **given})
+    mapping = column_mapping(columns)
+    source = DataSource(file, split=split, format=format, columns=mapping, chat=chat, ignore=tuple(ignore or ()))
     report = inspect(
-        DataSource(file, split=split, format=format, columns=column_mapping(columns), chat=chat),
+        source,
         tokenizer=tokenizer,
         stop_token_ids=stops,
         window=window,
@@ -92,6 +100,8 @@ def check(
     console.print(lengths)
     for message in report.source.messages:
         console.print(message, style="red", markup=False, soft_wrap=True)
+    for remark in report.source.remarks():
+        console.print(remark, style="yellow", markup=False, soft_wrap=True)
     if not report.source.read:
         raise DataError(f"{file} has no rows: give a file with at least one.")
     if not report.source.bad and not report.source.kept:
@@ -104,7 +114,7 @@ def check(
         raise DataError(
             f"{file}: {report.source.bad} bad rows; mend them, or set data.bad_rows=skip to leave them out."
         )
-    if report.source.drift_share > max_drift:
+    if max_drift is not None and report.source.drift_share > max_drift:
         raise DataError(
             f"{file}: in {report.source.drift_share:.1%} of the rows the last prompt tokens change once a completion "
             f"follows (at most {max_drift:.1%} pass): end prompts with a line break or a template's header."

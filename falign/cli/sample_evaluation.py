@@ -39,6 +39,7 @@ from falign.references import FrozenModel
 from falign.rewards import RewardSum, WeightedReward
 from falign.rollouts import Engine, SamplingParams, TransformersEngine
 from falign.scoring import PromptTree
+from falign.seeds import mixed
 from falign.training import RunConfig, RunFolder, parse_run
 from falign.training.held_out import held_out_prompts
 from falign.training.named_divergence import named_divergence
@@ -297,7 +298,7 @@ class SampleEvaluation:
         found = [sampler(engine, "num_completions", self.seed)]
         if scored.reference is not None and self.compared.anchors and self._of_policy:
             other = ReferenceEngine(scored.reference, scored.policy, pad_token_id=pad_id)
-            found.append(sampler(other, "num_reference_completions", self.seed + 1))
+            found.append(sampler(other, "num_reference_completions", mixed(self.seed, "reference")))
         return found
 
     def _scorer(

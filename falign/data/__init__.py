@@ -2,6 +2,7 @@
 
 from falign.data.bad_rows import BadRowPolicy, BadRows
 from falign.data.conversations import Message, Text
+from falign.data.demonstrations import Demonstrations, demonstrations
 from falign.data.examples import Example
 from falign.data.files import Row
 from falign.data.formats import COLUMNS, FORMATS
@@ -23,6 +24,7 @@ __all__ = [
     "BadRows",
     "DataReport",
     "DataSource",
+    "Demonstrations",
     "Encoded",
     "Example",
     "LengthPolicy",
@@ -43,6 +45,7 @@ __all__ = [
     "TokenizedRow",
     "Window",
     "check",
+    "demonstrations",
     "encode",
     "load_preferences",
     "load_prompts",

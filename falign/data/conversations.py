@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from falign.data.bad_rows import shown
+from falign.data.serialized import is_blank, parsed_conversation, parsed_list
 from falign.errors import DataError
 
-__all__ = ["ROLES", "Message", "Text", "common_turns", "looks_like_hh", "read_dialogue", "read_messages"]
+__all__ = ["ROLES", "Message", "Text", "common_turns", "looks_like_hh", "read_dialogue", "read_messages", "read_text"]
 
-Message = dict[str, str]
-"""One turn: ``{"role": ..., "content": ...}``."""
+Message = dict[str, Any]
+"""One turn: ``{"role": ..., "content": ...}``, both text, and what other keys it has for the chat template."""
 
 Text = str | list[Message]
 """A plain string, or a conversation."""
@@ -29,6 +30,21 @@ ROLES: Mapping[str, str] = {
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
+def read_text(value: Any, *, place: str, field: str) -> Text:
+    """Return a column's text or conversation; a conversation that is written as text is parsed.
+
+    Args:
+        value: Text, a list of turns, or one turn.
+        place: The row, for messages.
+        field: The column, for messages.
+
+    Raises:
+        DataError: The value is neither.
+    """
+    value = parsed_conversation(value, place=place, field=field)
+    return value if isinstance(value, str) else read_messages(value, place=place, field=field)
+
+
 def read_messages(value: Any, *, place: str, field: str) -> list[Message]:
     """Return the turns of a conversation written as ``role``/``content`` or ``from``/``value``.
 
@@ -40,6 +56,7 @@ def read_messages(value: Any, *, place: str, field: str) -> list[Message]:
     Raises:
         DataError: The value is not a conversation of text turns with known roles.
     """
+    value = parsed_list(parsed_conversation(value, place=place, field=field))
     turns = [value] if isinstance(value, Mapping) else value
     if not isinstance(turns, list):
         raise DataError(
@@ -55,13 +72,24 @@ def _read_turn(turn: Any, place: str, field: str) -> Message:
     role, content = (turn[name] for name in names)
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"{place}: {field!r} has the unknown role {shown(role)}; use one of {sorted(ROLES)}.")
-    if turn.get("tool_calls"):
+    if not is_blank(turn.get("tool_calls")):
         raise DataError(f"{place}: {field!r} has tool calls, which are not supported; remove the row.")
+    content = _joined_parts(content)
     if not isinstance(content, str):
         raise DataError(
             f"{place}: the content of {field!r} is {shown(content)}; it must be text (images are not supported)."
         )
-    return {"role": ROLES[role], "content": content}
+    # The chat template may read them; it is tried when the conversation is rendered.
+    others = {key: inner for key, inner in turn.items() if key not in {*names, "tool_calls"} and not is_blank(inner)}
+    return {"role": ROLES[role], "content": content, **others}
+
+
+def _joined_parts(content: Any) -> Any:
+    """Return the text of ``[{"type": "text", "text": ...}]``; what has other parts as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part for part in content]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
 
 
 def looks_like_hh(text: str) -> bool:

@@ -63,8 +63,9 @@ def build_example(
         DataError: The row cannot be trained on; the message says why.
     """
     if system is not None or not all(isinstance(text, str) for text in (prompt, *completions)):
-        prompt = _turns(prompt, "user")
-        completions = [_answer(_turns(text, "assistant"), prompt) for text in completions]
+        prompt, completions = _at_the_last_turn(
+            _turns(prompt, "user"), [_turns(text, "assistant") for text in completions], fields, place
+        )
         prompt = prompt_turns(prompt, system, place)
         for text, field in zip(completions, fields, strict=True):
             _check_answer(text, field, place)
@@ -93,12 +94,41 @@ def prompt_key(prompt: Text) -> str:
         >>> prompt_key("What is  this?") == prompt_key("what is this? ")
         True
     """
-    turns = [prompt] if isinstance(prompt, str) else [part for turn in prompt for part in turn.values()]
+    turns = [prompt] if isinstance(prompt, str) else [str(part) for turn in prompt for part in turn.values()]
     return json.dumps([" ".join(text.casefold().split()) for text in turns])
 
 
 def _turns(text: Text, role: str) -> list[Message]:
     return [{"role": role, "content": text}] if isinstance(text, str) else text
+
+
+def _at_the_last_turn(
+    prompt: list[Message], completions: Sequence[list[Message]], fields: Sequence[str], place: str
+) -> tuple[list[Message], list[list[Message]]]:
+    """Divide dialogues before their last turn: what all of them share is the prompt."""
+    answers = [_answer(turns, prompt) for turns in completions]
+    shared = answers[0][:-1] if answers else []
+    if not shared or any(turns[:-1] != shared for turns in answers):
+        return prompt, answers
+    repeats = any(len(turns) < len(whole) for turns, whole in zip(answers, completions, strict=True))
+    whole = _continued(prompt, shared, repeated=repeats)
+    if whole is None:
+        raise DataError(
+            f"{place}: {fields[0]!r} has {len(answers[0])} turns after the common prompt, and does not begin with it "
+            f"({shown(prompt[-1]['content'])}); give the dialogue alone, or only its answer: {_TELL}."
+        )
+    return whole, [turns[-1:] for turns in answers]
+
+
+def _continued(prompt: list[Message], shared: list[Message], *, repeated: bool) -> list[Message] | None:
+    """Return a prompt with the turns that all dialogues share; None where the two do not belong together."""
+    if repeated:  # they had the prompt before, and it is taken off
+        return [*prompt, *shared] if shared[0]["role"] == "assistant" else None
+    start = 1 if shared[0]["role"] == "system" and prompt and prompt[0]["role"] != "system" else 0
+    if not prompt or shared[start : start + len(prompt)] == prompt:
+        return shared
+    follows = shared[0]["role"] == "assistant" or {turn["role"] for turn in prompt} == {"system"}
+    return [*prompt, *shared] if follows else None
 
 
 def _answer(turns: list[Message], prompt: list[Message]) -> list[Message]:

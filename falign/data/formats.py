@@ -6,13 +6,23 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from falign.data.bad_rows import nearest, shown
-from falign.data.conversations import Message, Text, common_turns, looks_like_hh, read_dialogue, read_messages
+from falign.data.bad_rows import shown
+from falign.data.column_names import guess_columns
+from falign.data.conversations import (
+    Message,
+    Text,
+    common_turns,
+    looks_like_hh,
+    read_dialogue,
+    read_messages,
+    read_text,
+)
 from falign.data.examples import Example, build_example
 from falign.data.files import Row
+from falign.data.serialized import is_blank, parsed_conversation, parsed_list
 from falign.errors import DataError
 
-__all__ = ["COLUMNS", "FORMATS", "PAIR", "missing_column"]
+__all__ = ["COLUMNS", "FORMATS", "PAIR", "columns_read", "missing_column"]
 
 COLUMNS: frozenset[str] = frozenset(
     {"prompt", "chosen", "rejected", "system", "completion", "completions", "scores", "ranks", "label"}
@@ -26,8 +36,11 @@ PAIR = ("chosen", "rejected")
 
 def missing_column(row: Row, name: str) -> DataError:
     """Return the error of a row that lacks a column."""
-    guess = nearest(name, row.fields)
-    remedy = f"columns={{{name}: {guess}}}" if guess else f"columns={{{name}: the name in the file}}"
+    pair = ("prompt", "chosen", "rejected", "system") if name in PAIR else (name,)
+    guesses = guess_columns(row.fields, pair)
+    if name not in guesses:
+        guesses = {name: "the name in the file", **guesses}
+    remedy = "columns={" + ", ".join(f"{wanted}: {column}" for wanted, column in guesses.items()) + "}"
     return DataError(
         f"{row.place}: the column {name!r} is missing; the row has {sorted(row.fields)}. Rename it, or set {remedy}."
     )
@@ -40,15 +53,14 @@ def _get(row: Row, name: str) -> Any:
 
 
 def _string(row: Row, name: str) -> str:
-    value = _get(row, name)
+    value = parsed_conversation(_get(row, name), place=row.place, field=name)
     if not isinstance(value, str):
         raise DataError(f"{row.place}: {name!r} is {shown(value)}; it must be text.")
     return value
 
 
 def _text(row: Row, name: str) -> Text:
-    value = _get(row, name)
-    return value if isinstance(value, str) else read_messages(value, place=row.place, field=name)
+    return read_text(_get(row, name), place=row.place, field=name)
 
 
 def _system(row: Row) -> str | None:
@@ -110,10 +122,11 @@ def _sharegpt(row: Row) -> Example:
 
 def _alpaca(row: Row) -> Example:
     question = _string(row, "instruction")
-    if row.fields.get("input"):
+    if not is_blank(row.fields.get("input")):
         question = f"{question}\n{_string(row, 'input')}"
     turns: list[Message] = []
-    for exchange in row.fields.get("history") or []:
+    history = parsed_list(row.fields.get("history"))
+    for exchange in [] if is_blank(history) else history if isinstance(history, list) else [history]:
         if not isinstance(exchange, list) or len(exchange) != 2:
             raise DataError(f"{row.place}: 'history' has {shown(exchange)}; it must be a list of [question, answer].")
         past = ({"role": role, "content": text} for role, text in zip(("user", "assistant"), exchange, strict=True))
@@ -124,8 +137,8 @@ def _alpaca(row: Row) -> Example:
 
 def _ranked(row: Row) -> Example:
     ranks = "ranks" in row.fields
-    values = _get(row, "ranks" if ranks else "scores")
-    texts = _get(row, "completions")
+    values = parsed_list(_get(row, "ranks" if ranks else "scores"))
+    texts = parsed_list(_get(row, "completions"))
     if not isinstance(texts, list):
         raise DataError(f"{row.place}: 'completions' is {shown(texts)}; it must be a list.")
     numbers = isinstance(values, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
@@ -135,10 +148,7 @@ def _ranked(row: Row) -> Example:
             f"{row.place}: {name!r} is {shown(values)}; it must be {len(texts)} numbers, one per completion."
         )
     fields = [f"completions[{i}]" for i in range(len(texts))]
-    completions = [
-        text if isinstance(text, str) else read_messages(text, place=row.place, field=field)
-        for text, field in zip(texts, fields, strict=True)
-    ]
+    completions = [read_text(text, place=row.place, field=field) for text, field in zip(texts, fields, strict=True)]
     return build_example(
         row.place,
         prompt=_text(row, "prompt"),
@@ -180,3 +190,23 @@ FORMATS: Mapping[str, Callable[[Row], Example]] = {
     "completion": lambda row: _single(row, None),
 }
 """Layout name to reader."""
+
+_READ: Mapping[str, frozenset[str]] = {
+    "preference": frozenset({"prompt", *PAIR, "system"}),
+    "implicit": frozenset({*PAIR, "system"}),
+    "hh": frozenset({*PAIR, "system"}),
+    "alpaca": frozenset({"instruction", "input", "history", *PAIR, "system"}),
+    "sharegpt": frozenset({"conversations", *PAIR, "system"}),
+    "ranked": frozenset({"prompt", "completions", "system"}),
+    "unpaired": frozenset({"label", "system"}),
+    "completion": frozenset({"system"}),
+}
+
+
+def columns_read(format: str, row: Row) -> frozenset[str]:
+    """Return the columns that a layout reads of a row."""
+    if format == "ranked":
+        return _READ[format] | {"ranks" if "ranks" in row.fields else "scores"}
+    if format in ("unpaired", "completion"):
+        return _READ[format] | ({"messages"} if "messages" in row.fields else {"prompt", "completion"})
+    return _READ[format]

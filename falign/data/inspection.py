@@ -6,14 +6,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from falign.data.bad_rows import BadRows
+from falign.data.chat_template import Tokenizer
 from falign.data.conversations import Text
 from falign.data.examples import Example
 from falign.data.recognition import RowReader, read_examples
-from falign.data.rendering import Tokenizer, require_chat_choice
+from falign.data.rendering import require_chat_choice
 from falign.data.reports import SourceReport, Tally
 from falign.data.sources import DataSource
-from falign.data.tokenization import Tokenized, encode
-from falign.data.windows import Window, fit
+from falign.data.tokenization import Tokenized, encode, fitted
+from falign.data.windows import Window
 from falign.errors import DataError
 
 __all__ = ["DataReport", "Lengths", "check"]
@@ -104,7 +105,7 @@ def check(
     """
     source = DataSource(source) if isinstance(source, str) else source
     bad_rows = BadRows("skip", keep=keep)
-    reader = RowReader(source.format, source.columns, chat=source.chat)
+    reader = RowReader.of(source)
     tally = Tally(bad_rows)
     lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
 
@@ -119,12 +120,12 @@ def check(
         else:
             require_chat_choice(example.prompt, tokenizer, source.chat, example.place)
             try:
-                tree, drifting_tokens = encode(example, tokenizer, stop_token_ids=stop_token_ids)
+                encoded = encode(example, tokenizer, stop_token_ids=stop_token_ids)
+                tree = encoded.tree
                 record(example, [len(ids) for ids in (tree.prompt_ids, *tree.completion_ids)])
-                tokenized = Tokenized(tree, drifting_tokens)
+                tokenized = Tokenized(tree, encoded.drifting_tokens, encoded.reopened)
                 if window is not None:
-                    fitted = fit(tree, window, bos_token_id=tokenizer.bos_token_id)
-                    tokenized = Tokenized(fitted.tree, drifting_tokens, *fitted[1:])
+                    tokenized = fitted(encoded, window, bos_token_id=tokenizer.bos_token_id)
             except DataError as error:
                 bad_rows.add(error)
                 continue
@@ -132,7 +133,7 @@ def check(
         if tally.kept == source.limit:
             break
     return DataReport(
-        source=tally.report(source.path, reader.format),
+        source=tally.report(source.path, reader.format, unused=reader.unused),
         unit="words" if tokenizer is None else "tokens",
         lengths=tuple(Lengths.of(name, values) for name, values in lengths.items() if values),
     )

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from falign.data.bad_rows import BadRowPolicy, BadRows
+from falign.data.chat_template import Tokenizer
 from falign.data.examples import prompt_key
 from falign.data.reading import read_tokenized
 from falign.data.recognition import RowReader
-from falign.data.rendering import Tokenizer
 from falign.data.reports import SourceReport, Tally
-from falign.data.sources import DataSource
+from falign.data.sources import DataSource, place_in_source
 from falign.data.splits import draw, held_out_prompts
 from falign.data.windows import Window
 from falign.errors import ConfigError, DataError
@@ -135,7 +135,7 @@ def _load(
     window: Window,
     bad_rows: BadRows,
 ) -> _Loaded:
-    reader = RowReader(source.format, source.columns, chat=source.chat)
+    reader = RowReader.of(source)
     tally = Tally(bad_rows)
     trees: list[PromptTree] = []
     prompts: list[str] = []
@@ -148,7 +148,7 @@ def _load(
             prompts.append(prompt_key(example.prompt))
         if len(trees) == source.limit:
             break
-    report = tally.report(source.path, reader.format)
+    report = tally.report(source.path, reader.format, unused=reader.unused)
     if not trees:
         reason = f" The first bad row: {report.messages[0]}" if report.messages else ""
         raise DataError(f"{source.path}: none of its {report.read} rows can be used.{reason}")
@@ -159,7 +159,11 @@ def _mixed(loaded: Sequence[_Loaded], sources: Sequence[DataSource], seed: int) 
     rows = [range(len(part.trees)) for part in loaded]
     weights = [source.weight for source in sources if source.weight is not None]
     if weights:
-        rows = draw([[tree.place for tree in part.trees] for part in loaded], weights, seed=seed)
+        named = [
+            [place_in_source(tree.place, source) for tree in part.trees]
+            for part, source in zip(loaded, sources, strict=True)
+        ]
+        rows = draw(named, weights, seed=seed)
     pairs = list(zip(loaded, rows, strict=True))
     trees = [part.trees[i] for part, chosen in pairs for i in chosen]
     prompts = [part.prompts[i] for part, chosen in pairs for i in chosen]

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
-from falign.data.bad_rows import BadRowPolicy, BadRows, require_choice
-from falign.data.conversations import Message, Text, read_messages
+from falign.data.bad_rows import BadRowPolicy, BadRows, require_choice, shown
+from falign.data.chat_template import Tokenizer
+from falign.data.column_names import guess_columns, looks_like_system
+from falign.data.conversations import Message, Text, read_messages, read_text
 from falign.data.examples import prompt_key, prompt_turns
 from falign.data.files import Row
-from falign.data.rendering import Tokenizer, require_chat_choice
+from falign.data.recognition import refuse_unread_prompts
+from falign.data.renaming import renamed
+from falign.data.rendering import require_chat_choice
+from falign.data.serialized import is_blank, parsed_conversation
 from falign.data.sources import read_rows
 from falign.data.splits import held_out_prompts
 from falign.data.tokenization import encode_prompt
@@ -31,9 +38,12 @@ class PromptSource:
         split: As :attr:`falign.data.DataSource.split`.
         template: What the prompt is made of, with the row's columns in braces (``"{question}\nAnswer:"``); None takes
             the column ``prompt``, or ``messages`` up to the last turn that is not the assistant's.
+        columns: Other names for columns, of the prompt or for rewards: new name to the file's, where ``"outer.inner"``
+            is an entry of a column of objects (``{"answer": "reward_model.ground_truth"}``).
         chat: Whether a plain prompt is a user's turn, to be rendered by the chat template. None asks: a plain prompt is
             refused where the tokenizer has a chat template.
-        system: A system turn before every prompt; makes it a conversation.
+        system: A system turn before every prompt; makes it a conversation. A column ``system`` is the row's own.
+        ignore: As :attr:`falign.data.DataSource.ignore`.
         limit: Keep at most so many, the first usable ones.
     """
 
@@ -41,8 +51,10 @@ class PromptSource:
     texts: tuple[str, ...] = ()
     split: str = "train"
     template: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
     chat: bool | None = None
     system: str | None = None
+    ignore: tuple[str, ...] = ()
     limit: int | None = None
 
 
@@ -74,6 +86,7 @@ class PromptReport:
         dropped: Prompts that were too long and left out.
         bad: Rows that could not be used.
         messages: The first of their messages.
+        shared_prompts: Held-out prompts that are trained on, too.
     """
 
     num_train: int
@@ -82,6 +95,7 @@ class PromptReport:
     dropped: int
     bad: int
     messages: tuple[str, ...]
+    shared_prompts: int = 0
 
 
 RowCheck = Callable[[Sequence[PromptRow]], list[str | None]]
@@ -136,9 +150,33 @@ def load_prompts(
         held_out = [row for row, key in zip(train, keys, strict=True) if key in chosen]
         train = [row for row, key in zip(train, keys, strict=True) if key not in chosen]
     report = PromptReport(
-        len(train), len(held_out), reader.cut, reader.dropped, reader.bad.count, tuple(reader.bad.messages)
+        len(train),
+        len(held_out),
+        reader.cut,
+        reader.dropped,
+        reader.bad.count,
+        tuple(reader.bad.messages),
+        _num_shared(train, held_out),
     )
     return PromptData(train, held_out, report)
+
+
+def _num_shared(train: Sequence[PromptRow], held_out: Sequence[PromptRow]) -> int:
+    """Return how many held-out prompts are trained on: as the same text, or as the same row in another template."""
+    texts = {_last_text(row.prompt) for row in train}
+    rows = {_row_key(row) for row in train} - {None}
+    return sum(_last_text(row.prompt) in texts or _row_key(row) in rows for row in held_out)
+
+
+def _last_text(prompt: Text) -> str:
+    # A system turn, or being a turn at all, makes no other question.
+    if isinstance(prompt, str):
+        return prompt_key(prompt)
+    return prompt_key("\n".join(turn["content"] for turn in prompt if turn["role"] != "system"))
+
+
+def _row_key(row: PromptRow) -> str | None:
+    return json.dumps(row.columns, sort_keys=True, default=str) if row.columns else None
 
 
 @dataclass
@@ -186,6 +224,7 @@ class _Reader:
         return usable
 
     def _tokenized(self, row: Row, source: PromptSource) -> PromptRow | None:
+        row = renamed(row, source.columns, ignore=source.ignore)
         prompt = _prompt_of(row, source)
         require_chat_choice(prompt, self.tokenizer, source.chat, row.place)
         ids = encode_prompt(prompt, self.tokenizer, row.place)
@@ -214,31 +253,62 @@ def _rows(source: PromptSource, bad: BadRows) -> Iterable[Row]:
 
 
 def _prompt_of(row: Row, source: PromptSource) -> Text:
-    prompt = _raw_prompt(row, source.template)
-    if isinstance(prompt, str) and not (source.chat or source.system):
+    prompt, system = _raw_prompt(row, source.template), _system(row, source)
+    unread = {name: value for name, value in row.fields.items() if name not in ("prompt", "messages", "system")}
+    if source.template is not None:  # it says what the question is made of, and the other columns are for rewards
+        unread = {name: value for name, value in unread.items() if looks_like_system(name)}
+    refuse_unread_prompts(unread, [prompt], row.place, rewarded=True)
+    if isinstance(prompt, str) and not (source.chat or system):
         if not prompt.strip():
             raise DataError(f"{row.place}: the prompt is empty; it must contain text: mend the row or remove it.")
         return prompt
-    return prompt_turns(prompt, source.system, row.place)
+    return prompt_turns(prompt, system, row.place)
+
+
+def _system(row: Row, source: PromptSource) -> str | None:
+    """Return the system turn: the row's, or the source's for all rows."""
+    own = row.fields.get("system")
+    if is_blank(own):
+        return source.system
+    if not isinstance(own, str):
+        raise DataError(f"{row.place}: 'system' is {shown(own)}; it must be text.")
+    if source.system is not None and source.system != own:
+        raise DataError(
+            f"{row.place}: the row has a column 'system' ({shown(own)}), and the source sets system for all rows; "
+            "leave one of them out (ignore=[system] leaves out the column)."
+        )
+    return own
+
+
+class _Filled(string.Formatter):
+    """Fills a template with a row's columns; refuses what has no text of its own."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        value, first = super().get_field(field_name, args, kwargs)
+        if isinstance(value, str):
+            value = parsed_conversation(value, place="", field=field_name)
+        if isinstance(value, Mapping | list | tuple) or value is None:
+            raise TypeError(f"{field_name!r}, which is {shown(value)} and no text")
+        return value, first
 
 
 def _raw_prompt(row: Row, template: str | None) -> Text:
     if template is not None:
         try:
-            return template.format_map(row.fields)
+            return _Filled().vformat(template, (), row.fields)
         except (KeyError, IndexError, ValueError, AttributeError, TypeError, OverflowError) as error:
             raise DataError(
                 f"{row.place}: the template {template!r} asks for {error}; the row has {sorted(row.fields)}."
             ) from error
     if "prompt" in row.fields:
-        value = row.fields["prompt"]
-        return value if isinstance(value, str) else read_messages(value, place=row.place, field="prompt")
+        return read_text(row.fields["prompt"], place=row.place, field="prompt")
     if "messages" in row.fields:
         turns: list[Message] = read_messages(row.fields["messages"], place=row.place, field="messages")
         while turns and turns[-1]["role"] == "assistant":
             turns = turns[:-1]
         return turns
+    guess = guess_columns(row.fields, ("prompt",)).get("prompt", "question")
     raise DataError(
         f"{row.place}: there is no column 'prompt'; the row has {sorted(row.fields)}. Say what the prompt is made of: "
-        "prompts.train.0.template='{question}'."
+        f"template='{{{guess}}}', or columns={{prompt: {guess}}}."
     )

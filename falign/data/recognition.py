@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
-from falign.data.bad_rows import BadRows, nearest, require_choice
-from falign.data.conversations import looks_like_hh
+from falign.data.bad_rows import BadRows, require_choice, shown
+from falign.data.column_names import guess_columns, looks_like_prompt, looks_like_system
+from falign.data.conversations import Text, looks_like_hh
 from falign.data.examples import Example
 from falign.data.files import Row
-from falign.data.formats import COLUMNS, FORMATS, PAIR, missing_column
+from falign.data.formats import COLUMNS, FORMATS, PAIR, columns_read, missing_column
+from falign.data.renaming import renamed
+from falign.data.serialized import is_blank, parsed_conversation
 from falign.data.sources import DataSource, read_rows
 from falign.errors import ConfigError, DataError
 
 __all__ = ["RowReader", "read_examples", "recognise"]
 
 _UNSUPPORTED = ("tools", "images", "image", "videos", "chat_template_kwargs")
-_PROMPT_LIKE = ("question", "query", "problem", "input")
 
 
 def recognise(row: Row) -> str:
@@ -46,16 +49,21 @@ def recognise(row: Row) -> str:
 
 
 def _recognise_without_prompt(row: Row) -> str:
-    chosen = row.fields["chosen"]
+    chosen = parsed_conversation(row.fields["chosen"], place=row.place, field="chosen")
     if not isinstance(chosen, str):
         return "implicit"
     if looks_like_hh(chosen):
         return "hh"
-    # Two answers often begin with the same word: beside a column that looks like the prompt that is no prompt.
-    guess = nearest("prompt", row.fields) or next((name for name in _PROMPT_LIKE if name in row.fields), None)
+    # Two answers often begin with the same word: beside a column that may be the prompt that is no prompt.
+    others = {name: value for name, value in row.fields.items() if name not in {*PAIR, "system"}}
+    guesses = guess_columns(others, ("prompt", "system"))
+    texts = [name for name, value in others.items() if isinstance(value, str) and len(value.split()) > 1]
+    guess = guesses.get("prompt") or next((name for name in texts if name not in guesses.values()), None)
     if guess:
+        looks = "looks like one" if "prompt" in guesses else "holds text"
+        columns = ", ".join(f"{name}: {column}" for name, column in {**guesses, "prompt": guess}.items())
         raise DataError(
-            f"{row.place}: there is no column 'prompt', but {guess!r} looks like one; set columns={{prompt: {guess}}}, "
+            f"{row.place}: there is no column 'prompt', but {guess!r} {looks}; set columns={{{columns}}}, "
             "or format=implicit if the prompt is the common beginning of 'chosen' and 'rejected'."
         )
     return "implicit"
@@ -68,25 +76,43 @@ class RowReader:
         format: A name of ``FORMATS``, or ``"auto"``: the layout of the first row that has one.
         columns: falign's column name to the file's.
         chat: As :attr:`falign.data.DataSource.chat`; None leaves plain texts plain.
+        ignore: As :attr:`falign.data.DataSource.ignore`.
 
     Attributes:
         format: The layout; ``"auto"`` until the first row is read.
     """
 
     def __init__(
-        self, format: str = "auto", columns: Mapping[str, str] | None = None, *, chat: bool | None = None
+        self,
+        format: str = "auto",
+        columns: Mapping[str, str] | None = None,
+        *,
+        chat: bool | None = None,
+        ignore: Collection[str] = (),
     ) -> None:
         require_choice("format", format, ["auto", *FORMATS])
         self.format = format
         self._auto = format == "auto"
         self._columns = dict(columns or {})
         self._chat = chat
+        self._ignore = frozenset(ignore)
+        self._unused: dict[str, None] = {}
         for name in self._columns:
             if name not in COLUMNS:
                 raise ConfigError(
                     f"columns={self._columns}: {name!r} is not a column that falign reads. The left side is "
                     f"falign's name, one of {sorted(COLUMNS)}; the right side is the file's."
                 )
+
+    @classmethod
+    def of(cls, source: DataSource) -> RowReader:
+        """Return the reader of a source."""
+        return cls(source.format, source.columns, chat=source.chat, ignore=source.ignore)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The columns of the rows so far that were not read, in their order."""
+        return tuple(self._unused)
 
     def read(self, row: Row) -> Example:
         """Return the example in a row.
@@ -96,7 +122,7 @@ class RowReader:
         """
         row = self._renamed(row)
         for name in _UNSUPPORTED:
-            if row.fields.get(name):
+            if not is_blank(row.fields.get(name)):
                 raise DataError(
                     f"{row.place}: the column {name!r} is not supported, and leaving it out would change the prompt."
                 )
@@ -108,19 +134,64 @@ class RowReader:
                 f"{row.place}: this row looks like format {found!r}, those before it like {self.format!r}; "
                 "set format, or give all rows the same columns."
             )
+        unread = {name: row.fields[name] for name in row.fields.keys() - columns_read(self.format, row)}
+        if self._auto or self.format != "implicit" or example.conversational:
+            refuse_unread_prompts(unread, [example.prompt, *example.completions], row.place)
+        self._unused |= dict.fromkeys(name for name in row.fields if name in unread)
         return example
 
     def _renamed(self, row: Row) -> Row:
-        for name, column in self._columns.items():
-            if column not in row.fields:
-                raise DataError(
-                    f"{row.place}: columns={{{name}: {column}}} names a column that is missing; "
-                    f"the row has {sorted(row.fields)}."
-                )
-        kept = {name: value for name, value in row.fields.items() if name not in self._columns.values()}
         # A system column, also an empty one, makes a conversation of plain texts.
         turns = {"system": ""} if self._chat else {}
-        return Row(row.place, turns | kept | {name: row.fields[column] for name, column in self._columns.items()})
+        row = renamed(row, self._columns, ignore=self._ignore)
+        return Row(row.place, turns | row.fields)
+
+
+def refuse_unread_prompts(
+    unread: Mapping[str, Any], read: Collection[Text], place: str, *, rewarded: bool = False
+) -> None:
+    """Refuse a row whose prompt, or a part of it, is in a column that is not read.
+
+    A column that says again what was read is no part that is missing.
+
+    Args:
+        unread: The columns that were not read.
+        read: The texts and conversations that were.
+        place: The row, for messages.
+        rewarded: Whether unread columns go to rewards, which may well read a question: then only a system turn and a
+            conversation are refused.
+
+    Raises:
+        DataError: With the column, and how to name it.
+    """
+    said = "".join("".join(_contents(text)) for text in read)
+    said = "".join(said.split())
+    for name, value in unread.items():
+        kind = "system" if looks_like_system(name) else "prompt" if looks_like_prompt(name) else None
+        if kind is None or is_blank(value) or isinstance(value, bool | int | float):
+            continue
+        if rewarded and kind == "prompt" and not isinstance(value, list):
+            continue
+        missing = next((text for text in _contents(value) if "".join(text.split()) not in said), None)
+        if missing is not None:
+            part = "a system turn" if kind == "system" else "the prompt, or a part of it,"
+            raise DataError(
+                f"{place}: the column {name!r} looks like {part} and is not read ({shown(missing)}); set "
+                f"columns={{{kind}: {name}}}, or ignore=[{name}] if it is not part of the prompt."
+            )
+
+
+def _contents(value: Any) -> list[str]:
+    """Return the texts in a value: of a conversation those of its turns."""
+    value = parsed_conversation(value, place="", field="") if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        inner = value.get("content", value.get("value", list(value.values())))
+        return _contents(inner)
+    if isinstance(value, list | tuple):
+        return [text for inner in value for text in _contents(inner)]
+    return []
 
 
 def read_examples(
@@ -133,7 +204,7 @@ def read_examples(
         reader: Made from the source by default; its ``format`` afterwards says which layout was found.
         bad_rows: Takes the rows that cannot be used; by default the first one raises.
     """
-    reader = reader or RowReader(source.format, source.columns, chat=source.chat)
+    reader = reader or RowReader.of(source)
     bad_rows = bad_rows or BadRows()
     for row in read_rows(source.path, split=source.split, bad_rows=bad_rows):
         try:

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import NamedTuple
 
-from falign.data.conversations import Message, Text
+from falign.data.chat_template import Tokenizer
+from falign.data.conversations import Text
 from falign.data.examples import Example
+from falign.data.fidelity import Written, compact, write
 from falign.errors import ConfigError, DataError
 
-__all__ = ["Rendered", "Tokenizer", "render", "render_prompt", "require_chat_choice"]
-
-
-if TYPE_CHECKING:
-
-    class Tokenizer(Protocol):
-        """What this package uses of a Transformers tokenizer, without seconds of importing it."""
-
-        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-        def decode(self, *args: Any, **kwargs: Any) -> Any: ...
-        def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any: ...
-        def __getattr__(self, name: str, /) -> Any: ...  # bos_token_id, eos_token_id, chat_template
-
-else:
-    Tokenizer = Any
+__all__ = ["Rendered", "render", "render_prompt", "require_chat_choice"]
 
 
 class Rendered(NamedTuple):
@@ -42,18 +30,25 @@ def render(example: Example, tokenizer: Tokenizer) -> Rendered:
 
     Raises:
         ConfigError: A conversation, and no usable chat template.
-        DataError: The template refuses this conversation.
+        DataError: The template refuses this conversation, or does not write it as it stands.
     """
-    prompt, completions = example.prompt, example.completions
-    rendered = render_prompt(prompt, tokenizer, example.place)
+    prompt, completions, place = example.prompt, example.completions, example.place
     if isinstance(prompt, str):
-        return Rendered(rendered, tuple(prompt + text for text in completions if isinstance(text, str)))
-    full = tuple(
-        _apply_template([*prompt, *turns], tokenizer, example.place, answered=True)
-        for turns in completions
-        if not isinstance(turns, str)
-    )
-    return Rendered(rendered, full)
+        return Rendered(prompt, tuple(prompt + text for text in completions if isinstance(text, str)))
+    opening = render_prompt(prompt, tokenizer, place)
+    whole: list[Written] = []
+    for turns in completions:
+        assert not isinstance(turns, str)
+        like = whole[0] if whole else None
+        whole.append(write([*prompt, *turns], tokenizer, place, answered=True, like=like))
+        # The prompt that is trained on is the one before an answer; the one that is sampled from stands alone.
+        end = whole[-1].spans[-2][1]
+        if compact(opening)[:end] != compact(whole[-1].text)[:end]:
+            raise DataError(
+                f"{place}: the chat template writes the prompt otherwise once an answer follows, so that the model "
+                "would learn behind another prompt than it is asked with; set model.chat_template."
+            )
+    return Rendered(opening, tuple(written.text for written in whole))
 
 
 def require_chat_choice(prompt: Text, tokenizer: Tokenizer, chat: bool | None, place: str) -> None:
@@ -81,7 +76,7 @@ def render_prompt(prompt: Text, tokenizer: Tokenizer, place: str) -> str:
 
     Raises:
         ConfigError: A conversation, and no usable chat template.
-        DataError: The template refuses this conversation.
+        DataError: The template refuses this conversation, or does not write it as it stands.
     """
     if isinstance(prompt, str):
         return prompt
@@ -90,21 +85,4 @@ def render_prompt(prompt: Text, tokenizer: Tokenizer, place: str) -> str:
             f"{place}: the row is a conversation, and the tokenizer has no chat template; "
             "set model.chat_template to a file or a Jinja string, or use a model that has one."
         )
-    return _apply_template(prompt, tokenizer, place, answered=False)
-
-
-def _apply_template(turns: list[Message], tokenizer: Tokenizer, place: str, *, answered: bool) -> str:
-    from jinja2 import TemplateError, TemplateSyntaxError
-
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not answered))
-    except TemplateSyntaxError as error:
-        raise ConfigError(
-            f"the chat template is not valid Jinja (line {error.lineno}: {error}); mend model.chat_template."
-        ) from error
-    except TemplateError as error:
-        roles = " ".join(turn["role"] for turn in turns)
-        raise DataError(
-            f"{place}: the chat template refuses the turns ({roles}): {error}; "
-            "mend the row, or set model.chat_template."
-        ) from error
+    return write(prompt, tokenizer, place, answered=False).text

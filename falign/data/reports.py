@@ -13,6 +13,9 @@ from falign.data.tokenization import Tokenized
 
 __all__ = ["SourceReport", "Tally"]
 
+DRIFT = 0.05
+"""The share of rows whose prompt changes before an answer that is worth a word."""
+
 
 @dataclass(frozen=True)
 class SourceReport:
@@ -25,12 +28,15 @@ class SourceReport:
         bad: Rows that cannot be used.
         kept: Rows that are left to train on.
         dropped: Rows left out by a length policy, by reason.
-        drifting: Kept rows whose last prompt tokens change once a completion follows.
+        drifting: Kept rows whose last prompt tokens merge with the first characters of a completion.
+        reopened: Kept rows whose template opens an answer otherwise than its generation prompt.
         prompts_cut: Kept rows whose prompt was cut.
         completions_cut: Completions in kept rows that were cut.
         duplicates: Usable rows that are equal to an earlier one.
         contradictions: Usable rows that prefer otherwise than an earlier one with the same prompt and completions.
         messages: What was wrong with the first bad rows.
+        prompts: Different prompts in the usable rows.
+        unused: Columns of the source that were not read.
     """
 
     path: str
@@ -40,16 +46,39 @@ class SourceReport:
     kept: int
     dropped: Mapping[str, int]
     drifting: int
+    reopened: int
     prompts_cut: int
     completions_cut: int
     duplicates: int
     contradictions: int
     messages: tuple[str, ...]
+    prompts: int
+    unused: tuple[str, ...] = ()
 
     @property
     def drift_share(self) -> float:
-        """Drifting rows as a share of the kept ones."""
-        return self.drifting / self.kept if self.kept else 0.0
+        """Rows whose prompt changes once a completion follows, as a share of the kept ones."""
+        return (self.drifting + self.reopened) / self.kept if self.kept else 0.0
+
+    def remarks(self) -> list[str]:
+        """Return what is probably not meant: one prompt for all rows, columns that were not read, drifting prompts."""
+        usable = self.kept + sum(self.dropped.values())
+        found = []
+        if usable > 1 and self.prompts == 1:
+            found.append(f"{usable:,} rows have 1 distinct prompt")
+        if self.unused:
+            found.append(f"unused columns: {', '.join(self.unused)}")
+        if self.drifting > DRIFT * self.kept:
+            found.append(
+                f"in {self.drifting:,} rows the prompt's last tokens merge with an answer: end prompts with a line "
+                "break, not with a space"
+            )
+        if self.reopened > DRIFT * self.kept:
+            found.append(
+                f"in {self.reopened:,} rows the chat template opens the answer otherwise than its generation prompt, "
+                "so that the model learns behind another opening than it is asked with: set model.chat_template"
+            )
+        return found
 
     def counts(self) -> list[tuple[str, int]]:
         """Return label and count, in the order to print."""
@@ -60,7 +89,9 @@ class SourceReport:
             ("rows kept", self.kept),
             ("prompts cut", self.prompts_cut),
             ("completions cut", self.completions_cut),
-            ("rows whose prompt boundary drifts", self.drifting),
+            ("prompts that merge with an answer", self.drifting),
+            ("answers opened otherwise than prompted", self.reopened),
+            ("distinct prompts", self.prompts),
             ("duplicate rows", self.duplicates),
             ("contradicting rows", self.contradictions),
         ]
@@ -78,6 +109,7 @@ class Tally:
         self.kept = 0
         self._counts: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
+        self._prompts: set[bytes] = set()
         self._preferences: dict[bytes, set[tuple[int, ...]]] = {}
 
     def add(self, example: Example, tokenized: Tokenized | None = None) -> None:
@@ -88,12 +120,13 @@ class Tally:
             return
         self.kept += 1
         if tokenized is not None:
-            self._counts["drifting"] += tokenized.drifting_tokens > 0
+            self._counts["reopened"] += tokenized.reopened
+            self._counts["drifting"] += tokenized.drifting_tokens > 0 and not tokenized.reopened
             self._counts["prompts_cut"] += tokenized.prompt_tokens_cut > 0
             self._counts["completions_cut"] += tokenized.completions_cut
 
-    def report(self, path: str, format: str) -> SourceReport:
-        """Return the counts so far."""
+    def report(self, path: str, format: str, *, unused: tuple[str, ...] = ()) -> SourceReport:
+        """Return the counts so far; ``unused`` columns are known to what reads the rows."""
         return SourceReport(
             path=path,
             format=format,
@@ -102,18 +135,23 @@ class Tally:
             kept=self.kept,
             dropped=dict(self._dropped),
             drifting=self._counts["drifting"],
+            reopened=self._counts["reopened"],
             prompts_cut=self._counts["prompts_cut"],
             completions_cut=self._counts["completions_cut"],
             duplicates=self._counts["duplicates"],
             contradictions=self._counts["contradictions"],
             messages=tuple(self.bad_rows.messages),
+            prompts=len(self._prompts),
+            unused=unused,
         )
 
     def _count_repetition(self, example: Example) -> None:
         # Completions in one order whatever their order in the row, so that a swapped pair is found.
         preference = example.preference or (0.0,) * len(example.completions)
         ranked = sorted(zip(map(repr, example.completions), preference, strict=True))
-        text = "\n".join([prompt_key(example.prompt), *(completion for completion, _ in ranked)])
+        prompt = prompt_key(example.prompt)
+        self._prompts.add(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest())
+        text = "\n".join([prompt, *(completion for completion, _ in ranked)])
         key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
         values = [value for _, value in ranked]
         order = (

@@ -13,7 +13,7 @@ from falign.data.bad_rows import BadRows, nearest
 from falign.data.files import FILE_SUFFIXES, Row, read_file
 from falign.errors import ConfigError, DataError
 
-__all__ = ["DEMOS", "DataSource", "read_rows"]
+__all__ = ["DEMOS", "DataSource", "place_in_source", "read_rows"]
 
 DEMOS: dict[str, Path] = {
     "demo:polite-preference": Path(__file__).parent / "embedded" / "polite-preference.jsonl.gz",
@@ -33,9 +33,11 @@ class DataSource:
             ``"demo:polite-preference"`` (pairs) or ``"demo:one-digit-arithmetic"`` (questions with answers).
         split: Which split of a Hub data set or of a folder with several; the arithmetic has ``train`` and ``test``.
         format: A name of ``falign.data.FORMATS``, or ``"auto"`` to tell it from the columns.
-        columns: What the file calls falign's columns, for example ``{"prompt": "question"}``.
+        columns: What the file calls falign's columns, for example ``{"prompt": "question"}``; ``"outer.inner"`` is an
+            entry of a column of objects.
         chat: Whether plain texts are turns, the prompt a user's, to be rendered by the chat template. None asks: plain
             texts are refused where the tokenizer has a chat template.
+        ignore: Columns, and keys of turns, that look like a part of the prompt and are none.
         weight: Share of this source in a mixture; all sources of a mixture have one, or none has.
         limit: Keep at most so many examples, the first usable ones.
     """
@@ -45,6 +47,7 @@ class DataSource:
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     chat: bool | None = None
+    ignore: tuple[str, ...] = ()
     weight: float | None = None
     limit: int | None = None
 
@@ -83,6 +86,18 @@ def read_rows(path: str | Path, *, split: str = "train", bad_rows: BadRows | Non
         yield from _numbered(_load_from_hub(name, split), f"{name}[{split}]")
     else:
         raise DataError(_not_found(local))
+
+
+def place_in_source(place: str, source: DataSource) -> str:
+    """Return a row's place without the source's path, which may be written in many ways.
+
+    Example:
+        >>> place_in_source("data/a.jsonl:12", DataSource("./data/a.jsonl"))
+        ':12'
+    """
+    if source.path.startswith("demo:"):
+        return place.removeprefix(source.path)
+    return place.removeprefix(str(Path(source.path)))
 
 
 def _not_found(path: Path) -> str:

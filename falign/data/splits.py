@@ -15,11 +15,11 @@ from falign.errors import ConfigError
 __all__ = ["draw", "held_out_prompts"]
 
 
-def draw(places: Sequence[Sequence[str]], weights: Sequence[float], *, seed: int) -> list[list[int]]:
+def draw(rows: Sequence[Sequence[str]], weights: Sequence[float], *, seed: int) -> list[list[int]]:
     """Return which rows of each source a weighted mixture takes: as many as the shares allow, none twice.
 
     Args:
-        places: The places of each source's rows.
+        rows: What each row of each source is called within its source, wherever the source lies.
         weights: Share of each source, up to a common factor.
         seed: Another seed takes other rows.
 
@@ -31,10 +31,11 @@ def draw(places: Sequence[Sequence[str]], weights: Sequence[float], *, seed: int
         [30, 10]
     """
     # The largest total of which no source runs out.
-    total = min(len(rows) / weight for rows, weight in zip(places, weights, strict=True))
+    total = min(len(names) / weight for names, weight in zip(rows, weights, strict=True))
     drawn = []
-    for rows, weight in zip(places, weights, strict=True):
-        order = sorted(range(len(rows)), key=lambda i, rows=rows: _hash(seed, rows[i], str(i)))
+    for number, (names, weight) in enumerate(zip(rows, weights, strict=True)):
+        keys = [_hash(seed, str(number), name, str(i)) for i, name in enumerate(names)]
+        order = sorted(range(len(names)), key=keys.__getitem__)
         drawn.append(sorted(order[: round(total * weight)]))
     return drawn
 

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from falign.data.bad_rows import shown
+from falign.data.chat_template import Tokenizer
 from falign.data.conversations import Text
 from falign.data.examples import Example
-from falign.data.rendering import Tokenizer, render, render_prompt
+from falign.data.fidelity import check_decoded
+from falign.data.rendering import render, render_prompt
 from falign.data.windows import Window, fit
 from falign.errors import ConfigError, DataError
 from falign.scoring.trees import PromptTree
 
-__all__ = ["Encoded", "Tokenized", "encode", "encode_prompt", "tokenize"]
+__all__ = ["Encoded", "Tokenized", "encode", "encode_prompt", "fitted", "tokenize"]
 
 
 class Encoded(NamedTuple):
@@ -23,11 +25,14 @@ class Encoded(NamedTuple):
     Attributes:
         tree: Prompt and completions.
         drifting_tokens: How many of the prompt's last tokens change once a completion follows; they were given
-            to the completions.
+            to the completions, or to neither side where the template writes them in the prompt alone.
+        reopened: Whether they change because the template opens an answer otherwise than its generation prompt; else
+            they merge with an answer's first characters.
     """
 
     tree: PromptTree
     drifting_tokens: int
+    reopened: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Tokenized:
     Attributes:
         tree: Prompt and completions; None when the row was dropped.
         drifting_tokens: As in ``Encoded``.
+        reopened: As in ``Encoded``.
         prompt_tokens_cut: How many tokens the prompt lost.
         completions_cut: How many completions were cut.
         dropped: Why the row was dropped, or None.
@@ -44,6 +50,7 @@ class Tokenized:
 
     tree: PromptTree | None
     drifting_tokens: int = 0
+    reopened: bool = False
     prompt_tokens_cut: int = 0
     completions_cut: int = 0
     dropped: str | None = None
@@ -62,9 +69,25 @@ def tokenize(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collecti
         ConfigError: No chat template, or no stop token, where one is needed.
         DataError: The row cannot be tokenised, or is too long under the policy ``"error"``.
     """
-    tree, drifting_tokens = encode(example, tokenizer, stop_token_ids=stop_token_ids)
-    fitted = fit(tree, window, bos_token_id=tokenizer.bos_token_id)
-    return Tokenized(fitted.tree, drifting_tokens, fitted.prompt_tokens_cut, fitted.completions_cut, fitted.dropped)
+    encoded = encode(example, tokenizer, stop_token_ids=stop_token_ids)
+    return fitted(encoded, window, bos_token_id=tokenizer.bos_token_id)
+
+
+def fitted(encoded: Encoded, window: Window, *, bos_token_id: int | None) -> Tokenized:
+    """Return an example in token ids as it fits the window.
+
+    Raises:
+        DataError: It is too long under the policy ``"error"``.
+    """
+    found = fit(encoded.tree, window, bos_token_id=bos_token_id)
+    return Tokenized(
+        found.tree,
+        encoded.drifting_tokens,
+        encoded.reopened,
+        found.prompt_tokens_cut,
+        found.completions_cut,
+        found.dropped,
+    )
 
 
 def encode(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collection[int]) -> Encoded:
@@ -79,8 +102,8 @@ def encode(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collection
     """
     rendered = render(example, tokenizer)
     bos = [] if example.conversational else _leading_bos(tokenizer)
-    prompt_ids = _ids(rendered.prompt, tokenizer, bos)
-    full_ids = [_ids(text, tokenizer, bos) for text in rendered.full]
+    prompt_ids = _ids(rendered.prompt, tokenizer, bos, example.place)
+    full_ids = [_ids(text, tokenizer, bos, example.place) for text in rendered.full]
     boundary = _common_length([prompt_ids, *(ids[:-1] for ids in full_ids)])
     if boundary == 0:
         raise DataError(
@@ -93,7 +116,22 @@ def encode(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collection
         for number, ids in enumerate(full_ids, start=1)
     )
     tree = PromptTree(tuple(prompt_ids[:boundary]), completions, example.preference, example.place)
-    return Encoded(tree, len(prompt_ids) - boundary)
+    _check_distinct(tree)
+    reopened = not all(text.startswith(rendered.prompt) for text in rendered.full)
+    return Encoded(tree, len(prompt_ids) - boundary, reopened and boundary < len(prompt_ids))
+
+
+def _check_distinct(tree: PromptTree) -> None:
+    if tree.preference is None:
+        return
+    seen: dict[tuple[int, ...], int] = {}
+    for number, ids in enumerate(tree.completion_ids):
+        other = seen.setdefault(ids, number)
+        if tree.preference[other] != tree.preference[number]:
+            raise DataError(
+                f"{tree.place}: completions {other + 1} and {number + 1} are the same tokens, because they differ in "
+                "white space alone, which is trimmed; so neither can be preferred: mend the row or remove it."
+            )
 
 
 def encode_prompt(prompt: Text, tokenizer: Tokenizer, place: str) -> tuple[int, ...]:
@@ -104,15 +142,16 @@ def encode_prompt(prompt: Text, tokenizer: Tokenizer, place: str) -> tuple[int, 
         DataError: The template refuses it, or no token is left.
     """
     bos = _leading_bos(tokenizer) if isinstance(prompt, str) else []
-    ids = tuple(_ids(render_prompt(prompt, tokenizer, place), tokenizer, bos))
+    ids = tuple(_ids(render_prompt(prompt, tokenizer, place), tokenizer, bos, place))
     if not ids:
         raise DataError(f"{place}: the prompt has no token; a completion needs at least one before it.")
     return ids
 
 
-def _ids(text: str, tokenizer: Tokenizer, bos: list[int]) -> list[int]:
+def _ids(text: str, tokenizer: Tokenizer, bos: list[int], place: str) -> list[int]:
     # verbose=False: the window is checked later, against the run's length and not against the tokenizer's.
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    check_decoded(text, ids, tokenizer.decode, place)
     return ids if ids[: len(bos)] == bos else bos + ids
 
 

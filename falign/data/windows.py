@@ -98,7 +98,7 @@ def fit(tree: PromptTree, window: Window, *, bos_token_id: int | None) -> Fitted
     if completions_cut and window.long_completion == "drop":
         return Fitted(None, dropped="long completion")
     completion_ids = tuple(ids[:completion_room] for ids in tree.completion_ids)
-    if _indistinct(tree, completion_ids):
+    if completions_cut and _indistinct(tree, completion_ids):
         return Fitted(None, dropped="equal after the cut")
     fitted = replace(tree, prompt_ids=prompt_ids, completion_ids=completion_ids)
     return Fitted(fitted, prompt_excess, completions_cut)

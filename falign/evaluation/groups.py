@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from falign.data import PromptRow
-from falign.data.rendering import Tokenizer
+from falign.data.chat_template import Tokenizer
 from falign.errors import RolloutError
 from falign.evaluation.reward_columns import reward_columns
 from falign.rewards import RewardSum
 from falign.rollouts import Engine, Rollout, SamplingParams
-from falign.rollouts.seeds import mixed
+from falign.seeds import mixed
 
 __all__ = ["TOLERANCE", "Draw", "Group", "GroupSampler"]
 

@@ -20,6 +20,7 @@ from falign.evaluation.score_rows import ScoreRow
 from falign.objectives import Listwise, Pairwise
 from falign.references import detached_logprobs
 from falign.scoring import DEFAULT_CHUNK_TOKENS, LAYOUTS, Layout, PromptTree
+from falign.seeds import mixed
 
 __all__ = ["BASELINES", "OF_POLICY", "OF_REWARD", "SCORERS", "ComparedScores", "ItemScorer", "ReferenceFreeScores"]
 
@@ -184,5 +185,5 @@ class ItemScorer:
         return [[float(next(taken) or 0.0) for _ in item.completions] for item, _ in items]
 
     def _random(self, item: BenchmarkItem) -> list[float]:
-        generator = Random(f"{self.seed} {item.subset} {item.id}")
+        generator = Random(mixed(self.seed, item.subset, item.id))
         return [generator.random() for _ in item.completions]

@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 
 from falign.data import BadRows, Example, Window, encode
 from falign.data.bad_rows import nearest, require_choice
-from falign.data.rendering import Tokenizer, require_chat_choice
+from falign.data.chat_template import Tokenizer
+from falign.data.rendering import require_chat_choice
 from falign.data.windows import fit
 from falign.errors import DataError
 from falign.evaluation.benchmarks import Benchmark, BenchmarkItem

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Protocol, TypeVar, runtime_checkable
 
 from falign.data import BadRowPolicy, BadRows, DataSource, Window, read_tokenized
-from falign.data.rendering import Tokenizer
+from falign.data.chat_template import Tokenizer
 from falign.scoring import PromptTree
 
 __all__ = ["TreeStream", "batches_in_order"]

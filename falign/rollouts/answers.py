@@ -2,10 +2,10 @@
 
 from collections.abc import Collection, Sequence
 
-from jinja2 import TemplateError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from falign.data.tokenization import encode_prompt
 from falign.errors import ConfigError
 from falign.models.tokenizers import pad_token_id
 from falign.rollouts.base import SamplingParams
@@ -42,6 +42,7 @@ def answer(
 
     Raises:
         ConfigError: an empty prompt, or a conversation that the tokenizer has no chat template for.
+        DataError: a chat template that refuses a prompt, or leaves out a part of it.
         RolloutError: a prompt that leaves no room for the answer.
     """
     if empty := [
@@ -51,23 +52,14 @@ def answer(
     params = SamplingParams(max_new_tokens, temperature=temperature, stop_token_ids=frozenset(stop_token_ids))
     engine = TransformersEngine(model, pad_token_id=pad_token_id(tokenizer))
     engine.publish(model, version=0)
-    rows = [_token_ids(tokenizer, prompt, chat=chat) for prompt in prompts]
+    as_turns = chat and bool(tokenizer.chat_template)
+    rows = [
+        encode_prompt(_turns(prompt) if as_turns else prompt, tokenizer, f"prompt {number}")
+        for number, prompt in enumerate(prompts)
+    ]
     rollouts = engine.sample(rows, 1, params, version=0, seed=seed)
     texts = [tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True) for rollout in rollouts]
     return [str(text).strip() for text in texts]
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat: bool) -> list[int]:
-    if tokenizer.chat_template is None or (isinstance(prompt, str) and not chat):
-        if not isinstance(prompt, str):
-            raise ConfigError("A prompt is a conversation, and the tokenizer has no chat template: give plain text.")
-        return list(tokenizer(prompt)["input_ids"])
-    try:
-        text = str(tokenizer.apply_chat_template(_turns(prompt), tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
-        roles = " ".join(turn["role"] for turn in _turns(prompt))
-        raise ConfigError(f"The chat template refuses the turns ({roles}) of a prompt: {error}.") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _turns(prompt: Prompt) -> list[dict[str, str]]:

@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 from falign.errors import RolloutError
 from falign.rollouts.base import Engine, Rollout, SamplingParams
+from falign.seeds import mixed
 
 __all__ = ["Presampled", "Verify", "presample"]
 
 Verify = Callable[[list[int], list[Rollout]], list[bool]]
 """From the number of each completion's prompt, and the completions, to whether each is correct."""
-
-_SEEDS = 15_485_863  # seeds of different calls do not meet before half as many chunks
 
 
 class Presampled(NamedTuple):
@@ -86,9 +85,9 @@ def presample(
 
     for first in range(start, len(prompt_ids), chunk_size):
         chunk = list(range(first, min(first + chunk_size, len(prompt_ids))))
-        chunk_seed = seed * _SEEDS + 2 * (first // chunk_size)
-        counts = [count for count, _ in verified(chunk, num_completions, seed=chunk_seed)]
+        chunk_number = first // chunk_size
+        counts = [count for count, _ in verified(chunk, num_completions, seed=mixed(seed, "attempts", chunk_number))]
         solved = [i for i, count in zip(chunk, counts, strict=True) if count >= threshold]
-        further = dict(zip(solved, verified(solved, 1, seed=chunk_seed + 1), strict=True))
+        further = dict(zip(solved, verified(solved, 1, seed=mixed(seed, "rehearsed", chunk_number)), strict=True))
         kept = {i: rollout for i, (is_correct, rollout) in further.items() if is_correct}
         yield [Presampled(count, kept.get(i)) for i, count in zip(chunk, counts, strict=True)]

@@ -18,7 +18,6 @@ from falign.errors import ConfigError, EngineError, RolloutError
 from falign.rollouts.base import Engine, EngineCapabilities, Rollout, SamplingParams
 from falign.rollouts.gap import Canary
 from falign.rollouts.prompt_check import check_prompts, check_request
-from falign.rollouts.seeds import mixed
 from falign.rollouts.servable import why_not_servable
 from falign.rollouts.vllm_adapters import AdapterSync
 from falign.rollouts.vllm_client import HTTPClient, ServerLostError
@@ -26,6 +25,7 @@ from falign.rollouts.vllm_completions import VersionUnknownError, complete
 from falign.rollouts.vllm_description import describe_server
 from falign.rollouts.vllm_merged import MergedSync
 from falign.rollouts.vllm_published import Published, Sync
+from falign.seeds import mixed
 
 __all__ = ["VLLMEngine"]
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from falign.seeds import mixed
+
 __all__ = ["TokenBudgetBatches"]
 
 _WINDOW = 16  # batches' worth of trees that are sorted by length among themselves
@@ -57,7 +59,7 @@ class TokenBudgetBatches:
     def _batches(self) -> list[list[int]]:
         if not self.shuffle:
             return self._cut(range(len(self.lengths)))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed(mixed(self.seed, "rows", self.epoch))
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         per_batch = max(1, self.max_tokens * len(order) // sum(self.lengths))
         size = _WINDOW * per_batch

@@ -134,17 +134,19 @@ class SourceConfig(FrozenModel):
     split: str = "train"
     format: str = "auto"
     columns: dict[str, str] = {}
-    """What the file calls falign's columns: ``{prompt: question}``."""
+    """What the file calls falign's columns: ``{prompt: question}``; ``outer.inner`` is inside a column of objects."""
     chat: bool | None = None
     """``true``: plain texts are turns, the prompt a user's, rendered by the chat template; ``false``: they are
     continued as they stand. Must be set for plain texts where the model has a chat template."""
+    ignore: list[str] = []
+    """Columns, and keys of turns, that look like a part of the prompt and are none."""
     weight: float | None = Field(default=None, gt=0)
     """Share in a mixture; for all sources or for none."""
     limit: int | None = Field(default=None, ge=1)
 
     def build(self) -> DataSource:
         """Return the source as the data package knows it."""
-        return DataSource(**self.model_dump())
+        return DataSource(**{**self.model_dump(), "ignore": tuple(self.ignore)})
 
 
 class DataConfig(FrozenModel):

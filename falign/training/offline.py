@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import TrainerCallback
 
-from falign.data import PreferenceData
+from falign.data import PreferenceData, demonstrations
 from falign.errors import ConfigError, DataError
 from falign.objectives import Objective
 from falign.references import Reference
@@ -39,6 +39,8 @@ def offline_trainer(
         data = config.data.build(language.tokenizer, stop_token_ids=language.stop_tokens, seed=config.seed)
     _check_preferences(data, objective)
     _tell(data, console)
+    if "preference" not in objective.needs:
+        data = _imitated(data, console)
     _check_budget(config, data)
     args = config.training.build(config.output_dir, seed=config.seed)
     probes = [*data.train[:2], *sorted(data.train, key=lambda tree: (len(tree.completion_ids) > 1, tree.num_tokens))]
@@ -90,6 +92,28 @@ def _check_preferences(data: PreferenceData, objective: Objective) -> None:
             )
 
 
+def _imitated(data: PreferenceData, console: Console) -> PreferenceData:
+    """Leave out what an objective that reads no preferences would imitate all the same, and say so."""
+    found = demonstrations(data)
+    left_out = [
+        f"{count} {what}"
+        for count, what in (
+            (found.rejected, "completions that are not the preferred ones"),
+            (found.undesirable, "rows with label false"),
+        )
+        if count
+    ]
+    if left_out:
+        console.print(
+            f"data: the objective reads no preferences, so it imitates what is preferred; left out: "
+            f"{' and '.join(left_out)}",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return found.data
+
+
 def _check_budget(config: RunConfig, data: PreferenceData) -> None:
     budget, longest = config.training.tokens_per_batch, max(data.train, key=lambda tree: tree.num_tokens)
     if budget is not None and longest.num_tokens > budget:
@@ -104,8 +128,12 @@ def _tell(data: PreferenceData, console: Console) -> None:
     report = data.report
     parts = [f"{report.num_train} rows to train on, {report.num_eval} held out"]
     for source in (*report.sources, *report.eval_sources):
-        parts += [f"{label} {count}" for label, count in source.counts()[1:] if count and label != "rows kept"]
+        told = (pair for pair in source.counts()[1:] if pair[1] and pair[0] not in ("rows kept", "distinct prompts"))
+        parts += [f"{label} {count}" for label, count in told]
     console.print("data: " + "; ".join(parts), highlight=False, markup=False)
+    for source in (*report.sources, *report.eval_sources):
+        for remark in source.remarks():
+            console.print(f"data: {source.path}: {remark}", style="yellow", markup=False, soft_wrap=True)
     if report.shared_prompts:
         console.print(
             f"warning: {report.shared_prompts} held-out prompts also occur in training, so held-out values flatter.",

@@ -19,6 +19,7 @@ from falign.models.value_head import ValueHead
 from falign.objectives import Objective
 from falign.rollouts import Engine, SamplingParams, TransformersEngine, shake_hands
 from falign.scoring import PromptTree
+from falign.seeds import mixed
 from falign.training.completions_table import CompletionsTable
 from falign.training.config import RunConfig
 from falign.training.divided_sampler import DividedSampler
@@ -100,7 +101,7 @@ def online_trainer(
         DividedSampler(GroupSampler(engine, rewards, language.tokenizer, chosen, completions=completions, seed=seed))
         for chosen, completions, seed in (
             (params, rollout.completions, config.seed),
-            (replace(params, temperature=held_out.temperature), held_out.completions, config.seed + 1),
+            (replace(params, temperature=held_out.temperature), held_out.completions, mixed(config.seed, "evaluation")),
         )
     ]
     if isinstance(config.objective, DistributionMatchingConfig) and config.objective.needs_samples:
@@ -203,6 +204,13 @@ def _tell(data: PromptData, console: Console) -> None:
     for label, count in (("cut", report.cut), ("too long", report.dropped), ("bad rows", report.bad)):
         parts += [f"{label} {count}"] if count else []
     console.print("prompts: " + "; ".join(parts), highlight=False, markup=False)
+    if report.shared_prompts:
+        console.print(
+            f"warning: {report.shared_prompts} of {report.num_eval} held-out prompts also occur in training, so "
+            "held-out values flatter.",
+            style="yellow",
+            soft_wrap=True,
+        )
 
 
 def _tell_origin(stored: str, weights: str, console: Console) -> None:

@@ -19,6 +19,7 @@ from falign.objectives import Objective
 from falign.references import ObjectiveInputs, Reference
 from falign.rewards import RewardSum
 from falign.scoring import DEFAULT_CHUNK_TOKENS, Layout
+from falign.seeds import mixed
 from falign.training.completions_table import CompletionsTable
 from falign.training.divided_sampler import DividedSampler
 from falign.training.online_metrics import evaluation_metrics, rollout_metrics
@@ -101,7 +102,7 @@ class OnlineTrainer(AlignmentTrainer):
         compares = "preference" in objective.needs
         self.source = RolloutSource(sampler, prompts, rollout, compares=compares, seed=args.seed, keep=table.write)
         self.rehearsal, self.rehearsal_size = rehearsal, rehearsal_size
-        self.rehearsal_order = PromptOrder(len(rehearsal), seed=args.seed + 1)
+        self.rehearsal_order = PromptOrder(len(rehearsal), seed=mixed(args.seed, "rehearsal"))
         self.buffer: list[ScoredTree] = []
         self.staleness, self.max_gap = 0, max_gap
         self._advised = rollout.ignore_stop

@@ -8,7 +8,7 @@ import torch
 
 from falign.data import PromptRow
 from falign.evaluation.groups import TOLERANCE, Draw, Group
-from falign.rollouts.seeds import mixed
+from falign.seeds import mixed
 from falign.training.divided_sampler import DividedSampler
 from falign.training.prompts_config import DifficultyConfig
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from falign.data import LengthPolicy, PromptData, PromptSource, RowCheck, load_prompts
-from falign.data.rendering import Tokenizer
+from falign.data.chat_template import Tokenizer
 from falign.training.base_config import FrozenModel
 from falign.training.engine_config import CorrectionConfig, EngineConfig, TransformersEngineConfig
 
@@ -31,15 +31,20 @@ class PromptSourceConfig(FrozenModel):
     split: str = "train"
     template: str | None = None
     """The prompt, with the row's columns in braces: ``"{question} Answer:"``; else the column ``prompt``."""
+    columns: dict[str, str] = {}
+    """Other names for columns, of the prompt or for rewards: ``{answer: reward_model.ground_truth}``."""
     chat: bool | None = None
     """``true``: a plain prompt is a user's turn, rendered by the chat template; ``false``: it is continued as it
     stands. Must be set for plain prompts where the model has a chat template."""
     system: str | None = None
+    """A system turn before every prompt, where rows have no column ``system`` of their own."""
+    ignore: list[str] = []
+    """Columns, and keys of turns, that look like a part of the prompt and are none; rewards do not get them either."""
     limit: int | None = Field(default=None, ge=1)
 
     def build(self) -> PromptSource:
         """Return the source as the data package knows it."""
-        return PromptSource(**{**self.model_dump(), "texts": tuple(self.texts)})
+        return PromptSource(**{**self.model_dump(), "texts": tuple(self.texts), "ignore": tuple(self.ignore)})
 
 
 class PromptsConfig(FrozenModel):

@@ -10,7 +10,7 @@ from torch import nn
 from falign.data import PromptRow
 from falign.errors import EngineError, NonFiniteRewardError, RolloutError
 from falign.evaluation.groups import Draw, Group
-from falign.rollouts.seeds import mixed
+from falign.seeds import mixed
 from falign.training.ahead import Drawn, RolloutAhead
 from falign.training.divided_sampler import DividedSampler
 from falign.training.prompt_order import PromptOrder, sample_within

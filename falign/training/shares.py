@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from falign.scoring import TokenBudgetBatches
+from falign.seeds import mixed
 
 __all__ = ["Batches", "RowBatches", "Share"]
 
@@ -40,7 +41,7 @@ class RowBatches:
     def __iter__(self) -> Iterator[list[int]]:
         order = list(range(self.num_rows))
         if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            generator = torch.Generator().manual_seed(mixed(self.seed, "rows", self.epoch))
             order = torch.randperm(self.num_rows, generator=generator).tolist()
         return iter([order[start : start + self.size] for start in range(0, self.num_rows, self.size)])
 

@@ -22,7 +22,7 @@ def test_lengths_are_in_tokens_with_one_and_boundaries_are_looked_at(write_rows,
     assert report.unit == "tokens"
     # x | ab c </s> and x | a c c </s>
     assert [row[-1] for row in report.length_rows()] == [1, 3, 4]
-    assert dict(report.counts())["rows whose prompt boundary drifts"] == 1
+    assert dict(report.counts())["prompts that merge with an answer"] == 1
     assert report.source.drift_share == 1.0
 
 
@@ -44,9 +44,15 @@ def test_window_is_applied_as_a_run_would(write_rows, merging):
         counts[policy] = {label: count for label, count in report.counts() if count}
         assert report.length_rows()[0][-1] == 9  # also of the row that the window refuses
     assert counts == {
-        "error": {"rows read": 3, "bad rows": 1, "rows kept": 2, "completions cut": 2},
-        "cut": {"rows read": 3, "rows kept": 3, "prompts cut": 1, "completions cut": 3},
-        "drop": {"rows read": 3, "dropped: long prompt": 1, "rows kept": 2, "completions cut": 2},
+        "error": {"rows read": 3, "bad rows": 1, "rows kept": 2, "completions cut": 2, "distinct prompts": 2},
+        "cut": {"rows read": 3, "rows kept": 3, "prompts cut": 1, "completions cut": 3, "distinct prompts": 3},
+        "drop": {
+            "rows read": 3,
+            "dropped: long prompt": 1,
+            "rows kept": 2,
+            "completions cut": 2,
+            "distinct prompts": 2,
+        },
     }
 
 

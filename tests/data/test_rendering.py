@@ -182,7 +182,7 @@ def tokenizer_of(byte_bpe):
 def test_tokens_are_the_rendered_conversation_with_one_bos_and_one_stop(tokenizer_of, family):
     tokenizer = tokenizer_of(family)
     stops = tokenizer.convert_tokens_to_ids(list(family.stops))
-    tree, drifting_tokens = encode(example("Because.", "Don't know!"), tokenizer, stop_token_ids=stops)
+    tree, drifting_tokens, _ = encode(example("Because.", "Don't know!"), tokenizer, stop_token_ids=stops)
 
     assert tokenizer.decode(tree.prompt_ids) == family.prompt
     assert tokenizer.decode(tree.completion_ids[0]) == family.completion
@@ -204,7 +204,7 @@ def test_whole_rendering_begins_with_prompt_and_completion(tokenizer_of, name):
     answer = {"role": "assistant", "content": "Because."}
     whole = tokenizer.apply_chat_template([*TURNS, answer], tokenize=False)
     stops = tokenizer.convert_tokens_to_ids(list(family.stops))
-    tree, _ = encode(example("Because."), tokenizer, stop_token_ids=stops)
+    tree, *_ = encode(example("Because."), tokenizer, stop_token_ids=stops)
     decoded = tokenizer.decode([*tree.prompt_ids, *tree.completion_ids[0]])
     if "no stop" in name:
         assert decoded == whole + tokenizer.eos_token
@@ -215,7 +215,7 @@ def test_whole_rendering_begins_with_prompt_and_completion(tokenizer_of, name):
 
 def test_real_tokenizer_gives_the_rendered_conversation(smollm2):
     stops = [smollm2.eos_token_id]
-    tree, drifting_tokens = encode(example("Because.", "No idea"), smollm2, stop_token_ids=stops)
+    tree, drifting_tokens, _ = encode(example("Because.", "No idea"), smollm2, stop_token_ids=stops)
     system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
     assert smollm2.decode(tree.prompt_ids) == system + FAMILIES["chatml"].prompt
     assert [smollm2.decode(ids) for ids in tree.completion_ids] == ["Because.<|im_end|>", "No idea<|im_end|>"]
@@ -242,5 +242,5 @@ def test_template_that_refuses_a_turn_is_an_error_of_the_row(tokenizer_of):
 
 
 def test_template_with_a_mistake_is_an_error_of_the_configuration(byte_bpe):
-    with pytest.raises(ConfigError, match=r"chat template is not valid Jinja \(line 2: .*mend model\.chat_template"):
+    with pytest.raises(ConfigError, match=r"chat template is not valid Jinja \(line 2: .*set model\.chat_template"):
         render(example("a"), byte_bpe(chat_template="x\n{% if %}"))

@@ -54,7 +54,9 @@ def test_rows_add_up_and_counts_are_those_of_the_rows():
         ("rows kept", 3),
         ("prompts cut", 1),
         ("completions cut", 2),
-        ("rows whose prompt boundary drifts", 1),
+        ("prompts that merge with an answer", 1),
+        ("answers opened otherwise than prompted", 0),
+        ("distinct prompts", 4),
         ("duplicate rows", 0),
         ("contradicting rows", 0),
     ]

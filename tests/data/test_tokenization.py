@@ -36,7 +36,7 @@ def test_prompt_that_does_not_merge_does_not_drift(merging):
 def test_prompt_that_merges_away_is_refused_unless_a_bos_precedes_it(merging):
     with pytest.raises(DataError, match=r"x:1: no token of the prompt 'a' survives, .*tokenizer that adds a BOS token"):
         encode(pair("a", "b"), merging(), stop_token_ids=[])
-    tree, drifting_tokens = encode(pair("a", "b"), merging(adds_bos=True), stop_token_ids=[])
+    tree, drifting_tokens, _ = encode(pair("a", "b"), merging(adds_bos=True), stop_token_ids=[])
     assert (tree.prompt_ids, tree.completion_ids, drifting_tokens) == ((0,), ((tree.completion_ids[0][0], 1),), 1)
 
 
@@ -48,7 +48,7 @@ def test_generation_prompt_that_the_answered_conversation_lacks_goes_to_neither_
     )
     tokenizer = byte_bpe(chat_template=template)
     turns = [{"role": "user", "content": "Why?"}], ([{"role": "assistant", "content": "Because."}],)
-    tree, drifting_tokens = encode(Example(*turns, None, "x:1"), tokenizer, stop_token_ids=[])
+    tree, drifting_tokens, _ = encode(Example(*turns, None, "x:1"), tokenizer, stop_token_ids=[])
     assert tokenizer.decode(tree.prompt_ids) == "[user]Why?\n[assistant]"
     assert tokenizer.decode(tree.completion_ids[0]) == "Because.\n</s>"
     assert drifting_tokens == len(tokenizer("<think>\n")["input_ids"])
@@ -57,7 +57,7 @@ def test_generation_prompt_that_the_answered_conversation_lacks_goes_to_neither_
 @pytest.mark.parametrize(("adds_bos", "prompt"), [(True, "Why?\n"), (True, "<s>Why?\n"), (False, "<s>Why?\n")])
 def test_plain_text_has_one_bos_where_the_tokenizer_adds_one_or_the_text_has_it(byte_bpe, adds_bos, prompt):
     tokenizer = byte_bpe(adds_bos=adds_bos)
-    tree, drifting_tokens = encode(pair(prompt, "yes", "no"), tokenizer, stop_token_ids=[])
+    tree, drifting_tokens, _ = encode(pair(prompt, "yes", "no"), tokenizer, stop_token_ids=[])
     assert tokenizer.decode(tree.prompt_ids) == "<s>Why?\n"
     assert tree.prompt_ids.count(tokenizer.bos_token_id) == 1
     assert drifting_tokens == 0
@@ -65,7 +65,7 @@ def test_plain_text_has_one_bos_where_the_tokenizer_adds_one_or_the_text_has_it(
 
 def test_plain_text_has_no_bos_where_the_tokenizer_adds_none(byte_bpe):
     tokenizer = byte_bpe()
-    tree, _ = encode(pair("Why?\n", "yes"), tokenizer, stop_token_ids=[])
+    tree, *_ = encode(pair("Why?\n", "yes"), tokenizer, stop_token_ids=[])
     assert tokenizer.decode(tree.prompt_ids) == "Why?\n"
 
 
@@ -84,7 +84,7 @@ def test_plain_text_has_no_bos_where_the_tokenizer_adds_none(byte_bpe):
 def test_exactly_one_terminal_stop_whatever_the_padding_token(byte_bpe, completion, want, pad):
     tokenizer = byte_bpe(special_tokens=("<s>", "</s>", "<|end|>"), pad=pad)
     stops = tokenizer.convert_tokens_to_ids(["</s>", "<|end|>"])
-    tree, _ = encode(pair("Why?\n", completion), tokenizer, stop_token_ids=stops)
+    tree, *_ = encode(pair("Why?\n", completion), tokenizer, stop_token_ids=stops)
     assert tokenizer.decode(tree.completion_ids[0]) == want
 
 
@@ -98,7 +98,7 @@ def test_stop_token_inside_a_completion_is_refused(byte_bpe):
 
 def test_other_special_tokens_inside_a_completion_are_text(byte_bpe):
     tokenizer = byte_bpe(special_tokens=("<s>", "</s>", "<|end|>"))
-    tree, _ = encode(pair("Why?\n", "a<|end|>b"), tokenizer, stop_token_ids=[])
+    tree, *_ = encode(pair("Why?\n", "a<|end|>b"), tokenizer, stop_token_ids=[])
     assert tokenizer.decode(tree.completion_ids[0]) == "a<|end|>b</s>"
 
 
@@ -139,7 +139,7 @@ def test_tokens_are_those_of_the_whole_text(cached_bpe, prompt, completions, add
     tokenizer = cached_bpe[adds_bos]
     if not adds_bos:
         prompt = f"Q {prompt}"  # a word that no completion merges with: a prompt that merges away has its own test
-    tree, drifting_tokens = encode(pair(prompt, *completions), tokenizer, stop_token_ids=[])
+    tree, drifting_tokens, _ = encode(pair(prompt, *completions), tokenizer, stop_token_ids=[])
     alone = tokenizer(prompt)["input_ids"]
     assert list(tree.prompt_ids) == alone[: len(alone) - drifting_tokens]
     for ids, completion in zip(tree.completion_ids, completions, strict=True):
@@ -188,7 +188,7 @@ def test_published_rows_decode_to_the_rendered_conversation(shared_data, smollm2
     stop = smollm2.eos_token_id
     count = 0
     for row in read_examples(DataSource(str(shared_data(file)))):
-        tree, _ = encode(row, smollm2, stop_token_ids=[stop])
+        tree, *_ = encode(row, smollm2, stop_token_ids=[stop])
         for ids, turns in zip(tree.completion_ids, row.completions, strict=True):
             want = smollm2.apply_chat_template([*row.prompt, *turns], tokenize=False)
             assert smollm2.decode([*tree.prompt_ids, *ids]) + "\n" == want

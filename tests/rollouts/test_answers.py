@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from falign.errors import ConfigError, RolloutError
+from falign.errors import ConfigError, DataError, RolloutError
 from falign.models import load_model, load_tokenizer
 from falign.rollouts.answers import answer
 
@@ -84,7 +84,7 @@ def test_turns_that_the_template_cannot_take_are_refused(loaded):
     model, tokenizer = loaded
     turns = [{"role": "user", "content": "x"}]
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(ConfigError, match=r"refuses the turns \(user\) of a prompt: no"):
+    with pytest.raises(DataError, match=r"prompt 0: the chat template refuses the turns \(user\): no"):
         answer(model, tokenizer, [turns], stop_token_ids={1})
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="has no chat template"):

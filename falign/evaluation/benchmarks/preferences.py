@@ -60,7 +60,7 @@ class Preferences:
         if path is None:
             raise DataError("preferences: no source is given; name a file, a folder or a data set on the Hub.")
         source = DataSource(path, split or "train", self.format, self.columns, self.chat)
-        reader = RowReader(source.format, source.columns, chat=source.chat)
+        reader = RowReader.of(source)
         rows = read_rows(source.path, split=source.split, bad_rows=bad_rows)
         yield from items_of(rows, lambda row: _item(row, reader.read(row), self.chat), source=path, bad_rows=bad_rows)
 

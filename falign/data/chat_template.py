@@ -1,0 +1,124 @@
+"""A chat template run as what it is: a program of somebody else's, which may fail, hang or write without end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from falign.data.bad_rows import shown
+from falign.data.conversations import Message
+from falign.errors import ConfigError, DataError
+
+__all__ = ["Tokenizer", "apply_template", "template_source"]
+
+SECONDS = 10.0
+"""The most that one conversation may take to render; real templates need a thousandth of it."""
+CHARACTERS = 1_000_000
+"""The most that a template may add to the turns."""
+
+if TYPE_CHECKING:
+
+    class Tokenizer(Protocol):
+        """What this package uses of a Transformers tokenizer, without seconds of importing it."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+        def decode(self, *args: Any, **kwargs: Any) -> Any: ...
+        def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any: ...
+        def __getattr__(self, name: str, /) -> Any: ...  # bos_token_id, eos_token_id, chat_template
+
+else:
+    Tokenizer = Any
+
+
+class _LateError(Exception):
+    """The template is still at work."""
+
+
+def template_source(tokenizer: Tokenizer) -> str:
+    """Return the text of a tokenizer's chat template; of several, all of them."""
+    template = tokenizer.chat_template
+    return "\n".join(map(str, template.values())) if isinstance(template, dict) else str(template)
+
+
+def apply_template(turns: Sequence[Message], tokenizer: Tokenizer, place: str, *, answered: bool) -> str:
+    """Render a conversation by the tokenizer's chat template.
+
+    Args:
+        turns: The conversation.
+        tokenizer: Has a chat template.
+        place: The row, for messages.
+        answered: Whether the last turn is the answer; otherwise the generation prompt comes last.
+
+    Raises:
+        ConfigError: The template is no valid Jinja, or it does not come to an end.
+        DataError: It refuses the conversation, or fails on it.
+    """
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    try:
+        with _deadline(SECONDS):
+            text = str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=not answered))
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"{_named(tokenizer)} is not valid Jinja (line {error.lineno}: {error.message}); mend it, or set "
+            "model.chat_template to another."
+        ) from error
+    except _LateError as error:
+        raise ConfigError(
+            f"{_named(tokenizer)}{_line(error, tokenizer)} is not done with one conversation ({place}) after "
+            f"{SECONDS:g} s: remove the loop, or set model.chat_template to another."
+        ) from error
+    except Exception as error:  # a template is a program, and raises whatever Python does
+        roles = " ".join(turn["role"] for turn in turns)
+        does = "refuses" if type(error) is TemplateError else "fails on"
+        reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"{place}: the chat template {does} the turns ({roles}): {reason[:400]} "
+            f"[{_named(tokenizer)}{_line(error, tokenizer)}]; mend the row, or set model.chat_template."
+        ) from error
+    room = CHARACTERS + 10 * sum(len(turn["content"]) for turn in turns)
+    if len(text) > room:
+        raise ConfigError(
+            f"{_named(tokenizer)} writes {len(text):,} characters for one conversation ({place}): remove what it "
+            "repeats, or set model.chat_template to another."
+        )
+    return text
+
+
+@contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Raise ``_LateError`` in what takes longer; without effect outside of the main thread, where no signal arrives."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise _LateError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
+
+
+def _named(tokenizer: Tokenizer) -> str:
+    """Return where the template is, as `falign.models.load_tokenizer` has noted it."""
+    place = vars(tokenizer).get("chat_template_place")
+    return f"the chat template of {place}" if place else "the chat template"
+
+
+def _line(error: Exception, tokenizer: Tokenizer) -> str:
+    """Return the line of the template that an error came from, with its text."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
+    if not frames or not frames[-1].lineno:
+        return ""
+    number, lines = frames[-1].lineno, template_source(tokenizer).splitlines()
+    text = f" ({shown(lines[number - 1].strip())})" if number <= len(lines) else ""
+    return f", line {number}{text}"

@@ -1,0 +1,106 @@
+"""What a column holds, as its name suggests: part of the prompt, a system turn, or one of two answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from falign.data.serialized import is_blank
+
+__all__ = ["guess_columns", "looks_like_prompt", "looks_like_system"]
+
+_SYSTEM = frozenset({"system", "persona"})
+_PROMPT = frozenset({
+    "prompt", "prompts", "question", "questions", "query", "queries", "problem", "instruction", "instructions",
+    "input", "inputs", "context", "conversation", "conversations", "dialogue", "dialog", "history", "message",
+    "messages", "text", "user", "human", "request", "ask", "post", "article", "document", "passage", "chat", "turns",
+})  # fmt: skip
+_CHOSEN = ("chosen", "accepted", "preferred", "good", "better", "best", "winner", "win", "positive", "pos")
+_REJECTED = ("rejected", "dispreferred", "bad", "worse", "worst", "loser", "lose", "negative", "neg")
+_ANSWER = frozenset({*_CHOSEN, *_REJECTED, "answer", "answers", "response", "responses", "completion", "completions",
+                     "output", "outputs", "solution", "reply", "assistant", "gpt", "generation", "generations",
+                     "rationale"})  # fmt: skip
+_ABOUT = frozenset({
+    "id", "ids", "uuid", "hash", "index", "idx", "length", "len", "num", "count", "tokens", "type", "kind", "source",
+    "lang", "language", "category", "score", "scores", "rating", "name", "model", "time", "date", "timestamp", "url",
+    "label", "labels", "level", "topic", "split",
+})  # fmt: skip
+
+
+def looks_like_system(name: str) -> bool:
+    """Return whether a column's name is that of a system turn.
+
+    Example:
+        >>> looks_like_system("system_prompt"), looks_like_system("prompt")
+        (True, False)
+    """
+    words = _words(name)
+    return bool(words & _SYSTEM) and not words & (_ANSWER | _ABOUT)
+
+
+def looks_like_prompt(name: str) -> bool:
+    """Return whether a column's name is that of a prompt, or of a part of one.
+
+    Example:
+        >>> [looks_like_prompt(name) for name in ("user_message", "PROMPT", "promt", "prompt_id", "system_prompt")]
+        [True, True, True, False, False]
+    """
+    words = _words(name)
+    if words & (_ANSWER | _ABOUT | _SYSTEM):
+        return False
+    typo = get_close_matches(name.lower(), ("prompt", "question", "instruction", "conversation"), n=1, cutoff=0.8)
+    return bool(words & _PROMPT) or bool(typo)
+
+
+def guess_columns(fields: Mapping[str, Any], wanted: Collection[str]) -> dict[str, str]:
+    """Return which columns of a row are probably those that are wanted: falign's name to the file's.
+
+    Args:
+        fields: The row.
+        wanted: Some of ``prompt``, ``chosen``, ``rejected``, ``system`` and other names of falign's.
+
+    Example:
+        >>> row = {"user_message": "q", "answer_good": "a", "answer_bad": "b"}
+        >>> guess_columns(row, ("prompt", "chosen", "rejected"))
+        {'prompt': 'user_message', 'chosen': 'answer_good', 'rejected': 'answer_bad'}
+    """
+    free = [name for name, value in fields.items() if name not in wanted and not is_blank(value)]
+    guesses: dict[str, str] = {}
+    for name in wanted:
+        if name in fields:
+            continue
+        candidates = [column for column in free if column not in guesses.values() and _fits(name, column)]
+        if candidates:
+            guesses[name] = min(candidates, key=lambda column: _rank(name, column))
+    return guesses
+
+
+def _fits(name: str, column: str) -> bool:
+    if name == "prompt":
+        return looks_like_prompt(column)
+    if name == "system":
+        return looks_like_system(column)
+    if looks_like_prompt(column) or looks_like_system(column):
+        return False
+    synonyms = {"chosen": _CHOSEN, "rejected": _REJECTED}.get(name, ())
+    words = _words(column)
+    opposite = {"chosen": _REJECTED, "rejected": _CHOSEN}.get(name, ())
+    if words & set(opposite) or words & _ABOUT:
+        return False
+    return bool(words & set(synonyms)) or bool(get_close_matches(name, [column], n=1, cutoff=0.6))
+
+
+def _rank(name: str, column: str) -> int:
+    # Of several columns the one that is named most plainly.
+    plain = {"prompt": ("prompt", "question", "query", "instruction", "user", "problem", "messages", "input")}.get(
+        name, ()
+    )
+    words = _words(column)
+    return next((rank for rank, word in enumerate(plain) if word in words), len(plain))
+
+
+def _words(name: str) -> frozenset[str]:
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
+    return frozenset(word.lower() for word in re.findall(r"[^\W_]+", spaced))

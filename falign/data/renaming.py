@@ -1,0 +1,54 @@
+"""Columns under other names, and columns inside columns."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from falign.data.files import Row
+from falign.errors import DataError
+
+__all__ = ["renamed", "without_turn_keys"]
+
+
+def renamed(row: Row, columns: Mapping[str, str], *, ignore: Collection[str] = ()) -> Row:
+    """Return a row with other column names.
+
+    Args:
+        row: As it stands in the source.
+        columns: New name to the row's; ``outer.inner`` is the entry ``inner`` of the column ``outer``.
+        ignore: Columns that are left out, and keys that turns lose.
+
+    Raises:
+        DataError: The row has no such column.
+    """
+    taken = {name: _found(row, name, column) for name, column in columns.items()}
+    left_out = {*columns.values(), *ignore}
+    kept = {name: value for name, value in row.fields.items() if name not in left_out}
+    fields = kept | taken
+    return Row(
+        row.place, {name: without_turn_keys(value, ignore) for name, value in fields.items()} if ignore else fields
+    )
+
+
+def without_turn_keys(value: Any, ignore: Collection[str]) -> Any:
+    """Return a conversation whose turns lack some keys; any other value as it is."""
+    if isinstance(value, Mapping):
+        return {name: inner for name, inner in value.items() if name not in ignore}
+    if isinstance(value, list):
+        return [without_turn_keys(inner, ignore) if isinstance(inner, Mapping | list) else inner for inner in value]
+    return value
+
+
+def _found(row: Row, name: str, column: str) -> Any:
+    if column in row.fields:
+        return row.fields[column]
+    value: Any = row.fields
+    for part in column.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise DataError(
+                f"{row.place}: columns={{{name}: {column}}} names a column that is missing; "
+                f"the row has {sorted(row.fields)}."
+            )
+        value = value[part]
+    return value
