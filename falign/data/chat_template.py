@@ -111,7 +111,7 @@ def _deadline(seconds: float) -> Iterator[None]:
 def _named(tokenizer: Tokenizer) -> str:
     """Return where the template is, as `falign.models.load_tokenizer` has noted it."""
     place = vars(tokenizer).get("chat_template_place")
-    return f"the chat template of {place}" if place else "the chat template"
+    return f"the chat template ({place})" if place else "the chat template"
 
 
 def _line(error: Exception, tokenizer: Tokenizer) -> str:

@@ -126,6 +126,7 @@ def _read_csv(path: Path, name: str, bad_rows: BadRows) -> Iterator[Row]:
         reader = csv.reader(file)
         try:
             header = next(reader, [])
+            _check_separator(header, name)
             start = reader.line_num + 1
             for cells in reader:
                 place, start = f"{name}:{start}", reader.line_num + 1
@@ -137,6 +138,15 @@ def _read_csv(path: Path, name: str, bad_rows: BadRows) -> Iterator[Row]:
         except csv.Error as error:
             problem = f"{name}:{reader.line_num}: not CSV ({error})"
             raise DataError(f"{problem}; save long or multi-line text as .jsonl instead.") from error
+
+
+def _check_separator(header: list[str], name: str) -> None:
+    for separator, called in ((";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")):
+        if len(header) == 1 and separator in header[0]:
+            raise DataError(
+                f"{name}:1: the columns are separated by {called}, {shown(header[0])}; save the file with commas, or "
+                "as .jsonl."
+            )
 
 
 def _read_parquet(path: Path, name: str, bad_rows: BadRows) -> Iterator[Row]:

@@ -48,8 +48,10 @@ def load_tokenizer(
     name = resolve(name_or_path)
     with reading(lambda error: _unloadable("tokenizer", name, error)):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer.chat_template_place = name  # for messages of falign.data, which runs the template
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
+        tokenizer.chat_template_place = f"model.chat_template={str(chat_template)[:80]!r}"
     if tokenizer.eos_token is None:
         raise ModelError(f"The tokenizer of {name} has no EOS token: add `eos_token` to its tokenizer_config.json.")
     if tokenizer.pad_token is None:
@@ -180,9 +182,22 @@ def _read_template(chat_template: str | Path) -> str:
     if "{{" in text or "{%" in text:
         return text
     path = Path(text).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"chat_template={text!r} is neither a Jinja template nor an existing file.")
-    return path.read_text(encoding="utf-8")
+    if "\0" in text or len(text.encode("utf-8", "replace")) > 4000 or not _is_file(path):
+        raise ConfigError(f"chat_template={text[:200]!r} is neither a Jinja template nor an existing file.")
+    try:
+        template = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"chat_template={text!r} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
+    if not template.strip():
+        raise ConfigError(f"chat_template={text!r} is an empty file: give one with a Jinja template.")
+    return template
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for one
+        return False
 
 
 def _unloadable(what: str, name: str, error: Exception) -> ModelError:

@@ -1,0 +1,3 @@
+from tests.data.conftest import merging
+
+__all__ = ["merging"]
