@@ -32,7 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARES = {
     "run_files": 0.25,
     "overrides": 0.15,
-    "data_rows": 0.23,
+    "data_rows": 0.18,
+    "rendered_rows": 0.02,
+    "chat_templates": 0.03,
     "benchmark_files": 0.14,
     "adapters": 0.06,
     "checkpoints": 0.06,
@@ -114,9 +116,9 @@ def prepare(memory: float | None = None) -> None:
 
 def run(family: str, numbers: Any, *, seed: int, deadline: float) -> tuple[Counter[str], list[Failure]]:
     """Try the inputs of a family, in a folder of their own."""
-    from fuzzing import data_files, results, run_files, weights
+    from fuzzing import chat_templates, data_files, results, run_files, weights
 
-    modules = (run_files, data_files, weights, results)
+    modules = (run_files, data_files, chat_templates, weights, results)
     prepare_family = next(getattr(module, family) for module in modules if hasattr(module, family))
     counts: Counter[str] = Counter()
     failures: list[Failure] = []

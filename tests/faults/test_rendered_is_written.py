@@ -443,7 +443,7 @@ def test_a_system_column_of_prompts_is_their_system_turn(tokenizer_of, write):
 def test_plain_text_on_a_chat_model_asks(tokenizer_of, write):
     pairs = {"prompt": "q", "chosen": "a", "rejected": "b"}
     path, tokenizer = write(pairs), tokenizer_of()
-    message = r"rows.jsonl:1: the row is plain text, and the model has a chat template. Set chat"
+    message = r"\.jsonl:1: the row is plain text, and the model has a chat template. Set chat"
     for refused in (
         lambda: load(tokenizer, DataSource(path), bad_rows="skip"),
         lambda: check(path, tokenizer=tokenizer, stop_token_ids={1}),
