@@ -281,9 +281,10 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             {"path": "pairs.jsonl", "chat": False},
             path="pairs2.jsonl",
             split=With("test", path="splits", chat=False),
-            format=With("implicit", path="both.jsonl", chat=False),
-            columns=With({"prompt": "question"}, path="both.jsonl", chat=False),
+            format=With("implicit", path="both.jsonl", chat=False, ignore=["question"]),
+            columns=With({"prompt": "question"}, path="both.jsonl", chat=False, ignore=["question"]),
             chat=True,
+            ignore=With(["system"], path="system.jsonl", chat=False),
             weight=With(
                 3.0, run={"data": {"train": [..., {"path": "pairs2.jsonl", "chat": False, "weight": 1.0}]}}, weight=1.0
             ),
@@ -345,7 +346,9 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             texts=With(["another "], path=None, texts=["one "]),
             split=With("test", path="splits", chat=False),
             template="{answer}? ",
+            columns={"target": "answer"},
             chat=True,
+            ignore=With(["system"], path="system.jsonl", chat=False),
             system="Be kind.",
             limit=3,
         ),
@@ -421,6 +424,7 @@ def write_data(folder):
     rows = {
         "long": [pair, {**pair, "prompt": "a long prompt, which is cut or dropped: "}],
         "bad": [pair, {**pair, "prompt": ""}],
+        "system": [{**pair, "system": "Be kind."}],
         "both": [{"prompt": "Say: ", "question": "Ask: ", "chosen": "We say yes.", "rejected": "We say no."}],
         "rehearsal": [{"prompt_ids": [40, 41], "completion_ids": [70, i, 1], "logprobs": [-5.0] * 3} for i in range(5)],
         "rehearsal2": [{"prompt_ids": [50], "completion_ids": [70, 1], "logprobs": [-4.0, -2.0]}],

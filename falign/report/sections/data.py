@@ -19,7 +19,9 @@ COUNTS = {
     "kept": "rows kept",
     "prompts_cut": "prompts cut",
     "completions_cut": "completions cut",
-    "drifting": "drifting boundaries",
+    "drifting": "prompts that merge with an answer",
+    "reopened": "answers opened otherwise than prompted",
+    "prompts": "distinct prompts",
     "duplicates": "duplicate rows",
     "contradictions": "contradicting rows",
 }
