@@ -168,14 +168,12 @@ def _read_prompts(file: Path) -> list[Text]:
 
 
 def _prompt_of(row: Row) -> Text:
-    from falign.data.conversations import read_messages
+    from falign.data.conversations import read_text
     from falign.data.examples import prompt_turns
 
     value, system = row.fields.get("prompt"), row.fields.get("system")
     if value is None or not isinstance(system, str | None):
         problem = "there is no `prompt`" if value is None else f"`system` must be text, got {system!r:.60}"
         raise DataError(f"{row.place}: {problem}; columns: {sorted(row.fields)}.")
-    if isinstance(value, str) and system is None:
-        return value
-    prompt = value if isinstance(value, str) else read_messages(value, place=row.place, field="prompt")
-    return prompt_turns(prompt, system, row.place)
+    prompt = read_text(value, place=row.place, field="prompt")
+    return prompt if isinstance(prompt, str) and system is None else prompt_turns(prompt, system, row.place)

@@ -32,6 +32,7 @@ from falign.training.references import starts_as_policy
 from falign.training.rehearsal import read_rehearsal, sampled_by
 from falign.training.reward_config import build_rewards
 from falign.training.run_folder import RunFolder
+from falign.training.scored_trees import ScoredTree
 
 __all__ = ["online_trainer"]
 
@@ -68,6 +69,7 @@ def online_trainer(
             else read_rehearsal(config.rehearsal.path, num_tokens=len(language.tokenizer))
         )
     _tell(data, console)
+    _tell_rehearsed(rehearsal, data, console)
     rollout = config.rollout
     per_update = -(-rollout.prompts // rollout.minibatches)
     steps_per_epoch = -(-len(data.train) // rollout.prompts) * rollout.num_updates
@@ -208,6 +210,17 @@ def _tell(data: PromptData, console: Console) -> None:
         console.print(
             f"warning: {report.shared_prompts} of {report.num_eval} held-out prompts also occur in training, so "
             "held-out values flatter.",
+            style="yellow",
+            soft_wrap=True,
+        )
+
+
+def _tell_rehearsed(rehearsal: Sequence[ScoredTree], data: PromptData, console: Console) -> None:
+    """Say so where held-out prompts are among those whose stored completions are rehearsed."""
+    stored = {scored.tree.prompt_ids for scored in rehearsal}
+    if shared := sum(row.prompt_ids in stored for row in data.eval):
+        console.print(
+            f"warning: {shared} of {len(data.eval)} held-out prompts are also rehearsed, so held-out values flatter.",
             style="yellow",
             soft_wrap=True,
         )

@@ -51,7 +51,7 @@ def test_window_is_applied_as_a_run_would(write_rows, merging):
             "dropped: long prompt": 1,
             "rows kept": 2,
             "completions cut": 2,
-            "distinct prompts": 2,
+            "distinct prompts": 3,
         },
     }
 

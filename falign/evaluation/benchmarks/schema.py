@@ -7,7 +7,7 @@ from typing import Any
 
 from falign.data import BadRows, Row, Text, read_rows
 from falign.data.bad_rows import shown
-from falign.data.conversations import read_messages
+from falign.data.conversations import read_text
 from falign.errors import DataError
 from falign.evaluation.benchmarks.base import BenchmarkItem
 
@@ -142,9 +142,9 @@ def prompt_of(row: Row, column: str = "prompt") -> Text:
         DataError: It is neither, or it is empty.
     """
     value = row.fields[column]
-    if isinstance(value, str):
+    turns = read_text(value, place=row.place, field=column)
+    if isinstance(turns, str):
         return string(row, column)
-    turns = read_messages(value, place=row.place, field=column)
     for turn in turns:
         _require_unicode(turn["content"], row.place, column)
     if not turns or not turns[-1]["content"].strip():
