@@ -346,7 +346,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             texts=With(["another "], path=None, texts=["one "]),
             split=With("test", path="splits", chat=False),
             template="{answer}? ",
-            columns={"target": "answer"},
+            columns=With({"prompt": "question"}, path="both.jsonl", chat=False),
             chat=True,
             ignore=With(["system"], path="system.jsonl", chat=False),
             system="Be kind.",
