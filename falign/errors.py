@@ -9,12 +9,19 @@ __all__ = [
     "NonFiniteRewardError",
     "RewardError",
     "RolloutError",
+    "StoppedError",
     "TrainingError",
 ]
 
 
 class FalignError(Exception):
-    """Base of all errors that a user can mend; the command line prints it and exits with status 2."""
+    """Base of all errors that a user can mend; the command line prints it and exits with its status.
+
+    Attributes:
+        exit_status: Of the command line.
+    """
+
+    exit_status: int = 2
 
 
 class ConfigError(FalignError, ValueError):
@@ -47,3 +54,16 @@ class EngineError(RolloutError):
 
 class TrainingError(FalignError):
     """A run that cannot go on; what it has written stays."""
+
+
+class StoppedError(FalignError):
+    """A run that was stopped by a signal, and can go on.
+
+    Args:
+        message: Where it stopped, and how it goes on.
+        signal: The number of the signal.
+    """
+
+    def __init__(self, message: str, *, signal: int) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + signal

@@ -12,7 +12,7 @@ from rich.markup import escape
 from falign.cli import data, divergences, evaluate, export, report, sample, score, soup, train
 from falign.cli.failures import end_quietly, leave_failure
 from falign.cli.quiet import quiet
-from falign.errors import FalignError
+from falign.errors import FalignError, StoppedError
 from falign.full_disk import is_full_disk
 
 __all__ = ["app", "main"]
@@ -49,8 +49,9 @@ def main() -> None:
                 sys.exit(1)
             raise
         if not leave_failure(f"error: {message}\n"):
-            Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
-        sys.exit(2)
+            label = "[bold yellow]stopped:[/]" if isinstance(error, StoppedError) else "[bold red]error:[/]"
+            Console(stderr=True, highlight=False, soft_wrap=True).print(f"{label} {escape(message)}")
+        sys.exit(error.exit_status if isinstance(error, FalignError) else 2)
 
 
 def _mendable(error: Exception) -> str | None:

@@ -23,6 +23,12 @@ def train(
         list[str] | None, typer.Argument(metavar="[section.field=value ...]", help="Fields to set otherwise.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    new_rewards: Annotated[
+        bool,
+        typer.Option(
+            "--new-rewards", help="With --resume: go on with rewards that were changed, such as a mended one."
+        ),
+    ] = False,
     skip_bad: Annotated[
         bool,
         typer.Option("--skip-bad", help="Leave out steps whose loss, gradient or reward is no number, and count them."),
@@ -36,11 +42,14 @@ def train(
 ) -> None:
     """Train what a run file describes, and show what became better."""
     if kind is not None:
-        given = [*(overrides or []), *(["--resume"] if resume else []), *(["--skip-bad"] if skip_bad else [])]
+        flags = {"--resume": resume, "--new-rewards": new_rewards, "--skip-bad": skip_bad}
+        given = [*(overrides or []), *(flag for flag, is_given in flags.items() if is_given)]
         launch(kind, processes, ["train", run_file, *given])
         return
     if processes is not None:
         raise ConfigError(f"--processes {processes} says nothing without --launch: give --launch ddp or fsdp2.")
+    if new_rewards and not resume:
+        raise ConfigError("--new-rewards says nothing without --resume: a new run takes its rewards as they are.")
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     # A divergence of one's own (module:attribute) lies beside the run file or in the working folder.
     sys.path[:0] = [str(Path.cwd()), str(Path(run_file).absolute().parent)]
@@ -49,4 +58,4 @@ def train(
         from falign.training import train as run
 
         config = load_run_file(run_file, [*(overrides or []), *(["training.skip_bad=true"] if skip_bad else [])])
-    show(run(config, resume=resume), console)
+    show(run(config, resume=resume, new_rewards=new_rewards), console)

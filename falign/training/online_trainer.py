@@ -14,7 +14,7 @@ from transformers import TrainerState, TrainingArguments
 from typing_extensions import override
 
 from falign.data import PromptRow
-from falign.errors import ConfigError, EngineError, NonFiniteRewardError
+from falign.errors import ConfigError, EngineError, NonFiniteRewardError, RewardError
 from falign.objectives import Objective
 from falign.references import ObjectiveInputs, Reference
 from falign.rewards import RewardSum
@@ -215,6 +215,12 @@ class OnlineTrainer(AlignmentTrainer):
         except EngineError:
             self._keep()
             raise
+        except NonFiniteRewardError:
+            raise
+        except RewardError:
+            if step and num_processes() == 1:  # else nothing was trained, or the others would wait
+                self._keep()
+            raise
         draw, self.staleness = drawn.draw, step - drawn.step
         trees, scores = self.scorer(self.source.groups(draw))
         metrics = rollout_metrics(draw, pass_reward=self.rollout.pass_reward)
@@ -227,7 +233,7 @@ class OnlineTrainer(AlignmentTrainer):
         return trees
 
     def _keep(self) -> None:
-        """Write a checkpoint between two steps, for a run that goes on once its engine is mended."""
+        """Write a checkpoint between two steps, for a run that goes on once its engine or its reward is mended."""
         self._save_checkpoint(self.policy, trial=None)
         self.advise(f"checkpoint-{self.state.global_step} is written: --resume goes on from there.")
 
@@ -272,9 +278,9 @@ class OnlineTrainer(AlignmentTrainer):
             engine.publish(self.policy, version)
             draw = self.evaluation_sampler.sample(self.eval_prompts, version=version, number=0)
             engine.retire(version)
-        except EngineError:
-            if self.optimizer is not None:  # else nothing was trained yet
-                self._keep()
+        except (EngineError, RewardError):
+            if self.optimizer is not None and self.state.global_step and num_processes() == 1:
+                self._keep()  # else nothing was trained, or the others would wait
             raise
         means = evaluation_metrics(
             draw,

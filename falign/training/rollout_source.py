@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from falign.data import PromptRow
-from falign.errors import EngineError, NonFiniteRewardError, RolloutError
+from falign.errors import EngineError, NonFiniteRewardError, RewardError, RolloutError
 from falign.evaluation.groups import Draw, Group
 from falign.seeds import mixed
 from falign.training.ahead import Drawn, RolloutAhead
@@ -60,6 +60,7 @@ class RolloutSource:
             EngineError: This source is as it was before, or, where the next rollout could not be begun, has this one
                 still to give.
             NonFiniteRewardError: The rollout is left out, the next one follows.
+            RewardError: This source is as it was before.
         """
         try:
             drawn = self.ahead.take() or self._publish(policy, step)()
@@ -69,6 +70,9 @@ class RolloutSource:
         except NonFiniteRewardError:
             self.sampler.engine.retire(self.number)
             self.number, self.position = self.number + 1, self.order.position
+            raise
+        except RewardError:
+            self.order.position = self.position
             raise
         self.sampler.engine.retire(drawn.number)
         self.number, self.position = drawn.number + 1, drawn.position

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from falign.data import PreferenceData, PromptData
-from falign.errors import ConfigError
+from falign.errors import ConfigError, StoppedError
 from falign.models import export_adapter, export_merged
 from falign.models.recorded_base import RecordedBase
 from falign.models.sharding import is_sharded, weights_at_hand
@@ -26,6 +26,7 @@ from falign.rollouts.answers import answer
 from falign.training.checkpoints import checkpoints, remove_leftovers
 from falign.training.config import RunConfig
 from falign.training.curves import plot_curves
+from falign.training.interrupts import StopAtStepEnd
 from falign.training.offline import offline_trainer
 from falign.training.online import online_trainer
 from falign.training.online_trainer import OnlineTrainer
@@ -85,13 +86,17 @@ class RunSummary(NamedTuple):
     samples: list[dict[str, str]]
 
 
-def train(config: RunConfig, *, console: Console | None = None, resume: bool = False) -> RunSummary:
+def train(
+    config: RunConfig, *, console: Console | None = None, resume: bool = False, new_rewards: bool = False
+) -> RunSummary:
     """Run what a run file describes.
 
     Args:
         config: The run.
         console: Where progress is shown.
         resume: Go on from the newest whole checkpoint of the same run, or begin again where it has none yet.
+        new_rewards: Go on with rewards that have changed since, as one has that was mended; the manifest keeps the
+            step and what they were.
 
     Raises:
         FalignError: Something of the run cannot work; nothing was trained, or what was written stays.
@@ -102,7 +107,7 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     config.training.check()
     origin = Origin.new()
     if resume:
-        folder.require_same(config)
+        folder.require_same(config, new_rewards=new_rewards)
         if folder.writes:
             folder.lock.take()
         if folder.began:
@@ -110,13 +115,20 @@ def train(config: RunConfig, *, console: Console | None = None, resume: bool = F
     else:
         folder.require_free()
     try:
-        return _begin(config, objective, folder, origin, console=console, resume=resume)
+        return _begin(config, objective, folder, origin, console=console, resume=resume, new_rewards=new_rewards)
     finally:
         folder.lock.give_back()
 
 
 def _begin(
-    config: RunConfig, objective: Objective, folder: RunFolder, origin: Origin, *, console: Console, resume: bool
+    config: RunConfig,
+    objective: Objective,
+    folder: RunFolder,
+    origin: Origin,
+    *,
+    console: Console,
+    resume: bool,
+    new_rewards: bool,
 ) -> RunSummary:
     """Load everything, and train."""
     if shards():
@@ -129,7 +141,13 @@ def _begin(
         config, language, objective, callbacks=[MetricsFile(folder.metrics_file), bar], console=console
     )
     with closing(trainer):
-        return _train(config, trainer, data, language, folder, origin, bar, console=console, resume=resume)
+        trainer.run_id = origin.run
+        rows, inputs = RunRows.of(trainer.rows), _inputs(config, trainer, language)
+        changes = folder.changes(inputs, new_rewards=new_rewards) if resume and folder.began else []
+        if resume and checkpoints(folder.path):
+            folder.require_same_inputs(rows, inputs, new_rewards=new_rewards)
+        record = {**origin.record, "hashes": inputs.hashes, "rows": rows.digest, "changes": changes}
+        return _train(config, trainer, data, language, folder, bar, rows, record, console=console, resume=resume)
 
 
 def _train(
@@ -138,8 +156,9 @@ def _train(
     data: PreferenceData | PromptData,
     language: Language,
     folder: RunFolder,
-    origin: Origin,
     bar: ProgressBar,
+    rows: RunRows,
+    record: dict[str, Any],
     *,
     console: Console,
     resume: bool,
@@ -147,10 +166,6 @@ def _train(
     """Evaluate, train and evaluate again, and write what was reached."""
     trainer.remove_callback(PrinterCallback)
     prepare_trackers(trainer, folder.path, evaluates=trainer.evaluates)
-    trainer.run_id = origin.run
-    rows, inputs = RunRows.of(trainer.rows), _inputs(config, trainer, language)
-    if resume and checkpoints(folder.path):
-        folder.require_same_inputs(rows, inputs)
     checkpoint = _checkpoint(folder, console) if resume else None
     began = None if checkpoint is None else trainer.state_at(checkpoint)
     if began is not None:
@@ -160,7 +175,7 @@ def _train(
         folder.restore_logs(checkpoint, began.log_history, _tell(console))
     folder.claim(config)  # not before all of the run is known to start
     folder.write_rows(rows)
-    _record(folder, config, trainer, data, {**origin.record, "hashes": inputs.hashes, "rows": rows.digest})
+    _record(folder, config, trainer, data, record)
 
     if checkpoint is None:
         try:
@@ -175,10 +190,30 @@ def _train(
         if checkpoint is not None and began is not None and began.global_step >= trainer.num_steps:
             trainer.take_up(checkpoint)
         else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            _until_stopped(trainer, checkpoint, folder, console)
     finally:
         bar.close()
     return _finish(folder, config, trainer, language, before)
+
+
+def _until_stopped(trainer: AlignmentTrainer, checkpoint: Path | None, folder: RunFolder, console: Console) -> None:
+    """Train to the last step, or to the end of the one in which the user stops the run.
+
+    Raises:
+        StoppedError: There is a checkpoint, from which the run goes on.
+    """
+    stop = StopAtStepEnd(_tell(console))
+    trainer.add_callback(stop)
+    # Several processes would stop at different steps and wait for each other.
+    with stop.listening() if num_processes() == 1 else nullcontext():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    state = trainer.state
+    if stop.caught is not None and state.global_step < state.max_steps:
+        raise StoppedError(
+            f"stopped at step {state.global_step} of {state.max_steps}, with checkpoint-{state.global_step} in "
+            f"{folder.path}. Go on with `{folder.resume_command}`.",
+            signal=stop.caught,
+        )
 
 
 def _finish(

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -20,7 +21,7 @@ from falign.errors import ConfigError, TrainingError
 from falign.json_lines import read_journal
 from falign.passwords import without_passwords
 from falign.plain_yaml import plain_yaml
-from falign.training.checkpoints import checkpoints, holds, log_marks, newest_whole
+from falign.training.checkpoints import checkpoints, holds, log_marks, newest_whole, step_of
 from falign.training.config import RunConfig
 from falign.training.run_inputs import RunInputs, RunRows
 from falign.training.run_lock import LOCK, RunLock
@@ -102,6 +103,11 @@ class RunFolder:
         return self.path / "run.yaml"
 
     @property
+    def resume_command(self) -> str:
+        """The command that goes on with the run, with all settings that it was given."""
+        return f"falign train {shlex.quote(str(self.run_file))} --resume"
+
+    @property
     def metrics_file(self) -> Path:
         """One JSON object per log."""
         return self.path / "metrics.jsonl"
@@ -155,8 +161,12 @@ class RunFolder:
             if entry.is_symlink() and not target.is_relative_to(root):
                 raise ConfigError(f"{entry} is a link that leads out of the run folder: remove it.")
 
-    def require_same(self, config: RunConfig) -> None:
+    def require_same(self, config: RunConfig, *, new_rewards: bool = False) -> None:
         """Refuse to go on with a run under settings that change its steps.
+
+        Args:
+            config: The run, as it is to go on.
+            new_rewards: Whether its rewards may be other ones.
 
         Raises:
             ConfigError: With the settings that differ from those that the run began with; or it cannot go on.
@@ -167,23 +177,31 @@ class RunFolder:
         began = self.read_inputs()["settings"] if self.began else self.read_run_file()
         old, new = _flat(began), _flat(self.settings(config))
         keys = sorted({key for key in old.keys() | new.keys() if old.get(key) != new.get(key)} - MAY_DIFFER)
+        if new_rewards:
+            keys = [key for key in keys if not key.startswith("rewards.")]
         if keys:
             shown = ", ".join(
                 f"{key} ({old.get(key)!r} when it began, {new.get(key)!r} now)" for key in sorted(keys)[:5]
             )
             raise ConfigError(
-                f"{self.path} holds a run with other settings: {shown}. Set them as they were, or start a new run in "
-                "another output_dir."
+                f"{self.path} holds a run with other settings: {shown}. Set them as they were (as they are in the run "
+                f"folder: `{self.resume_command}`), or start a new run in another output_dir."
             )
 
-    def require_same_inputs(self, rows: RunRows, inputs: RunInputs) -> None:
+    def require_same_inputs(self, rows: RunRows, inputs: RunInputs, *, new_rewards: bool = False) -> None:
         """Refuse to go on with a run where something else that decides its steps has changed.
+
+        Args:
+            rows: The rows that are there now.
+            inputs: All else that is there now.
+            new_rewards: Whether its rewards may be other ones.
 
         Raises:
             ConfigError: With the first input that differs, and the remedy.
         """
         recorded = self.read_inputs()
-        changed = inputs.difference(recorded["hashes"])
+        allowed = {"rewards": inputs.hashes["rewards"]} if new_rewards else {}
+        changed = inputs.difference({**recorded["hashes"], **allowed})
         if changed is None and (changed := self.read_rows().difference(rows)) is not None:
             changed = f"{changed}: restore the file"
         if changed is not None:
@@ -191,6 +209,15 @@ class RunFolder:
                 f"{self.path} cannot go on as the run that it began as: {changed}; or start a new run in another "
                 "output_dir."
             )
+
+    def changes(self, inputs: RunInputs, *, new_rewards: bool) -> list[dict[str, Any]]:
+        """Return the record of rewards that were changed between two steps, with a change that is made now."""
+        recorded = self.read_inputs()
+        then, there = recorded["hashes"]["rewards"], checkpoints(self.path)
+        if not new_rewards or not there or then == inputs.hashes["rewards"]:
+            return recorded["changes"]
+        settings = recorded["settings"]["rewards"]
+        return [*recorded["changes"], {"after_step": step_of(there[-1]), "rewards": then, "settings": settings}]
 
     @staticmethod
     def settings(config: RunConfig) -> dict[str, Any]:
@@ -209,7 +236,7 @@ class RunFolder:
             ConfigError: It records none.
         """
         found = self.read_manifest().get("inputs")
-        if not isinstance(found, dict) or found.keys() != {"run", "date", "settings", "hashes", "rows"}:
+        if not isinstance(found, dict) or found.keys() != {"run", "date", "settings", "hashes", "rows", "changes"}:
             raise ConfigError(
                 f"{self.path / 'manifest.json'} has no record of the run's inputs, so nothing tells whether they are "
                 "the same: restore it, go on with the version of falign in its 'versions', or start a new run."

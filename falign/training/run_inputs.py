@@ -28,7 +28,7 @@ MENDS = {
     "base_config": "restore config.json of model.path, or set model.revision",
     "reference": "restore the model or adapter that the section reference names",
     "objective_code": "restore the module that objective.divergence names",
-    "rewards": "restore the code and the files of the reward",
+    "rewards": "restore its code and its files, or give --new-rewards to go on with it as it is now, which is recorded",
 }
 """What each input needs to be as it was."""
 

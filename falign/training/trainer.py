@@ -42,6 +42,7 @@ from falign.training.means import Means
 from falign.training.moving_reference import move_when_due
 from falign.training.nonsense import NonsenseGuard, describe_loss, term_names
 from falign.training.processes import gathered, is_writer, num_processes, rank
+from falign.training.run_folder import is_held_out
 from falign.training.sharded_checkpoint import read_optimizer, read_weights, whole_optimizer, whole_weights
 from falign.training.shares import Batches, RowBatches, Share
 from falign.training.stand_ins import STANDS_IN, counts, stand_in, stand_in_loss
@@ -124,6 +125,7 @@ class AlignmentTrainer(Trainer):
         self.guard = NonsenseGuard(skip=skip_bad, tell=advise)
         self._loss_before = torch.zeros(())
         self._staging: Path | None = None
+        self._initial_global_step = 0
         # What transformers calls sharded at load time owns its placement and the reduction of its gradients.
         self.is_distributed_loading_by_transformers = is_sharded(model)
 
@@ -310,9 +312,18 @@ class AlignmentTrainer(Trainer):
 
     def begin_step(self) -> None:
         """Move the reference if it is due, before anything of the next step is sampled or scored."""
+        if self._evaluation_is_missing():
+            self.evaluate()
         self.guard.begin_step()
         self._loss_before = self._tr_loss.clone()
         move_when_due(self.reference, self.policy, step=self.state.global_step, optimizer=self.optimizer)
+
+    def _evaluation_is_missing(self) -> bool:
+        """Whether a checkpoint was written because the evaluation of its step failed, which comes again then."""
+        step, every = self.state.global_step, self.state.eval_steps
+        if step == 0 or step != self._initial_global_step or self.args.eval_strategy != "steps" or step % every:
+            return False
+        return not any(log["step"] == step and is_held_out(log) for log in self.state.log_history)
 
     @override
     def compute_loss(

@@ -1,7 +1,9 @@
 """Runs that go on: after damage, a kill before the first checkpoint, and between two logs."""
 
+import importlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -11,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from falign.errors import ConfigError, TrainingError
+from falign.errors import ConfigError, FalignError, StoppedError, TrainingError
 from falign.training import parse_run, train
 from tests.training.pairs import run_data, write_pairs
 from tests.training.prompts import online_data, write_prompts
@@ -124,6 +126,94 @@ def test_a_run_that_was_killed_after_its_last_step_writes_the_same_bytes(start, 
         assert (late.folder.path / name).read_bytes() == (whole.folder.path / name).read_bytes()
 
 
+@KINDS
+def test_a_run_that_was_killed_before_its_last_log_writes_it(start, kind, monkeypatch):
+    whole = start(kind, "whole", logging_steps=3)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("falign.training.trainer.AlignmentTrainer._finalize_training", killed)
+        with pytest.raises(KeyboardInterrupt):
+            start(kind, "late", logging_steps=3)
+    assert_same(start(kind, "late", logging_steps=3, resume=True), whole)
+    assert sum("train_loss" in log for log in whole.folder.metrics()) == 1
+
+
+@pytest.mark.parametrize(("kind", "number"), [("offline", signal.SIGINT), ("online", signal.SIGTERM)])
+def test_a_signal_stops_a_run_at_the_end_of_its_step_with_a_checkpoint(start, kind, number, monkeypatch):
+    """Also where the run file asks for no checkpoints."""
+    changes = {"save_steps": None, "eval_steps": 3, "logging_steps": 2}
+    whole = start(kind, "whole", **changes)
+
+    def signalled(*args, step, **kwargs):
+        if step == 2:
+            os.kill(os.getpid(), number)
+
+    handlers, output = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)], io.StringIO()
+    with monkeypatch.context() as patch:
+        patch.setattr("falign.training.trainer.move_when_due", signalled)
+        with pytest.raises(
+            StoppedError, match=r"stopped at step 3 of 5, with checkpoint-3 .*run\.yaml --resume"
+        ) as told:
+            start(kind, "stopped", console=Console(file=output, width=1000), **changes)
+    assert told.value.exit_status == 128 + number
+    assert f"{number.name}: the run stops after this step" in output.getvalue()
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert_same(start(kind, "stopped", resume=True, **changes), whole)
+
+
+def test_a_second_signal_stops_a_run_at_once(start, monkeypatch):
+    def signalled(*args, step, **kwargs):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("falign.training.trainer.move_when_due", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        start("offline", "stopped")
+
+
+REWARD = """
+calls = 0
+
+def judge(prompts, completions, **columns):
+    global calls
+    calls += 1
+    if calls == FAILS:
+        raise LookupError("no such word")
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.mark.parametrize("eval_steps", [None, 2])
+def test_a_reward_that_fails_leaves_a_checkpoint_and_a_mended_one_goes_on(tiny, tmp_path, monkeypatch, eval_steps):
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(name, fails, **options):
+        (tmp_path / "judges.py").write_text(REWARD.replace("FAILS", str(fails)))
+        sys.modules.pop("judges", None)
+        importlib.invalidate_caches()
+        data = online_data(tiny, write_prompts(tmp_path / "prompts.jsonl"), tmp_path / name)
+        data["rewards"] = [{"kind": "function", "function": "judges:judge"}]
+        data["training"] = {**data["training"], "max_steps": 4, "eval_steps": eval_steps}
+        return train(parse_run(data), console=Console(quiet=True), **options)
+
+    whole = run("whole", 0)
+    # The first call is of the evaluation before training; the fourth of the evaluation at step 2, if any, or of step 3.
+    with pytest.raises(FalignError, match="no such word"):
+        run("broken", 4)
+    assert [path.name for path in (tmp_path / "broken").glob("checkpoint-*")] == ["checkpoint-2"]
+    with pytest.raises(ConfigError, match=r"reward judge is another than when the run began: .* --new-rewards"):
+        run("broken", 0, resume=True)
+    resumed = run("broken", 0, resume=True, new_rewards=True)
+    assert_same(resumed, whole)
+    (change,) = resumed.folder.read_inputs()["changes"]
+    assert change["after_step"] == 2
+    assert change["rewards"].keys() == {"judge"}
+
+
 def test_a_checkpoint_and_what_it_is_called_are_synced_before_it_counts(start, monkeypatch):
     events, sync, rename = [], os.fsync, os.rename
 
@@ -171,6 +261,8 @@ def test_two_processes_do_not_write_to_one_run_folder(start, tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "stopped").iterdir()}
     with another_process_in(tmp_path / "stopped"), pytest.raises(ConfigError, match="going on in another process"):
         start("offline", "stopped", resume=True)
+    with another_process_in(tmp_path / "stopped"), pytest.raises(ConfigError, match="going on in another process"):
+        start("offline", "stopped")
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "stopped").iterdir()}
     assert after.keys() == before.keys() | {"run.lock"}
     assert all(after[name] == before[name] for name in before)

@@ -1,0 +1,53 @@
+"""Stopping a run by Ctrl-C or SIGTERM: at the end of a step, with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing_extensions import override
+
+__all__ = ["StopAtStepEnd"]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopAtStepEnd(TrainerCallback):
+    """Ends training with the step in which the first signal comes; a second signal ends the process at once.
+
+    Args:
+        tell: Told that the run is about to stop.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell = tell
+        self.caught: signal.Signals | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Wait for signals; only the main thread can, in others nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {each: signal.signal(each, self._catch) for each in SIGNALS}
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self.caught = signal.Signals(number)
+        for each in SIGNALS:
+            signal.signal(each, signal.default_int_handler)
+        self.tell(f"{self.caught.name}: the run stops after this step, with a checkpoint; once more stops it at once.")
+
+    @override
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.caught is not None:
+            control.should_save = control.should_training_stop = True
