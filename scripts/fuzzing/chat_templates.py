@@ -44,7 +44,7 @@ BUNDLED = (
 SNIPPETS = (
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "{% for i in range(99999) %}{% for j in range(999) %}xxxxxxxxxx{% endfor %}{% endfor %}",
-    *("{{ 'x' * 10**8 }}", "{{ 1 / 0 }}", "{{ messages[7].content }}", "{{ unknown.x }}", "{{ 'x' | nothing }}"),
+    *("{{ 'x' * 10**7 }}", "{{ 1 / 0 }}", "{{ messages[7].content }}", "{{ unknown.x }}", "{{ 'x' | nothing }}"),
     *("{{ raise_exception('no') }}", "{% if %}", "{% endfor %}", "{{", "}}", "{%", "{#", "{{ range(10**9) | list }}"),
     *("{{ messages | tojson }}", "{{ messages[0].content }}", "{{ messages[0]['content'] + 3 }}", "{{ loop.last }}"),
     *("{% set messages = messages[1:] %}", "{% set messages = messages[:1] %}", "{% set m = {} %}", "{{ ''.x.y }}"),
