@@ -1,5 +1,7 @@
 """The errors that falign raises at its borders; each message has the place, the value and the remedy."""
 
+from falign.passwords import without_secrets
+
 __all__ = [
     "ConfigError",
     "DataError",
@@ -17,11 +19,16 @@ __all__ = [
 class FalignError(Exception):
     """Base of all errors that a user can mend; the command line prints it and exits with its status.
 
+    Passwords and tokens are masked in its message, whatever it quotes.
+
     Attributes:
         exit_status: Of the command line.
     """
 
     exit_status: int = 2
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(without_secrets(each) if isinstance(each, str) else each for each in args))
 
 
 class ConfigError(FalignError, ValueError):

@@ -1,4 +1,4 @@
-"""Keeping passwords and tokens out of what is written: run files refuse them, and reports mask them."""
+"""Keeping passwords and tokens out of what is written: run files refuse them, messages and reports mask them."""
 
 from __future__ import annotations
 
@@ -7,28 +7,36 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from falign.errors import ConfigError
+__all__ = ["holds_secret", "refuse_passwords", "without_passwords", "without_secrets"]
 
-__all__ = ["refuse_passwords", "without_passwords", "without_secrets"]
+_SECRET = r"(?:password|passwd|secret|token|credentials?|api_?key|access_?key|private_?key|signature|sig)"
+NAMES = re.compile(rf"(?:^|[_-]){_SECRET}$", re.IGNORECASE)
 
-IN_URL = re.compile(r"(?<=://)[^\s/@\"'<>]+:[^\s/@\"'<>]+@")
-NAMES = re.compile(
-    r"(?:^|_)(?:password|passwd|secret|token|credentials?|api_?key|access_?key|private_?key)$", re.IGNORECASE
-)
+# A path library makes one slash of two.
+IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]+:/{1,2})[^\s/@\"'<>?#]+@", re.IGNORECASE)
+IN_QUERY = re.compile(rf"([?&](?:[\w-]*[_-])?{_SECRET}=)[^\s&#\"'<>]+", re.IGNORECASE)
+# What Hugging Face, GitHub, GitLab, OpenAI and others begin their tokens with.
+TOKENS = re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[bap]-)[A-Za-z0-9_-]{16,}")
+
 SHORTEST_SECRET = 8  # characters; a shorter one would be found in ordinary words
 
 
 def without_passwords(text: str) -> str:
-    """Return a text in which ``://user:password@`` of each URL has become ``://***@``."""
-    return IN_URL.sub("***@", text)
+    """Return a text in which the user of each URL, secrets of its query, and known kinds of tokens are ``***``."""
+    return TOKENS.sub("***", IN_QUERY.sub(r"\1***", IN_URL.sub(r"\1***@", text)))
 
 
 def without_secrets(text: str) -> str:
-    """Return a text without passwords in URLs, and without the values of environment variables with a secret's name."""
+    """Return :func:`without_passwords`, without the values of environment variables with a secret's name too."""
     secrets = {value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= SHORTEST_SECRET}
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
     return without_passwords(text)
+
+
+def holds_secret(text: str) -> bool:
+    """Return whether there is something in a text that :func:`without_passwords` masks."""
+    return without_passwords(text) != text
 
 
 def refuse_passwords(values: Any, *, place: str) -> None:
@@ -41,15 +49,18 @@ def refuse_passwords(values: Any, *, place: str) -> None:
     Raises:
         ConfigError: With the field, and never with its value.
     """
+    from falign.errors import ConfigError  # whose messages are masked here
+
     for path, key, value in _texts(values):
         if NAMES.search(key) and value:
             raise ConfigError(
                 f"{place}: {path} is a secret by its name, and run files are copied into run folders: leave it out, "
                 "and set it in the environment (HF_TOKEN, WANDB_API_KEY ...)."
             )
-        if IN_URL.search(value):
+        if holds_secret(value):
+            kind = "a URL with a password or a token" if "://" in value else "a token"
             raise ConfigError(
-                f"{place}: {path} is a URL with a password, and run files are copied into run folders: leave it out, "
+                f"{place}: {path} is {kind}, and run files are copied into run folders: leave it out, "
                 "and use ~/.netrc or the environment."
             )
 
@@ -61,5 +72,5 @@ def _texts(values: Any, path: str = "", key: str = "") -> Iterator[tuple[str, st
     elif isinstance(values, list):
         for number, value in enumerate(values):
             yield from _texts(value, f"{path}.{number}", key)
-    elif isinstance(values, str):
-        yield path, key, values
+    elif isinstance(values, str) or (isinstance(values, int | float) and not isinstance(values, bool)):
+        yield path, key, str(values)

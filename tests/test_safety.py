@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import falign
+from falign import errors
+from falign.cli import main
 from falign.cli.trained import result_folder
 from falign.errors import ConfigError, ModelError
 from falign.models import load_model, load_tokenizer
@@ -69,6 +71,13 @@ SECRETS = [
     ("model.api_key", "hunter2"),
     ("tracker.WANDB_API_KEY", "hunter2"),
     ("database.password", "hunter2"),
+    ("model.token", "12345678"),
+    ("data.train.0.path", "https://hunter2@example.org/pairs.jsonl"),
+    ("data.train.0.path", "https://example.org/pairs.jsonl?download=1&token=hunter2"),
+    ("data.train.0.path", "https://example.org/p?X-Amz-Signature=hunter2"),
+    ("model.path", "hf_hunter2abcdefghijklmnop"),
+    ("objective.divergence", "hf_hunter2abcdefghijklmnop"),
+    ("no.such.field", "https://me:hunter2@example.org"),
 ]
 
 
@@ -79,6 +88,65 @@ def test_a_run_file_with_a_secret_is_refused_without_showing_it(tmp_path, path, 
     with pytest.raises(ConfigError, match=rf"run.yaml: {re.escape(path)} is a ") as error:
         load_run_file(str(file), [f"{path}={value}"])
     assert "hunter2" not in str(error.value)
+    assert "12345678" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "https://me:hunter2@example.org/x",
+        "model.path.x=https://me:hunter2@example.org/x",
+        "model.path.token=hunter2",
+        "data.train.x.api_key=hunter2",
+        "model.token=[hunter2",
+        "model.path=[https://me:hunter2@example.org/x",
+        "=hf_hunter2abcdefghijklmnop",
+    ],
+)
+def test_an_override_that_cannot_be_read_is_quoted_without_its_secret(tmp_path, override):
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(run_data(tmp_path, tmp_path / "pairs.jsonl", tmp_path / "run")))
+    with pytest.raises(ConfigError) as error:
+        load_run_file(str(file), [override])
+    assert "hunter2" not in str(error.value)
+
+
+SECRET_TEXTS = {
+    "https://me:hunter2@h/x": "https://***@h/x",
+    "https://hunter2@h/x": "https://***@h/x",
+    "No run file at https:/me:hunter2@h/x.": "No run file at https:/***@h/x.",
+    "https://h/x?a=1&access_token=hunter2#p": "https://h/x?a=1&access_token=***#p",
+    "No file at 'hf_hunter2abcdefghijklmnop'.": "No file at '***'.",
+    "ghp_hunter2abcdefghijklmnop": "***",
+}
+
+
+@pytest.mark.parametrize("kind", sorted({*errors.__all__} - {"StoppedError"}))  # that one makes its message itself
+def test_every_error_masks_what_it_quotes(kind):
+    for text, masked in SECRET_TEXTS.items():
+        assert str(getattr(errors, kind)(text)) == masked
+    assert "***" not in str(getattr(errors, kind)("pad_token='<pad>' of hf_home, at https://h/x?page=2"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["score", "m", "rows.jsonl", "--reference", "https://me:hunter2@example.org/m"],
+        ["train", "https://me:hunter2@example.org/run.yaml"],
+        ["report", "https://me:hunter2@example.org/run"],
+        ["export", "hf_hunter2abcdefghijklmnop", "--format", "merged"],
+        ["data", "check", "https://example.org/p.jsonl?token=hunter2"],
+    ],
+)
+def test_no_command_repeats_a_secret(arguments, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["falign", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    printed = capfd.readouterr()
+    assert "hunter2" not in printed.out + printed.err
+    assert printed.err
 
 
 def test_what_only_looks_like_a_secret_is_none(tmp_path):

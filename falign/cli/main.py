@@ -14,6 +14,7 @@ from falign.cli.failures import end_quietly, leave_failure
 from falign.cli.quiet import quiet
 from falign.errors import FalignError, StoppedError
 from falign.full_disk import is_full_disk
+from falign.passwords import without_secrets
 
 __all__ = ["app", "main"]
 
@@ -45,9 +46,10 @@ def main() -> None:
     except Exception as error:
         message = _mendable(error)
         if message is None:
-            if leave_failure(traceback.format_exc()):
+            if leave_failure(without_secrets(traceback.format_exc())):
                 sys.exit(1)
             raise
+        message = without_secrets(message)
         if not leave_failure(f"error: {message}\n"):
             label = "[bold yellow]stopped:[/]" if isinstance(error, StoppedError) else "[bold red]error:[/]"
             Console(stderr=True, highlight=False, soft_wrap=True).print(f"{label} {escape(message)}")

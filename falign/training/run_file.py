@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from falign.data.bad_rows import shown
 from falign.errors import ConfigError
-from falign.passwords import refuse_passwords
+from falign.passwords import NAMES, refuse_passwords
 from falign.plain_yaml import plain_yaml
 from falign.training.base_config import FrozenModel
 from falign.training.config import RunConfig
@@ -248,6 +248,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"{override!r} is not of the form section.field=value.")
+    override = f"{path}=***" if NAMES.search(path.rpartition(".")[2]) else override  # as messages quote it
     *sections, key = path.split(".")
     target: Any = data
     for section in sections:
