@@ -387,7 +387,7 @@ def test_results_are_replaced_only_when_asked_for_and_other_settings_do_not_go_o
 def test_a_killed_call_goes_on_and_ends_with_the_same_numbers(evaluate, tiny, base, pairs, tmp_path):
     write_pairs(pairs, n=600)
     out, partial = tmp_path / "out", tmp_path / "out" / ".items.jsonl.partial.jsonl"
-    options = ["--out", out, "--reference", base, "--tokens-per-batch", 100, *FEW]
+    options = ["--out", out, "--reference", base, "--plain", "--tokens-per-batch", 100, *FEW]
     code = "from falign.cli import main; main()"
     command = [sys.executable, "-c", code, "evaluate", "rewards", tiny, "preferences", pairs, *options]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -399,10 +399,10 @@ def test_a_killed_call_goes_on_and_ends_with_the_same_numbers(evaluate, tiny, ba
     assert process.wait() == -signal.SIGKILL
     assert not (out / "items.jsonl").exists()
     again = {"benchmark": "preferences", "file": pairs}
-    status, _, err = evaluate("--tokens-per-batch", 100, **again)
+    status, _, err = evaluate("--plain", "--tokens-per-batch", 100, **again)
     assert status == 0, err
     assert "of an earlier call" in err
-    assert evaluate("--tokens-per-batch", 100, **again, out=tmp_path / "whole")[0] == 0
+    assert evaluate("--plain", "--tokens-per-batch", 100, **again, out=tmp_path / "whole")[0] == 0
     assert (out / "items.jsonl").read_bytes() == (tmp_path / "whole" / "items.jsonl").read_bytes()
     summary, whole = summary_of(out), summary_of(tmp_path / "whole")
     assert {**summary, "name": None} == {**whole, "name": None}
