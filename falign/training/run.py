@@ -173,6 +173,8 @@ def _train(
     wait()  # until here all processes see the folder as it was
     if checkpoint is not None and began is not None and is_writer():
         folder.restore_logs(checkpoint, began.log_history, _tell(console))
+        if began.global_step < trainer.num_steps:
+            folder.reopen()
     folder.claim(config)  # not before all of the run is known to start
     folder.write_rows(rows)
     _record(folder, config, trainer, data, record)

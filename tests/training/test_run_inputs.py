@@ -7,6 +7,7 @@ import shutil
 from datetime import datetime
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -203,8 +204,13 @@ def logs(folder):
 
 def same_end(folder, other):
     assert logs(folder) == logs(other)
-    name = "adapter/adapter_model.safetensors"
-    assert (folder.path / name).read_bytes() == (other.path / name).read_bytes()
+    same_adapter(folder, other)
+
+
+def same_adapter(folder, other):
+    left, right = (load_file(each.adapter / "adapter_model.safetensors") for each in (folder, other))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(value, right[name]) for name, value in left.items())
 
 
 @pytest.fixture(scope="module")
@@ -236,18 +242,25 @@ def test_settings_that_change_no_step_may_change(place, whole, tmp_path):
     run = {**place["offline"], "output_dir": str(kept.path), "training": {**place["offline"]["training"], **training}}
     resumed = train(parse_run(run), console=Console(quiet=True), resume=True).folder
     assert [path.name for path in resumed.path.glob("checkpoint-*")] == ["checkpoint-4"]
-    name = "adapter/adapter_model.safetensors"
-    assert (resumed.path / name).read_bytes() == (whole.path / name).read_bytes()
+    same_adapter(resumed, whole)
     steps = [(log["step"], "eval_loss" in log) for log in resumed.metrics()]
-    assert steps == [(0, True), (1, False), (2, False), (3, True), (4, False), (4, True), (4, False)]
+    assert steps == [(0, True), (1, False), (2, False), (2, True), (3, True), (4, False), (4, True), (4, False)]
     assert resumed.read_inputs()["settings"]["training"]["save_steps"] == 1
 
 
-def test_a_longer_run_ends_as_if_it_had_been_so_long_from_the_beginning(place, tmp_path):
+def test_a_longer_run_ends_as_if_it_had_been_so_long_from_the_beginning(place, tmp_path, monkeypatch):
     long = {**place["offline"], "training": {**place["offline"]["training"], "max_steps": 6}}
     kept = copied(place, "offline", tmp_path / "copy")
     train(parse_run({**place["offline"], "output_dir": str(kept.path)}), console=Console(quiet=True), resume=True)
-    resumed = train(parse_run({**long, "output_dir": str(kept.path)}), console=Console(quiet=True), resume=True)
+    assert (kept.path / "summary.json").is_file()
+    ended = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "falign.training.trainer.move_when_due",
+            lambda *args, **kwargs: ended.append((kept.path / "summary.json").exists()),
+        )
+        resumed = train(parse_run({**long, "output_dir": str(kept.path)}), console=Console(quiet=True), resume=True)
+    assert ended == [False, False]
     assert resumed.folder.metrics()[-1]["step"] == 6
     at_once = train(parse_run({**long, "output_dir": str(tmp_path / "long")}), console=Console(quiet=True))
     same_end(resumed.folder, at_once.folder)
