@@ -111,10 +111,12 @@ class Divergence(ABC):
         """Return the same divergence scaled to ``f''(1) = 1``, so that one β has one local strength for every f.
 
         Raises:
-            ValueError: f has no second derivative at 1 (total variation).
+            ValueError: f has no second derivative at 1 (total variation), or it is 0.
         """
         if math.isnan(self.second_derivative_at_one):
             raise ValueError(f"{self.name} has a kink at u = 1: f''(1) does not exist, so it cannot be standardized.")
+        if self.second_derivative_at_one == 0.0:
+            raise ValueError(f"{self.name} is flat at u = 1: f''(1) = 0, so no scale makes it 1.")
         return self if self.second_derivative_at_one == 1.0 else Standardized(self)
 
     def _inverse_or_infinity(self, y: Tensor) -> Tensor:
