@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -93,7 +94,9 @@ def log_mixture(log_u: Float[Tensor, "*S"], weight: float, rest: float) -> Float
     # because torch.where would multiply an infinite derivative by 0.
     near = torch.log1p(torch.clamp(change, min=-0.5))
     low = torch.log(rest + weight * torch.exp(inside))
-    far = torch.logaddexp(log_u + math.log(weight), torch.full_like(log_u, math.log(rest)))
+    # log(e^a + e^b), as torch.logaddexp has it; its own second derivative is inf/inf where a and b are far apart.
+    ahead = log_u + (math.log(weight) - math.log(rest))
+    far = torch.where(ahead > 0, log_u + math.log(weight) - F.logsigmoid(ahead), math.log(rest) - F.logsigmoid(-ahead))
     return torch.where(log_u.abs() <= LINEAR_BEYOND, torch.where(change < -0.5, low, near), far)
 
 

@@ -6,7 +6,6 @@ import math
 from functools import lru_cache
 
 import torch
-from numpy.polynomial.laguerre import laggauss
 from numpy.polynomial.legendre import leggauss
 
 from falign.divergences import Divergence
@@ -14,9 +13,11 @@ from falign.divergences import Divergence
 __all__ = ["best_of_n_divergence"]
 
 NODES = 100
-EXACT_TO = 24.0  # nats below 1 to which the divergences compute a power of u exactly
-ASYMPTOTIC = 100.0  # nats below 1 from which on a divergence without such a power is linear in log u
-NEGLIGIBLE_POWER = 0.02
+EXACT_TO = 30.0  # nats below 1 to which the divergences compute f exactly
+HUGE = 1e6  # of u f(u) at the end: f grows faster than 1/u, and has left what a float64 of it holds
+BORDER = 1e-9  # of 1 - (n-1) p below which the power p is too near to 1/(n-1) to tell the integral from an infinite one
+TELLING = 1e-5
+LOGARITHM = 1e-8  # a power below this is what the terms of the size of u leave of a logarithm
 
 
 def best_of_n_divergence(divergence: Divergence, n: int) -> float:
@@ -33,7 +34,8 @@ def best_of_n_divergence(divergence: Divergence, n: int) -> float:
         Nats, or what f is measured in; inf where f grows too fast towards u = 0.
 
     Raises:
-        ValueError: ``n`` is less than 1.
+        ValueError: ``n`` is less than 1, or f grows towards u = 0 neither as a power nor as a logarithm, or as a power
+            so near to ``u^{-1/(n-1)}`` that its integral is not known to 0.1 %.
 
     Source:
         Beirami et al. (arXiv:2401.01879), Theorem 1 for the reverse KL; the bound for all f by data processing.
@@ -52,39 +54,49 @@ def best_of_n_divergence(divergence: Divergence, n: int) -> float:
     def f(s: torch.Tensor) -> torch.Tensor:
         return divergence.f(math.log(n) - (n - 1) * s)
 
-    power = _power_at_zero(divergence)
-    at_one, far = math.log(n) / (n - 1), (math.log(n) + (EXACT_TO if power else ASYMPTOTIC)) / (n - 1)
+    at_one, end = math.log(n) / (n - 1), (math.log(n) + EXACT_TO) / (n - 1)
     total = 0.0
-    for start, end in ((0.0, at_one), (at_one, far)):
-        nodes, weights = _legendre()
-        s = start + (end - start) * (nodes + 1) / 2
-        total += (weights * f(s) * torch.exp(-s)).sum().item() * (end - start) / 2
-    if power:
-        decay = 1 - power * (n - 1)
-        last = f(torch.tensor(far, dtype=torch.float64)).item() * math.exp(-far)
-        return total + last / decay if decay > 1e-3 else math.inf
-    nodes, weights = _laguerre()
-    return total + (weights * f(far + nodes)).sum().item() * math.exp(-far)
+    nodes, weights = _legendre()
+    for start, stop in ((0.0, at_one), (at_one, end)):
+        s = start + (stop - start) * (nodes + 1) / 2
+        total += (weights * f(s) * torch.exp(-s)).sum().item() * (stop - start) / 2
+    return total + _tail(divergence, n, math.exp(-end), before=total)
 
 
-def _power_at_zero(divergence: Divergence) -> float:
-    """Return p where ``f(u) ~ u^{-p}`` as u → 0; 0 where f is bounded there or grows as a logarithm."""
-    if divergence.dual().f_prime_at_infinity < math.inf:  # which is f(0)
-        return 0.0
-    log_u = torch.tensor([-16.0, -EXACT_TO], dtype=torch.float64)
-    elasticity = -log_u.exp() * divergence.f_prime(log_u) / divergence.f(log_u)
-    # A logarithm's is about -1/log u, which falls out of the slope of its product with log u.
-    power = ((log_u * elasticity).diff() / log_u.diff()).item()
-    return elasticity[1].item() if power > NEGLIGIBLE_POWER else 0.0
+def _tail(divergence: Divergence, n: int, weight: float, *, before: float) -> float:
+    """``∫ e^{-s} f ds`` where ``x = -log u`` goes on from EXACT_TO to infinity, by ``n - 1`` for each s.
+
+    There ``df/dx = -u f'(u)`` is a pure exponential ``e^{px}`` of x up to terms of the size of u: p is positive where
+    f grows as a power of 1/u, 0 where it grows as a logarithm, and negative where it has a limit.
+    """
+    x = torch.tensor([EXACT_TO - 12, EXACT_TO - 6, EXACT_TO], dtype=torch.float64)
+    growth = (-(-x).exp() * divergence.f_prime(-x)).tolist()
+    value = divergence.f(-x)[-1].item()
+    if value * math.exp(-EXACT_TO) > HUGE:
+        return math.inf
+    if growth[-1] <= 0:
+        return weight * value
+    earlier, power = math.log(growth[1] / growth[0]) / 6, math.log(growth[2] / growth[1]) / 6
+    power = 0.0 if abs(power) < LOGARITHM else power
+    decay, bend = 1 - power * (n - 1), abs(power - earlier) * (n - 1)
+    if decay <= n * BORDER and bend <= 0.01:
+        return math.inf
+    if decay < TELLING:
+        raise ValueError(
+            f"{divergence.name} grows towards u = 0 as u^-{power:.3g} or nearly so: how far the best of {n} is "
+            "cannot be computed to 0.1 %."
+        )
+    rest = growth[-1] * (n - 1) / decay
+    total = before + weight * (value + rest)
+    if weight * rest * min(1.0, bend / decay) > 5e-4 * total:
+        raise ValueError(
+            f"{divergence.name} grows towards u = 0 neither as a power nor as a logarithm: how far the best of {n} is "
+            "cannot be computed to 0.1 %."
+        )
+    return weight * (value + rest)
 
 
 @lru_cache
 def _legendre() -> tuple[torch.Tensor, torch.Tensor]:
     nodes, weights = leggauss(NODES)
-    return torch.from_numpy(nodes), torch.from_numpy(weights)
-
-
-@lru_cache
-def _laguerre() -> tuple[torch.Tensor, torch.Tensor]:
-    nodes, weights = laggauss(20)
     return torch.from_numpy(nodes), torch.from_numpy(weights)

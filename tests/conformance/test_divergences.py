@@ -104,6 +104,22 @@ def test_the_gradient_of_f_prime_is_relatively_exact_far_out(name):
         assert abs(mpf(w) - exact) <= 2e-6 * abs(exact), f"log u = {x}: {w} instead of {float(exact)}"
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", SMOOTH)
+def test_second_derivatives_are_finite_and_right_far_out(name):
+    divergence = divergences.get(name)
+    places = [-1e4, -9950.0, -9900.0, -800.0, -89.0, -31.0, -1.5, 0.0, 1.5, 31.0, 89.0, 120.0, 800.0, 1e4]
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        log_u = torch.tensor(places, dtype=dtype, requires_grad=True)
+        for method in (divergence.f, divergence.f_prime):
+            (slope,) = torch.autograd.grad(method(log_u).float().sum(), log_u, create_graph=True)
+            if slope.requires_grad:
+                (curvature,) = torch.autograd.grad(slope.float().sum(), log_u, materialize_grads=True)
+                assert torch.isfinite(curvature).all()
+    far = torch.tensor([-95.0, -40.0, 40.0, 95.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(divergence.f_prime, far, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", SMOOTH)
 def test_second_derivative_at_one(name):
     divergence = divergences.get(name)

@@ -38,6 +38,22 @@ def test_known_closed_forms(n):
     assert best_of_n_divergence(divergences.get("pearson_chi2"), n) == pytest.approx(n**2 / (2 * n - 1) - 1, rel=1e-9)
 
 
+@pytest.mark.parametrize("n", [2, 8, 64, 1024])
+@pytest.mark.parametrize("a", [1.0001, 1.0005, 1.005, 1.02, 1.1, 0.999, 0.5, -1.0, 3.0, 100.0])
+def test_alpha_near_one_and_far_from_it_by_its_closed_form(a, n):
+    # ∫ (n t^{n-1})^{1-α} dt = n^{1-α}/(1 + (n-1)(1-α)), infinite where the denominator is not positive.
+    power = mpmath.mpf(1) - mpmath.mpf(a)
+    denominator = 1 + (n - 1) * power
+    exact = (mpmath.mpf(n) ** power / denominator - power - a) / (a * (a - 1)) if denominator > 0 else mpmath.inf
+    assert best_of_n_divergence(divergences.get(f"alpha({a})"), n) == pytest.approx(float(exact), rel=1e-6)
+
+
+def test_what_grows_neither_as_a_power_nor_as_a_logarithm_is_refused():
+    own = divergences.from_generator(lambda u: torch.relu(-u.log()).square() + (u - 1) ** 2, name="own")
+    with pytest.raises(ValueError, match="own grows towards u = 0"):
+        best_of_n_divergence(own, 64)
+
+
 def test_what_grows_too_fast_towards_zero_is_infinite_and_what_does_not_is_finite():
     assert best_of_n_divergence(divergences.get("neyman_chi2"), 2) == math.inf  # ∫ 1/(2t) dt
     # f(u) = (u^{-1/2} + u/2 - 3/2)/(3/4): the power alone gives ∫ (2t)^{-1/2} dt = √2, and at n = 3 a logarithm
