@@ -85,7 +85,7 @@ def get(name: str, **parameters: float) -> Divergence:
         The divergence; equal names give equal divergences.
 
     Raises:
-        ValueError: The name is unknown or ambiguous, or a parameter is missing, unknown or out of range.
+        ValueError: The name is unknown or ambiguous, or a parameter is missing, unknown, given twice or out of range.
 
     Source:
         The table of docs/divergences.md.
@@ -116,6 +116,8 @@ def _parameters(key: str, name: str, argument: str | None, given: dict[str, floa
         if argument is not None or given:
             raise ValueError(f"divergence {name!r}: {key} takes no parameter.")
         return {}
+    if argument is not None and given:
+        raise ValueError(f"divergence {name!r} with {given}: its parameter is given twice; give it once.")
     if argument is not None:
         text = argument.split("=")[-1].strip() if argument.startswith(f"{parameter}=") else argument.strip()
         try:

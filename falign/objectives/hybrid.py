@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -27,7 +28,7 @@ class Hybrid:
         coefficient: Weight of the rehearsal, not negative.
 
     Raises:
-        ValueError: The coefficient is negative.
+        ValueError: The coefficient is negative or infinite.
 
     Source:
         Li et al., DPH-RL (arXiv:2509.07430), Eq. 6. Their code takes one mean over all rows, which at its batch of 8
@@ -45,8 +46,10 @@ class Hybrid:
     coefficient: float
 
     def __post_init__(self) -> None:
-        if not self.coefficient >= 0:
-            raise ValueError(f"coefficient={self.coefficient!r} must not be negative: that would reward forgetting.")
+        if not 0 <= self.coefficient < math.inf:
+            raise ValueError(
+                f"coefficient={self.coefficient!r} must be finite and not negative: that would reward forgetting."
+            )
 
     @property
     def needs(self) -> frozenset[str]:

@@ -70,7 +70,7 @@ def TDPO(  # noqa: N802 - the paper's name
         beta: β, strength of the regularisation.
         alpha: α, in variant 2 only; None is 0.5 there.
         variant: 1 or 2.
-        weighting: ``"activations"`` is SparsePO's parameter-free weighting of tokens; see :class:`TokenPairwise`.
+        weighting: ``"activations"`` weights tokens by the reference's activations; see :class:`TokenPairwise`.
 
     Returns:
         The objective.

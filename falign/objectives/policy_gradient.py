@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -86,8 +87,8 @@ class PolicyGradient:
     def __post_init__(self) -> None:
         check_completion_mean(self.reduction)
         _ = self._surrogate  # checks its fields
-        if not self.beta >= 0:
-            raise ValueError(f"beta={self.beta!r} must not be negative: that would reward divergence.")
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"beta={self.beta!r} must be finite and not negative: that would reward divergence.")
         if self.divergence is not None:
             _ = Penalty(self.divergence, self.level, self.credit)  # checks them even where β = 0
         elif self.beta > 0 or self.level != "sequence" or self.credit != "fixed_prefix":
@@ -108,8 +109,8 @@ class PolicyGradient:
         for name, value in {"gamma": self.gamma, "lam": self.lam}.items():
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name}={value!r} must be between 0 and 1.")
-        if self.value_coefficient is not None and not self.value_coefficient > 0:
-            raise ValueError(f"value_coefficient={self.value_coefficient!r} must be positive.")
+        if self.value_coefficient is not None and not 0 < self.value_coefficient < math.inf:
+            raise ValueError(f"value_coefficient={self.value_coefficient!r} must be positive and finite.")
 
     @property
     def _surrogate(self) -> Surrogate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -69,8 +70,10 @@ class Surrogate:
             raise ValueError(f"importance={self.importance!r}: choose 'sequence' or 'token'.")
         if self.clip_low is not None and not 0 < self.clip_low <= 1:
             raise ValueError(f"clip_low={self.clip_low!r} must be in (0, 1]: π/π_old is kept above 1 - clip_low.")
-        if self.clip_high is not None and not self.clip_high > 0:
-            raise ValueError(f"clip_high={self.clip_high!r} must be positive: π/π_old is kept below 1 + clip_high.")
+        if self.clip_high is not None and not 0 < self.clip_high < math.inf:
+            raise ValueError(
+                f"clip_high={self.clip_high!r} must be positive and finite: π/π_old is kept below 1 + clip_high."
+            )
 
     @property
     def clips(self) -> bool:

@@ -42,9 +42,9 @@ class TokenPairwise:
 
     Source:
         Zeng et al., TDPO (arXiv:2404.11999), the losses of TDPO1 and TDPO2; there f is the forward KL. The derivation
-        starts from the reverse KL, whose δ would be another one. Weights: Christopoulou et al., SparsePO
-        (arXiv:2410.05102), which is variant 1 with weights; its parameter-free masks come from the reference's
-        activations, and there may be two of them, for m and for δ. Here both have the same.
+        starts from the reverse KL, whose δ would be another one. Weights: variant 1 with weights is the form of the
+        loss of Christopoulou et al., SparsePO (arXiv:2410.05102), where there may be two masks, for m and for δ; here
+        both have the same. The weights that the trainer fills in are falign's own, not the paper's MaPO mask.
 
     Example:
         >>> batch = CompletionBatch(
@@ -81,8 +81,8 @@ class TokenPairwise:
             )
         if self.variant == 2 and self.alpha is None:
             object.__setattr__(self, "alpha", 0.5)
-        if self.alpha is not None and not self.alpha >= 0:
-            raise ValueError(f"alpha={self.alpha!r} must not be negative: that would reward divergence.")
+        if self.alpha is not None and not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha={self.alpha!r} must be finite and not negative: that would reward divergence.")
 
     @property
     def needs(self) -> frozenset[str]:

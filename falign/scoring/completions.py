@@ -49,8 +49,8 @@ def completion_states(model: nn.Module, batch: TokenBatch, *, token_weights: boo
         ModelError: If the model has no separate backbone and head.
 
     Source:
-        Weights: after the parameter-free mask of SparsePO (arXiv:2410.05102), normalised to a mean of 1 so that β keeps
-        its meaning, and a function of the prefix alone.
+        The weights are falign's own, a function of the prefix alone with a mean of 1, so that β keeps its meaning. The
+        MaPO mask of SparsePO (arXiv:2410.05102) is another one: of signed means, scaled to [0, 1].
     """
     mask = tree_masks(model, batch) if batch.attention_mask is None else batch.attention_mask
     outputs = run_backbone(

@@ -83,7 +83,8 @@ class TokenPairwiseConfig(FrozenModel):
     """Weight of the divergences in variant 2, 0.5 where left out."""
     variant: Literal[1, 2] = 2
     weighting: Literal["none", "activations"] = "none"
-    """``activations``: tokens count by the reference's activations (SparsePO's parameter-free mask)."""
+    """``activations``: tokens count by the mean absolute activations of the reference's layers, with a mean of 1 in a
+    completion; falign's own weighting, not SparsePO's MaPO mask."""
 
     @property
     def title(self) -> str:

@@ -64,3 +64,9 @@ def test_a_bad_name_is_refused_with_a_remedy(name, message):
 def test_an_unknown_parameter_is_refused():
     with pytest.raises(ValueError, match="needs its parameter alpha, got"):
         divergences.get("alpha", a=0.5)
+
+
+@pytest.mark.parametrize("name", ["alpha(0.5)", "alpha(alpha=0.5)", "dual(alpha(0.5))"])
+def test_a_parameter_that_is_given_twice_is_refused(name):
+    with pytest.raises(ValueError, match="given twice"):
+        divergences.get(name, alpha=0.6)
