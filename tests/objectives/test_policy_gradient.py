@@ -295,8 +295,8 @@ def test_a_function_of_ones_own_is_an_advantage():
     [
         ({"beta": 0.1}, "without a divergence"),
         ({"level": "token"}, "without a divergence"),
-        ({"divergence": JS, "beta": -0.1}, "must not be negative"),
-        ({"divergence": JS, "beta": math.nan}, "must not be negative"),
+        ({"divergence": JS, "beta": -0.1}, "must be finite and not negative"),
+        ({"divergence": JS, "beta": math.nan}, "must be finite and not negative"),
         ({"divergence": JS, "beta": 0.1, "credit": "returns"}, "no later prefixes"),
         ({"divergence": JS, "beta": 0.0, "credit": "returns"}, "no later prefixes"),
         ({"advantage": "leave_one"}, "did you mean 'leave_one_out'"),

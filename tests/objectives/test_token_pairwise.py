@@ -215,8 +215,8 @@ def test_the_default_divergence_is_the_papers():
     ("arguments", "message"),
     [
         ({"beta": 0.0}, "must be positive"),
-        ({"alpha": -0.1}, "must not be negative"),
-        ({"alpha": math.nan}, "must not be negative"),
+        ({"alpha": -0.1}, "must be finite and not negative"),
+        ({"alpha": math.nan}, "must be finite and not negative"),
         ({"variant": 1, "alpha": 0.5}, "TDPO1 .* has no α; leave alpha out"),
         ({"divergence": "kl"}, "does not say which"),
     ],
