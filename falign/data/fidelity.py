@@ -19,6 +19,8 @@ _REMEDY = "mend the row, or set model.chat_template to a template that writes ev
 _PRIVATE = "".join(map(chr, (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))))
 """Code points that no text uses."""
 
+_PRIVATE_SET = frozenset(_PRIVATE)  # so that only the characters of a row are gone through
+
 
 class Written(NamedTuple):
     """A rendered conversation.
@@ -139,7 +141,7 @@ class _Mask:
 
     def __init__(self, contents: Sequence[str], kept: frozenset[str]) -> None:
         used = set().union(*contents)
-        free = _PRIVATE if used.isdisjoint(_PRIVATE) else "".join(c for c in _PRIVATE if c not in used)
+        free = _PRIVATE if _PRIVATE_SET.isdisjoint(used) else "".join(c for c in _PRIVATE if c not in used)
         self.stands_for: dict[str, str] = {}
         self.contents: list[str] = []
         taken = 0
