@@ -298,7 +298,9 @@ def parts(args, model, trees, pad_token_id, folder) -> tuple:
     choice = choose_layout(model, longest, pad_token_id=pad_token_id, wanted=args.layout)
     reference = AdapterOff()
     if args.reference == "cached":
-        key = CacheKey(weights="benchmark", tokenizer="benchmark", dtype=args.dtype, attention="sdpa")
+        key = CacheKey(
+            weights="benchmark", config="c", vocabulary=260, tokenizer="benchmark", dtype=args.dtype, attention="sdpa"
+        )
         cached = Cached(reference, directory=folder / "cache", key=key)
         cached.precompute(model, trees, pad_token_id=pad_token_id, layout=choice.layout)
         reference = Cached(None, directory=folder / "cache", key=key)

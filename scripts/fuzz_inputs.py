@@ -30,11 +30,14 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARES = {
-    "run_files": 0.25,
-    "overrides": 0.15,
-    "data_rows": 0.18,
+    "run_files": 0.19,
+    "overrides": 0.12,
+    "data_rows": 0.13,
     "rendered_rows": 0.02,
     "chat_templates": 0.03,
+    "configurations": 0.07,
+    "tokenizer_settings": 0.05,
+    "checksums": 0.02,
     "benchmark_files": 0.14,
     "adapters": 0.06,
     "checkpoints": 0.06,
@@ -116,9 +119,9 @@ def prepare(memory: float | None = None) -> None:
 
 def run(family: str, numbers: Any, *, seed: int, deadline: float) -> tuple[Counter[str], list[Failure]]:
     """Try the inputs of a family, in a folder of their own."""
-    from fuzzing import chat_templates, data_files, results, run_files, weights
+    from fuzzing import chat_templates, data_files, model_files, results, run_files, weights
 
-    modules = (run_files, data_files, chat_templates, weights, results)
+    modules = (run_files, data_files, chat_templates, model_files, weights, results)
     prepare_family = next(getattr(module, family) for module in modules if hasattr(module, family))
     counts: Counter[str] = Counter()
     failures: list[Failure] = []

@@ -21,7 +21,7 @@ from falign.training.run_file import load_run_file
 from tests.training.pairs import run_data
 
 SOURCES = sorted(Path(falign.__file__).parent.rglob("*.py"))
-KEY = CacheKey(weights="w", tokenizer="t", dtype="float32", attention="sdpa")
+KEY = CacheKey(weights="w", config="c", vocabulary=260, tokenizer="t", dtype="float32", attention="sdpa")
 
 
 @pytest.fixture

@@ -150,14 +150,14 @@ class Presampling:
         from peft import PeftModel
 
         from falign.data import DEMOS
-        from falign.models import weights_hash
+        from falign.models import model_identity, weights_hash
         from falign.models.tokenizers import tokenizer_fingerprint
 
         path = DEMOS.get(str(self.file), self.file)
         files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
         adapter = {"adapter": weights_hash(policy, adapter="default")} if isinstance(policy, PeftModel) else {}
         return {
-            "weights": weights_hash(policy),
+            **model_identity(policy),
             **adapter,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "content of the file": sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),

@@ -79,13 +79,13 @@ class Judge(NamedTuple):
             ModelError: There is no classifier.
         """
         from falign.data.bad_rows import require_choice
-        from falign.models import weights_hash
+        from falign.models import model_identity
         from falign.rewards.classifier import ClassifierReward, load_classifier
 
         model, tokenizer = load_classifier(self.path)
         text: Any = self.text or ("chat" if tokenizer.chat_template else "joined")
         require_choice("--classifier-text", text, ["chat", "joined", "pair", "completion"])
-        record = {"weights": weights_hash(model), "text": text, "label": self.label}
+        record = {**model_identity(model), "text": text, "label": self.label}
         return ClassifierReward(model, tokenizer, text=text, label=self.label), record
 
 

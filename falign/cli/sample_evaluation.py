@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from falign.cli.scored import Scored, check_same_tokens, load_alone, load_run, positions_of
+from falign.cli.scored import Scored, load_alone, load_run, positions_of
 from falign.cli.trained import is_run
 from falign.data import PromptRow, PromptSource, load_prompts
 from falign.divergences import Divergence, get
@@ -32,8 +32,9 @@ from falign.evaluation.sample_rows import SampleRow
 from falign.evaluation.sample_scorer import SampleScorer
 from falign.evaluation.score_output import reopen
 from falign.evaluation.scored_reward import ScoredReward
-from falign.models import base_of, load_model, load_tokenizer, stop_token_ids, weights_hash
-from falign.models.tokenizers import pad_token_id, tokenizer_fingerprint
+from falign.models import base_of, load_model, load_tokenizer, model_identity, stop_token_ids
+from falign.models.shared_head import share_head
+from falign.models.tokenizers import check_same_tokens, pad_token_id, tokenizer_fingerprint
 from falign.passwords import without_passwords
 from falign.references import FrozenModel
 from falign.rewards import RewardSum, WeightedReward
@@ -245,7 +246,8 @@ class SampleEvaluation:
         check_same_tokens(scored.tokenizer, load_tokenizer(other), f"{self.model} and {other}")
         device = next(scored.policy.parameters()).device
         model = load_model(other, dtype=dtype, device=device)
-        reference = FrozenModel(model, weights=weights_hash(model), chunk_tokens=scored.chunk_tokens)
+        share_head(scored.policy, model)
+        reference = FrozenModel(model, **model_identity(model), chunk_tokens=scored.chunk_tokens)
         kept = {name: value for name, value in scored.record.items() if not name.startswith("reference.")}
         named = {f"reference.{name}": value for name, value in reference.identity().items()}
         return scored._replace(reference=reference, record={**kept, **named})

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from falign.scoring import LayoutChoice, PromptTree
     from falign.training import RunConfig
 
-__all__ = ["Scored", "check_same_tokens", "load_alone", "load_compared", "load_run", "positions_of", "run_objective"]
+__all__ = ["Scored", "load_alone", "load_compared", "load_run", "positions_of", "run_objective"]
 
 
 class Scored(NamedTuple):
@@ -92,8 +92,10 @@ class Scored(NamedTuple):
             ModelError: Scores are not those of the model's own logits.
         """
         from falign.evaluation import choose_common_layout
+        from falign.evaluation.completion_scorer import check_rows
         from falign.models.tokenizers import pad_token_id
 
+        check_rows(self.policy, trees)
         self._check(trees[0].prompt_ids + trees[0].completion_ids[0])
         return choose_common_layout(self.models(), trees, pad_token_id=pad_token_id(self.tokenizer), wanted=layout)
 
@@ -127,7 +129,7 @@ def load_run(
         ModelError: A model is not there, or not the one that was trained.
     """
     from falign.cli.trained import checkpoint_folder, load_trained
-    from falign.models import weights_hash
+    from falign.models import model_identity, weights_hash
     from falign.objectives import FDPO, RewardingObjective
     from falign.references import MovingReference
     from falign.training import RunFolder
@@ -149,10 +151,9 @@ def load_run(
         reference.load(checkpoint_folder(folder, checkpoint), policy)
     window = _window(config)
     if config.adapter is None:
-        identity = {"weights": weights_hash(policy)}
+        identity = model_identity(policy)
     else:
-        base = folder.read_manifest()["base_weights"]
-        identity = {"weights": base, "adapter": weights_hash(policy, adapter="default")}
+        identity = {**model_identity(policy), "adapter": weights_hash(policy, adapter="default")}
     return Scored(
         policy,
         tokenizer,
@@ -183,7 +184,9 @@ def load_compared(
         ModelError: A model is not there.
     """
     from falign.data import Window
-    from falign.models import load_model, load_tokenizer, weights_hash
+    from falign.models import load_model, load_tokenizer, model_identity
+    from falign.models.shared_head import share_head
+    from falign.models.tokenizers import check_same_tokens
     from falign.objectives import FDPO
     from falign.references import FrozenModel
     from falign.scoring import DEFAULT_CHUNK_TOKENS
@@ -196,7 +199,8 @@ def load_compared(
     check_same_tokens(tokenizer, other, f"{path} and {reference}")
     policy = load_model(path, dtype=dtype, device=_device())
     frozen = load_model(reference, dtype=dtype, device=_device())
-    against = FrozenModel(frozen, weights=weights_hash(frozen))
+    against = FrozenModel(frozen, **model_identity(frozen))
+    share_head(policy, frozen)
     settings = {"kind": "pairwise", "divergence": objective.divergence.name, "beta": beta}
     return Scored(
         policy,
@@ -205,7 +209,7 @@ def load_compared(
         objective,
         Window(1024 if max_length is None else max_length),
         DEFAULT_CHUNK_TOKENS,
-        _record({"weights": weights_hash(policy)}, against, settings),
+        _record(model_identity(policy), against, settings),
     )
 
 
@@ -221,7 +225,7 @@ def load_alone(path: str, *, dtype: str, max_length: int | None) -> Scored:
         ModelError: The model is not there.
     """
     from falign.data import Window
-    from falign.models import load_model, load_tokenizer, weights_hash
+    from falign.models import load_model, load_tokenizer, model_identity
     from falign.objectives import FDPO
     from falign.scoring import DEFAULT_CHUNK_TOKENS
 
@@ -234,7 +238,7 @@ def load_alone(path: str, *, dtype: str, max_length: int | None) -> Scored:
         FDPO("reverse_kl", 1.0),
         Window(1024 if max_length is None else max_length),
         DEFAULT_CHUNK_TOKENS,
-        _record({"weights": weights_hash(policy)}, None, {}),
+        _record(model_identity(policy), None, {}),
         rewarding=False,
     )
 
@@ -275,27 +279,6 @@ def _record(policy: dict[str, Any], reference: Reference | None, objective: dict
     identity = {} if reference is None else reference.identity()
     sections = {"policy": policy, "reference": identity, "objective": objective}
     return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
-
-
-def check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, models: str) -> None:
-    """Refuse two tokenizers of which one has ids for other tokens.
-
-    Args:
-        tokenizer: The policy's.
-        other: The other model's.
-        models: What messages call the two.
-
-    Raises:
-        ConfigError: With the first token that differs.
-    """
-    ids, other_ids = tokenizer.get_vocab(), other.get_vocab()
-    ids = {token: id_ for token, id_ in ids.items() if token != tokenizer.pad_token or token == tokenizer.eos_token}
-    token = next((token for token in sorted(ids, key=ids.__getitem__) if other_ids.get(token) != ids[token]), None)
-    if token is not None:
-        raise ConfigError(
-            f"{models} have different tokens: {token!r} is {ids[token]} in the one and {other_ids.get(token)} in the "
-            "other, so their probabilities are of different things. Give a reference with the policy's tokenizer."
-        )
 
 
 def _device() -> Any:

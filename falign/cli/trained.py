@@ -66,7 +66,7 @@ def load_trained(folder: RunFolder, checkpoint: int | None = None) -> Trained:
 
     Raises:
         ConfigError: The run is not finished, or has no such checkpoint.
-        ModelError: The base model is not the one that was trained.
+        ModelError: The base model, or its configuration, is not the one that was trained.
     """
     from falign.models import load_adapter, load_model, load_tokenizer, weights_hash
     from falign.models.tokenizers import fix_date
@@ -84,10 +84,13 @@ def load_trained(folder: RunFolder, checkpoint: int | None = None) -> Trained:
             attn_implementation=config.model.attn_implementation,
             trust_remote_code=config.model.trust_remote_code,
         )
+        if checkpoint is None:  # the files of a checkpoint have checksums
+            _check_config(model, folder, str(source))
         tokenizer = load_tokenizer(source)
         fix_date(tokenizer, folder.read_date())
         return Trained(model, tokenizer, config)
     base = config.model.build()
+    _check_config(base, folder, config.model.path)
     weights = weights_hash(base)
     if weights != folder.read_manifest()["base_weights"]:
         raise ModelError(
@@ -96,6 +99,16 @@ def load_trained(folder: RunFolder, checkpoint: int | None = None) -> Trained:
         )
     tokenizer = config.model.build_tokenizer(date=folder.read_date())
     return Trained(load_adapter(base, source, trainable=False, base_hash=weights), tokenizer, config)
+
+
+def _check_config(model: PreTrainedModel, folder: RunFolder, path: str) -> None:
+    from falign.models import config_hash
+
+    if config_hash(model) != folder.read_manifest()["base_config"]:
+        raise ModelError(
+            f"{path} has another configuration now than when {folder.path} was trained, which changes what its weights "
+            f"compute: restore its config.json (or set model.revision in {folder.run_file})."
+        )
 
 
 def checkpoint_folder(folder: RunFolder, step: int) -> Path:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from falign.errors import ConfigError, ModelError
 from falign.evaluation.score_rows import ScoreRow, plain_floats
+from falign.models.tokenizers import check_token_rows
 from falign.objectives import RewardingObjective
 from falign.references import Reference, objective_inputs
 from falign.scoring import (
@@ -22,7 +23,9 @@ from falign.scoring import (
     TokenBatch,
     choose_layout,
     evaluation_mode,
+    without_wrapper,
 )
+from falign.scoring.trees import token_rows
 
 __all__ = ["CompletionScorer", "check_finite", "choose_common_layout"]
 
@@ -56,6 +59,7 @@ class CompletionScorer:
         Raises:
             ModelError: A value is not finite.
         """
+        check_rows(self.policy, trees)
         # Preferences change no score, and a batch may lack some: they go from the trees into the rows directly.
         bare = [replace(tree, preference=None) for tree in trees]
         batch = LAYOUTS[self.layout](bare, pad_token_id=self.pad_token_id)
@@ -132,6 +136,20 @@ def choose_common_layout(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return next((choice for choice in choices if choice.layout == "padded"), choices[0])
+
+
+def check_rows(model: nn.Module, trees: Sequence[PromptTree]) -> None:
+    """Refuse token ids for which a model has no row in its embeddings.
+
+    Raises:
+        ModelError: With the first such token and its place.
+    """
+    language_model: Any = without_wrapper(model)
+    check_token_rows(
+        token_rows(trees),
+        num_rows=language_model.get_input_embeddings().num_embeddings,
+        model=language_model.name_or_path or type(language_model).__name__,
+    )
 
 
 def _lists(values: Tensor, batch: TokenBatch, name: str) -> list[list[float]]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from falign.errors import RewardError
 from falign.evaluation.benchmarks import BenchmarkItem
-from falign.evaluation.completion_scorer import CompletionScorer, check_finite
+from falign.evaluation.completion_scorer import CompletionScorer, check_finite, check_rows
 from falign.evaluation.item_stream import ItemTree
 from falign.evaluation.score_rows import ScoreRow
 from falign.objectives import Listwise, Pairwise
@@ -118,6 +118,7 @@ class ReferenceFreeScores:
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
 
     def __call__(self, trees: Sequence[PromptTree]) -> list[list[dict[str, float]]]:
+        check_rows(self.policy, trees)
         bare = [replace(tree, preference=None) for tree in trees]
         batch = LAYOUTS[self.layout](bare, pad_token_id=self.pad_token_id)
         batch = batch.to(next(self.policy.parameters()).device)

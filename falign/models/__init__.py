@@ -5,7 +5,7 @@ from falign.models.adapters import add_lora, load_adapter, transplant_adapter
 from falign.models.description import ModelDescription, describe
 from falign.models.export import export_adapter, export_merged
 from falign.models.gradient_checkpointing import enable_gradient_checkpointing
-from falign.models.identity import adapted_weights_hash, config_hash, weights_hash
+from falign.models.identity import adapted_weights_hash, config_hash, model_identity, weights_hash
 from falign.models.loading import load_model, load_tokenizer
 from falign.models.probe import probe_ids
 from falign.models.proof import ExportProof, verify_export
@@ -28,6 +28,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_tokenizer",
+    "model_identity",
     "probe_ids",
     "resolve",
     "start_from_adapter",

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,9 @@ from falign.models.adapter_files import AdapterFiles, read_adapter_files
 from falign.models.adapter_precision import compute_in_activation_type
 from falign.models.base_weights import base_parameters
 from falign.models.foreign import reading
+from falign.models.patterns import check_adapter_patterns
 from falign.models.recorded_base import check_recorded_base
+from falign.models.sources import adapter_config
 from falign.models.structure import (
     adapter_matrix,
     adapter_weights,
@@ -92,11 +95,18 @@ def add_lora(
         fan_in_fan_out=any(is_transposed(linear[name]) for name in chosen),
     )
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _expected_warnings():
+    with reading(partial(_impossible, model)), torch.random.fork_rng(devices), _expected_warnings():
         adapted = get_peft_model(model, config, revision=revision)
     _initialise(adapted, seed=seed)
     compute_in_activation_type(adapted, "default")
     return adapted
+
+
+def _impossible(model: PreTrainedModel, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"A {type(model).__name__} cannot have this adapter: {' '.join(str(error).split())} Give a list of other "
+        "linear layers (adapter.target_modules in a run file)."
+    )
 
 
 def load_adapter(
@@ -127,6 +137,8 @@ def load_adapter(
     if isinstance(model, PeftModel) and name in model.peft_config:
         raise ModelError(f"{folder}: the model has an adapter {name!r} already: choose another name.")
     files = read_adapter_files(folder)
+    names = [module for module, _ in base_of(model).named_modules()]
+    check_adapter_patterns(adapter_config(folder), names, file=folder / "adapter_config.json")
     check_recorded_base(files.base, model, folder, weights=base_hash)
     own = files.tensors.keys() - _brought_along(files, model, folder)
     device, was_training = str(base_of(model).device), model.training

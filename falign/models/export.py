@@ -17,6 +17,7 @@ from falign.models.precision import resolve_dtype
 from falign.models.recorded_base import RecordedBase, record_base
 from falign.models.sources import resolve
 from falign.models.staging import staged_folder
+from falign.models.stop_tokens import stop_token_ids
 from falign.models.structure import adapter_weights, base_name
 
 __all__ = ["export_adapter", "export_merged"]
@@ -81,7 +82,8 @@ def export_merged(
 
     The adapter is folded into the base's original weights, read from disk again on the CPU, in float32, and rounded
     once. That holds for QLoRA too, where the result differs from the trained model by the base's quantisation
-    error. A model without adapters (full fine-tuning) gives its own weights.
+    error. A model without adapters (full fine-tuning) gives its own weights. Generation stops where the trained model
+    stops: ``generation_config`` names every stop token, the tokenizer's EOS included.
 
     Args:
         model: the trained model; it is not changed.
@@ -117,6 +119,7 @@ def export_merged(
     else:
         _copy_weights(merged, model)
     _convert(merged, torch.promote_types(own, target), target)
+    merged.generation_config.eos_token_id = sorted(stop_token_ids(merged, tokenizer))
     size = sum(parameter.nbytes for parameter in merged.parameters())
     with staged_folder(Path(out_dir), existing=_existing(overwrite), needed_bytes=size) as staging:
         merged.save_pretrained(staging)

@@ -18,7 +18,8 @@ def reading(explain: Callable[[Exception], FalignError]) -> Iterator[None]:
     """Raise what ``explain`` makes of an error, whatever its type; the original is its cause.
 
     Pickle, safetensors, tokenizers, PEFT and transformers raise nearly every type there is on a damaged file. What is
-    not the file's fault goes through: no memory, a full disk, and what falign says itself.
+    not the file's fault goes through: no memory, a full disk, and what falign says itself. A panic of code in Rust is
+    not an ``Exception`` in Python, and is told by its name.
     """
     try:
         yield
@@ -28,3 +29,7 @@ def reading(explain: Callable[[Exception], FalignError]) -> Iterator[None]:
         if is_full_disk(error):
             raise
         raise explain(error) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise explain(RuntimeError(f"a panic, {error}")) from error

@@ -17,11 +17,11 @@ from transformers import (
 from transformers.utils.import_utils import is_gguf_available
 
 from falign.errors import ModelError
-from falign.models.staging import staged_folder
+from falign.models.kept_folder import kept_folder
 
 __all__ = ["cache_folder", "plain_checkpoint"]
 
-_CONVERSION = b"1"  # part of the cache name: raise it when the conversion below changes what it writes
+_CONVERSION = b"2"  # part of the cache name: raise it when the conversion below changes what it writes
 
 # Tokenizers that cut digits one by one before the byte-level split; transformers converts them without that cut,
 # and then "\n\n1" or two spaces before a digit get other tokens than those the model was trained on.
@@ -43,20 +43,21 @@ def plain_checkpoint(gguf_path: Path) -> Path:
     The folder is named after the file and its content, written on the first call and found again afterwards.
 
     Raises:
-        ModelError: the file does not exist or is no GGUF file, or the package ``gguf`` is missing.
+        ModelError: the file does not exist or is no GGUF file, the package ``gguf`` is missing, or the folder that
+            was found has other content than was written.
     """
     if not gguf_path.is_file():
         raise ModelError(f"{gguf_path} does not exist: give the path of a .gguf file.")
     folder = cache_folder() / f"{gguf_path.stem}-{_content_hash(gguf_path)[:12]}"
-    if (folder / "config.json").is_file():
-        return folder
-    if not is_gguf_available():
-        raise ModelError(f"{gguf_path}: reading GGUF files needs the package gguf; run `pip install gguf`.")
-    # Four bytes a weight, from about 4.5 bits.
-    with staged_folder(folder, existing="keep", needed_bytes=7 * gguf_path.stat().st_size) as staging:
+
+    def write(staging: Path) -> None:
+        if not is_gguf_available():
+            raise ModelError(f"{gguf_path}: reading GGUF files needs the package gguf; run `pip install gguf`.")
         _read_model(gguf_path).save_pretrained(staging)
         _read_tokenizer(gguf_path).save_pretrained(staging)
-    return folder
+
+    # Four bytes a weight, from about 4.5 bits.
+    return kept_folder(folder, write, needed_bytes=7 * gguf_path.stat().st_size)
 
 
 def _content_hash(path: Path) -> str:

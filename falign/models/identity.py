@@ -17,7 +17,7 @@ from falign.models.adapter_settings import BEYOND_PLAIN_LORA
 from falign.models.base_weights import base_weights
 from falign.models.structure import base_of
 
-__all__ = ["adapted_weights_hash", "config_hash", "weights_hash"]
+__all__ = ["adapted_weights_hash", "config_hash", "model_identity", "weights_hash"]
 
 # The fields of a configuration that do not change logits, at every level of it. All others count, those that falign
 # does not know included. The weights' types are a part of `weights_hash`; how attention is computed is recorded
@@ -65,6 +65,15 @@ def adapted_weights_hash(model: PeftModel, *, adapter: str) -> str:
     """
     both = f"{weights_hash(model)} {weights_hash(model, adapter=adapter)}"
     return hashlib.sha256(both.encode()).hexdigest()
+
+
+def model_identity(model: PreTrainedModel | PeftModel) -> dict[str, str]:
+    """Return what tells a base from all others: ``weights`` and ``config``, the hashes of both.
+
+    Raises:
+        ModelError: As `weights_hash`.
+    """
+    return {"weights": weights_hash(model), "config": config_hash(model)}
 
 
 def config_hash(model: PreTrainedModel | PeftModel) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from huggingface_hub.constants import is_offline_mode
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -16,12 +17,14 @@ from transformers import (
 )
 
 from falign.errors import ConfigError, ModelError
+from falign.models.attention import check_attention
 from falign.models.devices import named_device
 from falign.models.foreign import reading
+from falign.models.patterns import check_tokenizer_patterns
 from falign.models.precision import resolve_dtype
 from falign.models.sources import check_weights, resolve
 
-__all__ = ["load_model", "load_tokenizer", "stored_quantization"]
+__all__ = ["load_model", "load_tokenizer", "stored_quantization", "vocabulary_size"]
 
 
 def load_tokenizer(
@@ -48,6 +51,8 @@ def load_tokenizer(
     name = resolve(name_or_path)
     with reading(lambda error: _unloadable("tokenizer", name, error)):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        check_tokenizer_patterns(tokenizer, name=name)
+        tokenizer.decode(tokenizer("A few words.").input_ids)  # settings of a wrong type show in use
     tokenizer.chat_template_place = name  # for messages of falign.data, which runs the template
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
@@ -57,6 +62,21 @@ def load_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def vocabulary_size(
+    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> int | None:
+    """Return how many rows a model's embeddings have, without loading weights; None where its configuration is silent.
+
+    Raises:
+        ModelError: no model there.
+    """
+    name = resolve(name_or_path)
+    with reading(lambda error: _unloadable("configuration of", name, error)):
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        size = getattr(config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
 
 
 def load_model(
@@ -77,7 +97,8 @@ def load_model(
             where the device multiplies it natively, else float32). With ``quantization``, of the other weights.
         quantization: ``nf4`` for 4-bit NormalFloat with double quantisation and bfloat16 arithmetic. A checkpoint that
             is stored in 4 bits by bitsandbytes is loaded as it is stored.
-        attn_implementation: as in transformers.
+        attn_implementation: ``sdpa``, ``eager``, ``flex_attention`` or ``flash_attention_2`` to ``4``; the last ones
+            need a GPU.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that the repository brings along.
         device: where to put it. By default quantised weights go to this process's GPU, if there is one, because
@@ -85,8 +106,10 @@ def load_model(
 
     Raises:
         ModelError: no model there, or one whose weights are incomplete, pickled, or need remote code.
-        ConfigError: an unknown ``dtype``, ``quantization`` or ``device``.
+        ConfigError: an unknown ``dtype``, ``quantization`` or ``device``, or an ``attn_implementation`` that cannot
+            work here.
     """
+    check_attention(attn_implementation)
     name = resolve(name_or_path)
     if Path(name).is_dir():
         check_weights(Path(name))
@@ -201,8 +224,11 @@ def _is_file(path: Path) -> bool:
 
 
 def _unloadable(what: str, name: str, error: Exception) -> ModelError:
-    reason = " ".join(str(error).split())[:400]
-    if "trust_remote_code" in str(error):
+    reason = " ".join(str(error).split())
+    reason += "" if reason.endswith((".", "!", "?")) else "."
+    if "attention implementation" in reason or "attn_implementation" in reason:
+        remedy = 'Take another one: attn_implementation="eager" (in a run file `model.attn_implementation: eager`).'
+    elif "trust_remote_code" in str(error):
         remedy = "Set trust_remote_code only if you trust that code."
     elif Path(name).is_dir() or not isinstance(error, OSError):
         remedy = "Check the folder's files and the options."

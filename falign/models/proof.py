@@ -11,13 +11,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from falign.errors import ModelError
 from falign.models.adapters import load_adapter, transplant_adapter
 from falign.models.description import describe
 from falign.models.loading import load_model
 from falign.models.probe import probe_ids, probe_logits
+from falign.models.stop_tokens import stop_token_ids
 from falign.models.structure import adapter_matrix, base_name, base_of, lora_layers
 
 __all__ = ["ExportProof", "verify_export"]
@@ -28,6 +29,13 @@ __all__ = ["ExportProof", "verify_export"]
 # what loading that same base in bfloat16 instead of float32 does to it.
 _ADAPTER_BOUND = 1e-5
 _MERGE_BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1.25e-1}
+
+
+# The stop tokens are compared on their own. The ids that begin and fill sequences are the trainer's, which copies the
+# tokenizer's into the model that it trains.
+_NOT_COMPARED = frozenset(
+    {"eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,9 @@ def verify_export(
     over the base in the type of the merge: for QLoRA the trained model itself is far away, because the 4-bit
     weights are (on SmolLM2-135M by 15 of 40 logits, trained or not), so that it could not show a lost adapter.
 
+    A merge must also generate as the trained model does: with its stop tokens and generation settings. Weights that
+    were trained without an adapter are compared one by one, because a few sentences have few of the tokens in them.
+
     Args:
         trained_model: the model in memory; back in its mode (training or evaluation) afterwards.
         exported_dir: what ``export_adapter`` or ``export_merged`` wrote.
@@ -78,11 +89,13 @@ def verify_export(
         trust_remote_code: run code that the base's repository brings along.
 
     Raises:
-        ModelError: a difference above the bound, a model equal to its base, another chat template or vocabulary,
-            or adapter weights that are empty, not finite, or not LoRA.
+        ModelError: a difference above the bound, a model equal to its base, another chat template, vocabulary, stop
+            token or generation setting, or adapter weights that are empty, NaN or infinite, or not LoRA.
     """
     folder = Path(exported_dir)
     _compare_tokenizers(tokenizer, folder)
+    if kind == "merged":
+        _compare_generation(base_of(trained_model), tokenizer, folder)
     rows = probe_ids(tokenizer) if probe is None else probe
     trained = probe_logits(trained_model, rows)
     if kind == "adapter":
@@ -168,7 +181,11 @@ def _compare_weights(
     revision: str | None,
     trust_remote_code: bool,
 ) -> _Comparison:
-    exported, dtype = _exported_logits(folder, trained_model, rows, trust_remote_code)
+    merged = _load_plain(folder, trained_model, "auto", None, trust_remote_code)
+    _compare_parameters(trained_model, merged, folder)
+    exported, dtype = probe_logits(merged, rows), merged.dtype
+    del merged
+    gc.collect()  # one model at a time beside the trained one
     untrained = probe_logits(_load_plain(source, trained_model, _name(dtype), revision, trust_remote_code), rows)
     return _Comparison(exported, trained, untrained, _coarser(dtype, trained_model.dtype))
 
@@ -231,6 +248,39 @@ def _compare_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Non
         raise ModelError(f"{folder}: its chat template is not the training one: export again with that tokenizer.")
     if exported.get_vocab() != tokenizer.get_vocab() or exported.eos_token_id != tokenizer.eos_token_id:
         raise ModelError(f"{folder}: its tokenizer is not the training one: export again with that tokenizer.")
+
+
+def _compare_generation(trained: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    exported = GenerationConfig.from_pretrained(folder)
+    stops = sorted(stop_token_ids(trained, tokenizer))
+    found = exported.eos_token_id
+    if sorted([found] if isinstance(found, int) else found or []) != stops:
+        raise ModelError(
+            f"{folder / 'generation_config.json'}: eos_token_id is {found}, and the trained model stops at {stops}: "
+            "programs that read it would go on after the end of an answer. Export again."
+        )
+    settings = [
+        {name: value for name, value in config.to_dict().items() if name not in _NOT_COMPARED}
+        for config in (trained.generation_config, exported)
+        if config is not None
+    ]
+    for name in sorted(settings[0].keys() | settings[-1].keys()):
+        own, written = settings[0].get(name), settings[-1].get(name)
+        if own != written:
+            raise ModelError(
+                f"{folder / 'generation_config.json'}: {name} is {written!r}, and {own!r} in the trained model: export "
+                "again."
+            )
+
+
+def _compare_parameters(trained: PreTrainedModel, exported: PreTrainedModel, folder: Path) -> None:
+    weights = dict(trained.named_parameters())
+    for name, parameter in exported.named_parameters():
+        if name not in weights or not torch.equal(weights[name].detach().to(parameter.dtype), parameter):
+            raise ModelError(
+                f"{folder} is not the trained model: {name} has other values. Do not use it; check that the base on "
+                "disk is the one that was trained."
+            )
 
 
 def _check_adapter_weights(folder: Path) -> None:

@@ -14,6 +14,7 @@ from falign.models.adapter_soup import adapter_soup
 from falign.models.checkpoint_soup import write_checkpoint_soup
 from falign.models.companion_files import TOKENIZER_FILES, copy_files
 from falign.models.gguf import cache_folder
+from falign.models.kept_folder import kept_folder
 from falign.models.precision import resolve_dtype
 from falign.models.soup_members import SoupMember, content_hash, soup_members
 from falign.models.staging import staged_folder
@@ -61,17 +62,21 @@ def write_soup(
 
 
 def cached_checkpoint_soup(members: Sequence[SoupMember]) -> Path:
-    """Return the folder of an average of checkpoints, written on the first call and found again afterwards."""
+    """Return the folder of an average of checkpoints, written on the first call and found again afterwards.
+
+    Raises:
+        ModelError: As `write_checkpoint_soup` and `kept_folder`.
+    """
     record = soup_record(members)
     ingredients = [record["kind"], *((each["sha256"], each["weight"]) for each in record["members"])]
     digest = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
     folder = cache_folder() / f"soup-{digest[:16]}"
-    if (folder / "soup.json").is_file():
-        return folder
-    with staged_folder(folder, existing="keep") as staging:
+
+    def write(staging: Path) -> None:
         write_checkpoint_soup(members, staging)
         (staging / "soup.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return folder
+
+    return kept_folder(folder, write)
 
 
 def soup_record(members: Sequence[SoupMember]) -> dict[str, Any]:

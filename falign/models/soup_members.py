@@ -1,6 +1,7 @@
 """What goes into a soup: folders told apart by their files, with weights that sum to one."""
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from falign.errors import ConfigError, ModelError
+from falign.models.companion_files import MODEL_FILES
+from falign.models.kept_folder import file_hash
 from falign.models.sources import resolve
 
 __all__ = ["SoupMember", "check_weights", "content_hash", "soup_members"]
-
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +75,11 @@ def soup_members(paths: Sequence[str | Path], weights: Sequence[float] | None = 
 
 
 def content_hash(folder: Path) -> str:
-    """Return the SHA-256 of a folder's weights and, for an adapter, of what scales them."""
-    digest = hashlib.sha256()
-    for file in [*sorted(folder.glob("*.safetensors")), folder / "adapter_config.json"]:
-        if file.is_file():
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-            with file.open("rb") as content:
-                while block := content.read(_BLOCK):
-                    digest.update(block)
-    return digest.hexdigest()
+    """Return the SHA-256 of an adapter's weights and configuration, or of all files that make up a checkpoint."""
+    beside = ("adapter_config.json",) if (folder / "adapter_config.json").is_file() else MODEL_FILES
+    files = sorted({file for pattern in ("*.safetensors", *beside) for file in folder.glob(pattern) if file.is_file()})
+    sums = [(file.name, file_hash(file)) for file in files]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 def _member(path: str | Path, weight: float) -> SoupMember:

@@ -1,15 +1,17 @@
-"""What a run needs to know of a tokenizer besides encoding."""
+"""What a run needs to know of a tokenizer besides encoding: padding, identity, and whether models share its ids."""
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["fix_date", "pad_token_id", "tokenizer_fingerprint"]
+from falign.errors import ConfigError, ModelError
+
+__all__ = ["check_same_tokens", "check_token_rows", "fix_date", "pad_token_id", "tokenizer_fingerprint"]
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -53,3 +55,57 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     rules = tokenizer.get_vocab() if backend is None else backend.to_str()
     parts = [rules, tokenizer.special_tokens_map, tokenizer.chat_template]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, models: str) -> None:
+    """Refuse two tokenizers of which one has ids for other tokens.
+
+    The other one may have more tokens; padding tokens are not compared, because no model reads one.
+
+    Args:
+        tokenizer: The policy's.
+        other: The other model's.
+        models: What messages call the two.
+
+    Raises:
+        ConfigError: With the first token that differs.
+    """
+    ids, other_ids = tokenizer.get_vocab(), other.get_vocab()
+    ids = {token: id_ for token, id_ in ids.items() if token != tokenizer.pad_token or token == tokenizer.eos_token}
+    token = next((token for token in sorted(ids, key=ids.__getitem__) if other_ids.get(token) != ids[token]), None)
+    if token is not None:
+        raise ConfigError(
+            f"{models} have different tokens: {token!r} is {ids[token]} in the one and {other_ids.get(token)} in the "
+            "other, so their probabilities are of different things. Give a model with the policy's tokenizer."
+        )
+
+
+def check_token_rows(
+    rows: Iterable[tuple[str, Sequence[int]]],
+    *,
+    num_rows: int,
+    model: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Refuse token ids for which a model has no row in its embeddings.
+
+    Args:
+        rows: Token ids, each with the place that they are from.
+        num_rows: How many rows there are.
+        model: What the message calls the model.
+        tokenizer: Whose ids they are, where it is at hand, for the message.
+
+    Raises:
+        ModelError: With the first such token.
+    """
+    for place, ids in rows:
+        largest = max(ids, default=0)
+        if largest >= num_rows:
+            id_ = next(each for each in ids if each >= num_rows)
+            name = "a token" if tokenizer is None else f"token {tokenizer.convert_ids_to_tokens(id_)!r}"
+            raise ModelError(
+                f"{place}: {name} has the id {id_}, and {model} has "
+                f"{num_rows} rows in its embeddings: the tokenizer has tokens that the model lacks. Load the model, "
+                "call `model.resize_token_embeddings(len(tokenizer))`, save it, and train that; or use the tokenizer "
+                "that it was made with."
+            )

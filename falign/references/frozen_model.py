@@ -21,19 +21,26 @@ class FrozenModel(Reference):
     Args:
         model: The reference model; put into evaluation mode, its parameters no longer requiring gradients.
         weights: Content hash of its weights, for the record.
+        config: Hash of its configuration, for the record.
         chunk_tokens: How many positions reach the head at once.
     """
 
     def __init__(
-        self, model: nn.Module, *, weights: str | None = None, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+        self,
+        model: nn.Module,
+        *,
+        weights: str | None = None,
+        config: str | None = None,
+        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.weights = weights
+        self.config = config
         self.chunk_tokens = chunk_tokens
 
     @override
     def identity(self) -> dict[str, Any]:
-        return {"kind": "frozen_model", "weights": self.weights}
+        return {"kind": "frozen_model", "weights": self.weights, "config": self.config}
 
     @override
     def logprobs(self, policy_model: nn.Module, batch: TokenBatch) -> Float[Tensor, "N T"]:

@@ -48,6 +48,7 @@ class MovingReference(Reference):
         self.rule = rule
         self.moves = 0
         self.start = held.identity()["weights"]
+        self.config = held.identity().get("config")
         self._measured: dict[str, float] = {}
 
     @classmethod
@@ -75,7 +76,13 @@ class MovingReference(Reference):
 
     @override
     def identity(self) -> dict[str, Any]:
-        return {"kind": self.rule.kind, **asdict(self.rule), "start": self.start, "moves": self.moves}
+        return {
+            "kind": self.rule.kind,
+            **asdict(self.rule),
+            "start": self.start,
+            "config": self.config,
+            "moves": self.moves,
+        }
 
     @override
     def logprobs(self, policy_model: nn.Module, batch: TokenBatch) -> Float[Tensor, "N T"]:

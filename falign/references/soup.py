@@ -76,7 +76,13 @@ class Soup(Reference):
 
     @override
     def identity(self) -> dict[str, Any]:
-        return {"kind": "soup", "weights": self.held.identity()["weights"], "members": self.record["members"]}
+        held = self.held.identity()
+        return {
+            "kind": "soup",
+            "weights": held["weights"],
+            "config": held.get("config"),
+            "members": self.record["members"],
+        }
 
     @override
     def logprobs(self, policy_model: nn.Module, batch: TokenBatch) -> Float[Tensor, "N T"]:

@@ -25,7 +25,8 @@ from falign.errors import ConfigError, DataError
 
 __all__ = ["CacheKey", "LogprobStore", "entry_digest"]
 
-_FORMAT = 1
+_FORMAT = 2
+_CHECKSUM_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +35,16 @@ class CacheKey:
 
     Attributes:
         weights: Content hash of the reference's weights, without the adapter that is trained.
+        config: Hash of its configuration, as far as it changes logits.
+        vocabulary: Over how many ids its distributions are.
         tokenizer: Fingerprint of the tokenizer and its chat template.
         dtype: What the reference computes in, its quantisation included.
         attention: Attention implementation.
     """
 
     weights: str
+    config: str
+    vocabulary: int
     tokenizer: str
     dtype: str
     attention: str
@@ -60,10 +65,13 @@ class _Span(NamedTuple):
     shard: Path
     start: int
     stop: int
+    checksum: bytes
 
 
 class LogprobStore:
     """A folder of ``index.json``, which holds the key, and shards, each complete in itself.
+
+    Each entry has a checksum over its name and its values, which is compared whenever it is read.
 
     A shard is written under another name, synced and renamed, so that a reader, also in another process, sees
     all of it or nothing, and a killed write leaves only a file that nobody reads.
@@ -106,15 +114,20 @@ class LogprobStore:
                 for digest in members:
                     span = self._spans[digest]
                     values[digest] = logprobs[span.start : span.stop]
+                    if _checksum(digest, values[digest]) != span.checksum:
+                        raise ValueError(f"the values of entry {digest.hex()[:16]} differ from their checksum")
         return [values[digest] for digest in digests]
 
     def append(self, entries: Mapping[bytes, Float[Tensor, " _"]]) -> None:
         """Add entries as one shard; once this returns they are on disk."""
         digests = b"".join(entries)
+        rows = {digest: values.detach().float().cpu() for digest, values in entries.items()}
+        checksums = [list(_checksum(digest, values)) for digest, values in rows.items()]
         tensors = {
             "digests": torch.tensor([list(digest) for digest in entries], dtype=torch.uint8),
             "lengths": torch.tensor([len(values) for values in entries.values()]),
-            "logprobs": torch.cat([values.detach().float().cpu() for values in entries.values()]),
+            "checksums": torch.tensor(checksums, dtype=torch.uint8),
+            "logprobs": torch.cat([*rows.values()]),
         }
         shard = self.directory / f"shard-{hashlib.sha256(digests).hexdigest()[:24]}.safetensors"
         _write_atomically(shard, save(tensors))
@@ -145,14 +158,22 @@ class LogprobStore:
     def _register(self, shard: Path) -> None:
         with _reading(shard), safe_open(shard, framework="pt") as file:
             digests, lengths = file.get_tensor("digests"), file.get_tensor("lengths")
+            checksums = file.get_tensor("checksums")
             stops = lengths.cumsum(dim=0)
             values, rows = file.get_slice("logprobs"), [digests.shape, lengths.dtype, lengths.shape]
             if rows != [(len(lengths), 32), torch.int64, (len(lengths),)] or digests.dtype != torch.uint8:
                 raise ValueError(f"its entries are of another form, {rows}")
+            if checksums.shape != (len(lengths), _CHECKSUM_BYTES) or checksums.dtype != torch.uint8:
+                raise ValueError(f"its checksums are of another form, {checksums.dtype} {tuple(checksums.shape)}")
             if (lengths < 0).any() or [int(lengths.sum())] != values.get_shape() or values.get_dtype() != "F32":
                 raise ValueError("its values are not as many as its entries say")
-        for row, start, stop in zip(digests.numpy(), [0, *stops.tolist()], stops.tolist(), strict=False):
-            self._spans[row.tobytes()] = _Span(shard, start, stop)
+        spans = zip(digests.numpy(), [0, *stops.tolist()], stops.tolist(), checksums.numpy(), strict=False)
+        for row, start, stop, checksum in spans:
+            self._spans[row.tobytes()] = _Span(shard, start, stop, checksum.tobytes())
+
+
+def _checksum(digest: bytes, values: Float[Tensor, " _"]) -> bytes:
+    return hashlib.blake2b(digest + values.contiguous().numpy().tobytes(), digest_size=_CHECKSUM_BYTES).digest()
 
 
 @contextmanager
@@ -161,8 +182,8 @@ def _reading(shard: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, TypeError, IndexError, RuntimeError, SafetensorError) as error:
         raise DataError(
-            f"{shard} is not a shard of reference log-probabilities ({error}): delete this file, and its entries are "
-            "computed again."
+            f"{shard} is not a shard of reference log-probabilities, or is damaged ({error}): delete this file, and "
+            "its entries are computed again."
         ) from error
 
 

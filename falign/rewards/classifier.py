@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from falign.errors import ConfigError, ModelError, RewardError
 from falign.models.devices import named_device
 from falign.models.foreign import reading
-from falign.models.identity import weights_hash
+from falign.models.identity import model_identity
 from falign.models.precision import resolve_dtype
 from falign.models.sources import check_weights, resolve
 from falign.models.tokenizers import tokenizer_fingerprint
@@ -84,9 +84,9 @@ class ClassifierReward:
         return f"the prompt is a conversation, which text={self.text} cannot read; set text to chat or completion"
 
     def identity(self) -> Identity:
-        """Return this module, the weights, the tokenizer and the fields that change a value."""
+        """Return this module, the weights, the configuration, the tokenizer and the fields that change a value."""
         settings = {
-            "weights": weights_hash(self.model),
+            **model_identity(self.model),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             **{name: getattr(self, name) for name in ("text", "output", "label", "max_length")},
         }

@@ -11,7 +11,7 @@ from torch import nn
 
 from falign.divergences import Divergence
 from falign.errors import RewardError
-from falign.models.identity import weights_hash
+from falign.models.identity import model_identity
 from falign.objectives.link import Link
 from falign.references import detached_logprobs
 from falign.rewards.base import column, place_of
@@ -63,10 +63,10 @@ class ImplicitReward:
         return values
 
     def identity(self) -> Identity:
-        """Return this module, both models' weights and the fields that change a value."""
+        """Return this module, both models' weights and configurations, and the fields that change a value."""
         models: list[Any] = [self.model, self.reference]
-        weights = [weights_hash(model) for model in models]
-        return Identity(__name__, {"weights": weights, "divergence": repr(self.divergence), "beta": self.beta})
+        identities = [model_identity(model) for model in models]
+        return Identity(__name__, {"models": identities, "divergence": repr(self.divergence), "beta": self.beta})
 
     def _batches(self, trees: Sequence[PromptTree]) -> list[list[PromptTree]]:
         batches: list[list[PromptTree]] = []

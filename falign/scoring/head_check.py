@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from falign.errors import ModelError
+from falign.scoring.backbone import without_wrapper
 from falign.scoring.completions import completion_scores
 from falign.scoring.evaluation_mode import evaluation_mode
 from falign.scoring.layouts import pad
@@ -19,10 +20,10 @@ _NUM_TOKENS = 32
 
 
 def check_head(model: nn.Module, token_ids: Sequence[int], *, tolerance: float | None = None) -> None:
-    """Compare scores with the log-softmax of the model's own logits, once, on a few tokens.
+    """Compare scores with the log-softmax of the model's own logits, once, on a few tokens; and see that it is causal.
 
     Architectures alter logits after the head in ways that no configuration field announces; a head that
-    misses one gives plausible numbers.
+    misses one gives plausible numbers. Encoders that are loaded as language models see the tokens that they predict.
 
     Args:
         model: The model that will be scored.
@@ -30,24 +31,44 @@ def check_head(model: nn.Module, token_ids: Sequence[int], *, tolerance: float |
         tolerance: Largest difference in nats; None means 1e-4 for logits of 32 bits and more, 0.1 below.
 
     Raises:
-        ModelError: If a log-probability differs by more than the tolerance, or is not a number.
+        ModelError: If the model cannot be run or read, a log-probability differs by more than the tolerance, or is NaN
+            or infinite.
     """
-    ids = tuple(token_ids[:_NUM_TOKENS])
+    ids, name = tuple(token_ids[:_NUM_TOKENS]), type(without_wrapper(model)).__name__
     batch = pad([PromptTree(ids[:1], (ids[1:],))], pad_token_id=ids[0]).to(next(model.parameters()).device)
-    with torch.no_grad(), evaluation_mode(model):
-        scores = completion_scores(model, batch).logprobs[0]
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits[0, :-1]
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            logits = model(**inputs, use_cache=False).logits[0, :-1]
+            half, other_end = (len(ids) + 1) // 2, batch.input_ids.clone()
+            other_end[:, half:] = (other_end[:, half:] + 1) % logits.shape[-1]
+            begin = model(**{**inputs, "input_ids": other_end}, use_cache=False).logits[0, :half]
+            scores = completion_scores(model, batch).logprobs[0]
+    except (MemoryError, ModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # each architecture fails in its own way
+        raise ModelError(
+            f"{name} cannot be scored: {type(error).__name__}: {' '.join(str(error).split())} Its "
+            "backbone, head or attention is of a kind that falign does not know; if its attention is at fault, load it "
+            "with another one (attn_implementation: eager)."
+        ) from error
     if tolerance is None:
         tolerance = 1e-4 if logits.dtype.itemsize >= torch.float32.itemsize else 0.1
     dense = logits.to(scores.dtype).log_softmax(dim=-1)
     difference = (scores - dense.gather(-1, batch.completion_ids[0][:, None])[:, 0]).abs().max().item()
     if not (scores.isfinite().all() and logits.isfinite().all()):
         raise ModelError(
-            f"{type(model).__name__} has logits that are not finite: its weights are damaged, or too large for its "
-            "dtype. Check both."
+            f"{name} has logits that are not finite: its weights are damaged, or too large for its dtype. Check both."
+        )
+    ahead = (begin.to(scores.dtype).log_softmax(dim=-1)[: len(dense)] - dense[:half]).abs().max().item()
+    if not ahead <= tolerance:
+        raise ModelError(
+            f"{name} is not causal: its log-probabilities at a token change by {ahead:.3g} nats (at "
+            f"most {tolerance:.3g} allowed) with the tokens that follow. Load it as a decoder (`is_decoder: true` in "
+            "its config.json), or take a causal language model."
         )
     if not difference <= tolerance:
         raise ModelError(
-            f"Scores of {type(model).__name__} differ from its own logits by {difference:.3g} nats (at most "
+            f"Scores of {name} differ from its own logits by {difference:.3g} nats (at most "
             f"{tolerance:.3g} allowed): its head does something that falign.scoring.read_head does not know."
         )

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from falign.errors import ModelError
 from falign.scoring.attention_masks import why_not_trees
+from falign.scoring.backbone import without_wrapper
 from falign.scoring.completions import completion_scores
 from falign.scoring.evaluation_mode import evaluation_mode
 from falign.scoring.layouts import LAYOUTS, Layout
@@ -56,6 +58,7 @@ def choose_layout(
 
     Raises:
         ValueError: ``wanted="tree"``, and the model cannot read trees.
+        ModelError: The model cannot read padded rows either.
     """
     if wanted == "padded":
         return LayoutChoice("padded", "as asked for")
@@ -66,12 +69,16 @@ def choose_layout(
         return LayoutChoice("padded", why_not, as_asked=False)
     if wanted == "tree":
         return LayoutChoice("tree", "as asked for")
-    device = next(model.parameters()).device
-    with torch.no_grad(), evaluation_mode(model):
-        scores = [
-            completion_scores(model, lay_out(trees, pad_token_id=pad_token_id).to(device)).logprobs
-            for lay_out in (LAYOUTS["tree"], LAYOUTS["padded"])
-        ]
+    padded, failure = _tried(model, trees, "padded", pad_token_id)
+    if padded is None:
+        raise ModelError(
+            f"{type(without_wrapper(model)).__name__} cannot read padded rows: {failure} If its "
+            "attention is at fault, load it with another one (attn_implementation: eager)."
+        )
+    packed, failure = _tried(model, trees, "tree", pad_token_id)
+    if packed is None:
+        return LayoutChoice("padded", f"it cannot read trees: {failure}", as_asked=False)
+    scores = [packed, padded]
     difference = (scores[0] - scores[1]).abs()
     largest, mean = difference.max().item(), difference.sum().item() / difference.count_nonzero().clamp(min=1).item()
     exact = all(p.dtype.itemsize >= 4 for p in model.parameters() if p.is_floating_point())
@@ -85,3 +92,17 @@ def choose_layout(
         f"trees change its log-probabilities by {largest:.3g} nats (mean {mean:.3g}), so it reads them wrongly",
         as_asked=False,
     )
+
+
+def _tried(
+    model: nn.Module, trees: Sequence[PromptTree], layout: Layout, pad_token_id: int
+) -> tuple[Tensor | None, str]:
+    """Return the log-probabilities that a model gives in a layout, or None and the error that it raised."""
+    try:
+        batch = LAYOUTS[layout](trees, pad_token_id=pad_token_id).to(next(model.parameters()).device)
+        with torch.no_grad(), evaluation_mode(model):
+            return completion_scores(model, batch).logprobs, ""
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # each architecture fails in its own way
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["PromptTree"]
+__all__ = ["PromptTree", "token_rows"]
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,19 @@ class PromptTree:
             raise ValueError(
                 f"{self.place}: {len(self.preference)} preference values for {len(self.completion_ids)} completions."
             )
+
+
+def token_rows(trees: Iterable[PromptTree]) -> Iterator[tuple[str, Sequence[int]]]:
+    """Return the token ids of each prompt with each of its completions, and the place that they are from.
+
+    Args:
+        trees: The prompts and completions.
+
+    Returns:
+        Pairs of a place and token ids, one for each completion.
+
+    Example:
+        >>> list(token_rows([PromptTree((5, 6), ((7, 2), (8,)), place="pairs.jsonl:1")]))
+        [('pairs.jsonl:1', (5, 6, 7, 2)), ('pairs.jsonl:1', (5, 6, 8))]
+    """
+    return ((tree.place, (*tree.prompt_ids, *ids)) for tree in trees for ids in tree.completion_ids)

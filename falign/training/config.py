@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -49,6 +50,7 @@ class ModelConfig(FrozenModel):
     quantization: Literal["nf4"] | None = None
     """``nf4``: 4-bit weights with double quantization and bfloat16 compute; needs an adapter."""
     attn_implementation: str = "sdpa"
+    """``sdpa``, ``eager``, ``flex_attention`` or ``flash_attention_2`` to ``4``; the last ones need a GPU."""
     chat_template: str | None = None
     """A Jinja template or a file with one, in place of the tokenizer's."""
     revision: str | None = None
@@ -303,6 +305,15 @@ class SamplingConfig(FrozenModel):
     """0 decodes greedily."""
 
 
+def _check_attention(name: str) -> None:
+    from falign.models.attention import check_attention
+
+    try:
+        check_attention(name)
+    except ConfigError as error:
+        raise ConfigError(f"model.{error}") from error
+
+
 ONLINE_SECTIONS = ("rollout", "rewards", "rehearsal")
 
 
@@ -340,6 +351,7 @@ class RunConfig(FrozenModel):
         """
         if self.adapter is None and self.model.quantization is not None:
             raise ConfigError("model.quantization=nf4 with adapter=null: 4-bit weights do not train; add an adapter.")
+        _check_attention(self.model.attn_implementation)
         check_reference(self.reference, adapter=self.adapter is not None)
         objective = self._unfitted().build()
         if self.prompts is None:
@@ -347,6 +359,29 @@ class RunConfig(FrozenModel):
         else:
             self._check_online(objective)
         return objective
+
+    def models_that_read_ids(self) -> Iterator[tuple[str, str]]:
+        """Return the field and path of each other model that is given the policy's token ids."""
+        yield from self.reference.models_that_read_ids(own=self.model.path)
+        for i, reward in enumerate(self.rewards):
+            yield from ((f"rewards.{i}.{field}", path) for field, path in reward.models_that_read_ids())
+
+    def check_token_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, Sequence[int]]]) -> None:
+        """Refuse token ids for which a model that reads them has no row, before any weights are loaded.
+
+        Args:
+            tokenizer: The policy's.
+            rows: Token ids, each with the place that they are from.
+        """
+        from falign.models.loading import vocabulary_size
+        from falign.models.tokenizers import check_token_rows
+
+        model, trusted = self.model, self.model.trust_remote_code
+        for path in dict.fromkeys([model.path, *(path for _, path in self.models_that_read_ids())]):
+            revision = model.revision if path == model.path else None
+            size = vocabulary_size(path, revision=revision, trust_remote_code=trusted)
+            if size is not None:
+                check_token_rows(rows, num_rows=size, model=path, tokenizer=tokenizer)
 
     def _unfitted(self) -> ObjectiveConfig:
         """The objective's section without what is fitted on samples, which come later."""

@@ -12,6 +12,7 @@ from falign.data import PreferenceData, demonstrations
 from falign.errors import ConfigError, DataError
 from falign.objectives import Objective
 from falign.references import Reference
+from falign.scoring.trees import token_rows
 from falign.training.config import RunConfig
 from falign.training.parts import Language, Parts, load_parts
 from falign.training.progress import BAR
@@ -37,6 +38,7 @@ def offline_trainer(
     assert config.data is not None
     with console.status("reading data"):
         data = config.data.build(language.tokenizer, stop_token_ids=language.stop_tokens, seed=config.seed)
+    config.check_token_rows(language.tokenizer, [*token_rows([*data.train, *data.eval])])
     _check_preferences(data, objective)
     _tell(data, console)
     if "preference" not in objective.needs:

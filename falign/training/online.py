@@ -19,6 +19,7 @@ from falign.models.value_head import ValueHead
 from falign.objectives import Objective
 from falign.rollouts import Engine, SamplingParams, TransformersEngine, shake_hands
 from falign.scoring import PromptTree
+from falign.scoring.trees import token_rows
 from falign.seeds import mixed
 from falign.training.completions_table import CompletionsTable
 from falign.training.config import RunConfig
@@ -68,6 +69,8 @@ def online_trainer(
             if config.rehearsal is None
             else read_rehearsal(config.rehearsal.path, num_tokens=len(language.tokenizer))
         )
+        prompts = [(row.place, row.prompt_ids) for row in (*data.train, *data.eval)]
+        config.check_token_rows(language.tokenizer, [*prompts, *token_rows([each.tree for each in rehearsal])])
     _tell(data, console)
     _tell_rehearsed(rehearsal, data, console)
     rollout = config.rollout

@@ -14,13 +14,20 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from falign.errors import ConfigError
-from falign.models import base_of, describe, enable_gradient_checkpointing, stop_token_ids, weights_hash
+from falign.models import (
+    base_of,
+    config_hash,
+    describe,
+    enable_gradient_checkpointing,
+    load_tokenizer,
+    stop_token_ids,
+    weights_hash,
+)
 from falign.models.base_weights import base_storage
 from falign.models.dropout import disable_dropout
-from falign.models.identity import config_hash
 from falign.models.sharding import shard
 from falign.models.structure import expert_modules
-from falign.models.tokenizers import pad_token_id
+from falign.models.tokenizers import check_same_tokens, pad_token_id
 from falign.objectives import Objective
 from falign.references import Reference, check_same_at_start, own_model
 from falign.scoring import LAYOUTS, Layout, PromptTree, check_head, choose_layout
@@ -70,8 +77,13 @@ def load_language(config: RunConfig, *, date: datetime | None = None) -> Languag
     Args:
         config: The run.
         date: What a template that writes the date is told; the present where None.
+
+    Raises:
+        ConfigError: A model that reads the policy's token ids has others.
     """
     tokenizer = config.model.build_tokenizer(date=date)
+    for field, path in config.models_that_read_ids():
+        check_same_tokens(tokenizer, load_tokenizer(path), f"model.path={config.model.path} and {field}={path}")
     stops = stop_token_ids(config.model.path, tokenizer, revision=config.model.revision)
     return Language(tokenizer, stops, pad_token_id(tokenizer), date)
 

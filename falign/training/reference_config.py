@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from typing_extensions import override
 
 from falign.errors import ConfigError
 from falign.training.base_config import FrozenModel
@@ -24,7 +26,17 @@ __all__ = [
 ]
 
 
-class _FixedReferenceConfig(FrozenModel):
+class _ReferenceConfig(FrozenModel):
+    def models_that_read_ids(self, *, own: str) -> Iterator[tuple[str, str]]:
+        """Return the field and path of each model of its own, which is given the policy's token ids.
+
+        Args:
+            own: The policy's path.
+        """
+        yield from ()
+
+
+class _FixedReferenceConfig(_ReferenceConfig):
     cache: Path | None = None
     """Folder of log-probabilities computed once before training; shared by all runs with the same reference."""
 
@@ -46,7 +58,26 @@ class FrozenReferenceConfig(_FixedReferenceConfig):
 
     kind: Literal["frozen"] = "frozen"
     path: str | None = None
-    """The model, if not the one that is trained."""
+    """The model, if not the one that is trained; with the policy's tokens."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"
+    """Of a ``path`` of its own, as ``model.dtype``; without one the reference is loaded as the policy is."""
+    quantization: Literal["nf4"] | None = None
+    """Of a ``path`` of its own, as ``model.quantization``; without one the reference is loaded as the policy is."""
+
+    @override
+    def models_that_read_ids(self, *, own: str) -> Iterator[tuple[str, str]]:
+        if self.path not in (None, own):
+            yield "reference.path", self.path
+
+    @model_validator(mode="after")
+    def _own_fields(self) -> FrozenReferenceConfig:
+        if self.path is None and (self.dtype != "auto" or self.quantization is not None):
+            name = "dtype" if self.dtype != "auto" else "quantization"
+            raise ValueError(
+                f"{name} is for a reference with a path of its own; without one the reference is the model that is "
+                "trained, loaded as the policy is: give path, or leave it out"
+            )
+        return self
 
 
 class AdapterReferenceConfig(_FixedReferenceConfig):
@@ -66,8 +97,16 @@ class SoupConfig(_FixedReferenceConfig):
     weights: list[float] | None = None
     """One share each, together 1; equal ones where left out."""
 
+    @override
+    def models_that_read_ids(self, *, own: str) -> Iterator[tuple[str, str]]:
+        from falign.models.soup_members import soup_members
 
-class _MovingConfig(FrozenModel):
+        for member in soup_members(self.paths, self.weights):
+            if member.kind == "checkpoint":
+                yield "reference.paths", str(member.folder)
+
+
+class _MovingConfig(_ReferenceConfig):
     every: int = Field(ge=1)
     """Optimiser steps between two moves. What is logged at a step is measured before the move."""
     cache: None = None

@@ -10,8 +10,17 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from falign.errors import ConfigError, ModelError
-from falign.models import adapted_weights_hash, base_of, load_adapter, load_model, weights_hash
+from falign.models import (
+    adapted_weights_hash,
+    base_of,
+    config_hash,
+    load_adapter,
+    load_model,
+    model_identity,
+    weights_hash,
+)
 from falign.models.merging import check_plain_lora
+from falign.models.shared_head import head_rows, share_head
 from falign.models.soup import cached_checkpoint_soup, soup_record
 from falign.models.soup_members import soup_members
 from falign.models.sources import adapter_folder
@@ -53,7 +62,9 @@ def starts_as_policy(config: RunConfig) -> bool:
     if isinstance(reference, AdapterReferenceConfig):
         return init is not None and adapter_folder(reference.path).resolve() == adapter_folder(init).resolve()
     if isinstance(reference, FrozenReferenceConfig):
-        return init is None and reference.path in (None, config.model.path)
+        own = (config.model.path, config.model.dtype, config.model.quantization)
+        given = (reference.path, reference.dtype, reference.quantization)
+        return init is None and (reference.path is None or given == own)
     if isinstance(reference, AdapterOffConfig):
         return init is None
     return not isinstance(reference, SoupConfig)
@@ -74,7 +85,7 @@ def build_reference(config: RunConfig, policy: PreTrainedModel | PeftModel, *, d
     if isinstance(reference, AdapterOffConfig):
         return AdapterOff(weights=weights_hash(policy), chunk_tokens=chunk_tokens)
     if isinstance(reference, FrozenReferenceConfig):
-        return _frozen(config, reference.path, device)
+        return _frozen(config, reference, policy, device)
     if isinstance(reference, AdapterReferenceConfig):
         assert isinstance(policy, PeftModel)
         load_adapter(policy, adapter_folder(reference.path), trainable=False, name="ref")
@@ -85,7 +96,7 @@ def build_reference(config: RunConfig, policy: PreTrainedModel | PeftModel, *, d
         return _soup(config, reference, policy, device)
     rule = _rule(reference)
     if not isinstance(policy, PeftModel):
-        return MovingReference(_frozen(config, None, device), rule=rule)
+        return MovingReference(_frozen(config, FrozenReferenceConfig(), policy, device), rule=rule)
     weights = adapted_weights_hash(policy, adapter="default")
     return MovingReference.beside(policy, rule=rule, weights=weights, chunk_tokens=chunk_tokens)
 
@@ -109,6 +120,12 @@ def rebuild_reference(
         ModelError: What the reference was made of holds other weights now.
     """
     reference = build_reference(config, policy, device=device)
+    recorded, found = folder.read_manifest()["reference"], reference.identity()
+    if None not in (configs := (recorded.get("config"), found.get("config"))) and configs[0] != configs[1]:
+        raise ModelError(
+            f"The configuration of the reference of {folder.path} ({found['kind']}) is another now than when the run "
+            f"was trained: restore config.json of what {folder.run_file} names under model and reference."
+        )
     if isinstance(reference, MovingReference):
         if not folder.reference.is_dir():
             raise ConfigError(
@@ -117,7 +134,6 @@ def rebuild_reference(
             )
         reference.load(folder.reference, policy)
         return reference
-    recorded, found = folder.read_manifest()["reference"], reference.identity()
     if recorded.get("weights") != found["weights"]:
         raise ModelError(
             f"The reference of {folder.path} ({found['kind']}) holds other weights now than when the run was trained: "
@@ -142,24 +158,33 @@ def _rule(reference: MovingAverageConfig | PeriodicResetConfig | AutoReferenceCo
     return PeriodicReset(every=reference.every, reset_optimizer=reference.reset_optimizer)
 
 
-def _frozen(config: RunConfig, path: str | Path | None, device: torch.device) -> FrozenModel:
+def _frozen(
+    config: RunConfig,
+    reference: FrozenReferenceConfig,
+    policy: PreTrainedModel | PeftModel,
+    device: torch.device,
+) -> FrozenModel:
+    loaded = config.model if reference.path is None else reference
+    path = config.model.path if reference.path is None else reference.path
     model = load_model(
-        config.model.path if path is None else path,
-        dtype=config.model.dtype,
-        quantization=config.model.quantization,
+        path,
+        dtype=loaded.dtype,
+        quantization=loaded.quantization,
         attn_implementation=config.model.attn_implementation,
-        revision=config.model.revision if path in (None, config.model.path) else None,
+        revision=config.model.revision if path == config.model.path else None,
         trust_remote_code=config.model.trust_remote_code,
     )
-    weights = weights_hash(model)
-    chunk_tokens = config.training.chunk_tokens
-    return FrozenModel(model.to(device), weights=weights, chunk_tokens=chunk_tokens)  # pyright: ignore[reportArgumentType]
+    share_head(policy, model)
+    identity = model_identity(model)
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    return FrozenModel(model, **identity, chunk_tokens=config.training.chunk_tokens)
 
 
 def _soup(config: RunConfig, reference: SoupConfig, policy: PreTrainedModel | PeftModel, device: torch.device) -> Soup:
     members = soup_members(reference.paths, reference.weights)
     if members[0].kind == "checkpoint":
-        return Soup(_frozen(config, cached_checkpoint_soup(members), device), record=soup_record(members))
+        average = FrozenReferenceConfig(path=str(cached_checkpoint_soup(members)))
+        return Soup(_frozen(config, average, policy, device), record=soup_record(members))
     if not isinstance(policy, PeftModel):
         raise ConfigError(
             "reference.kind=soup of adapters with adapter=null: all weights are trained, so the base would move with "
@@ -197,6 +222,8 @@ def cached(
     quantization = getattr(base.config, "quantization_config", None)
     key = CacheKey(
         weights=reference.identity()["weights"],
+        config=config_hash(base),
+        vocabulary=min(head_rows(base), head_rows(policy)),
         tokenizer=tokenizer_fingerprint(tokenizer),
         dtype=f"{base.dtype}{'' if quantization is None else ' nf4'}",
         attention=str(base.config._attn_implementation),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -61,6 +61,10 @@ class _Part(FrozenModel):
     """Logged as ``reward/<name>``; by default the kind, or the function's name."""
     weight: float = 1.0
     """Factor in the sum; 0 only logs it."""
+
+    def models_that_read_ids(self) -> Iterator[tuple[str, str]]:
+        """Return the field and path of each model that is given the policy's token ids."""
+        yield from ()
 
     @abstractmethod
     def build(self) -> Reward:
@@ -361,6 +365,10 @@ class ImplicitConfig(_Part):
     device: str | None = None
     """By default the GPU if there is one."""
 
+    @override
+    def models_that_read_ids(self) -> Iterator[tuple[str, str]]:
+        yield from (("path", self.path), ("reference", self.reference))
+
     def build(self) -> Reward:
         """Load both models.
 
@@ -371,12 +379,14 @@ class ImplicitConfig(_Part):
         import torch
 
         from falign.models import load_model
+        from falign.models.shared_head import share_head
         from falign.rewards.implicit import ImplicitReward
 
         place = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             divergence = divergences.get(self.divergence)
             model, reference = (load_model(p, dtype=self.dtype, device=place) for p in (self.path, self.reference))
+            share_head(model, reference)
             return ImplicitReward(
                 model, reference, divergence, self.beta, layout=self.layout, tokens_per_batch=self.tokens_per_batch
             )

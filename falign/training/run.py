@@ -231,7 +231,7 @@ def _finish(
     ]
     with weights_at_hand(trainer.policy):
         if is_writer():
-            _write_model(folder, trainer, language)
+            _write_model(folder, config, trainer, language)
     if is_writer():
         policy = trainer.policy
         assert isinstance(policy, PreTrainedModel | PeftModel)
@@ -351,10 +351,17 @@ def _record(
     folder.write_json("manifest.json", manifest)
 
 
-def _write_model(folder: RunFolder, trainer: AlignmentTrainer, language: Language) -> None:
+def _write_model(folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer, language: Language) -> None:
     if isinstance(trainer.policy, PeftModel):
         recorded = RecordedBase(weights=trainer.record["base_weights"], storage=trainer.record["base_storage"])
         export_adapter(trainer.policy, language.tokenizer, folder.adapter, base=recorded, overwrite=True)
     else:
         assert isinstance(trainer.policy, PreTrainedModel)
-        export_merged(trainer.policy, language.tokenizer, folder.weights, overwrite=True)
+        export_merged(
+            trainer.policy,
+            language.tokenizer,
+            folder.weights,
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+            overwrite=True,
+        )

@@ -319,7 +319,8 @@ class RunFolder:
             ConfigError: It is damaged.
         """
         found = self.read_json("manifest.json")
-        if not isinstance(found, dict) or not isinstance(found.get("reference"), dict) or "base_weights" not in found:
+        needed = {"base_weights", "base_config"}
+        if not isinstance(found, dict) or not isinstance(found.get("reference"), dict) or not needed <= found.keys():
             raise ConfigError(f"{self.path / 'manifest.json'} is damaged (a part is missing): restore it, or run anew.")
         return found
 

@@ -31,7 +31,10 @@ def partial_results(folder: Path) -> Attempt:
     from tests.training.pairs import write_pairs
 
     source, scorer = DataSource(str(write_pairs(folder / "pairs.jsonl", n=3)), chat=False), tiny_scorer()
-    out, key = folder / "partial" / "scores.jsonl", CacheKey(weights="w", tokenizer="t", dtype="d", attention="a")
+    out, key = (
+        folder / "partial" / "scores.jsonl",
+        CacheKey(weights="w", config="c", vocabulary=260, tokenizer="t", dtype="d", attention="a"),
+    )
     out.parent.mkdir()
 
     def score() -> None:

@@ -257,6 +257,22 @@ def test_a_run_is_scored_as_it_was_trained(falign, trained, pairs, tmp_path):
     assert "no trained model yet" in err
 
 
+@pytest.mark.parametrize("adapter", [True, False])
+def test_a_run_whose_configuration_has_changed_is_not_scored(falign, trained, tiny, pairs, tmp_path, adapter):
+    run = trained(training={"max_steps": 1, "learning_rate": 1e-3}, **({} if adapter else {"adapter": None}))
+    file = (tiny if adapter else run / "model") / "config.json"
+    written = file.read_text()
+    out = tmp_path / "scores.jsonl"
+    for changes, message in (
+        ({"rms_norm_eps": 0.3}, "has another configuration now than when"),
+        ({"use_cache": False, "transformers_version": "4.0.0"}, None),
+    ):
+        file.write_text(json.dumps(json.loads(written) | changes))
+        status, _, err = falign("score", run, pairs, "--out", out)
+        assert status == (2 if message else 0), err
+        assert message is None or (message in err and "restore its config.json" in err)
+
+
 def test_a_killed_call_leaves_nothing_under_the_final_name_and_goes_on(score, tiny, base, pairs, tmp_path):
     write_pairs(pairs, n=600)
     out, partial = tmp_path / "scores.jsonl", tmp_path / ".scores.jsonl.partial.jsonl"

@@ -16,7 +16,7 @@ from falign.scoring import TokenBatch
 from tests.equivalence.runs import CHUNK, PAD, alignment_trainer, lora_policy, run, trees
 from tests.scoring.models import tiny_model
 
-KEY = CacheKey(weights="base", tokenizer="none", dtype="float32", attention="sdpa")
+KEY = CacheKey(weights="base", config="c", vocabulary=260, tokenizer="none", dtype="float32", attention="sdpa")
 BATCHES = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1}
 ZERO_AT_START = (
     *("rewards/chosen", "rewards/rejected", "rewards/margins"),

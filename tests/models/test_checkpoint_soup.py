@@ -201,3 +201,32 @@ def test_a_soup_in_the_cache_is_made_once_and_named_by_its_content(three, tmp_pa
     assert cached_checkpoint_soup(soup_members(three[:2], [0.4, 0.6])) != first
     shutil.copy(three[2] / "model.safetensors", three[1] / "model.safetensors")
     assert cached_checkpoint_soup(soup_members(three[:2])) != first
+
+
+@pytest.mark.parametrize("member", [0, 1])
+def test_a_soup_in_the_cache_belongs_to_the_configurations_of_its_members(three, tmp_path, monkeypatch, member):
+    monkeypatch.setenv("FALIGN_CACHE", str(tmp_path / "made"))
+    for path in three[:2]:
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
+    first = cached_checkpoint_soup(soup_members(three[:2]))
+    logits = load_model(first)(input_ids=IDS).logits
+    for path in three[:2]:
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    second = cached_checkpoint_soup(soup_members(three[:2]))
+    assert second != first
+    assert not torch.equal(load_model(second)(input_ids=IDS).logits, logits)
+    (three[member] / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5, "use_cache": False}))
+    assert cached_checkpoint_soup(soup_members(three[:2])) != second
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "kept.json"])
+def test_a_soup_in_the_cache_with_a_flipped_bit_is_refused(three, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("FALIGN_CACHE", str(tmp_path / "made"))
+    file = cached_checkpoint_soup(soup_members(three[:2])) / name
+    content = bytearray(file.read_bytes())
+    content[-20] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match=rf"{file.parent}.* is made again"):
+        cached_checkpoint_soup(soup_members(three[:2]))

@@ -4,11 +4,19 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from falign.errors import ModelError
-from falign.models import add_lora, export_adapter, export_merged, load_adapter, load_model, load_tokenizer
+from falign.models import (
+    add_lora,
+    export_adapter,
+    export_merged,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    verify_export,
+)
 from falign.models.structure import adapter_matrix, lora_layers
 from tests.models.tiny import fill_adapter, save_tiny
 
@@ -198,3 +206,41 @@ def test_a_full_disk_leaves_nothing(tiny, tmp_path, export, monkeypatch):
     with pytest.raises(ModelError, match=r"out: the disk is full .* MiB needed"):
         export(adapted(tiny), tokenizer, tmp_path / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_generation_stops_where_the_trained_model_stops(tiny, tmp_path, full):
+    """The template of many chat models ends turns with a token that their base's generation settings do not name."""
+    (tiny / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "do_sample": True, "top_k": 7}))
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.eos_token = "<x>"
+    model = load_model(tiny)
+    if full:
+        model.get_parameter("lm_head.weight").data.mul_(1.5)
+    else:
+        model = fill_adapter(add_lora(model, r=4, alpha=8, seed=1))
+    folder = export_merged(model, tokenizer, tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(folder)
+    assert exported.generation_config.eos_token_id == [1, 3]
+    assert (exported.generation_config.do_sample, exported.generation_config.top_k) == (True, 7)
+    verify_export(model, folder, tokenizer=tokenizer, kind="merged")
+    exported.lm_head.weight.data.zero_()
+    exported.lm_head.bias = torch.nn.Parameter(torch.zeros(260))
+    exported.lm_head.bias.data[3] = 9.0  # it says <x> and nothing else
+    output = exported.generate(torch.tensor([[5, 6]]), max_new_tokens=5, do_sample=False)
+    assert output.tolist() == [[5, 6, 3]]
+    for changes, message in (
+        ({"eos_token_id": 1}, r"eos_token_id is 1, .* stops at \[1, 3\]"),
+        ({"top_k": 9}, "top_k is 9"),
+    ):
+        written = json.loads((folder / "generation_config.json").read_text())
+        (folder / "generation_config.json").write_text(json.dumps(written | changes))
+        with pytest.raises(ModelError, match=message):
+            verify_export(model, folder, tokenizer=tokenizer, kind="merged")
+        (folder / "generation_config.json").write_text(json.dumps(written))
+    if full:
+        weights = load_file(folder / "model.safetensors")
+        weights["model.embed_tokens.weight"][259, 3] += 1.0  # a token of no probe
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=r"embed_tokens\.weight has other values"):
+            verify_export(model, folder, tokenizer=tokenizer, kind="merged")

@@ -224,7 +224,7 @@ def test_an_adapter_over_it_is_merged_into_the_sixteen_bit_model_that_is_named(f
     ("stored", "name"),
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "mxfp4"}, "mxfp4"),
+        *(({"quant_method": method}, method) for method in ("awq", "mxfp4", "fp8", "compressed-tensors", "torchao")),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes in 8 bits"),
     ],
 )

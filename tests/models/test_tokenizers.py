@@ -1,6 +1,10 @@
 """What fills rows is a token that the model has."""
 
-from falign.models.tokenizers import pad_token_id
+import pytest
+
+from falign.errors import ModelError
+from falign.models import load_tokenizer
+from falign.models.tokenizers import check_token_rows, pad_token_id
 from tests.models.tiny import VOCABULARY, tiny_tokenizer
 
 
@@ -9,3 +13,12 @@ def test_a_padding_token_that_the_model_has_no_embedding_of_does_not_fill_rows()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     assert tokenizer.pad_token_id == VOCABULARY
     assert pad_token_id(tokenizer) < VOCABULARY
+
+
+def test_a_token_without_a_row_is_refused_with_its_place_and_remedy(tiny):
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.add_tokens(["<tool>"])
+    rows = [("pairs.jsonl, row 1", [5, 6]), ("pairs.jsonl, row 2", [5, *tokenizer("<tool>").input_ids])]
+    check_token_rows(rows, num_rows=261, model="m", tokenizer=tokenizer)
+    with pytest.raises(ModelError, match=r"row 2: token '<tool>' has the id 260, and m has 260 rows.*resize_token"):
+        check_token_rows(rows, num_rows=260, model="m", tokenizer=tokenizer)

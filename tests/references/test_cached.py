@@ -10,7 +10,7 @@ from tests.references.spy import ForwardSpy
 from tests.scoring.models import TREES, tiny_model, with_lora
 
 BATCH = pad(TREES, pad_token_id=2)
-KEY = CacheKey(weights="w1", tokenizer="t1", dtype="float32", attention="sdpa")
+KEY = CacheKey(weights="w1", config="c", vocabulary=260, tokenizer="t1", dtype="float32", attention="sdpa")
 
 
 @pytest.fixture

@@ -28,4 +28,8 @@ def test_the_policy_itself_as_reference_is_refused():
 
 
 def test_identity_names_the_kind_and_the_weights():
-    assert FrozenModel(tiny_model(), weights="abc").identity() == {"kind": "frozen_model", "weights": "abc"}
+    assert FrozenModel(tiny_model(), weights="abc", config="d").identity() == {
+        "kind": "frozen_model",
+        "weights": "abc",
+        "config": "d",
+    }

@@ -131,7 +131,7 @@ def test_the_identity_has_the_rule_the_start_and_the_moves():
     reference.move(policy)
     assert reference.identity() == {
         **{"kind": "moving_average", "alpha": 0.3, "every": 4, "rank": 5},
-        **{"start": "abc", "moves": 1},
+        **{"start": "abc", "config": None, "moves": 1},
     }
     _, reset = whole(PeriodicReset(every=7, reset_optimizer=True))
     assert reset.identity() == {

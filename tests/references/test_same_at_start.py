@@ -7,7 +7,7 @@ from falign.scoring import pad
 from tests.scoring.models import TREES, tiny_model, with_lora
 
 BATCH = pad(TREES, pad_token_id=2)
-KEY = CacheKey(weights="w", tokenizer="t", dtype="float32", attention="sdpa")
+KEY = CacheKey(weights="w", config="c", vocabulary=260, tokenizer="t", dtype="float32", attention="sdpa")
 
 
 def fresh_policy():

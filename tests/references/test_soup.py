@@ -88,7 +88,7 @@ def test_only_a_model_of_its_own_is_a_second_one(tiny, two, tmp_path):
     frozen = Soup(FrozenModel(model, weights="w"), record=record)
     assert own_model(frozen) is model
     assert frozen.identity()["weights"] == "w"
-    key = CacheKey(weights="w", tokenizer="t", dtype="d", attention="a")
+    key = CacheKey(weights="w", config="c", vocabulary=260, tokenizer="t", dtype="d", attention="a")
     assert own_model(Cached(frozen, directory=tmp_path / "cache", key=key)) is model
     assert own_model(Cached(None, directory=tmp_path / "cache", key=key)) is None
     assert own_model(Soup.of_adapters(policy, two)) is own_model(AdapterOff()) is None

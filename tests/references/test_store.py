@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from falign.errors import ConfigError, DataError
 from falign.references import CacheKey, LogprobStore, entry_digest
 
-KEY = CacheKey(weights="w1", tokenizer="t1", dtype="float32", attention="sdpa")
+KEY = CacheKey(weights="w1", config="c", vocabulary=260, tokenizer="t1", dtype="float32", attention="sdpa")
 ONE, TWO, THREE = (entry_digest((1,), (n,)) for n in range(3))
 
 
@@ -38,7 +38,7 @@ def test_any_change_of_ids_truncation_or_boundary_is_another_entry(prompt, compl
     assert entry_digest((1, 2, 3), (4, 5)) == entry_digest([1, 2, 3], [4, 5])
 
 
-@pytest.mark.parametrize("field", ["weights", "tokenizer", "dtype", "attention"])
+@pytest.mark.parametrize("field", ["weights", "config", "tokenizer", "dtype", "attention"])
 def test_a_store_of_another_key_is_refused_naming_the_field(tmp_path, field):
     LogprobStore(tmp_path, key=KEY)
     other = replace(KEY, **{field: "else"})
@@ -52,7 +52,7 @@ def test_a_store_of_another_format_and_shards_without_index_are_refused(tmp_path
     LogprobStore(tmp_path, key=KEY).append({ONE: torch.tensor([-1.0])})
     index = tmp_path / "index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"format": 0}))
-    with pytest.raises(ConfigError, match="format 0 instead of 1"):
+    with pytest.raises(ConfigError, match="format 0 instead of 2"):
         LogprobStore(tmp_path, key=KEY)
     index.unlink()
     with pytest.raises(ConfigError, match=r"no index\.json"):
@@ -101,6 +101,8 @@ def test_a_damaged_shard_is_an_error_that_names_it(tmp_path):
         {"logprobs": torch.zeros(1, dtype=torch.float16)},
         {"logprobs": torch.zeros(1, 1)},
         {"logprobs": None},
+        {"checksums": None},
+        {"checksums": torch.zeros(1, 7, dtype=torch.uint8)},
     ],
 )
 def test_a_shard_whose_parts_do_not_fit_is_refused(tmp_path, changes):
@@ -110,6 +112,31 @@ def test_a_shard_whose_parts_do_not_fit_is_refused(tmp_path, changes):
     save_file(tensors, shard)
     with pytest.raises(DataError, match=f"{shard.name} is not a shard.*delete this file"):
         LogprobStore(tmp_path, key=KEY)
+
+
+def test_a_flipped_bit_anywhere_is_seen_or_changes_no_value(tmp_path):
+    written = {ONE: torch.tensor([-1.0, -2.0]), TWO: torch.tensor([-3.0]), THREE: torch.tensor([-4.0, -5.0, -6.0])}
+    LogprobStore(tmp_path, key=KEY).append(written)
+    (shard,) = tmp_path.glob("shard-*.safetensors")
+    whole = shard.read_bytes()
+    seen = 0
+    for bit in range(0, 8 * len(whole), 11):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        shard.write_bytes(damaged)
+        try:
+            store = LogprobStore(tmp_path, key=KEY)
+            there = [digest for digest in written if digest in store]
+            values = store.read(there)
+        except DataError:
+            seen += 1
+        else:
+            assert all(torch.equal(each, written[digest]) for digest, each in zip(there, values, strict=True))
+    assert seen > 50
+    low = whole.index(torch.tensor([-1.0, -2.0]).numpy().tobytes())  # the lowest bits of -1.0
+    shard.write_bytes(whole[:low] + bytes([whole[low] ^ 1]) + whole[low + 1 :])
+    with pytest.raises(DataError, match="differ from their checksum"):
+        LogprobStore(tmp_path, key=KEY).read([ONE])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"3"])

@@ -236,7 +236,14 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
     "AdapterOffConfig": ("reference", Changes({"kind": "adapter_off"}, kind="frozen", cache="cache")),
     "FrozenReferenceConfig": (
         "reference",
-        Changes({"kind": "frozen"}, kind="adapter_off", cache="cache", path="tiny2"),
+        Changes(
+            {"kind": "frozen"},
+            kind="adapter_off",
+            cache="cache",
+            path="tiny2",
+            dtype=With("bfloat16", path="tiny2"),
+            quantization=With("nf4", path="tiny2"),
+        ),
     ),
     "AdapterReferenceConfig": ("reference", Changes({"kind": "adapter", "path": "sft0"}, cache="cache", path="sft1")),
     "SoupConfig": (

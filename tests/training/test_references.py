@@ -9,9 +9,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from falign.errors import ConfigError, ModelError
-from falign.models import add_lora, export_adapter, load_adapter, load_model, load_tokenizer, weights_hash
+from falign.models import add_lora, describe, export_adapter, load_adapter, load_model, load_tokenizer, weights_hash
 from falign.training import parse_run, train
-from falign.training.references import rebuild_reference
+from falign.training.references import build_reference, rebuild_reference, starts_as_policy
 from falign.training.trainer import AlignmentTrainer
 from tests.models.tiny import fill_adapter, save_tiny
 from tests.training.pairs import run_data, write_pairs
@@ -230,3 +230,135 @@ def test_adapters_as_reference_of_a_policy_that_trains_all_weights_are_refused(s
     with pytest.raises(ConfigError, match=r"reference.kind=soup of adapters with adapter=null"):
         start(**FULL, reference={"kind": "soup", "paths": sft})
     assert not (tmp_path / "run").exists()
+
+
+def swap_tokens(folder, one, two):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize("kind", ["frozen", "soup"])
+def test_a_reference_with_other_token_ids_is_refused_with_the_first_of_them(start, tmp_path, kind):
+    others = [save_tiny(tmp_path / f"other{seed}", seed=seed) for seed in (1, 2)]
+    for other in others:
+        swap_tokens(other, "a", "b")
+    where = {"frozen": {"path": str(others[0])}, "soup": {"paths": [str(other) for other in others]}}[kind]
+    with pytest.raises(ConfigError, match=r"reference\.paths?=.*other.* have different tokens: 'a' is 68 .* and 69"):
+        start(reference={"kind": kind, **where})
+
+
+@pytest.mark.parametrize("lacking", ["policy", "reference"])
+def test_a_token_without_a_row_is_refused_before_weights_are_loaded(start, tiny, tmp_path, monkeypatch, lacking):
+    other = save_tiny(tmp_path / "other", seed=1)
+    for folder in (tiny, other):
+        tokenizer = load_tokenizer(folder)
+        tokenizer.add_tokens(["question"])
+        tokenizer.save_pretrained(folder)
+    if lacking == "reference":
+        padded(tiny, 261)
+        load_tokenizer(other).save_pretrained(tiny)
+    monkeypatch.setattr("falign.models.load_model", lambda *args, **options: pytest.fail("weights were loaded"))
+    name = "tiny" if lacking == "policy" else "other"
+    with pytest.raises(
+        ModelError, match=rf"pairs\.jsonl:1: token 'question' has the id 260, and .*{name} has 260 rows"
+    ):
+        start(reference={"kind": "frozen", "path": str(other)})
+
+
+def padded(folder, rows, seed=1):
+    """Save a model with more rows than there are tokens, as checkpoints whose vocabulary is padded have them."""
+    model = load_model(save_tiny(folder, seed=seed))
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.get_output_embeddings().weight.data[260:] += 3.0  # no small share of the softmax
+    model.save_pretrained(folder)
+    return folder
+
+
+TDPO = {"kind": "token_pairwise", "alpha": 0.2}
+
+
+@pytest.mark.parametrize("larger", ["reference", "policy"])
+@pytest.mark.parametrize("objective", [{}, TDPO], ids=["pairs", "whole_distributions"])
+def test_padded_heads_are_cut_to_the_ids_that_both_have(start, tiny, tmp_path, larger, objective):
+    """The padded model gives what the same model without its padding gives."""
+    other = save_tiny(tmp_path / "other", seed=1)
+    reference = {"reference": {"kind": "frozen", "path": str(other)}, "objective": objective}
+    plain = start("plain", **reference)
+    if larger == "reference":
+        padded(other, 304)
+    else:
+        padded(tiny, 304, seed=0)
+    cut = start("cut", **reference)
+    assert losses(cut.folder) == pytest.approx(losses(plain.folder), abs=1e-5)
+    assert cut.after == pytest.approx(plain.after, abs=1e-4)
+    if not objective:
+        cache = {"reference": {**reference["reference"], "cache": str(tmp_path / "cache")}}
+        assert losses(start("cached", **cache).folder) == pytest.approx(losses(plain.folder), abs=1e-5)
+
+
+def test_a_reference_has_its_own_type_and_quantization(start, tiny, tmp_path):
+    other = save_tiny(tmp_path / "other", seed=1, dtype=torch.bfloat16)
+
+    def reference_of(policy, **fields):
+        config = parse_run(run_data(tiny, "none.jsonl", tmp_path / "r", model={"path": str(tiny), **policy}, **fields))
+        return build_reference(config, config.model.build(), device=torch.device("cpu")).model
+
+    def kind(model):
+        return str(model.dtype), describe(model).quantization
+
+    own = {"kind": "frozen", "path": str(other)}
+    assert kind(reference_of({"quantization": "nf4"}, reference=own)) == ("torch.bfloat16", None)
+    assert kind(reference_of({"dtype": "float16"}, reference={**own, "dtype": "float32"})) == ("torch.float32", None)
+    assert kind(reference_of({}, reference={**own, "quantization": "nf4"}))[1] == "nf4"
+    assert kind(reference_of({"quantization": "nf4"}, reference={"kind": "frozen"}))[1] == "nf4"
+    with pytest.raises(ConfigError, match=r"quantization is for a reference with a path of its own"):
+        reference_of({}, reference={"kind": "frozen", "quantization": "nf4"})
+    # The same checkpoint in another type is no longer the policy before its first step.
+    config = run_data(tiny, "none.jsonl", tmp_path / "r", reference={**own, "path": str(tiny), "dtype": "bfloat16"})
+    assert not starts_as_policy(parse_run(config))
+    config["reference"].pop("dtype")
+    assert starts_as_policy(parse_run(config))
+
+
+def change_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_theta": 40.0, "rope_type": "default"}},
+        {"rms_norm_eps": 0.3},
+        {"hidden_act": "relu"},
+    ],
+)
+def test_a_cache_belongs_to_the_configuration_of_its_reference(start, tmp_path, changes):
+    other = save_tiny(tmp_path / "other", seed=1)
+
+    def first_loss(name, **reference):
+        return losses(start(name, reference={"kind": "frozen", "path": str(other), **reference}).folder)[1]
+
+    cache = {"cache": str(tmp_path / "cache")}
+    before = first_loss("before", **cache)
+    change_config(other, **changes)
+    live, cached = first_loss("live"), first_loss("cached", **cache)
+    assert cached == pytest.approx(live, abs=1e-5)
+    assert abs(live - before) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["frozen", "average_full"])
+def test_a_reference_whose_configuration_changed_is_refused(start, tiny, tmp_path, kind):
+    other = save_tiny(tmp_path / "other", seed=1)
+    if kind == "frozen":
+        summary = start(reference={"kind": "frozen", "path": str(other)}, training={"max_steps": 1})
+    else:
+        summary = start(**{**FULL, "training": {**FULL["training"], "max_steps": 1}}, reference=AVERAGE)
+    config = parse_run(summary.folder.read_run_file())
+    policy = load_model(summary.folder.weights if kind == "average_full" else tiny)
+    change_config(other if kind == "frozen" else tiny, rms_norm_eps=0.3)
+    with pytest.raises(ModelError, match=r"configuration of the reference .* restore config\.json"):
+        rebuild_reference(config, policy, summary.folder, device=torch.device("cpu"))

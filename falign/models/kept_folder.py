@@ -1,0 +1,67 @@
+"""Folders that are made once and found again: converted models and averages, checked by checksum when found."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+from falign.errors import ModelError
+from falign.models.foreign import reading
+from falign.models.staging import staged_folder
+
+__all__ = ["file_hash", "kept_folder"]
+
+_SEAL = "kept.json"
+_BLOCK = 1 << 20
+
+
+def kept_folder(folder: Path, write: Callable[[Path], None], *, needed_bytes: int | None = None) -> Path:
+    """Return a folder of the cache, written on the first call and found again afterwards.
+
+    ``kept.json`` names each of its files with a checksum. They are compared when the folder is found, once per process
+    as long as the files' sizes and times stay as they are.
+
+    Args:
+        folder: The folder, named after all that its content depends on.
+        write: Writes the content into the empty folder that it is given.
+        needed_bytes: The expected size, for the message when the disk is full.
+
+    Raises:
+        ModelError: The folder was found with other content than was written, or the disk is full.
+    """
+    if not (folder / _SEAL).is_file():
+        with staged_folder(folder, existing="keep", needed_bytes=needed_bytes) as staging:
+            write(staging)
+            sums = {file.name: file_hash(file) for file in sorted(staging.iterdir())}
+            (staging / _SEAL).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    files = sorted(folder.iterdir())
+    _check(folder, tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+    return folder
+
+
+def file_hash(file: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@cache
+def _check(folder: Path, files: tuple[tuple[str, int, int], ...]) -> None:
+    """Compare a folder with its checksums; ``files`` are as found, so that a change is looked at anew."""
+    with reading(partial(_unreadable, folder)):
+        sums = dict(json.loads((folder / _SEAL).read_text(encoding="utf-8")))
+    found = {name for name, _, _ in files} - {_SEAL}
+    for name in sorted(found | sums.keys()):
+        if name not in found or file_hash(folder / name) != sums.get(name):
+            raise ModelError(
+                f"{folder / name} is missing or has other content than was written: delete {folder}, and it is made "
+                "again."
+            )
+
+
+def _unreadable(folder: Path, error: Exception) -> ModelError:
+    return ModelError(f"{folder / _SEAL} cannot be read ({error}): delete {folder}, and it is made again.")

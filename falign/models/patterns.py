@@ -1,0 +1,132 @@
+"""Regular expressions of files that others wrote, tried in a process of their own: some take exponential time."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from falign.errors import ModelError
+
+__all__ = ["DEADLINE", "check_adapter_patterns", "check_tokenizer_patterns"]
+
+DEADLINE = 20.0
+"""Seconds that all patterns of a file may take together; sound ones take milliseconds."""
+
+_MATCH = """
+import json, re, sys
+patterns, texts = json.load(sys.stdin)
+for pattern in patterns:
+    compiled = re.compile(pattern)
+    for text in texts:
+        compiled.fullmatch(text)
+"""
+_ENCODE = """
+import json, sys
+from tokenizers import Tokenizer
+rules, texts = json.load(sys.stdin)
+tokenizer = Tokenizer.from_str(json.dumps(rules))
+for text in texts:
+    tokenizer.encode(text)
+"""
+_PLAIN = re.compile(r"[\w.\-]*")
+# Where a repetition holds another one or a choice, the ways to match a text can be exponential in its length.
+_REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{\d*,\d*\})")
+_LENGTH = 48
+
+
+def check_adapter_patterns(config: Mapping[str, Any], names: Sequence[str], *, file: Path) -> None:
+    """Refuse an adapter's patterns that are not finished with a model's module names within the deadline.
+
+    Args:
+        config: What ``adapter_config.json`` holds.
+        names: The modules of the model.
+        file: That file, for messages.
+
+    Raises:
+        ModelError: A pattern that takes too long, or is none.
+    """
+    for field in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        value = config.get(field)
+        given = [value] if isinstance(value, str) else list(value) if isinstance(value, dict) else []
+        patterns = [each for each in given if isinstance(each, str) and not _PLAIN.fullmatch(each)]
+        if not patterns:
+            continue
+        if (failure := _failure(_MATCH, [patterns, list(names)])) is not None:
+            raise ModelError(
+                f"{file}: {field} has the pattern {_short(patterns[0])}, which {failure} on the names of this model's "
+                "modules: name the modules in a list."
+            )
+
+
+def check_tokenizer_patterns(tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
+    """Refuse a tokenizer whose patterns take exponential time; only those with a repeated group are tried.
+
+    Args:
+        tokenizer: The tokenizer.
+        name: What messages call it.
+
+    Raises:
+        ModelError: With the pattern.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # slow tokenizers have none
+    if backend is None:
+        return
+    parts = {"normalizer": backend.normalizer, "pre_tokenizer": backend.pre_tokenizer}
+    rules = {part: json.loads(each.__getstate__()) for part, each in parts.items() if each is not None}
+    for pattern in _patterns(rules):
+        if not _REPEATED_GROUP.search(pattern):
+            continue
+        whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None}
+        whole |= {"decoder": None, "model": {"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "x"}}
+        whole |= {"normalizer": rules.get("normalizer"), "pre_tokenizer": rules.get("pre_tokenizer")}
+        if (failure := _failure(_ENCODE, [whole, _texts(pattern)])) is not None:
+            raise ModelError(
+                f"The tokenizer of {name} has the pattern {_short(pattern)}, which {failure} on texts of {_LENGTH} "
+                "characters: write it in its tokenizer.json without a repetition inside a repetition, or take another "
+                "tokenizer."
+            )
+
+
+def _patterns(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if key == "Regex" and isinstance(each, str):
+                yield each
+            else:
+                yield from _patterns(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _patterns(each)
+
+
+def _texts(pattern: str) -> list[str]:
+    """Return texts that nearly match: long runs of what may be repeated, and something else at the end."""
+    alone = [each for each in pattern if each.isalnum()]
+    pieces = dict.fromkeys([*"aA0 \n!é", *re.findall(r"[^\W_]+", pattern), *alone])
+    # A literal that a pattern must end with is searched for first, so it has to be there, and not in its place.
+    ends = ("", "!", "a", "\n", f"! {''.join(alone)}")
+    return [(piece * _LENGTH)[:_LENGTH] + end for piece in pieces for end in ends]
+
+
+def _failure(code: str, given: Any) -> str | None:
+    """Return what became of code in a child process, where it did not end well."""
+    command = [sys.executable, "-c", code]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(given), capture_output=True, text=True, timeout=DEADLINE, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"is not done after {DEADLINE:g} s"
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    return f"fails ({lines[-1] if lines else f'exit status {done.returncode}'})"
+
+
+def _short(pattern: str) -> str:
+    return repr(pattern if len(pattern) <= 200 else pattern[:200] + " ...")

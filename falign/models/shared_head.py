@@ -1,0 +1,66 @@
+"""Two models of one tokenizer whose heads have different numbers of rows: both are cut to the ids that both have."""
+
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from falign.errors import ModelError
+from falign.models.structure import base_of
+
+__all__ = ["head_rows", "share_head"]
+
+
+def share_head(policy: PreTrainedModel | PeftModel, other: PreTrainedModel | PeftModel) -> int:
+    """Give two models distributions over the same ids, and return how many ids those are.
+
+    Checkpoints pad their vocabulary to round sizes. The rows behind the last token are no tokens, yet they take part
+    in the softmax. Where one model has more rows than the other, the ids that both have are kept in both: logits of
+    the others are dropped wherever a model computes logits, so that scores, whole distributions and samples are all
+    over the shared ids. The weights stay as they are, on disk too.
+
+    Args:
+        policy: The one model.
+        other: The other, whose ids mean the same tokens (see `check_same_tokens`).
+    """
+    models = [base_of(policy), base_of(other)]
+    shared = min(head_rows(model) for model in models)
+    for model in models:
+        if head_rows(model) > shared:
+            _head(model).register_forward_hook(_FirstIds(shared))
+    return shared
+
+
+def head_rows(model: PreTrainedModel | PeftModel) -> int:
+    """Return over how many ids the distributions of a model are."""
+    head = _head(base_of(model))
+    cuts = [hook.num_ids for hook in vars(head)["_forward_hooks"].values() if isinstance(hook, _FirstIds)]
+    return min([_rows(head), *cuts])
+
+
+class _FirstIds:
+    """A forward hook that keeps the logits of the first ids."""
+
+    def __init__(self, num_ids: int) -> None:
+        self.num_ids = num_ids
+
+    def __call__(self, module: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
+        return logits[..., : self.num_ids]
+
+
+def _head(model: PreTrainedModel) -> nn.Module:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        raise ModelError(
+            f"{type(model).__name__} has no output embeddings: load it with its language-model head "
+            "(AutoModelForCausalLM)."
+        )
+    return head
+
+
+def _rows(head: nn.Module) -> int:
+    rows = vars(head).get("out_features")  # of a 4-bit layer too, whose weight has another shape
+    weight = head.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[0] if rows is None else rows)
