@@ -73,7 +73,7 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
             raise damaged(weights, f"{name}, {kind} of shape {[*tensor.shape]}, is empty, NaN, infinite or an integer")
     if not settings.get("target_parameters"):  # experts have the ranks of all of them in one matrix
         _check_ranks(folder, settings, tensors)
-    if "adapter" in record and record["adapter"] != _digest(settings, tensors):
+    if "adapter" in record and record["adapter"] != _digest(settings, tensors, record):
         raise ModelError(
             f"{folder}: {_CONFIG} and {_WEIGHTS} are not as they were written: a setting that changes the update (r, "
             "lora_alpha, use_rslora, target_modules ...) or a weight differs. Restore both files from one copy; to "
@@ -88,8 +88,10 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
 def write_adapter_files(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], base: RecordedBase) -> None:
     """Write an adapter into an existing folder, in PEFT's layout."""
     config.save_pretrained(str(folder))
-    record = {"adapter": _digest(adapter_config(folder), tensors), "base": base.weights, "storage": base.storage}
-    save_file(dict(tensors), folder / _WEIGHTS, metadata={"format": "pt", _RECORD: json.dumps(record)})
+    record = {"base": base.weights, "storage": base.storage}
+    digest = _digest(adapter_config(folder), tensors, record)
+    metadata = {"format": "pt", _RECORD: json.dumps({"adapter": digest, **record})}
+    save_file(dict(tensors), folder / _WEIGHTS, metadata=metadata)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -102,7 +104,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} holds no adapter (no {_CONFIG}): {hint}")
     settings = adapter_config(folder)
     if settings.get("peft_type") != "LORA":
-        raise ModelError(f"{folder} holds a {settings.get('peft_type')} adapter; only LORA is supported.")
+        raise ModelError(f"{file}: peft_type={settings.get('peft_type')!r}, and only LORA is supported.")
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     for key, value in settings.items():
         if key not in known and value:
@@ -193,13 +195,14 @@ def _check_ranks(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str
             )
 
 
-def _digest(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def _digest(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
     computed_with = {
         key: sorted(map(str, value)) if isinstance(value, list) else value
         for key, value in settings.items()
         if value and key not in _NOT_COMPUTED_WITH
     }
-    digest = hashlib.sha256(json.dumps(computed_with, sort_keys=True).encode())
+    parts = [computed_with, record.get("base"), record.get("storage")]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

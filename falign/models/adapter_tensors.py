@@ -75,18 +75,24 @@ def read_adapter(folder: Path) -> AdapterTensors:
         config = LoraConfig.from_pretrained(str(folder))
     assert isinstance(config, LoraConfig)  # the files have been checked
     for what in beyond_plain_lora(vars(config)):
-        raise ModelError(f"{folder} {what}: only plain LoRA, pairs of matrices on linear layers, can be summed.")
+        raise ModelError(
+            f"{folder} {what}: only plain LoRA, pairs of matrices on linear layers, can be summed (see "
+            "adapter_config.json)."
+        )
     layers = {name.removesuffix(_DOWN) for name in tensors if name.endswith(_DOWN)}
     stray = tensors.keys() - {layer + end for layer in layers for end in (_DOWN, _UP)}
     unpaired = sorted(layer for layer in layers if layer + _UP not in tensors)
     if brought := sorted(name for name in stray if ".lora_" not in name):
         raise ModelError(
-            f"{folder} brings {brought[0]} of its base along (PEFT's save_embedding_layers), which nothing here can be "
-            "compared with: load it over its base and save it again with save_embedding_layers=False."
+            f"{folder} has {brought[0]} of its base in adapter_model.safetensors (PEFT's save_embedding_layers), which "
+            "cannot be averaged: load it over its base and save it again with save_embedding_layers=False."
         )
     if stray or unpaired or not layers:
         first = (sorted(stray) + unpaired + ["no matrices at all"])[0]
-        raise ModelError(f"{folder} is no plain LoRA ({first}): only pairs of matrices on linear layers can be summed.")
+        raise ModelError(
+            f"{folder} is no plain LoRA ({first} in adapter_model.safetensors): only pairs of matrices on linear "
+            "layers can be summed."
+        )
     for layer in layers:
         down, up = tensors[layer + _DOWN].shape, tensors[layer + _UP].shape
         if len(down) != 2 or len(up) != 2 or down[0] != up[1]:

@@ -257,4 +257,7 @@ def _brought_along(files: AdapterFiles, model: PreTrainedModel | PeftModel, fold
 
 
 def _unfit(folder: Path, reason: str) -> ModelError:
-    return ModelError(f"The adapter {folder} does not fit this model: {reason} Load the base that it was made for.")
+    return ModelError(
+        f"The adapter {folder} does not fit this model: {reason} Load the base that it was made for, or restore "
+        "adapter_config.json and adapter_model.safetensors from one copy."
+    )
