@@ -1,19 +1,29 @@
-"""Plain HTTP to a rollout server: a limit of time on every call, and errors that say what kind of fault it was."""
+"""Plain HTTP to a rollout server: a deadline for every call, and errors that say what kind of fault it was."""
 
 from __future__ import annotations
 
+import base64
+import http.client
 import json
+import socket
+import threading
 import time
-from typing import Any
-
-import requests
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from falign.errors import EngineError
+from falign.passwords import without_passwords
 
 __all__ = ["HTTPClient", "RefusedError", "ServerLostError"]
 
 _HEALTH_TIMEOUT = 5.0  # seconds; a server that answers does so at once
 _POLL = 0.5  # seconds between two looks for a server that is away
+_PART = 1 << 20  # bytes read at once
+_LONGEST_REPLY = 1 << 30  # bytes
+_TOLD = 300  # characters of a reply in a message
 
 
 class ServerLostError(EngineError):
@@ -33,12 +43,29 @@ class RefusedError(EngineError):
         self.status = status
 
 
+class _Reply(NamedTuple):
+    status: int
+    content: bytes
+
+    @property
+    def text(self) -> str:
+        return self.content.decode("utf-8", errors="replace")
+
+
+class _TooLateError(Exception):
+    """The deadline of a call has passed."""
+
+
+class _UnusableError(Exception):
+    """The server answers something that is no answer to a call."""
+
+
 class HTTPClient:
     """Calls one server. It is safe to be used by several threads.
 
     Args:
         url: Of the server, without a path.
-        timeout: Seconds that any call may take before its first, or between two parts of its reply.
+        timeout: Seconds that any call may take, from the first byte that is sent to the last of the reply.
     """
 
     def __init__(self, url: str, *, timeout: float) -> None:
@@ -59,8 +86,8 @@ class HTTPClient:
     def is_healthy(self) -> bool:
         """Return whether the server says that it can work."""
         try:
-            return self._send("GET", "/health", None, min(_HEALTH_TIMEOUT, self.timeout)).status_code == 200
-        except requests.RequestException:
+            return self._send("GET", "/health", None, min(_HEALTH_TIMEOUT, self.timeout)).status == 200
+        except (OSError, http.client.HTTPException, _TooLateError, _UnusableError):
             return False  # which is the answer to the question
 
     def wait_until_healthy(self, seconds: float) -> bool:
@@ -72,34 +99,111 @@ class HTTPClient:
             time.sleep(min(_POLL, max(end - time.monotonic(), 0.0)))
         return True
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> requests.Response:
-        place = f"{method} {self.url}{path}"
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> _Reply:
+        place = without_passwords(f"{method} {self.url}{path}")
         try:
             reply = self._send(method, path, body, self.timeout)
-        except requests.ReadTimeout as error:
+        except _TooLateError as error:
             raise EngineError(
                 f"{place}: no answer within timeout={self.timeout:g} seconds. Look at the server's log; if it works "
                 "but is slow, raise the timeout, or ask for fewer or shorter completions."
             ) from error
-        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
+        except (OSError, http.client.IncompleteRead) as error:
             raise ServerLostError(f"{place}: the server is not there, or went away while it answered.") from error
-        if reply.status_code == 200:
+        except (http.client.HTTPException, _UnusableError) as error:
+            raise EngineError(
+                f"{place}: {error or type(error).__name__}: is another program at this address?"
+            ) from error
+        if reply.status == 200:
             return reply
-        said = " ".join(reply.text.split())[:300]
+        said = " ".join(reply.text.split())[:_TOLD]
         # vLLM answers 500 from a dead engine and then exits.
-        if reply.status_code >= 500 and not self.is_healthy():
-            raise ServerLostError(f"{place}: status {reply.status_code}, and the server can work no more: {said}")
-        raise RefusedError(f"{place}: status {reply.status_code}: {said}", reply.status_code)
+        if reply.status >= 500 and not self.is_healthy():
+            raise ServerLostError(f"{place}: status {reply.status}, and the server can work no more: {said}")
+        raise RefusedError(f"{place}: status {reply.status}: {said}", reply.status)
 
-    def _send(self, method: str, path: str, body: dict[str, Any] | None, timeout: float) -> requests.Response:
-        with requests.Session() as session:
-            session.trust_env = False  # the server is near; a proxy of the environment is not meant for it
-            return session.request(method, self.url + path, json=body, timeout=timeout)
+    def _send(self, method: str, path: str, body: dict[str, Any] | None, timeout: float) -> _Reply:
+        """Send a call and read its reply. No proxy is asked, no redirect followed, no compression accepted.
 
-    def _json(self, path: str, reply: requests.Response) -> Any:
+        Raises:
+            OSError: The connection cannot be made, or breaks.
+            HTTPException: The reply is not HTTP, or ends early.
+            _TooLateError: The deadline has passed.
+            _UnusableError: The reply leads elsewhere, is compressed, or has no end.
+        """
+        address = urlsplit(self.url)
+        make = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
+        headers = {"Accept-Encoding": "identity", "Connection": "close"}
+        if address.username is not None:
+            user = f"{unquote(address.username)}:{unquote(address.password or '')}"
+            headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
+        content = None if body is None else json.dumps(body).encode()
+        if content is not None:
+            headers["Content-Type"] = "application/json"
+        connection = make(address.hostname or "", address.port, timeout=timeout)
+        with _Deadline(timeout).of(connection):
+            connection.request(method, path, body=content, headers=headers)
+            response = connection.getresponse()
+            if 300 <= response.status < 400:
+                target = without_passwords(str(response.getheader("Location")))[:_TOLD]
+                raise _UnusableError(f"status {response.status} leads to {target!r}, and redirects are not followed")
+            coding = response.getheader("Content-Encoding", "identity")
+            if coding != "identity":
+                raise _UnusableError(f"the reply is compressed ({coding[:_TOLD]}), which was not asked for")
+            return _Reply(response.status, _content(response))
+
+    def _json(self, path: str, reply: _Reply) -> Any:
         try:
             return json.loads(reply.content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise EngineError(
-                f"{self.url}{path}: the reply is no JSON ({reply.text[:100]!r}): is another program at this address?"
+                f"{without_passwords(self.url)}{path}: the reply is no JSON ({reply.text[:100]!r}): is another program "
+                "at this address?"
             ) from error
+
+
+@dataclass
+class _Deadline:
+    """Ends a call when its time is over, whatever it waits for: each byte that comes would start another timeout."""
+
+    seconds: float
+    has_passed: bool = False
+
+    @contextmanager
+    def of(self, connection: http.client.HTTPConnection) -> Iterator[None]:
+        """Run a call over a connection.
+
+        Raises:
+            _TooLateError: The deadline has passed.
+        """
+        connection.connect()
+        opened = connection.sock
+
+        def end() -> None:
+            self.has_passed = True
+            with suppress(OSError):  # it is closed already
+                opened.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(self.seconds, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except (OSError, http.client.HTTPException) as error:
+            if self.has_passed or isinstance(error, TimeoutError):
+                raise _TooLateError from error
+            raise
+        finally:
+            timer.cancel()
+            connection.close()
+
+
+def _content(response: http.client.HTTPResponse) -> bytes:
+    content = bytearray()
+    while part := response.read(_PART):
+        content += part
+        if len(content) > _LONGEST_REPLY:
+            raise _UnusableError(f"the reply has more than {_LONGEST_REPLY:,} bytes")
+    if response.length:
+        raise http.client.IncompleteRead(bytes(content[:_TOLD]), response.length)
+    return bytes(content)
