@@ -155,7 +155,7 @@ class SampleEvaluation:
                 for sampler, output in zip(samplers, outputs, strict=True)
             ]
             with console.status("intervals and frontier"):
-                summary = self._summary(config, scored, groups, divergences)
+                summary = self._summary(config, scored, groups, divergences, rewarding.rewards.passing)
             summary |= {"source": source, "sampling": settings, "record": record}
             # Before the samples get their names, so that a call that is stopped here is repeated and not refused.
             _write_whole(self.out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
@@ -215,14 +215,14 @@ class SampleEvaluation:
                     f"{self.model} {reason} and has no rewards: give --rewards, a YAML file with a list of them or a "
                     "run whose implicit reward it is."
                 )
-            return _listed(config.rewards)
+            return _listed(config.rewards, config.rollout.outcome)
         if not is_run(self.rewards):
             sys.path.insert(0, str(Path(self.rewards).absolute().parent))
             return _listed(load_reward_list(self.rewards))
         folder = RunFolder.open(self.rewards)
         other = parse_run(folder.read_run_file(), place=str(folder.run_file))
         if other.prompts is not None:
-            return _listed(other.rewards)
+            return _listed(other.rewards, other.rollout.outcome)
         scored = load_run(self.rewards, max_length=None)
         assert scored.reference is not None
         scorer = CompletionScorer(
@@ -330,18 +330,19 @@ class SampleEvaluation:
         scored: Scored,
         groups: Sequence[list[list[SampleRow]]],
         divergences: Mapping[str, Divergence],
+        outcome: str | None,
     ) -> dict[str, Any]:
         own, *others = groups
         pass_reward = self.pass_reward
         if pass_reward is None and config is not None and config.prompts is not None and self.rewards is None:
             pass_reward = config.rollout.pass_reward
-        metrics = sample_metrics(own, pass_reward=pass_reward, seed=self.seed)
+        metrics = sample_metrics(own, pass_reward=pass_reward, outcome=outcome, seed=self.seed)
         frontier = None
         if scored.reference is not None and self._of_policy:
             anchors = others[0] if others else None
             metrics |= divergence_metrics(own, divergences, reference_groups=anchors, seed=self.seed)
             if anchors is not None:
-                of_reference = sample_metrics(anchors, pass_reward=pass_reward, seed=self.seed)
+                of_reference = sample_metrics(anchors, pass_reward=pass_reward, outcome=outcome, seed=self.seed)
                 # The policy's entropy on another's completions is no one's.
                 metrics |= {f"reference/{name}": each for name, each in of_reference.items() if name != "entropy"}
                 ideals = {**{name: get(name) for name in IDEALS}, **divergences}
@@ -372,8 +373,8 @@ class SampleEvaluation:
         return name if self.checkpoint is None else f"{name}, step {self.checkpoint}"
 
 
-def _listed(configs: Sequence[RewardConfig]) -> Rewarding:
-    return Rewarding(build_rewards(configs), [config.model_dump(mode="json") for config in configs])
+def _listed(configs: Sequence[RewardConfig], outcome: str | None = None) -> Rewarding:
+    return Rewarding(build_rewards(configs, outcome=outcome), [config.model_dump(mode="json") for config in configs])
 
 
 def _digest(prompts: Sequence[PromptRow]) -> str:

@@ -37,9 +37,15 @@ class Group:
     rewards: tuple[float, ...]
     parts: Mapping[str, tuple[float | None, ...]]
 
-    def num_passed(self, pass_reward: float) -> int:
-        """Return how many completions have the reward that passes, or more."""
-        return sum(reward >= pass_reward - TOLERANCE for reward in self.rewards)
+    def num_passed(self, pass_reward: float, *, outcome: str | None = None) -> int:
+        """Return how many completions have the reward that passes, or more.
+
+        Args:
+            pass_reward: What passes.
+            outcome: Name of the part that decides; one that does not apply does not pass. None for the sum.
+        """
+        values = self.rewards if outcome is None else self.parts[outcome]
+        return sum(value is not None and value >= pass_reward - TOLERANCE for value in values)
 
     def features(self) -> list[list[float]]:
         """Return the parts of each completion's reward, before weights: what a target reads.

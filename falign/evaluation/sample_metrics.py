@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
@@ -23,7 +24,9 @@ Shares = dict[str, list[tuple[float, float]]]
 """By metric for each prompt a numerator and a denominator; the metric is the ratio of their sums."""
 
 
-def sample_metrics(groups: Groups, *, pass_reward: float | None = None, seed: int = 0) -> dict[str, Interval]:
+def sample_metrics(
+    groups: Groups, *, pass_reward: float | None = None, outcome: str | None = None, seed: int = 0
+) -> dict[str, Interval]:
     """Return rewards, passes, diversity, entropy and lengths; means over prompts but where it says otherwise.
 
     =====================  ==================================================================================
@@ -40,6 +43,7 @@ def sample_metrics(groups: Groups, *, pass_reward: float | None = None, seed: in
     Args:
         groups: The rows of each prompt, equally many.
         pass_reward: What a completion needs to pass; None leaves ``pass@k`` out.
+        outcome: Name of the part that decides it, where one that does not apply does not pass; None for the sum.
         seed: Of the resampling.
     """
     from falign.metrics.distinct_n import distinct
@@ -51,7 +55,9 @@ def sample_metrics(groups: Groups, *, pass_reward: float | None = None, seed: in
     for k in powers_of_two(size):
         metrics[f"reward/best_of_{k}"] = best_of_n(rewards, k).tolist()
     if pass_reward is not None:
-        passed = (pass_rates(rewards, threshold=pass_reward) * size).round().long()
+        outcomes = [[row["reward"] if outcome is None else row["parts"][outcome] for row in group] for group in groups]
+        values = torch.tensor([[-math.inf if v is None else v for v in row] for row in outcomes], dtype=torch.float64)
+        passed = (pass_rates(values, threshold=pass_reward) * size).round().long()
         metrics |= {f"pass@{k}": pass_at_k(size, passed, k).tolist() for k in powers_of_two(size)}
     for n in (1, 2):
         metrics[f"distinct-{n}"] = [distinct([row["token_ids"] for row in group], n) for group in groups]

@@ -62,12 +62,15 @@ class RewardSum:
 
     Attributes:
         rewards: One or more, of different names.
+        outcome: Name of the reward that decides whether a completion passes, for pass@k and difficulty. By default the
+            sum where one reward alone counts in it, else the first that counts.
 
     Raises:
-        ConfigError: There is none, two share a name, or a weight is not finite.
+        ConfigError: There is none, two share a name, a weight is not finite, or none has the name of the outcome.
     """
 
     rewards: tuple[WeightedReward, ...]
+    outcome: str | None = None
 
     def __post_init__(self) -> None:
         if not self.rewards:
@@ -78,9 +81,18 @@ class RewardSum:
         taken = {"timeouts", "errors"} & {reward.name for reward in self.rewards}
         if taken:
             raise ConfigError(f"rewards: the name {min(taken)!r} is that of a count; choose another.")
+        names = [reward.name for reward in self.rewards]
+        if self.outcome is not None and self.outcome not in names:
+            raise ConfigError(f"rollout.outcome={self.outcome!r} is the name of no reward; choose one of {names}.")
         for reward in self.rewards:
             if not math.isfinite(reward.weight):
                 raise ConfigError(f"rewards: the weight of {reward.name} is {reward.weight}; give a finite number.")
+
+    @property
+    def passing(self) -> str | None:
+        """Name of the reward that decides what passes; None where the sum does."""
+        counting = [reward.name for reward in self.rewards if reward.weight != 0]
+        return self.outcome or (counting[0] if len(counting) > 1 else None)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> Rewards:
         """Call every reward.

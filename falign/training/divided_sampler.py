@@ -30,6 +30,11 @@ class DividedSampler:
         """What samples."""
         return self.sampler.engine
 
+    @property
+    def outcome(self) -> str | None:
+        """Name of the reward that decides what passes; None where the sum of all does."""
+        return self.sampler.rewards.passing
+
     def with_completions(self, completions: int) -> DividedSampler:
         """Return a sampler of groups of another size."""
         return DividedSampler(self.sampler.with_completions(completions))

@@ -61,8 +61,9 @@ def online_trainer(
             "objective.target.lambdas is left out, and they are fitted on samples of the policy before training, which "
             "is not the reference here: give lambdas."
         )
+    rollout = config.rollout
     with console.status("reading prompts"):
-        rewards = build_rewards(config.rewards, date=language.date)
+        rewards = build_rewards(config.rewards, date=language.date, outcome=rollout.outcome)
         data = config.prompts.build(language.tokenizer, seed=config.seed, check=row_check(rewards))
         rehearsal = (
             []
@@ -73,7 +74,6 @@ def online_trainer(
         config.check_token_rows(language.tokenizer, [*prompts, *token_rows([each.tree for each in rehearsal])])
     _tell(data, console)
     _tell_rehearsed(rehearsal, data, console)
-    rollout = config.rollout
     per_update = -(-rollout.prompts // rollout.minibatches)
     steps_per_epoch = -(-len(data.train) // rollout.prompts) * rollout.num_updates
     args = config.training.build(

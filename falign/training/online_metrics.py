@@ -22,15 +22,16 @@ from falign.training.processes import is_writer, own_batches
 __all__ = ["evaluation_metrics", "powers_of_two", "rollout_metrics"]
 
 
-def rollout_metrics(draw: Draw, *, pass_reward: float) -> dict[str, Tensor]:
+def rollout_metrics(draw: Draw, *, pass_reward: float, outcome: str | None = None) -> dict[str, Tensor]:
     """Return the metrics of a rollout, each with one value per completion, per prompt, or for all of it.
 
+    ``outcome`` names the reward that decides what passes, the sum where it is None.
     ``pass@k`` and ``reward/best_of_k`` are unbiased estimates from the whole group, for k = 1, 2, 4 ... up to its size.
     """
     groups = draw.groups
     size = len(groups[0].rewards)
     rewards = torch.tensor([group.rewards for group in groups])
-    passed = torch.tensor([group.num_passed(pass_reward) for group in groups])
+    passed = torch.tensor([group.num_passed(pass_reward, outcome=outcome) for group in groups])
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     metrics = {
         "reward": rewards.flatten(),
@@ -63,6 +64,7 @@ def evaluation_metrics(
     reference: Reference,
     prepare: Callable[[Any], Any],
     pass_reward: float,
+    outcome: str | None,
     temperature: float,
     batch_size: int,
     layout: Layout,
@@ -80,6 +82,7 @@ def evaluation_metrics(
         reference: What the policy is held to.
         prepare: Takes a batch to the device.
         pass_reward: What a completion needs to pass.
+        outcome: Name of the reward that decides it; None for the sum.
         temperature: At which they were sampled.
         batch_size: Prompts that are scored at once.
         layout: One that the model can read.
@@ -88,7 +91,7 @@ def evaluation_metrics(
     """
     means = Means()
     if is_writer():  # all processes have the whole draw
-        means.add(rollout_metrics(draw, pass_reward=pass_reward))
+        means.add(rollout_metrics(draw, pass_reward=pass_reward, outcome=outcome))
     for groups, counted in own_batches(draw.groups, batch_size):
         trees = [
             PromptTree(group.row.prompt_ids, tuple(map(_ids, group.rollouts)), place=group.row.place)

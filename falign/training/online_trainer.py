@@ -223,7 +223,7 @@ class OnlineTrainer(AlignmentTrainer):
             raise
         draw, self.staleness = drawn.draw, step - drawn.step
         trees, scores = self.scorer(self.source.groups(draw))
-        metrics = rollout_metrics(draw, pass_reward=self.rollout.pass_reward)
+        metrics = rollout_metrics(draw, pass_reward=self.rollout.pass_reward, outcome=self.source.sampler.outcome)
         if is_writer():  # all processes have the whole rollout
             self.means.add({**metrics, **scores})
         if draw.message:
@@ -288,6 +288,7 @@ class OnlineTrainer(AlignmentTrainer):
             reference=self.reference,
             prepare=self._prepare_inputs,
             pass_reward=self.rollout.pass_reward,
+            outcome=self.evaluation_sampler.outcome,
             temperature=self.rollout.evaluation.temperature,
             batch_size=self.args.per_device_eval_batch_size,
             layout=self.layout,

@@ -57,7 +57,7 @@ def sample_within(
         draw = sampler.sample(chosen, version=version, number=mixed(number, attempt))
         drawn += draw
         for group in draw.groups:
-            rate = group.num_passed(pass_reward) / len(group.rewards)
+            rate = group.num_passed(pass_reward, outcome=sampler.outcome) / len(group.rewards)
             outside = max(difficulty.low - rate, rate - difficulty.high, 0.0)
             if outside > TOLERANCE:
                 unfit.append((outside, group))

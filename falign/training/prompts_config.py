@@ -120,6 +120,9 @@ class RolloutConfig(FrozenModel):
     """Sample exactly ``max_new_tokens`` tokens: for texts that have no natural end."""
     pass_reward: float = 1.0
     """A completion with this reward or more passes: for pass@k and difficulty."""
+    outcome: str | None = None
+    """Name of the reward that decides what passes. By default the only one that has a weight; of several the first, and
+    ``difficulty`` then needs the name."""
     difficulty: DifficultyConfig | None = None
     ranked: Literal["best_worst", "all"] = "best_worst"
     """For objectives of preferences: which completions of a prompt are compared by their rewards."""

@@ -416,12 +416,15 @@ RewardConfig = Annotated[
 """One reward of the list ``rewards``: ``kind`` names one of these, the first where it is left out."""
 
 
-def build_rewards(configs: Sequence[RewardConfig], *, date: datetime | None = None) -> RewardSum:
+def build_rewards(
+    configs: Sequence[RewardConfig], *, date: datetime | None = None, outcome: str | None = None
+) -> RewardSum:
     """Return the weighted sum of the rewards of a run file.
 
     Args:
         configs: The list ``rewards``.
         date: What chat templates that write the date are told; the present where None.
+        outcome: Name of the reward that decides what passes; see :class:`falign.rewards.RewardSum`.
 
     Raises:
         ConfigError: It is empty, two have one name, or one cannot be built.
@@ -430,7 +433,8 @@ def build_rewards(configs: Sequence[RewardConfig], *, date: datetime | None = No
         tuple(
             WeightedReward(config.name or _default_name(config), config.build_at(date), config.weight)
             for config in configs
-        )
+        ),
+        outcome,
     )
 
 

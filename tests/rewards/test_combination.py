@@ -1,7 +1,7 @@
 import pytest
 
 from falign.errors import ConfigError, RewardError
-from falign.rewards import Rewards, RewardSum, Scores, WeightedReward
+from falign.rewards import Rewards, RewardSum, Scores, WeightedReward, Words
 from tests.rewards import plain
 
 
@@ -62,3 +62,17 @@ def test_columns_may_be_tuples_and_each_reward_is_given_its_own():
 def test_what_makes_no_sum_is_refused(parts, message):
     with pytest.raises(ConfigError, match=message):
         RewardSum(parts)
+
+
+def test_the_outcome_is_the_named_reward_or_the_first_of_several_that_count():
+    def passing(*weights, outcome=None):
+        parts = (WeightedReward(f"r{i}", Words(["a"]), weight) for i, weight in enumerate(weights))
+        return RewardSum(tuple(parts), outcome).passing
+
+    assert passing(1.0) is None
+    assert passing(0.0, 2.0) is None
+    assert passing(0.0, 2.0, 1.0) == "r1"
+    assert passing(1.0, 2.0, outcome="r1") == "r1"
+    assert passing(1.0, 0.0, outcome="r1") == "r1"
+    with pytest.raises(ConfigError, match=r"rollout.outcome='x' is the name of no reward; choose one of \['r0'\]"):
+        passing(1.0, outcome="x")

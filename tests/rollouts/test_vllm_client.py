@@ -1,6 +1,7 @@
 """The client against servers that answer anything: raw bytes, one after the other."""
 
 import gzip
+import re
 import socket
 import threading
 import time
@@ -30,7 +31,10 @@ def answering():
                 with connection:
                     try:
                         request = connection.recv(65536)
-                        while b"\r\n\r\n" not in request or (b"POST" in request and request[-1:] not in b"}\n"):
+                        head = request.partition(b"\r\n\r\n")[0]
+                        length = re.search(rb"Content-Length: (\d+)", head)
+                        whole = len(head) + 4 + int(length[1] if length else 0)
+                        while len(request) < whole:
                             request += connection.recv(65536)
                         received.append(request)
                         for part in parts:

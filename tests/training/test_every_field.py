@@ -372,6 +372,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             minibatches=2,
             ignore_stop=True,
             pass_reward=2.0,
+            outcome=With("b", run={"rewards": [{"kind": "regex", "pattern": each, "name": each} for each in "ab"]}),
             difficulty={"low": 0.2, "high": 0.4},
             ranked=With("all", run={"objective": {"kind": "pairwise"}}),
             max_batch_tokens=16,

@@ -385,3 +385,15 @@ def test_supervised_tuning_is_an_offline_run_and_its_adapter_starts_another(star
     assert summary.before["reward"] > 0.2
     assert summary.before["divergence/reverse_kl"] == pytest.approx(0.0, abs=1e-4)
     assert summary.folder.read_json("manifest.json")["reference"]["kind"] == "adapter"
+
+
+def test_what_passes_is_decided_by_the_outcome_and_not_by_what_shapes_it(start):
+    rewards = [{"function": f"tests.training.prompts:{name}"} for name in ("has_a_vowel", "short")]
+    rewards[1] |= {"weight": 5.0}  # passes by itself in the sum
+    for outcome, decides in ((None, "has_a_vowel"), ("short", "short")):
+        rollout = {"outcome": outcome, "difficulty": {"low": 0.0, "high": 1.0} if outcome else None}
+        summary = start(f"run-{outcome}", rewards=rewards, rollout=rollout, training={"max_steps": 1})
+        log = training_logs(summary)[0]
+        assert log["pass@1"] == pytest.approx(log[f"reward/{decides}"])
+        assert summary.before["pass@1"] == pytest.approx(summary.before[f"reward/{decides}"])
+    assert log["reward/short"] != pytest.approx(log["reward/has_a_vowel"])

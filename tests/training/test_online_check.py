@@ -10,6 +10,8 @@ from tests.training.prompts import online_data
 BINARY = {"kind": "distribution_matching", "target": {"kind": "binary"}}
 FITTED = {"kind": "distribution_matching", "target": {"kind": "moments", "moments": [0.5]}, "divergence": "reverse_kl"}
 
+TWO = [{"kind": "words", "words": ["a"]}, {"kind": "regex", "pattern": "b"}]
+
 
 def check(**changes):
     return parse_run(online_data("model", "prompts.jsonl", "run", **changes)).check()
@@ -36,6 +38,10 @@ def check(**changes):
             "rewards.0.weight=0.5: a target reads each reward by itself",
         ),
         ({"rollout": {"difficulty": {"low": 0.9, "high": 0.1}}}, "low=0.9 is above high=0.1"),
+        (
+            {"rollout": {"difficulty": {"low": 0.1, "high": 0.9}}, "rewards": TWO},
+            "rollout.difficulty with 2 rewards: .* Set rollout.outcome to the name",
+        ),
     ],
 )
 def test_what_could_not_work_or_would_have_no_effect_is_refused(changes, message):
@@ -47,6 +53,8 @@ def test_what_could_not_work_or_would_have_no_effect_is_refused(changes, message
     "changes",
     [
         {"objective": {"kind": "pairwise"}, "rollout": {"ranked": "all"}},
+        {"rollout": {"difficulty": {"low": 0.1, "high": 0.9}, "outcome": "words"}, "rewards": TWO},
+        {"rollout": {"difficulty": {"low": 0.1, "high": 0.9}}, "rewards": [TWO[0], {**TWO[1], "weight": 0.0}]},
         {"objective": FITTED, "rollout": {"fit_samples": 64}},
         {"objective": {"kind": "policy_gradient", "advantage": "batch_mean"}, "rollout": {"completions": 1}},
         {"objective": {"kind": "policy_gradient", "advantage": "gae"}, "rollout": {"completions": 1}},
