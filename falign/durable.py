@@ -1,11 +1,178 @@
-"""Making what was written survive a power cut: a rename alone may reach the disk before the content does."""
+"""Files and folders that appear under their names whole or not at all, also after a kill, a full disk or a power cut.
+
+What is being written lies beside its target as ``.NAME.XXXXXXXX.partial``, locked by the process that writes it. The
+lock ends with the process, so the next write of the same target removes what a killed one has left.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
-__all__ = ["sync_file", "sync_folder", "sync_tree"]
+from falign.errors import ConfigError
+
+__all__ = [
+    "checksum",
+    "claimed",
+    "lock",
+    "naming",
+    "refuse_link",
+    "remove_leftovers",
+    "staged",
+    "sync_file",
+    "sync_folder",
+    "sync_tree",
+    "write_whole",
+]
+
+_LEFT = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<what>partial|replaced)")
+
+
+def write_whole(path: Path, content: str | bytes | Iterable[str]) -> None:
+    """Write a file, whole or not at all, and return once it is on the disk.
+
+    Args:
+        path: The file, replaced if it exists; its folder must exist.
+        content: Text, bytes, or pieces of text.
+
+    Raises:
+        ConfigError: ``path`` is a link.
+        OSError: It cannot be written; the error names ``path``.
+    """
+    pieces = [content] if isinstance(content, str | bytes) else content
+    with naming(path), staged(path, "file") as temporary, temporary.open("wb") as file:
+        for piece in pieces:
+            file.write(piece.encode("utf-8", "surrogatepass") if isinstance(piece, str) else piece)
+
+
+@contextmanager
+def staged(target: Path, kind: Literal["file", "folder"], *, keep: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary file or folder that takes the target's name when the block ends without an error.
+
+    A folder takes the place of nothing, of an empty folder, or of another folder, which is removed.
+
+    Args:
+        target: The final path; its parent must exist.
+        kind: Whether to make a file or a folder.
+        keep: A folder that is not empty stays, and the new one is dropped.
+
+    Raises:
+        ConfigError: ``target`` is a link.
+    """
+    refuse_link(target)
+    remove_leftovers(target)
+    temporary = _sibling(target, "partial")
+    with _locked(target.parent):
+        temporary.touch(exist_ok=False) if kind == "file" else temporary.mkdir()
+        descriptor = _lock(temporary)
+    try:
+        yield temporary
+        if kind == "file":
+            sync_file(temporary)
+            temporary.replace(target)
+        else:
+            sync_tree(temporary)
+            with _locked(target.parent):
+                _publish(temporary, target, keep=keep)
+        sync_folder(target.parent)
+    finally:
+        os.close(descriptor)
+        _remove(temporary)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what killed processes have left beside a target, and restore it where one was killed while replacing it.
+
+    Args:
+        target: The final path of a file or folder; what living processes write of it stays.
+    """
+    if not target.parent.is_dir():
+        return
+    with _locked(target.parent):
+        for entry in sorted(target.parent.iterdir()):
+            match = _LEFT.fullmatch(entry.name)
+            if match is None or match["name"] != target.name or entry.is_symlink() or not _abandoned(entry):
+                continue
+            if match["what"] == "replaced" and not target.exists():
+                entry.rename(target)
+            else:
+                _remove(entry)
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Keep other processes out while the block runs.
+
+    Args:
+        path: A file that is locked meanwhile, and gone afterwards.
+
+    Raises:
+        ConfigError: Another process holds it, or it is a link.
+    """
+    refuse_link(path)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            lock(descriptor, path)
+            # The one before may have removed it between the two lines above.
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                yield
+                path.unlink()
+                return
+        finally:
+            os.close(descriptor)
+
+
+def lock(descriptor: int, path: Path) -> None:
+    """Lock an open file until it is closed, also by the end of the process.
+
+    Raises:
+        ConfigError: Another process has locked it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"{path} is being written by another process: wait for it, or choose another place."
+        ) from error
+
+
+def refuse_link(path: Path) -> None:
+    """Refuse to write where a link lies: what it leads to may be somebody else's.
+
+    Raises:
+        ConfigError: ``path`` is a link.
+    """
+    if path.is_symlink():
+        raise ConfigError(f"{path} is a link: remove it, or choose another place.")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an error of writing it: the system's own (a full disk) does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:  # else it is a library's, with a text of its own
+            error.filename = str(path)
+        raise
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync_file(path: Path) -> None:
@@ -32,3 +199,62 @@ def _sync(path: Path, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _publish(temporary: Path, target: Path, *, keep: bool) -> None:
+    if not (target.is_dir() and any(target.iterdir())):
+        temporary.rename(target)  # atomic, also onto an empty folder
+        return
+    if keep:
+        return
+    # Two renames, because a non-empty folder cannot be renamed over: the name is free for an instant, never partial.
+    replaced = _sibling(target, "replaced")
+    target.rename(replaced)
+    temporary.rename(target)
+    shutil.rmtree(replaced)
+
+
+def _sibling(target: Path, what: str) -> Path:
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.{what}")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from making or removing temporaries in a folder meanwhile."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDONLY)
+    _flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def _abandoned(path: Path) -> bool:
+    """Return whether the process that made a temporary has ended."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, how: int) -> bool:
+    """Lock; return False where another process holds it, or where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError:  # without locks nothing is known to be abandoned, and all leftovers stay
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

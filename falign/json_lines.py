@@ -6,6 +6,7 @@ control characters and ``\r``; text files with universal newlines also split at 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from falign.errors import ConfigError
 
-__all__ = ["read_journal", "split_lines"]
+__all__ = ["read_journal", "sealed", "split_lines", "unsealed"]
 
 
 def split_lines(text: str) -> list[str]:
@@ -52,3 +53,30 @@ def read_journal(path: Path) -> Iterator[Any]:
             except (RecursionError, ValueError) as error:
                 damage = ConfigError(f"{path}:{number} is damaged ({error}): remove the line.")
                 damage.__cause__ = error
+
+
+def sealed(value: Any) -> str:
+    """Return a value as a line of JSON with its checksum, ended by a line feed."""
+    return json.dumps({"value": value, "sha256": _checksum(value)}) + "\n"
+
+
+def unsealed(line: str | bytes) -> Any:
+    r"""Return the value of a line that :func:`sealed` made.
+
+    Raises:
+        ValueError: The line has changed since.
+
+    Example:
+        >>> unsealed(sealed({"reward": 0.1}))
+        {'reward': 0.1}
+    """
+    found = json.loads(line)
+    if not isinstance(found, dict) or found.keys() != {"value", "sha256"}:
+        raise ValueError("it has no checksum")
+    if _checksum(found["value"]) != found["sha256"]:
+        raise ValueError("its checksum is another one")
+    return found["value"]
+
+
+def _checksum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -56,9 +56,19 @@ def main() -> None:
         if not (run / "summary.json").is_file():
             falign("train", arguments.run_file, *changes, *(["--resume"] if any(run.glob("checkpoint-*")) else []))
         if not (run / "evaluation" / "preferences" / "summary.json").is_file():
-            falign("evaluate", "rewards", run, "preferences", held_out, "--long-items", "cut")
+            falign("evaluate", "rewards", run, "preferences", held_out, "--long-items", "cut", "--trust-code")
         if not (run / "evaluation" / "samples" / "summary.json").is_file():
-            falign("evaluate", "samples", run, "--prompts", held_out, "--limit", arguments.prompts, *sampling)
+            falign(
+                "evaluate",
+                "samples",
+                run,
+                "--trust-code",
+                "--prompts",
+                held_out,
+                "--limit",
+                arguments.prompts,
+                *sampling,
+            )
     falign("report", *runs, "--out", arguments.out / "report")
     print(table(runs))
 

@@ -9,11 +9,13 @@ from falign.cli.evaluate_frontier import Evaluated
 from falign.cli.sample import _read_prompts
 from falign.data import BadRows
 from falign.data.files import read_file
+from falign.durable import checksum
 from falign.errors import ConfigError
 from falign.json_lines import read_journal, split_lines
 from falign.report.answers import answers_of
 from falign.report.runs import ReportedRun
 from falign.training import RunFolder
+from falign.training.checkpoints import seal, sync_logs
 
 INSIDE = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
 """Where ``str.splitlines`` splits; the last five stand escaped in JSON and unescaped in lines of text."""
@@ -39,11 +41,14 @@ def test_split_lines_is_the_inverse_of_joining_them():
 def test_resuming_keeps_every_completion(tmp_path):
     folder = RunFolder(tmp_path)
     rows = write_completions(folder.completions_file)
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "weights").touch()
+    seal(checkpoint, run="r", step=3, logs=sync_logs(tmp_path))
     with folder.completions_file.open("a") as file:
-        file.write('{"step": 2, "held_')
-    folder.forget_after(3, evaluated=True)
-    kept = list(read_journal(folder.completions_file))
-    assert kept == rows[:3]
+        file.write(json.dumps({**rows[0], "step": 4}) + '\n{"step": 4, "held_')
+    folder.restore_logs(checkpoint, [], pytest.fail)
+    assert list(read_journal(folder.completions_file)) == rows
 
 
 def test_the_report_and_the_logs_read_every_line(tmp_path):
@@ -61,7 +66,8 @@ def test_the_report_and_the_logs_read_every_line(tmp_path):
 def test_the_samples_of_an_evaluation_are_read_whole(tmp_path):
     rows = [{"completion": TEXT}, {"completion": "b"}]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    found = Evaluated(tmp_path, {"num_prompts": 1}).rows("samples.jsonl")
+    files = {"samples.jsonl": checksum(tmp_path / "samples.jsonl")}
+    found = Evaluated(tmp_path, {"num_prompts": 1, "files": files}).rows("samples.jsonl")
     assert found == [rows]
 
 

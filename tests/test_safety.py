@@ -46,8 +46,15 @@ def test_results_do_not_follow_a_link_out_of_the_run_folder(folder, tmp_path):
         result_folder(str(folder), "mine", None)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "adapter", "checkpoint-3", ".metrics.jsonl.partial"])
-def test_a_run_folder_with_a_link_out_of_it_is_refused(folder, tmp_path, name):
+LINKS = [
+    *("metrics.jsonl", "adapter", "checkpoint-3", ".metrics.jsonl.partial", "report-figures/x.png"),
+    *("evaluation/mine/.summary.json.new", "evaluation/mine/.items.jsonl.partial.json.new", "checkpoint-3/a/b"),
+]
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_a_run_folder_with_a_link_out_of_it_at_any_depth_is_refused(folder, tmp_path, name):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match=rf"{re.escape(name)} is a link that leads out of the run folder"):
         RunFolder.open(folder)

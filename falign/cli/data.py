@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from falign.errors import ConfigError, DataError
 from falign.plain_yaml import plain_yaml
+from falign.terminal import Terminal
 
 __all__ = ["app", "check", "column_mapping"]
 
@@ -89,7 +89,7 @@ def check(
         window=window,
         keep=keep,
     )
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     counts = Table("", "rows", title=escape(f"{file} ({report.source.format})"), title_justify="left")
     for label, count in report.counts():
         counts.add_row(label, f"{count:,}")

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Column, Table
 
 from falign.errors import ConfigError
+from falign.terminal import Terminal
 
 __all__ = ["divergences"]
 
@@ -47,7 +47,7 @@ def divergences(
             "yes" if divergence.has_barrier else "[red]no barrier[/]",
             divergence.dual().name,
         )
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     console.print(table)
     if names:
         for divergence in chosen:

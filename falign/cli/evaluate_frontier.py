@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from falign.cli.trained import is_run
+from falign.cli.trained import TrustCode, is_run
+from falign.durable import write_whole
 from falign.errors import ConfigError
 from falign.json_lines import split_lines
+from falign.terminal import Terminal
 
 __all__ = ["frontier"]
 
@@ -30,8 +31,10 @@ class Evaluated(NamedTuple):
 
     def rows(self, name: str) -> list[list[Any]] | None:
         """Return the rows of a file by prompt; None where there is no file."""
-        file = self.folder / name
-        if not file.is_file():
+        from falign.evaluation.summary_file import check_file
+
+        file = check_file(self.folder, name, self.summary)
+        if file is None:
             return None
         try:
             rows = [json.loads(line) for line in split_lines(file.read_text(encoding="utf-8"))]
@@ -52,12 +55,14 @@ def frontier(
         str | None, typer.Option(help="Which evaluation of the runs; all that sampled, if left out.")
     ] = None,
     divergence: Annotated[str, typer.Option(help="On the horizontal axis.")] = "reverse_kl",
+    trust_code: TrustCode = False,
 ) -> None:
     """Draw reward against divergence, beside the best of n and what each divergence ideally allows."""
     from falign import divergences
     from falign.evaluation.frontier_plot import check_picture, plot_frontier
     from falign.evaluation.frontier_summary import IDEALS, frontier_point, frontier_summary
     from falign.evaluation.sample_metrics import divergence_metrics, sample_metrics
+    from falign.training.named_code import import_from, require_trust
     from falign.training.named_divergence import named_divergence
 
     if out.suffix != ".json":
@@ -65,7 +70,12 @@ def frontier(
     elif not out.parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.parent} does not exist; create it.")
     found = [each for run in runs for each in _evaluations(run, name)]
-    own = [each.summary["divergence"] for each in found if each.summary["divergence"]]
+    own = {str(each.summary["divergence"]): each.folder for each in found if each.summary["divergence"]}
+    for named, folder in own.items():
+        code = {"divergence": named} if ":" in named else {}
+        require_trust(code, place=folder / "summary.json", trust_code=trust_code)
+    if any(":" in named for named in (divergence, *own)):
+        import_from(Path.cwd())
     try:
         axis = named_divergence(divergence)
         ideals = {each.name: each for each in map(named_divergence, (*IDEALS, *own)) if each.name != "total_variation"}
@@ -83,7 +93,7 @@ def frontier(
         points.append({**point, "run": each.summary["model"], "folder": str(each.folder)})
     data = frontier_summary(points, anchors, axis=(axis.name, axis), ideals=ideals)
     if out.suffix == ".json":
-        out.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_whole(out, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     else:
         plot_frontier(data, out)
     _show(data, out)
@@ -133,7 +143,7 @@ def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _show(data: Mapping[str, Any], out: Path) -> None:
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     table = Table("", f"{data['divergence']}, nats", "reward", title="reward against divergence", title_justify="left")
     for point in data["points"]:
         table.add_row(escape(point["label"]), f"{point['divergence']:.4g}", f"{point['reward']:.4g}")

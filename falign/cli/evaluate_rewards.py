@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from falign.cli.trained import chat_of_run, result_folder
+from falign.cli.trained import TrustCode, chat_of_run, result_folder
 from falign.errors import ConfigError
+from falign.terminal import Terminal
 
 __all__ = ["rewards"]
 
@@ -84,6 +84,7 @@ def rewards(
     out: Annotated[Path | None, typer.Option("--out", help="A folder for the results, needed for a model.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Score anew what is there, whole or begun.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many items, the first ones.")] = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Score a benchmark under all rewards that a model defines; a stopped call goes on if repeated."""
     from falign.cli.reward_evaluation import Compared, Judge, RewardEvaluation
@@ -109,8 +110,9 @@ def rewards(
         num_resamples=num_resamples,
         out=result_folder(model, name or benchmark, out),
         overwrite=overwrite,
+        trust_code=trust_code,
     )
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Terminal(stderr=True, highlight=False, soft_wrap=True)
     summary = evaluation.run(console, tokens_per_batch=tokens_per_batch)
     from falign.cli.reward_table import show
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from falign.cli.trained import TrustCode, result_folder
+from falign.terminal import Terminal
 
 __all__ = ["samples"]
 
@@ -84,11 +86,11 @@ def samples(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="A folder for the results, needed for a model.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Sample anew what is there, whole or begun.")] = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Sample completions and measure reward, divergence, diversity and pass@k; a stopped call goes on if repeated."""
     from falign.cli.sample_evaluation import Asked, Compared, SampleEvaluation
     from falign.cli.sample_table import show
-    from falign.cli.trained import result_folder
 
     default = "samples" if checkpoint is None else f"samples-{checkpoint}"
     evaluation = SampleEvaluation(
@@ -106,5 +108,6 @@ def samples(
         dtype=dtype,
         out=result_folder(model, name or default, out),
         overwrite=overwrite,
+        trust_code=trust_code,
     )
-    show(evaluation.run(Console(stderr=True, highlight=False, soft_wrap=True)), evaluation.out)
+    show(evaluation.run(Terminal(stderr=True, highlight=False, soft_wrap=True)), evaluation.out)

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from falign.cli.trained import TrustCode, load_trained
 from falign.errors import ConfigError, FalignError
+from falign.terminal import Terminal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,19 +41,19 @@ def export(
         str | None, typer.Option("--base", help="The 16-bit model to merge into, where the run's is stored in 4 bits.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target folder.")] = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Write a trained model for other programs, reload it, and prove that it is the trained one."""
-    from falign.cli.trained import load_trained
     from falign.models import describe, export_adapter, export_merged, verify_export
     from falign.training import RunFolder
 
-    console, folder = Console(), RunFolder.open(run)
+    console, folder = Terminal(), RunFolder.open(run)
     if base is not None and format is Format.adapter:
         raise ConfigError(f"--base {base} is what an adapter is merged into: use it with --format merged.")
     target = out or folder.path / "export" / format.value
-    with Console(stderr=True).status(f"exporting {run}"):
+    with Terminal(stderr=True).status(f"exporting {escape(run)}"):
         _refuse_what_is_no_export(target)
-        model, tokenizer, config = load_trained(folder)
+        model, tokenizer, config = load_trained(folder, trust_code=trust_code)
         if format is Format.adapter:
             if config.adapter is None:
                 raise ConfigError(f"{run} trained all weights and has no adapter: use --format merged.")

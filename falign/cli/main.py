@@ -6,7 +6,6 @@ import sys
 import traceback
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from falign.cli import data, divergences, evaluate, export, report, sample, score, soup, train
@@ -15,6 +14,7 @@ from falign.cli.quiet import quiet
 from falign.errors import FalignError, StoppedError
 from falign.full_disk import is_full_disk
 from falign.passwords import without_secrets
+from falign.terminal import Terminal, harmless
 
 __all__ = ["app", "main"]
 
@@ -46,13 +46,14 @@ def main() -> None:
     except Exception as error:
         message = _mendable(error)
         if message is None:
-            if leave_failure(without_secrets(traceback.format_exc())):
-                sys.exit(1)
-            raise
+            report = harmless(without_secrets(traceback.format_exc()))
+            if not leave_failure(report):
+                print(report, end="", file=sys.stderr)
+            sys.exit(1)
         message = without_secrets(message)
-        if not leave_failure(f"error: {message}\n"):
+        if not leave_failure(harmless(f"error: {message}\n")):
             label = "[bold yellow]stopped:[/]" if isinstance(error, StoppedError) else "[bold red]error:[/]"
-            Console(stderr=True, highlight=False, soft_wrap=True).print(f"{label} {escape(message)}")
+            Terminal(stderr=True, highlight=False, soft_wrap=True).print(f"{label} {escape(message)}")
         sys.exit(error.exit_status if isinstance(error, FalignError) else 2)
 
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from falign.durable import claimed, refuse_link, write_whole
 from falign.errors import ConfigError
+from falign.terminal import Terminal
 
 if TYPE_CHECKING:
     from falign.data import PromptData, PromptRow
     from falign.rewards import RewardSum
-    from falign.rollouts import Rollout
+    from falign.rollouts import Engine, Rollout
     from falign.rollouts.presampling_journal import Finding
 
 __all__ = ["Presampling"]
@@ -66,6 +67,7 @@ class Presampling:
     def __post_init__(self) -> None:
         from falign.data.bad_rows import BadRowPolicy, require_choice
         from falign.rewards import RewardSum, WeightedReward, load_reward
+        from falign.training.named_code import import_from
 
         require_choice("--bad-rows", self.bad_rows, BadRowPolicy)
         if not 1 <= self.threshold <= self.num_completions:
@@ -73,28 +75,42 @@ class Presampling:
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"{self.out} is a file: give --out a folder.")
         found = [self.out / name for name in OUTPUTS if (self.out / name).exists()]
-        if found and not self.overwrite:
+        # With its journal beside them they are the outputs of a call that was stopped, which goes on.
+        if found and not self.overwrite and not self._journal.exists():
             raise ConfigError(f"{found[0]} exists: name another --out, or give --overwrite to sample anew.")
-        for path in [*found, *([self._journal] if self.overwrite else [])]:
-            path.unlink(missing_ok=True)
-        sys.path.insert(0, str(Path.cwd()))  # where a verifier of one's own (module:function) lies
+        for path in found:
+            refuse_link(path)
+        if ":" in self.verifier:  # a function of one's own
+            import_from(Path.cwd())
         self.reward = RewardSum((WeightedReward("verifier", load_reward(self.verifier)),))
 
     def run(self, policy: Any, tokenizer: Any) -> None:
         """Sample, and write the outputs."""
         from falign.models import base_of, stop_token_ids
         from falign.models.tokenizers import pad_token_id
-        from falign.rollouts import SamplingParams, TransformersEngine
-        from falign.rollouts.presampling import presample
-        from falign.rollouts.presampling_journal import PresamplingJournal
+        from falign.rollouts import TransformersEngine
 
         engine = TransformersEngine(policy, pad_token_id=pad_token_id(tokenizer))
         engine.publish(policy, version=0)
         data = self._prompts(tokenizer, engine.capabilities().max_length)
-        rows = data.train
-        self.out.mkdir(parents=True, exist_ok=True)
         record = self._record(policy, tokenizer)
-        journal = PresamplingJournal(self._journal, record=record, chunk_size=CHUNK_SIZE)
+        self.out.mkdir(parents=True, exist_ok=True)
+        with claimed(self.out / ".presampling.lock"):
+            self._sample(engine, data, record, tokenizer, stops=stop_token_ids(base_of(policy), tokenizer))
+
+    def _sample(
+        self, engine: Engine, data: PromptData, record: Mapping[str, Any], tokenizer: Any, *, stops: frozenset[int]
+    ) -> None:
+        """Go on where an earlier call was stopped, to the end."""
+        from falign.rollouts import SamplingParams
+        from falign.rollouts.presampling import presample
+        from falign.rollouts.presampling_journal import PresamplingJournal
+        from falign.training.progress import BAR
+
+        rows = data.train
+        journal = PresamplingJournal(
+            self._journal, record=record, chunk_size=CHUNK_SIZE, num_prompts=len(rows), restart=self.overwrite
+        )
         resumed = len(journal.findings)
 
         def verify(prompts: list[int], rollouts: list[Rollout]) -> list[bool]:
@@ -106,14 +122,12 @@ class Presampling:
             verify,
             num_completions=self.num_completions,
             threshold=self.threshold,
-            params=SamplingParams(self.max_new_tokens, stop_token_ids=stop_token_ids(base_of(policy), tokenizer)),
+            params=SamplingParams(self.max_new_tokens, stop_token_ids=stops),
             seed=self.seed,
             start=resumed,
             chunk_size=CHUNK_SIZE,
         )
-        from falign.training.progress import BAR
-
-        console = Console(stderr=True)
+        console = Terminal(stderr=True)
         with Progress(*BAR, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("prompts", total=len(rows), completed=resumed)
             for chunk in results:
@@ -152,6 +166,7 @@ class Presampling:
         from falign.data import DEMOS
         from falign.models import model_identity, weights_hash
         from falign.models.tokenizers import tokenizer_fingerprint
+        from falign.rewards.identity import reward_identity
 
         path = DEMOS.get(str(self.file), self.file)
         files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
@@ -166,6 +181,7 @@ class Presampling:
                 for name in ("verifier", "num_completions", "threshold", "max_new_tokens", "seed", "template", "chat")
             },
             "bad_rows": self.bad_rows,
+            "identity of the verifier": reward_identity(self.reward.rewards[0].reward),
         }
 
     def _correct(self, rows: list[PromptRow], rollouts: list[Rollout], tokenizer: Any) -> list[bool]:
@@ -209,17 +225,10 @@ class Presampling:
             "errors": self.errors,
         }
         for name, rows in (("exploration.jsonl", explored), ("rehearsal.jsonl", rehearsed)):
-            _write_whole(self.out / name, (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
-        _write_whole(self.out / "summary.json", [json.dumps({**summary, "sampled_by": sampled_by}, indent=1)])
-        self._journal.unlink()
+            write_whole(self.out / name, (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
+        write_whole(self.out / "summary.json", json.dumps({**summary, "sampled_by": sampled_by}, indent=1))
+        self._journal.unlink()  # last: until then the same command goes on
         _show(summary, self.out, resumed)
-
-
-def _write_whole(path: Path, lines: Iterable[str]) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w", encoding="utf-8", errors="surrogatepass") as file:
-        file.writelines(lines)
-    temporary.replace(path)
 
 
 def _show(summary: Mapping[str, Any], out: Path, resumed: int) -> None:
@@ -229,4 +238,4 @@ def _show(summary: Mapping[str, Any], out: Path, resumed: int) -> None:
             table.add_row(name, f"{value:.1%}" if isinstance(value, float) else f"{value:,}")
     if resumed:
         table.add_row("of the prompts sampled by an earlier call", f"{resumed:,}")
-    Console(highlight=False).print(table)
+    Terminal(highlight=False).print(table)

@@ -6,10 +6,10 @@ import shlex
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from falign.cli.achieved import show
+from falign.terminal import Terminal
 
 __all__ = ["report"]
 
@@ -26,14 +26,13 @@ def report(
     ] = None,
 ) -> None:
     """Show what runs achieved, and write a page of it: one HTML file, and its plots as PNG files beside it."""
-    console = Console()
+    console = Terminal()
     with console.status("drawing"):
-        from falign.report import read_runs, write_report
+        from falign.report import write_report
         from falign.training import RunSummary
 
-        read = read_runs(runs)
         written = write_report(runs, out)
-    for run in read:
+    for run in written.runs:
         if run.ended:
             show(RunSummary(run.folder, run.before, run.after, run.samples), console)
             continue

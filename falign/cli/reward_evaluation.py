@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,6 @@ from rich.progress import Progress
 
 from falign.cli.trained import is_run
 from falign.errors import ConfigError, DataError
-from falign.passwords import without_passwords
 
 if TYPE_CHECKING:
     from falign.cli.scored import Scored
@@ -117,6 +115,7 @@ class RewardEvaluation:
     num_resamples: int
     out: Path
     overwrite: bool
+    trust_code: bool = False
 
     def run(self, console: Console, *, tokens_per_batch: int) -> dict[str, Any]:
         """Score, write the results, and return the summary.
@@ -130,6 +129,7 @@ class RewardEvaluation:
         """
         from falign.data import BadRows
         from falign.evaluation import ItemStream, ScoreOutput, read_items, score_items
+        from falign.evaluation.summary_file import write_summary
         from falign.models import base_of, stop_token_ids
         from falign.models.tokenizers import tokenizer_fingerprint
 
@@ -164,8 +164,6 @@ class RewardEvaluation:
             **self._of_items(scored.window, names),
         }
         self.out.mkdir(parents=True, exist_ok=True)
-        if self.overwrite:
-            (self.out / "summary.json").unlink(missing_ok=True)  # of items that are gone, should this call be stopped
         output = ScoreOutput(self.out / "items.jsonl", record=record, overwrite=self.overwrite)
         count = len(items) if self.limit is None else min(self.limit, len(items))
         with output, _progress(console, count) as progress:
@@ -179,8 +177,9 @@ class RewardEvaluation:
             )
             with console.status("intervals"):
                 summary = self._summary(scored, stream, rows, names, record)
+            summary["files"] = {"items.jsonl": output.checksum()}
             # Before the items get their name, so that a call that is stopped here is repeated and not refused.
-            _write_whole(self.out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+            write_summary(self.out, summary)
             output.finish()
         if told := _told(stream):
             console.print(f"not scored: {told}", style="yellow", markup=False)
@@ -235,7 +234,9 @@ class RewardEvaluation:
         from falign.cli.scored import run_objective
         from falign.objectives import RewardingObjective
 
-        return not is_run(self.model) or isinstance(run_objective(self.model), RewardingObjective)
+        return not is_run(self.model) or isinstance(
+            run_objective(self.model, trust_code=self.trust_code), RewardingObjective
+        )
 
     def _load(self) -> Scored:
         from falign.cli.scored import load_alone, load_compared, load_run, positions_of
@@ -243,7 +244,7 @@ class RewardEvaluation:
 
         dtype = self.compared.dtype or "auto"
         if is_run(self.model):
-            scored = load_run(self.model, max_length=self.max_length, any_objective=True)
+            scored = load_run(self.model, max_length=self.max_length, any_objective=True, trust_code=self.trust_code)
             if isinstance(self.benchmark, Preferences) and self.max_length is None:
                 return scored
         elif self.compared.reference is None:
@@ -369,12 +370,6 @@ def _content(path: Path) -> str:
 def _told(stream: ItemStream) -> str:
     message = f" (the first: {stream.bad_rows.messages[0]})" if stream.bad_rows.messages else ""
     return "; ".join(f"{reason} {count}" for reason, count in stream.skipped().items()) + message
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(without_passwords(text), encoding="utf-8")
-    temporary.replace(path)
 
 
 @contextmanager

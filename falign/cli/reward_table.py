@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+
+from falign.terminal import Terminal
 
 __all__ = ["headline", "show"]
 
@@ -23,7 +24,7 @@ def show(summary: Mapping[str, Any], folder: Path) -> None:
         summary: As in ``summary.json``.
         folder: Where it lies.
     """
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     scorers = summary["scorers"]
     whole, *parts = headline(next(iter(scorers.values()))["scores"], summary["subsets"])
     title = f"{summary['benchmark']}, {summary['num_items']:,} items, in %"

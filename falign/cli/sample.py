@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.markup import escape
 
+from falign.cli.trained import TrustCode, chat_of_run, load_trained
 from falign.errors import ConfigError, DataError
 from falign.json_lines import split_lines
+from falign.terminal import Terminal, json_line
 
 if TYPE_CHECKING:
     from falign.data import Row, Text
@@ -73,6 +74,7 @@ def sample(
     overwrite: Annotated[
         bool | None, typer.Option("--overwrite", help="Sample anew.", rich_help_panel=PRESAMPLING)
     ] = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Answer prompts with a trained run or any model, or sort them by what it solves (--verifier)."""
     given = {
@@ -102,8 +104,8 @@ def sample(
             bad_rows="error" if bad_rows is None else bad_rows,
             overwrite=bool(overwrite),
         )
-        with Console(stderr=True).status(f"loading {model}"):
-            policy, tokenizer = _load(model, dtype)
+        with Terminal(stderr=True).status(f"loading {escape(model)}"):
+            policy, tokenizer = _load(model, dtype, trust_code=trust_code)
         presampling.run(policy, tokenizer)
         return
     if alone := [name for name, value in given.items() if value is not None]:
@@ -111,10 +113,9 @@ def sample(
     prompts: list[Text] = [*(prompt or []), *(_read_prompts(file) if file else [])]
     if not prompts:
         raise ConfigError("no prompt is given: use --prompt TEXT or --file FILE.")
-    console = Console()
-    with Console(stderr=True).status(f"loading {model}"):
-        policy, tokenizer = _load(model, dtype)
-    from falign.cli.trained import chat_of_run
+    console = Terminal()
+    with Terminal(stderr=True).status(f"loading {escape(model)}"):
+        policy, tokenizer = _load(model, dtype, trust_code=trust_code)
     from falign.models import stop_token_ids
     from falign.models.adapters import base_of
     from falign.rollouts.answers import answer
@@ -131,23 +132,22 @@ def sample(
     )
     for text, reply in zip(prompts, answers, strict=True):
         if json_lines:
-            typer.echo(json.dumps({"prompt": text, "completion": reply}, ensure_ascii=False))
+            typer.echo(json_line({"prompt": text, "completion": reply}))
         else:
             shown = text if isinstance(text, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in text)
             console.print(shown, style="bold", markup=False, highlight=False)
             console.print(reply + "\n", markup=False, highlight=False)
 
 
-def _load(name: str, dtype: str) -> tuple[Any, Any]:
+def _load(name: str, dtype: str, *, trust_code: bool) -> tuple[Any, Any]:
     import torch
 
-    from falign.cli.trained import load_trained
     from falign.models import load_model, load_tokenizer
     from falign.training import RunFolder
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (Path(name) / "manifest.json").is_file():
-        trained = load_trained(RunFolder.open(name))
+        trained = load_trained(RunFolder.open(name), trust_code=trust_code)
         trained.model.to(device)  # pyright: ignore[reportArgumentType]
         return trained.model, trained.tokenizer
     return load_model(name, dtype=dtype, device=device), load_tokenizer(name)

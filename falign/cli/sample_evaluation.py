@@ -32,19 +32,20 @@ from falign.evaluation.sample_rows import SampleRow
 from falign.evaluation.sample_scorer import SampleScorer
 from falign.evaluation.score_output import reopen
 from falign.evaluation.scored_reward import ScoredReward
+from falign.evaluation.summary_file import write_summary
 from falign.models import base_of, load_model, load_tokenizer, model_identity, stop_token_ids
 from falign.models.shared_head import share_head
 from falign.models.tokenizers import check_same_tokens, pad_token_id, tokenizer_fingerprint
-from falign.passwords import without_passwords
 from falign.references import FrozenModel
 from falign.rewards import RewardSum, WeightedReward
+from falign.rewards.identity import reward_identities
 from falign.rollouts import Engine, SamplingParams, TransformersEngine
 from falign.scoring import PromptTree
 from falign.seeds import mixed
-from falign.training import RunConfig, RunFolder, parse_run
+from falign.training import RunConfig, RunFolder
 from falign.training.held_out import held_out_prompts
+from falign.training.named_code import import_from, is_recorded, named_code, read_run, require_trust
 from falign.training.named_divergence import named_divergence
-from falign.training.parts import Language
 from falign.training.progress import BAR
 from falign.training.reward_config import RewardConfig, build_rewards
 from falign.training.run_file import load_reward_list
@@ -106,11 +107,11 @@ class SampleEvaluation:
     dtype: str | None
     out: Path
     overwrite: bool
+    trust_code: bool = False
 
     def run(self, console: Console) -> dict[str, Any]:
         """Sample, reward and score, write the files, and return the summary."""
         self._check()
-        sys.path.insert(0, str(Path.cwd()))  # where a reward or divergence of one's own (module:attribute) lies
         config = self._config()
         divergences = self._divergences(config)
         with console.status("loading rewards"):
@@ -119,7 +120,7 @@ class SampleEvaluation:
             scored = self._load()
         if rewarding.tokenizer is not None:
             check_same_tokens(scored.tokenizer, rewarding.tokenizer, f"{self.model} and {self.rewards}")
-        prompts, source = self._prompts(config, scored)
+        prompts, source = self._prompts(config, scored, console)
         settings = self._settings(config)
         samplers = self._samplers(config, scored, rewarding.rewards, settings)
         scorer = self._scorer(scored, samplers[0], prompts, console)
@@ -132,9 +133,6 @@ class SampleEvaluation:
             **settings,
             "prompts_per_batch": self.prompts_per_batch,
         }
-        if self.overwrite:  # what has no samples, should this call be stopped, and anchors that it does not want
-            for name in ("summary.json", FILES[1]):
-                (self.out / name).unlink(missing_ok=True)
         reopen(self.out / FILES[1], sibling=self.out / FILES[0])  # stopped between the names of the two
         with ExitStack() as stack, _progress(console, len(prompts) * len(samplers)) as progress:
             outputs = [
@@ -157,10 +155,13 @@ class SampleEvaluation:
             with console.status("intervals and frontier"):
                 summary = self._summary(config, scored, groups, divergences, rewarding.rewards.passing)
             summary |= {"source": source, "sampling": settings, "record": record}
+            summary["files"] = {output.path.name: output.checksum() for output in outputs}
             # Before the samples get their names, so that a call that is stopped here is repeated and not refused.
-            _write_whole(self.out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+            write_summary(self.out, summary)
             for output in reversed(outputs):
                 output.finish()
+        if len(outputs) == 1:  # anchors of an earlier call, which the summary does not name
+            (self.out / FILES[1]).unlink(missing_ok=True)
         return summary
 
     @property
@@ -195,12 +196,18 @@ class SampleEvaluation:
     def _config(self) -> RunConfig | None:
         if not is_run(self.model):
             return None
-        folder = RunFolder.open(self.model)
-        return parse_run(folder.read_run_file(), place=str(folder.run_file))
+        # Its rewards are built only where no others are given.
+        uses = ["model", "objective", *(["rewards"] if self.rewards is None else [])]
+        config = read_run(RunFolder.open(self.model), uses=uses, trust_code=self.trust_code)
+        if named_code(config, uses):
+            import_from(Path.cwd())
+        return config
 
     def _divergences(self, config: RunConfig | None) -> dict[str, Divergence]:
         """The usual ones, the run's own and those that are asked for, by their names."""
         own = None if config is None else config.objective.model_dump().get("divergence")
+        if any(":" in name for name in self.compared.divergences):
+            import_from(Path.cwd())
         try:
             found = [named_divergence(name) for name in (*USUAL, *filter(None, [own]), *self.compared.divergences)]
         except ValueError as error:
@@ -217,13 +224,15 @@ class SampleEvaluation:
                 )
             return _listed(config.rewards, config.rollout.outcome)
         if not is_run(self.rewards):
-            sys.path.insert(0, str(Path(self.rewards).absolute().parent))
-            return _listed(load_reward_list(self.rewards))
+            return self._of_file(Path(self.rewards))
         folder = RunFolder.open(self.rewards)
-        other = parse_run(folder.read_run_file(), place=str(folder.run_file))
+        other = read_run(folder, uses=[], trust_code=False)
         if other.prompts is not None:
+            other = read_run(folder, uses=["rewards"], trust_code=self.trust_code)
+            if named_code(other, ["rewards"]):
+                import_from(Path.cwd())
             return _listed(other.rewards, other.rollout.outcome)
-        scored = load_run(self.rewards, max_length=None)
+        scored = load_run(self.rewards, max_length=None, trust_code=self.trust_code)
         assert scored.reference is not None
         scorer = CompletionScorer(
             policy=scored.policy,
@@ -235,10 +244,22 @@ class SampleEvaluation:
         rewards = RewardSum((WeightedReward("implicit", ScoredReward(scorer)),))
         return Rewarding(rewards, scored.record, scored.tokenizer)
 
+    def _of_file(self, file: Path) -> Rewarding:
+        """The rewards of a file that the user gives, or of the record in a run folder, which may be someone else's."""
+        listed = load_reward_list(file)
+        code = {f"rewards.{i}.function": each.function for i, each in enumerate(listed) if each.kind == "function"}
+        if is_recorded(file):
+            require_trust(code, place=file, trust_code=self.trust_code)
+        if code:
+            import_from(file.parent, Path.cwd())
+        return _listed(listed)
+
     def _load(self) -> Scored:
         other, dtype = self.compared.reference, self.dtype or "auto"
         if is_run(self.model):
-            scored = load_run(self.model, max_length=None, any_objective=True, checkpoint=self.checkpoint)
+            scored = load_run(
+                self.model, max_length=None, any_objective=True, checkpoint=self.checkpoint, trust_code=self.trust_code
+            )
         else:
             scored = load_alone(self.model, dtype=dtype, max_length=2)  # what is sampled has no window
         if other is None:
@@ -252,14 +273,16 @@ class SampleEvaluation:
         named = {f"reference.{name}": value for name, value in reference.identity().items()}
         return scored._replace(reference=reference, record={**kept, **named})
 
-    def _prompts(self, config: RunConfig | None, scored: Scored) -> tuple[list[PromptRow], str]:
+    def _prompts(self, config: RunConfig | None, scored: Scored, console: Console) -> tuple[list[PromptRow], str]:
         """Return the prompts, and what they are called."""
         asked = self.asked
         if asked.prompts is None:
             assert config is not None
-            stops = stop_token_ids(base_of(scored.policy), scored.tokenizer)
-            language = Language(scored.tokenizer, stops, pad_token_id(scored.tokenizer))
-            rows = held_out_prompts(config, language)
+
+            def tell(text: str) -> None:
+                console.print(text, style="yellow", markup=False)
+
+            rows = held_out_prompts(RunFolder.open(self.model), config, tell=tell)
             return rows[: asked.limit], f"held-out prompts of {self.model}"
         settings = self._settings(config)
         positions = positions_of(scored.policy)
@@ -374,7 +397,9 @@ class SampleEvaluation:
 
 
 def _listed(configs: Sequence[RewardConfig], outcome: str | None = None) -> Rewarding:
-    return Rewarding(build_rewards(configs, outcome=outcome), [config.model_dump(mode="json") for config in configs])
+    rewards = build_rewards(configs, outcome=outcome)
+    listed = [config.model_dump(mode="json") for config in configs]
+    return Rewarding(rewards, {"listed": listed, "identities": reward_identities(rewards)})
 
 
 def _digest(prompts: Sequence[PromptRow]) -> str:
@@ -383,12 +408,6 @@ def _digest(prompts: Sequence[PromptRow]) -> str:
     for row in prompts:
         digest.update(json.dumps([row.prompt_ids, row.columns], sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(without_passwords(text), encoding="utf-8")
-    temporary.replace(path)
 
 
 @contextmanager

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from falign.terminal import Terminal
 
 __all__ = ["show"]
 
@@ -22,7 +23,7 @@ def show(summary: Mapping[str, Any], folder: Path) -> None:
         summary: As in ``summary.json``.
         folder: Where it lies.
     """
-    console, metrics = Console(highlight=False), summary["metrics"]
+    console, metrics = Terminal(highlight=False), summary["metrics"]
     title = f"{summary['num_prompts']:,} prompts, {summary['num_completions']} completions each"
     table = Table("", title=title, title_justify="left")
     table.add_column("policy", justify="right")

@@ -16,7 +16,10 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from falign.cli.trained import TrustCode, chat_of_run, is_run
+from falign.durable import checksum, write_whole
 from falign.errors import ConfigError, DataError
+from falign.terminal import Terminal
 
 if TYPE_CHECKING:
     from falign.cli.scored import Scored
@@ -61,11 +64,11 @@ def score(
         str | None, typer.Option(help="Of both models, the checkpoint's if left out; refused for a run.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Score anew what is there, whole or begun.")] = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Write log-probs per token, log-ratios and implicit rewards of completions; a stopped call goes on if repeated."""
     from falign.cli.data import column_mapping
     from falign.cli.scored import load_compared, load_run
-    from falign.cli.trained import chat_of_run, is_run
     from falign.data import DataSource
     from falign.data.bad_rows import require_choice
     from falign.evaluation import ScoreOutput, TreeStream, check_output
@@ -89,10 +92,10 @@ def score(
         chat=chat_of_run(model) if chat is None else chat,
     )
     _require_rows(source, bad_rows)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Terminal(stderr=True, highlight=False, soft_wrap=True)
     with console.status(f"loading {escape(model)}"):
         if trained:
-            scored = load_run(model, max_length=max_length)
+            scored = load_run(model, max_length=max_length, trust_code=trust_code)
         else:
             assert reference is not None
             scored = load_compared(
@@ -121,6 +124,8 @@ def score(
     }
     with ScoreOutput(out, record=record, overwrite=overwrite) as output, _progress(console) as progress:
         totals = run(chain(first, rows), scorer, output, tokens_per_batch=tokens_per_batch, on_batch=progress)
+    # In the form that `sha256sum --check` reads.
+    write_whole(out.with_name(f"{out.name}.sha256"), f"{checksum(out)}  {out.name}\n")
     if told := _told(trees):
         console.print(f"not as in the file: {told}", style="yellow", markup=False)
     _show(totals, out)
@@ -194,4 +199,4 @@ def _show(totals: ScoreTotals, out: Path) -> None:
     table.add_row("mean implicit reward", f"{totals.mean_implicit_reward:+.4f}")
     if totals.reward_accuracy is not None:
         table.add_row("reward accuracy", f"{totals.reward_accuracy:.1%} of {totals.pairs:,} pairs")
-    Console(highlight=False).print(table)
+    Terminal(highlight=False).print(table)

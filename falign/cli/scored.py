@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +113,12 @@ class Scored(NamedTuple):
 
 
 def load_run(
-    path: str, *, max_length: int | None, any_objective: bool = False, checkpoint: int | None = None
+    path: str,
+    *,
+    max_length: int | None,
+    any_objective: bool = False,
+    checkpoint: int | None = None,
+    trust_code: bool = False,
 ) -> Scored:
     """Load a run as it was trained: its policy, reference, objective and window.
 
@@ -123,9 +127,11 @@ def load_run(
         max_length: The window, if not the run's own.
         any_objective: Take a run whose objective defines no implicit reward too, with log-ratios for rewards.
         checkpoint: The step of a checkpoint to take in place of the end.
+        trust_code: Whether code that the run folder names may run.
 
     Raises:
-        ConfigError: The run is not finished, or its objective defines no implicit reward and needs to.
+        ConfigError: The run is not finished, names code that is not trusted, or its objective defines no implicit
+            reward and needs to.
         ModelError: A model is not there, or not the one that was trained.
     """
     from falign.cli.trained import checkpoint_folder, load_trained
@@ -136,7 +142,7 @@ def load_run(
     from falign.training.references import rebuild_reference
 
     folder = RunFolder.open(path)
-    objective = run_objective(path)
+    objective = run_objective(path, trust_code=trust_code)
     rewarding = isinstance(objective, RewardingObjective)
     if not rewarding and not any_objective:
         kind = folder.read_run_file()["objective"]["kind"]
@@ -144,7 +150,7 @@ def load_run(
             f"{path}: objective.kind={kind} defines no implicit reward to score by. Export the run "
             "(falign export --format merged), and score that with --reference and a --divergence of your choice."
         )
-    policy, tokenizer, config = load_trained(folder, checkpoint)
+    policy, tokenizer, config = load_trained(folder, checkpoint, trust_code=trust_code)
     policy.to(_device())  # pyright: ignore[reportArgumentType]
     reference = rebuild_reference(config, policy, folder, device=_device())
     if checkpoint is not None and isinstance(reference, MovingReference):
@@ -243,17 +249,23 @@ def load_alone(path: str, *, dtype: str, max_length: int | None) -> Scored:
     )
 
 
-def run_objective(path: str) -> Objective:
+def run_objective(path: str, *, trust_code: bool = False) -> Objective:
     """Return the objective of a run, without what is fitted on samples.
 
-    Raises:
-        ConfigError: There is no run, or its run file is damaged.
-    """
-    from falign.training import RunFolder, parse_run
+    Args:
+        path: The run folder.
+        trust_code: Whether a divergence that the run folder names (module:attribute) may be imported.
 
-    folder = RunFolder.open(path)
-    sys.path.insert(0, str(Path.cwd()))  # where a divergence of one's own (module:attribute) lies
-    return parse_run(folder.read_run_file(), place=str(folder.run_file)).check()
+    Raises:
+        ConfigError: There is no run, its run file is damaged, or it names code that is not trusted.
+    """
+    from falign.training import RunFolder
+    from falign.training.named_code import import_from, named_code, read_run
+
+    config = read_run(RunFolder.open(path), uses=["objective"], trust_code=trust_code)
+    if named_code(config, ["objective"]):
+        import_from(Path.cwd())
+    return config.check()
 
 
 def positions_of(model: Any) -> int | None:

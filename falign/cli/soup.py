@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +13,7 @@ from typer.core import TyperCommand
 from typing_extensions import override
 
 from falign.errors import ConfigError
+from falign.terminal import Terminal
 
 __all__ = ["SoupCommand", "soup"]
 
@@ -52,13 +52,13 @@ def soup(
     from falign.models import write_soup
 
     _refuse_what_is_no_model(out)
-    with Console(stderr=True).status(f"averaging {escape(', '.join(paths))}"):
+    with Terminal(stderr=True).status(f"averaging {escape(', '.join(paths))}"):
         write_soup(paths, out, weights=weights or None, dtype=dtype, overwrite=overwrite)
     _show(out, json.loads((out / "soup.json").read_text(encoding="utf-8")))
 
 
 def _show(out: Path, record: dict[str, Any]) -> None:
-    console = Console()
+    console = Terminal()
     console.print("wrote", Text(str(out), style="bold"))
     table = Table(record["kind"], "weight", "sha256")
     for member in record["members"]:

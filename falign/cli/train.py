@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from falign.cli.achieved import show
 from falign.cli.launch import Launch, launch
 from falign.errors import ConfigError
+from falign.terminal import Terminal
 
 __all__ = ["train"]
 
@@ -39,10 +38,16 @@ def train(
     processes: Annotated[
         int | None, typer.Option("--processes", min=1, help="How many, with --launch; by default one for each GPU.")
     ] = None,
+    trust_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-code", help="Run code that the run.yaml of a run folder names; your own file needs none."
+        ),
+    ] = False,
 ) -> None:
     """Train what a run file describes, and show what became better."""
     if kind is not None:
-        flags = {"--resume": resume, "--new-rewards": new_rewards, "--skip-bad": skip_bad}
+        flags = {"--resume": resume, "--new-rewards": new_rewards, "--skip-bad": skip_bad, "--trust-code": trust_code}
         given = [*(overrides or []), *(flag for flag, is_given in flags.items() if is_given)]
         launch(kind, processes, ["train", run_file, *given])
         return
@@ -50,12 +55,16 @@ def train(
         raise ConfigError(f"--processes {processes} says nothing without --launch: give --launch ddp or fsdp2.")
     if new_rewards and not resume:
         raise ConfigError("--new-rewards says nothing without --resume: a new run takes its rewards as they are.")
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")
-    # A divergence of one's own (module:attribute) lies beside the run file or in the working folder.
-    sys.path[:0] = [str(Path.cwd()), str(Path(run_file).absolute().parent)]
+    console = Terminal(quiet=os.environ.get("RANK", "0") != "0")
     with console.status("starting"):
         from falign.training import load_run_file
         from falign.training import train as run
+        from falign.training.named_code import import_from, is_recorded, named_code, require_trust
 
         config = load_run_file(run_file, [*(overrides or []), *(["training.skip_bad=true"] if skip_bad else [])])
+        code = named_code(config)
+        if is_recorded(Path(run_file)):
+            require_trust(code, place=run_file, trust_code=trust_code)
+        if code:
+            import_from(Path.cwd(), Path(run_file).parent)
     show(run(config, resume=resume, new_rewards=new_rewards), console)

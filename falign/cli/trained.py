@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
 
 from falign.errors import ConfigError, ModelError
 
@@ -13,7 +15,16 @@ if TYPE_CHECKING:
 
     from falign.training import RunConfig, RunFolder
 
-__all__ = ["Trained", "chat_of_run", "checkpoint_folder", "is_run", "load_trained", "result_folder"]
+__all__ = ["Trained", "TrustCode", "chat_of_run", "checkpoint_folder", "is_run", "load_trained", "result_folder"]
+
+
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code", help="Run code that the run folder names: functions, divergences, its model's own code."
+    ),
+]
+"""The option of every command that builds what a run folder names."""
 
 
 class Trained(NamedTuple):
@@ -31,12 +42,10 @@ def is_run(path: str) -> bool:
 
 def chat_of_run(path: str) -> bool | None:
     """Return whether a run read plain texts as turns; None for a model, and where the run's sources differ."""
-    from falign.training import RunFolder, parse_run
+    from falign.training import RunFolder
+    from falign.training.named_code import read_run
 
-    if not is_run(path):
-        return None
-    folder = RunFolder.open(path)
-    return parse_run(folder.read_run_file(), place=str(folder.run_file)).chat
+    return read_run(RunFolder.open(path), uses=[], trust_code=False).chat if is_run(path) else None
 
 
 def result_folder(model: str, name: str, out: Path | None) -> Path:
@@ -57,22 +66,23 @@ def result_folder(model: str, name: str, out: Path | None) -> Path:
     return folder
 
 
-def load_trained(folder: RunFolder, checkpoint: int | None = None) -> Trained:
+def load_trained(folder: RunFolder, checkpoint: int | None = None, *, trust_code: bool = False) -> Trained:
     """Load the model of a run as it was trained.
 
     Args:
         folder: The run.
         checkpoint: The step of a checkpoint to take in place of the end.
+        trust_code: Whether code that the run folder names may run.
 
     Raises:
-        ConfigError: The run is not finished, or has no such checkpoint.
+        ConfigError: The run is not finished, has no such checkpoint, or names code for its model that is not trusted.
         ModelError: The base model, or its configuration, is not the one that was trained.
     """
     from falign.models import load_adapter, load_model, load_tokenizer, weights_hash
     from falign.models.tokenizers import fix_date
-    from falign.training import parse_run
+    from falign.training.named_code import read_run
 
-    config = parse_run(folder.read_run_file(), place=str(folder.run_file))
+    config = read_run(folder, uses=["model", "adapter"], trust_code=trust_code)
     source = folder.weights if config.adapter is None else folder.adapter
     if checkpoint is not None:
         source = checkpoint_folder(folder, checkpoint)

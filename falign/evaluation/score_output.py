@@ -1,11 +1,12 @@
 """The file of scores: it appears whole or not at all, and a run that was stopped goes on where it was.
 
-Rows go to ``.NAME.partial.jsonl`` beside the output, and what they depend on to ``.NAME.partial.json``. Both are gone
-once the output is there.
+Rows go to ``.NAME.partial.jsonl`` beside the output, their checksums to ``.NAME.partial.sha256``, and what they depend
+on to ``.NAME.partial.json``. All three are gone once the output is there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
 
+from falign.durable import checksum, lock, naming, refuse_link, staged, sync_folder, write_whole
 from falign.errors import ConfigError
 from falign.evaluation.score_rows import ScoreRow
 from falign.passwords import without_passwords
@@ -25,6 +27,7 @@ __all__ = ["ScoreOutput", "check_output", "reopen"]
 
 SUFFIXES = (".jsonl", ".parquet")
 _ROWS_PER_GROUP = 1024
+_SUM_LENGTH = 64
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> None:
@@ -56,26 +59,35 @@ class ScoreOutput:
     Args:
         path: ``.jsonl`` or ``.parquet``.
         record: What the rows depend on, by name; plain values.
-        overwrite: Start anew, and remove an existing output and what an earlier call has left.
+        overwrite: Replace an existing output once the new one is whole. Rows that an earlier call has left are taken up
+            where they depend on the same, and else dropped.
 
     Raises:
-        ConfigError: The output cannot be written, or an earlier call has left rows that depend on something else.
+        ConfigError: The output cannot be written, another process writes it, or an earlier call has left rows that
+            depend on something else.
     """
 
     def __init__(self, path: Path, *, record: Mapping[str, Any], overwrite: bool = False) -> None:
         check_output(path, overwrite=overwrite)
         self.path = path
-        self.rows_file, self.record_file = _rows_file(path), _record_file(path)
-        self._parquet_file = path.with_name(f".{path.name}.partial.parquet")
-        if overwrite:
-            for file in (self.rows_file, self.record_file, self._parquet_file, path):
-                file.unlink(missing_ok=True)
-        self._claim(json.loads(json.dumps(record)))
+        self.rows_file, self.record_file, self._sums_file = _rows_file(path), _record_file(path), _sums_file(path)
+        for file in (path, self.rows_file, self.record_file, self._sums_file):
+            refuse_link(file)
+        begun = self.rows_file.exists()
         try:
-            self.rows_file.touch()
-            self._file: BinaryIO = self.rows_file.open("r+b")
+            self._file = _opened(self.rows_file)
+            self._sums = _opened(self._sums_file)
         except OSError as error:
             raise ConfigError(f"{self.rows_file} cannot be opened ({error}): remove it, or rename --out.") from error
+        try:
+            lock(self._file.fileno(), self.rows_file)
+            self._claim(json.loads(json.dumps(record)), begun=begun, overwrite=overwrite)
+        except BaseException:
+            self._file.close()
+            self._sums.close()
+            raise
+        self._expected = [line.rstrip(b"\n") for line in self._sums]
+        self._num_rows = 0
         self._reading = True
 
     def __enter__(self) -> ScoreOutput:
@@ -84,10 +96,10 @@ class ScoreOutput:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._sums.close()
         if self.rows_file.exists() and not self.rows_file.stat().st_size:
-            self.rows_file.unlink()
-            self.record_file.unlink(missing_ok=True)
+            self._remove_partial()
+        self._file.close()
 
     def take(self, tree: PromptTree) -> list[ScoreRow] | None:
         """Return the rows of the next tree if they are there already.
@@ -120,11 +132,9 @@ class ScoreOutput:
         start = self._file.tell()
         rows: list[dict[str, Any]] = []
         for wanted in expected:
-            row = _parse(self._file.readline())
+            row = self._next_row()
             if row is None:
-                self._file.seek(start)
-                self._file.truncate()
-                self._reading = False
+                self._cut(start, self._num_rows - len(rows))
                 return None
             try:
                 TypeAdapter(form).validate_python(row)
@@ -141,9 +151,16 @@ class ScoreOutput:
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write rows behind those that are there; they survive the process from here on."""
         assert not self._reading
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        self._file.write(text.encode("utf-8", "surrogatepass"))
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass") for row in rows]
+        self._file.write(b"".join(line + b"\n" for line in lines))
         self._file.flush()
+        # Behind the rows: one without its checksum is not taken.
+        self._sums.write(b"".join(_sum(line) + b"\n" for line in lines))
+        self._sums.flush()
+
+    def checksum(self) -> str:
+        """Return the SHA-256 of all rows so far, which is that of the finished JSONL file."""
+        return checksum(self.rows_file)
 
     def finish(self) -> None:
         """Give the output its name.
@@ -154,27 +171,59 @@ class ScoreOutput:
         if self._reading and self._file.readline():
             raise self._changed("it has rows behind the last one of the source")
         os.fsync(self._file.fileno())
-        self._file.close()
         if self.path.suffix == ".parquet":
-            _write_parquet(self.rows_file, self._parquet_file)
-            self._parquet_file.replace(self.path)
-            self.rows_file.unlink()
+            with naming(self.path), staged(self.path, "file") as temporary:
+                _write_parquet(self.rows_file, temporary)
         else:
             self.rows_file.replace(self.path)
-        self.record_file.unlink()
+            sync_folder(self.path.parent)
+        self._remove_partial()
 
-    def _claim(self, record: dict[str, Any]) -> None:
-        if self.rows_file.exists():
-            found = self._read_record()
-            names = [name for name in {**found, **record} if found.get(name) != record.get(name)]
-            if names:
+    def _remove_partial(self) -> None:
+        for file in (self.rows_file, self._sums_file, self.record_file):
+            file.unlink(missing_ok=True)
+
+    def _next_row(self) -> dict[str, Any] | None:
+        """Return the next row, or None where there is none, half a one or a damaged one."""
+        line = self._file.readline()
+        if not line.endswith(b"\n") or self._num_rows == len(self._expected):
+            return None
+        if _sum(line.rstrip(b"\n")) != self._expected[self._num_rows]:
+            return None
+        self._num_rows += 1
+        return json.loads(line.decode("utf-8", "surrogatepass"))
+
+    def _cut(self, start: int, num_rows: int) -> None:
+        """Forget all rows from a place on."""
+        self._file.seek(start)
+        self._file.truncate()
+        self._sums.seek(num_rows * (_SUM_LENGTH + 1))
+        self._sums.truncate()
+        self._reading = False
+
+    def _claim(self, record: dict[str, Any], *, begun: bool, overwrite: bool) -> None:
+        """Take up the rows of an earlier call that depend on the same, or begin."""
+        if begun and self._file.seek(0, os.SEEK_END) > 0:
+            found = None
+            try:
+                found = self._read_record()
+            except ConfigError:
+                if not overwrite:
+                    raise
+            names = [] if found is None else [k for k in {**found, **record} if found.get(k) != record.get(k)]
+            if found is not None and names and not overwrite:
                 shown = ", ".join(f"{name} ({found.get(name)!r} there, {record.get(name)!r} now)" for name in names)
                 raise ConfigError(
                     f"{self.rows_file} holds the beginning of other scores: {shown}. Go on with the same settings, "
                     "name another --out, or give --overwrite to start anew."
                 )
-        else:
-            _write_whole(self.record_file, json.dumps(record, indent=1))
+            if found is not None and not names:
+                self._file.seek(0)
+                return
+        self._file.truncate(0)
+        self._sums.truncate(0)
+        self._file.seek(0)
+        write_whole(self.record_file, without_passwords(json.dumps(record, indent=1)))
 
     def _read_record(self) -> dict[str, Any]:
         try:
@@ -200,7 +249,9 @@ def reopen(path: Path, *, sibling: Path) -> None:
         sibling: What was to be finished after it.
     """
     if path.exists() and not sibling.exists() and _record_file(sibling).exists():
-        _write_whole(_record_file(path), _record_file(sibling).read_text(encoding="utf-8"))
+        write_whole(_record_file(path), _record_file(sibling).read_text(encoding="utf-8"))
+        with path.open("rb") as lines:
+            write_whole(_sums_file(path), b"".join(_sum(line.rstrip(b"\n")) + b"\n" for line in lines))
         path.replace(_rows_file(path))
 
 
@@ -212,21 +263,16 @@ def _record_file(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial.json")
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return a row, or None for the end and for what a killed process has left of one."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        row = json.loads(line.decode("utf-8", "surrogatepass"))
-    except (RecursionError, ValueError):
-        return None
-    return row if isinstance(row, dict) else None
+def _sums_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial.sha256")
 
 
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.new")
-    temporary.write_text(without_passwords(text), encoding="utf-8")
-    temporary.replace(path)
+def _opened(path: Path) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")
+
+
+def _sum(line: bytes) -> bytes:
+    return hashlib.sha256(line).hexdigest().encode()
 
 
 def _write_parquet(rows_file: Path, path: Path) -> None:
@@ -252,5 +298,3 @@ def _write_parquet(rows_file: Path, path: Path) -> None:
         with pq.ParquetWriter(path, schema) as writer:
             while lines := list(islice(file, _ROWS_PER_GROUP)):
                 writer.write_batch(pa.RecordBatch.from_pylist(list(map(json.loads, lines)), schema=schema))
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -1,13 +1,12 @@
 """A folder that appears under its final name complete, or not at all."""
 
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from falign.durable import sync_folder, sync_tree
+from falign.durable import staged
 from falign.errors import ModelError
 from falign.full_disk import is_full_disk
 
@@ -37,24 +36,19 @@ def staged_folder(
     _refuse_occupied(target, existing)
     target.parent.mkdir(parents=True, exist_ok=True)
     free_bytes = shutil.disk_usage(target.parent).free
-    staging = _sibling(target, "partial")
     try:
-        staging.mkdir()
-        yield staging
-        _make_readable(staging)
-        sync_tree(staging)
-        _publish(staging, target, existing)
-        sync_folder(target.parent)
+        with staged(target, "folder", keep=existing == "keep") as staging:
+            yield staging
+            _make_readable(staging)
+            _refuse_occupied(target, existing)
     except Exception as error:
-        if not is_full_disk(error, folder=staging):
+        if not is_full_disk(error, folder=target.parent):
             raise
         needed = "" if needed_bytes is None else f", about {_megabytes(needed_bytes)} needed"
         raise ModelError(
             f"{target}: the disk is full ({_megabytes(free_bytes)} free before writing{needed}). Nothing was "
             "left there; free some space or choose a folder on another disk."
         ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _refuse_occupied(target: Path, existing: str) -> None:
@@ -64,29 +58,11 @@ def _refuse_occupied(target: Path, existing: str) -> None:
         raise ModelError(f"{target} exists and is not empty: choose another folder, or ask to overwrite it.")
 
 
-def _publish(staging: Path, target: Path, existing: str) -> None:
-    if existing == "keep" and _occupied(target):
-        return
-    if not _occupied(target):
-        staging.rename(target)  # atomic, also onto an empty folder
-        return
-    _refuse_occupied(target, existing)
-    # Two renames, because a non-empty folder cannot be renamed over: the name is free for an instant, never partial.
-    replaced = _sibling(target, "replaced")
-    target.rename(replaced)
-    staging.rename(target)
-    shutil.rmtree(replaced)
-
-
 def _make_readable(folder: Path) -> None:
     # safetensors makes its files readable by their owner alone; the folder has the mode that the user's umask gives.
     mode = folder.stat().st_mode & 0o666
     for file in folder.iterdir():
         file.chmod(mode)
-
-
-def _sibling(target: Path, suffix: str) -> Path:
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.{suffix}")
 
 
 def _occupied(folder: Path) -> bool:

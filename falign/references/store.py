@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
-import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from falign.durable import sync_folder
+from falign.durable import write_whole
 from falign.errors import ConfigError, DataError
 
 __all__ = ["CacheKey", "LogprobStore", "entry_digest"]
@@ -130,7 +128,7 @@ class LogprobStore:
             "logprobs": torch.cat([*rows.values()]),
         }
         shard = self.directory / f"shard-{hashlib.sha256(digests).hexdigest()[:24]}.safetensors"
-        _write_atomically(shard, save(tensors))
+        write_whole(shard, save(tensors))
         self._register(shard)
 
     def _check_index(self) -> None:
@@ -142,7 +140,7 @@ class LogprobStore:
             if has_shards:
                 raise ConfigError(f"{self.directory} has shards but no index.json: delete it or take another.")
             self.directory.mkdir(parents=True, exist_ok=True)
-            _write_atomically(path, json.dumps(wanted, indent=1).encode())
+            write_whole(path, json.dumps(wanted, indent=1))
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
@@ -185,13 +183,3 @@ def _reading(shard: Path) -> Iterator[None]:
             f"{shard} is not a shard of reference log-probabilities, or is damaged ({error}): delete this file, and "
             "its entries are computed again."
         ) from error
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)

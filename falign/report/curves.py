@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from falign.report.drawing import DASHED, SOLID, Line, Plot, Series, file_name
 from falign.report.metric_names import Number, divergence_label
@@ -15,6 +15,8 @@ SMOOTHED_FROM = 60
 """Points from which on a running mean is drawn over them."""
 WINDOW = 20
 """Of the running mean: one part in so many of all points."""
+MOST_POINTS, MOST_MARKS = 1000, 200
+"""Of a curve: more than a screen shows are drawn as the extremes of each part, and as means over parts."""
 
 
 class Panel(NamedTuple):
@@ -107,24 +109,48 @@ def _plot(panel: Panel, runs: Sequence[ReportedRun]) -> Plot | None:
 
 def _series(run: ReportedRun, metric: str, line: Line, label: str) -> Iterator[Series]:
     color = run.color.light
-    steps, values = _points(run, metric)
-    if len(steps) >= SMOOTHED_FROM:
-        yield Series("", steps, values, color, faint=True)
-        values = _running_mean(values)
-    if steps:
-        yield Series(label or "training", steps, values, color, line=line)
-    held_out, values = _points(run, f"eval_{metric}")
+    points = _points(run, metric)
+    parts = _parts(points, MOST_POINTS)
+    if len(points) >= SMOOTHED_FROM:
+        yield _curve("", [point for part in parts for point in _extremes(part)], color, faint=True)
+        points = _running_means(parts)
+    if points:
+        yield _curve(label or "training", points, color, line=line)
+    held_out = [part[-1] for part in _parts(_points(run, f"eval_{metric}"), MOST_MARKS)]
     if held_out:
         told = f"{label}, held out" if label else "held out"
-        yield Series(told, held_out, values, color, line=None if steps else SOLID, marker=run.marker)
+        yield _curve(told, held_out, color, line=None if points else SOLID, marker=run.marker)
 
 
-def _points(run: ReportedRun, metric: str) -> tuple[list[Number], list[Number]]:
-    points = [(log["step"], log[metric]) for log in run.logs if metric in log]
-    return [step for step, _ in points], [value for _, value in points]
+Point: TypeAlias = tuple[Number, Number]
+"""Step and value."""
 
 
-def _running_mean(values: Sequence[Number]) -> list[Number]:
-    half = max(1, len(values) // WINDOW // 2)
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
+def _curve(label: str, points: Sequence[Point], color: str, **look: Any) -> Series:
+    return Series(label, [step for step, _ in points], [value for _, value in points], color, **look)
+
+
+def _points(run: ReportedRun, metric: str) -> list[Point]:
+    return [(log["step"], log[metric]) for log in run.logs if metric in log]
+
+
+def _parts(points: Sequence[Point], most: int) -> list[Sequence[Point]]:
+    """Cut a curve into at most so many parts of equal length."""
+    size = max(1, -(-len(points) // most))
+    return [points[start : start + size] for start in range(0, len(points), size)]
+
+
+def _extremes(part: Sequence[Point]) -> Sequence[Point]:
+    """The smallest and the largest value of a part, in the order of their steps."""
+    return sorted({min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])})
+
+
+def _running_means(parts: Sequence[Sequence[Point]]) -> list[Point]:
+    """The mean over a window around each part, at the part's middle."""
+    half = max(1, len(parts) // WINDOW // 2)
+    sums, counts = [sum(value for _, value in part) for part in parts], [len(part) for part in parts]
+    windows = [slice(max(0, i - half), i + half + 1) for i in range(len(parts))]
+    return [
+        (part[len(part) // 2][0], sum(sums[window]) / sum(counts[window]))
+        for part, window in zip(parts, windows, strict=True)
+    ]

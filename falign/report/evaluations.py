@@ -155,10 +155,12 @@ def read_evaluations(folder: Path) -> tuple[RewardSummary | SampleSummary, ...]:
     Raises:
         ConfigError: One has another form.
     """
-    return tuple(map(_read, sorted((folder / "evaluation").glob("*/summary.json"))))
+    found = map(_read, sorted((folder / "evaluation").glob("*/summary.json")))
+    return tuple(summary for summary in found if summary is not None)
 
 
-def _read(file: Path) -> RewardSummary | SampleSummary:
+def _read(file: Path) -> RewardSummary | SampleSummary | None:
+    """Return a summary; None where it has gone since its folder was listed."""
     remedy = "remove its folder, and evaluate anew."
     try:
         return _ANY.validate_python(json.loads(file.read_text(encoding="utf-8")))
@@ -166,5 +168,7 @@ def _read(file: Path) -> RewardSummary | SampleSummary:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise ConfigError(f"{file}: {place} is not of an evaluation's form ({first['msg']}): {remedy}") from error
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is damaged ({error}): {remedy}") from error

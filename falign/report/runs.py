@@ -32,6 +32,7 @@ class ReportedRun:
         after: The same after training; empty until the run has ended.
         samples: Prompts of the run file, answered before and after.
         evaluations: What ``falign evaluate`` has measured.
+        ended: Whether it had trained all its steps when it was read.
     """
 
     label: str
@@ -44,6 +45,7 @@ class ReportedRun:
     after: dict[str, Number]
     samples: list[dict[str, str]]
     evaluations: tuple[RewardSummary | SampleSummary, ...]
+    ended: bool = False
 
     @property
     def color(self) -> Color:
@@ -54,11 +56,6 @@ class ReportedRun:
     def marker(self) -> str:
         """Its marker, everywhere."""
         return marker_of(self.index)
-
-    @property
-    def ended(self) -> bool:
-        """Whether it has trained all its steps."""
-        return (self.folder.path / "summary.json").is_file()
 
     @property
     def online(self) -> bool:
@@ -94,7 +91,9 @@ def _read(folder: RunFolder, index: int, label: str) -> ReportedRun:
     def known(name: str) -> Any:
         return folder.read_json(name) if (folder.path / name).is_file() else None
 
-    summary = known("summary.json") or {"before": (known("before.json") or {"metrics": {}})["metrics"], "after": {}}
+    # Once: the run may be going on, and what it writes last, after all else, is the summary.
+    whole = known("summary.json")
+    summary = whole or {"before": (known("before.json") or {"metrics": {}})["metrics"], "after": {}}
     return ReportedRun(
         label=label,
         index=index,
@@ -106,6 +105,7 @@ def _read(folder: RunFolder, index: int, label: str) -> ReportedRun:
         after=summary["after"],
         samples=known("samples.json") or [],
         evaluations=read_evaluations(folder.path),
+        ended=whole is not None,
     )
 
 

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from falign.durable import naming, refuse_link, write_whole
 from falign.errors import ConfigError, FalignError
 from falign.passwords import without_passwords
+from falign.report.drawing import PNG_MARK
 from falign.report.page import MARK, page
 from falign.report.runs import ReportedRun, read_runs
 from falign.report.sections import SECTIONS, Section
-from falign.training.run_folder import naming
 
 __all__ = ["WrittenReport", "made_of", "report_path", "write_report"]
 
@@ -26,11 +27,13 @@ class WrittenReport(NamedTuple):
         page: The HTML file.
         figures: The folder of the PNG files.
         pictures: The PNG files.
+        runs: What the page says of each run.
     """
 
     page: Path
     figures: Path
     pictures: tuple[Path, ...]
+    runs: tuple[ReportedRun, ...]
 
 
 def report_path(runs: Sequence[str | Path], out: str | Path | None) -> Path:
@@ -41,13 +44,14 @@ def report_path(runs: Sequence[str | Path], out: str | Path | None) -> Path:
         out: A folder, or a file with the suffix ``.html``; left out, the folder of a single run, or this folder.
 
     Raises:
-        ConfigError: A file that is no report lies there.
+        ConfigError: A link, or a file that is no report, lies there.
     """
     if out is None:
         path = (Path(runs[0]) if len(runs) == 1 else Path()) / NAME
     else:
         path = Path(out)
         path = path if path.suffix.lower() in (".html", ".htm") and not path.is_dir() else path / NAME
+    refuse_link(path)
     if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         raise ConfigError(f"{path} is there and is no report of falign: choose another --out.")
     return path
@@ -64,7 +68,8 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> W
         The page and its pictures, which lie in the folder ``NAME-figures`` beside ``NAME.html``.
 
     Raises:
-        ConfigError: A folder is no run, a file in one is damaged, or another file lies where the report would.
+        ConfigError: A folder is no run, a file in one is damaged, or another file or a link lies where the report
+            or one of its pictures would.
     """
     path = report_path(runs, out)
     with _naming_the_runs(runs):
@@ -72,12 +77,16 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> W
     sections = [made_of(section, read) for section in SECTIONS]
     folder = path.parent / f"{path.stem}-figures"
     pictures = {folder / f"{picture.name}.png": picture.png for part in sections for picture in part.pictures}
+    for file in (path, folder, *pictures):
+        refuse_link(file)
+    for file in pictures:
+        _refuse_foreign(file)
     with naming(path):
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(without_passwords(page(read, sections)), encoding="utf-8")
-        for file, content in pictures.items():
-            file.write_bytes(content)
-    return WrittenReport(path, folder, tuple(pictures))
+    for file, content in pictures.items():
+        write_whole(file, content)
+    write_whole(path, without_passwords(page(read, sections)))
+    return WrittenReport(path, folder, tuple(pictures), tuple(read))
 
 
 def made_of(section: Callable[[Sequence[ReportedRun]], Section], runs: Sequence[ReportedRun]) -> Section:
@@ -92,6 +101,11 @@ def made_of(section: Callable[[Sequence[ReportedRun]], Section], runs: Sequence[
     """
     with _naming_the_runs([run.folder.path for run in runs]):
         return section(runs)
+
+
+def _refuse_foreign(picture: Path) -> None:
+    if picture.exists() and PNG_MARK.encode() not in picture.read_bytes():
+        raise ConfigError(f"{picture} is there and was not drawn by falign report: move it, or choose another --out.")
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def presample(
         params: How they are drawn: from the model's own distribution, of which rehearsal takes them to be samples.
         seed: Of all that is drawn.
         version: What the engine has published.
-        start: The first prompt, a multiple of `chunk_size`; those before it were done by an earlier call.
+        start: The first prompt, a multiple of `chunk_size`, or the number of prompts where an earlier call did all.
         chunk_size: Prompts at a time.
 
     Yields:
@@ -73,7 +73,7 @@ def presample(
             f"temperature={params.temperature}, top_k={params.top_k}, top_p={params.top_p}: what is rehearsed must be "
             "sampled from the model itself, at temperature 1 without top-k and top-p."
         )
-    assert start % chunk_size == 0
+    assert start % chunk_size == 0 or start == len(prompt_ids)
 
     def verified(prompts: list[int], n: int, *, seed: int) -> list[tuple[int, Rollout]]:
         """Return how many of each prompt's completions are correct, and the first of them."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
+from falign.durable import naming, refuse_link
 from falign.errors import ConfigError
+from falign.json_lines import sealed, unsealed
 from falign.rollouts.presampling import Presampled
 
 __all__ = ["Finding", "PresamplingJournal"]
@@ -39,42 +40,65 @@ _OBJECT, _FINDING = TypeAdapter(dict[str, Any]), TypeAdapter(Finding)
 
 
 class PresamplingJournal:
-    """A file of findings in the order of the prompts; its first line is what they depend on.
+    """A file of findings in the order of the prompts, each line with its checksum; the first says what they depend on.
 
     Args:
         path: The file; made with the first finding.
         record: What the findings depend on, by name; plain values.
         chunk_size: Findings come in chunks of so many; of a chunk that is not whole nothing is taken.
+        num_prompts: How many findings there are in the end: the last chunk is whole where it has come to them.
+        restart: Where the file is damaged or depends on something else, begin again with the first finding.
 
     Raises:
-        ConfigError: The file depends on something else.
+        ConfigError: The file is damaged, depends on something else, or is a link.
     """
 
-    def __init__(self, path: Path, *, record: Mapping[str, Any], chunk_size: int) -> None:
+    def __init__(
+        self, path: Path, *, record: Mapping[str, Any], chunk_size: int, num_prompts: int, restart: bool = False
+    ) -> None:
+        refuse_link(path)
         self.path, self._record = path, json.loads(json.dumps(record))
+        self._chunk_size, self._num_prompts = chunk_size, num_prompts
+        self.findings: list[Finding] = []
+        self._size = 0  # of what is taken up
         try:
-            content = path.read_bytes() if path.exists() else b""
-            whole = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
-            if whole:
-                self._claim(_OBJECT.validate_json(whole[0]))
-            rows = whole[1:]
-            rows = rows[: len(rows) // chunk_size * chunk_size]
-            self.findings = [_FINDING.validate_json(row) for row in rows]
-        except (OSError, ValidationError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"{path} is damaged ({reason}): remove it, and pre-sampling starts anew.") from error
-        if content:  # what a killed process has left of a line or a chunk goes
-            os.truncate(path, sum(map(len, [*whole[:1], *rows])))
-        self._begun = bool(whole)
+            self._take_up()
+        except ConfigError:
+            if not restart:
+                raise
+            self.findings, self._size = [], 0
 
     def append(self, results: Sequence[Presampled]) -> None:
         """Write the findings of a chunk; they survive the process from here on."""
         found = [Finding(result.num_correct, _stored(result)) for result in results]
-        head = [] if self._begun else [self._record]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in [*head, *(each._asdict() for each in found)])
+        head = [] if self._size else [self._record]
+        lines = "".join(map(sealed, [*head, *(each._asdict() for each in found)])).encode()
+        with naming(self.path), self.path.open("ab") as file:
+            file.truncate(self._size)  # what a killed process has left of a line or a chunk goes
+            file.write(lines)
+        self._size += len(lines)
         self.findings += found
-        self._begun = True
+
+    def _take_up(self) -> None:
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+        if not lines:
+            return
+        self._claim(self._read(_OBJECT, lines[0], 1))
+        rows = lines[1:]
+        if len(rows) != self._num_prompts:
+            rows = rows[: len(rows) // self._chunk_size * self._chunk_size]
+        self.findings = [self._read(_FINDING, row, number) for number, row in enumerate(rows, start=2)]
+        self._size = sum(len(line) + 1 for line in [lines[0], *rows])
+
+    def _read(self, form: Any, line: bytes, number: int) -> Any:
+        try:
+            return form.validate_python(unsealed(line))
+        except (ValueError, RecursionError) as error:  # pydantic's are ValueErrors, too
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"{self.path}:{number} is damaged ({reason}): remove the file, or give --overwrite, and pre-sampling "
+                "starts anew."
+            ) from error
 
     def _claim(self, found: Mapping[str, Any]) -> None:
         names = [name for name in {**found, **self._record} if found.get(name) != self._record.get(name)]
@@ -82,7 +106,7 @@ class PresamplingJournal:
             shown = ", ".join(f"{name} ({found.get(name)!r} there, {self._record.get(name)!r} now)" for name in names)
             raise ConfigError(
                 f"{self.path} holds the beginning of another pre-sampling: {shown}. Go on with the same settings, name "
-                "another folder, or remove it."
+                "another folder, or start anew with --overwrite."
             )
 
 

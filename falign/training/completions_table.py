@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from falign.durable import naming
 from falign.evaluation.groups import Draw
-from falign.training.run_folder import naming
 
 __all__ = ["CompletionsTable"]
 

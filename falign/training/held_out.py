@@ -2,41 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from falign.data import PromptRow, read_examples
 from falign.data.bad_rows import BadRows
 from falign.errors import ConfigError
 from falign.training.config import DataConfig, RunConfig
-from falign.training.parts import Language
+from falign.training.parts import Language, load_language
+from falign.training.run_folder import RunFolder
+from falign.training.run_inputs import prompt_digest
 
 __all__ = ["held_out_prompts"]
 
 
-def held_out_prompts(config: RunConfig, language: Language) -> list[PromptRow]:
-    """Return the prompts that a run has not learnt from; of an offline run each once, whatever completions it has.
+def held_out_prompts(folder: RunFolder, config: RunConfig, *, tell: Callable[[str], None]) -> list[PromptRow]:
+    """Return the prompts that a run has held out and not trained on; of an offline run each once.
+
+    What it held out is what its folder records: its data may have changed since, and would be split otherwise.
 
     Args:
-        config: The run.
-        language: Its tokenizer.
+        folder: The run.
+        config: Its run file.
+        tell: Is told how many held-out prompts the run trained on too.
 
     Raises:
-        ConfigError: It has held none out.
+        ConfigError: It has held none out, has no record of its rows, or its data lack some of them now.
         DataError: Its data are not there any more.
     """
-    if config.prompts is not None:
-        found = config.prompts.build(language.tokenizer, seed=config.seed).eval
-    else:
+    section, recorded = "data.eval" if config.prompts is None else "prompts.eval", folder.read_rows()
+    held_out = {prompt for prompt, _ in recorded.rows.get(section, ())}
+    wanted = held_out - recorded.trained_prompts
+    if not wanted:
+        reason = f"trained on all {len(held_out)} prompts that it held out" if held_out else "has held out no prompts"
+        raise ConfigError(f"{folder.path} {reason}: give --prompts FILE.")
+    if len(wanted) < len(held_out):
+        tell(f"{len(held_out) - len(wanted)} of {len(held_out)} held-out prompts were trained on too: left out")
+    language = load_language(config, date=folder.read_date())
+    if config.prompts is None:
         assert config.data is not None
-        found = _of_preferences(config.data, language, config.seed)
-    if not found:
-        raise ConfigError(f"{config.output_dir} has held out no prompts: give --prompts FILE.")
-    return found
+        loaded = _of_preferences(config.data, language, config.seed)
+    else:
+        data = config.prompts.build(language.tokenizer, seed=config.seed)
+        loaded = [*data.eval, *data.train]
+    found = [(prompt_digest(row.prompt_ids), row) for row in loaded]
+    if missing := len(wanted - {digest for digest, _ in found}):
+        raise ConfigError(
+            f"{folder.path}: {missing} of the {len(wanted)} prompts that it held out are not in its data any more: "
+            "restore the files, or give --prompts FILE."
+        )
+    return [row for digest, row in found if digest in wanted]
 
 
 def _of_preferences(data: DataConfig, language: Language, seed: int) -> list[PromptRow]:
-    loaded = data.build(language.tokenizer, stop_token_ids=language.stop_tokens, seed=seed).eval
+    loaded = data.build(language.tokenizer, stop_token_ids=language.stop_tokens, seed=seed)
     texts = {}
-    for source in data.eval or data.train:
+    for source in (*data.train, *data.eval):
         for example in read_examples(source.build(), bad_rows=BadRows("skip")):
             texts[example.place] = example.prompt
-    rows = {tree.prompt_ids: PromptRow(texts[tree.place], tree.prompt_ids, {}, tree.place) for tree in reversed(loaded)}
-    return list(reversed(rows.values()))
+    rows = {tree.prompt_ids: tree for tree in reversed([*loaded.eval, *loaded.train])}
+    return [PromptRow(texts[tree.place], ids, {}, tree.place) for ids, tree in reversed(rows.items())]

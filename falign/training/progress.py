@@ -18,7 +18,8 @@ from rich.progress import (
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
-from falign.training.run_folder import log_line, naming
+from falign.durable import naming
+from falign.training.run_folder import log_line
 
 __all__ = ["BAR", "MetricsFile", "ProgressBar"]
 

@@ -23,6 +23,7 @@ from falign.models.tokenizers import tokenizer_fingerprint
 from falign.objectives import Objective
 from falign.rewards.identity import reward_identities, source_hashes
 from falign.rollouts.answers import answer
+from falign.terminal import Terminal
 from falign.training.checkpoints import checkpoints, remove_leftovers
 from falign.training.config import RunConfig
 from falign.training.curves import plot_curves
@@ -102,7 +103,7 @@ def train(
         FalignError: Something of the run cannot work; nothing was trained, or what was written stays.
     """
     join()
-    console = (console or Console(stderr=True)) if is_writer() else Console(quiet=True)
+    console = (console or Terminal(stderr=True)) if is_writer() else Terminal(quiet=True)
     objective, folder = config.check(), RunFolder(config.output_dir, writes=is_writer())
     config.training.check()
     origin = Origin.new()

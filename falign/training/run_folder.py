@@ -8,15 +8,14 @@ import math
 import os
 import platform
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from falign.durable import sync_file, sync_folder
+from falign.durable import remove_leftovers, sync_file, write_whole
 from falign.errors import ConfigError, TrainingError
 from falign.json_lines import read_journal
 from falign.passwords import without_passwords
@@ -26,7 +25,7 @@ from falign.training.config import RunConfig
 from falign.training.run_inputs import RunInputs, RunRows
 from falign.training.run_lock import LOCK, RunLock
 
-__all__ = ["RunFolder", "is_held_out", "log_line", "naming", "versions"]
+__all__ = ["RunFolder", "is_held_out", "log_line", "versions"]
 
 PATHS = frozenset({"path", "paths", "chat_template", "cache", "root", "init", "shared_dir"})
 """Fields of the run file that may name something on the disk."""
@@ -48,8 +47,8 @@ BEGUN = ("run.yaml", "manifest.json", "rows.txt", "metrics.jsonl", "completions.
 FINISHED = ("summary.json", "samples.json")
 """What says that a run has come to its end."""
 
-LEFT = frozenset({".run.yaml.partial", LOCK})
-"""All that there is of a run that was killed while it wrote its first file."""
+LEFT = frozenset({LOCK})
+"""All that there is of a run that was killed before it wrote its first file."""
 
 PACKAGES = ("falign", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl")
 
@@ -144,6 +143,7 @@ class RunFolder:
                 f"output_dir={self.path} holds another run: choose another folder, remove it, or go on with that run "
                 "by --resume."
             )
+        remove_leftovers(self.run_file)
         if self.path.exists() and (
             not self.path.is_dir() or any(each.name not in LEFT for each in self.path.iterdir())
         ):
@@ -156,10 +156,11 @@ class RunFolder:
             ConfigError: With the link.
         """
         root = self.path.resolve()
-        for entry in (*self.path.iterdir(), *self.path.glob("evaluation/*")):
-            target = Path(os.path.realpath(entry))  # Path.resolve raises where a link is its own target
-            if entry.is_symlink() and not target.is_relative_to(root):
-                raise ConfigError(f"{entry} is a link that leads out of the run folder: remove it.")
+        for place, folders, files in os.walk(self.path):
+            for entry in (Path(place, name) for name in (*folders, *files)):
+                target = Path(os.path.realpath(entry))  # Path.resolve raises where a link is its own target
+                if entry.is_symlink() and not target.is_relative_to(root):
+                    raise ConfigError(f"{entry} is a link that leads out of the run folder: remove it.")
 
     def require_same(self, config: RunConfig, *, new_rewards: bool = False) -> None:
         """Refuse to go on with a run under settings that change its steps.
@@ -391,28 +392,8 @@ class RunFolder:
         return found
 
     def _write(self, name: str, text: str) -> None:
-        if not self.writes:
-            return
-        partial = self.path / f".{name}.partial"
-        try:
-            with naming(self.path / name), partial.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path / name)
-            sync_folder(self.path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Name the file in an error of writing it: the system's own (a full disk) does not."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = str(path)
-        raise
+        if self.writes:
+            write_whole(self.path / name, text)
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,6 +25,7 @@ def partial_results(folder: Path) -> Attempt:
     """Half a file of scores, half a pre-sampling, a cache of log-probabilities: gone on with."""
     from falign.data import DataSource, Window
     from falign.evaluation import ScoreOutput, TreeStream, score_trees
+    from falign.json_lines import sealed
     from falign.references.store import CacheKey, LogprobStore, entry_digest
     from falign.rollouts.presampling_journal import PresamplingJournal
     from tests.evaluation.scoring import tiny_scorer
@@ -46,10 +48,12 @@ def partial_results(folder: Path) -> Attempt:
     rows = out.read_bytes().splitlines(keepends=True)
     out.unlink()
     (out.parent / ".scores.jsonl.partial.jsonl").write_bytes(b"".join(rows[:4]))
+    sums = "".join(sha256(row.rstrip()).hexdigest() + "\n" for row in rows[:4])
+    (out.parent / ".scores.jsonl.partial.sha256").write_text(sums)
     (out.parent / ".scores.jsonl.partial.json").write_text(json.dumps({"policy": "x"}))
     finding = {"num_correct": 1, "rehearsal": {"prompt_ids": [1], "completion_ids": [2], "logprobs": [-1.0]}}
     lines = [{"policy": "x"}, finding, {"num_correct": 0, "rehearsal": None}]
-    (out.parent / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (out.parent / "journal.jsonl").write_text("".join(map(sealed, lines)))
     entry = entry_digest([1], [2, 3])
     LogprobStore(out.parent / "cache", key=key).append({entry: torch.tensor([-1.0, -2.0])})
     original = folder / "original"
@@ -64,7 +68,7 @@ def partial_results(folder: Path) -> Attempt:
                 case ".scores*":
                     score()
                 case "journal*":
-                    PresamplingJournal(copy / "journal.jsonl", record={"policy": "x"}, chunk_size=1)
+                    PresamplingJournal(copy / "journal.jsonl", record={"policy": "x"}, chunk_size=1, num_prompts=2)
                 case _:
                     store = LogprobStore(copy / "cache", key=key)
                     if entry in store:

@@ -1,6 +1,7 @@
 """``falign evaluate rewards`` as a user types it."""
 
 import gzip
+import hashlib
 import json
 import runpy
 import signal
@@ -364,7 +365,9 @@ def test_results_are_replaced_only_when_asked_for_and_other_settings_do_not_go_o
     with monkeypatch.context() as patch:
         patch.setattr(ScoreOutput, "append", dies)
         assert evaluate("--tokens-per-batch", 2)[0] != 0
-    assert {file.name for file in out.iterdir()} == {".items.jsonl.partial.json", ".items.jsonl.partial.jsonl"}
+    assert {file.name for file in out.iterdir()} == {
+        f".items.jsonl.partial.{end}" for end in ("json", "jsonl", "sha256")
+    }
     status, _, err = evaluate("--beta", "0.7", "--seed", 3)
     assert status == 2
     assert "objective.beta (0.1 there, 0.7 now)" in err
@@ -381,7 +384,8 @@ def test_results_are_replaced_only_when_asked_for_and_other_settings_do_not_go_o
     with monkeypatch.context() as patch:
         patch.setattr(ScoreOutput, "append", dies)
         assert evaluate("--tokens-per-batch", 2, "--overwrite")[0] != 0
-    assert not (out / "summary.json").exists(), "of items that are gone"
+    assert (out / "items.jsonl").read_bytes() == whole, "what was there stays until the new is whole"
+    assert summary_of(out)["files"] == {"items.jsonl": hashlib.sha256(whole).hexdigest()}
 
 
 def test_a_killed_call_goes_on_and_ends_with_the_same_numbers(evaluate, tiny, base, pairs, tmp_path):

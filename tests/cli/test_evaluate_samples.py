@@ -98,7 +98,9 @@ def evaluated(folder):
     """The online run's evaluation, made once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [*sys.path])
-        patch.setattr(sys, "argv", ["falign", "evaluate", "samples", str(folder / "online"), "--limit", "3"])
+        patch.setattr(
+            sys, "argv", ["falign", "evaluate", "samples", str(folder / "online"), "--limit", "3", "--trust-code"]
+        )
         with pytest.raises(SystemExit) as stopped:
             main()
     assert not stopped.value.code
@@ -206,16 +208,18 @@ def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_bytes(fal
     status, _, err = evaluate("broken")
     assert (status, "holds results" in err) == (2, True)
     with monkeypatch.context() as patch:  # between the names of the two
-        patch.setattr(ScoreOutput, "finish", stopping_at(tmp_path / "broken" / FILES[0], ScoreOutput.finish))
-        assert evaluate("broken", "--overwrite")[0] != 0
-    assert (tmp_path / "broken" / FILES[1]).exists()
-    status, _, err = evaluate("broken")
+        patch.setattr(ScoreOutput, "finish", stopping_at(tmp_path / "between" / FILES[0], ScoreOutput.finish))
+        assert evaluate("between")[0] != 0
+    assert (tmp_path / "between" / FILES[1]).exists()
+    status, _, err = evaluate("between")
     assert status == 0, err
     for name in FILES[:2]:
-        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "between" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    content = {file.name: file.read_bytes() for file in (tmp_path / "broken").iterdir()}
     (tmp_path / "stop").touch()
     assert evaluate("broken", "--overwrite")[0] == 2
-    assert not (tmp_path / "broken" / "summary.json").exists(), "of samples that are gone"
+    there = {name: (tmp_path / "broken" / name).read_bytes() for name in content}
+    assert there == content, "what was there stays until the new is whole"
     (tmp_path / "stop").unlink()
     assert evaluate("broken", "--overwrite", "--no-anchors")[0] == 0
     assert not (tmp_path / "broken" / "reference_samples.jsonl").exists()
@@ -241,7 +245,7 @@ def test_an_offline_run_answers_its_held_out_prompts_under_its_own_implicit_rewa
 
 
 def test_a_checkpoint_is_measured_and_drawn_with_the_run(falign, folder, evaluated, tmp_path):
-    status, _, err = falign("evaluate", "samples", folder / "online", "--limit", 3, "--checkpoint", 2)
+    status, _, err = falign("evaluate", "samples", folder / "online", "--trust-code", "--limit", 3, "--checkpoint", 2)
     assert status == 0, err
     half = folder / "online" / "evaluation" / "samples-2"
     assert rows_of(half)[0]["logprob"] != rows_of(evaluated)[0]["logprob"]
@@ -259,7 +263,7 @@ def test_a_checkpoint_is_measured_and_drawn_with_the_run(falign, folder, evaluat
     status, _, err = falign(*command, "--out", tmp_path / "frontier.png")
     assert status == 0, err
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    status, _, err = falign("evaluate", "samples", folder / "online", "--checkpoint", 3)
+    status, _, err = falign("evaluate", "samples", folder / "online", "--trust-code", "--checkpoint", 3)
     assert (status, "no checkpoint of step 3; it has [2, 4]" in err) == (2, True)
 
 
@@ -315,13 +319,13 @@ def test_what_is_measured_otherwise_is_not_drawn_together(falign, folder, evalua
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(falign, folder, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
-    status, _, err = falign("evaluate", "samples", *arguments)
+    status, _, err = falign("evaluate", "samples", *arguments, "--trust-code")
     assert (status, message in err) == (2, True), err
 
 
 def test_a_greedy_answer_has_rewards_and_no_divergence(falign, folder):
     arguments = ("--temperature", 0, "--num-completions", 1, "--limit", 2, "--name", "greedy")
-    status, _, err = falign("evaluate", "samples", folder / "online", *arguments)
+    status, _, err = falign("evaluate", "samples", folder / "online", "--trust-code", *arguments)
     assert status == 0, err
     summary = summary_of(folder / "online" / "evaluation" / "greedy")
     assert summary["frontier"] is None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,10 @@ import torch
 
 import falign as falign_package
 from falign.cli import main
+from falign.durable import claimed, write_whole
 from falign.models import load_model, load_tokenizer
+from falign.rollouts import TransformersEngine
+from falign.rollouts.presampling_journal import PresamplingJournal
 from falign.scoring import PromptTree, completion_scores, pack
 
 VERIFIER = """
@@ -129,7 +133,7 @@ def test_a_killed_call_goes_on_to_the_same_files(presample, tiny, prompts, tmp_p
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert {file.name for file in out.iterdir()} == {".presampling.jsonl"}
+    assert {file.name for file in out.iterdir()} == {".presampling.jsonl", ".presampling.lock"}
     status, _, err = presample("--seed", 1)
     assert status == 2
     assert "seed (0 there, 1 now)" in err
@@ -140,12 +144,102 @@ def test_a_killed_call_goes_on_to_the_same_files(presample, tiny, prompts, tmp_p
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_outputs_are_replaced_only_when_asked_for(presample):
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_outputs_are_replaced_only_when_asked_for_and_when_the_new_ones_are_whole(presample, tmp_path, monkeypatch):
+    out = tmp_path / "out"
     assert presample()[0] == 0
+    whole = contents(out)
     status, _, err = presample()
     assert status == 2
     assert "--overwrite" in err
+    for wrong in ({"verifier": "my_verifier:odd"}, {"file": tmp_path / "missing.jsonl"}):
+        assert presample("--overwrite", **wrong)[0] == 2
+        assert contents(out) == whole
+    assert presample("--overwrite", "--threshold", 9)[0] == 2
+    assert contents(out) == whole
+    with monkeypatch.context() as patch:
+        patch.setattr(PresamplingJournal, "append", stopping(PresamplingJournal.append, after=1))
+        assert presample("--overwrite", "--seed", 3)[0] != 0
+    assert {name: content for name, content in contents(out).items() if name in whole} == whole
+    # The journal is dropped where it is of other settings, and taken up where it is of the same.
     assert presample("--overwrite", "--seed", 3)[0] == 0
+    other = contents(out)
+    assert other["exploration.jsonl"] != whole["exploration.jsonl"]
+    assert presample("--overwrite")[0] == 0
+    assert contents(out) == whole
+
+
+def stopping(method, *, after):
+    """The method, in a process that ends at the call after so many."""
+    calls = []
+
+    def stops(self, *arguments, **options):
+        calls.append(arguments)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return method(self, *arguments, **options)
+
+    return stops
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_a_call_that_is_stopped_between_its_files_goes_on(presample, tmp_path, monkeypatch, written):
+    assert presample(out=tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("falign.cli.presample.write_whole", stopping_at_call(write_whole, after=written))
+        assert presample()[0] != 0
+    out = tmp_path / "out"
+    assert len(list(out.glob("[a-z]*.json*"))) == written
+    assert (out / ".presampling.jsonl").exists()
+    monkeypatch.setattr(
+        TransformersEngine, "sample", stopping(TransformersEngine.sample, after=0)
+    )  # nothing is sampled
+    status, _, err = presample()
+    assert status == 0, err
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def stopping_at_call(function, *, after):
+    calls = []
+
+    def stops(*arguments):
+        calls.append(arguments)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return stops
+
+
+def test_what_changed_since_a_journal_was_begun_is_refused(presample, tmp_path, monkeypatch):
+    def begin(folder):
+        with monkeypatch.context() as patch:
+            patch.setattr(PresamplingJournal, "append", stopping(PresamplingJournal.append, after=1))
+            assert presample(out=folder)[0] != 0
+        return folder / ".presampling.jsonl"
+
+    journal = begin(tmp_path / "digit")
+    damaged = re.sub(rb"-(\d)\.(\d)", lambda m: b"-%s.%d" % (m[1], 9 - int(m[2])), journal.read_bytes(), count=1)
+    journal.write_bytes(damaged)
+    status, _, err = presample(out=tmp_path / "digit")
+    assert (status, "is damaged (its checksum is another one)" in err) == (2, True)
+    assert journal.read_bytes() == damaged
+
+    journal = begin(tmp_path / "locked")
+    with claimed(journal.with_name(".presampling.lock")):
+        for options in ((), ("--overwrite",)):
+            status, _, err = presample(*options, out=tmp_path / "locked")
+            assert (status, "is being written by another process" in err) == (2, True)
+
+    journal, before = begin(tmp_path / "code"), (tmp_path / "code" / ".presampling.jsonl").read_bytes()
+    (tmp_path / "my_verifier.py").write_text(VERIFIER.replace("< 3", "< 2"))
+    sys.modules.pop("my_verifier", None)
+    status, _, err = presample(out=tmp_path / "code")
+    assert (status, "identity of the verifier" in err) == (2, True)
+    assert journal.read_bytes() == before
 
 
 def test_prompts_without_room_are_left_out_and_counted(presample, prompts, tmp_path):

@@ -1,5 +1,6 @@
 """``falign score`` as a user types it."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -118,7 +119,11 @@ def test_a_model_beside_a_reference(score, tmp_path):
     assert "layout: tree" in err
     assert max(row["implicit_reward"] for row in rows) < 0.5 * 0.6932
     assert rows[0]["place"].endswith("pairs.jsonl:1")
-    assert {file.name for file in tmp_path.iterdir()} == {"tiny", "base", "pairs.jsonl", "scores.jsonl"}
+    assert {file.name for file in tmp_path.iterdir()} == {
+        *("tiny", "base", "pairs.jsonl", "scores.jsonl", "scores.jsonl.sha256")
+    }
+    checksum = hashlib.sha256((tmp_path / "scores.jsonl").read_bytes()).hexdigest()
+    assert (tmp_path / "scores.jsonl.sha256").read_text() == f"{checksum}  scores.jsonl\n"
 
 
 def test_parquet_and_jsonl_and_both_layouts_agree(score, tmp_path):

@@ -204,15 +204,48 @@ def test_a_source_that_has_changed_is_refused(tmp_path, monkeypatch, trees, mess
     assert not path.exists()
 
 
-@pytest.mark.parametrize("change", [{"log_ratio": None}, {"num_tokens": "many"}, {"logprobs": [[]]}, {"place": 3}])
-def test_a_damaged_row_is_refused(tmp_path, monkeypatch, change):
+@pytest.mark.parametrize("change", [{"log_ratio": None}, {"log_ratio": 0.25}, {"logprobs": [[]]}, {"place": 3}])
+def test_a_damaged_row_is_scored_again_with_all_behind_it(tmp_path, whole, monkeypatch, change):
     path = tmp_path / "scores.jsonl"
     stopped(path, monkeypatch)
     rows = path.with_name(".scores.jsonl.partial.jsonl")
     first, *others = rows.read_text().splitlines(keepends=True)
     rows.write_text(json.dumps(json.loads(first) | change) + "\n" + "".join(others))
-    with pytest.raises(ConfigError, match=r"partial.jsonl: a row, .*rows.jsonl:1, is damaged .*--overwrite"):
-        scored(path)
+    assert scored(path).resumed == 0
+    assert path.read_bytes() == whole[0].read_bytes()
+
+
+def test_an_existing_output_stays_until_the_new_one_is_whole(tmp_path, whole, monkeypatch):
+    path = tmp_path / "scores.jsonl"
+    path.write_text("earlier scores")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            scored(path, overwrite=True)
+    assert path.read_text() == "earlier scores"
+    assert scored(path, overwrite=True).resumed == 5  # of the same settings
+    assert path.read_bytes() == whole[0].read_bytes()
+
+
+def test_two_processes_do_not_write_one_output(tmp_path, whole):
+    path = tmp_path / "scores.jsonl"
+    with ScoreOutput(path, record=RECORD) as output:
+        for overwrite in (False, True):
+            with pytest.raises(ConfigError, match="is being written by another process"):
+                ScoreOutput(path, record=RECORD, overwrite=overwrite)
+        score_trees(TREES, tiny_scorer(), output, tokens_per_batch=BUDGET)
+    assert path.read_bytes() == whole[0].read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name", ["scores.jsonl", *(f".scores.jsonl.partial.{end}" for end in ("jsonl", "json", "sha256"))]
+)
+def test_a_link_is_refused_and_what_it_leads_to_is_left_alone(tmp_path, name):
+    (tmp_path / "elsewhere").write_text("mine")
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="is a link"):
+        ScoreOutput(tmp_path / "scores.jsonl", record=RECORD, overwrite=True)
+    assert (tmp_path / "elsewhere").read_text() == "mine"
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "{", "\x00"])

@@ -70,7 +70,7 @@ def test_a_write_that_is_killed_leaves_a_valid_store(tmp_path, monkeypatch, fail
         if fails_at == "replace":
             patch.setattr(Path, "replace", killed)
         else:
-            patch.setattr("falign.references.store.os.fsync", killed)
+            patch.setattr("falign.durable.os.fsync", killed)
         store = LogprobStore(tmp_path, key=KEY)
         with pytest.raises(KeyboardInterrupt):
             store.append({TWO: torch.tensor([-2.0])})

@@ -1,8 +1,9 @@
+import time
 from pathlib import Path
 
 import pytest
 
-from falign.report.curves import curve_plots
+from falign.report.curves import MOST_MARKS, MOST_POINTS, curve_plots
 from falign.report.runs import ReportedRun
 from falign.training import RunFolder
 
@@ -58,3 +59,18 @@ def test_held_out_values_alone_are_joined_by_a_line():
     logs = [{"step": i, "eval_divergence/total_variation": 0.1 * i} for i in range(3)]
     (series,) = drawn(curve_plots([run(logs)]))["divergence-total-variation"].series
     assert (series.line, series.marker) == ((), "o")
+
+
+def test_a_long_run_is_drawn_by_the_extremes_and_means_of_its_parts():
+    logs = [{"step": i, "loss": float(i % 7), "eval_loss": float(i)} for i in range(200_000)]
+    logs[123_456]["loss"] = 1e30
+    start = time.monotonic()
+    behind, mean, marks = drawn(curve_plots([run(logs)]))["loss"].series
+    assert time.monotonic() - start < 20
+    assert len(behind.x) <= 2 * MOST_POINTS
+    assert len(mean.x) <= MOST_POINTS
+    assert len(marks.x) <= MOST_MARKS
+    assert (behind.x[0], marks.x[-1], max(behind.y), min(behind.y)) == (0, 199_999, 1e30, 0.0)
+    assert list(behind.x) == sorted(behind.x)
+    # A spike is forgotten where its window ends.
+    assert mean.y[-1] == pytest.approx(3.0, abs=0.01)

@@ -2,13 +2,17 @@
 
 import json
 import re
+import sys
 
 import pytest
 
+from falign.cli.main import main
 from falign.errors import ConfigError
 from falign.report import write_report
+from falign.report.evaluations import read_evaluations
 from tests.report.conftest import HOSTILE
 from tests.report.page_text import Page
+from tests.report.summaries import add_summary, samples_summary
 
 
 def read(written):
@@ -195,3 +199,59 @@ def test_what_is_drawn_is_also_a_picture(reported):
     assert len(written.pictures) == page.tags.count("figure")
     assert {"loss", "reward", "scores-rm-bench", "reliability-rm-bench", "frontier-samples"} <= names
     assert {"pass-k-of-samples", "pass-k-held-out", "divergence-reverse-kl"} <= names
+
+
+def test_a_run_that_ends_while_it_is_reported_is_shown_as_it_was_read(runs, monkeypatch, capsys):
+    run = runs("offline", logs=False)
+    summary, samples = ((run / name).read_text() for name in ("summary.json", "samples.json"))
+    for name in ("summary.json", "samples.json"):
+        (run / name).unlink()
+    read = read_evaluations
+
+    def ends(folder):
+        (run / "samples.json").write_text(samples)
+        (run / "summary.json").write_text(summary)
+        return read(folder)
+
+    monkeypatch.setattr("falign.report.runs.read_evaluations", ends)
+    monkeypatch.setattr(sys, "argv", ["falign", "report", str(run)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    captured = capsys.readouterr()
+    assert not stopped.value.code, captured.err
+    assert "has not ended" in " ".join(captured.out.split())
+    assert "Not ended: offline." in Page((run / "report.html").read_text(encoding="utf-8")).words()
+
+
+def test_an_evaluation_that_goes_away_meanwhile_is_left_out(tmp_path, monkeypatch):
+    path = add_summary(tmp_path, samples_summary())
+    listed = [path, path.with_name("gone.json")]
+    monkeypatch.setattr(type(tmp_path), "glob", lambda *_: listed)
+    assert [summary.name for summary in read_evaluations(tmp_path)] == ["samples"]
+
+
+def test_a_picture_of_somebody_else_is_kept(runs):
+    run = runs("online")
+    picture = write_report([run]).pictures[0]
+    assert write_report([run]).pictures[0] == picture
+    page = (run / "report.html").read_bytes()
+    picture.write_bytes(b"\x89PNG mine")
+    (run / "summary.json").unlink()  # the page would be another one now
+    with pytest.raises(ConfigError, match=rf"{picture.name} is there and was not drawn by falign report"):
+        write_report([run])
+    assert picture.read_bytes() == b"\x89PNG mine"
+    assert (run / "report.html").read_bytes() == page
+
+
+@pytest.mark.parametrize("name", ["report.html", "report-figures", "report-figures/reward.png"])
+def test_a_link_out_of_the_run_folder_is_refused(runs, tmp_path, name):
+    run = runs("online", logs=False)
+    (tmp_path / "elsewhere").write_text("mine")
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=rf"{name} is a link"):
+        write_report([run])
+    outside = tmp_path / "page"
+    with pytest.raises(ConfigError, match="is a link"):
+        write_report([run], outside)
+    assert (tmp_path / "elsewhere").read_text() == "mine"
