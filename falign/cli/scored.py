@@ -205,7 +205,8 @@ def load_compared(
     check_same_tokens(tokenizer, other, f"{path} and {reference}")
     policy = load_model(path, dtype=dtype, device=_device())
     frozen = load_model(reference, dtype=dtype, device=_device())
-    against = FrozenModel(frozen, **model_identity(frozen))
+    identity = model_identity(frozen)
+    against = FrozenModel(frozen, weights=identity["weights"], config=identity["config"])
     share_head(policy, frozen)
     settings = {"kind": "pairwise", "divergence": objective.divergence.name, "beta": beta}
     return Scored(

@@ -89,7 +89,8 @@ def _joined_parts(content: Any) -> Any:
     if not isinstance(content, list) or not content:
         return content
     texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part for part in content]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+    joined = [text for text in texts if isinstance(text, str)]
+    return "".join(joined) if len(joined) == len(texts) else content
 
 
 def looks_like_hh(text: str) -> bool:

@@ -77,13 +77,18 @@ class Verifier:
             RewardError: A column is missing, or the function cannot be imported.
         """
         found: list[str | None] = [None] * len(prompts)
-        places: dict[bytes, list[int]] = {}  # rows with the same arguments are judged once
+        calls: dict[bytes, Call] = {}  # rows with the same arguments are judged once
+        places: dict[bytes, list[int]] = {}
         for i, row in enumerate(self._rows(columns, len(prompts))):
             try:
-                places.setdefault(pickle.dumps(self._call("", row)), []).append(i)
+                call = self._call("", row)
             except ValueError as error:
                 found[i] = str(error)
-        outcomes = (self.pool or shared_pool()).run([pickle.loads(call) for call in places])
+            else:
+                arguments = pickle.dumps(call)
+                calls.setdefault(arguments, call)
+                places.setdefault(arguments, []).append(i)
+        outcomes = (self.pool or shared_pool()).run(list(calls.values()))
         for indices, outcome in zip(places.values(), outcomes, strict=True):
             reason = row_error(outcome) or (
                 f"an empty completion cannot be judged, {outcome.message}" if outcome.kind == "timeout" else None

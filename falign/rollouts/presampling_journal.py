@@ -80,7 +80,10 @@ class PresamplingJournal:
         self.findings += found
 
     def _take_up(self) -> None:
-        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+        try:
+            lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+        except OSError as error:
+            raise ConfigError(f"{self.path} cannot be read ({error}): remove it, or choose another folder.") from error
         if not lines:
             return
         self._claim(self._read(_OBJECT, lines[0], 1))

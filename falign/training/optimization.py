@@ -36,6 +36,7 @@ WITHOUT_OPTIONS = ("constant", "constant_with_warmup", "linear")
 """The first two would drop them without a word."""
 
 TRIAL_SHAPE = (64, 128)  # optimizers of 8 bits leave tensors of fewer than 4,096 values in 32
+TRIAL_LEARNING_RATE = 1e-2  # a run's own may be below the rounding of the weight that is tried
 MANY_STEPS = 1_000_000  # where they follow from epochs, which are known once the data are read
 
 
@@ -73,7 +74,7 @@ def check_optimizer(args: TrainingArguments) -> None:
     try:
         weight = nn.Parameter(torch.ones(TRIAL_SHAPE, device=args.device))
         factory, options = Trainer.get_optimizer_cls_and_kwargs(args)
-        optimizer = factory([weight], **options)
+        optimizer = factory([weight], **options | {"lr": TRIAL_LEARNING_RATE})
         weight.grad = torch.ones_like(weight)
         optimizer.step()
         saved = io.BytesIO()

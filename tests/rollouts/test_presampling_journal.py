@@ -62,3 +62,8 @@ def test_a_chunk_is_taken_whole_or_not_at_all_and_the_last_one_may_be_shorter(tm
     path = tmp_path / "journal.jsonl"
     path.write_text(sealed(RECORD) + lines * sealed(MISSED))
     assert len(PresamplingJournal(path, record=RECORD, chunk_size=3, num_prompts=5).findings) == taken
+
+
+def test_a_folder_in_place_of_the_journal_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be read .*: remove it, or choose another folder"):
+        PresamplingJournal(tmp_path, record=RECORD, chunk_size=1, num_prompts=9)
