@@ -28,3 +28,20 @@ def test_each_epoch_has_an_order_of_its_own_that_its_number_gives():
     assert second != first
     share.set_epoch(0)
     assert list(share) == first
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        lambda seed: RowBatches(50, size=7, seed=seed),
+        lambda seed: TokenBudgetBatches([5] * 50, max_tokens=35, seed=seed),
+    ],
+)
+def test_neighboring_seeds_share_no_order(batches):
+    orders = []
+    for seed in range(3):
+        for epoch in range(3):
+            drawn = batches(seed)
+            drawn.set_epoch(epoch)
+            orders.append(tuple(row for batch in drawn for row in batch))
+    assert len(set(orders)) == 9
