@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARES = {
     "run_files": 0.19,
     "overrides": 0.12,
-    "data_rows": 0.13,
+    "data_rows": 0.12,
     "rendered_rows": 0.02,
     "chat_templates": 0.03,
     "configurations": 0.07,

@@ -78,11 +78,17 @@ class Compared(NamedTuple):
 
 
 class Rewarding(NamedTuple):
-    """What completions are worth, and what tells it from other rewards."""
+    """What completions are worth, and what tells it from other rewards.
+
+    Attributes:
+        rewards: The rewards.
+        record: What tells them from others.
+        tokenizers: Of the models among them that are given token ids, by their paths.
+    """
 
     rewards: RewardSum
     record: Any
-    tokenizer: Any = None
+    tokenizers: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +124,8 @@ class SampleEvaluation:
             rewarding = self._rewarding(config)
         with console.status(f"loading {escape(self.model)}"):
             scored = self._load()
-        if rewarding.tokenizer is not None:
-            check_same_tokens(scored.tokenizer, rewarding.tokenizer, f"{self.model} and {self.rewards}")
+        for path, tokenizer in rewarding.tokenizers.items():
+            check_same_tokens(scored.tokenizer, tokenizer, f"{self.model} and {path}")
         prompts, source = self._prompts(config, scored, console)
         settings = self._settings(config)
         samplers = self._samplers(config, scored, rewarding.rewards, settings)
@@ -242,7 +248,7 @@ class SampleEvaluation:
             chunk_tokens=scored.chunk_tokens,
         )
         rewards = RewardSum((WeightedReward("implicit", ScoredReward(scorer)),))
-        return Rewarding(rewards, scored.record, scored.tokenizer)
+        return Rewarding(rewards, scored.record, {self.rewards: scored.tokenizer})
 
     def _of_file(self, file: Path) -> Rewarding:
         """The rewards of a file that the user gives, or of the record in a run folder, which may be someone else's."""
@@ -397,9 +403,11 @@ class SampleEvaluation:
 
 
 def _listed(configs: Sequence[RewardConfig], outcome: str | None = None) -> Rewarding:
+    paths = [path for config in configs for _, path in config.models_that_read_ids()]
+    tokenizers = {path: load_tokenizer(path) for path in paths}
     rewards = build_rewards(configs, outcome=outcome)
     listed = [config.model_dump(mode="json") for config in configs]
-    return Rewarding(rewards, {"listed": listed, "identities": reward_identities(rewards)})
+    return Rewarding(rewards, {"listed": listed, "identities": reward_identities(rewards)}, tokenizers)
 
 
 def _digest(prompts: Sequence[PromptRow]) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from falign.errors import ModelError
 from falign.models.adapter_settings import base_change
 from falign.models.foreign import reading
+from falign.models.patterns import check_adapter_patterns
 from falign.models.recorded_base import RecordedBase
 from falign.models.sources import adapter_config, damaged
 
@@ -67,6 +68,8 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
         record = dict(json.loads((file.metadata() or {}).get(_RECORD, "{}")))
     if not tensors:
         raise damaged(weights, "it holds no weights")
+    layers = [name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors]
+    check_adapter_patterns(settings, layers, file=folder / _CONFIG)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.numel() == 0 or not bool(tensor.isfinite().all()):
             kind = str(tensor.dtype).removeprefix("torch.")

@@ -28,7 +28,6 @@ from falign.models.base_weights import base_parameters
 from falign.models.foreign import reading
 from falign.models.patterns import check_adapter_patterns
 from falign.models.recorded_base import check_recorded_base
-from falign.models.sources import adapter_config
 from falign.models.structure import (
     adapter_matrix,
     adapter_weights,
@@ -137,8 +136,8 @@ def load_adapter(
     if isinstance(model, PeftModel) and name in model.peft_config:
         raise ModelError(f"{folder}: the model has an adapter {name!r} already: choose another name.")
     files = read_adapter_files(folder)
-    names = [module for module, _ in base_of(model).named_modules()]
-    check_adapter_patterns(adapter_config(folder), names, file=folder / "adapter_config.json")
+    modules = [module for module, _ in base_of(model).named_modules()]
+    check_adapter_patterns(files.settings, modules, file=folder / "adapter_config.json")
     check_recorded_base(files.base, model, folder, weights=base_hash)
     own = files.tensors.keys() - _brought_along(files, model, folder)
     device, was_training = str(base_of(model).device), model.training

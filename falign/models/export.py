@@ -18,7 +18,7 @@ from falign.models.recorded_base import RecordedBase, record_base
 from falign.models.sources import resolve
 from falign.models.staging import staged_folder
 from falign.models.stop_tokens import stop_token_ids
-from falign.models.structure import adapter_weights, base_name
+from falign.models.structure import adapter_weights, base_name, base_of
 
 __all__ = ["export_adapter", "export_merged"]
 
@@ -119,7 +119,9 @@ def export_merged(
     else:
         _copy_weights(merged, model)
     _convert(merged, torch.promote_types(own, target), target)
-    merged.generation_config.eos_token_id = sorted(stop_token_ids(merged, tokenizer))
+    stops = stop_token_ids(merged, tokenizer) | stop_token_ids(base_of(model), tokenizer)
+    merged.generation_config = copy.deepcopy(base_of(model).generation_config)
+    merged.generation_config.eos_token_id = sorted(stops)
     size = sum(parameter.nbytes for parameter in merged.parameters())
     with staged_folder(Path(out_dir), existing=_existing(overwrite), needed_bytes=size) as staging:
         merged.save_pretrained(staging)

@@ -1,6 +1,7 @@
 """Tokenizers and causal language models from a name, a folder, a GGUF file or the demonstration model."""
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
 
 from falign.errors import ConfigError, ModelError
 from falign.models.attention import check_attention
+from falign.models.checkpoint_files import CheckpointFiles
 from falign.models.devices import named_device
 from falign.models.foreign import reading
 from falign.models.patterns import check_tokenizer_patterns
@@ -25,6 +27,10 @@ from falign.models.precision import resolve_dtype
 from falign.models.sources import check_weights, resolve
 
 __all__ = ["load_model", "load_tokenizer", "stored_quantization", "vocabulary_size"]
+
+# What configurations call the number of layers; only more than there are in any model are compared with the weights.
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+_USUAL_LAYERS = 1000
 
 
 def load_tokenizer(
@@ -113,6 +119,7 @@ def load_model(
     name = resolve(name_or_path)
     if Path(name).is_dir():
         check_weights(Path(name))
+        _check_layers(Path(name))
     stored = stored_quantization(name, revision=revision)
     if stored is not None and quantization not in (None, stored):
         raise ConfigError(f"quantization={quantization!r}: {name} is stored as {stored} already; leave it out.")
@@ -165,6 +172,24 @@ def stored_quantization(name_or_path: str | Path, *, revision: str | None = None
             "model, with model.quantization=nf4 where memory is short."
         )
     return str(stored.get("bnb_4bit_quant_type", "fp4"))
+
+
+def _check_layers(folder: Path) -> None:
+    """Refuse a configuration with more layers than there are tensors: building millions of them would take for ever."""
+    with reading(lambda error: _unloadable("model", str(folder), error)):
+        config, _ = PreTrainedConfig.get_config_dict(folder)
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    layers = [(key, part[key]) for part in parts for key in _LAYERS if isinstance(part.get(key), int | float)]
+    if not layers or max(number for _, number in layers) <= _USUAL_LAYERS:
+        return
+    with ExitStack() as stack:
+        tensors = len(CheckpointFiles(folder, stack).names)
+    for key, number in layers:
+        if number > tensors:
+            raise ModelError(
+                f"{folder / 'config.json'}: {key} is {number}, and the weights are {tensors} tensors: restore the file "
+                "that belongs to the weights."
+            )
 
 
 def _nf4() -> BitsAndBytesConfig:
@@ -225,6 +250,8 @@ def _is_file(path: Path) -> bool:
 
 def _unloadable(what: str, name: str, error: Exception) -> ModelError:
     reason = " ".join(str(error).split())
+    if "ignore_mismatched_sizes" in reason:  # it points to a report that is not shown
+        reason = "the sizes in its config.json are not those of its weights."
     reason += "" if reason.endswith((".", "!", "?")) else "."
     if "attention implementation" in reason or "attn_implementation" in reason:
         remedy = 'Take another one: attn_implementation="eager" (in a run file `model.attn_implementation: eager`).'

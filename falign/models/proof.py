@@ -252,12 +252,11 @@ def _compare_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Non
 
 def _compare_generation(trained: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     exported = GenerationConfig.from_pretrained(folder)
-    stops = sorted(stop_token_ids(trained, tokenizer))
-    found = exported.eos_token_id
-    if sorted([found] if isinstance(found, int) else found or []) != stops:
+    stops, found = stop_token_ids(trained, tokenizer), exported.eos_token_id
+    if not stops <= set([found] if isinstance(found, int) else found or []):
         raise ModelError(
-            f"{folder / 'generation_config.json'}: eos_token_id is {found}, and the trained model stops at {stops}: "
-            "programs that read it would go on after the end of an answer. Export again."
+            f"{folder / 'generation_config.json'}: eos_token_id is {found}, and the trained model stops at "
+            f"{sorted(stops)}: programs that read it would go on after the end of an answer. Export again."
         )
     settings = [
         {name: value for name, value in config.to_dict().items() if name not in _NOT_COMPARED}

@@ -323,6 +323,19 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(falign, fo
     assert (status, message in err) == (2, True), err
 
 
+def test_a_reward_model_that_reads_other_token_ids_is_refused(falign, folder, tmp_path):
+    other = save_tiny(tmp_path / "other", seed=3)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    rewards = [{"kind": "implicit", "path": str(other), "reference": str(folder / "tiny")}]
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": rewards}))
+    status, _, err = falign("evaluate", "samples", folder / "online", "--rewards", tmp_path / "rewards.yaml")
+    assert status == 2
+    assert "other have different tokens: 'a' is" in err
+
+
 def test_a_greedy_answer_has_rewards_and_no_divergence(falign, folder):
     arguments = ("--temperature", 0, "--num-completions", 1, "--limit", 2, "--name", "greedy")
     status, _, err = falign("evaluate", "samples", folder / "online", "--trust-code", *arguments)

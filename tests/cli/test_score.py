@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from falign.cli import main
+from falign.models import load_tokenizer
 from tests.models.tiny import save_tiny
 from tests.training.pairs import run_data, write_pairs
 
@@ -248,6 +249,20 @@ def test_models_with_different_tokens_are_not_compared(score, base):
     status, _, err = score()
     assert status == 2
     assert "different tokens: 'a' is" in err
+
+
+@pytest.mark.parametrize("row", [0, 20], ids=["among_the_first", "later"])
+def test_a_token_without_a_row_is_refused_with_its_place(score, tiny, base, pairs, row):
+    for folder in (tiny, base):
+        tokenizer = load_tokenizer(folder)
+        tokenizer.add_tokens(["<tool>"])
+        tokenizer.save_pretrained(folder)
+    lines = pairs.read_text().splitlines(keepends=True)
+    pairs.write_text("".join([*lines[:row], lines[row].replace("question", "<tool>"), *lines[row + 1 :]]))
+    status, _, err = score("--tokens-per-batch", 300)
+    assert status == 2
+    assert f"pairs.jsonl:{row + 1}: a token has the id 260" in err
+    assert "has 260 rows in its embeddings" in err
 
 
 def test_a_run_is_scored_as_it_was_trained(falign, trained, pairs, tmp_path):

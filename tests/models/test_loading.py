@@ -242,3 +242,20 @@ def test_another_quantization_than_the_stored_one_is_refused(four_bits, tmp_path
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"quantization='nf4': .* is stored as fp4 already; leave it out"):
         load_model(folder, quantization="nf4")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_more_layers_than_there_are_tensors_are_refused_at_once(tmp_path, kind):
+    folder = save_tiny(tmp_path / "m", kind)
+    config = json.loads((folder / "config.json").read_text())
+    field = "n_layer" if kind == "gpt2" else "num_hidden_layers"
+    (folder / "config.json").write_text(json.dumps(config | {field: 10**12}))
+    with pytest.raises(ModelError, match=rf"config\.json: {field} is 1000000000000, and the weights are \d+ tensors"):
+        load_model(folder)
+
+
+def test_sizes_that_are_not_those_of_the_weights_are_called_so(tiny):
+    config = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps(config | {"intermediate_size": 130}))
+    with pytest.raises(ModelError, match=r"the sizes in its config\.json are not those of its weights"):
+        load_model(tiny)

@@ -135,7 +135,7 @@ def test_the_identity_has_the_rule_the_start_and_the_moves():
     }
     _, reset = whole(PeriodicReset(every=7, reset_optimizer=True))
     assert reset.identity() == {
-        **{"kind": "periodic_reset", "every": 7, "reset_optimizer": True, "start": "abc", "moves": 0}
+        **{"kind": "periodic_reset", "every": 7, "reset_optimizer": True, "start": "abc", "config": None, "moves": 0}
     }
 
 

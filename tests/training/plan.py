@@ -48,8 +48,8 @@ def describe(value, seen=None):
         digest = hashlib.sha256(content.numpy().tobytes()).hexdigest()[:16]
         return [str(value.dtype), list(value.shape), digest, value.requires_grad]
     if id(value) in seen:
-        return f"as {seen[id(value)]}"
-    seen[id(value)] = len(seen)
+        return f"as {seen[id(value)][0]}"
+    seen[id(value)] = len(seen), value  # kept alive, or a later value could have its id
     return _inside(value, seen)
 
 
