@@ -208,5 +208,6 @@ def _digest(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], record: 
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(raw.clone().numpy().data)  # FSDP2 could not free again what numpy has seen
     return digest.hexdigest()

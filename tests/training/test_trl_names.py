@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from trl import DPOConfig, GRPOConfig, KTOConfig, ModelConfig, RewardConfig, ScriptArguments, SFTConfig
 
 from falign.errors import ConfigError
+from falign.passwords import NAMES
 from falign.training import parse_run
 from falign.training.run_file import valid_paths
 from falign.training.trl_names import FOREIGN_NAMES
@@ -17,7 +18,7 @@ PATHS = list(valid_paths())
 SAME = {
     "attn_implementation": "model.attn_implementation",
     "beta": "objective.beta",
-    "dtype": "model.dtype",
+    "dtype": "model.dtype or reference.dtype",
     "gradient_checkpointing": "training.gradient_checkpointing",
     "max_length": "data.max_length or prompts.max_length",
     "output_dir": "output_dir",
@@ -61,7 +62,10 @@ def test_every_setting_has_an_answer(config):
     names = names_of(config)
     assert len(names) >= 6
     for name in names:
-        if name in FOREIGN_NAMES:
+        if NAMES.search(name):
+            with pytest.raises(ConfigError, match=f"sampling.{name} is a secret by its name"):
+                parse_run({**LEAST, "sampling": {name: 1}})
+        elif name in FOREIGN_NAMES:
             assert answer(name).endswith(FOREIGN_NAMES[name].told())
         elif name in SAME:
             assert answer(name, "unknown").endswith(f": did you mean {SAME[name]}?")
