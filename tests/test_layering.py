@@ -28,7 +28,8 @@ ALLOWED = {
     "cli": {*BELOW_TRAINING, "training", "evaluation", "metrics", "report"},
 }
 SHARED = {
-    *("durable", "errors", "full_disk", "json_lines", "parent_death", "passwords", "plain_yaml", "seeds", "terminal")
+    *("deadlines", "durable", "errors", "full_disk", "json_lines", "parent_death", "passwords", "plain_yaml", "seeds"),
+    "terminal",
 }
 LIGHT = {"divergences", "objectives", "scoring"}
 HEAVY = ("transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "numpy", "pydantic", "vllm")

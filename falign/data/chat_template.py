@@ -1,16 +1,14 @@
-"""A chat template run as what it is: a program of somebody else's, which may fail, hang or write without end."""
+"""Running chat templates: programs that others wrote, which may fail, hang, or write without end."""
 
 from __future__ import annotations
 
-import signal
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from falign.data.bad_rows import shown
 from falign.data.conversations import Message
+from falign.deadlines import LateError, failure, within
 from falign.errors import ConfigError, DataError
 
 __all__ = ["Tokenizer", "apply_template", "template_source"]
@@ -19,6 +17,9 @@ SECONDS = 10.0
 """The most that one conversation may take to render; real templates need a thousandth of it."""
 CHARACTERS = 1_000_000
 """The most that a template may add to the turns."""
+
+_tried: set[tuple[str, bool, frozenset[str]]] = set()
+"""Templates that have ended, with the kind of conversation: whether it is answered, its roles, its keys."""
 
 if TYPE_CHECKING:
 
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
 
 else:
     Tokenizer = Any
-
-
-class _LateError(Exception):
-    """The template is still at work."""
 
 
 def template_source(tokenizer: Tokenizer) -> str:
@@ -54,30 +51,31 @@ def apply_template(turns: Sequence[Message], tokenizer: Tokenizer, place: str, *
         answered: Whether the last turn is the answer; otherwise the generation prompt comes last.
 
     Raises:
-        ConfigError: The template is no valid Jinja, or it does not come to an end.
+        ConfigError: The template is not valid Jinja, does not end, or writes without end.
         DataError: It refuses the conversation, or fails on it.
     """
     from jinja2 import TemplateError, TemplateSyntaxError
 
+    _try_first(turns, tokenizer, place, answered=answered)
     try:
-        with _deadline(SECONDS):
+        with within(SECONDS):
             text = str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=not answered))
     except TemplateSyntaxError as error:
         raise ConfigError(
             f"{_named(tokenizer)} is not valid Jinja (line {error.lineno}: {error.message}); mend it, or set "
             "model.chat_template to another."
         ) from error
-    except _LateError as error:
+    except LateError as error:
         raise ConfigError(
             f"{_named(tokenizer)}{_line(error, tokenizer)} is not done with one conversation ({place}) after "
-            f"{SECONDS:g} s: remove the loop, or set model.chat_template to another."
+            f"{SECONDS:g} s: shorten what it computes there, or set model.chat_template to another."
         ) from error
     except Exception as error:  # a template is a program, and raises whatever Python does
         roles = " ".join(turn["role"] for turn in turns)
         does = "refuses" if type(error) is TemplateError else "fails on"
         reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
         raise DataError(
-            f"{place}: the chat template {does} the turns ({roles}): {reason[:400]} "
+            f"{place}: the chat template {does} the turns ({roles}): {reason} "
             f"[{_named(tokenizer)}{_line(error, tokenizer)}]; mend the row, or set model.chat_template."
         ) from error
     room = CHARACTERS + 10 * sum(len(turn["content"]) for turn in turns)
@@ -89,23 +87,31 @@ def apply_template(turns: Sequence[Message], tokenizer: Tokenizer, place: str, *
     return text
 
 
-@contextmanager
-def _deadline(seconds: float) -> Iterator[None]:
-    """Raise ``_LateError`` in what takes longer; without effect outside of the main thread, where no signal arrives."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
+def _try_first(turns: Sequence[Message], tokenizer: Tokenizer, place: str, *, answered: bool) -> None:
+    """Refuse a template that would not end, or would take all memory, in one operation that no deadline interrupts.
+
+    Each template is tried on the first conversation of each kind, because a trial takes longer than rendering.
+    """
+    kind = frozenset(turn["role"] for turn in turns) | frozenset(key for turn in turns for key in turn)
+    key = (template_source(tokenizer), answered, kind)
+    if key in _tried:
         return
+    if (problem := failure(_render, turns, tokenizer, answered, seconds=2 * SECONDS)) is not None:
+        raise ConfigError(
+            f"{_named(tokenizer)} {problem} on one conversation ({place}): shorten what it computes, or set "
+            "model.chat_template to another."
+        )
+    _tried.add(key)
 
-    def stop(*_: Any) -> None:
-        raise _LateError
 
-    before = signal.signal(signal.SIGALRM, stop)
-    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+def _render(turns: Sequence[Message], tokenizer: Tokenizer, answered: bool) -> None:
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, left, interval)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
+        with within(SECONDS):
+            tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=not answered)
+    except MemoryError:
+        raise
+    except Exception:  # of the template, also of a loop without end: it is rendered again where the line can be told
+        return
 
 
 def _named(tokenizer: Tokenizer) -> str:

@@ -1,15 +1,15 @@
-"""Regular expressions of files that others wrote, tried in a process of their own: some take exponential time."""
+"""Regular expressions of files that others wrote, tried in a child process: some take exponential time."""
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from falign.deadlines import failure
 from falign.errors import ModelError
 
 __all__ = ["DEADLINE", "check_adapter_patterns", "check_tokenizer_patterns"]
@@ -17,22 +17,6 @@ __all__ = ["DEADLINE", "check_adapter_patterns", "check_tokenizer_patterns"]
 DEADLINE = 20.0
 """Seconds that all patterns of a file may take together; sound ones take milliseconds."""
 
-_MATCH = """
-import json, re, sys
-patterns, texts = json.load(sys.stdin)
-for pattern in patterns:
-    compiled = re.compile(pattern)
-    for text in texts:
-        compiled.fullmatch(text)
-"""
-_ENCODE = """
-import json, sys
-from tokenizers import Tokenizer
-rules, texts = json.load(sys.stdin)
-tokenizer = Tokenizer.from_str(json.dumps(rules))
-for text in texts:
-    tokenizer.encode(text)
-"""
 _PLAIN = re.compile(r"[\w.\-]*")
 # Where a repetition holds another one or a choice, the ways to match a text can be exponential in its length.
 _REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{\d*,\d*\})")
@@ -48,7 +32,7 @@ def check_adapter_patterns(config: Mapping[str, Any], names: Sequence[str], *, f
         file: That file, for messages.
 
     Raises:
-        ModelError: A pattern that takes too long, or is none.
+        ModelError: A pattern that takes too long, or is invalid.
     """
     for field in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
         value = config.get(field)
@@ -56,9 +40,9 @@ def check_adapter_patterns(config: Mapping[str, Any], names: Sequence[str], *, f
         patterns = [each for each in given if isinstance(each, str) and not _PLAIN.fullmatch(each)]
         if not patterns:
             continue
-        if (failure := _failure(_MATCH, [patterns, list(names)])) is not None:
+        if (problem := failure(_match, patterns, names, seconds=DEADLINE)) is not None:
             raise ModelError(
-                f"{file}: {field} has the pattern {_short(patterns[0])}, which {failure} on the names of this model's "
+                f"{file}: {field} has the pattern {_short(patterns[0])}, which {problem} on the names of this model's "
                 "modules: name the modules in a list."
             )
 
@@ -84,9 +68,9 @@ def check_tokenizer_patterns(tokenizer: PreTrainedTokenizerBase, *, name: str) -
         whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None}
         whole |= {"decoder": None, "model": {"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "x"}}
         whole |= {"normalizer": rules.get("normalizer"), "pre_tokenizer": rules.get("pre_tokenizer")}
-        if (failure := _failure(_ENCODE, [whole, _texts(pattern)])) is not None:
+        if (problem := failure(_encode, whole, _texts(pattern), seconds=DEADLINE)) is not None:
             raise ModelError(
-                f"The tokenizer of {name} has the pattern {_short(pattern)}, which {failure} on texts of {_LENGTH} "
+                f"The tokenizer of {name} has the pattern {_short(pattern)}, which {problem} on texts of {_LENGTH} "
                 "characters: write it in its tokenizer.json without a repetition inside a repetition, or take another "
                 "tokenizer."
             )
@@ -113,19 +97,17 @@ def _texts(pattern: str) -> list[str]:
     return [(piece * _LENGTH)[:_LENGTH] + end for piece in pieces for end in ends]
 
 
-def _failure(code: str, given: Any) -> str | None:
-    """Return what became of code in a child process, where it did not end well."""
-    command = [sys.executable, "-c", code]
-    try:
-        done = subprocess.run(
-            command, input=json.dumps(given), capture_output=True, text=True, timeout=DEADLINE, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"is not done after {DEADLINE:g} s"
-    if done.returncode == 0:
-        return None
-    lines = done.stderr.strip().splitlines()
-    return f"fails ({lines[-1] if lines else f'exit status {done.returncode}'})"
+def _match(patterns: Sequence[str], texts: Sequence[str]) -> None:
+    for pattern in patterns:
+        compiled = re.compile(pattern)
+        for text in texts:
+            compiled.fullmatch(text)
+
+
+def _encode(rules: Any, texts: Sequence[str]) -> None:
+    tokenizer = Tokenizer.from_str(json.dumps(rules))
+    for text in texts:
+        tokenizer.encode(text)
 
 
 def _short(pattern: str) -> str:

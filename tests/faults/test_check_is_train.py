@@ -7,6 +7,8 @@ The full counts: ``python scripts/fuzz_inputs.py --family rendered_rows --inputs
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -50,21 +52,28 @@ def test_mutated_templates_are_refused_with_a_message_or_leave_nothing_out(tmp_p
         ("x\n{% if %}", 2, "is not valid Jinja"),
         ("x\n{% for i in range(99999) %}\n{% for j in range(99999) %}{% endfor %}{% endfor %}", 3, "is not done with"),
         ("{{ 'x' * 10**7 }}", None, "10,000,000 characters"),
+        ("{{ 10 ** (10 ** 9) }}", None, "is not done after 1 s"),
+        ("{{ '%999999999d' % 1 }}", None, "more than 2 GB of memory|is not done after 1 s"),
+        ("{{ 'x' * 10**10 }}", None, "more than 2 GB of memory"),
     ],
 )
-def test_a_template_that_fails_or_hangs_is_named_with_its_line(tmp_path, monkeypatch, template, line, message):
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_template_that_fails_or_hangs_is_named_with_its_line(
+    tmp_path, monkeypatch, template, line, message, in_thread
+):
     from falign.data import DataSource, Window, load_preferences
     from falign.models import load_tokenizer
 
-    monkeypatch.setattr(chat_template, "SECONDS", 1.0)
+    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
     save_tiny(tmp_path / "model")
     (tmp_path / "mine.jinja").write_text(template)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}))
     tokenizer = load_tokenizer(tmp_path / "model", chat_template=tmp_path / "mine.jinja")
     source, start = DataSource(str(tmp_path / "rows.jsonl"), chat=True), time.monotonic()
-    with pytest.raises(FalignError, match=message) as caught:
-        load_preferences([source], tokenizer, stop_token_ids={1}, window=Window(99))
-    assert time.monotonic() - start < 60
+    read = partial(load_preferences, [source], tokenizer, stop_token_ids={1}, window=Window(99))
+    with ThreadPoolExecutor(1) as pool, pytest.raises(FalignError, match=message) as caught:
+        (pool.submit(read).result if in_thread else read)()
+    assert time.monotonic() - start < 10
     assert "mine.jinja" in str(caught.value)
     assert line is None or f"line {line}" in str(caught.value)
 

@@ -33,9 +33,9 @@ def with_pattern(folder, tmp_path):
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", r"(\w+\d?)+$", "(a|a)*b", "((ab)*)*c"])
 def test_a_tokenizer_with_an_exponential_pattern_is_refused(with_pattern, monkeypatch, pattern):
-    monkeypatch.setattr(patterns, "DEADLINE", 4.0)
+    monkeypatch.setattr(patterns, "DEADLINE", 1.0)
     begin = time.monotonic()
-    with pytest.raises(ModelError, match=r"The tokenizer of .* has the pattern .*(is not done after 4 s|fails)"):
+    with pytest.raises(ModelError, match=r"The tokenizer of .* has the pattern .*(is not done after 1 s|fails)"):
         with_pattern(pattern)
     assert time.monotonic() - begin < 30
 
@@ -62,7 +62,7 @@ def test_patterns_of_real_tokenizers_are_read(with_pattern, pattern):
     ],
 )
 def test_an_adapter_with_a_slow_or_broken_pattern_is_refused(folder, tmp_path, monkeypatch, change):
-    monkeypatch.setattr(patterns, "DEADLINE", 3.0)
+    monkeypatch.setattr(patterns, "DEADLINE", 1.0)
     add_lora(load_model(folder), r=2, alpha=4, seed=0).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
