@@ -1,5 +1,6 @@
 """The parts of a model: the base under its adapters, its linear layers, and those that carry an adapter."""
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -54,8 +55,31 @@ def base_name(model: PreTrainedModel | PeftModel) -> str:
 
 
 def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the linear layers, quantised ones included, by their full names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    """Return the linear layers, quantized ones included, by their full names.
+
+    Architectures derive other layers from ``nn.Linear``, such as routers that return a choice of experts. An adapter
+    adds its product to a product, so these are left out.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    classes = {type(module): module for module in linear.values()}
+    multiply = {kind: _multiplies(module) for kind, module in classes.items()}
+    return {name: module for name, module in linear.items() if multiply[type(module)]}
+
+
+@torch.no_grad()
+def _multiplies(module: nn.Module) -> bool:
+    """Return whether a layer computes ``x Wᵀ + b``, tried on one vector where its class computes in its own way."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return True
+    if "quant_state" in vars(module.weight):  # 4-bit layers of bitsandbytes
+        return True
+    vector = torch.linspace(-1, 1, module.in_features).to(module.weight)[None]
+    try:
+        output = module(vector)
+    except (RuntimeError, TypeError, ValueError, IndexError):  # it takes vectors of another form
+        return False
+    expected = nn.functional.linear(vector, module.weight, module.bias)
+    return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-2)
 
 
 def expert_modules(model: PreTrainedModel) -> list[str]:

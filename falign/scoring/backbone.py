@@ -69,6 +69,8 @@ def read_backbone(model: nn.Module) -> nn.Module:
     """
     language_model = without_wrapper(model)
     backbone = getattr(language_model, "base_model", language_model)
+    if backbone is language_model:  # where a text model has the prefix of its multimodal one, as Llama 4's has
+        backbone = getattr(language_model, "model", language_model)
     if not isinstance(backbone, nn.Module) or backbone is language_model:
         raise ModelError(
             f"{type(language_model).__name__} has no backbone apart from its head: scoring needs a causal "

@@ -35,7 +35,8 @@ EAGER = r"attn_implementation: eager"
 # What becomes of each: the layout that is chosen, or a part of the message that refuses it.
 SDPA = {
     **dict.fromkeys(["llama", "deepseek_v2", "minicpm3", "gemma3_text", "gpt_neox", "opt", "phi", "cohere"], "tree"),
-    **dict.fromkeys(["doge", "bart", "bailing_hybrid", "qwen3_next", "jamba"], "padded"),
+    **dict.fromkeys(["falcon", "phimoe"], "tree"),
+    **dict.fromkeys(["doge", "bart", "bailing_hybrid", "qwen3_next", "jamba", "kimi_linear", "llama4_text"], "padded"),
     **dict.fromkeys(["gpt_oss", "bloom", "openai-gpt", "rembert", "gptj", "mpt", "mamba", "gemma2"], EAGER),
     **dict.fromkeys(["electra", "bert", "bert-generation", "roberta", "camembert"], "not causal.*is_decoder: true"),
     "modernbert-decoder": "differ from its own logits",
