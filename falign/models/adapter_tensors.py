@@ -82,16 +82,18 @@ def read_adapter(folder: Path) -> AdapterTensors:
     layers = {name.removesuffix(_DOWN) for name in tensors if name.endswith(_DOWN)}
     stray = tensors.keys() - {layer + end for layer in layers for end in (_DOWN, _UP)}
     unpaired = sorted(layer for layer in layers if layer + _UP not in tensors)
-    if brought := sorted(name for name in stray if ".lora_" not in name):
+    brought = {name for name in stray if ".lora_" not in name}
+    if unpaired or stray - brought or not layers:
+        first = [*sorted(stray - brought), *unpaired, "no matrices at all"][0]
         raise ModelError(
-            f"{folder} has {brought[0]} of its base in adapter_model.safetensors (PEFT's save_embedding_layers), which "
-            "cannot be averaged: load it over its base and save it again with save_embedding_layers=False."
-        )
-    if stray or unpaired or not layers:
-        first = (sorted(stray) + unpaired + ["no matrices at all"])[0]
-        raise ModelError(
-            f"{folder} is no plain LoRA ({first} in adapter_model.safetensors): only pairs of matrices on linear "
+            f"{folder} is not plain LoRA ({first} in adapter_model.safetensors): only pairs of matrices on linear "
             "layers can be summed."
+        )
+    if brought:
+        raise ModelError(
+            f"{folder} has {min(brought)} of its base in adapter_model.safetensors (PEFT's save_embedding_layers), "
+            "which cannot be averaged: load it over its base with PEFT, and save it again by "
+            "save_pretrained(..., save_embedding_layers=False)."
         )
     for layer in layers:
         down, up = tensors[layer + _DOWN].shape, tensors[layer + _UP].shape

@@ -3,12 +3,12 @@
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from falign.errors import ModelError
 from falign.models.adapter_settings import beyond_plain_lora
-from falign.models.structure import adapter_matrix, is_transposed, lora_layers
+from falign.models.structure import adapted_layers, adapter_matrix, is_transposed, lora_layers
 
 __all__ = ["check_plain_lora", "fold_adapter", "lora_delta"]
 
@@ -18,29 +18,28 @@ def fold_adapter(base: PreTrainedModel, adapted: PeftModel, *, adapter: str = "d
     """Add the update of ``adapter`` to the weights of ``base``, in place.
 
     Each sum is computed in float32 and rounded once, to the type of ``base``. Layer by layer, so that no second
-    copy of the weights is held.
+    copy of the weights is held. A head that shares the weights of the embeddings gets its own first, because its
+    adapter does not act on the embeddings.
 
     Args:
         base: the 16- or 32-bit base, loaded anew: for QLoRA not the 4-bit weights, into which a merge would have to
-            be quantised again.
+            be quantized again.
         adapted: the trained model.
         adapter: which of its adapters.
 
     Raises:
-        ModelError: anything but plain LoRA, an adapter on tied weights, or another architecture.
+        ModelError: anything but plain LoRA, or another architecture.
     """
     check_plain_lora(adapted, adapter)
     embeddings = base.get_input_embeddings().weight
     for name, layer in lora_layers(adapted, adapter).items():
         module = base.get_submodule(name)
+        if module.weight is embeddings:
+            module.weight = nn.Parameter(embeddings.clone(), requires_grad=False)
+            base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
         weight = module.weight
         if not isinstance(weight, Tensor):
             raise ModelError(f"{name} has no weight to merge an adapter into: export the adapter instead.")
-        if weight is embeddings:
-            raise ModelError(
-                f"{name} shares its weights with the embeddings, which a merge would change too: export the "
-                "adapter instead."
-            )
         delta = lora_delta(layer, adapter).to(weight.device)
         if is_transposed(module):
             delta = delta.T
@@ -67,11 +66,11 @@ def check_plain_lora(adapted: PeftModel, adapter: str) -> None:
     layers = lora_layers(adapted, adapter)
     if not layers:
         raise ModelError(f"The model has no LoRA adapter named {adapter!r}; it has {list(adapted.peft_config)}.")
-    for name, layer in layers.items():
-        if layer.lora_variant or layer.lora_bias[adapter] or adapter in layer.lora_embedding_A:
+    for name, layer in adapted_layers(adapted, adapter).items():
+        if name not in layers or layer.lora_variant or layer.lora_bias[adapter]:
             raise ModelError(
-                f"{name}: adapter {adapter!r} is more than a pair of LoRA matrices (a variant such as DoRA, a "
-                "bias, or an embedding): train plain LoRA on linear layers to export it."
+                f"{name}: adapter {adapter!r} is more than a pair of LoRA matrices on a linear layer (it is on an "
+                "embedding, has a bias, or is a variant such as DoRA): train plain LoRA on linear layers to export it."
             )
     for what in beyond_plain_lora(vars(adapted.peft_config[adapter])):
         raise ModelError(

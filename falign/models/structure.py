@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from falign.errors import ModelError
 
 __all__ = [
+    "adapted_layers",
     "adapter_matrix",
     "adapter_weights",
     "base_name",
@@ -97,13 +98,18 @@ def is_transposed(module: nn.Module) -> bool:
     return Conv1D in (type(module), vars(module).get("source_cls"))
 
 
-def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
-    """Return the layers that carry ``adapter``, by the names they have in the base model."""
+def adapted_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
+    """Return the layers that carry ``adapter``, embeddings included, by the names they have in the base model."""
     return {
         name: module
         for name, module in base_of(model).named_modules()
-        if isinstance(module, LoraLayer) and adapter in module.lora_A
+        if isinstance(module, LoraLayer) and adapter in {*module.lora_A, *module.lora_embedding_A}
     }
+
+
+def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
+    """Return the linear layers that carry ``adapter``, by the names they have in the base model."""
+    return {name: layer for name, layer in adapted_layers(model, adapter).items() if adapter in layer.lora_A}
 
 
 def adapter_matrix(matrices: nn.ModuleDict, adapter: str) -> Tensor:

@@ -42,6 +42,7 @@ from tests.training.pairs import run_data, write_pairs
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
 ]
@@ -56,6 +57,7 @@ TRAINED = {
     "LoRA": ("llama", None),
     "rsLoRA": ("llama", {**QV, "use_rslora": True}),
     "lm_head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+    "tied lm_head": ("qwen2", {"target_modules": ["q_proj", "lm_head"]}),
     "MoE": ("mixtral", None),
     "4-bit base": ("nf4", None),
 }
@@ -63,6 +65,7 @@ REFUSED = {
     "PiSSA": ("llama", {**QV, "init_lora_weights": "pissa"}, "subtracts the adapter's start"),
     "OLoRA": ("llama", {**QV, "init_lora_weights": "olora"}, "subtracts the adapter's start"),
     "DoRA": ("llama", {**QV, "use_dora": True}, "DoRA"),
+    "embeddings": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, "on an embedding|lora_embedding_A"),
     "tokens": ("llama", {**QV, "trainable_token_indices": [5, 7]}, "trained tokens"),
     "modules_to_save": ("llama", {**QV, "modules_to_save": ["lm_head"]}, "modules_to_save"),
     "MoE experts": ("mixtral", {"target_modules": "all-linear"}, "target_parameters"),
@@ -93,7 +96,7 @@ class World:
         elif name == "nf4":
             model = load_model(self.base("llama"), quantization="nf4")
         else:
-            return save_tiny(folder)
+            return save_tiny(folder, name)
         model.save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
         return folder

@@ -150,12 +150,17 @@ def test_a_merge_changes_nothing_in_memory(tiny, tmp_path):
     assert torch.equal(logits(model), expected)
 
 
-def test_an_adapter_on_tied_weights_is_not_merged(tmp_path):
-    folder = save_tiny(tmp_path / "m", "qwen2")
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_an_adapter_on_a_tied_head_leaves_the_embeddings_as_they_are(tmp_path, kind):
+    folder = save_tiny(tmp_path / "m", kind)
     with pytest.warns(UserWarning, match="tie_word_embeddings"):
-        model = add_lora(load_model(folder), r=2, alpha=4, seed=0, target_modules=["lm_head"])
-    with pytest.raises(ModelError, match="lm_head shares its weights with the embeddings"):
-        export_merged(fill_adapter(model), load_tokenizer(folder), tmp_path / "out")
+        model = fill_adapter(add_lora(load_model(folder), r=2, alpha=4, seed=0, target_modules=["lm_head"]))
+    merged = AutoModelForCausalLM.from_pretrained(export_merged(model, load_tokenizer(folder), tmp_path / "out"))
+    torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=1e-5)
+    before = load_model(folder).get_input_embeddings().weight
+    assert torch.equal(merged.get_input_embeddings().weight, before)
+    assert not torch.equal(merged.get_output_embeddings().weight, before)
+    assert load_model(folder).config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
