@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from falign.errors import ConfigError
-from falign.models.structure import adapter_matrix, base_of, linear_modules, lora_layers
+from falign.models.structure import adapter_matrix, base_of, linear_modules, lora_layers, without_adapters
 
 __all__ = ["altered"]
 
@@ -54,9 +54,7 @@ def _changes(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[Tensor, floa
         name = policy.active_adapters[0]
         for layer in lora_layers(policy, name).values():
             down, up = adapter_matrix(layer.lora_A, name).detach(), adapter_matrix(layer.lora_B, name)
-            weight = layer.get_base_layer().weight
-            assert isinstance(weight, Tensor)
-            std = float(weight.detach().float().std()) if weight.is_floating_point() else _USUAL_STD
+            std = _std(layer)
             size = layer.scaling[name] * layer.r[name] ** 0.5 * float(down.float().std())
             yield up, _SHARE * std / max(size, 1e-8)
         return
@@ -65,3 +63,10 @@ def _changes(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[Tensor, floa
     for module in inner[-1:]:
         assert isinstance(module.weight, Tensor)
         yield module.weight, 3 * _SHARE * float(module.weight.detach().float().std())
+
+
+def _std(layer: nn.Module) -> float:
+    """Return the standard deviation of the weights that an adapter's layer is over, experts included."""
+    own = [weight for weight in without_adapters(layer).parameters(recurse=False) if weight.ndim > 1]
+    weights = [weight.detach().float() for weight in own if "quant_state" not in vars(weight)]
+    return max((float(weight.std()) for weight in weights), default=_USUAL_STD)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -18,7 +18,7 @@ from typing_extensions import override
 from falign.errors import ConfigError
 from falign.models.description import describe
 from falign.models.staging import staged_folder
-from falign.models.structure import base_of
+from falign.models.structure import base_of, without_adapters
 from falign.rollouts.vllm_client import HTTPClient
 from falign.rollouts.vllm_description import ServerDescription, describe_server
 from falign.rollouts.vllm_published import Published, Sync
@@ -92,35 +92,56 @@ def merged_weights(policy: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
     The policy is not changed: merging and taking apart again would leave its weights rounded.
 
     Raises:
-        ConfigError: The base is quantised, so that merged weights would be another model's.
+        ConfigError: The base is quantized, or its checkpoint cannot hold what an adapter does.
     """
     base = base_of(policy)
     if (kind := describe(policy).quantization) is not None:
         raise ConfigError(
-            f"The base is quantised ({kind}), and weights merged into it would be another model's: train plain LoRA, "
-            "which is served as an adapter over a server with the same quantisation."
+            f"The base is quantized ({kind}), and weights merged into it would be another model's: train plain LoRA, "
+            "which is served as an adapter over a server with the same quantization."
         )
-    weights: dict[str, Tensor] = {}
-    replaced: dict[str, nn.Module] = {}
+    wrapped: dict[str, nn.Module] = {}
     for place, module in base.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            replaced[place] = _merged(place, module)
-        elif isinstance(module, ModulesToSaveWrapper):
-            replaced[place] = module.modules_to_save[module.active_adapter]  # pyright: ignore
-    for key, value in base.state_dict().items():
-        if not any(key.startswith(f"{place}.") for place in replaced):
-            weights[key] = value
-    for place, module in replaced.items():
-        weights |= {f"{place}.{key}": value for key, value in module.state_dict().items()}
+        inside = any(place.startswith(f"{outer}.") for outer in wrapped)
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not inside:
+            wrapped[place] = module
+    _refuse_tied(base, wrapped)
+    weights = {
+        key: value
+        for key, value in base.state_dict().items()
+        if not any(key.startswith(f"{place}.") for place in wrapped)
+    }
+    for place, module in wrapped.items():
+        weights |= {f"{place}.{key}": value for key, value in _merged(place, module).state_dict().items()}
     return {key: value.detach().cpu().contiguous() for key, value in weights.items()}
 
 
-def _merged(place: str, layer: BaseTunerLayer) -> nn.Module:
-    if not isinstance(layer, LoraLayer) or not isinstance(layer, nn.Module):
-        raise ConfigError(f"{place} is a {type(layer).__name__}, and only LoRA and its variants are merged.")
-    one = copy.deepcopy(layer)  # one layer at a time is held twice
-    try:
-        one.merge()  # pyright: ignore[reportCallIssue]
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        raise ConfigError(f"{place} cannot be merged ({error}): train plain LoRA to sample from a server.") from error
-    return one.get_base_layer()
+def _refuse_tied(base: PreTrainedModel, wrapped: Mapping[str, nn.Module]) -> None:
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    if head is None or without_adapters(head).weight is not without_adapters(embeddings).weight:
+        return
+    for place, module in wrapped.items():
+        if module is head or module is embeddings:
+            other = "embeddings" if module is head else "head"
+            raise ConfigError(
+                f"{place} has an adapter and shares its weights with the {other}, so a server of this model has no "
+                f"place for them: leave {place} out of the adapter's targets, or sample without a server."
+            )
+
+
+def _merged(place: str, wrapper: nn.Module) -> nn.Module:
+    one = copy.deepcopy(wrapper)  # one layer at a time is held twice
+    if isinstance(one, ModulesToSaveWrapper):
+        return one.modules_to_save[one.active_adapter]  # pyright: ignore
+    for layer in one.modules():  # parameters of experts have a wrapper each, one around the other
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        if not isinstance(layer, LoraLayer):
+            raise ConfigError(f"{place} has a {type(layer).__name__}, and only LoRA and its variants are merged.")
+        try:
+            layer.merge()
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            raise ConfigError(
+                f"{place} cannot be merged ({error}): train plain LoRA to sample from a server."
+            ) from error
+    return without_adapters(one)
