@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from falign.errors import ModelError
 from falign.models.structure import base_of
 
-__all__ = ["head_rows", "share_head"]
+__all__ = ["head_rows", "left_out_rows", "share_head"]
 
 
 def share_head(policy: PreTrainedModel | PeftModel, other: PreTrainedModel | PeftModel) -> int:
@@ -18,7 +18,8 @@ def share_head(policy: PreTrainedModel | PeftModel, other: PreTrainedModel | Pef
     Checkpoints pad their vocabulary to round sizes. The rows behind the last token are no tokens, yet they take part
     in the softmax. Where one model has more rows than the other, the ids that both have are kept in both: logits of
     the others are dropped wherever a model computes logits, so that scores, whole distributions and samples are all
-    over the shared ids. The weights stay as they are, on disk too.
+    over the shared ids. That holds in this process: the weights stay as they are, so that an export, or a server of the
+    same checkpoint, has logits for all rows.
 
     Args:
         policy: The one model.
@@ -33,10 +34,15 @@ def share_head(policy: PreTrainedModel | PeftModel, other: PreTrainedModel | Pef
 
 
 def head_rows(model: PreTrainedModel | PeftModel) -> int:
-    """Return over how many ids the distributions of a model are."""
+    """Return the number of ids that a model's distributions are over."""
     head = _head(base_of(model))
     cuts = [hook.num_ids for hook in vars(head)["_forward_hooks"].values() if isinstance(hook, _FirstIds)]
     return min([_rows(head), *cuts])
+
+
+def left_out_rows(model: PreTrainedModel | PeftModel) -> int:
+    """Return how many rows of a model's head `share_head` leaves out."""
+    return _rows(_head(base_of(model))) - head_rows(model)
 
 
 class _FirstIds:

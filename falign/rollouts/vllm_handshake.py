@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from falign.errors import ConfigError
+from falign.models.shared_head import head_rows, left_out_rows
 from falign.models.structure import base_of
 from falign.rollouts.altered import altered
 from falign.rollouts.base import SamplingParams
@@ -79,7 +80,7 @@ def shake_hands(
         max_gap: Bound of the mean gap; where left out, there is one only if both compute in float32.
 
     Raises:
-        ConfigError: The server's tokenizer, length, weights or distribution are not the run's.
+        ConfigError: The server's tokenizer, length, head, weights or distribution are not the run's.
         EngineError: The server fails.
     """
     described, trained = engine.description, str(base_of(policy).dtype).removeprefix("torch.")
@@ -87,6 +88,13 @@ def shake_hands(
         raise ConfigError(
             f"{engine.client.url}: --max-model-len is {described.max_length}, and prompts.max_length + "
             f"rollout.max_new_tokens = {longest}: raise the first or lower the others."
+        )
+    if left_out := left_out_rows(policy):
+        rows = head_rows(policy)
+        raise ConfigError(
+            f"{engine.client.url}: the server samples from all {rows + left_out} rows of the policy's head, and the "
+            f"reference has {rows}. Cut the policy to them (`model.resize_token_embeddings({rows})`, save it, train and "
+            "serve that), or sample in this process."
         )
     theirs = engine.client.post_json(
         "/tokenize", {"model": described.base, "prompt": _TEXT, "add_special_tokens": False}

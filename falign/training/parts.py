@@ -26,6 +26,7 @@ from falign.models import (
 from falign.models.base_weights import base_storage
 from falign.models.dropout import disable_dropout
 from falign.models.sharding import shard
+from falign.models.shared_head import head_rows, left_out_rows
 from falign.models.structure import expert_modules
 from falign.models.tokenizers import check_same_tokens, pad_token_id
 from falign.objectives import Objective
@@ -146,6 +147,7 @@ def load_parts(
         probes = make_probes(policy)
         check_head(policy, probes[0].prompt_ids + probes[0].completion_ids[0])
         _tell_experts(policy, console)
+        _tell_left_out_rows(policy, console)
     layout = _layout(config, policy, probes, language.pad_token_id, console)
     if starts_as_policy(config):
         batch = LAYOUTS[layout](probes[:2], pad_token_id=language.pad_token_id).to(args.device)
@@ -158,6 +160,18 @@ def _tell_experts(policy: PreTrainedModel | PeftModel, console: Console) -> None
         console.print(
             f"adapter: {len(experts)} modules hold experts (first: {experts[0]}). They and their routers are not "
             "linear layers and are not trained.",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _tell_left_out_rows(policy: PreTrainedModel | PeftModel, console: Console) -> None:
+    if left_out := left_out_rows(policy):
+        rows = head_rows(policy)
+        console.print(
+            f"head: the policy has {rows + left_out} rows and the reference {rows}, so both distributions are over the "
+            f"first {rows} ids. Exports and `falign sample` have logits for all {rows + left_out} again.",
             style="yellow",
             highlight=False,
             soft_wrap=True,

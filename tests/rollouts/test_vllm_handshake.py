@@ -5,6 +5,7 @@ import torch
 
 from falign.errors import ConfigError, EngineError
 from falign.models import add_lora, load_model
+from falign.models.shared_head import share_head
 from falign.rollouts import SamplingParams, shake_hands
 from tests.models.tiny import fill_adapter, tiny_tokenizer
 from tests.rollouts.loopback import policy_of
@@ -99,6 +100,15 @@ def test_a_run_that_is_longer_than_the_server_takes_is_refused(serve, connect):
     server = serve(max_length=50)
     with pytest.raises(ConfigError, match="--max-model-len is 50"):
         shake(connect(server), fresh(server))
+
+
+def test_a_server_of_a_policy_whose_head_is_cut_to_the_references_is_refused(serve, connect):
+    server = serve()
+    policy, reference = fresh(server), load_model(server.model_folder)
+    reference.resize_token_embeddings(250)
+    share_head(policy, reference)
+    with pytest.raises(ConfigError, match=r"samples from all 260 rows of the policy's head, and the reference has 250"):
+        shake(connect(server), policy)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

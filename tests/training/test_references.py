@@ -1,5 +1,6 @@
 """Whole runs of a tiny model against each kind of reference."""
 
+import io
 import json
 import shutil
 
@@ -39,11 +40,11 @@ def start(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("FALIGN_CACHE", str(tmp_path / "made"))
     data = write_pairs(tmp_path / "pairs.jsonl")
 
-    def run(name="run", resume=False, init=None, **changes):
+    def run(name="run", console=Console(quiet=True), resume=False, init=None, **changes):  # noqa: B008
         run = run_data(tiny, data, tmp_path / name, **changes)
         if init is not None:
             run["adapter"] = {"init": init}
-        return train(parse_run(run), console=Console(quiet=True), resume=resume)
+        return train(parse_run(run), console=console, resume=resume)
 
     return run
 
@@ -291,7 +292,9 @@ def test_padded_heads_are_cut_to_the_ids_that_both_have(start, tiny, tmp_path, l
         padded(other, 304)
     else:
         padded(tiny, 304, seed=0)
-    cut = start("cut", **reference)
+    cut = start("cut", told := Console(file=io.StringIO(), width=300), **reference)
+    tells = "head: the policy has 304 rows and the reference 260, so both distributions are over the first 260 ids."
+    assert (tells in told.file.getvalue()) == (larger == "policy")
     assert losses(cut.folder) == pytest.approx(losses(plain.folder), abs=1e-5)
     assert cut.after == pytest.approx(plain.after, abs=1e-4)
     if not objective:
