@@ -6,7 +6,7 @@ from pathlib import Path
 from falign.errors import ModelError
 from falign.models.adapter_tensors import AdapterTensors, adapter_of, read_adapter
 from falign.models.lora_factors import weighted_sum
-from falign.models.soup_members import SoupMember
+from falign.models.soup_members import SoupMember, check_one_tokenizer
 
 __all__ = ["adapter_soup"]
 
@@ -14,7 +14,7 @@ __all__ = ["adapter_soup"]
 def adapter_soup(members: Sequence[SoupMember]) -> AdapterTensors:
     """Return the adapter with ``ΔW = Σ w_i s_i B_i A_i``, for members of any ranks, scales and target modules.
 
-    The columns of all members stand beside each other, so that the average is exact on whatever base: averaging the
+    The columns of all members stand beside each other, so that the average is exact on any base: averaging the
     factors would add cross terms, and merging would need the base's weights, which a 4-bit base no longer has. A
     member without weight leaves no columns, so that a soup of one is that adapter, bit for bit.
 
@@ -22,10 +22,12 @@ def adapter_soup(members: Sequence[SoupMember]) -> AdapterTensors:
         members: Adapter folders with their weights.
 
     Raises:
+        ConfigError: One id means different tokens in two members; the first of them is named.
         ModelError: A member is not plain LoRA, or is for another base than the first; the first mismatch is named.
     """
     adapters = [read_adapter(member.folder) for member in members]
     _check_one_base(members, adapters)
+    check_one_tokenizer(members)
     used = [(member.weight, adapter) for member, adapter in zip(members, adapters, strict=True) if member.weight]
     first = adapters[0].config
     if len(used) == 1:

@@ -92,8 +92,9 @@ def read_adapter(folder: Path) -> AdapterTensors:
     if brought:
         raise ModelError(
             f"{folder} has {min(brought)} of its base in adapter_model.safetensors (PEFT's save_embedding_layers), "
-            "which cannot be averaged: load it over its base with PEFT, and save it again by "
-            "save_pretrained(..., save_embedding_layers=False)."
+            "which cannot be averaged here. If it equals the base's, load the adapter over the base with PEFT and save "
+            "it again by save_pretrained(..., save_embedding_layers=False); else merge each member (merge_and_unload) "
+            "and average the merged models."
         )
     for layer in layers:
         down, up = tensors[layer + _DOWN].shape, tensors[layer + _UP].shape

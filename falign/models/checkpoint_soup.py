@@ -14,13 +14,12 @@ from falign.errors import ModelError
 from falign.models.checkpoint_files import CheckpointFiles
 from falign.models.companion_files import MODEL_FILES, copy_files
 from falign.models.foreign import reading
-from falign.models.loading import load_tokenizer
-from falign.models.soup_members import SoupMember
+from falign.models.soup_members import SoupMember, check_one_tokenizer
 from falign.models.sources import damaged
 
 __all__ = ["write_checkpoint_soup"]
 
-# What a configuration holds besides the architecture: where it lay, and what generation reads.
+# Fields of a configuration that are not of the architecture: where it lay, and what generation reads.
 _NOT_THE_ARCHITECTURE = frozenset(
     {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
     | {"bos_token_id", "eos_token_id", "pad_token_id"}
@@ -43,10 +42,11 @@ def write_checkpoint_soup(
         max_shard_bytes: How large a file becomes.
 
     Raises:
-        ModelError: The members differ in architecture, vocabulary, tensors or shapes; the first mismatch is named.
+        ConfigError: One id means different tokens in two members; the first of them is named.
+        ModelError: The members differ in architecture, tensors or shapes; the first mismatch is named.
     """
     tied = _check_architecture(members)
-    _check_vocabulary(members)
+    check_one_tokenizer(members)
     with ExitStack() as stack:
         checkpoints = [CheckpointFiles(member.folder, stack) for member in members]
         names = _check_tensors(checkpoints, tied=tied)
@@ -101,24 +101,11 @@ def _check_architecture(members: Sequence[SoupMember]) -> bool:
 
 
 def _architecture(folder: Path) -> dict[str, object]:
-    with reading(lambda error: damaged(folder / "config.json", " ".join(str(error).split())[:200])):
+    with reading(lambda error: damaged(folder / "config.json", " ".join(str(error).split()))):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
     if config.get("quantization_config") is not None:
-        raise ModelError(f"{folder} has quantised weights, which have no average: give the 16- or 32-bit ones.")
+        raise ModelError(f"{folder} has quantized weights, which have no average: give the 16- or 32-bit ones.")
     return {key: value for key, value in config.items() if key not in _NOT_THE_ARCHITECTURE}
-
-
-def _check_vocabulary(members: Sequence[SoupMember]) -> None:
-    first = load_tokenizer(members[0].folder).get_vocab()
-    for member in members[1:]:
-        other = load_tokenizer(member.folder).get_vocab()
-        tokens = sorted(first.keys() | other.keys())
-        token = next((token for token in tokens if first.get(token) != other.get(token)), None)
-        if token is not None:
-            raise ModelError(
-                f"{members[0].folder} and {member.folder} have different vocabularies: {token!r} is {first.get(token)} "
-                f"in the one and {other.get(token)} in the other; only checkpoints with one tokenizer have an average."
-            )
 
 
 def _check_tensors(checkpoints: Sequence[CheckpointFiles], *, tied: bool) -> list[str]:

@@ -45,7 +45,7 @@ def load_tokenizer(
     Masks must never be derived from token values: padding and a real EOS are often the same id.
 
     Args:
-        name_or_path: anything that ``load_model`` takes.
+        name_or_path: anything that ``load_model`` takes, or an adapter's folder that has a tokenizer.
         chat_template: a Jinja template, or the path of a file that holds one, to use instead of its own.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that the repository brings along.
@@ -54,7 +54,9 @@ def load_tokenizer(
         ModelError: no tokenizer there, or one without EOS.
         ConfigError: ``chat_template`` is neither a template nor a file.
     """
-    name = resolve(name_or_path)
+    folder = Path(name_or_path).expanduser()
+    beside = all((folder / file).is_file() for file in ("adapter_config.json", "tokenizer_config.json"))
+    name = str(folder) if beside else resolve(name_or_path)
     with reading(lambda error: _unloadable("tokenizer", name, error)):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         check_tokenizer_patterns(tokenizer, name=name)

@@ -1,4 +1,4 @@
-"""What goes into a soup: folders told apart by their files, with weights that sum to one."""
+"""The members of a soup: folders told apart by their files, with weights that sum to one."""
 
 import hashlib
 import json
@@ -11,9 +11,11 @@ from typing import Literal
 from falign.errors import ConfigError, ModelError
 from falign.models.companion_files import MODEL_FILES
 from falign.models.kept_folder import file_hash
+from falign.models.loading import load_tokenizer
 from falign.models.sources import resolve
+from falign.models.tokenizers import check_same_tokens
 
-__all__ = ["SoupMember", "check_weights", "content_hash", "soup_members"]
+__all__ = ["SoupMember", "check_one_tokenizer", "check_weights", "content_hash", "soup_members"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,9 @@ def check_weights(weights: Sequence[float], *, members: int) -> None:
         raise ConfigError(f"{len(weights)} weights for {members} members: give one for each, or none for equal shares.")
     for weight in weights:
         if not (math.isfinite(weight) and weight >= 0):
-            raise ConfigError(f"weights={[*weights]}: {weight} is no share of an average; give numbers of at least 0.")
+            raise ConfigError(
+                f"weights={[*weights]}: a share of an average is a number of at least 0, and {weight} is not."
+            )
     if abs(math.fsum(weights) - 1) > 1e-6:
         raise ConfigError(
             f"weights={[*weights]} sum to {math.fsum(weights):g}: an average has shares that sum to 1; divide them by "
@@ -74,6 +78,22 @@ def soup_members(paths: Sequence[str | Path], weights: Sequence[float] | None = 
     return members
 
 
+def check_one_tokenizer(members: Sequence[SoupMember]) -> None:
+    """Refuse members that were trained with other token ids than the first.
+
+    An adapter that has no tokenizer beside it was trained with that of its base.
+
+    Raises:
+        ConfigError: With the first token that differs.
+    """
+    beside = [
+        each for each in members if each.kind == "checkpoint" or (each.folder / "tokenizer_config.json").is_file()
+    ]
+    for member in beside[1:]:
+        first, other = load_tokenizer(beside[0].folder), load_tokenizer(member.folder)
+        check_same_tokens(first, other, f"{beside[0].folder} and {member.folder}")
+
+
 def content_hash(folder: Path) -> str:
     """Return the SHA-256 of an adapter's weights and configuration, or of all files that make up a checkpoint."""
     beside = ("adapter_config.json",) if (folder / "adapter_config.json").is_file() else MODEL_FILES
@@ -90,7 +110,7 @@ def _member(path: str | Path, weight: float) -> SoupMember:
         return SoupMember(folder=folder.resolve(), weight=weight, kind="adapter")
     plain = Path(resolve(path))  # also a GGUF file, and refusals that name the nearest folder
     if not plain.is_dir():
-        raise ModelError(f"{path} is no folder here: a soup is made of local ones; download it first.")
+        raise ModelError(f"{path} is not a local folder, and a soup is made of local ones: download it first.")
     return SoupMember(folder=plain, weight=weight, kind="checkpoint")
 
 
@@ -99,4 +119,4 @@ def _run_member(run: Path, weight: float) -> SoupMember:
         return SoupMember(folder=(run / "adapter").resolve(), weight=weight, kind="adapter")
     if (run / "model").is_dir():
         return SoupMember(folder=(run / "model").resolve(), weight=weight, kind="checkpoint")
-    raise ModelError(f"{run} is a run without result yet: finish it by `falign train ... --resume`.")
+    raise ModelError(f"{run} is a run that has no result yet: finish it by `falign train ... --resume`.")

@@ -75,8 +75,9 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedToken
     token = next((token for token in sorted(ids, key=ids.__getitem__) if other_ids.get(token) != ids[token]), None)
     if token is not None:
         raise ConfigError(
-            f"{models} have different tokens: {token!r} is {ids[token]} in the one and {other_ids.get(token)} in the "
-            "other, so their probabilities are of different things. Give a model with the policy's tokenizer."
+            f"{models} have different tokens: {token!r} is {ids[token]} in the one and "
+            f"{other_ids.get(token, 'missing')} in the other, so that one id has two meanings. Give models with one "
+            "tokenizer."
         )
 
 

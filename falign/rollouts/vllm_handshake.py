@@ -93,8 +93,8 @@ def shake_hands(
         rows = head_rows(policy)
         raise ConfigError(
             f"{engine.client.url}: the server samples from all {rows + left_out} rows of the policy's head, and the "
-            f"reference has {rows}. Cut the policy to them (`model.resize_token_embeddings({rows})`, save it, train and "
-            "serve that), or sample in this process."
+            f"reference has {rows}. Cut the policy to them (`model.resize_token_embeddings({rows})`, save it, train "
+            "and serve that), or sample in this process."
         )
     theirs = engine.client.post_json(
         "/tokenize", {"model": described.base, "prompt": _TEXT, "add_special_tokens": False}

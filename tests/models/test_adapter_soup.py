@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -15,7 +15,7 @@ from falign.models.adapter_tensors import install_adapter, read_adapter
 from falign.models.merging import fold_adapter
 from falign.models.soup import write_soup
 from falign.models.soup_members import soup_members
-from tests.models.tiny import TEMPLATE, fill_adapter, save_tiny
+from tests.models.tiny import TEMPLATE, fill_adapter, save_tiny, swap_tokens
 from tests.scoring.models import with_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -59,6 +59,18 @@ def averaged_by_merging(base, folders, weights):
     state = {name: sum(w * m[name].double() for w, m in zip(weights, merged, strict=True)) for name in merged[0]}
     target.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return target
+
+
+def test_adapters_trained_with_other_token_ids_are_refused(three, tmp_path):
+    swap_tokens(three[1], "a", "b")
+    for members in (three[:2], [three[1], three[2]]):
+        with pytest.raises(
+            ConfigError, match=r"a\d and .*a\d have different tokens: '[ab]' is 68 in the one and 69 in"
+        ):
+            write_soup(members, tmp_path / "soup")
+    (three[1] / "tokenizer_config.json").unlink()  # as PEFT saves an adapter, without the tokenizer of its base
+    (three[1] / "tokenizer.json").unlink()
+    write_soup(three[:2], tmp_path / "soup")
 
 
 @pytest.mark.parametrize("weights", [[0.2, 0.5, 0.3], [1 / 3] * 3, [0.6, 0.0, 0.4]])
@@ -204,16 +216,16 @@ def test_a_run_that_has_not_ended_has_no_adapter(three, tmp_path):
     (tmp_path / "begun").mkdir()
     for name in ("run.yaml", "manifest.json"):
         (tmp_path / "begun" / name).write_text("{}")
-    with pytest.raises(ModelError, match="without result yet"):
+    with pytest.raises(ModelError, match="has no result yet"):
         soup_members([three[0], tmp_path / "begun"])
 
 
 def test_weights_that_are_no_shares_are_refused(three):
     for weights, message in (
         ([0.5, 0.6], r"sum to 1.1"),
-        ([1.5, -0.5], "-0.5 is no share"),
+        ([1.5, -0.5], "-0.5 is not"),
         ([0.5, 0.25, 0.25], "3 weights for 2 members"),
-        ([float("nan"), 1.0], "nan is no share"),
+        ([float("nan"), 1.0], "nan is not"),
     ):
         with pytest.raises(ConfigError, match=message):
             soup_members(three[:2], weights)
@@ -232,3 +244,22 @@ def test_a_soup_of_an_adapter_and_a_checkpoint_is_refused(tiny, three):
 def test_a_type_for_adapters_is_refused(three, tmp_path):
     with pytest.raises(ConfigError, match="float32 so that it is exact"):
         write_soup(three[:2], tmp_path / "soup", dtype="bfloat16")
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_embeddings_beside_an_adapter_are_refused_with_two_ways_that_work(tiny, tmp_path):
+    members = [tmp_path / "a0", tmp_path / "a1"]
+    for seed, member in enumerate(members):
+        adapted = with_peft(load_model(tiny), LoraConfig(task_type="CAUSAL_LM", **THIRD))
+        fill_adapter(adapted, seed=seed).save_pretrained(member)
+    with pytest.raises(ModelError, match=r"a0 has .*lm_head.base_layer.weight of its base .*save_embedding_layers=Fal"):
+        write_soup(members, tmp_path / "soup")
+    again, merged = tmp_path / "again", tmp_path / "merged"
+    for member in members:
+        adapted = PeftModel.from_pretrained(load_model(tiny), member)
+        adapted.save_pretrained(again / member.name, save_embedding_layers=False)
+        adapted.merge_and_unload().save_pretrained(merged / member.name)
+        load_tokenizer(tiny).save_pretrained(merged / member.name)
+    soups = [write_soup([way / "a0", way / "a1"], way / "soup") for way in (again, merged)]
+    one, other = load_adapter(load_model(tiny), soups[0], trainable=False), load_model(soups[1])
+    torch.testing.assert_close(logits(one), logits(other), rtol=0, atol=1e-5)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from falign.errors import ModelError
+from falign.errors import ConfigError, ModelError
 from falign.models import checkpoint_soup, load_model, load_tokenizer
 from falign.models.checkpoint_files import CheckpointFiles
 from falign.models.checkpoint_soup import write_checkpoint_soup
 from falign.models.soup import cached_checkpoint_soup, write_soup
 from falign.models.soup_members import soup_members
-from tests.models.tiny import save_tiny
+from tests.models.tiny import save_tiny, swap_tokens
 
 IDS = torch.tensor([[7, 100, 30, 5, 222, 9]])
 
@@ -142,8 +142,13 @@ def test_another_vocabulary_is_refused_with_its_first_token(three, tmp_path):
     tokenizer = load_tokenizer(three[1])
     tokenizer.add_tokens(["<own>"])
     tokenizer.save_pretrained(three[1])
-    with pytest.raises(ModelError, match=r"different vocabularies: '<own>' is None in the one and 260 in the other"):
-        write_soup(three[:2], tmp_path / "soup")
+    with pytest.raises(ConfigError, match=r"c1 and .*c0 have different tokens: '<own>' is 260 .* and missing in the"):
+        write_soup([three[1], three[0]], tmp_path / "soup")
+    write_soup(three[:2], tmp_path / "soup")  # the first has all of its tokens in the second, and gives the tokenizer
+    swap_tokens(three[2], "a", "b")
+    with pytest.raises(ConfigError, match=r"c0 and .*c2 have different tokens: 'a' is 68 in the one and 69 in the"):
+        write_soup([three[0], three[2]], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
@@ -175,7 +180,7 @@ def test_integers_that_differ_have_no_average(three, tmp_path):
 def test_quantised_pickled_damaged_and_missing_checkpoints_are_refused(three, tmp_path):
     with pytest.raises(ModelError, match=r"did you mean .*c1"):
         soup_members([three[0], tmp_path / "c11"])
-    with pytest.raises(ModelError, match="some/name is no folder here"):
+    with pytest.raises(ModelError, match="some/name is not a local folder"):
         soup_members([three[0], "some/name"])
     damaged = shutil.copytree(three[1], tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes(b"half")
@@ -188,7 +193,7 @@ def test_quantised_pickled_damaged_and_missing_checkpoints_are_refused(three, tm
     config = json.loads((three[2] / "config.json").read_text())
     quantised = {**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (three[2] / "config.json").write_text(json.dumps(quantised))
-    with pytest.raises(ModelError, match="c2 has quantised weights"):
+    with pytest.raises(ModelError, match="c2 has quantized weights"):
         write_soup([three[0], three[2]], tmp_path / "soup")
 
 

@@ -1,5 +1,6 @@
 """Small random models, with a byte tokenizer, that are saved and loaded in milliseconds."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -64,3 +65,11 @@ def fill_adapter(model, seed=5, scale=0.1, name="default"):
         up = adapter_matrix(layer.lora_B, name)
         up.data = scale * torch.randn(up.shape, generator=generator)
     return model
+
+
+def swap_tokens(folder, one, two):
+    """Give two tokens of a saved tokenizer each other's id."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))

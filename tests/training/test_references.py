@@ -14,7 +14,7 @@ from falign.models import add_lora, describe, export_adapter, load_adapter, load
 from falign.training import parse_run, train
 from falign.training.references import build_reference, rebuild_reference, starts_as_policy
 from falign.training.trainer import AlignmentTrainer
-from tests.models.tiny import fill_adapter, save_tiny
+from tests.models.tiny import fill_adapter, save_tiny, swap_tokens
 from tests.training.pairs import run_data, write_pairs
 
 # transformers moves batches to pinned memory when asked to, and warns on a machine without an accelerator.
@@ -231,13 +231,6 @@ def test_adapters_as_reference_of_a_policy_that_trains_all_weights_are_refused(s
     with pytest.raises(ConfigError, match=r"reference.kind=soup of adapters with adapter=null"):
         start(**FULL, reference={"kind": "soup", "paths": sft})
     assert not (tmp_path / "run").exists()
-
-
-def swap_tokens(folder, one, two):
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 @pytest.mark.parametrize("kind", ["frozen", "soup"])
