@@ -5,6 +5,12 @@
     python scripts/compare_divergences.py configs/compare-hh.yaml --out runs/compare-hh \
         data.train.0.path=helpful-base-test.jsonl.gz
 
+Generators are standardized to f''(1) = 1, so that equal β is equal strength near the reference; ``--own-scale`` leaves
+them as their papers have them. Other fields of the objective may be given as overrides, as those of TDPO:
+
+    python scripts/compare_divergences.py configs/compare-hh.yaml --out runs/tdpo2-hh --divergences forward_kl \
+        -- data.train.0.path=helpful-base-test.jsonl.gz objective.kind=token_pairwise objective.variant=2
+
 The pairs are split once, into ``train.jsonl`` and ``held-out.jsonl`` of the folder. Every command is printed before it
 runs, and can be typed by itself; what is there already is not done again, so that a stopped comparison goes on.
 """
@@ -16,6 +22,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +44,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="as for falign train")
     parser.add_argument("--out", type=Path, required=True, help="a folder for the runs and the report")
     parser.add_argument("--divergences", nargs="+", default=list(FAMILIES), metavar="F")
+    parser.add_argument("--own-scale", action="store_true", help="do not standardize the generators to f''(1) = 1")
     parser.add_argument("--rewards", type=Path, help="of samples, a YAML file; else the first run's implicit reward")
     parser.add_argument("--prompts", type=int, default=32, help="held-out prompts that are answered")
     parser.add_argument("--completions", type=int, default=4, help="answers to each")
@@ -45,7 +53,10 @@ def main() -> None:
     config = load_run_file(arguments.run_file, arguments.overrides)
     if config.data is None:
         parser.error(f"{arguments.run_file} has no section data: give the run file of an f-DPO run.")
-    names = [divergences.get(name).name for name in arguments.divergences]  # before anything is computed
+    try:
+        names = generators(arguments.divergences, own_scale=arguments.own_scale)
+    except ValueError as error:
+        parser.error(f"--divergences: {error}")
     data = split(config, arguments.out)
     sampling: list[Any] = ["--num-completions", arguments.completions, "--max-new-tokens", arguments.max_new_tokens]
     held_out = arguments.out / "held-out.jsonl"
@@ -71,6 +82,12 @@ def main() -> None:
             )
     falign("report", *runs, "--out", arguments.out / "report")
     print(table(runs))
+
+
+def generators(names: Iterable[str], *, own_scale: bool = False) -> list[str]:
+    """Return the names of the divergences, standardized unless they are to keep the scale of their papers."""
+    found = [divergences.get(name) for name in names]
+    return [(f if own_scale else f.standardized()).name for f in found]
 
 
 def split(config: RunConfig, out: Path) -> list[str]:

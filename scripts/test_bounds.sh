@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the lowest (floor) or the highest (newest) versions that pyproject.toml allows into a throw-away environment,
-# and runs scripts/bounds_smoke.py there. The PyTorch build is the one that pip is configured to find.
-# usage: scripts/test_bounds.sh floor|newest
+# and runs scripts/bounds_smoke.py there. Further arguments go to pip, as a requirement that names a PyTorch build.
+# usage: scripts/test_bounds.sh floor|newest [torch==2.13.0+cpu]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 which="${1:-floor}"
@@ -19,6 +19,6 @@ for requirement in tomllib.load(open("pyproject.toml", "rb"))["project"]["depend
         print(f"{name}=={floor}")
 PYTHON
 "$python" -m venv "$folder/environment"
-"$folder/environment/bin/python" -m pip install --quiet --disable-pip-version-check -c "$folder/constraints.txt" .
+"$folder/environment/bin/python" -m pip install --quiet --disable-pip-version-check -c "$folder/constraints.txt" . "${@:2}"
 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false "$folder/environment/bin/python" scripts/bounds_smoke.py
 "$folder/environment/bin/python" -m pip list --disable-pip-version-check | grep -iE '^(torch|transformers|trl|peft|accelerate|datasets|numpy) '
