@@ -7,6 +7,7 @@ __all__ = [
     "DataError",
     "EngineError",
     "FalignError",
+    "InstallationError",
     "ModelError",
     "NonFiniteRewardError",
     "RewardError",
@@ -33,6 +34,10 @@ class FalignError(Exception):
 
 class ConfigError(FalignError, ValueError):
     """A run file, an option or a combination of options that cannot work."""
+
+
+class InstallationError(FalignError):
+    """An installed library that is missing, too old or too new."""
 
 
 class DataError(FalignError, ValueError):

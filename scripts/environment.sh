@@ -1,11 +1,10 @@
-# Makes .venv and installs falign into it; sourced by quickstart.sh and test.sh. Needs pip and Python 3.11 or newer, for which
-# constraints.txt is made (falign itself allows 3.10).
+# Makes .venv and installs falign into it; sourced by quickstart.sh and test.sh. Needs pip and Python 3.11 or newer.
 # usage: source scripts/environment.sh EXTRA
 set -euo pipefail
 extra="$1"
 python="${PYTHON:-python3}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "The pinned set of constraints.txt needs Python 3.11 or newer; set PYTHON to one." >&2
+    echo "falign needs Python 3.11 or newer; set PYTHON to one." >&2
     exit 2
 }
 stamp=".venv/.installed-$extra"

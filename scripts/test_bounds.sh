@@ -8,17 +8,14 @@ which="${1:-floor}"
 python="${PYTHON:-python3}"
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
-"$python" - "$which" > "$folder/constraints.txt" <<'PYTHON'
-import re
-import sys
-import tomllib
-
-for requirement in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]:
-    name, floor = re.match(r"([\w.-]+)>=([\w.]+)", requirement).groups()
-    if sys.argv[1] == "floor":
-        print(f"{name}=={floor}")
-PYTHON
 "$python" -m venv "$folder/environment"
+"$folder/environment/bin/python" -m pip install --quiet --disable-pip-version-check packaging
+touch "$folder/constraints.txt"
+case "$which" in
+    floor) "$folder/environment/bin/python" scripts/bound_constraints.py > "$folder/constraints.txt" ;;
+    newest) ;;
+    *) echo "usage: scripts/test_bounds.sh floor|newest [REQUIREMENT ...]" >&2; exit 2 ;;
+esac
 "$folder/environment/bin/python" -m pip install --quiet --disable-pip-version-check -c "$folder/constraints.txt" . "${@:2}"
 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false "$folder/environment/bin/python" scripts/bounds_smoke.py
 "$folder/environment/bin/python" -m pip list --disable-pip-version-check | grep -iE '^(torch|transformers|trl|peft|accelerate|datasets|numpy) '

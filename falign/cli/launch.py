@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ NO_ZERO = (
 )
 
 
-class Launch(str, Enum):
+class Launch(StrEnum):
     """How several processes share a run."""
 
     ddp = "ddp"

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from falign.cli import data, divergences, evaluate, export, report, sample, score, soup, train
 from falign.cli.failures import end_quietly, leave_failure
+from falign.cli.installed import require_supported_releases
 from falign.cli.quiet import quiet
 from falign.errors import FalignError, StoppedError
 from falign.full_disk import is_full_disk
@@ -42,6 +43,7 @@ def main() -> None:
     quiet()
     end_quietly()
     try:
+        require_supported_releases()
         app()
     except Exception as error:
         message = _mendable(error)

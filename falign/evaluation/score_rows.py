@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NotRequired
+
 from torch import Tensor
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 __all__ = ["ScoreRow", "plain_floats"]
 

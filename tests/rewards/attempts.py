@@ -82,10 +82,7 @@ def try_fork_and_execute_past_subprocess(completion):
     arguments = [b"/usr/bin/touch", completion.encode() + b".touched"]
     reading, writing = os.pipe()
     streams, user = (-1, -1, -1, -1, -1, -1, reading, writing), (None, None, None, -1, None)
-    if sys.version_info >= (3, 11):
-        group, vfork = (-1,), (False,)
-    else:
-        group, vfork = (), ()
+    group, vfork = (-1,), (False,)
     _posixsubprocess.fork_exec(
         arguments, arguments[:1], True, (writing,), None, None, *streams, True, False, *group, *user, *vfork
     )

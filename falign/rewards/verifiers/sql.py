@@ -2,7 +2,6 @@
 
 import re
 import sqlite3
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -104,8 +103,7 @@ def _open(root: Path, database: str) -> sqlite3.Connection:
     connection.text_factory = lambda raw: raw.decode("utf-8", errors="replace")
     connection.execute("PRAGMA temp_store=MEMORY")  # a large sort would go to a file, which may not be written
     connection.set_authorizer(_authorize)
-    if sys.version_info >= (3, 11):
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LARGEST_VALUE)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LARGEST_VALUE)
     return connection
 
 
