@@ -92,7 +92,10 @@ def _check_is_model(folder: Path) -> None:
         return
     if (folder / "adapter_config.json").is_file():
         base = adapter_config(folder).get("base_model_name_or_path")
-        raise ModelError(f"{folder} holds an adapter, not a model: load its base {base!r}, then the adapter.")
+        raise ModelError(
+            f"{folder} holds an adapter, not a model: merge it into its base {base!r} with PEFT (merge_and_unload) and "
+            "save that with the base's tokenizer; or give the base, and the adapter where one is asked for."
+        )
     subfolders = sorted(entry.parent.name for entry in folder.glob("*/config.json"))
     hint = f" Did you mean one of its folders {subfolders}?" if subfolders else ""
     raise ModelError(f"{folder} has no config.json, so it is no model folder.{hint}")

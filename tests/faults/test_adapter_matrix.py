@@ -4,6 +4,7 @@ The oracle is PEFT itself: the base read by transformers, the adapter's folder r
 """
 
 import io
+import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from falign.cli.export import Format, export
+from falign.cli.sample import sample
 from falign.cli.scored import load_run
 from falign.cli.trained import load_trained
 from falign.errors import ConfigError, FalignError, ModelError
@@ -50,6 +52,7 @@ pytestmark = [
 TREES = [PromptTree((0, 40, 60, 61), ((70, 80, 1), (90, 1)), preference=(1.0, 0.0), place="a:1")]
 BATCH = LAYOUTS["padded"](TREES, pad_token_id=1)
 IDS = torch.tensor([[0, 40, 60, 61, 70, 80, 5, 7]])
+QUESTION = "question 1: "
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 QV = {"target_modules": ["q_proj", "v_proj"]}
@@ -180,6 +183,18 @@ def of_completions(logprobs):
     return torch.cat([row[: len(ids)] for row, ids in zip(logprobs, TREES[0].completion_ids, strict=True)])
 
 
+def greedy_answer(model, tokenizer, stops):
+    """The model's answer to `QUESTION`, by transformers."""
+    turns = [{"role": "user", "content": QUESTION}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    mask, stop = torch.ones_like(ids), list(stops)
+    with torch.no_grad():
+        greedy = model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=8, eos_token_id=stop, pad_token_id=1
+        )
+    return tokenizer.decode(greedy[0, ids.shape[1] :], skip_special_tokens=True).strip()  # as falign shows it
+
+
 each_trained = pytest.mark.parametrize("kind", TRAINED)
 each_refused = pytest.mark.parametrize("kind", REFUSED)
 
@@ -218,24 +233,28 @@ def test_sample(world, kind):
     _, folder = world.run(kind)
     policy, tokenizer, _ = load_trained(folder)
     stops = stop_token_ids(policy.get_base_model(), tokenizer)
-    found = answer(policy, tokenizer, ["question 1: "], stop_token_ids=stops, max_new_tokens=8)
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "question 1: "}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=False,
-    )
-    oracle = world.oracle(TRAINED[kind][0], folder.adapter)
-    greedy = oracle.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=8,
-        eos_token_id=list(stops),
-        pad_token_id=1,
-    )
-    expected = tokenizer.decode(greedy[0, ids.shape[1] :], skip_special_tokens=True)
-    assert found == [expected]
+    found = answer(policy, tokenizer, [QUESTION], stop_token_ids=stops, max_new_tokens=8)
+    assert found == [greedy_answer(world.oracle(TRAINED[kind][0], folder.adapter), tokenizer, stops)]
+
+
+@each_refused
+def test_sampling_from_a_folder_is_pefts_or_refused(world, kind, tmp_path, capsys):
+    base, options, reason = REFUSED[kind]
+    saved, tokenizer = world.saved(kind, base, options), load_tokenizer(world.base(base))
+    oracle, stops = world.oracle(base, saved), stop_token_ids(world.base(base), tokenizer)
+    expected = greedy_answer(oracle, tokenizer, stops)
+    if kind in CHANGE_THE_BASE:
+        with pytest.raises(ModelError, match=reason):
+            load_adapter(load_model(world.base(base)), saved, trainable=False)
+    else:
+        policy = load_adapter(load_model(world.base(base)), saved, trainable=False)
+        assert answer(policy, tokenizer, [QUESTION], stop_token_ids=stops, max_new_tokens=8) == [expected]
+    with pytest.raises(ModelError, match=r"holds an adapter, not a model: merge it into its base .*merge_and_unload"):
+        sample(str(saved), [QUESTION])
+    oracle.merge_and_unload().save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    sample(str(tmp_path / "merged"), [QUESTION], max_new_tokens=8, json_lines=True)
+    assert json.loads(capsys.readouterr().out)["completion"] == expected
 
 
 @each_trained

@@ -39,7 +39,7 @@ def test_a_folder_without_config_names_those_inside(tmp_path):
 
 def test_an_adapter_folder_is_recognised(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
-    with pytest.raises(ModelError, match="holds an adapter, not a model: load its base 'org/base'"):
+    with pytest.raises(ModelError, match="holds an adapter, not a model: merge it into its base 'org/base'"):
         resolve(tmp_path)
 
 
