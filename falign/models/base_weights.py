@@ -1,17 +1,22 @@
 """The base under a model's adapters: its weights, by the names that they have in the model without adapters."""
 
+import math
 from collections.abc import Iterator
 
+import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from falign.errors import ModelError
 from falign.models.adapter_settings import base_change
-from falign.models.structure import base_of, without_adapters
+from falign.models.structure import base_of, is_transposed, without_adapters
 
-__all__ = ["base_parameters", "base_storage", "base_weights", "check_base_intact"]
+__all__ = ["base_parameters", "base_storage", "base_weights", "check_base_intact", "check_quantized_from"]
+
+_ROUNDING = 0.3  # of a weight's norm; nf4 rounds normal weights by 0.09 of it, and those of another model are 1.4 away
 
 
 def base_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
@@ -52,6 +57,32 @@ def base_storage(model: PreTrainedModel | PeftModel) -> str:
 def _kind(parameter: nn.Parameter) -> str:
     state = vars(parameter).get("quant_state")
     return str(parameter.dtype).removeprefix("torch.") if state is None else str(state.quant_type)
+
+
+@torch.no_grad()
+def check_quantized_from(original: PreTrainedModel, model: PreTrainedModel | PeftModel) -> None:
+    """Raise unless a base's 4-bit weights are those of another model, rounded.
+
+    Raises:
+        ModelError: With the first weight that is not.
+    """
+    stored = {name: each for name, each in base_parameters(model).items() if "quant_state" in vars(each)}
+    if not stored:
+        return
+    from bitsandbytes.functional import dequantize_4bit  # slow to import, and needed here alone
+
+    modules = dict(original.named_modules())
+    for name, packed in stored.items():
+        restored = dequantize_4bit(packed.data, vars(packed)["quant_state"]).cpu().float()
+        module, share = modules.get(name.removesuffix(".weight")), math.inf
+        if isinstance(module, nn.Linear | Conv1D):
+            weight = (module.weight.T if is_transposed(module) else module.weight).cpu().float()
+            share = float((restored - weight).norm() / weight.norm()) if restored.shape == weight.shape else math.inf
+        if not share <= _ROUNDING:
+            raise ModelError(
+                f"{original.name_or_path} is not the model that {base_of(model).name_or_path} was quantized from: "
+                f"{name} differs by {share:.0%} of its norm, where 4 bits explain {_ROUNDING:.0%}. Give that model."
+            )
 
 
 def check_base_intact(model: nn.Module) -> None:

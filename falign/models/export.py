@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from falign.errors import ModelError
 from falign.models.adapter_files import write_adapter_files
+from falign.models.base_weights import check_quantized_from
 from falign.models.loading import load_model, stored_quantization
 from falign.models.merging import check_plain_lora, fold_adapter
 from falign.models.precision import resolve_dtype
@@ -90,7 +91,7 @@ def export_merged(
         tokenizer: the tokenizer it was trained with.
         out_dir: appears complete or not at all.
         base_name_or_path: the base to fold into, if not the one it was loaded from; needed where that is stored in 4
-            bits.
+            bits, and compared with it.
         dtype: of the written weights; ``auto`` is the base checkpoint's own.
         adapter: which adapter.
         revision: the base's revision on the hub.
@@ -98,7 +99,8 @@ def export_merged(
         overwrite: replace a folder that is not empty.
 
     Raises:
-        ModelError: weights that cannot be merged, an occupied folder, or a full disk.
+        ModelError: weights that cannot be merged, a base that is not the one that was quantized, an occupied folder, or
+            a full disk.
     """
     if isinstance(model, PeftModel):
         check_plain_lora(model, adapter)
@@ -111,6 +113,8 @@ def export_merged(
             "adapter."
         )
     merged = load_model(name, revision=revision, trust_remote_code=trust_remote_code, device="cpu")
+    if base_name_or_path is not None:
+        check_quantized_from(merged, model)
     own = merged.dtype
     target = own if wanted is None else wanted
     _convert(merged, own, torch.promote_types(own, target))  # never rounds

@@ -135,7 +135,7 @@ def test_a_merge_rounds_once_from_float32(tmp_path, stored, written):
 def test_a_qlora_adapter_is_folded_into_the_original_weights(tmp_path, kind):
     folder = save_tiny(tmp_path / "m", kind)
     model, plain = adapted(folder, quantization="nf4"), adapted(folder)
-    out = export_merged(model, load_tokenizer(folder), tmp_path / "out")
+    out = export_merged(model, load_tokenizer(folder), tmp_path / "out", base_name_or_path=folder)
     merged = AutoModelForCausalLM.from_pretrained(out)
     assert not merged.config.to_dict().get("quantization_config")
     # The same adapter, unmerged, over the unquantised base.

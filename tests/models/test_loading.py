@@ -216,6 +216,12 @@ def test_an_adapter_over_it_is_merged_into_the_sixteen_bit_model_that_is_named(f
     export_merged(policy, tokenizer, tmp_path / "merged", base_name_or_path=source)
     proof = verify_export(policy, tmp_path / "merged", tokenizer=tokenizer, kind="merged", base_name_or_path=source)
     assert proof.max_abs_export_error < 1e-4 < proof.max_abs_change_against_base
+    other = save_tiny(tmp_path / "other", seed=9)
+    with pytest.raises(
+        ModelError, match=r"other is not the model that .* was quantized from: .*_proj.weight differs by"
+    ):
+        export_merged(policy, tokenizer, tmp_path / "wrong", base_name_or_path=other)
+    assert not (tmp_path / "wrong").exists()
     export_adapter(policy, tokenizer, tmp_path / "adapter")
     assert verify_export(policy, tmp_path / "adapter", tokenizer=tokenizer, kind="adapter").max_abs_export_error == 0
 
