@@ -40,7 +40,7 @@ _NOT_COMPARED = frozenset(
 
 @dataclass(frozen=True)
 class ExportProof:
-    """What comparing an exported folder with the trained model gave; logits are compared in float32."""
+    """The differences between an exported folder and the trained model; logits are compared in float32."""
 
     kind: Literal["adapter", "merged"]
     dtype: str
@@ -71,8 +71,12 @@ def verify_export(
     over the base in the type of the merge: for QLoRA the trained model itself is far away, because the 4-bit
     weights are (on SmolLM2-135M by 15 of 40 logits, trained or not), so that it could not show a lost adapter.
 
-    A merge must also generate as the trained model does: with its stop tokens and generation settings. Weights that
-    were trained without an adapter are compared one by one, because a few sentences have few of the tokens in them.
+    A merge must also generate as the trained model does: with its stop tokens and generation settings.
+
+    A few sentences have few of the tokens in them, and still every token is covered. Exported adapters act on linear
+    layers alone: `check_plain_lora` refuses trained tokens, embeddings and whole modules before training. One on the
+    head changes the logits of all tokens, which are all compared at each position. The embeddings of a merge must be
+    those of its base, row by row, and weights that were trained without an adapter are compared one by one.
 
     Args:
         trained_model: the model in memory; back in its mode (training or evaluation) afterwards.
@@ -165,8 +169,9 @@ def _compare_merged(
     trust_remote_code: bool,
 ) -> _Comparison:
     base = base_of(trained_model)
-    exported, dtype = _exported_logits(folder, base, rows, trust_remote_code)
+    exported, dtype, embeddings = _exported_logits(folder, base, rows, trust_remote_code)
     original = _load_plain(source, base, _name(dtype), revision, trust_remote_code)
+    _compare_embeddings(original, embeddings, folder)
     untrained = probe_logits(original, rows)
     unmerged = transplant_adapter(trained_model, original, adapter=adapter)
     return _Comparison(exported, probe_logits(unmerged, rows), untrained, dtype)
@@ -192,12 +197,13 @@ def _compare_weights(
 
 def _exported_logits(
     folder: Path, like: PreTrainedModel, rows: Sequence[Sequence[int]], trust_remote_code: bool
-) -> tuple[Tensor, torch.dtype]:
+) -> tuple[Tensor, torch.dtype, Tensor]:
     merged = _load_plain(folder, like, "auto", None, trust_remote_code)
-    logits, dtype = probe_logits(merged, rows), merged.dtype
+    logits, dtype, embeddings = probe_logits(merged, rows), merged.dtype, merged.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
     del merged
     gc.collect()  # one model at a time beside the trained one
-    return logits, dtype
+    return logits, dtype, embeddings
 
 
 def _coarser(*kinds: torch.dtype) -> torch.dtype:
@@ -272,6 +278,20 @@ def _compare_generation(trained: PreTrainedModel, tokenizer: PreTrainedTokenizer
             )
 
 
+def _compare_embeddings(original: PreTrainedModel, exported: Tensor, folder: Path) -> None:
+    weight = original.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    if weight.shape == exported.shape and torch.equal(weight, exported):
+        return
+    token = "has another shape"
+    if weight.shape == exported.shape:
+        token = f"of token {int((weight != exported).any(dim=1).nonzero()[0])} has other values"
+    raise ModelError(
+        f"{folder} is not the trained model: the embedding {token} than in {original.name_or_path}. Do not use it; "
+        "export again."
+    )
+
+
 def _compare_parameters(trained: PreTrainedModel, exported: PreTrainedModel, folder: Path) -> None:
     weights = dict(trained.named_parameters())
     for name, parameter in exported.named_parameters():
@@ -285,12 +305,17 @@ def _compare_parameters(trained: PreTrainedModel, exported: PreTrainedModel, fol
 def _check_adapter_weights(folder: Path) -> None:
     weights = load_file(folder / "adapter_model.safetensors")
     if not weights:
-        raise ModelError(f"{folder}: its adapter has no weights at all.")
+        raise ModelError(f"{folder}: its adapter has no weights at all: export again.")
     for name, tensor in weights.items():
         if not name.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise ModelError(f"{folder}: {name} is no LoRA matrix, and servers such as vLLM refuse it.")
+            raise ModelError(
+                f"{folder}: {name} is not a LoRA matrix of a linear layer, and servers such as vLLM refuse it: export "
+                "again."
+            )
         if tensor.numel() == 0 or not bool(tensor.isfinite().all()):
-            raise ModelError(f"{folder}: {name} of shape {tuple(tensor.shape)} is empty or not finite.")
+            raise ModelError(
+                f"{folder}: {name} of shape {tuple(tensor.shape)} is empty, NaN or infinite: export again."
+            )
 
 
 def _default_bound(kind: str, dtype: torch.dtype) -> float:

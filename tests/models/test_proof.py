@@ -93,6 +93,28 @@ def test_other_weights_than_the_trained_ones_are_refused(case, kind):
         verify_export(model, out, tokenizer=tokenizer, kind=kind, probe=PROBE)
 
 
+@pytest.mark.parametrize("weight", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_one_row_of_a_token_that_the_probe_lacks_is_seen(case, weight):
+    model, tokenizer, out = case()
+    export_merged(model, tokenizer, out)
+    tensors = load_file(out / "model.safetensors")
+    tensors[weight][200] += 1.0
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"is not the trained model: (its logits differ|the embedding of token 200)"):
+        verify_export(model, out, tokenizer=tokenizer, kind="merged", probe=PROBE)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_one_row_of_an_adapter_on_the_head_is_seen(tmp_path, kind):
+    folder = save_tiny(tmp_path / "m")
+    model = fill_adapter(add_lora(load_model(folder), r=2, alpha=4, seed=1, target_modules=["q_proj", "lm_head"]))
+    tokenizer, out = load_tokenizer(folder), tmp_path / "out"
+    (export_adapter if kind == "adapter" else export_merged)(model, tokenizer, out)
+    model.get_base_model().lm_head.lora_B["default"].weight.data[200] += 1.0  # what the export should have had
+    with pytest.raises(ModelError, match=r"is not the trained model: its logits differ"):
+        verify_export(model, out, tokenizer=tokenizer, kind=kind, probe=PROBE)
+
+
 def test_a_bound_of_ones_own_is_used(case):
     model, tokenizer, out = case()
     export_merged(model, tokenizer, out)
@@ -115,9 +137,9 @@ def test_another_chat_template_or_vocabulary_is_refused(case):
     ("change", "message"),
     [
         (lambda weights: {}, "no weights at all"),
-        (lambda weights: {**weights, "lm_head.weight": torch.ones(1)}, "lm_head.weight is no LoRA matrix"),
-        (lambda weights: {name: torch.empty(0) for name in weights}, r"of shape \(0,\) is empty or not finite"),
-        (lambda weights: {name: value * torch.nan for name, value in weights.items()}, "is empty or not finite"),
+        (lambda weights: {**weights, "lm_head.weight": torch.ones(1)}, "lm_head.weight is not a LoRA matrix"),
+        (lambda weights: {name: torch.empty(0) for name in weights}, r"of shape \(0,\) is empty, NaN or infinite"),
+        (lambda weights: {name: value * torch.nan for name, value in weights.items()}, "is empty, NaN or infinite"),
     ],
 )
 def test_broken_adapter_weights_are_refused(case, change, message):
