@@ -1,12 +1,15 @@
-"""What several packages' tests need: the demonstration model, tiny models on disk, and the folder of real data."""
+"""Fixtures of several packages' tests: the command line, the demonstration model, tiny models, and real data."""
 
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from falign.cli import main
 from tests.models.tiny import save_tiny
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -20,6 +23,41 @@ def _threads(request):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+class Ran(NamedTuple):
+    """Exit status and what was printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def falign_printed(monkeypatch, capsys):
+    """Return a function that runs a command line and returns exit status, output and errors, to the letter."""
+
+    def run(*arguments, columns=160):
+        monkeypatch.setattr(sys, "argv", ["falign", *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setenv("COLUMNS", str(columns))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return Ran(stopped.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def falign(falign_printed):
+    """Return a function that runs a command line and returns exit status, output, and errors on one line."""
+
+    def run(*arguments, columns=160):
+        status, out, err = falign_printed(*arguments, columns=columns)
+        return Ran(status, out, " ".join(err.split()))
+
+    return run
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import ast
 import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 import falign
-from falign.cli.main import main
 from falign.terminal import Terminal, harmless, json_line
 
 TITLE, CLEAR, C1, TURNED = "\x1b]0;owned\x07", "\x1b[2J", "\x9b31m", "\u202egnihton"
@@ -21,17 +19,13 @@ COMMANDS = ("\x1b]", "\x1b[2J", "\x07", "\x9b", "\u202e", "e\r", "\x7f")
 
 
 @pytest.fixture
-def falign_(monkeypatch, capsys):
+def printed(falign_printed, monkeypatch):
     """Return a function that runs a command line and returns exit status and everything it printed."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["falign", *map(str, arguments)])
-        monkeypatch.setenv("FORCE_COLOR", "1")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out + captured.err
+        status, out, err = falign_printed(*arguments)
+        return status, out + err
 
     return run
 
@@ -81,10 +75,10 @@ def test_a_line_of_json_has_the_same_value():
     assert json.loads(line) == {"completion": HOSTILE}
 
 
-def test_prompts_and_completions_are_harmless(falign_, tiny, monkeypatch):
+def test_prompts_and_completions_are_harmless(printed, tiny, monkeypatch):
     monkeypatch.setattr("falign.rollouts.answers.answer", lambda *_, **__: [HOSTILE])
     for options in ((), ("--json",)):
-        status, text = falign_("sample", tiny, "--prompt", HOSTILE, *options)
+        status, text = printed("sample", tiny, "--prompt", HOSTILE, *options)
         assert status == 0
         assert_harmless(text)
         assert "owned" in text
@@ -98,10 +92,10 @@ def test_prompts_and_completions_are_harmless(falign_, tiny, monkeypatch):
         {"messages": [{"role": HOSTILE, "content": HOSTILE}]},
     ],
 )
-def test_data_and_column_names_are_harmless(falign_, tmp_path, row):
+def test_data_and_column_names_are_harmless(printed, tmp_path, row):
     path = tmp_path / f"{CLEAR}.jsonl"
     path.write_text(json.dumps(row) + "\n{" + HOSTILE + "\n")
-    status, text = falign_("data", "check", path)
+    status, text = printed("data", "check", path)
     assert status == 2
     assert_harmless(text)
 
@@ -109,20 +103,20 @@ def test_data_and_column_names_are_harmless(falign_, tmp_path, row):
 @pytest.mark.parametrize(
     "arguments", [("sample", f"./{HOSTILE}", "-p", "x"), ("train", f"{HOSTILE}.yaml"), ("report", HOSTILE)]
 )
-def test_names_in_error_messages_are_harmless(falign_, arguments):
-    status, text = falign_(*arguments)
+def test_names_in_error_messages_are_harmless(printed, arguments):
+    status, text = printed(*arguments)
     assert status == 2
     assert_harmless(text)
     assert "owned" in text
 
 
-def test_a_traceback_is_harmless(falign_, monkeypatch):
+def test_a_traceback_is_harmless(printed, monkeypatch):
     def fails(*arguments, **options):
         raise RuntimeError(HOSTILE)
 
     monkeypatch.setattr("falign.plain_yaml.plain_yaml", fails)
     monkeypatch.setattr("falign.cli.data.plain_yaml", fails)
-    status, text = falign_("data", "check", "x.jsonl")
+    status, text = printed("data", "check", "x.jsonl")
     assert status == 1
     assert "Traceback" in text
     assert_harmless(text)

@@ -15,7 +15,6 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from falign.cli import main
 from tests.models.tiny import VOCABULARY, save_tiny, tiny_tokenizer
 from tests.training.pairs import run_data, write_pairs
 
@@ -25,22 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as 
 CHECK = Path(__file__).parents[2] / "scripts" / "check_benchmark.py"
 FEW = ("--resamples", 20)
 ALL = ["implicit_reward", "length_normalised", "log_ratio", "logprob", "mean_logprob", "length", "random"]
-
-
-@pytest.fixture
-def falign(monkeypatch, capsys):
-    """Return a function that runs a command line and returns exit status, output and errors."""
-
-    def run(*arguments, columns=160):
-        monkeypatch.setattr(sys, "argv", ["falign", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", str(columns))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, " ".join(captured.err.split())
-
-    return run
 
 
 @pytest.fixture

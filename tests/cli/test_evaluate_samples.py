@@ -38,22 +38,6 @@ def vowels(prompts, completions, answer, **columns):
 """
 
 
-@pytest.fixture
-def falign(monkeypatch, capsys):
-    """Return a function that runs a command line and returns exit status, output and errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["falign", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "160")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, " ".join(captured.err.split())
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model, an online run with a checkpoint and an offline run."""
@@ -331,7 +315,8 @@ def test_a_reward_model_that_reads_other_token_ids_is_refused(falign, folder, tm
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     rewards = [{"kind": "implicit", "path": str(other), "reference": str(folder / "tiny")}]
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": rewards}))
-    status, _, err = falign("evaluate", "samples", folder / "online", "--rewards", tmp_path / "rewards.yaml")
+    options = ("--rewards", tmp_path / "rewards.yaml", "--out", tmp_path / "out")
+    status, _, err = falign("evaluate", "samples", folder / "online", *options)
     assert status == 2
     assert "other have different tokens: 'a' is" in err
 

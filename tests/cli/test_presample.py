@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import falign as falign_package
-from falign.cli import main
 from falign.durable import claimed, write_whole
 from falign.models import load_model, load_tokenizer
 from falign.rollouts import TransformersEngine
@@ -25,22 +24,6 @@ def even(prompts, completions, label, **columns):
     assert all(text for text in label)
     return [float(i % 4 < 3 and ids[0] % 3 > 0) for i, ids in zip(columns["number"], columns["completion_ids"])]
 """
-
-
-@pytest.fixture
-def falign(monkeypatch, capsys):
-    """Return a function that runs a command line and returns exit status, output and errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["falign", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "120")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, " ".join(captured.err.split())
-
-    return run
 
 
 @pytest.fixture

@@ -11,29 +11,12 @@ import time
 import pytest
 import yaml
 
-from falign.cli import main
 from falign.models import load_tokenizer
 from tests.models.tiny import save_tiny
 from tests.training.pairs import run_data, write_pairs
 
 # transformers moves batches to pinned memory when asked to, and warns on a machine without an accelerator.
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
-
-
-@pytest.fixture
-def falign(monkeypatch, capsys):
-    """Return a function that runs a command line and returns exit status, output and errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["falign", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "120")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, " ".join(captured.err.split())
-
-    return run
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import yaml
 
-from falign.cli import main
 from falign.models import add_lora, export_adapter, load_model, load_tokenizer
 from tests.models.tiny import fill_adapter, save_tiny
 from tests.training.pairs import run_data, write_pairs
@@ -18,19 +16,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as 
 FULL = {"adapter": None, "training": {"learning_rate": 1e-3}}
 
 
-@pytest.fixture
-def falign(monkeypatch, capsys, tmp_path):
-    """Return a function that runs a command line and returns exit status and errors."""
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch, tmp_path):
     monkeypatch.setenv("FALIGN_CACHE", str(tmp_path / "made"))
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["falign", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code or 0, " ".join(capsys.readouterr().err.split())
-
-    return run
 
 
 @pytest.fixture
@@ -44,7 +32,7 @@ def trained(falign, tiny, tmp_path):
         if "init" in (content["adapter"] or {}):
             content["adapter"] = {"init": content["adapter"]["init"]}
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
-        status, err = falign("train", tmp_path / "run.yaml")
+        status, _, err = falign("train", tmp_path / "run.yaml")
         assert status == 0, err
         return tmp_path / "run", pairs
 
@@ -77,18 +65,18 @@ def test_scores_on_a_runs_rows_are_the_values_that_it_logged(falign, trained, sf
         "cached_soup": {"reference": {**soup, "cache": str(tmp_path / "cache")}},
     }[kind]
     run, pairs = trained(**changes)
-    status, err = falign("score", run, pairs, "--out", tmp_path / "scores.jsonl")
+    status, _, err = falign("score", run, pairs, "--out", tmp_path / "scores.jsonl")
     assert status == 0, err
     rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     logged = json.loads((run / "summary.json").read_text())["after"]
     for side, preference in (("chosen", 1.0), ("rejected", 0.0)):
         ratios = [row["log_ratio"] for row in rows if row["preference"] == preference]
         assert sum(ratios) / len(ratios) == pytest.approx(logged[f"logratios/{side}"], abs=2e-5)
-    status, err = falign("report", run)
+    status, _, err = falign("report", run)
     assert status == 0, err
     if kind in ("soup", "average"):
         for form in ("adapter", "merged"):
-            status, err = falign("export", run, "--format", form)
+            status, _, err = falign("export", run, "--format", form)
             assert status == 0, err
         assert not list((run / "export").rglob("ref"))
 
@@ -97,11 +85,11 @@ def test_a_reference_that_changed_or_is_gone_is_no_reference(falign, trained, sf
     run, pairs = trained(reference={"kind": "adapter", "path": sft[0]})
     weights = f"{sft[0]}/adapter_model.safetensors"
     shutil.move(weights, tmp_path / "kept")
-    status, err = falign("score", run, pairs, "--out", tmp_path / "scores.jsonl")
+    status, _, err = falign("score", run, pairs, "--out", tmp_path / "scores.jsonl")
     assert status == 2
     assert "sft0 has no adapter_model.safetensors" in err
     adapted = fill_adapter(add_lora(load_model(tmp_path / "tiny"), r=2, alpha=4, seed=0), seed=9, scale=0.05)
     export_adapter(adapted, load_tokenizer(tmp_path / "tiny"), sft[0], overwrite=True)
-    status, err = falign("score", run, pairs, "--out", tmp_path / "scores.jsonl")
+    status, _, err = falign("score", run, pairs, "--out", tmp_path / "scores.jsonl")
     assert status == 2
     assert "holds other weights now than when the run was trained" in err

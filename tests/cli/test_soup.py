@@ -1,30 +1,19 @@
 """``falign soup`` as a user types it."""
 
 import json
-import sys
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from falign.cli import main
 from tests.models.tiny import save_tiny
 
 
 @pytest.fixture
-def soup(monkeypatch, capsys):
+def soup(falign):
     """Return a function that runs the command and returns exit status, output and errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["falign", "soup", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, " ".join(captured.err.split())
-
-    return run
+    return partial(falign, "soup", columns=200)
 
 
 @pytest.fixture

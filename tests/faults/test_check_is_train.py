@@ -15,7 +15,6 @@ from random import Random
 import pytest
 import yaml
 
-from falign.cli import main
 from falign.data import chat_template
 from falign.errors import FalignError
 from tests.models.tiny import save_tiny
@@ -92,7 +91,7 @@ def tiny_run(tmp_path_factory):
         {"prompt": "q", "chosen": "a", "rejected": "b", "history": "What we said."},
     ],
 )
-def test_the_two_commands_say_the_same_of_a_bad_row(tiny_run, tmp_path, monkeypatch, capsys, bad):
+def test_the_two_commands_say_the_same_of_a_bad_row(falign, tiny_run, tmp_path, bad):
     rows = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in (*rows, bad)))
@@ -102,13 +101,9 @@ def test_the_two_commands_say_the_same_of_a_bad_row(tiny_run, tmp_path, monkeypa
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     said = []
     for arguments in (["data", "check", data, "--chat", "--model", tiny_run], ["train", tmp_path / "run.yaml"]):
-        monkeypatch.setattr(sys, "argv", ["falign", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "1000")
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert stopped.value.code == 2
-        captured = capsys.readouterr()
-        said.append(" ".join((captured.out + captured.err).split()))
+        status, out, err = falign(*arguments, columns=1000)
+        assert status == 2
+        said.append(" ".join((out + err).split()))
     place = f"{data}:4: "
     message = said[0][said[0].index(place) :].split(f" {data}: 1 bad row")[0]
     assert message[:60] in said[1]

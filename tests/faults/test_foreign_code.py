@@ -9,7 +9,6 @@ import pytest
 import yaml
 from rich.console import Console
 
-from falign.cli.main import main
 from falign.training import RunFolder, parse_run, train
 from falign.training.named_code import named_code, read_run
 from tests.models.tiny import save_tiny
@@ -50,22 +49,6 @@ def folder(tmp_path_factory):
     for run in runs:
         train(parse_run(run), console=Console(quiet=True))
     return folder
-
-
-@pytest.fixture
-def falign(monkeypatch, capsys):
-    """Return a function that runs a command line and returns exit status, output and errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["falign", *map(str, arguments)])
-        monkeypatch.setattr(sys, "path", [*sys.path])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, " ".join(captured.err.split())
-
-    return run
 
 
 @pytest.fixture
