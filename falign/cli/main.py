@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import sys
 import traceback
+from typing import Any
 
 import typer
 from rich.markup import escape
 
 from falign.cli import data, divergences, evaluate, export, report, sample, score, soup, train
 from falign.cli.failures import end_quietly, leave_failure
+from falign.cli.foreign_output import clean, cleaned_output
 from falign.cli.installed import require_supported_releases
 from falign.cli.quiet import quiet
 from falign.errors import FalignError, StoppedError
 from falign.full_disk import is_full_disk
-from falign.passwords import without_secrets
-from falign.terminal import Terminal, harmless
+from falign.terminal import Terminal
 
 __all__ = ["app", "main"]
+
+# Click's, which some releases of typer have inside themselves: its own class is the way to it.
+UsageError: Any = typer.BadParameter.__base__
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="falign",
@@ -42,29 +48,49 @@ def main() -> None:
     """Run the command line; errors that a user can mend go to standard error, without a traceback."""
     quiet()
     end_quietly()
-    try:
-        require_supported_releases()
-        app()
-    except Exception as error:
-        message = _mendable(error)
-        if message is None:
-            report = harmless(without_secrets(traceback.format_exc()))
-            if not leave_failure(report):
-                print(report, end="", file=sys.stderr)
-            sys.exit(1)
-        message = without_secrets(message)
-        if not leave_failure(harmless(f"error: {message}\n")):
-            label = "[bold yellow]stopped:[/]" if isinstance(error, StoppedError) else "[bold red]error:[/]"
-            Terminal(stderr=True, highlight=False, soft_wrap=True).print(f"{label} {escape(message)}")
-        sys.exit(error.exit_status if isinstance(error, FalignError) else 2)
+    with cleaned_output():
+        try:
+            require_supported_releases()
+            status = app(standalone_mode=False)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except typer.Abort:
+            status = INTERRUPTED
+        except BaseException as error:  # a panic of a library in Rust is none of Exception's
+            status = _tell(error)
+    sys.exit(status or 0)
 
 
-def _mendable(error: Exception) -> str | None:
+def _tell(error: BaseException) -> int:
+    """Print an error, or leave it to the launcher; return the exit status."""
+    message = _mendable(error)
+    if message is None:
+        report = clean("".join(traceback.format_exception(error)))
+        if not leave_failure(report):
+            print(report, end="", file=sys.stderr)
+        return 1
+    message = clean(message)
+    if message and not leave_failure(f"error: {message}\n"):
+        label = "[bold yellow]stopped:[/]" if isinstance(error, StoppedError) else "[bold red]error:[/]"
+        Terminal(stderr=True, highlight=False, soft_wrap=True).print(f"{label} {escape(message)}")
+    return error.exit_status if isinstance(error, FalignError) else 2
+
+
+def _mendable(error: BaseException) -> str | None:
     """Return what to tell of an error that a user can mend; None for all others."""
     if isinstance(error, FalignError):
         return str(error)
+    if isinstance(error, UsageError):
+        return _usage(error)
     if is_full_disk(error):
         place = getattr(error, "filename", None) or "a file could not be written"
         return f"{place}: the disk is full. Free some space, or choose a folder on another disk; what is whole stays."
     # An operating system's error (no permission, a file where a folder should be) names its path itself.
     return str(error) if isinstance(error, OSError) else None
+
+
+def _usage(error: Any) -> str:
+    """Return what is wrong with a command line; nothing where its help has been shown instead."""
+    if error.ctx is None or not error.format_message():
+        return error.format_message()
+    return f"{error.format_message().rstrip('.')}. See {error.ctx.command_path} --help."
