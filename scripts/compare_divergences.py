@@ -97,7 +97,7 @@ def split(config: RunConfig, out: Path) -> list[str]:
     files = {"train": out / "train.jsonl", "eval": out / "held-out.jsonl"}
     if not all(file.is_file() for file in files.values()):
         language = load_language(config)
-        built = data.build(language.tokenizer, stop_token_ids=language.stop_tokens, seed=config.seed)
+        built = data.build(language.tokenizer, stop_token_ids=language.stop_tokens, seed=config.seed, preferences=True)
         places = {"train": {tree.place for tree in built.train}, "eval": {tree.place for tree in built.eval}}
         bad_rows = BadRows(data.bad_rows)
         out.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import Progress
 from rich.table import Table
 
+from falign.cli.trained import chosen_chat
 from falign.durable import claimed, refuse_link, write_whole
 from falign.errors import ConfigError
 from falign.terminal import Terminal
@@ -151,11 +152,18 @@ class Presampling:
                 f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in the {positions} positions of "
                 f"{self.model}: lower it."
             )
-        chat = bool(tokenizer.chat_template) if self.chat is None else self.chat
+        chat = chosen_chat(self.chat, tokenizer, Terminal(stderr=True, highlight=False, soft_wrap=True))
         source = PromptSource(str(self.file), template=self.template, chat=chat)
         bad_rows: Any = self.bad_rows
-        check = row_check(self.reward)
-        return load_prompts([source], tokenizer, max_length=room, long_prompt="drop", bad_rows=bad_rows, check=check)
+        return load_prompts(
+            [source],
+            tokenizer,
+            max_length=room,
+            long_prompt="drop",
+            bad_rows=bad_rows,
+            skip_by="--bad-rows skip",
+            check=row_check(self.reward),
+        )
 
     def _record(self, policy: Any, tokenizer: Any) -> dict[str, Any]:
         """What the findings depend on."""

@@ -134,7 +134,7 @@ class RewardEvaluation:
         from falign.models.tokenizers import tokenizer_fingerprint
 
         names = self._check()
-        unread = BadRows(self.bad_rows)
+        unread = BadRows(self.bad_rows, skip_by="--bad-rows skip")
         with console.status("reading"):
             items = read_items(self.benchmark, self.file, split=self.split, subsets=self.subsets, bad_rows=unread)
         with console.status(f"loading {escape(self.model)}"):

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from falign.cli.scored import Scored, load_alone, load_run, positions_of
-from falign.cli.trained import is_run
+from falign.cli.trained import chosen_chat, is_run
 from falign.data import PromptRow, PromptSource, load_prompts
 from falign.divergences import Divergence, get
 from falign.errors import ConfigError
@@ -294,9 +294,16 @@ class SampleEvaluation:
         positions = positions_of(scored.policy)
         room = sys.maxsize if positions is None else positions - settings["max_new_tokens"]
         of_run = None if config is None else config.chat
-        chat = asked.chat if asked.chat is not None else bool(scored.tokenizer.chat_template) and of_run is not False
+        chat = chosen_chat(of_run if asked.chat is None else asked.chat, scored.tokenizer, console)
         source = PromptSource(asked.prompts, split=asked.split, template=asked.template, chat=chat, limit=asked.limit)
-        return load_prompts([source], scored.tokenizer, max_length=room).train, asked.prompts
+        data = load_prompts([source], scored.tokenizer, max_length=room, long_prompt="drop", skip_by=None)
+        if data.report.dropped:
+            raise ConfigError(
+                f"{asked.prompts}: {data.report.dropped} prompts have more than the {room} tokens that are left beside "
+                f"--max-new-tokens {settings['max_new_tokens']} in the {positions} positions of {self.model}: lower "
+                "it, or shorten them."
+            )
+        return data.train, asked.prompts
 
     def _settings(self, config: RunConfig | None) -> dict[str, Any]:
         """How is sampled; what is left out is as the run evaluates itself."""

@@ -107,7 +107,7 @@ def score(
                 max_length=max_length,
             )
     stops = stop_token_ids(base_of(scored.policy), scored.tokenizer)
-    stream: Any = {"stop_token_ids": stops, "window": scored.window, "bad_rows": bad_rows}
+    stream: Any = {"stop_token_ids": stops, "window": scored.window, "bad_rows": bad_rows, "skip_by": "--bad-rows skip"}
     trees = TreeStream(source, scored.tokenizer, **stream)
     rows = iter(trees)
     first = list(islice(rows, PROBED_TREES))
@@ -148,7 +148,7 @@ def _require_rows(source: DataSource, bad_rows: Any) -> None:
     """Read the first row, so that what is wrong with the file is known before any weight is loaded."""
     from falign.data import BadRows, read_examples
 
-    if next(read_examples(source, bad_rows=BadRows(bad_rows)), None) is None:
+    if next(read_examples(source, bad_rows=BadRows(bad_rows, skip_by="--bad-rows skip")), None) is None:
         raise DataError(f"{source.path} has no row that can be used: give a file with at least one.")
 
 

@@ -283,7 +283,7 @@ def _window(config: RunConfig) -> Window:
 
     data = config.data
     if data is not None:
-        return Window(data.max_length, data.max_completion_length, data.long_prompt, data.long_completion)
+        return data.window
     assert config.prompts is not None, "a run has data or prompts"
     return Window(config.prompts.max_length + config.rollout.max_new_tokens)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,7 +29,9 @@ def train(
     ] = False,
     skip_bad: Annotated[
         bool,
-        typer.Option("--skip-bad", help="Leave out steps whose loss, gradient or reward is no number, and count them."),
+        typer.Option(
+            "--skip-bad", help="Leave out steps whose loss, gradient or reward is NaN or infinite, and count them."
+        ),
     ] = False,
     kind: Annotated[
         Launch | None, typer.Option("--launch", help="Train in several processes: ddp, or fsdp2 for large models.")
@@ -52,19 +53,14 @@ def train(
         launch(kind, processes, ["train", run_file, *given])
         return
     if processes is not None:
-        raise ConfigError(f"--processes {processes} says nothing without --launch: give --launch ddp or fsdp2.")
+        raise ConfigError(f"--processes {processes} has no effect without --launch: give --launch ddp or fsdp2.")
     if new_rewards and not resume:
-        raise ConfigError("--new-rewards says nothing without --resume: a new run takes its rewards as they are.")
+        raise ConfigError("--new-rewards has no effect without --resume: a new run takes its rewards as they are.")
     console = Terminal(quiet=os.environ.get("RANK", "0") != "0")
     with console.status("starting"):
-        from falign.training import load_run_file
         from falign.training import train as run
-        from falign.training.named_code import import_from, is_recorded, named_code, require_trust
+        from falign.training.named_code import load_own_run_file
 
-        config = load_run_file(run_file, [*(overrides or []), *(["training.skip_bad=true"] if skip_bad else [])])
-        code = named_code(config)
-        if is_recorded(Path(run_file)):
-            require_trust(code, place=run_file, trust_code=trust_code)
-        if code:
-            import_from(Path.cwd(), Path(run_file).parent)
+        given = [*(overrides or []), *(["training.skip_bad=true"] if skip_bad else [])]
+        config = load_own_run_file(run_file, given, trust_code=trust_code)
     show(run(config, resume=resume, new_rewards=new_rewards), console)

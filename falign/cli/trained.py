@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
+from rich.console import Console
 
 from falign.errors import ConfigError, ModelError
 
@@ -15,7 +16,16 @@ if TYPE_CHECKING:
 
     from falign.training import RunConfig, RunFolder
 
-__all__ = ["Trained", "TrustCode", "chat_of_run", "checkpoint_folder", "is_run", "load_trained", "result_folder"]
+__all__ = [
+    "Trained",
+    "TrustCode",
+    "chat_of_run",
+    "checkpoint_folder",
+    "chosen_chat",
+    "is_run",
+    "load_trained",
+    "result_folder",
+]
 
 
 TrustCode = Annotated[
@@ -46,6 +56,23 @@ def chat_of_run(path: str) -> bool | None:
     from falign.training.named_code import read_run
 
     return read_run(RunFolder.open(path), uses=[], trust_code=False).chat if is_run(path) else None
+
+
+def chosen_chat(chat: bool | None, tokenizer: PreTrainedTokenizerBase, console: Console) -> bool:
+    """Return whether plain prompts are turns; where nobody has said so, they are where there is a chat template.
+
+    Args:
+        chat: What the user or the run says.
+        tokenizer: The model's.
+        console: Is told how they are read where it was not said.
+    """
+    if chat is None and tokenizer.chat_template:
+        console.print(
+            "Prompts of plain text are read as a user's turns, because the model has a chat template; --plain "
+            "continues them as they stand, and --chat says the same without this line.",
+            style="yellow",
+        )
+    return bool(tokenizer.chat_template) if chat is None else chat
 
 
 def result_folder(model: str, name: str, out: Path | None) -> Path:

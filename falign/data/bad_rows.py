@@ -1,4 +1,4 @@
-"""What becomes of a row that cannot be used: it stops the reading, or it is left out and counted."""
+"""Rows that cannot be used: each stops the reading, or is left out and counted."""
 
 from __future__ import annotations
 
@@ -45,14 +45,16 @@ class BadRows:
     Args:
         policy: ``"error"`` raises; ``"skip"`` counts and carries on.
         keep: How many messages are kept.
+        skip_by: How the user asks for ``"skip"``, for messages; None where there is no way to.
 
     Attributes:
         count: Bad rows so far.
         messages: The messages of the first ``keep`` of them.
     """
 
-    def __init__(self, policy: BadRowPolicy = "error", *, keep: int = 5) -> None:
+    def __init__(self, policy: BadRowPolicy = "error", *, keep: int = 5, skip_by: str | None = None) -> None:
         require_choice("bad_rows", policy, BadRowPolicy)
+        self._skip_by = skip_by
         self.policy = policy
         self.keep = keep
         self.count = 0
@@ -65,7 +67,9 @@ class BadRows:
             DataError: Under the policy ``"error"``.
         """
         if self.policy == "error":
-            raise DataError(f"{error} (bad_rows=skip leaves such rows out and counts them.)") from error
+            if self._skip_by is None:
+                raise error
+            raise DataError(f"{error} ({self._skip_by} leaves such rows out and counts them.)") from error
         self.count += 1
         if len(self.messages) < self.keep:
             self.messages.append(str(error))

@@ -11,7 +11,7 @@ from falign.data.bad_rows import shown
 from falign.data.conversations import Message, Text
 from falign.errors import DataError
 
-__all__ = ["Example", "build_example", "prompt_key", "prompt_turns"]
+__all__ = ["Example", "build_example", "prompt_key", "prompt_turns", "require_preference"]
 
 _TELL = "mend the row or remove it"
 
@@ -85,6 +85,19 @@ def prompt_turns(prompt: Text, system: str | None, place: str) -> list[Message]:
         turns = _with_system(turns, system, place)
     _check_prompt_turns(turns, place)
     return turns
+
+
+def require_preference(example: Example) -> None:
+    """Refuse a row in which no completion is preferred to another.
+
+    Raises:
+        DataError: With the place of the row.
+    """
+    if len(set(example.preference or ())) < 2:
+        raise DataError(
+            f"{example.place}: no completion is preferred to another, which this objective needs: give chosen and "
+            "rejected, or completions with different scores."
+        )
 
 
 def prompt_key(prompt: Text) -> str:

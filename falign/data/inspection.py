@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from falign.data.bad_rows import BadRows
 from falign.data.chat_template import Tokenizer
 from falign.data.conversations import Text
-from falign.data.examples import Example
+from falign.data.examples import Example, require_preference
 from falign.data.recognition import RowReader, read_examples
 from falign.data.rendering import require_chat_choice
 from falign.data.reports import SourceReport, Tally
@@ -88,6 +88,7 @@ def check(
     tokenizer: Tokenizer | None = None,
     stop_token_ids: Collection[int] = (),
     window: Window | None = None,
+    preferences: bool = False,
     keep: int = 10,
 ) -> DataReport:
     """Read a source as a run would, and report on all its rows instead of stopping at a bad one.
@@ -97,6 +98,7 @@ def check(
         tokenizer: The model's; without it lengths are in words, and boundaries and the window are not looked at.
         stop_token_ids: As in ``load_preferences``.
         window: The run's lengths and policies; a row that they would stop the run at is a bad row.
+        preferences: Whether a row must prefer one of its completions to another, as pairwise objectives need.
         keep: How many messages on bad rows are kept.
 
     Raises:
@@ -115,20 +117,23 @@ def check(
 
     for example in read_examples(source, reader=reader, bad_rows=bad_rows):
         tokenized = None
-        if tokenizer is None:
-            record(example, [_num_words(text) for text in (example.prompt, *example.completions)])
-        else:
+        if tokenizer is not None:
             require_chat_choice(example.prompt, tokenizer, source.chat, example.place)
-            try:
+        try:
+            if preferences:
+                require_preference(example)
+            if tokenizer is None:
+                record(example, [_num_words(text) for text in (example.prompt, *example.completions)])
+            else:
                 encoded = encode(example, tokenizer, stop_token_ids=stop_token_ids)
                 tree = encoded.tree
                 record(example, [len(ids) for ids in (tree.prompt_ids, *tree.completion_ids)])
                 tokenized = Tokenized(tree, encoded.drifting_tokens, encoded.reopened)
                 if window is not None:
                     tokenized = fitted(encoded, window, bos_token_id=tokenizer.bos_token_id)
-            except DataError as error:
-                bad_rows.add(error)
-                continue
+        except DataError as error:
+            bad_rows.add(error)
+            continue
         tally.add(example, tokenized)
         if tally.kept == source.limit:
             break

@@ -66,7 +66,9 @@ def load_preferences(
     *,
     stop_token_ids: Collection[int],
     window: Window,
+    preferences: bool = False,
     bad_rows: BadRowPolicy = "error",
+    skip_by: str = "bad_rows=skip",
     eval_sources: Sequence[DataSource] = (),
     eval_fraction: float = 0.0,
     eval_size: int = 0,
@@ -80,8 +82,10 @@ def load_preferences(
         tokenizer: The model's.
         stop_token_ids: All tokens at which the model's generation ends; the tokenizer's EOS counts always.
         window: Lengths, and what happens to what is longer.
+        preferences: Whether a row must prefer one of its completions to another, as pairwise objectives need.
         bad_rows: ``"error"`` stops at the first row that cannot be used; ``"skip"`` leaves such rows out and
             counts them.
+        skip_by: How the user asks for ``bad_rows="skip"``, for messages.
         eval_sources: Evaluation data of their own; or
         eval_fraction: the share of prompts held out; or
         eval_size: how many rows are held out. All rows of one prompt land on the same side.
@@ -100,7 +104,14 @@ def load_preferences(
 
     def load(chosen: Sequence[DataSource]) -> list[_Loaded]:
         return [
-            _load(source, tokenizer, stop_token_ids=stop_token_ids, window=window, bad_rows=BadRows(bad_rows))
+            _load(
+                source,
+                tokenizer,
+                stop_token_ids=stop_token_ids,
+                window=window,
+                preferences=preferences,
+                bad_rows=BadRows(bad_rows, skip_by=skip_by),
+            )
             for source in chosen
         ]
 
@@ -133,6 +144,7 @@ def _load(
     *,
     stop_token_ids: Collection[int],
     window: Window,
+    preferences: bool,
     bad_rows: BadRows,
 ) -> _Loaded:
     reader = RowReader.of(source)
@@ -140,7 +152,13 @@ def _load(
     trees: list[PromptTree] = []
     prompts: list[str] = []
     for example, tokenized in read_tokenized(
-        source, tokenizer, stop_token_ids=stop_token_ids, window=window, reader=reader, bad_rows=bad_rows
+        source,
+        tokenizer,
+        stop_token_ids=stop_token_ids,
+        window=window,
+        preferences=preferences,
+        reader=reader,
+        bad_rows=bad_rows,
     ):
         tally.add(example, tokenized)
         if tokenized.tree is not None:

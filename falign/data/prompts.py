@@ -117,6 +117,7 @@ def load_prompts(
     max_length: int,
     long_prompt: LengthPolicy = "error",
     bad_rows: BadRowPolicy = "error",
+    skip_by: str | None = "bad_rows=skip",
     eval_sources: Sequence[PromptSource] = (),
     eval_size: int = 0,
     seed: int = 0,
@@ -130,6 +131,7 @@ def load_prompts(
         max_length: Most tokens of a prompt.
         long_prompt: A longer one stops the run, is cut from the left, or drops the row.
         bad_rows: ``"error"`` stops at the first row that cannot be used; ``"skip"`` counts such rows.
+        skip_by: How the user asks for ``bad_rows="skip"``, for messages; None where there is no way to.
         eval_sources: Evaluation prompts of their own; or
         eval_size: how many rows are held out. All rows of one prompt land on the same side.
         seed: For splitting.
@@ -140,9 +142,9 @@ def load_prompts(
         DataError: A source or a row that cannot be used.
     """
     if eval_sources and eval_size:
-        raise ConfigError("prompts.eval excludes prompts.eval_size; choose one way to evaluate.")
+        raise ConfigError("eval_sources excludes eval_size; choose one way to evaluate.")
     require_choice("long_prompt", long_prompt, LengthPolicy)
-    reader = _Reader(tokenizer, max_length, long_prompt, BadRows(bad_rows), check)
+    reader = _Reader(tokenizer, max_length, long_prompt, BadRows(bad_rows, skip_by=skip_by), check)
     train, held_out = reader.read_all(sources), reader.read_all(eval_sources)
     if eval_size:
         keys = [prompt_key(row.prompt) for row in train]
@@ -201,6 +203,7 @@ class _Reader:
             missing = None if source.limit is None else source.limit - len(found)
         if not found:
             reason = f" The first bad row: {self.bad.messages[0]}" if self.bad.messages else ""
+            reason += f" {self.dropped} are longer than {self.max_length} tokens." if self.dropped else ""
             raise DataError(f"{source.path or 'texts'}: none of its rows is a usable prompt.{reason}")
         return found
 
@@ -231,8 +234,8 @@ class _Reader:
         if len(ids) > self.max_length:
             if self.long_prompt == "error":
                 raise DataError(
-                    f"{row.place}: the prompt has {len(ids)} tokens, and prompts.max_length={self.max_length}. "
-                    "Raise it, or set prompts.long_prompt to cut (from the left) or drop."
+                    f"{row.place}: the prompt has {len(ids)} tokens, and max_length={self.max_length}. "
+                    "Raise it, or set long_prompt to cut (from the left) or drop."
                 )
             if self.long_prompt == "drop":
                 self.dropped += 1

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from falign.data.bad_rows import BadRows
 from falign.data.chat_template import Tokenizer
-from falign.data.examples import Example
+from falign.data.examples import Example, require_preference
 from falign.data.recognition import RowReader, read_examples
 from falign.data.rendering import require_chat_choice
 from falign.data.sources import DataSource
@@ -31,6 +31,7 @@ def read_tokenized(
     *,
     stop_token_ids: Collection[int],
     window: Window,
+    preferences: bool = False,
     reader: RowReader | None = None,
     bad_rows: BadRows | None = None,
 ) -> Iterator[TokenizedRow]:
@@ -41,6 +42,7 @@ def read_tokenized(
         tokenizer: The model's.
         stop_token_ids: All tokens at which the model's generation ends; the tokenizer's EOS counts always.
         window: Lengths, and what happens to what is longer; a dropped row is yielded without a tree.
+        preferences: Whether a row must prefer one of its completions to another.
         reader: As for ``read_examples``.
         bad_rows: Takes the rows that cannot be used; by default the first one raises.
 
@@ -52,6 +54,8 @@ def read_tokenized(
     for example in read_examples(source, reader=reader, bad_rows=bad_rows):
         require_chat_choice(example.prompt, tokenizer, source.chat, example.place)
         try:
+            if preferences:
+                require_preference(example)
             tokenized = tokenize(example, tokenizer, stop_token_ids=stop_token_ids, window=window)
         except DataError as error:
             bad_rows.add(error)

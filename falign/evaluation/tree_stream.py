@@ -31,6 +31,7 @@ class TreeStream:
         stop_token_ids: All tokens at which the model's generation ends.
         window: Lengths, and what happens to what is longer.
         bad_rows: ``"error"`` stops at a row that cannot be used, ``"skip"`` leaves it out and counts it.
+        skip_by: How the user asks for ``"skip"``, for messages.
 
     Attributes:
         bad_rows: The count of bad rows so far, and the first messages.
@@ -44,8 +45,9 @@ class TreeStream:
         stop_token_ids: Collection[int],
         window: Window,
         bad_rows: BadRowPolicy = "error",
+        skip_by: str = "bad_rows=skip",
     ) -> None:
-        self.bad_rows = BadRows(bad_rows)
+        self.bad_rows = BadRows(bad_rows, skip_by=skip_by)
         self._counts: Counter[str] = Counter()
         self._rows = read_tokenized(
             source, tokenizer, stop_token_ids=stop_token_ids, window=window, bad_rows=self.bad_rows

@@ -166,14 +166,23 @@ class DataConfig(FrozenModel):
     long_completion: LengthPolicy = "cut"
     bad_rows: Literal["error", "skip"] = "error"
 
-    def build(self, tokenizer: PreTrainedTokenizerBase, *, stop_token_ids: frozenset[int], seed: int) -> PreferenceData:
-        """Read, tokenise, mix and split the data."""
+    @property
+    def window(self) -> Window:
+        """Lengths, and what happens to what is longer."""
+        return Window(self.max_length, self.max_completion_length, self.long_prompt, self.long_completion)
+
+    def build(
+        self, tokenizer: PreTrainedTokenizerBase, *, stop_token_ids: frozenset[int], seed: int, preferences: bool
+    ) -> PreferenceData:
+        """Read, tokenise, mix and split the data; ``preferences``: each row must prefer one of its completions."""
         return load_preferences(
             [source.build() for source in self.train],
             tokenizer,
             stop_token_ids=stop_token_ids,
-            window=Window(self.max_length, self.max_completion_length, self.long_prompt, self.long_completion),
+            window=self.window,
+            preferences=preferences,
             bad_rows=self.bad_rows,
+            skip_by="data.bad_rows=skip",
             eval_sources=[source.build() for source in self.eval],
             eval_fraction=self.eval_fraction,
             eval_size=self.eval_size,

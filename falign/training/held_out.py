@@ -40,7 +40,7 @@ def held_out_prompts(folder: RunFolder, config: RunConfig, *, tell: Callable[[st
     language = load_language(config, date=folder.read_date())
     if config.prompts is None:
         assert config.data is not None
-        loaded = _of_preferences(config.data, language, config.seed)
+        loaded = _of_preferences(config, config.data, language)
     else:
         data = config.prompts.build(language.tokenizer, seed=config.seed)
         loaded = [*data.eval, *data.train]
@@ -53,8 +53,11 @@ def held_out_prompts(folder: RunFolder, config: RunConfig, *, tell: Callable[[st
     return [row for digest, row in found if digest in wanted]
 
 
-def _of_preferences(data: DataConfig, language: Language, seed: int) -> list[PromptRow]:
-    loaded = data.build(language.tokenizer, stop_token_ids=language.stop_tokens, seed=seed)
+def _of_preferences(config: RunConfig, data: DataConfig, language: Language) -> list[PromptRow]:
+    preferences = "preference" in config.check().needs
+    loaded = data.build(
+        language.tokenizer, stop_token_ids=language.stop_tokens, seed=config.seed, preferences=preferences
+    )
     texts = {}
     for source in (*data.train, *data.eval):
         for example in read_examples(source.build(), bad_rows=BadRows("skip")):

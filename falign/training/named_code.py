@@ -7,16 +7,16 @@ and so is the ``run.yaml`` in it: what that names runs only where it is asked fo
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from falign.errors import ConfigError
 from falign.training.config import RunConfig
-from falign.training.run_file import parse_run
+from falign.training.run_file import load_run_file, parse_run
 from falign.training.run_folder import RunFolder
 
-__all__ = ["import_from", "is_recorded", "named_code", "read_run", "require_trust"]
+__all__ = ["import_from", "is_recorded", "load_own_run_file", "named_code", "read_run", "require_trust"]
 
 
 def read_run(folder: RunFolder, *, uses: Collection[str], trust_code: bool) -> RunConfig:
@@ -32,6 +32,26 @@ def read_run(folder: RunFolder, *, uses: Collection[str], trust_code: bool) -> R
     """
     config = parse_run(folder.read_run_file(), place=str(folder.run_file))
     require_trust(named_code(config, uses), place=folder.run_file, trust_code=trust_code)
+    return config
+
+
+def load_own_run_file(path: str, overrides: Sequence[str] = (), *, trust_code: bool = False) -> RunConfig:
+    """Return the run of a file that a user gives, and let modules beside it be imported where it names some.
+
+    Args:
+        path: The run file.
+        overrides: As for :func:`falign.training.load_run_file`.
+        trust_code: Whether code may run that the record in a run folder names.
+
+    Raises:
+        ConfigError: As for ``load_run_file``; or the record in a run folder names code that is not trusted.
+    """
+    config = load_run_file(path, overrides)
+    code = named_code(config)
+    if is_recorded(Path(path)):
+        require_trust(code, place=path, trust_code=trust_code)
+    if code:
+        import_from(Path.cwd(), Path(path).parent)
     return config
 
 

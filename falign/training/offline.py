@@ -9,7 +9,7 @@ from rich.progress import Progress
 from transformers import TrainerCallback
 
 from falign.data import PreferenceData, demonstrations
-from falign.errors import ConfigError, DataError
+from falign.errors import ConfigError
 from falign.objectives import Objective
 from falign.references import Reference
 from falign.scoring.trees import token_rows
@@ -19,7 +19,7 @@ from falign.training.progress import BAR
 from falign.training.references import cached
 from falign.training.trainer import AlignmentTrainer
 
-__all__ = ["offline_trainer"]
+__all__ = ["offline_trainer", "read_data"]
 
 
 def offline_trainer(
@@ -36,14 +36,7 @@ def offline_trainer(
         FalignError: Something of the run cannot work.
     """
     assert config.data is not None
-    with console.status("reading data"):
-        data = config.data.build(language.tokenizer, stop_token_ids=language.stop_tokens, seed=config.seed)
-    config.check_token_rows(language.tokenizer, [*token_rows([*data.train, *data.eval])])
-    _check_preferences(data, objective)
-    _tell(data, console)
-    if "preference" not in objective.needs:
-        data = _imitated(data, console)
-    _check_budget(config, data)
+    data = read_data(config, language, objective, console=console)
     args = config.training.build(config.output_dir, seed=config.seed)
     probes = [*data.train[:2], *sorted(data.train, key=lambda tree: (len(tree.completion_ids) > 1, tree.num_tokens))]
     parts = load_parts(
@@ -83,15 +76,28 @@ def offline_trainer(
     return trainer, data
 
 
-def _check_preferences(data: PreferenceData, objective: Objective) -> None:
+def read_data(config: RunConfig, language: Language, objective: Objective, *, console: Console) -> PreferenceData:
+    """Read the data of a run, say what became of its rows, and refuse what it could not be trained on.
+
+    Raises:
+        ConfigError: Settings that the data do not fit.
+        DataError: A source or a row that cannot be used.
+        ModelError: Token ids for which a model has no row.
+    """
+    assert config.data is not None
+    with console.status("reading data"):
+        data = config.data.build(
+            language.tokenizer,
+            stop_token_ids=language.stop_tokens,
+            seed=config.seed,
+            preferences="preference" in objective.needs,
+        )
+    config.check_token_rows(language.tokenizer, [*token_rows([*data.train, *data.eval])])
+    _tell(data, console)
     if "preference" not in objective.needs:
-        return
-    for tree in (*data.train, *data.eval):
-        if len(set(tree.preference or ())) < 2:
-            raise DataError(
-                f"{tree.place}: no completion is preferred to another, which this objective needs: give chosen and "
-                "rejected, or completions with different scores."
-            )
+        data = _imitated(data, console)
+    _check_budget(config, data)
+    return data
 
 
 def _imitated(data: PreferenceData, console: Console) -> PreferenceData:

@@ -67,6 +67,7 @@ class PromptsConfig(FrozenModel):
             max_length=self.max_length,
             long_prompt=self.long_prompt,
             bad_rows="skip" if self.bad_rows == "skip" else "error",
+            skip_by="prompts.bad_rows=skip",
             eval_sources=[source.build() for source in self.eval],
             eval_size=self.eval_size,
             seed=seed,

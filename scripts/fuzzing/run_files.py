@@ -115,7 +115,7 @@ def build(config: Any, tokenizer: Any) -> None:
     if any(source.path and not Path(source.path).is_file() for source in sources):
         return  # a name of the Hub, which is not asked
     if config.data is not None:
-        config.data.build(tokenizer, stop_token_ids=frozenset({1}), seed=config.seed)
+        config.data.build(tokenizer, stop_token_ids=frozenset({1}), seed=config.seed, preferences=False)
     if config.prompts is not None:
         config.prompts.build(tokenizer, seed=config.seed)
         if not any(reward.kind in ("classifier", "implicit", "sql") for reward in config.rewards):

@@ -91,6 +91,13 @@ def test_a_template_makes_plain_prompts(presample, tiny, tmp_path):
     assert row["prompt"] == f"question {row['number']}"
 
 
+def test_how_plain_prompts_are_read_is_told_where_it_was_not_said(presample, prompts, tmp_path):
+    write_prompts(prompts, 2)
+    for options, told in ((), True), (("--chat",), False), (("--plain",), False):
+        status, _, err = presample(*options, "--overwrite")
+        assert (status, "read as a user's turns, because the model has a chat template; --plain" in err) == (0, told)
+
+
 def test_the_sample_in_the_package_is_a_file_as_any_other(presample, tiny, tmp_path):
     presample("--template", "{question}", file="demo:one-digit-arithmetic", verifier="number")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

@@ -5,8 +5,10 @@ from falign.data.bad_rows import nearest, shown
 from falign.errors import ConfigError, DataError
 
 
-def test_error_policy_raises_with_the_way_out():
-    with pytest.raises(DataError, match=r"^x:1: broken \(bad_rows=skip leaves such rows out and counts them\.\)$"):
+def test_error_policy_raises_with_the_way_out_where_there_is_one():
+    with pytest.raises(DataError, match=r"^x:1: broken \(--skip leaves such rows out and counts them\.\)$"):
+        BadRows(skip_by="--skip").add(DataError("x:1: broken"))
+    with pytest.raises(DataError, match=r"^x:1: broken$"):
         BadRows().add(DataError("x:1: broken"))
 
 

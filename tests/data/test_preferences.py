@@ -1,6 +1,6 @@
 import pytest
 
-from falign.data import DataSource, Window, load_preferences
+from falign.data import DataSource, Window, check, load_preferences
 from falign.errors import ConfigError, DataError
 
 WIDE = Window(max_length=1000)
@@ -88,6 +88,20 @@ def test_evaluation_source_of_its_own_and_what_it_shares_with_training(tokenizer
     )
     assert (len(data.train), len(data.eval), data.report.shared_prompts) == (5, 6, 2)
     assert [report.kept for report in data.report.eval_sources] == [2, 4]
+
+
+def test_a_row_without_a_preference_is_bad_where_one_is_needed(tokenizer, write_rows):
+    good = {"prompt": "q\n", "completions": ["a", "b"], "scores": [1, 0]}
+    path = write_rows(good, {**good, "completions": ["a"], "scores": [1]}, good)
+    source, message = DataSource(path, chat=False), "rows.jsonl:2: no completion is preferred to another"
+    assert load(tokenizer, source).report.sources[0].bad == 0
+    with pytest.raises(DataError, match=message):
+        load(tokenizer, source, preferences=True)
+    report = load(tokenizer, source, preferences=True, bad_rows="skip").report.sources[0]
+    checked = check(source, tokenizer=tokenizer, preferences=True).source
+    for found in (report, checked, check(source, preferences=True).source):
+        assert (found.read, found.bad, found.kept) == (3, 1, 2)
+        assert message in found.messages[0]
 
 
 def test_bad_row_stops_or_is_counted(tokenizer, write_rows):

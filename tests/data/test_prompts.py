@@ -55,7 +55,7 @@ def test_plain_text_has_one_bos_where_the_tokenizer_adds_one(write_rows, byte_bp
 
 def test_long_prompts_stop_are_cut_or_dropped_and_counted(write_rows, byte_bpe):
     path, tokenizer = write_rows({"prompt": "a b c d e f g h i j k l"}, {"prompt": "yes no"}), byte_bpe()
-    with pytest.raises(DataError, match=r"rows.jsonl:1: the prompt has \d+ tokens, and prompts.max_length=6"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the prompt has \d+ tokens, and max_length=6"):
         load(path, tokenizer, max_length=6)
     cut = load(path, tokenizer, max_length=6, long_prompt="cut")
     assert len(cut.train[0].prompt_ids) == 6
@@ -104,7 +104,7 @@ def test_a_conversation_needs_a_chat_template_and_evaluation_is_chosen_one_way(w
     with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
         load(path, byte_bpe(), chat=True)
     source = PromptSource(path)
-    with pytest.raises(ConfigError, match=r"prompts.eval excludes prompts.eval_size"):
+    with pytest.raises(ConfigError, match=r"eval_sources excludes eval_size"):
         load_prompts([source], byte_bpe(), max_length=9, eval_sources=[source], eval_size=1)
 
 

@@ -23,7 +23,7 @@ from tests.training.pairs import run_data
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from fuzzing import chat_templates
 
-ROWS, TEMPLATES = 40, 40
+ROWS, TEMPLATES, COMMANDS = 40, 40, 8
 
 
 def test_check_and_train_agree_on_every_row_under_every_template(tmp_path):
@@ -107,3 +107,36 @@ def test_the_two_commands_say_the_same_of_a_bad_row(falign, tiny_run, tmp_path, 
     place = f"{data}:4: "
     message = said[0][said[0].index(place) :].split(f" {data}: 1 bad row")[0]
     assert message[:60] in said[1]
+
+
+def test_the_commands_say_the_same_of_mutated_rows_under_real_templates(falign_printed, tiny_run, tmp_path):
+    data, template, run_file = (tmp_path / name for name in ("pairs.jsonl", "mine.jinja", "run.yaml"))
+    templates, refused = chat_templates.templates(), 0
+    for number in range(COMMANDS):
+        random = Random(f"commands {number}")
+        rows = [chat_templates.row(random) for _ in range(3)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        template.write_text(templates[random.choice(sorted(templates))])
+        run = run_data(
+            tiny_run,
+            data,
+            tmp_path / f"run-{number}",
+            data={"train": [{"path": str(data), "chat": True}], "eval_size": 0, "max_length": 2000},
+            model={"chat_template": str(template)},
+            training={"max_steps": 1},
+            sampling={"prompts": []},
+        )
+        run_file.write_text(yaml.safe_dump(run))
+        options = ("--chat", "--model", tiny_run, "--chat-template", template, "--max-length", 2000)
+        of_file, of_run = (falign_printed("data", "check", *each) for each in ((data, *options), (run_file,)))
+        trained = falign_printed("train", run_file)
+        assert of_file.status == of_run.status == trained.status, (rows, of_file, of_run, trained)
+        told, again = (
+            [line for line in each.out.splitlines() if line.startswith(f"{data}:")] for each in (of_file, of_run)
+        )
+        assert told == again
+        refused += trained.status == 2
+        if trained.status == 2:
+            first = told[0] if told else of_run.err.removeprefix("error: ").strip()
+            assert first in trained.err, (first, trained.err)
+    assert 0 < refused < COMMANDS

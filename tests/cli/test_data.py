@@ -1,0 +1,95 @@
+"""``falign data check`` as a user types it."""
+
+import json
+
+import pytest
+
+from tests.models.tiny import save_tiny
+from tests.training.pairs import run_data, write_pairs
+
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    save_tiny(folder / "tiny")
+    return folder
+
+
+@pytest.fixture
+def run_file(folder, tmp_path):
+    """Return a function that writes a run file over some rows and returns its path."""
+
+    def write(rows, **changes):
+        data = tmp_path / "rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path = tmp_path / "run.yaml"
+        path.write_text(json.dumps(run_data(folder / "tiny", data, tmp_path / "run", **changes)))
+        return path
+
+    return write
+
+
+def rows(count):
+    return [{**PAIR, "prompt": f"q{i}"} for i in range(count)]
+
+
+def test_a_run_file_is_checked_with_all_that_it_says(falign, run_file, tmp_path):
+    path = run_file([*rows(8), {**PAIR, "chosen": "b"}])
+    status, out, err = falign("data", "check", path)
+    assert (status, f"{tmp_path / 'rows.jsonl'}: 1 bad rows" in err) == (2, True)
+    assert "rows.jsonl:9: 'chosen' and 'rejected' are equal" in out
+    status, out, err = falign("data", "check", run_file([*rows(8), {**PAIR, "chosen": "b"}], data={"bad_rows": "skip"}))
+    assert status == 0, err
+    assert "data: 2 rows to train on, 6 held out; bad rows 1" in out
+    status, _, err = falign("data", "check", run_file(rows(8), data={"eval_size": 8}))
+    assert (status, "leaves nothing for training" in err) == (2, True)
+    status, _, err = falign("data", "check", run_file(rows(8), training={"tokens_per_batch": 2}))
+    assert (status, "training.tokens_per_batch=2 is less than" in err) == (2, True)
+
+
+@pytest.mark.parametrize("kind", ["pairwise", "listwise", "token_pairwise", "supervised"])
+def test_labels_are_bad_rows_where_the_objective_compares(falign, run_file, kind):
+    labels = [{"prompt": f"q{i}", "completion": "a", "label": True} for i in range(8)]
+    objective = {"kind": kind} if kind == "supervised" else {"kind": kind, "beta": 0.1}
+    path = run_file(labels, objective=objective)
+    run = json.loads(path.read_text())
+    run["objective"] = objective
+    path.write_text(json.dumps(run))
+    status, out, err = falign("data", "check", path)
+    assert status == (0 if kind == "supervised" else 2), out + err
+    assert ("no completion is preferred to another" in out) == (kind != "supervised")
+
+
+def test_labels_without_a_run_file_are_told_of(falign, run_file, tmp_path):
+    run_file([{"prompt": "q", "completion": "a", "label": True}])
+    status, out, _ = falign("data", "check", tmp_path / "rows.jsonl")
+    assert status == 0
+    assert "Give the run file in place of the data to check it under its objective" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("options", [("--max-length", 9), ("--model", "x"), ("--plain",), ("--format", "hh")])
+def test_options_that_the_run_file_has_itself_are_refused(falign, run_file, options):
+    status, _, err = falign("data", "check", run_file(rows(8)), *options)
+    assert status == 2
+    assert "run.yaml is a run file, which has this itself; leave it out" in err
+
+
+def test_a_run_file_with_prompts_is_refused(falign, folder, tmp_path):
+    from tests.training.prompts import online_data, write_prompts
+
+    run = online_data(folder / "tiny", write_prompts(tmp_path / "prompts.jsonl"), tmp_path / "run")
+    (tmp_path / "online.yaml").write_text(json.dumps(run))
+    status, _, err = falign("data", "check", tmp_path / "online.yaml")
+    assert (status, "online.yaml has prompts and no data" in err) == (2, True)
+
+
+def test_a_remedy_is_told_where_there_is_one(falign, run_file, tmp_path):
+    status, _, err = falign("data", "check", run_file([{**PAIR, "chosen": "b"}]))
+    assert (status, err.endswith("1 bad rows; mend them.")) == (2, True)
+    write_pairs(tmp_path / "rows.jsonl")
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write("{\n")
+    status, _, err = falign("data", "check", tmp_path / "rows.jsonl")
+    assert (status, err.endswith("1 bad rows; mend them, or set data.bad_rows=skip to leave them out.")) == (2, True)
