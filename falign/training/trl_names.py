@@ -10,11 +10,11 @@ __all__ = ["FOREIGN_NAMES", "ForeignName", "near_foreign_name"]
 
 
 class ForeignName(NamedTuple):
-    """What a setting of another library is here.
+    """The answer to a setting of another library.
 
     Attributes:
         fields: Paths of the run file; empty where there is none.
-        note: What the paths do not say; the reason where there are none.
+        note: A remark on the paths; the reason where there are none.
     """
 
     fields: tuple[str, ...]
@@ -42,21 +42,21 @@ def _none(names: str, reason: str) -> dict[str, ForeignName]:
     return dict.fromkeys(names.split(), ForeignName((), reason))
 
 
-_SAMPLING = "completions are sampled from the whole vocabulary: no importance weight brings back what is left out"
-_SERVER = "it is an option of the vLLM server, which is started by itself (docs/vllm.md)"
-_SHARDING = "processes are chosen on the command line: falign train --launch ddp, fsdp2, zero2 or zero3"
-_HUB = "falign uploads nothing: falign export writes a folder, which hf upload takes"
-_TRACKER = "trackers have environment variables of their own (WANDB_PROJECT, WANDB_NAME ...)"
-_LOADER = "tokens are in memory before the first step, and batches are made in the process that trains"
-_BEST = "the model after the last step is kept, and checkpoints stay in RUN/checkpoint-*"
-_ENTROPY = "no objective has an entropy bonus; objective.divergence and objective.beta hold the policy to its reference"
-_CLIPPING = "no objective has this form of clipping; objective.clip_low and objective.clip_high bound π/π_old"
+_SAMPLING = "completions are sampled from the whole vocabulary; importance weights cannot correct for tokens left out"
+_SERVER = "it is an option of the vLLM server, which you start yourself (docs/vllm.md)"
+_SHARDING = "processes are chosen on the command line: falign train RUN.yaml --launch ddp, or --launch fsdp2"
+_HUB = "falign does not upload: falign export writes a folder, and hf upload sends it to the Hub"
+_TRACKER = "each tracker reads its own environment variables (WANDB_PROJECT, WANDB_NAME ...)"
+_LOADER = "all rows are tokenized before the first step, and the training process makes the batches"
+_BEST = "the run keeps the model after the last step, and checkpoints in RUN/checkpoint-*"
+_ENTROPY = "no objective has an entropy bonus; objective.divergence and objective.beta limit the change of the policy"
+_CLIPPING = "no objective clips in this way; objective.clip_low and objective.clip_high bound π/π_old"
 _METRICS = "held-out metrics are means over all rows, written to metrics.jsonl"
-_LOGGING = "falign has messages of its own, and all metrics are in metrics.jsonl"
+_LOGGING = "falign prints its own messages and writes all metrics to metrics.jsonl"
 _LORA = "adapters are plain LoRA with r, alpha, dropout and target_modules"
 _DPO_LOSS = "a run has one margin loss, objective.margin_loss"
-_SAVING = "training.save_steps writes checkpoints that --resume can go on from"
-_COMPILE = "models run as they are loaded"
+_SAVING = "training.save_steps writes whole checkpoints, from which --resume continues"
+_COMPILE = "falign does not compile models or change how torch computes"
 
 FOREIGN_NAMES: dict[str, ForeignName] = {
     # Names of several libraries.
@@ -76,7 +76,7 @@ FOREIGN_NAMES: dict[str, ForeignName] = {
     "logging_strategy": _at("training.logging_steps"),
     "logging_first_step": _at("training.logging_steps", note="1 logs every step"),
     "logging_nan_inf_filter": _at("training.skip_bad"),
-    "use_liger_kernel": _at("training.chunk_tokens", note="logits are never held for all tokens at once"),
+    "use_liger_kernel": _at("training.chunk_tokens", note="logits of all tokens are never in memory at once"),
     "label_smoothing_factor": _at("objective.margin_loss", note="robust(0.1) or exo(0.001), for pairs"),
     **_none(
         "accelerator_config dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context "
@@ -84,17 +84,20 @@ FOREIGN_NAMES: dict[str, ForeignName] = {
         "dataset_num_proc length_column_name",
         _LOADER,
     ),
-    **_none("remove_unused_columns", "columns that are not data are what rewards may read"),
+    **_none("remove_unused_columns", "columns beside the prompt stay, because rewards may read them"),
     **_none("train_sampling_strategy shuffle_dataset", "rows are shuffled in every epoch, by seed"),
     **_none(
         "activation_checkpointing_kwargs gradient_checkpointing_kwargs",
-        "training.gradient_checkpointing chooses between reentrant and not by the kind of processes",
+        "falign chooses these options; training.gradient_checkpointing turns it on",
     ),
-    **_none("activation_offloading", "activations are kept, or recomputed with training.gradient_checkpointing"),
+    **_none("activation_offloading", "activations stay in memory, or training.gradient_checkpointing recomputes them"),
     **_none("adam_beta1", "it is 0.9 in every run"),
     **_none("adam_epsilon", "it is 1e-8 in every run"),
-    **_none("auto_find_batch_size", "a batch size found in the run would change its results: set tokens_per_batch"),
-    **_none("average_tokens_across_devices", "a loss is always divided by its weights over all processes"),
+    **_none(
+        "auto_find_batch_size",
+        "the batch size changes results; training.tokens_per_batch bounds memory",
+    ),
+    **_none("average_tokens_across_devices", "a loss is always divided by the sum of its weights over all processes"),
     **_none(
         "batch_eval_metrics eval_accumulation_steps eval_do_concat_batches eval_use_gather_object include_for_metrics "
         "prediction_loss_only include_num_input_tokens_seen skip_memory_metrics label_names",
@@ -107,26 +110,29 @@ FOREIGN_NAMES: dict[str, ForeignName] = {
         _SHARDING,
     ),
     **_none("debug log_level log_level_replica log_on_each_node disable_tqdm", _LOGGING),
-    **_none("do_predict", "falign score and falign evaluate do it, on a run or a model"),
-    **_none("do_train", "a run that falign train reads trains"),
+    **_none("do_predict", "falign score and falign evaluate predict, from a run or a model"),
+    **_none("do_train", "falign train always trains"),
     **_none("eval_on_start eval_delay", "held-out data are always evaluated before the first step and after the last"),
     **_none("enable_jit_checkpoint save_on_each_node save_only_model", _SAVING),
-    **_none("ignore_data_skip restore_callback_states_from_checkpoint", "--resume goes on with the row that is next"),
+    **_none(
+        "ignore_data_skip restore_callback_states_from_checkpoint",
+        "--resume always restores the whole state",
+    ),
     **_none("resume_from_checkpoint", "it is an option of the command: falign train RUN.yaml --resume"),
-    **_none("full_determinism", "seed decides everything that is drawn"),
+    **_none("full_determinism", "seed determines all random numbers, and torch is left at its own kernels"),
     **_none("greater_is_better load_best_model_at_end metric_for_best_model", _BEST),
     **_none(
         "hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy push_to_hub log_completions_hub_repo",
         _HUB,
     ),
     **_none("hub_token", "tokens are read from the environment (HF_TOKEN), not from run files"),
-    **_none("liger_kernel_config", "training.chunk_tokens already bounds the logits that are held"),
-    **_none("neftune_noise_alpha", "no noise is added to embeddings"),
+    **_none("liger_kernel_config", "training.chunk_tokens already bounds the logits in memory"),
+    **_none("neftune_noise_alpha", "falign adds no noise to embeddings"),
     **_none("optim_args", "optimizers have their own defaults beside learning_rate, weight_decay and adam_beta2"),
     **_none("optim_target_modules", "optimizers that need it (GaLore, APOLLO) are refused"),
     **_none("project run_name trackio_bucket_id trackio_space_id trackio_static_space_id", _TRACKER),
     **_none("tf32 torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps", _COMPILE),
-    **_none("use_cache", "caches are used while sampling and not while training"),
+    **_none("use_cache", "key-value caches are always used for sampling and never for training"),
     **_none("use_cpu", "the device is the GPU that torch finds, else the CPU: set CUDA_VISIBLE_DEVICES to nothing"),
     # trl.ModelConfig and trl.ScriptArguments
     "model_name_or_path": _at("model.path"),
@@ -140,8 +146,9 @@ FOREIGN_NAMES: dict[str, ForeignName] = {
     "lora_target_modules": _at("adapter.target_modules"),
     "load_in_4bit": _at("model.quantization", note="nf4"),
     "bnb_4bit_quant_type": _at("model.quantization", note="nf4"),
-    **_none("load_in_8bit", "model.quantization has nf4 alone"),
-    **_none("use_bnb_nested_quant bnb_4bit_quant_storage", "model.quantization=nf4 always has double quantization"),
+    **_none("load_in_8bit", "model.quantization supports nf4 only"),
+    **_none("use_bnb_nested_quant", "model.quantization=nf4 always has double quantization"),
+    **_none("bnb_4bit_quant_storage", "model.quantization=nf4 always stores and computes in bfloat16"),
     "dataset_name": _at("data.train.0.path", "prompts.train.0.path", note="the second online; lists of sources"),
     "dataset_train_split": _at("data.train.0.split", "prompts.train.0.split"),
     "dataset_test_split": _at("data.eval.0.split", "prompts.eval.0.split"),
@@ -164,7 +171,7 @@ FOREIGN_NAMES: dict[str, ForeignName] = {
     **_none(
         "task_type lora_task_type peft_type auto_mapping peft_version inference_mode fan_in_fan_out runtime_config "
         "ensure_weight_tying megatron_config megatron_core",
-        "it follows from the model",
+        "falign derives it from the model",
     ),
     # trl.DPOConfig and what earlier releases had
     "loss_type": _at(
@@ -193,16 +200,19 @@ FOREIGN_NAMES: dict[str, ForeignName] = {
     "generate_during_eval": _at("sampling.prompts"),
     **_none("reference_free", "preference objectives are defined relative to a reference"),
     **_none("disable_dropout", "dropout of the model is always off; adapter.dropout is the adapter's"),
-    **_none("loss_weights", f"{_DPO_LOSS}; TRL's mixtures of losses are not among them"),
+    **_none("loss_weights", f"{_DPO_LOSS}; sums of losses are not available"),
     **_none("rpo_alpha", f"{_DPO_LOSS}, without a likelihood of the chosen completions added"),
-    **_none("ld_alpha", "objective.length_norm=token is the measure against length; LD-DPO is not available"),
-    **_none("use_weighting discopop_tau", f"{_DPO_LOSS}; WPO and DiscoPOP are not among them"),
-    **_none("router_aux_loss_coef", "no auxiliary loss of a router is added"),
+    **_none("ld_alpha", "LD-DPO is not available; objective.length_norm=token is what corrects for length"),
+    **_none("use_weighting discopop_tau", f"{_DPO_LOSS}; WPO and DiscoPOP are not available"),
+    **_none("router_aux_loss_coef", "falign does not add the auxiliary loss of a router"),
     **_none(
         "pad_to_multiple_of pad_token padding_value label_pad_token_id max_target_length",
         "padding is masked by position and changes no result",
     ),
-    **_none("force_use_ref_model model_adapter_name", "reference.kind decides, auto where it is left out"),
+    **_none(
+        "force_use_ref_model model_adapter_name",
+        "reference.kind chooses the reference; its default is automatic",
+    ),
     # trl.GRPOConfig
     "num_generations": _at("rollout.completions"),
     "num_generations_eval": _at("rollout.evaluation.completions"),
@@ -238,8 +248,8 @@ FOREIGN_NAMES: dict[str, ForeignName] = {
     "use_transformers_paged": _at("rollout.max_batch_tokens"),
     **_none("vllm_importance_sampling_clip_min off_policy_mask_threshold", "rollout.correction bounds weights above"),
     **_none("top_p top_k min_p repetition_penalty generation_kwargs", _SAMPLING),
-    **_none("cache_implementation", "keys and values are kept as the model's own cache keeps them"),
-    **_none("chat_template_kwargs", "model.chat_template is the place to say what a template would be told"),
+    **_none("cache_implementation", "sampling uses the key-value cache of the model"),
+    **_none("chat_template_kwargs", "model.chat_template may set what the template reads"),
     **_none("cast_lm_head_to_fp32", "logits are always converted to float32"),
     **_none(
         "vllm_model_impl vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_max_model_length "
@@ -251,26 +261,29 @@ FOREIGN_NAMES: dict[str, ForeignName] = {
         _CLIPPING,
     ),
     **_none("multi_objective_aggregation", "the reward is the sum of all rewards, each times its weight"),
-    **_none("mask_truncated_completions", "a completion without an end counts, with the reward that it gets"),
+    **_none(
+        "mask_truncated_completions",
+        "completions cut at the limit count, with the reward that they get",
+    ),
     **_none(
         "top_entropy_quantile entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta "
         "entropy_target",
         _ENTROPY,
     ),
-    **_none("max_tool_calling_iterations", "a completion is one turn; no tools are called"),
-    **_none("use_bias_correction_kl", "the penalty always has the gradient of the divergence, off the policy too"),
+    **_none("max_tool_calling_iterations", "a completion is one turn, and falign calls no tools"),
+    **_none("use_bias_correction_kl", "the penalty has the divergence's gradient, for off-policy samples too"),
     **_none(
         "log_completions log_multimodal num_completions_to_print log_unique_prompts",
         "all completions are written to completions.jsonl",
     ),
     # trl.KTOConfig, trl.SFTConfig and trl.RewardConfig
-    **_none("desirable_weight undesirable_weight", "KTO is not among the objectives"),
+    **_none("desirable_weight undesirable_weight", "KTO is not available"),
     "chat_template_path": _at("model.chat_template"),
     "dataset_text_field": _at("data.train.0.columns"),
     **_none("dataset_kwargs", _LOADER),
-    **_none("eos_token", "the tokens that end a completion are read from tokenizer, template and generation settings"),
+    **_none("eos_token", "falign reads stop tokens from the tokenizer, template and generation settings"),
     **_none("packing packing_strategy eval_packing", "rows are not packed: training.tokens_per_batch fills batches"),
-    **_none("completion_only_loss assistant_only_loss", "a loss is always of completions alone"),
-    **_none("center_rewards_coefficient", "reward models are used, not trained"),
+    **_none("completion_only_loss assistant_only_loss", "the loss always counts the tokens of completions only"),
+    **_none("center_rewards_coefficient", "falign uses reward models and does not train them"),
 }
 """Names that are a field of the run file under the same name, and mean the same there, are not in it."""
