@@ -41,7 +41,7 @@ class AdapterFiles(NamedTuple):
     Attributes:
         settings: Of ``adapter_config.json``.
         tensors: On the CPU, by PEFT's names.
-        base: What it was made for.
+        base: The base it was made for.
     """
 
     settings: dict[str, Any]
@@ -150,7 +150,7 @@ def _maps_to(valid: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: value is None or (isinstance(value, dict) and all(valid(each) for each in value.values()))
 
 
-# What PEFT would not check, or fail at far from the file. PEFT's default stands for neither of the first two.
+# Settings that PEFT does not check, or at which it fails without the file's name. The first two are required.
 _SETTINGS: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (_is_rank, "the rank is an integer of at least 1"),
     "lora_alpha": (_is_number, "the scale is a finite number"),

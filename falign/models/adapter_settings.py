@@ -20,7 +20,7 @@ BEYOND_PLAIN_LORA = {
     "velora_config": "is VeLoRA",
     "monteclora_config": "is MonteCLoRA",
 }
-"""Settings of PEFT's LoRA under which an adapter is more than one pair of matrices per linear layer, and how."""
+"""Settings of PEFT's LoRA that make an adapter more than one pair of matrices per linear layer, and how."""
 
 # They give A and B a start and leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract the start
 # ``s B₀ A₀`` from the base's weights, and PEFT does so again whenever such an adapter is added to a model.
@@ -31,7 +31,7 @@ def base_change(settings: Mapping[str, Any]) -> str | None:
     """Return how an adapter changes the base's own weights when it is added to a model, or None if it does not.
 
     Args:
-        settings: What ``adapter_config.json`` holds, or ``vars`` of PEFT's configuration.
+        settings: The content of ``adapter_config.json``, or ``vars`` of PEFT's configuration.
     """
     start = settings.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in _HARMLESS_STARTS:
@@ -44,7 +44,7 @@ def base_change(settings: Mapping[str, Any]) -> str | None:
 
 
 def beyond_plain_lora(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what makes an adapter more than pairs of matrices on linear layers over an intact base."""
+    """Yield each reason why an adapter is not just pairs of matrices on linear layers over an intact base."""
     yield from (what for field, what in BEYOND_PLAIN_LORA.items() if settings.get(field))
     if (change := base_change(settings)) is not None:
         yield f"changes its base ({change})"

@@ -33,7 +33,7 @@ class AdapterTensors(NamedTuple):
     Attributes:
         config: PEFT's.
         tensors: Its matrices, on the CPU.
-        base: What it was made for, as far as that is recorded.
+        base: The base it was made for, as far as that is recorded.
     """
 
     config: LoraConfig
@@ -157,7 +157,7 @@ def _check_shapes(adapter: AdapterTensors, base: PreTrainedModel) -> None:
     layers = {name.removesuffix(".base_layer"): layer for name, layer in linear_modules(base).items()}
     for name, wanted in adapter.shapes().items():
         if name not in layers:
-            raise ModelError(f"The adapter changes {name}, which is no linear layer of this model: give its own base.")
+            raise ModelError(f"The adapter changes {name}, which is not a linear layer here: give its own base.")
         shape = _shape(layers[name])
         if shape != wanted:
             raise ModelError(

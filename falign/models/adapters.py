@@ -55,8 +55,8 @@ def add_lora(
     """Freeze ``model`` and give it a trainable adapter named ``default``, with float32 weights.
 
     The adapter changes nothing at first (B = 0). A depends on ``seed`` and the shapes only: not on the device, on
-    the base's type or quantisation, nor on the global random state, which is left as it was. A quantised base needs
-    no further preparation: nothing of it is converted to float32.
+    the base's type or quantization, nor on the global random state, which is left as it was. A quantized base needs
+    no further preparation: it is not converted to float32.
 
     Args:
         model: the base, changed in place.
@@ -70,7 +70,7 @@ def add_lora(
         revision: the base's revision on the hub, to be recorded in the adapter's configuration.
 
     Raises:
-        ConfigError: a target that is no linear layer of this model.
+        ConfigError: a target that is not a linear layer of this model.
     """
     linear = linear_modules(model)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
@@ -96,7 +96,7 @@ def add_lora(
     devices = [model.device] if model.device.type == "cuda" else []
     with reading(partial(_impossible, model)), torch.random.fork_rng(devices), _expected_warnings():
         adapted = get_peft_model(model, config, revision=revision)
-    _initialise(adapted, seed=seed)
+    _initialize(adapted, seed=seed)
     compute_in_activation_type(adapted, "default")
     return adapted
 
@@ -125,7 +125,7 @@ def load_adapter(
         model: the base, or a model that has other adapters.
         path: the adapter's folder.
         trainable: whether it takes gradients.
-        name: what it is called in the model.
+        name: its name in the model.
         base_hash: ``weights_hash`` of the base, if it is known already.
 
     Raises:
@@ -209,7 +209,7 @@ def _taken_for_experts(targets: str | list[str], model: PreTrainedModel) -> set[
 
 
 @torch.no_grad()
-def _initialise(model: PeftModel, *, seed: int) -> None:
+def _initialize(model: PeftModel, *, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _, layer in sorted(lora_layers(model, "default").items()):
         weight = adapter_matrix(layer.lora_A, "default")

@@ -82,7 +82,7 @@ def export_merged(
     """Write plain weights with the adapter folded in, the tokenizer and its chat template to ``out_dir``.
 
     The adapter is folded into the base's original weights, read from disk again on the CPU, in float32, and rounded
-    once. That holds for QLoRA too, where the result differs from the trained model by the base's quantisation
+    once. That holds for QLoRA too, where the result differs from the trained model by the base's quantization
     error. A model without adapters (full fine-tuning) gives its own weights. Generation stops where the trained model
     stops: ``generation_config`` names every stop token, the tokenizer's EOS included.
 
@@ -153,7 +153,7 @@ def _copy_weights(target: PreTrainedModel, source: PreTrainedModel) -> None:
     for name, parameter in target.named_parameters():
         if name not in weights or weights[name].shape != parameter.shape:
             raise ModelError(
-                f"{name} of the base on disk is not in the trained model with that shape: quantised weights "
+                f"{name} of the base on disk is not in the trained model with that shape: quantized weights "
                 "cannot be exported without an adapter; otherwise give the base it was trained from."
             )
         parameter.copy_(weights[name])

@@ -1,4 +1,4 @@
-"""GGUF files, dequantised once and kept as plain checkpoints that every other tool can open."""
+"""GGUF files, dequantized once and kept as plain checkpoints that every other tool can open."""
 
 import hashlib
 import os
@@ -43,7 +43,7 @@ def plain_checkpoint(gguf_path: Path) -> Path:
     The folder is named after the file and its content, written on the first call and found again afterwards.
 
     Raises:
-        ModelError: the file does not exist or is no GGUF file, the package ``gguf`` is missing, or the folder that
+        ModelError: the file does not exist or is not a GGUF file, the package ``gguf`` is missing, or the folder that
             was found has other content than was written.
     """
     if not gguf_path.is_file():
@@ -71,8 +71,8 @@ def _content_hash(path: Path) -> str:
 
 
 def _read_model(path: Path) -> PreTrainedModel:
-    # `dequantize=True` also removes the quantisation entry from the configuration, so that nothing later believes
-    # that these plain weights are quantised.
+    # `dequantize=True` also removes the quantization entry from the configuration, so that nothing later believes
+    # that these plain weights are quantized.
     return AutoModelForCausalLM.from_pretrained(
         path.parent,
         gguf_file=path.name,

@@ -28,7 +28,7 @@ from falign.models.sources import check_weights, resolve
 
 __all__ = ["load_model", "load_tokenizer", "stored_quantization", "vocabulary_size"]
 
-# What configurations call the number of layers; only more than there are in any model are compared with the weights.
+# Names for the number of layers in configurations. Only numbers above those of any real model are compared.
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 _USUAL_LAYERS = 1000
 
@@ -103,13 +103,13 @@ def load_model(
         name_or_path: a hub name, a folder, a ``.gguf`` file, or ``demo:smollm2-135m-instruct``.
         dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16``, ``float16``, or ``fastest`` (bfloat16
             where the device multiplies it natively, else float32). With ``quantization``, of the other weights.
-        quantization: ``nf4`` for 4-bit NormalFloat with double quantisation and bfloat16 arithmetic. A checkpoint that
+        quantization: ``nf4`` for 4-bit NormalFloat with double quantization and bfloat16 arithmetic. A checkpoint that
             is stored in 4 bits by bitsandbytes is loaded as it is stored.
         attn_implementation: ``sdpa``, ``eager``, ``flex_attention`` or ``flash_attention_2`` to ``4``; the last ones
             need a GPU.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that the repository brings along.
-        device: where to put it. By default quantised weights go to this process's GPU, if there is one, because
+        device: where to put it. By default quantized weights go to this process's GPU, if there is one, because
             they cannot be moved by a trainer, and all others to the CPU.
 
     Raises:
@@ -177,7 +177,7 @@ def stored_quantization(name_or_path: str | Path, *, revision: str | None = None
 
 
 def _check_layers(folder: Path) -> None:
-    """Refuse a configuration with more layers than there are tensors: building millions of them would take for ever."""
+    """Refuse a configuration with more layers than there are tensors: building millions takes hours."""
     with reading(lambda error: _unloadable("model", str(folder), error)):
         config, _ = PreTrainedConfig.get_config_dict(folder)
         parts = [config, *(part for part in config.values() if isinstance(part, dict))]
@@ -268,7 +268,7 @@ def _unloadable(what: str, name: str, error: Exception) -> ModelError:
         )
     else:
         remedy = (
-            "It is no local folder; check the hub name, the connection and, for a gated model, your login, or give "
+            "It is not a local folder: check the hub name, the connection and, for a gated model, your login, or give "
             "a local folder, a .gguf file, or demo:smollm2-135m-instruct."
         )
     return ModelError(f"Cannot load the {what} {name!r}: {reason} {remedy}")

@@ -24,10 +24,10 @@ _LENGTH = 48
 
 
 def check_adapter_patterns(config: Mapping[str, Any], names: Sequence[str], *, file: Path) -> None:
-    """Refuse an adapter's patterns that are not finished with a model's module names within the deadline.
+    """Refuse patterns of an adapter that do not match a model's module names within the deadline.
 
     Args:
-        config: What ``adapter_config.json`` holds.
+        config: The content of ``adapter_config.json``.
         names: The modules of the model.
         file: That file, for messages.
 
@@ -52,7 +52,7 @@ def check_tokenizer_patterns(tokenizer: PreTrainedTokenizerBase, *, name: str) -
 
     Args:
         tokenizer: The tokenizer.
-        name: What messages call it.
+        name: Its name in messages.
 
     Raises:
         ModelError: With the pattern.

@@ -47,7 +47,7 @@ class ExportProof:
     compared_tokens: int
     max_abs_logit: float
     max_abs_logit_difference: float  # exported and trained model, as they are
-    max_abs_export_error: float  # without what base quantisation and the trained model's own type contribute
+    max_abs_export_error: float  # without the base's quantization and the rounding to the trained model's type
     max_abs_change_against_base: float
     bound: float  # for max_abs_export_error / max_abs_logit
 
@@ -86,7 +86,7 @@ def verify_export(
         probe: token ids of a few sentences; by default ``probe_ids(tokenizer)``.
         bound: largest accepted error as a share of the largest |logit|; the default depends on kind and type.
         adapter: the name of the exported adapter in ``trained_model``.
-        base_name_or_path: what the model was before training, or what its adapter was merged into, if not what it was
+        base_name_or_path: the model before training, or the one that its adapter was merged into, if not the one it was
             loaded from.
         revision: of that base on the hub; with an adapter over the base that it was loaded with, the one that its
             config records counts.

@@ -54,7 +54,7 @@ def check_recorded_base(
 
     Args:
         recorded: The adapter's base.
-        model: What the adapter is put over.
+        model: The model that the adapter is put over.
         folder: The adapter's, for messages.
         weights: Content hash of the model's base, if it is known already.
 
@@ -67,7 +67,7 @@ def check_recorded_base(
         if found != recorded.weights:
             raise ModelError(
                 f"{folder} was made for {recorded} with the weights {recorded.weights[:12]}, and {name} has "
-                f"{found[:12]}: an adapter means something over its own base alone. Give that base."
+                f"{found[:12]}: an adapter fits its own base alone. Give that base."
             )
     elif None not in (name, recorded.name) and _place(str(name)) != _place(str(recorded.name)):
         warnings.warn(

@@ -15,9 +15,9 @@ __all__ = ["head_rows", "left_out_rows", "share_head"]
 def share_head(policy: PreTrainedModel | PeftModel, other: PreTrainedModel | PeftModel) -> int:
     """Give two models distributions over the same ids, and return how many ids those are.
 
-    Checkpoints pad their vocabulary to round sizes. The rows behind the last token are no tokens, yet they take part
-    in the softmax. Where one model has more rows than the other, the ids that both have are kept in both: logits of
-    the others are dropped wherever a model computes logits, so that scores, whole distributions and samples are all
+    Checkpoints pad their vocabulary to round sizes. The rows behind the last token stand for no token, yet they take
+    part in the softmax. Where one model has more rows than the other, the ids that both have are kept in both: logits
+    of the others are dropped wherever a model computes logits, so that scores, whole distributions and samples are all
     over the shared ids. That holds in this process: the weights stay as they are, so that an export, or a server of the
     same checkpoint, has logits for all rows.
 

@@ -43,7 +43,7 @@ def write_soup(
         overwrite: replace a folder that is not empty.
 
     Raises:
-        ConfigError: weights that are no shares, or an unknown ``dtype``.
+        ConfigError: weights that are not shares of 1, or an unknown ``dtype``.
         ModelError: members that have no average (the first mismatch is named), an occupied folder, or a full disk.
     """
     members, target = soup_members(paths, weights), Path(out_dir)
@@ -80,7 +80,7 @@ def cached_checkpoint_soup(members: Sequence[SoupMember]) -> Path:
 
 
 def soup_record(members: Sequence[SoupMember]) -> dict[str, Any]:
-    """Return what tells a soup from all others: kind, and each member's folder, weight and content hash."""
+    """Return the record that identifies a soup: kind, and each member's folder, weight and content hash."""
     return {
         "kind": members[0].kind,
         "members": [

@@ -25,7 +25,7 @@ class SoupMember:
     Attributes:
         folder: Where its weights lie.
         weight: Its share.
-        kind: What it is.
+        kind: An adapter, or a whole checkpoint.
     """
 
     folder: Path
@@ -34,10 +34,10 @@ class SoupMember:
 
 
 def check_weights(weights: Sequence[float], *, members: int) -> None:
-    """Raise unless there is one share for each member, none of them negative, all together 1.
+    """Raise unless there is one share for each member, each at least 0, together 1.
 
     Raises:
-        ConfigError: With what is wrong.
+        ConfigError: With the weight that is wrong.
     """
     if members < 2:
         raise ConfigError(f"a soup of {members}: give at least two adapters or checkpoints.")
@@ -63,7 +63,7 @@ def soup_members(paths: Sequence[str | Path], weights: Sequence[float] | None = 
         weights: One share each; equal ones where left out.
 
     Raises:
-        ConfigError: The weights are no shares.
+        ConfigError: The weights are not shares of 1.
         ModelError: A folder holds neither, or the folders are of two kinds.
     """
     shares = [1 / len(paths)] * len(paths) if weights is None and paths else [*(weights or ())]

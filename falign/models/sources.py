@@ -1,4 +1,4 @@
-"""What a model name means: a hub name, a folder, a GGUF file, or the demonstration model."""
+"""The meaning of a model name: a hub name, a folder, a GGUF file, or the demonstration model."""
 
 import difflib
 import json
@@ -69,16 +69,16 @@ def check_weights(folder: Path) -> None:
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
-    """Return what an adapter folder says of itself.
+    """Return the settings in an adapter folder.
 
     Raises:
-        ModelError: the file is no JSON object.
+        ModelError: the file is not a JSON object.
     """
     file = folder / "adapter_config.json"
     with reading(lambda error: damaged(file, error)):
         config = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
-        raise damaged(file, "it holds no mapping")
+        raise damaged(file, "it is not a JSON object")
     return config
 
 
@@ -98,7 +98,7 @@ def _check_is_model(folder: Path) -> None:
         )
     subfolders = sorted(entry.parent.name for entry in folder.glob("*/config.json"))
     hint = f" Did you mean one of its folders {subfolders}?" if subfolders else ""
-    raise ModelError(f"{folder} has no config.json, so it is no model folder.{hint}")
+    raise ModelError(f"{folder} has no config.json, so it is not a model folder.{hint}")
 
 
 def _looks_local(name: str, path: Path) -> bool:

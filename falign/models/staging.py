@@ -22,7 +22,7 @@ def staged_folder(
 ) -> Iterator[Path]:
     """Yield a temporary sibling of ``target`` that takes its name when the block ends without an error.
 
-    Before it does, all that was written is on the disk: what has the final name is whole after a power cut too.
+    Before it does, all files are on the disk, so that the folder is whole after a power cut too.
 
     Args:
         target: the final folder; its parents are made.

@@ -1,4 +1,4 @@
-"""What a run needs to know of a tokenizer besides encoding: padding, identity, and whether models share its ids."""
+"""Facts about a tokenizer besides encoding: padding, identity, and whether models share its ids."""
 
 import hashlib
 import json
@@ -15,18 +15,18 @@ __all__ = ["check_same_tokens", "check_token_rows", "fix_date", "pad_token_id", 
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return what fills rows: the first of the special tokens, for rows are masked by position, never by value.
+    """Return the id that fills rows: the first special token, because rows are masked by position, never by value.
 
     The padding token itself may have been added to the tokenizer alone, and has no row in the embeddings then.
-    `load_tokenizer` has seen to it that there is one.
+    `load_tokenizer` makes sure that there is a special token.
     """
     return min(tokenizer.all_special_ids)
 
 
 def fix_date(tokenizer: PreTrainedTokenizerBase, date: datetime) -> None:
-    """Tell chat templates that write the date another one than the present: the same turns are the same tokens then.
+    """Fix the date that chat templates write, so that the same turns give the same tokens on every day.
 
-    What is saved of the tokenizer stays as it is.
+    The tokenizer's files are saved as they were.
     """
     codes = {code: date.strftime(code) for letter in _DATE_CODES for code in (f"%{letter}", f"%-{letter}")}
     macro = _STRFTIME_NOW.replace("CODES", json.dumps(list(codes.items())))
@@ -35,8 +35,8 @@ def fix_date(tokenizer: PreTrainedTokenizerBase, date: datetime) -> None:
 
 _DATE_CODES = "aAbBcdDeFGhHIjklmMpPrRsSTuUVwWxXyYzZ"
 
-# transformers hands plain values alone to templates, so that the function is written in the template's own language.
-# It stands on the first line, and lets the text after it be as it was.
+# transformers passes only plain values to templates, so the function is written in the template's own language. It
+# stands on the first line, so that line numbers stay as they were.
 _STRFTIME_NOW = (
     "{%- macro strftime_now(format) -%}{%- set written = namespace(text=format.replace('%%', '\\0')) -%}"
     "{%- for code, value in CODES -%}{%- set written.text = written.text.replace(code, value) -%}{%- endfor -%}"
@@ -58,14 +58,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, models: str) -> None:
-    """Refuse two tokenizers of which one has ids for other tokens.
+    """Refuse two tokenizers in which one token has two ids.
 
     The other one may have more tokens; padding tokens are not compared, because no model reads one.
 
     Args:
         tokenizer: The policy's.
         other: The other model's.
-        models: What messages call the two.
+        models: The two in messages.
 
     Raises:
         ConfigError: With the first token that differs.
@@ -93,7 +93,7 @@ def check_token_rows(
     Args:
         rows: Token ids, each with the place that they are from.
         num_rows: How many rows there are.
-        model: What the message calls the model.
+        model: The model in messages.
         tokenizer: Whose ids they are, where it is at hand, for the message.
 
     Raises:

@@ -72,7 +72,7 @@ class AdapterReference(Reference):
 
 @dataclass(frozen=True)
 class _HeadUnder:
-    """What turns hidden states into logits under an adapter, whichever acts when it is called."""
+    """A head under one adapter, whichever adapter acts when it is called."""
 
     head: Head
     adapter: str

@@ -30,12 +30,12 @@ _FILE = "reference.safetensors"
 
 
 class MovingReference(Reference):
-    """A reference that a rule moves towards the policy between optimiser steps; its log-probs cannot be cached.
+    """A reference that a rule moves towards the policy between optimizer steps; its log-probs cannot be cached.
 
     Call `move` after every ``rule.every`` steps, or let :class:`falign.training.AlignmentTrainer` do it.
 
     Args:
-        held: What the reference is between two moves: an adapter in the policy that the rule added (see `beside`), or
+        held: The reference between two moves: an adapter in the policy that the rule added (see `beside`), or
             a model of its own.
         rule: How it moves.
 
@@ -66,7 +66,7 @@ class MovingReference(Reference):
         Args:
             policy_model: The policy; its trained adapter is ``default``.
             rule: How the reference moves.
-            adapter: What the reference's adapter is called.
+            adapter: The name of the reference's adapter.
             weights: Content hash of what the policy is now, for the record.
             chunk_tokens: How many positions reach the head at once.
         """
@@ -101,7 +101,7 @@ class MovingReference(Reference):
         self.moves += 1
 
     def metrics(self) -> dict[str, float]:
-        """Return what a log shows: the number of moves, and what the last of them measured."""
+        """Return metrics: the number of moves, and the measurements of the last one."""
         return {"reference/moves": float(self.moves), **self._measured}
 
     def save(self, folder: Path, policy_model: nn.Module) -> None:

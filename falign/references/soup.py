@@ -26,7 +26,7 @@ class Soup(Reference):
 
     Args:
         held: The average: an adapter in the policy, or a model of its own.
-        record: What went into it, as ``soup.json`` has it.
+        record: Its members, as in ``soup.json``.
 
     Source:
         Chegini et al., SALSA (arXiv:2411.01798), which averages two models from one parent.
@@ -52,11 +52,11 @@ class Soup(Reference):
             policy_model: The policy.
             paths: Folders of adapters, or runs that have trained such.
             weights: One share each, together 1; equal ones where left out.
-            adapter: What the soup's adapter is called.
+            adapter: The name of the soup's adapter.
             chunk_tokens: How many positions reach the head at once.
 
         Raises:
-            ConfigError: Weights that are no shares.
+            ConfigError: Weights that are not shares of 1.
             ModelError: Adapters that have no average, or for another base.
         """
         from falign.models.adapter_soup import adapter_soup

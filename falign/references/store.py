@@ -29,14 +29,14 @@ _CHECKSUM_BYTES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class CacheKey:
-    """What all values of a store depend on. Token ids, and so truncation, are a matter of its entries.
+    """The inputs that all values of a store depend on. Token ids, and so truncation, belong to its entries.
 
     Attributes:
         weights: Content hash of the reference's weights, without the adapter that is trained.
         config: Hash of its configuration, as far as it changes logits.
         vocabulary: Over how many ids its distributions are.
         tokenizer: Fingerprint of the tokenizer and its chat template.
-        dtype: What the reference computes in, its quantisation included.
+        dtype: The type that the reference computes in, quantization included.
         attention: Attention implementation.
     """
 
@@ -76,7 +76,7 @@ class LogprobStore:
 
     Args:
         directory: The folder; created if needed.
-        key: What the values depend on.
+        key: The inputs that the values depend on.
 
     Raises:
         ConfigError: If the folder was written under another key, or a link leads out of it.

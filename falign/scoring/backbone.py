@@ -87,7 +87,7 @@ def run_backbone(model: nn.Module, **inputs: Any) -> Any:
 
     Args:
         model: A causal language model in the Transformers layout, wrapped or not.
-        **inputs: What its backbone takes.
+        **inputs: The arguments of its backbone.
 
     Returns:
         The output, hidden states first.

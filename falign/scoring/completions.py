@@ -23,7 +23,7 @@ class CompletionStates(NamedTuple):
     """A batch as a model without its head sees it.
 
     Attributes:
-        distribution: What predicts each completion token, in the order of the mask's True places, shape (M, H).
+        distribution: The prediction of each completion token, in the order of the mask's True places, shape (M, H).
         token_weights: How much the model is activated where it predicts each token, shape (N, T), 0 where masked;
             None unless asked for.
     """
@@ -86,7 +86,7 @@ def completion_scores(
             the batch.
         batch: The rows to score, in either layout.
         divergence: f, taken over the whole vocabulary at each position.
-        reference: What f is taken to, of the same batch; given together with `divergence`.
+        reference: The reference's states of the same batch, for f; given together with `divergence`.
         value_head: From hidden states, shape (M, H), to values, shape (M, 1); its gradient ends at the hidden states.
         chunk_tokens: How many positions reach the head at once; changes memory and speed alone.
 

@@ -28,7 +28,7 @@ class LayoutChoice(NamedTuple):
 
     Attributes:
         layout: ``"tree"`` or ``"padded"``.
-        reason: What was found, to be told.
+        reason: The reason for the choice, to be told.
         as_asked: False where trees were hoped for and the model cannot read them.
     """
 
@@ -48,8 +48,8 @@ def choose_layout(
 
     Args:
         model: The model, on its device.
-        trees: What to try on: two or three of the longest are enough, and must be more than one completion each to
-            prove anything.
+        trees: Prompts to try: two or three of the longest are enough. Only those with several completions can show a
+            wrong mask.
         pad_token_id: Any valid id.
         wanted: ``"auto"`` tries; the others are taken as they are, ``"tree"`` only where nothing known speaks against.
 

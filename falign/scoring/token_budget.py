@@ -27,7 +27,7 @@ class TokenBudgetBatches:
         shuffle: False keeps the given order.
 
     Raises:
-        ValueError: If a tree is longer than the budget, or there is none.
+        ValueError: If a tree is longer than the budget, or no tree is given.
 
     Example:
         >>> list(TokenBudgetBatches([3, 5, 4, 2], max_tokens=8, seed=0, shuffle=False))
@@ -36,7 +36,7 @@ class TokenBudgetBatches:
 
     def __init__(self, lengths: Sequence[int], *, max_tokens: int, seed: int, shuffle: bool = True) -> None:
         if not lengths:
-            raise ValueError("There is no tree to make batches of.")
+            raise ValueError("lengths is empty: give the length of one tree at least.")
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         if lengths[longest] > max_tokens:
             raise ValueError(

@@ -15,7 +15,7 @@ class PromptTree:
     Attributes:
         prompt_ids: Token ids of the prompt, shared by all completions.
         completion_ids: Token ids of each completion, every one with at least one token.
-        preference: One value per completion, larger is preferred (a pair: 1 and 0); None where there is none.
+        preference: One value per completion, larger is preferred (a pair: 1 and 0); None without preferences.
         place: Where the row came from, for messages (``"pairs.jsonl:12"``).
 
     Raises:

@@ -1,4 +1,4 @@
-"""Every kind of adapter under every verb: what PEFT computes from the same files, or refused before training.
+"""Every kind of adapter under every verb: equal to PEFT on the same files, or refused before training.
 
 The oracle is PEFT itself: the base read by transformers, the adapter's folder read by ``PeftModel.from_pretrained``.
 """
@@ -173,9 +173,9 @@ def dense(model):
     rows = []
     for completion in TREES[0].completion_ids:
         ids = torch.tensor([TREES[0].prompt_ids + completion])
-        law = log_softmax(model(input_ids=ids, use_cache=False).logits.float(), dim=-1)
+        logprobs = log_softmax(model(input_ids=ids, use_cache=False).logits.float(), dim=-1)
         start = len(TREES[0].prompt_ids)
-        rows.append(torch.stack([law[0, start + i - 1, token] for i, token in enumerate(completion)]))
+        rows.append(torch.stack([logprobs[0, start + i - 1, token] for i, token in enumerate(completion)]))
     return torch.cat(rows)
 
 

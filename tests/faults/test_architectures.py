@@ -32,7 +32,7 @@ SIZES = {
 TREES = [PromptTree((5, 6, 7), ((8, 9, 10), (11, 12))), PromptTree((5, 9), ((8, 9, 13, 4), (21, 12, 3)))]
 EAGER = r"attn_implementation: eager"
 
-# What becomes of each: the layout that is chosen, or a part of the message that refuses it.
+# The layout that is chosen for each, or a part of the message that refuses it.
 SDPA = {
     **dict.fromkeys(["llama", "deepseek_v2", "minicpm3", "gemma3_text", "gpt_neox", "opt", "phi", "cohere"], "tree"),
     **dict.fromkeys(["falcon", "phimoe"], "tree"),
@@ -53,7 +53,7 @@ CASES += [(kind, "eager", expected) for kind, expected in WITH_EAGER.items()]
 
 @pytest.fixture(scope="module", autouse=True)
 def _quiet():
-    """Kernels that are not installed, and encoders that are no decoders, are told of in logs."""
+    """Logs tell of kernels that are not installed, and of encoders that are not decoders."""
     logging.disable(logging.WARNING)
     yield
     logging.disable(logging.NOTSET)

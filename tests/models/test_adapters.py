@@ -90,7 +90,7 @@ def test_targets_that_match_nothing_list_what_exists(tiny, targets, message):
         add_lora(load_model(tiny), r=4, alpha=8, seed=1, target_modules=targets)
 
 
-def test_nothing_of_a_quantised_base_is_converted(tiny):
+def test_a_quantized_base_is_not_converted(tiny):
     base = load_model(tiny, quantization="nf4", dtype="bfloat16")
     before = {name: (parameter.dtype, parameter.data_ptr()) for name, parameter in base.named_parameters()}
     model = add_lora(base, r=4, alpha=8, seed=1)

@@ -177,7 +177,7 @@ def test_integers_that_differ_have_no_average(three, tmp_path):
     assert stored(write_soup(three[1:], tmp_path / "soup"))["steps"].tolist() == [1]
 
 
-def test_quantised_pickled_damaged_and_missing_checkpoints_are_refused(three, tmp_path):
+def test_quantized_pickled_damaged_and_missing_checkpoints_are_refused(three, tmp_path):
     with pytest.raises(ModelError, match=r"did you mean .*c1"):
         soup_members([three[0], tmp_path / "c11"])
     with pytest.raises(ModelError, match="some/name is not a local folder"):
@@ -191,8 +191,8 @@ def test_quantised_pickled_damaged_and_missing_checkpoints_are_refused(three, tm
     with pytest.raises(ModelError, match="pickled weights only"):
         write_soup([three[0], pickled], tmp_path / "soup")
     config = json.loads((three[2] / "config.json").read_text())
-    quantised = {**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    (three[2] / "config.json").write_text(json.dumps(quantised))
+    quantized = {**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (three[2] / "config.json").write_text(json.dumps(quantized))
     with pytest.raises(ModelError, match="c2 has quantized weights"):
         write_soup([three[0], three[2]], tmp_path / "soup")
 

@@ -138,7 +138,7 @@ def test_a_qlora_adapter_is_folded_into_the_original_weights(tmp_path, kind):
     out = export_merged(model, load_tokenizer(folder), tmp_path / "out", base_name_or_path=folder)
     merged = AutoModelForCausalLM.from_pretrained(out)
     assert not merged.config.to_dict().get("quantization_config")
-    # The same adapter, unmerged, over the unquantised base.
+    # The same adapter, unmerged, over the unquantized base.
     assert torch.allclose(logits(merged), logits(plain), atol=1e-4)
     assert (logits(model) - logits(plain)).abs().max() > 1e-2
 
@@ -176,7 +176,7 @@ def test_a_fully_trained_model_gives_its_own_weights(tmp_path, kind):
 
 
 def test_four_bit_weights_without_an_adapter_cannot_be_exported(tiny, tmp_path):
-    with pytest.raises(ModelError, match="quantised weights cannot be exported without an adapter"):
+    with pytest.raises(ModelError, match="quantized weights cannot be exported without an adapter"):
         export_merged(load_model(tiny, quantization="nf4"), load_tokenizer(tiny), tmp_path / "out")
 
 

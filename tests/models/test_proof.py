@@ -51,7 +51,7 @@ def test_a_merge_is_as_near_as_its_type_allows(case, written, quantization):
     assert (proof.dtype, proof.bound) == (written, {"float32": 1e-4, "bfloat16": 0.125, "float16": 0.02}[written])
     assert 0 < proof.max_abs_export_error <= proof.bound * proof.max_abs_logit
     assert proof.max_abs_change_against_base > 0.1
-    if quantization == "nf4":  # the quantisation error is reported, and not taken for an export error
+    if quantization == "nf4":  # the quantization error is reported, and not taken for an export error
         assert proof.max_abs_logit_difference > 3 * proof.max_abs_export_error
 
 
@@ -191,7 +191,7 @@ def test_the_demonstration_model_goes_through_4_bit_training_and_both_exports(de
 def test_a_merge_into_another_base_is_refused(tiny, tmp_path):
     model = fill_adapter(add_lora(load_model(tiny), r=4, alpha=8, seed=0))
     tokenizer = load_tokenizer(tiny)
-    save_tiny(tiny, seed=9)  # what lies on disk is no longer what was trained
+    save_tiny(tiny, seed=9)  # what lies on disk is no longer the trained model
     target = export_merged(model, tokenizer, tmp_path / "merged")
     with pytest.raises(ModelError, match="is not the trained model"):
         verify_export(model, target, tokenizer=tokenizer, kind="merged")

@@ -1,4 +1,4 @@
-"""What fills rows is a token that the model has."""
+"""Rows are filled with a token that the model has."""
 
 import pytest
 
