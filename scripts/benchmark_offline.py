@@ -135,7 +135,7 @@ def annotations_without_jaxtyping() -> None:
     except ImportError:
         module = types.ModuleType("jaxtyping")
         anything = {"__class_getitem__": lambda cls, item: item[0]}
-        vars(module).update({name: type(name, (), anything) for name in ("Bool", "Float", "Int")})
+        vars(module).update({name: type(name, (), anything) for name in ("Bool", "Float", "Int", "Shaped")})
         sys.modules["jaxtyping"] = module
 
 

@@ -13,7 +13,6 @@ file has is what is tried.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -181,18 +180,9 @@ def compare(whole: Path, other: Path) -> list[str]:
         found.append(f"metrics.jsonl differs (step {steps[0] if steps else 'of one more or less'})")
     for name in ("adapter/adapter_model.safetensors", "model/model.safetensors", "completions.jsonl", "summary.json"):
         files = [folder / name for folder in (whole, other)]
-        contents = [content(file) if file.is_file() else None for file in files]
+        contents = [file.read_bytes() if file.is_file() else None for file in files]
         found += [] if contents[0] == contents[1] else [f"{name} differs"]
     return found
-
-
-def content(file: Path) -> Any:
-    """Return what a file holds; of safetensors the header as values, because its metadata have no order."""
-    data = file.read_bytes()
-    if file.suffix != ".safetensors":
-        return data
-    end = 8 + int.from_bytes(data[:8], "little")
-    return json.loads(data[8:end]), data[end:]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

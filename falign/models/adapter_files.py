@@ -13,7 +13,6 @@ import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from falign.errors import ModelError
@@ -22,6 +21,7 @@ from falign.models.foreign import reading
 from falign.models.patterns import check_adapter_patterns
 from falign.models.recorded_base import RecordedBase
 from falign.models.sources import adapter_config, damaged
+from falign.models.tensor_file import save_tensors
 
 __all__ = ["AdapterFiles", "read_adapter_files", "write_adapter_files"]
 
@@ -94,7 +94,7 @@ def write_adapter_files(folder: Path, config: LoraConfig, tensors: Mapping[str, 
     record = {"base": base.weights, "storage": base.storage}
     digest = _digest(adapter_config(folder), tensors, record)
     metadata = {"format": "pt", _RECORD: json.dumps({"adapter": digest, **record})}
-    save_file(dict(tensors), folder / _WEIGHTS, metadata=metadata)
+    save_tensors(tensors, folder / _WEIGHTS, metadata=metadata)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -64,7 +64,9 @@ def load_tokenizer(
     tokenizer.chat_template_place = name  # for messages of falign.data, which runs the template
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
-        tokenizer.chat_template_place = f"model.chat_template={str(chat_template)[:80]!r}"
+        given = str(chat_template)
+        shown = given if given != tokenizer.chat_template or len(given) <= 80 else f"{given[:80]} ..."
+        tokenizer.chat_template_place = f"model.chat_template={shown!r}"
     if tokenizer.eos_token is None:
         raise ModelError(f"The tokenizer of {name} has no EOS token: add `eos_token` to its tokenizer_config.json.")
     if tokenizer.pad_token is None:

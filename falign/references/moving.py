@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -106,10 +105,12 @@ class MovingReference(Reference):
 
     def save(self, folder: Path, policy_model: nn.Module) -> None:
         """Write the reference as it is now into an existing folder."""
+        from falign.models.tensor_file import save_tensors
+
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors(policy_model).items()}
         measured = json.dumps(self._measured)
         metadata = {"format": "pt", "moves": str(self.moves), "start": self.start or "", "measured": measured}
-        save_file(tensors, folder / _FILE, metadata=metadata)
+        save_tensors(tensors, folder / _FILE, metadata=metadata)
 
     @torch.no_grad()
     def load(self, folder: Path, policy_model: nn.Module) -> None:
