@@ -3,6 +3,7 @@
 import importlib
 import json
 import pkgutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +20,6 @@ def main() -> None:
     for module in pkgutil.walk_packages(falign.__path__, "falign."):
         if module.name not in ("falign.__main__", "falign.rewards.worker"):
             importlib.import_module(module.name)
-    from falign.models import export, load_model, load_tokenizer
     from falign.training import parse_run, train
     from tests.models.tiny import save_tiny
 
@@ -55,10 +55,10 @@ def main() -> None:
             "training": {"max_steps": 1},
         }
         train(parse_run(online), console=console)
-        assert callable(export.export_merged)
-        load_model(str(model))
-        load_tokenizer(str(model))
-    print("smoke: imports, training, resuming, an adapter as reference, an online step")
+        for kind in ("adapter", "merged"):
+            command = [sys.executable, "-m", "falign", "export", str(folder / "first"), "--format", kind]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    print("smoke: imports, training, resuming, an adapter as reference, an online step, exports")
 
 
 if __name__ == "__main__":
