@@ -21,11 +21,12 @@ from falign.cli.scored import Scored, load_alone, load_run, positions_of
 from falign.cli.trained import chosen_chat, is_run
 from falign.data import PromptRow, PromptSource, load_prompts
 from falign.divergences import Divergence, get
-from falign.errors import ConfigError
+from falign.errors import ConfigError, DataError
 from falign.evaluation import CompletionScorer, ScoreOutput
 from falign.evaluation.frontier_summary import IDEALS, frontier_point, frontier_summary
 from falign.evaluation.groups import Draw, GroupSampler
 from falign.evaluation.reference_engine import ReferenceEngine
+from falign.evaluation.reward_columns import row_check
 from falign.evaluation.sample_metrics import divergence_metrics, sample_metrics
 from falign.evaluation.sample_prompts import sample_prompts
 from falign.evaluation.sample_rows import SampleRow
@@ -126,7 +127,7 @@ class SampleEvaluation:
             scored = self._load()
         for path, tokenizer in rewarding.tokenizers.items():
             check_same_tokens(scored.tokenizer, tokenizer, f"{self.model} and {path}")
-        prompts, source = self._prompts(config, scored, console)
+        prompts, source = self._prompts(config, scored, rewarding.rewards, console)
         settings = self._settings(config)
         samplers = self._samplers(config, scored, rewarding.rewards, settings)
         scorer = self._scorer(scored, samplers[0], prompts, console)
@@ -279,24 +280,31 @@ class SampleEvaluation:
         named = {f"reference.{name}": value for name, value in reference.identity().items()}
         return scored._replace(reference=reference, record={**kept, **named})
 
-    def _prompts(self, config: RunConfig | None, scored: Scored, console: Console) -> tuple[list[PromptRow], str]:
-        """Return the prompts, and what they are called."""
-        asked = self.asked
+    def _prompts(
+        self, config: RunConfig | None, scored: Scored, rewards: RewardSum, console: Console
+    ) -> tuple[list[PromptRow], str]:
+        """Return the prompts, all of which the rewards can judge, and what they are called."""
+        asked, check = self.asked, row_check(rewards)
         if asked.prompts is None:
             assert config is not None
 
             def tell(text: str) -> None:
                 console.print(text, style="yellow", markup=False)
 
-            rows = held_out_prompts(RunFolder.open(self.model), config, tell=tell)
-            return rows[: asked.limit], f"held-out prompts of {self.model}"
+            rows = held_out_prompts(RunFolder.open(self.model), config, tell=tell)[: asked.limit]
+            for row, reason in zip(rows, check(rows), strict=True):
+                if reason is not None:
+                    raise DataError(f"{row.place}: {reason}. Mend the row, or give --prompts FILE.")
+            return rows, f"held-out prompts of {self.model}"
         settings = self._settings(config)
         positions = positions_of(scored.policy)
         room = sys.maxsize if positions is None else positions - settings["max_new_tokens"]
         of_run = None if config is None else config.chat
         chat = chosen_chat(of_run if asked.chat is None else asked.chat, scored.tokenizer, console)
         source = PromptSource(asked.prompts, split=asked.split, template=asked.template, chat=chat, limit=asked.limit)
-        data = load_prompts([source], scored.tokenizer, max_length=room, long_prompt="drop", skip_by=None)
+        data = load_prompts(
+            [source], scored.tokenizer, max_length=room, long_prompt="drop", skip_by=None, check=check
+        )
         if data.report.dropped:
             raise ConfigError(
                 f"{asked.prompts}: {data.report.dropped} prompts have more than the {room} tokens that are left beside "

@@ -39,7 +39,7 @@ def complete(
         params: How they are drawn.
         model: What the server calls the version.
         version: The run's number of it.
-        seed: Completion j has the random numbers of ``seed + j``.
+        seed: vLLM gives completion j the seed ``seed + j``, so requests need seeds that are far apart (``mixed``).
 
     Raises:
         VersionUnknownError: The server does not know the name.

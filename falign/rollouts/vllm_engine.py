@@ -116,7 +116,8 @@ class VLLMEngine(Engine):
             )
         check_request(prompt_ids, n, seed)
         check_prompts(prompt_ids, params, vocabulary=self.vocabulary, positions=self.description.max_length)
-        seeds = [mixed(seed, first + i) for i in range(len(prompt_ids))] if isinstance(seed, int) else seed
+        parts = [(seed, first + i) for i in range(len(prompt_ids))] if isinstance(seed, int) else [(s,) for s in seed]
+        seeds = [mixed(*part) for part in parts]
         answered: dict[int, list[Rollout]] = {}
 
         def answer_the_rest() -> None:
@@ -124,7 +125,7 @@ class VLLMEngine(Engine):
             rest = [i for i in range(len(prompt_ids)) if i not in answered]
             ask = partial(complete, self.client, n=n, params=params, model=sync.model_of(published), version=version)
             with ThreadPoolExecutor(min(_MOST_REQUESTS, max(len(rest), 1))) as pool:
-                replies = {i: pool.submit(ask, prompt_ids[i], seed=seeds[i] % 2**62) for i in rest}
+                replies = {i: pool.submit(ask, prompt_ids[i], seed=seeds[i]) for i in rest}
             failed = [error for reply in replies.values() if (error := reply.exception()) is not None]
             if sync.exclusive:
                 sync.bring([published])  # else the server was started anew meanwhile, and what it said is not kept

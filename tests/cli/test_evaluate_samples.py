@@ -321,6 +321,17 @@ def test_a_reward_model_that_reads_other_token_ids_is_refused(falign, folder, tm
     assert "other have different tokens: 'a' is" in err
 
 
+def test_rows_that_rewards_cannot_judge_are_found_before_sampling(falign, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("falign.rollouts.TransformersEngine.sample", None)
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": [{"kind": "choice", "answer": "answer"}]}))
+    arguments = ("evaluate", "samples", folder / "online", "--rewards", tmp_path / "rewards.yaml", "--name", "x")
+    status, _, err = falign(*arguments)
+    assert (status, "reward choice: " in err, "prompts.jsonl:" in err) == (2, True, True), err
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "one", "answer": "A"}\n{"prompt": "two", "answer": null}\n')
+    status, _, err = falign(*arguments, "--prompts", tmp_path / "rows.jsonl", "--plain")
+    assert (status, "rows.jsonl:2: reward choice: the answer is missing" in err) == (2, True), err
+
+
 def test_a_greedy_answer_has_rewards_and_no_divergence(falign, folder):
     arguments = ("--temperature", 0, "--num-completions", 1, "--limit", 2, "--name", "greedy")
     status, _, err = falign("evaluate", "samples", folder / "online", "--trust-code", *arguments)

@@ -1,5 +1,6 @@
 """The engine against a server on this machine that answers, and fails, as vLLM does."""
 
+import itertools
 import threading
 import time
 
@@ -74,6 +75,10 @@ def test_a_seed_repeats_a_call_and_a_seed_per_prompt_makes_it_independent_of_the
     together = sample(engine, 0, seed=[11, 12, 13])
     assert sample(engine, 0, prompts=PROMPTS[1:2], seed=[12]) == together[4:8]
     assert engine.sample(PROMPTS[1:], 4, PARAMS, version=0, seed=3, first=1) == first[4:]
+    # vLLM gives completion j of a request the seed plus j: no two requests may be so near each other.
+    sample(engine, 0, prompts=[PROMPTS[0]] * 3, seed=[11, 12, 13])
+    sent = sorted(body["seed"] for body in server.calls("/v1/completions")[-3:])
+    assert min(after - before for before, after in itertools.pairwise(sent)) > 4
     # Equal prompts of one call are answered independently of each other.
     twice = sample(engine, 0, prompts=[PROMPTS[0]] * 2)
     assert twice[:4] != twice[4:]
