@@ -145,7 +145,7 @@ def load_run(
     objective = run_objective(path, trust_code=trust_code)
     rewarding = isinstance(objective, RewardingObjective)
     if not rewarding and not any_objective:
-        kind = folder.read_run_file()["objective"]["kind"]
+        kind = folder.read_settings()["objective"]["kind"]
         raise ConfigError(
             f"{path}: objective.kind={kind} defines no implicit reward to score by. Export the run "
             "(falign export --format merged), and score that with --reference and a --divergence of your choice."

@@ -25,7 +25,7 @@ class ReportedRun:
         label: The shortest end of its path that no other run of the report has.
         index: Its place in the report, which decides its colour and marker.
         folder: Where it lies.
-        run_file: The resolved run file.
+        run_file: The resolved settings that the run began with.
         manifest: Versions, model, reference, data.
         logs: The lines of ``metrics.jsonl``.
         before: Held-out values before training; empty without held-out data.
@@ -98,7 +98,7 @@ def _read(folder: RunFolder, index: int, label: str) -> ReportedRun:
         label=label,
         index=index,
         folder=folder,
-        run_file=folder.read_run_file(),
+        run_file=folder.read_settings(),
         manifest=folder.read_json("manifest.json"),
         logs=folder.metrics(),
         before=summary["before"],

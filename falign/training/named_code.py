@@ -28,10 +28,11 @@ def read_run(folder: RunFolder, *, uses: Collection[str], trust_code: bool) -> R
         trust_code: Whether code that these sections name may run.
 
     Raises:
-        ConfigError: A section names code and is not trusted, or the run file is damaged.
+        ConfigError: A section names code and is not trusted, or the run file is damaged or was edited.
     """
     config = parse_run(folder.read_run_file(), place=str(folder.run_file))
     require_trust(named_code(config, uses), place=folder.run_file, trust_code=trust_code)
+    folder.require_unedited(config)
     return config
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from datetime import datetime
@@ -147,6 +147,11 @@ def _begin(
         changes = folder.changes(inputs, new_rewards=new_rewards) if resume and folder.began else []
         if resume and checkpoints(folder.path):
             folder.require_same_inputs(rows, inputs, new_rewards=new_rewards)
+            if changed := folder.other_versions():
+                _tell(console)(
+                    f"warning: versions have changed since the run was last started: {changed}. Its next steps may "
+                    "differ from those that it would have taken; install the former versions to avoid that."
+                )
         record = {**origin.record, "hashes": inputs.hashes, "rows": rows.digest, "changes": changes}
         return _train(config, trainer, data, language, folder, bar, rows, record, console=console, resume=resume)
 
@@ -304,7 +309,6 @@ def _answers(config: RunConfig, trainer: AlignmentTrainer, language: Language) -
 
 def _inputs(config: RunConfig, trainer: AlignmentTrainer, language: Language) -> RunInputs:
     """Hash all that decides the steps of a run besides its rows and its settings."""
-    identity = {name: value for name, value in trainer.reference.identity().items() if name != "path"}
     modules = {name: source_hashes(name.partition(":")[0]) for name in _own_divergences(config.objective.model_dump())}
     return RunInputs(
         {
@@ -313,11 +317,18 @@ def _inputs(config: RunConfig, trainer: AlignmentTrainer, language: Language) ->
             "stop_tokens": sorted(language.stop_tokens),
             "base_weights": trainer.record["base_weights"],
             "base_config": trainer.record["base_config"],
-            "reference": {**identity, "config": trainer.record["reference_config"]},
+            "reference": {**_without_paths(trainer.reference.identity()), "config": trainer.record["reference_config"]},
             "objective_code": modules,
             "rewards": reward_identities(trainer.rewards) if isinstance(trainer, OnlineTrainer) else {},
         }
     )
+
+
+def _without_paths(value: Any) -> Any:
+    """Leave out where the models of a reference lie: their hashes are beside it."""
+    if isinstance(value, Mapping):
+        return {name: _without_paths(inner) for name, inner in value.items() if name != "path"}
+    return [_without_paths(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _own_divergences(section: dict[str, Any]) -> Iterator[str]:

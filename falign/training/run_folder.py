@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -35,6 +36,12 @@ OBSERVERS = frozenset(
     f"training.{name}"
     for name in ("save_steps", "save_total_limit", "logging_steps", "eval_steps", "report_to", "skip_bad")
 )
+BY_CONTENT = re.compile(
+    r"model\.(path|revision|chat_template)|(data|prompts)\.(train|eval)\.\d+\.path|rehearsal\.path"
+    r"|reference\.(path|paths|cache)"
+)
+"""Settings that only say where something lies: its content is hashed (:class:`RunInputs`, :class:`RunRows`)."""
+
 LENGTH = frozenset({"training.max_steps", "training.num_train_epochs"})
 MAY_DIFFER = frozenset({"output_dir"}) | OBSERVERS | LENGTH | SERVER
 """Settings of a run that goes on which change no step that was taken: its folder may have moved, other steps may be
@@ -175,19 +182,39 @@ class RunFolder:
         if not self.run_file.is_file():  # the manifest comes later, and a run may have been killed before it
             RunFolder.open(self.path)
         self.refuse_links()
-        began = self.read_inputs()["settings"] if self.began else self.read_run_file()
-        old, new = _flat(began), _flat(self.settings(config))
-        keys = sorted({key for key in old.keys() | new.keys() if old.get(key) != new.get(key)} - MAY_DIFFER)
-        if new_rewards:
-            keys = [key for key in keys if not key.startswith("rewards.")]
-        if keys:
-            shown = ", ".join(
-                f"{key} ({old.get(key)!r} when it began, {new.get(key)!r} now)" for key in sorted(keys)[:5]
-            )
+        if changed := self._changed_settings(config, new_rewards=new_rewards):
             raise ConfigError(
-                f"{self.path} holds a run with other settings: {shown}. Set them as they were (as they are in the run "
-                f"folder: `{self.resume_command}`), or start a new run in another output_dir."
+                f"{self.path} holds a run with other settings: {changed}. Set them as they were, or start a new run in "
+                "another output_dir."
             )
+
+    def require_unedited(self, config: RunConfig) -> None:
+        """Refuse the run file of this folder where it was edited after the run began.
+
+        Args:
+            config: Read from it.
+
+        Raises:
+            ConfigError: With the settings that differ from those that the run began with.
+        """
+        if changed := self._changed_settings(config):
+            raise ConfigError(f"{self.run_file} was edited after the run began: {changed}. Set them as they were.")
+
+    def _changed_settings(self, config: RunConfig, *, new_rewards: bool = False) -> str:
+        """Name the first settings that would change steps of the run, with both values; ``""`` where there are none."""
+        old, new = _flat(self.read_settings()), _flat(self.settings(config))
+        keys = [
+            key
+            for key in sorted((old.keys() | new.keys()) - MAY_DIFFER)
+            if old.get(key) != new.get(key)
+            and not BY_CONTENT.fullmatch(key)
+            and not (new_rewards and key.startswith("rewards."))
+        ]
+        return ", ".join(f"{key} ({old.get(key)!r} when it began, {new.get(key)!r} now)" for key in keys[:5])
+
+    def read_settings(self) -> dict[str, Any]:
+        """Return the resolved settings that the run began with, whatever became of its run file since."""
+        return self.read_inputs()["settings"] if self.began else self.read_run_file()
 
     def require_same_inputs(self, rows: RunRows, inputs: RunInputs, *, new_rewards: bool = False) -> None:
         """Refuse to go on with a run where something else that decides its steps has changed.
@@ -212,13 +239,26 @@ class RunFolder:
             )
 
     def changes(self, inputs: RunInputs, *, new_rewards: bool) -> list[dict[str, Any]]:
-        """Return the record of rewards that were changed between two steps, with a change that is made now."""
-        recorded = self.read_inputs()
-        then, there = recorded["hashes"]["rewards"], checkpoints(self.path)
-        if not new_rewards or not there or then == inputs.hashes["rewards"]:
+        """Return the record of rewards and versions that changed between two steps, with those that change now."""
+        recorded, there = self.read_inputs(), checkpoints(self.path)
+        if not there:
             return recorded["changes"]
-        settings = recorded["settings"]["rewards"]
-        return [*recorded["changes"], {"after_step": step_of(there[-1]), "rewards": then, "settings": settings}]
+        before: dict[str, Any] = {}
+        if new_rewards and recorded["hashes"]["rewards"] != inputs.hashes["rewards"]:
+            before |= {"rewards": recorded["hashes"]["rewards"], "settings": recorded["settings"]["rewards"]}
+        if self.other_versions():
+            before["versions"] = self.read_versions()
+        return [*recorded["changes"], *([{"after_step": step_of(there[-1]), **before}] if before else [])]
+
+    def read_versions(self) -> dict[str, str]:
+        """Return the versions of Python and of packages with which the run was last started."""
+        return self.read_manifest().get("versions", {})
+
+    def other_versions(self) -> str:
+        """Name the versions that are others now than when the run was last started; ``""`` where all are the same."""
+        old, new = self.read_versions(), versions()
+        changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+        return ", ".join(f"{name} ({old.get(name)} then, {new.get(name)} now)" for name in changed)
 
     @staticmethod
     def settings(config: RunConfig) -> dict[str, Any]:

@@ -61,6 +61,9 @@ def foreign(folder, tmp_path, monkeypatch):
         change(record)
         record["output_dir"] = str(run)
         (run / "run.yaml").write_text(yaml.safe_dump(record))
+        manifest = json.loads((run / "manifest.json").read_text())
+        manifest["inputs"]["settings"] = RunFolder.settings(parse_run(record))  # whoever forges one forges both
+        (run / "manifest.json").write_text(json.dumps(manifest))
         (run / f"{MODULE}.py").write_text(CODE)
         for module in BESIDE:
             (run / f"{module}.py").write_text('raise SystemExit("the code ran")')

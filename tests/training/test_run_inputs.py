@@ -11,8 +11,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from falign.cli.scored import load_run
+from falign.cli.trained import load_trained
 from falign.errors import ConfigError, TrainingError
 from falign.models.tokenizers import fix_date
+from falign.report.runs import read_runs
 from falign.training import RunFolder, TrainingConfig, load_run_file, parse_run, train
 from falign.training.learning_rate import same_learning_rates
 from falign.training.parts import load_language
@@ -190,6 +193,55 @@ def test_an_edited_run_file_in_the_run_folder_is_compared_with_what_the_run_bega
             train(parse_run(folder.read_run_file()), console=Console(quiet=True), resume=True)
     finally:
         folder.run_file.write_text(kept)
+
+
+def test_commands_that_read_a_run_refuse_a_run_file_that_was_edited(whole):
+    kept = whole.run_file.read_text()
+    try:
+        whole.run_file.write_text(kept.replace("beta: 0.5", "beta: 0.25"))
+        with pytest.raises(
+            ConfigError, match=r"run\.yaml was edited .* objective\.beta \(0\.5 when it began, 0\.25 now"
+        ):
+            load_run(str(whole.path), max_length=None)
+        with pytest.raises(ConfigError, match=r"run\.yaml was edited"):
+            load_trained(whole)
+        (reported,) = read_runs([whole.path])
+        assert reported.run_file["objective"]["beta"] == 0.5
+    finally:
+        whole.run_file.write_text(kept)
+
+
+def test_what_a_path_names_may_move_as_long_as_its_content_is_the_same(place, whole, tmp_path):
+    kept, folder = copied(place, "offline", tmp_path / "copy"), place["folder"]
+    for name in ("model", "reference"):
+        shutil.copytree(folder / name, tmp_path / "moved" / name)
+    shutil.copy(folder / "pairs.jsonl", tmp_path / "moved" / "rows.jsonl")
+    moved = copy.deepcopy({**place["offline"], "output_dir": str(kept.path)})
+    moved["model"]["path"] = str(tmp_path / "moved" / "model")
+    moved["reference"]["path"] = str(tmp_path / "moved" / "reference")
+    moved["data"]["train"][0]["path"] = str(tmp_path / "moved" / "rows.jsonl")
+    same_end(train(parse_run(moved), console=Console(quiet=True), resume=True).folder, whole)
+    assert load_run(str(kept.path), max_length=None).rewarding
+
+    kept = copied(place, "offline", tmp_path / "other")
+    rows = tmp_path / "moved" / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("gladly!", "gladly?", 1))
+    with pytest.raises(ConfigError, match=r"row \d+ of data\.(train|eval)"):
+        train(parse_run({**moved, "output_dir": str(kept.path)}), console=Console(quiet=True), resume=True)
+
+
+def test_other_versions_are_told_and_recorded(place, whole, tmp_path):
+    kept, output = copied(place, "offline", tmp_path / "copy"), io.StringIO()
+    manifest = kept.read_manifest()
+    manifest["versions"]["torch"] = "1.0"
+    kept.write_json("manifest.json", manifest)
+    run = {**place["offline"], "output_dir": str(kept.path)}
+    resumed = train(parse_run(run), console=Console(file=output, width=1000), resume=True).folder
+    assert f"torch (1.0 then, {torch.__version__} now)" in output.getvalue()
+    (change,) = resumed.read_inputs()["changes"]
+    assert (change["after_step"], change["versions"]["torch"]) == (2, "1.0")
+    assert resumed.read_manifest()["versions"]["torch"] == torch.__version__
+    same_end(resumed, whole)
 
 
 def copied(place, kind, target):
