@@ -302,9 +302,7 @@ class SampleEvaluation:
         of_run = None if config is None else config.chat
         chat = chosen_chat(of_run if asked.chat is None else asked.chat, scored.tokenizer, console)
         source = PromptSource(asked.prompts, split=asked.split, template=asked.template, chat=chat, limit=asked.limit)
-        data = load_prompts(
-            [source], scored.tokenizer, max_length=room, long_prompt="drop", skip_by=None, check=check
-        )
+        data = load_prompts([source], scored.tokenizer, max_length=room, long_prompt="drop", skip_by=None, check=check)
         if data.report.dropped:
             raise ConfigError(
                 f"{asked.prompts}: {data.report.dropped} prompts have more than the {room} tokens that are left beside "
