@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
@@ -18,6 +17,7 @@ from torch import Tensor
 from falign.errors import ModelError
 from falign.models.adapter_settings import base_change
 from falign.models.foreign import reading
+from falign.models.identity import add_tensor
 from falign.models.patterns import check_adapter_patterns
 from falign.models.recorded_base import RecordedBase
 from falign.models.sources import adapter_config, damaged
@@ -207,7 +207,5 @@ def _digest(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], record: 
     parts = [computed_with, record.get("base"), record.get("storage")]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.clone().numpy().data)  # FSDP2 could not free again what numpy has seen
+        add_tensor(digest, name, tensor)
     return digest.hexdigest()

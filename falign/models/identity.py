@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from falign.errors import ModelError
@@ -17,7 +16,7 @@ from falign.models.adapter_settings import BEYOND_PLAIN_LORA
 from falign.models.base_weights import base_weights
 from falign.models.structure import base_of
 
-__all__ = ["adapted_weights_hash", "config_hash", "model_identity", "weights_hash"]
+__all__ = ["adapted_weights_hash", "add_tensor", "config_hash", "model_identity", "weights_hash"]
 
 # The fields of a configuration that do not change logits, at every level of it. All others count, those that falign
 # does not know included. The weights' types are a part of `weights_hash`; how attention is computed is recorded
@@ -48,13 +47,17 @@ def weights_hash(model: PreTrainedModel | PeftModel, *, adapter: str | None = No
     entries = _base_entries(model) if adapter is None else _adapter_entries(model, adapter)
     digest = hashlib.sha256()
     for name, tensor in entries:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        # Viewed as bytes because numpy has no bfloat16; flat because a scalar cannot be viewed.
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        if isinstance(model, FSDPModule):
-            raw = raw.clone()  # FSDP2 could not free again what numpy has seen
-        digest.update(raw.numpy().data)
+        add_tensor(digest, name, tensor)
     return digest.hexdigest()
+
+
+def add_tensor(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
+    """Add a tensor to a digest: its name, shape, type and bytes."""
+    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+    # A copy, because FSDP2 could not free again what numpy has seen. Viewed as bytes because numpy has no bfloat16;
+    # flat because a scalar cannot be viewed.
+    raw = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1).view(torch.uint8)
+    digest.update(raw.numpy().data)
 
 
 def adapted_weights_hash(model: PeftModel, *, adapter: str) -> str:
@@ -68,7 +71,7 @@ def adapted_weights_hash(model: PeftModel, *, adapter: str) -> str:
 
 
 def model_identity(model: PreTrainedModel | PeftModel) -> dict[str, str]:
-    """Return what tells a base from all others: ``weights`` and ``config``, the hashes of both.
+    """Return the identity of a base: the hashes of its ``weights`` and of its ``config``.
 
     Raises:
         ModelError: As `weights_hash`.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.constants import is_offline_mode
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -254,6 +255,8 @@ def _is_file(path: Path) -> bool:
 
 def _unloadable(what: str, name: str, error: Exception) -> ModelError:
     reason = " ".join(str(error).split())
+    if not isinstance(error, OSError | ValueError):  # the message of a KeyError is a key alone
+        reason = f"{type(error).__name__}: {reason}"
     if "ignore_mismatched_sizes" in reason:  # it points to a report that is not shown
         reason = "the sizes in its config.json are not those of its weights."
     reason += "" if reason.endswith((".", "!", "?")) else "."
@@ -261,8 +264,10 @@ def _unloadable(what: str, name: str, error: Exception) -> ModelError:
         remedy = 'Take another one: attn_implementation="eager" (in a run file `model.attn_implementation: eager`).'
     elif "trust_remote_code" in str(error):
         remedy = "Set trust_remote_code only if you trust that code."
+    elif isinstance(error, SafetensorError):
+        remedy = "A file of its weights is damaged: restore it from a copy."
     elif Path(name).is_dir() or not isinstance(error, OSError):
-        remedy = "Check the folder's files and the options."
+        remedy = ""  # it is the other library's to say
     elif is_offline_mode():
         remedy = (
             "It is not in the local hub cache and offline mode is on (HF_HUB_OFFLINE): unset it, or give a local "
@@ -273,4 +278,4 @@ def _unloadable(what: str, name: str, error: Exception) -> ModelError:
             "It is not a local folder: check the hub name, the connection and, for a gated model, your login, or give "
             "a local folder, a .gguf file, or demo:smollm2-135m-instruct."
         )
-    return ModelError(f"Cannot load the {what} {name!r}: {reason} {remedy}")
+    return ModelError(f"Cannot load the {what} {name!r}: {reason} {remedy}".rstrip())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from falign.errors import ModelError
 
-__all__ = ["Adapted", "read_backbone", "run_backbone", "without_wrapper"]
+__all__ = ["Adapted", "architecture_errors", "other_attention", "read_backbone", "run_backbone", "without_wrapper"]
 
 
 @runtime_checkable
@@ -77,6 +78,41 @@ def read_backbone(model: nn.Module) -> nn.Module:
             "language model whose `base_model` gives hidden states."
         )
     return backbone
+
+
+@contextmanager
+def architecture_errors(failure: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a model raises into a `ModelError`; each architecture fails in its own way.
+
+    Args:
+        failure: The model, and what it cannot do.
+        remedy: The end of the message.
+
+    Raises:
+        ModelError: In place of any error but for memory.
+    """
+    try:
+        yield
+    except (MemoryError, ModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
+        raise ModelError(f"{failure}: {reason}. {remedy}".rstrip()) from error
+
+
+def other_attention(model: nn.Module) -> str:
+    """Return the advice to compute attention in another way, where there is one.
+
+    Args:
+        model: A causal language model in the Transformers layout, with or without adapters.
+
+    Returns:
+        A sentence, or nothing for a model with eager attention.
+    """
+    attention = getattr(without_wrapper(model).config, "_attn_implementation", None)
+    if attention in (None, "eager"):
+        return ""
+    return f"If its attention ({attention}) is at fault, load it with another one (attn_implementation: eager)."
 
 
 def run_backbone(model: nn.Module, **inputs: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from falign.errors import ModelError
-from falign.scoring.backbone import without_wrapper
+from falign.scoring.backbone import architecture_errors, other_attention, without_wrapper
 from falign.scoring.completions import completion_scores
 from falign.scoring.evaluation_mode import evaluation_mode
 from falign.scoring.layouts import pad
@@ -36,22 +36,16 @@ def check_head(model: nn.Module, token_ids: Sequence[int], *, tolerance: float |
     """
     ids, name = tuple(token_ids[:_NUM_TOKENS]), type(without_wrapper(model)).__name__
     batch = pad([PromptTree(ids[:1], (ids[1:],))], pad_token_id=ids[0]).to(next(model.parameters()).device)
-    try:
-        with torch.no_grad(), evaluation_mode(model):
+    half = (len(ids) + 1) // 2
+    with torch.no_grad(), evaluation_mode(model):
+        with architecture_errors(f"{name} cannot be run", other_attention(model)):
             inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             logits = model(**inputs, use_cache=False).logits[0, :-1]
-            half, other_end = (len(ids) + 1) // 2, batch.input_ids.clone()
+            other_end = batch.input_ids.clone()
             other_end[:, half:] = (other_end[:, half:] + 1) % logits.shape[-1]
             begin = model(**{**inputs, "input_ids": other_end}, use_cache=False).logits[0, :half]
+        with architecture_errors(f"{name} cannot be scored", "falign.scoring does not know its backbone or head."):
             scores = completion_scores(model, batch).logprobs[0]
-    except (MemoryError, ModelError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # each architecture fails in its own way
-        raise ModelError(
-            f"{name} cannot be scored: {type(error).__name__}: {' '.join(str(error).split())} Its "
-            "backbone, head or attention is of a kind that falign does not know; if its attention is at fault, load it "
-            "with another one (attn_implementation: eager)."
-        ) from error
     if tolerance is None:
         tolerance = 1e-4 if logits.dtype.itemsize >= torch.float32.itemsize else 0.1
     dense = logits.to(scores.dtype).log_softmax(dim=-1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from falign.errors import ModelError
 from falign.scoring.attention_masks import why_not_trees
-from falign.scoring.backbone import without_wrapper
+from falign.scoring.backbone import architecture_errors, other_attention, without_wrapper
 from falign.scoring.completions import completion_scores
 from falign.scoring.evaluation_mode import evaluation_mode
 from falign.scoring.layouts import LAYOUTS, Layout
@@ -69,17 +69,15 @@ def choose_layout(
         return LayoutChoice("padded", why_not, as_asked=False)
     if wanted == "tree":
         return LayoutChoice("tree", "as asked for")
-    padded, failure = _tried(model, trees, "padded", pad_token_id)
-    if padded is None:
-        raise ModelError(
-            f"{type(without_wrapper(model)).__name__} cannot read padded rows: {failure} If its "
-            "attention is at fault, load it with another one (attn_implementation: eager)."
-        )
-    packed, failure = _tried(model, trees, "tree", pad_token_id)
-    if packed is None:
-        return LayoutChoice("padded", f"it cannot read trees: {failure}", as_asked=False)
-    scores = [packed, padded]
-    difference = (scores[0] - scores[1]).abs()
+    name = type(without_wrapper(model)).__name__
+    with architecture_errors(f"{name} cannot read padded rows", other_attention(model)):
+        padded = _logprobs(model, trees, "padded", pad_token_id)
+    try:
+        with architecture_errors("it cannot read trees", ""):
+            packed = _logprobs(model, trees, "tree", pad_token_id)
+    except ModelError as error:
+        return LayoutChoice("padded", str(error), as_asked=False)
+    difference = (packed - padded).abs()
     largest, mean = difference.max().item(), difference.sum().item() / difference.count_nonzero().clamp(min=1).item()
     exact = all(p.dtype.itemsize >= 4 for p in model.parameters() if p.is_floating_point())
     allowed, allowed_mean = _TOLERANCE[exact]
@@ -94,15 +92,7 @@ def choose_layout(
     )
 
 
-def _tried(
-    model: nn.Module, trees: Sequence[PromptTree], layout: Layout, pad_token_id: int
-) -> tuple[Tensor | None, str]:
-    """Return the log-probabilities that a model gives in a layout, or None and the error that it raised."""
-    try:
-        batch = LAYOUTS[layout](trees, pad_token_id=pad_token_id).to(next(model.parameters()).device)
-        with torch.no_grad(), evaluation_mode(model):
-            return completion_scores(model, batch).logprobs, ""
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # each architecture fails in its own way
-        return None, f"{type(error).__name__}: {' '.join(str(error).split())}"
+def _logprobs(model: nn.Module, trees: Sequence[PromptTree], layout: Layout, pad_token_id: int) -> Tensor:
+    batch = LAYOUTS[layout](trees, pad_token_id=pad_token_id).to(next(model.parameters()).device)
+    with torch.no_grad(), evaluation_mode(model):
+        return completion_scores(model, batch).logprobs
