@@ -31,7 +31,7 @@ class LateError(Exception):
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raise ``LateError`` in a block that runs longer, in whatever thread.
+    """Raise ``LateError`` in a block that runs longer, in any thread.
 
     It is raised between two steps of Python: one long operation in C is not interrupted. :func:`failure` ends those.
     """
@@ -86,7 +86,7 @@ def failure(function: Callable[..., object], *arguments: Any, seconds: float) ->
     reader, writer = os.pipe()
     parent = os.getpid()
     with warnings.catch_warnings():
-        # Of threads whose locks the copy would wait for; it runs this function alone, and has a deadline.
+        # The copy could wait for locks of other threads; it runs this function alone, and has a deadline.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
@@ -119,7 +119,7 @@ def _call_and_exit(function: Callable[..., object], arguments: tuple[Any, ...], 
         told = ""
     except MemoryError:
         told = f"it needs more than {MEMORY_BYTES >> 30} GB of memory"
-    except BaseException as error:  # a panic of a library in Rust is none of Exception's
+    except BaseException as error:  # a panic in a Rust library is not an Exception
         told = f"{type(error).__name__}: {error}"
     try:
         os.write(writer, told.encode("utf-8", "backslashreplace"))

@@ -49,19 +49,19 @@ class ModelError(FalignError):
 
 
 class RewardError(FalignError):
-    """A reward that cannot be called, or that returns what is no reward."""
+    """A reward that cannot be called, or that returns an invalid value."""
 
 
 class NonFiniteRewardError(RewardError):
-    """A reward that is no number."""
+    """A reward that is NaN or infinite."""
 
 
 class RolloutError(FalignError):
-    """A sampling that cannot be done, or whose result is no sample of the policy."""
+    """Sampling that cannot be done, or whose result is not from the policy."""
 
 
 class EngineError(RolloutError):
-    """An engine outside of this process that fails or does what it should not; the policy here is untouched by that."""
+    """An engine outside of this process that fails or misbehaves; the policy in this process is unchanged."""
 
 
 class TrainingError(FalignError):

@@ -1,4 +1,4 @@
-"""YAML as plain values: what is no YAML, has no end, or is far larger than its text is refused alike."""
+"""YAML as plain values; refuses invalid, recursive and excessively large documents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from falign.errors import ConfigError
 __all__ = ["plain_yaml"]
 
 MOST_VALUES = 1_000_000
-"""Of a document with all its aliases written out: more of them are nobody's run file."""
+"""The most values of a document with its aliases written out; run files have far fewer."""
 
 
 class _GivenTwiceError(yaml.YAMLError):
@@ -20,7 +20,7 @@ class _GivenTwiceError(yaml.YAMLError):
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that comes twice is an error, as the standard has it; PyYAML drops the first."""
+    """A loader for which a repeated key is an error, as in the standard; PyYAML drops the first."""
 
     @override
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -58,7 +58,7 @@ def plain_yaml(text: str, *, place: str) -> Any:
         raise ConfigError(f"{place}{line} is not YAML: {getattr(error, 'problem', None) or error}.") from error
     except RecursionError as error:
         raise ConfigError(f"{place} is nested too deeply, or holds itself: write it without aliases.") from error
-    except (ValueError, OverflowError, AttributeError, KeyError) as error:  # a date or a number that is none
+    except (ValueError, OverflowError, AttributeError, KeyError) as error:  # an invalid date or number
         raise ConfigError(f"{place} is not YAML: a value of it cannot be read ({error}); put it in quotes.") from error
     if size > MOST_VALUES:
         raise ConfigError(f"{place} has more than {MOST_VALUES:,} values by its aliases: write it without them.")
@@ -66,7 +66,7 @@ def plain_yaml(text: str, *, place: str) -> Any:
 
 
 def _size(value: Any, known: dict[int, int]) -> int:
-    """Count values, those of an alias each time it occurs; one that holds itself goes too deep."""
+    """Count values, those of an alias each time it occurs; a recursive value exceeds the recursion limit."""
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in known:

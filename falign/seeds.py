@@ -1,4 +1,4 @@
-"""The one way of mixing seeds: numbers and purposes into a seed that shares nothing with its neighbours."""
+"""Mixing of seeds: numbers and purposes into one seed that is independent of neighboring ones."""
 
 import hashlib
 
@@ -6,12 +6,12 @@ __all__ = ["mixed"]
 
 
 def mixed(*parts: int | str) -> int:
-    """Return a seed below 2^48 that depends on all parts, so that neighbouring ones share nothing.
+    """Return a seed below 2^48 that depends on all parts, so that neighboring ones are independent.
 
-    A sum of a run's seed and a counter gives run 0 in pass 1 the numbers of run 1 in pass 0.
+    With a sum of a run's seed and a counter, pass 1 of run 0 would equal pass 0 of run 1.
 
     Args:
-        parts: The run's seed first, then what tells this use of it from others: a purpose, a pass, a number.
+        parts: The run's seed first, then a purpose, a pass or a number that identifies this use of it.
 
     Example:
         >>> mixed(0, 1) == mixed(1, 0)

@@ -1,4 +1,4 @@
-"""What a run achieved, in the terminal: the table of held-out values, and answers before and after."""
+"""The results of a run in the terminal: the table of held-out values, and answers before and after."""
 
 from __future__ import annotations
 

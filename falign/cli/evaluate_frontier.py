@@ -20,7 +20,7 @@ from falign.terminal import Terminal
 __all__ = ["frontier"]
 
 SAME = ("prompts", "rewards", "max_new_tokens", "temperature", "tokenizer")
-"""What two evaluations have in common that are drawn into one picture, besides the reference."""
+"""Settings, besides the reference, that must agree for two evaluations to share a picture."""
 
 
 class Evaluated(NamedTuple):

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["Format", "export"]
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for --max-lora-rank."""
+"""Valid values of vLLM's --max-lora-rank."""
 
 
 class Format(StrEnum):
-    """What is written."""
+    """The form of an export."""
 
     adapter = "adapter"
     merged = "merged"

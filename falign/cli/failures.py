@@ -1,6 +1,6 @@
-"""How processes that were started together report an error: each to a file, of which the launcher shows the first.
+"""Errors of processes that were started together: each writes to a file, and the launcher shows the first.
 
-One that fails takes the others with it, and what these say of a connection that was closed hides the cause.
+One that fails ends the others, whose errors about closed connections would hide the cause.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAUNCHER = "FALIGN_LAUNCHER"
 
 
 def leave_failure(text: str) -> bool:
-    """Leave what a process has to say of its error to the launcher; False where there is none."""
+    """Leave the report of an error to the launcher; return False where there is no launcher."""
     folder = os.environ.get(FAILURES)
     if folder is None or "RANK" not in os.environ:
         return False
@@ -33,7 +33,7 @@ def leave_failure(text: str) -> bool:
 
 
 def first_failure(folder: Path) -> str:
-    """Return what the process that failed first has left; empty if none could."""
+    """Return the report of the process that failed first; empty if there is no report."""
     files = sorted(folder.iterdir())
     return files[0].read_text(encoding="utf-8") if files else ""
 

@@ -20,7 +20,7 @@ from falign.terminal import Terminal
 
 __all__ = ["app", "main"]
 
-# Click's, which some releases of typer have inside themselves: its own class is the way to it.
+# The class of click, or of the copy of click that newer releases of typer contain.
 UsageError: Any = typer.BadParameter.__base__
 
 INTERRUPTED = 130
@@ -56,7 +56,7 @@ def main() -> None:
             raise
         except typer.Abort:
             status = INTERRUPTED
-        except BaseException as error:  # a panic of a library in Rust is none of Exception's
+        except BaseException as error:  # a panic in a Rust library is not an Exception
             status = _tell(error)
     sys.exit(status or 0)
 

@@ -166,7 +166,7 @@ class Presampling:
         )
 
     def _record(self, policy: Any, tokenizer: Any) -> dict[str, Any]:
-        """What the findings depend on."""
+        """Return all inputs that the findings depend on."""
         from hashlib import sha256
 
         from peft import PeftModel

@@ -34,7 +34,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Compared(NamedTuple):
-    """What a model is compared with, by the options' names; a run has its own."""
+    """The model to compare with, by the options' names; a run has its own."""
 
     reference: str | None = None
     divergence: str | None = None
@@ -74,7 +74,7 @@ class Judge(NamedTuple):
 
         Raises:
             ConfigError: The label or the kind of text is unknown.
-            ModelError: There is no classifier.
+            ModelError: The classifier cannot be loaded.
         """
         from falign.data.bad_rows import require_choice
         from falign.models import model_identity
@@ -230,7 +230,7 @@ class RewardEvaluation:
         return _ordered(available if self.scorers is None else {*self.scorers})
 
     def _rewarding(self) -> bool:
-        """Whether there is an implicit reward: always beside a model's reference, and by most objectives of runs."""
+        """True where an implicit reward is defined: by a model's reference, and by most objectives of runs."""
         from falign.cli.scored import run_objective
         from falign.objectives import RewardingObjective
 
@@ -297,7 +297,7 @@ class RewardEvaluation:
         return scorer, choice.layout
 
     def _of_items(self, window: Window, names: tuple[str, ...]) -> dict[str, Any]:
-        """What the items, their tokens and their scorers depend on besides the models."""
+        """Return the inputs of items, tokens and scorers, besides the models."""
         local = None if self.file is None else Path(self.file)
         exists = local is not None and local.exists()
         return {

@@ -47,7 +47,7 @@ def show(summary: Mapping[str, Any], folder: Path) -> None:
         table.add_row("ECE", *(_percent(error["ece"]) if error else "" for error in errors))
     console.print(table)
     if missing := summary["missing_subsets"]:
-        console.print(f"no score: without {', '.join(missing)} there is none; the first row is the plain mean.")
+        console.print(f"there is no score without {', '.join(missing)}; the first row is the plain mean.")
     console.print(f"results {escape(str(folder))}", soft_wrap=True)
 
 
@@ -60,7 +60,7 @@ def _interval(score: Mapping[str, float]) -> str:
 
 
 def headline(scores: Mapping[str, Any], subsets: Mapping[str, int]) -> list[str]:
-    """Return what a table has room for: the score, or the plain mean where there is none, and the parts.
+    """Return the rows of a table: the score (or the plain mean without one) and its parts.
 
     Args:
         scores: By name, a part's details as ``part/detail``.

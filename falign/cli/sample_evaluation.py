@@ -60,7 +60,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Asked(NamedTuple):
-    """Which prompts, by the options' names."""
+    """The prompts to answer, by the options' names."""
 
     prompts: str | None = None
     split: str = "train"
@@ -70,7 +70,7 @@ class Asked(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """What the policy is compared with, by the options' names."""
+    """The reference and divergences to compare with, by the options' names."""
 
     reference: str | None = None
     divergences: tuple[str, ...] = ()
@@ -79,11 +79,11 @@ class Compared(NamedTuple):
 
 
 class Rewarding(NamedTuple):
-    """What completions are worth, and what tells it from other rewards.
+    """Rewards of completions, and a record that identifies them.
 
     Attributes:
         rewards: The rewards.
-        record: What tells them from others.
+        record: Identifies them.
         tokenizers: Of the models among them that are given token ids, by their paths.
     """
 
@@ -173,13 +173,13 @@ class SampleEvaluation:
 
     @property
     def _of_policy(self) -> bool:
-        """Whether the samples are the policy's own law, and not a sharper or flatter one."""
+        """True where samples come from the policy's own distribution, not a sharper or flatter one."""
         return self.temperature == 1.0
 
     def _check(self) -> None:
         """Refuse what cannot work before anything is loaded, and make room for the results."""
         if self.checkpoint is not None and not is_run(self.model):
-            raise ConfigError(f"--checkpoint is of runs, and {self.model} is not a run folder: give the folder itself.")
+            raise ConfigError(f"--checkpoint applies to runs, and {self.model} is not a run folder: leave it out.")
         if self.dtype is not None and is_run(self.model):
             raise ConfigError(f"--dtype: {self.model} is a run, which has its own (model.dtype); leave it out.")
         if self.asked.prompts is None:
@@ -193,7 +193,9 @@ class SampleEvaluation:
         if not is_run(self.model) and self.compared.reference is None and self.compared.divergences:
             raise ConfigError(f"--divergence: {self.model} has nothing that it diverges from: give --reference MODEL.")
         if not self._of_policy and self.compared.divergences:
-            raise ConfigError(f"--divergence needs --temperature 1: at {self.temperature:g} another law is sampled.")
+            raise ConfigError(
+                f"--divergence needs --temperature 1: at {self.temperature:g} another distribution is sampled."
+            )
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"{self.out} is a file: give a folder.")
         if (self.out / FILES[0]).exists() and not self.overwrite:
@@ -385,7 +387,7 @@ class SampleEvaluation:
             metrics |= divergence_metrics(own, divergences, reference_groups=anchors, seed=self.seed)
             if anchors is not None:
                 of_reference = sample_metrics(anchors, pass_reward=pass_reward, outcome=outcome, seed=self.seed)
-                # The policy's entropy on another's completions is no one's.
+                # The policy's entropy on completions of another model estimates nothing.
                 metrics |= {f"reference/{name}": each for name, each in of_reference.items() if name != "entropy"}
                 ideals = {**{name: get(name) for name in IDEALS}, **divergences}
                 ideals.pop("total_variation", None)
@@ -424,7 +426,7 @@ def _listed(configs: Sequence[RewardConfig], outcome: str | None = None) -> Rewa
 
 
 def _digest(prompts: Sequence[PromptRow]) -> str:
-    """Return what tells prompts, and what rewards read beside them, from others."""
+    """Return a digest of prompts and of the columns that rewards read."""
     digest = sha256()
     for row in prompts:
         digest.update(json.dumps([row.prompt_ids, row.columns], sort_keys=True, default=str).encode())

@@ -153,7 +153,7 @@ def _require_rows(source: DataSource, bad_rows: Any) -> None:
 
 
 def _of_data(source: DataSource, scored: Scored) -> dict[str, Any]:
-    """What the order and the tokens of the rows depend on."""
+    """Return the settings that decide the order and the tokens of the rows."""
     local = Path(source.path)
     return {
         "source": str(local.absolute()) if local.exists() else source.path,

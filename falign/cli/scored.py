@@ -258,7 +258,7 @@ def run_objective(path: str, *, trust_code: bool = False) -> Objective:
         trust_code: Whether a divergence that the run folder names (module:attribute) may be imported.
 
     Raises:
-        ConfigError: There is no run, its run file is damaged, or it names code that is not trusted.
+        ConfigError: The run is missing, its run file is damaged, or it names code that is not trusted.
     """
     from falign.training import RunFolder
     from falign.training.named_code import import_from, named_code, read_run
@@ -278,7 +278,7 @@ def positions_of(model: Any) -> int | None:
 
 
 def _window(config: RunConfig) -> Window:
-    """What a run's completions fit into, whether it read or sampled them."""
+    """Return the window of a run's completions, whether it read or sampled them."""
     from falign.data import Window
 
     data = config.data

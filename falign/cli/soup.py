@@ -67,7 +67,7 @@ def _show(out: Path, record: dict[str, Any]) -> None:
 
 
 def _refuse_what_is_no_model(target: Path) -> None:
-    """Keep --overwrite from replacing a run, a home folder, or anything else that is no adapter and no checkpoint."""
+    """Keep --overwrite from replacing a run, a home folder, or anything else that is not an adapter or a checkpoint."""
     marks = ("config.json", "adapter_config.json")
     if target.is_dir() and any(target.iterdir()) and not any((target / mark).is_file() for mark in marks):
         raise ConfigError(f"--out {target} holds something other than a model: choose another folder.")

@@ -152,10 +152,11 @@ def checkpoint_folder(folder: RunFolder, step: int) -> Path:
     """Return the folder of a checkpoint.
 
     Raises:
-        ConfigError: The run has none of that step.
+        ConfigError: The run has no checkpoint of that step.
     """
     path = folder.path / f"checkpoint-{step}"
     if not path.is_dir():
-        there = sorted(int(found.name.rpartition("-")[2]) for found in folder.path.glob("checkpoint-*"))
-        raise ConfigError(f"{folder.path} has no checkpoint of step {step}; it has {there or 'none: see save_steps'}.")
+        steps = sorted(int(found.name.rpartition("-")[2]) for found in folder.path.glob("checkpoint-*"))
+        there = steps or "none (training.save_steps writes them)"
+        raise ConfigError(f"{folder.path} has no checkpoint of step {step}; it has {there}.")
     return path

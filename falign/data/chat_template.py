@@ -24,7 +24,7 @@ _tried: set[tuple[str, bool, frozenset[str]]] = set()
 if TYPE_CHECKING:
 
     class Tokenizer(Protocol):
-        """What this package uses of a Transformers tokenizer, without seconds of importing it."""
+        """The part of a Transformers tokenizer that this package uses; importing the class takes seconds."""
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
         def decode(self, *args: Any, **kwargs: Any) -> Any: ...

@@ -1,4 +1,4 @@
-"""What a column holds, as its name suggests: part of the prompt, a system turn, or one of two answers."""
+"""The meaning of a column by its name: part of the prompt, a system turn, or one of two answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preference data as demonstrations: for objectives that imitate, what is preferred is all there is to learn from."""
+"""Preference data as demonstrations: objectives that imitate learn from preferred completions alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Demonstrations", "demonstrations"]
 
 
 class Demonstrations(NamedTuple):
-    """Data without what is not preferred.
+    """Data reduced to preferred completions.
 
     Attributes:
         data: The completions to imitate.
@@ -27,7 +27,7 @@ class Demonstrations(NamedTuple):
 
 
 def demonstrations(data: PreferenceData) -> Demonstrations:
-    """Return what a model may imitate: of pairs and lists the most preferred completions, of labels the true ones.
+    """Return the completions to imitate: the most preferred ones of pairs and lists, and those labeled true.
 
     Raises:
         DataError: Nothing is left.
@@ -37,7 +37,7 @@ def demonstrations(data: PreferenceData) -> Demonstrations:
     kept = [tree for tree in (*train, *eval) if tree is not None]
     found = [tree for tree in train if tree is not None]
     if not found:
-        raise DataError(f"{data.train[0].place}: all rows are labelled false, so there is nothing to imitate.")
+        raise DataError(f"{data.train[0].place}: all rows are labeled false, so there is nothing to imitate.")
     held_out = [tree for tree in eval if tree is not None]
     undesirable = len(before) - len(kept)
     rejected = sum(len(tree.completion_ids) for tree in before) - sum(len(tree.completion_ids) for tree in kept)

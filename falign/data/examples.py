@@ -24,7 +24,7 @@ class Example:
         prompt: Plain text, or the turns before the answer.
         completions: Plain texts, or each a list with the one assistant turn.
         preference: One value per completion, larger is preferred (a pair: 1 and 0; an unpaired label: 1 or 0);
-            None where the data has none.
+            None where the data has no preference.
         place: The row it came from, for messages.
     """
 
@@ -35,7 +35,7 @@ class Example:
 
     @property
     def conversational(self) -> bool:
-        """Whether it is rendered with a chat template."""
+        """True where it is rendered with a chat template."""
         return not isinstance(self.prompt, str)
 
 
@@ -78,7 +78,7 @@ def prompt_turns(prompt: Text, system: str | None, place: str) -> list[Message]:
     """Return a prompt as turns, the value of a ``system`` column before them where there is one.
 
     Raises:
-        DataError: The turns are no prompt, or have another system turn.
+        DataError: The turns cannot be a prompt, or have another system turn.
     """
     turns = _turns(prompt, "user")
     if system and system.strip():
@@ -101,7 +101,7 @@ def require_preference(example: Example) -> None:
 
 
 def prompt_key(prompt: Text) -> str:
-    """Return what tells prompts apart; case and spacing do not.
+    """Return a key that is equal for equal prompts; case and spacing do not count.
 
     Example:
         >>> prompt_key("What is  this?") == prompt_key("what is this? ")

@@ -1,4 +1,4 @@
-"""Whether rendered text says what its row says: every turn once, in order, and nothing that no turn says."""
+"""Checks that rendered text holds every turn of its row once, in order and unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Written", "check_decoded", "compact", "write"]
 
 _REMEDY = "mend the row, or set model.chat_template to a template that writes every turn as it stands"
 _PRIVATE = "".join(map(chr, (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))))
-"""Code points that no text uses."""
+"""Code points for private use, which texts rarely have."""
 
 _PRIVATE_SET = frozenset(_PRIVATE)  # so that only the characters of a row are gone through
 
@@ -44,9 +44,9 @@ def write(
 ) -> Written:
     """Render a conversation, and check that it is written as the row says, white space aside.
 
-    The template is run twice: on the turns, and on turns in which each character of a word is a character of its own
-    that no text uses. In the second text it can be seen where each character went, however short or common a turn is;
-    and the first text must be the second one with the characters put back, so that nothing else was done to it.
+    The template is run twice: on the turns, and on the turns with each character of a word replaced by a private code
+    point of its own. The second text shows where each character went, however short or common a turn is. The first text
+    must be the second one with the characters put back; otherwise the template changed something.
 
     Words that the template itself contains (``think``, ``system``) stay as they are, because it may look for them.
 
@@ -109,7 +109,7 @@ def _checked_spans(
     if restored != small:
         at = _difference(restored, small)
         raise DataError(
-            f"{place}: the chat template writes {shown(small[max(0, at - 10) : at + 40])} where the row says "
+            f"{place}: the chat template writes {shown(small[max(0, at - 10) : at + 40])} where the row has "
             f"{shown(restored[max(0, at - 10) : at + 40])}; {_REMEDY}."
         )
     return tuple((mask.position(seen, start), mask.position(seen, end)) for start, end in spans)
@@ -126,7 +126,7 @@ def _difference(first: str, second: str) -> int:
 
 
 class _Mask:
-    """Texts in which each character of a word is one of its own, that no text uses.
+    """Texts in which each character of a word is replaced by a private code point of its own.
 
     A text without such a word gets one at its end.
 
@@ -180,7 +180,7 @@ class _Mask:
         return position - sum(text.count(mark, 0, position) for mark in self._added)
 
     def lost(self, content: str, seen: str) -> str:
-        """Return the first part of a masked content of which a text has nothing; empty where there is none."""
+        """Return the first part of a masked content that is missing from a text; empty where nothing is."""
         missing = set(content) & self.stands_for.keys() - set(seen)
         if not missing:
             return ""
@@ -195,7 +195,7 @@ def _words(template: str) -> frozenset[str]:
 
 
 def _check_keys(turns: Sequence[Message], text: str, tokenizer: Tokenizer, place: str, *, answered: bool) -> None:
-    """Refuse a key of a turn that the template does not read: what it says would be left out."""
+    """Refuse a key of a turn that the template does not read: its value would be left out."""
     for key in dict.fromkeys(key for turn in turns for key in turn if key not in ("role", "content")):
         without = [{name: value for name, value in turn.items() if name != key} for turn in turns]
         if apply_template(without, tokenizer, place, answered=answered) == text:
@@ -207,9 +207,9 @@ def _check_keys(turns: Sequence[Message], text: str, tokenizer: Tokenizer, place
 
 
 def check_decoded(text: str, ids: Sequence[int], decode: Callable[[list[int]], str], place: str) -> None:
-    """Refuse a text that its tokens do not say, which a tokenizer without some characters makes of it.
+    """Refuse a text that is lost in its tokens, because the tokenizer lacks some of its characters.
 
-    Case, accents, compatible characters and white space may differ: tokenizers normalise them.
+    Case, accents, compatible characters and white space may differ: tokenizers normalize them.
 
     Raises:
         DataError: With what is lost.
@@ -221,7 +221,7 @@ def check_decoded(text: str, ids: Sequence[int], decode: Callable[[list[int]], s
     if want != found:
         at = _difference(want, found)
         raise DataError(
-            f"{place}: the tokenizer cannot say {shown(want[max(0, at - 5) : at + 20])}: its tokens decode to "
+            f"{place}: the tokenizer has no tokens for {shown(want[max(0, at - 5) : at + 20])}: its tokens decode to "
             f"{shown(found[max(0, at - 5) : at + 20])}; mend the row, or use a model whose tokenizer has them."
         )
 

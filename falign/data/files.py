@@ -43,7 +43,7 @@ def read_file(path: Path, *, bad_rows: BadRows, name: str | None = None) -> Iter
 
     Args:
         path: An existing file.
-        bad_rows: Takes lines that are no rows.
+        bad_rows: Takes lines that are not rows.
         name: What messages call the file; the path by default.
 
     Raises:

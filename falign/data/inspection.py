@@ -1,4 +1,4 @@
-"""A look at a data source before a run: counts, lengths, and what is wrong with which row."""
+"""A look at a data source before a run: counts, lengths, and the reasons for bad rows."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What ``check`` found.
+    """The findings of ``check``.
 
     Attributes:
         source: Counts, and the messages of the first bad rows.
@@ -70,7 +70,7 @@ class DataReport:
 
     @property
     def ok(self) -> bool:
-        """Whether a run with ``bad_rows="error"`` would start on this source."""
+        """True where a run with ``bad_rows="error"`` would start on this source."""
         return self.source.bad == 0 and self.source.kept > 0
 
     def counts(self) -> list[tuple[str, int]]:

@@ -23,7 +23,7 @@ __all__ = ["LoadReport", "PreferenceData", "load_preferences"]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the rows of a run.
+    """Counts of the rows of a run.
 
     Attributes:
         sources: One report per training source, before drawing and splitting.
@@ -74,7 +74,7 @@ def load_preferences(
     eval_size: int = 0,
     seed: int = 0,
 ) -> PreferenceData:
-    """Read, tokenise, mix and split preference data.
+    """Read, tokenize, mix and split preference data.
 
     Args:
         sources: One source, or a mixture. Without weights they are concatenated; with weights, rows are drawn so

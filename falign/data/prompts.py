@@ -1,4 +1,4 @@
-"""Prompts without completions, for runs that sample their own; what else a row has goes to the rewards."""
+"""Prompts without completions, for runs that sample their own; other columns go to the rewards."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class PromptReport:
-    """What became of the rows of a run.
+    """Counts of the prompts of a run.
 
     Attributes:
         num_train: Prompts to train on.
@@ -123,7 +123,7 @@ def load_prompts(
     seed: int = 0,
     check: RowCheck | None = None,
 ) -> PromptData:
-    """Read, tokenise and split prompts.
+    """Read, tokenize and split prompts.
 
     Args:
         sources: One or more; their rows are concatenated.
@@ -171,7 +171,7 @@ def _num_shared(train: Sequence[PromptRow], held_out: Sequence[PromptRow]) -> in
 
 
 def _last_text(prompt: Text) -> str:
-    # A system turn, or being a turn at all, makes no other question.
+    # A question is the same with a system turn, and as plain text or as a turn.
     if isinstance(prompt, str):
         return prompt_key(prompt)
     return prompt_key("\n".join(turn["content"] for turn in prompt if turn["role"] != "system"))
@@ -291,7 +291,7 @@ class _Filled(string.Formatter):
         if isinstance(value, str):
             value = parsed_conversation(value, place="", field=field_name)
         if isinstance(value, Mapping | list | tuple) or value is None:
-            raise TypeError(f"{field_name!r}, which is {shown(value)} and no text")
+            raise TypeError(f"{field_name!r}, which is {shown(value)} and not text")
         return value, first
 
 

@@ -1,4 +1,4 @@
-"""A source read and tokenised row by row."""
+"""A source read and tokenized row by row."""
 
 from __future__ import annotations
 

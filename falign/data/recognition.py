@@ -16,12 +16,12 @@ from falign.data.serialized import is_blank, parsed_conversation
 from falign.data.sources import DataSource, read_rows
 from falign.errors import ConfigError, DataError
 
-__all__ = ["RowReader", "read_examples", "recognise"]
+__all__ = ["RowReader", "read_examples", "recognize"]
 
 _UNSUPPORTED = ("tools", "images", "image", "videos", "chat_template_kwargs")
 
 
-def recognise(row: Row) -> str:
+def recognize(row: Row) -> str:
     """Return the layout of a row, told by its columns (and for ``hh`` by how the text begins).
 
     Raises:
@@ -35,7 +35,7 @@ def recognise(row: Row) -> str:
             return "sharegpt"
         if "instruction" in columns:
             return "alpaca"
-        return _recognise_without_prompt(row)
+        return _recognize_without_prompt(row)
     if columns >= {"prompt", "completions"} and columns & {"scores", "ranks"}:
         return "ranked"
     if columns >= {"prompt", "completion"} or "messages" in columns:
@@ -43,18 +43,18 @@ def recognise(row: Row) -> str:
     if columns & set(PAIR) or not columns & COLUMNS:
         raise missing_column(row, "rejected" if "chosen" in columns else "chosen")
     raise DataError(
-        f"{row.place}: the columns {sorted(columns)} are no layout that falign knows; "
+        f"{row.place}: the columns {sorted(columns)} are not a layout that falign knows; "
         "a pair needs prompt, chosen and rejected: rename them in the file, or with the option columns."
     )
 
 
-def _recognise_without_prompt(row: Row) -> str:
+def _recognize_without_prompt(row: Row) -> str:
     chosen = parsed_conversation(row.fields["chosen"], place=row.place, field="chosen")
     if not isinstance(chosen, str):
         return "implicit"
     if looks_like_hh(chosen):
         return "hh"
-    # Two answers often begin with the same word: beside a column that may be the prompt that is no prompt.
+    # Two answers often begin with the same word, which is not the prompt where a column may hold one.
     others = {name: value for name, value in row.fields.items() if name not in {*PAIR, "system"}}
     guesses = guess_columns(others, ("prompt", "system"))
     texts = [name for name, value in others.items() if isinstance(value, str) and len(value.split()) > 1]
@@ -127,9 +127,9 @@ class RowReader:
                     f"{row.place}: the column {name!r} is not supported, and leaving it out would change the prompt."
                 )
         if self.format == "auto":
-            self.format = recognise(row)
+            self.format = recognize(row)
         example = FORMATS[self.format](row)
-        if self._auto and (found := recognise(row)) != self.format:
+        if self._auto and (found := recognize(row)) != self.format:
             raise DataError(
                 f"{row.place}: this row looks like format {found!r}, those before it like {self.format!r}; "
                 "set format, or give all rows the same columns."
@@ -152,7 +152,7 @@ def refuse_unread_prompts(
 ) -> None:
     """Refuse a row whose prompt, or a part of it, is in a column that is not read.
 
-    A column that says again what was read is no part that is missing.
+    A column that repeats text that was read is not missing.
 
     Args:
         unread: The columns that were not read.

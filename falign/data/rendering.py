@@ -45,14 +45,14 @@ def render(example: Example, tokenizer: Tokenizer) -> Rendered:
         end = whole[-1].spans[-2][1]
         if compact(opening)[:end] != compact(whole[-1].text)[:end]:
             raise DataError(
-                f"{place}: the chat template writes the prompt otherwise once an answer follows, so that the model "
-                "would learn behind another prompt than it is asked with; set model.chat_template."
+                f"{place}: the chat template writes the prompt otherwise once an answer follows, so training "
+                "and sampling would use different prompts; set model.chat_template to another."
             )
     return Rendered(opening, tuple(written.text for written in whole))
 
 
 def require_chat_choice(prompt: Text, tokenizer: Tokenizer, chat: bool | None, place: str) -> None:
-    """Refuse plain text where the tokenizer has a chat template and nobody has said whether to use it.
+    """Refuse plain text where the tokenizer has a chat template and ``chat`` does not say whether to use it.
 
     Args:
         prompt: As it will be rendered.
@@ -61,7 +61,7 @@ def require_chat_choice(prompt: Text, tokenizer: Tokenizer, chat: bool | None, p
         place: The row, for messages.
 
     Raises:
-        ConfigError: Both readings are possible, and ``chat`` is None.
+        ConfigError: ``chat`` is None, and the row may be read either way.
     """
     if chat is None and isinstance(prompt, str) and tokenizer.chat_template:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What was done to the rows of a source, counted."""
+"""Counts of what was done to the rows of a source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from falign.data.tokenization import Tokenized
 __all__ = ["SourceReport", "Tally"]
 
 DRIFT = 0.05
-"""The share of rows whose prompt changes before an answer that is worth a word."""
+"""The share of rows whose prompt changes before an answer, above which it is told."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class SourceReport:
         return (self.drifting + self.reopened) / self.kept if self.kept else 0.0
 
     def remarks(self) -> list[str]:
-        """Return what is probably not meant: one prompt for all rows, columns that were not read, drifting prompts."""
+        """Return likely mistakes: one prompt for all rows, columns that were not read, drifting prompts."""
         usable = self.kept + sum(self.dropped.values())
         found = []
         if usable > 1 and self.prompts == 1:
@@ -76,7 +76,7 @@ class SourceReport:
         if self.reopened > DRIFT * self.kept:
             found.append(
                 f"in {self.reopened:,} rows the chat template opens the answer otherwise than its generation prompt, "
-                "so that the model learns behind another opening than it is asked with: set model.chat_template"
+                "so training and sampling begin the answer differently: set model.chat_template"
             )
         return found
 

@@ -20,7 +20,7 @@ _BLANK = frozenset({"", "[]", "{}", "null", "none", "nan"})
 
 
 def is_blank(value: Any) -> bool:
-    """Return whether a value says nothing: null, NaN, an empty text or list, also one written as text.
+    """Return whether a value is empty: null, NaN, an empty text or list, also one written as text.
 
     Example:
         >>> [is_blank(value) for value in ("[]", None, [], " ", 0, False, "x")]

@@ -37,7 +37,7 @@ class DataSource:
             entry of a column of objects.
         chat: Whether plain texts are turns, the prompt a user's, to be rendered by the chat template. None asks: plain
             texts are refused where the tokenizer has a chat template.
-        ignore: Columns, and keys of turns, that look like a part of the prompt and are none.
+        ignore: Columns, and keys of turns, that look like a part of the prompt and are not.
         weight: Share of this source in a mixture; all sources of a mixture have one, or none has.
         limit: Keep at most so many examples, the first usable ones.
     """
@@ -64,7 +64,7 @@ def read_rows(path: str | Path, *, split: str = "train", bad_rows: BadRows | Non
     Args:
         path: As ``DataSource.path``.
         split: As ``DataSource.split``; a single file has no splits.
-        bad_rows: Takes lines that are no rows; by default the first one raises.
+        bad_rows: Takes lines that are not rows; by default the first one raises.
 
     Raises:
         DataError: The source is not there or cannot be read.

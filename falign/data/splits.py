@@ -1,4 +1,4 @@
-"""Deterministic choices by hash: which rows a mixture draws, and which prompts are held out.
+"""Deterministic choices by hash: the rows that a mixture draws and the prompts that are held out.
 
 A hash depends on the row and the seed alone, so the choice is the same on every machine, and more rows in a file
 do not reshuffle those that were there.
@@ -19,7 +19,7 @@ def draw(rows: Sequence[Sequence[str]], weights: Sequence[float], *, seed: int) 
     """Return which rows of each source a weighted mixture takes: as many as the shares allow, none twice.
 
     Args:
-        rows: What each row of each source is called within its source, wherever the source lies.
+        rows: The name of each row within its source, independent of the source's path.
         weights: Share of each source, up to a common factor.
         seed: Another seed takes other rows.
 
@@ -30,7 +30,7 @@ def draw(rows: Sequence[Sequence[str]], weights: Sequence[float], *, seed: int) 
         >>> [len(rows) for rows in draw([["a"] * 90, ["b"] * 10], [3.0, 1.0], seed=0)]
         [30, 10]
     """
-    # The largest total of which no source runs out.
+    # The largest total for which no source runs out.
     total = min(len(names) / weight for names, weight in zip(rows, weights, strict=True))
     drawn = []
     for number, (names, weight) in enumerate(zip(rows, weights, strict=True)):

@@ -67,7 +67,7 @@ def tokenize(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collecti
 
     Raises:
         ConfigError: No chat template, or no stop token, where one is needed.
-        DataError: The row cannot be tokenised, or is too long under the policy ``"error"``.
+        DataError: The row cannot be tokenized, or is too long under the policy ``"error"``.
     """
     encoded = encode(example, tokenizer, stop_token_ids=stop_token_ids)
     return fitted(encoded, window, bos_token_id=tokenizer.bos_token_id)
@@ -93,7 +93,7 @@ def fitted(encoded: Encoded, window: Window, *, bos_token_id: int | None) -> Tok
 def encode(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collection[int]) -> Encoded:
     """Return the example as token ids, whatever their length.
 
-    Each whole text is tokenised once. The prompt is what the tokens of the prompt alone and of all whole texts
+    Each whole text is tokenized once. The prompt is what the tokens of the prompt alone and of all whole texts
     have in common, so it is the same for all completions, and prompt + completion are the tokens of the whole text.
 
     Raises:
@@ -130,7 +130,7 @@ def _check_distinct(tree: PromptTree) -> None:
         if tree.preference[other] != tree.preference[number]:
             raise DataError(
                 f"{tree.place}: completions {other + 1} and {number + 1} are the same tokens, because they differ in "
-                "white space alone, which is trimmed; so neither can be preferred: mend the row or remove it."
+                "white space alone, which is trimmed; neither can be preferred: mend the row or remove it."
             )
 
 

@@ -141,7 +141,7 @@ class SourceConfig(FrozenModel):
     """``true``: plain texts are turns, the prompt a user's, rendered by the chat template; ``false``: they are
     continued as they stand. Must be set for plain texts where the model has a chat template."""
     ignore: list[str] = []
-    """Columns, and keys of turns, that look like a part of the prompt and are none."""
+    """Columns, and keys of turns, that look like a part of the prompt and are not."""
     weight: float | None = Field(default=None, gt=0)
     """Share in a mixture; for all sources or for none."""
     limit: int | None = Field(default=None, ge=1)

@@ -1,7 +1,7 @@
 import pytest
 
 from falign.data import Example, Row, RowReader
-from falign.data.recognition import recognise
+from falign.data.recognition import recognize
 from falign.errors import DataError
 
 
@@ -96,7 +96,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize(("format", "fields", "want"), LAYOUTS.values(), ids=LAYOUTS)
 def test_layout_is_recognised_and_brought_to_the_normal_form(format, fields, want):
-    assert recognise(Row("", fields)) == format
+    assert recognize(Row("", fields)) == format
     assert read(fields) == Example(*want, (1.0, 0.0), "pairs.jsonl:3")
 
 
@@ -112,7 +112,7 @@ def test_layout_is_recognised_and_brought_to_the_normal_form(format, fields, wan
 )
 def test_lists_and_single_completions_have_the_same_normal_form(format, fields, completions, preference):
     fields = {"prompt": "q", **fields}
-    assert recognise(Row("", fields)) == format
+    assert recognize(Row("", fields)) == format
     assert read(fields) == Example("q", completions, preference, "pairs.jsonl:3")
 
 
@@ -144,7 +144,7 @@ TURNS = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assista
         ({"prompt": "q", "chosn": "a", "rejected": "b"}, r"column 'chosen' is missing; .*columns=\{chosen: chosn\}"),
         ({"prompt": "q", "chosen": "a"}, r"column 'rejected' is missing; the row has \['chosen', 'prompt'\]"),
         ({"a": 1}, "column 'chosen' is missing"),
-        ({"prompt": "q"}, r"the columns \['prompt'\] are no layout that falign knows"),
+        ({"prompt": "q"}, r"the columns \['prompt'\] are not a layout that falign knows"),
         (
             {"question": "q", "chosen": "The a", "rejected": "The b"},
             r"'question' looks like one; set columns=\{prompt: question\}",

@@ -6,7 +6,7 @@ import pytest
 
 from falign.data import BadRows, DataSource, Row, RowReader, read_examples
 from falign.data.formats import FORMATS
-from falign.data.recognition import recognise
+from falign.data.recognition import recognize
 from falign.errors import ConfigError, DataError
 
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
@@ -76,7 +76,7 @@ def test_examples_in_the_documentation_are_read_as_their_headings_say():
         for block in re.findall(r"```json\n(.*?)\n```", section, flags=re.DOTALL):
             row = Row("docs/data.md", json.loads(block))
             found.append(section.split()[0])
-            assert recognise(row) == found[-1]
+            assert recognize(row) == found[-1]
             RowReader().read(row)
     assert set(found) == set(FORMATS)
 

@@ -236,7 +236,7 @@ LEAVES_OUT = {
     ),
     "all but the beginning": (each("{{ '<s>' + m['content'][:12] + '</s>' }}"), "leaves out"),
     "all but the last turn": ("{{ '<s>' + messages[-1]['content'] + '</s>' }}", "leaves out"),
-    "capitals": (each("{{ '<s>' + m['content'] | lower + '</s>' }}"), "writes .* where the row says"),
+    "capitals": (each("{{ '<s>' + m['content'] | lower + '</s>' }}"), "writes .* where the row has"),
     "signs": (each("{{ '<s>' + m['content'] | replace('?', '') + '</s>' }}"), r"changes turn 2 \(user\)"),
     "nothing, but twice": (each(TURN + TURN), "writes turns twice"),
     "nothing, but backwards": ("{% for m in messages | reverse %}" + TURN + "{% endfor %}", "in another order"),
@@ -293,7 +293,7 @@ def test_a_prompt_that_an_answer_changes_is_a_bad_row(tokenizer_of):
 
 
 def test_a_tokenizer_without_a_character_makes_a_bad_row(tokenizer_of, write, merging):
-    with pytest.raises(DataError, match=r"x:1: the tokenizer cannot say 'é?.*model whose tokenizer has them"):
+    with pytest.raises(DataError, match=r"x:1: the tokenizer has no tokens for 'é?.*model whose tokenizer has them"):
         encode(
             RowReader().read(Row("x:1", {"prompt": "abc", "chosen": "x¿y", "rejected": "z"})),
             merging(),
@@ -374,7 +374,7 @@ def test_an_imitating_objective_learns_from_what_is_preferred_alone(tokenizer_of
     left = [tokenizer.decode(ids) for tree in found.data.train for ids in tree.completion_ids]
     assert left == [f"{text}</s>" for text in ("good 0", "good 1", "good 2", "text 0", "text 2", "best", "also")]
     assert (found.rejected, found.undesirable, found.data.report.num_train) == (4, 1, 6)
-    with pytest.raises(DataError, match="labelled false"):
+    with pytest.raises(DataError, match="labeled false"):
         demonstrations(load(tokenizer, DataSource(write(labels[1]))))
 
 
