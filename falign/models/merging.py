@@ -34,12 +34,12 @@ def fold_adapter(base: PreTrainedModel, adapted: PeftModel, *, adapter: str = "d
     embeddings = base.get_input_embeddings().weight
     for name, layer in lora_layers(adapted, adapter).items():
         module = base.get_submodule(name)
-        if module.weight is embeddings:
-            module.weight = nn.Parameter(embeddings.clone(), requires_grad=False)
-            base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
         weight = module.weight
         if not isinstance(weight, Tensor):
             raise ModelError(f"{name} has no weight to merge an adapter into: export the adapter instead.")
+        if weight is embeddings:
+            module.weight = weight = nn.Parameter(weight.clone(), requires_grad=False)
+            base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
         delta = lora_delta(layer, adapter).to(weight.device)
         if is_transposed(module):
             delta = delta.T

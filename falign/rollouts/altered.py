@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -65,8 +66,9 @@ def _changes(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[Tensor, floa
         yield module.weight, 3 * _SHARE * float(module.weight.detach().float().std())
 
 
-def _std(layer: nn.Module) -> float:
+def _std(layer: LoraLayer) -> float:
     """Return the standard deviation of the weights that an adapter's layer is over, experts included."""
+    assert isinstance(layer, nn.Module)
     own = [weight for weight in without_adapters(layer).parameters(recurse=False) if weight.ndim > 1]
     weights = [weight.detach().float() for weight in own if "quant_state" not in vars(weight)]
     return max((float(weight.std()) for weight in weights), default=_USUAL_STD)

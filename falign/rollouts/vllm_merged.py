@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -103,7 +103,7 @@ def merged_weights(policy: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
     wrapped: dict[str, nn.Module] = {}
     for place, module in base.named_modules():
         inside = any(place.startswith(f"{outer}.") for outer in wrapped)
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not inside:
+        if without_adapters(module) is not module and not inside:
             wrapped[place] = module
     _refuse_tied(base, wrapped)
     weights = {
