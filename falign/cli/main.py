@@ -93,4 +93,6 @@ def _usage(error: Any) -> str:
     """Return what is wrong with a command line; nothing where its help has been shown instead."""
     if error.ctx is None or not error.format_message():
         return error.format_message()
-    return f"{error.format_message().rstrip('.')}. See {error.ctx.command_path} --help."
+    message = error.format_message()
+    end = "" if message.endswith((".", "?")) else "."
+    return f"{message}{end} See {error.ctx.command_path} --help."

@@ -65,7 +65,8 @@ def require_chat_choice(prompt: Text, tokenizer: Tokenizer, chat: bool | None, p
     """
     if chat is None and isinstance(prompt, str) and tokenizer.chat_template:
         raise ConfigError(
-            f"{place}: the row is plain text, and the model has a chat template. Set chat on the source: "
+            f"{place}: the row is plain text, and the model has a chat template. Set chat on the source "
+            "(in a command, --chat or --plain): "
             "true makes the prompt a user's turn and a completion the assistant's, as the model is prompted in a chat; "
             "false continues the text as it stands, without the template."
         )

@@ -84,6 +84,7 @@ def test_everything_is_as_before_afterwards():
         (["divergences", SECRET], "https://***@h/x"),
         ([SECRET], "See falign --help."),
         (["train"], "error: Missing argument 'RUN.yaml'. See falign train --help."),
+        (["trian"], "error: No such command 'trian'. Did you mean 'train'? See falign --help."),
         (["data", "nothing"], "error: No such command 'nothing'. See falign data --help."),
     ],
 )
