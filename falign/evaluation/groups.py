@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -82,6 +83,7 @@ class Draw(NamedTuple):
         timeouts: Calls of rewards that were stopped at their deadline.
         errors: Calls of rewards that raised and were counted.
         message: Of the first of these; ``""`` where there is none.
+        failed: By the name of each reward, how many of its calls were stopped or raised.
     """
 
     groups: list[Group]
@@ -90,6 +92,7 @@ class Draw(NamedTuple):
     timeouts: int = 0
     errors: int = 0
     message: str = ""
+    failed: Mapping[str, int] = {}
 
     def __add__(self, other: Draw) -> Draw:  # pyright: ignore[reportIncompatibleMethodOverride] - not a tuple's
         """Return the groups of both."""
@@ -100,6 +103,7 @@ class Draw(NamedTuple):
             self.timeouts + other.timeouts,
             self.errors + other.errors,
             self.message or other.message,
+            dict(Counter(self.failed) + Counter(other.failed)),
         )
 
 
@@ -180,7 +184,7 @@ class GroupSampler:
                     {name: tuple(values[part]) for name, values in rewards.parts.items()},
                 )
             )
-        return Draw(groups, len(rows), timeouts=rewards.timeouts, errors=rewards.errors, message=rewards.message)
+        return Draw(groups, len(rows), 0, rewards.timeouts, rewards.errors, rewards.message, rewards.failed)
 
     def text(self, rollout: Rollout) -> str:
         """Return a completion as text, without special tokens."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ class Rewards(NamedTuple):
         timeouts: Calls that were stopped at their deadline, over all parts.
         errors: Calls that raised and were counted, over all parts.
         message: Of the first of these; ``""`` where there is none.
+        failed: By name, how many calls of each part were stopped or raised.
     """
 
     total: list[float]
@@ -44,6 +45,7 @@ class Rewards(NamedTuple):
     timeouts: int = 0
     errors: int = 0
     message: str = ""
+    failed: Mapping[str, int] = {}
 
     def metrics(self) -> dict[str, float]:
         """Return ``reward`` and ``reward/<name>``, means over the completions that have one, and the two counts."""
@@ -120,6 +122,7 @@ class RewardSum:
             timeouts=sum(score.timeouts for score in scores),
             errors=sum(score.errors for score in scores),
             message=next((score.message for score in scores if score.message), ""),
+            failed={part.name: s.timeouts + s.errors for part, s in zip(self.rewards, scores, strict=True)},
         )
 
     def row_errors(self, prompts: Sequence[Any], **columns: Sequence[Any]) -> list[str | None]:

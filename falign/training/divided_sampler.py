@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from falign.data import PromptRow
+from falign.errors import RewardError
 from falign.evaluation.groups import Draw, GroupSampler
 from falign.rollouts import Engine
 from falign.training.processes import gathered, num_processes, part, rank
@@ -38,6 +39,24 @@ class DividedSampler:
     def with_completions(self, completions: int) -> DividedSampler:
         """Return a sampler of groups of another size."""
         return DividedSampler(self.sampler.with_completions(completions))
+
+    def require_judged(self, draw: Draw, place: str) -> None:
+        """Refuse a draw in which every call of a reward failed: what each completion is worth says nothing then.
+
+        Args:
+            draw: From :meth:`sample`, or a sum of these.
+            place: The beginning of the message.
+
+        Raises:
+            RewardError: With the name of the reward and the first failure.
+        """
+        count = draw.num_sampled * self.sampler.completions
+        for name, failed in draw.failed.items():
+            if failed == count:
+                raise RewardError(
+                    f"{place}: the reward {name!r} failed for all {count} completions. The first failure: "
+                    f"{draw.message}"
+                )
 
     def sample(self, rows: Sequence[PromptRow], *, version: int, number: int) -> Draw:
         """Return one group per prompt, in their order; all processes have to call it, with the same arguments."""

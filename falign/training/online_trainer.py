@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from falign.data import PromptRow
 from falign.errors import ConfigError, EngineError, NonFiniteRewardError, RewardError
+from falign.evaluation.groups import Draw
 from falign.objectives import Objective
 from falign.references import ObjectiveInputs, Reference
 from falign.rewards import RewardSum
@@ -39,6 +40,27 @@ __all__ = ["OnlineTrainer"]
 MOST_CLIPPED = 0.95  # of the completions of a rollout
 ROLLOUT_STATE = "rollout_state.json"
 VALUE_HEAD = "value_head.safetensors"
+
+
+class Failures(NamedTuple):
+    """Calls of rewards that failed in a run.
+
+    Attributes:
+        timeouts: Calls that were stopped at their deadline.
+        errors: Calls that raised and were counted.
+        message: Of the first of these; ``""`` where there is none.
+    """
+
+    timeouts: int = 0
+    errors: int = 0
+    message: str = ""
+
+    @override
+    def __str__(self) -> str:
+        return (
+            f"in this run {self.errors} calls of rewards raised and {self.timeouts} were stopped at their deadline; "
+            f"each is worth what the reward's field failed says. The first: {self.message}"
+        )
 
 
 class OnlineTrainer(AlignmentTrainer):
@@ -104,6 +126,7 @@ class OnlineTrainer(AlignmentTrainer):
         self.rehearsal, self.rehearsal_size = rehearsal, rehearsal_size
         self.rehearsal_order = PromptOrder(len(rehearsal), seed=mixed(args.seed, "rehearsal"))
         self.buffer: list[ScoredTree] = []
+        self.failures = Failures()
         self.staleness, self.max_gap = 0, max_gap
         self._advised = rollout.ignore_stop
         super().__init__(
@@ -226,11 +249,23 @@ class OnlineTrainer(AlignmentTrainer):
         metrics = rollout_metrics(draw, pass_reward=self.rollout.pass_reward, outcome=self.source.sampler.outcome)
         if is_writer():  # all processes have the whole rollout
             self.means.add({**metrics, **scores})
-        if draw.message:
-            self.advise(f"reward: {draw.message}")
+        self._count_failures(draw)
         self._advise_on_length(metrics["completions/clipped"].mean().item())
         self.table.write(self.state.global_step, draw)
         return trees
+
+    def _count_failures(self, draw: Draw) -> None:
+        """Tell of calls of rewards that failed, and count them until the end of the run."""
+        if draw.message:
+            self.advise(f"reward: {draw.message}")
+        before = self.failures
+        self.failures = Failures(
+            before.timeouts + draw.timeouts, before.errors + draw.errors, before.message or draw.message
+        )
+
+    @override
+    def remarks(self) -> list[str]:
+        return [f"warning: {self.failures}"] if self.failures.message else []
 
     def _keep(self) -> None:
         """Write a checkpoint between two steps, for a run that goes on once its engine or its reward is mended."""
@@ -278,10 +313,12 @@ class OnlineTrainer(AlignmentTrainer):
             engine.publish(self.policy, version)
             draw = self.evaluation_sampler.sample(self.eval_prompts, version=version, number=0)
             engine.retire(version)
+            self.evaluation_sampler.require_judged(draw, f"Evaluation at step {self.state.global_step}")
         except (EngineError, RewardError):
             if self.optimizer is not None and self.state.global_step and num_processes() == 1:
                 self._keep()  # else nothing was trained, or the others would wait
             raise
+        self._count_failures(draw)
         means = evaluation_metrics(
             draw,
             policy=self.policy,
@@ -318,6 +355,7 @@ class OnlineTrainer(AlignmentTrainer):
             "buffer": [tree.state_dict() for tree in self.buffer]
             if self.state.global_step % self.rollout.num_updates
             else [],
+            "failures": self.failures,
         }
         if not is_writer():
             return
@@ -333,6 +371,7 @@ class OnlineTrainer(AlignmentTrainer):
         self.rehearsal_order.position = state["rehearsal_order"]
         self.scorer.partition.load_state_dict(state["partition"])
         self.buffer = [ScoredTree.from_state(tree) for tree in state["buffer"]]
+        self.failures = Failures(*state["failures"])
         if self.value_head is not None:
             self.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
 

@@ -32,6 +32,13 @@ BAR = (
     TimeRemainingColumn(),
 )
 
+FAILURES = {
+    f"{prefix}reward/{name}": f"{told}reward {name}"
+    for prefix, told in (("", ""), ("eval_", "held-out "))
+    for name in ("errors", "timeouts")
+}
+"""Counts of calls of rewards that failed, which are shown where there are any."""
+
 SHOWN = {
     "loss": "loss",
     "rewards/accuracies": "acc",
@@ -40,6 +47,7 @@ SHOWN = {
     "reward": "reward",
     "eval_reward": "held-out reward",
     "completions/length": "tokens",
+    **FAILURES,
 }
 
 
@@ -98,7 +106,8 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         new = {SHOWN[name]: value for name, value in (logs or {}).items() if name in SHOWN}
         self.latest.update(new)
-        shown = "  ".join(f"{name} {value:.3g}" for name, value in self.latest.items())
+        told = {name: value for name, value in self.latest.items() if value or name not in FAILURES.values()}
+        shown = "  ".join(f"{name} {value:.3g}" for name, value in told.items())
         if self.task is not None:
             self.progress.update(self.task, metrics=shown)
         if state.is_world_process_zero and not self.console.is_terminal and new:

@@ -123,6 +123,11 @@ class RolloutSource:
         )
 
     def _draw(self, version: int, number: int, step: int) -> Draw:
+        draw = self._drawn(version, number)
+        self.sampler.require_judged(draw, f"Step {step + 1}")
+        return draw
+
+    def _drawn(self, version: int, number: int) -> Draw:
         count, rows = self.rollout.prompts, self.prompts
         if self.rollout.difficulty is None:
             return self.sampler.sample([rows[i] for i in self.order.take(count)], version=version, number=number)

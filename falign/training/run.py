@@ -201,7 +201,10 @@ def _train(
             _until_stopped(trainer, checkpoint, folder, console)
     finally:
         bar.close()
-    return _finish(folder, config, trainer, language, before)
+    summary = _finish(folder, config, trainer, language, before)
+    for remark in trainer.remarks():
+        _tell(console)(remark)
+    return summary
 
 
 def _until_stopped(trainer: AlignmentTrainer, checkpoint: Path | None, folder: RunFolder, console: Console) -> None:

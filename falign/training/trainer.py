@@ -310,6 +310,10 @@ class AlignmentTrainer(Trainer):
     def close(self) -> None:
         """Give back what lies outside of this process; trainers of other kinds have something there."""
 
+    def remarks(self) -> list[str]:
+        """Return what a person should read at the end of the run."""
+        return []
+
     def begin_step(self) -> None:
         """Move the reference if it is due, before anything of the next step is sampled or scored."""
         if self._evaluation_is_missing():

@@ -18,7 +18,9 @@ class Half:
 def test_the_weighted_sum_keeps_its_parts_and_leaves_out_what_does_not_apply():
     rewards = RewardSum((WeightedReward("length", plain.length, 2.0), WeightedReward("half", Half(), -4.0)))
     result = rewards(["p", "p"], ["a", "bbb"], answer=["x", "y"])
-    assert result == Rewards([0.0, 6.0], {"length": [1.0, 3.0], "half": [0.5, None]}, 2, 1, "late")
+    assert result == Rewards(
+        [0.0, 6.0], {"length": [1.0, 3.0], "half": [0.5, None]}, 2, 1, "late", {"length": 0, "half": 3}
+    )
     assert result.metrics() == {
         "reward": 3.0,
         "reward/length": 2.0,

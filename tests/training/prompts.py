@@ -29,6 +29,16 @@ def not_a_number(prompts, completions, **columns):
     return [float("nan") for _ in completions]
 
 
+def that_fails_on_an_e(prompts, completions, **columns):
+    if any("e" in text for text in completions):
+        raise LookupError("there is an e")
+    return vowels(prompts, completions)
+
+
+def that_always_fails(prompts, completions, **columns):
+    raise LookupError("no such word")
+
+
 def one_too_few(prompts, completions, **columns):
     return [0.0 for _ in completions][1:]
 

@@ -1,5 +1,6 @@
 """Whole online runs of a tiny model: prompts, rollouts, rewards and updates through the real trainer."""
 
+import io
 import json
 import shutil
 
@@ -203,6 +204,34 @@ def test_completions_that_hit_the_limit_are_counted_with_advice(start, capsys):
 def test_a_reward_that_is_none_stops_the_run_and_is_named(start, reward, message):
     with pytest.raises(RewardError, match=message):
         start(reward=reward)
+
+
+COUNTED = {"kind": "function", "timeout": 5.0, "errors": "count"}
+
+
+def test_calls_of_rewards_that_fail_are_shown_in_the_run_and_at_its_end(start):
+    function, output = "tests.training.prompts:that_fails_on_an_e", io.StringIO()
+    console = Console(file=output, width=10_000)
+    summary = start(rewards=[{**COUNTED, "function": function}], training={"max_steps": 2}, console=console)
+    logs = summary.folder.metrics()
+    errors = sum(log.get("reward/errors", 0) + log.get("eval_reward/errors", 0) for log in logs)
+    assert errors > 0
+    step = next(log for log in training_logs(summary) if log["reward/errors"])
+    assert f"reward errors {step['reward/errors']:.3g}" in output.getvalue()
+    (last,) = [line for line in output.getvalue().splitlines() if line.startswith("warning: in this run")]
+    assert f"in this run {errors:.0f} calls of rewards raised and 0 were stopped" in last
+    assert "LookupError: there is an e" in last
+
+
+def test_a_reward_that_fails_for_every_completion_stops_the_run(start):
+    rewards = [
+        {"kind": "function", "function": "tests.training.prompts:vowels"},
+        {**COUNTED, "function": "tests.training.prompts:that_always_fails"},
+    ]
+    for eval_size, place in ((0, r"Step 1: .* all 16"), (4, r"Evaluation at step 0: .* all 64")):
+        with pytest.raises(RewardError, match=rf"(?s){place} completions.*no such word") as raised:
+            start(f"run-{eval_size}", rewards=rewards, prompts={"eval_size": eval_size})
+        assert "the reward 'that_always_fails' failed" in str(raised.value)
 
 
 def test_a_run_that_ends_before_its_first_step_leaves_its_folder_free(start):
