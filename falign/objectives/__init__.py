@@ -8,6 +8,8 @@ from falign.objectives.base import (
     RewardingObjective,
     RolloutObjective,
     Term,
+    TokenWeighting,
+    WeightingObjective,
 )
 from falign.objectives.completion_mean import CompletionMean, completion_term
 from falign.objectives.distribution_matching import DistributionMatching
@@ -64,6 +66,8 @@ __all__ = [
     "Target",
     "Term",
     "TokenPairwise",
+    "TokenWeighting",
+    "WeightingObjective",
     "completion_term",
     "dph_rl_coefficient",
     "fit_moments",

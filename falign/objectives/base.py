@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -68,6 +68,10 @@ class ObjectiveOutput(NamedTuple):
         return torch.stack([term.share(numbers(term.weights, "weights").sum()) for term in self.terms]).sum()
 
 
+TokenWeighting = Literal["none", "activations", "mapo"]
+"""What fills ``CompletionBatch.token_weights`` in: nothing, falign's own weights, or the mask of SparsePO's MaPO."""
+
+
 @runtime_checkable
 class Objective(Protocol):
     """Anything that turns a batch into losses.
@@ -94,6 +98,18 @@ class Objective(Protocol):
             As many terms in each call, with weights of the shape of their losses.
         """
         ...
+
+
+@runtime_checkable
+class WeightingObjective(Objective, Protocol):
+    """An objective that says from what a trainer fills ``CompletionBatch.token_weights`` in.
+
+    Attributes:
+        weighting: As :func:`falign.scoring.completion_states` takes it.
+    """
+
+    @property
+    def weighting(self) -> TokenWeighting: ...
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ from typing import Literal
 
 from falign.divergences import Alpha, Divergence, ForwardKL, JensenShannon, get
 from falign.objectives.advantages import Advantage
+from falign.objectives.base import TokenWeighting
 from falign.objectives.completion_mean import CompletionMean
 from falign.objectives.distribution_matching import DistributionMatching
 from falign.objectives.hybrid import Hybrid
@@ -61,7 +62,7 @@ def TDPO(  # noqa: N802 - the paper's name
     beta: float = 0.1,
     alpha: float | None = None,
     variant: Literal[1, 2] = 2,
-    weighting: Literal["none", "activations"] = "none",
+    weighting: TokenWeighting = "none",
 ) -> TokenPairwise:
     """Return TDPO2, ``-log σ(β [(m_w - m_l) - α (δ_l - sg(δ_w))])``, or TDPO1; any f in place of the forward KL.
 
@@ -70,7 +71,8 @@ def TDPO(  # noqa: N802 - the paper's name
         beta: β, strength of the regularisation.
         alpha: α, in variant 2 only; None is 0.5 there.
         variant: 1 or 2.
-        weighting: ``"activations"`` weights tokens by the reference's activations; see :class:`TokenPairwise`.
+        weighting: ``"mapo"`` weights tokens by SparsePO's MaPO mask, ``"activations"`` by falign's own weights; see
+            :class:`TokenPairwise`.
 
     Returns:
         The objective.

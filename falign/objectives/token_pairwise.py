@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from falign.divergences import Divergence, ForwardKL
-from falign.objectives.base import CompletionBatch, ObjectiveOutput, Term
+from falign.objectives.base import CompletionBatch, ObjectiveOutput, Term, TokenWeighting
 from falign.objectives.margins import logistic
 from falign.objectives.pairs import accuracies, pairs_in
 
@@ -34,17 +34,19 @@ class TokenPairwise:
         beta: β, nats of reward; positive.
         alpha: α, weight of δ, not negative; 0.5 in variant 2 where it is None, and without meaning in variant 1.
         variant: 1 (TDPO1) or 2 (TDPO2).
-        weighting: ``"activations"`` takes ``w_t`` from ``CompletionBatch.token_weights``, one weight for both sums; a
-            token of weight 0 is not read. ``"none"`` counts every token once.
+        weighting: ``"none"`` counts every token once. The others take ``w_t`` from ``CompletionBatch.token_weights``,
+            one weight for both sums; a token of weight 0 is not read. They say what a trainer fills in, from the
+            reference's activations: ``"mapo"`` the mask of SparsePO's MaPO
+            (:class:`falign.scoring.token_weights.MapoMask`), ``"activations"`` falign's own weights.
 
     Raises:
         ValueError: β is not positive, α is negative or given in variant 1, or a choice is unknown.
 
     Source:
         Zeng et al., TDPO (arXiv:2404.11999), the losses of TDPO1 and TDPO2; there f is the forward KL. The derivation
-        starts from the reverse KL, whose δ would be another one. Weights: variant 1 with weights is the form of the
-        loss of Christopoulou et al., SparsePO (arXiv:2410.05102), where there may be two masks, for m and for δ; here
-        both have the same. The weights that the trainer fills in are falign's own, not the paper's MaPO mask.
+        starts from the reverse KL, whose δ would be another one. Weights: variant 1 with ``weighting="mapo"`` is the
+        MaPO loss of Christopoulou et al., SparsePO (arXiv:2410.05102), which has one mask for both sums; the paper's
+        learned masks may be two, for m and for δ, and are not available.
 
     Example:
         >>> batch = CompletionBatch(
@@ -65,13 +67,13 @@ class TokenPairwise:
     beta: float = 0.1
     alpha: float | None = None
     variant: Literal[1, 2] = 2
-    weighting: Literal["none", "activations"] = "none"
+    weighting: TokenWeighting = "none"
 
     def __post_init__(self) -> None:
         if self.variant not in (1, 2):
             raise ValueError(f"variant={self.variant!r}: choose 1 (TDPO1) or 2 (TDPO2).")
-        if self.weighting not in ("none", "activations"):
-            raise ValueError(f"weighting={self.weighting!r}: choose 'none' or 'activations'.")
+        if self.weighting not in get_args(TokenWeighting):
+            raise ValueError(f"weighting={self.weighting!r}: choose one of {', '.join(get_args(TokenWeighting))}.")
         if not 0 < self.beta < math.inf:
             raise ValueError(f"beta={self.beta!r} must be positive and finite.")
         if self.variant == 1 and self.alpha is not None:
@@ -87,7 +89,7 @@ class TokenPairwise:
     @property
     def needs(self) -> frozenset[str]:
         """Reference log-probs, divergences per token, preferences, and the weights where there are any."""
-        weights = {"token_weights"} if self.weighting == "activations" else set[str]()
+        weights = set[str]() if self.weighting == "none" else {"token_weights"}
         return frozenset({"reference_logprobs", "token_divergence", "preference"} | weights)
 
     @property
@@ -129,7 +131,7 @@ class TokenPairwise:
 
         Args:
             batch: Completions with ``reference_logprobs``, ``token_divergence`` by :attr:`divergence`, ``preference``,
-                and ``token_weights`` with ``weighting="activations"``; every two completions of one prompt with
+                and ``token_weights`` with a weighting; every two completions of one prompt with
                 different preference are a pair.
 
         Returns:

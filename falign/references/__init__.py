@@ -8,7 +8,7 @@ from falign.references.cached import Cached
 from falign.references.frozen_model import FrozenModel
 from falign.references.moving import MovingReference
 from falign.references.moving_rules import MovingAverage, PeriodicReset
-from falign.references.objective_inputs import ObjectiveInputs, completion_batch, objective_inputs
+from falign.references.objective_inputs import ObjectiveInputs, completion_batch, objective_inputs, token_weighting
 from falign.references.own_model import own_model
 from falign.references.soup import Soup
 from falign.references.store import CacheKey, LogprobStore, entry_digest
@@ -34,4 +34,5 @@ __all__ = [
     "entry_digest",
     "objective_inputs",
     "own_model",
+    "token_weighting",
 ]

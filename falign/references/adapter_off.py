@@ -14,7 +14,7 @@ from typing_extensions import override
 from falign.errors import ModelError
 from falign.references.adapter_state import refuse_trained_base, trainable_as_before
 from falign.references.base import Reference, detached_logprobs, detached_states
-from falign.scoring import DEFAULT_CHUNK_TOKENS, Adapted, CompletionStates, Head, TokenBatch
+from falign.scoring import DEFAULT_CHUNK_TOKENS, Adapted, CompletionStates, Head, TokenBatch, Weighting
 
 __all__ = ["AdapterOff", "adapter_off"]
 
@@ -41,9 +41,9 @@ class AdapterOff(Reference):
             return detached_logprobs(policy_model, batch, chunk_tokens=self.chunk_tokens)
 
     @override
-    def states(self, policy_model: nn.Module, batch: TokenBatch, *, token_weights: bool = False) -> CompletionStates:
+    def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
         with adapter_off(policy_model):
-            states = detached_states(policy_model, batch, token_weights=token_weights)
+            states = detached_states(policy_model, batch, weighting=weighting)
         # The head is applied later, when the adapter is on again.
         head = _without_adapter(states.distribution.head)
         return states._replace(distribution=states.distribution._replace(head=head))

@@ -18,6 +18,7 @@ from falign.scoring import (
     CompletionStates,
     Head,
     TokenBatch,
+    Weighting,
     evaluation_mode,
 )
 
@@ -50,9 +51,9 @@ class AdapterReference(Reference):
             return detached_logprobs(policy_model, batch, chunk_tokens=self.chunk_tokens)
 
     @override
-    def states(self, policy_model: nn.Module, batch: TokenBatch, *, token_weights: bool = False) -> CompletionStates:
+    def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
         with self.acting(policy_model):
-            states = detached_states(policy_model, batch, token_weights=token_weights)
+            states = detached_states(policy_model, batch, weighting=weighting)
         # The head is applied later, when the policy's adapter acts again.
         head = states.distribution.head
         head = replace(head, embeddings=_HeadUnder(head, self.adapter))

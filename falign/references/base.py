@@ -13,6 +13,7 @@ from falign.scoring import (
     DEFAULT_CHUNK_TOKENS,
     CompletionStates,
     TokenBatch,
+    Weighting,
     completion_scores,
     completion_states,
     evaluation_mode,
@@ -41,13 +42,13 @@ class Reference(Protocol):
         """
         ...
 
-    def states(self, policy_model: nn.Module, batch: TokenBatch, *, token_weights: bool = False) -> CompletionStates:
+    def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
         """Return whole next-token distributions, for objectives that take a divergence over the vocabulary.
 
         Args:
             policy_model: The policy, which some references are a part of; it is left as it was.
             batch: The rows to score.
-            token_weights: Also return activation weights (see :func:`falign.scoring.completion_states`).
+            weighting: Also return weights of tokens (see :func:`falign.scoring.completion_states`).
 
         Returns:
             What predicts each completion token, without gradient and dropout.
@@ -72,19 +73,19 @@ def detached_logprobs(
         return completion_scores(model, batch, chunk_tokens=chunk_tokens).logprobs
 
 
-def detached_states(model: nn.Module, batch: TokenBatch, *, token_weights: bool = False) -> CompletionStates:
+def detached_states(model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
     """Return the next-token distributions of a model at rest: no gradient, no dropout, modes restored afterwards.
 
     Args:
         model: The model to score with.
         batch: The rows to score.
-        token_weights: Also return activation weights.
+        weighting: Also return weights of tokens.
 
     Returns:
         The states at the positions that predict completion tokens.
     """
     with torch.no_grad(), evaluation_mode(model):
-        return completion_states(model, batch, token_weights=token_weights)
+        return completion_states(model, batch, weighting=weighting)
 
 
 def check_same_at_start(

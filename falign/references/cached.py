@@ -15,7 +15,7 @@ from typing_extensions import override
 from falign.errors import ConfigError, DataError, ModelError
 from falign.references.base import Reference
 from falign.references.store import CacheKey, LogprobStore, entry_digest
-from falign.scoring import LAYOUTS, CompletionStates, Layout, PromptTree, TokenBatch
+from falign.scoring import LAYOUTS, CompletionStates, Layout, PromptTree, TokenBatch, Weighting
 
 __all__ = ["Cached"]
 
@@ -69,14 +69,14 @@ class Cached(Reference):
         return logprobs.to(batch.input_ids.device)
 
     @override
-    def states(self, policy_model: nn.Module, batch: TokenBatch, *, token_weights: bool = False) -> CompletionStates:
+    def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
         if self.reference is None:
             raise ConfigError(
                 f"{self.store.directory} holds log-probabilities of single tokens, and this objective needs the "
                 "reference's whole distributions, which have to be computed live: drop the cache (reference.cache), "
                 "or give Cached its reference."
             )
-        return self.reference.states(policy_model, batch, token_weights=token_weights)
+        return self.reference.states(policy_model, batch, weighting=weighting)
 
     def precompute(
         self,

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from falign.errors import ModelError
 from falign.references.base import Reference, detached_logprobs, detached_states
-from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch
+from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch, Weighting
 
 __all__ = ["FrozenModel"]
 
@@ -48,9 +48,9 @@ class FrozenModel(Reference):
         return detached_logprobs(self.model, batch, chunk_tokens=self.chunk_tokens)
 
     @override
-    def states(self, policy_model: nn.Module, batch: TokenBatch, *, token_weights: bool = False) -> CompletionStates:
+    def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
         self._refuse_policy(policy_model)
-        return detached_states(self.model, batch, token_weights=token_weights)
+        return detached_states(self.model, batch, weighting=weighting)
 
     def _refuse_policy(self, policy_model: nn.Module) -> None:
         if policy_model is self.model:

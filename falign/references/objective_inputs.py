@@ -8,11 +8,11 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from falign.objectives import CompletionBatch, Objective
+from falign.objectives import CompletionBatch, Objective, WeightingObjective
 from falign.references.base import Reference
-from falign.scoring import DEFAULT_CHUNK_TOKENS, TokenBatch, completion_scores
+from falign.scoring import DEFAULT_CHUNK_TOKENS, TokenBatch, Weighting, completion_scores
 
-__all__ = ["ObjectiveInputs", "completion_batch", "objective_inputs"]
+__all__ = ["ObjectiveInputs", "completion_batch", "objective_inputs", "token_weighting"]
 
 
 class ObjectiveInputs(NamedTuple):
@@ -59,7 +59,7 @@ def objective_inputs(
     wants_values = value_head if "values" in objective.needs else None
     if objective.token_divergence is not None:
         # Whole distributions of the reference first, so that its pass is over before the policy's graph is kept.
-        states = reference.states(policy_model, batch, token_weights="token_weights" in objective.needs)
+        states = reference.states(policy_model, batch, weighting=token_weighting(objective))
         scores = completion_scores(
             model,
             batch,
@@ -87,6 +87,16 @@ def objective_inputs(
         if name in objective.needs and name not in extra and value is not None
     }
     return ObjectiveInputs(completion_batch(batch, scores.logprobs, **extra), scores.entropy)
+
+
+def token_weighting(objective: Objective) -> Weighting:
+    """Return the kind of token weights that an objective needs, ``"none"`` where it reads none.
+
+    Objectives that need ``token_weights`` and name no kind get ``"activations"``.
+    """
+    if "token_weights" not in objective.needs:
+        return "none"
+    return objective.weighting if isinstance(objective, WeightingObjective) else "activations"
 
 
 def completion_batch(batch: TokenBatch, logprobs: Float[Tensor, "N T"], **fields: Tensor | None) -> CompletionBatch:

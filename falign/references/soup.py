@@ -13,7 +13,7 @@ from typing_extensions import override
 from falign.references.adapter_reference import AdapterReference
 from falign.references.base import Reference
 from falign.references.frozen_model import FrozenModel
-from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch
+from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch, Weighting
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -89,5 +89,5 @@ class Soup(Reference):
         return self.held.logprobs(policy_model, batch)
 
     @override
-    def states(self, policy_model: nn.Module, batch: TokenBatch, *, token_weights: bool = False) -> CompletionStates:
-        return self.held.states(policy_model, batch, token_weights=token_weights)
+    def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
+        return self.held.states(policy_model, batch, weighting=weighting)

@@ -10,6 +10,7 @@ from falign.scoring.head_check import check_head
 from falign.scoring.layout_choice import LayoutChoice, choose_layout
 from falign.scoring.layouts import LAYOUTS, Layout, pack, pad
 from falign.scoring.token_budget import TokenBudgetBatches
+from falign.scoring.token_weights import Weighting
 from falign.scoring.tree_attention import TreeMask
 from falign.scoring.trees import PromptTree
 from falign.scoring.vocabulary import DEFAULT_CHUNK_TOKENS, Distribution, TokenScores, token_scores
@@ -29,6 +30,7 @@ __all__ = [
     "TokenScores",
     "TreeMask",
     "TreeSpan",
+    "Weighting",
     "check_head",
     "choose_layout",
     "completion_scores",

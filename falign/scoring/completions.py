@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from falign.scoring.attention_masks import tree_masks
 from falign.scoring.backbone import run_backbone
 from falign.scoring.batch import TokenBatch
 from falign.scoring.head import read_head
+from falign.scoring.token_weights import MapoMask, Weighting, activation_weights
 from falign.scoring.vocabulary import DEFAULT_CHUNK_TOKENS, Distribution, TokenScores, token_scores
 
 __all__ = ["CompletionStates", "completion_scores", "completion_states"]
@@ -24,48 +24,49 @@ class CompletionStates(NamedTuple):
 
     Attributes:
         distribution: The prediction of each completion token, in the order of the mask's True places, shape (M, H).
-        token_weights: How much the model is activated where it predicts each token, shape (N, T), 0 where masked;
-            None unless asked for.
+        token_weights: From the model's activations where it predicts each token, shape (N, T), 0 where masked; None
+            unless asked for.
     """
 
     distribution: Distribution
     token_weights: Float[Tensor, "N T"] | None = None
 
 
-def completion_states(model: nn.Module, batch: TokenBatch, *, token_weights: bool = False) -> CompletionStates:
+def completion_states(model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
     """Run the model without its head.
 
     Args:
         model: A causal language model in the Transformers layout, with or without adapters, on the device of
             the batch.
         batch: The rows to score, in either layout.
-        token_weights: Also return activation weights: for each layer the mean absolute activation, divided by its
-            mean over the completion, averaged over layers; so their mean over a completion is 1.
+        weighting: Also return weights of tokens: ``"activations"``, falign's own
+            (:func:`falign.scoring.token_weights.activation_weights`), or ``"mapo"``, the mask of SparsePO's MaPO
+            (:class:`falign.scoring.token_weights.MapoMask`).
 
     Returns:
         The states at the positions that predict completion tokens.
 
     Raises:
-        ModelError: If the model has no separate backbone and head.
-
-    Source:
-        The weights are falign's own, a function of the prefix alone with a mean of 1, so that β keeps its meaning. The
-        MaPO mask of SparsePO (arXiv:2410.05102) is another one: of signed means, scaled to [0, 1].
+        ModelError: The model has no separate backbone and head, or no activations that ``"mapo"`` knows.
     """
     mask = tree_masks(model, batch) if batch.attention_mask is None else batch.attention_mask
-    outputs = run_backbone(
-        model,
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=mask,
-        use_cache=False,
-        output_hidden_states=token_weights,
-    )
+    mapo = MapoMask(model, batch) if weighting == "mapo" else None
+    with nullcontext() if mapo is None else mapo.recording():
+        outputs = run_backbone(
+            model,
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=mask,
+            use_cache=False,
+            output_hidden_states=weighting == "activations",
+        )
     predictor = batch.predictor[batch.completion_mask]
     distribution = Distribution(outputs[0].flatten(0, 1)[predictor], read_head(model))
-    if not token_weights:
-        return CompletionStates(distribution)
-    return CompletionStates(distribution, _activation_weights(outputs.hidden_states, batch))
+    if mapo is not None:
+        return CompletionStates(distribution, mapo.weights(distribution, chunk_tokens=DEFAULT_CHUNK_TOKENS))
+    if weighting == "activations":
+        return CompletionStates(distribution, activation_weights(outputs.hidden_states, batch))
+    return CompletionStates(distribution)
 
 
 def completion_scores(
@@ -110,14 +111,3 @@ def completion_scores(
         scores = scores._replace(values=value_head(distribution.hidden.detach().to(scores.logprobs.dtype)).squeeze(-1))
     placed = {name: batch.scatter(values) for name, values in scores._asdict().items() if values is not None}
     return TokenScores(**placed)
-
-
-def _activation_weights(hidden_states: Sequence[Tensor], batch: TokenBatch) -> Float[Tensor, "N T"]:
-    predictor = batch.predictor[batch.completion_mask]
-    weights = torch.zeros(batch.completion_mask.shape, device=predictor.device)
-    num_tokens = batch.completion_mask.sum(dim=-1, keepdim=True)
-    layers = hidden_states[1:]  # the first one is the embeddings
-    for layer in layers:
-        size = batch.scatter(layer.detach().flatten(0, 1)[predictor].float().abs().mean(dim=-1))
-        weights += size * num_tokens / size.sum(dim=-1, keepdim=True)
-    return weights / len(layers)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from falign.objectives import Listwise, Objective, Pairwise, TokenPairwise
+from falign.objectives import Listwise, Objective, Pairwise, TokenPairwise, TokenWeighting
 from falign.training.base_config import FrozenModel
 from falign.training.named_divergence import named_divergence, refusals
 from falign.training.online_objective_config import (
@@ -82,9 +82,10 @@ class TokenPairwiseConfig(FrozenModel):
     alpha: float | None = Field(default=None, ge=0)
     """Weight of the divergences in variant 2, 0.5 where left out."""
     variant: Literal[1, 2] = 2
-    weighting: Literal["none", "activations"] = "none"
-    """``activations``: tokens count by the mean absolute activations of the reference's layers, with a mean of 1 in a
-    completion; falign's own weighting, not SparsePO's MaPO mask."""
+    weighting: TokenWeighting = "none"
+    """``mapo``: tokens count by the mask of SparsePO's MaPO, from the reference's activations, between 0 and 1; with
+    variant 1 it is the paper's loss. ``activations``: by falign's own weights, the mean absolute activations of the
+    reference's layers, with a mean of 1 in a completion."""
 
     @property
     def title(self) -> str:

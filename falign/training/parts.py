@@ -30,7 +30,7 @@ from falign.models.shared_head import head_rows, left_out_rows
 from falign.models.structure import expert_modules
 from falign.models.tokenizers import check_same_tokens, pad_token_id
 from falign.objectives import Objective
-from falign.references import Reference, check_same_at_start, own_model
+from falign.references import Reference, check_same_at_start, own_model, token_weighting
 from falign.scoring import LAYOUTS, Layout, PromptTree, check_head, choose_layout
 from falign.training.config import RunConfig
 from falign.training.processes import shards
@@ -149,9 +149,11 @@ def load_parts(
         _tell_experts(policy, console)
         _tell_left_out_rows(policy, console)
     layout = _layout(config, policy, probes, language.pad_token_id, console)
+    batch = LAYOUTS[layout](probes[:2], pad_token_id=language.pad_token_id).to(args.device)
     if starts_as_policy(config):
-        batch = LAYOUTS[layout](probes[:2], pad_token_id=language.pad_token_id).to(args.device)
         check_same_at_start(policy, reference, batch)
+    if (weighting := token_weighting(objective)) != "none":
+        reference.states(policy, batch, weighting=weighting)  # a model without such weights is refused before training
     return Parts(policy, reference, layout, record)
 
 

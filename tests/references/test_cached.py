@@ -174,8 +174,8 @@ def test_identity_holds_the_key_and_the_wrapped_identity(tmp_path):
 def test_whole_distributions_come_from_the_live_reference_or_not_at_all(tmp_path, policy):
     live = AdapterOff()
     cached = Cached(live, directory=tmp_path, key=KEY)
-    hidden = cached.states(policy, BATCH, token_weights=True)
-    expected = live.states(policy, BATCH, token_weights=True)
+    hidden = cached.states(policy, BATCH, weighting="activations")
+    expected = live.states(policy, BATCH, weighting="activations")
     assert torch.equal(hidden.distribution.hidden, expected.distribution.hidden)
     assert torch.equal(hidden.token_weights, expected.token_weights)
     with pytest.raises(ConfigError, match=r"log-probabilities of single tokens.*computed live.*reference.cache"):

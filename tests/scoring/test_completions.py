@@ -159,7 +159,7 @@ def test_activation_weights_are_those_of_each_completion_alone_and_have_mean_one
     model = tiny_model("qwen2").eval()
     batch = pack(TREES, pad_token_id=2)
     with torch.no_grad():
-        weights = completion_states(model, batch, token_weights=True).token_weights
+        weights = completion_states(model, batch, weighting="activations").token_weights
     expected = []
     for tree in TREES:
         for ids in tree.completion_ids:

@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from falign.errors import ConfigError, FalignError, ModelError, TrainingError
 from falign.models import load_adapter, load_model
 from falign.training import RunFolder, parse_run, train
-from tests.models.tiny import save_tiny
+from tests.models.tiny import VOCABULARY, save_tiny, tiny_tokenizer
 from tests.training.pairs import run_data, write_pairs
 
 # transformers moves batches to pinned memory when asked to, and warns on a machine without an accelerator.
@@ -57,8 +58,9 @@ def test_a_run_learns_the_preference_and_leaves_a_whole_folder(start):
         {"kind": "listwise"},
         {"kind": "token_pairwise", "alpha": 0.2},
         {"kind": "token_pairwise", "divergence": "total_variation", "variant": 1, "weighting": "activations"},
+        {"kind": "token_pairwise", "variant": 1, "weighting": "mapo"},
     ],
-    ids=["listwise", "tdpo2", "tdpo1_weighted"],
+    ids=["listwise", "tdpo2", "tdpo1_weighted", "mapo"],
 )
 def test_every_kind_of_objective_learns_the_preference_from_its_run_file(start, objective):
     summary = start(objective=objective)
@@ -67,6 +69,25 @@ def test_every_kind_of_objective_learns_the_preference_from_its_run_file(start, 
     assert ("rewards/top1" in summary.after) == (objective["kind"] == "listwise")
     assert ("divergence/rejected" in summary.after) == (objective["kind"] == "token_pairwise")
     assert summary.folder.read_json("manifest.json")["objective"].items() >= objective.items()
+
+
+def test_a_model_without_the_activations_of_the_mapo_mask_is_refused_before_training(tmp_path, start):
+    config = AutoConfig.for_model(
+        "gpt_neox",
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "neox")
+    tiny_tokenizer().save_pretrained(tmp_path / "neox")
+    with pytest.raises(ModelError, match=r"GPTNeoXForCausalLM: the MaPO mask .* Set weighting to activations or none"):
+        start(
+            model={"path": str(tmp_path / "neox")},
+            objective={"kind": "token_pairwise", "variant": 1, "weighting": "mapo"},
+        )
+    assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
 def test_ranked_lists_with_ties_are_learnt_from_a_file_in_one_tree_each(tiny, tmp_path):
