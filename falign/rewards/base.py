@@ -131,14 +131,14 @@ def call_reward(
             returned = reward(**select_columns(reward, given))
         except RewardError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise reward_raised(error, name=name, completions=completions, places=places) from error
         scores = Scores(returned)
     return scores._replace(values=check_rewards(scores.values, len(completions), name=name, places=places))
 
 
 def reward_raised(
-    error: Exception,
+    error: BaseException,
     *,
     name: str,
     completions: Sequence[str],

@@ -167,10 +167,16 @@ def finished(returned: Any) -> Any:
     if not inspect.isawaitable(returned):
         return returned
 
-    async def wait() -> Any:
-        return await returned
+    async def wait() -> tuple[Any, SystemExit | None]:
+        try:
+            return await returned, None
+        except SystemExit as error:  # it would end the loop, and its result would never come
+            return None, error
 
-    return asyncio.run_coroutine_threadsafe(wait(), _loop(os.getpid())).result()
+    value, exited = asyncio.run_coroutine_threadsafe(wait(), _loop(os.getpid())).result()
+    if exited is not None:
+        raise exited
+    return value
 
 
 @lru_cache(maxsize=1)

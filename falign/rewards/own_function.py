@@ -81,7 +81,7 @@ class OwnFunction:
             return finished(self._imported(**given))
         except RewardError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit() in a function would end the run without a word
             raise reward_raised(
                 error,
                 name=self.function,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from falign.passwords import without_secrets
 
-__all__ = ["CodeLine", "code_lines", "completion_at_fault", "raised_message"]
+__all__ = ["CodeLine", "code_lines", "completion_at_fault", "own_lines", "raised_message"]
 
 MOST_LINES = 3
 LONGEST_COMPLETION = 300
@@ -40,6 +40,11 @@ def code_lines(error: BaseException) -> list[CodeLine]:
     return [CodeLine(each.filename, each.lineno or 0, each.name, each.line or "") for each in frames]
 
 
+def own_lines(lines: Sequence[CodeLine]) -> list[CodeLine]:
+    """Return those lines that are of the user's files."""
+    return [line for line in lines if _is_own(line)]
+
+
 def completion_at_fault(error: BaseException, completions: Sequence[Any]) -> int | None:
     """Return which completion was being judged: the one that a variable of the innermost frame holds.
 
@@ -65,7 +70,7 @@ def raised_message(text: str, lines: Sequence[CodeLine], completion: str | None)
         lines: Of its traceback; those of the user's files are kept, and the one that raised.
         completion: The one that was judged, if it is known.
     """
-    own = [line for line in lines if _is_own(line)]
+    own = own_lines(lines)
     kept = [*own[-MOST_LINES:], *[line for line in lines[-1:] if not _is_own(line)]]
     parts = [
         text,
@@ -79,4 +84,6 @@ def raised_message(text: str, lines: Sequence[CodeLine], completion: str | None)
 
 def _is_own(line: CodeLine) -> bool:
     file = Path(line.file)
+    if line.file.startswith("<"):  # the import system's frozen modules
+        return False
     return not any(file.is_relative_to(folder) for folder in (_FALIGN, *_INSTALLED))

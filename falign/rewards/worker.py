@@ -197,7 +197,7 @@ def _answer(
             value = _finished(functions[name](**arguments))
         # Numbers of numpy and torch are no JSON, but convert.
         return json.dumps({"value": value}, default=float).encode(), False
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)[1:][-MOST_FRAMES:]
         lines = [(each.filename, each.lineno or 0, each.name, each.line or "") for each in frames]
         told = {"error": type(error).__name__, "message": f"{error}"[:1000], "lines": lines}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from falign import divergences
 from falign.errors import ConfigError
+from falign.rewards.importing import import_attribute
 
 __all__ = ["named_divergence", "refusals"]
 
@@ -28,13 +27,9 @@ def named_divergence(name: str) -> divergences.Divergence:
     Raises:
         ConfigError: The attribute is not importable, or no divergence.
     """
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         return divergences.get(name)
-    try:
-        value: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
-        raise ConfigError(f"objective.divergence={name!r}: {error}; give an importable module:attribute.") from error
+    value = import_attribute(name, given=f"objective.divergence={name!r}", wanted="attribute")
     if not isinstance(value, divergences.Divergence):
         raise ConfigError(f"objective.divergence={name!r} is a {type(value).__name__}, not a falign Divergence.")
     return value

@@ -191,7 +191,7 @@ def test_every_section_that_names_code_is_seen(folder):
     assert named_code(config, ["model", "objective"]) == {}
 
 
-def test_modules_are_imported_by_name_in_three_places_only():
+def test_modules_are_imported_by_name_in_two_places_only():
     # Another one needs a check of its own, or a run folder could reach it.
     imports = {file for file, _ in calls("importlib.import_module")}
-    assert imports == {"importing.py", "named_divergence.py", "worker.py"}
+    assert imports == {"importing.py", "worker.py"}

@@ -4,6 +4,7 @@ import pytest
 
 from falign.errors import ConfigError, RewardError
 from falign.rewards import ChildPool, OwnFunction, TimedFunction, reward_identity
+from falign.training.named_divergence import named_divergence
 
 FUNCTIONS = "tests.rewards.functions"
 CHAT = [[{"role": "user", "content": "q"}]] * 2
@@ -105,6 +106,36 @@ def test_an_exception_of_all_completions_names_them_all_and_shows_no_escape_sequ
     message = str(caught.value)
     assert f"{FUNCTIONS}:at_once, completions of r:1 to r:2: RuntimeError: 2 completions\\x1b[31m at once" in message
     assert "\x1b" not in message
+
+
+@pytest.mark.parametrize(("name", "told"), [("leaves", "SystemExit: 0"), ("leaves_later", "SystemExit: no judge")])
+def test_a_function_that_ends_the_program_is_an_error_with_its_line(make, name, told):
+    with pytest.raises(RewardError) as caught:
+        make(name)(["p"], ["a"], place=["r:1"])
+    assert f"{FUNCTIONS}:{name}, r:1: {told}" in str(caught.value)
+    assert re.search(rf'functions.py", line \d+, in {name}\n    raise SystemExit', str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("1 / 0", r"ZeroDivisionError: division by zero\n.*own_module_0\.py\", line 2, in <module>\n    1 / 0"),
+        ("raise SystemExit(0)", r"SystemExit: 0\n.*own_module_1\.py\", line 2.*if __name__ == '__main__'"),
+        (
+            "import nowhere_to_be_found",
+            r"ModuleNotFoundError: No module named 'nowhere_to_be_found'\n.*own_module_2\.py\", line 2",
+        ),
+        ("def f(:", r"invalid syntax \(own_module_3\.py, line 2\)"),
+    ],
+)
+def test_a_module_that_fails_when_it_is_imported_is_told_with_its_line(tmp_path, monkeypatch, code, told):
+    module = f"own_module_{['1 /', 'rai', 'imp', 'def'].index(code[:3])}"
+    (tmp_path / f"{module}.py").write_text(f"# mine\n{code}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=rf"(?s)reward '{module}:f': {told}"):
+        OwnFunction(f"{module}:f")
+    with pytest.raises(ConfigError, match=rf"(?s)objective.divergence='{module}:f': {told}"):
+        named_divergence(f"{module}:f")
 
 
 def test_a_message_holds_no_secret_of_the_environment(make, monkeypatch, pool):
