@@ -103,7 +103,7 @@ def load_trained(folder: RunFolder, checkpoint: int | None = None, *, trust_code
 
     Raises:
         ConfigError: The run is not finished, has no such checkpoint, or names code for its model that is not trusted.
-        ModelError: The base model, or its configuration, is not the one that was trained.
+        ModelError: The base model, its configuration or its tokens are not those that were trained with.
     """
     from falign.models import load_adapter, load_model, load_tokenizer, weights_hash
     from falign.models.tokenizers import fix_date
@@ -125,6 +125,7 @@ def load_trained(folder: RunFolder, checkpoint: int | None = None, *, trust_code
             _check_config(model, folder, str(source))
         tokenizer = load_tokenizer(source)
         fix_date(tokenizer, folder.read_date())
+        _check_tokens(model, tokenizer, folder, str(source))
         return Trained(model, tokenizer, config)
     base = config.model.build()
     _check_config(base, folder, config.model.path)
@@ -135,6 +136,7 @@ def load_trained(folder: RunFolder, checkpoint: int | None = None, *, trust_code
             f"model.revision in {folder.run_file}), because the adapter is for those."
         )
     tokenizer = config.model.build_tokenizer(date=folder.read_date())
+    _check_tokens(base, tokenizer, folder, config.model.path)
     return Trained(load_adapter(base, source, trainable=False, base_hash=weights), tokenizer, config)
 
 
@@ -144,8 +146,37 @@ def _check_config(model: PreTrainedModel, folder: RunFolder, path: str) -> None:
     if config_hash(model) != folder.read_manifest()["base_config"]:
         raise ModelError(
             f"{path} has another configuration now than when {folder.path} was trained, which changes what its weights "
-            f"compute: restore its config.json (or set model.revision in {folder.run_file})."
+            f"compute: restore its config.json{_or_revision(folder, path)}."
         )
+
+
+def _or_revision(folder: RunFolder, path: str) -> str:
+    """Return a further remedy where a model is not the run's own."""
+    if Path(path).resolve().is_relative_to(folder.path.resolve()):
+        return ""
+    return f" (or set model.revision in {folder.run_file})"
+
+
+def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: RunFolder, path: str) -> None:
+    """Refuse other token ids, another chat template and other stop tokens than those of the training."""
+    from falign.models import stop_token_ids
+    from falign.models.tokenizers import tokenizer_fingerprint
+    from falign.training.run_inputs import text_hash
+
+    recorded = folder.read_inputs()["hashes"]
+    # The template first, because it is a part of the tokenizer's fingerprint.
+    for name, found, what, files in (
+        ("chat_template", text_hash(str(tokenizer.chat_template)), "chat template", "chat_template.jinja"),
+        ("tokenizer", tokenizer_fingerprint(tokenizer), "tokenizer", "tokenizer files"),
+        ("stop_tokens", sorted(stop_token_ids(model, tokenizer)), "set of stop tokens", "generation_config.json"),
+    ):
+        if found != recorded[name]:
+            changed = folder.other_versions()
+            versions = f"; or install the versions of the training: {changed}" if changed else ""
+            raise ModelError(
+                f"{path} has another {what} now than when {folder.path} was trained, so its prompts or completions "
+                f"would be others: restore its {files}{_or_revision(folder, path)}{versions}."
+            )
 
 
 def checkpoint_folder(folder: RunFolder, step: int) -> Path:

@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from falign.cli.scored import load_run
 from falign.cli.trained import load_trained
-from falign.errors import ConfigError, TrainingError
+from falign.errors import ConfigError, ModelError, TrainingError
 from falign.models.tokenizers import fix_date
 from falign.report.runs import read_runs
 from falign.training import RunFolder, TrainingConfig, load_run_file, parse_run, train
 from falign.training.learning_rate import same_learning_rates
 from falign.training.parts import load_language
 from falign.training.run_inputs import prompt_digest
-from tests.models.tiny import save_tiny, tiny_tokenizer
+from tests.models.tiny import save_tiny, swap_tokens, tiny_tokenizer
 from tests.training.pairs import run_data, write_pairs
 from tests.training.prompts import online_data, write_prompts
 
@@ -209,6 +209,49 @@ def test_commands_that_read_a_run_refuse_a_run_file_that_was_edited(whole):
         assert reported.run_file["objective"]["beta"] == 0.5
     finally:
         whole.run_file.write_text(kept)
+
+
+def tokens_swapped(model):
+    swap_tokens(model, "h", "e")
+
+
+def another_template(model):
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}")
+
+
+def another_stop(model):
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [1, 40]}))
+
+
+@pytest.fixture(scope="module", params=["adapter", "full"])
+def finished(request, place, whole):
+    """A finished run, and the folder that has its tokenizer."""
+    if request.param == "adapter":
+        return whole, place["folder"] / "model"
+    folder = place["folder"] / "full"
+    run = {**place["offline"], "adapter": None, "output_dir": str(folder)}
+    return train(parse_run(run), console=Console(quiet=True)).folder, folder / "model"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (tokens_swapped, "tokenizer now .* restore its tokenizer files"),
+        (another_template, r"chat template now .* restore its chat_template\.jinja"),
+        (another_stop, r"set of stop tokens now .* restore its generation_config\.json"),
+    ],
+)
+def test_a_finished_run_is_used_with_the_tokens_that_it_was_trained_with(finished, change, named, tmp_path):
+    run, model = finished
+    shutil.copytree(model, tmp_path / "kept")
+    load_trained(run)
+    try:
+        change(model)
+        with pytest.raises(ModelError, match=f"{model} has another {named}"):
+            load_trained(run)
+    finally:
+        shutil.copytree(tmp_path / "kept", model, dirs_exist_ok=True)
 
 
 def test_what_a_path_names_may_move_as_long_as_its_content_is_the_same(place, whole, tmp_path):
