@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
 from falign.data.serialized import is_blank
 
-__all__ = ["guess_columns", "looks_like_prompt", "looks_like_system"]
+__all__ = ["as_list", "as_mapping", "guess_columns", "looks_like_prompt", "looks_like_system"]
 
 _SYSTEM = frozenset({"system", "persona"})
 _PROMPT = frozenset({
@@ -27,6 +28,8 @@ _ABOUT = frozenset({
     "lang", "language", "category", "score", "scores", "rating", "name", "model", "time", "date", "timestamp", "url",
     "label", "labels", "level", "topic", "split",
 })  # fmt: skip
+
+_YAML_VALUES = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
 
 
 def looks_like_system(name: str) -> bool:
@@ -75,6 +78,31 @@ def guess_columns(fields: Mapping[str, Any], wanted: Collection[str]) -> dict[st
         if candidates:
             guesses[name] = min(candidates, key=lambda column: _rank(name, column))
     return guesses
+
+
+def as_mapping(columns: Mapping[str, str]) -> str:
+    """Return column names as ``columns`` is written in a run file or on the command line.
+
+    Example:
+        >>> as_mapping({"prompt": "question", "chosen": "answer: good"})
+        '{prompt: question, chosen: "answer: good"}'
+    """
+    return "{" + ", ".join(f"{_quoted(name)}: {_quoted(column)}" for name, column in columns.items()) + "}"
+
+
+def as_list(names: Iterable[str]) -> str:
+    """Return column names as ``ignore`` is written in a run file.
+
+    Example:
+        >>> as_list(["history", "a, b"])
+        '[history, "a, b"]'
+    """
+    return "[" + ", ".join(map(_quoted, names)) + "]"
+
+
+def _quoted(name: str) -> str:
+    plain = re.fullmatch(r"[^\W\d][\w.-]*( [\w.-]+)*", name) and name.lower() not in _YAML_VALUES
+    return name if plain else json.dumps(name, ensure_ascii=False)
 
 
 def _fits(name: str, column: str) -> bool:

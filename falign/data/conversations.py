@@ -27,7 +27,7 @@ ROLES: Mapping[str, str] = {
 }
 """Accepted roles, and the name each gets; the last two are sharegpt's."""
 
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HH_TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")
 
 
 def read_text(value: Any, *, place: str, field: str) -> Text:
@@ -95,7 +95,7 @@ def _joined_parts(content: Any) -> Any:
 
 def looks_like_hh(text: str) -> bool:
     """Return whether a string is a whole dialogue as HH-RLHF writes it."""
-    return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
+    return text.lstrip().startswith("Human:") and any(role == "Assistant" for role in _HH_TURN.findall(text))
 
 
 def read_dialogue(value: Any, *, place: str, field: str) -> list[Message]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from falign.data.bad_rows import shown
-from falign.data.conversations import Message, Text
+from falign.data.conversations import Message, Text, looks_like_hh, read_dialogue
 from falign.errors import DataError
 
 __all__ = ["Example", "build_example", "prompt_key", "prompt_turns", "require_preference"]
@@ -62,7 +62,10 @@ def build_example(
     Raises:
         DataError: The row cannot be trained on; the message says why.
     """
+    _check_whole_texts(prompt, completions, fields, place)
     if system is not None or not all(isinstance(text, str) for text in (prompt, *completions)):
+        if isinstance(prompt, str) and looks_like_hh(prompt):  # whose answers follow "Assistant:" and a space
+            completions = [text.strip() if isinstance(text, str) else text for text in completions]
         prompt, completions = _at_the_last_turn(
             _turns(prompt, "user"), [_turns(text, "assistant") for text in completions], fields, place
         )
@@ -112,6 +115,10 @@ def prompt_key(prompt: Text) -> str:
 
 
 def _turns(text: Text, role: str) -> list[Message]:
+    if isinstance(text, str) and role == "user" and looks_like_hh(text):
+        turns = read_dialogue(text, place="", field="prompt")
+        opened = turns[-1]["role"] == "assistant" and not turns[-1]["content"]
+        return turns[:-1] if opened else turns
     return [{"role": role, "content": text}] if isinstance(text, str) else text
 
 
@@ -178,6 +185,28 @@ def _check_answer(turns: Text, field: str, place: str) -> None:
         raise DataError(
             f"{place}: {field!r} has {len(turns)} turns after the common prompt, so the completions differ "
             f"before the last turn; only the last assistant turn may differ: {_TELL}."
+        )
+
+
+def _check_whole_texts(prompt: Text, completions: Sequence[Text], fields: Sequence[str], place: str) -> None:
+    """Refuse plain completions that are not the answer alone, but have the prompt before it."""
+    for text, field in zip(completions, fields, strict=True):
+        if isinstance(text, str) and looks_like_hh(text):
+            raise DataError(
+                f"{place}: {field!r} is a whole dialogue in HH-RLHF's layout, beside a prompt ({shown(text)}); give "
+                "its last answer alone, or set format=hh and ignore=[prompt] for pairs of dialogues."
+            )
+    if not isinstance(prompt, str) or not completions:
+        return
+    # One word may well begin an answer, too.
+    asked = prompt.strip()
+    plain = [text.strip() for text in completions if isinstance(text, str)]
+    repeated = [text for text in plain if text.startswith(asked) and len(text) > len(asked)]
+    if len(asked.split()) > 1 and len(repeated) == len(completions):
+        named = f"{fields[0]!r} begins" if len(fields) == 1 else f"all completions, such as {fields[0]!r}, begin"
+        raise DataError(
+            f"{place}: {named} with the whole prompt ({shown(prompt)}), which would be there twice; cut it off the "
+            f"completions: {_TELL}."
         )
 
 

@@ -6,7 +6,8 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
@@ -67,15 +68,36 @@ def _open(path: Path, newline: str | None = None) -> TextIOWrapper:
     return path.open(encoding="utf-8-sig", newline=newline)
 
 
+class _RepeatedKeyError(ValueError):
+    """A key that comes twice in a JSON object: Python would keep the last one."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _RepeatedKeyError(f"the key {_repeated(name for name, _ in pairs)!r} comes twice in an object; keep one")
+    return found
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    """Return the first name that comes twice; columns without a name do not count."""
+    return next((name for name, count in Counter(names).items() if count > 1 and name), None)
+
+
+def _check_columns(names: Sequence[str], place: str) -> None:
+    if (name := _repeated(names)) is not None:
+        raise DataError(f"{place}: the column {name!r} comes twice, and a row has one value for it; keep one.")
+
+
 def _read_lines(lines: TextIOWrapper, name: str, bad_rows: BadRows) -> Iterator[Row]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         place = f"{name}:{number}"
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_object)
         except (RecursionError, ValueError) as error:
-            if not isinstance(error, json.JSONDecodeError):  # nested too deeply, or a number with too many digits
+            if not isinstance(error, json.JSONDecodeError):  # nested too deeply, too many digits, a repeated key
                 bad_rows.add(DataError(f"{place}: {error}; mend the line."))
                 continue
             problem = f"{place}: this line is not JSON ({error.msg} at character {error.pos + 1})"
@@ -95,7 +117,7 @@ def _read_jsonl(path: Path, name: str, bad_rows: BadRows) -> Iterator[Row]:
 def _read_json(path: Path, name: str, bad_rows: BadRows) -> Iterator[Row]:
     with _open(path, newline="\n") as file:
         try:
-            value = json.load(file)
+            value = json.load(file, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             # "Extra data" after a first whole object: JSON lines under the name .json, which is common.
             if error.msg == "Extra data":
@@ -105,6 +127,8 @@ def _read_json(path: Path, name: str, bad_rows: BadRows) -> Iterator[Row]:
             raise DataError(f"{name}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); mend it.") from error
         except UnicodeDecodeError:
             raise
+        except _RepeatedKeyError as error:
+            raise DataError(f"{name}: {error}.") from error
         except (RecursionError, ValueError) as error:  # nested too deeply, or a number with too many digits
             raise DataError(f"{name}: not JSON that can be read ({error}); mend it.") from error
     rows = value.get("data") if isinstance(value, dict) else value
@@ -127,6 +151,7 @@ def _read_csv(path: Path, name: str, bad_rows: BadRows) -> Iterator[Row]:
         try:
             header = next(reader, [])
             _check_separator(header, name)
+            _check_columns(header, f"{name}:1")
             start = reader.line_num + 1
             for cells in reader:
                 place, start = f"{name}:{start}", reader.line_num + 1
@@ -156,6 +181,7 @@ def _read_parquet(path: Path, name: str, bad_rows: BadRows) -> Iterator[Row]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _check_columns(file.schema_arrow.names, name)
             for batch in file.iter_batches(batch_size=256):
                 for fields in batch.to_pylist():
                     number += 1

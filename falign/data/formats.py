@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from falign.data.bad_rows import shown
-from falign.data.column_names import guess_columns
+from falign.data.column_names import as_mapping, guess_columns
 from falign.data.conversations import (
     Message,
     Text,
@@ -40,7 +40,7 @@ def missing_column(row: Row, name: str) -> DataError:
     guesses = guess_columns(row.fields, pair)
     if name not in guesses:
         guesses = {name: "the name in the file", **guesses}
-    remedy = "columns={" + ", ".join(f"{wanted}: {column}" for wanted, column in guesses.items()) + "}"
+    remedy = f"columns={as_mapping(guesses)}"
     return DataError(
         f"{row.place}: the column {name!r} is missing; the row has {sorted(row.fields)}. Rename it, or set {remedy}."
     )
@@ -147,6 +147,8 @@ def _ranked(row: Row) -> Example:
         raise DataError(
             f"{row.place}: {name!r} is {shown(values)}; it must be {len(texts)} numbers, one per completion."
         )
+    if ranks and not is_blank(row.fields.get("scores")):
+        _check_ranks(row, values, parsed_list(row.fields["scores"]))
     fields = [f"completions[{i}]" for i in range(len(texts))]
     completions = [read_text(text, place=row.place, field=field) for text, field in zip(texts, fields, strict=True)]
     return build_example(
@@ -157,6 +159,18 @@ def _ranked(row: Row) -> Example:
         fields=fields,
         system=_system(row),
     )
+
+
+def _check_ranks(row: Row, ranks: list[int | float], scores: Any) -> None:
+    # A column of scores may be about something else, and then it has another form.
+    if not isinstance(scores, list) or len(scores) != len(ranks) or not all(isinstance(s, int | float) for s in scores):
+        return
+    rated = list(zip(ranks, scores, strict=True))
+    if any(rank < other and score < less for rank, score in rated for other, less in rated):
+        raise DataError(
+            f"{row.place}: 'ranks' ({shown(ranks)}) and 'scores' ({shown(scores)}) disagree on which completion is "
+            "better (rank 1 is best, a larger score is better); set ignore=[scores] or ignore=[ranks], or mend one."
+        )
 
 
 def _single(row: Row, preference: tuple[float, ...] | None) -> Example:

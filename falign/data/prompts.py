@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from falign.data.bad_rows import BadRowPolicy, BadRows, require_choice, shown
 from falign.data.chat_template import Tokenizer
-from falign.data.column_names import guess_columns, looks_like_system
+from falign.data.column_names import as_mapping, guess_columns, looks_like_system
 from falign.data.conversations import Message, Text, read_messages, read_text
 from falign.data.examples import prompt_key, prompt_turns
 from falign.data.files import Row
@@ -19,7 +19,7 @@ from falign.data.recognition import refuse_unread_prompts
 from falign.data.renaming import renamed
 from falign.data.rendering import require_chat_choice
 from falign.data.serialized import is_blank, parsed_conversation
-from falign.data.sources import read_rows
+from falign.data.sources import check_split, read_rows
 from falign.data.splits import held_out_prompts
 from falign.data.tokenization import encode_prompt
 from falign.data.windows import LengthPolicy, cut_left
@@ -251,6 +251,7 @@ def _rows(source: PromptSource, bad: BadRows) -> Iterable[Row]:
     if (source.path is None) == (not source.texts):
         raise ConfigError("prompts: a source has either a path or texts; give one of the two.")
     if source.path is not None:
+        check_split(source.path, source.split)
         return read_rows(source.path, split=source.split, bad_rows=bad)
     return [Row(f"texts:{number}", {"prompt": text}) for number, text in enumerate(source.texts, start=1)]
 
@@ -260,7 +261,7 @@ def _prompt_of(row: Row, source: PromptSource) -> Text:
     unread = {name: value for name, value in row.fields.items() if name not in ("prompt", "messages", "system")}
     if source.template is not None:  # it says what the question is made of, and the other columns are for rewards
         unread = {name: value for name, value in unread.items() if looks_like_system(name)}
-    refuse_unread_prompts(unread, [prompt], row.place, rewarded=True)
+    refuse_unread_prompts(unread, [prompt], row.place, present=row.fields, rewarded=True)
     if isinstance(prompt, str) and not (source.chat or system):
         if not prompt.strip():
             raise DataError(f"{row.place}: the prompt is empty; it must contain text: mend the row or remove it.")
@@ -313,5 +314,5 @@ def _raw_prompt(row: Row, template: str | None) -> Text:
     guess = guess_columns(row.fields, ("prompt",)).get("prompt", "question")
     raise DataError(
         f"{row.place}: there is no column 'prompt'; the row has {sorted(row.fields)}. Say what the prompt is made of: "
-        f"template='{{{guess}}}', or columns={{prompt: {guess}}}."
+        f"template='{{{guess}}}', or columns={as_mapping({'prompt': guess})}."
     )

@@ -6,14 +6,14 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from falign.data.bad_rows import BadRows, require_choice, shown
-from falign.data.column_names import guess_columns, looks_like_prompt, looks_like_system
+from falign.data.column_names import as_list, as_mapping, guess_columns, looks_like_prompt, looks_like_system
 from falign.data.conversations import Text, looks_like_hh
 from falign.data.examples import Example
 from falign.data.files import Row
 from falign.data.formats import COLUMNS, FORMATS, PAIR, columns_read, missing_column
 from falign.data.renaming import renamed
 from falign.data.serialized import is_blank, parsed_conversation
-from falign.data.sources import DataSource, read_rows
+from falign.data.sources import DataSource, check_split, read_rows
 from falign.errors import ConfigError, DataError
 
 __all__ = ["RowReader", "read_examples", "recognize"]
@@ -61,9 +61,9 @@ def _recognize_without_prompt(row: Row) -> str:
     guess = guesses.get("prompt") or next((name for name in texts if name not in guesses.values()), None)
     if guess:
         looks = "looks like one" if "prompt" in guesses else "holds text"
-        columns = ", ".join(f"{name}: {column}" for name, column in {**guesses, "prompt": guess}.items())
+        columns = as_mapping({**guesses, "prompt": guess})
         raise DataError(
-            f"{row.place}: there is no column 'prompt', but {guess!r} {looks}; set columns={{{columns}}}, "
+            f"{row.place}: there is no column 'prompt', but {guess!r} {looks}; set columns={columns}, "
             "or format=implicit if the prompt is the common beginning of 'chosen' and 'rejected'."
         )
     return "implicit"
@@ -136,7 +136,7 @@ class RowReader:
             )
         unread = {name: row.fields[name] for name in row.fields.keys() - columns_read(self.format, row)}
         if self._auto or self.format != "implicit" or example.conversational:
-            refuse_unread_prompts(unread, [example.prompt, *example.completions], row.place)
+            refuse_unread_prompts(unread, [example.prompt, *example.completions], row.place, present=row.fields)
         self._unused |= dict.fromkeys(name for name in row.fields if name in unread)
         return example
 
@@ -148,7 +148,12 @@ class RowReader:
 
 
 def refuse_unread_prompts(
-    unread: Mapping[str, Any], read: Collection[Text], place: str, *, rewarded: bool = False
+    unread: Mapping[str, Any],
+    read: Collection[Text],
+    place: str,
+    *,
+    present: Mapping[str, Any],
+    rewarded: bool = False,
 ) -> None:
     """Refuse a row whose prompt, or a part of it, is in a column that is not read.
 
@@ -158,6 +163,7 @@ def refuse_unread_prompts(
         unread: The columns that were not read.
         read: The texts and conversations that were.
         place: The row, for messages.
+        present: All columns of the row.
         rewarded: Whether unread columns go to rewards, which may well read a question: then only a system turn and a
             conversation are refused.
 
@@ -175,9 +181,14 @@ def refuse_unread_prompts(
         missing = next((text for text in _contents(value) if "".join(text.split()) not in said), None)
         if missing is not None:
             part = "a system turn" if kind == "system" else "the prompt, or a part of it,"
+            remedy = f"columns={as_mapping({kind: name})}"
+            if not is_blank(present.get(kind)):
+                remedy = f"{remedy} and ignore={as_list([kind])} if it stands for {kind!r}; join both in the file; "
+                remedy += f"or set ignore={as_list([name])} if it is not part of the prompt."
+            else:
+                remedy += f", or ignore={as_list([name])} if it is not part of the prompt."
             raise DataError(
-                f"{place}: the column {name!r} looks like {part} and is not read ({shown(missing)}); set "
-                f"columns={{{kind}: {name}}}, or ignore=[{name}] if it is not part of the prompt."
+                f"{place}: the column {name!r} looks like {part} and is not read ({shown(missing)}); set {remedy}"
             )
 
 
@@ -206,6 +217,7 @@ def read_examples(
     """
     reader = reader or RowReader.of(source)
     bad_rows = bad_rows or BadRows()
+    check_split(source.path, source.split)
     for row in read_rows(source.path, split=source.split, bad_rows=bad_rows):
         try:
             example = reader.read(row)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from falign.data.bad_rows import shown
+from falign.data.column_names import as_list, as_mapping
 from falign.data.files import Row
+from falign.data.serialized import is_blank
 from falign.errors import DataError
 
 __all__ = ["renamed", "without_turn_keys"]
@@ -20,10 +23,18 @@ def renamed(row: Row, columns: Mapping[str, str], *, ignore: Collection[str] = (
         ignore: Columns that are left out, and keys that turns lose.
 
     Raises:
-        DataError: The row has no such column.
+        DataError: The row has no such column, or another one under the new name, which would be lost.
     """
     taken = {name: _found(row, name, column) for name, column in columns.items()}
     left_out = {*columns.values(), *ignore}
+    for name, value in taken.items():
+        lost = row.fields.get(name)
+        if name not in left_out and not is_blank(lost) and lost != value:
+            raise DataError(
+                f"{row.place}: columns={as_mapping({name: columns[name]})} would replace the column {name!r} "
+                f"({shown(lost)}), which the row has, too; name that in ignore ({as_list([name])}) to leave it out, or "
+                "in columns under another name."
+            )
     kept = {name: value for name, value in row.fields.items() if name not in left_out}
     fields = kept | taken
     return Row(
@@ -47,7 +58,7 @@ def _found(row: Row, name: str, column: str) -> Any:
     for part in column.split("."):
         if not isinstance(value, Mapping) or part not in value:
             raise DataError(
-                f"{row.place}: columns={{{name}: {column}}} names a column that is missing; "
+                f"{row.place}: columns={as_mapping({name: column})} names a column that is missing; "
                 f"the row has {sorted(row.fields)}."
             )
         value = value[part]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from falign.data.bad_rows import BadRows, nearest
 from falign.data.files import FILE_SUFFIXES, Row, read_file
 from falign.errors import ConfigError, DataError
 
-__all__ = ["DEMOS", "DataSource", "place_in_source", "read_rows"]
+__all__ = ["DEMOS", "DataSource", "check_split", "place_in_source", "read_rows"]
 
 DEMOS: dict[str, Path] = {
     "demo:polite-preference": Path(__file__).parent / "embedded" / "polite-preference.jsonl.gz",
     "demo:one-digit-arithmetic": Path(__file__).parent / "embedded" / "one-digit-arithmetic",
 }
 """Data sets inside the package, by the path that names them: a file, or a folder with a file per split."""
+
+_SHARD = re.compile(r"[-_.]\d+(-of-\d+)?(-[0-9a-f]{16})?$")  # of a table in several files
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -100,6 +102,25 @@ def place_in_source(place: str, source: DataSource) -> str:
     return place.removeprefix(str(Path(source.path)))
 
 
+def check_split(path: str, split: str) -> None:
+    """Refuse a split of a single file, unless the file bears its name.
+
+    Args:
+        path: As ``DataSource.path``.
+        split: As ``DataSource.split``; ``"train"`` is also the split of a source that names none.
+
+    Raises:
+        DataError: The split cannot be chosen.
+    """
+    file = DEMOS.get(path, Path(path))
+    named = re.search(rf"(?<![A-Za-z0-9]){re.escape(split)}(?![A-Za-z0-9])", file.name)
+    if split != "train" and not named and file.is_file():
+        raise DataError(
+            f"{path}: split={split!r} cannot be chosen: this is one file, which has no splits; leave split out, "
+            "or give the file of that split."
+        )
+
+
 def _not_found(path: Path) -> str:
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     guess = nearest(path.name, siblings)
@@ -123,8 +144,21 @@ def _read_folder(folder: Path, split: str, bad_rows: BadRows, *, name: str | Non
             f"{name or folder}: no data file is named after the split {split!r}; found {found}. "
             "Give the path of a file, or the split that a file's name begins with."
         )
+    _check_one_split(chosen, split, name or str(folder))
     for file in chosen:
         yield from read_file(file, bad_rows=bad_rows, name=f"{name}[{split}]" if name else None)
+
+
+def _check_one_split(files: Sequence[Path], split: str, name: str) -> None:
+    """Refuse files that are no parts of one table: of several splits, or one split in several types."""
+    suffixes = {file: next(s for s in FILE_SUFFIXES if file.name.lower().endswith(s)) for file in files}
+    stems = {_SHARD.sub("", file.name[: -len(suffix)]) for file, suffix in suffixes.items()}
+    choices = stems if len(stems) > 1 else {file.name for file in files} if len(set(suffixes.values())) > 1 else set()
+    if choices:
+        raise DataError(
+            f"{name}: the split {split!r} may be any of {', '.join(sorted(choices))}: give the path of a file (each as "
+            "a source of its own where all are wanted), or a split that names only one of them."
+        )
 
 
 def _load_saved(folder: Path, split: str) -> Any:

@@ -114,3 +114,21 @@ def test_a_parquet_file_whose_pages_are_spoilt_is_named(tmp_path, place):
 
 def test_suffix_is_told_behind_gz(tmp_path):
     assert [data_suffix(tmp_path / name) for name in ("a.jsonl.gz", "a.b.JSON", "a")] == [".jsonl", ".json", ""]
+
+
+def test_a_column_that_comes_twice_is_refused(tmp_path):
+    csv, parquet, lines, whole = (tmp_path / f"x{suffix}" for suffix in (".csv", ".parquet", ".jsonl", ".json"))
+    csv.write_text("prompt,chosen,rejected,chosen\nq,good,bad,other\n")
+    columns = [pyarrow.array([text]) for text in ("q", "good", "bad", "other")]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_arrays(columns, names=["prompt", "chosen", "rejected", "chosen"]), parquet
+    )
+    row = '{"prompt": "q", "chosen": "good", "rejected": "bad", "chosen": "other"}'
+    lines.write_text('{"prompt": "q"}\n' + row + "\n")
+    whole.write_text(f"[{row}]")
+    for path, place in ((csv, "x.csv:1"), (parquet, "x.parquet"), (lines, "x.jsonl:2"), (whole, "x.json")):
+        with pytest.raises(DataError, match=rf"{place}: the (column|key) 'chosen' comes twice.*keep one"):
+            read(path)
+    assert [each.fields for each in read(lines, "skip")] == [{"prompt": "q"}]  # one bad row, the others stay
+    with pytest.raises(DataError, match="the column 'chosen' comes twice"):
+        read(csv, "skip")

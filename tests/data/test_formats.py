@@ -208,3 +208,58 @@ def test_common_prefix_is_never_guessed_inside_hh_dialogues():
     fields = {"chosen": "\n\nHuman: q\n\nAssistant: ab", "rejected": "\n\nHuman: q\n\nAssistant: ac"}
     with pytest.raises(DataError, match="'chosen' is a dialogue in HH-RLHF's layout, not one text; set format=hh"):
         read(fields, "implicit")
+
+
+HH = "\n\nHuman: Name a color.\n\nAssistant: Warm?\n\nHuman: No.\n\nAssistant:"
+TURNS = [
+    {"role": "user", "content": "Name a color."},
+    {"role": "assistant", "content": "Warm?"},
+    {"role": "user", "content": "No."},
+]
+
+
+def test_dialogues_with_the_line_ends_of_windows_are_dialogues():
+    row = {side: (HH + text).replace("\n", "\r\n") for side, text in (("chosen", " Blue."), ("rejected", " Table."))}
+    reader = RowReader()
+    example = reader.read(Row("x:1", row))
+    assert reader.format == "hh"
+    assert example.prompt == TURNS
+    assert [turns[0]["content"] for turns in example.completions] == ["Blue.", "Table."]
+
+
+@pytest.mark.parametrize("prompt", [HH, HH.lstrip() + " ", HH.replace("\n", "\r\n"), HH.removesuffix("\n\nAssistant:")])
+def test_a_prompt_in_hh_becomes_its_turns_where_plain_texts_are_turns(prompt):
+    row = Row("x:1", {"prompt": prompt, "chosen": " Blue.", "rejected": " Table."})
+    example = RowReader(chat=True).read(row)
+    assert example.prompt == TURNS
+    assert [turns[0]["content"] for turns in example.completions] == ["Blue.", "Table."]
+    assert RowReader(chat=False).read(row).prompt == prompt  # continued as it stands
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("prompt", ["Name a color.", HH])
+def test_whole_dialogues_beside_a_prompt_are_refused(prompt, chat):
+    row = {"prompt": prompt, "chosen": HH + " Blue.", "rejected": HH + " Table."}
+    with pytest.raises(DataError, match=r"x:1: 'chosen' is a whole dialogue .*format=hh"):
+        RowReader(chat=chat).read(Row("x:1", row))
+    assert RowReader("hh", ignore=["prompt"]).read(Row("x:1", row)).prompt == TURNS
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_plain_completions_that_repeat_the_prompt_are_refused(chat):
+    question = "Q: 1 + 1?\nA:"
+    pair = {"prompt": question, "chosen": f"{question} 2", "rejected": f"{question} 3"}
+    single = {"prompt": question, "completion": f"{question} 2"}
+    for row in (pair, single):
+        with pytest.raises(DataError, match=r"x:1: .* begin.? with the whole prompt \('Q: 1 \+ 1\?.*cut it off"):
+            RowReader(chat=chat).read(Row("x:1", row))
+    RowReader(chat=chat).read(Row("x:1", {**pair, "rejected": " 3"}))  # one that quotes the question
+    RowReader(chat=chat).read(Row("x:1", {"prompt": "Say", "chosen": "Say please.", "rejected": "Say it."}))
+
+
+def test_ranks_and_scores_that_contradict_each_other_are_refused():
+    row = {"prompt": "q ", "completions": ["a", "b", "c"], "ranks": [1, 2, 3], "scores": [0.9, 0.5, 0.5]}
+    assert RowReader().read(Row("x:1", row)).preference == (-1, -2, -3)
+    with pytest.raises(DataError, match=r"x:1: 'ranks' \(\[1, 2, 3\]\) and 'scores' .* disagree .*ignore=\[scores\]"):
+        RowReader().read(Row("x:1", {**row, "scores": [0.1, 0.5, 0.9]}))
+    assert RowReader(ignore=["scores"]).read(Row("x:1", {**row, "scores": [0.1, 0.5, 0.9]})).preference == (-1, -2, -3)

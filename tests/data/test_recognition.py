@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from falign.cli.data import column_mapping
 from falign.data import BadRows, DataSource, Row, RowReader, read_examples
 from falign.data.formats import FORMATS
 from falign.data.recognition import recognize
@@ -87,3 +88,28 @@ def test_plain_texts_become_turns_where_the_source_is_a_chat(write_rows):
     (example,) = read_examples(source)
     assert example.prompt == [{"role": "user", "content": "hi"}]
     assert example.completions == ([{"role": "assistant", "content": "ho"}],)
+
+
+def test_a_column_that_another_would_replace_is_refused_or_ignored():
+    row = Row("x:1", {**PAIR, "prompt": "You are brief.", "question": "q"})
+    with pytest.raises(DataError, match=r"x:1: columns=\{prompt: question\} would replace the column 'prompt' "):
+        RowReader("auto", {"prompt": "question"}).read(row)
+    assert RowReader("auto", {"prompt": "question"}, ignore=["prompt"]).read(row).prompt == "q"
+    assert RowReader("auto", {"prompt": "question", "system": "prompt"}).read(row).prompt == [
+        {"role": "system", "content": "You are brief."},
+        {"role": "user", "content": "q"},
+    ]
+    swapped = RowReader("auto", {"chosen": "rejected", "rejected": "chosen"}).read(Row("x:1", PAIR))
+    assert swapped.completions == ("b", "a")
+    same = RowReader("auto", {"prompt": "question"}).read(Row("x:1", {**PAIR, "question": "q", "prompt": ""}))
+    assert same.prompt == "q"
+
+
+@pytest.mark.parametrize("name", [" prompt", "user: text", "the, prompt", "#prompt", "prompt}", "prompt?"])
+def test_a_column_is_named_as_a_run_file_takes_it(name):
+    row = Row("x:1", {name: "a question", "chosen": "so a", "rejected": "so b"})
+    with pytest.raises(DataError) as caught:
+        RowReader().read(row)
+    columns = re.search(r"columns=(\{.*?\}), or format=implicit", str(caught.value))
+    assert columns is not None, caught.value
+    assert RowReader("auto", column_mapping(columns[1])).read(row).prompt == "a question"

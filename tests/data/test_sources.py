@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from falign.data import DataSource, Row, read_rows
+from falign.data import DataSource, PromptSource, Row, load_prompts, read_examples, read_rows
 from falign.errors import ConfigError, DataError
+from tests.models.tiny import tiny_tokenizer
 
 ROWS = [{"prompt": "p", "chosen": "a"}, {"prompt": "q", "chosen": "b"}]
 
@@ -52,6 +53,33 @@ def test_folder_of_files_is_read_by_split_in_order(tmp_path):
         DataError, match=r"no data file is named after the split 'dev'; found test\.json, train-00000\.jsonl"
     ):
         list(read_rows(tmp_path, split="dev"))
+
+
+def test_files_of_several_names_are_not_joined_into_one_split(tmp_path):
+    for name in ("train_sft-00000-of-00002.jsonl", "train_sft-00001-of-00002.jsonl", "train_prefs.jsonl", "train.json"):
+        (tmp_path / name).write_text(json.dumps({"prompt": name}) + "\n")
+    with pytest.raises(DataError, match=r"the split 'train' may be any of train, train_prefs, train_sft: .*path of a"):
+        list(read_rows(tmp_path))
+    assert [row.fields["prompt"] for row in read_rows(tmp_path, split="train_sft")] == [
+        "train_sft-00000-of-00002.jsonl",
+        "train_sft-00001-of-00002.jsonl",
+    ]
+    (tmp_path / "test.jsonl").write_text("{}\n")
+    (tmp_path / "test.csv").write_text("prompt\nq\n")
+    with pytest.raises(DataError, match=r"the split 'test' may be any of test\.csv, test\.jsonl"):
+        list(read_rows(tmp_path, split="test"))
+
+
+def test_a_split_of_a_file_that_has_none_is_refused(write_rows):
+    path = write_rows(*ROWS, name="pairs.jsonl")
+    for source in (path, "demo:polite-preference"):
+        with pytest.raises(DataError, match=r": split='test' cannot be chosen: this is one file, .*leave split out"):
+            list(read_examples(DataSource(source, split="test")))
+        with pytest.raises(DataError, match="split='test' cannot be chosen"):
+            load_prompts([PromptSource(source, split="test")], tiny_tokenizer(), max_length=99)
+    test = write_rows(*ROWS, name="my_test.jsonl")
+    pairs = DataSource(test, split="test", format="completion", columns={"completion": "chosen"})
+    assert len(list(read_examples(pairs))) == 2
 
 
 def test_hub_name_without_network_says_so(monkeypatch):
