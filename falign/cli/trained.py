@@ -103,7 +103,8 @@ def load_trained(folder: RunFolder, checkpoint: int | None = None, *, trust_code
 
     Raises:
         ConfigError: The run is not finished, has no such checkpoint, or names code for its model that is not trusted.
-        ModelError: The base model, its configuration or its tokens are not those that were trained with.
+        ModelError: The base model, its configuration or its tokens are not those that were trained with, or what was
+            trained is damaged.
     """
     from falign.models import load_adapter, load_model, load_tokenizer, weights_hash
     from falign.models.tokenizers import fix_date
@@ -115,6 +116,7 @@ def load_trained(folder: RunFolder, checkpoint: int | None = None, *, trust_code
         source = checkpoint_folder(folder, checkpoint)
     if not source.is_dir():
         raise ConfigError(f"{folder.path} has no trained model yet: finish it by `falign train ... --resume`.")
+    folder.require_own_model(source)
     if config.adapter is None:
         model = load_model(
             source,

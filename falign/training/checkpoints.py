@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +31,13 @@ __all__ = [
     "seal",
     "step_of",
     "sync_logs",
+    "weight_sums",
     "why_damaged",
 ]
 
 SEAL = "checksums.json"
 DAMAGED = "damaged-"
+WEIGHTS = frozenset({".safetensors", ".bin"})
 LOGS = ("metrics.jsonl", "completions.jsonl")
 
 
@@ -83,13 +85,16 @@ def seal(folder: Path, *, run: str, step: int, logs: Mapping[str, LogMark]) -> N
     (folder / SEAL).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
 
 
-def why_damaged(folder: Path, *, run: str | None = None, contents: bool = True) -> str | None:
+def why_damaged(
+    folder: Path, *, run: str | None = None, contents: bool = True, unread: Collection[str] = ()
+) -> str | None:
     """Return what is wrong with a checkpoint; None where it is as it was sealed.
 
     Args:
         folder: The checkpoint.
         run: The identifier of the run that it has to be of; any run where None.
         contents: Whether all files are read, or only their sizes compared.
+        unread: Files of which the size is enough in any case.
     """
     try:
         sealed = _Seal.model_validate_json((folder / SEAL).read_bytes())
@@ -99,10 +104,10 @@ def why_damaged(folder: Path, *, run: str | None = None, contents: bool = True) 
         return "it belongs to another run"
     if sealed.step != step_of(folder):
         return f"it is the checkpoint of step {sealed.step}"
-    return _first_damaged(folder, sealed.files, contents=contents)
+    return _first_damaged(folder, sealed.files, unread=unread if contents else sealed.files)
 
 
-def _first_damaged(folder: Path, files: Mapping[str, _Sum], *, contents: bool) -> str | None:
+def _first_damaged(folder: Path, files: Mapping[str, _Sum], *, unread: Collection[str]) -> str | None:
     there = _files(folder)
     if unnamed := sorted(there.keys() - files.keys()):
         return f"{unnamed[0]} is not in {SEAL}"
@@ -112,9 +117,14 @@ def _first_damaged(folder: Path, files: Mapping[str, _Sum], *, contents: bool) -
         size = there[name].stat().st_size
         if size != written.bytes:
             return f"{name} has {size:,} of {written.bytes:,} bytes"
-        if contents and _checksum(there[name]) != written.sha256:
+        if name not in unread and _checksum(there[name]) != written.sha256:
             return f"{name} has other content than was written"
     return None
+
+
+def weight_sums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of weights in a folder."""
+    return {name: _checksum(file) for name, file in _files(folder).items() if file.suffix in WEIGHTS}
 
 
 def log_marks(checkpoint: Path) -> dict[str, LogMark]:

@@ -370,6 +370,7 @@ def _write_model(folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer
     if isinstance(trainer.policy, PeftModel):
         recorded = RecordedBase(weights=trainer.record["base_weights"], storage=trainer.record["base_storage"])
         export_adapter(trainer.policy, language.tokenizer, folder.adapter, base=recorded, overwrite=True)
+        folder.record_model(folder.adapter)
     else:
         assert isinstance(trainer.policy, PreTrainedModel)
         export_merged(
@@ -380,3 +381,4 @@ def _write_model(folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer
             trust_remote_code=config.model.trust_remote_code,
             overwrite=True,
         )
+        folder.record_model(folder.weights)

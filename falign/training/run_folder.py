@@ -17,11 +17,11 @@ from typing import Any
 import yaml
 
 from falign.durable import remove_leftovers, sync_file, write_whole
-from falign.errors import ConfigError, TrainingError
+from falign.errors import ConfigError, ModelError, TrainingError
 from falign.json_lines import read_journal
 from falign.passwords import without_passwords
 from falign.plain_yaml import plain_yaml
-from falign.training.checkpoints import checkpoints, holds, log_marks, newest_whole, step_of
+from falign.training.checkpoints import checkpoints, holds, log_marks, newest_whole, step_of, weight_sums, why_damaged
 from falign.training.config import RunConfig
 from falign.training.run_inputs import RunInputs, RunRows
 from falign.training.run_lock import LOCK, RunLock
@@ -56,6 +56,9 @@ FINISHED = ("summary.json", "samples.json")
 
 LEFT = frozenset({LOCK})
 """All that there is of a run that was killed before it wrote its first file."""
+
+NO_WEIGHTS = frozenset({"optimizer.pt", "scheduler.pt"})
+"""Files of a checkpoint that its model does not need."""
 
 PACKAGES = ("falign", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl")
 
@@ -336,6 +339,35 @@ class RunFolder:
     def write_rows(self, rows: RunRows) -> None:
         """Write the digests of the run's rows; the manifest, which has their hash, comes after them."""
         self._write("rows.txt", rows.text)
+
+    def record_model(self, trained: Path) -> None:
+        """Record what the weights in a folder are that training came to, the last thing that the manifest needs."""
+        self.write_json("manifest.json", {**self.read_json("manifest.json"), "trained": weight_sums(trained)})
+
+    def require_own_model(self, trained: Path) -> None:
+        """Refuse a checkpoint, or the weights that training came to, where they are damaged or of another run.
+
+        Args:
+            trained: Their folder.
+
+        Raises:
+            ModelError: With the file that differs, and the remedy.
+        """
+        if trained in checkpoints(self.path):
+            run = self.read_inputs()["run"]
+            if (reason := why_damaged(trained, run=run, unread=NO_WEIGHTS)) is not None:
+                raise ModelError(f"{trained} is damaged ({reason}): restore it, or name another checkpoint.")
+            return
+        recorded = self.read_manifest().get("trained")
+        if recorded is None:  # finished before falign recorded it
+            return
+        found = weight_sums(trained)
+        name = next((name for name in sorted(recorded | found) if recorded.get(name) != found.get(name)), None)
+        if name is not None:
+            raise ModelError(
+                f"{trained / name} is not what {self.path} has trained (its checksum is not that of manifest.json): "
+                f"restore it, or remove {trained} and `{self.resume_command}` writes it anew."
+            )
 
     def read_json(self, name: str) -> Any:
         """Return one JSON file.

@@ -289,7 +289,7 @@ def test_what_is_measured_otherwise_is_not_drawn_together(falign, folder, evalua
         (("tiny",), "which results would go into: give --out DIR"),
         (("tiny", "--out", "out"), "is not a run folder and has no prompts: give --prompts FILE"),
         (("tiny", "--out", "out", "--prompts", "prompts.jsonl"), "is not a run folder and has no rewards"),
-        (("tiny", "--out", "out", "--checkpoint", 3), "--checkpoint is of runs"),
+        (("tiny", "--out", "out", "--checkpoint", 3), "--checkpoint applies to runs"),
         (("online", "--template", "{prompt}"), "--template belongs to --prompts"),
         (("online", "--dtype", "float32"), "is a run, which has its own"),
         (("online", "--name", "a/b"), "must be the name of a folder"),

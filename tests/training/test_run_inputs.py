@@ -254,6 +254,34 @@ def test_a_finished_run_is_used_with_the_tokens_that_it_was_trained_with(finishe
         shutil.copytree(tmp_path / "kept", model, dirs_exist_ok=True)
 
 
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_what_was_trained_is_refused_where_it_is_damaged_or_of_another_run(finished, tmp_path):
+    run, _ = finished
+    kept = RunFolder(shutil.copytree(run.path, tmp_path / "copy"))
+    trained, name = (
+        (kept.adapter, "adapter_model.safetensors") if kept.adapter.is_dir() else (kept.weights, "model.safetensors")
+    )
+    load_trained(kept)
+    load_trained(kept, checkpoint=2)
+    shutil.copy(kept.path / "checkpoint-2" / name, trained / name)
+    with pytest.raises(ModelError, match=rf"{name} is not what {kept.path} has trained"):
+        load_trained(kept)
+    shutil.rmtree(trained)
+    train(load_run_file(kept.run_file), console=Console(quiet=True), resume=True)  # as the message says
+    load_trained(kept)
+    flip_a_bit(trained / name)
+    with pytest.raises(ModelError, match=name):
+        load_trained(kept)
+    flip_a_bit(kept.path / "checkpoint-2" / name)
+    with pytest.raises(ModelError, match=rf"checkpoint-2 is damaged \({name} has other content"):
+        load_trained(kept, checkpoint=2)
+
+
 def test_what_a_path_names_may_move_as_long_as_its_content_is_the_same(place, whole, tmp_path):
     kept, folder = copied(place, "offline", tmp_path / "copy"), place["folder"]
     for name in ("model", "reference"):
