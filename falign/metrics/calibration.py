@@ -17,7 +17,7 @@ import evaluate
 import numpy as np
 from typing_extensions import override
 
-from falign.metrics.intervals import Array, Numbers
+from falign.metrics.numbers import Array, Numbers, float_array
 
 __all__ = [
     "Binning",
@@ -54,7 +54,7 @@ class CalibrationSummary(NamedTuple):
 
 def probabilities(margins: Numbers) -> Array:
     """Return σ(m): the probability that the first is preferred, by Bradley and Terry."""
-    return np.exp(-np.logaddexp(0.0, -np.asarray(margins, dtype=np.float64)))
+    return np.exp(-np.logaddexp(0.0, -float_array(margins, "margins")))
 
 
 def sided(probability: Array, label: Array) -> tuple[Array, Array]:
@@ -91,7 +91,7 @@ def reliability_curve(
         >>> reliability_curve([0.5, 0.875, 0.9375, 1.0], [0.0, 1.0, 1.0, 0.5], num_bins=2)[1]
         ReliabilityBin(confidence=0.9375, accuracy=0.8333333333333334, count=3)
     """
-    confidence, right = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
+    confidence, right = float_array(confidence, "confidence"), float_array(right, "right")
     _check(confidence, "confidence", low=lowest)
     _check(right, "right")
     _check_lengths(confidence, right)
@@ -131,7 +131,7 @@ def brier_score(probability: Numbers, label: Numbers) -> float:
         >>> brier_score([0.5, 0.8], [1.0, 1.0])
         0.145
     """
-    p, y = np.asarray(probability, dtype=np.float64), np.asarray(label, dtype=np.float64)
+    p, y = float_array(probability, "probability"), float_array(label, "label")
     _check(p, "probability")
     _check(y, "label")
     _check_lengths(p, y)
@@ -165,8 +165,8 @@ def calibration(
         >>> print(f"{summary.ece:.3f} {summary.brier:.3f}")
         0.161 0.264
     """
-    margins = np.asarray(margins, dtype=np.float64)
-    labels = np.ones_like(margins) if labels is None else np.asarray(labels, dtype=np.float64)
+    margins = float_array(margins, "margins")
+    labels = np.ones_like(margins) if labels is None else float_array(labels, "labels")
     if np.isnan(margins).any():
         raise ValueError(f"margins[{int(np.isnan(margins).argmax())}] is nan; leave out pairs without rewards.")
     probability = probabilities(margins)

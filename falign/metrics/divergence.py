@@ -12,6 +12,7 @@ from typing import Literal
 
 import datasets
 import evaluate
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -19,7 +20,8 @@ from typing_extensions import override
 from falign import divergences
 from falign.divergences import Divergence, estimators
 from falign.divergences.powers import power
-from falign.metrics.intervals import Array, Indices, Interval, Numbers, bootstrap
+from falign.metrics.intervals import Indices, Interval, bootstrap
+from falign.metrics.numbers import Array, Numbers, float_array
 
 __all__ = ["DivergenceFromReference", "Samples", "divergence_estimates", "divergence_values"]
 
@@ -78,7 +80,7 @@ def divergence_values(
     reference, _ = _padded(reference_logprobs, "reference_logprobs", like=logprobs)
     law = {"policy": policy, "reference": reference}.get(samples)
     if law is None:
-        law, _ = _padded(old_logprobs or [], "old_logprobs", like=logprobs)
+        law, _ = _padded([] if old_logprobs is None else old_logprobs, "old_logprobs", like=logprobs)
     log_ratio, log_weight = policy - reference, policy - law
     whole, whole_weight = log_ratio.sum(dim=-1), log_weight.sum(dim=-1)
     before = power(log_weight.cumsum(dim=-1) - log_weight)
@@ -187,16 +189,17 @@ def _padded(rows: Rows, name: str, *, like: Rows) -> tuple[Tensor, Tensor]:
     """Rows as one tensor with zeros behind them, and where they have values."""
     if len(rows) != len(like) or len(like) == 0:
         raise ValueError(f"{name} has {len(rows)} completions and logprobs {len(like)}; give one or more of both.")
-    for i, (row, other) in enumerate(zip(rows, like, strict=True)):
+    arrays = [float_array(row, f"{name}[{i}]") for i, row in enumerate(rows)]
+    for i, (row, other) in enumerate(zip(arrays, like, strict=True)):
         if len(row) != len(other) or len(row) == 0:
             raise ValueError(
                 f"{name}[{i}] has {len(row)} tokens and logprobs[{i}] {len(other)}; give one or more, and as many."
             )
-    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.float64)
-    mask = torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-    padded[mask] = torch.tensor([value for row in rows for value in row], dtype=torch.float64)
+    padded = torch.zeros(len(arrays), max(map(len, arrays)), dtype=torch.float64)
+    mask = torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in arrays])[:, None]
+    padded[mask] = torch.from_numpy(np.concatenate(arrays))
     finite = torch.isfinite(padded)
     if not finite.all():
         i, t = (~finite).nonzero()[0].tolist()
-        raise ValueError(f"{name}[{i}][{t}] is {rows[i][t]}; it must be finite: every law here can draw every token.")
+        raise ValueError(f"{name}[{i}][{t}] is {arrays[i][t]}; it must be finite: every law here can draw every token.")
     return padded, mask

@@ -12,8 +12,9 @@ import evaluate
 import numpy as np
 from typing_extensions import override
 
-from falign.metrics.intervals import Array, Interval, Numbers, bootstrap
+from falign.metrics.intervals import Interval, bootstrap
 from falign.metrics.ngrams import ngrams, tokens
+from falign.metrics.numbers import Array, Numbers, float_array
 
 __all__ = ["Entropy", "completion_entropy", "plug_in_entropy", "token_entropy"]
 
@@ -129,9 +130,11 @@ class Entropy(evaluate.Metric):
 
 
 def _sums(entropies: Sequence[Numbers]) -> tuple[Array, Array]:
-    for i, row in enumerate(entropies):
+    rows = [float_array(row, f"entropies[{i}]") for i, row in enumerate(entropies)]
+    for i, row in enumerate(rows):
         if len(row) == 0:
             raise ValueError(f"entropies[{i}] is empty; a completion has one or more tokens, the stop token included.")
-        if not min(row) >= 0 or any(math.isnan(value) for value in row):
-            raise ValueError(f"entropies[{i}] has {min(row)} or nan; the entropy of a distribution is 0 or more.")
-    return np.array([math.fsum(row) for row in entropies]), np.array([float(len(row)) for row in entropies])
+        if not (row >= 0).all():
+            worst = row[~(row >= 0)][0]
+            raise ValueError(f"entropies[{i}] has {worst}; the entropy of a distribution is 0 or more.")
+    return np.array([math.fsum(row) for row in rows]), np.array([float(len(row)) for row in rows])

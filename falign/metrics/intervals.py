@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence, Sized
 from statistics import NormalDist
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "Indices", "Interval", "Intervals", "Numbers", "bootstrap", "normal_quantile", "wilson"]
+from falign.metrics.numbers import Array
 
-Array = NDArray[np.float64]
+__all__ = ["Indices", "Interval", "Intervals", "bootstrap", "normal_quantile", "wilson"]
+
 Indices = NDArray[np.int64]
-Numbers = Sequence[float | int] | NDArray[Any]
 
 
 class Interval(NamedTuple):

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from falign.metrics.intervals import Array, Interval, Numbers, bootstrap
+from falign.metrics.intervals import Interval, bootstrap
+from falign.metrics.numbers import Array, Numbers, float_array
 from falign.rewards import groups
 
 __all__ = ["PassAtK", "pass_at_k", "pass_at_k_per_prompt"]
@@ -41,13 +42,13 @@ def pass_at_k_per_prompt(rewards: Sequence[Numbers], k: int, *, pass_reward: flo
         raise ValueError("pass_reward is nan, which no reward reaches or misses; give a number.")
     estimates = []
     for i, row in enumerate(rewards):
-        if not 1 <= k <= len(row):
-            raise ValueError(f"rewards[{i}] has {len(row)} samples; pass@{k} needs k from 1 to their number.")
-        values = torch.as_tensor(row, dtype=torch.float64)
+        values = torch.from_numpy(float_array(row, f"rewards[{i}]"))
+        if not 1 <= k <= len(values):
+            raise ValueError(f"rewards[{i}] has {len(values)} samples; pass@{k} needs k from 1 to their number.")
         if values.isnan().any():
-            raise ValueError(f"rewards[{i}] is {list(row)}; leave out the samples without a value.")
-        passed = (groups.pass_rates(values, threshold=pass_reward) * len(row)).round().long()
-        estimates.append(groups.pass_at_k(len(row), passed, k).item())
+            raise ValueError(f"rewards[{i}] is {values.tolist()}; leave out the samples without a value.")
+        passed = (groups.pass_rates(values, threshold=pass_reward) * len(values)).round().long()
+        estimates.append(groups.pass_at_k(len(values), passed, k).item())
     return np.array(estimates)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from falign.metrics.intervals import Array, Interval, Numbers, bootstrap
+from falign.metrics.intervals import Interval, bootstrap
+from falign.metrics.numbers import Array, Numbers, float_array
 from falign.objectives.pairs import accuracies, pairs_of
 
 __all__ = ["RewardAccuracy", "outcomes", "pair_outcomes", "reward_accuracy", "top1_accuracy"]
@@ -33,9 +34,9 @@ def outcomes(first: Numbers, second: Numbers) -> Array:
         >>> outcomes([2.0, 1.0, 0.0], [1.0, 1.0, 3.0]).tolist()
         [1.0, 0.5, 0.0]
     """
-    if len(first) != len(second):
-        raise ValueError(f"{len(first)} rewards are compared with {len(second)}; give as many of both.")
-    a, b = torch.as_tensor(first, dtype=torch.float64), torch.as_tensor(second, dtype=torch.float64)
+    a, b = torch.from_numpy(float_array(first, "first")), torch.from_numpy(float_array(second, "second"))
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} rewards are compared with {len(b)}; give as many of both.")
     size = torch.maximum(a.abs(), b.abs())
     # Infinite rewards are equal or not, and their differences have no rounding.
     return accuracies(torch.where(a == b, 0.0, a - b), size.masked_fill(size.isinf(), 0.0)).numpy()
@@ -58,11 +59,10 @@ def pair_outcomes(rewards: Numbers, preference: Numbers) -> Array:
         >>> pair_outcomes([0.5, -1.0, 2.0], [3.0, 1.0, 2.0]).tolist()  # first above second, first above third, ...
         [1.0, 0.0, 1.0]
     """
-    if len(rewards) != len(preference):
-        raise ValueError(f"{len(rewards)} rewards but {len(preference)} preferences; give one each per completion.")
-    order = torch.as_tensor(preference, dtype=torch.float64)
+    values, order = float_array(rewards, "rewards"), torch.from_numpy(float_array(preference, "preference"))
+    if len(values) != len(order):
+        raise ValueError(f"{len(values)} rewards but {len(order)} preferences; give one each per completion.")
     chosen, rejected = pairs_of(order, torch.zeros(len(order), dtype=torch.long))
-    values = np.asarray(rewards, dtype=np.float64)
     return outcomes(values[chosen.numpy()], values[rejected.numpy()])
 
 
@@ -139,19 +139,23 @@ class RewardAccuracy(evaluate.Metric):
         }
 
 
-def _checked(rewards: Sequence[Numbers], preferences: Sequence[Numbers]) -> list[tuple[Numbers, Numbers]]:
+def _checked(rewards: Sequence[Numbers], preferences: Sequence[Numbers]) -> list[tuple[Array, Array]]:
     """The prompts that have a pair; a prompt without one says nothing."""
     if len(rewards) != len(preferences):
         raise ValueError(f"{len(rewards)} prompts have rewards and {len(preferences)} preferences; give both for each.")
-    for i, (values, preference) in enumerate(zip(rewards, preferences, strict=True)):
+    prompts = [
+        (float_array(values, f"rewards[{i}]"), float_array(preference, f"preferences[{i}]"))
+        for i, (values, preference) in enumerate(zip(rewards, preferences, strict=True))
+    ]
+    for i, (values, preference) in enumerate(prompts):
         if len(values) != len(preference):
             raise ValueError(
                 f"Prompt {i} has {len(values)} rewards but {len(preference)} preferences; give one each per completion."
             )
         for name, row in (("rewards", values), ("preferences", preference)):
             if np.isnan(row).any():
-                raise ValueError(f"{name}[{i}] is {list(row)}; leave out the completions without a value.")
-    compared = [pair for pair in zip(rewards, preferences, strict=True) if len(set(pair[1])) > 1]
+                raise ValueError(f"{name}[{i}] is {row.tolist()}; leave out the completions without a value.")
+    compared = [pair for pair in prompts if len(set(pair[1].tolist())) > 1]
     if not compared:
         raise ValueError(
             "No two completions of one prompt differ in preference; a pair has preferences such as [1, 0]."

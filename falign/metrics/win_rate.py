@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ import evaluate
 import numpy as np
 from typing_extensions import override
 
-from falign.metrics.intervals import Array, Interval, Intervals, Numbers, normal_quantile, wilson
+from falign.metrics.intervals import Interval, Intervals, normal_quantile, wilson
+from falign.metrics.numbers import Array, Numbers, float_array
 
 __all__ = ["BradleyTerry", "Comparison", "WinRate", "bradley_terry", "win_rate"]
 
@@ -82,12 +84,12 @@ def win_rate(outcomes: Numbers, *, level: float = 0.95) -> Interval:
         >>> print(f"{value:.2f} ({low:.2f} to {high:.2f})")
         0.70 (0.42 to 0.87)
     """
-    if len(outcomes) == 0:
+    results = float_array(outcomes, "outcomes").tolist()
+    if not results:
         raise ValueError("There are no outcomes; a win rate needs one or more comparisons.")
-    for i, outcome in enumerate(outcomes):
+    for i, outcome in enumerate(results):
         _check_outcome(outcome, f"outcomes[{i}]")
-    ties = sum(1 for outcome in outcomes if outcome == 0.5)
-    return wilson(float(sum(outcomes)), len(outcomes), ties=ties, level=level)
+    return wilson(math.fsum(results), len(results), ties=results.count(0.5), level=level)
 
 
 def bradley_terry(
