@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,8 +168,6 @@ class Presampling:
 
     def _record(self, policy: Any, tokenizer: Any) -> dict[str, Any]:
         """Return all inputs that the findings depend on."""
-        from hashlib import sha256
-
         from peft import PeftModel
 
         from falign.data import DEMOS
@@ -234,7 +233,10 @@ class Presampling:
         }
         for name, rows in (("exploration.jsonl", explored), ("rehearsal.jsonl", rehearsed)):
             write_whole(self.out / name, (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
-        write_whole(self.out / "summary.json", json.dumps({**summary, "sampled_by": sampled_by}, indent=1))
+        sums = {"rehearsal.jsonl": sha256((self.out / "rehearsal.jsonl").read_bytes()).hexdigest()}
+        write_whole(
+            self.out / "summary.json", json.dumps({**summary, "sampled_by": sampled_by, "sha256": sums}, indent=1)
+        )
         self._journal.unlink()  # last: until then the same command goes on
         _show(summary, self.out, resumed)
 

@@ -15,6 +15,7 @@ from falign.errors import ConfigError
 from falign.evaluation.groups import GroupSampler
 from falign.evaluation.reward_columns import row_check
 from falign.models import base_of
+from falign.models.tokenizers import tokenizer_fingerprint
 from falign.models.value_head import ValueHead
 from falign.objectives import Objective
 from falign.rollouts import Engine, SamplingParams, TransformersEngine, shake_hands
@@ -30,7 +31,7 @@ from falign.training.online_trainer import OnlineTrainer
 from falign.training.parts import Language, Parts, load_parts
 from falign.training.processes import is_writer, num_processes
 from falign.training.references import starts_as_policy
-from falign.training.rehearsal import read_rehearsal, sampled_by
+from falign.training.rehearsal import other_origin, read_rehearsal
 from falign.training.reward_config import build_rewards
 from falign.training.run_folder import RunFolder
 from falign.training.scored_trees import ScoredTree
@@ -94,7 +95,7 @@ def online_trainer(
         console=console,
     )
     if config.rehearsal is not None:
-        _tell_origin(config.rehearsal.path, parts.record["base_weights"], console)
+        _tell_origin(config.rehearsal.path, parts, language, console)
     params = SamplingParams(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
@@ -229,15 +230,21 @@ def _tell_rehearsed(rehearsal: Sequence[ScoredTree], data: PromptData, console: 
         )
 
 
-def _tell_origin(stored: str, weights: str, console: Console) -> None:
+def _tell_origin(stored: str, parts: Parts, language: Language, console: Console) -> None:
     """Say so where another model, or this one at another precision, sampled what is rehearsed."""
-    origin = sampled_by(stored)
-    if origin and origin["weights"] != weights:
+    differs = other_origin(
+        stored,
+        weights=parts.reference.identity().get("weights", parts.record["base_weights"]),  # none of one that moves
+        config=parts.record["reference_config"],
+        tokenizer=tokenizer_fingerprint(language.tokenizer),
+    )
+    if differs is not None:
         console.print(
-            f"rehearsal: {stored} was sampled from {origin['model']}, whose weights are not those of model.path at "
-            "model.dtype: the log-probabilities in it are another model's. Sample it anew if that is not meant.",
+            f"rehearsal: {differs}: the log-probabilities in it are not the reference's. Sample it anew if that is not "
+            "meant.",
             style="yellow",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
 

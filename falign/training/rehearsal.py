@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from falign.data import Row, read_rows
 from falign.errors import DataError
 from falign.scoring import PromptTree
+from falign.training.run_inputs import text_hash
 from falign.training.scored_trees import ScoredTree
 
-__all__ = ["read_rehearsal", "sampled_by"]
+__all__ = ["other_origin", "read_rehearsal"]
+
+SUMMARY = "summary.json"
+COMPARED = {
+    "weights": "weights are not those of the reference at its precision",
+    "config": "configuration (config.json) is not that of the reference",
+    "tokenizer": "tokenizer or chat template is not that of the run",
+}
+"""What is told where it differs."""
+
+
+class _Summary(TypedDict, total=False):
+    sampled_by: _SampledBy
+    sha256: dict[str, str]
+
+
+class _SampledBy(TypedDict):
+    model: str
+    weights: str
+    adapter: NotRequired[str]
+    config: NotRequired[str]
+    tokenizer: NotRequired[str]
+
+
+_SUMMARY = TypeAdapter(_Summary)
 
 ROUNDING = 1e-3
 """By how much a log-probability may be above 0."""
@@ -27,20 +55,67 @@ def read_rehearsal(path: str, *, num_tokens: int) -> list[ScoredTree]:
         num_tokens: Of the tokenizer; no id may be as large.
 
     Raises:
-        DataError: A row lacks token ids or log-probabilities, has some that cannot be, or the two differ in number.
+        DataError: The file is not as ``falign sample`` wrote it; or a row lacks token ids or log-probabilities, has
+            some that cannot be, or the two differ in number.
     """
+    _check_unedited(path)
     trees = [_tree(row, num_tokens) for row in read_rows(path)]
     if not trees:
         raise DataError(f"{path} has no stored completion: lower the threshold of `falign sample`, or leave it out.")
     return trees
 
 
-def sampled_by(path: str) -> dict[str, Any]:
-    """Return what sampled a file, as ``falign sample`` has written beside it; empty for a file of another origin."""
-    summary = Path(path).with_name("summary.json")
-    if not summary.is_file():
+def other_origin(path: str, **expected: str) -> str | None:
+    """Say how the model that sampled a file differs from the one whose log-probabilities are expected in it.
+
+    Args:
+        path: The file.
+        expected: Of the reference, the hashes of its ``weights`` (base and adapter together, where it has one) and of
+            its ``config``; of the run, the fingerprint of its ``tokenizer``.
+
+    Returns:
+        None where they are the same, and for a file that ``falign sample`` did not write.
+
+    Raises:
+        DataError: The summary beside the file is damaged.
+    """
+    origin = _summary(path).get("sampled_by")
+    if not origin:
+        return None
+    found = dict(origin)
+    if "adapter" in origin:
+        found["weights"] = text_hash(f"{origin['weights']} {origin['adapter']}")
+    what = next((what for name, what in COMPARED.items() if found.get(name, expected[name]) != expected[name]), None)
+    return None if what is None else f"{path} was sampled from {origin['model']}, whose {what}"
+
+
+def _check_unedited(path: str) -> None:
+    """Refuse a file that is not as it was sampled; one without a checksum in a summary beside it is of another origin.
+
+    Raises:
+        DataError: It was edited or damaged, or the summary is.
+    """
+    file = Path(path)
+    written = _summary(path).get("sha256", {}).get(file.name)
+    if written is not None and hashlib.sha256(file.read_bytes()).hexdigest() != written:
+        raise DataError(
+            f"{path} is not as it was sampled (its checksum is not that of {file.with_name(SUMMARY)}): restore it, or "
+            "sample it anew by `falign sample ... --overwrite`. To use it as it is, give it another name."
+        )
+
+
+def _summary(path: str) -> _Summary:
+    """Return what ``falign sample`` has written beside a file; empty where it has written none."""
+    summary = Path(path).with_name(SUMMARY)
+    if not Path(path).is_file() or not summary.is_file():
         return {}
-    return json.loads(summary.read_text(encoding="utf-8")).get("sampled_by", {})
+    try:
+        return _SUMMARY.validate_json(summary.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{summary} is damaged ({' '.join(str(error).split())[:200]}), and says what sampled {path}: restore it, "
+            "or sample anew by `falign sample ... --overwrite`."
+        ) from error
 
 
 def _tree(row: Row, num_tokens: int) -> ScoredTree:

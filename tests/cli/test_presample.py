@@ -14,10 +14,13 @@ import torch
 
 import falign as falign_package
 from falign.durable import claimed, write_whole
-from falign.models import load_model, load_tokenizer
+from falign.errors import DataError
+from falign.models import load_model, load_tokenizer, model_identity
+from falign.models.tokenizers import tokenizer_fingerprint
 from falign.rollouts import TransformersEngine
 from falign.rollouts.presampling_journal import PresamplingJournal
 from falign.scoring import PromptTree, completion_scores, pack
+from falign.training.rehearsal import other_origin, read_rehearsal
 
 VERIFIER = """
 def even(prompts, completions, label, **columns):
@@ -287,3 +290,36 @@ def test_a_column_with_the_name_of_an_argument_is_refused_as_in_online_runs(pres
     status, _, err = presample(file=file, verifier="regex('a')")
     assert status == 2
     assert "the column 'completion_ids' has the name of an argument of rewards" in err
+
+
+def test_what_is_rehearsed_is_tied_to_its_file_and_to_the_model_that_sampled_it(presample, prompts, tiny, tmp_path):
+    assert presample().status == 0
+    file, summary = tmp_path / "out" / "rehearsal.jsonl", tmp_path / "out" / "summary.json"
+    model, tokenizer = load_model(tiny), load_tokenizer(tiny)
+    own = {**model_identity(model), "tokenizer": tokenizer_fingerprint(tokenizer)}
+    read_rehearsal(str(file), num_tokens=len(tokenizer))
+    assert other_origin(str(file), **own) is None
+    for name, what in (
+        ("weights", "weights are"),
+        ("config", "configuration .* is"),
+        ("tokenizer", "tokenizer or .* is"),
+    ):
+        assert re.search(f"sampled from {tiny}, whose {what} not", other_origin(str(file), **{**own, name: "other"}))
+
+    written = json.loads(summary.read_text())
+    adapter = {**written, "sampled_by": {**written["sampled_by"], "adapter": "an adapter"}}
+    summary.write_text(json.dumps(adapter))
+    assert "weights are not those" in other_origin(str(file), **own)
+
+    for damaged in ("[]", "{", json.dumps({**written, "sampled_by": {}})):
+        summary.write_text(damaged)
+        with pytest.raises(DataError, match=r"summary\.json is damaged"):
+            read_rehearsal(str(file), num_tokens=len(tokenizer))
+    summary.write_text(json.dumps(written))
+    file.write_text(file.read_text().replace('"logprobs": [-', '"logprobs": [-1', 1))
+    with pytest.raises(DataError, match=r"rehearsal\.jsonl is not as it was sampled .* give it another name"):
+        read_rehearsal(str(file), num_tokens=len(tokenizer))
+    assert presample("--overwrite").status == 0  # as the message says
+    read_rehearsal(str(file), num_tokens=len(tokenizer))
+    file.rename(file.with_name("mine.jsonl"))
+    read_rehearsal(str(file.with_name("mine.jsonl")), num_tokens=len(tokenizer))
