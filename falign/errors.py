@@ -14,7 +14,18 @@ __all__ = [
     "RolloutError",
     "StoppedError",
     "TrainingError",
+    "one_line",
 ]
+
+
+def one_line(error: BaseException) -> str:
+    r"""Return the whole message of an exception on one line.
+
+    Example:
+        >>> one_line(ValueError("first\n  second"))
+        'first second'
+    """
+    return " ".join(str(error).split())
 
 
 class FalignError(Exception):

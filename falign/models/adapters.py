@@ -21,7 +21,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers import PreTrainedModel
 
-from falign.errors import ConfigError, ModelError
+from falign.errors import ConfigError, ModelError, one_line
 from falign.models.adapter_files import AdapterFiles, read_adapter_files
 from falign.models.adapter_precision import compute_in_activation_type
 from falign.models.base_weights import base_parameters
@@ -103,7 +103,7 @@ def add_lora(
 
 def _impossible(model: PreTrainedModel, error: Exception) -> ConfigError:
     return ConfigError(
-        f"A {type(model).__name__} cannot have this adapter: {' '.join(str(error).split())} Give a list of other "
+        f"A {type(model).__name__} cannot have this adapter: {one_line(error)} Give a list of other "
         "linear layers (adapter.target_modules in a run file)."
     )
 
@@ -141,7 +141,7 @@ def load_adapter(
     check_recorded_base(files.base, model, folder, weights=base_hash)
     own = files.tensors.keys() - _brought_along(files, model, folder)
     device, was_training = str(base_of(model).device), model.training
-    with reading(lambda error: _unfit(folder, " ".join(str(error).split()))), _expected_warnings():
+    with reading(lambda error: _unfit(folder, one_line(error))), _expected_warnings():
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), name, is_trainable=trainable, torch_device=device)
             adapted = model

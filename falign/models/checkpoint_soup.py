@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from falign.errors import ModelError
+from falign.errors import ModelError, one_line
 from falign.models.checkpoint_files import CheckpointFiles
 from falign.models.companion_files import MODEL_FILES, copy_files
 from falign.models.foreign import reading
@@ -101,7 +101,7 @@ def _check_architecture(members: Sequence[SoupMember]) -> bool:
 
 
 def _architecture(folder: Path) -> dict[str, object]:
-    with reading(lambda error: damaged(folder / "config.json", " ".join(str(error).split()))):
+    with reading(lambda error: damaged(folder / "config.json", one_line(error))):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
     if config.get("quantization_config") is not None:
         raise ModelError(f"{folder} has quantized weights, which have no average: give the 16- or 32-bit ones.")

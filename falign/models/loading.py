@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from falign.errors import ConfigError, ModelError
+from falign.errors import ConfigError, ModelError, one_line
 from falign.models.attention import check_attention
 from falign.models.checkpoint_files import CheckpointFiles
 from falign.models.devices import named_device
@@ -254,7 +254,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _unloadable(what: str, name: str, error: Exception) -> ModelError:
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     if not isinstance(error, OSError | ValueError):  # the message of a KeyError is a key alone
         reason = f"{type(error).__name__}: {reason}"
     if "ignore_mismatched_sizes" in reason:  # it points to a report that is not shown

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from falign.durable import naming, refuse_link, write_whole
-from falign.errors import ConfigError, FalignError
+from falign.errors import ConfigError, FalignError, one_line
 from falign.passwords import without_passwords
 from falign.report.drawing import PNG_MARK
 from falign.report.page import MARK, page
@@ -115,7 +115,7 @@ def _naming_the_runs(runs: Sequence[str | Path]) -> Iterator[None]:
     except FalignError:
         raise
     except (TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigError(
             f"A file of {', '.join(map(str, runs))} has not the form in which runs write it ({reason}): restore it, or "
             "run anew."

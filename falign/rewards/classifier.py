@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from falign.errors import ConfigError, ModelError, RewardError
+from falign.errors import ConfigError, ModelError, RewardError, one_line
 from falign.models.devices import named_device
 from falign.models.foreign import reading
 from falign.models.identity import model_identity
@@ -206,6 +206,6 @@ def load_classifier(
 
 def _unloadable(name: str, error: Exception) -> ModelError:
     return ModelError(
-        f"Cannot load the classifier {name!r}: {' '.join(str(error).split())[:400]} Give a folder or a Hub name of a "
+        f"Cannot load the classifier {name!r}: {one_line(error)} Give a folder or a Hub name of a "
         "sequence classifier that needs no code of its own."
     )

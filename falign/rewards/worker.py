@@ -37,6 +37,7 @@ VERIFIERS = "falign.rewards.verifiers"
 ALIAS = "_falign_verifiers"
 HEADER = struct.Struct("!I16s?")  # length of what follows, the request's number, whether the process is to be replaced
 MOST_FRAMES = 12
+LONGEST_MESSAGE = 10_000  # characters of an exception
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LOOK_EVERY = 0.25  # seconds between two looks whether the run is still there
 GIVE_UP = 5.0  # seconds after which processes that cannot be killed are left
@@ -200,7 +201,10 @@ def _answer(
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)[1:][-MOST_FRAMES:]
         lines = [(each.filename, each.lineno or 0, each.name, each.line or "") for each in frames]
-        told = {"error": type(error).__name__, "message": f"{error}"[:1000], "lines": lines}
+        message = f"{error}"
+        if len(message) > LONGEST_MESSAGE:  # it quotes a completion, or worse
+            message = f"{message[:LONGEST_MESSAGE]} ... ({len(message)} characters)"
+        told = {"error": type(error).__name__, "message": message, "lines": lines}
         return json.dumps(told).encode(), isinstance(error, MemoryError)  # what it still holds
 
 

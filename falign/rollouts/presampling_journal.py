@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from falign.durable import naming, refuse_link
-from falign.errors import ConfigError
+from falign.errors import ConfigError, one_line
 from falign.json_lines import sealed, unsealed
 from falign.rollouts.presampling import Presampled
 
@@ -97,7 +97,7 @@ class PresamplingJournal:
         try:
             return form.validate_python(unsealed(line))
         except (ValueError, RecursionError) as error:  # pydantic's are ValueErrors, too
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise ConfigError(
                 f"{self.path}:{number} is damaged ({reason}): remove the file, or give --overwrite, and pre-sampling "
                 "starts anew."

@@ -17,13 +17,27 @@ from urllib.parse import unquote, urlsplit
 from falign.errors import EngineError
 from falign.passwords import without_passwords
 
-__all__ = ["HTTPClient", "RefusedError", "ServerLostError"]
+__all__ = ["HTTPClient", "RefusedError", "ServerLostError", "told"]
 
 _HEALTH_TIMEOUT = 5.0  # seconds; a server that answers does so at once
 _POLL = 0.5  # seconds between two looks for a server that is away
 _PART = 1 << 20  # bytes read at once
 _LONGEST_REPLY = 1 << 30  # bytes
 _TOLD = 300  # characters of a reply in a message
+
+
+def told(reply: str) -> str:
+    """Return what a message tells of a reply, on one line: a server's own message whole, the beginning of all else."""
+    try:
+        value = json.loads(reply)
+    except (ValueError, RecursionError):
+        value = None
+    error = value.get("error", value) if isinstance(value, dict) else None
+    said = error.get("message") if isinstance(error, dict) else error
+    if isinstance(said, str):
+        return " ".join(said.split())
+    shown = " ".join(reply.split())
+    return shown if len(shown) <= _TOLD else f"{shown[:_TOLD]} ... ({len(shown)} characters)"
 
 
 class ServerLostError(EngineError):
@@ -116,7 +130,7 @@ class HTTPClient:
             ) from error
         if reply.status == 200:
             return reply
-        said = " ".join(reply.text.split())[:_TOLD]
+        said = told(reply.text)
         # vLLM answers 500 from a dead engine and then exits.
         if reply.status >= 500 and not self.is_healthy():
             raise ServerLostError(f"{place}: status {reply.status}, and the server can work no more: {said}")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from falign.errors import EngineError
 from falign.rollouts.base import Rollout, SamplingParams
-from falign.rollouts.vllm_client import HTTPClient, RefusedError
+from falign.rollouts.vllm_client import HTTPClient, RefusedError, told
 
 __all__ = ["VersionUnknownError", "complete"]
 
@@ -56,7 +56,7 @@ def complete(
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(
             f"{client.url}/v1/completions: the reply is no answer to what was asked ({type(error).__name__}: {error}): "
-            f"{json.dumps(reply)[:300]}"
+            f"{told(json.dumps(reply))}"
         ) from error
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from falign.errors import ModelError
+from falign.errors import ModelError, one_line
 
 __all__ = ["Adapted", "architecture_errors", "other_attention", "read_backbone", "run_backbone", "without_wrapper"]
 
@@ -96,7 +96,7 @@ def architecture_errors(failure: str, remedy: str) -> Iterator[None]:
     except (MemoryError, ModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")
+        reason = f"{type(error).__name__}: {one_line(error)}".rstrip(".")
         raise ModelError(f"{failure}: {reason}. {remedy}".rstrip()) from error
 
 

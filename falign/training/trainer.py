@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from typing_extensions import override
 
-from falign.errors import ConfigError, TrainingError
+from falign.errors import ConfigError, TrainingError, one_line
 from falign.models.foreign import reading
 from falign.models.sharding import is_sharded
 from falign.models.staging import staged_folder
@@ -520,7 +520,7 @@ def _reading(checkpoint: str | Path | None) -> Iterator[None]:
     """Name a checkpoint that cannot be read: pickles, safetensors and JSON each fail in their own way."""
     with reading(
         lambda error: TrainingError(
-            f"{checkpoint} is as it was written and cannot be read ({' '.join(str(error).split())[:200]}, "
+            f"{checkpoint} is as it was written and cannot be read ({one_line(error)}, "
             f"{type(error).__name__}): resume with the versions in manifest.json; or remove that folder, and --resume "
             "goes on from the checkpoint before it."
         )

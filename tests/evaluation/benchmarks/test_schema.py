@@ -30,7 +30,7 @@ PROMPTS = {"judgebench": "question", "llmbar": "input"}
 
 
 def read(name, path, policy: BadRowPolicy = "error"):
-    bad_rows = BadRows(policy)
+    bad_rows = BadRows(policy, skip_by="bad_rows=skip")
     return list(benchmarks.get(name).read(path, bad_rows=bad_rows)), bad_rows
 
 
