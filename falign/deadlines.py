@@ -20,7 +20,7 @@ from falign.parent_death import end_with_parent
 __all__ = ["LateError", "failure", "within"]
 
 MEMORY_BYTES = 2 << 30
-"""How much memory a child process may take besides what this process has; on Linux alone."""
+"""The memory that a child process may use beyond that of its parent; enforced on Linux only."""
 
 _TICK = 0.5
 

@@ -25,7 +25,7 @@ NO_ZERO = (
 
 
 class Launch(StrEnum):
-    """How several processes share a run."""
+    """The way several processes share a run."""
 
     ddp = "ddp"
     fsdp2 = "fsdp2"

@@ -187,7 +187,7 @@ class RewardEvaluation:
 
     @property
     def source(self) -> str:
-        """Where the items are: a path, or the name of a data set on the Hub."""
+        """The items' place: a path, or the name of a data set on the Hub."""
         return self.file or self.benchmark.hub_name or self.benchmark.name
 
     def _check(self) -> tuple[str, ...]:

@@ -314,7 +314,7 @@ class SampleEvaluation:
         return data.train, asked.prompts
 
     def _settings(self, config: RunConfig | None) -> dict[str, Any]:
-        """How is sampled; what is left out is as the run evaluates itself."""
+        """Sampling settings; those left out are the run's own evaluation settings."""
         online = None if config is None or config.prompts is None else config.rollout
         count = self.num_completions or (8 if online is None else online.evaluation.completions)
         return {

@@ -1,4 +1,4 @@
-"""Which layout a source has, and its rows read in it."""
+"""Recognition of a source's layout, and its rows read in that layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where rows come from: a file, a folder, a data set on the Hub, or a sample inside the package."""
+"""Sources of rows: a file, a folder, a data set on the Hub, or a sample inside the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an f-divergence is: a convex generator with its derivative, inverse and conjugate, as functions of log u."""
+"""The protocol of an f-divergence: a convex generator, its derivative, inverse and conjugate, as functions of log u."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Divergence(ABC):
 
     @property
     def has_barrier(self) -> bool:
-        """Whether ``f'(0+) = -inf``: no outcome is given up, which f-DPO's closed form needs."""
+        """True if ``f'(0+) = -inf``: no outcome gets probability 0, which f-DPO's closed form needs."""
         return self.f_prime_at_zero == -math.inf
 
     def f(self, log_u: Shaped[Tensor, "*S"]) -> Float[Tensor, "*S"]:

@@ -1,4 +1,4 @@
-"""How far the best of n samples is from a single one, under any divergence."""
+"""Divergence of the best of n samples from a single sample, for any f."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ TreeScores = Callable[[Sequence[PromptTree]], list[list[dict[str, float]]]]
 
 @dataclass(frozen=True)
 class ComparedScores:
-    """What a policy and its reference say of completions.
+    """Scores of completions under a policy and its reference.
 
     Attributes:
         scorer: Policy, reference and objective.
@@ -103,7 +103,7 @@ def _rising(rewards: list[float], log_ratios: list[float]) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceFreeScores:
-    """What a policy alone says of completions.
+    """Scores of completions under a policy alone.
 
     Attributes:
         policy: The model, on the device to compute on.

@@ -1,4 +1,4 @@
-"""What rewards are given of prompts beside their text: the columns of the rows, and where they came from."""
+"""Columns that rewards receive besides the text of prompts: those of the rows, and each row's place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sampled completions come to, with intervals that resample prompts."""
+"""Metrics of sampled completions, with intervals that resample prompts."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Term(NamedTuple):
 
 
 class ObjectiveOutput(NamedTuple):
-    """What an objective returns.
+    """The output of an objective.
 
     Attributes:
         terms: One for most objectives, two for a hybrid: each has its own denominator.
@@ -69,7 +69,7 @@ class ObjectiveOutput(NamedTuple):
 
 
 TokenWeighting = Literal["none", "activations", "mapo"]
-"""What fills ``CompletionBatch.token_weights`` in: nothing, falign's own weights, or the mask of SparsePO's MaPO."""
+"""Sources of ``CompletionBatch.token_weights``: none, falign's own weights, or the mask of SparsePO's MaPO."""
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""What a mean over completions of sums over tokens divides by."""
+"""Denominators for per-completion losses."""
 
 from __future__ import annotations
 

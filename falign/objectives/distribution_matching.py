@@ -74,7 +74,7 @@ class DistributionMatching:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the target reads, log-probs of reference and sampling law, and the estimates of ``log Z``."""
+        """Fields of the target, log-probs of the reference and of the sampler, and the estimates of ``log Z``."""
         return frozenset({"features", "reference_logprobs", "old_logprobs", "log_partition"})
 
     @property

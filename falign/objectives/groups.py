@@ -15,7 +15,7 @@ __all__ = ["Groups", "groups_of", "logsumexp_of_others", "mean_of_others", "smal
 
 
 class Groups(NamedTuple):
-    """Where each completion stands in a table with one row per group; every field is (N,).
+    """The place of each completion in a table with one row per group; every field is (N,).
 
     Attributes:
         row: Which group.

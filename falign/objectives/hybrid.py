@@ -53,7 +53,7 @@ class Hybrid:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What both need, and which row is whose."""
+        """Fields of both objectives, and the mask that assigns rows to them."""
         return self.policy_gradient.needs | self.rehearsal.needs | {"from_reference"}
 
     @property

@@ -16,7 +16,7 @@ __all__ = ["CompletionRewards", "Link"]
 
 
 class CompletionRewards(NamedTuple):
-    """What the link makes of a batch; every field is (N,).
+    """The output of a link for a batch; every field is (N,).
 
     Attributes:
         logprobs: ``log π(y|x)``.

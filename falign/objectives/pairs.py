@@ -1,4 +1,4 @@
-"""Which completions of a batch are compared with each other, and which side wins."""
+"""Pairs of completions in a batch that are compared, with the winner first."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ __all__ = ["Surrogate", "SurrogateOutput"]
 
 
 class SurrogateOutput(NamedTuple):
-    """What the surrogate makes of a batch; every field is (N, T), and the last three are constants.
+    """The output of a surrogate for a batch; every field is (N, T), and the last three are constants.
 
     Attributes:
         gains: What is to be maximised at each token; its gradient is the policy gradient, its value means nothing.
@@ -77,7 +77,7 @@ class Surrogate:
 
     @property
     def clips(self) -> bool:
-        """Whether there is any bound."""
+        """True if any bound is set."""
         return self.clip_low is not None or self.clip_high is not None
 
     def __call__(self, batch: CompletionBatch) -> SurrogateOutput:

@@ -98,7 +98,7 @@ class MomentConstraints:
 
     @property
     def num_features(self) -> int:
-        """How many λ there are."""
+        """The number of multipliers λ."""
         return len(self.lambdas)
 
     def log_score(self, features: Shaped[Tensor, "N K"]) -> Float[Tensor, " N"]:
@@ -179,12 +179,12 @@ class ProductTarget:
 
     @property
     def has_zeros(self) -> bool:
-        """Whether any factor has."""
+        """True if any factor has zeros."""
         return any(target.has_zeros for target in self.targets)
 
     @property
     def num_features(self) -> int:
-        """What the factors read together."""
+        """Fields that any factor reads."""
         return sum(target.num_features for target in self.targets)
 
     def log_score(self, features: Shaped[Tensor, "N K"]) -> Float[Tensor, " N"]:

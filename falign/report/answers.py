@@ -1,4 +1,4 @@
-"""What runs wrote before and after: ``samples.json``, and the first and last rows of ``completions.jsonl``."""
+"""Completions before and after training: ``samples.json``, and the first and last rows of ``completions.jsonl``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is drawn over the steps of training: training as lines, held-out values as marks."""
+"""Curves over the steps of training: training as lines, held-out values as marks."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Plot:
-    """What is drawn.
+    """The contents of a plot.
 
     Attributes:
         name: Of the PNG file, without suffix; letters, digits and hyphens.

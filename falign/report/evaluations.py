@@ -14,7 +14,7 @@ __all__ = ["Bin", "Calibration", "Estimate", "Frontier", "RewardSummary", "Sampl
 
 
 class _Form(BaseModel):
-    """What is not named here may come along, and is not read."""
+    """A section of an evaluation's summary; keys without a field here are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -43,7 +43,7 @@ class Bin(_Form):
 
 
 class Calibration(_Form):
-    """How far confidence is from accuracy."""
+    """The gap between confidence and accuracy."""
 
     ece: Estimated
     brier: Estimated
@@ -51,7 +51,7 @@ class Calibration(_Form):
 
 
 class Scorer(_Form):
-    """What one way to score achieves: ``score``, and the sections or subsets of the benchmark."""
+    """The results of one scoring method: ``score``, and the sections or subsets of the benchmark."""
 
     scores: dict[str, Estimated]
     calibration: Calibration | None = None
@@ -109,7 +109,7 @@ class Ideal(_Form):
     divergence: float | None
     reward: float | None
     effective_samples: float | None = None
-    """How many samples of a prompt carry it; few of them say little."""
+    """The effective number of samples per prompt; the estimate is unreliable where it is small."""
 
 
 class Frontier(_Form):
@@ -141,7 +141,7 @@ class SampleSummary(_Form):
 
     @property
     def measured_on(self) -> str:
-        """What two evaluations have in common that can be compared: prompts, rewards, and how long samples may be."""
+        """The key of comparable evaluations: prompts, rewards, and the maximum length of samples."""
         told = [self.record.get(name) for name in ("prompts", "rewards", "max_new_tokens")]
         return json.dumps(told, sort_keys=True) if self.record else self.source or self.name
 

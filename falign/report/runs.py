@@ -19,7 +19,7 @@ __all__ = ["ReportedRun", "read_runs"]
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """What a report says of one run.
+    """The contents of a report for one run.
 
     Attributes:
         label: The shortest end of its path that no other run of the report has.
@@ -59,7 +59,7 @@ class ReportedRun:
 
     @property
     def online(self) -> bool:
-        """Whether it learns from its own samples."""
+        """True for online runs."""
         return self.run_file.get("prompts") is not None
 
     @property

@@ -21,7 +21,7 @@ NAME = "report.html"
 
 
 class WrittenReport(NamedTuple):
-    """Where a report lies.
+    """The place of a report.
 
     Attributes:
         page: The HTML file.

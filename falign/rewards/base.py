@@ -1,4 +1,4 @@
-"""What a reward is, how it is called, and what it may return."""
+"""The protocol of a reward: its call and its return value."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 ARGUMENTS = frozenset({"prompts", "completions", "place", "prompt_ids", "completion_ids"})
-"""What rewards are given by these names is not a column of the data."""
+"""Names of arguments that do not come from the data."""
 
 Prompt = str | list[dict[str, str]]
 """Text, or turns with ``role`` and ``content``."""
@@ -53,7 +53,7 @@ class Reward(Protocol):
 
 
 class Scores(NamedTuple):
-    """What a reward makes of a batch.
+    """Scores of a batch, with counts of failures.
 
     Attributes:
         values: One per completion; None where the reward does not apply.

@@ -51,7 +51,7 @@ class Call(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a call.
+    """The result of a call.
 
     Attributes:
         kind: ``value``: it returned; ``timeout``: it was killed at its deadline, or raised TimeoutError; ``error``: it

@@ -28,7 +28,7 @@ __all__ = ["ClassifierReward", "load_classifier"]
 
 @dataclass(frozen=True)
 class ClassifierReward:
-    """What a classifier's head says of each completion.
+    """Scores of completions from a classifier's head.
 
     Attributes:
         model: With a head of one score, or of several labels.

@@ -29,7 +29,7 @@ class WeightedReward(NamedTuple):
 
 
 class Rewards(NamedTuple):
-    """What a sum makes of a batch.
+    """Scores of a batch under a weighted sum.
 
     Attributes:
         total: One per completion.

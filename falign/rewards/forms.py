@@ -23,7 +23,7 @@ TRAINER_ARGUMENTS = frozenset({"trainer_state", "log_extra", "log_metric", "envi
 
 
 class Form(Protocol):
-    """How a function is called.
+    """The calling convention of a reward function.
 
     Attributes:
         takes_lists: Whether one call judges many completions.

@@ -1,4 +1,4 @@
-"""Which prompts a model solves already: what rehearses them is kept, the others are left to explore."""
+"""Split prompts by whether the model already solves them: solved ones for rehearsal, the others for exploration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Verify = Callable[[list[int], list[Rollout]], list[bool]]
 
 
 class Presampled(NamedTuple):
-    """What a model makes of one prompt.
+    """The result of pre-sampling one prompt.
 
     Attributes:
         num_correct: How many of its completions are correct.

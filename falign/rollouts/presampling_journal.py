@@ -1,4 +1,4 @@
-"""What pre-sampling has found so far, on disk, so that a call that was stopped goes on where it was."""
+"""A journal of pre-sampling on disk, from which an interrupted call resumes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Stored(TypedDict):
 
 
 class Finding(NamedTuple):
-    """What is kept of one prompt.
+    """The journal's entry for one prompt.
 
     Attributes:
         num_correct: How many of its completions are correct.

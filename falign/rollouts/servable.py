@@ -1,4 +1,4 @@
-"""Whether a server can put a trained adapter over its base model, as it is."""
+"""Check that a server can serve a trained adapter over its base model without merging."""
 
 from __future__ import annotations
 

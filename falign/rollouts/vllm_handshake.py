@@ -26,7 +26,7 @@ _TEXT = "Water boils at 100 degrees;\n\n  ‘heute’ it is 3,000 m – mean(val
 
 @dataclass(frozen=True)
 class Handshake:
-    """What was found.
+    """The result of the handshake.
 
     Attributes:
         sync: How weights come to the server.
@@ -46,7 +46,7 @@ class Handshake:
 
     @property
     def is_suspicious(self) -> bool:
-        """Whether the gap is more than rounding usually makes."""
+        """True if the gap is larger than rounding usually explains."""
         return self.gap.mean > _SUSPICIOUS
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Which layout a model can read: tried once, on that very model."""
+"""Choose the layout that a model can read, by a trial on that model."""
 
 from __future__ import annotations
 

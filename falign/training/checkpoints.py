@@ -1,4 +1,4 @@
-"""Which checkpoints are whole: each is sealed with checksums, and a run goes on from the newest whose seal holds.
+"""Checkpoints that are complete: each is sealed with checksums, and a run goes on from the newest whose seal holds.
 
 ``checksums.json`` names the run and the step, every file of the checkpoint with its size and SHA-256, and how far the
 run's logs had come. It is written last, and the folder gets its name after it, so that neither a kill nor a bad disk
@@ -42,7 +42,7 @@ LOGS = ("metrics.jsonl", "completions.jsonl")
 
 
 class LogMark(NamedTuple):
-    """How far a log had come: its size, and the SHA-256 of what it held."""
+    """The state of a log: its size, and the SHA-256 of its bytes."""
 
     bytes: int
     sha256: str

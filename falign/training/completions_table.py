@@ -1,4 +1,4 @@
-"""What the policy wrote in the course of a run, and what it was worth: ``completions.jsonl``."""
+"""Completions of the policy during a run, with their rewards: ``completions.jsonl``."""
 
 from __future__ import annotations
 

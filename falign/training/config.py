@@ -136,7 +136,7 @@ class SourceConfig(FrozenModel):
     split: str = "train"
     format: str = "auto"
     columns: dict[str, str] = {}
-    """What the file calls falign's columns: ``{prompt: question}``; ``outer.inner`` is inside a column of objects."""
+    """The file's name of each column: ``{prompt: question}``; ``outer.inner`` is inside a column of objects."""
     chat: bool | None = None
     """``true``: plain texts are turns, the prompt a user's, rendered by the chat template; ``false``: they are
     continued as they stand. Must be set for plain texts where the model has a chat template."""
@@ -152,7 +152,7 @@ class SourceConfig(FrozenModel):
 
 
 class DataConfig(FrozenModel):
-    """What the model learns from."""
+    """Training and held-out data."""
 
     train: list[SourceConfig] = Field(min_length=1)
     eval: list[SourceConfig] = []
@@ -195,7 +195,7 @@ def _as_list(value: Any) -> Any:
 
 
 class TrainingConfig(FrozenModel):
-    """How it is minimised; the names are those of ``transformers.TrainingArguments``."""
+    """Optimization settings; the names are those of ``transformers.TrainingArguments``."""
 
     learning_rate: float = Field(default=5e-6, gt=0)
     per_device_train_batch_size: int = Field(default=4, ge=1)
@@ -347,7 +347,7 @@ class RunConfig(FrozenModel):
 
     @property
     def chat(self) -> bool | None:
-        """Whether all sources render plain texts as turns (true) or none does (false); None where they differ."""
+        """True if all sources render plain text as turns, false if none does, None if they differ."""
         section = self.data or self.prompts
         said = set() if section is None else {source.chat for source in section.train}
         return said.pop() if len(said) == 1 else None

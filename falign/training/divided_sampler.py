@@ -28,7 +28,7 @@ class DividedSampler:
 
     @property
     def engine(self) -> Engine:
-        """What samples."""
+        """The engine that samples."""
         return self.sampler.engine
 
     @property

@@ -1,4 +1,4 @@
-"""What the sections of the run file say of divergences, and how the mathematics' refusals are passed on."""
+"""Divergences named in a run file, with errors of the mathematics translated into errors of the run file."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class PairwiseConfig(FrozenModel):
 
     @property
     def title(self) -> str:
-        """What a plot of the run is headed with."""
+        """The title of the run's plots."""
         return f"{self.divergence}, β = {self.beta:g}"
 
     def build(self) -> Objective:
@@ -59,7 +59,7 @@ class ListwiseConfig(FrozenModel):
 
     @property
     def title(self) -> str:
-        """What a plot of the run is headed with."""
+        """The title of the run's plots."""
         return f"{self.divergence}, β = {self.beta:g}"
 
     def build(self) -> Objective:
@@ -89,7 +89,7 @@ class TokenPairwiseConfig(FrozenModel):
 
     @property
     def title(self) -> str:
-        """What a plot of the run is headed with."""
+        """The title of the run's plots."""
         return f"{self.divergence}, β = {self.beta:g}"
 
     def build(self) -> Objective:
@@ -117,4 +117,4 @@ ObjectiveConfig = Annotated[
     | Annotated[SupervisedConfig, Tag("supervised")],
     Discriminator(_kind),
 ]
-"""What is minimised: ``kind`` names one of these, the first where it is left out."""
+"""The objective: ``kind`` names one of these; the first is the default."""

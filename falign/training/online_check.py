@@ -1,4 +1,4 @@
-"""What of an online run file could not work on its samples, or would have no effect on them."""
+"""Reject online settings that cannot work or have no effect."""
 
 from __future__ import annotations
 

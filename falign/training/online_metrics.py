@@ -1,4 +1,4 @@
-"""What is said of rollouts: rewards, passes, lengths, diversity, and how far the policy is from its reference."""
+"""Metrics of rollouts: rewards, pass rates, lengths, diversity, and divergence from the reference."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class PolicyGradientConfig(FrozenModel):
 
     @property
     def title(self) -> str:
-        """What a plot of the run is headed with."""
+        """The title of the run's plots."""
         return "reward alone" if self.divergence is None else f"{self.divergence}, β = {self.beta:g}"
 
     def build(self) -> Objective:
@@ -90,7 +90,7 @@ class DistributionMatchingConfig(FrozenModel):
 
     @property
     def needs_samples(self) -> bool:
-        """Whether :meth:`build` has to be given rewards of samples of the reference."""
+        """True if :meth:`build` needs rewards of samples from the reference."""
         return self.target.needs_samples
 
     def check(self) -> None:
@@ -103,7 +103,7 @@ class DistributionMatchingConfig(FrozenModel):
 
     @property
     def title(self) -> str:
-        """What a plot of the run is headed with."""
+        """The title of the run's plots."""
         return f"{self.divergence} to a target ({self.target.kind})"
 
     def build(self, features: Float[Tensor, "M K"] | None = None) -> Objective:
@@ -141,7 +141,7 @@ class HybridConfig(FrozenModel):
 
     @property
     def title(self) -> str:
-        """What a plot of the run is headed with."""
+        """The title of the run's plots."""
         return (
             f"reward, and {self._weight(named_divergence(self.divergence)):g} × {self.divergence} on reference samples"
         )
@@ -180,7 +180,7 @@ class RehearsalConfig(FrozenModel):
 
     @property
     def title(self) -> str:
-        """What a plot of the run is headed with."""
+        """The title of the run's plots."""
         return f"{self.divergence} on reference samples"
 
     def build(self) -> Objective:
@@ -204,7 +204,7 @@ class SupervisedConfig(FrozenModel):
 
     @property
     def title(self) -> str:
-        """What a plot of the run is headed with."""
+        """The title of the run's plots."""
         return "fine-tuning" if self.beta is None else f"fine-tuning, {self.divergence}, β = {self.beta:g}"
 
     def build(self) -> Objective:

@@ -172,7 +172,7 @@ class OnlineTrainer(AlignmentTrainer):
 
     @property
     def rewards(self) -> RewardSum:
-        """What completions are worth."""
+        """The reward of completions."""
         return self.source.sampler.sampler.rewards
 
     @override

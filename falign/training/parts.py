@@ -1,4 +1,4 @@
-"""What every run is made of, whether it learns from data or from its own samples."""
+"""Parts of every run, offline and online."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ __all__ = ["Language", "Parts", "load_language", "load_parts"]
 
 
 class Language(NamedTuple):
-    """What turns text into token ids.
+    """Tokenizer and rendering of a run.
 
     Attributes:
         tokenizer: The model's.

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on, and the metrics it leaves behind."""
+"""Progress of a run on the terminal, and its metrics on disk."""
 
 from __future__ import annotations
 

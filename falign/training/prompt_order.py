@@ -1,4 +1,4 @@
-"""Which prompts a rollout takes: each once before any comes again, or only those of a difficulty."""
+"""The order of prompts in rollouts: each once before any is repeated, or only those within a difficulty range."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class PromptSourceConfig(FrozenModel):
 
 
 class PromptsConfig(FrozenModel):
-    """What the model answers in an online run; the other columns of a row go to the rewards."""
+    """Prompts of an online run; the other columns of a row go to the rewards."""
 
     train: list[PromptSourceConfig] = Field(min_length=1)
     eval: list[PromptSourceConfig] = []
@@ -76,13 +76,13 @@ class PromptsConfig(FrozenModel):
 
 
 class DifficultyConfig(FrozenModel):
-    """Which prompts are trained on: those that the policy solves sometimes."""
+    """A filter that keeps prompts which the policy solves sometimes, but not always."""
 
     low: float = Field(default=0.1, ge=0, le=1)
     """Least share of a prompt's completions that pass."""
     high: float = Field(default=0.9, ge=0, le=1)
     max_rounds: int = Field(default=3, ge=1)
-    """How often other prompts are drawn in place of those left out, before the rest is taken as it is."""
+    """Most draws of prompts per rollout, before it is filled up with those that were left out."""
 
     @model_validator(mode="after")
     def _is_a_range(self) -> DifficultyConfig:
@@ -92,7 +92,7 @@ class DifficultyConfig(FrozenModel):
 
 
 class EvaluationConfig(FrozenModel):
-    """How held-out prompts are answered."""
+    """Sampling for held-out prompts."""
 
     completions: int = Field(default=8, ge=1)
     """Completions per prompt, which pass@k is estimated from for k up to this."""
@@ -101,7 +101,7 @@ class EvaluationConfig(FrozenModel):
 
 
 class RolloutConfig(FrozenModel):
-    """How completions are sampled, and how often each is learnt from.
+    """Sampling of completions, and the number of updates on each.
 
     Sampling is from the whole vocabulary: what top-k or top-p leave out, no importance weight brings back.
     """
@@ -133,7 +133,7 @@ class RolloutConfig(FrozenModel):
     """Completions of the reference on which the weights of ``objective.target.moments`` are fitted."""
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: EngineConfig = TransformersEngineConfig()
-    """What samples: ``{kind: transformers}`` or ``{kind: vllm, shared_dir: ...}``."""
+    """The engine that samples: ``{kind: transformers}`` or ``{kind: vllm, shared_dir: ...}``."""
     ahead: bool = False
     """Sample the next rollout while the policy learns from the last; its samples are weighted by ``π/π_sampler``."""
     correction: CorrectionConfig | None = None
@@ -161,4 +161,4 @@ class RehearsalDataConfig(FrozenModel):
     path: str
     """``rehearsal.jsonl``."""
     completions: int = Field(default=8, ge=1)
-    """How many of them go into each optimiser step."""
+    """The number of completions per optimizer step."""

@@ -42,7 +42,7 @@ class _FixedReferenceConfig(_ReferenceConfig):
 
 
 class AutoReferenceConfig(_FixedReferenceConfig):
-    """What the policy starts from: ``adapter_off``; with ``adapter.init`` that adapter; ``frozen`` without adapter."""
+    """The policy's initial weights: ``adapter_off``; with ``adapter.init`` that adapter; ``frozen`` without adapter."""
 
     kind: Literal["auto"] = "auto"
 
@@ -152,7 +152,7 @@ ReferenceConfig = Annotated[
     | Annotated[PeriodicResetConfig, Tag("periodic_reset")],
     Discriminator(_kind),
 ]
-"""What the policy is held to: ``kind`` names one of these, the first where it is left out."""
+"""The reference: ``kind`` names one of these; the first is the default."""
 
 
 def check_reference(reference: ReferenceConfig, *, adapter: bool) -> None:

@@ -55,7 +55,7 @@ __all__ = [
 
 
 class _Part(FrozenModel):
-    """What all rewards have."""
+    """Fields of all rewards."""
 
     name: str | None = None
     """Logged as ``reward/<name>``; by default the kind, or the function's name."""
@@ -76,12 +76,12 @@ class _Part(FrozenModel):
 
 
 class _Verifier(_Part):
-    """What all rewards have that run in processes of their own."""
+    """Fields of all rewards that run in separate processes."""
 
     timeout: float = Field(default=10.0, gt=0)
     """Seconds per completion, after which its process is killed."""
     failed: float | None = 0.0
-    """What a completion is worth that was stopped or made the verifier raise; null leaves it out. Both are counted."""
+    """The reward of a completion whose call timed out or raised; null leaves it out. Both are counted."""
 
 
 class FunctionConfig(_Part):
@@ -91,7 +91,7 @@ class FunctionConfig(_Part):
     function: str
     """``module:function``; it may be ``async``."""
     form: Literal["falign", "trl", "verl"] = "falign"
-    """How it is written: ``trl`` gives completions of conversations as lists of one message, ``verl`` calls
+    """The calling convention: ``trl`` gives completions of conversations as lists of one message, ``verl`` calls
     ``compute_score(data_source, solution_str, ground_truth, extra_info)`` for each completion."""
     timeout: float | None = Field(default=None, gt=0)
     """Seconds per completion. The function is then called for one completion at a time, in processes of its own;
@@ -127,7 +127,7 @@ class FunctionConfig(_Part):
 
 
 class MathConfig(_Verifier):
-    """Whether the last answer equals the row's as an expression."""
+    """1 if the last answer equals the row's as an expression, else 0."""
 
     kind: Literal["math"] = "math"
     answer: str = "answer"
@@ -141,7 +141,7 @@ class MathConfig(_Verifier):
 
 
 class NumberConfig(_Verifier):
-    """Whether the last number is the row's."""
+    """1 if the last number is the row's, else 0."""
 
     kind: Literal["number"] = "number"
     answer: str = "answer"
@@ -155,7 +155,7 @@ class NumberConfig(_Verifier):
 
 
 class ChoiceConfig(_Verifier):
-    """Whether the letter that the completion settles on is the row's."""
+    """1 if the completion's final choice of a letter is the row's, else 0."""
 
     kind: Literal["choice"] = "choice"
     answer: str = "answer"
@@ -176,13 +176,13 @@ class ChoiceConfig(_Verifier):
 
 
 class RegexConfig(_Verifier):
-    """Whether a regular expression occurs."""
+    """1 if a regular expression matches, else 0."""
 
     kind: Literal["regex"] = "regex"
     pattern: str
     """Python's syntax; flags go inside, ``(?s)``."""
     whole: bool = False
-    """Whether it must match the whole completion."""
+    """True requires a match of the whole completion."""
     answer: str | None = None
     """Column that the first group must equal, in the last match."""
 
@@ -192,7 +192,7 @@ class RegexConfig(_Verifier):
 
 
 class SectionsConfig(_Verifier):
-    """Whether the completion is a row of sections ``<tag>…</tag>`` and nothing else."""
+    """1 if the completion is a sequence of sections ``<tag>…</tag>`` and nothing else, else 0."""
 
     kind: Literal["sections"] = "sections"
     tags: list[str] = Field(min_length=1)
@@ -204,7 +204,7 @@ class SectionsConfig(_Verifier):
 
 
 class SqlConfig(_Verifier):
-    """Whether the query returns what the row's does, on a read-only SQLite file."""
+    """1 if the query returns the same as the row's query, on a read-only SQLite file, else 0."""
 
     kind: Literal["sql"] = "sql"
     root: Path
@@ -216,7 +216,7 @@ class SqlConfig(_Verifier):
     max_rows: int = Field(default=10_000, ge=1)
     """Most rows that the row's query may return."""
     skip_empty: bool = False
-    """Whether rows whose query returns nothing do not apply: any number of wrong queries return that too."""
+    """True skips rows whose query returns no rows, because many wrong queries return none either."""
 
     def build(self) -> Reward:
         """Return the verifier.
@@ -238,7 +238,7 @@ class SqlConfig(_Verifier):
 
 
 class WordsConfig(_Part):
-    """Whether whole words occur, case aside."""
+    """Presence of whole words, ignoring case."""
 
     kind: Literal["words"] = "words"
     words: list[str] = []
@@ -299,13 +299,13 @@ class SentimentConfig(_Part):
 
 
 class ClassifierConfig(_Part):
-    """What a sequence classifier says."""
+    """The score of a sequence classifier."""
 
     kind: Literal["classifier"] = "classifier"
     path: str
     """Hub name or folder."""
     text: Literal["joined", "completion", "pair", "chat"] = "joined"
-    """What it reads: prompt and completion as one text, the completion alone, a pair of texts, or a conversation."""
+    """The classifier's input: prompt and completion as one text, the completion, a pair of texts, or a conversation."""
     output: Literal["score", "logprob", "probability"] = "score"
     """``score``: the head's raw value."""
     label: str | int | None = None
@@ -349,7 +349,7 @@ class ClassifierConfig(_Part):
 
 
 class ImplicitConfig(_Part):
-    """What f-DPO has made one model prefer over another, β f'(π/π_ref)."""
+    """The implicit reward of a model trained by f-DPO, β f'(π/π_ref)."""
 
     kind: Literal["implicit"] = "implicit"
     path: str

@@ -1,4 +1,4 @@
-"""Where rollouts come from: whose turn it is among the prompts, which weights answer, and what was drawn ahead."""
+"""The source of rollouts: the next prompts, the weights that answer them, and rollouts sampled ahead."""
 
 from __future__ import annotations
 

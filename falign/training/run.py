@@ -45,7 +45,7 @@ __all__ = ["RunSummary", "train"]
 
 
 class Origin(NamedTuple):
-    """What a run is given when it begins, and keeps however often it is resumed.
+    """Properties that a run gets when it begins and keeps across resumes.
 
     Attributes:
         run: An identifier, which all its checkpoints bear.
@@ -72,7 +72,7 @@ class Origin(NamedTuple):
 
 
 class RunSummary(NamedTuple):
-    """What a run achieved.
+    """The results of a run.
 
     Attributes:
         folder: Where everything lies.

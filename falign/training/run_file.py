@@ -117,7 +117,7 @@ def _read_yaml(path: str | Path) -> Any:
 
 
 class _Place(NamedTuple):
-    """Where a mistake is: the path that the user wrote, and the kinds that the section there comes in, if any."""
+    """The place of a mistake: the path that the user wrote, and the kinds of the section there, if any."""
 
     path: str
     kind: str | None
@@ -209,7 +209,7 @@ def _siblings(path: str) -> dict[str, str]:
 
 
 def _near(place: _Place) -> str:
-    """What an unknown key was probably meant to be; empty if nothing is near."""
+    """The known key nearest to an unknown one; empty if none is near."""
     section, _, last = place.path.rpartition(".")
     if last in FOREIGN_NAMES:
         return f": {FOREIGN_NAMES[last].told()}"
@@ -236,7 +236,7 @@ def _near(place: _Place) -> str:
 
 
 def _owners(place: _Place, path: str) -> str:
-    """Which other kinds of the section of a place have a field that the kind there lacks; empty if it has it."""
+    """Other kinds of a section that have a field which the given kind lacks; empty if it has the field."""
     section, _, key = path.rpartition(".")
     owners = [kind for kind, model in place.kinds.items() if key in model.model_fields]
     if section != place.path.rpartition(".")[0] or place.kind in owners:

@@ -52,7 +52,7 @@ BEGUN = ("run.yaml", "manifest.json", "rows.txt", "metrics.jsonl", "completions.
 """All that a run writes before its first step."""
 
 FINISHED = ("summary.json", "samples.json")
-"""What says that a run has come to its end."""
+"""Files that mark a run as finished."""
 
 LEFT = frozenset({LOCK})
 """All that there is of a run that was killed before it wrote its first file."""
@@ -270,7 +270,7 @@ class RunFolder:
 
     @property
     def began(self) -> bool:
-        """Whether the run has come to record what it is."""
+        """True if the run has written its manifest."""
         return (self.path / "manifest.json").is_file()
 
     def read_inputs(self) -> dict[str, Any]:
@@ -498,7 +498,7 @@ def _with_whole_paths(value: Any, field: str) -> Any:
 
 
 def is_held_out(log: dict[str, Any]) -> bool:
-    """Whether a log is that of an evaluation."""
+    """Return whether a log line belongs to an evaluation."""
     return any(name.startswith("eval_") for name in log)
 
 

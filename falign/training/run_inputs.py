@@ -30,7 +30,7 @@ MENDS = {
     "objective_code": "restore the module that objective.divergence names",
     "rewards": "restore its code and its files, or give --new-rewards to go on with it as it is now, which is recorded",
 }
-"""What each input needs to be as it was."""
+"""The remedy for each input that has changed."""
 
 NAMES = {
     "chat_template": "the chat template",

@@ -25,7 +25,7 @@ class RunLock:
 
     @property
     def is_held(self) -> bool:
-        """Whether this process holds it."""
+        """True if this process holds the lock."""
         return self._held.is_locked
 
     def take(self) -> None:

@@ -1,4 +1,4 @@
-"""Which rows make up the micro-batches of a process."""
+"""Rows of the micro-batches of each process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the metrics of a run are shown besides its folder: ``training.report_to``."""
+"""Experiment trackers that receive a run's metrics: ``training.report_to``."""
 
 from __future__ import annotations
 

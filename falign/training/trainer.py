@@ -131,7 +131,7 @@ class AlignmentTrainer(Trainer):
 
     @property
     def evaluates(self) -> bool:
-        """Whether there is anything held out."""
+        """True if there are held-out data."""
         return bool(self.eval_dataset)
 
     @property
@@ -323,7 +323,7 @@ class AlignmentTrainer(Trainer):
         move_when_due(self.reference, self.policy, step=self.state.global_step, optimizer=self.optimizer)
 
     def _evaluation_is_missing(self) -> bool:
-        """Whether a checkpoint was written because the evaluation of its step failed, which comes again then."""
+        """True if a checkpoint was written because its step's evaluation failed, so that a resume evaluates again."""
         step, every = self.state.global_step, self.state.eval_steps
         if step == 0 or step != self._initial_global_step or self.args.eval_strategy != "steps" or step % every:
             return False

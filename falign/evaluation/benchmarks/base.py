@@ -1,4 +1,4 @@
-"""What every reward benchmark is: items to score, what one item's scores say, and what all of them come to."""
+"""The protocol of a reward benchmark: items to score, the result of one item, and the summary of all items."""
 
 from __future__ import annotations
 

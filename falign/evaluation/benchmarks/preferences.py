@@ -20,7 +20,7 @@ __all__ = ["Preferences"]
 
 @dataclass(frozen=True)
 class Preferences:
-    """Whether the preferred of two completions has the larger score, for all pairs within a row.
+    """Accuracy on preference rows: the preferred of two completions has the larger score, for all pairs in a row.
 
     The score is ``rewards/accuracies`` of training: the mean over all pairs, a tie, up to rounding, counting half.
     ``best`` is the share of rows in which one of the most preferred completions has the largest score.

@@ -20,10 +20,10 @@ COLUMNS: dict[str, frozenset[str]] = {
     "llmbar": frozenset({"input", "output_1", "output_2", "label"}),
     "rewardbench": frozenset({"prompt", "chosen", "rejected", "subset"}),
 }
-"""What a row needs, by the name of the benchmark."""
+"""Columns that a row needs, by the name of the benchmark."""
 
 PAIR_COLUMNS: frozenset[str] = frozenset({"prompt", "chosen", "rejected"})
-"""What a row of RewardBench's prior sets needs: they have a split each, and no column that says so."""
+"""Columns of RewardBench's prior sets: each set is a split of its own, without a column that names it."""
 
 _TELL = "mend the row or remove it"
 

@@ -1,4 +1,4 @@
-"""What the runs learnt from, counted."""
+"""Counts of the training data of each run."""
 
 from __future__ import annotations
 
