@@ -20,6 +20,7 @@ _PROMPT = frozenset({
 })  # fmt: skip
 _CHOSEN = ("chosen", "accepted", "preferred", "good", "better", "best", "winner", "win", "positive", "pos")
 _REJECTED = ("rejected", "dispreferred", "bad", "worse", "worst", "loser", "lose", "negative", "neg")
+_COMPLETION = ("completion", "answer", "response", "output", "solution", "reply")
 _ANSWER = frozenset({*_CHOSEN, *_REJECTED, "answer", "answers", "response", "responses", "completion", "completions",
                      "output", "outputs", "solution", "reply", "assistant", "gpt", "generation", "generations",
                      "rationale"})  # fmt: skip
@@ -112,9 +113,9 @@ def _fits(name: str, column: str) -> bool:
         return looks_like_system(column)
     if looks_like_prompt(column) or looks_like_system(column):
         return False
-    synonyms = {"chosen": _CHOSEN, "rejected": _REJECTED}.get(name, ())
+    synonyms = {"chosen": _CHOSEN, "rejected": _REJECTED, "completion": _COMPLETION}.get(name, ())
     words = _words(column)
-    opposite = {"chosen": _REJECTED, "rejected": _CHOSEN}.get(name, ())
+    opposite = {"chosen": _REJECTED, "rejected": _CHOSEN, "completion": (*_CHOSEN, *_REJECTED)}.get(name, ())
     if words & set(opposite) or words & _ABOUT:
         return False
     return bool(words & set(synonyms)) or bool(get_close_matches(name, [column], n=1, cutoff=0.6))

@@ -41,9 +41,9 @@ def missing_column(row: Row, name: str) -> DataError:
     if name not in guesses:
         guesses = {name: "the name in the file", **guesses}
     remedy = f"columns={as_mapping(guesses)}"
-    return DataError(
-        f"{row.place}: the column {name!r} is missing; the row has {sorted(row.fields)}. Rename it, or set {remedy}."
-    )
+    # An empty system column may stand for chat=True.
+    columns = sorted(each for each, value in row.fields.items() if each != "system" or not is_blank(value))
+    return DataError(f"{row.place}: the column {name!r} is missing; the row has {columns}. Rename it, or set {remedy}.")
 
 
 def _get(row: Row, name: str) -> Any:
@@ -132,6 +132,11 @@ def _alpaca(row: Row) -> Example:
         past = ({"role": role, "content": text} for role, text in zip(("user", "assistant"), exchange, strict=True))
         turns += read_messages(list(past), place=row.place, field="history")
     turns.append({"role": "user", "content": question})
+    if "completion" in row.fields and not row.fields.keys() & set(PAIR):
+        completion, fields = _text(row, "completion"), ["completion"]
+        return build_example(
+            row.place, prompt=turns, completions=[completion], preference=None, fields=fields, system=_system(row)
+        )
     return _pair(row, turns, [_text(row, name) for name in PAIR])
 
 
@@ -221,6 +226,8 @@ def columns_read(format: str, row: Row) -> frozenset[str]:
     """Return the columns that a layout reads of a row."""
     if format == "ranked":
         return _READ[format] | {"ranks" if "ranks" in row.fields else "scores"}
+    if format == "alpaca" and not row.fields.keys() & set(PAIR):
+        return _READ[format] | {"completion"}
     if format in ("unpaired", "completion"):
         return _READ[format] | ({"messages"} if "messages" in row.fields else {"prompt", "completion"})
     return _READ[format]

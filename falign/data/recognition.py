@@ -29,26 +29,34 @@ def recognize(row: Row) -> str:
     """
     columns = row.fields.keys()
     if columns >= {"chosen", "rejected"}:
-        if "prompt" in columns:
-            return "preference"
-        if "conversations" in columns:
-            return "sharegpt"
-        if "instruction" in columns:
-            return "alpaca"
-        return _recognize_without_prompt(row)
+        asked = {"prompt": "preference", "conversations": "sharegpt", "instruction": "alpaca"}
+        return next((layout for name, layout in asked.items() if name in columns), None) or _without_prompt(row)
     if columns >= {"prompt", "completions"} and columns & {"scores", "ranks"}:
         return "ranked"
     if columns >= {"prompt", "completion"} or "messages" in columns:
         return "unpaired" if "label" in columns else "completion"
-    if columns & set(PAIR) or not columns & COLUMNS:
+    if columns >= {"instruction", "completion"}:
+        return "alpaca"
+    demonstration = _demonstration(row)
+    if columns & set(PAIR) or not (columns & COLUMNS or demonstration):
         raise missing_column(row, "rejected" if "chosen" in columns else "chosen")
+    remedy = f"set columns={as_mapping(demonstration)}" if demonstration else "set columns"
     raise DataError(
-        f"{row.place}: the columns {sorted(columns)} are not a layout that falign knows; "
-        "a pair needs prompt, chosen and rejected: rename them in the file, or with the option columns."
+        f"{row.place}: the columns {sorted(columns)} are not a layout that falign knows. A pair needs prompt, chosen "
+        f"and rejected; a demonstration needs prompt and completion, or messages: {remedy}, or rename them in the file."
     )
 
 
-def _recognize_without_prompt(row: Row) -> str:
+def _demonstration(row: Row) -> dict[str, str]:
+    """Return the columns that make a demonstration of a row; none where they cannot be told."""
+    if "conversations" in row.fields:
+        return {"messages": "conversations"}
+    wanted = ("completion",) if row.fields.keys() & {"prompt", "instruction"} else ("prompt", "completion")
+    guesses = guess_columns(row.fields, wanted)
+    return guesses if len(guesses) == len(wanted) else {}
+
+
+def _without_prompt(row: Row) -> str:
     chosen = parsed_conversation(row.fields["chosen"], place=row.place, field="chosen")
     if not isinstance(chosen, str):
         return "implicit"
@@ -120,7 +128,7 @@ class RowReader:
         Raises:
             DataError: The row cannot be used.
         """
-        row = self._renamed(row)
+        row = renamed(row, self._columns, ignore=self._ignore)
         for name in _UNSUPPORTED:
             if not is_blank(row.fields.get(name)):
                 raise DataError(
@@ -128,7 +136,7 @@ class RowReader:
                 )
         if self.format == "auto":
             self.format = recognize(row)
-        example = FORMATS[self.format](row)
+        example = FORMATS[self.format](self._turned(row))
         if self._auto and (found := recognize(row)) != self.format:
             raise DataError(
                 f"{row.place}: this row looks like format {found!r}, those before it like {self.format!r}; "
@@ -140,11 +148,9 @@ class RowReader:
         self._unused |= dict.fromkeys(name for name in row.fields if name in unread)
         return example
 
-    def _renamed(self, row: Row) -> Row:
+    def _turned(self, row: Row) -> Row:
         # A system column, also an empty one, makes a conversation of plain texts.
-        turns = {"system": ""} if self._chat else {}
-        row = renamed(row, self._columns, ignore=self._ignore)
-        return Row(row.place, turns | row.fields)
+        return Row(row.place, {"system": "", **row.fields}) if self._chat else row
 
 
 def refuse_unread_prompts(

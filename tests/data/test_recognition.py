@@ -113,3 +113,34 @@ def test_a_column_is_named_as_a_run_file_takes_it(name):
     columns = re.search(r"columns=(\{.*?\}), or format=implicit", str(caught.value))
     assert columns is not None, caught.value
     assert RowReader("auto", column_mapping(columns[1])).read(row).prompt == "a question"
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "content"),
+    [
+        ({"instruction": "Translate.", "input": "Haus", "output": "house"}, "alpaca", "Translate.\nHaus"),
+        ({"question": "Translate Haus.", "answer": "house"}, "completion", "Translate Haus."),
+        ({"prompt": "Translate Haus.", "response": "house"}, "completion", "Translate Haus."),
+        (
+            {"conversations": [{"from": "human", "value": "Haus?"}, {"from": "gpt", "value": "house"}]},
+            "completion",
+            "Haus?",
+        ),
+    ],
+)
+def test_the_remedy_for_demonstrations_makes_them_readable(row, format, content):
+    row = Row("x:1", row)
+    with pytest.raises(DataError, match=r"a demonstration needs .*set columns=") as caught:
+        RowReader(chat=True).read(row)
+    assert str(sorted(row.fields)) in str(caught.value)  # and no column that the file does not have
+    columns = re.search(r"set columns=(\{.*?\})", str(caught.value))
+    assert columns is not None
+    reader = RowReader(columns=column_mapping(columns[1]), chat=True)
+    example = reader.read(row)
+    assert (reader.format, reader.unused) == (format, ())
+    assert (example.prompt[-1]["content"], example.completions[0][0]["content"]) == (content, "house")
+
+
+def test_a_column_that_is_missing_is_told_with_the_columns_of_the_file_alone():
+    with pytest.raises(DataError, match=r"'rejected' is missing; the row has \['chosen', 'prompt'\]\."):
+        RowReader("preference", chat=True).read(Row("x:1", {"prompt": "q", "chosen": "a"}))
