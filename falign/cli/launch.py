@@ -79,4 +79,5 @@ def launch(kind: Launch, processes: int | None, command: Sequence[str]) -> None:
             _, failure = error.get_first_failure()
             sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
         except SignalException as error:
+            print(first_failure(Path(failures)), end="", file=sys.stderr)  # where the run stopped
             sys.exit(128 + error.sigval)

@@ -12,6 +12,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
+from falign.training.processes import highest, num_processes
+
 __all__ = ["StopAtStepEnd"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -19,6 +21,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class StopAtStepEnd(TrainerCallback):
     """Ends training with the step in which the first signal comes; a second signal ends the process at once.
+
+    Several processes end with the same step, whichever of them got the signal. Each then ignores a second one: a
+    launcher passes on a signal that its processes may have had themselves, and kills those that do not end in time.
 
     Args:
         tell: Told that the run is about to stop.
@@ -42,12 +47,14 @@ class StopAtStepEnd(TrainerCallback):
                 signal.signal(each, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.caught = signal.Signals(number)
+        self.caught, alone = signal.Signals(number), num_processes() == 1
         for each in SIGNALS:
-            signal.signal(each, signal.default_int_handler)
-        self.tell(f"{self.caught.name}: the run stops after this step, with a checkpoint; once more stops it at once.")
+            signal.signal(each, signal.default_int_handler if alone else signal.SIG_IGN)
+        more = "; once more stops it at once" if alone else ""
+        self.tell(f"{self.caught.name}: the run stops after this step, with a checkpoint{more}.")
 
     @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.caught is not None:
+        if number := highest(0 if self.caught is None else self.caught):
+            self.caught = signal.Signals(number)
             control.should_save = control.should_training_stop = True

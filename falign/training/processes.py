@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 
 from falign.errors import ConfigError
 
-__all__ = ["gathered", "is_writer", "join", "num_processes", "own_batches", "part", "rank", "shards", "wait"]
+__all__ = ["gathered", "highest", "is_writer", "join", "num_processes", "own_batches", "part", "rank", "shards", "wait"]
 
 T = TypeVar("T")
 
@@ -62,6 +62,15 @@ def wait() -> None:
 def gathered(items: list[T]) -> list[T]:
     """Return the items of all processes, those of the first process first; all of them have to call it."""
     return gather_object(items) if num_processes() > 1 else items
+
+
+def highest(number: int) -> int:
+    """Return the highest of the numbers of all processes; all of them have to call it."""
+    if num_processes() == 1:
+        return number
+    found = torch.tensor(number, device=PartialState().device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return int(found)
 
 
 def part(items: Sequence[T], number: int, parts: int) -> Sequence[T]:

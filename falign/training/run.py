@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -215,8 +215,7 @@ def _until_stopped(trainer: AlignmentTrainer, checkpoint: Path | None, folder: R
     """
     stop = StopAtStepEnd(_tell(console))
     trainer.add_callback(stop)
-    # Several processes would stop at different steps and wait for each other.
-    with stop.listening() if num_processes() == 1 else nullcontext():
+    with stop.listening():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     state = trainer.state
     if stop.caught is not None and state.global_step < state.max_steps:

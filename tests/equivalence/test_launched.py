@@ -84,6 +84,7 @@ def folder(tmp_path_factory):
         cases.append({"kind": kind, "run": online(path, f"policy gradient {kind}", 3)})
         saving = offline(path, f"saving {kind}", 2, SAVING)
         cases.append({"kind": kind, "run": saving, "resume": str(path / f"resumed {kind}")})
+        cases.append({"kind": kind, "run": offline(path, f"stopped {kind}", 2, SAVING), "stop": 2})
     (path / "cases.json").write_text(json.dumps(cases))
     launch = "-m torch.distributed.run --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:0"
     command = [sys.executable, *launch.split(), "-m", "tests.equivalence.launched", str(path / "cases.json")]
@@ -149,6 +150,14 @@ def test_a_checkpoint_holds_whole_trained_weights_alone_and_goes_on_bit_for_bit(
     assert logs(folder / f"resumed {kind}") == logs(folder / f"saving {kind}")
     for key, tensor in exported.items():
         assert torch.equal(weights(folder / f"resumed {kind}")[key], tensor), key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint_and_the_run_goes_on_bit_for_bit(folder, kind):
+    stopped, whole = folder / f"stopped {kind}", folder / f"saving {kind}"
+    assert logs(stopped) == logs(whole)
+    for key, tensor in weights(whole).items():
+        assert torch.equal(weights(stopped)[key], tensor), key
 
 
 @pytest.mark.parametrize("kind", KINDS)
