@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
@@ -171,7 +172,20 @@ def _explain(detail: Any) -> str:
         return f"{place.path}.kind is required: choose one of {', '.join(place.kinds)}."
     if detail["type"] in ("model_type", "model_attributes_type"):
         return f"{place.path}={shown(detail['input'])}: this is a section{_example(place)}."
-    return f"{place.path}={shown(detail['input'])}: {detail['msg'].removeprefix('Value error, ')}."
+    told = detail["msg"].removeprefix("Value error, ")
+    return f"{place.path}={shown(detail['input'])}: {told}{_as_written(detail)}."
+
+
+def _as_written(detail: Any) -> str:
+    """Return how a value of the wrong type is written in YAML; empty where that is not known."""
+    given = detail["input"]
+    if detail["type"] == "string_type" and isinstance(given, bool | int | float | date):
+        kind = "true or false" if isinstance(given, bool) else "a date" if isinstance(given, date) else "a number"
+        words = ", as it does yes, no, on and off" if isinstance(given, bool) else ""
+        return f"; YAML reads this as {kind}{words}: put it in quotes"
+    if detail["type"] in ("list_type", "tuple_type") and isinstance(given, str | bool | int | float):
+        return f"; write [{given}]"
+    return ""
 
 
 def _example(place: _Place) -> str:

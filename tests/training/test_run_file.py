@@ -86,6 +86,18 @@ def test_overrides_win_and_are_yaml(run_file):
             r"objective.kind='listwize' is unknown: did you mean listwise\? Choose one of pairwise, listwise, token",
         ),
         (with_("objective", kind=None), "objective.kind=None is unknown: choose one of pairwise, listwise"),
+        (
+            {**LEAST, "data": {"train": [{"path": "d", "ignore": [True]}]}},
+            "ignore.0=True: Input should be a valid string; .* as true or false, as it does yes, no, .* in quotes",
+        ),
+        (
+            {**LEAST, "data": {"train": [{"path": "d", "ignore": [2024]}]}},
+            r"ignore.0=2024: Input should be a valid string; YAML reads this as a number: put it in quotes\.",
+        ),
+        (
+            {**LEAST, "data": {"train": [{"path": "d", "ignore": "history"}]}},
+            r"data.train.0.ignore='history': Input should be a valid list; write \[history\]\.",
+        ),
         ({**LEAST, "objective": 3}, r"run: objective=3: this is a section, as in `objective: \{kind: ...\}`\."),
     ],
 )
