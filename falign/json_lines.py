@@ -74,7 +74,7 @@ def unsealed(line: str | bytes) -> Any:
     if not isinstance(found, dict) or found.keys() != {"value", "sha256"}:
         raise ValueError("it has no checksum")
     if _checksum(found["value"]) != found["sha256"]:
-        raise ValueError("its checksum is another one")
+        raise ValueError("its checksum differs")
     return found["value"]
 
 

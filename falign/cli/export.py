@@ -49,7 +49,7 @@ def export(
 
     console, folder = Terminal(), RunFolder.open(run)
     if base is not None and format is Format.adapter:
-        raise ConfigError(f"--base {base} is what an adapter is merged into: use it with --format merged.")
+        raise ConfigError(f"--base {base} applies only to merged weights: use --format merged, or leave it out.")
     target = out or folder.path / "export" / format.value
     with Terminal(stderr=True).status(f"exporting {escape(run)}"):
         _refuse_what_is_no_export(target)

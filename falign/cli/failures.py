@@ -24,7 +24,7 @@ LAUNCHER = "FALIGN_LAUNCHER"
 
 
 def leave_failure(text: str) -> bool:
-    """Leave the report of an error to the launcher; return False where there is no launcher."""
+    """Leave the report of an error to the launcher; return False without a launcher."""
     folder = os.environ.get(FAILURES)
     if folder is None or "RANK" not in os.environ:
         return False

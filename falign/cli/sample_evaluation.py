@@ -189,9 +189,9 @@ class SampleEvaluation:
             if not is_run(self.model):
                 raise ConfigError(f"{self.model} is not a run folder and has no prompts: give --prompts FILE.")
         if self.pass_reward is not None and math.isnan(self.pass_reward):
-            raise ConfigError("--pass-reward nan: no reward reaches or misses it; give a number.")
+            raise ConfigError("--pass-reward nan: give a number; no reward can be compared with NaN.")
         if not is_run(self.model) and self.compared.reference is None and self.compared.divergences:
-            raise ConfigError(f"--divergence: {self.model} has nothing that it diverges from: give --reference MODEL.")
+            raise ConfigError(f"--divergence: {self.model} has no reference: give --reference MODEL.")
         if not self._of_policy and self.compared.divergences:
             raise ConfigError(
                 f"--divergence needs --temperature 1: at {self.temperature:g} another distribution is sampled."
@@ -285,7 +285,7 @@ class SampleEvaluation:
     def _prompts(
         self, config: RunConfig | None, scored: Scored, rewards: RewardSum, console: Console
     ) -> tuple[list[PromptRow], str]:
-        """Return the prompts, all of which the rewards can judge, and what they are called."""
+        """Return prompts that all rewards can judge, and a name for their source."""
         asked, check = self.asked, row_check(rewards)
         if asked.prompts is None:
             assert config is not None

@@ -64,7 +64,7 @@ def chosen_chat(chat: bool | None, tokenizer: PreTrainedTokenizerBase, console: 
     Args:
         chat: What the user or the run says.
         tokenizer: The model's.
-        console: Is told how they are read where it was not said.
+        console: Prints how plain text is read if the user has not chosen.
     """
     if chat is None and tokenizer.chat_template:
         console.print(
@@ -160,7 +160,7 @@ def _or_revision(folder: RunFolder, path: str) -> str:
 
 
 def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: RunFolder, path: str) -> None:
-    """Refuse other token ids, another chat template and other stop tokens than those of the training."""
+    """Refuse token ids, a chat template or stop tokens that differ from the training's."""
     from falign.models import stop_token_ids
     from falign.models.tokenizers import tokenizer_fingerprint
     from falign.training.run_inputs import text_hash

@@ -45,7 +45,7 @@ class BadRows:
     Args:
         policy: ``"error"`` raises; ``"skip"`` counts and carries on.
         keep: How many messages are kept.
-        skip_by: How the user asks for ``"skip"``, for messages; None where there is no way to.
+        skip_by: How the user asks for ``"skip"``, for messages; None where it is not possible.
 
     Attributes:
         count: Bad rows so far.

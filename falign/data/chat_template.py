@@ -110,7 +110,7 @@ def _render(turns: Sequence[Message], tokenizer: Tokenizer, answered: bool) -> N
             tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=not answered)
     except MemoryError:
         raise
-    except Exception:  # of the template, also of a loop without end: it is rendered again where the line can be told
+    except Exception:  # anything a template raises, LateError included: rendering it in this process reports the line
         return
 
 

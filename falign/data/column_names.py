@@ -34,7 +34,7 @@ _YAML_VALUES = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "
 
 
 def looks_like_system(name: str) -> bool:
-    """Return whether a column's name is that of a system turn.
+    """Return whether a column's name suggests a system turn.
 
     Example:
         >>> looks_like_system("system_prompt"), looks_like_system("prompt")
@@ -45,7 +45,7 @@ def looks_like_system(name: str) -> bool:
 
 
 def looks_like_prompt(name: str) -> bool:
-    """Return whether a column's name is that of a prompt, or of a part of one.
+    """Return whether a column's name suggests a prompt or a part of a prompt.
 
     Example:
         >>> [looks_like_prompt(name) for name in ("user_message", "PROMPT", "promt", "prompt_id", "system_prompt")]

@@ -15,7 +15,7 @@ from falign.errors import DataError
 
 __all__ = ["Written", "check_decoded", "compact", "write"]
 
-_REMEDY = "mend the row, or set model.chat_template to a template that writes every turn as it stands"
+_REMEDY = "mend the row, or set model.chat_template to a template that writes every turn unchanged"
 _PRIVATE = "".join(map(chr, (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))))
 """Code points for private use, which texts rarely have."""
 

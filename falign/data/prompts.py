@@ -131,7 +131,7 @@ def load_prompts(
         max_length: Most tokens of a prompt.
         long_prompt: A longer one stops the run, is cut from the left, or drops the row.
         bad_rows: ``"error"`` stops at the first row that cannot be used; ``"skip"`` counts such rows.
-        skip_by: How the user asks for ``bad_rows="skip"``, for messages; None where there is no way to.
+        skip_by: How the user asks for ``bad_rows="skip"``, for messages; None where it is not possible.
         eval_sources: Evaluation prompts of their own; or
         eval_size: how many rows are held out. All rows of one prompt land on the same side.
         seed: For splitting.

@@ -199,7 +199,7 @@ def refuse_unread_prompts(
 
 
 def _contents(value: Any) -> list[str]:
-    """Return the texts in a value: of a conversation those of its turns."""
+    """Return the texts in a value; for a conversation, the contents of its turns."""
     value = parsed_conversation(value, place="", field="") if isinstance(value, str) else value
     if isinstance(value, str):
         return [value]

@@ -23,7 +23,7 @@ def renamed(row: Row, columns: Mapping[str, str], *, ignore: Collection[str] = (
         ignore: Columns that are left out, and keys that turns lose.
 
     Raises:
-        DataError: The row has no such column, or another one under the new name, which would be lost.
+        DataError: The row lacks the column, or already has a column with the new name.
     """
     taken = {name: _found(row, name, column) for name, column in columns.items()}
     left_out = {*columns.values(), *ignore}

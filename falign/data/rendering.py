@@ -30,7 +30,7 @@ def render(example: Example, tokenizer: Tokenizer) -> Rendered:
 
     Raises:
         ConfigError: A conversation, and no usable chat template.
-        DataError: The template refuses this conversation, or does not write it as it stands.
+        DataError: The template refuses this conversation, or changes its text.
     """
     prompt, completions, place = example.prompt, example.completions, example.place
     if isinstance(prompt, str):
@@ -68,7 +68,7 @@ def require_chat_choice(prompt: Text, tokenizer: Tokenizer, chat: bool | None, p
             f"{place}: the row is plain text, and the model has a chat template. Set chat on the source "
             "(in a command, --chat or --plain): "
             "true makes the prompt a user's turn and a completion the assistant's, as the model is prompted in a chat; "
-            "false continues the text as it stands, without the template."
+            "false continues the text without the template."
         )
 
 
@@ -77,7 +77,7 @@ def render_prompt(prompt: Text, tokenizer: Tokenizer, place: str) -> str:
 
     Raises:
         ConfigError: A conversation, and no usable chat template.
-        DataError: The template refuses this conversation, or does not write it as it stands.
+        DataError: The template refuses this conversation, or changes its text.
     """
     if isinstance(prompt, str):
         return prompt

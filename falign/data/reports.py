@@ -14,7 +14,7 @@ from falign.data.tokenization import Tokenized
 __all__ = ["SourceReport", "Tally"]
 
 DRIFT = 0.05
-"""The share of rows whose prompt changes before an answer, above which it is told."""
+"""A warning is printed if the prompt of a larger share of rows changes before an answer."""
 
 
 @dataclass(frozen=True)

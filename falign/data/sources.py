@@ -150,7 +150,7 @@ def _read_folder(folder: Path, split: str, bad_rows: BadRows, *, name: str | Non
 
 
 def _check_one_split(files: Sequence[Path], split: str, name: str) -> None:
-    """Refuse files that are no parts of one table: of several splits, or one split in several types."""
+    """Refuse files that do not form one table: several splits, or one split in several file types."""
     suffixes = {file: next(s for s in FILE_SUFFIXES if file.name.lower().endswith(s)) for file in files}
     stems = {_SHARD.sub("", file.name[: -len(suffix)]) for file, suffix in suffixes.items()}
     choices = stems if len(stems) > 1 else {file.name for file in files} if len(set(suffixes.values())) > 1 else set()

@@ -1,7 +1,7 @@
 """The one rule of dtypes, for the arguments of all public functions and for the fields of a batch.
 
 Floating-point tensors are taken as they are, half precision in float32. Integers and booleans are numbers too: they are
-taken in torch's default dtype, float32 at least. What is no tensor, or complex, is refused by name.
+taken in torch's default dtype, float32 at least. A complex tensor, or a value that is not a tensor, is refused by name.
 """
 
 from __future__ import annotations

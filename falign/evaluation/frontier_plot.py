@@ -107,7 +107,7 @@ def _draw_limit(axis: Any, data: Mapping[str, Any]) -> None:
     )  # fmt: skip
     far = [point["divergence"] for point in data["points"]]
     ends = [line[-1]["divergence"] for line in data["ideal"].values() if line]
-    # A divergence that punishes what is given up goes on for ever as its β falls.
+    # As β falls, the ideal line is unbounded for a divergence that penalizes lost support.
     shown = max([limit["divergence"] or 0.0, *far, *(point["divergence"] for point in data["best_of_n"])])
     if max(ends, default=0.0) > ROOM * shown > 0:
         axis.set_xlim(right=ROOM * shown)

@@ -159,7 +159,7 @@ class ScoreOutput:
         self._sums.flush()
 
     def checksum(self) -> str:
-        """Return the SHA-256 of all rows so far, which is that of the finished JSONL file."""
+        """Return the SHA-256 of all rows so far; after the last row, it is the JSONL file's."""
         return checksum(self.rows_file)
 
     def finish(self) -> None:
@@ -184,7 +184,7 @@ class ScoreOutput:
             file.unlink(missing_ok=True)
 
     def _next_row(self) -> dict[str, Any] | None:
-        """Return the next row, or None where there is none, half a one or a damaged one."""
+        """Return the next row; None at the end, or if the row is incomplete or damaged."""
         line = self._file.readline()
         if not line.endswith(b"\n") or self._num_rows == len(self._expected):
             return None

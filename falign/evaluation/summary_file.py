@@ -26,7 +26,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def check_file(folder: Path, name: str, summary: Mapping[str, Any]) -> Path | None:
-    """Return a file of rows that belongs to a summary; None where it has none of that name.
+    """Return a file of rows that belongs to a summary; None if the summary does not name it.
 
     Args:
         folder: Of the evaluation.

@@ -161,7 +161,7 @@ _SETTINGS: dict[str, tuple[Callable[[object], bool], str]] = {
     "modules_to_save": (_are_names, "it is a list of names"),
     "target_parameters": (_are_names, "it is a list of names"),
     "init_lora_weights": (lambda value: value is None or isinstance(value, bool | str), "it is true, false or a name"),
-    "bias": (lambda value: value in ("none", "all", "lora_only"), "it is none, all or lora_only"),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), "it is 'none', 'all' or 'lora_only'"),
     "task_type": (lambda value: value in (None, "CAUSAL_LM"), "only causal language models (CAUSAL_LM) are supported"),
     "lora_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "it is a number from 0 to below 1"),  # pyright: ignore
     "layers_to_transform": (

@@ -16,7 +16,7 @@ from falign.models.structure import base_of, is_transposed, without_adapters
 
 __all__ = ["base_parameters", "base_storage", "base_weights", "check_base_intact", "check_quantized_from"]
 
-_ROUNDING = 0.3  # of a weight's norm; nf4 rounds normal weights by 0.09 of it, and those of another model are 1.4 away
+_ROUNDING = 0.3  # of a weight's norm; nf4 rounds normal weights by 0.09 of it; another model's weights differ by 1.4
 
 
 def base_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
@@ -61,7 +61,7 @@ def _kind(parameter: nn.Parameter) -> str:
 
 @torch.no_grad()
 def check_quantized_from(original: PreTrainedModel, model: PreTrainedModel | PeftModel) -> None:
-    """Raise unless a base's 4-bit weights are those of another model, rounded.
+    """Raise unless a base's 4-bit weights are another model's weights, rounded.
 
     Raises:
         ModelError: With the first weight that is not.

@@ -19,7 +19,7 @@ def reading(explain: Callable[[Exception], FalignError]) -> Iterator[None]:
 
     Pickle, safetensors, tokenizers, PEFT and transformers raise nearly every type there is on a damaged file. What is
     not the file's fault goes through: no memory, a full disk, and what falign says itself. A panic of code in Rust is
-    not an ``Exception`` in Python, and is told by its name.
+    not an ``Exception`` in Python, and is reported by its name.
     """
     try:
         yield

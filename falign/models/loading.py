@@ -258,10 +258,10 @@ def _unloadable(what: str, name: str, error: Exception) -> ModelError:
     if not isinstance(error, OSError | ValueError):  # the message of a KeyError is a key alone
         reason = f"{type(error).__name__}: {reason}"
     if "ignore_mismatched_sizes" in reason:  # it points to a report that is not shown
-        reason = "the sizes in its config.json are not those of its weights."
+        reason = "the sizes in its config.json differ from those of its weights."
     reason += "" if reason.endswith((".", "!", "?")) else "."
     if "attention implementation" in reason or "attn_implementation" in reason:
-        remedy = 'Take another one: attn_implementation="eager" (in a run file `model.attn_implementation: eager`).'
+        remedy = 'Choose another: attn_implementation="eager" (in a run file `model.attn_implementation: eager`).'
     elif "trust_remote_code" in str(error):
         remedy = "Set trust_remote_code only if you trust that code."
     elif isinstance(error, SafetensorError):

@@ -18,7 +18,7 @@ DEADLINE = 20.0
 """Seconds that all patterns of a file may take together; sound ones take milliseconds."""
 
 _PLAIN = re.compile(r"[\w.\-]*")
-# Where a repetition holds another one or a choice, the ways to match a text can be exponential in its length.
+# Nested repetitions, or a choice in a repetition, can take time exponential in the length of the text.
 _REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{\d*,\d*\})")
 _LENGTH = 48
 

@@ -81,7 +81,7 @@ def soup_members(paths: Sequence[str | Path], weights: Sequence[float] | None = 
 def check_one_tokenizer(members: Sequence[SoupMember]) -> None:
     """Refuse members that were trained with other token ids than the first.
 
-    An adapter that has no tokenizer beside it was trained with that of its base.
+    An adapter without a tokenizer in its folder was trained with its base's tokenizer.
 
     Raises:
         ConfigError: With the first token that differs.

@@ -149,7 +149,7 @@ class DistributionMatching:
         return ObjectiveOutput((Term(losses, known.to(losses.dtype)),), self._metrics(batch))
 
     def _known(self, batch: CompletionBatch) -> Bool[Tensor, " N"]:
-        return batch.require("log_partition") != -math.inf  # a NaN is no missing estimate: it must be seen
+        return batch.require("log_partition") != -math.inf  # NaN does not mean missing: it must be reported
 
     @torch.no_grad()
     def _importance_weight(self, batch: CompletionBatch) -> Float[Tensor, " N"]:

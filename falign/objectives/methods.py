@@ -22,7 +22,7 @@ __all__ = ["DPHRL", "FDPG", "FDPO", "SALSA", "SALSARLOO", "TDPO", "dph_rl_coeffi
 
 # The paper's η is the weight in one mean over all rows, 8 fresh ones for each of the reference: 8 times the weight
 # between two means. Jensen-Shannon's is the η of its tables; of the forward KL and α only ranges are published, 0.01 to
-# 0.05, of which this is the same end.
+# 0.05; this is the upper end.
 DPH_RL_COEFFICIENTS: dict[type[Divergence], float] = {JensenShannon: 0.2 / 8, ForwardKL: 0.05 / 8, Alpha: 0.05 / 8}
 
 

@@ -44,7 +44,7 @@ def report_path(runs: Sequence[str | Path], out: str | Path | None) -> Path:
         out: A folder, or a file with the suffix ``.html``; left out, the folder of a single run, or this folder.
 
     Raises:
-        ConfigError: A link, or a file that is no report, lies there.
+        ConfigError: The path is a link, or a file that is not a report.
     """
     if out is None:
         path = (Path(runs[0]) if len(runs) == 1 else Path()) / NAME
@@ -68,7 +68,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> W
         The page and its pictures, which lie in the folder ``NAME-figures`` beside ``NAME.html``.
 
     Raises:
-        ConfigError: A folder is no run, a file in one is damaged, or another file or a link lies where the report
+        ConfigError: A folder is not a run, a file in one is damaged, or another file or a link lies where the report
             or one of its pictures would.
     """
     path = report_path(runs, out)

@@ -68,7 +68,7 @@ class RewardSum:
             sum where one reward alone counts in it, else the first that counts.
 
     Raises:
-        ConfigError: There is none, two share a name, a weight is not finite, or none has the name of the outcome.
+        ConfigError: The sum is empty, a name comes twice, a weight is not finite, or the outcome is unknown.
     """
 
     rewards: tuple[WeightedReward, ...]

@@ -1,6 +1,6 @@
 """The limits of a verifier's process: no writing, no network, no other processes, no look into this one.
 
-It is loaded by :mod:`falign.rewards.worker` from its file, and imports nothing of falign. Python's own functions are
+It is loaded by :mod:`falign.rewards.worker` from its file, and imports no part of falign. Python's own functions are
 refused by their events; on Linux the kernel refuses new processes, signals, sockets, named pipes and writing to files,
 whatever calls it. What remains is the process itself: code of a completion that is evaluated in it can change how later
 completions are judged by the same process.

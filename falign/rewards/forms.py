@@ -152,7 +152,7 @@ def arguments(
     completions: list[str],
     columns: Mapping[str, list[Any]],
 ) -> dict[str, list[Any]]:
-    """Return those of the given arguments that a function names, one value per completion."""
+    """Return the arguments that a function names, one value per completion."""
     return select_columns(function, FORMS[form].given(prompts, completions, columns))
 
 

@@ -16,7 +16,7 @@ ROW_ERROR = "RowError"  # of falign.rewards.verifiers, by its name in another pr
 
 
 def row_error(outcome: Outcome) -> str | None:
-    """Return why a row cannot be judged; None where the outcome says nothing of that."""
+    """Return why a row cannot be judged; None if the outcome is not such an error."""
     return outcome.message.partition(": ")[2] if outcome.error == ROW_ERROR else None
 
 

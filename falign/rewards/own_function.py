@@ -65,7 +65,7 @@ class OwnFunction:
         """Accept every row.
 
         Raises:
-            RewardError: The function has a parameter that is no column.
+            RewardError: A required parameter of the function is neither a column nor an argument.
         """
         check_columns(self.function, self._imported, self.form, columns)
         return [None] * len(prompts)

@@ -67,7 +67,7 @@ def raised_message(text: str, lines: Sequence[CodeLine], completion: str | None)
 
     Args:
         text: Class and message.
-        lines: Of its traceback; those of the user's files are kept, and the one that raised.
+        lines: Lines of its traceback; only the user's files and the line that raised are kept.
         completion: The one that was judged, if it is known.
     """
     own = own_lines(lines)

@@ -1,6 +1,6 @@
 """System calls that the kernel refuses to a verifier's process for good, by Linux's seccomp filter.
 
-It is loaded by :mod:`falign.rewards.confinement` from its file, and imports nothing of falign. Python reports events of
+It is loaded by :mod:`falign.rewards.confinement` from its file, and imports no part of falign. Python reports events of
 its own functions, and not of all of them; whatever goes past Python still has to ask the kernel.
 """
 
@@ -75,7 +75,7 @@ def refuse_system_calls() -> bool:
     steps += [(AT_LEAST, 0, 1, FIRST_X32), refuse]
     for number in sorted(number for group in calls.values() for number in group):
         steps += [(EQUAL, 0, 1, number), refuse]
-    # The C library starts threads by clone where there is no clone3; whose flags a program cannot read.
+    # Without clone3 the C library starts threads by clone. A filter cannot read the flags of clone3.
     steps += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, REFUSED | errno.ENOSYS)]
     steps += [(EQUAL, 0, 3, clone), (LOAD, 0, 0, FIRST_ARGUMENT), (ANY_BIT, 1, 0, CLONE_THREAD), refuse]
     steps.append((RETURN, 0, 0, ALLOWED))

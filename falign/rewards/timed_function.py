@@ -82,7 +82,7 @@ class TimedFunction:
         """Accept every row.
 
         Raises:
-            RewardError: The function has a parameter that is no column.
+            RewardError: A required parameter of the function is neither a column nor an argument.
         """
         check_columns(self.function, self._imported, self.form, columns)
         return [None] * len(prompts)

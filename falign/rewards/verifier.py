@@ -122,7 +122,7 @@ class Verifier:
 
     def _filled(self, template: str, row: Mapping[str, Any]) -> str:
         if missing := [name for name in _fields(template) if row[name] is None]:
-            raise ValueError(f"the column {missing[0]!r}, of which {template!r} is made, is missing")
+            raise ValueError(f"the column {missing[0]!r}, which {template!r} needs, is missing")
         try:
             return template.format_map(row)
         except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:

@@ -34,7 +34,7 @@ def answer(
         model: a causal language model, with or without adapters; back in its mode afterwards.
         tokenizer: the model's.
         prompts: plain texts, or conversations up to the turn that is wanted.
-        chat: whether a plain text is a user's turn where there is a chat template; false continues it as it stands.
+        chat: whether a plain text is a user's turn where there is a chat template; false continues the text.
         stop_token_ids: what ends a completion.
         max_new_tokens: longest completion.
         temperature: 0 decodes greedily; else samples from the whole vocabulary.

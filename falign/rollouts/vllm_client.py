@@ -71,7 +71,7 @@ class _TooLateError(Exception):
 
 
 class _UnusableError(Exception):
-    """The server answers something that is no answer to a call."""
+    """The server's reply has the wrong format."""
 
 
 class HTTPClient:
@@ -171,8 +171,8 @@ class HTTPClient:
             return json.loads(reply.content)
         except (ValueError, RecursionError) as error:
             raise EngineError(
-                f"{without_passwords(self.url)}{path}: the reply is no JSON ({reply.text[:100]!r}): is another program "
-                "at this address?"
+                f"{without_passwords(self.url)}{path}: the reply is not JSON ({reply.text[:100]!r}): is another "
+                "program at this address?"
             ) from error
 
 

@@ -112,7 +112,7 @@ def other_attention(model: nn.Module) -> str:
     attention = getattr(without_wrapper(model).config, "_attn_implementation", None)
     if attention in (None, "eager"):
         return ""
-    return f"If its attention ({attention}) is at fault, load it with another one (attn_implementation: eager)."
+    return f"If its attention ({attention}) is at fault, load the model with attn_implementation: eager."
 
 
 def run_backbone(model: nn.Module, **inputs: Any) -> Any:

@@ -28,7 +28,7 @@ class LayoutChoice(NamedTuple):
 
     Attributes:
         layout: ``"tree"`` or ``"padded"``.
-        reason: The reason for the choice, to be told.
+        reason: The reason for the choice, for the user.
         as_asked: False where trees were hoped for and the model cannot read them.
     """
 

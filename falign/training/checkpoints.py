@@ -94,7 +94,7 @@ def why_damaged(
         folder: The checkpoint.
         run: The identifier of the run that it has to be of; any run where None.
         contents: Whether all files are read, or only their sizes compared.
-        unread: Files of which the size is enough in any case.
+        unread: Files for which only the size is ever compared.
     """
     try:
         sealed = _Seal.model_validate_json((folder / SEAL).read_bytes())

@@ -58,7 +58,7 @@ class ModelConfig(FrozenModel):
     """Run code that the model's repository brings along."""
 
     def build_tokenizer(self, *, date: datetime | None = None) -> PreTrainedTokenizerBase:
-        """Load the tokenizer; a date is what a template that writes the date is told, in place of the present."""
+        """Load the tokenizer; a date replaces the present one in templates that write the date."""
         from falign.models import load_tokenizer
         from falign.models.tokenizers import fix_date
 

@@ -23,7 +23,7 @@ def held_out_prompts(folder: RunFolder, config: RunConfig, *, tell: Callable[[st
     Args:
         folder: The run.
         config: Its run file.
-        tell: Is told how many held-out prompts the run trained on too.
+        tell: Called with a message if held-out prompts were also trained on.
 
     Raises:
         ConfigError: It has held none out, has no record of its rows, or its data lack some of them now.

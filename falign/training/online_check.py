@@ -68,14 +68,14 @@ def _check_effects(
     fields = RolloutConfig.model_fields
     if rollout.ranked != fields["ranked"].default and "preference" not in objective.needs:
         raise ConfigError(
-            f"rollout.ranked={rollout.ranked} is of objectives of preferences, and objective.kind="
-            f"{chosen.kind} reads rewards themselves: leave it out."
+            f"rollout.ranked={rollout.ranked} applies only to preference objectives, and objective.kind="
+            f"{chosen.kind} learns from rewards: leave it out."
         )
     counting = [reward for reward in rewards if reward.weight != 0]
     if rollout.difficulty is not None and len(counting) > 1 and rollout.outcome is None:
         raise ConfigError(
-            f"rollout.difficulty with {len(counting)} rewards: their sum is no measure of what the policy solves. Set "
-            "rollout.outcome to the name of the reward that decides it."
+            f"rollout.difficulty with {len(counting)} rewards: their sum does not say whether a prompt is solved. "
+            "Set rollout.outcome to the name of the reward that decides it."
         )
     matching = chosen if isinstance(chosen, DistributionMatchingConfig) else None
     fits = matching is not None and matching.needs_samples

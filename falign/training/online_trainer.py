@@ -48,7 +48,7 @@ class Failures(NamedTuple):
     Attributes:
         timeouts: Calls that were stopped at their deadline.
         errors: Calls that raised and were counted.
-        message: Of the first of these; ``""`` where there is none.
+        message: The first error's message; ``""`` without errors.
     """
 
     timeouts: int = 0
@@ -178,7 +178,7 @@ class OnlineTrainer(AlignmentTrainer):
     @override
     def require_same_schedule(self, began: TrainerState) -> None:
         super().require_same_schedule(began)
-        # The last rollout of a run has none drawn ahead after it, which a longer run has.
+        # A longer run samples ahead after this rollout; at the end of a run, nothing is sampled ahead.
         last = began.max_steps - self.rollout.num_updates
         if self.rollout.ahead and self.num_steps > began.max_steps and began.global_step > last:
             raise ConfigError(

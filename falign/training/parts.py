@@ -46,7 +46,7 @@ class Language(NamedTuple):
         tokenizer: The model's.
         stop_tokens: All ids that end a completion.
         pad_token_id: What fills rows.
-        date: What templates that write the date are told; the present where None.
+        date: Date for templates that write one; None is today.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -77,7 +77,7 @@ def load_language(config: RunConfig, *, date: datetime | None = None) -> Languag
 
     Args:
         config: The run.
-        date: What a template that writes the date is told; the present where None.
+        date: Date for templates that write one; None is today.
 
     Raises:
         ConfigError: A model that reads the policy's token ids has others.

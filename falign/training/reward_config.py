@@ -423,7 +423,7 @@ def build_rewards(
 
     Args:
         configs: The list ``rewards``.
-        date: What chat templates that write the date are told; the present where None.
+        date: Date for chat templates that write one; None is today.
         outcome: Name of the reward that decides what passes; see :class:`falign.rewards.RewardSum`.
 
     Raises:

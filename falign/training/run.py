@@ -49,7 +49,7 @@ class Origin(NamedTuple):
 
     Attributes:
         run: An identifier, which all its checkpoints bear.
-        date: What templates that write the date are told.
+        date: Date for templates that write one.
     """
 
     run: str
@@ -57,12 +57,12 @@ class Origin(NamedTuple):
 
     @classmethod
     def new(cls) -> Origin:
-        """Return that of a run that begins now; all processes have to call it."""
+        """Return the properties of a new run; all processes have to call it."""
         return gathered([cls(uuid4().hex, datetime.now().replace(microsecond=0))])[0]
 
     @classmethod
     def of(cls, folder: RunFolder) -> Origin:
-        """Return that of a run that has begun."""
+        """Return the properties recorded by a run that has begun."""
         return cls(folder.read_inputs()["run"], folder.read_date())
 
     @property

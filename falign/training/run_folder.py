@@ -288,7 +288,7 @@ class RunFolder:
         return found
 
     def read_date(self) -> datetime:
-        """Return what templates that write the date are told in this run."""
+        """Return the date for templates that write one, in this run."""
         return datetime.fromisoformat(self.read_inputs()["date"])
 
     def read_rows(self) -> RunRows:
@@ -411,7 +411,7 @@ class RunFolder:
         Args:
             checkpoint: From which the run goes on.
             history: All that had been logged then, by the checkpoint itself.
-            tell: Is told where lines were lost.
+            tell: Called with a message if lines were lost.
 
         Raises:
             TrainingError: Lines of completions are lost, which nothing brings back.

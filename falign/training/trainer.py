@@ -163,7 +163,7 @@ class AlignmentTrainer(Trainer):
             began: The state of the checkpoint from which the run goes on.
 
         Raises:
-            ConfigError: A learning rate would have been another one, or the run has come further.
+            ConfigError: Past learning rates would differ, or the run is already past this step.
         """
         steps, taken = self.num_steps, began.global_step
         if steps == began.max_steps:
@@ -202,7 +202,7 @@ class AlignmentTrainer(Trainer):
         progress = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        self.state.compute_steps(self.args, max_steps)  # those of a checkpoint may be other ones
+        self.state.compute_steps(self.args, max_steps)  # a checkpoint's may differ
         self.state.log_history = self.state.log_history or history
         return progress
 

@@ -1,4 +1,4 @@
-"""Settings of TRL, transformers and PEFT: the field of the run file that each one is, or why there is none."""
+"""Settings of TRL, transformers and PEFT: the run file's field for each one, or the reason why it has no field."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class ForeignName(NamedTuple):
     """The answer to a setting of another library.
 
     Attributes:
-        fields: Paths of the run file; empty where there is none.
-        note: A remark on the paths; the reason where there are none.
+        fields: Paths of the run file; empty if falign has no such setting.
+        note: A remark on the paths; without paths, the reason.
     """
 
     fields: tuple[str, ...]
@@ -23,7 +23,7 @@ class ForeignName(NamedTuple):
     def told(self) -> str:
         """Return the end of a message about the name."""
         if not self.fields:
-            return f"falign has none, because {self.note}."
+            return f"falign has no such setting, because {self.note}."
         return f"here it is {' or '.join(self.fields)}{f' ({self.note})' if self.note else ''}."
 
 

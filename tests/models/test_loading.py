@@ -263,5 +263,5 @@ def test_more_layers_than_there_are_tensors_are_refused_at_once(tmp_path, kind):
 def test_sizes_that_are_not_those_of_the_weights_are_called_so(tiny):
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps(config | {"intermediate_size": 130}))
-    with pytest.raises(ModelError, match=r"the sizes in its config\.json are not those of its weights"):
+    with pytest.raises(ModelError, match=r"the sizes in its config\.json differ from those of its weights"):
         load_model(tiny)

@@ -74,7 +74,7 @@ def test_sql_reads_the_database_and_the_query_of_each_row(tmp_path, pool):
             "the query of the row fails on d.sqlite: no such column: y",
             "file is not a database",
             "there is no database 'nowhere.sqlite'",
-            "the column 'db_id', of which '{db_id}.sqlite' is made, is missing",
+            "the column 'db_id', which '{db_id}.sqlite' needs, is missing",
             "cannot be opened",
             "is not inside",
             "cannot be opened",

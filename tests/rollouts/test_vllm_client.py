@@ -89,7 +89,7 @@ def test_no_redirect_is_followed(answering, target):
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"not json", b"", b"\xff\xfe", b"9" * 5000])
 def test_what_is_no_json_is_told(answering, content):
     url, _ = answering([reply(content)])
-    with pytest.raises(EngineError, match="the reply is no JSON"):
+    with pytest.raises(EngineError, match="the reply is not JSON"):
         HTTPClient(url, timeout=5.0).get("/x")
 
 

@@ -31,7 +31,7 @@ def check(**changes):
             },
             "objective.advantage=batch_mean, which compares",
         ),
-        ({"rollout": {"ranked": "all"}}, "rollout.ranked=all is of objectives of preferences"),
+        ({"rollout": {"ranked": "all"}}, "rollout.ranked=all applies only to preference objectives"),
         ({"objective": BINARY, "rollout": {"fit_samples": 64}}, "nothing is fitted here"),
         (
             {"objective": BINARY, "rewards": [{"kind": "words", "words": ["a"], "weight": 0.5}]},

@@ -39,7 +39,7 @@ GOOD = [{"answer": 4}, {"answer": "5"}, {"answer": "6"}]
     [
         ({"kind": "number"}, [*GOOD, {"answer": "tower"}], "reward number: the answer 'tower' holds no finite number"),
         ({"kind": "number"}, [*GOOD, {}], "reward number: the answer is missing"),
-        ({"kind": "choice"}, [{"answer": "A"}, {"answer": 2}], "reward choice: the answer 2 is none of the letters"),
+        ({"kind": "choice"}, [{"answer": "A"}, {"answer": 2}], "reward choice: the answer 2 is not one of the letters"),
         (
             {"kind": "words", "column": "answer"},
             [{"answer": "a"}, {"answer": []}],

@@ -50,7 +50,7 @@ def score_with_options(completion: str, answer: Any, options: Any, *, letters: s
 def _expected(answer: Any, letters: str) -> str:
     expected = answer_text(answer).strip().strip("().[]").upper()
     if len(expected) != 1 or expected not in letters.upper():
-        raise RowError(f"the answer {answer!r:.80} is none of the letters {letters}")
+        raise RowError(f"the answer {answer!r:.80} is not one of the letters {letters}")
     return expected
 
 

@@ -20,7 +20,7 @@ __all__ = ["score"]
 # It recommends its own alarm signals, whose place the killable process has taken.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
-# Commands and the texts in them, of which no letter is a variable.
+# Commands whose argument is text: its letters are not variables.
 COMMAND = re.compile(r"\\(?:text|math|operatorname|mbox|begin|end)[a-z]*\*?\{[^{}]*\}|\\[A-Za-z]+")
 SCIENTIFIC = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d{1,3}")
 FUNCTIONS = frozenset({"arccos", "arcsin", "arctan", "cos", "cot", "csc", "exp", "ln", "pi", "sec"})
@@ -63,7 +63,7 @@ def _expected(answer: str) -> list[Any]:
     if "\n" in text:
         raise RowError(f"the answer {text[:80]!r} has several lines; mark its end with {HASHES}")
     if text.casefold() in ("n/a", "na"):
-        raise RowError(f"the answer {text!r} says that there is none; remove the row")
+        raise RowError(f"the answer {text!r} means that the row has no answer; remove the row")
     if SCIENTIFIC.fullmatch(text):  # 1e-05 would be read as 1e minus 5
         text = f"{Decimal(text):f}"
     in_latex = any(mark in text for mark in ("$", "\\boxed", "\\(", "\\["))

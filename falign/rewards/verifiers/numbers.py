@@ -10,7 +10,7 @@ from .row_answer import answer_text
 
 __all__ = ["last_number", "score"]
 
-# Digits after a point belong to what is before it (2.3.1 is no number 1).
+# Digits after a point belong to what is before it (2.3.1 does not hold the number 1).
 NUMBER = re.compile(
     r"(?<![\w.])(?<!\d[.,])"
     r"(?P<sign>[-+−]?)\s?[$€£]?"

@@ -42,7 +42,7 @@ def test_the_letter_that_a_completion_settles_on(completion, letter):
 def test_the_answer_may_have_brackets_and_must_be_one_of_the_letters():
     assert score("Answer: B", "(b)", letters="ABCD") == 1.0
     assert score("Answer: E", "B", letters="ABCD") == 0.0
-    with pytest.raises(RowError, match="'E' is none of the letters ABCD"):
+    with pytest.raises(RowError, match="'E' is not one of the letters ABCD"):
         score("Answer: E", "E", letters="ABCD")
     assert score("Answer: B", "B", letters="abcd") == 1.0
 
