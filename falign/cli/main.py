@@ -70,9 +70,9 @@ def _tell(error: BaseException) -> int:
             print(report, end="", file=sys.stderr)
         return 1
     message = clean(message)
-    if message and not leave_failure(f"error: {message}\n"):
-        label = "[bold yellow]stopped:[/]" if isinstance(error, StoppedError) else "[bold red]error:[/]"
-        Terminal(stderr=True, highlight=False, soft_wrap=True).print(f"{label} {escape(message)}")
+    label, style = ("stopped:", "bold yellow") if isinstance(error, StoppedError) else ("error:", "bold red")
+    if message and not leave_failure(f"{label} {message}\n"):
+        Terminal(stderr=True, highlight=False, soft_wrap=True).print(f"[{style}]{label}[/] {escape(message)}")
     return error.exit_status if isinstance(error, FalignError) else 2
 
 

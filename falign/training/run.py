@@ -219,9 +219,10 @@ def _until_stopped(trainer: AlignmentTrainer, checkpoint: Path | None, folder: R
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     state = trainer.state
     if stop.caught is not None and state.global_step < state.max_steps:
+        launch = f" --launch {'fsdp2' if shards() else 'ddp'} --processes {num_processes()}"
         raise StoppedError(
             f"stopped at step {state.global_step} of {state.max_steps}, with checkpoint-{state.global_step} in "
-            f"{folder.path}. Go on with `{folder.resume_command}`.",
+            f"{folder.path}. Go on with `{folder.resume_command}{launch if num_processes() > 1 else ''}`.",
             signal=stop.caught,
         )
 
@@ -279,7 +280,11 @@ def _require_as_many_processes(checkpoint: Path) -> None:
     if written != num_processes():
         raise ConfigError(
             f"{checkpoint} was written by {written} process{'es' * (written > 1)}, and this run has {num_processes()}: "
-            + (f"resume with --processes {written}." if written > 1 else "resume without --launch.")
+            + (
+                f"resume with --launch ddp or fsdp2, as it began, and --processes {written}."
+                if written > 1
+                else "resume without --launch."
+            )
         )
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from falign.errors import StoppedError
 from falign.training import parse_run, train
-from falign.training.processes import is_writer, wait
+from falign.training.processes import is_writer, shards, wait
 
 
 def launched(case):
@@ -49,6 +49,7 @@ def stopped_in_one_process(config, at):
         with pytest.raises(StoppedError, match=f"stopped at step {at + 1} of .*, with checkpoint-{at + 1}") as told:
             train(config, console=Console(quiet=True))
     assert told.value.exit_status == 128 + signal.SIGTERM
+    assert str(told.value).endswith(f"--resume --launch {'fsdp2' if shards() else 'ddp'} --processes 2`.")
     wait()
 
 
