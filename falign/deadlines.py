@@ -1,4 +1,4 @@
-"""Deadlines for what others wrote (chat templates, regular expressions), in this process and in a child process."""
+"""Deadlines for foreign code (chat templates, regular expressions), in this process and in a child process."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _limit_memory() -> None:
 
 
 def _read_to_end(reader: int, seconds: float) -> str | None:
-    """Return what is written until the writer closes; None where it has not by the deadline."""
+    """Return all data until the writer closes; None after the deadline."""
     end, content = time.monotonic() + seconds, b""
     while select.select([reader], [], [], max(0.0, end - time.monotonic()))[0]:
         part = os.read(reader, 1 << 16)

@@ -146,7 +146,7 @@ def lock(descriptor: int, path: Path) -> None:
 
 
 def refuse_link(path: Path) -> None:
-    """Refuse to write where a link lies: what it leads to may be somebody else's.
+    """Refuse to write through a link, because its target may belong to somebody else.
 
     Raises:
         ConfigError: ``path`` is a link.

@@ -1,4 +1,4 @@
-"""Keeping passwords and tokens out of what is written: run files refuse them, messages and reports mask them."""
+"""Passwords and tokens in output: run files refuse them, messages and reports mask them."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from falign.errors import ConfigError, DataError
 __all__ = ["Tokenizer", "apply_template", "template_source"]
 
 SECONDS = 10.0
-"""The most that one conversation may take to render; real templates need a thousandth of it."""
+"""The time limit for rendering one conversation; real templates need a thousandth of it."""
 CHARACTERS = 1_000_000
 """The most that a template may add to the turns."""
 

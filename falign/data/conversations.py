@@ -13,7 +13,7 @@ from falign.errors import DataError
 __all__ = ["ROLES", "Message", "Text", "common_turns", "looks_like_hh", "read_dialogue", "read_messages", "read_text"]
 
 Message = dict[str, Any]
-"""One turn: ``{"role": ..., "content": ...}``, both text, and what other keys it has for the chat template."""
+"""One turn: ``{"role": ..., "content": ...}``, both text, and any other keys for the chat template."""
 
 Text = str | list[Message]
 """A plain string, or a conversation."""
@@ -85,7 +85,7 @@ def _read_turn(turn: Any, place: str, field: str) -> Message:
 
 
 def _joined_parts(content: Any) -> Any:
-    """Return the text of ``[{"type": "text", "text": ...}]``; what has other parts as it is."""
+    """Return the text of ``[{"type": "text", "text": ...}]``; content with other parts unchanged."""
     if not isinstance(content, list) or not content:
         return content
     texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part for part in content]

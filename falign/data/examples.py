@@ -125,7 +125,7 @@ def _turns(text: Text, role: str) -> list[Message]:
 def _at_the_last_turn(
     prompt: list[Message], completions: Sequence[list[Message]], fields: Sequence[str], place: str
 ) -> tuple[list[Message], list[list[Message]]]:
-    """Divide dialogues before their last turn: what all of them share is the prompt."""
+    """Divide dialogues before their last turn: the shared part is the prompt."""
     answers = [_answer(turns, prompt) for turns in completions]
     shared = answers[0][:-1] if answers else []
     if not shared or any(turns[:-1] != shared for turns in answers):

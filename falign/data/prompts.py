@@ -285,7 +285,7 @@ def _system(row: Row, source: PromptSource) -> str | None:
 
 
 class _Filled(string.Formatter):
-    """Fills a template with a row's columns; refuses what has no text of its own."""
+    """Fills a template with a row's columns; refuses lists, objects and nulls."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
         value, first = super().get_field(field_name, args, kwargs)

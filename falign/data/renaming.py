@@ -43,7 +43,7 @@ def renamed(row: Row, columns: Mapping[str, str], *, ignore: Collection[str] = (
 
 
 def without_turn_keys(value: Any, ignore: Collection[str]) -> Any:
-    """Return a conversation whose turns lack some keys; any other value as it is."""
+    """Return a conversation without some keys of its turns; any other value unchanged."""
     if isinstance(value, Mapping):
         return {name: inner for name, inner in value.items() if name not in ignore}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Counts of what was done to the rows of a source."""
+"""Counts of a source's rows: read, bad, dropped, cut and kept."""
 
 from __future__ import annotations
 

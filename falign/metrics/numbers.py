@@ -1,4 +1,4 @@
-"""The rule of dtypes of falign.divergences, for what metrics take: lists, arrays and tensors."""
+"""The dtype rule of falign.divergences for the inputs of metrics: lists, arrays and tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Content hashes of weights and of a model's configuration: equal for what computes the same, whoever loaded it."""
+"""Content hashes of weights and of a model's configuration: equal for models that compute the same."""
 
 import hashlib
 import json

@@ -89,7 +89,7 @@ def _patterns(value: Any) -> Iterator[str]:
 
 
 def _texts(pattern: str) -> list[str]:
-    """Return texts that nearly match: long runs of what may be repeated, and something else at the end."""
+    """Return texts that nearly match: long repetitions with another character at the end."""
     alone = [each for each in pattern if each.isalnum()]
     pieces = dict.fromkeys([*"aA0 \n!é", *re.findall(r"[^\W_]+", pattern), *alone])
     # A literal that a pattern must end with is searched for first, so it has to be there, and not in its place.

@@ -102,7 +102,7 @@ class Objective(Protocol):
 
 @runtime_checkable
 class WeightingObjective(Objective, Protocol):
-    """An objective that says from what a trainer fills ``CompletionBatch.token_weights`` in.
+    """An objective that names the source of ``CompletionBatch.token_weights``.
 
     Attributes:
         weighting: As :func:`falign.scoring.completion_states` takes it.

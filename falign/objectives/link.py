@@ -71,7 +71,7 @@ class Link:
         return self.beta * self.divergence.f_prime(log_ratio)
 
     def rewards_of(self, batch: CompletionBatch) -> CompletionRewards:
-        """Return the rewards of a batch's completions, and what they come from."""
+        """Return the rewards of a batch's completions, and their source."""
         log_ratio = batch.sequence_sum(batch.logprobs - batch.require("reference_logprobs"))
         compared = log_ratio / batch.num_tokens if self.length_norm == "token" else log_ratio
         return CompletionRewards(batch.sequence_sum(batch.logprobs), log_ratio, self.reward(compared))

@@ -27,7 +27,7 @@ DASHED: Line = (4, 2)
 DOTTED: Line = (1, 1.5)
 
 PNG_MARK = "falign report"
-"""By which a picture is known as one that may be drawn anew."""
+"""Marks a picture that falign drew and may overwrite."""
 
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",

@@ -92,7 +92,7 @@ class RewardSum:
 
     @property
     def passing(self) -> str | None:
-        """Name of the reward that decides what passes; None where the sum does."""
+        """Name of the reward that decides whether a completion passes; None for the sum."""
         counting = [reward.name for reward in self.rewards if reward.weight != 0]
         return self.outcome or (counting[0] if len(counting) > 1 else None)
 

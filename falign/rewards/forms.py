@@ -157,7 +157,7 @@ def arguments(
 
 
 def finished(returned: Any) -> Any:
-    """Return what a call returned, or what it will return where the function is ``async``.
+    """Return the result of a call, after awaiting it if the function is ``async``.
 
     All such calls run on one event loop in a thread of its own, so that sessions and clients stay usable.
 

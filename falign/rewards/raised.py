@@ -41,7 +41,7 @@ def code_lines(error: BaseException) -> list[CodeLine]:
 
 
 def own_lines(lines: Sequence[CodeLine]) -> list[CodeLine]:
-    """Return those lines that are of the user's files."""
+    """Return the lines that belong to the user's files."""
     return [line for line in lines if _is_own(line)]
 
 
@@ -63,7 +63,7 @@ def completion_at_fault(error: BaseException, completions: Sequence[Any]) -> int
 
 
 def raised_message(text: str, lines: Sequence[CodeLine], completion: str | None) -> str:
-    """Return what a person should read of an exception, without secrets and control characters.
+    """Return an exception's message for the user, without secrets and control characters.
 
     Args:
         text: Class and message.

@@ -209,7 +209,7 @@ def _answer(
 
 
 def _finished(returned: Any) -> Any:
-    """Return what an ``async`` function returns in the end; all of them share one event loop."""
+    """Return the result of an ``async`` function; all of them share one event loop."""
     if not inspect.isawaitable(returned):
         return returned
 

@@ -40,7 +40,7 @@ _OBJECT, _FINDING = TypeAdapter(dict[str, Any]), TypeAdapter(Finding)
 
 
 class PresamplingJournal:
-    """A file of findings in the order of the prompts, each line with its checksum; the first says what they depend on.
+    """A file of results in the order of the prompts, each line with its checksum; the first line records their inputs.
 
     Args:
         path: The file; made with the first finding.

@@ -27,7 +27,7 @@ _TOLD = 300  # characters of a reply in a message
 
 
 def told(reply: str) -> str:
-    """Return what a message tells of a reply, on one line: a server's own message whole, the beginning of all else."""
+    """Return one line about a reply: a server's error message in full, else the beginning of the body."""
     try:
         value = json.loads(reply)
     except (ValueError, RecursionError):

@@ -72,7 +72,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def seal(folder: Path, *, run: str, step: int, logs: Mapping[str, LogMark]) -> None:
-    """Write down what all files of a checkpoint hold, as the last thing before it gets its name.
+    """Write the checksums of a checkpoint's files, as the last step before it gets its name.
 
     Args:
         folder: The checkpoint.
@@ -213,7 +213,7 @@ def sync_logs(folder: Path) -> dict[str, LogMark]:
 
 
 def holds(file: Path, mark: LogMark) -> bool:
-    """Return whether a log still holds what it held at a mark, whatever has been written after it."""
+    """Return whether a log is unchanged up to a mark."""
     if not file.is_file() or file.stat().st_size < mark.bytes:
         return False
     return _checksum(file, mark.bytes) == mark.sha256

@@ -168,7 +168,7 @@ class DataConfig(FrozenModel):
 
     @property
     def window(self) -> Window:
-        """Lengths, and what happens to what is longer."""
+        """Length limits, and the handling of longer rows."""
         return Window(self.max_length, self.max_completion_length, self.long_prompt, self.long_completion)
 
     def build(

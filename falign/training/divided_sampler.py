@@ -33,7 +33,7 @@ class DividedSampler:
 
     @property
     def outcome(self) -> str | None:
-        """Name of the reward that decides what passes; None where the sum of all does."""
+        """Name of the reward that decides whether a completion passes; None for the sum of all."""
         return self.sampler.rewards.passing
 
     def with_completions(self, completions: int) -> DividedSampler:

@@ -26,7 +26,7 @@ def same_learning_rates(args: TrainingArguments, steps: int, other_steps: int, *
 
 
 def _factor(args: TrainingArguments, steps: int) -> Callable[[int], float]:
-    """Return what multiplies the learning rate at each step."""
+    """Return the factor of the learning rate at each step."""
     options: Any = args.lr_scheduler_kwargs
     scheduler = get_scheduler(
         args.lr_scheduler_type,

@@ -101,7 +101,7 @@ def read_data(config: RunConfig, language: Language, objective: Objective, *, co
 
 
 def _imitated(data: PreferenceData, console: Console) -> PreferenceData:
-    """Leave out what an objective that reads no preferences would imitate all the same, and say so."""
+    """Leave out dispreferred completions for an objective without preferences, and say so."""
     found = demonstrations(data)
     left_out = [
         f"{count} {what}"

@@ -41,7 +41,7 @@ MANY_STEPS = 1_000_000  # where they follow from epochs, which are known once th
 
 
 def check_names(optimizer: str, schedule: str) -> None:
-    """Refuse what transformers does not offer, and what cannot work in a run.
+    """Refuse settings that transformers does not offer or that cannot work in a run.
 
     Args:
         optimizer: ``training.optim``.

@@ -1,4 +1,4 @@
-"""A row's answer as text: what a verifier may read from the column that holds it."""
+"""A row's answer as text, for verifiers."""
 
 import math
 from decimal import Decimal
