@@ -47,7 +47,7 @@ def show(summary: Mapping[str, Any], folder: Path) -> None:
         table.add_row("ECE", *(_percent(error["ece"]) if error else "" for error in errors))
     console.print(table)
     if missing := summary["missing_subsets"]:
-        console.print(f"the benchmark's score needs the missing {', '.join(missing)}; the first row is the plain mean.")
+        console.print(f"the benchmark has no score without {', '.join(missing)}; the first row is the plain mean.")
     console.print(f"results {escape(str(folder))}", soft_wrap=True)
 
 
