@@ -258,14 +258,21 @@ def run_objective(path: str, *, trust_code: bool = False) -> Objective:
         trust_code: Whether a divergence that the run folder names (module:attribute) may be imported.
 
     Raises:
-        ConfigError: The run is missing, its run file is damaged, or it names code that is not trusted.
+        ConfigError: The run is missing, its run file is damaged, or it names code that is not trusted or has changed.
     """
     from falign.training import RunFolder
-    from falign.training.named_code import import_from, named_code, read_run
+    from falign.training.named_code import import_from, named_code, objective_code, read_run
 
-    config = read_run(RunFolder.open(path), uses=["objective"], trust_code=trust_code)
-    if named_code(config, ["objective"]):
+    folder = RunFolder.open(path)
+    config = read_run(folder, uses=["objective"], trust_code=trust_code)
+    if code := named_code(config, ["objective"]):
         import_from(Path.cwd())
+        if objective_code(config) != folder.read_inputs()["hashes"]["objective_code"]:
+            field, value = next(iter(code.items()))
+            raise ConfigError(
+                f"{path} was trained with other code of {field}={value}, so its rewards would be others: restore the "
+                "module that it names."
+            )
     return config.check()
 
 

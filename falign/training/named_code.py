@@ -12,11 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from falign.errors import ConfigError
+from falign.rewards.identity import source_hashes
 from falign.training.config import RunConfig
 from falign.training.run_file import load_run_file, parse_run
 from falign.training.run_folder import RunFolder
 
-__all__ = ["import_from", "is_recorded", "load_own_run_file", "named_code", "read_run", "require_trust"]
+__all__ = [
+    "import_from",
+    "is_recorded",
+    "load_own_run_file",
+    "named_code",
+    "objective_code",
+    "read_run",
+    "require_trust",
+]
 
 
 def read_run(folder: RunFolder, *, uses: Collection[str], trust_code: bool) -> RunConfig:
@@ -68,6 +77,12 @@ def named_code(config: RunConfig, sections: Collection[str] | None = None) -> di
     """
     plain = config.model_dump(mode="json", include=None if sections is None else set(sections))
     return {field: str(value) for field, value in _fields(plain) if _is_code(field.rpartition(".")[2], value)}
+
+
+def objective_code(config: RunConfig) -> dict[str, dict[str, str]]:
+    """Return the hashes of the modules that a run's own divergences come from, by ``module:attribute`` and file."""
+    divergences = named_code(config, ["objective"]).values()
+    return {name: source_hashes(name.partition(":")[0]) for name in divergences}
 
 
 def require_trust(code: dict[str, str], *, place: str | Path, trust_code: bool) -> None:

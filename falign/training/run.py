@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from datetime import datetime
@@ -21,13 +21,14 @@ from falign.models.recorded_base import RecordedBase
 from falign.models.sharding import is_sharded, weights_at_hand
 from falign.models.tokenizers import tokenizer_fingerprint
 from falign.objectives import Objective
-from falign.rewards.identity import reward_identities, source_hashes
+from falign.rewards.identity import reward_identities
 from falign.rollouts.answers import answer
 from falign.terminal import Terminal
 from falign.training.checkpoints import checkpoints, remove_leftovers
 from falign.training.config import RunConfig
 from falign.training.curves import plot_curves
 from falign.training.interrupts import StopAtStepEnd
+from falign.training.named_code import objective_code
 from falign.training.offline import offline_trainer
 from falign.training.online import online_trainer
 from falign.training.online_trainer import OnlineTrainer
@@ -316,7 +317,6 @@ def _answers(config: RunConfig, trainer: AlignmentTrainer, language: Language) -
 
 def _inputs(config: RunConfig, trainer: AlignmentTrainer, language: Language) -> RunInputs:
     """Hash all that decides the steps of a run besides its rows and its settings."""
-    modules = {name: source_hashes(name.partition(":")[0]) for name in _own_divergences(config.objective.model_dump())}
     return RunInputs(
         {
             "chat_template": text_hash(str(language.tokenizer.chat_template)),
@@ -325,7 +325,7 @@ def _inputs(config: RunConfig, trainer: AlignmentTrainer, language: Language) ->
             "base_weights": trainer.record["base_weights"],
             "base_config": trainer.record["base_config"],
             "reference": {**_without_paths(trainer.reference.identity()), "config": trainer.record["reference_config"]},
-            "objective_code": modules,
+            "objective_code": objective_code(config),
             "rewards": reward_identities(trainer.rewards) if isinstance(trainer, OnlineTrainer) else {},
         }
     )
@@ -336,15 +336,6 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _without_paths(inner) for name, inner in value.items() if name != "path"}
     return [_without_paths(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _own_divergences(section: dict[str, Any]) -> Iterator[str]:
-    """Yield the divergences of an objective that are given as ``module:attribute``."""
-    for name, value in section.items():
-        if isinstance(value, dict):
-            yield from _own_divergences(value)
-        elif name == "divergence" and ":" in str(value):
-            yield value
 
 
 def _record(

@@ -276,6 +276,22 @@ def test_a_run_whose_configuration_has_changed_is_not_scored(falign, trained, ti
         assert message is None or (message in err and "restore its config.json" in err)
 
 
+def test_a_run_whose_own_divergence_has_changed_is_not_scored(falign, trained, pairs, tmp_path, monkeypatch):
+    module = tmp_path / "of_this_run.py"
+    module.write_text('from falign import divergences\n\ndivergence = divergences.get("reverse_kl")\n')
+    monkeypatch.chdir(tmp_path)
+    run = trained(objective={"divergence": "of_this_run:divergence"}, training={"max_steps": 1})
+    out = tmp_path / "scores.jsonl"
+    status, _, err = falign("score", run, pairs, "--out", out, "--trust-code")
+    assert status == 0, err
+    out.unlink()
+    module.write_text(module.read_text().replace("reverse_kl", "jensen_shannon"))
+    status, _, err = falign("score", run, pairs, "--out", out, "--trust-code")
+    assert (status, out.exists()) == (2, False)
+    assert "was trained with other code of objective.divergence=of_this_run:divergence" in err
+    assert "restore the module" in err
+
+
 def test_a_killed_call_leaves_nothing_under_the_final_name_and_goes_on(score, tiny, base, pairs, tmp_path):
     write_pairs(pairs, n=600)
     out, partial = tmp_path / "scores.jsonl", tmp_path / ".scores.jsonl.partial.jsonl"
