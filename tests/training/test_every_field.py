@@ -289,7 +289,9 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             path="pairs2.jsonl",
             split=With("test", path="splits", chat=False),
             format=With("implicit", path="both.jsonl", chat=False, ignore=["question"]),
-            columns=With({"prompt": "question"}, path="both.jsonl", chat=False, ignore=["question"]),
+            columns=With(
+                {"chosen": "rejected", "rejected": "chosen"}, path="both.jsonl", chat=False, ignore=["question"]
+            ),
             chat=True,
             ignore=With(["system"], path="system.jsonl", chat=False),
             weight=With(
@@ -353,7 +355,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             texts=With(["another "], path=None, texts=["one "]),
             split=With("test", path="splits", chat=False),
             template="{answer}? ",
-            columns=With({"prompt": "question"}, path="both.jsonl", chat=False),
+            columns=With({"prompt": "question", "task": "prompt"}, path="both.jsonl", chat=False),
             chat=True,
             ignore=With(["system"], path="system.jsonl", chat=False),
             system="Be kind.",
