@@ -25,6 +25,8 @@ NAMES = {
     "generalized JS, 0.3": "generalized_js(0.3)",
 }
 SEEDS = "### DPH-RL at the published coefficient"
+AT_ONE_STRENGTH = "### The paper's four on HH, at one strength"
+TDPO = "### TDPO beside DPO on HH"
 
 
 def commands():
@@ -86,10 +88,25 @@ def test_means_and_ranges_over_seeds_are_those_of_the_rows():
     assert f"| {means[-1][1]} | {len(seeds)} | {' | '.join(means[-1][2:6])} |" in DPH_RL
 
 
-def test_every_divergence_is_shown_with_its_scale():
-    compared = [table for table in tables(RESULTS) if "f″(1)" in table[0]]
-    assert [len(table) - 1 for table in compared] == [9, 4]
-    for table in compared:
-        assert table[0][1] == "f″(1)"
-        for name, scale, *_ in table[1:]:
-            assert float(scale) == divergences.get(NAMES[name]).second_derivative_at_one
+def test_every_divergence_is_shown_with_its_scale_or_standardized():
+    (own,) = (table for table in tables(RESULTS) if "f″(1)" in table[0])
+    assert len(own) - 1 == 9
+    assert own[0][1] == "f″(1)"
+    for name, scale, *_ in own[1:]:
+        assert float(scale) == divergences.get(NAMES[name]).second_derivative_at_one
+    for name, *_ in tables(section(AT_ONE_STRENGTH))[0][1:]:
+        standardized = name.endswith(", standardized")
+        assert standardized != (divergences.get(NAMES[name.split(", ")[0]]).second_derivative_at_one == 1)
+    assert "--own-scale" not in section(AT_ONE_STRENGTH)
+
+
+def test_tdpo_is_measured_beside_dpo_on_the_same_pairs():
+    heading, *rows = tables(section(TDPO))[0]
+    assert [row[0] for row in rows] == ["DPO", "TDPO1", "TDPO2"]
+    dpo, (columns, reverse_kl, *_) = dict(zip(heading, rows[0], strict=True)), tables(section(AT_ONE_STRENGTH))[0]
+    for column, value in list(zip(columns, reverse_kl, strict=True))[1:]:
+        assert dpo[column] == value
+    variants = [words for words in commands() if "objective.kind=token_pairwise" in words]
+    assert [words[-1] for words in variants] == ["objective.variant=1", "objective.variant=2"]
+    page = (ROOT / "docs" / "which-divergence.md").read_text(encoding="utf-8")
+    assert "measured by us" not in page
