@@ -36,6 +36,7 @@ def test_every_fault_has_a_row():
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_row_names_tests_that_exist_and_commits(fault):
     tests, red, commits = rows()[fault]
+    assert red in {"yes", "new"}
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests)
     assert named
     missing = [f"{path}::{name}" for path, name in named if name not in functions(path)]
