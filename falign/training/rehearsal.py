@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from falign.data import Row, read_rows
-from falign.errors import DataError
+from falign.errors import DataError, one_line
 from falign.scoring import PromptTree
 from falign.training.run_inputs import text_hash
 from falign.training.scored_trees import ScoredTree
@@ -113,7 +113,7 @@ def _summary(path: str) -> _Summary:
         return _SUMMARY.validate_json(summary.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{summary} is damaged ({' '.join(str(error).split())[:200]}), and says what sampled {path}: restore it, "
+            f"{summary} is damaged ({one_line(error)}), and says what sampled {path}: restore it, "
             "or sample anew by `falign sample ... --overwrite`."
         ) from error
 

@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 
 from falign.training import RunFolder, parse_run, train
-from falign.training.named_code import named_code, read_run
+from falign.training.named_code import named_code, objective_code, read_run
 from tests.models.tiny import save_tiny
 from tests.report.summaries import add_summary, samples_summary
 from tests.test_safety import calls
@@ -62,12 +62,15 @@ def foreign(folder, tmp_path, monkeypatch):
         record["output_dir"] = str(run)
         (run / "run.yaml").write_text(yaml.safe_dump(record))
         manifest = json.loads((run / "manifest.json").read_text())
-        manifest["inputs"]["settings"] = RunFolder.settings(parse_run(record))  # whoever forges one forges both
-        (run / "manifest.json").write_text(json.dumps(manifest))
         (run / f"{MODULE}.py").write_text(CODE)
+        monkeypatch.chdir(run)
+        monkeypatch.syspath_prepend(run)
+        forged = parse_run(record)  # whoever forges one forges both
+        manifest["inputs"]["settings"] = RunFolder.settings(forged)
+        manifest["inputs"]["hashes"]["objective_code"] = objective_code(forged)
+        (run / "manifest.json").write_text(json.dumps(manifest))
         for module in BESIDE:
             (run / f"{module}.py").write_text('raise SystemExit("the code ran")')
-        monkeypatch.chdir(run)
         return run
 
     yield copy

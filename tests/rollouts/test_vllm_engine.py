@@ -280,7 +280,7 @@ def test_a_reply_that_is_no_json_is_told(serve, connect):
     server = serve(garble=1000)
     engine = connect(server)
     engine.publish(policy_of(server), 0)
-    with pytest.raises(EngineError, match="no JSON"):
+    with pytest.raises(EngineError, match="the reply is not JSON"):
         sample(engine, 0)
 
 
