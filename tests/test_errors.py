@@ -38,28 +38,24 @@ def test_a_page_that_cannot_be_made_has_the_whole_reason():
         made_of(section, [])
 
 
+def complete():
+    vllm_completions.complete(
+        HTTPClient("http://127.0.0.1:1", timeout=1.0),
+        (1,),
+        1,
+        SamplingParams(max_new_tokens=1),
+        model="m",
+        version=0,
+        seed=0,
+    )
+
+
 def test_a_server_that_refuses_has_its_whole_message(monkeypatch):
     refusal = {"object": "error", "message": LONG, "code": 400}
     for reply in (refusal, {"error": {"message": LONG}}, {"error": LONG}):
         monkeypatch.setattr(HTTPClient, "post_json", lambda *_, reply=reply: reply)
         with pytest.raises(EngineError, match="and the remedy"):
-            vllm_completions.complete(
-                HTTPClient("http://127.0.0.1:1", timeout=1.0),
-                (1,),
-                1,
-                SamplingParams(max_new_tokens=1),
-                model="m",
-                version=0,
-                seed=0,
-            )
+            complete()
     monkeypatch.setattr(HTTPClient, "post_json", lambda *_: {"choices": "x" * 10_000})
     with pytest.raises(EngineError, match=r"x \.\.\. \(10015 characters\)$"):  # data of the run
-        vllm_completions.complete(
-            HTTPClient("http://127.0.0.1:1", timeout=1.0),
-            (1,),
-            1,
-            SamplingParams(max_new_tokens=1),
-            model="m",
-            version=0,
-            seed=0,
-        )
+        complete()

@@ -1,4 +1,4 @@
-"""What a trained policy does to completions: scores of files and benchmarks, streamed and resumable."""
+"""Evaluation of policies on completions: scores of files and benchmarks, streamed and resumable."""
 
 from falign.evaluation.completion_scorer import CompletionScorer, choose_common_layout
 from falign.evaluation.item_scorer import SCORERS, ComparedScores, ItemScorer, ReferenceFreeScores

@@ -164,7 +164,7 @@ def _numbers(values: Tensor, batch: TokenBatch, name: str) -> list[float]:
 
 
 def check_finite(values: Tensor, batch: TokenBatch, name: str) -> None:
-    """Refuse what is no number, with the row that it is of.
+    """Refuse scores that are NaN or infinite, and name the row.
 
     Raises:
         ModelError: A value of shape (N, T) is not finite.

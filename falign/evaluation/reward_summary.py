@@ -1,4 +1,4 @@
-"""What the rows of a benchmark come to: the published aggregation with its intervals, and calibration."""
+"""Summary of the rows of a benchmark: the published aggregation with its intervals, and calibration."""
 
 from __future__ import annotations
 

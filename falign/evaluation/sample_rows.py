@@ -13,7 +13,7 @@ __all__ = ["SampleRow", "sample_identity", "sample_rows"]
 
 
 class SampleRow(TypedDict):
-    """What is known of one sampled completion; logs are in nats, and sums are over its tokens.
+    """Scores and metadata of one sampled completion; logs are in nats, and sums are over its tokens.
 
     Attributes:
         place: The row that its prompt came from.

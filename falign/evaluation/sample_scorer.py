@@ -1,4 +1,4 @@
-"""What policy and reference say of sampled completions."""
+"""Scores of sampled completions under policy and reference."""
 
 from __future__ import annotations
 

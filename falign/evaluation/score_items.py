@@ -90,7 +90,7 @@ def score_items(
 
 
 def _identity(item: ItemTree) -> dict[str, Any]:
-    """What the rows of an item have whatever scores it."""
+    """Return the fields that the rows of an item have under every scorer."""
     return {
         "place": item.item.place,
         "id": item.item.id,

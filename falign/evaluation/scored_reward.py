@@ -15,7 +15,7 @@ __all__ = ["ScoredReward"]
 
 @dataclass(frozen=True)
 class ScoredReward:
-    """What the run's own objective takes for the reward of a completion.
+    """The implicit reward of a completion under the run's own objective.
 
     It reads the columns ``prompt_ids`` and ``completion_ids``, so its models must have the policy's tokens.
 

@@ -25,7 +25,7 @@ COMPARED = {
     "config": "configuration (config.json) is not that of the reference",
     "tokenizer": "tokenizer or chat template is not that of the run",
 }
-"""What is told where it differs."""
+"""For each part of the sampler's identity that is compared, what a message says where it differs."""
 
 
 class _Summary(TypedDict, total=False):

@@ -1,4 +1,4 @@
-"""What comparing scores says, and its means over the parts of a benchmark."""
+"""Outcomes of comparing scores, and their means over the parts of a benchmark."""
 
 from __future__ import annotations
 

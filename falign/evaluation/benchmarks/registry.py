@@ -32,7 +32,7 @@ def get(name: str) -> Benchmark:
     """Return a benchmark by name.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: No benchmark has that name.
     """
     require_choice("benchmark", name, names())
     return next(benchmark for benchmark in _BENCHMARKS if benchmark.name == name)
