@@ -266,12 +266,12 @@ def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
     from transformers import PrinterCallback, TrainingArguments
 
     from falign.data import PromptRow
-    from falign.evaluation.groups import GroupSampler
     from falign.rewards import RewardSum, WeightedReward
-    from falign.training.completions_table import CompletionsTable
-    from falign.training.divided_sampler import DividedSampler
-    from falign.training.online_trainer import OnlineTrainer
-    from falign.training.prompts_config import RolloutConfig
+    from falign.runfile.prompts_config import RolloutConfig
+    from falign.training.online.completions_table import CompletionsTable
+    from falign.training.online.divided_sampler import DividedSampler
+    from falign.training.online.groups import GroupSampler
+    from falign.training.online.trainer import OnlineTrainer
 
     class TimedSampler(DividedSampler):
         def sample(self, rows, **options):

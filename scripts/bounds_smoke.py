@@ -20,7 +20,8 @@ def main() -> None:
     for module in pkgutil.walk_packages(falign.__path__, "falign."):
         if module.name not in ("falign.__main__", "falign.rewards.worker"):
             importlib.import_module(module.name)
-    from falign.training import parse_run, train
+    from falign.runfile import parse_run
+    from falign.training import train
     from tests.models.tiny import save_tiny
 
     with tempfile.TemporaryDirectory() as name:

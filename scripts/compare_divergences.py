@@ -28,7 +28,8 @@ from typing import Any
 
 from falign import divergences
 from falign.data import BadRows, Example, read_examples
-from falign.training import RunConfig, RunFolder, load_run_file
+from falign.runfile import RunConfig, load_run_file
+from falign.runs import RunFolder
 from falign.training.parts import load_language
 
 FAMILIES = (

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from falign.training import RunFolder
+from falign.runs import RunFolder
 
 COLORS = ("#0b7a75", "#c8553d", "#3d405b", "#e0a458", "#7b2d8b", "#5b8e7d")
 

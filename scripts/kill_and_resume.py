@@ -34,9 +34,9 @@ PLACES = {
     "checkpoint": ("falign.training.trainer:AlignmentTrainer._save_checkpoint",),
     "evaluation": (
         "falign.training.trainer:AlignmentTrainer.evaluate",
-        "falign.training.online_trainer:OnlineTrainer.evaluate",
+        "falign.training.online.trainer:OnlineTrainer.evaluate",
     ),
-    "rollout": ("falign.training.online_trainer:OnlineTrainer._roll_out",),
+    "rollout": ("falign.training.online.trainer:OnlineTrainer._roll_out",),
     "cache write": ("falign.references.store:LogprobStore.append",),
 }
 
@@ -79,7 +79,7 @@ class Trial:
 
     def __init__(self, run_file: str, overrides: list[str], out: Path) -> None:
         self.run_file, self.overrides, self.out = run_file, overrides, out
-        from falign.training import load_run_file
+        from falign.runfile import load_run_file
 
         self.cached = load_run_file(run_file, overrides).reference.cache is not None
 

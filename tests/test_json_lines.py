@@ -14,8 +14,8 @@ from falign.errors import ConfigError
 from falign.json_lines import read_journal, split_lines
 from falign.report.answers import answers_of
 from falign.report.runs import ReportedRun
-from falign.training import RunFolder
-from falign.training.checkpoints import seal, sync_logs
+from falign.runs import RunFolder
+from falign.runs.checkpoints import seal, sync_logs
 
 INSIDE = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
 """Where ``str.splitlines`` splits; the last five stand escaped in JSON and unescaped in lines of text."""

@@ -10,8 +10,8 @@ import pytest
 import falign
 
 PACKAGE = Path(falign.__file__).parent
-BELOW_TRAINING = ("divergences", "objectives", "scoring", "data", "models", "references", "rollouts", "rewards")
-# What each package may import of falign, besides itself and the modules of SHARED.
+BELOW_RUNS = ("divergences", "objectives", "scoring", "data", "models", "references", "rollouts", "rewards")
+# Packages of falign that each package may import, besides itself and the modules of SHARED.
 ALLOWED = {
     "divergences": set(),
     "objectives": {"divergences"},
@@ -19,16 +19,29 @@ ALLOWED = {
     "data": {"scoring"},
     "models": {"scoring"},
     "references": {"objectives", "scoring", "models"},
-    "rollouts": {"scoring", "data", "models"},
+    "rollouts": {"objectives", "scoring", "data", "models"},
     "rewards": {"divergences", "objectives", "scoring", "data", "models", "references"},
     "metrics": {"divergences", "objectives", "rewards"},
-    "training": {*BELOW_TRAINING, "metrics", "evaluation"},
-    "evaluation": {*BELOW_TRAINING, "metrics"},
-    "report": {"training"},
-    "cli": {*BELOW_TRAINING, "training", "evaluation", "metrics", "report"},
+    "runfile": {*BELOW_RUNS},
+    "runs": {*BELOW_RUNS, "runfile"},
+    "training": {*BELOW_RUNS, "metrics", "runfile", "runs"},
+    "evaluation": {*BELOW_RUNS, "metrics", "runfile", "runs", "training"},
+    "report": {*BELOW_RUNS, "metrics", "runfile", "runs", "training", "evaluation"},
+    "cli": {*BELOW_RUNS, "metrics", "runfile", "runs", "training", "evaluation", "report"},
 }
 SHARED = {
-    *("deadlines", "durable", "errors", "full_disk", "json_lines", "parent_death", "passwords", "plain_yaml", "seeds"),
+    *(
+        "choices",
+        "deadlines",
+        "durable",
+        "errors",
+        "full_disk",
+        "json_lines",
+        "parent_death",
+        "passwords",
+        "plain_yaml",
+        "seeds",
+    ),
     "terminal",
 }
 LIGHT = {"divergences", "objectives", "scoring"}

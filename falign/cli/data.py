@@ -9,9 +9,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from falign.cli.trained import TrustCode
 from falign.errors import ConfigError, DataError
 from falign.plain_yaml import plain_yaml
+from falign.runs.loading import TrustCode
 from falign.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def check(
 def _check_run(file: str, *, keep: int, max_drift: float | None, trust_code: bool, console: Terminal) -> None:
     """Check the data of a run file: all rows of each source, then everything as the run begins with it."""
     from falign.data import check as inspect
-    from falign.training.named_code import load_own_run_file
+    from falign.runs.named_code import load_own_run_file
     from falign.training.offline import read_data
     from falign.training.parts import load_language
 

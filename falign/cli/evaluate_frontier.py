@@ -11,10 +11,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from falign.cli.trained import TrustCode, is_run
 from falign.durable import write_whole
 from falign.errors import ConfigError
 from falign.json_lines import split_lines
+from falign.runs.loading import TrustCode, is_run
 from falign.terminal import Terminal
 
 __all__ = ["frontier"]
@@ -62,8 +62,8 @@ def frontier(
     from falign.evaluation.frontier_plot import check_picture, plot_frontier
     from falign.evaluation.frontier_summary import IDEALS, frontier_point, frontier_summary
     from falign.evaluation.sample_metrics import divergence_metrics, sample_metrics
-    from falign.training.named_code import import_from, require_trust
-    from falign.training.named_divergence import named_divergence
+    from falign.runfile.named_divergence import named_divergence
+    from falign.runs.named_code import import_from, require_trust
 
     if out.suffix != ".json":
         check_picture(out)

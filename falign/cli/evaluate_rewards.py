@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from falign.cli.trained import TrustCode, chat_of_run, result_folder
 from falign.errors import ConfigError
+from falign.runs.loading import TrustCode, chat_of_run, result_folder
 from falign.terminal import Terminal
 
 __all__ = ["rewards"]
@@ -87,7 +87,7 @@ def rewards(
     trust_code: TrustCode = False,
 ) -> None:
     """Score a benchmark under all rewards that a model defines; a stopped call goes on if repeated."""
-    from falign.cli.reward_evaluation import Compared, Judge, RewardEvaluation
+    from falign.evaluation.reward_evaluation import Compared, Judge, RewardEvaluation
 
     if classifier is None and (classifier_text or classifier_label):
         raise ConfigError("--classifier-text and --classifier-label belong to --classifier: give the model too.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from falign.cli.trained import TrustCode, result_folder
+from falign.runs.loading import TrustCode, result_folder
 from falign.terminal import Terminal
 
 __all__ = ["samples"]
@@ -89,8 +89,8 @@ def samples(
     trust_code: TrustCode = False,
 ) -> None:
     """Sample completions and measure reward, divergence, diversity and pass@k; a stopped call goes on if repeated."""
-    from falign.cli.sample_evaluation import Asked, Compared, SampleEvaluation
     from falign.cli.sample_table import show
+    from falign.evaluation.sample_evaluation import Asked, Compared, SampleEvaluation
 
     default = "samples" if checkpoint is None else f"samples-{checkpoint}"
     evaluation = SampleEvaluation(

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from falign.cli.trained import TrustCode, load_trained
 from falign.errors import ConfigError, FalignError
+from falign.runs.loading import TrustCode, load_trained
 from falign.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def export(
 ) -> None:
     """Write a trained model for other programs, reload it, and prove that it is the trained one."""
     from falign.models import describe, export_adapter, export_merged, verify_export
-    from falign.training import RunFolder
+    from falign.runs import RunFolder
 
     console, folder = Terminal(), RunFolder.open(run)
     if base is not None and format is Format.adapter:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from falign.cli.achieved import show
+from falign.cli.run_summary import show
 from falign.terminal import Terminal
 
 __all__ = ["report"]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from falign.cli.trained import TrustCode, chat_of_run, load_trained
 from falign.errors import ConfigError, DataError
 from falign.json_lines import split_lines
+from falign.runs.loading import TrustCode, chat_of_run, load_trained
 from falign.terminal import Terminal, json_line
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def sample(
                 "--verifier needs --file and --out, and samples from the model itself: leave out --prompt, --json and "
                 "any --temperature but 1."
             )
-        from falign.cli.presample import Presampling
+        from falign.evaluation.presampling_run import Presampling
 
         count = 8 if num_completions is None else num_completions
         presampling = Presampling(
@@ -143,7 +143,7 @@ def _load(name: str, dtype: str, *, trust_code: bool) -> tuple[Any, Any]:
     import torch
 
     from falign.models import load_model, load_tokenizer
-    from falign.training import RunFolder
+    from falign.runs import RunFolder
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (Path(name) / "manifest.json").is_file():

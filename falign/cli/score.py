@@ -16,15 +16,15 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from falign.cli.trained import TrustCode, chat_of_run, is_run
 from falign.durable import checksum, write_whole
 from falign.errors import ConfigError, DataError
+from falign.runs.loading import TrustCode, chat_of_run, is_run
 from falign.terminal import Terminal
 
 if TYPE_CHECKING:
-    from falign.cli.scored import Scored
     from falign.data import DataSource
     from falign.evaluation import ScoreTotals, TreeStream
+    from falign.evaluation.loading import Scored
 
 __all__ = ["score"]
 
@@ -67,12 +67,12 @@ def score(
     trust_code: TrustCode = False,
 ) -> None:
     """Write log-probs per token, log-ratios and implicit rewards of completions; a stopped call goes on if repeated."""
+    from falign.choices import require_choice
     from falign.cli.data import column_mapping
-    from falign.cli.scored import load_compared, load_run
     from falign.data import DataSource
-    from falign.data.bad_rows import require_choice
     from falign.evaluation import ScoreOutput, TreeStream, check_output
     from falign.evaluation import score_trees as run
+    from falign.evaluation.loading import load_compared, load_run
     from falign.models import base_of, stop_token_ids
     from falign.models.tokenizers import tokenizer_fingerprint
 
@@ -173,7 +173,7 @@ def _told(trees: TreeStream) -> str:
 @contextmanager
 def _progress(console: Console) -> Iterator[Any]:
     """A bar on a terminal; elsewhere a line now and then."""
-    from falign.training.progress import BAR
+    from falign.runs.progress import BAR
 
     told = time.monotonic()
     with Progress(*BAR, console=console, transient=True, disable=not console.is_terminal) as bar:

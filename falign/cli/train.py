@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from falign.cli.achieved import show
 from falign.cli.launch import Launch, launch
+from falign.cli.run_summary import show
 from falign.errors import ConfigError
 from falign.terminal import Terminal
 
@@ -58,8 +58,8 @@ def train(
         raise ConfigError("--new-rewards has no effect without --resume: a new run takes its rewards as they are.")
     console = Terminal(quiet=os.environ.get("RANK", "0") != "0")
     with console.status("starting"):
+        from falign.runs.named_code import load_own_run_file
         from falign.training import train as run
-        from falign.training.named_code import load_own_run_file
 
         given = [*(overrides or []), *(["training.skip_bad=true"] if skip_bad else [])]
         config = load_own_run_file(run_file, given, trust_code=trust_code)

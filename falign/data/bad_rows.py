@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Iterable
-from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from typing import Literal
 
-from falign.errors import ConfigError, DataError
+from falign.choices import require_choice
+from falign.errors import DataError
 
-__all__ = ["BadRowPolicy", "BadRows", "nearest", "require_choice", "shown"]
+__all__ = ["BadRowPolicy", "BadRows"]
 
 BadRowPolicy = Literal["error", "skip"]
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 60
-_SHORT.maxlevel = 2
-
-
-def shown(value: Any) -> str:
-    """Return a short ``repr`` of a value for a message."""
-    return _SHORT.repr(value)
-
-
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """Return the name that ``name`` was probably meant to be, if there is one."""
-    names = list(names)
-    close = get_close_matches(name, names, n=1, cutoff=0.6)
-    return close[0] if close else next((other for other in names if other.startswith(name)), None)
-
-
-def require_choice(option: str, value: str, choices: Any) -> None:
-    """Raise ConfigError unless ``value`` is one of a ``Literal``'s (or a collection's) choices."""
-    known = list(get_args(choices) or choices)
-    if value not in known:
-        guess = nearest(value, known)
-        hint = f"; did you mean {guess!r}?" if guess else "."
-        raise ConfigError(f"{option}={value!r} is unknown; choose one of {known}{hint}")
 
 
 class BadRows:

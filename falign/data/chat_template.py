@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from falign.data.bad_rows import shown
+from falign.choices import shown
 from falign.data.conversations import Message
 from falign.deadlines import LateError, failure, within
 from falign.errors import ConfigError, DataError

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from falign.data.bad_rows import shown
+from falign.choices import shown
 from falign.data.serialized import is_blank, parsed_conversation, parsed_list
 from falign.errors import DataError
 

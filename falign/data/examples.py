@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from falign.data.bad_rows import shown
+from falign.choices import shown
 from falign.data.conversations import Message, Text, looks_like_hh, read_dialogue
 from falign.errors import DataError
 

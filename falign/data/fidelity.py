@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from falign.data.bad_rows import shown
+from falign.choices import shown
 from falign.data.chat_template import Tokenizer, apply_template, template_source
 from falign.data.conversations import Message
 from falign.errors import DataError

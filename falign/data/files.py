@@ -13,7 +13,8 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from falign.data.bad_rows import BadRows, shown
+from falign.choices import shown
+from falign.data.bad_rows import BadRows
 from falign.errors import DataError
 
 __all__ = ["FILE_SUFFIXES", "Row", "data_suffix", "read_file"]

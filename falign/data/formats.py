@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from falign.data.bad_rows import shown
+from falign.choices import shown
 from falign.data.column_names import as_mapping, guess_columns
 from falign.data.conversations import (
     Message,

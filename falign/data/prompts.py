@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
-from falign.data.bad_rows import BadRowPolicy, BadRows, require_choice, shown
+from falign.choices import require_choice, shown
+from falign.data.bad_rows import BadRowPolicy, BadRows
 from falign.data.chat_template import Tokenizer
 from falign.data.column_names import as_mapping, guess_columns, looks_like_system
 from falign.data.conversations import Message, Text, read_messages, read_text

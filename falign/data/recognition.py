@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from falign.data.bad_rows import BadRows, require_choice, shown
+from falign.choices import require_choice, shown
+from falign.data.bad_rows import BadRows
 from falign.data.column_names import as_list, as_mapping, guess_columns, looks_like_prompt, looks_like_system
 from falign.data.conversations import Text, looks_like_hh
 from falign.data.examples import Example

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from falign.data.bad_rows import shown
+from falign.choices import shown
 from falign.data.column_names import as_list, as_mapping
 from falign.data.files import Row
 from falign.data.serialized import is_blank

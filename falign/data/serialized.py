@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from falign.data.bad_rows import shown
+from falign.choices import shown
 from falign.errors import DataError
 
 __all__ = ["is_blank", "parsed_conversation", "parsed_list"]

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from falign.data.bad_rows import BadRows, nearest
+from falign.choices import nearest
+from falign.data.bad_rows import BadRows
 from falign.data.files import FILE_SUFFIXES, Row, read_file
 from falign.errors import ConfigError, DataError
 

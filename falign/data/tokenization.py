@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from falign.data.bad_rows import shown
+from falign.choices import shown
 from falign.data.chat_template import Tokenizer
 from falign.data.conversations import Text
 from falign.data.examples import Example

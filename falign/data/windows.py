@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from falign.data.bad_rows import require_choice
+from falign.choices import require_choice
 from falign.errors import ConfigError, DataError
 from falign.scoring.trees import PromptTree
 

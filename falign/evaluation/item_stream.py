@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
+from falign.choices import nearest, require_choice
 from falign.data import BadRows, Example, Window, encode
-from falign.data.bad_rows import nearest, require_choice
 from falign.data.chat_template import Tokenizer
 from falign.data.rendering import require_chat_choice
 from falign.data.windows import fit

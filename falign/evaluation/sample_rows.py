@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from falign.evaluation.groups import Group
+from falign.training.online.groups import Group
 
 __all__ = ["SampleRow", "sample_identity", "sample_rows"]
 

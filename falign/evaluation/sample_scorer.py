@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from falign.divergences import Divergence, ForwardKL, ReverseKL
 from falign.errors import ModelError
-from falign.evaluation.groups import Group
 from falign.evaluation.sample_rows import SampleRow, sample_rows
 from falign.evaluation.score_rows import plain_floats
 from falign.evaluation.tree_stream import batches_in_order
@@ -26,6 +25,7 @@ from falign.scoring import (
     completion_scores,
     evaluation_mode,
 )
+from falign.training.online.groups import Group
 
 __all__ = ["SampleScorer"]
 

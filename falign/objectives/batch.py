@@ -10,7 +10,7 @@ from torch import Tensor
 
 from falign.divergences.dtypes import numbers
 
-__all__ = ["CompletionBatch"]
+__all__ = ["OFFLINE", "ONLINE", "CompletionBatch"]
 
 PER_TOKEN = frozenset(
     {
@@ -20,6 +20,15 @@ PER_TOKEN = frozenset(
 )
 MASKS = frozenset({"completion_mask", "from_reference"})
 CARRY_GRADIENT = frozenset({"logprobs", "token_divergence", "values"})
+
+OFFLINE = frozenset({"reference_logprobs", "preference", "token_divergence", "token_weights"})
+"""Fields that a run on given completions can supply."""
+
+ONLINE = OFFLINE | {
+    *("rewards", "features", "log_partition", "from_reference"),
+    *("old_logprobs", "values", "old_values"),
+}
+"""Fields that a run on the policy's own samples can supply."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from falign.errors import ConfigError
 from falign.report.evaluations import RewardSummary, SampleSummary, read_evaluations
 from falign.report.metric_names import Number
 from falign.report.palette import Color, marker_of, run_color
-from falign.training import RunFolder
+from falign.runs import RunFolder
 
 __all__ = ["ReportedRun", "read_runs"]
 

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from falign.errors import ConfigError
 from falign.models.shared_head import head_rows, left_out_rows
 from falign.models.structure import base_of
-from falign.rollouts.altered import altered
 from falign.rollouts.base import SamplingParams
 from falign.rollouts.gap import EXACT, Canary, Gap, measure_gap
+from falign.rollouts.perturbation import altered
 from falign.rollouts.vllm_engine import VLLMEngine
 
 __all__ = ["Handshake", "shake_hands"]

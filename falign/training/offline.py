@@ -12,10 +12,10 @@ from falign.data import PreferenceData, demonstrations
 from falign.errors import ConfigError
 from falign.objectives import Objective
 from falign.references import Reference
+from falign.runfile.config import RunConfig
+from falign.runs.progress import BAR
 from falign.scoring.trees import token_rows
-from falign.training.config import RunConfig
 from falign.training.parts import Language, Parts, load_parts
-from falign.training.progress import BAR
 from falign.training.references import cached
 from falign.training.trainer import AlignmentTrainer
 

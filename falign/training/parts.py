@@ -31,8 +31,8 @@ from falign.models.structure import expert_modules
 from falign.models.tokenizers import check_same_tokens, pad_token_id
 from falign.objectives import Objective
 from falign.references import Reference, check_same_at_start, own_model, token_weighting
+from falign.runfile.config import RunConfig
 from falign.scoring import LAYOUTS, Layout, PromptTree, check_head, choose_layout
-from falign.training.config import RunConfig
 from falign.training.processes import shards
 from falign.training.references import build_reference, starts_as_policy
 

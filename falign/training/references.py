@@ -39,9 +39,8 @@ from falign.references import (
     Soup,
     own_model,
 )
-from falign.scoring import Layout, PromptTree
-from falign.training.config import RunConfig
-from falign.training.reference_config import (
+from falign.runfile.config import RunConfig
+from falign.runfile.reference_config import (
     AdapterOffConfig,
     AdapterReferenceConfig,
     AutoReferenceConfig,
@@ -51,7 +50,8 @@ from falign.training.reference_config import (
     ReferenceConfig,
     SoupConfig,
 )
-from falign.training.run_folder import RunFolder
+from falign.runs.folder import RunFolder
+from falign.scoring import Layout, PromptTree
 
 __all__ = ["build_reference", "cached", "keep_moved", "rebuild_reference", "starts_as_policy"]
 

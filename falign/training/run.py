@@ -23,21 +23,21 @@ from falign.models.tokenizers import tokenizer_fingerprint
 from falign.objectives import Objective
 from falign.rewards.identity import reward_identities
 from falign.rollouts.answers import answer
+from falign.runfile.config import RunConfig
+from falign.runs.checkpoints import checkpoints, remove_leftovers
+from falign.runs.curves import plot_curves
+from falign.runs.folder import RunFolder, is_held_out, versions
+from falign.runs.inputs import RunInputs, RunRows, text_hash
+from falign.runs.named_code import objective_code
+from falign.runs.progress import MetricsFile, ProgressBar
 from falign.terminal import Terminal
-from falign.training.checkpoints import checkpoints, remove_leftovers
-from falign.training.config import RunConfig
-from falign.training.curves import plot_curves
 from falign.training.interrupts import StopAtStepEnd
-from falign.training.named_code import objective_code
 from falign.training.offline import offline_trainer
-from falign.training.online import online_trainer
-from falign.training.online_trainer import OnlineTrainer
+from falign.training.online.run import online_trainer
+from falign.training.online.trainer import OnlineTrainer
 from falign.training.parts import Language, load_language
 from falign.training.processes import gathered, is_writer, join, num_processes, shards, wait
-from falign.training.progress import MetricsFile, ProgressBar
 from falign.training.references import keep_moved
-from falign.training.run_folder import RunFolder, is_held_out, versions
-from falign.training.run_inputs import RunInputs, RunRows, text_hash
 from falign.training.sharded_runs import check_sharding
 from falign.training.trackers import prepare_trackers
 from falign.training.trainer import AlignmentTrainer

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from falign.errors import ConfigError
-from falign.training.config import RunConfig
-from falign.training.reference_config import MovingAverageConfig, PeriodicResetConfig
+from falign.runfile.config import RunConfig
+from falign.runfile.reference_config import MovingAverageConfig, PeriodicResetConfig
 
 __all__ = ["check_sharding"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,53 +9,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     TensorBoardCallback,
-    get_available_reporting_integrations,
-    is_azureml_available,
-    is_flytekit_available,
 )
 from typing_extensions import override
 
-from falign.errors import ConfigError
-
-__all__ = ["check_trackers", "prepare_trackers"]
-
-NONE, ALL = "none", "all"
-
-PACKAGES = {
-    "azure_ml": "azureml-core",
-    "comet_ml": "comet-ml",
-    "dagshub": "dagshub mlflow",
-    "flyte": "flytekit flytekitplugins-deck-standard",
-}
-"""Of trackers that are not named as their package."""
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that cannot be reached, before anything is loaded.
-
-    Raises:
-        ConfigError: One is unknown, or its package is not installed.
-    """
-    known = {NONE, ALL, *INTEGRATION_TO_CALLBACK}
-    if unknown := sorted(set(names) - known):
-        raise ConfigError(f"training.report_to={unknown[0]!r} is unknown: choose of {', '.join(sorted(known))}.")
-    if len(names) > 1 and (alone := {NONE, ALL} & set(names)):
-        raise ConfigError(f"training.report_to={list(names)}: {min(alone)} stands alone; leave out the others.")
-    available = {NONE, ALL, *get_available_reporting_integrations()}
-    if is_flytekit_available():  # which that list leaves out
-        available.add("flyte")
-    for name in sorted(set(names) - available):
-        raise ConfigError(f"training.report_to={name!r}: {_reason(name)}, or leave it out.")
-
-
-def _reason(name: str) -> str:
-    """Return why a tracker cannot be reached, and the remedy."""
-    if name == "kubeflow":
-        return "no Kubeflow trainer is at work (KUBEFLOW_TRAINER_SERVER_URL is not set). Start the run as its job"
-    if name == "azure_ml" and is_azureml_available():
-        return "the package mlflow is installed, which reports to Azure in its place. Name mlflow"
-    packages = PACKAGES.get(name, name)
-    return f"it needs {' and '.join(packages.split())}. Install what is missing (pip install {packages})"
+__all__ = ["prepare_trackers"]
 
 
 def prepare_trackers(trainer: Trainer, folder: Path, *, evaluates: bool) -> None:

@@ -26,7 +26,10 @@ from falign.models.foreign import reading
 from falign.models.sharding import is_sharded
 from falign.models.staging import staged_folder
 from falign.objectives import CompletionBatch, Objective, ObjectiveOutput, reduce_terms, total_weights
+from falign.objectives.batch import OFFLINE
 from falign.references import MovingReference, ObjectiveInputs, Reference, completion_batch, objective_inputs
+from falign.runs.checkpoints import rotate, seal, sync_logs
+from falign.runs.folder import is_held_out
 from falign.scoring import (
     DEFAULT_CHUNK_TOKENS,
     LAYOUTS,
@@ -36,17 +39,14 @@ from falign.scoring import (
     TokenBudgetBatches,
     evaluation_mode,
 )
-from falign.training.checkpoints import rotate, seal, sync_logs
+from falign.training.batch_sharding import Batches, RowBatches, Share
+from falign.training.finite_guard import NonsenseGuard, describe_loss, term_names
 from falign.training.learning_rate import same_learning_rates
 from falign.training.means import Means
 from falign.training.moving_reference import move_when_due
-from falign.training.nonsense import NonsenseGuard, describe_loss, term_names
 from falign.training.processes import gathered, is_writer, num_processes, rank
-from falign.training.run_folder import is_held_out
 from falign.training.sharded_checkpoint import read_optimizer, read_weights, whole_optimizer, whole_weights
-from falign.training.shares import Batches, RowBatches, Share
 from falign.training.stand_ins import STANDS_IN, counts, stand_in, stand_in_loss
-from falign.training.supplied import OFFLINE
 from falign.training.term_weights import PLANNED_WEIGHTS, check_planned, planned_weights
 
 __all__ = ["AlignmentTrainer"]

@@ -78,7 +78,7 @@ def data_rows(folder: Path) -> Attempt:
     """Preference data, prompts and rehearsal files, read as a run does, and as ``falign data check``."""
     from falign.data import DataSource, PromptSource, Window, check, load_preferences, load_prompts
     from falign.errors import ConfigError
-    from falign.training.rehearsal import read_rehearsal
+    from falign.training.online.rehearsal_file import read_rehearsal
 
     tokenizer = tiny_tokenizer()
     templates = (

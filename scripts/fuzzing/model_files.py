@@ -109,7 +109,7 @@ def tokenizer_settings(folder: Path) -> Attempt:
 
 def checksums(folder: Path) -> Attempt:
     """A spoilt ``checksums.json`` beside a flipped bit: the checkpoint is never taken for whole."""
-    from falign.training.checkpoints import newest_whole
+    from falign.runs.checkpoints import newest_whole
 
     run, _ = trained_run(folder, 0, save_steps=2, save_total_limit=1)
     checkpoint = max(run.glob("checkpoint-*"))

@@ -107,7 +107,7 @@ def local_runs(folder: Path) -> list[dict[str, Any]]:
 
 def build(config: Any, tokenizer: Any) -> None:
     """Build what needs no weights."""
-    from falign.training.reward_config import build_rewards
+    from falign.runfile.reward_config import build_rewards
 
     config.check()
     config.training.build(config.output_dir, seed=config.seed)
@@ -137,7 +137,7 @@ def spoilt_text(random: Random, runs: list[dict[str, Any]]) -> bytes:
 
 def run_files(folder: Path) -> Attempt:
     """Run files of every kind with changed values, keys, structure and bytes."""
-    from falign.training import load_run_file
+    from falign.runfile import load_run_file
     from tests.models.tiny import tiny_tokenizer
 
     runs = local_runs(folder) + [yaml.safe_load(file.read_text()) for file in sorted(ROOT.glob("configs/*.yaml"))]
@@ -152,8 +152,8 @@ def run_files(folder: Path) -> Attempt:
 
 def overrides(folder: Path) -> Attempt:
     """``section.field=value`` with wrong paths and wrong values."""
-    from falign.training import load_run_file
-    from falign.training.run_file import valid_paths
+    from falign.runfile import load_run_file
+    from falign.runfile.reading import valid_paths
     from tests.models.tiny import tiny_tokenizer
 
     runs, known, tokenizer, file = local_runs(folder), list(valid_paths()), tiny_tokenizer(), folder / "run.yaml"
@@ -192,7 +192,8 @@ def overrides(folder: Path) -> Attempt:
 
 def whole_runs(folder: Path) -> Attempt:
     """Run files with one change, run to their end where they are accepted."""
-    from falign.training import parse_run, train
+    from falign.runfile import parse_run
+    from falign.training import train
 
     runs = local_runs(folder)
     large = (10**9, 10**12, 10**30)  # what only takes long is no mistake

@@ -98,7 +98,8 @@ def fresh(original: Path, copy: Path) -> Path:
 
 def trained_run(folder: Path, number: int, **training: Any) -> tuple[Path, Any]:
     """Train one of the local runs for a few steps, and return its folder and run file."""
-    from falign.training import parse_run, train
+    from falign.runfile import parse_run
+    from falign.training import train
 
     run = local_runs(folder)[number]
     run |= {"output_dir": str(folder / f"run-{number}")}
@@ -110,8 +111,7 @@ def trained_run(folder: Path, number: int, **training: Any) -> tuple[Path, Any]:
 
 def adapters(folder: Path) -> Attempt:
     """Adapters, checkpoints and runs given to ``falign export``, ``score`` and ``soup``, and as a start."""
-    from falign.cli.scored import load_run
-    from falign.cli.trained import load_trained
+    from falign.evaluation.loading import load_run
     from falign.models import (
         add_lora,
         export_adapter,
@@ -122,7 +122,8 @@ def adapters(folder: Path) -> Attempt:
         write_soup,
     )
     from falign.models.adapter_start import start_from_adapter
-    from falign.training import RunFolder
+    from falign.runs import RunFolder
+    from falign.runs.loading import load_trained
 
     base = save_tiny(folder / "base")
     run, _ = trained_run(folder, 0)
@@ -180,7 +181,7 @@ def adapters(folder: Path) -> Attempt:
 def checkpoints(folder: Path) -> Attempt:
     """Checkpoints of an offline run, a moving reference and PPO, taken up by their own trainer."""
     from falign.training.offline import offline_trainer
-    from falign.training.online import online_trainer
+    from falign.training.online.run import online_trainer
     from falign.training.parts import load_language
 
     trainers: list[tuple[Any, Path]] = []

@@ -10,11 +10,12 @@ import yaml
 from rich.console import Console
 
 from falign.cli import main
-from falign.cli.scored import load_run
 from falign.evaluation import ScoreOutput
+from falign.evaluation.loading import load_run
 from falign.models import load_model
+from falign.runfile import parse_run
 from falign.scoring import PromptTree, completion_scores, pad
-from falign.training import parse_run, train
+from falign.training import train
 from tests.models.tiny import save_tiny
 from tests.training.pairs import run_data, write_pairs
 from tests.training.prompts import online_data, write_prompts

@@ -20,7 +20,7 @@ from falign.models.tokenizers import tokenizer_fingerprint
 from falign.rollouts import TransformersEngine
 from falign.rollouts.presampling_journal import PresamplingJournal
 from falign.scoring import PromptTree, completion_scores, pack
-from falign.training.rehearsal import other_origin, read_rehearsal
+from falign.training.online.rehearsal_file import other_origin, read_rehearsal
 
 VERIFIER = """
 def even(prompts, completions, label, **columns):
@@ -182,7 +182,7 @@ def stopping(method, *, after):
 def test_a_call_that_is_stopped_between_its_files_goes_on(presample, tmp_path, monkeypatch, written):
     assert presample(out=tmp_path / "whole")[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr("falign.cli.presample.write_whole", stopping_at_call(write_whole, after=written))
+        patch.setattr("falign.evaluation.presampling_run.write_whole", stopping_at_call(write_whole, after=written))
         assert presample()[0] != 0
     out = tmp_path / "out"
     assert len(list(out.glob("[a-z]*.json*"))) == written

@@ -1,7 +1,7 @@
 import pytest
 
+from falign.choices import nearest, shown
 from falign.data import BadRows
-from falign.data.bad_rows import nearest, shown
 from falign.errors import ConfigError, DataError
 
 
@@ -20,7 +20,8 @@ def test_skip_policy_counts_all_and_keeps_the_first_messages():
 
 
 def test_unknown_policy_is_refused_with_a_guess():
-    from falign.data.bad_rows import BadRowPolicy, require_choice
+    from falign.choices import require_choice
+    from falign.data.bad_rows import BadRowPolicy
 
     with pytest.raises(
         ConfigError, match=r"bad_rows='skp' is unknown; choose one of \['error', 'skip'\]; did you mean 'skip'"

@@ -8,7 +8,7 @@ import pytest
 
 from falign import divergences
 from falign.objectives import dph_rl_coefficient
-from falign.training import load_run_file
+from falign.runfile import load_run_file
 
 ROOT = Path(__file__).parents[2]
 RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")

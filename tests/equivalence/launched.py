@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from falign.errors import StoppedError
-from falign.training import parse_run, train
+from falign.runfile import parse_run
+from falign.training import train
 from falign.training.processes import is_writer, shards, wait
 
 

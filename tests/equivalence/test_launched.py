@@ -12,7 +12,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from falign.errors import ConfigError
-from falign.training import RunFolder, parse_run, train
+from falign.runfile import parse_run
+from falign.runs import RunFolder
+from falign.training import train
 from tests.models.tiny import save_tiny
 from tests.training.pairs import run_data, write_pairs
 from tests.training.prompts import online_data, write_prompts

@@ -21,9 +21,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from falign.cli.export import Format, export
 from falign.cli.sample import sample
-from falign.cli.scored import load_run
-from falign.cli.trained import load_trained
 from falign.errors import ConfigError, FalignError, ModelError
+from falign.evaluation.loading import load_run
 from falign.models import (
     export_adapter,
     export_merged,
@@ -35,8 +34,11 @@ from falign.models import (
 )
 from falign.references import AdapterOff
 from falign.rollouts.answers import answer
+from falign.runfile import parse_run
+from falign.runs import RunFolder
+from falign.runs.loading import load_trained
 from falign.scoring import LAYOUTS, PromptTree, completion_scores
-from falign.training import RunFolder, parse_run, train
+from falign.training import train
 from tests.models.tiny import VOCABULARY, fill_adapter, save_tiny, tiny_tokenizer
 from tests.scoring.models import with_peft
 from tests.training.pairs import run_data, write_pairs

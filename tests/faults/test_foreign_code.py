@@ -9,8 +9,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from falign.training import RunFolder, parse_run, train
-from falign.training.named_code import named_code, objective_code, read_run
+from falign.runfile import parse_run
+from falign.runs import RunFolder
+from falign.runs.named_code import named_code, objective_code, read_run
+from falign.training import train
 from tests.models.tiny import save_tiny
 from tests.report.summaries import add_summary, samples_summary
 from tests.test_safety import calls

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from falign.models import export_adapter, load_adapter, verify_export
-from falign.training import load_run_file, parse_run, train
+from falign.runfile import load_run_file, parse_run
+from falign.training import train
 
 pytestmark = [
     pytest.mark.slow,

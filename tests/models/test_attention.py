@@ -7,7 +7,7 @@ from transformers.utils import import_utils
 from falign.errors import ConfigError
 from falign.models import load_model
 from falign.models.attention import check_attention
-from falign.training import parse_run
+from falign.runfile import parse_run
 from tests.training.pairs import run_data
 
 

@@ -12,7 +12,7 @@ from falign.objectives import (
     Rehearsal,
     dph_rl_coefficient,
 )
-from falign.training import load_run_file, parse_run
+from falign.runfile import load_run_file, parse_run
 
 
 def test_the_papers_methods_are_compositions():

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from falign.report import write_report
-from falign.training import parse_run, train
+from falign.runfile import parse_run
+from falign.training import train
 from tests.models.tiny import save_tiny
 from tests.report.page_text import Page
 from tests.report.summaries import add_summary, rewards_summary, samples_summary

@@ -4,7 +4,7 @@ from falign.report.benchmark_plots import reliability_plot, score_plot
 from falign.report.evaluations import RewardSummary
 from falign.report.palette import MUTED, RUNS
 from falign.report.runs import ReportedRun
-from falign.training import RunFolder
+from falign.runs import RunFolder
 from tests.report.summaries import rewards_summary
 
 

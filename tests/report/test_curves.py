@@ -5,7 +5,7 @@ import pytest
 
 from falign.report.curves import MOST_MARKS, MOST_POINTS, curve_plots
 from falign.report.runs import ReportedRun
-from falign.training import RunFolder
+from falign.runs import RunFolder
 
 
 def run(logs, label="run", index=0):

@@ -6,7 +6,7 @@ from falign.report.evaluations import Estimate, SampleSummary
 from falign.report.palette import MUTED, RUNS
 from falign.report.runs import ReportedRun
 from falign.report.sample_plots import BEFORE, frontier_plot, pass_plot
-from falign.training import RunFolder
+from falign.runs import RunFolder
 from tests.report.summaries import samples_summary
 
 

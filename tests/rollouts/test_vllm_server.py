@@ -213,7 +213,8 @@ def test_a_server_killed_half_way_and_started_anew_loses_nothing(connect, model_
 def test_an_online_run_goes_on_after_kill_9(demo, model_folder, server, tmp_path, ahead):
     from rich.console import Console
 
-    from falign.training import parse_run, train
+    from falign.runfile import parse_run
+    from falign.training import train
     from tests.training.prompts import online_data, write_prompts
 
     data = write_prompts(tmp_path / "prompts.jsonl", n=8)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from falign import divergences
-from falign.training import load_run_file
+from falign.runfile import load_run_file
 from tests.training.pairs import run_data, write_pairs
 
 ROOT = Path(__file__).parents[2]

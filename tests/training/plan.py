@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from falign.training.offline import offline_trainer
-from falign.training.online import online_trainer
+from falign.training.online.run import online_trainer
 from falign.training.parts import load_language
 from falign.training.run import _answers
 

@@ -1,7 +1,7 @@
 import pytest
 
 from falign.errors import ConfigError
-from falign.training import parse_run
+from falign.runfile import parse_run
 from falign.training.processes import join, own_batches, part
 from falign.training.sharded_runs import check_sharding
 from tests.training.pairs import run_data

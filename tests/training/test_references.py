@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from falign.errors import ConfigError, ModelError
 from falign.models import add_lora, describe, export_adapter, load_adapter, load_model, load_tokenizer, weights_hash
-from falign.training import parse_run, train
+from falign.runfile import parse_run
+from falign.training import train
 from falign.training.references import build_reference, rebuild_reference, starts_as_policy
 from falign.training.trainer import AlignmentTrainer
 from tests.models.tiny import fill_adapter, save_tiny, swap_tokens

@@ -10,7 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from falign.errors import ConfigError, FalignError, ModelError, TrainingError
 from falign.models import load_adapter, load_model
-from falign.training import RunFolder, parse_run, train
+from falign.runfile import parse_run
+from falign.runs import RunFolder
+from falign.training import train
 from tests.models.tiny import VOCABULARY, save_tiny, tiny_tokenizer
 from tests.training.pairs import run_data, write_pairs
 

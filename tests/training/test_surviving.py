@@ -14,7 +14,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from falign.errors import ConfigError, FalignError, StoppedError, TrainingError
-from falign.training import parse_run, train
+from falign.runfile import parse_run
+from falign.training import train
 from tests.training.pairs import run_data, write_pairs
 from tests.training.prompts import online_data, write_prompts
 

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from falign.training import parse_run, train
+from falign.runfile import parse_run
+from falign.training import train
 from tests.training.pairs import run_data, write_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from falign.choices import shown
 from falign.data import BadRows, Row
-from falign.data.bad_rows import shown
 from falign.errors import ConfigError, DataError
 from falign.evaluation.benchmarks.base import BenchmarkItem
 from falign.evaluation.benchmarks.comparison import by_subset, larger, mean, subset_means

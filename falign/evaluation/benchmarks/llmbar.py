@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from falign.choices import shown
 from falign.data import BadRows, Row
-from falign.data.bad_rows import shown
 from falign.errors import DataError
 from falign.evaluation.benchmarks.base import BenchmarkItem
 from falign.evaluation.benchmarks.comparison import by_subset, larger, mean, mean_of_all, subset_means

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from falign.data.bad_rows import require_choice
+from falign.choices import require_choice
 from falign.evaluation.benchmarks.base import Benchmark
 from falign.evaluation.benchmarks.judgebench import JudgeBench
 from falign.evaluation.benchmarks.llmbar import LLMBar

@@ -6,8 +6,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from falign.choices import shown
 from falign.data import BadRows, Row
-from falign.data.bad_rows import shown
 from falign.errors import DataError
 from falign.evaluation.benchmarks.base import BenchmarkItem
 from falign.evaluation.benchmarks.comparison import by_subset, mean, mean_of_all, subset_means

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from falign.choices import shown
 from falign.data import BadRows, Row, Text, read_rows
-from falign.data.bad_rows import shown
 from falign.data.conversations import read_text
 from falign.errors import DataError
 from falign.evaluation.benchmarks.base import BenchmarkItem

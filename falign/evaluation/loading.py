@@ -1,0 +1,307 @@
+"""Loading what is scored: a run with all that is its own, or two models that are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from falign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from falign.data import Window
+    from falign.evaluation import CompletionScorer
+    from falign.objectives import Objective, RewardingObjective
+    from falign.references import Reference
+    from falign.runfile import RunConfig
+    from falign.scoring import LayoutChoice, PromptTree
+
+__all__ = ["Scored", "load_alone", "load_compared", "load_run", "positions_of", "run_objective"]
+
+
+class Scored(NamedTuple):
+    """A policy with all that its scores depend on besides the data.
+
+    Attributes:
+        policy: On the device to compute on.
+        tokenizer: The policy's.
+        reference: What the policy is compared with; None where it is scored alone.
+        objective: What defines the implicit reward.
+        rewarding: Whether that is the policy's own, and not one that stands in for an objective without reward.
+        window: Lengths, and what happens to what is longer.
+        chunk_tokens: Positions that reach the vocabulary at once.
+        record: What tells these from others, by name.
+    """
+
+    policy: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    reference: Reference | None
+    objective: RewardingObjective
+    window: Window
+    chunk_tokens: int
+    record: dict[str, Any]
+    rewarding: bool = True
+
+    def models(self) -> list[Any]:
+        """Return the policy, and the reference's model where that is another one."""
+        from falign.references import own_model
+
+        other = None if self.reference is None else own_model(self.reference)
+        return [self.policy, *([] if other is None else [other])]
+
+    def scorer(self, trees: Sequence[PromptTree], *, layout: Any) -> tuple[CompletionScorer, LayoutChoice]:
+        """Check the models on the first trees, and return what scores them and the others.
+
+        Args:
+            trees: The first ones of the source.
+            layout: ``auto``, ``tree`` or ``padded``.
+
+        Raises:
+            ConfigError: The window is too long, or a model cannot read the layout.
+            ModelError: Scores are not those of the model's own logits.
+        """
+        from falign.evaluation import CompletionScorer
+        from falign.models.tokenizers import pad_token_id
+
+        choice = self.choose_layout(trees, layout=layout)
+        assert self.reference is not None
+        scorer = CompletionScorer(
+            policy=self.policy,
+            reference=self.reference,
+            objective=self.objective,
+            pad_token_id=pad_token_id(self.tokenizer),
+            layout=choice.layout,
+            chunk_tokens=self.chunk_tokens,
+        )
+        return scorer, choice
+
+    def choose_layout(self, trees: Sequence[PromptTree], *, layout: Any) -> LayoutChoice:
+        """Check the models on the first trees, and return a layout that they can read.
+
+        Args:
+            trees: The first ones of the source.
+            layout: ``auto``, ``tree`` or ``padded``.
+
+        Raises:
+            ConfigError: The window is too long, or a model cannot read the layout.
+            ModelError: Scores are not those of the model's own logits.
+        """
+        from falign.evaluation import choose_common_layout
+        from falign.evaluation.completion_scorer import check_rows
+        from falign.models.tokenizers import pad_token_id
+
+        check_rows(self.policy, trees)
+        self._check(trees[0].prompt_ids + trees[0].completion_ids[0])
+        return choose_common_layout(self.models(), trees, pad_token_id=pad_token_id(self.tokenizer), wanted=layout)
+
+    def _check(self, token_ids: Sequence[int]) -> None:
+        from falign.models import base_of
+        from falign.scoring import check_head
+
+        for model in self.models():
+            positions = positions_of(model)
+            if positions is not None and self.window.max_length > positions:
+                raise ConfigError(
+                    f"--max-length {self.window.max_length} is more than the {positions} positions of "
+                    f"{base_of(model).name_or_path}: lower it."
+                )
+            check_head(model, token_ids)
+
+
+def load_run(
+    path: str,
+    *,
+    max_length: int | None,
+    any_objective: bool = False,
+    checkpoint: int | None = None,
+    trust_code: bool = False,
+) -> Scored:
+    """Load a run as it was trained: its policy, reference, objective and window.
+
+    Args:
+        path: The run folder.
+        max_length: The window, if not the run's own.
+        any_objective: Take a run whose objective defines no implicit reward too, with log-ratios for rewards.
+        checkpoint: The step of a checkpoint to take in place of the end.
+        trust_code: Whether code that the run folder names may run.
+
+    Raises:
+        ConfigError: The run is not finished, names code that is not trusted, or its objective defines no implicit
+            reward and needs to.
+        ModelError: A model is not there, or not the one that was trained.
+    """
+    from falign.models import model_identity, weights_hash
+    from falign.objectives import FDPO, RewardingObjective
+    from falign.references import MovingReference
+    from falign.runs import RunFolder
+    from falign.runs.loading import checkpoint_folder, load_trained
+    from falign.training.references import rebuild_reference
+
+    folder = RunFolder.open(path)
+    objective = run_objective(path, trust_code=trust_code)
+    rewarding = isinstance(objective, RewardingObjective)
+    if not rewarding and not any_objective:
+        kind = folder.read_settings()["objective"]["kind"]
+        raise ConfigError(
+            f"{path}: objective.kind={kind} defines no implicit reward to score by. Export the run "
+            "(falign export --format merged), and score that with --reference and a --divergence of your choice."
+        )
+    policy, tokenizer, config = load_trained(folder, checkpoint, trust_code=trust_code)
+    policy.to(_device())  # pyright: ignore[reportArgumentType]
+    reference = rebuild_reference(config, policy, folder, device=_device())
+    if checkpoint is not None and isinstance(reference, MovingReference):
+        reference.load(checkpoint_folder(folder, checkpoint), policy)
+    window = _window(config)
+    if config.adapter is None:
+        identity = model_identity(policy)
+    else:
+        identity = {**model_identity(policy), "adapter": weights_hash(policy, adapter="default")}
+    return Scored(
+        policy,
+        tokenizer,
+        reference,
+        objective if isinstance(objective, RewardingObjective) else FDPO("reverse_kl", 1.0),
+        window if max_length is None else replace(window, max_length=max_length),
+        config.training.chunk_tokens,
+        _record(identity, reference, config.objective.model_dump(mode="json")),
+        rewarding,
+    )
+
+
+def load_compared(
+    path: str, *, reference: str, divergence: str, beta: float, dtype: str, max_length: int | None
+) -> Scored:
+    """Load two models, one to be scored and one to compare it with, under f-DPO's implicit reward.
+
+    Args:
+        path: The policy.
+        reference: The model that it is compared with.
+        divergence: Name of f.
+        beta: β.
+        dtype: Of both models.
+        max_length: The window; 1024 where None.
+
+    Raises:
+        ConfigError: f or β defines no implicit reward, or the two models' tokens differ.
+        ModelError: A model is not there.
+    """
+    from falign.data import Window
+    from falign.models import load_model, load_tokenizer, model_identity
+    from falign.models.shared_head import share_head
+    from falign.models.tokenizers import check_same_tokens
+    from falign.objectives import FDPO
+    from falign.references import FrozenModel
+    from falign.scoring import DEFAULT_CHUNK_TOKENS
+
+    try:
+        objective = FDPO(divergence, beta)
+    except ValueError as error:
+        raise ConfigError(f"--divergence {divergence} --beta {beta:g}: {error}") from error
+    tokenizer, other = load_tokenizer(path), load_tokenizer(reference)
+    check_same_tokens(tokenizer, other, f"{path} and {reference}")
+    policy = load_model(path, dtype=dtype, device=_device())
+    frozen = load_model(reference, dtype=dtype, device=_device())
+    identity = model_identity(frozen)
+    against = FrozenModel(frozen, weights=identity["weights"], config=identity["config"])
+    share_head(policy, frozen)
+    settings = {"kind": "pairwise", "divergence": objective.divergence.name, "beta": beta}
+    return Scored(
+        policy,
+        tokenizer,
+        against,
+        objective,
+        Window(1024 if max_length is None else max_length),
+        DEFAULT_CHUNK_TOKENS,
+        _record(model_identity(policy), against, settings),
+    )
+
+
+def load_alone(path: str, *, dtype: str, max_length: int | None) -> Scored:
+    """Load a model without anything to compare it with.
+
+    Args:
+        path: The policy.
+        dtype: Of the model.
+        max_length: The window; 1024 where None.
+
+    Raises:
+        ModelError: The model is not there.
+    """
+    from falign.data import Window
+    from falign.models import load_model, load_tokenizer, model_identity
+    from falign.objectives import FDPO
+    from falign.scoring import DEFAULT_CHUNK_TOKENS
+
+    tokenizer = load_tokenizer(path)
+    policy = load_model(path, dtype=dtype, device=_device())
+    return Scored(
+        policy,
+        tokenizer,
+        None,
+        FDPO("reverse_kl", 1.0),
+        Window(1024 if max_length is None else max_length),
+        DEFAULT_CHUNK_TOKENS,
+        _record(model_identity(policy), None, {}),
+        rewarding=False,
+    )
+
+
+def run_objective(path: str, *, trust_code: bool = False) -> Objective:
+    """Return the objective of a run, without what is fitted on samples.
+
+    Args:
+        path: The run folder.
+        trust_code: Whether a divergence that the run folder names (module:attribute) may be imported.
+
+    Raises:
+        ConfigError: The run is missing, its run file is damaged, or it names code that is not trusted or has changed.
+    """
+    from falign.runs import RunFolder
+    from falign.runs.named_code import import_from, named_code, objective_code, read_run
+
+    folder = RunFolder.open(path)
+    config = read_run(folder, uses=["objective"], trust_code=trust_code)
+    if code := named_code(config, ["objective"]):
+        import_from(Path.cwd())
+        if objective_code(config) != folder.read_inputs()["hashes"]["objective_code"]:
+            field, value = next(iter(code.items()))
+            raise ConfigError(
+                f"{path} was trained with other code of {field}={value}, so its rewards would be others: restore the "
+                "module that it names."
+            )
+    return config.check()
+
+
+def positions_of(model: Any) -> int | None:
+    """Return how many positions a model has; None where it does not say."""
+    from falign.models import base_of
+
+    positions = getattr(base_of(model).config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else None
+
+
+def _window(config: RunConfig) -> Window:
+    """Return the window of a run's completions, whether it read or sampled them."""
+    from falign.data import Window
+
+    data = config.data
+    if data is not None:
+        return data.window
+    assert config.prompts is not None, "a run has data or prompts"
+    return Window(config.prompts.max_length + config.rollout.max_new_tokens)
+
+
+def _record(policy: dict[str, Any], reference: Reference | None, objective: dict[str, Any]) -> dict[str, Any]:
+    identity = {} if reference is None else reference.identity()
+    sections = {"policy": policy, "reference": identity, "objective": objective}
+    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+
+
+def _device() -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,252 @@
+"""``falign sample --verifier``: the pre-sampling of DPH-RL, from prompts to those to rehearse and those to explore."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import Progress
+from rich.table import Table
+
+from falign.durable import claimed, refuse_link, write_whole
+from falign.errors import ConfigError
+from falign.runs.loading import chosen_chat
+from falign.terminal import Terminal
+
+if TYPE_CHECKING:
+    from falign.data import PromptData, PromptRow
+    from falign.rewards import RewardSum
+    from falign.rollouts import Engine, Rollout
+    from falign.rollouts.presampling_journal import Finding
+
+__all__ = ["Presampling"]
+
+CHUNK_SIZE = 32
+PASSES = 1.0 - 1e-6  # the value of a completion that is correct
+OUTPUTS = ("exploration.jsonl", "rehearsal.jsonl", "summary.json")
+
+
+@dataclass
+class Presampling:
+    """One pre-sampling, from its options to its files.
+
+    Attributes:
+        model: What the user calls it.
+        file: Rows with prompts.
+        out: The folder of the outputs.
+        verifier: Name of a reward that is 1 where a completion is correct.
+        num_completions: Completions per prompt.
+        threshold: How many of them must be correct.
+        max_new_tokens: Longest completion.
+        seed: Of the sampling.
+        template: What a prompt is made of, with the row's columns in braces.
+        chat: Whether a plain prompt is a user's turn; None where the tokenizer has a chat template.
+        bad_rows: ``error`` or ``skip``.
+        overwrite: Whether outputs of an earlier call may go.
+    """
+
+    model: str
+    file: Path
+    out: Path
+    verifier: str
+    num_completions: int
+    threshold: int
+    max_new_tokens: int
+    seed: int
+    template: str | None = None
+    chat: bool | None = None
+    bad_rows: str = "error"
+    overwrite: bool = False
+    reward: RewardSum = field(init=False)
+    timeouts: int = 0
+    errors: int = 0
+
+    def __post_init__(self) -> None:
+        from falign.choices import require_choice
+        from falign.data.bad_rows import BadRowPolicy
+        from falign.rewards import RewardSum, WeightedReward, load_reward
+        from falign.runs.named_code import import_from
+
+        require_choice("--bad-rows", self.bad_rows, BadRowPolicy)
+        if not 1 <= self.threshold <= self.num_completions:
+            raise ConfigError(f"--threshold {self.threshold} must be from 1 to --num-completions.")
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError(f"{self.out} is a file: give --out a folder.")
+        found = [self.out / name for name in OUTPUTS if (self.out / name).exists()]
+        # With its journal beside them they are the outputs of a call that was stopped, which goes on.
+        if found and not self.overwrite and not self._journal.exists():
+            raise ConfigError(f"{found[0]} exists: name another --out, or give --overwrite to sample anew.")
+        for path in found:
+            refuse_link(path)
+        if ":" in self.verifier:  # a function of one's own
+            import_from(Path.cwd())
+        self.reward = RewardSum((WeightedReward("verifier", load_reward(self.verifier)),))
+
+    def run(self, policy: Any, tokenizer: Any) -> None:
+        """Sample, and write the outputs."""
+        from falign.models import base_of, stop_token_ids
+        from falign.models.tokenizers import pad_token_id
+        from falign.rollouts import TransformersEngine
+
+        engine = TransformersEngine(policy, pad_token_id=pad_token_id(tokenizer))
+        engine.publish(policy, version=0)
+        data = self._prompts(tokenizer, engine.capabilities().max_length)
+        record = self._record(policy, tokenizer)
+        self.out.mkdir(parents=True, exist_ok=True)
+        with claimed(self.out / ".presampling.lock"):
+            self._sample(engine, data, record, tokenizer, stops=stop_token_ids(base_of(policy), tokenizer))
+
+    def _sample(
+        self, engine: Engine, data: PromptData, record: Mapping[str, Any], tokenizer: Any, *, stops: frozenset[int]
+    ) -> None:
+        """Go on where an earlier call was stopped, to the end."""
+        from falign.rollouts import SamplingParams
+        from falign.rollouts.presampling import presample
+        from falign.rollouts.presampling_journal import PresamplingJournal
+        from falign.runs.progress import BAR
+
+        rows = data.train
+        journal = PresamplingJournal(
+            self._journal, record=record, chunk_size=CHUNK_SIZE, num_prompts=len(rows), restart=self.overwrite
+        )
+        resumed = len(journal.findings)
+
+        def verify(prompts: list[int], rollouts: list[Rollout]) -> list[bool]:
+            return self._correct([rows[i] for i in prompts], rollouts, tokenizer)
+
+        results = presample(
+            engine,
+            [row.prompt_ids for row in rows],
+            verify,
+            num_completions=self.num_completions,
+            threshold=self.threshold,
+            params=SamplingParams(self.max_new_tokens, stop_token_ids=stops),
+            seed=self.seed,
+            start=resumed,
+            chunk_size=CHUNK_SIZE,
+        )
+        console = Terminal(stderr=True)
+        with Progress(*BAR, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("prompts", total=len(rows), completed=resumed)
+            for chunk in results:
+                journal.append(chunk)
+                bar.update(task, completed=len(journal.findings))
+                if not console.is_terminal:
+                    console.print(f"{len(journal.findings)} of {len(rows)} prompts", highlight=False)
+        self._finish(data, journal.findings, resumed, sampled_by={"model": self.model, **record})
+
+    @property
+    def _journal(self) -> Path:
+        return self.out / ".presampling.jsonl"
+
+    def _prompts(self, tokenizer: Any, positions: int | None) -> PromptData:
+        from falign.data import PromptSource, load_prompts
+        from falign.rewards.columns import row_check
+
+        room = sys.maxsize if positions is None else positions - self.max_new_tokens
+        if room < 1:
+            raise ConfigError(
+                f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in the {positions} positions of "
+                f"{self.model}: lower it."
+            )
+        chat = chosen_chat(self.chat, tokenizer, Terminal(stderr=True, highlight=False, soft_wrap=True))
+        source = PromptSource(str(self.file), template=self.template, chat=chat)
+        bad_rows: Any = self.bad_rows
+        return load_prompts(
+            [source],
+            tokenizer,
+            max_length=room,
+            long_prompt="drop",
+            bad_rows=bad_rows,
+            skip_by="--bad-rows skip",
+            check=row_check(self.reward),
+        )
+
+    def _record(self, policy: Any, tokenizer: Any) -> dict[str, Any]:
+        """Return all inputs that the findings depend on."""
+        from peft import PeftModel
+
+        from falign.data import DEMOS
+        from falign.models import model_identity, weights_hash
+        from falign.models.tokenizers import tokenizer_fingerprint
+        from falign.rewards.identity import reward_identity
+
+        path = DEMOS.get(str(self.file), self.file)
+        files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
+        adapter = {"adapter": weights_hash(policy, adapter="default")} if isinstance(policy, PeftModel) else {}
+        return {
+            **model_identity(policy),
+            **adapter,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "content of the file": sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
+            **{
+                name: getattr(self, name)
+                for name in ("verifier", "num_completions", "threshold", "max_new_tokens", "seed", "template", "chat")
+            },
+            "bad_rows": self.bad_rows,
+            "identity of the verifier": reward_identity(self.reward.rewards[0].reward),
+        }
+
+    def _correct(self, rows: list[PromptRow], rollouts: list[Rollout], tokenizer: Any) -> list[bool]:
+        from falign.rewards.columns import reward_columns
+
+        texts = [tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True) for rollout in rollouts]
+        scores = self.reward(
+            [row.prompt for row in rows],
+            texts,
+            **reward_columns(rows),
+            completion_ids=[list(rollout.completion_ids) for rollout in rollouts],
+        )
+        self.timeouts += scores.timeouts
+        self.errors += scores.errors
+        return [value >= PASSES for value in scores.total]
+
+    def _finish(
+        self, data: PromptData, findings: list[Finding], resumed: int, *, sampled_by: Mapping[str, Any]
+    ) -> None:
+        """Write what explores as it came, and what rehearses with its completion."""
+        from falign.data import BadRows, read_rows
+
+        bad_rows: Any = self.bad_rows
+        fields = {row.place: row.fields for row in read_rows(self.file, bad_rows=BadRows(bad_rows))}
+        found = [(fields[row.place], finding) for row, finding in zip(data.train, findings, strict=True)]
+        explored = [row for row, finding in found if finding.rehearsal is None]
+        rehearsed = [{**row, **finding.rehearsal} for row, finding in found if finding.rehearsal is not None]
+        total = len(findings) * self.num_completions
+        summary = {
+            "prompts": len(findings),
+            "rehearsal": len(rehearsed),
+            "exploration": len(explored),
+            "solved, and the further completion is wrong": sum(
+                finding.num_correct >= self.threshold and finding.rehearsal is None for finding in findings
+            ),
+            "never solved": sum(finding.num_correct == 0 for finding in findings),
+            "correct completions": sum(finding.num_correct for finding in findings) / total,
+            "too long": data.report.dropped,
+            "bad rows": data.report.bad,
+            "timeouts": self.timeouts,
+            "errors": self.errors,
+        }
+        for name, rows in (("exploration.jsonl", explored), ("rehearsal.jsonl", rehearsed)):
+            write_whole(self.out / name, (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
+        sums = {"rehearsal.jsonl": sha256((self.out / "rehearsal.jsonl").read_bytes()).hexdigest()}
+        write_whole(
+            self.out / "summary.json", json.dumps({**summary, "sampled_by": sampled_by, "sha256": sums}, indent=1)
+        )
+        self._journal.unlink()  # last: until then the same command goes on
+        _show(summary, self.out, resumed)
+
+
+def _show(summary: Mapping[str, Any], out: Path, resumed: int) -> None:
+    table = Table("", "", title=str(out), title_justify="left", show_header=False)
+    for name, value in summary.items():
+        if value or name in {"prompts", "rehearsal", "exploration"}:
+            table.add_row(name, f"{value:.1%}" if isinstance(value, float) else f"{value:,}")
+    if resumed:
+        table.add_row("of the prompts sampled by an earlier call", f"{resumed:,}")
+    Terminal(highlight=False).print(table)

@@ -1,0 +1,446 @@
+"""The run file: one frozen model per component, each with ``build()``. A field is documented here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_serializer, model_validator
+
+from falign.data import DataSource, LengthPolicy, PreferenceData, Window, load_preferences
+from falign.errors import ConfigError
+from falign.objectives import Objective
+from falign.objectives.batch import OFFLINE
+from falign.runfile.base_config import FrozenModel
+from falign.runfile.objective_config import ObjectiveConfig, PairwiseConfig
+from falign.runfile.online_check import check_samples
+from falign.runfile.online_objective_config import DistributionMatchingConfig
+from falign.runfile.prompts_config import PromptsConfig, RehearsalDataConfig, RolloutConfig
+from falign.runfile.reference_config import AutoReferenceConfig, ReferenceConfig, check_moves, check_reference
+from falign.runfile.reward_config import RewardConfig
+from falign.runfile.target_config import without_fit
+from falign.runfile.trackers import check_trackers
+from falign.scoring import DEFAULT_CHUNK_TOKENS
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+__all__ = [
+    "AdapterConfig",
+    "DataConfig",
+    "ModelConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "SourceConfig",
+    "TrainingConfig",
+]
+
+
+class ModelConfig(FrozenModel):
+    """The model that is aligned."""
+
+    path: str
+    """Hub name, folder, ``.gguf`` file, or ``demo:smollm2-135m-instruct``."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"
+    """``auto`` is the checkpoint's; ``fastest`` is bfloat16 where the device multiplies it natively, else float32."""
+    quantization: Literal["nf4"] | None = None
+    """``nf4``: 4-bit weights with double quantization and bfloat16 compute; needs an adapter."""
+    attn_implementation: str = "sdpa"
+    """``sdpa``, ``eager``, ``flex_attention`` or ``flash_attention_2`` to ``4``; the last ones need a GPU."""
+    chat_template: str | None = None
+    """A Jinja template or a file with one, in place of the tokenizer's."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    """Run code that the model's repository brings along."""
+
+    def build_tokenizer(self, *, date: datetime | None = None) -> PreTrainedTokenizerBase:
+        """Load the tokenizer; a date replaces the present one in templates that write the date."""
+        from falign.models import load_tokenizer
+        from falign.models.tokenizers import fix_date
+
+        tokenizer = load_tokenizer(
+            self.path,
+            chat_template=self.chat_template,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
+        if date is not None:
+            fix_date(tokenizer, date)
+        return tokenizer
+
+    def build(self) -> PreTrainedModel:
+        """Load the weights."""
+        from falign.models import load_model
+
+        return load_model(
+            self.path,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            attn_implementation=self.attn_implementation,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+_OF_THE_ADAPTER = frozenset({"r", "alpha", "target_modules"})
+
+
+class AdapterConfig(FrozenModel):
+    """A LoRA adapter; ``adapter: null`` trains all weights."""
+
+    r: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+    """``all-linear`` or names of linear modules."""
+    init: str | None = None
+    """Start from this adapter, a folder or a run that has trained one; r, alpha and target_modules are then its own."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> AdapterConfig:
+        if self.init is not None and (given := sorted(self.model_fields_set & _OF_THE_ADAPTER)):
+            raise ValueError(f"{', '.join(given)} cannot be set beside init, whose adapter has its own; leave it out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_init_has(self, handler: Any) -> dict[str, Any]:
+        dropped = frozenset[str]() if self.init is None else _OF_THE_ADAPTER
+        return {name: value for name, value in handler(self).items() if name not in dropped}
+
+    def build(self, model: PreTrainedModel, *, seed: int, revision: str | None = None) -> PeftModel:
+        """Add the adapter to a model; the base's revision is recorded with it."""
+        from falign.models import add_lora, start_from_adapter
+
+        if self.init is not None:
+            return start_from_adapter(model, self.init, dropout=self.dropout, revision=revision)
+        return add_lora(
+            model,
+            r=self.r,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            target_modules=self.target_modules,
+            seed=seed,
+            revision=revision,
+        )
+
+
+class SourceConfig(FrozenModel):
+    """One source of preference data."""
+
+    path: str
+    """JSON, JSONL (also .gz), CSV, Parquet, a folder saved by ``datasets``, a Hub name, ``demo:polite-preference``."""
+    split: str = "train"
+    format: str = "auto"
+    columns: dict[str, str] = {}
+    """The file's name of each column: ``{prompt: question}``; ``outer.inner`` is inside a column of objects."""
+    chat: bool | None = None
+    """``true``: plain texts are turns, the prompt a user's, rendered by the chat template; ``false``: they are
+    continued as they stand. Must be set for plain texts where the model has a chat template."""
+    ignore: list[str] = []
+    """Columns, and keys of turns, that look like a part of the prompt and are not."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share in a mixture; for all sources or for none."""
+    limit: int | None = Field(default=None, ge=1)
+
+    def build(self) -> DataSource:
+        """Return the source as the data package knows it."""
+        return DataSource(**{**self.model_dump(), "ignore": tuple(self.ignore)})
+
+
+class DataConfig(FrozenModel):
+    """Training and held-out data."""
+
+    train: list[SourceConfig] = Field(min_length=1)
+    eval: list[SourceConfig] = []
+    """Sources of their own, or hold out some of the training data:"""
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    eval_size: int = Field(default=0, ge=0)
+    max_length: int = Field(default=1024, ge=2)
+    """Tokens of the prompt and its longest completion together."""
+    max_completion_length: int | None = Field(default=None, ge=1)
+    long_prompt: LengthPolicy = "error"
+    long_completion: LengthPolicy = "cut"
+    bad_rows: Literal["error", "skip"] = "error"
+
+    @property
+    def window(self) -> Window:
+        """Length limits, and the handling of longer rows."""
+        return Window(self.max_length, self.max_completion_length, self.long_prompt, self.long_completion)
+
+    def build(
+        self, tokenizer: PreTrainedTokenizerBase, *, stop_token_ids: frozenset[int], seed: int, preferences: bool
+    ) -> PreferenceData:
+        """Read, tokenise, mix and split the data; ``preferences``: each row must prefer one of its completions."""
+        return load_preferences(
+            [source.build() for source in self.train],
+            tokenizer,
+            stop_token_ids=stop_token_ids,
+            window=self.window,
+            preferences=preferences,
+            bad_rows=self.bad_rows,
+            skip_by="data.bad_rows=skip",
+            eval_sources=[source.build() for source in self.eval],
+            eval_fraction=self.eval_fraction,
+            eval_size=self.eval_size,
+            seed=seed,
+        )
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class TrainingConfig(FrozenModel):
+    """Optimization settings; the names are those of ``transformers.TrainingArguments``."""
+
+    learning_rate: float = Field(default=5e-6, gt=0)
+    per_device_train_batch_size: int = Field(default=4, ge=1)
+    """Prompts per micro-batch, each with all its completions."""
+    per_device_eval_batch_size: int = Field(default=8, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    max_steps: int = -1
+    """Optimizer steps in place of ``num_train_epochs``; -1 where left out."""
+    optim: str = "adamw_torch"
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta2: float = Field(default=0.999, gt=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    """Options of the schedule: ``{min_lr_rate: 0.1}`` for ``cosine_with_min_lr``."""
+    warmup_steps: float = Field(default=0.0, ge=0)
+    """Steps, or a share of all steps where below 1."""
+    gradient_checkpointing: bool = False
+    logging_steps: int = Field(default=10, ge=1)
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Evaluate so often; always before the first and after the last step when there is evaluation data."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """Write a checkpoint so often; none when left out."""
+    save_total_limit: int | None = Field(default=2, ge=1)
+    report_to: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """Trackers besides ``metrics.jsonl``: ``trackio``, ``wandb``, ``tensorboard`` ...; one, or a list."""
+    tokens_per_batch: int | None = Field(default=None, ge=2)
+    """Micro-batches of as many prompts as have so many tokens with their completions, instead of a fixed number."""
+    layout: Literal["auto", "tree", "padded"] = "auto"
+    """``tree``: each prompt is computed once for all its completions; ``padded``: once for each; ``auto``: the first
+    where the model gives it the values of the second, which is tried before training."""
+    chunk_tokens: int = Field(default=DEFAULT_CHUNK_TOKENS, ge=1)
+    """Positions that reach the vocabulary at once: memory against speed, no change of results."""
+    skip_bad: bool = False
+    """Leave out and count steps whose loss, gradient or reward is no number, which stop the run otherwise."""
+
+    @field_validator("max_steps")
+    @classmethod
+    def _takes_steps(cls, value: int) -> int:
+        if value < 1 and value != -1:
+            raise ValueError(
+                "a run takes at least one optimizer step; leave it out (-1) to train for num_train_epochs. "
+                "falign evaluate and falign score judge a model without training it"
+            )
+        return value
+
+    def check(self) -> None:
+        """Refuse trackers, an optimizer or a schedule that would not work on this machine.
+
+        Raises:
+            ConfigError: With the field and the reason.
+        """
+        from falign.runfile.optimization import check_names, check_optimizer, check_schedule
+
+        check_trackers(self.report_to)
+        check_names(self.optim, self.lr_scheduler_type)
+        args = self.build(Path("run"), seed=0)
+        check_optimizer(args)
+        check_schedule(args)
+
+    def build(
+        self,
+        output_dir: Path,
+        *,
+        seed: int,
+        gradient_accumulation_steps: int | None = None,
+        steps_per_epoch: int | None = None,
+    ) -> TrainingArguments:
+        """Return the arguments of the underlying trainer.
+
+        Args:
+            output_dir: The run folder.
+            seed: Of the run.
+            gradient_accumulation_steps: In place of the field, in online runs, where it follows from other fields.
+            steps_per_epoch: There, what turns ``num_train_epochs`` into steps.
+        """
+        from transformers import TrainingArguments
+
+        own = {"eval_steps", "save_steps", "tokens_per_batch", "layout", "chunk_tokens", "gradient_checkpointing"}
+        own.add("skip_bad")
+        arguments: dict[str, Any] = {
+            **self.model_dump(exclude=own),
+            "lr_scheduler_kwargs": dict(self.lr_scheduler_kwargs) or None,
+            "output_dir": str(output_dir),
+            "seed": seed,
+            "save_strategy": "steps" if self.save_steps else "no",
+            "save_steps": self.save_steps or 500,
+            "eval_strategy": "steps" if self.eval_steps else "no",
+            "eval_steps": self.eval_steps,
+            "remove_unused_columns": False,
+            "label_names": [],
+            "logging_nan_inf_filter": False,
+            "ddp_find_unused_parameters": False,  # every trained parameter acts in every batch
+            "log_level_replica": "error",  # as falign.cli.quiet has it for the first process
+            "disable_tqdm": True,  # falign.runs.progress draws its own
+        }
+        if gradient_accumulation_steps is not None:
+            arguments["gradient_accumulation_steps"] = gradient_accumulation_steps
+        if steps_per_epoch is not None:
+            arguments["ignore_data_skip"] = True  # there are no data to skip: a checkpoint says what comes next
+            if self.max_steps <= 0:
+                arguments["max_steps"] = math.ceil(self.num_train_epochs * steps_per_epoch)
+        try:
+            return TrainingArguments(**arguments)
+        except ValueError as error:
+            raise ConfigError(f"training: {error}") from error
+
+
+class SamplingConfig(FrozenModel):
+    """Prompts that are answered before and after training, into ``samples.json``."""
+
+    prompts: list[Annotated[str, Field(pattern=r"\S")]] = []
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    """0 decodes greedily."""
+
+
+def _check_attention(name: str) -> None:
+    from falign.models.attention import check_attention
+
+    try:
+        check_attention(name)
+    except ConfigError as error:
+        raise ConfigError(f"model.{error}") from error
+
+
+ONLINE_SECTIONS = ("rollout", "rewards", "rehearsal")
+
+
+class RunConfig(FrozenModel):
+    """A run: ``falign train RUN.yaml``."""
+
+    output_dir: Path
+    """The run folder; it must not hold another run."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    model: ModelConfig
+    adapter: AdapterConfig | None = AdapterConfig()
+    reference: ReferenceConfig = AutoReferenceConfig()
+    data: DataConfig | None = None
+    """Completions that are there; or, in an online run, in its place:"""
+    prompts: PromptsConfig | None = None
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: list[RewardConfig] = []
+    rehearsal: RehearsalDataConfig | None = None
+    objective: ObjectiveConfig = PairwiseConfig()
+    training: TrainingConfig = TrainingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    @property
+    def chat(self) -> bool | None:
+        """True if all sources render plain text as turns, false if none does, None if they differ."""
+        section = self.data or self.prompts
+        said = set() if section is None else {source.chat for source in section.train}
+        return said.pop() if len(said) == 1 else None
+
+    def check(self) -> Objective:
+        """Refuse what cannot work before anything is loaded, and return the objective.
+
+        Raises:
+            ConfigError: With the fields that contradict each other.
+        """
+        if self.adapter is None and self.model.quantization is not None:
+            raise ConfigError("model.quantization=nf4 with adapter=null: 4-bit weights do not train; add an adapter.")
+        _check_attention(self.model.attn_implementation)
+        check_reference(self.reference, adapter=self.adapter is not None)
+        objective = self._unfitted().build()
+        if self.prompts is None:
+            self._check_offline(objective)
+        else:
+            self._check_online(objective)
+        return objective
+
+    def models_that_read_ids(self) -> Iterator[tuple[str, str]]:
+        """Return the field and path of each other model that is given the policy's token ids."""
+        yield from self.reference.models_that_read_ids(own=self.model.path)
+        for i, reward in enumerate(self.rewards):
+            yield from ((f"rewards.{i}.{field}", path) for field, path in reward.models_that_read_ids())
+
+    def check_token_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, Sequence[int]]]) -> None:
+        """Refuse token ids for which a model that reads them has no row, before any weights are loaded.
+
+        Args:
+            tokenizer: The policy's.
+            rows: Token ids, each with the place that they are from.
+        """
+        from falign.models.loading import vocabulary_size
+        from falign.models.tokenizers import check_token_rows
+
+        model, trusted = self.model, self.model.trust_remote_code
+        for path in dict.fromkeys([model.path, *(path for _, path in self.models_that_read_ids())]):
+            revision = model.revision if path == model.path else None
+            size = vocabulary_size(path, revision=revision, trust_remote_code=trusted)
+            if size is not None:
+                check_token_rows(rows, num_rows=size, model=path, tokenizer=tokenizer)
+
+    def _unfitted(self) -> ObjectiveConfig:
+        """The objective's section without what is fitted on samples, which come later."""
+        if not isinstance(self.objective, DistributionMatchingConfig):
+            return self.objective
+        return self.objective.model_copy(update={"target": without_fit(self.objective.target)})
+
+    def _check_offline(self, objective: Objective) -> None:
+        if self.data is None:
+            raise ConfigError("data is missing: name data.train, or prompts.train for a run that samples its own.")
+        fields = type(
+            self
+        ).model_fields  # the resolved run file of a run has all sections, these as they are by default
+        if online := [name for name in ONLINE_SECTIONS if getattr(self, name) != fields[name].default]:
+            raise ConfigError(f"{online[0]} is a section of runs that sample their own completions: add prompts.train.")
+        if missing := sorted(objective.needs - OFFLINE):
+            raise ConfigError(
+                f"objective.kind={self.objective.kind} reads {', '.join(missing)} of each completion, which come from "
+                "rollouts: give prompts, rollout and rewards in place of data."
+            )
+        if self.training.eval_steps and not (self.data.eval or self.data.eval_size or self.data.eval_fraction):
+            raise ConfigError("training.eval_steps needs data.eval, data.eval_size or data.eval_fraction.")
+
+    def _check_online(self, objective: Objective) -> None:
+        assert self.prompts is not None
+        if self.data is not None:
+            raise ConfigError("data and prompts exclude each other: a run learns from completions of one source.")
+        if not self.rewards:
+            raise ConfigError("rewards is empty: an online run needs at least one reward.")
+        if isinstance(self.objective, DistributionMatchingConfig):
+            wanted = self.objective.target.num_features
+            if wanted != len(self.rewards):
+                raise ConfigError(
+                    f"objective.target reads {wanted} rewards, one after the other, and {len(self.rewards)} are given."
+                )
+        if self.training.tokens_per_batch is not None or self.training.gradient_accumulation_steps != 1:
+            raise ConfigError(
+                "training.tokens_per_batch and training.gradient_accumulation_steps are of offline runs: here an "
+                "update takes rollout.prompts / rollout.minibatches prompts, per_device_train_batch_size at a time."
+            )
+        if self.rollout.minibatches > self.rollout.prompts:
+            raise ConfigError(
+                f"rollout.minibatches={self.rollout.minibatches} is more than rollout.prompts={self.rollout.prompts}: "
+                "a minibatch needs at least one prompt."
+            )
+        check_samples(self.rollout, self.objective, self.rewards, objective)
+        check_moves(self.reference, updates_per_rollout=self.rollout.num_updates)
+        if self.reference.cache is not None:
+            raise ConfigError("reference.cache: every completion of an online run is new, so nothing is found again.")
+        if ("from_reference" in objective.needs) != (self.rehearsal is not None):
+            raise ConfigError("rehearsal belongs to objective.kind=hybrid, which needs it: give both or neither.")
+        if self.training.eval_steps and not (self.prompts.eval or self.prompts.eval_size):
+            raise ConfigError("training.eval_steps needs prompts.eval or prompts.eval_size.")

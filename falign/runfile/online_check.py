@@ -1,0 +1,92 @@
+"""Reject online settings that cannot work or have no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from falign.errors import ConfigError
+from falign.objectives import Objective
+from falign.runfile.objective_config import ObjectiveConfig
+from falign.runfile.online_objective_config import DistributionMatchingConfig, HybridConfig, PolicyGradientConfig
+from falign.runfile.prompts_config import RolloutConfig
+from falign.runfile.reward_config import RewardConfig
+
+__all__ = ["check_samples"]
+
+WORTH = frozenset({"rewards", "features", "preference"})
+"""Fields that say what a completion is worth."""
+
+WITHIN_GROUPS = frozenset({"leave_one_out", "group_centred", "group_normalised"})
+"""Advantages that compare the completions of a prompt."""
+
+
+def check_samples(
+    rollout: RolloutConfig, chosen: ObjectiveConfig, rewards: Sequence[RewardConfig], objective: Objective
+) -> None:
+    """Refuse an objective that does not learn from rewards, groups that it cannot compare, and fields without effect.
+
+    Raises:
+        ConfigError: With the fields.
+    """
+    if not objective.needs & WORTH:
+        raise ConfigError(
+            f"objective.kind={chosen.kind} reads no reward, and would learn from the policy's own samples "
+            "as they are: give data in place of prompts, rollout and rewards."
+        )
+    _check_groups(rollout, chosen, objective)
+    _check_correction(rollout, chosen)
+    _check_effects(rollout, chosen, rewards, objective)
+
+
+def _check_correction(rollout: RolloutConfig, chosen: ObjectiveConfig) -> None:
+    if rollout.correction is not None and not isinstance(chosen, PolicyGradientConfig | HybridConfig):
+        raise ConfigError(
+            f"rollout.correction weights policy gradients, and objective.kind={chosen.kind} is none: leave it out."
+        )
+
+
+def _check_groups(rollout: RolloutConfig, chosen: ObjectiveConfig, objective: Objective) -> None:
+    if rollout.completions > 1:
+        return
+    if "preference" in objective.needs:
+        raise ConfigError(
+            f"rollout.completions=1 with objective.kind={chosen.kind}, which compares completions of one prompt: "
+            "sample two or more."
+        )
+    advantage = chosen.advantage if isinstance(chosen, PolicyGradientConfig | HybridConfig) else None
+    if advantage in WITHIN_GROUPS or (advantage == "batch_mean" and rollout.prompts == 1):
+        raise ConfigError(
+            f"rollout.completions=1 with objective.advantage={advantage}, which compares a completion with others: "
+            "sample two or more, or choose batch_mean (with two or more prompts), gae or none."
+        )
+
+
+def _check_effects(
+    rollout: RolloutConfig, chosen: ObjectiveConfig, rewards: Sequence[RewardConfig], objective: Objective
+) -> None:
+    # A resolved run file has all fields, so one counts as given where it differs from its default.
+    fields = RolloutConfig.model_fields
+    if rollout.ranked != fields["ranked"].default and "preference" not in objective.needs:
+        raise ConfigError(
+            f"rollout.ranked={rollout.ranked} applies only to preference objectives, and objective.kind="
+            f"{chosen.kind} learns from rewards: leave it out."
+        )
+    counting = [reward for reward in rewards if reward.weight != 0]
+    if rollout.difficulty is not None and len(counting) > 1 and rollout.outcome is None:
+        raise ConfigError(
+            f"rollout.difficulty with {len(counting)} rewards: their sum does not say whether a prompt is solved. "
+            "Set rollout.outcome to the name of the reward that decides it."
+        )
+    matching = chosen if isinstance(chosen, DistributionMatchingConfig) else None
+    fits = matching is not None and matching.needs_samples
+    if rollout.fit_samples != fields["fit_samples"].default and not fits:
+        raise ConfigError(
+            f"rollout.fit_samples={rollout.fit_samples}: nothing is fitted here; it belongs to "
+            "objective.target.moments without lambdas."
+        )
+    weighted = [i for i, reward in enumerate(rewards) if reward.weight != 1]
+    if matching is not None and weighted:
+        raise ConfigError(
+            f"rewards.{weighted[0]}.weight={rewards[weighted[0]].weight:g}: a target reads each reward by "
+            "itself, before weights; leave it out, and say in objective.target what it counts."
+        )

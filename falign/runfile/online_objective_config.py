@@ -1,0 +1,217 @@
+"""Objectives of the run file on fresh samples, on samples of the reference, and on demonstrations."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from falign.divergences import Divergence
+from falign.objectives import (
+    CompletionMean,
+    DistributionMatching,
+    Hybrid,
+    Objective,
+    PolicyGradient,
+    Rehearsal,
+    Supervised,
+    dph_rl_coefficient,
+)
+from falign.runfile.base_config import FrozenModel
+from falign.runfile.named_divergence import named_divergence, refusals
+from falign.runfile.target_config import TargetConfig, without_fit
+
+__all__ = [
+    "DistributionMatchingConfig",
+    "HybridConfig",
+    "PolicyGradientConfig",
+    "RehearsalConfig",
+    "SupervisedConfig",
+]
+
+
+class PolicyGradientConfig(FrozenModel):
+    """Reward minus a divergence on fresh samples: REINFORCE, RLOO, GRPO, PPO; SALSA with a soup as the reference."""
+
+    kind: Literal["policy_gradient"] = "policy_gradient"
+    divergence: str | None = None
+    """As under ``pairwise``, but any; left out, nothing is penalised."""
+    beta: float = Field(default=0.0, ge=0)
+    """Strength of the divergence, in units of reward; 0 penalises nothing and needs no reference."""
+    advantage: str = "leave_one_out"
+    """``none``, ``batch_mean``, ``leave_one_out`` (RLOO), ``group_centred``, ``group_normalised`` (GRPO), ``gae``."""
+    clip_low: float | None = Field(default=None, gt=0, le=1)
+    """π/π_old is kept above 1 - clip_low where the advantage is negative; left out, not at all."""
+    clip_high: float | None = Field(default=None, gt=0)
+    """π/π_old is kept below 1 + clip_high where the advantage is positive; left out, not at all."""
+    importance: Literal["sequence", "token"] = "sequence"
+    """π/π_old of whole completions, which is exact, or of single tokens, as in PPO and GRPO."""
+    level: Literal["sequence", "token", "vocabulary"] = "sequence"
+    """Divergence of whole completions, or of tokens: from the sampled ones, or over the full vocabulary."""
+    credit: Literal["fixed_prefix", "returns"] = "fixed_prefix"
+    """Below sequence level: whether a token answers for the divergence at later ones."""
+    reduction: Literal["sequence_sum", "sequence_mean", "token_mean"] = "sequence_sum"
+    """Completions count by their sums over tokens, by their means, or all tokens alike."""
+    value_coefficient: float | None = Field(default=None, gt=0)
+    """Only with ``gae``: weight of the value head's loss, 0.1 where left out."""
+    gamma: float | None = Field(default=None, ge=0, le=1)
+    """Only with ``gae``: discount per token, 1 where left out."""
+    lam: float | None = Field(default=None, ge=0, le=1)
+    """Only with ``gae``: λ, 0.95 where left out."""
+
+    @property
+    def title(self) -> str:
+        """The title of the run's plots."""
+        return "reward alone" if self.divergence is None else f"{self.divergence}, β = {self.beta:g}"
+
+    def build(self) -> Objective:
+        """Return the objective.
+
+        Raises:
+            ConfigError: A name is unknown, or two fields contradict each other; the message has the reason.
+        """
+        fields = self.model_dump(exclude={"kind", "divergence"})
+        with refusals():
+            return PolicyGradient(None if self.divergence is None else named_divergence(self.divergence), **fields)
+
+
+class DistributionMatchingConfig(FrozenModel):
+    """f-DPG: the policy is led to a target distribution that the rewards describe."""
+
+    kind: Literal["distribution_matching"] = "distribution_matching"
+    divergence: str = "jensen_shannon"
+    """As under ``pairwise``, but any; with a target that has zeros f'(∞) must be finite."""
+    target: TargetConfig
+    """``{kind: binary}``, ``{kind: moments, moments: [0.5]}``, ``{kind: exponential, beta: 0.1}``, or a product."""
+    baseline: Literal["leave_one_out", "constant", "none"] = "leave_one_out"
+    """Mean pseudo-reward of the other samples of the prompt, or of all others of the rollout."""
+
+    @property
+    def needs_samples(self) -> bool:
+        """True if :meth:`build` needs rewards of samples from the reference."""
+        return self.target.needs_samples
+
+    def check(self) -> None:
+        """Refuse what no samples could make right.
+
+        Raises:
+            ConfigError: As :meth:`build`, but for the fit.
+        """
+        self.model_copy(update={"target": without_fit(self.target)}).build()
+
+    @property
+    def title(self) -> str:
+        """The title of the run's plots."""
+        return f"{self.divergence} to a target ({self.target.kind})"
+
+    def build(self, features: Float[Tensor, "M K"] | None = None) -> Objective:
+        """Return the objective.
+
+        Args:
+            features: Rewards of M samples of the reference, where :attr:`needs_samples`.
+
+        Raises:
+            ConfigError: The divergence is unknown or theory does not allow it with this target, or the target's
+                moments cannot be fitted; the message has the reason.
+        """
+        with refusals():
+            return DistributionMatching(named_divergence(self.divergence), self.target.build(features), self.baseline)
+
+
+class HybridConfig(FrozenModel):
+    """DPH-RL: a policy gradient without penalty on fresh samples, and a divergence on samples of the reference."""
+
+    kind: Literal["hybrid"] = "hybrid"
+    divergence: str = "jensen_shannon"
+    """Of the rehearsal; as under ``pairwise``, but any."""
+    coefficient: float | None = Field(default=None, ge=0)
+    """Weight of the rehearsal; each part is a mean of its own, so it does not depend on the numbers of rows. Left out,
+    the published one: 0.025 for Jensen-Shannon, 0.00625 for the forward KL and α; required for any other divergence."""
+    level: Literal["sequence", "token"] = "token"
+    """Of the rehearsal: the divergence of whole completions, or of their tokens."""
+    advantage: str = "group_normalised"
+    """As under ``policy_gradient``."""
+    clip_low: float | None = Field(default=0.2, gt=0, le=1)
+    clip_high: float | None = Field(default=0.28, gt=0)
+    importance: Literal["sequence", "token"] = "token"
+    reduction: CompletionMean = "token_mean"
+    """Of the policy gradient."""
+
+    @property
+    def title(self) -> str:
+        """The title of the run's plots."""
+        return (
+            f"reward, and {self._weight(named_divergence(self.divergence)):g} × {self.divergence} on reference samples"
+        )
+
+    def _weight(self, divergence: Divergence) -> float:
+        return dph_rl_coefficient(divergence) if self.coefficient is None else self.coefficient
+
+    def build(self) -> Objective:
+        """Return the objective.
+
+        Raises:
+            ConfigError: A name is unknown; the message has the reason.
+        """
+        with refusals():
+            exploration = PolicyGradient(
+                advantage=self.advantage,
+                clip_low=self.clip_low,
+                clip_high=self.clip_high,
+                importance=self.importance,
+                reduction=self.reduction,
+            )
+            divergence = named_divergence(self.divergence)
+            return Hybrid(exploration, Rehearsal(divergence, self.level), self._weight(divergence))
+
+
+class RehearsalConfig(FrozenModel):
+    """A divergence to the reference on its own samples, alone."""
+
+    kind: Literal["rehearsal"] = "rehearsal"
+    divergence: str = "jensen_shannon"
+    """As under ``pairwise``, but any."""
+    level: Literal["sequence", "token"] = "token"
+    """The divergence of whole completions, or of their tokens."""
+    reduction: CompletionMean | None = None
+    """At token level, as under ``policy_gradient``; ``token_mean`` where left out."""
+
+    @property
+    def title(self) -> str:
+        """The title of the run's plots."""
+        return f"{self.divergence} on reference samples"
+
+    def build(self) -> Objective:
+        """Return the objective.
+
+        Raises:
+            ConfigError: The divergence is unknown, or a mean over tokens is asked for at sequence level.
+        """
+        with refusals():
+            return Rehearsal(named_divergence(self.divergence), self.level, self.reduction)
+
+
+class SupervisedConfig(FrozenModel):
+    """Fine-tuning on demonstrations, plain or under a divergence."""
+
+    kind: Literal["supervised"] = "supervised"
+    divergence: str | None = None
+    """One with infinite f'(∞), as ``pearson_chi2``; left out, plain fine-tuning."""
+    beta: float | None = Field(default=None, gt=0)
+    """Required with a divergence."""
+
+    @property
+    def title(self) -> str:
+        """The title of the run's plots."""
+        return "fine-tuning" if self.beta is None else f"fine-tuning, {self.divergence}, β = {self.beta:g}"
+
+    def build(self) -> Objective:
+        """Return the objective.
+
+        Raises:
+            ConfigError: The divergence is unknown or theory does not allow it here; the message has the reason.
+        """
+        with refusals():
+            return Supervised(None if self.divergence is None else named_divergence(self.divergence), self.beta)

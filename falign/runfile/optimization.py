@@ -1,0 +1,122 @@
+"""Optimizers and learning-rate schedules of transformers: each works, or is refused before a model is loaded."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.optimization import get_scheduler
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from falign.choices import require_choice
+from falign.errors import ConfigError
+
+__all__ = ["check_names", "check_optimizer", "check_schedule"]
+
+_BY_MODULES = "it changes chosen modules only, which a run file cannot name"
+_BY_METRIC = "it follows a metric in place of the steps, and no metric is handed to it"
+_OWN_BACKWARD = "it updates weights within the backward pass, before the loss and gradient of the step are checked"
+_TWO_WEIGHTS = "the weights that it trains are not those that it evaluates, and checkpoints would hold the first"
+
+REFUSED_OPTIMIZERS = {
+    "galore": _BY_MODULES,
+    "apollo": _BY_MODULES,
+    "lomo": _OWN_BACKWARD,
+    "adalomo": _OWN_BACKWARD,
+    "schedule_free": _TWO_WEIGHTS,
+}
+"""By the beginnings of their names."""
+REFUSED_SCHEDULES = {"reduce_lr_on_plateau": _BY_METRIC, "greedy": _BY_METRIC}
+WITHOUT_OPTIONS = ("constant", "constant_with_warmup", "linear")
+"""The first two would drop them without a word."""
+
+TRIAL_SHAPE = (64, 128)  # optimizers of 8 bits leave tensors of fewer than 4,096 values in 32
+TRIAL_LEARNING_RATE = 1e-2  # a run's own may be below the rounding of the weight that is tried
+MANY_STEPS = 1_000_000  # where they follow from epochs, which are known once the data are read
+
+
+def check_names(optimizer: str, schedule: str) -> None:
+    """Refuse settings that transformers does not offer or that cannot work in a run.
+
+    Args:
+        optimizer: ``training.optim``.
+        schedule: ``training.lr_scheduler_type``.
+
+    Raises:
+        ConfigError: With the reason, or the nearest name.
+    """
+    require_choice("training.optim", optimizer, [each.value for each in OptimizerNames])
+    require_choice("training.lr_scheduler_type", schedule, [each.value for each in SchedulerType])
+    for beginning, reason in REFUSED_OPTIMIZERS.items():
+        if optimizer.startswith(beginning):
+            raise ConfigError(
+                f"training.optim={optimizer!r} is not supported: {reason}; choose another, as adamw_torch."
+            )
+    if schedule in REFUSED_SCHEDULES:
+        raise ConfigError(f"training.lr_scheduler_type={schedule!r} is not supported: {REFUSED_SCHEDULES[schedule]}.")
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """Refuse an optimizer that cannot be made or take a step here, or whose state cannot be saved.
+
+    Args:
+        args: With ``optim`` and its settings.
+
+    Raises:
+        ConfigError: With the reason.
+    """
+    name = OptimizerNames(args.optim).value
+    try:
+        weight = nn.Parameter(torch.ones(TRIAL_SHAPE, device=args.device))
+        factory, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = factory([weight], **options | {"lr": TRIAL_LEARNING_RATE})
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        saved = io.BytesIO()
+        torch.save(optimizer.state_dict(), saved)
+        saved.seek(0)
+        optimizer.load_state_dict(torch.load(saved, weights_only=True))
+        learned = bool((weight < 1).all() and weight.isfinite().all())
+    except Exception as error:
+        raise ConfigError(f"training.optim={name!r} does not work here: {type(error).__name__}: {error}") from error
+    if not learned:
+        raise ConfigError(f"training.optim={name!r} does not work here: its step does not follow the gradient.")
+
+
+def check_schedule(args: TrainingArguments) -> None:
+    """Refuse a schedule of the learning rate that cannot be made or gives no learning rate.
+
+    Args:
+        args: With ``lr_scheduler_type`` and ``lr_scheduler_kwargs``.
+
+    Raises:
+        ConfigError: With the reason.
+    """
+    name = SchedulerType(args.lr_scheduler_type).value
+    options: Any = args.lr_scheduler_kwargs or {}
+    if name in WITHOUT_OPTIONS and options:
+        raise ConfigError(
+            f"training.lr_scheduler_kwargs={options!r}: the schedule {name} has no options; leave it out."
+        )
+    place = f"training.lr_scheduler_type={name!r} with training.lr_scheduler_kwargs={options!r}"
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    steps = args.max_steps if args.max_steps > 0 else MANY_STEPS
+    try:
+        schedule: Any = get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=options,
+        )
+        (factor,) = schedule.lr_lambdas
+        factors = [float(factor(steps * part // 10)) for part in range(11)]
+    except Exception as error:
+        raise ConfigError(f"{place} does not work: {type(error).__name__}: {error}") from error
+    if not all(math.isfinite(each) and each >= 0 for each in factors) or not any(factors):
+        raise ConfigError(f"{place}: the learning rate would be negative, NaN, infinite or always 0 (times {factors}).")

@@ -1,0 +1,164 @@
+"""The sections of the run file that an online run has in place of ``data``: prompts, rollouts, rehearsal."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from falign.data import LengthPolicy, PromptData, PromptSource, RowCheck, load_prompts
+from falign.data.chat_template import Tokenizer
+from falign.runfile.base_config import FrozenModel
+from falign.runfile.engine_config import CorrectionConfig, EngineConfig, TransformersEngineConfig
+
+__all__ = [
+    "DifficultyConfig",
+    "EvaluationConfig",
+    "PromptSourceConfig",
+    "PromptsConfig",
+    "RehearsalDataConfig",
+    "RolloutConfig",
+]
+
+
+class PromptSourceConfig(FrozenModel):
+    """One source of prompts."""
+
+    path: str | None = None
+    """As in ``data``, or ``demo:one-digit-arithmetic``."""
+    texts: list[str] = []
+    """Prompts themselves, in place of a path."""
+    split: str = "train"
+    template: str | None = None
+    """The prompt, with the row's columns in braces: ``"{question} Answer:"``; else the column ``prompt``."""
+    columns: dict[str, str] = {}
+    """Other names for columns, of the prompt or for rewards: ``{answer: reward_model.ground_truth}``."""
+    chat: bool | None = None
+    """``true``: a plain prompt is a user's turn, rendered by the chat template; ``false``: it is continued as it
+    stands. Must be set for plain prompts where the model has a chat template."""
+    system: str | None = None
+    """A system turn before every prompt, where rows have no column ``system`` of their own."""
+    ignore: list[str] = []
+    """Columns, and keys of turns, that look like a part of the prompt and are none; rewards do not get them either."""
+    limit: int | None = Field(default=None, ge=1)
+
+    def build(self) -> PromptSource:
+        """Return the source as the data package knows it."""
+        return PromptSource(**{**self.model_dump(), "texts": tuple(self.texts), "ignore": tuple(self.ignore)})
+
+
+class PromptsConfig(FrozenModel):
+    """Prompts of an online run; the other columns of a row go to the rewards."""
+
+    train: list[PromptSourceConfig] = Field(min_length=1)
+    eval: list[PromptSourceConfig] = []
+    """Sources of their own, or hold out some of the training prompts:"""
+    eval_size: int = Field(default=0, ge=0)
+    max_length: int = Field(default=512, ge=1)
+    """Most tokens of a prompt."""
+    long_prompt: LengthPolicy = "error"
+    bad_rows: str = Field(default="error", pattern="^(error|skip)$")
+
+    def build(self, tokenizer: Tokenizer, *, seed: int, check: RowCheck | None = None) -> PromptData:
+        """Read, tokenise and split the prompts; ``check`` finds rows that the rewards cannot judge."""
+        return load_prompts(
+            [source.build() for source in self.train],
+            tokenizer,
+            max_length=self.max_length,
+            long_prompt=self.long_prompt,
+            bad_rows="skip" if self.bad_rows == "skip" else "error",
+            skip_by="prompts.bad_rows=skip",
+            eval_sources=[source.build() for source in self.eval],
+            eval_size=self.eval_size,
+            seed=seed,
+            check=check,
+        )
+
+
+class DifficultyConfig(FrozenModel):
+    """A filter that keeps prompts which the policy solves sometimes, but not always."""
+
+    low: float = Field(default=0.1, ge=0, le=1)
+    """Least share of a prompt's completions that pass."""
+    high: float = Field(default=0.9, ge=0, le=1)
+    max_rounds: int = Field(default=3, ge=1)
+    """Most draws of prompts per rollout, before it is filled up with those that were left out."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> DifficultyConfig:
+        if self.low > self.high:
+            raise ValueError(f"low={self.low:g} is above high={self.high:g}, so no prompt fits; exchange them")
+        return self
+
+
+class EvaluationConfig(FrozenModel):
+    """Sampling for held-out prompts."""
+
+    completions: int = Field(default=8, ge=1)
+    """Completions per prompt, which pass@k is estimated from for k up to this."""
+    temperature: float = Field(default=1.0, ge=0)
+    """0 decodes greedily."""
+
+
+class RolloutConfig(FrozenModel):
+    """Sampling of completions, and the number of updates on each.
+
+    Sampling is from the whole vocabulary: what top-k or top-p leave out, no importance weight brings back.
+    """
+
+    prompts: int = Field(default=8, ge=1)
+    """Prompts per rollout."""
+    completions: int = Field(default=8, ge=1)
+    """Completions per prompt: the group."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    """Another than 1 makes the samples another law's; they are weighted by ``π/π_sampler`` then."""
+    updates: int = Field(default=1, ge=1)
+    """Passes over each rollout."""
+    minibatches: int = Field(default=1, ge=1)
+    """Optimiser steps per pass; prompts are divided among them."""
+    ignore_stop: bool = False
+    """Sample exactly ``max_new_tokens`` tokens: for texts that have no natural end."""
+    pass_reward: float = 1.0
+    """A completion with this reward or more passes: for pass@k and difficulty."""
+    outcome: str | None = None
+    """Name of the reward that decides what passes. By default the only one that has a weight; of several the first, and
+    ``difficulty`` then needs the name."""
+    difficulty: DifficultyConfig | None = None
+    ranked: Literal["best_worst", "all"] = "best_worst"
+    """For objectives of preferences: which completions of a prompt are compared by their rewards."""
+    max_batch_tokens: int = Field(default=16_384, ge=1)
+    """Most tokens whose keys and values are held at once while sampling; memory and speed alone."""
+    fit_samples: int = Field(default=512, ge=2)
+    """Completions of the reference on which the weights of ``objective.target.moments`` are fitted."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    engine: EngineConfig = TransformersEngineConfig()
+    """The engine that samples: ``{kind: transformers}`` or ``{kind: vllm, shared_dir: ...}``."""
+    ahead: bool = False
+    """Sample the next rollout while the policy learns from the last; its samples are weighted by ``π/π_sampler``."""
+    correction: CorrectionConfig | None = None
+    """``{cap: 2}`` takes the sampler's log-probabilities for those of π_old, and bounds the weights of that; for policy
+    gradients."""
+
+    @model_validator(mode="after")
+    def _samples_beside_training(self) -> RolloutConfig:
+        if self.ahead and isinstance(self.engine, TransformersEngineConfig):
+            raise ValueError(
+                "ahead=true: the process that trains cannot sample at the same time; give it an engine of kind vllm, "
+                "or leave ahead out"
+            )
+        return self
+
+    @property
+    def num_updates(self) -> int:
+        """Optimiser steps per rollout."""
+        return self.updates * self.minibatches
+
+
+class RehearsalDataConfig(FrozenModel):
+    """Stored completions of the reference, as ``falign sample --verifier`` writes them."""
+
+    path: str
+    """``rehearsal.jsonl``."""
+    completions: int = Field(default=8, ge=1)
+    """The number of completions per optimizer step."""

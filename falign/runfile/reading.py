@@ -1,0 +1,292 @@
+"""Reading a run file with its overrides; every mistake is named with its path and the nearest right one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from falign.choices import shown
+from falign.errors import ConfigError
+from falign.passwords import NAMES, refuse_passwords
+from falign.plain_yaml import plain_yaml
+from falign.runfile.base_config import FrozenModel
+from falign.runfile.config import RunConfig
+from falign.runfile.reward_config import RewardConfig
+from falign.runfile.trl_names import FOREIGN_NAMES, near_foreign_name
+
+__all__ = ["load_reward_list", "load_run_file", "parse_run", "valid_paths"]
+
+MOST_MISTAKES = 20
+
+
+def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the run that a YAML file describes.
+
+    The run file in a run folder describes the run of that folder, wherever the folder was when it was written.
+
+    Args:
+        path: The run file.
+        overrides: ``section.field=value``, later ones win; values are YAML.
+
+    Raises:
+        ConfigError: The file is missing or no YAML mapping, or a key or value is wrong.
+    """
+    data = _read_yaml(path)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds {type(data).__name__}, not the sections of a run file (model, data, ...).")
+    folder = Path(path).absolute().parent
+    if Path(path).name == "run.yaml" and (folder / "manifest.json").is_file():
+        data["output_dir"] = str(folder)
+    for override in overrides:
+        _apply(data, override)
+    return parse_run(data, place=str(path))
+
+
+def parse_run(data: dict[str, Any], *, place: str = "run") -> RunConfig:
+    """Return a validated run.
+
+    Args:
+        data: Nested mappings, as in a run file.
+        place: What messages call it.
+
+    Raises:
+        ConfigError: With one line per mistake; or there is a password in it, which is not shown.
+    """
+    refuse_passwords(data, place=place)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{place}: {_told(error)}") from error
+
+
+def load_reward_list(path: str | Path) -> list[RewardConfig]:
+    """Return the section ``rewards`` of a YAML file, which may have others or be the list alone.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ConfigError: The file is missing or has no such section, or a key or value is wrong.
+    """
+    data = _read_yaml(path)
+    section = data.get("rewards") if isinstance(data, dict) else data
+    if not isinstance(section, list) or not section:
+        raise ConfigError(f"{path} has no list of rewards: write `rewards: [{{kind: ...}}]`, as in a run file.")
+    try:
+        return _RewardList.model_validate({"rewards": section}).rewards
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_told(error)}") from error
+
+
+def _told(error: ValidationError) -> str:
+    """One line per mistake, of the first ones."""
+    details = error.errors(include_url=False)
+    more = [f"and {len(details) - MOST_MISTAKES} more."] if len(details) > MOST_MISTAKES else []
+    return "\n  ".join([*map(_explain, details[:MOST_MISTAKES]), *more])
+
+
+class _RewardList(FrozenModel):
+    rewards: list[RewardConfig]
+
+
+def valid_paths(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Yield ``section.field`` of every field of the run file, of all kinds of a section."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        section = f"{prefix}{name}.0." if get_origin(field.annotation) is list else f"{prefix}{name}."
+        paths = (path for inner in _models(field) for path in valid_paths(inner, section))
+        yield from dict.fromkeys(paths)
+
+
+def _read_yaml(path: str | Path) -> Any:
+    file = Path(path)
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [p.name for p in file.absolute().parent.glob("*.y*ml")], n=1)
+        raise ConfigError(f"No run file at {file}.{f' Did you mean {file.with_name(near[0])}?' if near else ''}")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
+    return plain_yaml(text, place=str(file))
+
+
+class _Place(NamedTuple):
+    """The place of a mistake: the path that the user wrote, and the kinds of the section there, if any."""
+
+    path: str
+    kind: str | None
+    kinds: dict[str, type[BaseModel]]
+
+
+def _place(location: Sequence[str | int]) -> _Place:
+    """Read pydantic's location, which has the kind of a section as a step of its own."""
+    models, kind, kinds, parts, steps = [RunConfig], None, {}, [], list(location)
+    while steps:
+        step = steps.pop(0)
+        parts.append(str(step))
+        field = models[0].model_fields.get(str(step)) if models else None
+        if field is None:  # an item of a list, or what no model knows
+            continue
+        models = _models(field)
+        if models and steps and isinstance(steps[0], int):  # an item of a list of sections
+            parts.append(str(steps.pop(0)))
+        if len(models) > 1:
+            kinds = {model.model_fields["kind"].default: model for model in models}
+            kind = str(steps.pop(0)) if steps else None
+            models = models if kind is None else [kinds[kind]]
+    return _Place(".".join(parts), kind, kinds)
+
+
+def _models(field: FieldInfo) -> list[Any]:
+    return [t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
+
+
+def _types(annotation: Any) -> Iterable[Any]:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _types(arguments[0])
+    if origin in (Union, UnionType, list):
+        return [inner for argument in arguments for inner in _types(argument)]
+    return [annotation]
+
+
+def _explain(detail: Any) -> str:
+    place = _place(detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return _unknown(place, detail["input"])
+    if detail["type"] == "missing":
+        return f"{place.path} is required."
+    if detail["type"] == "union_tag_invalid":
+        given = detail["input"]["kind"]
+        close = difflib.get_close_matches(str(given), place.kinds, n=1)
+        hint = f"did you mean {close[0]}? Choose" if close else "choose"
+        return f"{place.path}.kind={shown(given)} is unknown: {hint} one of {', '.join(place.kinds)}."
+    if detail["type"] == "union_tag_not_found":
+        return f"{place.path}.kind is required: choose one of {', '.join(place.kinds)}."
+    if detail["type"] in ("model_type", "model_attributes_type"):
+        return f"{place.path}={shown(detail['input'])}: this is a section{_example(place)}."
+    told = detail["msg"].removeprefix("Value error, ")
+    return f"{place.path}={shown(detail['input'])}: {told}{_as_written(detail)}."
+
+
+def _as_written(detail: Any) -> str:
+    """Return how a value of the wrong type is written in YAML; empty where that is not known."""
+    given = detail["input"]
+    if detail["type"] == "string_type" and isinstance(given, bool | int | float | date):
+        kind = "true or false" if isinstance(given, bool) else "a date" if isinstance(given, date) else "a number"
+        words = ", as it does yes, no, on and off" if isinstance(given, bool) else ""
+        return f"; YAML reads this as {kind}{words}: put it in quotes"
+    if detail["type"] in ("list_type", "tuple_type") and isinstance(given, str | bool | int | float):
+        return f"; write [{given}]"
+    return ""
+
+
+def _example(place: _Place) -> str:
+    if place.kinds and "." in place.path:  # only sections at the top may be null
+        return f", as in `{place.path}: {{kind: ...}}`"
+    fields, field = RunConfig.model_fields, None
+    for step in place.path.split("."):
+        if not step.isdigit():
+            field = fields[step]
+            fields = _models(field)[0].model_fields
+    assert field is not None
+    optional = ", or null" if type(None) in _types(field.annotation) else ""
+    return f", as in `{place.path}: {{{next(iter(fields))}: ...}}`{optional}"
+
+
+def _unknown(place: _Place, value: Any) -> str:
+    # `model.adapter.r=8` is for pydantic the unknown key model.adapter, and for its writer about r.
+    inner = place
+    while isinstance(value, dict) and len(value) == 1:
+        key, value = next(iter(value.items()))
+        inner = inner._replace(path=f"{inner.path}.{key}")
+    for each in dict.fromkeys((inner.path, place.path)):
+        if hint := _near(place._replace(path=each)):
+            return f"unknown key {each!r}{hint}"
+    there = _siblings(place.path) if place.kind is None else place.kinds[place.kind].model_fields
+    return f"unknown key {place.path!r}; the keys there are {', '.join(there)}."
+
+
+def _siblings(path: str) -> dict[str, str]:
+    """The keys of the section of a path, and their paths as its writer would write them."""
+    section = path.rpartition(".")[0]
+    plain = ".".join("0" if part.isdigit() else part for part in section.split("."))
+    keys = [known.rpartition(".")[2] for known in valid_paths() if known.rpartition(".")[0] == plain]
+    return {key: f"{section}.{key}".strip(".") for key in keys}
+
+
+def _near(place: _Place) -> str:
+    """The known key nearest to an unknown one; empty if none is near."""
+    section, _, last = place.path.rpartition(".")
+    if last in FOREIGN_NAMES:
+        return f": {FOREIGN_NAMES[last].told()}"
+    if place.kind is not None and (owners := _owners(place, place.path)):
+        own = ", ".join(place.kinds[place.kind].model_fields)
+        return f": {section}.kind={place.kind} has no such field, {owners} has. Its fields are {own}."
+    paths = list(valid_paths())
+    if named := [path for path in paths if path.rpartition(".")[2] == last]:
+        least = min(path.count(".") for path in named)
+        shallow = [path for path in named if path.count(".") == least]
+        meant = difflib.get_close_matches(place.path, named, 1, 0.8) or shallow
+        return f": did you mean {' or '.join(meant)}?"
+    fields = [path for path in reversed(paths) if not any(other.startswith(f"{path}.") for other in paths)]
+    anywhere = {path.rpartition(".")[2]: path for path in fields}
+    siblings = _siblings(place.path)
+    if foreign := near_foreign_name(last, [*siblings, *anywhere]):
+        told = FOREIGN_NAMES[foreign].told()
+        return f": did you mean {foreign}? {told[0].upper()}{told[1:]}"
+    close = [known[key] for known in (siblings, anywhere) for key in difflib.get_close_matches(last, known, 1, 0.6)]
+    if not close:
+        return ""
+    owners = _owners(place, close[0])
+    return f": did you mean {close[0]}{f', which {owners} has' if owners else ''}?"
+
+
+def _owners(place: _Place, path: str) -> str:
+    """Other kinds of a section that have a field which the given kind lacks; empty if it has the field."""
+    section, _, key = path.rpartition(".")
+    owners = [kind for kind, model in place.kinds.items() if key in model.model_fields]
+    if section != place.path.rpartition(".")[0] or place.kind in owners:
+        return ""
+    return " or ".join(f"kind={kind}" for kind in owners)
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"{override!r} is not of the form section.field=value.")
+    override = f"{path}=***" if NAMES.search(path.rpartition(".")[2]) else override  # as messages quote it
+    *sections, key = path.split(".")
+    target: Any = data
+    for section in sections:
+        if isinstance(target, list):
+            target = target[_index(target, section, path)]
+            if not isinstance(target, dict):
+                raise ConfigError(f"{override!r}: item {section} is a value, not a section.")
+            continue
+        if target.get(section) is None:
+            target[section] = {}
+        target = target[section]
+        if not isinstance(target, dict | list):
+            raise ConfigError(f"{override!r}: {section} is a value, not a section.")
+    value = plain_yaml(text, place=f"{shown(override)}: the value")
+    if isinstance(target, list):
+        target[_index(target, key, path)] = value
+    else:
+        target[key] = value
+
+
+def _index(items: list[Any], key: str, path: str) -> int:
+    if not (key.isascii() and key.isdigit()):
+        parent, _, rest = path.rpartition(f".{key}")
+        raise ConfigError(f"{path}: {parent} is a list; did you mean {parent}.0.{key}{rest}?")
+    if len(key) > 9 or int(key) >= len(items):  # Python refuses to read thousands of digits
+        raise ConfigError(f"{path}: {key!r} is not one of the items 0 to {len(items) - 1}.")
+    return int(key)

@@ -1,0 +1,245 @@
+"""Checkpoints that are complete: each is sealed with checksums, and a run goes on from the newest whose seal holds.
+
+``checksums.json`` names the run and the step, every file of the checkpoint with its size and SHA-256, and how far the
+run's logs had come. It is written last, and the folder gets its name after it, so that neither a kill nor a bad disk
+nor a copy leaves anything that is taken for a whole checkpoint of the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import Field, ValidationError
+
+from falign.durable import sync_file, sync_folder
+from falign.errors import TrainingError
+from falign.runfile.base_config import FrozenModel
+
+__all__ = [
+    "LogMark",
+    "checkpoints",
+    "holds",
+    "log_marks",
+    "newest_whole",
+    "remove_leftovers",
+    "rotate",
+    "seal",
+    "step_of",
+    "sync_logs",
+    "weight_sums",
+    "why_damaged",
+]
+
+SEAL = "checksums.json"
+DAMAGED = "damaged-"
+WEIGHTS = frozenset({".safetensors", ".bin"})
+LOGS = ("metrics.jsonl", "completions.jsonl")
+
+
+class LogMark(NamedTuple):
+    """The state of a log: its size, and the SHA-256 of its bytes."""
+
+    bytes: int
+    sha256: str
+
+
+class _Sum(FrozenModel):
+    bytes: int
+    sha256: str
+
+
+class _Seal(FrozenModel):
+    run: str
+    step: int
+    logs: dict[str, _Sum]
+    files: dict[str, _Sum] = Field(min_length=1)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, the oldest first; a link is none, wherever it leads."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step of a checkpoint."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def seal(folder: Path, *, run: str, step: int, logs: Mapping[str, LogMark]) -> None:
+    """Write the checksums of a checkpoint's files, as the last step before it gets its name.
+
+    Args:
+        folder: The checkpoint.
+        run: The identifier of its run.
+        step: The optimizer steps that it has seen.
+        logs: How far each log of the run has come; see :func:`sync_logs`.
+    """
+    files = {name: {"bytes": file.stat().st_size, "sha256": _checksum(file)} for name, file in _files(folder).items()}
+    sealed = {"run": run, "step": step, "logs": {name: mark._asdict() for name, mark in logs.items()}, "files": files}
+    (folder / SEAL).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
+
+
+def why_damaged(
+    folder: Path, *, run: str | None = None, contents: bool = True, unread: Collection[str] = ()
+) -> str | None:
+    """Return what is wrong with a checkpoint; None where it is as it was sealed.
+
+    Args:
+        folder: The checkpoint.
+        run: The identifier of the run that it has to be of; any run where None.
+        contents: Whether all files are read, or only their sizes compared.
+        unread: Files for which only the size is ever compared.
+    """
+    try:
+        sealed = _Seal.model_validate_json((folder / SEAL).read_bytes())
+    except (OSError, ValidationError):
+        return f"{SEAL} is missing or damaged"
+    if run is not None and sealed.run != run:
+        return "it belongs to another run"
+    if sealed.step != step_of(folder):
+        return f"it is the checkpoint of step {sealed.step}"
+    return _first_damaged(folder, sealed.files, unread=unread if contents else sealed.files)
+
+
+def _first_damaged(folder: Path, files: Mapping[str, _Sum], *, unread: Collection[str]) -> str | None:
+    there = _files(folder)
+    if unnamed := sorted(there.keys() - files.keys()):
+        return f"{unnamed[0]} is not in {SEAL}"
+    for name, written in files.items():
+        if name not in there:
+            return f"{name} is missing"
+        size = there[name].stat().st_size
+        if size != written.bytes:
+            return f"{name} has {size:,} of {written.bytes:,} bytes"
+        if name not in unread and _checksum(there[name]) != written.sha256:
+            return f"{name} has other content than was written"
+    return None
+
+
+def weight_sums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of weights in a folder."""
+    return {name: _checksum(file) for name, file in _files(folder).items() if file.suffix in WEIGHTS}
+
+
+def log_marks(checkpoint: Path) -> dict[str, LogMark]:
+    """Return how far each log of the run had come when a whole checkpoint was written."""
+    sealed = _Seal.model_validate_json((checkpoint / SEAL).read_bytes())
+    return {name: LogMark(mark.bytes, mark.sha256) for name, mark in sealed.logs.items()}
+
+
+def newest_whole(folder: Path, *, run: str | None = None, tell: Callable[[str], None]) -> Path | None:
+    """Return the newest whole checkpoint; damaged ones that are newer are put aside, and it is said so.
+
+    They are renamed and not removed: ``damaged-checkpoint-6`` is never resumed from, counted or deleted.
+
+    Args:
+        folder: The run folder.
+        run: The identifier of the run; a checkpoint of another run counts as damaged; any run where None.
+        tell: Is told of each damaged one.
+
+    Returns:
+        None where there is no checkpoint at all.
+
+    Raises:
+        TrainingError: There are checkpoints, and none is whole; all stay where they are.
+    """
+    damaged: dict[Path, str] = {}
+    for checkpoint in reversed(checkpoints(folder)):
+        reason = why_damaged(checkpoint, run=run)
+        if reason is None:
+            for path, why in damaged.items():
+                aside = _put_aside(path)
+                tell(f"{path} is damaged ({why}): it is now {aside.name}, and the run goes on from {checkpoint.name}.")
+            return checkpoint
+        damaged[checkpoint] = reason
+    if damaged:
+        listed = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
+        raise TrainingError(
+            f"{folder} has no whole checkpoint ({listed}): restore one, or start the run anew in another folder."
+        )
+    return None
+
+
+def rotate(folder: Path, *, run: str, keep: int | None) -> None:
+    """Remove the oldest checkpoints beyond a number, and never the newest whole one: a resume would need it.
+
+    Args:
+        folder: The run folder.
+        run: The identifier of the run.
+        keep: How many stay, at least 1; None keeps all.
+    """
+    if keep is None:
+        return
+    there = checkpoints(folder)
+    removable, kept = there[:-keep], there[-keep:]
+    if all(why_damaged(checkpoint, run=run, contents=False) for checkpoint in reversed(kept)):
+        return
+    for checkpoint in removable:
+        # Under another name first: a kill within the removal leaves nothing that looks like a checkpoint.
+        leaving = checkpoint.with_name(f".{checkpoint.name}.removed")
+        checkpoint.rename(leaving)
+        shutil.rmtree(leaving)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half written or half removed."""
+    for path in folder.glob(".*"):
+        if path.suffix not in {".partial", ".replaced", ".removed"}:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def sync_logs(folder: Path) -> dict[str, LogMark]:
+    """Return how far the logs of a run have come, once that is on the disk.
+
+    A checkpoint must not be newer than the logs before it.
+    """
+    marks = {}
+    for name in LOGS:
+        file = folder / name
+        if file.is_file():
+            sync_file(file)
+            marks[name] = LogMark(file.stat().st_size, _checksum(file))
+    return marks
+
+
+def holds(file: Path, mark: LogMark) -> bool:
+    """Return whether a log is unchanged up to a mark."""
+    if not file.is_file() or file.stat().st_size < mark.bytes:
+        return False
+    return _checksum(file, mark.bytes) == mark.sha256
+
+
+def _put_aside(checkpoint: Path) -> Path:
+    aside, number = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}"), 1
+    while aside.exists():
+        number += 1
+        aside = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}-{number}")
+    checkpoint.rename(aside)
+    sync_folder(checkpoint.parent)
+    return aside
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Return all files below a folder but the seal, by their names relative to it."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / SEAL]
+    return {str(file.relative_to(folder)): file for file in files}
+
+
+def _checksum(file: Path, size: int | None = None) -> str:
+    """Return the SHA-256 of a file, or of so many bytes at its beginning."""
+    digest, left = hashlib.sha256(), file.stat().st_size if size is None else size
+    with file.open("rb") as stream:
+        while block := stream.read(min(left, 1 << 20)):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()

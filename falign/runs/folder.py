@@ -1,0 +1,524 @@
+"""The folder of a run: claimed once, every file in it whole."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from falign.durable import remove_leftovers, sync_file, write_whole
+from falign.errors import ConfigError, ModelError, TrainingError
+from falign.json_lines import read_journal
+from falign.passwords import without_passwords
+from falign.plain_yaml import plain_yaml
+from falign.runfile.config import RunConfig
+from falign.runs.checkpoints import checkpoints, holds, log_marks, newest_whole, step_of, weight_sums, why_damaged
+from falign.runs.inputs import RunInputs, RunRows
+from falign.runs.lock import LOCK, RunLock
+
+__all__ = ["RunFolder", "is_held_out", "log_line", "versions"]
+
+PATHS = frozenset({"path", "paths", "chat_template", "cache", "root", "init", "shared_dir"})
+"""Fields of the run file that may name something on the disk."""
+
+SERVER = frozenset(f"rollout.engine.{name}" for name in ("url", "shared_dir", "timeout", "wait"))
+OBSERVERS = frozenset(
+    f"training.{name}"
+    for name in ("save_steps", "save_total_limit", "logging_steps", "eval_steps", "report_to", "skip_bad")
+)
+BY_CONTENT = re.compile(
+    r"model\.(path|revision|chat_template)|(data|prompts)\.(train|eval)\.\d+\.path|rehearsal\.path"
+    r"|reference\.(path|paths|cache)"
+)
+"""Settings that only say where something lies: its content is hashed (:class:`RunInputs`, :class:`RunRows`)."""
+
+LENGTH = frozenset({"training.max_steps", "training.num_train_epochs"})
+MAY_DIFFER = frozenset({"output_dir"}) | OBSERVERS | LENGTH | SERVER
+"""Settings of a run that goes on which change no step that was taken: its folder may have moved, other steps may be
+logged, saved and evaluated, bad steps may be skipped, and the server may be another one of the same model. How long a
+run is decides about its learning rates, which are compared themselves."""
+
+BEGUN = ("run.yaml", "manifest.json", "rows.txt", "metrics.jsonl", "completions.jsonl", "before.json")
+"""All that a run writes before its first step."""
+
+FINISHED = ("summary.json", "samples.json")
+"""Files that mark a run as finished."""
+
+LEFT = frozenset({LOCK})
+"""All that there is of a run that was killed before it wrote its first file."""
+
+NO_WEIGHTS = frozenset({"optimizer.pt", "scheduler.pt"})
+"""Files of a checkpoint that its model does not need."""
+
+PACKAGES = ("falign", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl")
+
+
+class RunFolder:
+    """``output_dir`` of a run.
+
+    ======================  ==============================================================
+    ``run.yaml``            the resolved run file
+    ``manifest.json``       versions, model, reference identity, what became of the data, and the content hashes of all
+                            that decides its steps
+    ``rows.txt``            a digest of each row and of its prompt, in order: what is trained on, and what is held out
+    ``metrics.jsonl``       one log a line
+    ``checkpoint-N/``       trainable weights, optimizer, scheduler, random states (``damaged-`` before it: put aside)
+    ``adapter/``            the trained adapter in PEFT's layout (``model/`` without adapter)
+    ``reference/``          where a reference that moves has come to
+    ``completions.jsonl``   in an online run, what the policy wrote and what it was worth
+    ``samples.json``        prompts answered before and after
+    ``summary.json``        held-out metrics before and after
+    ``curves.png``          loss, rewards and log-ratios
+    ``evaluation/NAME/``    what ``falign evaluate`` has measured
+    ``report.html``         what ``falign report`` has written, with its plots in ``report-figures/``
+    ======================  ==============================================================
+
+    Args:
+        path: The folder.
+        writes: False for the processes of a run that leave the writing to another one.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes, self.lock = path, writes, RunLock(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Return an existing run.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        folder = cls(Path(path))
+        if not (folder.run_file.is_file() and (folder.path / "manifest.json").is_file()):
+            raise ConfigError(
+                f"{path} is not a run folder (no run.yaml and manifest.json): give the output_dir of a run."
+            )
+        folder.refuse_links()
+        return folder
+
+    @property
+    def run_file(self) -> Path:
+        """The resolved run file."""
+        return self.path / "run.yaml"
+
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with the run, with all settings that it was given."""
+        return f"falign train {shlex.quote(str(self.run_file))} --resume"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object per log."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def completions_file(self) -> Path:
+        """One JSON object per completion of an online run."""
+        return self.path / "completions.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter."""
+        return self.path / "adapter"
+
+    @property
+    def reference(self) -> Path:
+        """The last state of a reference that moves."""
+        return self.path / "reference"
+
+    @property
+    def weights(self) -> Path:
+        """The trained weights of a run without adapter."""
+        return self.path / "model"
+
+    def require_free(self) -> None:
+        """Refuse a folder that holds anything.
+
+        Raises:
+            ConfigError: It holds another run, which may be going on, or other files.
+        """
+        if self.run_file.is_file():
+            self.lock.require_free()
+            raise ConfigError(
+                f"output_dir={self.path} holds another run: choose another folder, remove it, or go on with that run "
+                "by --resume."
+            )
+        remove_leftovers(self.run_file)
+        if self.path.exists() and (
+            not self.path.is_dir() or any(each.name not in LEFT for each in self.path.iterdir())
+        ):
+            raise ConfigError(f"output_dir={self.path} exists and is not an empty folder: choose another.")
+
+    def refuse_links(self) -> None:
+        """Refuse a folder in which a link leads out of it: what is written there would go elsewhere.
+
+        Raises:
+            ConfigError: With the link.
+        """
+        root = self.path.resolve()
+        for place, folders, files in os.walk(self.path):
+            for entry in (Path(place, name) for name in (*folders, *files)):
+                target = Path(os.path.realpath(entry))  # Path.resolve raises where a link is its own target
+                if entry.is_symlink() and not target.is_relative_to(root):
+                    raise ConfigError(f"{entry} is a link that leads out of the run folder: remove it.")
+
+    def require_same(self, config: RunConfig, *, new_rewards: bool = False) -> None:
+        """Refuse to go on with a run under settings that change its steps.
+
+        Args:
+            config: The run, as it is to go on.
+            new_rewards: Whether its rewards may be other ones.
+
+        Raises:
+            ConfigError: With the settings that differ from those that the run began with; or it cannot go on.
+        """
+        if not self.run_file.is_file():  # the manifest comes later, and a run may have been killed before it
+            RunFolder.open(self.path)
+        self.refuse_links()
+        if changed := self._changed_settings(config, new_rewards=new_rewards):
+            raise ConfigError(
+                f"{self.path} holds a run with other settings: {changed}. Set them as they were, or start a new run in "
+                "another output_dir."
+            )
+
+    def require_unedited(self, config: RunConfig) -> None:
+        """Refuse the run file of this folder where it was edited after the run began.
+
+        Args:
+            config: Read from it.
+
+        Raises:
+            ConfigError: With the settings that differ from those that the run began with.
+        """
+        if changed := self._changed_settings(config):
+            raise ConfigError(f"{self.run_file} was edited after the run began: {changed}. Set them as they were.")
+
+    def _changed_settings(self, config: RunConfig, *, new_rewards: bool = False) -> str:
+        """Name the first settings that would change steps of the run, with both values; ``""`` where there are none."""
+        old, new = _flat(self.read_settings()), _flat(self.settings(config))
+        keys = [
+            key
+            for key in sorted((old.keys() | new.keys()) - MAY_DIFFER)
+            if old.get(key) != new.get(key)
+            and not BY_CONTENT.fullmatch(key)
+            and not (new_rewards and key.startswith("rewards."))
+        ]
+        return ", ".join(f"{key} ({old.get(key)!r} when it began, {new.get(key)!r} now)" for key in keys[:5])
+
+    def read_settings(self) -> dict[str, Any]:
+        """Return the resolved settings that the run began with, whatever became of its run file since."""
+        return self.read_inputs()["settings"] if self.began else self.read_run_file()
+
+    def require_same_inputs(self, rows: RunRows, inputs: RunInputs, *, new_rewards: bool = False) -> None:
+        """Refuse to go on with a run where something else that decides its steps has changed.
+
+        Args:
+            rows: The rows that are there now.
+            inputs: All else that is there now.
+            new_rewards: Whether its rewards may be other ones.
+
+        Raises:
+            ConfigError: With the first input that differs, and the remedy.
+        """
+        recorded = self.read_inputs()
+        allowed = {"rewards": inputs.hashes["rewards"]} if new_rewards else {}
+        changed = inputs.difference({**recorded["hashes"], **allowed})
+        if changed is None and (changed := self.read_rows().difference(rows)) is not None:
+            changed = f"{changed}: restore the file"
+        if changed is not None:
+            raise ConfigError(
+                f"{self.path} cannot go on as the run that it began as: {changed}; or start a new run in another "
+                "output_dir."
+            )
+
+    def changes(self, inputs: RunInputs, *, new_rewards: bool) -> list[dict[str, Any]]:
+        """Return the record of rewards and versions that changed between two steps, with those that change now."""
+        recorded, there = self.read_inputs(), checkpoints(self.path)
+        if not there:
+            return recorded["changes"]
+        before: dict[str, Any] = {}
+        if new_rewards and recorded["hashes"]["rewards"] != inputs.hashes["rewards"]:
+            before |= {"rewards": recorded["hashes"]["rewards"], "settings": recorded["settings"]["rewards"]}
+        if self.other_versions():
+            before["versions"] = self.read_versions()
+        return [*recorded["changes"], *([{"after_step": step_of(there[-1]), **before}] if before else [])]
+
+    def read_versions(self) -> dict[str, str]:
+        """Return the versions of Python and of packages with which the run was last started."""
+        return self.read_manifest().get("versions", {})
+
+    def other_versions(self) -> str:
+        """Name the versions that are others now than when the run was last started; ``""`` where all are the same."""
+        old, new = self.read_versions(), versions()
+        changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+        return ", ".join(f"{name} ({old.get(name)} then, {new.get(name)} now)" for name in changed)
+
+    @staticmethod
+    def settings(config: RunConfig) -> dict[str, Any]:
+        """Return the resolved run file as the manifest gives it back."""
+        return json.loads(_json(_plain(config)))
+
+    @property
+    def began(self) -> bool:
+        """True if the run has written its manifest."""
+        return (self.path / "manifest.json").is_file()
+
+    def read_inputs(self) -> dict[str, Any]:
+        """Return what the manifest records of all that decides the run's steps.
+
+        Raises:
+            ConfigError: It records none.
+        """
+        found = self.read_manifest().get("inputs")
+        if not isinstance(found, dict) or found.keys() != {"run", "date", "settings", "hashes", "rows", "changes"}:
+            raise ConfigError(
+                f"{self.path / 'manifest.json'} has no record of the run's inputs, so nothing tells whether they are "
+                "the same: restore it, go on with the version of falign in its 'versions', or start a new run."
+            )
+        return found
+
+    def read_date(self) -> datetime:
+        """Return the date for templates that write one, in this run."""
+        return datetime.fromisoformat(self.read_inputs()["date"])
+
+    def read_rows(self) -> RunRows:
+        """Return the digests of the rows of the run: what it trains on, and what it holds out.
+
+        Raises:
+            ConfigError: They are missing or damaged.
+        """
+        file, recorded = self.path / "rows.txt", self.read_inputs()["rows"]
+        rows = RunRows.read(file.read_text(encoding="ascii", errors="replace")) if file.is_file() else None
+        if rows is None or rows.digest != recorded:
+            raise ConfigError(f"{file} is missing or damaged: restore it, or start a new run in another output_dir.")
+        return rows
+
+    def claim(self, config: RunConfig) -> None:
+        """Create the folder, keep others out of it, and write the resolved run file.
+
+        Raises:
+            ConfigError: Another process was first.
+        """
+        if self.writes and not self.lock.is_held:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock.take()
+            self.require_free()
+        self._write("run.yaml", yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
+
+    def release(self) -> None:
+        """Undo :meth:`claim` where a run ended before its first step, so that its folder can be claimed again."""
+        if not self.writes:
+            return
+        for name in BEGUN:
+            (self.path / name).unlink(missing_ok=True)
+
+    def read_run_file(self) -> dict[str, Any]:
+        """Return the resolved run file as plain values."""
+        try:
+            found = plain_yaml(self.run_file.read_text(encoding="utf-8"), place=str(self.run_file))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{self.run_file} is damaged ({error}): restore it, or run anew.") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"{self.run_file} is damaged (no sections): restore it, or run anew.")
+        return found
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write one JSON file, whole or not at all."""
+        self._write(name, _json(value) + "\n")
+
+    def write_rows(self, rows: RunRows) -> None:
+        """Write the digests of the run's rows; the manifest, which has their hash, comes after them."""
+        self._write("rows.txt", rows.text)
+
+    def record_model(self, trained: Path) -> None:
+        """Record what the weights in a folder are that training came to, the last thing that the manifest needs."""
+        self.write_json("manifest.json", {**self.read_json("manifest.json"), "trained": weight_sums(trained)})
+
+    def require_own_model(self, trained: Path) -> None:
+        """Refuse a checkpoint, or the weights that training came to, where they are damaged or of another run.
+
+        Args:
+            trained: Their folder.
+
+        Raises:
+            ModelError: With the file that differs, and the remedy.
+        """
+        if trained in checkpoints(self.path):
+            run = self.read_inputs()["run"]
+            if (reason := why_damaged(trained, run=run, unread=NO_WEIGHTS)) is not None:
+                raise ModelError(f"{trained} is damaged ({reason}): restore it, or name another checkpoint.")
+            return
+        recorded = self.read_manifest().get("trained")
+        if recorded is None:  # finished before falign recorded it
+            return
+        found = weight_sums(trained)
+        name = next((name for name in sorted(recorded | found) if recorded.get(name) != found.get(name)), None)
+        if name is not None:
+            raise ModelError(
+                f"{trained / name} is not what {self.path} has trained (its checksum is not that of manifest.json): "
+                f"restore it, or remove {trained} and `{self.resume_command}` writes it anew."
+            )
+
+    def read_json(self, name: str) -> Any:
+        """Return one JSON file.
+
+        Raises:
+            ConfigError: The run has not come so far.
+        """
+        file = self.path / name
+        if not file.is_file():
+            raise ConfigError(f"{file} is not there: the run has not come so far. Go on with it by --resume.")
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(
+                f"{file} is damaged ({error}): go on with the run by --resume to write it anew."
+            ) from error
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Return what the run recorded of itself.
+
+        Raises:
+            ConfigError: It is damaged.
+        """
+        found = self.read_json("manifest.json")
+        needed = {"base_weights", "base_config"}
+        if not isinstance(found, dict) or not isinstance(found.get("reference"), dict) or not needed <= found.keys():
+            raise ConfigError(f"{self.path / 'manifest.json'} is damaged (a part is missing): restore it, or run anew.")
+        return found
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return all logs; half a last line, of a run that was killed while it wrote, is none.
+
+        Raises:
+            ConfigError: Another line is damaged.
+        """
+        return list(read_journal(self.metrics_file))
+
+    def restore_logs(self, checkpoint: Path, history: Sequence[dict[str, Any]], tell: Callable[[str], None]) -> None:
+        """Take all logs back to where they were when a checkpoint was written; a resumed run writes the rest again.
+
+        Args:
+            checkpoint: From which the run goes on.
+            history: All that had been logged then, by the checkpoint itself.
+            tell: Called with a message if lines were lost.
+
+        Raises:
+            TrainingError: Lines of completions are lost, which nothing brings back.
+        """
+        marks = log_marks(checkpoint)
+        completions = marks.get("completions.jsonl")
+        if completions is not None and not holds(self.completions_file, completions):
+            if self.completions_file.exists():
+                raise TrainingError(
+                    f"{self.completions_file} has lost or changed lines that were in it at {checkpoint.name}: restore "
+                    "it, or remove it, and the run goes on with a new one."
+                )
+            tell(f"{self.completions_file} is gone: a new one begins at {checkpoint.name}.")
+            completions = None
+        for file, mark in ((self.completions_file, completions), (self.metrics_file, marks.get("metrics.jsonl"))):
+            if mark is None:
+                file.unlink(missing_ok=True)
+            elif holds(file, mark):
+                os.truncate(file, mark.bytes)
+                sync_file(file)
+            else:
+                tell(
+                    f"{file} has lost or changed lines that were in it at {checkpoint.name}: it is written anew from "
+                    "what the checkpoint remembers."
+                )
+                self._write(file.name, "".join(log_line(log) for log in history))
+
+    def reopen(self) -> None:
+        """Take away what says that the run has ended: it goes on to more steps than it began with."""
+        for name in FINISHED:
+            (self.path / name).unlink(missing_ok=True)
+
+    def last_checkpoint(self, tell: Callable[[str], None] = print) -> Path | None:
+        """Return the newest whole checkpoint; newer ones that are damaged are put aside, and ``tell`` is told.
+
+        Returns:
+            None where the run has not come to its first checkpoint.
+
+        Raises:
+            TrainingError: It has checkpoints, and none is whole; or it is finished and has none.
+        """
+        if not checkpoints(self.path):
+            found = None
+        else:
+            found = newest_whole(self.path, run=self.read_inputs()["run"], tell=tell)
+        if found is None and (self.path / "summary.json").is_file():
+            raise TrainingError(
+                f"{self.path} is finished and has no checkpoint to resume from: start it anew in another folder."
+            )
+        return found
+
+    def _write(self, name: str, text: str) -> None:
+        if self.writes:
+            write_whole(self.path / name, text)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    """The run file with local paths written whole, so that the run can be used from any folder."""
+    plain = config.model_dump(mode="json")
+    plain["output_dir"] = str(config.output_dir.absolute())
+    return {section: _with_whole_paths(value, section) for section, value in plain.items()}
+
+
+def _with_whole_paths(value: Any, field: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_whole_paths(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_whole_paths(inner, field) for inner in value]
+    if not isinstance(value, str) or field not in PATHS or len(value) >= 4096:
+        return value
+    path = Path(value).expanduser()
+    return str(path.absolute()) if path.exists() or field in ("cache", "shared_dir") else value
+
+
+def is_held_out(log: dict[str, Any]) -> bool:
+    """Return whether a log line belongs to an evaluation."""
+    return any(name.startswith("eval_") for name in log)
+
+
+def log_line(log: dict[str, Any]) -> str:
+    """Return the line of ``metrics.jsonl`` for a log with its step.
+
+    JSON has no NaN and no infinity: such a value is left out rather than written as what no reader accepts.
+    """
+    finite = {name: v for name, v in log.items() if not isinstance(v, float) or math.isfinite(v)}
+    return json.dumps({"step": log["step"], **finite}) + "\n"
+
+
+def _json(value: Any) -> str:
+    return without_passwords(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested sections by their paths, as in ``data.train.0.path``."""
+    if isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}.{name}".strip(".")).items()}
+    return {prefix: value}

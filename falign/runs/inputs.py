@@ -1,0 +1,153 @@
+"""Content hashes of all that decides the steps of a run: a run goes on only where none of them has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from falign.data import PromptRow
+from falign.rollouts.scored_trees import ScoredTree
+from falign.scoring import PromptTree
+
+__all__ = ["RunInputs", "RunRows", "prompt_digest", "text_hash"]
+
+SHORT = 32
+"""Hexadecimal digits of a prompt's digest."""
+
+TRAINED_ON = ("data.train", "prompts.train")
+
+MENDS = {
+    "chat_template": "restore the template that model.chat_template or model.path has",
+    "tokenizer": "restore the tokenizer files of model.path, or set model.revision",
+    "stop_tokens": "restore generation_config.json of model.path, or set model.revision",
+    "base_weights": "restore the weights of model.path, or set model.revision",
+    "base_config": "restore config.json of model.path, or set model.revision",
+    "reference": "restore the model or adapter that the section reference names",
+    "objective_code": "restore the module that objective.divergence names",
+    "rewards": "restore its code and its files, or give --new-rewards to go on with it as it is now, which is recorded",
+}
+"""The remedy for each input that has changed."""
+
+NAMES = {
+    "chat_template": "the chat template",
+    "tokenizer": "the tokenizer of model.path",
+    "stop_tokens": "the stop tokens of model.path",
+    "base_weights": "the weights of model.path",
+    "base_config": "config.json of model.path",
+    "reference": "the reference",
+    "objective_code": "the code of objective.divergence",
+    "rewards": "reward",
+}
+
+
+def text_hash(text: str) -> str:
+    """Return the SHA-256 of a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def prompt_digest(prompt_ids: Sequence[int]) -> str:
+    """Return the digest under which a run records the prompt of a row: of its token ids."""
+    return _hash(prompt_ids)[:SHORT]
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """Digests of the rows of a run in their order, as ``rows.txt`` in its folder lists them.
+
+    Attributes:
+        rows: By section of the run file (``data.train``, ``prompts.eval`` ...), two digests per row: of its prompt
+            (:func:`prompt_digest`), and of all that training reads of the row.
+    """
+
+    rows: Mapping[str, Sequence[tuple[str, str]]]
+
+    @classmethod
+    def of(cls, sections: Mapping[str, Iterable[PromptTree | PromptRow | ScoredTree]]) -> RunRows:
+        """Return the digests of rows by section."""
+        return cls({section: [_digests(row) for row in rows] for section, rows in sections.items()})
+
+    @classmethod
+    def read(cls, text: str) -> RunRows:
+        """Return what :attr:`text` wrote; of a damaged text something of another :attr:`digest`."""
+        rows: dict[str, list[tuple[str, str]]] = {}
+        for line in text.split("\n")[:-1]:
+            section, _, digests = line.partition(" ")
+            prompt, _, row = digests.partition(" ")
+            rows.setdefault(section, []).append((prompt, row))
+        return cls(rows)
+
+    @property
+    def text(self) -> str:
+        """A line per row: its section and both digests."""
+        return "".join(f"{section} {' '.join(row)}\n" for section, rows in self.rows.items() for row in rows)
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of all of it."""
+        return text_hash(self.text)
+
+    @property
+    def trained_prompts(self) -> frozenset[str]:
+        """The digests of all prompts that the run trains on."""
+        return frozenset(prompt for section in TRAINED_ON for prompt, _ in self.rows.get(section, ()))
+
+    def difference(self, other: RunRows) -> str | None:
+        """Say where other rows, those that are there now, differ first; None where they are the same."""
+        for section in dict.fromkeys((*self.rows, *other.rows)):
+            then, now = self.rows.get(section, ()), other.rows.get(section, ())
+            if len(then) != len(now):
+                return f"{section} had {len(then)} rows when the run began, and has {len(now)} now"
+            for number, (before, after) in enumerate(zip(then, now, strict=True), start=1):
+                if before != after:
+                    return f"row {number} of {section} (of those that are used) is another than when the run began"
+        return None
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """All that decides the steps of a run besides its rows and its settings.
+
+    Attributes:
+        hashes: By the names of :data:`NAMES`; a mapping has several parts, such as one per reward.
+    """
+
+    hashes: Mapping[str, Any]
+
+    def difference(self, recorded: Mapping[str, Any]) -> str | None:
+        """Name the first input that differs from what was recorded, with the remedy; None where all are the same."""
+        for name, mend in MENDS.items():
+            then, now = _plain(recorded.get(name)), _plain(self.hashes.get(name))
+            if then == now:
+                continue
+            parts = sorted(then.keys() | now.keys()) if isinstance(then, dict) and isinstance(now, dict) else []
+            part = next((f" {part}" for part in parts if then.get(part) != now.get(part)), "")
+            return f"{NAMES[name]}{part} is another than when the run began: {mend}"
+        return None
+
+
+def _digests(row: PromptTree | PromptRow | ScoredTree) -> tuple[str, str]:
+    ids, rest = _contents(row)
+    return prompt_digest(ids), text_hash(f"{_hash(ids)} {rest}")
+
+
+def _contents(row: PromptTree | PromptRow | ScoredTree) -> tuple[Sequence[int], str]:
+    """Return the prompt's ids, and a text that tells all else apart that objectives and rewards read."""
+    if isinstance(row, PromptRow):
+        return row.prompt_ids, json.dumps([row.prompt, dict(row.columns)], sort_keys=True, default=str)
+    if isinstance(row, ScoredTree):
+        ids, rest = _contents(row.tree)
+        return ids, f"{rest} {json.dumps(dict(row.columns), sort_keys=True, default=str)}"
+    return row.prompt_ids, json.dumps([[_hash(ids) for ids in row.completion_ids], row.preference])
+
+
+def _hash(ids: Sequence[int]) -> str:
+    return hashlib.sha256(array("q", ids).tobytes()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON gives it back."""
+    return json.loads(json.dumps(value, default=str))

@@ -1,0 +1,196 @@
+"""Loading what a run has trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+from rich.console import Console
+
+from falign.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from falign.runfile import RunConfig
+    from falign.runs import RunFolder
+
+__all__ = [
+    "Trained",
+    "TrustCode",
+    "chat_of_run",
+    "checkpoint_folder",
+    "chosen_chat",
+    "is_run",
+    "load_trained",
+    "result_folder",
+]
+
+
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code", help="Run code that the run folder names: functions, divergences, its model's own code."
+    ),
+]
+"""The option of every command that builds what a run folder names."""
+
+
+class Trained(NamedTuple):
+    """A finished run in memory."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    config: RunConfig
+
+
+def is_run(path: str) -> bool:
+    """Return whether a path is that of a run folder, and not a model's."""
+    return (Path(path) / "manifest.json").is_file()
+
+
+def chat_of_run(path: str) -> bool | None:
+    """Return whether a run read plain texts as turns; None for a model, and where the run's sources differ."""
+    from falign.runs import RunFolder
+    from falign.runs.named_code import read_run
+
+    return read_run(RunFolder.open(path), uses=[], trust_code=False).chat if is_run(path) else None
+
+
+def chosen_chat(chat: bool | None, tokenizer: PreTrainedTokenizerBase, console: Console) -> bool:
+    """Return whether plain prompts are turns; where nobody has said so, they are where there is a chat template.
+
+    Args:
+        chat: What the user or the run says.
+        tokenizer: The model's.
+        console: Prints how plain text is read if the user has not chosen.
+    """
+    if chat is None and tokenizer.chat_template:
+        console.print(
+            "Prompts of plain text are read as a user's turns, because the model has a chat template; --plain "
+            "continues them as they stand, and --chat says the same without this line.",
+            style="yellow",
+        )
+    return bool(tokenizer.chat_template) if chat is None else chat
+
+
+def result_folder(model: str, name: str, out: Path | None) -> Path:
+    """Return where results go: a folder of the run, or the one that is given.
+
+    Raises:
+        ConfigError: The name is a path, or there is no folder for a model's.
+    """
+    if Path(name).name != name or name in {"", "..", "."}:
+        raise ConfigError(f"--name {name} must be the name of a folder, without a path; --out takes a path.")
+    if out is not None:
+        return out
+    if not is_run(model):
+        raise ConfigError(f"{model} is not a run folder, which results would go into: give --out DIR.")
+    folder = Path(model) / "evaluation" / name
+    if not folder.resolve().is_relative_to(Path(model).resolve()):
+        raise ConfigError(f"{folder} is a link that leads out of {model}: remove it, or give --out DIR.")
+    return folder
+
+
+def load_trained(folder: RunFolder, checkpoint: int | None = None, *, trust_code: bool = False) -> Trained:
+    """Load the model of a run as it was trained.
+
+    Args:
+        folder: The run.
+        checkpoint: The step of a checkpoint to take in place of the end.
+        trust_code: Whether code that the run folder names may run.
+
+    Raises:
+        ConfigError: The run is not finished, has no such checkpoint, or names code for its model that is not trusted.
+        ModelError: The base model, its configuration or its tokens are not those that were trained with, or what was
+            trained is damaged.
+    """
+    from falign.models import load_adapter, load_model, load_tokenizer, weights_hash
+    from falign.models.tokenizers import fix_date
+    from falign.runs.named_code import read_run
+
+    config = read_run(folder, uses=["model", "adapter"], trust_code=trust_code)
+    source = folder.weights if config.adapter is None else folder.adapter
+    if checkpoint is not None:
+        source = checkpoint_folder(folder, checkpoint)
+    if not source.is_dir():
+        raise ConfigError(f"{folder.path} has no trained model yet: finish it by `falign train ... --resume`.")
+    folder.require_own_model(source)
+    if config.adapter is None:
+        model = load_model(
+            source,
+            attn_implementation=config.model.attn_implementation,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        if checkpoint is None:  # the files of a checkpoint have checksums
+            _check_config(model, folder, str(source))
+        tokenizer = load_tokenizer(source)
+        fix_date(tokenizer, folder.read_date())
+        _check_tokens(model, tokenizer, folder, str(source))
+        return Trained(model, tokenizer, config)
+    base = config.model.build()
+    _check_config(base, folder, config.model.path)
+    weights = weights_hash(base)
+    if weights != folder.read_manifest()["base_weights"]:
+        raise ModelError(
+            f"{config.model.path} holds other weights now than when {folder.path} was trained: restore them (or set "
+            f"model.revision in {folder.run_file}), because the adapter is for those."
+        )
+    tokenizer = config.model.build_tokenizer(date=folder.read_date())
+    _check_tokens(base, tokenizer, folder, config.model.path)
+    return Trained(load_adapter(base, source, trainable=False, base_hash=weights), tokenizer, config)
+
+
+def _check_config(model: PreTrainedModel, folder: RunFolder, path: str) -> None:
+    from falign.models import config_hash
+
+    if config_hash(model) != folder.read_manifest()["base_config"]:
+        raise ModelError(
+            f"{path} has another configuration now than when {folder.path} was trained, which changes what its weights "
+            f"compute: restore its config.json{_or_revision(folder, path)}."
+        )
+
+
+def _or_revision(folder: RunFolder, path: str) -> str:
+    """Return a further remedy where a model is not the run's own."""
+    if Path(path).resolve().is_relative_to(folder.path.resolve()):
+        return ""
+    return f" (or set model.revision in {folder.run_file})"
+
+
+def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: RunFolder, path: str) -> None:
+    """Refuse token ids, a chat template or stop tokens that differ from the training's."""
+    from falign.models import stop_token_ids
+    from falign.models.tokenizers import tokenizer_fingerprint
+    from falign.runs.inputs import text_hash
+
+    recorded = folder.read_inputs()["hashes"]
+    # The template first, because it is a part of the tokenizer's fingerprint.
+    for name, found, what, files in (
+        ("chat_template", text_hash(str(tokenizer.chat_template)), "chat template", "chat_template.jinja"),
+        ("tokenizer", tokenizer_fingerprint(tokenizer), "tokenizer", "tokenizer files"),
+        ("stop_tokens", sorted(stop_token_ids(model, tokenizer)), "set of stop tokens", "generation_config.json"),
+    ):
+        if found != recorded[name]:
+            changed = folder.other_versions()
+            versions = f"; or install the versions of the training: {changed}" if changed else ""
+            raise ModelError(
+                f"{path} has another {what} now than when {folder.path} was trained, so its prompts or completions "
+                f"would be others: restore its {files}{_or_revision(folder, path)}{versions}."
+            )
+
+
+def checkpoint_folder(folder: RunFolder, step: int) -> Path:
+    """Return the folder of a checkpoint.
+
+    Raises:
+        ConfigError: The run has no checkpoint of that step.
+    """
+    path = folder.path / f"checkpoint-{step}"
+    if not path.is_dir():
+        steps = sorted(int(found.name.rpartition("-")[2]) for found in folder.path.glob("checkpoint-*"))
+        there = steps or "none (training.save_steps writes them)"
+        raise ConfigError(f"{folder.path} has no checkpoint of step {step}; it has {there}.")
+    return path

@@ -1,0 +1,126 @@
+"""Code that a run file names, and the rule by which it runs.
+
+A run file that you give to ``falign train`` is yours: what it names is imported. A run folder may be someone else's,
+and so is the ``run.yaml`` in it: what that names runs only where it is asked for, as with ``trust_remote_code``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from falign.errors import ConfigError
+from falign.rewards.identity import source_hashes
+from falign.runfile.config import RunConfig
+from falign.runfile.reading import load_run_file, parse_run
+from falign.runs.folder import RunFolder
+
+__all__ = [
+    "import_from",
+    "is_recorded",
+    "load_own_run_file",
+    "named_code",
+    "objective_code",
+    "read_run",
+    "require_trust",
+]
+
+
+def read_run(folder: RunFolder, *, uses: Collection[str], trust_code: bool) -> RunConfig:
+    """Return the run of a folder, which may be someone else's.
+
+    Args:
+        folder: The run folder.
+        uses: The sections that are built of it; code that others name is never imported.
+        trust_code: Whether code that these sections name may run.
+
+    Raises:
+        ConfigError: A section names code and is not trusted, or the run file is damaged or was edited.
+    """
+    config = parse_run(folder.read_run_file(), place=str(folder.run_file))
+    require_trust(named_code(config, uses), place=folder.run_file, trust_code=trust_code)
+    folder.require_unedited(config)
+    return config
+
+
+def load_own_run_file(path: str, overrides: Sequence[str] = (), *, trust_code: bool = False) -> RunConfig:
+    """Return the run of a file that a user gives, and let modules beside it be imported where it names some.
+
+    Args:
+        path: The run file.
+        overrides: As for :func:`falign.training.load_run_file`.
+        trust_code: Whether code may run that the record in a run folder names.
+
+    Raises:
+        ConfigError: As for ``load_run_file``; or the record in a run folder names code that is not trusted.
+    """
+    config = load_run_file(path, overrides)
+    code = named_code(config)
+    if is_recorded(Path(path)):
+        require_trust(code, place=path, trust_code=trust_code)
+    if code:
+        import_from(Path.cwd(), Path(path).parent)
+    return config
+
+
+def named_code(config: RunConfig, sections: Collection[str] | None = None) -> dict[str, str]:
+    """Return the fields of a run that name code, with their values.
+
+    These are functions and divergences given as ``module:attribute``, ``trust_remote_code``, and an attention
+    implementation that is a repository of kernels.
+
+    Args:
+        config: The run.
+        sections: Look at these only; all of them by default.
+    """
+    plain = config.model_dump(mode="json", include=None if sections is None else set(sections))
+    return {field: str(value) for field, value in _fields(plain) if _is_code(field.rpartition(".")[2], value)}
+
+
+def objective_code(config: RunConfig) -> dict[str, dict[str, str]]:
+    """Return the hashes of the modules that a run's own divergences come from, by ``module:attribute`` and file."""
+    divergences = named_code(config, ["objective"]).values()
+    return {name: source_hashes(name.partition(":")[0]) for name in divergences}
+
+
+def require_trust(code: dict[str, str], *, place: str | Path, trust_code: bool) -> None:
+    """Refuse code that a run folder names, unless it is trusted.
+
+    Raises:
+        ConfigError: With the first field.
+    """
+    if code and not trust_code:
+        field, value = next(iter(code.items()))
+        raise ConfigError(
+            f"{place} names code: {field}={value}. Code that a run folder names is not run unasked: read it, and give "
+            "--trust-code if you trust it."
+        )
+
+
+def import_from(*folders: Path) -> None:
+    """Let modules that are named ``module:attribute`` be found in folders, before all other places."""
+    sys.path[:0] = [place for place in dict.fromkeys(str(folder.absolute()) for folder in folders)]
+
+
+def is_recorded(run_file: Path) -> bool:
+    """Return whether a run file is the record in a run folder, and not one that a user wrote."""
+    return run_file.name == "run.yaml" and (run_file.parent / "manifest.json").is_file()
+
+
+def _fields(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in items:
+        yield f"{prefix}{name}", inner
+        yield from _fields(inner, f"{prefix}{name}.")
+
+
+def _is_code(name: str, value: Any) -> bool:
+    if name == "trust_remote_code":
+        return value is True
+    if not isinstance(value, str):
+        return False
+    if name == "attn_implementation":
+        return "/" in value  # transformers fetches compiled kernels from a repository
+    return name == "function" or (name == "divergence" and ":" in value)

@@ -1,0 +1,1 @@
+"""Runs on the policy's own samples: rollouts, rewards, and several updates on each."""

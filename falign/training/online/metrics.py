@@ -1,0 +1,125 @@
+"""Metrics of rollouts: rewards, pass rates, lengths, diversity, and divergence from the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from falign import divergences
+from falign.divergences import estimators
+from falign.metrics.ngrams import distinct
+from falign.references import Reference
+from falign.rewards import best_of_n, pass_at_k
+from falign.rollouts import Rollout
+from falign.scoring import LAYOUTS, Layout, PromptTree, TokenBatch, completion_scores, evaluation_mode
+from falign.training.means import Means
+from falign.training.online.groups import Draw
+from falign.training.processes import is_writer, own_batches
+
+__all__ = ["evaluation_metrics", "powers_of_two", "rollout_metrics"]
+
+
+def rollout_metrics(draw: Draw, *, pass_reward: float, outcome: str | None = None) -> dict[str, Tensor]:
+    """Return the metrics of a rollout, each with one value per completion, per prompt, or for all of it.
+
+    ``outcome`` names the reward that decides what passes, the sum where it is None.
+    ``pass@k`` and ``reward/best_of_k`` are unbiased estimates from the whole group, for k = 1, 2, 4 ... up to its size.
+    """
+    groups = draw.groups
+    size = len(groups[0].rewards)
+    rewards = torch.tensor([group.rewards for group in groups])
+    passed = torch.tensor([group.num_passed(pass_reward, outcome=outcome) for group in groups])
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    metrics = {
+        "reward": rewards.flatten(),
+        "groups/all_pass": passed == size,
+        "groups/all_fail": passed == 0,
+        "groups/zero_variance": rewards.amax(dim=1) == rewards.amin(dim=1),
+        "completions/length": torch.tensor([len(rollout.completion_ids) for rollout in rollouts]),
+        "completions/clipped": torch.tensor([rollout.finish_reason == "length" for rollout in rollouts]),
+        "completions/unique": torch.tensor([len(set(map(_ids, group.rollouts))) / size for group in groups]),
+        "rollout/prompts_sampled": torch.tensor([draw.num_sampled]),
+        "rollout/prompts_unfit": torch.tensor([draw.num_unfit]),
+        "reward/timeouts": torch.tensor([draw.timeouts]),
+        "reward/errors": torch.tensor([draw.errors]),
+    }
+    for name in groups[0].parts:
+        values = [value for group in groups for value in group.parts[name] if value is not None]
+        metrics[f"reward/{name}"] = torch.tensor(values)
+    for n in (1, 2):
+        metrics[f"distinct-{n}"] = torch.tensor([distinct(map(_ids, group.rollouts), n) for group in groups])
+    for k in powers_of_two(size):
+        metrics[f"pass@{k}"] = pass_at_k(size, passed, k)
+        metrics[f"reward/best_of_{k}"] = best_of_n(rewards, k)
+    return {name: values.double() for name, values in metrics.items() if values.numel()}
+
+
+def evaluation_metrics(
+    draw: Draw,
+    *,
+    policy: nn.Module,
+    reference: Reference,
+    prepare: Callable[[Any], Any],
+    pass_reward: float,
+    outcome: str | None,
+    temperature: float,
+    batch_size: int,
+    layout: Layout,
+    pad_token_id: int,
+    chunk_tokens: int,
+) -> dict[str, float]:
+    """Return the means over held-out prompts, with entropy and divergences of the policy from its reference.
+
+    The divergences are estimates of whole completions, in nats; at another temperature than 1 there are none, because
+    the samples are not the policy's own.
+
+    Args:
+        draw: The held-out completions.
+        policy: What sampled them.
+        reference: What the policy is held to.
+        prepare: Takes a batch to the device.
+        pass_reward: What a completion needs to pass.
+        outcome: Name of the reward that decides it; None for the sum.
+        temperature: At which they were sampled.
+        batch_size: Prompts that are scored at once.
+        layout: One that the model can read.
+        pad_token_id: What fills rows.
+        chunk_tokens: Positions that reach the vocabulary at once.
+    """
+    means = Means()
+    if is_writer():  # all processes have the whole draw
+        means.add(rollout_metrics(draw, pass_reward=pass_reward, outcome=outcome))
+    for groups, counted in own_batches(draw.groups, batch_size):
+        trees = [
+            PromptTree(group.row.prompt_ids, tuple(map(_ids, group.rollouts)), place=group.row.place)
+            for group in groups
+        ]
+        batch = TokenBatch(**prepare(vars(LAYOUTS[layout](trees, pad_token_id=pad_token_id))))
+        with torch.no_grad(), evaluation_mode(policy):
+            scores = completion_scores(policy, batch, chunk_tokens=chunk_tokens)
+        log_ratio = (scores.logprobs - reference.logprobs(policy, batch)).masked_fill(~batch.completion_mask, 0.0)
+        whole = log_ratio.sum(dim=-1)
+        if not counted:
+            continue
+        means.add({"entropy": scores.entropy[batch.completion_mask], "logratios/policy": whole})
+        if temperature == 1:
+            means.add(
+                {
+                    f"divergence/{name}": estimators.value_from_policy(divergences.get(name), whole)
+                    for name in ("reverse_kl", "jensen_shannon", "total_variation")
+                }
+            )
+    return means.take()
+
+
+def powers_of_two(largest: int) -> list[int]:
+    """Return 1, 2, 4 ... up to ``largest``, and ``largest`` itself."""
+    powers = [2**i for i in range(largest.bit_length()) if 2**i <= largest]
+    return powers if powers[-1] == largest else [*powers, largest]
+
+
+def _ids(rollout: Rollout) -> tuple[int, ...]:
+    return tuple(rollout.completion_ids)

@@ -1,0 +1,158 @@
+"""What has to be known of a rollout before its first update, computed from all of it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from falign.objectives import CompletionBatch, Hybrid, Objective, PolicyGradient, RolloutObjective, RunningPartition
+from falign.references import Reference
+from falign.rollouts.scored_trees import ScoredTree, collate, completion_rows, whole_batch
+from falign.runfile.prompts_config import RolloutConfig
+from falign.scoring import Layout, PromptTree, completion_scores, evaluation_mode
+from falign.training.online.groups import Group
+from falign.training.online.sampler_gap import correct
+from falign.training.processes import gathered, own_batches
+from falign.training.trainer import split_columns
+
+__all__ = ["RolloutScorer"]
+
+
+@dataclass
+class RolloutScorer:
+    """Turns groups into trees that updates read.
+
+    Attributes:
+        policy: As it is before the first update.
+        reference: What it is held to.
+        objective: Says what is needed.
+        rollout: Sizes.
+        batch_size: Prompts in one forward pass.
+        layout: One that the model can read.
+        pad_token_id: What fills rows.
+        chunk_tokens: Positions that reach the vocabulary at once.
+        value_head: Values of prefixes, for objectives that read them.
+        prepare: Brings a micro-batch to the model's device.
+        partition: Running estimates of log Z.
+    """
+
+    policy: nn.Module
+    reference: Reference
+    objective: Objective
+    rollout: RolloutConfig
+    batch_size: int
+    layout: Layout
+    pad_token_id: int
+    chunk_tokens: int
+    value_head: nn.Module | None
+    prepare: Callable[[dict[str, Any]], dict[str, Any]]
+    partition: RunningPartition = field(default_factory=RunningPartition)
+
+    def __call__(self, groups: Sequence[Group]) -> tuple[list[ScoredTree], dict[str, Tensor]]:
+        """Return one tree per group, and what is to be logged of it."""
+        trees, metrics = self._scored([self._tree(group) for group in groups]), dict[str, Tensor]()
+        if self.rollout.correction is not None:
+            trees, cut = correct(trees, importance=self._importance, cap=self.rollout.correction.cap)
+            metrics["sampler/truncated"] = cut
+        if "log_partition" in self.objective.needs:
+            trees = self._with_partition(trees)
+        if isinstance(self.objective, RolloutObjective):
+            trees = _prepared(trees, self.objective)
+        return trees, metrics
+
+    def _tree(self, group: Group) -> ScoredTree:
+        compares = "preference" in self.objective.needs
+        if compares and self.rollout.ranked == "best_worst":
+            group = group.best_and_worst()
+        tree = PromptTree(
+            group.row.prompt_ids,
+            tuple(rollout.completion_ids for rollout in group.rollouts),
+            group.rewards if compares else None,
+            group.row.place,
+        )
+        columns: dict[str, Any] = {"sampler_logprobs": [list(rollout.logprobs) for rollout in group.rollouts]}
+        if "rewards" in self.objective.needs:
+            columns["rewards"] = list(group.rewards)
+        if "from_reference" in self.objective.needs:
+            columns["from_reference"] = [False] * len(group.rollouts)
+        if "features" in self.objective.needs:
+            columns["features"] = group.features()
+        return ScoredTree(tree, columns)
+
+    def _scored(self, trees: list[ScoredTree]) -> list[ScoredTree]:
+        """Add what policy and reference say before the first update, as far as it is needed then."""
+        needs = self.objective.needs
+        fresh = self.objective.policy_gradient.needs if isinstance(self.objective, Hybrid) else needs
+        wants_reference = "reference_logprobs" in fresh and self.objective.token_divergence is None
+        # Then the sampler's law, which it reports, is what importance weights are to.
+        elsewhere = self.rollout.temperature != 1.0 or self.rollout.ahead
+        # On the only update of a rollout the policy is the one that sampled.
+        wants_policy = (
+            self.rollout.correction is not None
+            or "old_values" in needs
+            or (not elsewhere and ("log_partition" in needs or self.rollout.num_updates > 1))
+        )
+        scored = []
+        for own, counted in own_batches(trees, self.batch_size):
+            batch, _ = split_columns(self.prepare(collate(own, layout=self.layout, pad_token_id=self.pad_token_id)))
+            found: dict[str, Tensor] = {}
+            if wants_reference:
+                found["reference_logprobs"] = self.reference.logprobs(self.policy, batch)
+            elif fresh != needs:  # read of stored completions alone, which bring their own
+                found["reference_logprobs"] = torch.zeros(batch.completion_mask.shape)
+            if wants_policy:
+                with torch.no_grad(), evaluation_mode(self.policy):
+                    scores = completion_scores(
+                        self.policy, batch, chunk_tokens=self.chunk_tokens, value_head=self.value_head
+                    )
+                found["old_logprobs"] = scores.logprobs
+                if scores.values is not None:
+                    found["old_values"] = scores.values
+            if counted:
+                scored += _with_rows(own, found, batch.completion_mask)
+        scored = gathered(scored)
+        if elsewhere and self.rollout.correction is None:
+            scored = [tree.with_columns(old_logprobs=tree.columns["sampler_logprobs"]) for tree in scored]
+        return scored
+
+    def _with_partition(self, trees: list[ScoredTree]) -> list[ScoredTree]:
+        """Add each completion's estimate of log Z, made of all others of its prompt, now and before."""
+        batch = whole_batch(trees)
+        # Sources may share places: the first text of each is "texts:1", and a file may be read under two templates.
+        keys = [f"{tree.tree.place} {list(tree.tree.prompt_ids)}" for tree in trees for _ in tree.tree.completion_ids]
+        weights = self.objective.log_weights(batch)  # pyright: ignore[reportAttributeAccessIssue] - it needs log_partition
+        estimates = self.partition.update(keys, weights)
+        return _with_rows(trees, {"log_partition": estimates}, batch.completion_mask)
+
+    @property
+    def _importance(self) -> Literal["sequence", "token"]:
+        objective = self.objective.policy_gradient if isinstance(self.objective, Hybrid) else self.objective
+        assert isinstance(objective, PolicyGradient), "the run file is checked for that"
+        return objective.importance
+
+
+def _with_rows(trees: Sequence[ScoredTree], found: Mapping[str, Tensor], mask: Tensor) -> list[ScoredTree]:
+    """Add to each tree its completions' rows of some tensors."""
+    rows = {name: completion_rows(values.cpu(), mask.cpu()) for name, values in found.items()}
+    added, start = [], 0
+    for tree in trees:
+        stop = start + len(tree.tree.completion_ids)
+        added.append(tree.with_columns(**{name: values[start:stop] for name, values in rows.items()}))
+        start = stop
+    return added
+
+
+def _prepared(trees: list[ScoredTree], objective: RolloutObjective) -> list[ScoredTree]:
+    """Add what the objective computes once from a whole rollout."""
+    batch = whole_batch(trees)
+    prepared = objective.prepare(batch)
+    new: dict[str, Tensor] = {
+        field.name: value
+        for field in fields(CompletionBatch)
+        if (value := getattr(prepared, field.name)) is not None and getattr(batch, field.name) is None
+    }
+    return _with_rows(trees, new, batch.completion_mask)

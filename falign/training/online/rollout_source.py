@@ -1,0 +1,143 @@
+"""The source of rollouts: the next prompts, the weights that answer them, and rollouts sampled ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from falign.data import PromptRow
+from falign.errors import EngineError, NonFiniteRewardError, RewardError, RolloutError
+from falign.runfile.prompts_config import RolloutConfig
+from falign.seeds import mixed
+from falign.training.online.divided_sampler import DividedSampler
+from falign.training.online.groups import Draw, Group
+from falign.training.online.prefetch import Drawn, RolloutAhead
+from falign.training.online.prompt_order import PromptOrder, sample_within
+
+__all__ = ["RolloutSource"]
+
+MOST_DRAWS = 8  # in search of completions that differ in reward
+
+
+class RolloutSource:
+    """Draws one rollout after the other, each from the policy as it is when its turn, or that of the one before, comes.
+
+    Args:
+        sampler: What samples.
+        prompts: To train on.
+        rollout: Sizes.
+        compares: Whether completions of a prompt are compared, so that those of one reward say nothing.
+        seed: Of the order of the prompts.
+        keep: Told of draws in which there was nothing to compare.
+    """
+
+    def __init__(
+        self,
+        sampler: DividedSampler,
+        prompts: Sequence[PromptRow],
+        rollout: RolloutConfig,
+        *,
+        compares: bool,
+        seed: int,
+        keep: Callable[[int, Draw], None],
+    ) -> None:
+        self.sampler, self.prompts, self.rollout, self.compares, self.keep = sampler, prompts, rollout, compares, keep
+        self.order, self.ahead = PromptOrder(len(prompts), seed=seed), RolloutAhead()
+        self.number = 0  # of the next rollout to be taken
+        self.position = 0  # of the prompts in their order, until which rollouts were taken
+
+    def take(self, policy: nn.Module, step: int, *, goes_on: bool) -> Drawn:
+        """Return the next rollout; where one is to be drawn ahead, begin with it.
+
+        Args:
+            policy: To publish.
+            step: Optimiser steps that it has seen.
+            goes_on: Whether there is a rollout after this one.
+
+        Raises:
+            EngineError: This source is as it was before, or, where the next rollout could not be begun, has this one
+                still to give.
+            NonFiniteRewardError: The rollout is left out, the next one follows.
+            RewardError: This source is as it was before.
+        """
+        try:
+            drawn = self.ahead.take() or self._publish(policy, step)()
+        except EngineError:
+            self.order.position = self.position
+            raise
+        except NonFiniteRewardError:
+            self.sampler.engine.retire(self.number)
+            self.number, self.position = self.number + 1, self.order.position
+            raise
+        except RewardError:
+            self.order.position = self.position
+            raise
+        self.sampler.engine.retire(drawn.number)
+        self.number, self.position = drawn.number + 1, drawn.position
+        if self.rollout.ahead and goes_on:
+            try:
+                self.ahead.start(self._publish(policy, step))
+            except EngineError:
+                self.ahead.put(drawn)
+                raise
+        return drawn
+
+    def groups(self, draw: Draw) -> list[Group]:
+        """Return the groups that say something: all, or, to compare, those whose completions are not worth the same."""
+        return [group for group in draw.groups if not self.compares or len(set(group.rewards)) > 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Wait for what is being drawn, and return plain values that :meth:`load_state_dict` takes."""
+        ahead = self.ahead.state_dict(self.prompts)
+        order = self.position if ahead is None else ahead["position"]
+        return {"order": order, "number": self.number, "position": self.position, "ahead": ahead}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where another source was."""
+        self.order.position, self.number, self.position = state["order"], state["number"], state["position"]
+        if state["ahead"] is not None:
+            self.ahead.put(Drawn.from_state(state["ahead"], self.prompts))
+
+    def _publish(self, policy: nn.Module, step: int) -> Callable[[], Drawn]:
+        """Publish the policy as it is now; what is returned draws a rollout from it, in whatever thread."""
+        number = self.number
+        self.sampler.engine.publish(policy, number)
+        draw = self._draw_to_compare if self.compares else self._draw
+        return lambda: Drawn(draw(number, number, step), number, step, self.order.position)
+
+    def _draw_to_compare(self, version: int, number: int, step: int) -> Draw:
+        """Draw until there is a prompt for each minibatch."""
+        draw, found = Draw([], 0), 0
+        for attempt in range(MOST_DRAWS):
+            draw += self._draw(version, mixed(number, attempt) if attempt else number, step)
+            if (found := len(self.groups(draw))) >= self.rollout.minibatches:
+                return draw
+        self.keep(step, draw)
+        raise RolloutError(
+            f"Step {step + 1}: of {draw.num_sampled} prompts, drawn in {MOST_DRAWS} rounds, "
+            f"{found} have completions of different rewards, fewer than rollout.minibatches="
+            f"{self.rollout.minibatches}, and nothing can be learnt from the others. Raise rollout.completions, or "
+            "look at the rewards in completions.jsonl."
+        )
+
+    def _draw(self, version: int, number: int, step: int) -> Draw:
+        draw = self._drawn(version, number)
+        self.sampler.require_judged(draw, f"Step {step + 1}")
+        return draw
+
+    def _drawn(self, version: int, number: int) -> Draw:
+        count, rows = self.rollout.prompts, self.prompts
+        if self.rollout.difficulty is None:
+            return self.sampler.sample([rows[i] for i in self.order.take(count)], version=version, number=number)
+        return sample_within(
+            self.sampler,
+            rows,
+            self.order,
+            count,
+            difficulty=self.rollout.difficulty,
+            pass_reward=self.rollout.pass_reward,
+            version=version,
+            number=number,
+        )

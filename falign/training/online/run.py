@@ -1,0 +1,264 @@
+"""Runs on the policy's own samples: prompts, rollouts and rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import TrainerCallback
+
+from falign.data import PromptData
+from falign.errors import ConfigError
+from falign.models import base_of
+from falign.models.tokenizers import tokenizer_fingerprint
+from falign.models.value_head import ValueHead
+from falign.objectives import Objective
+from falign.rewards.columns import row_check
+from falign.rollouts import Engine, SamplingParams, TransformersEngine, shake_hands
+from falign.rollouts.scored_trees import ScoredTree
+from falign.runfile.config import RunConfig
+from falign.runfile.engine_config import TransformersEngineConfig
+from falign.runfile.online_objective_config import DistributionMatchingConfig
+from falign.runfile.reward_config import build_rewards
+from falign.runs.folder import RunFolder
+from falign.scoring import PromptTree
+from falign.scoring.trees import token_rows
+from falign.seeds import mixed
+from falign.training.online.completions_table import CompletionsTable
+from falign.training.online.divided_sampler import DividedSampler
+from falign.training.online.groups import GroupSampler
+from falign.training.online.rehearsal_file import other_origin, read_rehearsal
+from falign.training.online.trainer import OnlineTrainer
+from falign.training.parts import Language, Parts, load_parts
+from falign.training.processes import is_writer, num_processes
+from falign.training.references import starts_as_policy
+
+__all__ = ["online_trainer"]
+
+PROBE_TOKENS = 16
+FIT_VERSION = -(10**9)  # apart from all that training and evaluation sample
+
+
+def online_trainer(
+    config: RunConfig,
+    language: Language,
+    objective: Objective,
+    *,
+    callbacks: Sequence[TrainerCallback],
+    console: Console,
+) -> tuple[OnlineTrainer, PromptData]:
+    """Load all of a run, the prompts first: a bad row is found before any weight is loaded.
+
+    Raises:
+        FalignError: Something of the run cannot work.
+    """
+    assert config.prompts is not None
+    fits = isinstance(config.objective, DistributionMatchingConfig) and config.objective.needs_samples
+    if fits and not starts_as_policy(config):
+        raise ConfigError(
+            "objective.target.lambdas is left out, and they are fitted on samples of the policy before training, which "
+            "is not the reference here: give lambdas."
+        )
+    rollout = config.rollout
+    with console.status("reading prompts"):
+        rewards = build_rewards(config.rewards, date=language.date, outcome=rollout.outcome)
+        data = config.prompts.build(language.tokenizer, seed=config.seed, check=row_check(rewards))
+        rehearsal = (
+            []
+            if config.rehearsal is None
+            else read_rehearsal(config.rehearsal.path, num_tokens=len(language.tokenizer))
+        )
+        prompts = [(row.place, row.prompt_ids) for row in (*data.train, *data.eval)]
+        config.check_token_rows(language.tokenizer, [*prompts, *token_rows([each.tree for each in rehearsal])])
+    _tell(data, console)
+    _tell_rehearsed(rehearsal, data, console)
+    per_update = -(-rollout.prompts // rollout.minibatches)
+    steps_per_epoch = -(-len(data.train) // rollout.prompts) * rollout.num_updates
+    args = config.training.build(
+        config.output_dir,
+        seed=config.seed,
+        gradient_accumulation_steps=-(-per_update // (config.training.per_device_train_batch_size * num_processes())),
+        steps_per_epoch=steps_per_epoch,
+    )
+    parts = load_parts(
+        config,
+        language,
+        objective,
+        args,
+        make_probes=lambda policy: _probes(policy, data, language, min(rollout.max_new_tokens, PROBE_TOKENS)),
+        longest=max(
+            [config.prompts.max_length + rollout.max_new_tokens, *(each.tree.num_tokens for each in rehearsal)]
+        ),
+        console=console,
+    )
+    if config.rehearsal is not None:
+        _tell_origin(config.rehearsal.path, parts, language, console)
+    params = SamplingParams(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        stop_token_ids=frozenset() if rollout.ignore_stop else language.stop_tokens,
+    )
+    engine, max_gap = _engine(config, parts, language, data, params, console)
+    held_out = rollout.evaluation
+    samplers = [
+        DividedSampler(GroupSampler(engine, rewards, language.tokenizer, chosen, completions=completions, seed=seed))
+        for chosen, completions, seed in (
+            (params, rollout.completions, config.seed),
+            (replace(params, temperature=held_out.temperature), held_out.completions, mixed(config.seed, "evaluation")),
+        )
+    ]
+    if isinstance(config.objective, DistributionMatchingConfig) and config.objective.needs_samples:
+        objective = _fitted(config, config.objective, samplers[0], data, parts, console)
+    trainer = OnlineTrainer(
+        parts.policy,
+        reference=parts.reference,
+        objective=objective,
+        args=args,
+        sampler=samplers[0],
+        evaluation_sampler=samplers[1],
+        prompts=data.train,
+        eval_prompts=data.eval,
+        rollout=rollout,
+        rehearsal=rehearsal,
+        rehearsal_size=0 if config.rehearsal is None else config.rehearsal.completions,
+        pad_token_id=language.pad_token_id,
+        table=CompletionsTable(RunFolder(config.output_dir).completions_file if is_writer() else None),
+        layout=parts.layout,
+        chunk_tokens=config.training.chunk_tokens,
+        max_gap=max_gap,
+        value_head=ValueHead.of(parts.policy) if "values" in objective.needs else None,
+        skip_bad=config.training.skip_bad,
+        advise=lambda text: console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True),
+        processing_class=language.tokenizer,
+        callbacks=list(callbacks),
+    )
+    trainer.record = parts.record
+    return trainer, data
+
+
+def _engine(
+    config: RunConfig, parts: Parts, language: Language, data: PromptData, params: SamplingParams, console: Console
+) -> tuple[Engine, float | None]:
+    """Return what samples, and the bound of its gap to the policy."""
+    chosen, rollout = config.rollout.engine, config.rollout
+    if isinstance(chosen, TransformersEngineConfig):
+        engine = chosen.build(
+            parts.policy, pad_token_id=language.pad_token_id, max_batch_tokens=rollout.max_batch_tokens
+        )
+        return engine, None
+    if num_processes() > 1:
+        raise ConfigError(
+            f"rollout.engine.kind=vllm with {num_processes()} processes: one that loses the server would leave the "
+            "others waiting. Train in one process, or sample in process (kind: transformers)."
+        )
+    assert config.prompts is not None
+    with console.status(f"waiting for {chosen.url}"):
+        engine = chosen.build(vocabulary=base_of(parts.policy).config.get_text_config().vocab_size)
+    rows = sorted(data.train, key=lambda row: len(row.prompt_ids))[-2:]
+    try:
+        with console.status(f"trying {chosen.url}"):
+            found = shake_hands(
+                engine,
+                parts.policy,
+                encode=lambda text: language.tokenizer(text, add_special_tokens=False)["input_ids"],
+                prompt_ids=[row.prompt_ids for row in rows],
+                params=params,
+                longest=config.prompts.max_length + rollout.max_new_tokens,
+                max_gap=chosen.max_gap,
+            )
+    except BaseException:
+        engine.close()
+        raise
+    style = "yellow" if found.is_suspicious else None
+    console.print(f"rollouts: {chosen.url}, {found}", style=style, highlight=False, markup=False, soft_wrap=True)
+    return engine, found.bound
+
+
+def _fitted(
+    config: RunConfig,
+    objective: DistributionMatchingConfig,
+    sampler: DividedSampler,
+    data: PromptData,
+    parts: Parts,
+    console: Console,
+) -> Objective:
+    """Fit the target's moments on samples of the policy, which is the reference as yet."""
+    per_prompt = max(2, -(-config.rollout.fit_samples // len(data.train)))
+    rows = data.train[: -(-config.rollout.fit_samples // per_prompt)]
+    sampler.engine.publish(parts.policy, FIT_VERSION)
+    with console.status(f"sampling {len(rows) * per_prompt} completions of the reference"):
+        draw = sampler.with_completions(per_prompt).sample(rows, version=FIT_VERSION, number=FIT_VERSION)
+    sampler.engine.retire(FIT_VERSION)
+    values = [features for group in draw.groups for features in group.features()]
+    features = torch.tensor(values, dtype=torch.float64)
+    fitted = objective.build(features)
+    means = ", ".join(f"{mean:.3f}" for mean in features.mean(dim=0).tolist())
+    console.print(
+        f"target: means {means} under the reference; {fitted.target}",  # pyright: ignore[reportAttributeAccessIssue]
+        highlight=False,
+        soft_wrap=True,
+    )
+    return fitted
+
+
+def _tell(data: PromptData, console: Console) -> None:
+    report = data.report
+    parts = [f"{report.num_train} prompts to train on, {report.num_eval} held out"]
+    for label, count in (("cut", report.cut), ("too long", report.dropped), ("bad rows", report.bad)):
+        parts += [f"{label} {count}"] if count else []
+    console.print("prompts: " + "; ".join(parts), highlight=False, markup=False)
+    if report.shared_prompts:
+        console.print(
+            f"warning: {report.shared_prompts} of {report.num_eval} held-out prompts also occur in training, so "
+            "held-out values flatter.",
+            style="yellow",
+            soft_wrap=True,
+        )
+
+
+def _tell_rehearsed(rehearsal: Sequence[ScoredTree], data: PromptData, console: Console) -> None:
+    """Say so where held-out prompts are among those whose stored completions are rehearsed."""
+    stored = {scored.tree.prompt_ids for scored in rehearsal}
+    if shared := sum(row.prompt_ids in stored for row in data.eval):
+        console.print(
+            f"warning: {shared} of {len(data.eval)} held-out prompts are also rehearsed, so held-out values flatter.",
+            style="yellow",
+            soft_wrap=True,
+        )
+
+
+def _tell_origin(stored: str, parts: Parts, language: Language, console: Console) -> None:
+    """Say so where another model, or this one at another precision, sampled what is rehearsed."""
+    differs = other_origin(
+        stored,
+        weights=parts.reference.identity().get("weights", parts.record["base_weights"]),  # none of one that moves
+        config=parts.record["reference_config"],
+        tokenizer=tokenizer_fingerprint(language.tokenizer),
+    )
+    if differs is not None:
+        console.print(
+            f"rehearsal: {differs}: the log-probabilities in it are not the reference's. Sample it anew if that is not "
+            "meant.",
+            style="yellow",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _probes(policy: nn.Module, data: PromptData, language: Language, max_new_tokens: int) -> list[PromptTree]:
+    """Sample two completions of the longest prompts, as the run will: made-up ones would be too unlikely to compare."""
+    rows = sorted(data.train, key=lambda row: len(row.prompt_ids))[-2:]
+    engine = TransformersEngine(policy, pad_token_id=language.pad_token_id)
+    engine.publish(policy, FIT_VERSION)
+    params = SamplingParams(max_new_tokens=max_new_tokens)
+    rollouts = engine.sample([row.prompt_ids for row in rows], 2, params, version=FIT_VERSION, seed=0)
+    return [
+        PromptTree(
+            row.prompt_ids, tuple(rollout.completion_ids for rollout in rollouts[2 * i : 2 * i + 2]), place=row.place
+        )
+        for i, row in enumerate(rows)
+    ]

@@ -1,0 +1,383 @@
+"""The trainer of runs that learn from their own samples: rollouts, rewards and several updates on each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerState, TrainingArguments
+from typing_extensions import override
+
+from falign.data import PromptRow
+from falign.errors import ConfigError, EngineError, NonFiniteRewardError, RewardError
+from falign.objectives import Objective
+from falign.objectives.batch import ONLINE
+from falign.references import ObjectiveInputs, Reference
+from falign.rewards import RewardSum
+from falign.rollouts.scored_trees import ScoredTree, collate
+from falign.runfile.prompts_config import RolloutConfig
+from falign.scoring import DEFAULT_CHUNK_TOKENS, Layout
+from falign.seeds import mixed
+from falign.training.online.completions_table import CompletionsTable
+from falign.training.online.divided_sampler import DividedSampler
+from falign.training.online.groups import Draw
+from falign.training.online.metrics import evaluation_metrics, rollout_metrics
+from falign.training.online.prompt_order import PromptOrder
+from falign.training.online.rollout_scorer import RolloutScorer
+from falign.training.online.rollout_source import RolloutSource
+from falign.training.online.sampler_gap import gap_metrics, require_gap
+from falign.training.processes import is_writer, num_processes, part, rank
+from falign.training.stand_ins import stand_in
+from falign.training.trainer import AlignmentTrainer
+
+__all__ = ["OnlineTrainer"]
+
+MOST_CLIPPED = 0.95  # of the completions of a rollout
+ROLLOUT_STATE = "rollout_state.json"
+VALUE_HEAD = "value_head.safetensors"
+
+
+class Failures(NamedTuple):
+    """Calls of rewards that failed in a run.
+
+    Attributes:
+        timeouts: Calls that were stopped at their deadline.
+        errors: Calls that raised and were counted.
+        message: The first error's message; ``""`` without errors.
+    """
+
+    timeouts: int = 0
+    errors: int = 0
+    message: str = ""
+
+    @override
+    def __str__(self) -> str:
+        return (
+            f"in this run {self.errors} calls of rewards raised and {self.timeouts} were stopped at their deadline; "
+            f"each is worth what the reward's field failed says. The first: {self.message}"
+        )
+
+
+class OnlineTrainer(AlignmentTrainer):
+    """Minimise any objective on completions that the policy samples itself.
+
+    Each optimiser step takes ``rollout.prompts / rollout.minibatches`` prompts with all their completions. After
+    ``rollout.num_updates`` steps the policy, as it then is, samples anew.
+
+    Args:
+        model: The policy.
+        reference: What it is held to.
+        objective: What is minimised.
+        args: Arguments of the underlying trainer; its steps of accumulation follow from ``rollout``.
+        sampler: What samples the training completions.
+        evaluation_sampler: What samples the held-out ones.
+        prompts: To train on.
+        eval_prompts: Held out; may be empty.
+        rollout: Sizes.
+        rehearsal: Stored completions of the reference with their log-probabilities; may be empty.
+        rehearsal_size: How many of them go into each optimiser step.
+        pad_token_id: What fills rows.
+        table: Where completions are written down.
+        layout: One that the model can read.
+        chunk_tokens: Positions that reach the vocabulary at once.
+        value_head: Values of prefixes, for objectives that read them.
+        max_gap: Bound of the mean difference between log-probabilities of sampler and policy; None for none. It is
+            for samples at temperature 1.
+        skip_bad: Whether steps and rollouts in which something is no number are left out and counted.
+        advise: Told what a person should know.
+        **kwargs: Passed on to ``transformers.Trainer``.
+    """
+
+    supplied = ONLINE
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        reference: Reference,
+        objective: Objective,
+        args: TrainingArguments,
+        sampler: DividedSampler,
+        evaluation_sampler: DividedSampler,
+        prompts: Sequence[PromptRow],
+        eval_prompts: Sequence[PromptRow],
+        rollout: RolloutConfig,
+        pad_token_id: int,
+        table: CompletionsTable,
+        rehearsal: Sequence[ScoredTree] = (),
+        rehearsal_size: int = 0,
+        layout: Layout = "padded",
+        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        value_head: nn.Module | None = None,
+        max_gap: float | None = None,
+        skip_bad: bool = False,
+        advise: Callable[[str], None] = print,
+        **kwargs: Any,
+    ) -> None:
+        self.rollout, self.evaluation_sampler, self.eval_prompts = rollout, evaluation_sampler, eval_prompts
+        self.pad_token_id, self.table, self.advise = pad_token_id, table, advise
+        compares = "preference" in objective.needs
+        self.source = RolloutSource(sampler, prompts, rollout, compares=compares, seed=args.seed, keep=table.write)
+        self.rehearsal, self.rehearsal_size = rehearsal, rehearsal_size
+        self.rehearsal_order = PromptOrder(len(rehearsal), seed=mixed(args.seed, "rehearsal"))
+        self.buffer: list[ScoredTree] = []
+        self.failures = Failures()
+        self.staleness, self.max_gap = 0, max_gap
+        self._advised = rollout.ignore_stop
+        super().__init__(
+            model,
+            reference=reference,
+            objective=objective,
+            args=args,
+            train_trees=range(args.max_steps * args.gradient_accumulation_steps),
+            eval_trees=[],
+            pad_token_id=pad_token_id,
+            layout=layout,
+            chunk_tokens=chunk_tokens,
+            skip_bad=skip_bad,
+            advise=advise,
+            **kwargs,
+        )
+        self.value_head = value_head
+        self.scorer = RolloutScorer(
+            self.policy,
+            reference,
+            objective,
+            rollout,
+            batch_size=args.per_device_train_batch_size,
+            layout=layout,
+            pad_token_id=pad_token_id,
+            chunk_tokens=chunk_tokens,
+            value_head=value_head,
+            prepare=self._prepare_inputs,
+        )
+        if value_head is not None and num_processes() > 1:
+            for parameter in value_head.parameters():  # outside the model that is wrapped
+                parameter.register_post_accumulate_grad_hook(_average)
+
+    @property
+    @override
+    def evaluates(self) -> bool:
+        return bool(self.eval_prompts)
+
+    @property
+    @override
+    def rows(self) -> dict[str, Sequence[Any]]:
+        return {"prompts.train": self.source.prompts, "prompts.eval": self.eval_prompts, "rehearsal": self.rehearsal}
+
+    @property
+    def rewards(self) -> RewardSum:
+        """The reward of completions."""
+        return self.source.sampler.sampler.rewards
+
+    @override
+    def require_same_schedule(self, began: TrainerState) -> None:
+        super().require_same_schedule(began)
+        # A longer run samples ahead after this rollout; at the end of a run, nothing is sampled ahead.
+        last = began.max_steps - self.rollout.num_updates
+        if self.rollout.ahead and self.num_steps > began.max_steps and began.global_step > last:
+            raise ConfigError(
+                f"training.max_steps: with rollout.ahead the rollout after step {began.max_steps} is drawn before it, "
+                f"and the run of {began.max_steps} steps has not drawn it. Set max_steps as it was."
+            )
+
+    @override
+    def get_train_dataloader(self) -> Any:
+        # Steps are counted by this; what they learn from is sampled in get_batch_samples.
+        return self.train_dataset
+
+    @override
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.value_head is not None:
+            values = list(self.value_head.parameters())
+            optimizer.add_param_group({"params": values, "lr": self.args.learning_rate, "weight_decay": 0.0})
+        return optimizer
+
+    @override
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Return the micro-batches of the next update, sampling when the last rollout is used up."""
+        self.begin_step()
+        if self.value_head is not None:
+            self.value_head.zero_grad()  # the loop clears the gradients of the policy alone
+        update = self.state.global_step % self.rollout.num_updates
+        if update == 0:
+            self.buffer = self._sensible_rollout()
+        chosen = part(self.buffer, update % self.rollout.minibatches, self.rollout.minibatches)
+        rehearsed = [self.rehearsal[i] for i in self.rehearsal_order.take(self.rehearsal_size)]
+        count, batches = num_batches * num_processes(), []
+        for number in range(rank(), count, num_processes()):  # what processes do at once are neighbours
+            trees = [*part(chosen, number, count), *part(rehearsed, number, count)]
+            batches.append(self._collated(trees) if trees else stand_in(self._collated(chosen[:1])))
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _collated(self, trees: Sequence[ScoredTree]) -> dict[str, Any]:
+        return collate(trees, layout=self.layout, pad_token_id=self.pad_token_id)
+
+    def _sensible_rollout(self) -> list[ScoredTree]:
+        """Roll out; where a reward is no number, name the step, or leave the rollout out and take the next prompts."""
+        while True:
+            try:
+                return self._roll_out()
+            except NonFiniteRewardError as error:
+                message = f"Step {self.state.global_step + 1}: {error}"
+                if not self.guard.skip or num_processes() > 1:  # where the others would wait for this one's share
+                    raise NonFiniteRewardError(f"{message} --resume --skip-bad leaves such rollouts out.") from error
+                self.guard.count(message)
+
+    def _roll_out(self) -> list[ScoredTree]:
+        """Sample, reward and score one rollout, and add to it what is computed from all of it at once."""
+        step = self.state.global_step
+        try:
+            drawn = self.source.take(self.policy, step, goes_on=step + self.rollout.num_updates < self.state.max_steps)
+        except EngineError:
+            self._keep()
+            raise
+        except NonFiniteRewardError:
+            raise
+        except RewardError:
+            if step and num_processes() == 1:  # else nothing was trained, or the others would wait
+                self._keep()
+            raise
+        draw, self.staleness = drawn.draw, step - drawn.step
+        trees, scores = self.scorer(self.source.groups(draw))
+        metrics = rollout_metrics(draw, pass_reward=self.rollout.pass_reward, outcome=self.source.sampler.outcome)
+        if is_writer():  # all processes have the whole rollout
+            self.means.add({**metrics, **scores})
+        self._count_failures(draw)
+        self._advise_on_length(metrics["completions/clipped"].mean().item())
+        self.table.write(self.state.global_step, draw)
+        return trees
+
+    def _count_failures(self, draw: Draw) -> None:
+        """Tell of calls of rewards that failed, and count them until the end of the run."""
+        if draw.message:
+            self.advise(f"reward: {draw.message}")
+        before = self.failures
+        self.failures = Failures(
+            before.timeouts + draw.timeouts, before.errors + draw.errors, before.message or draw.message
+        )
+
+    @override
+    def remarks(self) -> list[str]:
+        return [f"warning: {self.failures}"] if self.failures.message else []
+
+    def _keep(self) -> None:
+        """Write a checkpoint between two steps, for a run that goes on once its engine or its reward is mended."""
+        self._save_checkpoint(self.policy, trial=None)
+        self.advise(f"checkpoint-{self.state.global_step} is written: --resume goes on from there.")
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+        self.source.sampler.engine.close()
+
+    def _advise_on_length(self, clipped: float) -> None:
+        if clipped >= MOST_CLIPPED and not self._advised:
+            self._advised = True
+            self.advise(
+                f"{clipped:.0%} of a rollout hit rollout.max_new_tokens={self.rollout.max_new_tokens} "
+                "and have no end: raise it, ask for short answers in the prompt, or set rollout.ignore_stop if texts "
+                "have no end here."
+            )
+
+    @override
+    def scored_metrics(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        completions, sampled = scored.completions, inputs["columns"].get("sampler_logprobs")
+        own = completions.completion_mask
+        if completions.from_reference is not None:
+            own = own & ~completions.from_reference[:, None]
+        metrics = {"entropy": scored.entropy[own].detach()}
+        if own.any() and sampled is not None and self.state.global_step % self.rollout.num_updates == 0:
+            log_ratio = (completions.logprobs.detach() - sampled)[own]
+            if self.max_gap is not None and self.rollout.temperature == 1 and self.staleness == 0:
+                require_gap(log_ratio, self.max_gap, step=self.state.global_step + 1)
+            metrics |= gap_metrics(log_ratio)
+            if self.rollout.ahead:
+                metrics["sampler/staleness"] = torch.tensor([float(self.staleness)])
+        return metrics
+
+    @override
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Answer the held-out prompts, and log what the answers are worth and how far the policy has gone."""
+        version = -1 - self.state.global_step
+        self.source.ahead.wait()
+        engine = self.evaluation_sampler.engine
+        try:
+            engine.publish(self.policy, version)
+            draw = self.evaluation_sampler.sample(self.eval_prompts, version=version, number=0)
+            engine.retire(version)
+            self.evaluation_sampler.require_judged(draw, f"Evaluation at step {self.state.global_step}")
+        except (EngineError, RewardError):
+            if self.optimizer is not None and self.state.global_step and num_processes() == 1:
+                self._keep()  # else nothing was trained, or the others would wait
+            raise
+        self._count_failures(draw)
+        means = evaluation_metrics(
+            draw,
+            policy=self.policy,
+            reference=self.reference,
+            prepare=self._prepare_inputs,
+            pass_reward=self.rollout.pass_reward,
+            outcome=self.evaluation_sampler.outcome,
+            temperature=self.rollout.evaluation.temperature,
+            batch_size=self.args.per_device_eval_batch_size,
+            layout=self.layout,
+            pad_token_id=self.pad_token_id,
+            chunk_tokens=self.chunk_tokens,
+        )
+        self.table.write(self.state.global_step, draw, held_out=True)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @override
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # The loop counts steps, of this process alone; what passes over the prompts there were is known here.
+        self.state.epoch = self.source.position / len(self.source.prompts)
+        super().log(logs, start_time)
+
+    @override
+    def write_state(self, folder: Path) -> None:
+        super().write_state(folder)
+        state = {
+            "source": self.source.state_dict(),
+            "rehearsal_order": self.rehearsal_order.position,
+            "partition": self.scorer.partition.state_dict(),
+            # Between two rollouts nothing of the last one is needed any more.
+            "buffer": [tree.state_dict() for tree in self.buffer]
+            if self.state.global_step % self.rollout.num_updates
+            else [],
+            "failures": self.failures,
+        }
+        if not is_writer():
+            return
+        (folder / ROLLOUT_STATE).write_text(json.dumps(state), encoding="utf-8")
+        if self.value_head is not None:
+            save_file(self.value_head.state_dict(), folder / VALUE_HEAD)
+
+    @override
+    def read_state(self, folder: Path) -> None:
+        super().read_state(folder)
+        state = json.loads((folder / ROLLOUT_STATE).read_text(encoding="utf-8"))
+        self.source.load_state_dict(state["source"])
+        self.rehearsal_order.position = state["rehearsal_order"]
+        self.scorer.partition.load_state_dict(state["partition"])
+        self.buffer = [ScoredTree.from_state(tree) for tree in state["buffer"]]
+        self.failures = Failures(*state["failures"])
+        if self.value_head is not None:
+            self.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
+
+
+def _average(parameter: Tensor) -> None:
+    """Average an accumulated gradient over processes; what was averaged before stays as it is."""
+    assert parameter.grad is not None
+    torch.distributed.all_reduce(parameter.grad)
+    parameter.grad /= num_processes()

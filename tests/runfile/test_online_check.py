@@ -1,0 +1,65 @@
+"""What an online run file may not ask of its samples."""
+
+import pytest
+
+from falign.errors import ConfigError
+from falign.runfile import parse_run
+from falign.runfile.online_check import WORTH
+from tests.training.prompts import online_data
+
+BINARY = {"kind": "distribution_matching", "target": {"kind": "binary"}}
+FITTED = {"kind": "distribution_matching", "target": {"kind": "moments", "moments": [0.5]}, "divergence": "reverse_kl"}
+
+TWO = [{"kind": "words", "words": ["a"]}, {"kind": "regex", "pattern": "b"}]
+
+
+def check(**changes):
+    return parse_run(online_data("model", "prompts.jsonl", "run", **changes)).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": {"kind": "supervised"}}, "objective.kind=supervised reads no reward"),
+        ({"objective": {"kind": "rehearsal", "divergence": "forward_kl"}}, "objective.kind=rehearsal reads no reward"),
+        ({"objective": {"kind": "pairwise"}, "rollout": {"completions": 1}}, "compares completions of one prompt"),
+        ({"rollout": {"completions": 1}}, "objective.advantage=leave_one_out, which compares"),
+        (
+            {
+                "objective": {"kind": "policy_gradient", "advantage": "batch_mean"},
+                "rollout": {"completions": 1, "prompts": 1},
+            },
+            "objective.advantage=batch_mean, which compares",
+        ),
+        ({"rollout": {"ranked": "all"}}, "rollout.ranked=all applies only to preference objectives"),
+        ({"objective": BINARY, "rollout": {"fit_samples": 64}}, "nothing is fitted here"),
+        (
+            {"objective": BINARY, "rewards": [{"kind": "words", "words": ["a"], "weight": 0.5}]},
+            "rewards.0.weight=0.5: a target reads each reward by itself",
+        ),
+        ({"rollout": {"difficulty": {"low": 0.9, "high": 0.1}}}, "low=0.9 is above high=0.1"),
+        (
+            {"rollout": {"difficulty": {"low": 0.1, "high": 0.9}}, "rewards": TWO},
+            "rollout.difficulty with 2 rewards: .* Set rollout.outcome to the name",
+        ),
+    ],
+)
+def test_what_could_not_work_or_would_have_no_effect_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        check(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": {"kind": "pairwise"}, "rollout": {"ranked": "all"}},
+        {"rollout": {"difficulty": {"low": 0.1, "high": 0.9}, "outcome": "words"}, "rewards": TWO},
+        {"rollout": {"difficulty": {"low": 0.1, "high": 0.9}}, "rewards": [TWO[0], {**TWO[1], "weight": 0.0}]},
+        {"objective": FITTED, "rollout": {"fit_samples": 64}},
+        {"objective": {"kind": "policy_gradient", "advantage": "batch_mean"}, "rollout": {"completions": 1}},
+        {"objective": {"kind": "policy_gradient", "advantage": "gae"}, "rollout": {"completions": 1}},
+        {"rewards": [{"kind": "words", "words": ["a"], "weight": 0.5}]},
+    ],
+)
+def test_where_they_have_an_effect_they_are_allowed(changes):
+    assert check(**changes).needs & WORTH
