@@ -48,9 +48,7 @@ class Scored(NamedTuple):
 
     def models(self) -> list[Any]:
         """Return the policy, and the reference's model where that is another one."""
-        from falign.references import own_model
-
-        other = None if self.reference is None else own_model(self.reference)
+        other = None if self.reference is None else self.reference.own_model
         return [self.policy, *([] if other is None else [other])]
 
     def scorer(self, trees: Sequence[PromptTree], *, layout: Any) -> tuple[CompletionScorer, LayoutChoice]:
@@ -136,7 +134,6 @@ def load_run(
     """
     from falign.models import model_identity, weights_hash
     from falign.objectives import FDPO, RewardingObjective
-    from falign.references import MovingReference
     from falign.runs import RunFolder
     from falign.runs.loading import checkpoint_folder, load_trained
     from falign.training.references import rebuild_reference
@@ -153,7 +150,7 @@ def load_run(
     policy, tokenizer, config = load_trained(folder, checkpoint, trust_code=trust_code)
     policy.to(_device())  # pyright: ignore[reportArgumentType]
     reference = rebuild_reference(config, policy, folder, device=_device())
-    if checkpoint is not None and isinstance(reference, MovingReference):
+    if checkpoint is not None:
         reference.load(checkpoint_folder(folder, checkpoint), policy)
     window = _window(config)
     if config.adapter is None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 from typing_extensions import override
 
-from falign.references import Reference, acting_model
+from falign.references import Reference
 from falign.rollouts import Engine, EngineCapabilities, Rollout, SamplingParams, TransformersEngine
 
 __all__ = ["ReferenceEngine"]
@@ -40,7 +40,7 @@ class ReferenceEngine(Engine):
         seed: int | list[int],
         first: int = 0,
     ) -> list[Rollout]:
-        with acting_model(self.reference, self.policy) as model:
+        with self.reference.acting(self.policy) as model:
             engine = TransformersEngine(model, pad_token_id=self.pad_token_id)
             engine.publish(model, version)
             return engine.sample(prompt_ids, n, params, version=version, seed=seed, first=first)
@@ -51,7 +51,7 @@ class ReferenceEngine(Engine):
 
     @override
     def capabilities(self) -> EngineCapabilities:
-        with acting_model(self.reference, self.policy) as model:
+        with self.reference.acting(self.policy) as model:
             return TransformersEngine(model, pad_token_id=self.pad_token_id).capabilities()
 
     @override

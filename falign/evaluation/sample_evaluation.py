@@ -278,7 +278,10 @@ class SampleEvaluation:
         device = next(scored.policy.parameters()).device
         model = load_model(other, dtype=dtype, device=device)
         share_head(scored.policy, model)
-        reference = FrozenModel(model, **model_identity(model), chunk_tokens=scored.chunk_tokens)
+        identity = model_identity(model)
+        reference = FrozenModel(
+            model, weights=identity["weights"], config=identity["config"], chunk_tokens=scored.chunk_tokens
+        )
         kept = {name: value for name, value in scored.record.items() if not name.startswith("reference.")}
         named = {f"reference.{name}": value for name, value in reference.identity().items()}
         return scored._replace(reference=reference, record={**kept, **named})

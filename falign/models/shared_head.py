@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from falign.errors import ModelError
 from falign.models.structure import base_of
 
-__all__ = ["head_rows", "left_out_rows", "share_head"]
+__all__ = ["cut_head", "head_rows", "left_out_rows", "share_head"]
 
 
 def share_head(policy: PreTrainedModel | PeftModel, other: PreTrainedModel | PeftModel) -> int:
@@ -25,12 +25,19 @@ def share_head(policy: PreTrainedModel | PeftModel, other: PreTrainedModel | Pef
         policy: The one model.
         other: The other, whose ids mean the same tokens (see `check_same_tokens`).
     """
-    models = [base_of(policy), base_of(other)]
-    shared = min(head_rows(model) for model in models)
-    for model in models:
-        if head_rows(model) > shared:
-            _head(model).register_forward_hook(_FirstIds(shared))
-    return shared
+    return cut_head(other, cut_head(policy, head_rows(other)))
+
+
+def cut_head(model: PreTrainedModel | PeftModel, num_ids: int) -> int:
+    """Leave all ids but the first ones out of a model's distributions, and return how many it has then.
+
+    Args:
+        model: As for :func:`share_head`.
+        num_ids: More than the model has leave it as it is.
+    """
+    if head_rows(model) > num_ids:
+        _head(base_of(model)).register_forward_hook(_FirstIds(num_ids))
+    return min(head_rows(model), num_ids)
 
 
 def head_rows(model: PreTrainedModel | PeftModel) -> int:

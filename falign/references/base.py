@@ -1,8 +1,11 @@
-"""What every reference has in common, and the check that it is the right one."""
+"""The interface of a reference, and the check that it is the right one."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -19,17 +22,44 @@ from falign.scoring import (
     evaluation_mode,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 __all__ = ["Reference", "check_same_at_start", "detached_logprobs", "detached_states"]
 
 
-@runtime_checkable
-class Reference(Protocol):
-    """The distribution π_ref that the policy is held to."""
+class Reference(ABC):
+    """The distribution π_ref that the policy is held to.
 
+    A fixed reference defines `identity`, `logprobs` and `states`; the other methods have defaults that hold for one
+    which is no model of its own and never changes.
+
+    Attributes:
+        starts_as_policy: True if it was built to be the policy before the first step, which is then checked.
+        moves: True if it changes while the policy is trained. It then goes into checkpoints, and is never cached.
+        cannot_shard: Reason why it does not work with weights that are spread over processes (FSDP2); ``""`` where it
+            does.
+    """
+
+    starts_as_policy: bool = False
+    moves: bool = False
+    cannot_shard: str = ""
+
+    @property
+    def own_model(self) -> nn.Module | None:
+        """The second model in memory; None for an adapter in the policy, its absence, or values from disk."""
+        return None
+
+    @property
+    def can_shard(self) -> bool:
+        """True if it works with weights that are spread over processes."""
+        return not self.cannot_shard
+
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """Return what a run folder records: ``kind``, and ``weights``, their content hash if known."""
-        ...
 
+    @abstractmethod
     def logprobs(self, policy_model: nn.Module, batch: TokenBatch) -> Float[Tensor, "N T"]:
         """Return log π_ref of the completion tokens, without gradient and dropout, 0 where masked.
 
@@ -40,8 +70,8 @@ class Reference(Protocol):
         Returns:
             Log-probabilities in nats, shape (N, T).
         """
-        ...
 
+    @abstractmethod
     def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
         """Return whole next-token distributions, for objectives that take a divergence over the vocabulary.
 
@@ -53,7 +83,62 @@ class Reference(Protocol):
         Returns:
             What predicts each completion token, without gradient and dropout.
         """
-        ...
+
+    def acting(self, policy_model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Return a context with a model that is this reference: its own, or the policy with other adapters on or off.
+
+        Args:
+            policy_model: The policy, which some references are a part of; afterwards it is as it was.
+
+        Raises:
+            ModelError: The reference is not a model.
+        """
+        raise ModelError(
+            f"A {type(self).__name__} scores completions and cannot write any: define its method acting, or take a "
+            "reference that is a model."
+        )
+
+    def check_fits(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
+        """Check that the reference reads the policy's token ids, and leave further ids out of its distributions.
+
+        Args:
+            tokenizer: The policy's.
+            vocabulary: Number of ids that the policy's distributions are over.
+
+        Returns:
+            Number of ids that both have, the policy's own for a reference that is a part of it.
+
+        Raises:
+            ConfigError: With the first token that has another id.
+        """
+        return vocabulary
+
+    def move(self, policy_model: nn.Module, step: int, optimizer: Any) -> None:  # noqa: B027 - a fixed one stays
+        """Follow the policy if it is time to; a fixed reference does nothing.
+
+        Call it when the next step begins, not when one ends, and before anything is sampled or scored for it: what is
+        logged, evaluated and saved at a step then belongs to the reference that the step was taken against. Right
+        after a reset every log-ratio is zero, and the last step of a run would be measured by nothing.
+
+        Args:
+            policy_model: The policy as the last step left it.
+            step: Optimizer steps taken so far.
+            optimizer: The policy's, whose moments a reset may forget.
+        """
+
+    def save(self, folder: Path, policy_model: nn.Module) -> None:  # noqa: B027 - a fixed one has no state
+        """Write the state of a reference that moves into an existing folder."""
+
+    def load(self, folder: Path, policy_model: nn.Module) -> None:  # noqa: B027
+        """Go on from what `save` wrote.
+
+        Raises:
+            ModelError: It is the state of another reference.
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is logged of it beside each loss, by names without the reference's own."""
+        return {}
 
 
 def detached_logprobs(

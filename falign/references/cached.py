@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,9 @@ from falign.errors import ConfigError, DataError, ModelError
 from falign.references.base import Reference
 from falign.references.store import CacheKey, LogprobStore, entry_digest
 from falign.scoring import LAYOUTS, CompletionStates, Layout, PromptTree, TokenBatch, Weighting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Cached"]
 
@@ -36,7 +40,8 @@ class Cached(Reference):
         origin: Identity of what has computed the values, for the record, where that is no longer there.
 
     Raises:
-        ConfigError: If the store was written under another key, or key and reference name different weights.
+        ConfigError: If the store was written under another key, key and reference name different weights, or the
+            reference moves.
     """
 
     def __init__(
@@ -50,9 +55,19 @@ class Cached(Reference):
         weights = None if reference is None else reference.identity().get("weights")
         if weights not in (None, key.weights):
             raise ConfigError(f"The cache key names the weights {key.weights!r}, its reference {weights!r}.")
+        if reference is not None and reference.moves:
+            raise ConfigError(
+                "A moving reference gives other log-probabilities after every move: take one that is fixed, or leave "
+                "the cache out."
+            )
         self.reference = reference
         self.origin = origin if reference is None else reference.identity()
         self.store = LogprobStore(directory, key=key)
+
+    @property
+    @override
+    def own_model(self) -> nn.Module | None:
+        return None if self.reference is None else self.reference.own_model
 
     @override
     def identity(self) -> dict[str, Any]:
@@ -77,6 +92,17 @@ class Cached(Reference):
                 "or give Cached its reference."
             )
         return self.reference.states(policy_model, batch, weighting=weighting)
+
+    @override
+    def acting(self, policy_model: nn.Module) -> AbstractContextManager[nn.Module]:
+        raise ModelError(
+            "A Cached has values of known completions alone and writes none: take the reference that it was computed "
+            "from."
+        )
+
+    @override
+    def check_fits(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
+        return vocabulary if self.reference is None else self.reference.check_fits(tokenizer, vocabulary)
 
     def precompute(
         self,

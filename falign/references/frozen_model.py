@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,6 +13,11 @@ from typing_extensions import override
 from falign.errors import ModelError
 from falign.references.base import Reference, detached_logprobs, detached_states
 from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch, Weighting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from falign.references.moving import MovingRule
 
 __all__ = ["FrozenModel"]
 
@@ -22,6 +29,8 @@ class FrozenModel(Reference):
         model: The reference model; put into evaluation mode, its parameters no longer requiring gradients.
         weights: Content hash of its weights, for the record.
         config: Hash of its configuration, for the record.
+        tokenizer: Its own, to be compared with the policy's; None if that has been done.
+        starts_as_policy: Whether it is the model that the policy starts as.
         chunk_tokens: How many positions reach the head at once.
     """
 
@@ -31,12 +40,21 @@ class FrozenModel(Reference):
         *,
         weights: str | None = None,
         config: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        starts_as_policy: bool = False,
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.weights = weights
         self.config = config
+        self.tokenizer = tokenizer
+        self.starts_as_policy = starts_as_policy
         self.chunk_tokens = chunk_tokens
+
+    @property
+    @override
+    def own_model(self) -> nn.Module:
+        return self.model
 
     @override
     def identity(self) -> dict[str, Any]:
@@ -51,6 +69,28 @@ class FrozenModel(Reference):
     def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
         self._refuse_policy(policy_model)
         return detached_states(self.model, batch, weighting=weighting)
+
+    @override
+    @contextmanager
+    def acting(self, policy_model: nn.Module) -> Iterator[nn.Module]:
+        yield self.model
+
+    @override
+    def check_fits(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
+        from falign.models.shared_head import cut_head
+        from falign.models.tokenizers import check_same_tokens
+
+        if self.tokenizer is not None:
+            check_same_tokens(tokenizer, self.tokenizer, "The policy and its reference")
+        return cut_head(cast("PreTrainedModel", self.model), vocabulary)
+
+    def follow(self, policy_model: nn.Module, rule: MovingRule) -> dict[str, float]:
+        """Let a rule move the weights towards the policy's, and return metrics of the move."""
+        return rule.move_weights(self.model, policy_model)
+
+    def tensors(self, policy_model: nn.Module) -> dict[str, Tensor]:
+        """Return the weights themselves, by name."""
+        return dict(self.model.named_parameters())
 
     def _refuse_policy(self, policy_model: nn.Module) -> None:
         if policy_model is self.model:

@@ -1,11 +1,12 @@
-"""A reference that follows the policy."""
+"""References that follow the policy: as an average over its past, or by jumps to where it is."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -14,24 +15,154 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from falign.errors import ModelError
-from falign.references.adapter_reference import AdapterReference
+from falign.references.adapters import AdapterReference
 from falign.references.base import Reference
 from falign.references.frozen_model import FrozenModel
-from falign.references.moving_rules import MovingAverage, PeriodicReset
 from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch, Weighting
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
-__all__ = ["MovingReference"]
+__all__ = ["MovingAverage", "MovingReference", "MovingRule", "PeriodicReset"]
 
 _FILE = "reference.safetensors"
+_ROOM = 4  # ranks of the policy's adapter that the average's may have by default
+
+
+@runtime_checkable
+class MovingRule(Protocol):
+    """The way in which a reference follows the policy; a frozen dataclass, whose fields are recorded."""
+
+    kind: ClassVar[str]
+
+    @property
+    def every(self) -> int:
+        """Optimizer steps between two moves."""
+        ...
+
+    @property
+    def reset_optimizer(self) -> bool:
+        """True if a move also clears the optimizer's moments."""
+        ...
+
+    def add_adapter(self, policy_model: PeftModel, name: str) -> None:
+        """Add the adapter that will follow the policy's, equal to it for now."""
+        ...
+
+    def move_adapter(self, policy_model: PeftModel, name: str) -> dict[str, float]:
+        """Move that adapter, and return metrics."""
+        ...
+
+    def move_weights(self, reference_model: nn.Module, policy_model: nn.Module) -> dict[str, float]:
+        """Move a whole model, and return metrics."""
+        ...
+
+
+@dataclass(frozen=True)
+class MovingAverage:
+    """``π_ref ← α π + (1-α) π_ref`` in the weights, every so many optimizer steps (TR-DPO's soft update).
+
+    For adapters it is the updates ΔW = B A that are averaged, as the weights of the two models would be. The rank of
+    an average of k updates is up to k times theirs; what `rank` has no room for is cut off, the smallest singular
+    values first, and logged as ``reference/truncation``.
+
+    Attributes:
+        alpha: α, the weight of the policy, above 0 and at most 1.
+        every: Optimiser steps between two moves.
+        rank: Of the averaged adapter; four times the policy's where None. Not read without an adapter.
+
+    Source:
+        Gorbatovski et al., TR-DPO (arXiv:2404.09656), soft update.
+    """
+
+    kind: ClassVar[str] = "moving_average"
+    alpha: float
+    every: int
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha} is the policy's share: give a number above 0 and at most 1.")
+        _check_every(self.every)
+
+    @property
+    def reset_optimizer(self) -> bool:
+        """False: one move changes little."""
+        return False
+
+    def add_adapter(self, policy_model: PeftModel, name: str) -> None:
+        """Add the adapter that will follow the policy's, equal to it for now."""
+        from falign.models.adapter_copies import add_average
+        from falign.models.structure import lora_layers
+
+        own = max(layer.r["default"] for layer in lora_layers(policy_model, "default").values())
+        add_average(policy_model, rank=_ROOM * own if self.rank is None else self.rank, name=name)
+
+    def move_adapter(self, policy_model: PeftModel, name: str) -> dict[str, float]:
+        """Move it, and return metrics."""
+        from falign.models.adapter_copies import average_into
+
+        return {"truncation": average_into(policy_model, alpha=self.alpha, name=name)}
+
+    @torch.no_grad()
+    def move_weights(self, reference_model: nn.Module, policy_model: nn.Module) -> dict[str, float]:
+        """Move a whole model, and return metrics."""
+        for name, (old, new) in _pairs(reference_model, policy_model).items():
+            if old.dtype in (torch.bfloat16, torch.float16):
+                raise ModelError(
+                    f"{name} of the reference is {str(old.dtype).removeprefix('torch.')}, where most moves are below "
+                    "rounding and lost: load it in float32."
+                )
+            old.lerp_(new.to(old), self.alpha)
+        return {}
+
+
+@dataclass(frozen=True)
+class PeriodicReset:
+    """``π_ref ← π``, every so many optimizer steps (TR-DPO's hard update; ProRL's reset).
+
+    Attributes:
+        every: Optimiser steps between two resets.
+        reset_optimizer: Also forget the optimizer's moments, as ProRL does.
+
+    Source:
+        Gorbatovski et al., TR-DPO (arXiv:2404.09656), hard update. Liu et al., ProRL (arXiv:2505.24864), which
+        resets when validation stalls, and here it is at a fixed interval.
+    """
+
+    kind: ClassVar[str] = "periodic_reset"
+    every: int
+    reset_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        _check_every(self.every)
+
+    def add_adapter(self, policy_model: PeftModel, name: str) -> None:
+        """Add the adapter that will be set to the policy's, equal to it for now."""
+        from falign.models.adapter_copies import add_copy
+
+        add_copy(policy_model, name=name)
+
+    def move_adapter(self, policy_model: PeftModel, name: str) -> dict[str, float]:
+        """Set it to the policy's, bit for bit, and return metrics."""
+        from falign.models.adapter_copies import copy_into
+
+        copy_into(policy_model, name=name)
+        return {}
+
+    @torch.no_grad()
+    def move_weights(self, reference_model: nn.Module, policy_model: nn.Module) -> dict[str, float]:
+        """Set a whole model to the policy, and return metrics."""
+        for old, new in _pairs(reference_model, policy_model).values():
+            old.copy_(new)
+        return {}
 
 
 class MovingReference(Reference):
     """A reference that a rule moves towards the policy between optimizer steps; its log-probs cannot be cached.
 
-    Call `move` after every ``rule.every`` steps, or let :class:`falign.training.AlignmentTrainer` do it.
+    Call `move` before each step: it moves after every ``rule.every`` steps. Call `follow` to move at once.
 
     Args:
         held: The reference between two moves: an adapter in the policy that the rule added (see `beside`), or
@@ -42,10 +173,14 @@ class MovingReference(Reference):
         ``MovingReference.beside(model, rule=MovingAverage(alpha=0.6, every=64))``
     """
 
-    def __init__(self, held: AdapterReference | FrozenModel, *, rule: MovingAverage | PeriodicReset) -> None:
+    starts_as_policy = True
+    moves = True
+    cannot_shard = "the reference moves by arithmetic on whole matrices, of which each process holds a part"
+
+    def __init__(self, held: AdapterReference | FrozenModel, *, rule: MovingRule) -> None:
         self.held = held
         self.rule = rule
-        self.moves = 0
+        self.num_moves = 0
         self.start = held.identity()["weights"]
         self.config = held.identity().get("config")
         self._measured: dict[str, float] = {}
@@ -55,7 +190,7 @@ class MovingReference(Reference):
         cls,
         policy_model: PeftModel,
         *,
-        rule: MovingAverage | PeriodicReset,
+        rule: MovingRule,
         adapter: str = "ref",
         weights: str | None = None,
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
@@ -73,14 +208,19 @@ class MovingReference(Reference):
         held = AdapterReference(adapter=adapter, weights=weights, chunk_tokens=chunk_tokens)
         return cls(held, rule=rule)
 
+    @property
+    @override
+    def own_model(self) -> nn.Module | None:
+        return self.held.own_model
+
     @override
     def identity(self) -> dict[str, Any]:
         return {
             "kind": self.rule.kind,
-            **asdict(self.rule),
+            **asdict(self.rule),  # pyright: ignore[reportArgumentType] - a frozen dataclass
             "start": self.start,
             "config": self.config,
-            "moves": self.moves,
+            "moves": self.num_moves,
         }
 
     @override
@@ -91,35 +231,44 @@ class MovingReference(Reference):
     def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
         return self.held.states(policy_model, batch, weighting=weighting)
 
-    def move(self, policy_model: nn.Module) -> None:
+    @override
+    def acting(self, policy_model: nn.Module) -> AbstractContextManager[nn.Module]:
+        return self.held.acting(policy_model)
+
+    @override
+    def check_fits(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
+        return self.held.check_fits(tokenizer, vocabulary)
+
+    @override
+    def move(self, policy_model: nn.Module, step: int, optimizer: Any) -> None:
+        if step == 0 or step % self.rule.every:
+            return
+        self.follow(policy_model)
+        if self.rule.reset_optimizer:
+            optimizer.state.clear()
+
+    def follow(self, policy_model: nn.Module) -> None:
         """Move once towards the policy as it is now."""
-        if isinstance(self.held, FrozenModel):
-            self._measured = self.rule.move_weights(self.held.model, policy_model)
-        else:
-            self._measured = self.rule.move_adapter(cast("PeftModel", policy_model), self.held.adapter)
-        self.moves += 1
+        self._measured = self.held.follow(policy_model, self.rule)
+        self.num_moves += 1
 
+    @override
     def metrics(self) -> dict[str, float]:
-        """Return metrics: the number of moves, and the measurements of the last one."""
-        return {"reference/moves": float(self.moves), **self._measured}
+        return {"moves": float(self.num_moves), **self._measured}
 
+    @override
     def save(self, folder: Path, policy_model: nn.Module) -> None:
-        """Write the reference as it is now into an existing folder."""
         from falign.models.tensor_file import save_tensors
 
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors(policy_model).items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.held.tensors(policy_model).items()}
         measured = json.dumps(self._measured)
-        metadata = {"format": "pt", "moves": str(self.moves), "start": self.start or "", "measured": measured}
+        metadata = {"format": "pt", "moves": str(self.num_moves), "start": self.start or "", "measured": measured}
         save_tensors(tensors, folder / _FILE, metadata=metadata)
 
+    @override
     @torch.no_grad()
     def load(self, folder: Path, policy_model: nn.Module) -> None:
-        """Go on from what `save` wrote.
-
-        Raises:
-            ModelError: It is of another model.
-        """
-        tensors = self._tensors(policy_model)
+        tensors = self.held.tensors(policy_model)
         with safe_open(folder / _FILE, framework="pt") as file:
             if set(file.keys()) != tensors.keys():
                 stray = sorted(set(file.keys()) ^ tensors.keys())[0]
@@ -127,12 +276,22 @@ class MovingReference(Reference):
             for name, tensor in tensors.items():
                 tensor.copy_(file.get_tensor(name))
             metadata = file.metadata()
-            self.moves, self.start = int(metadata["moves"]), metadata["start"] or None
-            self._measured = json.loads(metadata["measured"])
+            self.num_moves, self.start = int(metadata["moves"]), metadata["start"] or None
+            # Older files have the names under which metrics are logged.
+            measured = json.loads(metadata["measured"])
+            self._measured = {name.removeprefix("reference/"): value for name, value in measured.items()}
 
-    def _tensors(self, policy_model: nn.Module) -> dict[str, Tensor]:
-        if isinstance(self.held, FrozenModel):
-            return dict(self.held.model.named_parameters())
-        from falign.models.adapter_copies import matrices_of
 
-        return matrices_of(cast("PeftModel", policy_model), self.held.adapter)
+def _check_every(every: int) -> None:
+    if every < 1:
+        raise ValueError(f"every={every}: the reference moves every so many optimizer steps; give at least 1.")
+
+
+def _pairs(reference_model: nn.Module, policy_model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    old, new = dict(reference_model.named_parameters()), dict(policy_model.named_parameters())
+    if differing := sorted(old.keys() ^ new.keys()):
+        raise ModelError(
+            f"Policy and reference are not the same model, only one of them has {differing[0]}: the reference cannot "
+            "follow."
+        )
+    return {name: (old[name], new[name]) for name in old}

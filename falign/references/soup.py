@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
-from falign.references.adapter_reference import AdapterReference
+from falign.references.adapters import AdapterReference
 from falign.references.base import Reference
 from falign.references.frozen_model import FrozenModel
 from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch, Weighting
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Soup"]
 
@@ -74,6 +76,11 @@ class Soup(Reference):
         held = AdapterReference(adapter=adapter, weights=combined, chunk_tokens=chunk_tokens)
         return cls(held, record=soup_record(members))
 
+    @property
+    @override
+    def own_model(self) -> nn.Module | None:
+        return self.held.own_model
+
     @override
     def identity(self) -> dict[str, Any]:
         held = self.held.identity()
@@ -91,3 +98,11 @@ class Soup(Reference):
     @override
     def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
         return self.held.states(policy_model, batch, weighting=weighting)
+
+    @override
+    def acting(self, policy_model: nn.Module) -> AbstractContextManager[nn.Module]:
+        return self.held.acting(policy_model)
+
+    @override
+    def check_fits(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
+        return self.held.check_fits(tokenizer, vocabulary)

@@ -30,7 +30,7 @@ from falign.models.shared_head import head_rows, left_out_rows
 from falign.models.structure import expert_modules
 from falign.models.tokenizers import check_same_tokens, pad_token_id
 from falign.objectives import Objective
-from falign.references import Reference, check_same_at_start, own_model, token_weighting
+from falign.references import Reference, check_same_at_start, token_weighting
 from falign.runfile.config import RunConfig
 from falign.scoring import LAYOUTS, Layout, PromptTree, check_head, choose_layout
 from falign.training.processes import shards
@@ -132,7 +132,7 @@ def load_parts(
             policy.to(args.device)  # pyright: ignore[reportArgumentType]
         reference = build_reference(config, policy, device=torch.device("cpu") if shards() else args.device)
         # Before 4-bit weights are sharded, which parts them from their scales.
-        own = own_model(reference)
+        own = reference.own_model
         record = {
             "model": asdict(describe(policy)),
             "base_weights": weights_hash(policy),

@@ -37,7 +37,6 @@ from falign.references import (
     PeriodicReset,
     Reference,
     Soup,
-    own_model,
 )
 from falign.runfile.config import RunConfig
 from falign.runfile.reference_config import (
@@ -102,8 +101,8 @@ def build_reference(config: RunConfig, policy: PreTrainedModel | PeftModel, *, d
 
 
 def keep_moved(folder: RunFolder, reference: Reference, policy: PreTrainedModel | PeftModel) -> None:
-    """Write where a moving reference has come to into the run folder, and into its record; other kinds do not move."""
-    if not isinstance(reference, MovingReference):
+    """Write the last state of a reference that moves into the run folder, and into its record."""
+    if not reference.moves:
         return
     with staged_folder(folder.reference, existing="replace") as staging:
         reference.save(staging, policy)
@@ -126,7 +125,7 @@ def rebuild_reference(
             f"The configuration of the reference of {folder.path} ({found['kind']}) is another now than when the run "
             f"was trained: restore config.json of what {folder.run_file} names under model and reference."
         )
-    if isinstance(reference, MovingReference):
+    if reference.moves:
         if not folder.reference.is_dir():
             raise ConfigError(
                 f"{folder.path} has not kept where its moving reference came to: finish it by `falign train ... "
@@ -177,7 +176,9 @@ def _frozen(
     share_head(policy, model)
     identity = model_identity(model)
     model.to(device)  # pyright: ignore[reportArgumentType]
-    return FrozenModel(model, **identity, chunk_tokens=config.training.chunk_tokens)
+    return FrozenModel(
+        model, weights=identity["weights"], config=identity["config"], chunk_tokens=config.training.chunk_tokens
+    )
 
 
 def _soup(config: RunConfig, reference: SoupConfig, policy: PreTrainedModel | PeftModel, device: torch.device) -> Soup:
@@ -217,7 +218,7 @@ def cached(
         layout: One that the reference's model can read.
         progress: Called with trees done and in all.
     """
-    base = own_model(reference) or base_of(policy)
+    base = reference.own_model or base_of(policy)
     assert isinstance(base, PreTrainedModel)
     quantization = getattr(base.config, "quantization_config", None)
     key = CacheKey(

@@ -27,7 +27,7 @@ from falign.models.sharding import is_sharded
 from falign.models.staging import staged_folder
 from falign.objectives import CompletionBatch, Objective, ObjectiveOutput, reduce_terms, total_weights
 from falign.objectives.batch import OFFLINE
-from falign.references import MovingReference, ObjectiveInputs, Reference, completion_batch, objective_inputs
+from falign.references import ObjectiveInputs, Reference, completion_batch, objective_inputs
 from falign.runs.checkpoints import rotate, seal, sync_logs
 from falign.runs.folder import is_held_out
 from falign.scoring import (
@@ -43,7 +43,6 @@ from falign.training.batch_sharding import Batches, RowBatches, Share
 from falign.training.finite_guard import NonsenseGuard, describe_loss, term_names
 from falign.training.learning_rate import same_learning_rates
 from falign.training.means import Means
-from falign.training.moving_reference import move_when_due
 from falign.training.processes import gathered, is_writer, num_processes, rank
 from falign.training.sharded_checkpoint import read_optimizer, read_weights, whole_optimizer, whole_weights
 from falign.training.stand_ins import STANDS_IN, counts, stand_in, stand_in_loss
@@ -233,7 +232,7 @@ class AlignmentTrainer(Trainer):
 
     def write_state(self, folder: Path) -> None:
         """Add to a checkpoint what has to be remembered besides; trainers of other kinds have more of it."""
-        if isinstance(self.reference, MovingReference) and self.args.should_save:
+        if self.args.should_save:
             self.reference.save(folder, self.policy)
         state = {
             "loss": self._tr_loss.item(),
@@ -248,8 +247,7 @@ class AlignmentTrainer(Trainer):
 
     def read_state(self, folder: Path) -> None:
         """Take up what :meth:`write_state` wrote."""
-        if isinstance(self.reference, MovingReference):
-            self.reference.load(folder, self.policy)
+        self.reference.load(folder, self.policy)
 
     @override
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -320,7 +318,11 @@ class AlignmentTrainer(Trainer):
             self.evaluate()
         self.guard.begin_step()
         self._loss_before = self._tr_loss.clone()
-        move_when_due(self.reference, self.policy, step=self.state.global_step, optimizer=self.optimizer)
+        self.move_references(step=self.state.global_step)
+
+    def move_references(self, *, step: int) -> None:
+        """Let the reference follow the policy where it is time to."""
+        self.reference.move(self.policy, step, self.optimizer)
 
     def _evaluation_is_missing(self) -> bool:
         """True if a checkpoint was written because its step's evaluation failed, so that a resume evaluates again."""
@@ -440,7 +442,7 @@ class AlignmentTrainer(Trainer):
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Training logs come with a loss; the metrics since the last one go with it.
-        moved = self.reference.metrics() if isinstance(self.reference, MovingReference) else {}
+        moved = {f"reference/{name}": value for name, value in self.reference.metrics().items()}
         if "loss" in logs:
             logs = {**logs, **self.means.take(), **moved}
             if self.guard.skip:

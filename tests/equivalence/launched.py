@@ -46,7 +46,7 @@ def stopped_in_one_process(config, at):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("falign.training.trainer.move_when_due", signalled)
+        patch.setattr("falign.training.trainer.AlignmentTrainer.move_references", signalled)
         with pytest.raises(StoppedError, match=f"stopped at step {at + 1} of .*, with checkpoint-{at + 1}") as told:
             train(config, console=Console(quiet=True))
     assert told.value.exit_status == 128 + signal.SIGTERM

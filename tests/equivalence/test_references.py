@@ -12,7 +12,7 @@ from typing_extensions import override
 from falign.errors import DataError
 from falign.objectives import FDPO
 from falign.references import AdapterOff, Cached, CacheKey, FrozenModel, Reference
-from falign.scoring import TokenBatch
+from falign.scoring import CompletionStates, TokenBatch, Weighting
 from tests.equivalence.runs import CHUNK, PAD, alignment_trainer, lora_policy, run, trees
 from tests.scoring.models import tiny_model
 
@@ -39,6 +39,10 @@ class Counted(Reference):
     def logprobs(self, policy_model: nn.Module, batch: TokenBatch) -> Tensor:
         self.calls += 1
         return self.inner.logprobs(policy_model, batch)
+
+    @override
+    def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
+        return self.inner.states(policy_model, batch, weighting=weighting)
 
 
 def build(kind: str, folder, **overrides) -> Reference:

@@ -102,6 +102,9 @@ class CallNumber(Reference):
         self.calls += 1
         return torch.where(batch.completion_mask, -float(self.calls), 0.0)
 
+    def states(self, policy_model, batch, *, weighting="none"):
+        raise NotImplementedError
+
 
 def test_a_value_that_was_kept_is_never_replaced(tmp_path, policy):
     cached = Cached(CallNumber(), directory=tmp_path, key=KEY)

@@ -49,7 +49,7 @@ def test_it_starts_as_the_policy_and_stays_until_it_is_moved(build, rule):
     before = reference.logprobs(policy, BATCH)
     shift(policy)
     torch.testing.assert_close(reference.logprobs(policy, BATCH), before, rtol=0, atol=0)
-    reference.move(policy)
+    reference.follow(policy)
     assert (reference.logprobs(policy, BATCH) - before).abs().max() > 1e-3
 
 
@@ -58,11 +58,11 @@ def test_the_average_of_whole_models_is_the_closed_form():
     expected = {name: p.detach().double() for name, p in policy.named_parameters()}
     for seed in range(5):
         shift(policy, seed)
-        reference.move(policy)
+        reference.follow(policy)
         expected = {n: 0.3 * p.detach().double() + 0.7 * expected[n] for n, p in policy.named_parameters()}
     for name, parameter in reference.held.model.named_parameters():
         torch.testing.assert_close(parameter.detach().double(), expected[name], rtol=0, atol=1e-6)
-    assert reference.metrics() == {"reference/moves": 5.0}
+    assert reference.metrics() == {"moves": 5.0}
 
 
 def test_the_average_of_adapters_is_that_of_the_merged_weights():
@@ -71,7 +71,7 @@ def test_the_average_of_adapters_is_that_of_the_merged_weights():
     first = copy.deepcopy(factors_of(policy, "default"))
     shift(policy)
     second = factors_of(policy, "default")
-    reference.move(policy)
+    reference.follow(policy)
     oracle = tiny_model().eval()
     with torch.no_grad():
         for name in first:
@@ -80,15 +80,15 @@ def test_the_average_of_adapters_is_that_of_the_merged_weights():
         expected = completion_scores(oracle, BATCH).logprobs
     torch.testing.assert_close(reference.logprobs(policy, BATCH), expected, rtol=0, atol=1e-5)
     metrics = reference.metrics()
-    assert metrics["reference/moves"] == 1.0
-    assert metrics["reference/truncation"] < 1e-6
+    assert metrics["moves"] == 1.0
+    assert metrics["truncation"] < 1e-6
 
 
 @pytest.mark.parametrize("build", [adapted, whole])
 def test_a_reset_makes_policy_and_reference_one_bit_for_bit(build):
     policy, reference = build(RESET)
     shift(policy)
-    reference.move(policy)
+    reference.follow(policy)
     with torch.no_grad():
         expected = completion_scores(policy.eval(), BATCH).logprobs
     torch.testing.assert_close(reference.logprobs(policy, BATCH), expected, rtol=0, atol=0)
@@ -101,12 +101,12 @@ def test_a_reset_makes_policy_and_reference_one_bit_for_bit(build):
 def test_what_is_saved_is_gone_on_from_bit_for_bit(build, rule, tmp_path):
     policy, reference = build(rule)
     shift(policy)
-    reference.move(policy)
+    reference.follow(policy)
     measured = reference.metrics()
     reference.save(tmp_path, policy)
     shift(policy, 2)
     expected = reference.logprobs(policy, BATCH)
-    reference.move(policy)
+    reference.follow(policy)
     after = reference.logprobs(policy, BATCH)
     other, anew = build(rule)
     other.load_state_dict({**policy.state_dict(), **{n: t for n, t in other.state_dict().items() if ".ref." in n}})
@@ -114,7 +114,7 @@ def test_what_is_saved_is_gone_on_from_bit_for_bit(build, rule, tmp_path):
     assert anew.identity() == {**reference.identity(), "moves": 1}
     assert anew.metrics() == measured
     torch.testing.assert_close(anew.logprobs(other, BATCH), expected, rtol=0, atol=0)
-    anew.move(other)
+    anew.follow(other)
     torch.testing.assert_close(anew.logprobs(other, BATCH), after, rtol=0, atol=0)
 
 
@@ -128,7 +128,7 @@ def test_a_state_of_another_reference_is_refused(tmp_path):
 
 def test_the_identity_has_the_rule_the_start_and_the_moves():
     policy, reference = adapted(MovingAverage(alpha=0.3, every=4, rank=5))
-    reference.move(policy)
+    reference.follow(policy)
     assert reference.identity() == {
         **{"kind": "moving_average", "alpha": 0.3, "every": 4, "rank": 5},
         **{"start": "abc", "config": None, "moves": 1},
@@ -150,10 +150,10 @@ def test_16_bit_averages_and_other_models_are_refused():
     policy = tiny_model().bfloat16()
     reference = MovingReference(FrozenModel(copy.deepcopy(policy)), rule=AVERAGE)
     with pytest.raises(ModelError, match=r"is bfloat16, where most moves are below rounding.*float32"):
-        reference.move(policy)
+        reference.follow(policy)
     reference = MovingReference(FrozenModel(tiny_model("gpt2")), rule=AVERAGE)
     with pytest.raises(ModelError, match="not the same model"):
-        reference.move(tiny_model())
+        reference.follow(tiny_model())
 
 
 def test_rules_refuse_what_is_no_share_and_no_interval():

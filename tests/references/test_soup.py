@@ -12,8 +12,8 @@ from falign.models import (
 )
 from falign.models.adapter_copies import matrices_of
 from falign.models.merging import lora_delta
-from falign.references import AdapterOff, Cached, CacheKey, FrozenModel, Soup, check_same_at_start, own_model
-from falign.references.adapter_state import adapter_acting
+from falign.references import AdapterOff, Cached, CacheKey, FrozenModel, Soup, check_same_at_start
+from falign.references.adapters import adapter_acting
 from falign.scoring import completion_scores, pad
 from tests.models.tiny import fill_adapter
 from tests.scoring.models import TREES
@@ -86,9 +86,9 @@ def test_only_a_model_of_its_own_is_a_second_one(tiny, two, tmp_path):
     policy, model = start_from_adapter(load_model(tiny), two[0]), load_model(tiny)
     record = {"kind": "checkpoint", "members": []}
     frozen = Soup(FrozenModel(model, weights="w"), record=record)
-    assert own_model(frozen) is model
+    assert frozen.own_model is model
     assert frozen.identity()["weights"] == "w"
     key = CacheKey(weights="w", config="c", vocabulary=260, tokenizer="t", dtype="d", attention="a")
-    assert own_model(Cached(frozen, directory=tmp_path / "cache", key=key)) is model
-    assert own_model(Cached(None, directory=tmp_path / "cache", key=key)) is None
-    assert own_model(Soup.of_adapters(policy, two)) is own_model(AdapterOff()) is None
+    assert Cached(frozen, directory=tmp_path / "cache", key=key).own_model is model
+    assert Cached(None, directory=tmp_path / "cache", key=key).own_model is None
+    assert Soup.of_adapters(policy, two).own_model is AdapterOff().own_model is None

@@ -39,7 +39,7 @@ def stopped(run, **changes):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("falign.training.trainer.move_when_due", move)
+        patch.setattr("falign.training.trainer.AlignmentTrainer.move_references", move)
         with pytest.raises(KeyboardInterrupt):
             train(parse_run(run), console=Console(quiet=True))
 
@@ -381,7 +381,7 @@ def test_a_longer_run_ends_as_if_it_had_been_so_long_from_the_beginning(place, t
     ended = []
     with monkeypatch.context() as patch:
         patch.setattr(
-            "falign.training.trainer.move_when_due",
+            "falign.training.trainer.AlignmentTrainer.move_references",
             lambda *args, **kwargs: ended.append((kept.path / "summary.json").exists()),
         )
         resumed = train(parse_run({**long, "output_dir": str(kept.path)}), console=Console(quiet=True), resume=True)

@@ -39,7 +39,7 @@ def start(tiny, tmp_path):
         data.pop("sampling", None)
         with pytest.MonkeyPatch.context() as patch:
             if dies_at is not None:
-                patch.setattr("falign.training.trainer.move_when_due", dying(dies_at))
+                patch.setattr("falign.training.trainer.AlignmentTrainer.move_references", dying(dies_at))
             return train(parse_run(data), console=console or Console(quiet=True), resume=resume)
 
     return run
@@ -154,7 +154,7 @@ def test_a_signal_stops_a_run_at_the_end_of_its_step_with_a_checkpoint(start, ki
 
     handlers, output = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)], io.StringIO()
     with monkeypatch.context() as patch:
-        patch.setattr("falign.training.trainer.move_when_due", signalled)
+        patch.setattr("falign.training.trainer.AlignmentTrainer.move_references", signalled)
         with pytest.raises(
             StoppedError, match=r"stopped at step 3 of 5, with checkpoint-3 .*run\.yaml --resume"
         ) as told:
@@ -171,7 +171,7 @@ def test_a_second_signal_stops_a_run_at_once(start, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("falign.training.trainer.move_when_due", signalled)
+    monkeypatch.setattr("falign.training.trainer.AlignmentTrainer.move_references", signalled)
     with pytest.raises(KeyboardInterrupt):
         start("offline", "stopped")
 

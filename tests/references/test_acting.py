@@ -9,7 +9,6 @@ from falign.references import (
     FrozenModel,
     MovingAverage,
     MovingReference,
-    acting_model,
 )
 from falign.rollouts import SamplingParams, TransformersEngine
 from falign.scoring import PromptTree, completion_scores, pad
@@ -30,7 +29,7 @@ def test_what_acts_has_the_logprobs_of_the_reference_also_while_it_writes(kind):
         "moving": MovingReference(AdapterReference(), rule=MovingAverage(alpha=0.5, every=1)),
     }[kind]
     expected = reference.logprobs(policy, BATCH)
-    with acting_model(reference, policy) as model, torch.no_grad():
+    with reference.acting(policy) as model, torch.no_grad():
         torch.testing.assert_close(completion_scores(model.eval(), BATCH).logprobs, expected, rtol=0, atol=1e-6)
         engine = TransformersEngine(model, pad_token_id=2)
         engine.publish(model, 0)
@@ -43,5 +42,5 @@ def test_what_acts_has_the_logprobs_of_the_reference_also_while_it_writes(kind):
 
 def test_values_from_disk_write_nothing():
     values, refused = Cached.__new__(Cached), pytest.raises(ModelError, match="Cached has values of known completions")
-    with refused, acting_model(values, tiny_model()):
+    with refused, values.acting(tiny_model()):
         pass
