@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 import falign
-from falign.training import RunConfig
+from falign.runfile import RunConfig
 
 PAGE = (Path(__file__).parents[2] / "docs" / "glossary.md").read_text(encoding="utf-8")
 SPAN = re.compile(r"`([^`]+)`")
