@@ -7,6 +7,7 @@ from falign.data.examples import Example
 from falign.data.files import Row
 from falign.data.formats import COLUMNS, FORMATS
 from falign.data.inspection import DataReport, Lengths, check
+from falign.data.memory import InMemory
 from falign.data.preferences import LoadReport, PreferenceData, load_preferences
 from falign.data.prompts import PromptData, PromptReport, PromptRow, PromptSource, RowCheck, load_prompts
 from falign.data.reading import TokenizedRow, read_tokenized
@@ -27,6 +28,7 @@ __all__ = [
     "Demonstrations",
     "Encoded",
     "Example",
+    "InMemory",
     "LengthPolicy",
     "Lengths",
     "LoadReport",

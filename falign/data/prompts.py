@@ -16,11 +16,12 @@ from falign.data.column_names import as_mapping, guess_columns, looks_like_syste
 from falign.data.conversations import Message, Text, read_messages, read_text
 from falign.data.examples import prompt_key, prompt_turns
 from falign.data.files import Row
+from falign.data.memory import InMemory
 from falign.data.recognition import refuse_unread_prompts
 from falign.data.renaming import renamed
 from falign.data.rendering import require_chat_choice
 from falign.data.serialized import is_blank, parsed_conversation
-from falign.data.sources import check_split, read_rows
+from falign.data.sources import rows_of
 from falign.data.splits import held_out_prompts
 from falign.data.tokenization import encode_prompt
 from falign.data.windows import LengthPolicy, cut_left
@@ -46,6 +47,7 @@ class PromptSource:
         system: A system turn before every prompt; makes it a conversation. A column ``system`` is the row's own.
         ignore: As :attr:`falign.data.DataSource.ignore`.
         limit: Keep at most so many, the first usable ones.
+        rows: As :attr:`falign.data.DataSource.rows`, beside the path that stands for them.
     """
 
     path: str | None = None
@@ -57,6 +59,7 @@ class PromptSource:
     system: str | None = None
     ignore: tuple[str, ...] = ()
     limit: int | None = None
+    rows: InMemory | None = None
 
 
 @dataclass(frozen=True)
@@ -252,8 +255,7 @@ def _rows(source: PromptSource, bad: BadRows) -> Iterable[Row]:
     if (source.path is None) == (not source.texts):
         raise ConfigError("prompts: a source has either a path or texts; give one of the two.")
     if source.path is not None:
-        check_split(source.path, source.split)
-        return read_rows(source.path, split=source.split, bad_rows=bad)
+        return rows_of(source.path, source.rows, split=source.split, bad_rows=bad)
     return [Row(f"texts:{number}", {"prompt": text}) for number, text in enumerate(source.texts, start=1)]
 
 

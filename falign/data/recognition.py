@@ -14,7 +14,7 @@ from falign.data.files import Row
 from falign.data.formats import COLUMNS, FORMATS, PAIR, columns_read, missing_column
 from falign.data.renaming import renamed
 from falign.data.serialized import is_blank, parsed_conversation
-from falign.data.sources import DataSource, check_split, read_rows
+from falign.data.sources import DataSource, rows_of
 from falign.errors import ConfigError, DataError
 
 __all__ = ["RowReader", "read_examples", "recognize"]
@@ -224,8 +224,7 @@ def read_examples(
     """
     reader = reader or RowReader.of(source)
     bad_rows = bad_rows or BadRows()
-    check_split(source.path, source.split)
-    for row in read_rows(source.path, split=source.split, bad_rows=bad_rows):
+    for row in rows_of(source.path, source.rows, split=source.split, bad_rows=bad_rows):
         try:
             example = reader.read(row)
         except DataError as error:

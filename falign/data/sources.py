@@ -12,9 +12,10 @@ from typing import Any
 from falign.choices import nearest
 from falign.data.bad_rows import BadRows
 from falign.data.files import FILE_SUFFIXES, Row, read_file
+from falign.data.memory import PYTHON, InMemory
 from falign.errors import ConfigError, DataError
 
-__all__ = ["DEMOS", "DataSource", "check_split", "place_in_source", "read_rows"]
+__all__ = ["DEMOS", "DataSource", "check_split", "place_in_source", "read_rows", "rows_of"]
 
 DEMOS: dict[str, Path] = {
     "demo:polite-preference": Path(__file__).parent / "embedded" / "polite-preference.jsonl.gz",
@@ -43,6 +44,7 @@ class DataSource:
         ignore: Columns, and keys of turns, that look like a part of the prompt and are not.
         weight: Share of this source in a mixture; all sources of a mixture have one, or none has.
         limit: Keep at most so many examples, the first usable ones.
+        rows: The rows themselves, in place of what ``path`` names.
     """
 
     path: str
@@ -53,6 +55,7 @@ class DataSource:
     ignore: tuple[str, ...] = ()
     weight: float | None = None
     limit: int | None = None
+    rows: InMemory | None = None
 
     def __post_init__(self) -> None:
         if self.weight is not None and not (0 < self.weight < math.inf):
@@ -74,6 +77,11 @@ def read_rows(path: str | Path, *, split: str = "train", bad_rows: BadRows | Non
     """
     bad_rows = bad_rows or BadRows()
     name, local = str(path), Path(path)
+    if name.startswith(PYTHON):
+        raise DataError(
+            f"{name} was an object in a program ({name.removeprefix(PYTHON)}), not a file: give the same rows again, "
+            "or save them as a file and name it."
+        )
     if name.startswith("demo:"):
         if name not in DEMOS:
             raise DataError(f"{name}: no such sample in the package; there is {', '.join(sorted(DEMOS))}.")
@@ -91,6 +99,26 @@ def read_rows(path: str | Path, *, split: str = "train", bad_rows: BadRows | Non
         raise DataError(_not_found(local))
 
 
+def rows_of(
+    path: str | Path, rows: InMemory | None, *, split: str = "train", bad_rows: BadRows | None = None
+) -> Iterator[Row]:
+    """Yield the rows of a source: those in memory where there are some, else those that its path names.
+
+    Args:
+        path: As ``DataSource.path``.
+        rows: As ``DataSource.rows``.
+        split: As ``DataSource.split``.
+        bad_rows: As for :func:`read_rows`.
+
+    Raises:
+        DataError: The source is not there, cannot be read, or has no such split.
+    """
+    if rows is not None:
+        return rows.read(bad_rows=bad_rows)
+    check_split(str(path), split)
+    return read_rows(path, split=split, bad_rows=bad_rows)
+
+
 def place_in_source(place: str, source: DataSource) -> str:
     """Return a row's place without the source's path, which may be written in many ways.
 
@@ -98,7 +126,7 @@ def place_in_source(place: str, source: DataSource) -> str:
         >>> place_in_source("data/a.jsonl:12", DataSource("./data/a.jsonl"))
         ':12'
     """
-    if source.path.startswith("demo:"):
+    if source.path.startswith(("demo:", PYTHON)):
         return place.removeprefix(source.path)
     return place.removeprefix(str(Path(source.path)))
 
