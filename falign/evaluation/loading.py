@@ -188,7 +188,7 @@ def load_compared(
     """
     from falign.data import Window
     from falign.models import load_model, load_tokenizer, model_identity
-    from falign.models.shared_head import share_head
+    from falign.models.heads import share_head
     from falign.models.tokenizers import check_same_tokens
     from falign.objectives import FDPO
     from falign.references import FrozenModel

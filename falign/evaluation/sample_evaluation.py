@@ -33,7 +33,7 @@ from falign.evaluation.score_output import reopen
 from falign.evaluation.scored_reward import ScoredReward
 from falign.evaluation.summary_file import write_summary
 from falign.models import base_of, load_model, load_tokenizer, model_identity, stop_token_ids
-from falign.models.shared_head import share_head
+from falign.models.heads import share_head
 from falign.models.tokenizers import check_same_tokens, pad_token_id, tokenizer_fingerprint
 from falign.references import FrozenModel
 from falign.rewards import RewardSum, WeightedReward

@@ -1,18 +1,23 @@
 """Models and tokenizers: loading, LoRA adapters, identity, and exports that prove themselves."""
 
-from falign.models.adapter_start import start_from_adapter
-from falign.models.adapters import add_lora, load_adapter, transplant_adapter
-from falign.models.description import ModelDescription, describe
+from falign.models.adapters import add_lora, load_adapter, start_from_adapter, transplant_adapter
+from falign.models.execution import enable_gradient_checkpointing
 from falign.models.export import export_adapter, export_merged
-from falign.models.gradient_checkpointing import enable_gradient_checkpointing
-from falign.models.identity import adapted_weights_hash, config_hash, model_identity, weights_hash
+from falign.models.identity import (
+    ModelDescription,
+    adapted_weights_hash,
+    config_hash,
+    describe,
+    model_identity,
+    weights_hash,
+)
 from falign.models.loading import load_model, load_tokenizer
 from falign.models.probe import probe_ids
 from falign.models.proof import ExportProof, verify_export
 from falign.models.soup import write_soup
 from falign.models.sources import resolve
-from falign.models.stop_tokens import stop_token_ids
 from falign.models.structure import base_of
+from falign.models.tokenizers import stop_token_ids
 
 __all__ = [
     "ExportProof",

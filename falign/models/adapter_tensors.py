@@ -5,23 +5,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, TaskType, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
 
 from falign.errors import ModelError
 from falign.models.adapter_files import read_adapter_files
-from falign.models.adapter_precision import compute_in_activation_type
 from falign.models.adapter_settings import beyond_plain_lora
 from falign.models.foreign import reading
 from falign.models.lora_factors import Factors
 from falign.models.recorded_base import RecordedBase
 from falign.models.sources import damaged
-from falign.models.structure import linear_modules
+from falign.models.structure import linear_modules, lora_layers
 
-__all__ = ["AdapterTensors", "adapter_of", "install_adapter", "read_adapter"]
+__all__ = ["AdapterTensors", "adapter_of", "compute_in_activation_type", "install_adapter", "read_adapter"]
+
 
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _PREFIX = "base_model.model."
@@ -170,3 +172,24 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
         return layer.nf, layer.nx
     assert isinstance(layer, nn.Linear)  # 4-bit ones too, whose weights have another shape
     return layer.out_features, layer.in_features
+
+
+def compute_in_activation_type(model: PeftModel, adapter: str) -> None:
+    """Let LoRA matrices be cast to the type of what they multiply, where PEFT casts the input to theirs.
+
+    The matrices stay float32, for the optimizer, and are small. The inputs are large: cast to float32 they would be
+    kept for the backward pass once for each layer that reads them, and multiplied several times as slowly. What
+    mixed-precision training does everywhere is done here without its context. Over float32 weights nothing changes.
+    """
+    for layer in lora_layers(model, adapter).values():
+        layer.cast_input_dtype_enabled = False
+        for matrices in (layer.lora_A, layer.lora_B):
+            matrix = matrices[adapter]
+            if type(matrix) is nn.Linear:
+                matrix.__class__ = _CastLinear  # the same parameters under the same names
+
+
+class _CastLinear(nn.Linear):
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype))

@@ -23,14 +23,17 @@ from transformers import PreTrainedModel
 
 from falign.errors import ConfigError, ModelError, one_line
 from falign.models.adapter_files import AdapterFiles, read_adapter_files
-from falign.models.adapter_precision import compute_in_activation_type
+from falign.models.adapter_tensors import compute_in_activation_type
 from falign.models.base_weights import base_parameters
 from falign.models.foreign import reading
+from falign.models.merging import check_plain_lora
 from falign.models.patterns import check_adapter_patterns
 from falign.models.recorded_base import check_recorded_base
+from falign.models.sources import adapter_folder, resolve
 from falign.models.structure import (
     adapter_matrix,
     adapter_weights,
+    base_name,
     base_of,
     expert_modules,
     is_transposed,
@@ -38,7 +41,7 @@ from falign.models.structure import (
     lora_layers,
 )
 
-__all__ = ["add_lora", "load_adapter", "transplant_adapter"]
+__all__ = ["add_lora", "load_adapter", "start_from_adapter", "transplant_adapter"]
 
 
 def add_lora(
@@ -260,3 +263,30 @@ def _unfit(folder: Path, reason: str) -> ModelError:
         f"The adapter {folder} does not fit this model: {reason} Load the base that it was made for, or restore "
         "adapter_config.json and adapter_model.safetensors from one copy."
     )
+
+
+def start_from_adapter(
+    model: PreTrainedModel, path: str | Path, *, dropout: float = 0.0, revision: str | None = None
+) -> PeftModel:
+    """Give ``model`` a trainable copy of an adapter, named ``default``; rank, scale and targets are its own.
+
+    Args:
+        model: the base, changed in place.
+        path: the adapter's folder, or a run that has trained one; nothing is written there.
+        dropout: on the adapter's input, while training.
+        revision: the base's revision on the hub, to be recorded in the adapter's configuration.
+
+    Raises:
+        ModelError: no adapter there, one for another base, or one that is more than LoRA matrices, which could not
+            be exported again.
+    """
+    adapted = load_adapter(model, adapter_folder(path), trainable=True)
+    check_plain_lora(adapted, "default")
+    config = adapted.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    config.lora_dropout = dropout
+    config.base_model_name_or_path = resolve(base_name(model))
+    config.revision = revision
+    for layer in lora_layers(adapted, "default").values():
+        layer.lora_dropout["default"] = nn.Dropout(dropout) if dropout else nn.Identity()
+    return adapted

@@ -1,6 +1,8 @@
-"""The tensors of a checkpoint folder, read one by one."""
+"""The weight files of a checkpoint, and the files beside them."""
 
 import json
+import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,8 @@ from falign.errors import ModelError
 from falign.models.foreign import reading
 from falign.models.sources import check_weights, damaged
 
-__all__ = ["CheckpointFiles"]
+__all__ = ["MODEL_FILES", "TOKENIZER_FILES", "CheckpointFiles", "copy_files"]
+
 
 _INDEX = "model.safetensors.index.json"
 _TYPES = {
@@ -77,3 +80,16 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / file for file in sorted(set(weight_map.values()))]
     single = folder / "model.safetensors"  # some repositories have the weights a second time, in another layout
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt"),
+    *("*.model", "*.tiktoken"),
+)
+MODEL_FILES = ("config.json", "generation_config.json", "*.py", *TOKENIZER_FILES)
+
+
+def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:
+    """Copy the files of a folder whose names match one of the patterns."""
+    for file in sorted({file for pattern in patterns for file in source.glob(pattern) if file.is_file()}):
+        shutil.copyfile(file, target / file.name)

@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from falign.errors import ModelError, one_line
-from falign.models.checkpoint_files import CheckpointFiles
-from falign.models.companion_files import MODEL_FILES, copy_files
+from falign.models.checkpoint_files import MODEL_FILES, CheckpointFiles, copy_files
 from falign.models.foreign import reading
 from falign.models.soup_members import SoupMember, check_one_tokenizer
 from falign.models.sources import damaged

@@ -12,14 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from falign.errors import ModelError
 from falign.models.adapter_files import write_adapter_files
 from falign.models.base_weights import check_quantized_from
+from falign.models.execution import resolve_dtype
 from falign.models.loading import load_model, stored_quantization
 from falign.models.merging import check_plain_lora, fold_adapter
-from falign.models.precision import resolve_dtype
 from falign.models.recorded_base import RecordedBase, record_base
 from falign.models.sources import resolve
 from falign.models.staging import staged_folder
-from falign.models.stop_tokens import stop_token_ids
 from falign.models.structure import adapter_weights, base_name, base_of
+from falign.models.tokenizers import stop_token_ids
 
 __all__ = ["export_adapter", "export_merged"]
 

@@ -19,12 +19,10 @@ from transformers import (
 )
 
 from falign.errors import ConfigError, ModelError, one_line
-from falign.models.attention import check_attention
 from falign.models.checkpoint_files import CheckpointFiles
-from falign.models.devices import named_device
+from falign.models.execution import check_attention, named_device, resolve_dtype
 from falign.models.foreign import reading
 from falign.models.patterns import check_tokenizer_patterns
-from falign.models.precision import resolve_dtype
 from falign.models.sources import check_weights, resolve
 
 __all__ = ["load_model", "load_tokenizer", "stored_quantization", "vocabulary_size"]

@@ -15,11 +15,11 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from falign.errors import ModelError
 from falign.models.adapters import load_adapter, transplant_adapter
-from falign.models.description import describe
+from falign.models.identity import describe
 from falign.models.loading import load_model
 from falign.models.probe import probe_ids, probe_logits
-from falign.models.stop_tokens import stop_token_ids
 from falign.models.structure import adapter_matrix, base_name, base_of, lora_layers
+from falign.models.tokenizers import stop_token_ids
 
 __all__ = ["ExportProof", "verify_export"]
 

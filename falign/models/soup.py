@@ -11,11 +11,11 @@ import torch
 from falign.errors import ConfigError
 from falign.models.adapter_files import write_adapter_files
 from falign.models.adapter_soup import adapter_soup
+from falign.models.checkpoint_files import TOKENIZER_FILES, copy_files
 from falign.models.checkpoint_soup import write_checkpoint_soup
-from falign.models.companion_files import TOKENIZER_FILES, copy_files
+from falign.models.execution import resolve_dtype
 from falign.models.gguf import cache_folder
 from falign.models.kept_folder import kept_folder
-from falign.models.precision import resolve_dtype
 from falign.models.soup_members import SoupMember, content_hash, soup_members
 from falign.models.staging import staged_folder
 

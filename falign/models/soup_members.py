@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from falign.errors import ConfigError, ModelError
-from falign.models.companion_files import MODEL_FILES
+from falign.models.checkpoint_files import MODEL_FILES
 from falign.models.kept_folder import file_hash
 from falign.models.loading import load_tokenizer
 from falign.models.sources import resolve

@@ -14,10 +14,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from falign.errors import ConfigError, ModelError, RewardError, one_line
-from falign.models.devices import named_device
+from falign.models.execution import named_device, resolve_dtype
 from falign.models.foreign import reading
 from falign.models.identity import model_identity
-from falign.models.precision import resolve_dtype
 from falign.models.sources import check_weights, resolve
 from falign.models.tokenizers import tokenizer_fingerprint
 from falign.rewards.base import place_of

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from falign.errors import ConfigError
-from falign.models.shared_head import head_rows, left_out_rows
+from falign.models.heads import head_rows, left_out_rows
 from falign.models.structure import base_of
 from falign.rollouts.base import SamplingParams
 from falign.rollouts.gap import EXACT, Canary, Gap, measure_gap

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from falign.errors import ConfigError
-from falign.models.description import describe
+from falign.models.identity import describe
 from falign.models.staging import staged_folder
 from falign.models.structure import base_of, without_adapters
 from falign.rollouts.vllm_client import HTTPClient

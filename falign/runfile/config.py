@@ -315,7 +315,7 @@ class SamplingConfig(FrozenModel):
 
 
 def _check_attention(name: str) -> None:
-    from falign.models.attention import check_attention
+    from falign.models.execution import check_attention
 
     try:
         check_attention(name)

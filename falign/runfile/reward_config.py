@@ -379,7 +379,7 @@ class ImplicitConfig(_Part):
         import torch
 
         from falign.models import load_model
-        from falign.models.shared_head import share_head
+        from falign.models.heads import share_head
         from falign.rewards.implicit import ImplicitReward
 
         place = self.device or ("cuda" if torch.cuda.is_available() else "cpu")

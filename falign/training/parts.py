@@ -24,9 +24,9 @@ from falign.models import (
     weights_hash,
 )
 from falign.models.base_weights import base_storage
-from falign.models.dropout import disable_dropout
+from falign.models.execution import disable_dropout
+from falign.models.heads import head_rows, left_out_rows
 from falign.models.sharding import shard
-from falign.models.shared_head import head_rows, left_out_rows
 from falign.models.structure import expert_modules
 from falign.models.tokenizers import check_same_tokens, pad_token_id
 from falign.objectives import Objective

@@ -19,8 +19,8 @@ from falign.models import (
     model_identity,
     weights_hash,
 )
+from falign.models.heads import head_rows, share_head
 from falign.models.merging import check_plain_lora
-from falign.models.shared_head import head_rows, share_head
 from falign.models.soup import cached_checkpoint_soup, soup_record
 from falign.models.soup_members import soup_members
 from falign.models.sources import adapter_folder

@@ -121,7 +121,7 @@ def adapters(folder: Path) -> Attempt:
         load_tokenizer,
         write_soup,
     )
-    from falign.models.adapter_start import start_from_adapter
+    from falign.models.adapters import start_from_adapter
     from falign.runs import RunFolder
     from falign.runs.loading import load_trained
 

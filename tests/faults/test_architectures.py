@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from falign.errors import FalignError
 from falign.models import add_lora, load_model
-from falign.models.dropout import disable_dropout
+from falign.models.execution import disable_dropout
 from falign.scoring import LAYOUTS, PromptTree, check_head, choose_layout, completion_scores
 
 SIZES = {

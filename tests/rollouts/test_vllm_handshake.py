@@ -5,7 +5,7 @@ import torch
 
 from falign.errors import ConfigError, EngineError
 from falign.models import add_lora, load_model
-from falign.models.shared_head import share_head
+from falign.models.heads import share_head
 from falign.rollouts import SamplingParams, shake_hands
 from tests.models.tiny import fill_adapter, tiny_tokenizer
 from tests.rollouts.loopback import policy_of

@@ -17,7 +17,7 @@ import falign
 from falign.cli.launch import FLAGS, Launch
 from falign.errors import ConfigError
 from falign.models import load_model
-from falign.models.dropout import disable_dropout
+from falign.models.execution import disable_dropout
 from falign.models.loading import _nf4
 from falign.objectives.margins import get_margin_loss
 from falign.passwords import NAMES

@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 from falign.data import PromptData
 from falign.errors import ConfigError
 from falign.models import base_of
+from falign.models.heads import ValueHead
 from falign.models.tokenizers import tokenizer_fingerprint
-from falign.models.value_head import ValueHead
 from falign.objectives import Objective
 from falign.rewards.columns import row_check
 from falign.rollouts import Engine, SamplingParams, TransformersEngine, shake_hands

@@ -1,4 +1,6 @@
-"""Two models of one tokenizer whose heads have different numbers of rows: both are cut to the ids that both have."""
+"""Heads: the rows that two models share, and a head for values of prefixes."""
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -9,7 +11,7 @@ from transformers import PreTrainedModel
 from falign.errors import ModelError
 from falign.models.structure import base_of
 
-__all__ = ["cut_head", "head_rows", "left_out_rows", "share_head"]
+__all__ = ["ValueHead", "cut_head", "head_rows", "left_out_rows", "share_head"]
 
 
 def share_head(policy: PreTrainedModel | PeftModel, other: PreTrainedModel | PeftModel) -> int:
@@ -77,3 +79,27 @@ def _rows(head: nn.Module) -> int:
     weight = head.weight
     assert isinstance(weight, Tensor)
     return int(weight.shape[0] if rows is None else rows)
+
+
+class ValueHead(nn.Module):
+    """``V(s) = w·h(s) + b``, zero at first.
+
+    It is trained on hidden states whose gradient ends there, so that its loss does not move the policy.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel | PeftModel) -> ValueHead:
+        """Return a head that fits a model, on its device, in float32."""
+        base = base_of(model)
+        assert isinstance(base, PreTrainedModel)
+        return cls(base.config.get_text_config().hidden_size).to(base.device)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return one value per hidden state, shape (..., 1)."""
+        return self.linear(hidden)
