@@ -77,7 +77,7 @@ class FrozenModel(Reference):
 
     @override
     def check_fits(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
-        from falign.models.shared_head import cut_head
+        from falign.models.heads import cut_head
         from falign.models.tokenizers import check_same_tokens
 
         if self.tokenizer is not None:
