@@ -40,6 +40,8 @@ SHARED = {
         "parent_death",
         "passwords",
         "plain_yaml",
+        "raised",
+        "registry",
         "seeds",
     ),
     "terminal",

@@ -62,7 +62,6 @@ def frontier(
     from falign.evaluation.frontier_plot import check_picture, plot_frontier
     from falign.evaluation.frontier_summary import IDEALS, frontier_point, frontier_summary
     from falign.evaluation.sample_metrics import divergence_metrics, sample_metrics
-    from falign.runfile.named_divergence import named_divergence
     from falign.runs.named_code import import_from, require_trust
 
     if out.suffix != ".json":
@@ -76,11 +75,8 @@ def frontier(
         require_trust(code, place=folder / "summary.json", trust_code=trust_code)
     if any(":" in named for named in (divergence, *own)):
         import_from(Path.cwd())
-    try:
-        axis = named_divergence(divergence)
-        ideals = {each.name: each for each in map(named_divergence, (*IDEALS, *own)) if each.name != "total_variation"}
-    except ValueError as error:
-        raise ConfigError(f"--divergence: {error}") from error
+    axis = divergences.get(divergence, field="--divergence")
+    ideals = {each.name: each for each in map(divergences.get, (*IDEALS, *own)) if each.name != "total_variation"}
     _require_alike(found)
     points, anchors = [], None
     for each in found:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
+import inspect
 import re
 from collections.abc import Callable
+from typing import Any
 
 from falign.divergences.alpha import Alpha, SquaredHellinger
 from falign.divergences.base import Divergence
@@ -12,8 +13,10 @@ from falign.divergences.bounded import LeCam, TotalVariation
 from falign.divergences.chi_squared import Chi2KL, NeymanChi2, PearsonChi2
 from falign.divergences.jensen_shannon import GeneralizedJS, JensenShannon
 from falign.divergences.kullback_leibler import ForwardKL, Jeffreys, ReverseKL
+from falign.errors import ConfigError
+from falign.registry import Registry, is_own_name
 
-__all__ = ["get", "names"]
+__all__ = ["DIVERGENCES", "get", "names"]
 
 FAMILIES: dict[str, Callable[..., Divergence]] = {
     "reverse_kl": ReverseKL,
@@ -29,7 +32,6 @@ FAMILIES: dict[str, Callable[..., Divergence]] = {
     "le_cam": LeCam,
     "generalized_js": GeneralizedJS,
 }
-PARAMETERS = {"alpha": "alpha", "generalized_js": "b"}
 ALIASES = {
     "rkl": "reverse_kl",
     "fkl": "forward_kl",
@@ -60,6 +62,22 @@ WRAPPERS: dict[str, Callable[[Divergence], Divergence]] = {
 }
 
 
+def _is_divergence(value: Any) -> bool:
+    is_family = inspect.isclass(value) and issubclass(value, Divergence)
+    return is_family or isinstance(value, Divergence) or inspect.isfunction(value)
+
+
+DIVERGENCES: Registry[Any] = Registry(
+    "divergence",
+    FAMILIES,
+    aliases=ALIASES,
+    refused=REFUSED,
+    wanted="falign Divergence, a family of them or a function that returns one",
+    is_member=_is_divergence,
+)
+"""Families by name; an own member may also be a divergence itself."""
+
+
 def names() -> tuple[str, ...]:
     """Return the registry names of the twelve families, in the order of the documentation.
 
@@ -73,12 +91,14 @@ def names() -> tuple[str, ...]:
     return tuple(FAMILIES)
 
 
-def get(name: str, **parameters: float) -> Divergence:
+def get(name: str, *, field: str | None = None, **parameters: float) -> Divergence:
     """Return a divergence by name.
 
     Args:
         name: A registry name or alias, its parameter in parentheses where it has one (``"alpha(0.5)"``);
-            ``"standardized(NAME)"`` and ``"dual(NAME)"`` wrap another.
+            ``"standardized(NAME)"`` and ``"dual(NAME)"`` wrap another; ``"module:Name"`` is one of your own, a
+            divergence or a class or function that makes one (``"module:Name(0.5)"``).
+        field: The run-file field or option that holds the name, for messages.
         **parameters: The parameter by name instead (``get("alpha", alpha=0.5)``).
 
     Returns:
@@ -94,37 +114,48 @@ def get(name: str, **parameters: float) -> Divergence:
         >>> get("alpha(0.5)") == get("alpha", alpha=0.5)
         True
     """
-    match = re.fullmatch(r"\s*([A-Za-z][A-Za-z0-9_-]*)\s*(?:\((.*)\))?\s*", name)
+    place = f"divergence {name!r}" if field is None else f"{field}={name!r}"
+    match = re.fullmatch(r"\s*([A-Za-z_][\w.:-]*)\s*(?:\((.*)\))?\s*", name)
     if match is None:
-        raise ValueError(f"divergence {name!r} is not of the form NAME or NAME(PARAMETER), as in 'alpha(0.5)'.")
-    key, argument = match[1].lower().replace("-", "_"), match[2]
+        raise ConfigError(f"{place} is not of the form NAME or NAME(PARAMETER), as in 'alpha(0.5)'.")
+    key, argument = match[1], match[2]
+    if not is_own_name(key):
+        key = key.lower().replace("-", "_")
     if key in WRAPPERS:
-        return WRAPPERS[key](get(argument or "", **parameters))
-    key = ALIASES.get(key, key)
-    if key in REFUSED:
-        raise ValueError(f"divergence {name!r}: {REFUSED[key]}")
-    if key not in FAMILIES:
-        close = difflib.get_close_matches(key, [*FAMILIES, *ALIASES], n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}? Choose" if close else "choose"
-        raise ValueError(f"divergence {name!r} is unknown; {hint} one of {', '.join(FAMILIES)}.")
-    return FAMILIES[key](**_parameters(key, name, argument, parameters))
+        return WRAPPERS[key](get(argument or "", field=field, **parameters))
+    family = DIVERGENCES.get(key, field=field)
+    if isinstance(family, Divergence):
+        if argument is not None or parameters:
+            raise ConfigError(f"{place} is a divergence, so it takes no parameter.")
+        return family
+    given = _parameters(family, place, match[1], argument, parameters)
+    try:
+        divergence = family(**given)
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}") from error
+    if not isinstance(divergence, Divergence):
+        raise ConfigError(f"{place} returned a {type(divergence).__name__}, not a falign Divergence.")
+    return divergence
 
 
-def _parameters(key: str, name: str, argument: str | None, given: dict[str, float]) -> dict[str, float]:
-    parameter = PARAMETERS.get(key)
-    if parameter is None:
-        if argument is not None or given:
-            raise ValueError(f"divergence {name!r}: {key} takes no parameter.")
+def _parameters(
+    family: Callable[..., Divergence], place: str, key: str, argument: str | None, given: dict[str, float]
+) -> dict[str, float]:
+    known = inspect.signature(family).parameters
+    if argument is None and not given and all(each.default is not each.empty for each in known.values()):
         return {}
+    if not known:
+        raise ConfigError(f"{place}: {key} takes no parameter.")
+    parameter = next(iter(known))
     if argument is not None and given:
-        raise ValueError(f"divergence {name!r} with {given}: its parameter is given twice; give it once.")
+        raise ConfigError(f"{place} with {given}: its parameter is given twice; give it once.")
     if argument is not None:
         text = argument.split("=")[-1].strip() if argument.startswith(f"{parameter}=") else argument.strip()
         try:
             given = {**given, parameter: float(text)}
         except ValueError:
-            raise ValueError(f"divergence {name!r}: {argument!r} is not a number; write {key}(0.5).") from None
+            raise ConfigError(f"{place}: {argument!r} is not a number; write {key}(0.5).") from None
     if set(given) != {parameter}:
         extra = f", got {sorted(given)}" if given else ""
-        raise ValueError(f"divergence {name!r}: {key} needs its parameter {parameter}{extra}; write {key}(0.5).")
+        raise ConfigError(f"{place}: {key} needs its parameter {parameter}{extra}; write {key}(0.5).")
     return given

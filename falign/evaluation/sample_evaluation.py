@@ -41,7 +41,6 @@ from falign.rewards.columns import row_check
 from falign.rewards.identity import reward_identities
 from falign.rollouts import Engine, SamplingParams, TransformersEngine
 from falign.runfile import RunConfig
-from falign.runfile.named_divergence import named_divergence
 from falign.runfile.reading import load_reward_list
 from falign.runfile.reward_config import RewardConfig, build_rewards
 from falign.runs import RunFolder
@@ -218,10 +217,9 @@ class SampleEvaluation:
         own = None if config is None else config.objective.model_dump().get("divergence")
         if any(":" in name for name in self.compared.divergences):
             import_from(Path.cwd())
-        try:
-            found = [named_divergence(name) for name in (*USUAL, *filter(None, [own]), *self.compared.divergences)]
-        except ValueError as error:
-            raise ConfigError(f"--divergence: {error}") from error
+        given = {name: "objective.divergence" for name in filter(None, [own])}
+        given |= dict.fromkeys(self.compared.divergences, "--divergence")
+        found = [get(name, field=given.get(name)) for name in dict.fromkeys((*USUAL, *given))]
         return {divergence.name: divergence for divergence in found}
 
     def _rewarding(self, config: RunConfig | None) -> Rewarding:

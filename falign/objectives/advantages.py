@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from falign.divergences.dtypes import numbers
 from falign.objectives.groups import groups_of, mean_of_others, smallest, total
+from falign.registry import Registry
 
 __all__ = [
     "ADVANTAGES",
@@ -169,21 +169,27 @@ def group_normalised(
     return torch.where(deviation == 0, torch.zeros_like(centred), centred / (deviation + eps))
 
 
-ADVANTAGES: dict[str, Advantage] = {
-    "none": none,
-    "batch_mean": batch_mean,
-    "leave_one_out": leave_one_out,
-    "group_centred": group_centred,
-    "group_normalised": group_normalised,
-}
+ADVANTAGES: Registry[Advantage] = Registry(
+    "advantage",
+    {
+        "none": none,
+        "batch_mean": batch_mean,
+        "leave_one_out": leave_one_out,
+        "group_centred": group_centred,
+        "group_normalised": group_normalised,
+    },
+    beside=("gae",),  # computed by PolicyGradient, from a value head
+    wanted="function of rewards and prompt_index",
+)
 
 
-def get_advantage(name: str) -> Advantage:
+def get_advantage(name: str, *, field: str | None = None) -> Advantage:
     """Return an advantage by name.
 
     Args:
         name: ``none`` (REINFORCE), ``batch_mean``, ``leave_one_out`` (RLOO), ``group_centred``, ``group_normalised``
-            (GRPO).
+            (GRPO); or ``module:function`` of your own.
+        field: The run-file field that holds the name, for messages.
 
     Returns:
         A function of rewards and prompt index.
@@ -195,8 +201,4 @@ def get_advantage(name: str) -> Advantage:
         >>> get_advantage("leave_one_out") is leave_one_out
         True
     """
-    if name not in ADVANTAGES:
-        close = difflib.get_close_matches(name, ADVANTAGES, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}? Choose" if close else "choose"
-        raise ValueError(f"advantage {name!r} is unknown; {hint} one of {', '.join(ADVANTAGES)}, gae.")
-    return ADVANTAGES[name]
+    return ADVANTAGES.get(name, field=field)

@@ -9,7 +9,6 @@ from falign.rewards.child import Call, ChildPool, Outcome, shared_pool
 from falign.rewards.combination import Rewards, RewardSum, WeightedReward
 from falign.rewards.groups import GroupShares, best_of_n, calibrate, group_shares, keep, pass_at_k, pass_rates
 from falign.rewards.identity import Identified, Identity, reward_identities, reward_identity
-from falign.rewards.importing import import_function
 from falign.rewards.lexicon import Lexicon, fit_lexicon, read_labelled, read_lexicon
 from falign.rewards.loading import load_reward
 from falign.rewards.own_function import OwnFunction
@@ -44,7 +43,6 @@ __all__ = [
     "choice",
     "fit_lexicon",
     "group_shares",
-    "import_function",
     "keep",
     "load_reward",
     "mathematics",

@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from falign.errors import NonFiniteRewardError, RewardError
-from falign.rewards.raised import code_lines, completion_at_fault, raised_message
+from falign.raised import code_lines, completion_at_fault, raised_message
 
 __all__ = [
     "ARGUMENTS",

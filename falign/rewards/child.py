@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from falign.errors import RewardError
-from falign.rewards.raised import CodeLine
+from falign.raised import CodeLine
 
 __all__ = ["DEFAULT_MEMORY_BYTES", "Call", "ChildPool", "Outcome", "shared_pool"]
 

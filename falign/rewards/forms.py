@@ -12,9 +12,10 @@ from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 from falign.errors import ConfigError, RewardError
+from falign.registry import import_member
 from falign.rewards.base import ARGUMENTS, select_columns
 
-__all__ = ["FORMS", "Form", "FormName", "check_parameters", "finished"]
+__all__ = ["FORMS", "Form", "FormName", "finished", "load_function"]
 
 FormName = Literal["falign", "trl", "verl"]
 
@@ -94,6 +95,23 @@ class _Verl:
 
 FORMS: dict[str, Form] = {"falign": _Falign(), "trl": _TRL(), "verl": _Verl()}
 """By the name that a run file gives them."""
+
+
+def load_function(name: str, form: FormName) -> Callable[..., Any]:
+    """Return the function that ``module:function`` names.
+
+    Args:
+        name: The module as in an import statement; the function may be an attribute of a class.
+        form: How it is to be called.
+
+    Raises:
+        ConfigError: It cannot be imported or called, or has the parameters of another form.
+    """
+    function = import_member(name, place=f"reward {name!r}", wanted="function")
+    if not callable(function):
+        raise ConfigError(f"reward {name!r} is a {type(function).__name__}; it must be callable.")
+    check_parameters(name, function, form)
+    return function
 
 
 def check_parameters(name: str, function: Callable[..., Any], form: FormName) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from falign.errors import RewardError
+from falign.raised import raised_message
 from falign.rewards.base import Scores, check_rewards, place_of
 from falign.rewards.child import Outcome
-from falign.rewards.raised import raised_message
 
 __all__ = ["row_error", "scores_of"]
 

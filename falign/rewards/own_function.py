@@ -8,9 +8,8 @@ from typing import Any
 
 from falign.errors import RewardError
 from falign.rewards.base import Scores, reward_raised
-from falign.rewards.forms import FORMS, FormName, arguments, check_columns, check_parameters, finished
+from falign.rewards.forms import FORMS, FormName, arguments, check_columns, finished, load_function
 from falign.rewards.identity import Identity
-from falign.rewards.importing import import_function
 
 __all__ = ["OwnFunction"]
 
@@ -33,8 +32,7 @@ class OwnFunction:
     _imported: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_imported", import_function(self.function))
-        check_parameters(self.function, self._imported, self.form)
+        object.__setattr__(self, "_imported", load_function(self.function, self.form))
 
     def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float | None]:
         return self.score(prompts, completions, **columns).values

@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 from falign.rewards.base import Scores, check_rewards
 from falign.rewards.child import Call, ChildPool
-from falign.rewards.forms import FORMS, FormName, arguments, check_columns, check_parameters
+from falign.rewards.forms import FORMS, FormName, arguments, check_columns, load_function
 from falign.rewards.identity import Identity
-from falign.rewards.importing import import_function
 from falign.rewards.outcomes import scores_of
 
 __all__ = ["TimedFunction"]
@@ -43,8 +42,7 @@ class TimedFunction:
     _imported: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_imported", import_function(self.function))
-        check_parameters(self.function, self._imported, self.form)
+        object.__setattr__(self, "_imported", load_function(self.function, self.form))
 
     def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float | None]:
         return self.score(prompts, completions, **columns).values

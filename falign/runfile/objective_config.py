@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from falign.objectives import Listwise, Objective, Pairwise, TokenPairwise, TokenWeighting
-from falign.runfile.base_config import FrozenModel
-from falign.runfile.named_divergence import named_divergence, refusals
+from falign.runfile.base_config import FrozenModel, named_divergence, refusals
 from falign.runfile.online_objective_config import (
     DistributionMatchingConfig,
     HybridConfig,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from falign.divergences import Divergence
 from falign.objectives import (
+    Advantage,
     CompletionMean,
     DistributionMatching,
     Hybrid,
@@ -18,9 +19,10 @@ from falign.objectives import (
     Rehearsal,
     Supervised,
     dph_rl_coefficient,
+    get_advantage,
 )
-from falign.runfile.base_config import FrozenModel
-from falign.runfile.named_divergence import named_divergence, refusals
+from falign.registry import is_own_name
+from falign.runfile.base_config import FrozenModel, named_divergence, refusals
 from falign.runfile.target_config import TargetConfig, without_fit
 
 __all__ = [
@@ -41,7 +43,8 @@ class PolicyGradientConfig(FrozenModel):
     beta: float = Field(default=0.0, ge=0)
     """Strength of the divergence, in units of reward; 0 penalises nothing and needs no reference."""
     advantage: str = "leave_one_out"
-    """``none``, ``batch_mean``, ``leave_one_out`` (RLOO), ``group_centred``, ``group_normalised`` (GRPO), ``gae``."""
+    """``none``, ``batch_mean``, ``leave_one_out`` (RLOO), ``group_centred``, ``group_normalised`` (GRPO), ``gae``; or
+    ``module:function`` of your own, called with rewards and prompt_index, both of shape (N,)."""
     clip_low: float | None = Field(default=None, gt=0, le=1)
     """π/π_old is kept above 1 - clip_low where the advantage is negative; left out, not at all."""
     clip_high: float | None = Field(default=None, gt=0)
@@ -74,6 +77,7 @@ class PolicyGradientConfig(FrozenModel):
         """
         fields = self.model_dump(exclude={"kind", "divergence"})
         with refusals():
+            fields["advantage"] = _advantage(self.advantage)
             return PolicyGradient(None if self.divergence is None else named_divergence(self.divergence), **fields)
 
 
@@ -157,7 +161,7 @@ class HybridConfig(FrozenModel):
         """
         with refusals():
             exploration = PolicyGradient(
-                advantage=self.advantage,
+                advantage=_advantage(self.advantage),
                 clip_low=self.clip_low,
                 clip_high=self.clip_high,
                 importance=self.importance,
@@ -215,3 +219,11 @@ class SupervisedConfig(FrozenModel):
         """
         with refusals():
             return Supervised(None if self.divergence is None else named_divergence(self.divergence), self.beta)
+
+
+def _advantage(name: str) -> Advantage | str:
+    """Check the name, and return the function where it is a user's own."""
+    if name == "gae":
+        return name
+    found = get_advantage(name, field="objective.advantage")
+    return found if is_own_name(name) else name

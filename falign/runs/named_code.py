@@ -123,4 +123,4 @@ def _is_code(name: str, value: Any) -> bool:
         return False
     if name == "attn_implementation":
         return "/" in value  # transformers fetches compiled kernels from a repository
-    return name == "function" or (name == "divergence" and ":" in value)
+    return name == "function" or (name in ("divergence", "advantage") and ":" in value)

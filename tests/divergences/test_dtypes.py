@@ -35,7 +35,7 @@ JS, CHI2 = divergences.get("jensen_shannon"), divergences.get("pearson_chi2")
 
 # Of six numbers 0 and 1, or a table (2, 3) of them.
 FUNCTIONS = {
-    **{f"advantage {name}": lambda x, name=name: get_advantage(name)(x, PROMPTS) for name in ADVANTAGES},
+    **{f"advantage {name}": lambda x, name=name: get_advantage(name)(x, PROMPTS) for name in ADVANTAGES.names()},
     "group_deviation": lambda x: group_deviation(x, PROMPTS),
     "generalized_advantages": lambda x: generalized_advantages(x[:2], x.view(2, 3), MASK, 0.9, 0.8),
     "total": lambda x: total(x, GROUPS),

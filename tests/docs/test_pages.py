@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from falign import divergences
-from falign.divergences.registry import ALIASES, PARAMETERS
+from falign.divergences.registry import DIVERGENCES
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(ROOT.glob("docs/**/*.md")) + [page for page in (ROOT / "README.md",) if page.is_file()]
@@ -119,10 +119,10 @@ def table(*header):
 def members(name_cell):
     """A family with its parameter at several values: (divergence, names that its formulas may use)."""
     name = re.fullmatch(r"`(\w+)(?:\(.*\))?`", name_cell)[1]
-    if name not in PARAMETERS:
+    if name not in PARAMETER_VALUES:
         return [(divergences.get(name), {})]
     values = PARAMETER_VALUES[name]
-    return [(divergences.get(name, **{PARAMETERS[name]: v}), {"a": v, "b": v}) for v in values]
+    return [(divergences.get(f"{name}({v})"), {"a": v, "b": v}) for v in values]
 
 
 def evaluate(cell, **names):
@@ -189,4 +189,4 @@ def test_tables_name_every_family_and_alias():
     assert [re.match(r"`(\w+)", row["name"])[1] for row in table(*WEIGHTS)] == named
     rows = table("name", "is", "aliases")
     stated = {alias: row["name"].strip("`") for row in rows for alias in re.findall(r"`(\w+)`", row["aliases"])}
-    assert stated == ALIASES
+    assert stated == DIVERGENCES.aliases

@@ -56,7 +56,7 @@ def test_a_completion_without_others_is_refused_with_the_remedy(name):
         get_advantage(name)(rewards[rows], prompts[rows])
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
+@pytest.mark.parametrize("name", ADVANTAGES.names())
 def test_an_empty_rollout_has_empty_advantages(name):
     assert get_advantage(name)(torch.zeros(0), torch.zeros(0, dtype=torch.long)).shape == (0,)
 

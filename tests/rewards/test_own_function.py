@@ -4,7 +4,7 @@ import pytest
 
 from falign.errors import ConfigError, RewardError
 from falign.rewards import ChildPool, OwnFunction, TimedFunction, reward_identity
-from falign.runfile.named_divergence import named_divergence
+from falign.runfile.base_config import named_divergence
 
 FUNCTIONS = "tests.rewards.functions"
 CHAT = [[{"role": "user", "content": "q"}]] * 2

@@ -163,7 +163,7 @@ def test_what_no_samples_could_make_right_is_refused_before_there_are_any():
     ("fields", "message"),
     [
         ({"kind": "policy_gradient", "beta": 0.1}, "objective: beta=0.1.* without a divergence"),
-        ({"kind": "policy_gradient", "advantage": "rloo"}, "objective: advantage 'rloo' is unknown"),
+        ({"kind": "policy_gradient", "advantage": "rloo"}, "objective.advantage='rloo' is unknown"),
         ({"kind": "policy_gradient", "lam": 0.9}, "belongs to advantage='gae'"),
         ({"kind": "supervised", "divergence": "js", "beta": 0.1}, r"objective: f-SFT is not defined under"),
         ({"kind": "supervised", "beta": 0.1}, "give both, or neither"),

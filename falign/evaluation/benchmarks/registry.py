@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-from falign.choices import require_choice
+import inspect
+
+from falign.errors import ConfigError
 from falign.evaluation.benchmarks.base import Benchmark
-from falign.evaluation.benchmarks.judgebench import JudgeBench
-from falign.evaluation.benchmarks.llmbar import LLMBar
-from falign.evaluation.benchmarks.preferences import Preferences
-from falign.evaluation.benchmarks.rewardbench import RewardBench
-from falign.evaluation.benchmarks.rewardbench2 import RewardBench2
-from falign.evaluation.benchmarks.rm_bench import RMBench
+from falign.registry import Registry
 
-__all__ = ["get", "names"]
+__all__ = ["BENCHMARKS", "get", "names"]
 
-_BENCHMARKS: tuple[Benchmark, ...] = (
-    RewardBench(),
-    RewardBench2(),
-    RMBench(),
-    JudgeBench(),
-    LLMBar(),
-    Preferences(),
+_HERE = "falign.evaluation.benchmarks"
+
+BENCHMARKS: Registry[type[Benchmark]] = Registry(
+    "benchmark",
+    {
+        "rewardbench": f"{_HERE}.rewardbench:RewardBench",
+        "rewardbench2": f"{_HERE}.rewardbench2:RewardBench2",
+        "rm_bench": f"{_HERE}.rm_bench:RMBench",
+        "judgebench": f"{_HERE}.judgebench:JudgeBench",
+        "llmbar": f"{_HERE}.llmbar:LLMBar",
+        "preferences": f"{_HERE}.preferences:Preferences",
+    },
+    wanted="benchmark class: its instances need name, subsets, items and aggregate",
+    is_member=inspect.isclass,
 )
 
 
 def names() -> tuple[str, ...]:
     """Return the names of all benchmarks, in the order of the documentation."""
-    return tuple(benchmark.name for benchmark in _BENCHMARKS)
+    return BENCHMARKS.names()
 
 
 def get(name: str) -> Benchmark:
-    """Return a benchmark by name.
+    """Return a benchmark by name, or one of your own by ``module:Class``, which is called without arguments.
 
     Raises:
-        ConfigError: No benchmark has that name.
+        ConfigError: No benchmark has that name, or the class is not a :class:`Benchmark`.
     """
-    require_choice("benchmark", name, names())
-    return next(benchmark for benchmark in _BENCHMARKS if benchmark.name == name)
+    benchmark = BENCHMARKS.get(name, field="benchmark")()
+    if not isinstance(benchmark, Benchmark):
+        raise ConfigError(f"benchmark={name!r} makes a {type(benchmark).__name__}, not a falign Benchmark.")
+    return benchmark

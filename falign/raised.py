@@ -14,7 +14,7 @@ __all__ = ["CodeLine", "code_lines", "completion_at_fault", "own_lines", "raised
 
 MOST_LINES = 3
 LONGEST_COMPLETION = 300
-_FALIGN = Path(__file__).parents[1]
+_FALIGN = Path(__file__).parent
 _INSTALLED = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
