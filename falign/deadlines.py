@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from falign.parent_death import end_with_parent
+__all__ = ["LateError", "end_with_parent", "failure", "within"]
 
-__all__ = ["LateError", "failure", "within"]
 
 MEMORY_BYTES = 2 << 30
 """The memory that a child process may use beyond that of its parent; enforced on Linux only."""
@@ -145,3 +144,19 @@ def _read_to_end(reader: int, seconds: float) -> str | None:
             return content.decode("utf-8", "replace")
         content += part
     return None
+
+
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the system kill this process when its parent is gone; on Linux alone, for others have no such signal.
+
+    Args:
+        parent: The process that started this one. Where it is gone already, this one ends at once.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the system was told
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -37,7 +37,6 @@ SHARED = {
         "errors",
         "full_disk",
         "json_lines",
-        "parent_death",
         "passwords",
         "plain_yaml",
         "raised",

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from falign.parent_death import end_with_parent
+from falign.deadlines import end_with_parent
 
 __all__ = ["FAILURES", "LAUNCHER", "end_quietly", "first_failure", "leave_failure"]
 

@@ -2,13 +2,12 @@
 
 from falign.data.bad_rows import BadRowPolicy, BadRows
 from falign.data.conversations import Message, Text
-from falign.data.demonstrations import Demonstrations, demonstrations
 from falign.data.examples import Example
 from falign.data.files import Row
 from falign.data.formats import COLUMNS, FORMATS
 from falign.data.inspection import DataReport, Lengths, check
 from falign.data.memory import InMemory
-from falign.data.preferences import LoadReport, PreferenceData, load_preferences
+from falign.data.preferences import Demonstrations, LoadReport, PreferenceData, demonstrations, load_preferences
 from falign.data.prompts import PromptData, PromptReport, PromptRow, PromptSource, RowCheck, load_prompts
 from falign.data.reading import TokenizedRow, read_tokenized
 from falign.data.recognition import RowReader, read_examples

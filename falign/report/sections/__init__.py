@@ -3,11 +3,9 @@
 from falign.report.sections.base import Section
 from falign.report.sections.benchmarks import benchmarks
 from falign.report.sections.completions import completions
-from falign.report.sections.curves import curves
 from falign.report.sections.data import data
-from falign.report.sections.diversity import diversity
-from falign.report.sections.frontier import frontier
-from falign.report.sections.held_out import held_out
+from falign.report.sections.diversity import diversity, frontier
+from falign.report.sections.held_out import curves, held_out
 from falign.report.sections.trained import trained
 
 __all__ = ["SECTIONS", "Section"]

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from falign.report.drawing import Picture, Plot, render
-from falign.report.html import Html, tag
 from falign.report.runs import ReportedRun
+from falign.report.tables import Html, tag
 
 __all__ = ["Section", "drawn", "lacking", "missing", "path_of", "sampling_command"]
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from falign.report.benchmark_plots import reliability_plot, score_plot
 from falign.report.evaluations import Estimate, RewardSummary
-from falign.report.html import Html, joined, tag
 from falign.report.metric_names import fixed, share
 from falign.report.runs import ReportedRun
+from falign.report.sample_plots import reliability_plot, score_plot
 from falign.report.sections.base import Section, drawn, lacking, missing, path_of
-from falign.report.tables import details, interval, legend, run_name, table
+from falign.report.tables import Html, details, interval, joined, legend, run_name, table, tag
 
 __all__ = ["benchmarks"]
 

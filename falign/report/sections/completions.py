@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from falign.report.answers import MOST_COMPLETIONS, MOST_PROMPTS, Answer, Answers, answers_of
-from falign.report.html import Html, joined, tag
 from falign.report.metric_names import number
 from falign.report.runs import ReportedRun
 from falign.report.sections.base import Section, missing, path_of
-from falign.report.tables import legend, run_name
+from falign.report.tables import Html, joined, legend, run_name, tag
 
 __all__ = ["completions"]
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from falign.report.html import joined, tag
 from falign.report.metric_names import NOTHING
 from falign.report.runs import ReportedRun
 from falign.report.sections.base import Section
-from falign.report.tables import run_name, table
+from falign.report.tables import joined, run_name, table, tag
 
 __all__ = ["data"]
 

@@ -1,4 +1,4 @@
-"""What samples are worth and how different they are: rewards, divergences, diversity, pass@k."""
+"""Samples: their reward against divergence, their diversity, and pass@k."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import re
 from collections.abc import Sequence
 
 from falign.report.drawing import Plot
-from falign.report.evaluations import Estimate, SampleSummary
-from falign.report.html import Html, joined, tag
-from falign.report.metric_names import Number, divergence_label, fixed, share
+from falign.report.evaluations import Estimate, Frontier, SampleSummary
+from falign.report.metric_names import Number, divergence_label, fixed, number, share
 from falign.report.runs import ReportedRun
-from falign.report.sample_plots import BEFORE, pass_plot
+from falign.report.sample_plots import BEFORE, frontier_plot, pass_plot
 from falign.report.sections.base import Section, drawn, lacking, missing, sampling_command
-from falign.report.tables import details, interval, legend, run_name, table
+from falign.report.tables import Html, details, interval, joined, legend, run_name, table, tag
 
-__all__ = ["diversity"]
+__all__ = ["diversity", "frontier"]
+
 
 TITLE = "Samples: reward, diversity, pass@k"
 REFERENCE = "reference/"
@@ -116,3 +116,49 @@ def _label(metric: str) -> str:
     name, _, estimator = rest.partition("/")
     how = {"": "", "vocabulary": ", over the vocabulary"}.get(estimator, f", by {estimator.replace('_', ' ')}")
     return f"{divergence_label(name)}{how} (nats)"
+
+
+FRONTIER_TITLE = "Frontier: reward against divergence"
+
+
+def frontier(runs: Sequence[ReportedRun]) -> Section:
+    """Show how much reward each run has for how much divergence, and what would be possible."""
+    groups = _groups(runs)
+    has = [run for run in runs if any(run is other for found in groups.values() for other, _, _ in found)]
+    if not has:
+        return Section("frontier", FRONTIER_TITLE, missing("Not measured yet:", sampling_command(runs[0])))
+    plots, tables = [], []
+    for (name, axis), found in groups.items():
+        plots.append(frontier_plot(name, found))
+        rows = [
+            [run_name(run), point.label or summary.name, number(point.divergence), number(point.reward)]
+            for run, summary, measured in found
+            for point in measured.points
+        ]
+        head = ["run", "point", f"{divergence_label(axis)} (nats)", "reward"]
+        tables.append(details(f"Points of {name}", table(f"Points of the frontier: {name}", head, rows)))
+    grid, pictures = drawn(plots, wide=True)
+    return Section(
+        "frontier",
+        FRONTIER_TITLE,
+        joined([legend(runs), grid, *tables, lacking(runs, has, sampling_command)]),
+        pictures,
+    )
+
+
+def _groups(
+    runs: Sequence[ReportedRun],
+) -> dict[tuple[str, str], list[tuple[ReportedRun, SampleSummary, Frontier]]]:
+    """What belongs into one plot, by its name and axis: measured on the same prompts, with the same axis."""
+    groups: dict[tuple[str, str], list[tuple[ReportedRun, SampleSummary, Frontier]]] = {}
+    for run in runs:
+        for summary in run.sampled.values():
+            if summary.frontier is not None:
+                key = (summary.measured_on, summary.frontier.divergence)
+                groups.setdefault(key, []).append((run, summary, summary.frontier))
+    named: dict[tuple[str, str], list[tuple[ReportedRun, SampleSummary, Frontier]]] = {}
+    for (_, axis), found in groups.items():
+        name = found[0][1].name
+        name = name if (name, axis) not in named else f"{name} ({len(named) + 1})"
+        named[name, axis] = found
+    return named

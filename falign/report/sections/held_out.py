@@ -1,16 +1,17 @@
-"""Held-out values before and after training."""
+"""Curves over the steps, and held-out values before and after training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from falign.report.html import Html, joined
+from falign.report.curves import curve_plots
 from falign.report.metric_names import HELD_OUT, Number, number, written
 from falign.report.runs import ReportedRun
-from falign.report.sections.base import Section, missing, path_of
-from falign.report.tables import details, run_name, table
+from falign.report.sections.base import Section, drawn, missing, path_of
+from falign.report.tables import Html, details, joined, legend, run_name, table, tag
 
-__all__ = ["held_out"]
+__all__ = ["curves", "held_out"]
+
 
 TITLE = "Held out, before and after"
 
@@ -67,3 +68,24 @@ def _table(caption: str, runs: Sequence[ReportedRun], rows: Sequence[tuple[str, 
         groups=[(run_name(run), 2) for run in runs],
         quiet=True,
     )
+
+
+SURROGATES = frozenset({"policy_gradient", "distribution_matching", "hybrid"})
+
+
+def curves(runs: Sequence[ReportedRun]) -> Section:
+    """Draw every metric of training and of held-out data."""
+    plots = curve_plots(runs)
+    if not plots:
+        command = f"falign train {path_of(runs[0])}/run.yaml --resume"
+        return Section("curves", "Curves", missing("No step has been logged yet.", command))
+    grid, pictures = drawn(plots)
+    note = ""
+    if any(run.run_file["objective"].get("kind") in SURROGATES for run in runs):
+        note = tag(
+            "p",
+            "The loss of an objective on own samples is a surrogate: its gradient is what is wanted, its value says "
+            "nothing of progress.",
+            attributes={"class": "note"},
+        )
+    return Section("curves", "Curves", joined([legend(runs), note, grid]), pictures)

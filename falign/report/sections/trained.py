@@ -7,11 +7,10 @@ from typing import Any
 
 import yaml
 
-from falign.report.html import Html, joined, tag
 from falign.report.metric_names import NOTHING, divergence_label, number
 from falign.report.runs import ReportedRun
 from falign.report.sections.base import Section, path_of
-from falign.report.tables import code, details, run_name, table
+from falign.report.tables import Html, code, details, joined, run_name, table, tag
 
 __all__ = ["trained"]
 
