@@ -10,7 +10,7 @@ from falign.errors import ConfigError, EngineError, TrainingError, one_line
 from falign.report.writing import made_of
 from falign.rollouts import SamplingParams, vllm_completions
 from falign.rollouts.vllm_client import HTTPClient
-from falign.training.trainer import _reading
+from falign.training.resumable import reading_checkpoint
 
 LONG = "a reason " * 100 + "and the remedy"
 
@@ -26,7 +26,7 @@ def test_no_message_of_an_exception_is_cut():
 
 
 def test_a_checkpoint_that_cannot_be_read_has_the_whole_reason():
-    with pytest.raises(TrainingError, match="and the remedy"), _reading("checkpoint-1"):
+    with pytest.raises(TrainingError, match="and the remedy"), reading_checkpoint("checkpoint-1"):
         raise RuntimeError(LONG)
 
 

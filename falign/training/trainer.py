@@ -1,59 +1,34 @@
-"""The trainer: scoring, reference and objective on ``transformers.Trainer``, and nothing of its own in between."""
+"""The trainer: scoring, reference and objective make the loss; what keeps a run alive is in ``resumable``."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers import TrainingArguments
 from typing_extensions import override
 
-from falign.errors import ConfigError, TrainingError, one_line
-from falign.models.foreign import reading
-from falign.models.sharding import is_sharded
-from falign.models.staging import staged_folder
+from falign.errors import ConfigError
 from falign.objectives import CompletionBatch, Objective, ObjectiveOutput, reduce_terms, total_weights
 from falign.objectives.batch import OFFLINE
 from falign.references import ObjectiveInputs, Reference, completion_batch, objective_inputs
-from falign.runs.checkpoints import rotate, seal, sync_logs
-from falign.runs.folder import is_held_out
-from falign.scoring import (
-    DEFAULT_CHUNK_TOKENS,
-    LAYOUTS,
-    Layout,
-    PromptTree,
-    TokenBatch,
-    TokenBudgetBatches,
-    evaluation_mode,
-)
-from falign.training.batch_sharding import Batches, RowBatches, Share
-from falign.training.finite_guard import NonsenseGuard, describe_loss, term_names
-from falign.training.learning_rate import same_learning_rates
+from falign.scoring import DEFAULT_CHUNK_TOKENS, LAYOUTS, Layout, PromptTree, TokenBatch, evaluation_mode
+from falign.training.finite_guard import describe_loss, term_names
 from falign.training.means import Means
-from falign.training.processes import gathered, is_writer, num_processes, rank
-from falign.training.sharded_checkpoint import read_optimizer, read_weights, whole_optimizer, whole_weights
+from falign.training.processes import gathered, num_processes
+from falign.training.resumable import ResumableTrainer
 from falign.training.stand_ins import STANDS_IN, counts, stand_in, stand_in_loss
 from falign.training.term_weights import PLANNED_WEIGHTS, check_planned, planned_weights
 
 __all__ = ["AlignmentTrainer"]
 
-UNLOGGED = "unlogged.json"
 
-
-class AlignmentTrainer(Trainer):
+class AlignmentTrainer(ResumableTrainer):
     """Minimise any objective against any reference.
 
     Args:
@@ -96,9 +71,6 @@ class AlignmentTrainer(Trainer):
             raise ConfigError(f"This objective reads {unknown} of a batch, and {type(self).__name__} supplies none.")
         self.layout: Layout = layout
         lay_out = LAYOUTS[layout]
-        if is_sharded(model):
-            accelerator_config: Any = args.accelerator_config
-            accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
 
         def collate(trees: list[PromptTree]) -> dict[str, Any]:
             if not trees:  # another process has one batch more
@@ -106,27 +78,18 @@ class AlignmentTrainer(Trainer):
             return vars(lay_out(trees, pad_token_id=pad_token_id))
 
         super().__init__(
-            model=model,
+            model,
             args=args,
-            data_collator=collate,
-            train_dataset=train_trees,  # pyright: ignore[reportArgumentType] - a list is a map-style dataset
-            eval_dataset=eval_trees,  # pyright: ignore[reportArgumentType]
+            collate=collate,
+            train_trees=train_trees,
+            eval_trees=eval_trees,
+            tokens_per_batch=tokens_per_batch,
+            skip_bad=skip_bad,
+            advise=advise,
             **kwargs,
         )
-        self.policy, self.reference, self.objective = model, reference, objective
-        self.run_dir = Path(str(args.output_dir))
-        self.chunk_tokens, self.tokens_per_batch = chunk_tokens, tokens_per_batch
-        self.loss_is_scaled_for_ga = True  # every term is divided by its weights over the whole step
+        self.reference, self.objective, self.chunk_tokens = reference, objective, chunk_tokens
         self.value_head: nn.Module | None = None
-        self.record: dict[str, Any] = {}  # of the model, for the run folder
-        self.run_id = ""  # which its checkpoints bear
-        self.means = Means()
-        self.guard = NonsenseGuard(skip=skip_bad, tell=advise)
-        self._loss_before = torch.zeros(())
-        self._staging: Path | None = None
-        self._initial_global_step = 0
-        # What transformers calls sharded at load time owns its placement and the reduction of its gradients.
-        self.is_distributed_loading_by_transformers = is_sharded(model)
 
     @property
     def evaluates(self) -> bool:
@@ -139,197 +102,30 @@ class AlignmentTrainer(Trainer):
         train, held_out = self.train_dataset, self.eval_dataset
         return {"data.train": train, "data.eval": held_out}  # pyright: ignore[reportReturnType]
 
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-
-    def state_at(self, checkpoint: Path) -> TrainerState:
-        """Return the state of a checkpoint.
-
-        Raises:
-            TrainingError: The checkpoint cannot be read.
-        """
-        with _reading(checkpoint):
-            for name in (OPTIMIZER_NAME, SCHEDULER_NAME):  # what is missing would start afresh in silence
-                (checkpoint / name).stat()
-            return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-
-    def require_same_schedule(self, began: TrainerState) -> None:
-        """Refuse to go on to another number of steps where that changes a step that was taken.
-
-        Args:
-            began: The state of the checkpoint from which the run goes on.
-
-        Raises:
-            ConfigError: Past learning rates would differ, or the run is already past this step.
-        """
-        steps, taken = self.num_steps, began.global_step
-        if steps == began.max_steps:
-            return
-        if steps < taken:
-            raise ConfigError(f"The run has taken {taken} steps, and would end after {steps} now: raise max_steps.")
-        if not same_learning_rates(self.args, began.max_steps, steps, until=taken):
-            raise ConfigError(
-                f"training.max_steps or num_train_epochs: the run began with {began.max_steps} steps, and with {steps} "
-                f"lr_scheduler_type={self.args.lr_scheduler_type} gives the {taken} steps that were taken other "
-                "learning rates. Set it as it was; or train on from what the run has trained, in a new run with "
-                "adapter.init=RUN (without adapter, model.path=RUN/model)."
-            )
-
-    def take_up(self, checkpoint: Path) -> None:
-        """Load weights and state of the last checkpoint of a run, and end the training as the loop does."""
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = self.state_at(checkpoint)
-        self._initial_global_step = self.state.global_step
-        self._tr_loss = torch.tensor(0.0, device=self.args.device)
-        with _reading(checkpoint):
-            self.read_state(checkpoint)
-            self._read_unlogged(checkpoint)
-        self._finalize_training(None, num_train_samples=0, start_time=time.time())
-
-    @override
-    def _init_training_state(
-        self,
-        max_steps: int,
-        num_update_steps_per_epoch: int,
-        num_train_epochs: int,
-        resume_from_checkpoint: str | None,
-        trial: Any,
-    ) -> tuple[int, int]:
-        history = self.state.log_history
-        progress = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        self.state.compute_steps(self.args, max_steps)  # a checkpoint's may differ
-        self.state.log_history = self.state.log_history or history
-        return progress
-
-    @override
-    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if not is_sharded(model):  # shards are where they belong
-            super()._move_model_to_device(model, device)
-
-    @override
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with _reading(resume_from_checkpoint):
-            if is_sharded(self.policy):
-                read_weights(self.policy, Path(resume_from_checkpoint))
-            else:
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    @override
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint):
-            if checkpoint is not None and is_sharded(self.policy):
-                read_optimizer(self.policy, self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
-                scheduler: Any = self.lr_scheduler
-                scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-            else:
-                super()._load_optimizer_and_scheduler(checkpoint)
-            if checkpoint is not None:
-                self.read_state(Path(checkpoint))
-
-    def write_state(self, folder: Path) -> None:
-        """Add to a checkpoint what has to be remembered besides; trainers of other kinds have more of it."""
-        if self.args.should_save:
-            self.reference.save(folder, self.policy)
-        state = {
-            "loss": self._tr_loss.item(),
-            "logged": self._total_loss_scalar,
-            "since": self._globalstep_last_logged,
-            "means": self.means.state_dict(),
-            "guard": self.guard.state_dict(),
-        }
-        states = gathered([state])
-        if is_writer():
-            (folder / UNLOGGED).write_text(json.dumps(states), encoding="utf-8")
-
-    def read_state(self, folder: Path) -> None:
-        """Take up what :meth:`write_state` wrote."""
-        self.reference.load(folder, self.policy)
-
-    @override
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint):
-            super()._load_rng_state(checkpoint)
-            if checkpoint is not None:
-                self._read_unlogged(Path(checkpoint))
-
-    def _read_unlogged(self, checkpoint: Path) -> None:
-        """Take up what was not logged yet at a checkpoint and belongs to the next log."""
-        state = json.loads((checkpoint / UNLOGGED).read_text(encoding="utf-8"))[rank()]
-        self._loss_before = self._tr_loss.fill_(state["loss"]).clone()
-        self._total_loss_scalar = state["logged"]
-        self._globalstep_last_logged = state["since"]
-        self.means.load_state_dict(state["means"], self.args.device)
-        self.guard.load_state_dict(state["guard"])
-
-    @override
-    def get_train_dataloader(self) -> DataLoader:
-        trees: Any = self.train_dataset
-        if self.tokens_per_batch is None:
-            shuffle = self.args.train_sampling_strategy != "sequential"
-            batches = RowBatches(
-                len(trees), size=self.args.per_device_train_batch_size, seed=self.args.seed, shuffle=shuffle
-            )
-        else:
-            batches = TokenBudgetBatches(
-                [tree.num_tokens for tree in trees], max_tokens=self.tokens_per_batch, seed=self.args.seed
-            )
-        return self._loader(trees, batches)
-
-    @override
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        trees: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        batches = RowBatches(len(trees), size=self.args.per_device_eval_batch_size, seed=0, shuffle=False)
-        return self._loader(trees, batches)
-
-    def _loader(self, trees: Any, batches: Batches) -> DataLoader:
-        # Accelerate's own division among processes repeats rows to make all parts equally long.
-        share = Share(batches, rank=rank(), processes=num_processes())
-        return DataLoader(
-            trees,
-            batch_sampler=share,  # pyright: ignore[reportArgumentType]
-            collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-
     @cached_property
     def _shortest(self) -> PromptTree:
         trees: Any = [*self.train_dataset, *(self.eval_dataset or ())]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
         return min(trees, key=lambda tree: tree.num_tokens)
 
     @override
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        self.begin_step()
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
-
-    def close(self) -> None:
-        """Give back what lies outside of this process; trainers of other kinds have something there."""
-
-    def remarks(self) -> list[str]:
-        """Return what a person should read at the end of the run."""
-        return []
-
     def begin_step(self) -> None:
-        """Move the reference if it is due, before anything of the next step is sampled or scored."""
-        if self._evaluation_is_missing():
-            self.evaluate()
-        self.guard.begin_step()
-        self._loss_before = self._tr_loss.clone()
+        super().begin_step()
         self.move_references(step=self.state.global_step)
 
     def move_references(self, *, step: int) -> None:
         """Let the reference follow the policy where it is time to."""
         self.reference.move(self.policy, step, self.optimizer)
 
-    def _evaluation_is_missing(self) -> bool:
-        """True if a checkpoint was written because its step's evaluation failed, so that a resume evaluates again."""
-        step, every = self.state.global_step, self.state.eval_steps
-        if step == 0 or step != self._initial_global_step or self.args.eval_strategy != "steps" or step % every:
-            return False
-        return not any(log["step"] == step and is_held_out(log) for log in self.state.log_history)
+    @override
+    def write_state(self, folder: Path) -> None:
+        if self.args.should_save:
+            self.reference.save(folder, self.policy)
+        super().write_state(folder)
+
+    @override
+    def read_state(self, folder: Path) -> None:
+        super().read_state(folder)
+        self.reference.load(folder, self.policy)
 
     @override
     def compute_loss(
@@ -345,7 +141,7 @@ class AlignmentTrainer(Trainer):
         output = self.evaluate_objective(scored, inputs)
         names = term_names(self.objective)
         check_planned(inputs, output.terms, step=self.state.global_step + 1, names=names)
-        assert isinstance(num_items_in_batch, Tensor), "the step's weights come from _get_num_items_in_batch"
+        assert isinstance(num_items_in_batch, Tensor), "the step's weights come from step_weights"
         loss = reduce_terms(output.terms, num_items_in_batch)
         if self.guard.check_loss(
             loss,
@@ -377,35 +173,19 @@ class AlignmentTrainer(Trainer):
         output = self.objective(scored.completions)
         return output._replace(metrics={**output.metrics, **self.scored_metrics(scored, inputs)})
 
-    @override
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if self.value_head is not None:
-            values = [value.grad.norm() for value in self.value_head.parameters() if value.grad is not None]
-            together = torch.stack([torch.as_tensor(norm), *values]).norm()
-        else:
-            together = norm
-        if self.guard.check_gradient(together, step=self.state.global_step + 1, terms=term_names(self.objective)):
-            return norm
-        # Without gradients the optimizer touches neither weights nor moments.
-        assert isinstance(self.optimizer, torch.optim.Optimizer)
-        self.optimizer.zero_grad(set_to_none=True)
-        self._tr_loss.copy_(self._loss_before)
-        return None
-
     def scored_metrics(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Return what is logged of a scored micro-batch besides what the objective says."""
         return {"entropy": scored.entropy[scored.completions.completion_mask].detach()}
 
     @override
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
-        """Sum each term's weights over the micro-batches and ranks of one step."""
-        if not batch_samples:
-            return None
-        totals = torch.stack([self._weights(inputs) for inputs in batch_samples]).sum(dim=0)
-        return self.accelerator.reduce(totals.to(device), reduction="sum")  # pyright: ignore[reportReturnType]
+    def accepts_gradient(self, norm: Any) -> bool:
+        if self.value_head is not None:
+            values = [value.grad.norm() for value in self.value_head.parameters() if value.grad is not None]
+            norm = torch.stack([torch.as_tensor(norm), *values]).norm()
+        return self.guard.check_gradient(norm, step=self.state.global_step + 1, terms=term_names(self.objective))
 
-    def _weights(self, inputs: dict[str, Any]) -> Tensor:
+    @override
+    def term_weights(self, inputs: dict[str, Any]) -> Tensor:
         # Weights depend on masks and on what is known beforehand, so zeros in place of log-probabilities give them.
         batch, columns = split_columns(inputs)
         nowhere = torch.zeros(batch.completion_mask.shape, device=batch.completion_mask.device)
@@ -424,7 +204,7 @@ class AlignmentTrainer(Trainer):
         # Iterating a loader draws from the CPU's generator, which dropout in training would notice.
         with torch.no_grad(), evaluation_mode(self.policy), torch.random.fork_rng(devices=[]):
             for inputs in self.get_eval_dataloader(eval_dataset):
-                batch: dict[str, Any] = self._prepare_inputs(inputs)
+                batch = self.prepare(inputs)
                 scored = self.score(self.policy, batch)
                 if not counts(inputs):
                     continue
@@ -448,66 +228,7 @@ class AlignmentTrainer(Trainer):
             if self.guard.skip:
                 loss = self.guard.mean_over_taken(logs.pop("loss"))
                 logs = {**({} if loss is None else {"loss": loss}), **logs, "skipped_steps": self.guard.skipped}
-        if "train_loss" in logs:  # of the whole run, whatever part of it this process has done
-            logs = {**logs, "train_loss": self._total_loss_scalar / max(self.state.global_step, 1)}
         super().log(logs, start_time)
-
-    @override
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if is_sharded(self.policy):
-            state_dict = whole_weights(self.policy)
-        if not is_writer():
-            return
-        super()._save(output_dir, state_dict)
-        # PEFT writes all adapters, the frozen one of a reference into a folder of its own.
-        frozen = Path(self.args.output_dir if output_dir is None else output_dir) / "ref"  # pyright: ignore[reportArgumentType]
-        if isinstance(self.policy, PeftModel) and frozen.is_dir():
-            shutil.rmtree(frozen)
-
-    @override
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not is_sharded(self.policy):
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        state = whole_optimizer(self.policy, self.optimizer)
-        if is_writer():
-            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            scheduler: Any = self.lr_scheduler
-            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    @override
-    def _save_rng_state(self, output_dir: str) -> None:
-        if num_processes() == 1:
-            super()._save_rng_state(output_dir)
-            return
-        with TemporaryDirectory() as own:
-            super()._save_rng_state(own)
-            states = gathered([(file.name, file.read_bytes()) for file in Path(own).iterdir()])
-        for name, state in states if is_writer() else ():
-            (Path(output_dir) / name).write_bytes(state)
-
-    @override
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        target = self.run_dir / f"checkpoint-{self.state.global_step}"
-        if not is_writer():  # it takes part in what is gathered, and writes nothing
-            super()._save_checkpoint(model, trial)
-            self.write_state(target)
-            return
-        marks = sync_logs(self.run_dir)
-        with staged_folder(target, existing="replace") as self._staging:
-            super()._save_checkpoint(model, trial)
-            self.write_state(self._staging / target.name)
-            written = self._staging / target.name
-            for item in written.iterdir():
-                item.rename(self._staging / item.name)
-            written.rmdir()
-            seal(self._staging, run=self.run_id, step=self.state.global_step, logs=marks)
-        self._staging = None
-        rotate(self.run_dir, run=self.run_id, keep=self.args.save_total_limit)
-
-    @override
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.run_dir if self._staging is None else self._staging)
 
 
 def split_columns(inputs: dict[str, Any]) -> tuple[TokenBatch, dict[str, Tensor]]:
@@ -515,16 +236,3 @@ def split_columns(inputs: dict[str, Any]) -> tuple[TokenBatch, dict[str, Tensor]
     rows = {name: value for name, value in inputs.items() if name not in ("columns", STANDS_IN, PLANNED_WEIGHTS)}
     known = {field.name for field in fields(CompletionBatch)}
     return TokenBatch(**rows), {name: value for name, value in inputs.get("columns", {}).items() if name in known}
-
-
-@contextmanager
-def _reading(checkpoint: str | Path | None) -> Iterator[None]:
-    """Name a checkpoint that cannot be read: pickles, safetensors and JSON each fail in their own way."""
-    with reading(
-        lambda error: TrainingError(
-            f"{checkpoint} is as it was written and cannot be read ({one_line(error)}, "
-            f"{type(error).__name__}): resume with the versions in manifest.json; or remove that folder, and --resume "
-            "goes on from the checkpoint before it."
-        )
-    ):
-        yield

@@ -154,7 +154,7 @@ class OnlineTrainer(AlignmentTrainer):
             pad_token_id=pad_token_id,
             chunk_tokens=chunk_tokens,
             value_head=value_head,
-            prepare=self._prepare_inputs,
+            prepare=self.prepare,
         )
         if value_head is not None and num_processes() > 1:
             for parameter in value_head.parameters():  # outside the model that is wrapped
@@ -214,7 +214,7 @@ class OnlineTrainer(AlignmentTrainer):
         for number in range(rank(), count, num_processes()):  # what processes do at once are neighbours
             trees = [*part(chosen, number, count), *part(rehearsed, number, count)]
             batches.append(self._collated(trees) if trees else stand_in(self._collated(chosen[:1])))
-        return batches, self._get_num_items_in_batch(batches, device)
+        return batches, self.step_weights(batches, device)
 
     def _collated(self, trees: Sequence[ScoredTree]) -> dict[str, Any]:
         return collate(trees, layout=self.layout, pad_token_id=self.pad_token_id)
@@ -269,7 +269,7 @@ class OnlineTrainer(AlignmentTrainer):
 
     def _keep(self) -> None:
         """Write a checkpoint between two steps, for a run that goes on once its engine or its reward is mended."""
-        self._save_checkpoint(self.policy, trial=None)
+        self.write_checkpoint()
         self.advise(f"checkpoint-{self.state.global_step} is written: --resume goes on from there.")
 
     def close(self) -> None:
@@ -323,7 +323,7 @@ class OnlineTrainer(AlignmentTrainer):
             draw,
             policy=self.policy,
             reference=self.reference,
-            prepare=self._prepare_inputs,
+            prepare=self.prepare,
             pass_reward=self.rollout.pass_reward,
             outcome=self.evaluation_sampler.outcome,
             temperature=self.rollout.evaluation.temperature,
