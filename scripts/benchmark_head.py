@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmark_offline import ROOT, annotations_without_jaxtyping
 
 
 def arguments() -> argparse.Namespace:
@@ -58,6 +58,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace, method: str, vocabulary: int, tokens: int) -> dict:
     sys.path.insert(0, str(ROOT))
+    annotations_without_jaxtyping()
     import torch
 
     torch.manual_seed(0)

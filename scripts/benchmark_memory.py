@@ -1,9 +1,11 @@
 """Peak memory of a step over the tokens of one row: 1k to 16k, as a table and a plot.
 
     python scripts/benchmark_memory.py --out docs/images/memory.png
+    python scripts/benchmark_memory.py --device cuda --dtype bfloat16 --layers 8
 
 Each point is a process of its own: one prompt tree with completions of a quarter of its tokens, LoRA on a model of
-SmolLM2-135M's width with fewer layers, scored under policy and reference, forward and backward.
+SmolLM2-135M's width with fewer layers, scored under policy and reference, forward and backward. Memory is what the
+resident size grew by at its peak, or on a GPU what was allocated.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmark_head import memory
+from benchmark_offline import ROOT, annotations_without_jaxtyping
 
 
 def arguments() -> argparse.Namespace:
@@ -24,6 +27,9 @@ def arguments() -> argparse.Namespace:
     add("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     add("--layers", type=int, default=2)
     add("--tree-tokens", type=int, default=1024, help="tokens of one tree; a row is packed with as many as fit")
+    add("--device", default="cpu")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"])
+    add("--layout", default="tree", choices=["tree", "padded"])
     add("--out", type=Path)
     add("--worker", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -49,24 +55,27 @@ def main() -> None:
 
 def run(args: argparse.Namespace, tokens: int) -> float:
     sys.path.insert(0, str(ROOT))
+    annotations_without_jaxtyping()
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from falign import FDPO, CompletionBatch
     from falign.models import add_lora
     from falign.references import AdapterOff
-    from falign.scoring import PromptTree, completion_scores, pack
+    from falign.scoring import LAYOUTS, PromptTree, completion_scores
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=args.layers,
         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=tokens, tie_word_embeddings=True,
     )  # fmt: skip
-    policy = add_lora(LlamaForCausalLM(config), r=16, alpha=32, seed=0).train()
+    model = LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype))
+    policy = add_lora(model, r=16, alpha=32, seed=0).train()
     prompt, completion = args.tree_tokens // 2, args.tree_tokens // 4
     tree = PromptTree((7,) * prompt, ((8,) * completion, (9,) * completion), (1.0, 0.0))
-    batch = pack([tree] * (tokens // tree.num_tokens), pad_token_id=0)
-    begin = resident("VmRSS:")
+    trees = [tree] * (tokens // tree.num_tokens)
+    batch = LAYOUTS[args.layout](trees, pad_token_id=0).to(args.device)
+    begin = memory(args.device)
     reference = AdapterOff().logprobs(policy, batch)
     output = FDPO()(
         CompletionBatch(
@@ -78,13 +87,7 @@ def run(args: argparse.Namespace, tokens: int) -> float:
         )
     )
     output.mean().backward()
-    return resident("VmHWM:") - begin
-
-
-def resident(name: str) -> float:
-    if name == "VmRSS:":
-        Path("/proc/self/clear_refs").write_text("5")
-    return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 2**10
+    return memory(args.device, peak=True) - begin
 
 
 def plot(points: list[tuple[int, float]], path: Path) -> None:

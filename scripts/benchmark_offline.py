@@ -173,6 +173,22 @@ def pairs(args: argparse.Namespace) -> tuple:
     return trees[:count], pad_token_id(tokenizer), tokenizer
 
 
+def tokenizer_of(args: argparse.Namespace):
+    """The model's tokenizer, or for a random model one whose tokens are numbered words."""
+    if not args.random_model:
+        from falign.models import load_tokenizer
+
+        return load_tokenizer(args.model)
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{index}": index for index in range(RANDOM_MODELS[args.random_model][1]["vocab_size"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w3"
+    )
+
+
 def with_adapter(args: argparse.Namespace):
     import torch
 
@@ -280,10 +296,7 @@ def run_trl(args, model, tokenizer, trees, pad_token_id, clock, folder) -> list[
     )
     losses: list[float] = []
     dataset, callbacks = Dataset.from_list(rows), [clock.callback(losses)]
-    if tokenizer is None:
-        from falign.models import load_tokenizer
-
-        tokenizer = load_tokenizer(args.model)  # any: the rows are token ids
+    tokenizer = tokenizer or tokenizer_of(args)  # any: the rows are token ids
     OnTokenIds(model=model, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks).train()
     return losses
 

@@ -37,6 +37,7 @@ from benchmark_offline import (
     in_own_process,
     pairs,
     spread,
+    tokenizer_of,
     trainer_arguments,
     with_adapter,
 )
@@ -107,11 +108,9 @@ def run(args: argparse.Namespace) -> dict:
     annotations_without_jaxtyping()
     import torch
 
-    from falign.models import load_tokenizer
-
     torch.set_num_threads(args.threads or torch.get_num_threads())
     model, clock = with_adapter(args), StepClock(args.device)
-    tokenizer = load_tokenizer(args.model)  # a random model's reward reads texts too, whatever they are
+    tokenizer = tokenizer_of(args)
     prompts = prompts_of(args, model.config.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         SIDES[args.worker, args.loop](args, model, tokenizer, prompts, clock, Path(folder))
