@@ -1,10 +1,25 @@
 """Preference alignment of language models under the f-divergence of your choice.
 
-``import falign`` loads torch and nothing heavier: divergences, objectives and the batch they take.
+A name is imported when it is first used: ``falign.FDPO`` loads torch and nothing heavier.
 """
 
-from falign import divergences, objectives
-from falign.objectives import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO, CompletionBatch
+from typing import TYPE_CHECKING
+
+from falign.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from falign import divergences, objectives
+    from falign.objectives import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO, CompletionBatch
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "falign.divergences": (),
+            "falign.objectives": (),
+            "falign.objectives.batch": ("CompletionBatch",),
+            "falign.objectives.methods": ("DPHRL", "FDPG", "FDPO", "SALSA", "SALSARLOO", "TDPO"),
+        },
+    )
 
 __version__ = "0.1.0"
 

@@ -37,6 +37,7 @@ SHARED = {
         "errors",
         "full_disk",
         "json_lines",
+        "lazy",
         "passwords",
         "plain_yaml",
         "raised",
