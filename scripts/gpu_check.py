@@ -73,7 +73,7 @@ def main() -> None:
         record = found["sections"][section.name] = {"equality": section.is_equality, "measurements": {}}
         start = time.monotonic()
         for label, command in chosen.items():
-            measured = measure(command, left - (time.monotonic() - start))
+            measured = measure(command, left - (time.monotonic() - start), one_gpu=section.name != "ddp")
             record["measurements"][label] = {**measured, "dry_run": args.dry_run}
             record["status"] = worst(each["status"] for each in record["measurements"].values())
             record["seconds"] = round(time.monotonic() - start, 1)
@@ -154,18 +154,22 @@ def both(command: list[str], own: list[str], theirs: list[str], trl: bool) -> di
     return {"falign": [*command, *own], **({"trl": [*command, *theirs]} if trl else {})}
 
 
-def measure(command: list[str], seconds: float) -> dict:
+def measure(command: list[str], seconds: float, *, one_gpu: bool = True) -> dict:
     """Run one measurement: a script of this folder, or a module; its last line is a JSON figure or object."""
     if seconds < 1:
         return {"status": "no time left", "seconds": 0.0, "error": "the time of this section or of the whole was over"}
     script = command.index(next(part for part in command if part.endswith(".py")))
     arguments = [*command[:script], str(SCRIPTS / command[script]), *command[script + 1 :]]
+    environment = {**os.environ}
+    if one_gpu:  # transformers would spread a batch over all that it sees
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     start = time.monotonic()
     child = subprocess.Popen(
         [sys.executable, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=environment,
         start_new_session=True,  # so that a launcher's processes end with it
     )
     try:
