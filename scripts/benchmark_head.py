@@ -103,14 +103,16 @@ def falign_step(layers, hidden, other, targets, args):
 
 def divergence_step(layers, hidden, other, targets, args):
     from falign import divergences
+    from falign.objectives import DivergenceTo
     from falign.scoring import DEFAULT_CHUNK_TOKENS, Distribution, Head, token_scores
 
     policy, reference = Distribution(hidden, Head(embeddings=layers[0])), Distribution(other, Head(layers[1]))
-    divergence, chunk_tokens = divergences.get("forward_kl"), args.chunk_tokens or DEFAULT_CHUNK_TOKENS
+    measures, references = {"divergence": DivergenceTo(divergences.get("forward_kl"))}, {"reference": reference}
+    chunk_tokens = args.chunk_tokens or DEFAULT_CHUNK_TOKENS
 
     def step() -> None:
-        scores = token_scores(policy, targets, divergence=divergence, reference=reference, chunk_tokens=chunk_tokens)
-        (scores.logprobs + scores.divergence).sum().backward()
+        scores = token_scores(policy, targets, measures=measures, references=references, chunk_tokens=chunk_tokens)
+        (scores.logprobs + scores.measures["divergence"]).sum().backward()
 
     return step
 

@@ -346,8 +346,8 @@ def run_falign(args, model, tokenizer, trees, pad_token_id, clock, folder) -> li
 def run_falign_bare(args, model, tokenizer, trees, pad_token_id, clock, folder) -> list[float]:
     import torch
 
-    from falign.objectives import CompletionBatch
-    from falign.scoring import LAYOUTS, completion_scores
+    from falign.references import objective_inputs
+    from falign.scoring import LAYOUTS
 
     reference, objective, layout = parts(args, model, trees, pad_token_id, folder)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -358,25 +358,8 @@ def run_falign_bare(args, model, tokenizer, trees, pad_token_id, clock, folder) 
         clock.begin()
         rows = trees[step * args.batch : (step + 1) * args.batch]
         batch = LAYOUTS[layout](rows, pad_token_id=pad_token_id).to(args.device)
-        fields = {}
-        if objective.token_divergence is None:
-            fields["reference_logprobs"] = reference.logprobs(model, batch)
-            scores = completion_scores(model, batch)
-        else:
-            states = reference.states(model, batch)
-            scores = completion_scores(
-                model, batch, divergence=objective.token_divergence, reference=states.distribution
-            )
-            fields = {"reference_logprobs": scores.reference_logprobs, "token_divergence": scores.divergence}
-        output = objective(
-            CompletionBatch(
-                logprobs=scores.logprobs,
-                completion_mask=batch.completion_mask,
-                prompt_index=batch.prompt_index,
-                preference=batch.preference,
-                **fields,
-            )
-        )
+        inputs = objective_inputs(model, batch, references={"reference": reference}, objective=objective)
+        output = objective(inputs.completions)
         loss = output.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

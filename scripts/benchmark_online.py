@@ -348,7 +348,7 @@ def run_falign_bare(args, model, tokenizer, prompts, clock, folder) -> None:
         with clock.part("update"):
             for _ in range(args.updates):
                 completions = objective_inputs(
-                    model, batch, reference=reference, objective=objective, columns=known
+                    model, batch, references={"reference": reference}, objective=objective, columns=known
                 ).completions
                 if completions.advantages is None:
                     completions = objective.prepare(completions)

@@ -172,6 +172,7 @@ def head(args: argparse.Namespace) -> tuple[list[Check], dict]:
     from torch.nn.functional import linear
 
     from falign import divergences
+    from falign.objectives import DivergenceTo
     from falign.scoring import Distribution, Head, token_scores
 
     sizes = args.sizes
@@ -184,7 +185,7 @@ def head(args: argparse.Namespace) -> tuple[list[Check], dict]:
     hidden = draw(sizes.tokens, sizes.width)
     other = hidden + draw(sizes.tokens, sizes.width, scale=0.1)
     targets = torch.randint(sizes.vocabulary, (sizes.tokens,), generator=generator).to(args.device)
-    forward_kl = divergences.get("forward_kl")
+    measures = {"forward_kl": DivergenceTo(divergences.get("forward_kl"))}
 
     def dense(dtype) -> dict:
         state = hidden.clone().to(dtype).requires_grad_()
@@ -205,10 +206,11 @@ def head(args: argparse.Namespace) -> tuple[list[Check], dict]:
             Distribution(states, Head(embeddings=partial(linear, weight=weight.to(dtype))))
             for states, weight in zip((state, other.to(dtype)), weights, strict=True)
         )
-        scores = token_scores(policy, targets, divergence=forward_kl, reference=reference, chunk_tokens=sizes.chunk)
-        assert scores.divergence is not None
-        (scores.logprobs + scores.divergence).sum().backward()
-        values = (scores.logprobs + args.perturb, scores.entropy, scores.divergence)
+        references = {"reference": reference}
+        scores = token_scores(policy, targets, measures=measures, references=references, chunk_tokens=sizes.chunk)
+        divergence = scores.measures["forward_kl"]
+        (scores.logprobs + divergence).sum().backward()
+        values = (scores.logprobs + args.perturb, scores.entropy, divergence)
         names = ("log-probabilities, nats", "entropy, nats", "forward KL, nats")
         found = dict(zip(names, (value.detach() for value in values), strict=True))
         return found | {"gradient, relative": state.grad.float()}
@@ -253,11 +255,11 @@ def ddp(args: argparse.Namespace) -> tuple[list[Check], dict]:
     ]
     named = {"random_model": sizes.model, "model": None, "dtype": args.dtype, "device": device, "r": 8}
     model = with_adapter(argparse.Namespace(**named))
-    objective, reference = FDPO(beta=0.1), AdapterOff()
+    objective, references = FDPO(beta=0.1), {"reference": AdapterOff()}
 
     def step(rows: list, wrapped) -> float:
         batch = LAYOUTS["tree"](rows, pad_token_id=0).to(device)
-        scored = objective_inputs(model, batch, reference=reference, objective=objective, wrapped=wrapped)
+        scored = objective_inputs(model, batch, references=references, objective=objective, wrapped=wrapped)
         terms = objective(scored.completions).terms
         totals = total_weights(terms)
         if wrapped is not None:

@@ -15,7 +15,7 @@ BELOW_RUNS = ("divergences", "objectives", "scoring", "data", "models", "referen
 ALLOWED = {
     "divergences": set(),
     "objectives": {"divergences"},
-    "scoring": {"divergences"},
+    "scoring": {"divergences", "objectives"},
     "data": {"scoring"},
     "models": {"scoring"},
     "references": {"objectives", "scoring", "models"},

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from falign.errors import ConfigError, ModelError
 from falign.evaluation.score_rows import ScoreRow, plain_floats
 from falign.models.tokenizers import check_token_rows
-from falign.objectives import RewardingObjective
+from falign.objectives import BaseObjective
 from falign.references import Reference, objective_inputs
 from falign.scoring import (
     DEFAULT_CHUNK_TOKENS,
@@ -37,7 +37,7 @@ class CompletionScorer:
     Attributes:
         policy: The model, on the device to compute on.
         reference: What it is compared with.
-        objective: What defines the implicit reward, and the divergence per token if there is one.
+        objective: What defines the implicit reward, and the measure named ``divergence`` if there is one.
         pad_token_id: Any valid id.
         layout: One that the policy's and the reference's model can read.
         chunk_tokens: How many positions reach the head at once; changes memory and speed alone.
@@ -45,7 +45,7 @@ class CompletionScorer:
 
     policy: nn.Module
     reference: Reference
-    objective: RewardingObjective
+    objective: BaseObjective
     pad_token_id: int
     layout: Layout = "padded"
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
@@ -68,17 +68,17 @@ class CompletionScorer:
             completions, entropy = objective_inputs(
                 self.policy,
                 batch,
-                reference=self.reference,
+                references={"reference": self.reference},
                 objective=self.objective,
                 chunk_tokens=self.chunk_tokens,
             )
-            log_ratios = completions.logprobs - completions.require("reference_logprobs")
+            log_ratios = completions.log_ratio
             per_token = {
                 "logprobs": completions.logprobs,
                 "reference_logprobs": completions.reference_logprobs,
                 "log_ratios": log_ratios,
                 "entropy": entropy,
-                "token_divergence": completions.token_divergence,
+                "token_divergence": completions.measures.get("divergence"),
             }
             per_completion = {
                 "log_ratio": completions.sequence_sum(log_ratios),

@@ -17,7 +17,7 @@ from falign.evaluation.benchmarks import BenchmarkItem
 from falign.evaluation.completion_scorer import CompletionScorer, check_finite, check_rows
 from falign.evaluation.item_stream import ItemTree
 from falign.evaluation.score_rows import ScoreRow
-from falign.objectives import Listwise, Pairwise
+from falign.objectives.link import Link
 from falign.references import detached_logprobs
 from falign.scoring import DEFAULT_CHUNK_TOKENS, LAYOUTS, Layout, PromptTree
 from falign.seeds import mixed
@@ -69,20 +69,20 @@ class ComparedScores:
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def _rewards(self, rewards: list[float], log_ratios: list[float], counts: list[int]) -> dict[str, list[float]]:
-        objective = self.scorer.objective
-        if not isinstance(objective, Pairwise | Listwise):
+        link = self.scorer.objective.link
+        if link is None:
             per_token = [reward / count for reward, count in zip(rewards, counts, strict=True)]
             return {"implicit_reward": rewards, "length_normalised": per_token}
         means = [log_ratio / count for log_ratio, count in zip(log_ratios, counts, strict=True)]
-        compared = means if objective.length_norm == "token" else log_ratios
+        compared = means if link.length_norm == "token" else log_ratios
         return {
-            "implicit_reward": _rising(_f_prime(objective, compared), compared),
-            "length_normalised": _rising(_f_prime(objective, means), means),
+            "implicit_reward": _rising(_linked(link, compared), compared),
+            "length_normalised": _rising(_linked(link, means), means),
         }
 
 
-def _f_prime(objective: Pairwise | Listwise, log_ratios: list[float]) -> list[float]:
-    return objective.implicit_reward(torch.tensor(log_ratios, dtype=torch.float64)).tolist()
+def _linked(link: Link, log_ratios: list[float]) -> list[float]:
+    return link.reward(torch.tensor(log_ratios, dtype=torch.float64)).tolist()
 
 
 def _rising(rewards: list[float], log_ratios: list[float]) -> list[float]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from falign.data import Window
     from falign.evaluation import CompletionScorer
-    from falign.objectives import Objective, RewardingObjective
+    from falign.objectives import BaseObjective
     from falign.references import Reference
     from falign.runfile import RunConfig
     from falign.scoring import LayoutChoice, PromptTree
@@ -40,7 +40,7 @@ class Scored(NamedTuple):
     policy: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     reference: Reference | None
-    objective: RewardingObjective
+    objective: BaseObjective
     window: Window
     chunk_tokens: int
     record: dict[str, Any]
@@ -133,15 +133,14 @@ def load_run(
         ModelError: A model is not there, or not the one that was trained.
     """
     from falign.models import model_identity, weights_hash
-    from falign.objectives import FDPO, RewardingObjective
+    from falign.objectives import FDPO
     from falign.runs import RunFolder
     from falign.runs.loading import checkpoint_folder, load_trained
     from falign.training.references import rebuild_reference
 
     folder = RunFolder.open(path)
     objective = run_objective(path, trust_code=trust_code)
-    rewarding = isinstance(objective, RewardingObjective)
-    if not rewarding and not any_objective:
+    if not objective.rewarding and not any_objective:
         kind = folder.read_settings()["objective"]["kind"]
         raise ConfigError(
             f"{path}: objective.kind={kind} defines no implicit reward to score by. Export the run "
@@ -161,11 +160,11 @@ def load_run(
         policy,
         tokenizer,
         reference,
-        objective if isinstance(objective, RewardingObjective) else FDPO("reverse_kl", 1.0),
+        objective if objective.rewarding else FDPO("reverse_kl", 1.0),
         window if max_length is None else replace(window, max_length=max_length),
         config.training.chunk_tokens,
         _record(identity, reference, config.objective.model_dump(mode="json")),
-        rewarding,
+        objective.rewarding,
     )
 
 
@@ -247,7 +246,7 @@ def load_alone(path: str, *, dtype: str, max_length: int | None) -> Scored:
     )
 
 
-def run_objective(path: str, *, trust_code: bool = False) -> Objective:
+def run_objective(path: str, *, trust_code: bool = False) -> BaseObjective:
     """Return the objective of a run, without what is fitted on samples.
 
     Args:
@@ -257,6 +256,7 @@ def run_objective(path: str, *, trust_code: bool = False) -> Objective:
     Raises:
         ConfigError: The run is missing, its run file is damaged, or it names code that is not trusted or has changed.
     """
+    from falign.objectives import complete
     from falign.runs import RunFolder
     from falign.runs.named_code import import_from, named_code, objective_code, read_run
 
@@ -270,7 +270,7 @@ def run_objective(path: str, *, trust_code: bool = False) -> Objective:
                 f"{path} was trained with other code of {field}={value}, so its rewards would be others: restore the "
                 "module that it names."
             )
-    return config.check()
+    return complete(config.check())
 
 
 def positions_of(model: Any) -> int | None:

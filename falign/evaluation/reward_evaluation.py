@@ -232,11 +232,8 @@ class RewardEvaluation:
     def _rewarding(self) -> bool:
         """True where an implicit reward is defined: by a model's reference, and by most objectives of runs."""
         from falign.evaluation.loading import run_objective
-        from falign.objectives import RewardingObjective
 
-        return not is_run(self.model) or isinstance(
-            run_objective(self.model, trust_code=self.trust_code), RewardingObjective
-        )
+        return not is_run(self.model) or run_objective(self.model, trust_code=self.trust_code).rewarding
 
     def _load(self) -> Scored:
         from falign.evaluation.benchmarks import Preferences

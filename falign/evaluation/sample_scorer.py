@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from falign.divergences import Divergence, ForwardKL, ReverseKL
+from falign.divergences import ForwardKL, ReverseKL
 from falign.errors import ModelError
 from falign.evaluation.sample_rows import SampleRow, sample_rows
 from falign.evaluation.score_rows import plain_floats
 from falign.evaluation.tree_stream import batches_in_order
+from falign.objectives import DivergenceTo
 from falign.references import Reference
 from falign.scoring import (
     DEFAULT_CHUNK_TOKENS,
@@ -68,7 +69,7 @@ class SampleScorer:
         ]
         # The mean of the full divergence at each token is that of whole completions for these two alone: log u of a
         # completion is the sum of its tokens'.
-        divergence = ForwardKL() if of_reference else ReverseKL()
+        divergence = DivergenceTo(ForwardKL() if of_reference else ReverseKL())
         scores = [
             fields
             for batch in batches_in_order(trees, max_tokens=self.tokens_per_batch)
@@ -80,7 +81,7 @@ class SampleScorer:
             start += len(group.rollouts)
         return rows
 
-    def _scores(self, trees: Sequence[PromptTree], divergence: Divergence) -> list[dict[str, Any]]:
+    def _scores(self, trees: Sequence[PromptTree], divergence: DivergenceTo) -> list[dict[str, Any]]:
         batch = LAYOUTS[self.layout](trees, pad_token_id=self.pad_token_id)
         batch = batch.to(next(self.policy.parameters()).device)
         with torch.no_grad(), evaluation_mode(self.policy):
@@ -90,14 +91,14 @@ class SampleScorer:
                 scores = completion_scores(
                     self.policy,
                     batch,
-                    divergence=divergence,
-                    reference=self.reference.states(self.policy, batch).distribution,
+                    measures={"divergence": divergence},
+                    references={"reference": self.reference.states(self.policy, batch).distribution},
                     chunk_tokens=self.chunk_tokens,
                 )
         columns = {
             "logprob": _sums(scores.logprobs, batch, "logprob"),
-            "reference_logprob": _sums(scores.reference_logprobs, batch, "reference_logprob"),
-            "token_divergence": _sums(scores.divergence, batch, "token_divergence"),
+            "reference_logprob": _sums(scores.references.get("reference"), batch, "reference_logprob"),
+            "token_divergence": _sums(scores.measures.get("divergence"), batch, "token_divergence"),
             "entropy": _sums(scores.entropy / batch.completion_mask.sum(dim=-1, keepdim=True), batch, "entropy"),
         }
         return [{name: values[n] for name, values in columns.items()} for n in range(len(batch.place))]

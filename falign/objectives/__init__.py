@@ -2,21 +2,33 @@
 
 from falign.objectives.advantages import Advantage, get_advantage
 from falign.objectives.base import (
+    BaseObjective,
     CompletionBatch,
+    Importance,
     Objective,
     ObjectiveOutput,
-    RewardingObjective,
-    RolloutObjective,
     Term,
     TokenWeighting,
-    WeightingObjective,
+    complete,
+    reference_names,
+    token_weighting,
 )
+from falign.objectives.batch import field_of
 from falign.objectives.completion_mean import CompletionMean, completion_term
 from falign.objectives.distribution_matching import DistributionMatching
 from falign.objectives.generalized_advantages import generalized_advantages
 from falign.objectives.hybrid import Hybrid
 from falign.objectives.listwise import Listwise
 from falign.objectives.margins import IPO, Exo, MarginLoss, Robust, get_margin_loss, hinge, logistic, squared
+from falign.objectives.measures import (
+    DivergenceTo,
+    Entropy,
+    Measure,
+    Vocabulary,
+    get_measure,
+    measure_names,
+    references_of,
+)
 from falign.objectives.methods import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO, dph_rl_coefficient
 from falign.objectives.moments import fit_moments
 from falign.objectives.pairs import pairs_of
@@ -40,15 +52,20 @@ __all__ = [
     "SALSARLOO",
     "TDPO",
     "Advantage",
+    "BaseObjective",
     "BinaryConstraint",
     "CompletionBatch",
     "CompletionMean",
     "DistributionMatching",
+    "DivergenceTo",
+    "Entropy",
     "Exo",
     "ExponentialReward",
     "Hybrid",
+    "Importance",
     "Listwise",
     "MarginLoss",
+    "Measure",
     "MomentConstraints",
     "Objective",
     "ObjectiveOutput",
@@ -57,9 +74,7 @@ __all__ = [
     "PolicyGradient",
     "ProductTarget",
     "Rehearsal",
-    "RewardingObjective",
     "Robust",
-    "RolloutObjective",
     "RunningPartition",
     "Supervised",
     "Surrogate",
@@ -67,18 +82,25 @@ __all__ = [
     "Term",
     "TokenPairwise",
     "TokenWeighting",
-    "WeightingObjective",
+    "Vocabulary",
+    "complete",
     "completion_term",
     "dph_rl_coefficient",
+    "field_of",
     "fit_moments",
     "generalized_advantages",
     "get_advantage",
     "get_margin_loss",
+    "get_measure",
     "hinge",
     "log_partition",
     "logistic",
+    "measure_names",
     "pairs_of",
     "reduce_terms",
+    "reference_names",
+    "references_of",
     "squared",
+    "token_weighting",
     "total_weights",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -10,18 +12,18 @@ from torch import Tensor
 
 from falign.divergences.dtypes import numbers
 
-__all__ = ["OFFLINE", "ONLINE", "CompletionBatch"]
+__all__ = ["OFFLINE", "ONLINE", "CompletionBatch", "field_of"]
 
 PER_TOKEN = frozenset(
     {
-        *("logprobs", "completion_mask", "reference_logprobs", "old_logprobs", "token_divergence", "token_weights"),
-        *("values", "old_values", "advantages"),
+        *("logprobs", "completion_mask", "reference_logprobs", "references", "old_logprobs", "measures"),
+        *("token_weights", "values", "old_values", "advantages"),
     }
 )
 MASKS = frozenset({"completion_mask", "from_reference"})
-CARRY_GRADIENT = frozenset({"logprobs", "token_divergence", "values"})
+CARRY_GRADIENT = frozenset({"logprobs", "measures", "values"})
 
-OFFLINE = frozenset({"reference_logprobs", "preference", "token_divergence", "token_weights"})
+OFFLINE = frozenset({"reference_logprobs", "references", "preference", "token_weights"})
 """Fields that a run on given completions can supply."""
 
 ONLINE = OFFLINE | {
@@ -31,11 +33,31 @@ ONLINE = OFFLINE | {
 """Fields that a run on the policy's own samples can supply."""
 
 
+def field_of(name: str) -> str:
+    """Return the field of :class:`CompletionBatch` that a name of :attr:`Objective.needs` speaks of.
+
+    Args:
+        name: A field, or ``FIELD.KEY``.
+
+    Returns:
+        The part before the dot.
+
+    Example:
+        >>> field_of("references.teacher")
+        'references'
+    """
+    return name.partition(".")[0]
+
+
+class _ByReference(dict[str, Tensor]):
+    """``CompletionBatch.references`` of a batch that exists: its ``reference`` repeats ``reference_logprobs``."""
+
+
 @dataclass(frozen=True)
 class CompletionBatch:
     """N completions of at most T tokens; logs in nats. Pairs, lists, samples and rollouts are all this.
 
-    ``logprobs``, ``token_divergence`` and ``values`` carry the gradient. Everything else is a constant and is detached
+    ``logprobs``, ``measures`` and ``values`` carry the gradient. Everything else is a constant and is detached
     here, whatever it was computed from. Numbers are kept in float32 at least: sums over tokens leave the range of half
     precisions. Integers and booleans are taken as numbers, except in the masks and in ``prompt_index``.
 
@@ -43,9 +65,12 @@ class CompletionBatch:
         logprobs: ``log π(y_t | x, y_<t)``, shape (N, T); carries the gradient.
         completion_mask: True on completion tokens (the stop token included), shape (N, T).
         prompt_index: Which prompt, shape (N,); equal values form a group.
-        reference_logprobs: ``log π_ref`` of the same tokens, shape (N, T).
+        reference_logprobs: ``log π_ref`` of the same tokens, shape (N, T): of the reference named ``reference``.
+        references: Log-probabilities of the same tokens under each reference, by name, shape (N, T) each. Other
+            references are given here; ``reference`` is given as ``reference_logprobs`` and is found here too.
         old_logprobs: ``log π_old``, the law that the completions were drawn from, shape (N, T); None where that is π.
-        token_divergence: Full-vocabulary ``D_f`` at each position, shape (N, T); carries the gradient.
+        measures: Value at each token of each measure that the objective names, shape (N, T) each; carries the
+            gradient.
         preference: Larger is preferred within a prompt, shape (N,) (a pair: 1 and 0; an unpaired label: 1 or 0).
         rewards: External scores, shape (N,).
         from_reference: True where the completion was sampled from the reference, shape (N,).
@@ -55,12 +80,12 @@ class CompletionBatch:
         values: A value head's estimate of the reward to come at each token, shape (N, T); carries the gradient.
         old_values: The same before the first update on this rollout, shape (N, T); constants.
         advantages: What weights each token's log-probability, shape (N, T); constants, of
-            :meth:`RolloutObjective.prepare`.
+            :meth:`BaseObjective.prepare`.
         baseline: What is subtracted from each completion's pseudo-reward or penalty, shape (N,); constants, of
-            :meth:`RolloutObjective.prepare`.
+            :meth:`BaseObjective.prepare`.
 
     Raises:
-        ValueError: Two shapes disagree. (A broadcast would be silent and wrong.)
+        ValueError: Two shapes disagree (a broadcast would be silent and wrong), or ``reference`` is given twice.
         TypeError: A mask is not boolean, ``prompt_index`` is not integer, or a field is complex or no tensor.
 
     Source:
@@ -81,7 +106,6 @@ class CompletionBatch:
     prompt_index: Shaped[Tensor, " N"]
     reference_logprobs: Shaped[Tensor, "N T"] | None = None
     old_logprobs: Shaped[Tensor, "N T"] | None = None
-    token_divergence: Shaped[Tensor, "N T"] | None = None
     preference: Shaped[Tensor, " N"] | None = None
     rewards: Shaped[Tensor, " N"] | None = None
     from_reference: Shaped[Tensor, " N"] | None = None
@@ -92,24 +116,46 @@ class CompletionBatch:
     old_values: Shaped[Tensor, "N T"] | None = None
     advantages: Shaped[Tensor, "N T"] | None = None
     baseline: Shaped[Tensor, " N"] | None = None
+    # Its shapes are checked below: in `dataclasses.replace` it still has the reference of the batch before.
+    references: Mapping[str, Tensor] = field(default_factory=dict)
+    measures: Mapping[str, Shaped[Tensor, "N T"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        self._name_reference()
+        for each in fields(self):
+            value = getattr(self, each.name)
             if value is not None:
-                object.__setattr__(self, field.name, _of_field(field.name, value))
+                object.__setattr__(
+                    self, each.name, _each(value, lambda tensor, name=each.name: _of_field(name, tensor))
+                )
+        if self.reference_logprobs is not None:
+            object.__setattr__(
+                self, "references", _ByReference({**self.references, "reference": self.reference_logprobs})
+            )
         if self.logprobs.ndim != 2:
             raise ValueError(f"logprobs has shape {tuple(self.logprobs.shape)}; it must be (completions, tokens).")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            expected = self.logprobs.shape if field.name in PER_TOKEN else self.logprobs.shape[:1]
-            if field.name == "features" and value is not None:
+        for name, value in self.tensors().items():
+            expected = self.logprobs.shape if field_of(name) in PER_TOKEN else self.logprobs.shape[:1]
+            if name == "features":
                 expected = (*expected, *value.shape[-1:])
-            if value is not None and value.shape != expected:
+            if value.shape != expected:
                 raise ValueError(
-                    f"{field.name} has shape {tuple(value.shape)}; logprobs of shape {tuple(self.logprobs.shape)} "
+                    f"{name} has shape {tuple(value.shape)}; logprobs of shape {tuple(self.logprobs.shape)} "
                     f"needs {tuple(expected)}."
                 )
+
+    def _name_reference(self) -> None:
+        """Let ``reference_logprobs`` and ``references["reference"]`` be one tensor, whichever was given."""
+        given = dict(self.references)
+        if isinstance(self.references, _ByReference):  # of the batch that this one replaces
+            given.pop("reference", None)
+        if self.reference_logprobs is None:
+            object.__setattr__(self, "reference_logprobs", given.get("reference"))
+        elif "reference" in given:
+            raise ValueError("references['reference'] and reference_logprobs are the same field: give one of them.")
+        else:
+            given["reference"] = self.reference_logprobs
+        object.__setattr__(self, "references", _ByReference(given))
 
     @property
     def num_tokens(self) -> Int[Tensor, " N"]:
@@ -120,24 +166,96 @@ class CompletionBatch:
         """Return the sum of a per-token quantity over each completion; what lies outside the mask is never read."""
         return per_token.masked_fill(~self.completion_mask, 0.0).sum(dim=-1)
 
+    @property
+    def log_ratio(self) -> Float[Tensor, "N T"]:
+        """``log π - log π_ref`` of each token, 0 outside the mask, shape (N, T); carries the gradient.
+
+        Raises:
+            ValueError: ``reference_logprobs`` is None.
+        """
+        return (self.logprobs - self.require("reference_logprobs")).masked_fill(~self.completion_mask, 0.0)
+
+    @property
+    def sampling_logprobs(self) -> Float[Tensor, "N T"]:
+        """``log π`` of the policy that drew the completions: ``old_logprobs``, or the current ones, as a constant."""
+        return self.logprobs.detach() if self.old_logprobs is None else self.old_logprobs
+
+    @property
+    def importance_log_ratio(self) -> Float[Tensor, "N T"]:
+        """``log π - log π_old`` of each token, 0 outside the mask, shape (N, T); carries the gradient.
+
+        In value it is 0 where ``old_logprobs`` is None: the completions were drawn from π itself.
+        """
+        return (self.logprobs - self.sampling_logprobs).masked_fill(~self.completion_mask, 0.0)
+
     def require(self, name: str) -> Tensor:
         """Return an optional field.
 
         Args:
-            name: The field.
+            name: The field, or ``"references.NAME"`` or ``"measures.NAME"``.
 
         Returns:
             Its tensor.
 
         Raises:
-            ValueError: It is None.
+            ValueError: It is missing.
         """
-        value = getattr(self, name)
+        whole, _, key = name.partition(".")
+        value = getattr(self, whole)
+        if key:
+            value = value.get(key)
         if value is None:
+            place, how = (f"{whole}[{key!r}]", "missing") if key else (name, "None")
             raise ValueError(
-                f"This objective reads CompletionBatch.{name}, which is None; set it when building the batch."
+                f"This objective reads CompletionBatch.{place}, which is {how}; set it when building the batch."
             )
         return value
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors that are there, by the names that :meth:`require` takes.
+
+        Returns:
+            References and measures are named ``references.NAME`` and ``measures.NAME``; the reference named
+            ``reference`` is there once, as ``reference_logprobs``.
+        """
+        found: dict[str, Tensor] = {}
+        for each in fields(self):
+            value: Any = getattr(self, each.name)
+            parts = {f"{each.name}.{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {}
+            found |= parts if isinstance(value, Mapping) else {} if value is None else {each.name: value}
+        found.pop("references.reference", None)
+        return found
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> CompletionBatch:
+        """Return a batch of tensors by name.
+
+        Args:
+            tensors: As :meth:`tensors` gives them.
+
+        Returns:
+            The batch.
+        """
+        given: dict[str, Any] = {}
+        for name, value in tensors.items():
+            whole, _, key = name.partition(".")
+            if key:
+                given.setdefault(whole, {})[key] = value
+            else:
+                given[name] = value
+        return cls(**given)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> CompletionBatch:
+        """Return the batch with a function applied to each of its tensors.
+
+        Args:
+            change: From a tensor to a tensor.
+
+        Returns:
+            A new batch.
+        """
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{name: _each(value, change) for name, value in given.items() if value is not None})
 
     def select(self, rows: Bool[Tensor, " N"]) -> CompletionBatch:
         """Return the completions that a mask names, with all their fields.
@@ -148,8 +266,15 @@ class CompletionBatch:
         Returns:
             A batch of as many completions as the mask has True, which may be none.
         """
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: value[rows] for name, value in given.items() if value is not None})
+        return self.map(lambda tensor: tensor[rows])
+
+
+def _each(value: Tensor | Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to a tensor, or to each of several by name."""
+    if isinstance(value, Mapping):
+        kind = _ByReference if isinstance(value, _ByReference) else dict
+        return kind({name: change(each) for name, each in value.items()})
+    return change(value)
 
 
 def _of_field(name: str, value: Tensor) -> Tensor:

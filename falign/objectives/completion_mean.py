@@ -26,7 +26,12 @@ def check_completion_mean(reduction: str) -> None:
 
 
 def completion_term(
-    sums: Shaped[Tensor, " N"], num_tokens: Int[Tensor, " N"], reduction: CompletionMean, scale: float = 1.0
+    sums: Shaped[Tensor, " N"],
+    num_tokens: Int[Tensor, " N"],
+    reduction: CompletionMean,
+    scale: float = 1.0,
+    *,
+    name: str = "loss",
 ) -> Term:
     """Return the mean over completions of a loss that is a sum over tokens.
 
@@ -37,6 +42,7 @@ def completion_term(
             ``"sequence_mean"``: the mean over completions of each one's mean over tokens, so that a token of a long
             completion counts less (GRPO). ``"token_mean"``: the sum over all tokens by their number (DAPO).
         scale: Factor of the term.
+        name: Of the term.
 
     Returns:
         The term, its losses of shape (N,).
@@ -47,7 +53,7 @@ def completion_term(
     Example:
         >>> sums, lengths = torch.tensor([2.0, 8.0]), torch.tensor([1, 4])
         >>> for reduction in ("sequence_sum", "sequence_mean", "token_mean"):
-        ...     losses, weights, _ = completion_term(sums, lengths, reduction)
+        ...     losses, weights, *_ = completion_term(sums, lengths, reduction)
         ...     print((losses * weights).sum() / weights.sum())
         tensor(5.)
         tensor(2.)
@@ -56,6 +62,7 @@ def completion_term(
     sums = numbers(sums, "sums")
     lengths = num_tokens.to(sums.dtype)
     if reduction == "sequence_sum":
-        return Term(sums, lengths.new_ones(lengths.shape), scale)
+        return Term(sums, lengths.new_ones(lengths.shape), scale, name)
     per_token = sums / lengths.clamp(min=1.0)
-    return Term(per_token, lengths if reduction == "token_mean" else lengths.new_ones(lengths.shape), scale)
+    weights = lengths if reduction == "token_mean" else lengths.new_ones(lengths.shape)
+    return Term(per_token, weights, scale, name)

@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from typing_extensions import override
 
 from falign.divergences import Divergence
 from falign.divergences.estimators import LARGEST_PENALTY, value_from_policy
 from falign.divergences.powers import power
-from falign.objectives.base import CompletionBatch, ObjectiveOutput, Term
+from falign.objectives.base import BaseObjective, CompletionBatch, ObjectiveOutput, Term
 from falign.objectives.groups import groups_of, mean_of_others
 from falign.objectives.partition import log_partition
 from falign.objectives.targets import Target
@@ -22,7 +23,7 @@ __all__ = ["DistributionMatching"]
 
 
 @dataclass(frozen=True)
-class DistributionMatching:
+class DistributionMatching(BaseObjective):
     """Minimise ``D_f(π‖p)`` with ``p = π_ref exp(score)/Z``, by the pseudo-reward ``-f'(π(y)/p(y))`` of whole samples.
 
     Samples of an older policy or of another proposal are weighted by ``π/π_old``, and ``Z(x)`` is estimated from the
@@ -73,15 +74,11 @@ class DistributionMatching:
             raise ValueError(f"baseline={self.baseline!r}: choose 'leave_one_out', 'constant' or 'none'.")
 
     @property
+    @override
     def needs(self) -> frozenset[str]:
-        """Fields of the target, log-probs of the reference and of the sampler, and the estimates of ``log Z``."""
         return frozenset({"features", "reference_logprobs", "old_logprobs", "log_partition"})
 
-    @property
-    def token_divergence(self) -> None:
-        """None: one ratio per completion is enough."""
-        return None
-
+    @override
     def log_weights(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
         """Return ``log P/π_old`` of each sample, of which estimates of ``log Z`` are made.
 
@@ -92,10 +89,10 @@ class DistributionMatching:
             Shape (N,), without gradient; -inf where ``P = 0``. :class:`RunningPartition` and :func:`log_partition` take
             it.
         """
-        sampled = batch.logprobs if batch.old_logprobs is None else batch.old_logprobs
-        log_ratio = batch.sequence_sum(batch.require("reference_logprobs") - sampled).detach()
+        log_ratio = batch.sequence_sum(batch.require("reference_logprobs") - batch.sampling_logprobs)
         return log_ratio + self.target.log_score(batch.require("features"))
 
+    @override
     def prepare(self, batch: CompletionBatch) -> CompletionBatch:
         """Return the rollout with ``baseline``, and with ``log_partition`` from the rollout itself if it has none.
 
@@ -124,6 +121,7 @@ class DistributionMatching:
         mean = mean_of_others(-slope, groups) / torch.where(share > 0, share, torch.ones_like(share))
         return replace(batch, baseline=mean)
 
+    @override
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
         """Return one loss per sample.
 
@@ -146,21 +144,22 @@ class DistributionMatching:
         free = torch.zeros_like(slope) if batch.baseline is None else batch.baseline
         penalty = (weight * (slope + free)).clamp(-LARGEST_PENALTY, LARGEST_PENALTY)
         losses = penalty * batch.sequence_sum(batch.logprobs)
-        return ObjectiveOutput((Term(losses, known.to(losses.dtype)),), self._metrics(batch))
+        return ObjectiveOutput(
+            (Term(losses, known.to(losses.dtype), name="distribution_matching"),), self._metrics(batch)
+        )
 
     def _known(self, batch: CompletionBatch) -> Bool[Tensor, " N"]:
         return batch.require("log_partition") != -math.inf  # NaN does not mean missing: it must be reported
 
     @torch.no_grad()
     def _importance_weight(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
-        old = batch.logprobs if batch.old_logprobs is None else batch.old_logprobs
-        return power(batch.sequence_sum(batch.logprobs - old))
+        return power(batch.sequence_sum(batch.importance_log_ratio))
 
     @torch.no_grad()
     def _log_t(self, batch: CompletionBatch) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
         """``log π/p``, 0 where ``P = 0`` and without meaning where Z is unknown; and where ``P = 0``."""
         log_z = batch.require("log_partition").masked_fill(~self._known(batch), 0.0)
-        log_ratio = batch.sequence_sum(batch.logprobs - batch.require("reference_logprobs"))
+        log_ratio = batch.sequence_sum(batch.log_ratio)
         score = self.target.log_score(batch.require("features"))
         forbidden = score == -math.inf
         return (log_ratio - score + log_z).masked_fill(forbidden, 0.0), forbidden
@@ -179,7 +178,7 @@ class DistributionMatching:
         if self.target.has_zeros:
             score = self.target.log_score(features)
             metrics["target/satisfied"] = (score > -math.inf).to(score.dtype).masked_fill(score.isnan(), math.nan)
-        metrics["logratios/policy"] = batch.sequence_sum(batch.logprobs - batch.require("reference_logprobs"))
+        metrics["logratios/policy"] = batch.sequence_sum(batch.log_ratio)
         metrics["importance_weight"] = weight
         metrics["partition_missing"] = (~known).to(weight.dtype)
         if known.any():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
+from typing_extensions import override
 
-from falign.divergences import Divergence
-from falign.objectives.base import CompletionBatch, ObjectiveOutput
+from falign.objectives.base import BaseObjective, CompletionBatch, Importance, ObjectiveOutput
+from falign.objectives.measures import Measure
 from falign.objectives.policy_gradient import PolicyGradient
 from falign.objectives.rehearsal import Rehearsal
 
@@ -16,7 +18,7 @@ __all__ = ["Hybrid"]
 
 
 @dataclass(frozen=True)
-class Hybrid:
+class Hybrid(BaseObjective):
     """A policy gradient on fresh samples plus ``coefficient`` times rehearsal on samples of the reference.
 
     ``from_reference`` tells the rows apart. Each part is a mean with its own denominator, so that the coefficient does
@@ -52,15 +54,31 @@ class Hybrid:
             )
 
     @property
+    @override
     def needs(self) -> frozenset[str]:
-        """Fields of both objectives, and the mask that assigns rows to them."""
         return self.policy_gradient.needs | self.rehearsal.needs | {"from_reference"}
 
     @property
-    def token_divergence(self) -> Divergence | None:
-        """That of the policy gradient."""
-        return self.policy_gradient.token_divergence
+    @override
+    def needs_of_samples(self) -> frozenset[str]:
+        return self.policy_gradient.needs | {"from_reference"}
 
+    @property
+    @override
+    def needs_of_stored(self) -> frozenset[str]:
+        return self.rehearsal.needs | {"from_reference"}
+
+    @property
+    @override
+    def measures(self) -> Mapping[str, Measure]:
+        return self.policy_gradient.measures
+
+    @property
+    @override
+    def correction_level(self) -> Importance | None:
+        return self.policy_gradient.correction_level
+
+    @override
     def prepare(self, batch: CompletionBatch) -> CompletionBatch:
         """Return the batch with what the policy gradient prepares for its rows; 0 for the others.
 
@@ -88,6 +106,7 @@ class Hybrid:
             old_values=in_place(own.old_values),
         )
 
+    @override
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
         """Return the terms of both.
 

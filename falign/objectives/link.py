@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from falign.divergences import Divergence
-from falign.objectives.base import CompletionBatch
+from falign.objectives.batch import CompletionBatch
 
 __all__ = ["CompletionRewards", "Link"]
 
@@ -72,6 +72,6 @@ class Link:
 
     def rewards_of(self, batch: CompletionBatch) -> CompletionRewards:
         """Return the rewards of a batch's completions, and their source."""
-        log_ratio = batch.sequence_sum(batch.logprobs - batch.require("reference_logprobs"))
+        log_ratio = batch.sequence_sum(batch.log_ratio)
         compared = log_ratio / batch.num_tokens if self.length_norm == "token" else log_ratio
         return CompletionRewards(batch.sequence_sum(batch.logprobs), log_ratio, self.reward(compared))

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+from typing_extensions import override
 
 from falign.divergences import Divergence
-from falign.objectives.base import CompletionBatch, ObjectiveOutput, Term
+from falign.objectives.base import BaseObjective, CompletionBatch, ObjectiveOutput, Term
 from falign.objectives.link import Link
 from falign.objectives.pairs import accuracies, pairs_in
 
@@ -19,7 +20,7 @@ __all__ = ["Listwise"]
 
 
 @dataclass(frozen=True)
-class Listwise:
+class Listwise(BaseObjective):
     """``-Σ_i log(e^{r̂_i}/(e^{r̂_i} + Σ_{j worse than i} e^{r̂_j}))`` for each prompt, with ``r̂ = β f'(u)``.
 
     Each factor is the Plackett-Luce probability that i comes first among itself and those that are strictly worse. λ(x)
@@ -57,21 +58,22 @@ class Listwise:
     length_norm: Literal["none", "token"] = "none"
 
     def __post_init__(self) -> None:
-        _ = self._link  # checks all three
+        _ = self.link  # checks all three
 
     @property
-    def _link(self) -> Link:
+    @override
+    def link(self) -> Link:
         return Link(self.divergence, self.beta, self.length_norm)
 
     @property
+    @override
     def needs(self) -> frozenset[str]:
-        """Reference log-probs and preferences."""
         return frozenset({"reference_logprobs", "preference"})
 
     @property
-    def token_divergence(self) -> None:
-        """None: one ratio per completion is enough."""
-        return None
+    @override
+    def rewarding(self) -> bool:
+        return True
 
     def implicit_reward(self, log_ratio: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         """Return ``r̂ = β f'(u)``, the reward that this method defines, up to a constant per prompt.
@@ -82,22 +84,13 @@ class Listwise:
         Returns:
             The reward, same shape.
         """
-        return self._link.reward(log_ratio)
+        return self.link.reward(log_ratio)
 
+    @override
     def completion_rewards(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
-        """Return :meth:`implicit_reward` of each completion.
+        return self.link.rewards_of(batch).rewards
 
-        Args:
-            batch: Completions with ``reference_logprobs``; it needs no ``preference``.
-
-        Returns:
-            Shape (N,); carries the gradient.
-
-        Raises:
-            ValueError: ``reference_logprobs`` is None.
-        """
-        return self._link.rewards_of(batch).rewards
-
+    @override
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
         """Return one loss per prompt of the batch.
 
@@ -115,7 +108,7 @@ class Listwise:
             ValueError: A needed field is None, or no two completions of one prompt differ in preference.
         """
         chosen, rejected = pairs_in(batch)
-        logprobs, log_ratio, rewards = self._link.rewards_of(batch)
+        logprobs, log_ratio, rewards = self.link.rewards_of(batch)
         # [i, j]: j is strictly worse than i.
         worse = torch.zeros(len(rewards), len(rewards), dtype=torch.bool, device=rewards.device)
         worse[chosen, rejected] = True
@@ -134,7 +127,9 @@ class Listwise:
             size = torch.maximum(rewards[chosen].abs(), rewards[rejected].abs())
             metrics["rewards/accuracies"] = accuracies(rewards[chosen] - rewards[rejected], size)
             metrics["rewards/top1"] = accuracies(_largest(best, rewards) - _largest(members & ~best, rewards))
-        return ObjectiveOutput((Term(losses, torch.ones_like(losses)),), {k: v.detach() for k, v in metrics.items()})
+        return ObjectiveOutput(
+            (Term(losses, torch.ones_like(losses), name="listwise"),), {k: v.detach() for k, v in metrics.items()}
+        )
 
 
 def _not_first(rewards: Float[Tensor, " N"], worse: Bool[Tensor, "N N"]) -> Float[Tensor, " N"]:

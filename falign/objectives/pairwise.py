@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from falign.divergences import Divergence
-from falign.objectives.base import CompletionBatch, ObjectiveOutput, Term
+from falign.objectives.base import BaseObjective, CompletionBatch, ObjectiveOutput, Term
 from falign.objectives.link import Link
 from falign.objectives.margins import IPO, MarginLoss, get_margin_loss, logistic
 from falign.objectives.pairs import accuracies, pairs_in
@@ -19,7 +20,7 @@ __all__ = ["Pairwise"]
 
 
 @dataclass(frozen=True)
-class Pairwise:
+class Pairwise(BaseObjective):
     """``ℓ(r̂_w - r̂_l)`` for each pair, with implicit reward ``r̂ = β f'(u)`` and ``u = π(y|x)/π_ref(y|x)``.
 
     A maximiser of ``E[r] - β D_f(π‖π_ref)`` satisfies ``r = β f'(u) + λ(x)``, and λ cancels in the margin; that needs
@@ -65,22 +66,23 @@ class Pairwise:
                 f"length_norm={self.length_norm!r} with margin_loss='ipo': IPO is of log-ratios per token; leave it "
                 "out, or name the loss of whole completions, 'squared'."
             )
-        _ = self._link  # checks the other three
+        _ = self.link  # checks the other three
 
     @property
-    def _link(self) -> Link:
+    @override
+    def link(self) -> Link:
         assert self.length_norm is not None
         return Link(self.divergence, self.beta, self.length_norm)
 
     @property
+    @override
     def needs(self) -> frozenset[str]:
-        """Reference log-probs and preferences."""
         return frozenset({"reference_logprobs", "preference"})
 
     @property
-    def token_divergence(self) -> None:
-        """None: one ratio per completion is enough."""
-        return None
+    @override
+    def rewarding(self) -> bool:
+        return True
 
     def implicit_reward(self, log_ratio: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         """Return ``r̂ = β f'(u)``, the reward that this method defines, up to a constant per prompt.
@@ -91,22 +93,13 @@ class Pairwise:
         Returns:
             The reward, same shape.
         """
-        return self._link.reward(log_ratio)
+        return self.link.reward(log_ratio)
 
+    @override
     def completion_rewards(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
-        """Return :meth:`implicit_reward` of each completion.
+        return self.link.rewards_of(batch).rewards
 
-        Args:
-            batch: Completions with ``reference_logprobs``; it needs no ``preference``.
-
-        Returns:
-            Shape (N,); carries the gradient.
-
-        Raises:
-            ValueError: ``reference_logprobs`` is None.
-        """
-        return self._link.rewards_of(batch).rewards
-
+    @override
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
         """Return one loss per pair of the batch.
 
@@ -122,7 +115,7 @@ class Pairwise:
             ValueError: A needed field is None, or no two completions of one prompt differ in preference.
         """
         chosen, rejected = pairs_in(batch)
-        logprobs, log_ratio, rewards = self._link.rewards_of(batch)
+        logprobs, log_ratio, rewards = self.link.rewards_of(batch)
         margin = rewards[chosen] - rewards[rejected]
         size = torch.maximum(rewards[chosen].abs(), rewards[rejected].abs())
         assert callable(self.margin_loss)
@@ -138,4 +131,6 @@ class Pairwise:
                 "logps/chosen": logprobs[chosen],
                 "logps/rejected": logprobs[rejected],
             }
-        return ObjectiveOutput((Term(losses, torch.ones_like(losses)),), {k: v.detach() for k, v in metrics.items()})
+        return ObjectiveOutput(
+            (Term(losses, torch.ones_like(losses), name="pairwise"),), {k: v.detach() for k, v in metrics.items()}
+        )

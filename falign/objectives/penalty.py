@@ -14,6 +14,7 @@ from falign.divergences.estimators import loss_from_policy, loss_from_vocabulary
 from falign.divergences.powers import power
 from falign.objectives.base import CompletionBatch
 from falign.objectives.groups import groups_of, mean_of_others
+from falign.objectives.measures import DivergenceTo, Measure
 
 __all__ = ["Credit", "Level", "Penalty"]
 
@@ -62,9 +63,13 @@ class Penalty:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Reference log-probs, and the divergences per token at vocabulary level."""
-        fields = {"reference_logprobs", "token_divergence"} if self.level == "vocabulary" else {"reference_logprobs"}
-        return frozenset(fields)
+        """Reference log-probs."""
+        return frozenset({"reference_logprobs"})
+
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """The divergence of each token over the vocabulary where that is the level."""
+        return {"divergence": DivergenceTo(self.divergence)} if self.level == "vocabulary" else {}
 
     def baseline(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
         """Return for each completion the mean of ``f'(u)`` over the others of its prompt, 0 where there is none.
@@ -77,22 +82,22 @@ class Penalty:
         Returns:
             Shape (N,), without gradient.
         """
-        log_ratio = batch.sequence_sum(batch.logprobs - batch.require("reference_logprobs")).detach()
+        log_ratio = batch.sequence_sum(batch.log_ratio).detach()
         return mean_of_others(self.divergence.f_prime(log_ratio), groups_of(batch.prompt_index))
 
     def loss(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
         """Return what has the gradient of ``D_f`` in the mean.
 
         Args:
-            batch: Completions with :attr:`needs`, ``old_logprobs`` where they were drawn from π_old, and ``baseline``
-                if there is one.
+            batch: Completions with :attr:`needs` and :attr:`measures`, ``old_logprobs`` where they were drawn from
+                π_old, and ``baseline`` if there is one.
 
         Returns:
             One surrogate per completion, shape (N,).
         """
         if self.level == "vocabulary":
             return loss_from_vocabulary(
-                batch.require("token_divergence"),
+                batch.require("measures.divergence"),
                 batch.logprobs,
                 batch.completion_mask,
                 credit=self.credit,
@@ -121,9 +126,7 @@ class Penalty:
         """
         if self.level == "vocabulary":
             return self.loss(batch)
-        log_ratio = (batch.logprobs - batch.require("reference_logprobs")).masked_fill(~batch.completion_mask, 0.0)
-        importance = torch.zeros_like(log_ratio) if batch.old_logprobs is None else batch.logprobs - batch.old_logprobs
-        importance = importance.masked_fill(~batch.completion_mask, 0.0).cumsum(dim=-1)
+        log_ratio, importance = batch.log_ratio, batch.importance_log_ratio.cumsum(dim=-1)
         if self.level == "sequence":
             log_ratio, importance = log_ratio.sum(dim=-1, keepdim=True), importance[:, -1:]
         # A product of two huge weights overflows to an infinity, which a mean would not survive.

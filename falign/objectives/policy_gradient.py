@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from falign.divergences import Divergence
 from falign.objectives.advantages import Advantage, get_advantage, group_deviation
-from falign.objectives.base import CompletionBatch, ObjectiveOutput
+from falign.objectives.base import BaseObjective, CompletionBatch, Importance, ObjectiveOutput
 from falign.objectives.completion_mean import CompletionMean, check_completion_mean, completion_term
 from falign.objectives.generalized_advantages import generalized_advantages
 from falign.objectives.groups import groups_of
+from falign.objectives.measures import Measure
 from falign.objectives.penalty import Credit, Level, Penalty
 from falign.objectives.surrogate import Surrogate, SurrogateOutput
 
@@ -22,7 +24,7 @@ __all__ = ["PolicyGradient"]
 
 
 @dataclass(frozen=True)
-class PolicyGradient:
+class PolicyGradient(BaseObjective):
     """Maximise ``E_π[r] - β D_f(π‖π_ref)`` from samples with rewards.
 
     The loss of a completion is ``-Σ_t min(w A_t, clip(w) A_t)`` of the reward's advantage, plus β times what has the
@@ -76,7 +78,7 @@ class PolicyGradient:
     advantage: Advantage | str = "leave_one_out"
     clip_low: float | None = None
     clip_high: float | None = None
-    importance: Literal["sequence", "token"] = "sequence"
+    importance: Importance = "sequence"
     level: Level = "sequence"
     credit: Credit = "fixed_prefix"
     reduction: CompletionMean = "sequence_sum"
@@ -124,18 +126,24 @@ class PolicyGradient:
         return Penalty(self.divergence, self.level, self.credit)
 
     @property
+    @override
     def needs(self) -> frozenset[str]:
-        """Rewards and the sampling law's log-probs; what the penalty needs; the values with ``"gae"``."""
         fields = frozenset({"rewards", "old_logprobs"})
         if self.advantage == "gae":
             fields |= {"values", "old_values"}
         return fields if self.penalty is None else fields | self.penalty.needs
 
     @property
-    def token_divergence(self) -> Divergence | None:
-        """The divergence where it is taken over the full vocabulary, else None."""
-        return self.divergence if self.penalty is not None and self.level == "vocabulary" else None
+    @override
+    def measures(self) -> Mapping[str, Measure]:
+        return {} if self.penalty is None else self.penalty.measures
 
+    @property
+    @override
+    def correction_level(self) -> Importance:
+        return self.importance
+
+    @override
     def prepare(self, batch: CompletionBatch) -> CompletionBatch:
         """Return the rollout with ``advantages``, and the penalty's ``baseline`` or ``old_values`` where used.
 
@@ -163,6 +171,7 @@ class PolicyGradient:
             batch = replace(batch, baseline=self.penalty.baseline(batch))
         return replace(batch, advantages=advantages)
 
+    @override
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
         """Return the loss of each completion, and of its values with ``"gae"``.
 
@@ -185,12 +194,13 @@ class PolicyGradient:
         losses = -batch.sequence_sum(surrogate.gains)
         if self.penalty is not None:
             losses = losses + self.beta * self.penalty.loss(batch)
-        terms, metrics = [completion_term(losses, batch.num_tokens, self.reduction)], self._metrics(batch, surrogate)
+        terms = [completion_term(losses, batch.num_tokens, self.reduction, name="policy_gradient")]
+        metrics = self._metrics(batch, surrogate)
         if self.advantage == "gae":
             assert self.value_coefficient is not None
             target = batch.require("advantages") + batch.require("old_values")
             errors = batch.sequence_sum((batch.require("values") - target).square() / 2)
-            terms.append(completion_term(errors, batch.num_tokens, "token_mean", self.value_coefficient))
+            terms.append(completion_term(errors, batch.num_tokens, "token_mean", self.value_coefficient, name="values"))
             metrics["value_loss"] = errors.detach() / batch.num_tokens
         return ObjectiveOutput(tuple(terms), metrics)
 
@@ -215,5 +225,5 @@ class PolicyGradient:
             metrics["clip_ratio/high"] = mean_over_tokens(surrogate.clipped_high)
         if self.penalty is not None:
             metrics[f"divergence/{self.penalty.divergence.name}"] = self.penalty.value(batch)
-            metrics["logratios/policy"] = batch.sequence_sum(batch.logprobs - batch.require("reference_logprobs"))
+            metrics["logratios/policy"] = batch.sequence_sum(batch.log_ratio)
         return {name: value.detach() for name, value in metrics.items()}

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from typing_extensions import override
 
 from falign.divergences import Divergence
 from falign.divergences.estimators import loss_from_reference, value_from_reference
-from falign.objectives.base import CompletionBatch, ObjectiveOutput
+from falign.objectives.base import BaseObjective, CompletionBatch, ObjectiveOutput
 from falign.objectives.completion_mean import CompletionMean, check_completion_mean, completion_term
 
 __all__ = ["Rehearsal"]
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class Rehearsal(BaseObjective):
     """``E_ref[f(u)]`` on stored samples of the reference, whose gradient is exactly that of ``D_f(π‖π_ref)``.
 
     The law of the samples does not depend on the policy, so the loss is differentiated as it stands; the reference's
@@ -66,15 +67,11 @@ class Rehearsal:
             )
 
     @property
+    @override
     def needs(self) -> frozenset[str]:
-        """Reference log-probs."""
         return frozenset({"reference_logprobs"})
 
-    @property
-    def token_divergence(self) -> None:
-        """None: the sampled tokens are enough."""
-        return None
-
+    @override
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
         """Return one loss per completion.
 
@@ -89,8 +86,7 @@ class Rehearsal:
             ValueError: ``reference_logprobs`` is None.
         """
         assert self.reduction is not None
-        log_ratio = batch.logprobs - batch.require("reference_logprobs")
-        log_ratio = log_ratio.masked_fill(~batch.completion_mask, 0.0)
+        log_ratio = batch.log_ratio
         whole = log_ratio.sum(dim=-1, keepdim=True)
         compared = log_ratio if self.level == "token" else whole
         losses = loss_from_reference(self.divergence, compared).sum(dim=-1)
@@ -99,5 +95,5 @@ class Rehearsal:
                 f"divergence/{self.divergence.name}": value_from_reference(self.divergence, compared).sum(dim=-1),
                 "logratios/reference_samples": whole.squeeze(-1),
             }
-        term = completion_term(losses, batch.num_tokens, self.reduction)
+        term = completion_term(losses, batch.num_tokens, self.reduction, name="rehearsal")
         return ObjectiveOutput((term,), {name: value.detach() for name, value in metrics.items()})

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from falign.divergences import Divergence
 from falign.divergences.powers import power
-from falign.objectives.base import CompletionBatch, ObjectiveOutput
+from falign.objectives.base import BaseObjective, CompletionBatch, ObjectiveOutput
 from falign.objectives.completion_mean import completion_term
 
 __all__ = ["Supervised"]
 
 
 @dataclass(frozen=True)
-class Supervised:
+class Supervised(BaseObjective):
     """``-log π`` of each token of demonstrations; with a divergence ``f*(-β log u)/β``, a mean over tokens.
 
     A demonstration is taken for the optimum of ``E[r] - D_f``, with implicit reward ``r = β log u`` of each token. The
@@ -73,15 +74,11 @@ class Supervised:
             )
 
     @property
+    @override
     def needs(self) -> frozenset[str]:
-        """Reference log-probs with a divergence, else nothing."""
         return frozenset() if self.divergence is None else frozenset({"reference_logprobs"})
 
-    @property
-    def token_divergence(self) -> None:
-        """None: the tokens of the demonstrations are enough."""
-        return None
-
+    @override
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
         """Return the loss of each completion, to be averaged over tokens.
 
@@ -98,9 +95,9 @@ class Supervised:
         per_token, weights = self._losses(batch)
         metrics = {"nll": -batch.sequence_sum(batch.logprobs) / batch.num_tokens}
         if self.divergence is not None:
-            metrics["logratios/policy"] = batch.sequence_sum(batch.logprobs - batch.require("reference_logprobs"))
+            metrics["logratios/policy"] = batch.sequence_sum(batch.log_ratio)
             metrics["token_weight"] = batch.sequence_sum(weights) / batch.num_tokens
-        term = completion_term(batch.sequence_sum(per_token), batch.num_tokens, "token_mean")
+        term = completion_term(batch.sequence_sum(per_token), batch.num_tokens, "token_mean", name="supervised")
         return ObjectiveOutput((term,), {name: value.detach() for name, value in metrics.items()})
 
     def _losses(self, batch: CompletionBatch) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
@@ -109,7 +106,7 @@ class Supervised:
         if self.divergence is None or self.beta is None:
             return -logprobs, torch.ones_like(logprobs)
         with torch.no_grad():
-            log_u = (logprobs - batch.require("reference_logprobs")).masked_fill(~batch.completion_mask, 0.0)
+            log_u = batch.log_ratio
             value = self.divergence.conjugate(-self.beta * log_u) / self.beta
             weights = power(self.divergence.f_prime_inverse(-self.beta * log_u).clamp(-1e4, 1e4))
         # Not every family's inverse is differentiable; d f*(y)/dy = (f')⁻¹(y) is known without it.

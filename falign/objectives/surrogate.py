@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from falign.divergences.powers import power
-from falign.objectives.base import CompletionBatch
+from falign.objectives.base import CompletionBatch, Importance
 
 __all__ = ["Surrogate", "SurrogateOutput"]
 
@@ -61,7 +61,7 @@ class Surrogate:
         tensor([[0.6250, 0.5000]])
     """
 
-    importance: Literal["sequence", "token"] = "sequence"
+    importance: Importance = "sequence"
     clip_low: float | None = None
     clip_high: float | None = None
 
@@ -99,13 +99,13 @@ class Surrogate:
                 "clips out."
             )
         mask, advantages = batch.completion_mask, batch.require("advantages").masked_fill(~batch.completion_mask, 0.0)
-        logprobs = batch.logprobs.masked_fill(~mask, 0.0)
-        old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs.masked_fill(~mask, 0.0)
+        log_ratio = batch.importance_log_ratio
         if self.importance == "token":
-            weight = power(logprobs - old)
+            weight = power(log_ratio)
         else:
+            logprobs = batch.logprobs.masked_fill(~mask, 0.0)
             # The gradient of log π at each token, so that advantages may differ between tokens.
-            whole = power((logprobs - old).detach().sum(dim=-1, keepdim=True))
+            whole = power(log_ratio.detach().sum(dim=-1, keepdim=True))
             weight = whole * (1 + logprobs - logprobs.detach())
         gains = weight * advantages
         if self.clips:

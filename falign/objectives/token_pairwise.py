@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from falign.divergences import Divergence, ForwardKL
-from falign.objectives.base import CompletionBatch, ObjectiveOutput, Term, TokenWeighting
+from falign.objectives.base import BaseObjective, CompletionBatch, ObjectiveOutput, Term, TokenWeighting
 from falign.objectives.margins import logistic
+from falign.objectives.measures import DivergenceTo, Measure
 from falign.objectives.pairs import accuracies, pairs_in
 
 __all__ = ["TokenPairwise"]
 
 
 @dataclass(frozen=True)
-class TokenPairwise:
+class TokenPairwise(BaseObjective):
     """``-log σ(r̂_w - r̂_l)`` for each pair, with ``r̂(y) = β (m(y) + a δ(y))`` of sums over the tokens of y.
 
     ``m(y) = Σ_t w_t (log π(y_t|s_t) - log π_ref(y_t|s_t))`` and ``δ(y) = Σ_t w_t D_f(π(·|s_t)‖π_ref(·|s_t))``, all
@@ -52,7 +55,7 @@ class TokenPairwise:
         >>> batch = CompletionBatch(
         ...     logprobs=torch.tensor([[-1.0, -1.0], [-3.0, -1.0]]),
         ...     reference_logprobs=torch.full((2, 2), -1.5),
-        ...     token_divergence=torch.tensor([[0.25, 0.0], [0.5, 0.25]]),
+        ...     measures={"divergence": torch.tensor([[0.25, 0.0], [0.5, 0.25]])},
         ...     completion_mask=torch.ones(2, 2, dtype=torch.bool),
         ...     prompt_index=torch.tensor([0, 0]),
         ...     preference=torch.tensor([1.0, 0.0]),
@@ -87,15 +90,20 @@ class TokenPairwise:
             raise ValueError(f"alpha={self.alpha!r} must be finite and not negative: that would reward divergence.")
 
     @property
+    @override
     def needs(self) -> frozenset[str]:
-        """Reference log-probs, divergences per token, preferences, and the weights where there are any."""
-        weights = set[str]() if self.weighting == "none" else {"token_weights"}
-        return frozenset({"reference_logprobs", "token_divergence", "preference"} | weights)
+        weights = set[str]() if self.weighting == "none" else {f"token_weights.{self.weighting}"}
+        return frozenset({"reference_logprobs", "preference"} | weights)
 
     @property
-    def token_divergence(self) -> Divergence:
-        """What fills ``CompletionBatch.token_divergence``: f over the full vocabulary at each position."""
-        return self.divergence
+    @override
+    def measures(self) -> Mapping[str, Measure]:
+        return {"divergence": DivergenceTo(self.divergence)}
+
+    @property
+    @override
+    def rewarding(self) -> bool:
+        return True
 
     def implicit_reward(self, log_ratio: Float[Tensor, "*S"], divergence: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         """Return ``r̂ = β (m + a δ)`` with ``a = 1`` in variant 1 and ``a = α`` in variant 2.
@@ -112,27 +120,19 @@ class TokenPairwise:
         """
         return self.beta * (log_ratio + (1.0 if self.alpha is None else self.alpha) * divergence)
 
+    @override
     def completion_rewards(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
-        """Return :meth:`implicit_reward` of each completion.
-
-        Args:
-            batch: As for the loss; it needs no ``preference``.
-
-        Returns:
-            Shape (N,); carries the gradient, in variant 2 also through δ of what is preferred.
-
-        Raises:
-            ValueError: A needed field is None.
-        """
+        # In variant 2 its gradient flows through δ of what is preferred too, unlike the loss's.
         return self.implicit_reward(*self._sums(batch))
 
+    @override
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
         """Return one loss per pair of the batch.
 
         Args:
-            batch: Completions with ``reference_logprobs``, ``token_divergence`` by :attr:`divergence`, ``preference``,
-                and ``token_weights`` with a weighting; every two completions of one prompt with
-                different preference are a pair.
+            batch: Completions with ``reference_logprobs``, ``measures["divergence"]``, ``preference``, and
+                ``token_weights`` with a weighting; every two completions of one prompt with different preference are a
+                pair.
 
         Returns:
             One term of shape (pairs,), and the metrics of each pair: ``rewards/*`` (:meth:`implicit_reward`, so that
@@ -151,7 +151,7 @@ class TokenPairwise:
         losses = logistic(margin)
         with torch.no_grad():
             logprobs = batch.sequence_sum(batch.logprobs)
-            log_ratio = batch.sequence_sum(batch.logprobs - batch.require("reference_logprobs"))
+            log_ratio = batch.sequence_sum(batch.log_ratio)
             metrics = {
                 "rewards/chosen": chosen_rewards,
                 "rewards/rejected": rejected_rewards,
@@ -164,12 +164,13 @@ class TokenPairwise:
                 "logps/chosen": logprobs[chosen],
                 "logps/rejected": logprobs[rejected],
             }
-        return ObjectiveOutput((Term(losses, torch.ones_like(losses)),), {k: v.detach() for k, v in metrics.items()})
+        return ObjectiveOutput(
+            (Term(losses, torch.ones_like(losses), name="token_pairwise"),), {k: v.detach() for k, v in metrics.items()}
+        )
 
     def _sums(self, batch: CompletionBatch) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """``m`` and ``δ`` of each completion."""
-        log_ratios = batch.logprobs - batch.require("reference_logprobs")
-        return self._sum(batch, log_ratios), self._sum(batch, batch.require("token_divergence"))
+        return self._sum(batch, batch.log_ratio), self._sum(batch, batch.require("measures.divergence"))
 
     def _sum(self, batch: CompletionBatch, per_token: Float[Tensor, "N T"]) -> Float[Tensor, " N"]:
         """``Σ_t w_t x_t``; where nothing counts, x is not read, so that 0 · inf cannot be."""

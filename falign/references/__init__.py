@@ -5,7 +5,12 @@ from falign.references.base import Reference, check_same_at_start, detached_logp
 from falign.references.cached import Cached
 from falign.references.frozen_model import FrozenModel
 from falign.references.moving import MovingAverage, MovingReference, MovingRule, PeriodicReset
-from falign.references.objective_inputs import ObjectiveInputs, completion_batch, objective_inputs, token_weighting
+from falign.references.objective_inputs import (
+    ObjectiveInputs,
+    completion_batch,
+    field_of_reference,
+    objective_inputs,
+)
 from falign.references.soup import Soup
 from falign.references.store import CacheKey, LogprobStore, entry_digest
 
@@ -28,6 +33,6 @@ __all__ = [
     "detached_logprobs",
     "detached_states",
     "entry_digest",
+    "field_of_reference",
     "objective_inputs",
-    "token_weighting",
 ]

@@ -1,4 +1,4 @@
-"""What an objective reads of a batch: the policy's side, and the reference's as far as it is asked for."""
+"""What an objective reads of a batch: the policy's side, and the references' as far as they are asked for."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from falign.objectives import CompletionBatch, Objective, WeightingObjective
+from falign.objectives import (
+    CompletionBatch,
+    Measure,
+    Objective,
+    field_of,
+    reference_names,
+    references_of,
+    token_weighting,
+)
 from falign.references.base import Reference
-from falign.scoring import DEFAULT_CHUNK_TOKENS, TokenBatch, Weighting, completion_scores
+from falign.scoring import DEFAULT_CHUNK_TOKENS, Distribution, TokenBatch, completion_scores
 
-__all__ = ["ObjectiveInputs", "completion_batch", "objective_inputs", "token_weighting"]
+__all__ = ["ObjectiveInputs", "completion_batch", "field_of_reference", "objective_inputs"]
+
+REFERENCE = "reference"
+"""The reference whose log-probabilities are ``reference_logprobs``, and whose activations make token weights."""
 
 
 class ObjectiveInputs(NamedTuple):
@@ -31,80 +42,97 @@ def objective_inputs(
     policy_model: nn.Module,
     batch: TokenBatch,
     *,
-    reference: Reference,
+    references: Mapping[str, Reference],
     objective: Objective,
+    measures: Mapping[str, Measure] | None = None,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     wrapped: nn.Module | None = None,
     columns: Mapping[str, Tensor] | None = None,
     value_head: nn.Module | None = None,
 ) -> ObjectiveInputs:
-    """Score a batch under reference and policy, as an objective needs it.
+    """Score a batch under policy and references, as an objective needs it.
 
     Args:
         policy_model: The policy; it is run in the mode that it is in.
         batch: The rows to score.
-        reference: What the policy is held to.
-        objective: Its ``needs`` and ``token_divergence`` say what is computed.
+        references: By name. Each that is needed runs once, whatever it is needed for, and the others do not run.
+        objective: Its ``needs`` and ``measures`` say what is computed.
+        measures: Further ones, to be logged; those of the objective come first where two have one name.
         chunk_tokens: How many positions reach the head at once.
-        wrapped: The policy in what makes it run on several devices, to be called in its place; the reference gets the
-            policy itself, whose adapters it may have to switch.
-        columns: Fields of the batch that are known; what is among them is not computed.
+        wrapped: The policy in what makes it run on several devices, to be called in its place; the references get the
+            policy itself, whose adapters they may have to switch.
+        columns: What is known of the completions, by the names of :meth:`CompletionBatch.tensors`; it is not computed.
         value_head: See :func:`falign.scoring.completion_scores`; for objectives that read ``values``.
 
     Returns:
-        The completions, whose log-probabilities and divergences carry the policy's gradient, and the entropies.
+        The completions, whose log-probabilities and measures carry the policy's gradient, and the entropies.
+
+    Raises:
+        ValueError: The objective or a measure reads a reference that is not there.
     """
-    model = policy_model if wrapped is None else wrapped
-    extra: dict[str, Tensor | None] = {**(columns or {})}
-    wants_values = value_head if "values" in objective.needs else None
-    if objective.token_divergence is not None:
-        # Whole distributions of the reference first, so that its pass is over before the policy's graph is kept.
-        states = reference.states(policy_model, batch, weighting=token_weighting(objective))
-        scores = completion_scores(
-            model,
-            batch,
-            divergence=objective.token_divergence,
-            reference=states.distribution,
-            value_head=wants_values,
-            chunk_tokens=chunk_tokens,
+    found = dict(columns or {})
+    asked = {**(measures or {}), **objective.measures}
+    weighting = "none" if "token_weights" in found else token_weighting(objective.needs)
+    open_needs = frozenset(name for name in objective.needs if name not in found and field_of(name) not in found)
+    needed = reference_names(open_needs, asked)
+    if missing := sorted(needed - references.keys()):
+        raise ValueError(
+            f"The objective or a measure reads the reference {missing[0]!r}, and the references are "
+            f"{', '.join(sorted(references)) or 'none'}: add it under this name."
         )
-        extra |= {
-            "token_divergence": scores.divergence,
-            "reference_logprobs": scores.reference_logprobs,
-            "token_weights": states.token_weights,
-        }
-    else:
-        if "reference_logprobs" in objective.needs and "reference_logprobs" not in extra:
-            extra["reference_logprobs"] = reference.logprobs(policy_model, batch)
-        scores = completion_scores(model, batch, value_head=wants_values, chunk_tokens=chunk_tokens)
+    # Whole distributions first, so that the references' passes are over before the policy's graph is kept.
+    distributions: dict[str, Distribution] = {}
+    for name in (name for name in references if name in needed):
+        weighted = weighting if name == REFERENCE else "none"
+        if name in references_of(asked.values()) or weighted != "none":
+            distributions[name], weights = references[name].states(policy_model, batch, weighting=weighted)
+            found |= {} if weights is None else {"token_weights": weights}
+        else:
+            found[field_of_reference(name)] = references[name].logprobs(policy_model, batch)
+    scores = completion_scores(
+        policy_model if wrapped is None else wrapped,
+        batch,
+        measures=asked,
+        references=distributions,
+        value_head=value_head if "values" in objective.needs else None,
+        chunk_tokens=chunk_tokens,
+    )
+    found |= {field_of_reference(name): logprobs for name, logprobs in scores.references.items()}
+    found |= {f"measures.{name}": values for name, values in scores.measures.items()}
     if scores.values is not None:
-        extra["values"] = scores.values
+        found["values"] = scores.values
     # On the first update of a rollout the policy is the one that sampled.
     now = {"old_logprobs": scores.logprobs, "old_values": scores.values}
-    extra |= {
+    found |= {
         name: value.detach()
         for name, value in now.items()
-        if name in objective.needs and name not in extra and value is not None
+        if name in objective.needs and name not in found and value is not None
     }
-    return ObjectiveInputs(completion_batch(batch, scores.logprobs, **extra), scores.entropy)
+    return ObjectiveInputs(completion_batch(batch, scores.logprobs, found), scores.entropy)
 
 
-def token_weighting(objective: Objective) -> Weighting:
-    """Return the kind of token weights that an objective needs, ``"none"`` where it reads none.
+def field_of_reference(name: str) -> str:
+    """Return the name of a reference's log-probabilities, as :meth:`CompletionBatch.tensors` has it."""
+    return "reference_logprobs" if name == REFERENCE else f"references.{name}"
 
-    Objectives that need ``token_weights`` and name no kind get ``"activations"``.
+
+def completion_batch(
+    batch: TokenBatch, logprobs: Float[Tensor, "N T"], found: Mapping[str, Tensor] | None = None
+) -> CompletionBatch:
+    """Return the completions of a batch with their log-probabilities and what else is known of them.
+
+    Args:
+        batch: The rows.
+        logprobs: ``log π`` of the completion tokens.
+        found: Optional fields, by the names of :meth:`CompletionBatch.tensors`.
     """
-    if "token_weights" not in objective.needs:
-        return "none"
-    return objective.weighting if isinstance(objective, WeightingObjective) else "activations"
-
-
-def completion_batch(batch: TokenBatch, logprobs: Float[Tensor, "N T"], **fields: Tensor | None) -> CompletionBatch:
-    """Return the completions of a batch with their log-probabilities and optional fields."""
-    return CompletionBatch(
-        logprobs=logprobs,
-        completion_mask=batch.completion_mask,
-        prompt_index=batch.prompt_index,
-        preference=batch.preference,
-        **fields,
+    preference = {} if batch.preference is None else {"preference": batch.preference}
+    return CompletionBatch.of(
+        {
+            "logprobs": logprobs,
+            "completion_mask": batch.completion_mask,
+            "prompt_index": batch.prompt_index,
+            **preference,
+            **(found or {}),
+        }
     )

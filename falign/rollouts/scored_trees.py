@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from falign.objectives import CompletionBatch
+from falign.errors import DataError
+from falign.objectives import CompletionBatch, field_of
 from falign.scoring import LAYOUTS, Layout, PromptTree
 
-__all__ = ["ScoredTree", "collate", "completion_rows", "whole_batch"]
+__all__ = ["ScoredTree", "collate", "completion_rows", "require_columns", "whole_batch"]
 
 Value = float | list[float]
 """Of a completion: one number, or one per token or feature."""
@@ -54,7 +56,7 @@ class ScoredTree:
 def collate(trees: Sequence[ScoredTree], *, layout: Layout, pad_token_id: int) -> dict[str, Any]:
     """Return the fields of a ``TokenBatch`` and, under ``columns``, those of a ``CompletionBatch``.
 
-    A column that only some of the trees have is 0 in the others.
+    A column that only some of the trees have is NaN in the others: no row gets a value that it could be read for.
     """
     batch = LAYOUTS[layout]([tree.tree for tree in trees], pad_token_id=pad_token_id)
     return {**vars(batch), "columns": _columns(trees, batch.completion_mask.shape)}
@@ -69,12 +71,35 @@ def whole_batch(trees: Sequence[ScoredTree]) -> CompletionBatch:
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     columns = _columns(trees, mask.shape)
     known = {field.name for field in fields(CompletionBatch)}
-    return CompletionBatch(
-        logprobs=columns["old_logprobs" if "old_logprobs" in columns else "sampler_logprobs"],
-        completion_mask=mask,
-        prompt_index=torch.repeat_interleave(torch.tensor([len(tree.tree.completion_ids) for tree in trees])),
-        **{name: value for name, value in columns.items() if name in known},
+    return CompletionBatch.of(
+        {
+            "logprobs": columns["old_logprobs" if "old_logprobs" in columns else "sampler_logprobs"],
+            "completion_mask": mask,
+            "prompt_index": torch.repeat_interleave(torch.tensor([len(tree.tree.completion_ids) for tree in trees])),
+            **{name: value for name, value in columns.items() if field_of(name) in known},
+        }
     )
+
+
+def require_columns(trees: Sequence[ScoredTree], *, samples: Collection[str], stored: Collection[str]) -> None:
+    """Refuse a micro-batch of which some rows lack what others have and the objective reads of all.
+
+    Args:
+        trees: The micro-batch.
+        samples: Fields that the objective reads of fresh samples.
+        stored: Fields that it reads of stored samples of the reference.
+
+    Raises:
+        DataError: With the first such row and field.
+    """
+    names = {name for tree in trees for name in tree.columns}
+    for tree in trees:
+        read = stored if any(tree.columns.get("from_reference", ())) else samples
+        if missing := sorted((names - tree.columns.keys()) & set(read)):
+            raise DataError(
+                f"{tree.tree.place}: its completions have no {missing[0]}, which the objective reads, and others of "
+                "the same batch have: give it for all of them."
+            )
 
 
 def completion_rows(values: Tensor, mask: Tensor) -> list[Value]:
@@ -95,10 +120,12 @@ def _tensor(name: str, trees: Sequence[ScoredTree], shape: torch.Size) -> Tensor
     first = next(row for row in rows if row is not None)
     dtype = DTYPES.get(name, torch.float32)
     if not isinstance(first, list):
-        return torch.tensor([0 if row is None else row for row in rows], dtype=dtype)
+        return torch.tensor([math.nan if row is None else row for row in rows], dtype=dtype)
     width = len(first) if name in PER_FEATURE else shape[1]
     result = torch.zeros(len(rows), width, dtype=dtype)
     for target, row in zip(result, rows, strict=True):
         if isinstance(row, list):
             target[: len(row)] = torch.tensor(row, dtype=dtype)
+        else:
+            target.fill_(math.nan)
     return result

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from falign.divergences import Divergence
+from falign.objectives.measures import Measure
 from falign.scoring.attention_masks import tree_masks
 from falign.scoring.backbone import run_backbone
 from falign.scoring.batch import TokenBatch
@@ -73,12 +74,12 @@ def completion_scores(
     model: nn.Module,
     batch: TokenBatch,
     *,
-    divergence: Divergence | None = None,
-    reference: Distribution | None = None,
+    measures: Mapping[str, Measure] | None = None,
+    references: Mapping[str, Distribution] | None = None,
     value_head: nn.Module | None = None,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
 ) -> TokenScores:
-    """Return log π(y_t | x, y_<t), the entropy and, if asked for, D_f(π‖π_ref) at each completion token.
+    """Return log π(y_t | x, y_<t), the entropy and, if asked for, measures of π(· | x, y_<t) at each completion token.
 
     The backbone runs over the rows; only the positions that predict a completion token reach the head.
 
@@ -86,13 +87,13 @@ def completion_scores(
         model: A causal language model in the Transformers layout, with or without adapters, on the device of
             the batch.
         batch: The rows to score, in either layout.
-        divergence: f, taken over the whole vocabulary at each position.
-        reference: The reference's states of the same batch, for f; given together with `divergence`.
+        measures: Functionals of the whole distribution at each position, by name.
+        references: The states of the same batch of each reference that the measures read, by name.
         value_head: From hidden states, shape (M, H), to values, shape (M, 1); its gradient ends at the hidden states.
         chunk_tokens: How many positions reach the head at once; changes memory and speed alone.
 
     Returns:
-        Log-probabilities and divergences, which carry the gradient, detached entropies and the reference's
+        Log-probabilities and measures, which carry the gradient, detached entropies and the references'
         log-probabilities, each of shape (N, T) in float32 (float64 for a float64 model), with 0 where
         `batch.completion_mask` is False.
 
@@ -103,11 +104,16 @@ def completion_scores(
     scores = token_scores(
         distribution,
         batch.completion_ids[batch.completion_mask],
-        divergence=divergence,
-        reference=reference,
+        measures=measures,
+        references=references,
         chunk_tokens=chunk_tokens,
     )
     if value_head is not None:
         scores = scores._replace(values=value_head(distribution.hidden.detach().to(scores.logprobs.dtype)).squeeze(-1))
-    placed = {name: batch.scatter(values) for name, values in scores._asdict().items() if values is not None}
-    return TokenScores(**placed)
+    return TokenScores(
+        batch.scatter(scores.logprobs),
+        batch.scatter(scores.entropy),
+        {name: batch.scatter(values) for name, values in scores.measures.items()},
+        {name: batch.scatter(values) for name, values in scores.references.items()},
+        None if scores.values is None else batch.scatter(scores.values),
+    )

@@ -41,6 +41,13 @@ class Head:
         """Whether a parameter of the head takes a gradient."""
         return isinstance(self.embeddings, nn.Module) and any(p.requires_grad for p in self.embeddings.parameters())
 
+    @property
+    def matrix(self) -> Float[Tensor, "V H"] | None:
+        """E as a matrix, a constant; None where it is not one plain layer (quantized, or with an adapter on it)."""
+        # Quantized layers and those with adapters are subclasses or wrappers of a linear one.
+        layer = self.embeddings
+        return layer.weight.detach() if isinstance(layer, nn.Linear) and type(layer) is nn.Linear else None
+
     def logits(self, raw: Float[Tensor, "M V"]) -> Float[Tensor, "M V"]:
         """Return the logits, from what the embeddings give, in float32, or in float64 for a float64 model.
 

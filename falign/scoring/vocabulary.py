@@ -1,20 +1,21 @@
 """Quantities over the whole vocabulary at each token, without ever holding [tokens, vocabulary].
 
-With logits z, ``log p = z - logsumexp z``; for one token y and a divergence from q::
+With logits z, ``log p = z - log Z`` and ``log Z = logsumexp z``; for one token y, and for a measure D, a function of
+log p and perhaps of log Z::
 
-    log p(y)                            ∂/∂z_v = [v = y] - p_v
-    D = Σ_v q_v f(p_v/q_v)              ∂/∂z_v = h_v - p_v Σ_w h_w,   h_v = ∂D/∂log p_v
+    log p(y)            ∂/∂z_v = [v = y] - p_v
+    D(log p, log Z)     ∂/∂z_v = h_v - p_v (Σ_w h_w - s),   h_v = ∂D/∂log p_v,  s = ∂D/∂log Z
 
 Each is one number per token whose gradient is one vector per token. So where the head does not train, the forward
 pass, which has the logits at hand, also takes them back to the hidden states, and the backward pass multiplies by the
-incoming gradient and nothing else: the vocabulary is visited once. Where the head trains, its gradient needs the
-incoming one, and the logits are computed again in the backward pass.
+incoming gradient and nothing else: the vocabulary is visited once, for all measures together. Where the head trains,
+its gradient needs the incoming one, and the logits are computed again in the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from falign.divergences import Divergence
-from falign.divergences.estimators import full_vocabulary
+from falign.objectives.measures import Measure, Vocabulary, references_of
 from falign.scoring.head import Head
 
 __all__ = ["DEFAULT_CHUNK_TOKENS", "Distribution", "TokenScores", "token_scores"]
@@ -36,20 +36,20 @@ _CACHED_LOGITS = 2**18
 
 
 class TokenScores(NamedTuple):
-    """What scoring knows about each token, shape (M,) for a flat list and (N, T) for a batch.
+    """Scores of each token, shape (M,) for a flat list and (N, T) for a batch.
 
     Attributes:
         logprobs: log π of the token, nats; carries the gradient.
         entropy: Entropy of the distribution that the token was predicted from, nats; detached.
-        divergence: ``D_f(π‖π_ref)`` of that distribution, where asked for; carries the gradient.
-        reference_logprobs: log π_ref of the token, where a divergence was asked for.
+        measures: The measures that were asked for, by name; they carry the gradient.
+        references: log-probabilities of the token under each reference whose distributions were given, by name.
         values: Value of the prefix that the token was predicted from, where asked for; carries the gradient.
     """
 
     logprobs: Float[Tensor, "*shape"]
     entropy: Float[Tensor, "*shape"]
-    divergence: Float[Tensor, "*shape"] | None = None
-    reference_logprobs: Float[Tensor, "*shape"] | None = None
+    measures: dict[str, Float[Tensor, "*shape"]]
+    references: dict[str, Float[Tensor, "*shape"]]
     values: Float[Tensor, "*shape"] | None = None
 
 
@@ -69,11 +69,11 @@ def token_scores(
     policy: Distribution,
     targets: Int[Tensor, " M"],
     *,
-    divergence: Divergence | None = None,
-    reference: Distribution | None = None,
+    measures: Mapping[str, Measure] | None = None,
+    references: Mapping[str, Distribution] | None = None,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
 ) -> TokenScores:
-    """Return log π of each target token, the entropy of the distribution it comes from, and its D_f to a reference.
+    """Return log π of each target token, the entropy of the distribution it comes from, and measures of it.
 
     The head is applied to `chunk_tokens` positions at a time, so that no pass holds more than a few tensors of
     [chunk_tokens, vocabulary]. Sums over the vocabulary are in float32 (float64 for a float64 model).
@@ -81,8 +81,8 @@ def token_scores(
     Args:
         policy: The distributions that predict the targets.
         targets: Token ids, shape (M,).
-        divergence: f; any, a user's own included.
-        reference: What f is taken to; given together with `divergence`.
+        measures: By name; any, a user's own included.
+        references: The distributions that the measures read, by name; of others the log-probabilities alone are taken.
         chunk_tokens: How many positions reach the head at once; changes memory and speed alone.
 
     Returns:
@@ -90,162 +90,192 @@ def token_scores(
         where it trains, its head.
 
     Raises:
-        ValueError: If `chunk_tokens` is not positive, there is nothing to score, or one of divergence and reference
-            is missing.
+        ValueError: If `chunk_tokens` is not positive, there is nothing to score, a reference that a measure reads is
+            missing, or a measure does not return one value per position.
 
     Source:
-        The formulas at the head of this module; D_f by :func:`falign.divergences.estimators.full_vocabulary`.
+        The formulas at the head of this module.
 
     Example:
         >>> head = Head(embeddings=torch.nn.Identity())
         >>> token_scores(Distribution(torch.zeros(1, 4), head), torch.tensor([3])).logprobs
         tensor([-1.3863])
     """
+    measures, references = dict(measures or {}), dict(references or {})
     if chunk_tokens < 1 or not len(targets):
         raise ValueError(f"chunk_tokens={chunk_tokens} and {len(targets)} tokens: both must be at least 1.")
-    if (divergence is None) != (reference is None):
-        raise ValueError("divergence and reference belong together: give both, or neither.")
-    measure = _Measure(policy.head, divergence, None if reference is None else reference.head)
-    reference_hidden = policy.hidden[:, :0] if reference is None else reference.hidden.detach()
+    for name in references_of(measures.values()):
+        if name not in references:
+            raise ValueError(f"A measure reads the reference {name!r}, which is missing in references: add it there.")
+    visit = _Visit(policy.head, measures, {name: each.head for name, each in references.items()})
+    others = [each.hidden.detach().split(chunk_tokens) for each in references.values()]
+    chunks = zip(policy.hidden.split(chunk_tokens), targets.split(chunk_tokens), *others, strict=True)
     parts = []
-    for hidden, ids, other in zip(
-        policy.hidden.split(chunk_tokens),
-        targets.split(chunk_tokens),
-        reference_hidden.split(chunk_tokens),
-        strict=True,
-    ):
+    for hidden, ids, *of_references in chunks:
         if policy.head.trains:
             # The random state is kept (checkpoint's default): dropout in an adapter on the head repeats itself.
-            parts.append(checkpoint(_with_trained_head, hidden, ids, other, measure, use_reentrant=False))
+            parts.append(checkpoint(_with_trained_head, hidden, ids, visit, *of_references, use_reentrant=False))
         else:
-            parts.append(_FrozenHead.apply(hidden, ids, other, measure))
-    logprobs, entropy, values, reference_logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
-    if divergence is None:
-        return TokenScores(logprobs, entropy)
-    return TokenScores(logprobs, entropy, values, reference_logprobs)
+            parts.append(_FrozenHead.apply(hidden, ids, visit, *of_references))
+    logprobs, entropy, *more = (torch.cat(column) for column in zip(*parts, strict=True))
+    return TokenScores(
+        logprobs,
+        entropy,
+        dict(zip(measures, more[: len(measures)], strict=True)),
+        dict(zip(references, more[len(measures) :], strict=True)),
+    )
 
 
-class _Values(NamedTuple):
-    """Four numbers per token, the last two 0 without a divergence."""
+class _Block(NamedTuple):
+    """Values of some positions, and the gradients by what the head's embeddings gave for them.
 
-    logprobs: Tensor
-    entropy: Tensor
-    divergence: Tensor
-    reference_logprobs: Tensor
+    Attributes:
+        rows: Which positions.
+        values: Log-probability, entropy, each measure, and the log-probability under each reference.
+        gradients: Of the log-probability and of each measure; empty where none was asked for.
+    """
+
+    rows: slice
+    values: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class _Measure:
-    """What is taken from logits, and its gradients by what the head's embeddings gave."""
+class _Visit:
+    """One visit to the vocabulary: all that is taken from the logits of a chunk."""
 
     head: Head
-    divergence: Divergence | None
-    reference_head: Head | None
+    measures: Mapping[str, Measure]
+    reference_heads: Mapping[str, Head]
 
-    def reference_raw(self, hidden: Tensor) -> Tensor | None:
-        if self.reference_head is None:
-            return None
+    def references_raw(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         with torch.no_grad():
-            return self.reference_head.embeddings(hidden)
+            return [head.embeddings(each) for head, each in zip(self.reference_heads.values(), hidden, strict=True)]
 
-    def values(self, raw: Tensor, targets: Tensor, reference_raw: Tensor | None) -> _Values:
-        blocks = [block for _, block, _, _ in self._blocks(raw, targets, reference_raw, gradients=False)]
-        return _Values(*(torch.cat(column) for column in zip(*blocks, strict=True)))
+    def values(self, raw: Tensor, targets: Tensor, references_raw: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        blocks = [block.values for block in self.blocks(raw, targets, references_raw, gradients=False)]
+        return tuple(torch.cat(column) for column in zip(*blocks, strict=True))
 
     def values_and_gradients(
-        self, raw: Tensor, targets: Tensor, reference_raw: Tensor | None
-    ) -> tuple[_Values, Tensor, Tensor | None]:
-        """Return the values, and ``∂ log p(y)`` and ``∂ D`` by `raw`, each of the shape and type of `raw`."""
-        by_logprob = torch.empty_like(raw)
-        by_divergence = None if self.divergence is None else torch.empty_like(raw)
+        self, raw: Tensor, targets: Tensor, references_raw: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """Return the values, and the gradients by `raw`, each of the shape and type of `raw`."""
+        gradients = [torch.empty_like(raw) for _ in range(1 + len(self.measures))]
         blocks = []
-        for rows, block, of_logprob, of_divergence in self._blocks(raw, targets, reference_raw, gradients=True):
-            blocks.append(block)
-            by_logprob[rows] = of_logprob
-            if by_divergence is not None:
-                by_divergence[rows] = of_divergence
-        return _Values(*(torch.cat(column) for column in zip(*blocks, strict=True))), by_logprob, by_divergence
+        for rows, values, of_block in self.blocks(raw, targets, references_raw, gradients=True):
+            blocks.append(values)
+            for whole, part in zip(gradients, of_block, strict=True):
+                whole[rows] = part
+        return tuple(torch.cat(column) for column in zip(*blocks, strict=True)), gradients
 
     @torch.no_grad()
-    def _blocks(
-        self, raw: Tensor, targets: Tensor, reference_raw: Tensor | None, *, gradients: bool
-    ) -> Iterator[tuple[slice, _Values, Any, Any]]:
+    def blocks(
+        self, raw: Tensor, targets: Tensor, references_raw: Sequence[Tensor], *, gradients: bool
+    ) -> Iterator[_Block]:
         size = len(raw) if raw.device.type != "cpu" else max(1, _CACHED_LOGITS // raw.shape[-1])
         for start in range(0, len(raw), size):
             rows = slice(start, start + size)
             target = targets[rows, None]
             logits = self.head.logits(raw[rows])
             slope = self.head.slope(logits) if gradients else 1.0
-            logprobs, probabilities = _normalise(logits)
+            logprobs, probabilities, log_normalizer = _normalize(logits)
             of_target = logprobs.gather(-1, target)[:, 0]
             # A logit of -inf has p log p = 0, and 0 · inf would not be.
             entropy = -torch.linalg.vecdot(probabilities, logprobs.clamp_(min=torch.finfo(logprobs.dtype).min))
-            value = of_reference = torch.zeros_like(of_target)
-            of_divergence = None
-            if self.divergence is not None and self.reference_head is not None and reference_raw is not None:
-                reference, _ = _normalise(self.reference_head.logits(reference_raw[rows]))
-                of_reference = reference.gather(-1, target)[:, 0]
-                value, by_log_p = _divergence(self.divergence, logprobs, reference, gradients=gradients)
-                if by_log_p is not None:
-                    of_divergence = by_log_p.sub_(probabilities * by_log_p.sum(dim=-1, keepdim=True)).mul_(slope)
-            of_logprob = None
+            references = {
+                name: _normalize(head.logits(other[rows]))[0]
+                for (name, head), other in zip(self.reference_heads.items(), references_raw, strict=True)
+            }
+            of_references = [each.gather(-1, target)[:, 0] for each in references.values()]
+            at = Vocabulary(logprobs, target[:, 0], references, log_normalizer, self.head.matrix)
+            measured, slopes = [], []
+            for name, measure in self.measures.items():
+                value, by_logits = _measured(name, measure, at, probabilities, gradients=gradients)
+                measured.append(value)
+                if by_logits is not None:
+                    slopes.append(by_logits.mul_(slope))
             if gradients:
                 of_logprob = probabilities.neg_()
                 of_logprob.scatter_add_(-1, target, torch.ones_like(target, dtype=of_logprob.dtype))
-                of_logprob.mul_(slope)
-            yield rows, _Values(of_target, entropy, value, of_reference), of_logprob, of_divergence
+                slopes.insert(0, of_logprob.mul_(slope))
+            yield _Block(rows, (of_target, entropy, *measured, *of_references), tuple(slopes))
 
 
-def _normalise(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities and probabilities; the logits are overwritten."""
-    logits.sub_(logits.amax(dim=-1, keepdim=True))
+def _normalize(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probabilities, probabilities and ``logsumexp``; the logits are overwritten."""
+    largest = logits.amax(dim=-1, keepdim=True)
+    logits.sub_(largest)
     probabilities = logits.exp()
     total = probabilities.sum(dim=-1, keepdim=True)
-    return logits.sub_(total.log()), probabilities.div_(total)
+    log_total = total.log()
+    return logits.sub_(log_total), probabilities.div_(total), largest.add_(log_total)
 
 
-def _divergence(
-    divergence: Divergence, logprobs: Tensor, reference: Tensor, *, gradients: bool
+def _measured(
+    name: str, measure: Measure, at: Vocabulary, probabilities: Tensor, *, gradients: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return ``D`` and ``∂D/∂log p`` of each row."""
+    """Return the value of a measure at each position, and its gradient by the logits."""
     if not gradients:
-        return full_vocabulary(divergence, logprobs, reference), None
+        return _of_positions(name, measure(at), at), None
+    assert at.log_normalizer is not None
     with torch.enable_grad():
-        leaf = logprobs.detach().requires_grad_()
-        value = full_vocabulary(divergence, leaf, reference)
-        return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+        leaves = at.logprobs.detach().requires_grad_(), at.log_normalizer.detach().requires_grad_()
+        value = _of_positions(name, measure(replace(at, logprobs=leaves[0], log_normalizer=leaves[1])), at)
+        if not value.requires_grad:
+            return value, torch.zeros_like(leaves[0])
+        by_logprobs, by_normalizer = torch.autograd.grad(value.sum(), leaves, allow_unused=True, materialize_grads=True)
+    excess = by_logprobs.sum(dim=-1, keepdim=True).sub_(by_normalizer)
+    # A gradient that is one number for all tokens comes as an expanded tensor, which cannot be written to.
+    return value.detach(), by_logprobs.contiguous().sub_(probabilities * excess)
+
+
+def _of_positions(name: str, value: Tensor, at: Vocabulary) -> Tensor:
+    if value.shape != at.targets.shape:
+        raise ValueError(
+            f"measure {name!r} returned shape {tuple(value.shape)} for {len(at.targets)} positions; it must return one "
+            f"value for each: {tuple(at.targets.shape)}."
+        )
+    return value
 
 
 class _FrozenHead(torch.autograd.Function):
     """Values of one chunk, with their gradients by the hidden states computed on the spot."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, reference_hidden: Tensor, measure: _Measure) -> tuple:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, visit: _Visit, *reference_hidden: Tensor) -> tuple:
         ctx.set_materialize_grads(False)
-        reference_raw = measure.reference_raw(reference_hidden)
+        references_raw = visit.references_raw(reference_hidden)
         if not ctx.needs_input_grad[0]:
-            return tuple(measure.values(measure.head.embeddings(hidden), targets, reference_raw))
+            return visit.values(visit.head.embeddings(hidden), targets, references_raw)
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
-            raw = measure.head.embeddings(leaf)
-        values, by_logprob, by_divergence = measure.values_and_gradients(raw.detach(), targets, reference_raw)
-        (slope,) = torch.autograd.grad(raw, leaf, by_logprob, retain_graph=by_divergence is not None)
-        other = None if by_divergence is None else torch.autograd.grad(raw, leaf, by_divergence)[0]
-        ctx.save_for_backward(slope, other)
-        ctx.mark_non_differentiable(values.entropy, values.reference_logprobs)
-        return tuple(values)
+            raw = visit.head.embeddings(leaf)
+        values, gradients = visit.values_and_gradients(raw.detach(), targets, references_raw)
+        last = len(gradients) - 1
+        slopes = [
+            torch.autograd.grad(raw, leaf, gradient, retain_graph=k < last)[0] for k, gradient in enumerate(gradients)
+        ]
+        ctx.num_references = len(reference_hidden)
+        ctx.save_for_backward(*slopes)
+        ctx.mark_non_differentiable(values[1], *values[1 + len(slopes) :])
+        return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
-        slope, other = ctx.saved_tensors
-        parts = [(grads[0], slope), (grads[2], other)]
-        terms = [grad[:, None] * by for grad, by in parts if grad is not None and by is not None]
-        return (torch.stack(terms).sum(dim=0).to(slope.dtype) if terms else None), None, None, None
+        slopes = ctx.saved_tensors
+        terms = [grad[:, None] * slope for grad, slope in _incoming(grads, slopes) if grad is not None]
+        total = torch.stack(terms).sum(dim=0).to(slopes[0].dtype) if terms else None
+        return (total, None, None, *[None] * ctx.num_references)
 
 
-def _with_trained_head(hidden: Tensor, targets: Tensor, reference_hidden: Tensor, measure: _Measure) -> tuple:
-    return _FromLogits.apply(measure.head.embeddings(hidden), targets, measure.reference_raw(reference_hidden), measure)
+def _incoming(grads: Sequence[Tensor | None], slopes: Sequence[Tensor]) -> list[tuple[Tensor | None, Tensor]]:
+    """Pair the gradients that come in for the log-probability and each measure with their slopes."""
+    return list(zip((grads[0], *grads[2 : 1 + len(slopes)]), slopes, strict=True))
+
+
+def _with_trained_head(hidden: Tensor, targets: Tensor, visit: _Visit, *reference_hidden: Tensor) -> tuple:
+    return _FromLogits.apply(visit.head.embeddings(hidden), targets, visit, *visit.references_raw(reference_hidden))
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -256,20 +286,20 @@ class _FromLogits(torch.autograd.Function):
     """Values of one chunk of logits, to be recomputed with them."""
 
     @staticmethod
-    def forward(ctx: Any, raw: Tensor, targets: Tensor, reference_raw: Tensor | None, measure: _Measure) -> tuple:
+    def forward(ctx: Any, raw: Tensor, targets: Tensor, visit: _Visit, *references_raw: Tensor) -> tuple:
         ctx.set_materialize_grads(False)
-        ctx.measure = measure
-        ctx.save_for_backward(raw, targets, reference_raw)
-        # A generator of the user's differentiates inside; that graph is its own, and not the checkpoint's to count.
+        ctx.visit = visit
+        ctx.save_for_backward(raw, targets, *references_raw)
+        # A measure of the user's may differentiate inside; that graph is its own, and not the checkpoint's to count.
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            values = measure.values(raw, targets, reference_raw)
-        ctx.mark_non_differentiable(values.entropy, values.reference_logprobs)
-        return tuple(values)
+            values = visit.values(raw, targets, references_raw)
+        ctx.mark_non_differentiable(values[1], *values[2 + len(visit.measures) :])
+        return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _, by_logprob, by_divergence = ctx.measure.values_and_gradients(*ctx.saved_tensors)
-        parts = [(grads[0], by_logprob), (grads[2], by_divergence)]
-        terms = [by.mul_(grad[:, None]) for grad, by in parts if grad is not None and by is not None]
-        return (sum(terms) if terms else None), None, None, None
+        raw, targets, *references_raw = ctx.saved_tensors
+        _, slopes = ctx.visit.values_and_gradients(raw, targets, references_raw)
+        terms = [slope.mul_(grad[:, None]) for grad, slope in _incoming(grads, slopes) if grad is not None]
+        return ((sum(terms) if terms else None), None, None, *[None] * len(references_raw))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from falign.errors import TrainingError
-from falign.objectives import CompletionBatch, Hybrid, Objective, ObjectiveOutput, PolicyGradient
+from falign.objectives import CompletionBatch, Objective, ObjectiveOutput, complete
 
-__all__ = ["NonsenseGuard", "describe_loss", "term_names"]
+__all__ = ["NonsenseGuard", "describe_loss"]
 
 MOST_IN_A_ROW = 10
 """Steps left out one after the other, beyond which the policy itself is taken for broken."""
@@ -130,15 +129,6 @@ class NonsenseGuard:
         self._found = self._found or message
 
 
-def term_names(objective: Objective) -> tuple[str, ...]:
-    """Return what the terms of an objective are called in messages, in their order."""
-    if isinstance(objective, Hybrid):
-        return (*term_names(objective.policy_gradient), "rehearsal")
-    if isinstance(objective, PolicyGradient):
-        return ("policy_gradient", "values") if "values" in objective.needs else ("policy_gradient",)
-    return (type(objective).__name__,)
-
-
 def describe_loss(objective: Objective, batch: CompletionBatch, output: ObjectiveOutput, places: Sequence[str]) -> str:
     """Return which term of which rows is no number, and what was none before it came to the objective.
 
@@ -148,20 +138,19 @@ def describe_loss(objective: Objective, batch: CompletionBatch, output: Objectiv
         output: What it returned.
         places: Where each completion came from, N strings.
     """
-    names = term_names(objective)
     sums = [(term.losses * term.weights).detach().sum() for term in output.terms]
     bad = [k for k, total in enumerate(sums) if not torch.isfinite(total)]
-    terms = ", ".join(names[k] if len(names) == len(sums) else str(k + 1) for k in bad) or "all together"
+    terms = ", ".join(output.terms[k].name for k in bad) or "all together"
     rows = _rows(objective, batch, places, bad) or list(dict.fromkeys(places))
     value = sums[bad[0]].item() if bad else float("inf")
-    causes = _not_finite(batch)
+    causes = _not_finite(objective, batch)
     why = f"; not finite before: {', '.join(causes)}" if causes else ""
     return f"the loss is {value} on {_listed(rows)} (term {terms}{why})."
 
 
 def _rows(objective: Objective, batch: CompletionBatch, places: Sequence[str], bad: Sequence[int]) -> list[str]:
     """Return the rows whose own terms are no number: each prompt's completions on their own say so."""
-    plain = replace(batch, **{name: value.detach() for name, value in _tensors(batch).items()})
+    plain = batch.map(Tensor.detach)
     found: dict[str, None] = {}
     for prompt in batch.prompt_index.unique():
         own = batch.prompt_index == prompt
@@ -171,18 +160,25 @@ def _rows(objective: Objective, batch: CompletionBatch, places: Sequence[str], b
     return list(found)
 
 
-def _not_finite(batch: CompletionBatch) -> list[str]:
-    mask, found = batch.completion_mask, []
-    for name, value in _tensors(batch).items():
+def _not_finite(objective: Objective, batch: CompletionBatch) -> list[str]:
+    """Return the fields that are NaN or infinite in a row of which the objective reads them."""
+    found = []
+    for name, value in batch.tensors().items():
         if value.is_floating_point():
-            inside = value[mask] if value.shape == mask.shape else value
+            own = _read(objective, batch, name)
+            inside = value[own[:, None] & batch.completion_mask] if value.shape == batch.logprobs.shape else value[own]
             found += [] if torch.isfinite(inside).all() else [name]
     return found
 
 
-def _tensors(batch: CompletionBatch) -> dict[str, Tensor]:
-    values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+def _read(objective: Objective, batch: CompletionBatch, name: str) -> Tensor:
+    """Return the rows of which a field is read: of stored samples an objective may read others than of fresh ones."""
+    every = torch.ones_like(batch.prompt_index, dtype=torch.bool)
+    if batch.from_reference is None or name not in objective.needs:
+        return every
+    answers = complete(objective)
+    of_stored, of_samples = name in answers.needs_of_stored, name in answers.needs_of_samples
+    return (batch.from_reference & of_stored) | (~batch.from_reference & of_samples)
 
 
 def _listed(places: Any) -> str:

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from falign.data import PreferenceData, demonstrations
 from falign.errors import ConfigError
-from falign.objectives import Objective
+from falign.objectives import Objective, references_of
 from falign.references import Reference
 from falign.runfile.config import RunConfig
 from falign.runs.progress import BAR
@@ -49,7 +49,7 @@ def offline_trainer(
         console=console,
     )
     reference = parts.reference
-    if config.reference.cache is not None and objective.token_divergence is not None:
+    if config.reference.cache is not None and "reference" in references_of(objective.measures.values()):
         console.print(
             "reference.cache is not used: this objective needs the reference's whole distributions, computed live.",
             style="yellow",

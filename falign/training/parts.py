@@ -29,8 +29,8 @@ from falign.models.heads import head_rows, left_out_rows
 from falign.models.sharding import shard
 from falign.models.structure import expert_modules
 from falign.models.tokenizers import check_same_tokens, pad_token_id
-from falign.objectives import Objective
-from falign.references import Reference, check_same_at_start, token_weighting
+from falign.objectives import Objective, token_weighting
+from falign.references import Reference, check_same_at_start
 from falign.runfile.config import RunConfig
 from falign.scoring import LAYOUTS, Layout, PromptTree, check_head, choose_layout
 from falign.training.processes import shards
@@ -152,7 +152,7 @@ def load_parts(
     batch = LAYOUTS[layout](probes[:2], pad_token_id=language.pad_token_id).to(args.device)
     if starts_as_policy(config):
         check_same_at_start(policy, reference, batch)
-    if (weighting := token_weighting(objective)) != "none":
+    if (weighting := token_weighting(objective.needs)) != "none":
         reference.states(policy, batch, weighting=weighting)  # a model without such weights is refused before training
     return Parts(policy, reference, layout, record)
 

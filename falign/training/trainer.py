@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -14,16 +14,25 @@ from transformers import TrainingArguments
 from typing_extensions import override
 
 from falign.errors import ConfigError
-from falign.objectives import CompletionBatch, Objective, ObjectiveOutput, reduce_terms, total_weights
+from falign.objectives import (
+    CompletionBatch,
+    Measure,
+    Objective,
+    ObjectiveOutput,
+    complete,
+    field_of,
+    reduce_terms,
+    total_weights,
+)
 from falign.objectives.batch import OFFLINE
 from falign.references import ObjectiveInputs, Reference, completion_batch, objective_inputs
 from falign.scoring import DEFAULT_CHUNK_TOKENS, LAYOUTS, Layout, PromptTree, TokenBatch, evaluation_mode
-from falign.training.finite_guard import describe_loss, term_names
+from falign.training.finite_guard import describe_loss
 from falign.training.means import Means
+from falign.training.objective_contract import PLANNED_TERMS, ObjectiveContract
 from falign.training.processes import gathered, num_processes
 from falign.training.resumable import ResumableTrainer
 from falign.training.stand_ins import STANDS_IN, counts, stand_in, stand_in_loss
-from falign.training.term_weights import PLANNED_WEIGHTS, check_planned, planned_weights
 
 __all__ = ["AlignmentTrainer"]
 
@@ -43,6 +52,8 @@ class AlignmentTrainer(ResumableTrainer):
         chunk_tokens: Positions that reach the vocabulary at once.
         tokens_per_batch: Micro-batches of as many trees as have so many tokens, in place of
             ``args.per_device_train_batch_size`` trees.
+        measures: Quantities of whole next-token distributions to log as ``measures/NAME``, besides those that the
+            objective reads.
         skip_bad: Whether steps whose loss or gradient is no number are left out and counted, in place of stopping.
         advise: Told what a person should know.
         **kwargs: Passed on to ``transformers.Trainer`` (``processing_class``, ``callbacks``, ``optimizers``).
@@ -63,11 +74,13 @@ class AlignmentTrainer(ResumableTrainer):
         layout: Layout = "padded",
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         tokens_per_batch: int | None = None,
+        measures: Mapping[str, Measure] | None = None,
         skip_bad: bool = False,
         advise: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
-        if unknown := sorted(objective.needs - self.supplied):
+        objective = complete(objective)
+        if unknown := sorted(name for name in objective.needs if field_of(name) not in self.supplied):
             raise ConfigError(f"This objective reads {unknown} of a batch, and {type(self).__name__} supplies none.")
         self.layout: Layout = layout
         lay_out = LAYOUTS[layout]
@@ -89,7 +102,14 @@ class AlignmentTrainer(ResumableTrainer):
             **kwargs,
         )
         self.reference, self.objective, self.chunk_tokens = reference, objective, chunk_tokens
+        self.measures = dict(measures or {})
+        self.contract = ObjectiveContract()
         self.value_head: nn.Module | None = None
+
+    @property
+    def references(self) -> dict[str, Reference]:
+        """The references by name."""
+        return {"reference": self.reference}
 
     @property
     def evaluates(self) -> bool:
@@ -139,8 +159,7 @@ class AlignmentTrainer(ResumableTrainer):
         if not counts(inputs):
             return stand_in_loss(scored.completions)
         output = self.evaluate_objective(scored, inputs)
-        names = term_names(self.objective)
-        check_planned(inputs, output.terms, step=self.state.global_step + 1, names=names)
+        self.contract.check(inputs[PLANNED_TERMS], output, step=self.state.global_step + 1)
         assert isinstance(num_items_in_batch, Tensor), "the step's weights come from step_weights"
         loss = reduce_terms(output.terms, num_items_in_batch)
         if self.guard.check_loss(
@@ -155,13 +174,14 @@ class AlignmentTrainer(ResumableTrainer):
         return loss * num_processes()  # gradients are averaged over processes
 
     def score(self, model: nn.Module, inputs: dict[str, Any]) -> ObjectiveInputs:
-        """Score a batch under reference and policy, as far as the objective needs it."""
+        """Score a batch under references and policy, as far as the objective needs it."""
         batch, columns = split_columns(inputs)
         return objective_inputs(
             self.policy,
             batch,
-            reference=self.reference,
+            references=self.references,
             objective=self.objective,
+            measures=self.measures,
             chunk_tokens=self.chunk_tokens,
             wrapped=model,
             columns=columns,
@@ -175,25 +195,36 @@ class AlignmentTrainer(ResumableTrainer):
 
     def scored_metrics(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Return what is logged of a scored micro-batch besides what the objective says."""
-        return {"entropy": scored.entropy[scored.completions.completion_mask].detach()}
+        mask = scored.completions.completion_mask
+        return {"entropy": scored.entropy[mask].detach(), **self.measured(scored, mask)}
+
+    def measured(self, scored: ObjectiveInputs, counted: Tensor) -> dict[str, Tensor]:
+        """Return the values of the measures to log, at the tokens that a mask names."""
+        measures = scored.completions.measures
+        return {f"measures/{name}": measures[name][counted].detach() for name in self.measures}
 
     @override
     def accepts_gradient(self, norm: Any) -> bool:
         if self.value_head is not None:
             values = [value.grad.norm() for value in self.value_head.parameters() if value.grad is not None]
             norm = torch.stack([torch.as_tensor(norm), *values]).norm()
-        return self.guard.check_gradient(norm, step=self.state.global_step + 1, terms=term_names(self.objective))
+        return self.guard.check_gradient(norm, step=self.state.global_step + 1, terms=self.contract.names)
 
     @override
     def term_weights(self, inputs: dict[str, Any]) -> Tensor:
         # Weights depend on masks and on what is known beforehand, so zeros in place of log-probabilities give them.
         batch, columns = split_columns(inputs)
         nowhere = torch.zeros(batch.completion_mask.shape, device=batch.completion_mask.device)
-        needed = dict.fromkeys(self.objective.needs - {"preference"}, nowhere) | columns
-        terms = self.objective(completion_batch(batch, nowhere, **needed)).terms
-        inputs[PLANNED_WEIGHTS] = planned_weights(terms)
+        terms = self.objective(completion_batch(batch, nowhere, {**self._unknown(nowhere), **columns})).terms
+        inputs[PLANNED_TERMS] = self.contract.plan(terms, step=self.state.global_step + 1)
         weights = total_weights(terms)
         return weights if counts(inputs) else torch.zeros_like(weights)
+
+    def _unknown(self, nowhere: Tensor) -> dict[str, Tensor]:
+        """Return zeros for what the objective reads and only the forward pass computes."""
+        needs = [name if field_of(name) == "references" else field_of(name) for name in self.objective.needs]
+        measures = [f"measures.{name}" for name in self.objective.measures]
+        return dict.fromkeys({*needs, *measures} - {"preference"}, nowhere)
 
     @override
     def evaluate(
@@ -233,6 +264,7 @@ class AlignmentTrainer(ResumableTrainer):
 
 def split_columns(inputs: dict[str, Any]) -> tuple[TokenBatch, dict[str, Tensor]]:
     """Return the rows of a micro-batch, and what is known of its completions besides."""
-    rows = {name: value for name, value in inputs.items() if name not in ("columns", STANDS_IN, PLANNED_WEIGHTS)}
+    rows = {name: value for name, value in inputs.items() if name not in ("columns", STANDS_IN, PLANNED_TERMS)}
     known = {field.name for field in fields(CompletionBatch)}
-    return TokenBatch(**rows), {name: value for name, value in inputs.get("columns", {}).items() if name in known}
+    columns = inputs.get("columns", {})
+    return TokenBatch(**rows), {name: value for name, value in columns.items() if field_of(name) in known}

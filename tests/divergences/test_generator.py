@@ -158,7 +158,7 @@ def test_own_generators_work_over_the_vocabulary_where_a_ratio_passes_ten_nats(n
     batch = CompletionBatch(
         logprobs=torch.tensor([[-1.0], [-20.0]], requires_grad=True),
         reference_logprobs=torch.tensor([[-19.0], [-1.0]]),
-        token_divergence=found[0][0][:, None].float(),
+        measures={"divergence": found[0][0][:, None].float()},
         completion_mask=torch.ones(2, 1, dtype=torch.bool),
         prompt_index=torch.tensor([0, 0]),
         preference=torch.tensor([1, 0]),

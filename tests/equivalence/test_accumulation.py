@@ -1,11 +1,12 @@
 """How a step is cut into micro-batches, and held-out data into batches, changes nothing."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 
-from falign.objectives import FDPO, CompletionBatch, ObjectiveOutput, Pairwise, Term
+from falign.objectives import FDPO, CompletionBatch, Measure, ObjectiveOutput, Pairwise, Term
 from falign.references import AdapterOff
 from falign.scoring import completion_scores, pack
 from tests.equivalence.runs import PAD, alignment_trainer, difference, lora_policy, lora_weights, run, trees
@@ -17,7 +18,7 @@ class PairsAndTokens:
 
     pairs: Pairwise
     needs = frozenset({"reference_logprobs", "preference"})
-    token_divergence = None
+    measures: ClassVar[dict[str, Measure]] = {}
 
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
         output = self.pairs(batch)

@@ -21,7 +21,7 @@ def inputs_of(scorer, trees):
     return objective_inputs(
         scorer.policy,
         pad(trees, pad_token_id=1),
-        reference=scorer.reference,
+        references={"reference": scorer.reference},
         objective=scorer.objective,
         chunk_tokens=scorer.chunk_tokens,
     )
@@ -74,7 +74,7 @@ def test_rewards_are_those_that_the_objective_logs(objective):
     rewards = {side: [row["implicit_reward"] for row in rows if row["preference"] == p] for side, p in SIDES}
     for side, values in rewards.items():
         assert torch.equal(metrics[f"rewards/{side}"], torch.tensor(values))
-    assert ("token_divergence" in rows[0]) == (objective.token_divergence is not None)
+    assert ("token_divergence" in rows[0]) == ("divergence" in objective.measures)
 
 
 def test_the_reverse_kl_reward_is_beta_times_the_log_ratio():

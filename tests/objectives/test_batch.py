@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ OBJECTIVES = {
     "hybrid": Hybrid(PolicyGradient(importance="token"), Rehearsal(JS), 0.5),
     "supervised": Supervised(divergences.get("reverse_kl"), 0.5),
 }
-CARRIES_GRADIENT = {"logprobs", "token_divergence", "values"}
+CARRIES_GRADIENT = {"logprobs", "measures.divergence", "values"}
 
 
 def batch_with(dtype: torch.dtype = torch.float32, *, graph: bool = False) -> CompletionBatch:
@@ -60,7 +60,7 @@ def batch_with(dtype: torch.dtype = torch.float32, *, graph: bool = False) -> Co
         prompt_index=torch.tensor([0, 0, 1, 1, 2, 2]),
         reference_logprobs=constant(-random(6, 5)),
         old_logprobs=leaf * 1 if graph else leaf.detach().clone(),
-        token_divergence=random(6, 5) * leaf.square(),
+        measures={"divergence": random(6, 5) * leaf.square()},
         preference=constant(torch.tensor([1, 0, 0, 1, 1, 0]).to(dtype)),
         rewards=constant(random(6)),
         from_reference=torch.tensor([False, False, False, False, True, True]),
@@ -87,7 +87,7 @@ def test_constants_that_still_carry_the_graph_change_no_gradient(name):
 
 def test_only_what_carries_the_policys_gradient_keeps_it():
     batch = batch_with(graph=True)
-    attached = {f.name for f in fields(batch) if (v := getattr(batch, f.name)) is not None and v.requires_grad}
+    attached = {name for name, value in batch.tensors().items() if value.requires_grad}
     assert attached == CARRIES_GRADIENT
     filled = replace(batch, advantages=batch.logprobs * 2, baseline=batch.logprobs.sum(dim=-1))
     assert not filled.require("advantages").requires_grad
@@ -99,8 +99,7 @@ def test_only_what_carries_the_policys_gradient_keeps_it():
 def test_half_precision_is_widened_before_anything_is_summed(name, dtype):
     objective = OBJECTIVES[name]
     half = batch_with(dtype)
-    given = {field.name: getattr(half, field.name) for field in fields(half)}
-    wide = replace(half, **{name: v.float() for name, v in given.items() if v is not None and v.dtype == dtype})
+    wide = half.map(lambda tensor: tensor.float() if tensor.dtype == dtype else tensor)
     output, expected = objective(half), objective(wide)
     for term, other in zip(output.terms, expected.terms, strict=True):
         assert term.losses.dtype == torch.float32

@@ -5,7 +5,7 @@ import torch
 
 from falign import FDPO, TDPO, CompletionBatch
 from falign.divergences import ForwardKL
-from falign.objectives import Listwise, RewardingObjective
+from falign.objectives import Listwise
 
 OBJECTIVES = {
     "pairwise": FDPO("jensen_shannon", beta=0.3),
@@ -23,7 +23,7 @@ def batch_of(preference=(1.0, 0.0, 0.0, 1.0)) -> CompletionBatch:
     return CompletionBatch(
         logprobs=(-logprobs).requires_grad_(),
         reference_logprobs=-reference,
-        token_divergence=divergence.requires_grad_(),
+        measures={"divergence": divergence.requires_grad_()},
         token_weights=weights,
         completion_mask=torch.arange(5) < torch.tensor([5, 2, 1, 4])[:, None],
         prompt_index=torch.tensor([0, 0, 1, 1]),
@@ -46,7 +46,7 @@ def test_rewards_need_no_preference_and_carry_the_gradient(name):
     OBJECTIVES[name].completion_rewards(batch).sum().backward()
     assert batch.logprobs.grad is not None
     assert torch.equal(batch.logprobs.grad != 0, batch.completion_mask)
-    assert isinstance(OBJECTIVES[name], RewardingObjective)
+    assert OBJECTIVES[name].rewarding
 
 
 def test_rewards_match_their_closed_forms():
@@ -54,6 +54,6 @@ def test_rewards_match_their_closed_forms():
     log_ratio = batch.sequence_sum(batch.logprobs - batch.reference_logprobs)
     expected = 0.3 * (2 / (1 + (-log_ratio).exp())).log()
     torch.testing.assert_close(OBJECTIVES["pairwise"].completion_rewards(batch), expected)
-    delta = batch.sequence_sum(batch.token_divergence)
+    delta = batch.sequence_sum(batch.measures["divergence"])
     torch.testing.assert_close(OBJECTIVES["tdpo2"].completion_rewards(batch), 0.3 * (log_ratio + 0.2 * delta))
     torch.testing.assert_close(OBJECTIVES["tdpo1"].completion_rewards(batch), 0.3 * (log_ratio + delta))

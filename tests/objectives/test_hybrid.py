@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from falign import divergences
-from falign.objectives import Hybrid, PolicyGradient, Rehearsal, RolloutObjective, reduce_terms, total_weights
+from falign.objectives import BaseObjective, Hybrid, PolicyGradient, Rehearsal, reduce_terms, total_weights
 from tests.objectives.test_policy_gradient import OBJECTIVES, PROMPTS, rollout
 
 JS = divergences.get("js")
@@ -71,9 +71,9 @@ def test_what_the_policy_gradient_prepares_stays_at_its_rows():
 
 def test_needs_are_those_of_both():
     assert HYBRID.needs == {"rewards", "old_logprobs", "reference_logprobs", "from_reference"}
-    assert isinstance(HYBRID, RolloutObjective)
-    assert HYBRID.token_divergence is None
-    assert Hybrid(OBJECTIVES["ppo"], Rehearsal(JS), 0.1).token_divergence == OBJECTIVES["ppo"].divergence
+    assert isinstance(HYBRID, BaseObjective)
+    assert HYBRID.measures == {}
+    assert Hybrid(OBJECTIVES["ppo"], Rehearsal(JS), 0.1).measures == OBJECTIVES["ppo"].measures
     with pytest.raises(ValueError, match="from_reference, which is None"):
         HYBRID(rollout())
 

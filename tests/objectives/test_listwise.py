@@ -240,4 +240,4 @@ def test_listwise_is_an_objective_that_names_its_needs():
     objective = Listwise(ReverseKL())
     assert isinstance(objective, Objective)
     assert objective.needs == {"reference_logprobs", "preference"}
-    assert objective.token_divergence is None
+    assert objective.measures == {}

@@ -7,6 +7,7 @@ from falign import DPHRL, FDPG, SALSA, SALSARLOO, divergences
 from falign.objectives import (
     BinaryConstraint,
     DistributionMatching,
+    DivergenceTo,
     Hybrid,
     PolicyGradient,
     Rehearsal,
@@ -75,7 +76,8 @@ def test_the_configs_of_dph_rl_have_the_published_coefficients():
 
 def test_a_method_passes_on_what_it_is_given():
     assert DPHRL(clip_high=0.5, reduction="sequence_sum").policy_gradient.clip_high == 0.5
-    assert SALSA(divergence="alpha(0.3)", level="vocabulary").token_divergence == divergences.get("alpha(0.3)")
+    to_reference = SALSA(divergence="alpha(0.3)", level="vocabulary").measures["divergence"]
+    assert to_reference == DivergenceTo(divergences.get("alpha(0.3)"))
     with pytest.raises(ValueError, match="did you mean"):
         FDPG("jensen_shanon", BinaryConstraint())
 

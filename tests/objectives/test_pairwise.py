@@ -201,7 +201,7 @@ def test_pairwise_is_an_objective_that_names_its_needs():
     objective = FDPO()
     assert isinstance(objective, Objective)
     assert objective.needs == {"reference_logprobs", "preference"}
-    assert objective.token_divergence is None
+    assert objective.measures == {}
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from falign import CompletionBatch, divergences
-from falign.objectives import Objective, ObjectiveOutput, PolicyGradient, RolloutObjective, reduce_terms, total_weights
+from falign.objectives import (
+    BaseObjective,
+    DivergenceTo,
+    Objective,
+    ObjectiveOutput,
+    PolicyGradient,
+    reduce_terms,
+    total_weights,
+)
 from tests.reference.test_estimators import NAMES
 
 LENGTHS = torch.tensor([3, 1, 4, 2, 4, 3])
@@ -24,7 +32,7 @@ def rollout(seed=0, dtype=torch.float64, **given) -> CompletionBatch:
         "prompt_index": PROMPTS,
         "reference_logprobs": draw(2.0),
         "old_logprobs": draw(2.0),
-        "token_divergence": -draw(0.3),
+        "measures": {"divergence": -draw(0.3)},
         "rewards": REWARDS.to(dtype),
         "values": draw(1.0).requires_grad_(),
         "old_values": draw(1.0),
@@ -199,7 +207,11 @@ def test_padding_changes_nothing(objective):
         logprobs=pad(batch.logprobs.masked_fill(~batch.completion_mask, math.nan), math.nan),
         **{
             name: pad(getattr(batch, name).masked_fill(~batch.completion_mask, math.nan), math.inf)
-            for name in ("reference_logprobs", "old_logprobs", "token_divergence", "values", "old_values")
+            for name in ("reference_logprobs", "old_logprobs", "values", "old_values")
+        },
+        measures={
+            name: pad(values.masked_fill(~batch.completion_mask, math.nan), math.inf)
+            for name, values in batch.measures.items()
         },
     )
     a, b = objective(batch), objective(padded)
@@ -246,23 +258,26 @@ def test_an_empty_batch_has_terms_without_weight(objective):
 def test_needs_are_what_is_read(objective):
     given = {"logprobs", "completion_mask", "prompt_index"} | objective.needs
     batch = rollout()
-    least = CompletionBatch(**{name: getattr(batch, name) for name in given})
+    least = CompletionBatch(**{name: getattr(batch, name) for name in given}, measures=batch.measures)
     assert isinstance(objective(least), ObjectiveOutput)
     for name in objective.needs - {"old_logprobs", "old_values"}:  # these two have a meaning where they are None
         with pytest.raises(ValueError, match=f"{name}, which is None"):
             objective(dataclasses.replace(least, **{name: None}))
     assert isinstance(objective, Objective)
-    assert isinstance(objective, RolloutObjective)
+    assert isinstance(objective, BaseObjective)
+    if objective.measures:
+        with pytest.raises(ValueError, match=r"measures\['divergence'\], which is missing"):
+            objective(dataclasses.replace(least, measures={}))
 
 
 def test_needs_by_name():
     assert PolicyGradient(JS, beta=0.0).needs == {"rewards", "old_logprobs"}
     assert PolicyGradient(JS, 0.1).needs == {"rewards", "old_logprobs", "reference_logprobs"}
     assert OBJECTIVES["ppo"].needs == {
-        *("rewards", "old_logprobs", "reference_logprobs", "token_divergence", "values", "old_values"),
+        *("rewards", "old_logprobs", "reference_logprobs", "values", "old_values"),
     }
-    assert OBJECTIVES["ppo"].token_divergence == divergences.get("alpha(0.3)")
-    assert OBJECTIVES["grpo"].token_divergence is None
+    assert OBJECTIVES["ppo"].measures == {"divergence": DivergenceTo(divergences.get("alpha(0.3)"))}
+    assert OBJECTIVES["grpo"].measures == {}
 
 
 def test_values_learn_what_the_advantages_say():

@@ -74,4 +74,4 @@ def test_unknown_choices_are_refused(field):
 def test_rehearsal_is_an_objective_that_names_its_needs():
     assert isinstance(Rehearsal(JS), Objective)
     assert Rehearsal(JS).needs == {"reference_logprobs"}
-    assert Rehearsal(JS).token_divergence is None
+    assert Rehearsal(JS).measures == {}

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 
 from falign import FDPO, TDPO, CompletionBatch, divergences
 from falign.divergences import ForwardKL
-from falign.objectives import Objective, TokenPairwise
+from falign.objectives import DivergenceTo, Objective, TokenPairwise
 
 M = [[0.6, 0.9, -0.3], [0.4, -0.8, -0.2]]  # log-ratios per token: m = 1.2 and -0.6
 DELTA = [[0.1, 0.3, 0.1], [0.4, 0.2, 0.1]]  # δ = 0.5 and 0.7
@@ -22,7 +23,7 @@ def batch_of(log_ratio, delta, weights=None, preference=(1.0, 0.0), mask=None, p
     return CompletionBatch(
         logprobs=reference + log_ratio,
         reference_logprobs=reference,
-        token_divergence=delta,
+        measures={"divergence": delta},
         token_weights=weights,
         completion_mask=torch.ones_like(log_ratio, dtype=torch.bool) if mask is None else mask,
         prompt_index=torch.zeros(len(log_ratio), dtype=torch.long) if prompt_index is None else prompt_index,
@@ -173,7 +174,7 @@ def test_losses_and_gradients_are_finite_to_ten_thousand_nats(variant):
                 CompletionBatch(
                     logprobs=log_ratio.to(dtype),
                     reference_logprobs=torch.zeros(2, 1, dtype=dtype),
-                    token_divergence=delta.to(dtype),
+                    measures={"divergence": delta.to(dtype)},
                     completion_mask=mask,
                     prompt_index=torch.zeros(2, dtype=torch.long),
                     preference=preference,
@@ -203,7 +204,7 @@ def test_a_completion_can_be_chosen_in_one_pair_and_rejected_in_another():
 def test_any_divergence_of_the_registry_is_allowed(name):
     parameter = {"alpha": {"alpha": -0.5}, "generalized_js": {"b": 0.3}}.get(name, {})
     divergence = divergences.get(name, **parameter)
-    assert TDPO(divergence).token_divergence is divergence
+    assert TDPO(divergence).measures["divergence"].divergence is divergence
 
 
 def test_the_default_divergence_is_the_papers():
@@ -233,11 +234,16 @@ def test_unknown_choices_are_refused(arguments):
         TDPO(**arguments)
 
 
-@pytest.mark.parametrize("name", ["reference_logprobs", "token_divergence", "preference", "token_weights"])
+@pytest.mark.parametrize("name", ["reference_logprobs", "preference", "token_weights"])
 def test_a_missing_field_is_named(name):
     whole = batch_of(tensor(M), tensor(DELTA), tensor(WEIGHTS))
     with pytest.raises(ValueError, match=f"{name}, which is None"):
         TDPO(weighting="activations")(CompletionBatch(**{**vars(whole), name: None}))
+
+
+def test_a_missing_measure_is_named():
+    with pytest.raises(ValueError, match=r"CompletionBatch.measures\['divergence'\], which is missing"):
+        TDPO()(dataclasses.replace(batch_of(tensor(M), tensor(DELTA)), measures={}))
 
 
 def test_a_batch_without_pairs_is_refused():
@@ -245,16 +251,18 @@ def test_a_batch_without_pairs_is_refused():
         TDPO()(batch_of(tensor(M), tensor(DELTA), preference=(1.0, 1.0)))
 
 
-@pytest.mark.parametrize("name", ["token_divergence", "token_weights"])
+@pytest.mark.parametrize("name", ["measures", "token_weights"])
 def test_unequal_shapes_are_refused(name):
     whole = batch_of(tensor(M), tensor(DELTA), tensor(WEIGHTS))
+    value = tensor([[1.0], [1.0]])
+    given = {"divergence": value} if name == "measures" else value
     with pytest.raises((ValueError, TypeError), match=name):
-        CompletionBatch(**{**vars(whole), name: tensor([[1.0], [1.0]])})
+        CompletionBatch(**{**vars(whole), name: given})
 
 
 def test_token_pairwise_is_an_objective_that_names_its_needs():
     objective = TDPO("squared_hellinger")
     assert isinstance(objective, Objective)
-    assert objective.needs == {"reference_logprobs", "token_divergence", "preference"}
-    assert objective.token_divergence.name == "squared_hellinger"
-    assert TDPO(weighting="activations").needs == objective.needs | {"token_weights"}
+    assert objective.needs == {"reference_logprobs", "preference"}
+    assert objective.measures == {"divergence": DivergenceTo(divergences.get("squared_hellinger"))}
+    assert TDPO(weighting="activations").needs == objective.needs | {"token_weights.activations"}

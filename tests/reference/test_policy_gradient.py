@@ -50,15 +50,15 @@ def logits() -> Tensor:
 
 def pairs(logits: Tensor, objective: PolicyGradient, old: Tensor | None) -> CompletionBatch:
     """Every ordered pair of completions of one prompt; old_logprobs are left out where they are the policy's."""
-    token_divergence = None
-    if objective.token_divergence is not None:
-        at_prefix = full_vocabulary(objective.token_divergence, logits.log_softmax(-1), REFERENCE.log_softmax(-1))
-        token_divergence = at_prefix[WORLD.prefix][ROWS]
+    measures = {}
+    if objective.measures:
+        at_prefix = full_vocabulary(objective.divergence, logits.log_softmax(-1), REFERENCE.log_softmax(-1))
+        measures = {"divergence": at_prefix[WORLD.prefix][ROWS]}
     return CompletionBatch(
         logprobs=token_logprobs(logits)[ROWS],
         reference_logprobs=token_logprobs(REFERENCE)[ROWS],
         old_logprobs=None if old is None else token_logprobs(old)[ROWS],
-        token_divergence=token_divergence,
+        measures=measures,
         completion_mask=WORLD.mask[ROWS],
         prompt_index=PAIR,
         rewards=REWARDS[ROWS],

@@ -36,7 +36,7 @@ def ours(objective, logits: Tensor, weights: Tensor | None) -> Tensor:
     batch = CompletionBatch(
         logprobs=logprobs.gather(-1, TOKENS[..., None]).squeeze(-1),
         reference_logprobs=reference.gather(-1, TOKENS[..., None]).squeeze(-1),
-        token_divergence=full_vocabulary(objective.token_divergence, logprobs, reference),
+        measures={"divergence": full_vocabulary(objective.divergence, logprobs, reference)},
         token_weights=weights,
         completion_mask=mask,
         prompt_index=torch.arange(PAIRS).repeat_interleave(2),
@@ -51,15 +51,15 @@ def from_scoring(objective, logits: Tensor) -> Tensor:
     scores = token_scores(
         Distribution(logits[mask], head),
         TOKENS[mask],
-        divergence=objective.token_divergence,
-        reference=Distribution(REFERENCE[mask], head),
+        measures=objective.measures,
+        references={"reference": Distribution(REFERENCE[mask], head)},
         chunk_tokens=5,
     )
     nowhere = torch.full(mask.shape, torch.nan, dtype=torch.float64)
     batch = CompletionBatch(
         logprobs=nowhere.masked_scatter(mask, scores.logprobs),
-        reference_logprobs=nowhere.masked_scatter(mask, scores.reference_logprobs),
-        token_divergence=nowhere.masked_scatter(mask, scores.divergence),
+        reference_logprobs=nowhere.masked_scatter(mask, scores.references["reference"]),
+        measures={"divergence": nowhere.masked_scatter(mask, scores.measures["divergence"])},
         completion_mask=mask,
         prompt_index=torch.arange(PAIRS).repeat_interleave(2),
         preference=torch.tensor([1.0, 0.0], dtype=torch.float64).repeat(PAIRS),

@@ -115,17 +115,19 @@ def test_whole_distributions_are_that_adapters_also_where_the_head_has_one(polic
 
 def test_a_head_with_both_adapters_gives_the_policy_its_own_gradient():
     from falign import divergences
+    from falign.objectives import DivergenceTo
 
     targets = ["v_proj", "lm_head"]
     policy = with_reference(with_lora(tiny_model(), trained=True, target_modules=targets), targets=targets).eval()
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    forward_kl, ids = divergences.get("forward_kl"), torch.zeros(1, dtype=torch.long)
+    measures, ids = {"divergence": DivergenceTo(divergences.get("forward_kl"))}, torch.zeros(1, dtype=torch.long)
 
     def gradients(reference):
         ours = completion_states(policy, BATCH).distribution
         targets = ids.expand(len(ours.hidden))
-        scores = token_scores(ours, targets, divergence=forward_kl, reference=reference, chunk_tokens=3)
-        return scores.divergence.sum(), torch.autograd.grad(scores.divergence.sum(), parameters)
+        scores = token_scores(ours, targets, measures=measures, references={"reference": reference}, chunk_tokens=3)
+        total = scores.measures["divergence"].sum()
+        return total, torch.autograd.grad(total, parameters)
 
     value, found = gradients(AdapterReference().states(policy, BATCH).distribution)
     with torch.no_grad():

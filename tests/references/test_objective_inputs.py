@@ -1,9 +1,11 @@
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 
 from falign import FDPO, TDPO
+from falign.objectives import Measure, field_of
 from falign.references import FrozenModel, objective_inputs
 from falign.scoring import PromptTree, completion_scores, pad
 from tests.models.tiny import tiny_model
@@ -17,7 +19,7 @@ class Likelihood:
     """Reads the policy alone."""
 
     needs = frozenset()
-    token_divergence = None
+    measures: ClassVar[dict[str, Measure]] = {}
 
     def __call__(self, batch):
         raise NotImplementedError
@@ -27,7 +29,7 @@ def test_a_reference_that_is_not_asked_for_is_not_run():
     reference = FrozenModel(tiny_model("llama", seed=1))
     spy = ForwardSpy(reference.model)
     policy = tiny_model("llama").eval()
-    completions, entropy = objective_inputs(policy, BATCH, reference=reference, objective=Likelihood())
+    completions, entropy = objective_inputs(policy, BATCH, references={"reference": reference}, objective=Likelihood())
     assert len(spy) == 0
     assert completions.reference_logprobs is None
     scores = completion_scores(policy, BATCH)
@@ -44,11 +46,14 @@ def test_an_objective_gets_what_it_needs_with_the_policys_gradient_and_one_pass_
     policy = tiny_model("llama").eval()
     expected = reference.logprobs(policy, BATCH)
     spy = ForwardSpy(reference.model)
-    completions, _ = objective_inputs(policy, BATCH, reference=reference, objective=objective, chunk_tokens=2)
+    completions, _ = objective_inputs(
+        policy, BATCH, references={"reference": reference}, objective=objective, chunk_tokens=2
+    )
     assert len(spy) == 1
     torch.testing.assert_close(completions.reference_logprobs, expected)
-    for name in ("reference_logprobs", "token_divergence", "token_weights"):
-        assert (getattr(completions, name) is not None) == (name in objective.needs)
+    for name in ("reference_logprobs", "token_weights"):
+        assert (getattr(completions, name) is not None) == (name in map(field_of, objective.needs))
+    assert completions.measures.keys() == objective.measures.keys()
     objective(completions).mean().backward()
     assert policy.lm_head.weight.grad.abs().max() > 0
     assert reference.model.lm_head.weight.grad is None

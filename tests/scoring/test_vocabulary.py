@@ -1,10 +1,12 @@
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch.nn.functional import log_softmax
 
 from falign import divergences
+from falign.objectives import DivergenceTo, Entropy
 from falign.scoring import Distribution, Head, token_scores
 from tests.scoring.test_head import LargestTensor
 
@@ -24,6 +26,10 @@ def family(name):
     if name == "mine":
         return divergences.from_generator(lambda u: u * torch.log(u) + (u - 1) ** 2, name="mine")
     return divergences.get(name)
+
+
+def to_reference(divergence, reference):
+    return {"measures": {"divergence": DivergenceTo(divergence)}, "references": {"reference": reference}}
 
 
 def world(seed=0, *, bias=True, spread=1.0):
@@ -63,14 +69,13 @@ def test_values_and_gradients_are_those_of_dense_logits(name, trained_head, soft
     scores = token_scores(
         Distribution(hidden, heads[0]),
         targets,
-        divergence=divergence,
-        reference=Distribution(reference_hidden, heads[1]),
+        **to_reference(divergence, Distribution(reference_hidden, heads[1])),
         chunk_tokens=3,
     )
-    loss = (of_logprob * scores.logprobs + of_divergence * scores.divergence).sum()
+    loss = (of_logprob * scores.logprobs + of_divergence * scores.measures["divergence"]).sum()
     torch.testing.assert_close(scores.logprobs, wanted[0], rtol=0, atol=1e-12)
-    torch.testing.assert_close(scores.divergence, wanted[1], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(scores.reference_logprobs, wanted[2], rtol=0, atol=1e-12)
+    torch.testing.assert_close(scores.measures["divergence"], wanted[1], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(scores.references["reference"], wanted[2], rtol=0, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(loss, leaves), expected, rtol=1e-8, atol=1e-8)
 
 
@@ -82,15 +87,14 @@ def test_each_output_has_its_own_gradient(name):
     scores = token_scores(
         Distribution(hidden, Head(embeddings=layers[0], scale=0.7)),
         targets,
-        divergence=family(name),
-        reference=Distribution(reference_hidden, Head(embeddings=layers[1], scale=0.7)),
+        **to_reference(family(name), Distribution(reference_hidden, Head(embeddings=layers[1], scale=0.7))),
     )
     wanted = dense(family(name), layers, (hidden, reference_hidden), targets)
-    for mine, other in ((scores.logprobs, wanted[0]), (scores.divergence, wanted[1])):
+    for mine, other in ((scores.logprobs, wanted[0]), (scores.measures["divergence"], wanted[1])):
         gradients = [torch.autograd.grad(value.sum(), hidden, retain_graph=True)[0] for value in (mine, other)]
         torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-8)
     assert not scores.entropy.requires_grad
-    assert not scores.reference_logprobs.requires_grad
+    assert not scores.references["reference"].requires_grad
 
 
 def test_equal_distributions_have_no_divergence_and_no_gradient_of_it():
@@ -100,9 +104,9 @@ def test_equal_distributions_have_no_divergence_and_no_gradient_of_it():
     head = Head(embeddings=layers[0])
     policy = Distribution(hidden, head)
     for name in FAMILIES:
-        scores = token_scores(policy, targets, divergence=family(name), reference=Distribution(hidden, head))
-        assert scores.divergence.abs().max() < 1e-12, name
-        (gradient,) = torch.autograd.grad(scores.divergence.sum(), hidden)
+        scores = token_scores(policy, targets, **to_reference(family(name), Distribution(hidden, head)))
+        assert scores.measures["divergence"].abs().max() < 1e-12, name
+        (gradient,) = torch.autograd.grad(scores.measures["divergence"].sum(), hidden)
         assert gradient.abs().max() < 1e-12, name
 
 
@@ -115,12 +119,11 @@ def test_everything_is_finite_where_the_models_exclude_each_other(name, dtype):
     scores = token_scores(
         Distribution(hidden, head),
         targets,
-        divergence=family(name),
-        reference=Distribution(reference_hidden.to(dtype), other),
+        **to_reference(family(name), Distribution(reference_hidden.to(dtype), other)),
     )
-    (gradient,) = torch.autograd.grad(scores.divergence.sum(), hidden)
-    assert scores.divergence.isfinite().all()
-    assert (scores.divergence >= 0).all()
+    (gradient,) = torch.autograd.grad(scores.measures["divergence"].sum(), hidden)
+    assert scores.measures["divergence"].isfinite().all()
+    assert (scores.measures["divergence"] >= 0).all()
     assert gradient.isfinite().all()
 
 
@@ -133,10 +136,9 @@ def test_blocks_of_the_cache_change_nothing(monkeypatch):
         scores = token_scores(
             Distribution(hidden, Head(embeddings=layers[0])),
             targets,
-            divergence=divergences.get("forward_kl"),
-            reference=Distribution(reference_hidden, Head(embeddings=layers[1])),
+            **to_reference(divergences.get("forward_kl"), Distribution(reference_hidden, Head(embeddings=layers[1]))),
         )
-        total = (scores.logprobs + 2 * scores.divergence).sum()
+        total = (scores.logprobs + 2 * scores.measures["divergence"]).sum()
         return [*scores, *torch.autograd.grad(total, hidden)]
 
     whole = gradients()
@@ -154,25 +156,117 @@ def test_no_tensor_of_tokens_by_vocabulary_exists_with_a_divergence(trained_head
         scores = token_scores(
             policy,
             torch.randint(vocabulary, (num_tokens,)),
-            divergence=divergences.get("jensen_shannon"),
-            reference=reference,
+            **to_reference(divergences.get("jensen_shannon"), reference),
             chunk_tokens=chunk_tokens,
         )
-        (scores.logprobs + scores.divergence).sum().backward()
+        (scores.logprobs + scores.measures["divergence"]).sum().backward()
     assert largest.numel == 8 * vocabulary
 
 
-def test_one_of_divergence_and_reference_alone_is_refused():
+def test_a_reference_that_a_measure_reads_is_missed():
     policy = Distribution(torch.zeros(1, 4), Head(embeddings=torch.nn.Identity()))
-    with pytest.raises(ValueError, match="belong together"):
-        token_scores(policy, torch.tensor([0]), divergence=divergences.get("forward_kl"))
+    with pytest.raises(ValueError, match="A measure reads the reference 'teacher', which is missing"):
+        token_scores(policy, torch.tensor([0]), measures={"to_teacher": DivergenceTo(family("alpha(0.3)"), "teacher")})
+
+
+@dataclass(frozen=True)
+class MeanTeacherLogit:
+    """``Σ_v q(v) z_v``, whose gradient reaches the logits past the log-probabilities."""
+
+    references = frozenset({"teacher"})
+
+    def __call__(self, at):
+        return (at.reference("teacher").exp() * at.logits).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class ConfidenceAtTarget:
+    """``log p(y) · max_v log p(v)``: reads the target, and its gradient is sparse."""
+
+    references = frozenset()
+
+    def __call__(self, at):
+        return at.logprobs.gather(-1, at.targets[:, None])[:, 0] * at.logprobs.amax(dim=-1)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.5])
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_several_measures_of_two_references_are_those_of_dense_logits_in_value_and_gradient(trained_head, softcap):
+    layers, (hidden, reference_hidden), targets = world()
+    generator = torch.Generator().manual_seed(7)
+    teacher = torch.nn.Linear(H, V, dtype=torch.float64).requires_grad_(False)
+    teacher_hidden = torch.randn(M, H, generator=generator, dtype=torch.float64)
+    layers[0].requires_grad_(trained_head)
+    hidden.requires_grad_()
+    leaves = [hidden, *(layers[0].parameters() if trained_head else ())]
+    measures = {
+        "chi2": DivergenceTo(family("pearson_chi2")),
+        "js": DivergenceTo(family("jensen_shannon"), "teacher"),
+        "mine": DivergenceTo(family("mine"), "teacher"),
+        "soft": DivergenceTo(family("forward_kl"), "teacher", temperature=2.5),
+        "entropy": Entropy(),
+        "logit": MeanTeacherLogit(),
+        "confidence": ConfidenceAtTarget(),
+    }
+    weights = torch.randn(len(measures) + 1, M, generator=generator, dtype=torch.float64)
+
+    heads = [Head(embeddings=layer, scale=0.7, softcap=softcap) for layer in (*layers, teacher)]
+    z, z_reference, z_teacher = (
+        head.logits(head.embeddings(states))
+        for head, states in zip(heads, (hidden, reference_hidden, teacher_hidden), strict=True)
+    )
+    p, q, r = (log_softmax(each, -1) for each in (z, z_reference, z_teacher))
+
+    def between(name, p, q):
+        return (q.exp() * family(name).f(p - q)).sum(-1)
+
+    wanted = {
+        "chi2": between("pearson_chi2", p, q),
+        "js": between("jensen_shannon", p, r),
+        "mine": between("mine", p, r),
+        "soft": between("forward_kl", log_softmax(z / 2.5, -1), log_softmax(z_teacher / 2.5, -1)),
+        "entropy": -(p.exp() * p).sum(-1),
+        "logit": (r.exp() * z).sum(-1),
+        "confidence": p[range(M), targets] * p.amax(-1),
+    }
+    loss = sum((weight * value).sum() for weight, value in zip(weights, wanted.values(), strict=False))
+    expected = torch.autograd.grad(loss + (weights[-1] * p[range(M), targets]).sum(), leaves)
+
+    scores = token_scores(
+        Distribution(hidden, heads[0]),
+        targets,
+        measures=measures,
+        references={
+            "reference": Distribution(reference_hidden, heads[1]),
+            "teacher": Distribution(teacher_hidden, heads[2]),
+        },
+        chunk_tokens=3,
+    )
+    loss = sum((weight * scores.measures[name]).sum() for weight, name in zip(weights, wanted, strict=False))
+    torch.testing.assert_close(scores.measures, wanted, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(scores.references["teacher"], r[range(M), targets], rtol=0, atol=1e-12)
+    torch.testing.assert_close(scores.references["reference"], q[range(M), targets], rtol=0, atol=1e-12)
+    actual = torch.autograd.grad(loss + (weights[-1] * scores.logprobs).sum(), leaves)
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_a_measure_that_is_no_value_per_position_is_refused():
+    class Whole:
+        references = frozenset()
+
+        def __call__(self, at):
+            return at.logprobs.sum()
+
+    policy = Distribution(torch.zeros(2, 4), Head(embeddings=torch.nn.Identity()))
+    with pytest.raises(ValueError, match=r"measure 'whole' returned shape \(\) for 2 positions"):
+        token_scores(policy, torch.tensor([0, 1]), measures={"whole": Whole()})
 
 
 def test_a_closed_form():
     # p = (1/2, 1/2), q = (1/4, 3/4): KL(q‖p) = ln 2 - H(q).
     policy = Distribution(torch.zeros(1, 2), Head(embeddings=torch.nn.Identity()))
     reference = Distribution(torch.tensor([[0.0, math.log(3)]]), Head(embeddings=torch.nn.Identity()))
-    scores = token_scores(policy, torch.tensor([0]), divergence=divergences.get("forward_kl"), reference=reference)
+    scores = token_scores(policy, torch.tensor([0]), **to_reference(divergences.get("forward_kl"), reference))
     entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
-    assert scores.divergence.item() == pytest.approx(math.log(2) - entropy, abs=1e-6)
-    assert scores.reference_logprobs.item() == pytest.approx(math.log(0.25), abs=1e-6)
+    assert scores.measures["divergence"].item() == pytest.approx(math.log(2) - entropy, abs=1e-6)
+    assert scores.references["reference"].item() == pytest.approx(math.log(0.25), abs=1e-6)

@@ -75,7 +75,7 @@ def test_the_first_loss_or_gradient_that_is_no_number_stops_with_step_rows_and_t
     start, breaking, tmp_path, what, named
 ):
     breaking(3, what=what)
-    with pytest.raises(TrainingError, match=rf"Step 3: {named}.*pairs.jsonl:\d+.*\(term Pairwise.*--skip-bad"):
+    with pytest.raises(TrainingError, match=rf"Step 3: {named}.*pairs.jsonl:\d+.*\(term pairwise.*--skip-bad"):
         start()
     assert newest_whole(tmp_path / "run", tell=print).name == "checkpoint-2"
 

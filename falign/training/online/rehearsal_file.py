@@ -132,7 +132,6 @@ def _tree(row: Row, num_tokens: int) -> ScoredTree:
     columns: Mapping[str, Any] = {
         "reference_logprobs": [logprobs],
         "from_reference": [True],
-        "rewards": [0.0],
     }
     return ScoredTree(PromptTree(prompt, (completion,), place=row.place), columns)
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from falign.objectives import CompletionBatch, Hybrid, Objective, PolicyGradient, RolloutObjective, RunningPartition
-from falign.references import Reference
+from falign.objectives import (
+    BaseObjective,
+    Objective,
+    RunningPartition,
+    complete,
+    reference_names,
+    references_of,
+)
+from falign.references import Reference, field_of_reference
 from falign.rollouts.scored_trees import ScoredTree, collate, completion_rows, whole_batch
 from falign.runfile.prompts_config import RolloutConfig
 from falign.scoring import Layout, PromptTree, completion_scores, evaluation_mode
@@ -21,6 +29,13 @@ from falign.training.trainer import split_columns
 
 __all__ = ["RolloutScorer"]
 
+OF_GROUP: dict[str, Callable[[Group], list[Any]]] = {
+    "rewards": lambda group: list(group.rewards),
+    "from_reference": lambda group: [False] * len(group.rollouts),
+    "features": lambda group: group.features(),
+}
+"""Fields of a batch that are known of sampled completions before they are scored."""
+
 
 @dataclass
 class RolloutScorer:
@@ -28,7 +43,7 @@ class RolloutScorer:
 
     Attributes:
         policy: As it is before the first update.
-        reference: What it is held to.
+        references: What it is held to, by name.
         objective: Says what is needed.
         rollout: Sizes.
         batch_size: Prompts in one forward pass.
@@ -41,7 +56,7 @@ class RolloutScorer:
     """
 
     policy: nn.Module
-    reference: Reference
+    references: Mapping[str, Reference]
     objective: Objective
     rollout: RolloutConfig
     batch_size: int
@@ -56,13 +71,17 @@ class RolloutScorer:
         """Return one tree per group, and what is to be logged of it."""
         trees, metrics = self._scored([self._tree(group) for group in groups]), dict[str, Tensor]()
         if self.rollout.correction is not None:
-            trees, cut = correct(trees, importance=self._importance, cap=self.rollout.correction.cap)
+            level = self._answers.correction_level
+            assert level is not None, "the run file is checked for that"
+            trees, cut = correct(trees, importance=level, cap=self.rollout.correction.cap)
             metrics["sampler/truncated"] = cut
         if "log_partition" in self.objective.needs:
             trees = self._with_partition(trees)
-        if isinstance(self.objective, RolloutObjective):
-            trees = _prepared(trees, self.objective)
-        return trees, metrics
+        return _prepared(trees, self._answers), metrics
+
+    @property
+    def _answers(self) -> BaseObjective:
+        return complete(self.objective)
 
     def _tree(self, group: Group) -> ScoredTree:
         compares = "preference" in self.objective.needs
@@ -75,19 +94,16 @@ class RolloutScorer:
             group.row.place,
         )
         columns: dict[str, Any] = {"sampler_logprobs": [list(rollout.logprobs) for rollout in group.rollouts]}
-        if "rewards" in self.objective.needs:
-            columns["rewards"] = list(group.rewards)
-        if "from_reference" in self.objective.needs:
-            columns["from_reference"] = [False] * len(group.rollouts)
-        if "features" in self.objective.needs:
-            columns["features"] = group.features()
+        columns |= {name: of_group(group) for name, of_group in OF_GROUP.items() if name in self.objective.needs}
         return ScoredTree(tree, columns)
 
     def _scored(self, trees: list[ScoredTree]) -> list[ScoredTree]:
         """Add what policy and reference say before the first update, as far as it is needed then."""
         needs = self.objective.needs
-        fresh = self.objective.policy_gradient.needs if isinstance(self.objective, Hybrid) else needs
-        wants_reference = "reference_logprobs" in fresh and self.objective.token_divergence is None
+        # Whole distributions are read at each update, which has the log-probabilities from the same pass.
+        later = references_of(self.objective.measures.values())
+        before = reference_names(self._answers.needs_of_samples, {}) - {*later}
+        unread = reference_names(self.objective.needs, {}) - before - {*later}  # of samples: stored ones bring theirs
         # Then the sampler's law, which it reports, is what importance weights are to.
         elsewhere = self.rollout.temperature != 1.0 or self.rollout.ahead
         # On the only update of a rollout the policy is the one that sampled.
@@ -99,11 +115,14 @@ class RolloutScorer:
         scored = []
         for own, counted in own_batches(trees, self.batch_size):
             batch, _ = split_columns(self.prepare(collate(own, layout=self.layout, pad_token_id=self.pad_token_id)))
-            found: dict[str, Tensor] = {}
-            if wants_reference:
-                found["reference_logprobs"] = self.reference.logprobs(self.policy, batch)
-            elif fresh != needs:  # read of stored completions alone, which bring their own
-                found["reference_logprobs"] = torch.zeros(batch.completion_mask.shape)
+            found = {
+                field_of_reference(name): reference.logprobs(self.policy, batch)
+                for name, reference in self.references.items()
+                if name in before
+            }
+            found |= {
+                field_of_reference(name): torch.full(batch.completion_mask.shape, math.nan) for name in sorted(unread)
+            }
             if wants_policy:
                 with torch.no_grad(), evaluation_mode(self.policy):
                     scores = completion_scores(
@@ -124,15 +143,9 @@ class RolloutScorer:
         batch = whole_batch(trees)
         # Sources may share places: the first text of each is "texts:1", and a file may be read under two templates.
         keys = [f"{tree.tree.place} {list(tree.tree.prompt_ids)}" for tree in trees for _ in tree.tree.completion_ids]
-        weights = self.objective.log_weights(batch)  # pyright: ignore[reportAttributeAccessIssue] - it needs log_partition
+        weights = self._answers.log_weights(batch)
         estimates = self.partition.update(keys, weights)
         return _with_rows(trees, {"log_partition": estimates}, batch.completion_mask)
-
-    @property
-    def _importance(self) -> Literal["sequence", "token"]:
-        objective = self.objective.policy_gradient if isinstance(self.objective, Hybrid) else self.objective
-        assert isinstance(objective, PolicyGradient), "the run file is checked for that"
-        return objective.importance
 
 
 def _with_rows(trees: Sequence[ScoredTree], found: Mapping[str, Tensor], mask: Tensor) -> list[ScoredTree]:
@@ -146,13 +159,9 @@ def _with_rows(trees: Sequence[ScoredTree], found: Mapping[str, Tensor], mask: T
     return added
 
 
-def _prepared(trees: list[ScoredTree], objective: RolloutObjective) -> list[ScoredTree]:
+def _prepared(trees: list[ScoredTree], objective: BaseObjective) -> list[ScoredTree]:
     """Add what the objective computes once from a whole rollout."""
     batch = whole_batch(trees)
     prepared = objective.prepare(batch)
-    new: dict[str, Tensor] = {
-        field.name: value
-        for field in fields(CompletionBatch)
-        if (value := getattr(prepared, field.name)) is not None and getattr(batch, field.name) is None
-    }
+    new = {name: value for name, value in prepared.tensors().items() if name not in batch.tensors()}
     return _with_rows(trees, new, batch.completion_mask)

@@ -15,11 +15,11 @@ from typing_extensions import override
 
 from falign.data import PromptRow
 from falign.errors import ConfigError, EngineError, NonFiniteRewardError, RewardError
-from falign.objectives import Objective
+from falign.objectives import Objective, complete
 from falign.objectives.batch import ONLINE
 from falign.references import ObjectiveInputs, Reference
 from falign.rewards import RewardSum
-from falign.rollouts.scored_trees import ScoredTree, collate
+from falign.rollouts.scored_trees import ScoredTree, collate, require_columns
 from falign.runfile.prompts_config import RolloutConfig
 from falign.scoring import DEFAULT_CHUNK_TOKENS, Layout
 from falign.seeds import mixed
@@ -146,8 +146,8 @@ class OnlineTrainer(AlignmentTrainer):
         self.value_head = value_head
         self.scorer = RolloutScorer(
             self.policy,
-            reference,
-            objective,
+            self.references,
+            self.objective,
             rollout,
             batch_size=args.per_device_train_batch_size,
             layout=layout,
@@ -217,6 +217,8 @@ class OnlineTrainer(AlignmentTrainer):
         return batches, self.step_weights(batches, device)
 
     def _collated(self, trees: Sequence[ScoredTree]) -> dict[str, Any]:
+        answers = complete(self.objective)
+        require_columns(trees, samples=answers.needs_of_samples, stored=answers.needs_of_stored)
         return collate(trees, layout=self.layout, pad_token_id=self.pad_token_id)
 
     def _sensible_rollout(self) -> list[ScoredTree]:
@@ -291,7 +293,7 @@ class OnlineTrainer(AlignmentTrainer):
         own = completions.completion_mask
         if completions.from_reference is not None:
             own = own & ~completions.from_reference[:, None]
-        metrics = {"entropy": scored.entropy[own].detach()}
+        metrics = {"entropy": scored.entropy[own].detach(), **self.measured(scored, own)}
         if own.any() and sampled is not None and self.state.global_step % self.rollout.num_updates == 0:
             log_ratio = (completions.logprobs.detach() - sampled)[own]
             if self.max_gap is not None and self.rollout.temperature == 1 and self.staleness == 0:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 
 from falign.errors import TrainingError
-from falign.objectives import FDPO, CompletionBatch, Objective, ObjectiveOutput, Term
+from falign.objectives import FDPO, CompletionBatch, Measure, Objective, ObjectiveOutput, Term
 from falign.references import AdapterOff
 from tests.equivalence.runs import lora_policy, run, trees
 
@@ -19,7 +20,7 @@ class Weighted:
 
     kind: str
     needs = frozenset({"reference_logprobs", "preference"})
-    token_divergence = None
+    measures: ClassVar[dict[str, Measure]] = {}
 
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
         log_ratio = batch.sequence_sum(batch.logprobs - batch.require("reference_logprobs"))
@@ -63,13 +64,13 @@ def test_weights_of_what_is_given_are_trained_on(tmp_path, kind):
     ],
 )
 def test_weights_that_depend_on_the_policy_are_stopped_with_the_rule(tmp_path, kind, found):
-    with pytest.raises(TrainingError, match=rf"Step 1: the weights of term Weighted {found}.*must not depend on log"):
+    with pytest.raises(TrainingError, match=rf"Step 1: the weights of term loss {found}.*must not depend on log"):
         start(tmp_path, kind)
 
 
 def test_they_are_looked_at_in_every_step(tmp_path):
     # At the reference all ratios are 1, as with zeros for log-probabilities: only the second step tells.
-    with pytest.raises(TrainingError, match="Step 2: the weights of term Weighted differ by"):
+    with pytest.raises(TrainingError, match="Step 2: the weights of term loss differ by"):
         start(tmp_path, "detached", trained=False, steps=3)
 
 

@@ -1,0 +1,250 @@
+"""Measures: functionals of whole next-token distributions, one number for each position."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from falign import divergences
+from falign.divergences import Divergence
+from falign.divergences.estimators import full_vocabulary
+
+__all__ = ["DivergenceTo", "Entropy", "Measure", "Vocabulary", "get_measure", "measure_names", "references_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """The next-token distributions at M positions, over all V tokens of the vocabulary.
+
+    Scoring shows a measure a block of positions at a time; nothing of it may be kept.
+
+    Attributes:
+        logprobs: ``log π``, shape (M, V), nats; carries the gradient where one is wanted.
+        targets: The token that stands at each position, shape (M,).
+        references: ``log π_k`` over the same vocabulary for each reference that the measures name, shape (M, V),
+            constants.
+        log_normalizer: ``logsumexp`` of the logits, shape (M, 1); carries a gradient as ``logprobs`` does.
+        embeddings: The policy's output embeddings, shape (V, H), a constant; None where its head is no matrix.
+
+    Example:
+        >>> at = Vocabulary(torch.tensor([[0.5, 0.25, 0.25]]).log(), targets=torch.tensor([0]))
+        >>> Entropy()(at) / torch.tensor(2.0).log()  # bits
+        tensor([1.5000])
+    """
+
+    logprobs: Float[Tensor, "M V"]
+    targets: Int[Tensor, " M"]
+    references: Mapping[str, Float[Tensor, "M V"]] = field(default_factory=dict)
+    log_normalizer: Float[Tensor, "M 1"] | None = None
+    embeddings: Float[Tensor, "V H"] | None = None
+
+    @property
+    def logits(self) -> Float[Tensor, "M V"]:
+        """The policy's logits, shape (M, V), differentiable.
+
+        Raises:
+            ValueError: ``log_normalizer`` is None: log-probabilities alone do not say which logits they are of.
+        """
+        if self.log_normalizer is None:
+            raise ValueError("Vocabulary.logits needs log_normalizer, which is None: give logsumexp of the logits.")
+        return self.logprobs + self.log_normalizer
+
+    def reference(self, name: str = "reference") -> Float[Tensor, "M V"]:
+        """Return ``log π_k`` over the vocabulary.
+
+        Args:
+            name: Of the reference; the measure must name it in its ``references``.
+
+        Returns:
+            Shape (M, V), a constant.
+
+        Raises:
+            ValueError: The measure does not name it.
+        """
+        if name not in self.references:
+            raise ValueError(
+                f"A measure reads the distribution of the reference {name!r} and does not name it: its `references` "
+                f"must be frozenset({{{name!r}}})."
+            )
+        return self.references[name]
+
+
+@runtime_checkable
+class Measure(Protocol):
+    """A functional of the distributions at each position; anything with these two members is one.
+
+    Its gradient by the policy's log-probabilities is taken by autograd, one block of positions at a time.
+
+    Attributes:
+        references: Names of the references whose whole distributions it reads.
+    """
+
+    @property
+    def references(self) -> frozenset[str]: ...
+
+    def __call__(self, at: Vocabulary) -> Float[Tensor, " M"]:
+        """Return the value at each position.
+
+        Args:
+            at: M positions; each value may depend on its own position alone.
+
+        Returns:
+            Shape (M,), differentiable in ``at.logprobs``.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class DivergenceTo:
+    """``D_f(π‖π_k) = Σ_v π_k(v) f(π(v)/π_k(v))`` at each position.
+
+    Attributes:
+        divergence: f, any.
+        reference: Name of the reference π_k.
+        temperature: T, positive: both distributions are those of ``logits/T``.
+
+    Raises:
+        ValueError: The temperature is not positive and finite.
+
+    Source:
+        :func:`falign.divergences.estimators.full_vocabulary`. The value is not multiplied by T², as distillation with
+        soft targets does (Hinton et al., arXiv:1503.02531, Section 2).
+
+    Example:
+        >>> p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
+        >>> at = Vocabulary(p.log(), targets=torch.tensor([0]), references={"teacher": q.log()})
+        >>> DivergenceTo(divergences.get("total_variation"), "teacher")(at)
+        tensor([0.2500])
+    """
+
+    divergence: Divergence
+    reference: str = "reference"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature!r} must be positive and finite.")
+
+    @property
+    def references(self) -> frozenset[str]:
+        """The one reference."""
+        return frozenset({self.reference})
+
+    def __call__(self, at: Vocabulary) -> Float[Tensor, " M"]:
+        """Return the divergence at each position.
+
+        Args:
+            at: M positions.
+
+        Returns:
+            Shape (M,), not negative.
+        """
+        policy, reference = at.logprobs, at.reference(self.reference)
+        if self.temperature != 1.0:
+            policy, reference = (each.div(self.temperature).log_softmax(dim=-1) for each in (policy, reference))
+        return full_vocabulary(self.divergence, policy, reference)
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """``-Σ_v π(v) log π(v)`` at each position, differentiable.
+
+    Example:
+        >>> Entropy()(Vocabulary(torch.zeros(1, 1), targets=torch.tensor([0])))
+        tensor([0.])
+    """
+
+    @property
+    def references(self) -> frozenset[str]:
+        """None."""
+        return frozenset()
+
+    def __call__(self, at: Vocabulary) -> Float[Tensor, " M"]:
+        """Return the entropy at each position.
+
+        Args:
+            at: M positions.
+
+        Returns:
+            Shape (M,), nats, not negative.
+        """
+        # A token that cannot be produced has p log p = 0, and 0 · inf would not be.
+        logprobs = at.logprobs.clamp(min=torch.finfo(at.logprobs.dtype).min)
+        return -(logprobs.exp() * logprobs).sum(dim=-1).clamp(max=0.0)
+
+
+def divergence_to(divergence: str, reference: str = "reference", temperature: str = "1") -> DivergenceTo:
+    """Return :class:`DivergenceTo` of names and numbers as text."""
+    return DivergenceTo(divergences.get(divergence), reference, float(temperature))
+
+
+MEASURES: dict[str, Callable[..., Measure]] = {"divergence_to": divergence_to, "entropy": Entropy}
+
+
+def measure_names() -> tuple[str, ...]:
+    """Return the names that :func:`get_measure` knows.
+
+    Returns:
+        ``("divergence_to", "entropy", ...)``.
+
+    Example:
+        >>> measure_names()[:2]
+        ('divergence_to', 'entropy')
+    """
+    return tuple(MEASURES)
+
+
+def get_measure(name: str) -> Measure:
+    """Return a measure by name, with its arguments in parentheses.
+
+    Args:
+        name: ``"entropy"``, or ``"divergence_to(DIVERGENCE)"``, also with the name of a reference and a temperature:
+            ``"divergence_to(jensen_shannon, teacher, 2)"``.
+
+    Returns:
+        The measure; equal names give equal measures.
+
+    Raises:
+        ValueError: The name is unknown, or its arguments do not fit.
+
+    Example:
+        >>> get_measure("divergence_to(alpha(0.5), teacher)").references
+        frozenset({'teacher'})
+    """
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", name)
+    key, text = (name, None) if match is None else (match[1], match[2])
+    if key not in MEASURES:
+        close = difflib.get_close_matches(key, MEASURES, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}? Choose" if close else "choose"
+        raise ValueError(f"measure {name!r} is unknown; {hint} one of {', '.join(MEASURES)}, or module:Name.")
+    arguments = [] if not text else [argument.strip() for argument in text.split(",")]
+    try:
+        return MEASURES[key](*arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"measure {name!r}: {error}; write it as in 'divergence_to(jensen_shannon, teacher)'."
+        ) from None
+
+
+def references_of(measures: Iterable[Measure]) -> tuple[str, ...]:
+    """Return the names of all references that some measures read, each once, in order.
+
+    Args:
+        measures: Any.
+
+    Returns:
+        Names, sorted.
+
+    Example:
+        >>> references_of([Entropy(), get_measure("divergence_to(forward_kl)")])
+        ('reference',)
+    """
+    return tuple(sorted({name for measure in measures for name in measure.references}))

@@ -1,0 +1,126 @@
+"""The contract of objectives, checked at every step: one that breaks it is stopped with the rule."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from falign.errors import TrainingError
+from falign.objectives import ObjectiveOutput, Term
+
+__all__ = ["PLANNED_TERMS", "ObjectiveContract", "PlannedTerms"]
+
+PLANNED_TERMS = "planned_terms"
+"""The field of a micro-batch that holds the names and weights of its terms as they were summed."""
+
+PlannedTerms = tuple[list[str], list[Tensor]]
+"""Names and weights of the terms of a micro-batch. A plain tuple, which the trainer below moves between devices."""
+
+WEIGHTS_RULE = (
+    "The weights of a term must not depend on log-probabilities, values or measures of the policy: their sum over "
+    "the step is what the losses are divided by, and it is taken before the forward pass. Multiply the losses by what "
+    "depends on the policy, and make weights of masks, preferences and other given fields alone."
+)
+TERMS_RULE = "An objective must return the same terms, by number, name and order, at every call."
+METRICS_RULE = (
+    "A metric must be a detached tensor of one dimension with one value per pair, list, completion or token, not their "
+    "mean: then the mean over micro-batches and processes is exact."
+)
+
+
+class ObjectiveContract:
+    """What an objective has returned, compared with what it must return.
+
+    Attributes:
+        names: Of its terms, in order; empty before the first call.
+    """
+
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()
+
+    def plan(self, terms: Sequence[Term], *, step: int) -> PlannedTerms:
+        """Return what :meth:`check` compares with, of an objective called without log-probabilities.
+
+        Args:
+            terms: What the objective returned for the micro-batch.
+            step: Which step, for messages.
+
+        Raises:
+            TrainingError: A weight is negative, or the terms are not those of the calls before.
+        """
+        names = tuple(term.name for term in terms)
+        if not self.names:
+            self.names = names
+        if names != self.names:
+            raise TrainingError(
+                f"Step {step}: the objective returned the terms {_listed(names)} before the forward pass, and "
+                f"{_listed(self.names)} at the first call. {TERMS_RULE}"
+            )
+        for number, term in enumerate(terms):
+            if (term.weights.detach() < 0).any():
+                raise TrainingError(
+                    f"Step {step}: term {self.called(number)} has a negative weight. Weights are how much losses count "
+                    "in a mean: give the sign to the losses, or to the term's scale."
+                )
+        return list(names), [term.weights.detach() for term in terms]
+
+    def check(self, planned: PlannedTerms, output: ObjectiveOutput, *, step: int) -> None:
+        """Refuse a micro-batch whose terms are not the planned ones, or whose metrics are not metrics.
+
+        Args:
+            planned: The micro-batch's :meth:`plan`.
+            output: What the objective returned for it.
+            step: Which step, for messages.
+
+        Raises:
+            TrainingError: A name, shape or weight differs, a weight carries a gradient and no loss does, or a metric
+                carries one or has another number of dimensions than one.
+        """
+        names, weights = planned
+        terms = output.terms
+        if [term.name for term in terms] != names:
+            raise TrainingError(
+                f"Step {step}: the objective returned the terms {_listed([term.name for term in terms])}, and "
+                f"{_listed(names)} before the forward pass. {TERMS_RULE}"
+            )
+        for number, (before, term) in enumerate(zip(weights, terms, strict=True)):
+            if term.losses.shape != term.weights.shape:
+                raise TrainingError(
+                    f"Step {step}: term {self.called(number)} has losses of shape {tuple(term.losses.shape)} and "
+                    f"weights of shape {tuple(term.weights.shape)}. Each loss must have one weight."
+                )
+            if (found := _difference(before, term.weights)) is not None:
+                raise TrainingError(f"Step {step}: the weights of term {self.called(number)} {found}. {WEIGHTS_RULE}")
+        if not any(term.losses.requires_grad for term in terms):
+            raise TrainingError(
+                f"Step {step}: no loss of {_listed(names)} carries a gradient. Losses must be computed from "
+                "batch.logprobs, batch.values or batch.measures, and not detached."
+            )
+        for name, values in output.metrics.items():
+            if values.requires_grad or values.ndim != 1:
+                found = "carries a gradient" if values.requires_grad else f"has shape {tuple(values.shape)}"
+                raise TrainingError(f"Step {step}: the metric {name!r} of the objective {found}. {METRICS_RULE}")
+
+    def called(self, number: int) -> str:
+        """Return the name of a term, with its number where several have it."""
+        name = self.names[number]
+        return name if Counter(self.names)[name] == 1 else f"{name} (number {number + 1} of {len(self.names)})"
+
+
+def _difference(before: Tensor, weights: Tensor) -> str | None:
+    """Say how weights differ from those before the forward pass."""
+    if weights.requires_grad:
+        return "carry a gradient"
+    if before.shape != weights.shape:
+        return f"have shape {tuple(weights.shape)}, and {tuple(before.shape)} before the forward pass"
+    if not torch.allclose(before.double(), weights.double(), rtol=1e-5, atol=0.0, equal_nan=True):
+        gap = (before.double() - weights.double()).abs().max().item()
+        return f"differ by up to {gap:.3g} from those before the forward pass"
+    return None
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"[{', '.join(names)}]"
