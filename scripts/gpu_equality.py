@@ -13,6 +13,7 @@ The last line is JSON: checks with error and allowed error, and figures. scripts
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -285,6 +286,9 @@ def ddp(args: argparse.Namespace) -> tuple[list[Check], dict]:
         if device != "cpu":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
+    # The last to hold the group must not be DDP: it ends gloo's thread while that thread waits for Python's lock.
+    del parallel
+    gc.collect()
     distributed.destroy_process_group()
     return checks, {"backend": backend, "processes": processes, "seconds_per_step": min(seconds)}
 
