@@ -1,4 +1,4 @@
-"""Names that a user gave: the nearest known one, and short forms of values for messages."""
+"""Names given by a user: the nearest known name, and short forms of values for messages."""
 
 from __future__ import annotations
 

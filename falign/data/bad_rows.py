@@ -1,4 +1,4 @@
-"""Rows that cannot be used: each stops the reading, or is left out and counted."""
+"""Bad rows: each stops the reading, or is left out and counted."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class BadRows:
     """Takes the error of each bad row: raises it, or counts it and keeps the first messages.
 
     Args:
-        policy: ``"error"`` raises; ``"skip"`` counts and carries on.
+        policy: ``"error"`` raises; ``"skip"`` counts and continues.
         keep: How many messages are kept.
-        skip_by: How the user asks for ``"skip"``, for messages; None where it is not possible.
+        skip_by: How the user asks for ``"skip"``, for messages; None if it is not possible.
 
     Attributes:
         count: Bad rows so far.

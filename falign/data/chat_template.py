@@ -1,4 +1,4 @@
-"""Running chat templates: programs that others wrote, which may fail, hang, or write without end."""
+"""Chat templates: programs written by others, which may fail, hang, or write without end."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["Tokenizer", "apply_template", "template_source"]
 SECONDS = 10.0
 """The time limit for rendering one conversation; real templates need a thousandth of it."""
 CHARACTERS = 1_000_000
-"""The most that a template may add to the turns."""
+"""The most characters that a template may add to the turns."""
 
 _tried: set[tuple[str, bool, frozenset[str]]] = set()
-"""Templates that have ended, with the kind of conversation: whether it is answered, its roles, its keys."""
+"""Templates that have terminated, by kind of conversation: whether it is answered, its roles, its keys."""
 
 if TYPE_CHECKING:
 
@@ -36,7 +36,7 @@ else:
 
 
 def template_source(tokenizer: Tokenizer) -> str:
-    """Return the text of a tokenizer's chat template; of several, all of them."""
+    """Return the text of a tokenizer's chat template, or of all of them if it has several."""
     template = tokenizer.chat_template
     return "\n".join(map(str, template.values())) if isinstance(template, dict) else str(template)
 
@@ -51,8 +51,8 @@ def apply_template(turns: Sequence[Message], tokenizer: Tokenizer, place: str, *
         answered: Whether the last turn is the answer; otherwise the generation prompt comes last.
 
     Raises:
-        ConfigError: The template is not valid Jinja, does not end, or writes without end.
-        DataError: It refuses the conversation, or fails on it.
+        ConfigError: The template is not valid Jinja, does not terminate, or writes without end.
+        DataError: The template refuses the conversation, or fails on it.
     """
     from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -62,12 +62,12 @@ def apply_template(turns: Sequence[Message], tokenizer: Tokenizer, place: str, *
             text = str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=not answered))
     except TemplateSyntaxError as error:
         raise ConfigError(
-            f"{_named(tokenizer)} is not valid Jinja (line {error.lineno}: {error.message}); mend it, or set "
+            f"{_named(tokenizer)} is not valid Jinja (line {error.lineno}: {error.message}); correct it, or set "
             "model.chat_template to another."
         ) from error
     except LateError as error:
         raise ConfigError(
-            f"{_named(tokenizer)}{_line(error, tokenizer)} is not done with one conversation ({place}) after "
+            f"{_named(tokenizer)}{_line(error, tokenizer)} has not finished one conversation ({place}) after "
             f"{SECONDS:g} s: shorten what it computes there, or set model.chat_template to another."
         ) from error
     except Exception as error:  # a template is a program, and raises whatever Python does
@@ -76,7 +76,7 @@ def apply_template(turns: Sequence[Message], tokenizer: Tokenizer, place: str, *
         reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
         raise DataError(
             f"{place}: the chat template {does} the turns ({roles}): {reason} "
-            f"[{_named(tokenizer)}{_line(error, tokenizer)}]; mend the row, or set model.chat_template."
+            f"[{_named(tokenizer)}{_line(error, tokenizer)}]; correct the row, or set model.chat_template."
         ) from error
     room = CHARACTERS + 10 * sum(len(turn["content"]) for turn in turns)
     if len(text) > room:
@@ -88,7 +88,7 @@ def apply_template(turns: Sequence[Message], tokenizer: Tokenizer, place: str, *
 
 
 def _try_first(turns: Sequence[Message], tokenizer: Tokenizer, place: str, *, answered: bool) -> None:
-    """Refuse a template that would not end, or would take all memory, in one operation that no deadline interrupts.
+    """Refuse a template that hangs, or takes all memory, in one operation that no deadline can interrupt.
 
     Each template is tried on the first conversation of each kind, because a trial takes longer than rendering.
     """
@@ -115,7 +115,7 @@ def _render(turns: Sequence[Message], tokenizer: Tokenizer, answered: bool) -> N
 
 
 def _named(tokenizer: Tokenizer) -> str:
-    """Return where the template is, as `falign.models.load_tokenizer` has noted it."""
+    """Return the location of the template, which `falign.models.load_tokenizer` records."""
     place = vars(tokenizer).get("chat_template_place")
     return f"the chat template ({place})" if place else "the chat template"
 

@@ -71,11 +71,11 @@ def looks_like_prompt(name: str) -> bool:
 
 
 def guess_columns(fields: Mapping[str, Any], wanted: Collection[str]) -> dict[str, str]:
-    """Return which columns of a row are probably those that are wanted: falign's name to the file's.
+    """Return the columns of a row that are probably meant by the wanted names: falign's name to the file's.
 
     Args:
         fields: The row.
-        wanted: Some of ``prompt``, ``chosen``, ``rejected``, ``system`` and other names of falign's.
+        wanted: Some of ``prompt``, ``chosen``, ``rejected``, ``system`` and falign's other column names.
 
     Example:
         >>> row = {"user_message": "q", "answer_good": "a", "answer_bad": "b"}
@@ -134,7 +134,7 @@ def _fits(name: str, column: str) -> bool:
 
 
 def _rank(name: str, column: str) -> int:
-    # Of several columns the one that is named most plainly.
+    # Among several candidates, prefer the column with the most common name.
     plain = {"prompt": ("prompt", "question", "query", "instruction", "user", "problem", "messages", "input")}.get(
         name, ()
     )

@@ -25,7 +25,7 @@ ROLES: Mapping[str, str] = {
     "human": "user",
     "gpt": "assistant",
 }
-"""Accepted roles, and the name each gets; the last two are sharegpt's."""
+"""Accepted roles, and falign's name for each; the last two are sharegpt's."""
 
 _HH_TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")
 
@@ -79,7 +79,7 @@ def _read_turn(turn: Any, place: str, field: str) -> Message:
         raise DataError(
             f"{place}: the content of {field!r} is {shown(content)}; it must be text (images are not supported)."
         )
-    # The chat template may read them; it is tried when the conversation is rendered.
+    # The chat template may read other keys; rendering checks that it does.
     others = {key: inner for key, inner in turn.items() if key not in {*names, "tool_calls"} and not is_blank(inner)}
     return {"role": ROLES[role], "content": content, **others}
 
@@ -119,7 +119,7 @@ def read_dialogue(value: Any, *, place: str, field: str) -> list[Message]:
 
 
 def common_turns(first: list[Message], second: list[Message]) -> list[Message]:
-    """Return the turns with which both conversations begin, always leaving each its last one.
+    """Return the turns that both conversations begin with, without the last turn of either.
 
     Example:
         >>> hi, a, b = ({"role": "user", "content": text} for text in "xab")

@@ -13,7 +13,7 @@ from falign.errors import DataError
 
 __all__ = ["Example", "build_example", "prompt_key", "prompt_turns", "require_preference"]
 
-_TELL = "mend the row or remove it"
+_TELL = "correct the row or remove it"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Example:
         prompt: Plain text, or the turns before the answer.
         completions: Plain texts, or each a list with the one assistant turn.
         preference: One value per completion, larger is preferred (a pair: 1 and 0; an unpaired label: 1 or 0);
-            None where the data has no preference.
+            None if the data has no preference.
         place: The row it came from, for messages.
     """
 
@@ -35,7 +35,7 @@ class Example:
 
     @property
     def conversational(self) -> bool:
-        """True where it is rendered with a chat template."""
+        """True if a chat template renders it."""
         return not isinstance(self.prompt, str)
 
 
@@ -48,14 +48,14 @@ def build_example(
     fields: Sequence[str],
     system: str | None = None,
 ) -> Example:
-    """Bring prompt and completions to one form, plain or conversational, and check them.
+    """Convert prompt and completions to one form, plain or conversational, and check them.
 
     Args:
         place: The row, for messages.
         prompt: Text or turns.
         completions: Text or turns; turns may repeat the prompt's before the answer.
         preference: One value per completion, or None.
-        fields: What the completions are called, for messages.
+        fields: The column of each completion, for messages.
         system: The value of a ``system`` column where there is one (it may be empty): it makes the row a
             conversation, because plain text has no place for it.
 
@@ -64,7 +64,7 @@ def build_example(
     """
     _check_whole_texts(prompt, completions, fields, place)
     if system is not None or not all(isinstance(text, str) for text in (prompt, *completions)):
-        if isinstance(prompt, str) and looks_like_hh(prompt):  # whose answers follow "Assistant:" and a space
+        if isinstance(prompt, str) and looks_like_hh(prompt):  # answers after "Assistant:" begin with a space
             completions = [text.strip() if isinstance(text, str) else text for text in completions]
         prompt, completions = _at_the_last_turn(
             _turns(prompt, "user"), [_turns(text, "assistant") for text in completions], fields, place
@@ -78,7 +78,7 @@ def build_example(
 
 
 def prompt_turns(prompt: Text, system: str | None, place: str) -> list[Message]:
-    """Return a prompt as turns, the value of a ``system`` column before them where there is one.
+    """Return a prompt as turns, after the value of a ``system`` column if there is one.
 
     Raises:
         DataError: The turns cannot be a prompt, or have another system turn.
@@ -125,7 +125,7 @@ def _turns(text: Text, role: str) -> list[Message]:
 def _at_the_last_turn(
     prompt: list[Message], completions: Sequence[list[Message]], fields: Sequence[str], place: str
 ) -> tuple[list[Message], list[list[Message]]]:
-    """Divide dialogues before their last turn: the shared part is the prompt."""
+    """Split dialogues before their last turn: the shared part is the prompt."""
     answers = [_answer(turns, prompt) for turns in completions]
     shared = answers[0][:-1] if answers else []
     if not shared or any(turns[:-1] != shared for turns in answers):
@@ -141,8 +141,8 @@ def _at_the_last_turn(
 
 
 def _continued(prompt: list[Message], shared: list[Message], *, repeated: bool) -> list[Message] | None:
-    """Return a prompt with the turns that all dialogues share; None where the two do not belong together."""
-    if repeated:  # they had the prompt before, and it is taken off
+    """Return a prompt with the turns that all dialogues share; None if the two do not fit together."""
+    if repeated:  # the dialogues began with the prompt, which `_answer` has removed
         return [*prompt, *shared] if shared[0]["role"] == "assistant" else None
     start = 1 if shared[0]["role"] == "system" and prompt and prompt[0]["role"] != "system" else 0
     if not prompt or shared[start : start + len(prompt)] == prompt:
@@ -189,7 +189,7 @@ def _check_answer(turns: Text, field: str, place: str) -> None:
 
 
 def _check_whole_texts(prompt: Text, completions: Sequence[Text], fields: Sequence[str], place: str) -> None:
-    """Refuse plain completions that are not the answer alone, but have the prompt before it."""
+    """Refuse plain completions that repeat the prompt before the answer."""
     for text, field in zip(completions, fields, strict=True):
         if isinstance(text, str) and looks_like_hh(text):
             raise DataError(
@@ -198,15 +198,15 @@ def _check_whole_texts(prompt: Text, completions: Sequence[Text], fields: Sequen
             )
     if not isinstance(prompt, str) or not completions:
         return
-    # One word may well begin an answer, too.
+    # An answer may well begin with the same single word as the prompt.
     asked = prompt.strip()
     plain = [text.strip() for text in completions if isinstance(text, str)]
     repeated = [text for text in plain if text.startswith(asked) and len(text) > len(asked)]
     if len(asked.split()) > 1 and len(repeated) == len(completions):
         named = f"{fields[0]!r} begins" if len(fields) == 1 else f"all completions, such as {fields[0]!r}, begin"
         raise DataError(
-            f"{place}: {named} with the whole prompt ({shown(prompt)}), which would be there twice; cut it off the "
-            f"completions: {_TELL}."
+            f"{place}: {named} with the whole prompt ({shown(prompt)}), which would then occur twice; remove "
+            f"it from the completions: {_TELL}."
         )
 
 

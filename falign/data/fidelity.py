@@ -1,4 +1,4 @@
-"""Checks that rendered text holds every turn of its row once, in order and unchanged."""
+"""Checks that rendered text contains every turn of its row once, in order and unchanged."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from falign.errors import DataError
 
 __all__ = ["Written", "check_decoded", "compact", "write"]
 
-_REMEDY = "mend the row, or set model.chat_template to a template that writes every turn unchanged"
+_REMEDY = "correct the row, or set model.chat_template to a template that writes every turn unchanged"
 _PRIVATE = "".join(map(chr, (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))))
-"""Code points for private use, which texts rarely have."""
+"""Code points for private use, which rarely occur in texts."""
 
-_PRIVATE_SET = frozenset(_PRIVATE)  # so that only the characters of a row are gone through
+_PRIVATE_SET = frozenset(_PRIVATE)  # a set: the check then costs only the characters of a row
 
 
 class Written(NamedTuple):
@@ -27,7 +27,7 @@ class Written(NamedTuple):
 
     Attributes:
         text: As the template wrote it.
-        spans: Where each turn's content stands in ``compact(text)``: start and end.
+        spans: Start and end of each turn's content in ``compact(text)``.
     """
 
     text: str
@@ -42,25 +42,25 @@ def compact(text: str) -> str:
 def write(
     turns: Sequence[Message], tokenizer: Tokenizer, place: str, *, answered: bool, like: Written | None = None
 ) -> Written:
-    """Render a conversation, and check that it is written as the row says, white space aside.
+    """Render a conversation, and check that the text is that of the row, ignoring white space.
 
-    The template is run twice: on the turns, and on the turns with each character of a word replaced by a private code
-    point of its own. The second text shows where each character went, however short or common a turn is. The first text
-    must be the second one with the characters put back; otherwise the template changed something.
+    The template is run twice: on the turns, and on the turns with each character of a word replaced by a unique private
+    code point. The second text shows where each character went, however short or common a turn is. The first text must
+    equal the second with the original characters restored; otherwise the template changed something.
 
-    Words that the template itself contains (``think``, ``system``) stay as they are, because it may look for them.
+    Words that occur in the template itself (``think``, ``system``) are not replaced, because it may look for them.
 
     Args:
         turns: The conversation.
         tokenizer: Has a chat template.
         place: The row, for messages.
         answered: Whether the last turn is the answer; otherwise the generation prompt comes last.
-        like: The same conversation with another answer, checked already: where the two differ in the answer alone,
-            the second run is saved.
+        like: The same conversation with another answer, already checked. If the two differ only in the answer, the
+            second run is skipped.
 
     Raises:
         ConfigError: The template is unusable.
-        DataError: A turn, a part of one or a key of one is left out, repeated or changed.
+        DataError: A turn, or a part or key of a turn, is left out, repeated or changed.
     """
     text = apply_template(turns, tokenizer, place, answered=answered)
     small = compact(text)
@@ -74,6 +74,7 @@ def write(
 
 def _spans_beside(like: Written, small: str, answer: Message) -> tuple[tuple[int, int], ...] | None:
     other = compact(like.text)
+    # The known conversation with its answer exchanged must be exactly this text; then its spans hold here, too.
     start, end = like.spans[-1]
     content = compact(answer["content"])
     if small != other[:start] + content + other[end:]:
@@ -84,6 +85,7 @@ def _spans_beside(like: Written, small: str, answer: Message) -> tuple[tuple[int
 def _checked_spans(
     turns: Sequence[Message], small: str, tokenizer: Tokenizer, place: str, *, answered: bool
 ) -> tuple[tuple[int, int], ...]:
+    # In the masked run every character is unique, so a missing, repeated or reordered one shows in `marks` alone.
     mask = _Mask([turn["content"] for turn in turns], _words(template_source(tokenizer)))
     others = [{**turn, "content": content} for turn, content in zip(turns, mask.contents, strict=True)]
     seen = compact(apply_template(others, tokenizer, place, answered=answered))
@@ -105,6 +107,7 @@ def _checked_spans(
             )
         position = start + len(content)
         spans.append((start, position))
+    # The template may also change text without moving it (case, escapes): then the two runs differ.
     restored = mask.restored(seen)
     if restored != small:
         at = _difference(restored, small)
@@ -120,15 +123,15 @@ def _named(turns: Sequence[Message], number: int) -> str:
 
 
 def _difference(first: str, second: str) -> int:
-    """Return where two texts begin to differ."""
+    """Return the first position at which two texts differ."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 class _Mask:
-    """Texts in which each character of a word is replaced by a private code point of its own.
+    """Texts in which each character of a word is replaced by a unique private code point.
 
-    A text without such a word gets one at its end.
+    A text without such a word gets one code point at its end.
 
     Args:
         contents: The texts.
@@ -136,7 +139,7 @@ class _Mask:
 
     Attributes:
         contents: The texts, masked.
-        stands_for: What each of the characters stands for; nothing where one was added.
+        stands_for: The original character of each code point; empty for one that was added.
     """
 
     def __init__(self, contents: Sequence[str], kept: frozenset[str]) -> None:
@@ -168,19 +171,19 @@ class _Mask:
         self._added = [mark for mark, character in self.stands_for.items() if not character]
 
     def marks(self, text: str) -> list[str]:
-        """Return the characters of a text that stand for others, in their order."""
+        """Return the code points of a text that stand for characters, in order."""
         return [character for character in text if character in self.stands_for]
 
     def restored(self, text: str) -> str:
-        """Return a text with the characters put back."""
+        """Return a text with the original characters restored."""
         return text.translate(self._table)
 
     def position(self, text: str, position: int) -> int:
-        """Return a position of a masked text in the restored one."""
+        """Convert a position in a masked text to the position in the restored text."""
         return position - sum(text.count(mark, 0, position) for mark in self._added)
 
     def lost(self, content: str, seen: str) -> str:
-        """Return the first part of a masked content that is missing from a text; empty where nothing is."""
+        """Return the first part of a masked content that is missing from a text; empty if nothing is missing."""
         missing = set(content) & self.stands_for.keys() - set(seen)
         if not missing:
             return ""
@@ -207,12 +210,12 @@ def _check_keys(turns: Sequence[Message], text: str, tokenizer: Tokenizer, place
 
 
 def check_decoded(text: str, ids: Sequence[int], decode: Callable[[list[int]], str], place: str) -> None:
-    """Refuse a text that is lost in its tokens, because the tokenizer lacks some of its characters.
+    """Refuse a text that its tokens do not decode to, because the tokenizer lacks some of its characters.
 
     Case, accents, compatible characters and white space may differ: tokenizers normalize them.
 
     Raises:
-        DataError: With what is lost.
+        DataError: Names the characters that are lost.
     """
     decoded = str(decode(list(ids)))
     if decoded == text or compact(decoded) == compact(text):
@@ -222,11 +225,11 @@ def check_decoded(text: str, ids: Sequence[int], decode: Callable[[list[int]], s
         at = _difference(want, found)
         raise DataError(
             f"{place}: the tokenizer has no tokens for {shown(want[max(0, at - 5) : at + 20])}: its tokens decode to "
-            f"{shown(found[max(0, at - 5) : at + 20])}; mend the row, or use a model whose tokenizer has them."
+            f"{shown(found[max(0, at - 5) : at + 20])}; correct the row, or use a model whose tokenizer has them."
         )
 
 
 def _plain(text: str) -> str:
-    # SentencePiece writes white space as U+2581.
+    # SentencePiece writes white space as U+2581; case, accents and compatible characters may be normalized.
     decomposed = unicodedata.normalize("NFKD", text.casefold().replace("\u2581", " "))
     return compact("".join(c for c in decomposed if unicodedata.category(c) not in ("Mn", "Cf", "Cc"))).casefold()

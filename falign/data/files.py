@@ -24,10 +24,10 @@ _NOT_AN_OBJECT = "a row must be a JSON object with named columns"
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it stands in the source.
+    """One row of a source.
 
     Attributes:
-        place: Where it stands, for messages: ``"pairs.jsonl:12"`` or ``"pairs.parquet row 12"``, counted from 1.
+        place: Its location, for messages: ``"pairs.jsonl:12"`` or ``"pairs.parquet row 12"``, counted from 1.
         fields: Column name to value.
     """
 
@@ -41,15 +41,15 @@ def data_suffix(path: Path) -> str:
 
 
 def read_file(path: Path, *, bad_rows: BadRows, name: str | None = None) -> Iterator[Row]:
-    """Yield the rows of one file, whose type is told by its suffix.
+    """Yield the rows of one file; its suffix gives the type.
 
     Args:
         path: An existing file.
         bad_rows: Takes lines that are not rows.
-        name: What messages call the file; the path by default.
+        name: The name of the file in messages; default: the path.
 
     Raises:
-        DataError: The type is not known, or the file as a whole cannot be read.
+        DataError: The type is unknown, or the file cannot be read.
     """
     name = name or str(path)
     suffix = data_suffix(path)
@@ -70,7 +70,7 @@ def _open(path: Path, newline: str | None = None) -> TextIOWrapper:
 
 
 class _RepeatedKeyError(ValueError):
-    """A key that comes twice in a JSON object: Python would keep the last one."""
+    """A duplicate key in a JSON object, of which Python would keep the last value."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _repeated(names: Iterable[str]) -> str | None:
-    """Return the first name that comes twice; columns without a name do not count."""
+    """Return the first duplicate name; columns without a name do not count."""
     return next((name for name, count in Counter(names).items() if count > 1 and name), None)
 
 
@@ -99,10 +99,10 @@ def _read_lines(lines: TextIOWrapper, name: str, bad_rows: BadRows) -> Iterator[
             value = json.loads(line, object_pairs_hook=_object)
         except (RecursionError, ValueError) as error:
             if not isinstance(error, json.JSONDecodeError):  # nested too deeply, too many digits, a repeated key
-                bad_rows.add(DataError(f"{place}: {error}; mend the line."))
+                bad_rows.add(DataError(f"{place}: {error}; correct the line."))
                 continue
             problem = f"{place}: this line is not JSON ({error.msg} at character {error.pos + 1})"
-            bad_rows.add(DataError(f"{problem}: {shown(line.strip())}; put one whole JSON object on each line."))
+            bad_rows.add(DataError(f"{problem}: {shown(line.strip())}; put one complete JSON object on each line."))
             continue
         if isinstance(value, dict):
             yield Row(place, value)
@@ -120,18 +120,18 @@ def _read_json(path: Path, name: str, bad_rows: BadRows) -> Iterator[Row]:
         try:
             value = json.load(file, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
-            # "Extra data" after a first whole object: JSON lines under the name .json, which is common.
+            # "Extra data" after a first complete object: JSON lines named .json, which is common.
             if error.msg == "Extra data":
                 file.seek(0)
                 yield from _read_lines(file, name, bad_rows)
                 return
-            raise DataError(f"{name}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); mend it.") from error
+            raise DataError(f"{name}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); fix it.") from error
         except UnicodeDecodeError:
             raise
         except _RepeatedKeyError as error:
             raise DataError(f"{name}: {error}.") from error
         except (RecursionError, ValueError) as error:  # nested too deeply, or a number with too many digits
-            raise DataError(f"{name}: not JSON that can be read ({error}); mend it.") from error
+            raise DataError(f"{name}: not readable JSON ({error}); correct it.") from error
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
         raise DataError(
@@ -187,8 +187,8 @@ def _read_parquet(path: Path, name: str, bad_rows: BadRows) -> Iterator[Row]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(f"{name} row {number}", fields)
-    except (pyarrow.ArrowException, OSError) as error:  # thrift's errors come as the system's
-        raise DataError(f"{name}: not a Parquet file that can be read ({error}); write it again.") from error
+    except (pyarrow.ArrowException, OSError) as error:  # thrift errors arrive as OSError
+        raise DataError(f"{name}: not a readable Parquet file ({error}); write it again.") from error
 
 
 _READERS: dict[str, Callable[[Path, str, BadRows], Iterator[Row]]] = {

@@ -1,4 +1,4 @@
-"""The ecosystem's data layouts, each brought to an ``Example``."""
+"""The ecosystem's data layouts, each converted to an ``Example``."""
 
 from __future__ import annotations
 
@@ -167,14 +167,14 @@ def _ranked(row: Row) -> Example:
 
 
 def _check_ranks(row: Row, ranks: list[int | float], scores: Any) -> None:
-    # A column of scores may be about something else, and then it has another form.
+    # A column of scores in another form may mean something else, so it is not compared.
     if not isinstance(scores, list) or len(scores) != len(ranks) or not all(isinstance(s, int | float) for s in scores):
         return
     rated = list(zip(ranks, scores, strict=True))
     if any(rank < other and score < less for rank, score in rated for other, less in rated):
         raise DataError(
             f"{row.place}: 'ranks' ({shown(ranks)}) and 'scores' ({shown(scores)}) disagree on which completion is "
-            "better (rank 1 is best, a larger score is better); set ignore=[scores] or ignore=[ranks], or mend one."
+            "better (rank 1 is best, a larger score is better); set ignore=[scores] or ignore=[ranks], or correct one."
         )
 
 
@@ -191,7 +191,7 @@ def _single(row: Row, preference: tuple[float, ...] | None) -> Example:
 
 def _unpaired(row: Row) -> Example:
     label = _get(row, "label")
-    if isinstance(label, str):  # CSV has no other type
+    if isinstance(label, str):  # CSV stores every value as text
         label = {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower(), label)
     if label not in (True, False):
         raise DataError(f"{row.place}: 'label' is {shown(label)}; it must be true (desirable) or false.")

@@ -1,4 +1,4 @@
-"""A look at a data source before a run: counts, lengths, and the reasons for bad rows."""
+"""Inspection of a data source before a run: counts, lengths, and the reasons for bad rows."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class DataReport:
 
     Attributes:
         source: Counts, and the messages of the first bad rows.
-        unit: What lengths are counted in, ``"tokens"`` or ``"words"``.
+        unit: The unit of lengths, ``"tokens"`` or ``"words"``.
         lengths: Before anything is cut, dropped or refused for its length, for each kind of text that occurs. In a
             ranked list, ``chosen`` is the best completion; tokens of a completion include its stop token.
     """
@@ -70,7 +70,7 @@ class DataReport:
 
     @property
     def ok(self) -> bool:
-        """True where a run with ``bad_rows="error"`` would start on this source."""
+        """True if a run with ``bad_rows="error"`` would start on this source."""
         return self.source.bad == 0 and self.source.kept > 0
 
     def counts(self) -> list[tuple[str, int]]:
@@ -95,15 +95,15 @@ def check(
 
     Args:
         source: A path, or a path with options.
-        tokenizer: The model's; without it lengths are in words, and boundaries and the window are not looked at.
+        tokenizer: The model's; without it lengths are in words, and boundaries and the window are not checked.
         stop_token_ids: As in ``load_preferences``.
-        window: The run's lengths and policies; a row that they would stop the run at is a bad row.
+        window: The run's lengths and policies; a row at which they would stop the run is a bad row.
         preferences: Whether a row must prefer one of its completions to another, as pairwise objectives need.
         keep: How many messages on bad rows are kept.
 
     Raises:
         ConfigError: An option that cannot work, such as conversations without a chat template.
-        DataError: The source as a whole cannot be read.
+        DataError: The source cannot be read.
     """
     source = DataSource(source) if isinstance(source, str) else source
     bad_rows = BadRows("skip", keep=keep)
@@ -150,6 +150,6 @@ def _num_words(text: Text) -> int:
 
 def _names(example: Example) -> list[str]:
     values = example.preference or (1.0,)
-    # A single completion is chosen if its label says so; of several, the best is.
+    # A single completion is chosen if its label is true; among several, the best is chosen.
     chosen = max(values) if len(values) > 1 else 1.0
     return ["prompt", *("chosen" if value == chosen else "rejected" for value in values)]

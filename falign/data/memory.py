@@ -1,4 +1,4 @@
-"""Rows that a program holds in memory: a ``datasets.Dataset``, a pandas ``DataFrame``, or a list of mappings."""
+"""Rows in memory: a ``datasets.Dataset``, a pandas ``DataFrame``, or a list of mappings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from falign.errors import DataError
 __all__ = ["PYTHON", "InMemory"]
 
 PYTHON = "python:"
-"""The start of the path of a source that is an object of a program, as records of it have it."""
+"""Prefix of the path that records use for a source in memory."""
 
 
 class InMemory:
@@ -37,7 +37,7 @@ class InMemory:
         self._values = _table(values, self.path)
 
     def read(self, *, bad_rows: BadRows | None = None) -> Iterator[Row]:
-        """Yield the rows; what is not a mapping of columns is given to ``bad_rows``, which raises by default."""
+        """Yield the rows; ``bad_rows`` takes what is not a mapping of columns, and raises by default."""
         bad_rows = bad_rows or BadRows()
         for number, fields in enumerate(self._values, start=1):
             place = f"{self.path} row {number}"
@@ -48,8 +48,8 @@ class InMemory:
 
 
 def _table(values: Any, name: str) -> Any:
-    """Return rows that can be read again and again, each a mapping."""
-    # An object of these libraries exists only where they are loaded.
+    """Return rows that can be read repeatedly, each a mapping."""
+    # An object of these libraries exists only if they are loaded, so they need not be imported here.
     pandas, datasets = sys.modules.get("pandas"), sys.modules.get("datasets")
     if pandas is not None and isinstance(values, pandas.DataFrame):
         return _of_frame(values, name)

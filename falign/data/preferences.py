@@ -1,4 +1,4 @@
-"""From sources to the prompt trees of a run."""
+"""Preference data of a run: sources read, tokenized, mixed and split into prompt trees."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class PreferenceData(NamedTuple):
 
     Attributes:
         train: In the order of the sources and their rows.
-        eval: Held out, or from the evaluation sources; empty where neither was asked for.
-        report: What was read, cut and left out.
+        eval: Held out, or from the evaluation sources; empty without either.
+        report: Counts of rows read, cut and left out.
     """
 
     train: list[PromptTree]
@@ -81,12 +81,12 @@ def load_preferences(
             that each source has its share, as many as possible without taking a row twice.
         tokenizer: The model's.
         stop_token_ids: All tokens at which the model's generation ends; the tokenizer's EOS counts always.
-        window: Lengths, and what happens to what is longer.
+        window: Maximum lengths, and the policies for longer rows.
         preferences: Whether a row must prefer one of its completions to another, as pairwise objectives need.
         bad_rows: ``"error"`` stops at the first row that cannot be used; ``"skip"`` leaves such rows out and
             counts them.
         skip_by: How the user asks for ``bad_rows="skip"``, for messages.
-        eval_sources: Evaluation data of their own; or
+        eval_sources: Separate evaluation data; or
         eval_fraction: the share of prompts held out; or
         eval_size: how many rows are held out. All rows of one prompt land on the same side.
         seed: For drawing and splitting.

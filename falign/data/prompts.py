@@ -37,15 +37,15 @@ class PromptSource:
         path: As :attr:`falign.data.DataSource.path`.
         texts: Prompts themselves, in place of a path.
         split: As :attr:`falign.data.DataSource.split`.
-        template: What the prompt is made of, with the row's columns in braces (``"{question}\nAnswer:"``); None takes
+        template: The prompt with the row's columns in braces (``"{question}\nAnswer:"``); None uses
             the column ``prompt``, or ``messages`` up to the last turn that is not the assistant's.
         columns: Other names for columns, of the prompt or for rewards: new name to the file's, where ``"outer.inner"``
             is an entry of a column of objects (``{"answer": "reward_model.ground_truth"}``).
-        chat: Whether a plain prompt is a user's turn, to be rendered by the chat template. None asks: a plain prompt is
-            refused where the tokenizer has a chat template.
+        chat: Whether a plain prompt is a user turn, to be rendered by the chat template. With None a plain prompt is
+            refused if the tokenizer has a chat template.
         system: A system turn before every prompt; makes it a conversation. A column ``system`` is the row's own.
         ignore: As :attr:`falign.data.DataSource.ignore`.
-        limit: Keep at most so many, the first usable ones.
+        limit: Keep at most this many, the first usable ones.
         rows: As :attr:`falign.data.DataSource.rows`, beside the path that stands for them.
     """
 
@@ -66,7 +66,7 @@ class PromptRow:
     """One prompt.
 
     Attributes:
-        prompt: Text or turns, as rewards see it.
+        prompt: Text or turns, as rewards receive it.
         prompt_ids: Its token ids, up to where the completion begins.
         columns: The other columns of the row, for rewards.
         place: The row it came from, for messages.
@@ -86,10 +86,10 @@ class PromptReport:
         num_train: Prompts to train on.
         num_eval: Prompts held out.
         cut: Prompts that lost tokens on the left.
-        dropped: Prompts that were too long and left out.
+        dropped: Prompts that were left out because they were too long.
         bad: Rows that could not be used.
-        messages: The first of their messages.
-        shared_prompts: Held-out prompts that are trained on, too.
+        messages: The first messages about bad rows.
+        shared_prompts: Held-out prompts that also occur in training.
     """
 
     num_train: int
@@ -102,11 +102,11 @@ class PromptReport:
 
 
 RowCheck = Callable[[Sequence[PromptRow]], list[str | None]]
-"""From rows to why each cannot be used; None where it can."""
+"""Returns for each row the reason why it cannot be used, or None."""
 
 
 class PromptData(NamedTuple):
-    """The prompts of a run, and what became of their rows."""
+    """The prompts of a run, and the counts of their rows."""
 
     train: list[PromptRow]
     eval: list[PromptRow]
@@ -131,11 +131,11 @@ def load_prompts(
     Args:
         sources: One or more; their rows are concatenated.
         tokenizer: The model's.
-        max_length: Most tokens of a prompt.
+        max_length: Maximum number of tokens of a prompt.
         long_prompt: A longer one stops the run, is cut from the left, or drops the row.
         bad_rows: ``"error"`` stops at the first row that cannot be used; ``"skip"`` counts such rows.
-        skip_by: How the user asks for ``bad_rows="skip"``, for messages; None where it is not possible.
-        eval_sources: Evaluation prompts of their own; or
+        skip_by: How the user asks for ``bad_rows="skip"``, for messages; None if it is not possible.
+        eval_sources: Separate evaluation prompts; or
         eval_size: how many rows are held out. All rows of one prompt land on the same side.
         seed: For splitting.
         check: Finds further rows that cannot be used, which count as bad.
@@ -174,7 +174,7 @@ def _num_shared(train: Sequence[PromptRow], held_out: Sequence[PromptRow]) -> in
 
 
 def _last_text(prompt: Text) -> str:
-    # A question is the same with a system turn, and as plain text or as a turn.
+    # A system turn, or plain text instead of a turn, does not make it another question.
     if isinstance(prompt, str):
         return prompt_key(prompt)
     return prompt_key("\n".join(turn["content"] for turn in prompt if turn["role"] != "system"))
@@ -226,7 +226,7 @@ class _Reader:
             if reason is None:
                 usable.append(row)
             else:
-                self.bad.add(DataError(f"{row.place}: {reason}. Mend the row or remove it."))
+                self.bad.add(DataError(f"{row.place}: {reason}. Correct the row or remove it."))
         return usable
 
     def _tokenized(self, row: Row, source: PromptSource) -> PromptRow | None:
@@ -261,12 +261,12 @@ def _rows(source: PromptSource, bad: BadRows) -> Iterable[Row]:
 def _prompt_of(row: Row, source: PromptSource) -> Text:
     prompt, system = _raw_prompt(row, source.template), _system(row, source)
     unread = {name: value for name, value in row.fields.items() if name not in ("prompt", "messages", "system")}
-    if source.template is not None:  # it says what the question is made of, and the other columns are for rewards
+    if source.template is not None:  # the template names the columns of the question; the others are for rewards
         unread = {name: value for name, value in unread.items() if looks_like_system(name)}
     refuse_unread_prompts(unread, [prompt], row.place, present=row.fields, rewarded=True)
     if isinstance(prompt, str) and not (source.chat or system):
         if not prompt.strip():
-            raise DataError(f"{row.place}: the prompt is empty; it must contain text: mend the row or remove it.")
+            raise DataError(f"{row.place}: the prompt is empty; it must contain text: correct the row or remove it.")
         return prompt
     return prompt_turns(prompt, system, row.place)
 
@@ -315,6 +315,6 @@ def _raw_prompt(row: Row, template: str | None) -> Text:
         return turns
     guess = guess_columns(row.fields, ("prompt",)).get("prompt", "question")
     raise DataError(
-        f"{row.place}: there is no column 'prompt'; the row has {sorted(row.fields)}. Say what the prompt is made of: "
+        f"{row.place}: there is no column 'prompt'; the row has {sorted(row.fields)}. Set the template of the prompt: "
         f"template='{{{guess}}}', or columns={as_mapping({'prompt': guess})}."
     )

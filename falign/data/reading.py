@@ -1,4 +1,4 @@
-"""A source read and tokenized row by row."""
+"""Sources read and tokenized row by row."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def read_tokenized(
     reader: RowReader | None = None,
     bad_rows: BadRows | None = None,
 ) -> Iterator[TokenizedRow]:
-    """Yield the usable rows of a source, each read when it is asked for.
+    """Yield the usable rows of a source lazily.
 
     Args:
-        source: Where they are, and in which layout (``source.limit`` is the caller's to apply).
+        source: Location and layout of the rows (the caller applies ``source.limit``).
         tokenizer: The model's.
         stop_token_ids: All tokens at which the model's generation ends; the tokenizer's EOS counts always.
-        window: Lengths, and what happens to what is longer; a dropped row is yielded without a tree.
+        window: Maximum lengths, and the policies for longer rows; a dropped row is yielded without a tree.
         preferences: Whether a row must prefer one of its completions to another.
         reader: As for ``read_examples``.
         bad_rows: Takes the rows that cannot be used; by default the first one raises.
 
     Raises:
-        ConfigError: No chat template, or no stop token, where one is needed; plain texts where ``chat`` must be said.
+        ConfigError: A required chat template or stop token is missing; or plain texts need ``chat`` to be set.
         DataError: The source, or under the policy ``"error"`` a row, cannot be used.
     """
     bad_rows = bad_rows or BadRows()

@@ -1,4 +1,4 @@
-"""Recognition of a source's layout, and its rows read in that layout."""
+"""Recognition of the layout of a source, and reading of its rows in that layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNSUPPORTED = ("tools", "images", "image", "videos", "chat_template_kwargs")
 
 
 def recognize(row: Row) -> str:
-    """Return the layout of a row, told by its columns (and for ``hh`` by how the text begins).
+    """Return the layout of a row, inferred from its columns (for ``hh``, from the beginning of the text).
 
     Raises:
         DataError: No layout has these columns.
@@ -48,7 +48,7 @@ def recognize(row: Row) -> str:
 
 
 def _demonstration(row: Row) -> dict[str, str]:
-    """Return the columns that make a demonstration of a row; none where they cannot be told."""
+    """Return the columns that make a demonstration of a row; empty if they cannot be inferred."""
     if "conversations" in row.fields:
         return {"messages": "conversations"}
     wanted = ("completion",) if row.fields.keys() & {"prompt", "instruction"} else ("prompt", "completion")
@@ -62,7 +62,7 @@ def _without_prompt(row: Row) -> str:
         return "implicit"
     if looks_like_hh(chosen):
         return "hh"
-    # Two answers often begin with the same word, which is not the prompt where a column may hold one.
+    # Two answers often begin with the same word. If another column may hold the prompt, that word is not the prompt.
     others = {name: value for name, value in row.fields.items() if name not in {*PAIR, "system"}}
     guesses = guess_columns(others, ("prompt", "system"))
     texts = [name for name, value in others.items() if isinstance(value, str) and len(value.split()) > 1]
@@ -149,7 +149,7 @@ class RowReader:
         return example
 
     def _turned(self, row: Row) -> Row:
-        # A system column, also an empty one, makes a conversation of plain texts.
+        # A system column, even an empty one, turns plain texts into a conversation.
         return Row(row.place, {"system": "", **row.fields}) if self._chat else row
 
 
@@ -161,21 +161,22 @@ def refuse_unread_prompts(
     present: Mapping[str, Any],
     rewarded: bool = False,
 ) -> None:
-    """Refuse a row whose prompt, or a part of it, is in a column that is not read.
+    """Refuse a row that has its prompt, or a part of it, in an unread column.
 
-    A column that repeats text that was read is not missing.
+    A column that only repeats text that was read is fine.
 
     Args:
         unread: The columns that were not read.
-        read: The texts and conversations that were.
+        read: The texts and conversations that were read.
         place: The row, for messages.
         present: All columns of the row.
-        rewarded: Whether unread columns go to rewards, which may well read a question: then only a system turn and a
+        rewarded: Whether unread columns go to rewards, which may read a question: then only a system turn and a
             conversation are refused.
 
     Raises:
-        DataError: With the column, and how to name it.
+        DataError: Names the column and the field to set.
     """
+    # Compared without white space: a column may repeat the text with other line breaks.
     said = "".join("".join(_contents(text)) for text in read)
     said = "".join(said.split())
     for name, value in unread.items():
@@ -217,8 +218,8 @@ def read_examples(
     """Yield the examples of a source.
 
     Args:
-        source: Where they are, and in which layout (``source.limit`` is the caller's to apply).
-        reader: Made from the source by default; its ``format`` afterwards says which layout was found.
+        source: Location and layout of the rows (the caller applies ``source.limit``).
+        reader: Default: the reader of the source. Its ``format`` is then the layout that was found.
         bad_rows: Takes the rows that cannot be used; by default the first one raises.
     """
     reader = reader or RowReader.of(source)

@@ -1,4 +1,4 @@
-"""From an example to the exact texts that a tokenizer sees."""
+"""Rendered examples: the exact texts that a tokenizer sees."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Rendered(NamedTuple):
 
 
 def render(example: Example, tokenizer: Tokenizer) -> Rendered:
-    """Render the prompt alone and with each completion: by the chat template, or joined as they are.
+    """Render the prompt alone and with each completion: by the chat template, or concatenated.
 
     Raises:
         ConfigError: A conversation, and no usable chat template.
@@ -41,18 +41,18 @@ def render(example: Example, tokenizer: Tokenizer) -> Rendered:
         assert not isinstance(turns, str)
         like = whole[0] if whole else None
         whole.append(write([*prompt, *turns], tokenizer, place, answered=True, like=like))
-        # The prompt that is trained on is the one before an answer; the one that is sampled from stands alone.
+        # Training sees the prompt before an answer, sampling sees it alone; both must be the same text.
         end = whole[-1].spans[-2][1]
         if compact(opening)[:end] != compact(whole[-1].text)[:end]:
             raise DataError(
-                f"{place}: the chat template writes the prompt otherwise once an answer follows, so training "
+                f"{place}: the chat template changes the prompt once an answer follows, so training "
                 "and sampling would use different prompts; set model.chat_template to another."
             )
     return Rendered(opening, tuple(written.text for written in whole))
 
 
 def require_chat_choice(prompt: Text, tokenizer: Tokenizer, chat: bool | None, place: str) -> None:
-    """Refuse plain text where the tokenizer has a chat template and ``chat`` does not say whether to use it.
+    """Refuse plain text if the tokenizer has a chat template and ``chat`` does not say whether to use it.
 
     Args:
         prompt: As it will be rendered.
@@ -67,7 +67,7 @@ def require_chat_choice(prompt: Text, tokenizer: Tokenizer, chat: bool | None, p
         raise ConfigError(
             f"{place}: the row is plain text, and the model has a chat template. Set chat on the source "
             "(in a command, --chat or --plain): "
-            "true makes the prompt a user's turn and a completion the assistant's, as the model is prompted in a chat; "
+            "true makes the prompt a user turn and a completion an assistant turn, as in a chat; "
             "false continues the text without the template."
         )
 

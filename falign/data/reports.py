@@ -28,14 +28,14 @@ class SourceReport:
         bad: Rows that cannot be used.
         kept: Rows that are left to train on.
         dropped: Rows left out by a length policy, by reason.
-        drifting: Kept rows whose last prompt tokens merge with the first characters of a completion.
-        reopened: Kept rows whose template opens an answer otherwise than its generation prompt.
-        prompts_cut: Kept rows whose prompt was cut.
+        drifting: Kept rows in which the last prompt tokens merge with the first characters of a completion.
+        reopened: Kept rows in which the template opens an answer differently from its generation prompt.
+        prompts_cut: Kept rows with a cut prompt.
         completions_cut: Completions in kept rows that were cut.
         duplicates: Usable rows that are equal to an earlier one.
-        contradictions: Usable rows that prefer otherwise than an earlier one with the same prompt and completions.
-        messages: What was wrong with the first bad rows.
-        prompts: Different prompts in the usable rows.
+        contradictions: Usable rows that contradict the preference of an earlier row with the same texts.
+        messages: The messages of the first bad rows.
+        prompts: Distinct prompts in the usable rows.
         unused: Columns of the source that were not read.
     """
 
@@ -57,7 +57,7 @@ class SourceReport:
 
     @property
     def drift_share(self) -> float:
-        """Rows whose prompt changes once a completion follows, as a share of the kept ones."""
+        """Share of kept rows in which the prompt changes once a completion follows."""
         return (self.drifting + self.reopened) / self.kept if self.kept else 0.0
 
     def remarks(self) -> list[str]:
@@ -75,7 +75,7 @@ class SourceReport:
             )
         if self.reopened > DRIFT * self.kept:
             found.append(
-                f"in {self.reopened:,} rows the chat template opens the answer otherwise than its generation prompt, "
+                f"in {self.reopened:,} rows the chat template opens the answer differently from its generation prompt, "
                 "so training and sampling begin the answer differently: set model.chat_template"
             )
         return found
@@ -113,7 +113,7 @@ class Tally:
         self._preferences: dict[bytes, set[tuple[int, ...]]] = {}
 
     def add(self, example: Example, tokenized: Tokenized | None = None) -> None:
-        """Count one usable row; ``tokenized`` is None where there is no tokenizer."""
+        """Count one usable row; ``tokenized`` is None without a tokenizer."""
         self._count_repetition(example)
         if tokenized is not None and tokenized.tree is None:
             self._dropped[str(tokenized.dropped)] += 1
@@ -126,7 +126,7 @@ class Tally:
             self._counts["completions_cut"] += tokenized.completions_cut
 
     def report(self, path: str, format: str, *, unused: tuple[str, ...] = ()) -> SourceReport:
-        """Return the counts so far; ``unused`` columns are known to what reads the rows."""
+        """Return the counts so far, with the ``unused`` columns that the reader of the rows has found."""
         return SourceReport(
             path=path,
             format=format,
@@ -146,7 +146,8 @@ class Tally:
         )
 
     def _count_repetition(self, example: Example) -> None:
-        # Completions in one order whatever their order in the row, so that a swapped pair is found.
+        # Sort the completions, so that a pair and its swapped copy have the same key. The order of their preferences
+        # (values replaced by ranks) then tells a duplicate from a contradiction.
         preference = example.preference or (0.0,) * len(example.completions)
         ranked = sorted(zip(map(repr, example.completions), preference, strict=True))
         prompt = prompt_key(example.prompt)

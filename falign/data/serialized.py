@@ -1,4 +1,4 @@
-"""Lists and conversations that a file holds as text, as CSV files and ``str(turns)`` make them."""
+"""Lists and conversations stored as text, as CSV files and ``str(turns)`` write them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def is_blank(value: Any) -> bool:
 
 
 def parsed_list(value: Any) -> Any:
-    """Return the list that a text holds, as JSON or as Python writes it; any other value as it is.
+    """Return the list that a text represents in JSON or Python syntax; any other value unchanged.
 
     Example:
         >>> parsed_list("[1, 2]"), parsed_list("['a']"), parsed_list("a")
@@ -47,15 +47,15 @@ def parsed_list(value: Any) -> Any:
 
 
 def parsed_conversation(value: Any, *, place: str, field: str) -> Any:
-    """Return the turns that a text holds, as JSON or as Python writes them; any other value as it is.
+    """Return the turns that a text represents in JSON or Python syntax; any other value unchanged.
 
     Args:
-        value: Of a column that holds text or a conversation.
+        value: The value of a column that holds text or a conversation.
         place: The row, for messages.
         field: The column, for messages.
 
     Raises:
-        DataError: The text has the keys of turns, and cannot be parsed.
+        DataError: The text has the keys of turns, but cannot be parsed.
 
     Example:
         >>> parsed_conversation("[{'role': 'user', 'content': 'Hi'}]", place="x:1", field="prompt")
@@ -83,10 +83,10 @@ def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        pass  # perhaps Python's notation
+        pass  # may be Python syntax
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a backslash that Python does not know
+            warnings.simplefilter("ignore")  # about unknown backslash escapes
             return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return None

@@ -35,15 +35,15 @@ class DataSource:
     Attributes:
         path: A file, a folder, a Hub data set (``"org/name"``), or a sample inside the package:
             ``"demo:polite-preference"`` (pairs) or ``"demo:one-digit-arithmetic"`` (questions with answers).
-        split: Which split of a Hub data set or of a folder with several; the arithmetic has ``train`` and ``test``.
-        format: A name of ``falign.data.FORMATS``, or ``"auto"`` to tell it from the columns.
-        columns: What the file calls falign's columns, for example ``{"prompt": "question"}``; ``"outer.inner"`` is an
+        split: The split of a Hub data set or of a folder with several; the arithmetic has ``train`` and ``test``.
+        format: A name of ``falign.data.FORMATS``, or ``"auto"`` to infer it from the columns.
+        columns: falign's column names to the file's, for example ``{"prompt": "question"}``; ``"outer.inner"`` is an
             entry of a column of objects.
-        chat: Whether plain texts are turns, the prompt a user's, to be rendered by the chat template. None asks: plain
-            texts are refused where the tokenizer has a chat template.
-        ignore: Columns, and keys of turns, that look like a part of the prompt and are not.
+        chat: Whether plain texts are turns, the prompt a user's, to be rendered by the chat template. With None plain
+            texts are refused if the tokenizer has a chat template.
+        ignore: Columns, and keys of turns, that look like a part of the prompt but are not.
         weight: Share of this source in a mixture; all sources of a mixture have one, or none has.
-        limit: Keep at most so many examples, the first usable ones.
+        limit: Keep at most this many examples, the first usable ones.
         rows: The rows themselves, in place of what ``path`` names.
     """
 
@@ -73,7 +73,7 @@ def read_rows(path: str | Path, *, split: str = "train", bad_rows: BadRows | Non
         bad_rows: Takes lines that are not rows; by default the first one raises.
 
     Raises:
-        DataError: The source is not there or cannot be read.
+        DataError: The source does not exist or cannot be read.
     """
     bad_rows = bad_rows or BadRows()
     name, local = str(path), Path(path)
@@ -120,7 +120,7 @@ def rows_of(
 
 
 def place_in_source(place: str, source: DataSource) -> str:
-    """Return a row's place without the source's path, which may be written in many ways.
+    """Return the place of a row without the path of its source, which may be written in many ways.
 
     Example:
         >>> place_in_source("data/a.jsonl:12", DataSource("./data/a.jsonl"))
@@ -132,14 +132,14 @@ def place_in_source(place: str, source: DataSource) -> str:
 
 
 def check_split(path: str, split: str) -> None:
-    """Refuse a split of a single file, unless the file bears its name.
+    """Refuse a split of a single file, unless its name contains the split.
 
     Args:
         path: As ``DataSource.path``.
         split: As ``DataSource.split``; ``"train"`` is also the split of a source that names none.
 
     Raises:
-        DataError: The split cannot be chosen.
+        DataError: The file has no such split.
     """
     file = DEMOS.get(path, Path(path))
     named = re.search(rf"(?<![A-Za-z0-9]){re.escape(split)}(?![A-Za-z0-9])", file.name)
@@ -186,7 +186,7 @@ def _check_one_split(files: Sequence[Path], split: str, name: str) -> None:
     if choices:
         raise DataError(
             f"{name}: the split {split!r} may be any of {', '.join(sorted(choices))}: give the path of a file (each as "
-            "a source of its own where all are wanted), or a split that names only one of them."
+            "a separate source if you want all of them), or a split that names only one of them."
         )
 
 

@@ -1,4 +1,4 @@
-"""Deterministic choices by hash: the rows that a mixture draws and the prompts that are held out.
+"""Choices by hash: the rows that a mixture draws and the prompts that are held out.
 
 A hash depends on the row and the seed alone, so the choice is the same on every machine, and more rows in a file
 do not reshuffle those that were there.
@@ -16,7 +16,7 @@ __all__ = ["draw", "held_out_prompts"]
 
 
 def draw(rows: Sequence[Sequence[str]], weights: Sequence[float], *, seed: int) -> list[list[int]]:
-    """Return which rows of each source a weighted mixture takes: as many as the shares allow, none twice.
+    """Return the rows of each source in a weighted mixture: as many as the shares allow, without repetition.
 
     Args:
         rows: The name of each row within its source, independent of the source's path.
@@ -46,11 +46,11 @@ def held_out_prompts(prompts: Sequence[str], *, fraction: float = 0.0, size: int
     Args:
         prompts: The prompt of each row.
         fraction: Expected share of prompts that is held out.
-        size: Or how many rows are held out: so many, or a few less where a prompt with several rows does not fit.
+        size: Or the number of rows held out; a few less if a prompt with several rows does not fit.
         seed: Another seed holds out other prompts.
 
     Raises:
-        ConfigError: Nothing would be left on one of the two sides.
+        ConfigError: One of the two sides would be empty.
     """
     if not 0 <= fraction < 1 or size < 0 or (fraction and size):
         raise ConfigError(
@@ -64,7 +64,7 @@ def held_out_prompts(prompts: Sequence[str], *, fraction: float = 0.0, size: int
         chosen = {prompt for prompt in by_hash if _hash(seed, prompt) < fraction * 2**64}
     else:
         chosen, room = set(), size
-        for prompt in by_hash:
+        for prompt in by_hash:  # all rows of a prompt go to one side, so a prompt with too many rows is passed over
             if counts[prompt] <= room:
                 chosen.add(prompt)
                 room -= counts[prompt]

@@ -1,4 +1,4 @@
-"""From text to token ids: where the prompt ends, how a completion ends, and that there is one BOS."""
+"""Tokenization: the boundary between prompt and completion, one stop token at the end, at most one BOS."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Encoded(NamedTuple):
 
     Attributes:
         tree: Prompt and completions.
-        drifting_tokens: How many of the prompt's last tokens change once a completion follows; they were given
-            to the completions, or to neither side where the template writes them in the prompt alone.
-        reopened: Whether they change because the template opens an answer otherwise than its generation prompt; else
-            they merge with an answer's first characters.
+        drifting_tokens: Number of last prompt tokens that change once a completion follows. They belong to the
+            completions, or to neither side if the template writes them only in the prompt.
+        reopened: Whether they change because the template opens an answer differently from its generation prompt;
+            otherwise they merge with the first characters of an answer.
     """
 
     tree: PromptTree
@@ -37,14 +37,14 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokenized:
-    """An example in token ids that fits the window, and what was done to it.
+    """An example in token ids that fits the window, with the cuts that were made.
 
     Attributes:
         tree: Prompt and completions; None when the row was dropped.
         drifting_tokens: As in ``Encoded``.
         reopened: As in ``Encoded``.
-        prompt_tokens_cut: How many tokens the prompt lost.
-        completions_cut: How many completions were cut.
+        prompt_tokens_cut: Number of tokens cut from the prompt.
+        completions_cut: Number of completions that were cut.
         dropped: Why the row was dropped, or None.
     """
 
@@ -63,10 +63,10 @@ def tokenize(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collecti
         example: Prompt and completions as text.
         tokenizer: The model's.
         stop_token_ids: All tokens at which the model's generation ends; the tokenizer's EOS counts always.
-        window: Lengths, and what happens to what is longer.
+        window: Maximum lengths, and the policies for longer rows.
 
     Raises:
-        ConfigError: No chat template, or no stop token, where one is needed.
+        ConfigError: A required chat template or stop token is missing.
         DataError: The row cannot be tokenized, or is too long under the policy ``"error"``.
     """
     encoded = encode(example, tokenizer, stop_token_ids=stop_token_ids)
@@ -74,7 +74,7 @@ def tokenize(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collecti
 
 
 def fitted(encoded: Encoded, window: Window, *, bos_token_id: int | None) -> Tokenized:
-    """Return an example in token ids as it fits the window.
+    """Return an example cut to the window.
 
     Raises:
         DataError: It is too long under the policy ``"error"``.
@@ -91,19 +91,20 @@ def fitted(encoded: Encoded, window: Window, *, bos_token_id: int | None) -> Tok
 
 
 def encode(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collection[int]) -> Encoded:
-    """Return the example as token ids, whatever their length.
+    """Return the example as token ids of any length.
 
-    Each whole text is tokenized once. The prompt is what the tokens of the prompt alone and of all whole texts
-    have in common, so it is the same for all completions, and prompt + completion are the tokens of the whole text.
+    Each whole text is tokenized once. The prompt is the common prefix of the tokens of the prompt alone and of all
+    whole texts. So it is the same for all completions, and prompt + completion are the tokens of the whole text.
 
     Raises:
-        ConfigError: No chat template, or no stop token, where one is needed.
+        ConfigError: A required chat template or stop token is missing.
         DataError: No prompt token is left, or a completion has a stop token in its middle.
     """
     rendered = render(example, tokenizer)
     bos = [] if example.conversational else _leading_bos(tokenizer)
     prompt_ids = _ids(rendered.prompt, tokenizer, bos, example.place)
     full_ids = [_ids(text, tokenizer, bos, example.place) for text in rendered.full]
+    # Without its last token each text leaves its completion at least one token.
     boundary = _common_length([prompt_ids, *(ids[:-1] for ids in full_ids)])
     if boundary == 0:
         raise DataError(
@@ -130,12 +131,12 @@ def _check_distinct(tree: PromptTree) -> None:
         if tree.preference[other] != tree.preference[number]:
             raise DataError(
                 f"{tree.place}: completions {other + 1} and {number + 1} are the same tokens, because they differ in "
-                "white space alone, which is trimmed; neither can be preferred: mend the row or remove it."
+                "white space alone, which is trimmed; neither can be preferred: correct the row or remove it."
             )
 
 
 def encode_prompt(prompt: Text, tokenizer: Tokenizer, place: str) -> tuple[int, ...]:
-    """Return the token ids of a prompt that no completion follows yet.
+    """Return the token ids of a prompt without a completion.
 
     Raises:
         ConfigError: A conversation, and no usable chat template.
@@ -149,7 +150,7 @@ def encode_prompt(prompt: Text, tokenizer: Tokenizer, place: str) -> tuple[int, 
 
 
 def _ids(text: str, tokenizer: Tokenizer, bos: list[int], place: str) -> list[int]:
-    # verbose=False: the window is checked later, against the run's length and not against the tokenizer's.
+    # verbose=False: no warning about the tokenizer's own maximum; the window of the run is checked later.
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     check_decoded(text, ids, tokenizer.decode, place)
     return ids if ids[: len(bos)] == bos else bos + ids
@@ -187,7 +188,7 @@ def _with_one_stop(ids: list[int], tokenizer: Tokenizer, stops: frozenset[int], 
 
 
 def _terminal_stop(ids: list[int], tokenizer: Tokenizer, stops: frozenset[int]) -> int | None:
-    """Return where the completion ends: the first stop token of a tail of stop tokens and white space."""
+    """Return the index of the completion's end: the first stop token of a tail of stop tokens and white space."""
     end = None
     for i in reversed(range(len(ids))):
         if ids[i] in stops:

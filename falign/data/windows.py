@@ -1,4 +1,4 @@
-"""The token window of a run: what is too long, and what happens to it."""
+"""The token window of a run: maximum lengths, and the policies for longer rows."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LengthPolicy = Literal["error", "cut", "drop"]
 
 @dataclass(frozen=True)
 class Window:
-    """Lengths in tokens, and what happens to what is longer.
+    """Maximum lengths in tokens, and the policies for longer rows.
 
     Attributes:
-        max_length: The most that prompt and longest completion have together.
-        max_completion_length: The most that a completion has, and the room that a prompt must leave for one.
+        max_length: Maximum of prompt and longest completion together.
+        max_completion_length: Maximum of a completion, and the room that a prompt must leave for one.
             None: completions may use all that the prompt leaves, and it must leave half of the window.
         long_prompt: A prompt that leaves too little room stops the run, is cut from the left, or drops the row.
         long_completion: A completion without room is cut at its end, drops the row, or stops the run.
@@ -55,7 +55,7 @@ class Window:
 
 
 class Fitted(NamedTuple):
-    """A tree that fits, and what was cut; ``tree`` is None and ``dropped`` says why where the row was dropped."""
+    """A tree that fits, and the cuts; for a dropped row ``tree`` is None and ``dropped`` is the reason."""
 
     tree: PromptTree | None
     prompt_tokens_cut: int = 0
@@ -64,7 +64,7 @@ class Fitted(NamedTuple):
 
 
 def fit(tree: PromptTree, window: Window, *, bos_token_id: int | None) -> Fitted:
-    """Cut or drop what is longer than the window; one prompt for all completions.
+    """Cut or drop a tree that is longer than the window; all completions keep the same prompt.
 
     Args:
         tree: Of any length.
@@ -72,7 +72,7 @@ def fit(tree: PromptTree, window: Window, *, bos_token_id: int | None) -> Fitted
         bos_token_id: Kept at the start when a prompt that begins with it is cut.
 
     Raises:
-        DataError: Something is too long, and its policy is ``"error"``.
+        DataError: A prompt or completion is too long, and its policy is ``"error"``.
     """
     longest = max(len(ids) for ids in tree.completion_ids)
     prompt_room = window.prompt_room(longest)
@@ -105,7 +105,7 @@ def fit(tree: PromptTree, window: Window, *, bos_token_id: int | None) -> Fitted
 
 
 def cut_left(ids: tuple[int, ...], room: int, bos_token_id: int | None) -> tuple[int, ...]:
-    """Return the last ``room`` tokens, the first of them a BOS where there was one."""
+    """Return the last ``room`` tokens; a leading BOS is kept as the first of them."""
     if room > 1 and ids[0] == bos_token_id:
         return (ids[0], *ids[len(ids) - room + 1 :])
     return ids[len(ids) - room :]
@@ -115,6 +115,6 @@ def _indistinct(tree: PromptTree, completion_ids: tuple[tuple[int, ...], ...]) -
     """Return whether two completions of different preference have become the same tokens."""
     if tree.preference is None:
         return False
-    preferences: dict[tuple[int, ...], float] = {}
+    preferences: dict[tuple[int, ...], float] = {}  # setdefault returns the preference of an earlier equal completion
     pairs = zip(completion_ids, tree.preference, strict=True)
     return any(preferences.setdefault(ids, value) != value for ids, value in pairs)

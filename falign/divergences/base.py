@@ -21,14 +21,14 @@ class Divergence(ABC):
     """An f-divergence ``D_f(π‖π_ref) = E_ref[f(u)]``, with ``u = π/π_ref`` and ``f(1) = f'(1) = 0``.
 
     Every method takes ``log u`` in nats, of any shape and floating dtype, and returns that shape and dtype;
-    half precisions are computed in float32, integers and booleans are taken as numbers in torch's default dtype. For
+    half precisions are computed in float32, integers and booleans are converted to torch's default dtype. For
     ``|log u| ≤ 30`` values agree with exact arithmetic to a relative 1e-6 (float32) or 1e-10 (float64), also near
     u = 1; beyond, growing exponentials continue as their tangent lines, so that values and gradients are finite for
     ``|log u| ≤ 1e4`` in float32 and bfloat16. In float32 a power of u turns into its tangent at e^60 already where that
     comes before 30 nats, as in ``alpha(a)`` for a > 2 or a < -1.
 
     Attributes:
-        name: What :func:`falign.divergences.get` calls it.
+        name: Its name for :func:`falign.divergences.get`.
         f_prime_at_zero: ``f'(0+)``, may be -inf.
         f_prime_at_infinity: ``f'(∞)``, may be +inf.
         second_derivative_at_one: ``f''(1)``; NaN where f has a kink at 1.
@@ -82,8 +82,8 @@ class Divergence(ABC):
             y: Values of f', any shape.
 
         Returns:
-            ``log u``; -inf where ``y ≤ f'(0+)`` and +inf where ``y ≥ f'(∞)``. It inverts the formula, so beyond 30
-            nats not the tangent lines by which :meth:`f_prime` continues.
+            ``log u``; -inf where ``y ≤ f'(0+)`` and +inf where ``y ≥ f'(∞)``. It inverts the formula, not the tangent
+            lines of :meth:`f_prime` beyond 30 nats.
         """
         return _in_its_dtype(self._inverse_or_infinity, y, "y")
 
@@ -121,6 +121,7 @@ class Divergence(ABC):
 
     def _inverse_or_infinity(self, y: Tensor) -> Tensor:
         above, below = y >= self.f_prime_at_infinity, y <= self.f_prime_at_zero
+        # y outside of the range is replaced before the formula, so that neither value nor gradient becomes NaN.
         inside = torch.where(above | below, torch.zeros_like(y), y)
         value = self._f_prime_inverse(inside)
         value = torch.where(above, torch.full_like(y, math.inf), value)
@@ -138,7 +139,7 @@ class Divergence(ABC):
 
     @abstractmethod
     def _conjugate_at(self, log_u: Tensor, y: Tensor) -> Tensor:
-        """``u y - f(u)`` at the maximiser, ``f'(u) = y``, simplified so that nothing cancels."""
+        """``u y - f(u)`` at the maximizer, ``f'(u) = y``, simplified so that nothing cancels."""
 
 
 def _in_its_dtype(function: Callable[[Tensor], Tensor], x: Tensor, name: str) -> Tensor:

@@ -85,7 +85,7 @@ class NeymanChi2(Divergence):
 
 @dataclass(frozen=True)
 class Chi2KL(Divergence):
-    """Half of ``χ²(π‖π_ref)`` plus ``KL(π‖π_ref)``: ``f'(u) = u - 1 + log u``. The regulariser of χPO.
+    """Half of ``χ²(π‖π_ref)`` plus ``KL(π‖π_ref)``: ``f'(u) = u - 1 + log u``. The regularizer of χPO.
 
     Source:
         Huang et al., χPO (arXiv:2407.13399), with link ``u + log u``.

@@ -1,4 +1,4 @@
-"""The one rule of dtypes, for the arguments of all public functions and for the fields of a batch.
+"""The dtype rule for the arguments of all public functions and for the fields of a batch.
 
 Floating-point tensors are taken as they are, half precision in float32. Integers and booleans are numbers too: they are
 taken in torch's default dtype, float32 at least. A complex tensor, or a value that is not a tensor, is refused by name.
@@ -14,18 +14,18 @@ __all__ = ["numbers"]
 
 
 def numbers(x: Shaped[Tensor, "*S"], name: str) -> Float[Tensor, "*S"]:
-    """Return x as numbers of at least float32.
+    """Return x in at least float32.
 
     Args:
-        x: Of any real dtype, any shape.
-        name: What messages call it.
+        x: Any real dtype, any shape.
+        name: Its name in messages.
 
     Returns:
         x itself in float32 and float64; half precision as float32, integers and booleans as torch's default dtype
         (float32 where that is a half precision).
 
     Raises:
-        TypeError: x is complex, or no tensor.
+        TypeError: x is complex, or not a tensor.
 
     Example:
         >>> numbers(torch.tensor([True, False]), "rewards")

@@ -1,4 +1,4 @@
-"""Estimators of ``D_f(π‖π_ref)`` and of its gradient, by where the samples come from.
+"""Estimators of ``D_f(π‖π_ref)`` and of its gradient, by the source of the samples.
 
 =================  ================================  ==================================================
 samples from       value, one sample                 gradient in θ
@@ -8,9 +8,9 @@ reference          ``f(u)``                          ``E_ref[f'(u) u ∇log π]`
 full vocabulary    ``Σ_v π_ref(v) f(π(v)/π_ref(v))`` differentiate
 =================  ================================  ==================================================
 
-Samples of a behaviour policy π_old take the importance weight ``π/π_old`` (policy rows) or ``π_ref/π_old`` (reference
+Samples of a behavior policy π_old take the importance weight ``π/π_old`` (policy rows) or ``π_ref/π_old`` (reference
 row). A value estimate of the policy rows must not be differentiated: on policy samples that gives the gradient of
-another divergence (k3 as a loss is the forward KL). Hence the functions here are named by their use: ``value_*`` are
+another divergence (k3 as a loss is the forward KL). So the functions here are named by their use: ``value_*`` are
 constants, ``loss_*`` have the value's *gradient*.
 """
 
@@ -37,12 +37,12 @@ __all__ = [
     "value_from_reference",
 ]
 
-LARGEST_PENALTY = 1e30  # which a log-prob of 1e4, and 1e3 tokens, multiply within float32
-MODERATE = 10.0  # nats up to which π_ref f(u) loses nothing, whatever power of u is in f
+LARGEST_PENALTY = 1e30  # its product with a log-prob of 1e4 and 1e3 tokens stays within float32
+MODERATE = 10.0  # nats up to which π_ref f(u) loses no accuracy, for any power of u in f
 
 
 def value_from_policy(divergence: Divergence, log_ratio: Shaped[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-    """Return ``f(u)/u``, whose mean over ``y ~ π`` is ``D_f(π‖π_ref)``; never negative, no gradient.
+    """Return ``f(u)/u``; its mean over ``y ~ π`` is ``D_f(π‖π_ref)``. Never negative, no gradient.
 
     Args:
         divergence: f.
@@ -63,7 +63,7 @@ def value_from_policy(divergence: Divergence, log_ratio: Shaped[Tensor, "*S"]) -
 
 
 def value_from_reference(divergence: Divergence, log_ratio: Shaped[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-    """Return ``f(u)``, whose mean over ``y ~ π_ref`` is ``D_f(π‖π_ref)``; never negative, no gradient.
+    """Return ``f(u)``; its mean over ``y ~ π_ref`` is ``D_f(π‖π_ref)``. Never negative, no gradient.
 
     Args:
         divergence: f.
@@ -94,13 +94,13 @@ def loss_from_reference(
     Args:
         divergence: f.
         log_ratio: ``log π - log π_ref``, differentiable in π, any shape, nats.
-        importance_weight: ``π_ref/π_old`` where the samples come from π_old; taken as a constant.
+        importance_weight: ``π_ref/π_old`` if the samples come from π_old; a constant.
 
     Returns:
         One loss per sample.
 
     Source:
-        The law of the samples does not depend on θ, so ``∇E_ref[f(u)] = E_ref[∇f(u)]``.
+        The distribution of the samples does not depend on θ, so ``∇E_ref[f(u)] = E_ref[∇f(u)]``.
 
     Example:
         >>> from falign.divergences import get
@@ -129,25 +129,26 @@ def penalty_from_policy(
 
     Args:
         divergence: f.
-        log_ratio: ``log π - log π_ref`` of each sampled token, shape (N, T), nats; taken as a constant.
+        log_ratio: ``log π - log π_ref`` of each sampled token, shape (N, T), nats; a constant.
         mask: True on completion tokens, shape (N, T).
         level: ``"sequence"``: ``D_f`` of whole completions, ``c_t = f'(u)`` with u their ratio. ``"token"``:
             ``Σ_t D_f(π(·|s_t)‖π_ref(·|s_t))`` on the policy's own prefixes. They differ for every f but KL.
-        credit: At token level, ``"fixed_prefix"`` holds the prefixes' law fixed: ``c_t = f'(u_t)``; ``"returns"`` adds
-            what the token does to later prefixes, ``Σ_{t'>t} f(u_t')/u_t'``: the gradient of the mean under π.
-        importance_log_ratio: ``log π - log π_old`` of each token where the samples come from π_old, shape (N, T). Its
+        credit: At token level, ``"fixed_prefix"`` holds the distribution of prefixes fixed: ``c_t = f'(u_t)``;
+            ``"returns"`` adds the effect on later prefixes, ``Σ_{t'>t} f(u_t')/u_t'``: the gradient of the mean
+            under π.
+        importance_log_ratio: ``log π - log π_old`` of each token if the samples come from π_old, shape (N, T). Its
             weights ``π/π_old`` continue as their tangent line beyond 30 nats, as the divergences do.
-        baseline: Subtracted from ``f'``, shape (N,); it must not depend on the completion's own tokens. It changes the
-            variance, and no mean.
+        baseline: Subtracted from ``f'``, shape (N,); it must not depend on the completion's own tokens. It changes
+            only the variance.
 
     Returns:
-        ``c_t``, shape (N, T), zero outside the mask, without gradient; a product of huge weights stops at 1e30.
+        ``c_t``, shape (N, T), zero outside the mask, without gradient; products of huge weights are capped at 1e30.
 
     Raises:
         ValueError: ``credit="returns"`` at sequence level, where it has no meaning, or an unknown level or credit.
 
     Source:
-        ``∇E_π[g] = E_π[g ∇log π] + E_π[∇g]`` applied to ``f(u)/u``, whose sum is ``f'(u) ∇log π``; at token level the
+        ``∇E_π[g] = E_π[g ∇log π] + E_π[∇g]`` applied to ``f(u)/u``, which sums to ``f'(u) ∇log π``; at token level the
         chain rule over prefixes, and ``E[∇log π(y_t|s_t)] = 0``.
 
     Example:
@@ -167,9 +168,7 @@ def penalty_from_policy(
         importance_weight = power(importance_log_ratio.masked_fill(~mask, 0.0).cumsum(dim=-1))
     if level == "sequence":
         if credit != "fixed_prefix":
-            raise ValueError(
-                f"credit={credit!r} is a choice at level='token'; a whole completion has no later prefixes."
-            )
+            raise ValueError(f"credit={credit!r} needs level='token'; a whole completion has no later prefixes.")
         slope = divergence.f_prime(log_ratio.sum(dim=-1, keepdim=True)) - free
         penalty = (slope * importance_weight[:, -1:]).expand_as(log_ratio)
         return penalty.clamp(-LARGEST_PENALTY, LARGEST_PENALTY).masked_fill(~mask, 0.0)
@@ -180,6 +179,7 @@ def penalty_from_policy(
     penalty = (divergence.f_prime(log_ratio) - free) * importance_weight
     if credit == "returns":
         value = (value_from_policy(divergence, log_ratio) * importance_weight).clamp(max=LARGEST_PENALTY)
+        # Σ_{t'>t}: shift the values left by one token, then sum from the right.
         later = F.pad(value.masked_fill(~mask, 0.0), (0, 1))[:, 1:]
         penalty = penalty + later.flip(-1).cumsum(dim=-1).flip(-1)
     return penalty.clamp(-LARGEST_PENALTY, LARGEST_PENALTY).masked_fill(~mask, 0.0)
@@ -205,11 +205,12 @@ def loss_from_policy(
         mask: True on completion tokens, shape (N, T).
         level: See :func:`penalty_from_policy`.
         credit: See :func:`penalty_from_policy`.
-        old_logprobs: ``log π_old`` of the same tokens where the samples come from π_old, shape (N, T).
+        old_logprobs: ``log π_old`` of the same tokens if the samples come from π_old, shape (N, T).
         baseline: See :func:`penalty_from_policy`.
 
     Returns:
-        One surrogate per completion, shape (N,). Its value means nothing; use :func:`value_from_policy` for that.
+        One surrogate per completion, shape (N,). Only its gradient is meaningful; for the value use
+        :func:`value_from_policy`.
 
     Source:
         See :func:`penalty_from_policy`.
@@ -250,9 +251,9 @@ def loss_from_vocabulary(
         token_divergence: The divergence over the full vocabulary at each position, differentiable, shape (N, T).
         logprobs: ``log π`` of the sampled tokens, shape (N, T), nats; differentiated only with ``credit="returns"``.
         mask: True on completion tokens, shape (N, T).
-        credit: ``"fixed_prefix"`` holds the prefixes' law fixed, so ``w_t`` is a constant; ``"returns"`` differentiates
-            it too: the gradient of the mean under π.
-        old_logprobs: ``log π_old`` of the sampled tokens where they come from π_old, shape (N, T).
+        credit: ``"fixed_prefix"`` holds the distribution of prefixes fixed, so ``w_t`` is a constant; ``"returns"``
+            differentiates it, too: the gradient of the mean under π.
+        old_logprobs: ``log π_old`` of the sampled tokens if they come from π_old, shape (N, T).
 
     Returns:
         One loss per completion, shape (N,).
@@ -275,6 +276,7 @@ def loss_from_vocabulary(
     logprobs, token_divergence = numbers(logprobs, "logprobs"), numbers(token_divergence, "token_divergence")
     old = logprobs if old_logprobs is None else numbers(old_logprobs, "old_logprobs")
     importance_log_ratio = (logprobs - old.detach()).masked_fill(~mask, 0.0)
+    # log w_t sums the tokens before t: shift the ratios right by one token, then sum from the left.
     before = F.pad(importance_log_ratio, (1, 0))[:, :-1].cumsum(dim=-1)
     weight = power(before if credit == "returns" else before.detach())
     return (weight * token_divergence.masked_fill(~mask, 0.0)).sum(dim=-1)
@@ -289,15 +291,15 @@ def full_vocabulary(
 
     Args:
         divergence: f.
-        logprobs: ``log π`` over the vocabulary, normalised, shape (..., V), nats.
-        reference_logprobs: ``log π_ref`` over the vocabulary, normalised, shape (..., V).
+        logprobs: ``log π`` over the vocabulary, normalized, shape (..., V), nats.
+        reference_logprobs: ``log π_ref`` over the vocabulary, normalized, shape (..., V).
 
     Returns:
         The divergence at each position, shape (...).
 
     Source:
-        The definition; where ``u > 1`` a summand is written ``π f(u)/u``, which does not multiply a tiny probability by
-        a huge power of u.
+        The definition. Where ``u > 1`` a summand is written ``π f(u)/u``, to avoid multiplying a tiny probability by a
+        huge power of u.
 
     Example:
         >>> from falign.divergences import get
@@ -307,12 +309,12 @@ def full_vocabulary(
     """
     logprobs = numbers(logprobs, "logprobs")
     reference_logprobs = numbers(reference_logprobs, "reference_logprobs").detach()
-    # Tokens that neither can produce count nothing; where one cannot, the ratio is as large as the numerics go. A NaN
-    # stays one.
+    # A token that neither model can produce contributes 0. If only one can, the ratio is clamped to the range of the
+    # numerics. NaN stays NaN.
     neither = (logprobs == -torch.inf) & (reference_logprobs == -torch.inf)
     log_ratio = (logprobs - reference_logprobs).masked_fill(neither, 0.0).clamp(-1e4, 1e4)
     if log_ratio.device.type == "cpu" and log_ratio.amax() <= MODERATE:
-        # Both forms of a summand are one function; a look at the values is free here, and saves the half.
+        # Both forms of a summand are equal here. On a CPU looking at the values is free, and saves half of the work.
         return (reference_logprobs.exp() * divergence.f(log_ratio)).sum(dim=-1)
     below = reference_logprobs.exp() * divergence.f(torch.clamp(log_ratio, max=0.0))
     above = logprobs.exp() * divergence.dual().f(torch.clamp(-log_ratio, max=0.0))

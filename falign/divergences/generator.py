@@ -1,4 +1,4 @@
-"""A divergence from a user's own generator f(u), and its dual."""
+"""Divergences from a user's own generator f(u), and their duals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Ends = tuple[float, float]
 BISECTIONS = 80
 ROUNDING = torch.finfo(torch.float64).eps
 GRID = torch.linspace(-LINEAR_BEYOND, LINEAR_BEYOND, 241, dtype=torch.float64)  # log u
-LIMIT_SCALES = (300.0, 120.0, LINEAR_BEYOND)  # how far out, in log u, f' is taken for its limit
+LIMIT_SCALES = (300.0, 120.0, LINEAR_BEYOND)  # values of log u at which the limit of f' is measured
 
 
 def from_generator(
@@ -38,12 +38,12 @@ def from_generator(
     Args:
         f: ``f(u)`` as a torch function of ``u > 0``, elementwise, differentiable, convex; it may have kinks. It need
             not be in normal form: ``f(1)`` and ``f'(1) (u - 1)`` are subtracted. It is called in float64.
-        name: What messages and metrics call it.
+        name: Its name in messages and metrics.
         f_prime_at_zero: ``f'(0+)`` of the normal form; measured when not given.
         f_prime_at_infinity: ``f'(∞)`` of the normal form; measured when not given.
 
     Returns:
-        A divergence with everything that the built-in ones have. Beyond ``|log u| = 30``, and where a single precision
+        A divergence with the full interface of the built-in ones. Beyond ``|log u| = 30``, and where single precision
         would overflow (e^60), f and f' continue as their tangent lines in ``log u``. The dual is ``u f(1/u)`` of f
         itself, and its limits follow from f: ``f°'(∞) = f(0)``, and ``f°'(0+) = -f*(f'(∞))``.
 
@@ -99,7 +99,7 @@ def from_generator(
 
 
 class _Continued(Divergence):
-    """A divergence in float64 whose f and f' continue as their tangent lines in ``log u`` far out."""
+    """A divergence in float64. Far out, f and f' continue as their tangent lines in ``log u``."""
 
     @abstractmethod
     def _value(self, log_u: Tensor) -> Tensor:
@@ -149,12 +149,12 @@ class _Continued(Divergence):
 
     @cached_property
     def _slope_from(self) -> float:
-        """The ``log u`` below which the formula of f' is lost in rounding."""
+        """The ``log u`` below which rounding error dominates the formula of f'."""
         return -math.inf
 
     @cached_property
     def _reaches(self) -> dict[torch.dtype, Ends]:
-        """Between which ``log u`` the formulas are used: 30 nats, less where f or a derivative would overflow."""
+        """The range of ``log u`` in which the formulas are used: 30 nats, less if f or a derivative would overflow."""
         size = torch.stack([self._value(GRID), self._slope(GRID), self._rate(GRID)]).abs().amax(dim=0)
         found = {}
         for dtype, exponent in LARGEST_EXPONENT.items():
@@ -179,7 +179,7 @@ class _Continued(Divergence):
 class GeneratorDivergence(_Continued):
     """``f(u) - f(1) - f'(1)(u - 1)`` of a user's own f, from :func:`from_generator`.
 
-    It is equal to another one with the same function object.
+    Two divergences of the same function object are equal.
 
     Source:
         See :func:`from_generator`.
@@ -217,7 +217,7 @@ class GeneratorDivergence(_Continued):
     def limit_at_zero(self) -> float:
         """Return ``f(0)``, which may be infinite.
 
-        ``f(u) + ∫ (-t f'(t)) d log t``: where ``-u f'(u)`` does not fall towards u = 0, the integral has no end.
+        ``f(u) + ∫ (-t f'(t)) d log t``: if ``-u f'(u)`` does not fall toward u = 0, the integral diverges.
         """
         x = torch.tensor([-20.0, -28.0], dtype=torch.float64)
         value, growth = self._value(x)[1].item(), (-x.exp() * self._slope(x)).tolist()
@@ -228,9 +228,9 @@ class GeneratorDivergence(_Continued):
         return u * _slope(self.generator, u) - self.generator(u) + self.value_at_one - self.slope_at_one
 
     def conjugate_of_slope(self, log_u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``f*(f'(u)) = u f'(u) - f(u)``, by how much it grows for each nat, ``u² f''(u)``, and its rounding.
+        """Return ``f*(f'(u)) = u f'(u) - f(u)``, its growth per nat, ``u² f''(u)``, and its rounding error.
 
-        Far out both of its parts are much larger than itself.
+        Far out it is a small difference of two large numbers, so its rounding error matters.
         """
         u = log_u.exp()
         with torch.no_grad():
@@ -242,7 +242,7 @@ class GeneratorDivergence(_Continued):
     def conjugate_at_the_end(self) -> float:
         """Return ``f*(f'(∞)) = lim u f'(u) - f(u)``, which may be infinite.
 
-        It is followed just as far as its growth is clear of its rounding.
+        It is followed only as far as its growth clearly exceeds its rounding error.
         """
         if self.f_prime_at_infinity == math.inf:
             return math.inf
@@ -287,7 +287,7 @@ class GeneratorDual(_Continued):
     @cached_property
     @override
     def _slope_from(self) -> float:
-        # On the left f°' is a difference; where it is lost in rounding, its tangent line is nearer to it.
+        # On the left f°' is a difference. Where rounding error dominates it, its tangent line is more accurate.
         x = GRID[GRID >= 0]
         value, growth, rounding = self.primal.conjugate_of_slope(x)
         lost = (rounding > 1e-9 * (1 + value.abs())) & (growth < 1e3 * rounding)
@@ -299,7 +299,7 @@ class GeneratorDual(_Continued):
 
 
 class _DualSlope(torch.autograd.Function):
-    """``f(v) - v f'(v)``, whose derivative in ``log u`` is ``v² f''(v)``; autograd would find it as a difference."""
+    """``f(v) - v f'(v)``, with the derivative ``v² f''(v)`` in ``log u``; autograd would compute a difference."""
 
     @staticmethod
     def forward(ctx: Any, log_u: Tensor, dual: GeneratorDual) -> Tensor:
@@ -314,11 +314,11 @@ class _DualSlope(torch.autograd.Function):
 
 
 def _slope(f: Generator, u: Tensor) -> Tensor:
-    """``f'(u)`` of an elementwise f, differentiable once more where u asks for it."""
+    """``f'(u)`` of an elementwise f, differentiable again if u requires a gradient."""
     with torch.inference_mode(False), torch.enable_grad():
         at = u if u.requires_grad else u.detach().clone().requires_grad_()
         value = f(at)
-        if not value.requires_grad:  # f' of a line, which is a constant
+        if not value.requires_grad:  # f is f' of a line, which is a constant
             return torch.zeros_like(at)
         (slope,) = torch.autograd.grad(value.sum(), at, create_graph=u.requires_grad, materialize_grads=True)
     return slope
@@ -331,7 +331,7 @@ def _value_and_slope(f: Generator, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check(f: Generator, name: str) -> None:
-    """Refuse a generator that is not fit for use."""
+    """Refuse a generator that cannot define a divergence."""
     u = GRID.exp()
     with torch.inference_mode(False), torch.enable_grad():
         value = f(u.clone().requires_grad_())
@@ -374,13 +374,13 @@ def _check(f: Generator, name: str) -> None:
 
 
 def _rounding(rising: Generator, u: Tensor) -> Tensor:
-    """By how much a function that never falls in u does fall between neighbours of u: by rounding."""
+    """The rounding error of a non-decreasing function: how far it falls between neighbors of u."""
     near = torch.stack([rising(u * (1 + k * 2.0**-50)) for k in (-3, -2, -1, 0, 1, 2, 3)])
     return (near.cummax(dim=0).values - near).amax(dim=0)
 
 
 def _second_derivative_at_one(f: Generator) -> float:
-    """``f''(1)``; NaN where the slopes on both sides do not fit to it, which is a kink."""
+    """``f''(1)``; NaN at a kink, where the slopes on both sides do not agree with it."""
     width = torch.tensor([1e-5, 1e-6], dtype=torch.float64)
     curvature = _slope(lambda u: _slope(f, u), torch.ones(1, dtype=torch.float64)).item()
     rise = _slope(f, 1 + width) - _slope(f, 1 - width)
@@ -389,9 +389,9 @@ def _second_derivative_at_one(f: Generator) -> float:
 
 
 def _measured_limit(f: Generator, sign: int, slope_at_one: float) -> tuple[float | None, float]:
-    """Return the limit of f', None where that is unclear, and f' as far out as it is finite and not lost in rounding.
+    """Return the limit of f' (None if it is unclear), and f' as far out as it is finite and accurate.
 
-    It is bounded if doubling ``log u`` hardly moves it, and infinite if it keeps moving.
+    The limit is finite if doubling ``log u`` hardly changes f', and infinite if f' keeps growing.
     """
     for scale in LIMIT_SCALES:
         u = (sign * scale * torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64)).exp()
@@ -409,9 +409,9 @@ def _measured_limit(f: Generator, sign: int, slope_at_one: float) -> tuple[float
 
 
 def _limit_of_tail(value: float, growth: list[float], *, step: float, negligible: float, tolerance: float) -> float:
-    """The limit of a rising function of x from its value at a point, and its growth there and ``step`` before.
+    """The limit of a rising function of x, from its value at a point, and its growth there and ``step`` before.
 
-    Growth by ``e^{-ax}`` adds up to a limit; growth that does not fall, to infinity.
+    Growth of ``e^{-ax}`` has a finite sum; growth that does not fall has an infinite one.
     """
     before, now = growth
     if now <= negligible:

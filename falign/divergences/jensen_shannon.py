@@ -1,4 +1,4 @@
-"""Divergences from the mixture of policy and reference: bounded, and gentle on both sides."""
+"""Divergences from the mixture of policy and reference; they are bounded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class GeneralizedJS(Divergence):
 
     Attributes:
         b: Weight of the policy in the mixture, in (0, 1).
-        rest: ``1 - b``; the dual of a tiny b passes it on, where the difference would lose its digits.
+        rest: ``1 - b``; the dual of a tiny b passes it on, because the difference would lose digits.
 
     Source:
         Lin 1991 (skewed Jensen-Shannon); the distillation loss of Agarwal et al., GKD (arXiv:2306.13649).
@@ -34,7 +34,7 @@ class GeneralizedJS(Divergence):
     rest: float = field(default=math.nan, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not 0.0 < 1 - self.b < 1.0:  # a b below 1e-16 is an end too
+        if not 0.0 < 1 - self.b < 1.0:  # also refuses a b below 1e-16, for which 1 - b rounds to 1
             raise ValueError(f"generalized_js needs 0 < b < 1, got b={self.b!r}; at the ends it is 0 everywhere.")
         object.__setattr__(self, "b", float(self.b))
         object.__setattr__(self, "rest", 1 - self.b if math.isnan(self.rest) else self.rest)
@@ -85,7 +85,7 @@ class JensenShannon(Divergence):
     """Twice the Jensen-Shannon divergence: ``f(u) = u log u - (u+1) log((u+1)/2)``, ``f'(u) = log(2u/(1+u))``.
 
     Source:
-        Wang et al., f-DPO (arXiv:2309.16240), Table 1, whose scale this is.
+        Wang et al., f-DPO (arXiv:2309.16240), Table 1, with its scale.
     """
 
     name = "jensen_shannon"

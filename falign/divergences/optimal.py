@@ -17,7 +17,7 @@ BISECTIONS = 100
 
 
 def optimal_weights(rewards: Shaped[Tensor, "*P M"], divergence: Divergence, beta: float) -> Float[Tensor, "*P M"]:
-    """Return ``w_i = π*(y_i)/π_ref(y_i)`` of the policy that maximises ``E_π[r] - β D_f(π‖π_ref)``.
+    """Return ``w_i = π*(y_i)/π_ref(y_i)`` of the policy that maximizes ``E_π[r] - β D_f(π‖π_ref)``.
 
     ``w_i = (f')⁻¹((r_i - λ)/β)``, 0 where that is below ``f'(0+)``, with λ such that the mean of w is 1.
 
@@ -40,7 +40,7 @@ def optimal_weights(rewards: Shaped[Tensor, "*P M"], divergence: Divergence, bet
         >>> rewards = torch.tensor([0.0, 0.0, 1.0])
         >>> optimal_weights(rewards, get("reverse_kl"), beta=0.5)  # proportional to exp(r/β)
         tensor([0.3195, 0.3195, 2.3610])
-        >>> optimal_weights(rewards, get("pearson_chi2"), beta=0.1)  # the worst are given up
+        >>> optimal_weights(rewards, get("pearson_chi2"), beta=0.1)  # the worst get weight 0
         tensor([0., 0., 3.])
     """
     if rewards.ndim == 0 or rewards.numel() == 0:
@@ -52,7 +52,8 @@ def optimal_weights(rewards: Shaped[Tensor, "*P M"], divergence: Divergence, bet
         place = (~finite).nonzero()[0].tolist()
         raise ValueError(f"rewards{place} is {rewards[~finite][0].item()}; each reward must be finite.")
     r = rewards.double()
-    r = r - r.amax(dim=-1, keepdim=True)  # λ is found to the rounding of r, which is then least for the largest weights
+    # λ is as accurate as the rounding of r, which after this shift is smallest for the largest weights.
+    r = r - r.amax(dim=-1, keepdim=True)
 
     def weights(multiplier: Tensor) -> Tensor:
         return divergence.f_prime_inverse((r - multiplier) / beta).exp()
@@ -64,7 +65,7 @@ def optimal_weights(rewards: Shaped[Tensor, "*P M"], divergence: Divergence, bet
         too_many = weights(middle).mean(dim=-1, keepdim=True) > 1
         low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
     w, above = weights(high), weights(low)
-    # Where f' has a jump at its upper end (total variation), what is given up goes to the best, in equal parts.
+    # If f' jumps at its upper end (total variation), the best samples share the missing weight equally.
     best = torch.isinf(above)
     step = torch.where(best.any(dim=-1, keepdim=True), best.double(), above - w)
     missing = 1 - w.mean(dim=-1, keepdim=True)

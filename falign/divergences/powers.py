@@ -59,7 +59,7 @@ def powerm1(log_u: Float[Tensor, "*S"], exponent: float = 1.0) -> Float[Tensor, 
 
 
 def _exponent(log_u: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """``factor · log_u`` in two parts: what the exponential takes, and a rest that its tangent line takes.
+    """``factor · log_u`` in two parts: the argument of the exponential, and a rest for its tangent line.
 
     The rest is what lies beyond the turning point and, in float32, the rounding error of the product: left out, an
     exponent of 30 would cost 2e-6 of the exponential.
@@ -79,7 +79,7 @@ def log_mixture(log_u: Float[Tensor, "*S"], weight: float, rest: float) -> Float
     Args:
         log_u: ``log u``, any shape, nats.
         weight: ``w``, in (0, 1).
-        rest: ``c``; both are asked for, because ``1 - w`` loses the smaller one's digits.
+        rest: ``c``; a separate argument, because ``1 - w`` would lose digits if c is small.
 
     Returns:
         The logarithm, exact to rounding near u = 1 and for any size of ``log u``.
@@ -90,11 +90,11 @@ def log_mixture(log_u: Float[Tensor, "*S"], weight: float, rest: float) -> Float
     """
     inside = torch.clamp(log_u, -LINEAR_BEYOND, LINEAR_BEYOND)
     change = weight * _Expm1.apply(inside)
-    # Near u = 1 log1p has no cancellation; towards w u + c = 0 it has. Its argument is clamped where it is not used,
+    # Near u = 1 log1p has no cancellation; toward w u + c = 0 it has. Its argument is clamped where it is not used,
     # because torch.where would multiply an infinite derivative by 0.
     near = torch.log1p(torch.clamp(change, min=-0.5))
     low = torch.log(rest + weight * torch.exp(inside))
-    # log(e^a + e^b), as torch.logaddexp has it; its own second derivative is inf/inf where a and b are far apart.
+    # log(e^a + e^b); torch.logaddexp has a second derivative of inf/inf if a and b are far apart.
     ahead = log_u + (math.log(weight) - math.log(rest))
     far = torch.where(ahead > 0, log_u + math.log(weight) - F.logsigmoid(ahead), math.log(rest) - F.logsigmoid(-ahead))
     return torch.where(log_u.abs() <= LINEAR_BEYOND, torch.where(change < -0.5, low, near), far)
@@ -132,7 +132,7 @@ def alpha_generator(log_u: Float[Tensor, "*S"], alpha: float) -> Float[Tensor, "
         The generator, zero at u = 1 and positive elsewhere.
 
     Source:
-        Near u = 1 the power series ``Σ_{k≥2} c_k (log u)^k / k!`` with ``c_2 = 1``, ``c_{k+1} = 1 + (1-α) c_k``, whose
+        Near u = 1 the power series ``Σ_{k≥2} c_k (log u)^k / k!`` with ``c_2 = 1``, ``c_{k+1} = 1 + (1-α) c_k``; its
         terms do not cancel. Elsewhere ``(u (L_α(u) - 1) + 1)/(1-α)`` or ``(u - 1 - L_{α-1}(u))/α``, ``L`` the
         α-logarithm; each is used on the side where its denominator is at least 1/2.
 
@@ -150,7 +150,7 @@ def alpha_generator(log_u: Float[Tensor, "*S"], alpha: float) -> Float[Tensor, "
 
 
 class _Expm1(torch.autograd.Function):
-    """``e^x - 1`` whose derivative is ``e^x``; torch's is ``(e^x - 1) + 1``, which is 0 long before ``e^x`` is."""
+    """``e^x - 1`` with the derivative ``e^x``; torch's is ``(e^x - 1) + 1``, which is 0 long before ``e^x`` is."""
 
     generate_vmap_rule = True
 

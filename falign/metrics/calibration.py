@@ -37,7 +37,7 @@ Binning = Literal["equal_width", "equal_mass"]
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """Some predictions of like confidence: its mean, the share that is right, and how many there are."""
+    """Predictions of similar confidence: mean confidence, share of correct ones, and their number."""
 
     confidence: float
     accuracy: float
@@ -45,7 +45,7 @@ class ReliabilityBin:
 
 
 class CalibrationSummary(NamedTuple):
-    """Expected calibration error, Brier score, and the reliability curve that the first is made of."""
+    """Expected calibration error, Brier score, and the reliability curve behind the former."""
 
     ece: float
     brier: float
@@ -58,7 +58,7 @@ def probabilities(margins: Numbers) -> Array:
 
 
 def sided(probability: Array, label: Array) -> tuple[Array, Array]:
-    """Return the confidence ``max(p, 1 - p)``, and how right the more probable side is: y, 1 - y, or ½ at p = ½."""
+    """Return the confidence ``max(p, 1 - p)``, and the correctness of the more probable side: y, 1 - y, or ½."""
     side = np.sign(probability - 0.5)
     return np.maximum(probability, 1 - probability), 0.5 + side * (label - 0.5)
 
@@ -71,11 +71,11 @@ def reliability_curve(
     binning: Binning = "equal_width",
     lowest: float = 0.5,
 ) -> tuple[ReliabilityBin, ...]:
-    """Return the mean confidence and the share that is right of each bin of confidence.
+    """Return the mean confidence and the share of correct predictions in each bin of confidence.
 
     Args:
         confidence: From ``lowest`` to 1.
-        right: How right each is, from 0 to 1.
+        right: Correctness of each prediction, from 0 to 1.
         num_bins: B.
         binning: ``"equal_width"``: edges ``lowest + (1 - lowest) i/B``; ``"equal_mass"``: the quantiles i/B of the
             confidences. A bin has its upper edge, the first one its lower edge too; equal confidences stay together.
@@ -85,7 +85,7 @@ def reliability_curve(
         The bins that are not empty, in rising order.
 
     Raises:
-        ValueError: The values are none, not as many of both, or out of range; or there is no such binning.
+        ValueError: There are no values, different numbers of both, or values out of range; or the binning is unknown.
 
     Example:
         >>> reliability_curve([0.5, 0.875, 0.9375, 1.0], [0.0, 1.0, 1.0, 0.5], num_bins=2)[1]
@@ -122,7 +122,7 @@ def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
 
 
 def brier_score(probability: Numbers, label: Numbers) -> float:
-    """Return the mean of ``(p - y)²``, which does not depend on which one is named first.
+    """Return the mean of ``(p - y)²``; swapping the two completions of a pair does not change it.
 
     Source:
         Brier (1950), Verification of forecasts expressed in terms of probability.
@@ -145,20 +145,20 @@ def calibration(
     num_bins: int = 10,
     binning: Binning = "equal_width",
 ) -> CalibrationSummary:
-    """Return how well σ of the margins predicts which of two completions is preferred.
+    """Return the calibration of σ(margin) as the probability that the first completion is preferred.
 
     Args:
         margins: ``r(first) - r(second)`` of each pair, nats: for an implicit reward β (f'(u_first) - f'(u_second)).
-        labels: 1 where the first is preferred, 0 where the second is, or a share between; by default 1 everywhere, for
-            margins of chosen minus rejected.
-        num_bins: Of the confidence ``max(p, 1 - p)``, from ½ to 1.
+        labels: 1 if the first is preferred, 0 if the second is, or a share between; default: 1 everywhere, for margins
+            of chosen minus rejected.
+        num_bins: Number of bins of the confidence ``max(p, 1 - p)``, from ½ to 1.
         binning: See :func:`reliability_curve`.
 
     Returns:
         The expected calibration error, the Brier score and the curve.
 
     Raises:
-        ValueError: A margin is NaN, a label is not between 0 and 1, or there are not as many of both.
+        ValueError: A margin is NaN, a label is not between 0 and 1, or their numbers differ.
 
     Example:
         >>> summary = calibration([0.0, 2.0, 2.0, -2.0])  # confidences 0.5 and three times 0.88, two of them right
@@ -176,14 +176,14 @@ def calibration(
 
 
 class Calibration(evaluate.Metric):
-    """:func:`calibration` of margins (predictions) against which one is preferred (references)."""
+    """:func:`calibration` of margins (predictions) against labels of preference (references)."""
 
     @override
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=__doc__ or "",
             citation="",
-            inputs_description="predictions: of each pair the reward of the first minus that of the second. "
+            inputs_description="predictions: for each pair, the reward of the first minus that of the second. "
             "references: 1 where the first is preferred, 0 where the second is.",
             features=datasets.Features(
                 {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}

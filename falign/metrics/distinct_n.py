@@ -1,4 +1,4 @@
-"""distinct-n: the share of different n-grams among all n-grams of some completions."""
+"""distinct-n: the share of distinct n-grams among all n-grams of some completions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DistinctN(evaluate.Metric):
             citation="Li et al., A Diversity-Promoting Objective Function for Neural Conversation Models, "
             "arXiv:1510.03055",
             inputs_description="predictions: completions. n: lengths of n-grams. prompts: the prompt of each "
-            "completion; the result is then the mean over prompts of what their completions have among themselves.",
+            "completion; the result is then the mean over prompts of the value among their completions.",
             features=datasets.Features({"predictions": row}),
         )
 

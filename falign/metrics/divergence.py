@@ -1,8 +1,8 @@
 """The divergence of a policy from its reference, by every estimator that the samples allow.
 
 ``falign.divergences.estimators`` has the formulas; here are their means over completions, with intervals. All of them
-are of ``D_f(π‖π_ref)``, over whole completions or summed over tokens, and none assumes more than it is told: samples of
-another law than the policy take importance weights.
+are of ``D_f(π‖π_ref)``, over whole completions or summed over tokens. Samples from another distribution than the policy
+take importance weights.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def divergence_values(
     old_logprobs: Rows | None = None,
     token_divergences: Rows | None = None,
 ) -> dict[str, Tensor]:
-    """Return one value per completion of each estimator, whose means over the samples' law are divergences.
+    """Return one value per completion for each estimator; their means over the samples are divergences.
 
     With ``u_t = π/π_ref`` of a token, u that of the completion, and w_t, w the weights ``π/π_s`` of the prefix before
     token t and of the whole completion, 1 on the policy's own samples:
@@ -49,23 +49,23 @@ def divergence_values(
     * ``log_ratio``: ``w log u`` for the reverse KL, ``-(w/u) log u`` for the forward KL: ``sequence`` without the terms
       of mean 0 that keep it from being negative. Its variance stays small where u leaves the range of a sample.
 
-    For the KL divergences all four have one mean; for every other f that of whole completions is another one.
+    For the KL divergences all four have the same mean; for every other f whole completions have a different mean.
 
     Args:
         divergence: f, or its name.
         logprobs: For each completion ``log π`` of its tokens, nats.
         reference_logprobs: ``log π_ref`` of the same tokens.
-        samples: Their law π_s: the ``"policy"``, the ``"reference"``, or an ``"old"`` policy, at temperature 1 and
-            without truncation.
+        samples: Their distribution π_s: the ``"policy"``, the ``"reference"``, or an ``"old"`` policy, at temperature 1
+            and without truncation.
         old_logprobs: ``log π_old`` of the same tokens, for old samples.
-        token_divergences: ``D_f`` over the whole vocabulary at each token, where it was computed.
+        token_divergences: ``D_f`` over the whole vocabulary at each token, if it was computed.
 
     Returns:
         By estimator, one value per completion, float64.
 
     Raises:
-        ValueError: Rows of unlike lengths, values that are not finite, ``old_logprobs`` without old samples or the
-            reverse, or an unknown law.
+        ValueError: Rows of different lengths, NaN or infinite values, ``old_logprobs`` without old samples or the
+            reverse, or an unknown distribution.
 
     Example:
         >>> divergence_values("forward_kl", [[-1.0, -2.0]], [[-1.5, -2.0]])["sequence"]  # -log u/u + 1 - 1/u
@@ -78,19 +78,19 @@ def divergence_values(
         raise ValueError(f"samples={samples!r} {'needs' if samples == 'old' else 'has no use for'} old_logprobs.")
     policy, mask = _padded(logprobs, "logprobs", like=logprobs)
     reference, _ = _padded(reference_logprobs, "reference_logprobs", like=logprobs)
-    law = {"policy": policy, "reference": reference}.get(samples)
-    if law is None:
-        law, _ = _padded([] if old_logprobs is None else old_logprobs, "old_logprobs", like=logprobs)
-    log_ratio, log_weight = policy - reference, policy - law
+    sampler = {"policy": policy, "reference": reference}.get(samples)
+    if sampler is None:
+        sampler, _ = _padded([] if old_logprobs is None else old_logprobs, "old_logprobs", like=logprobs)
+    log_ratio, log_weight = policy - reference, policy - sampler
     whole, whole_weight = log_ratio.sum(dim=-1), log_weight.sum(dim=-1)
-    before = power(log_weight.cumsum(dim=-1) - log_weight)
+    before = power(log_weight.cumsum(dim=-1) - log_weight)  # w_t: the product over the tokens before t
     values = {
         "sequence": _value(f, whole, whole_weight, samples),
         "token": (before * _value(f, log_ratio, log_weight, samples)).masked_fill(~mask, 0.0).sum(dim=-1),
     }
     if token_divergences is not None:
         per_token, _ = _padded(token_divergences, "token_divergences", like=logprobs)
-        values["vocabulary"] = estimators.loss_from_vocabulary(per_token, policy, mask, old_logprobs=law)
+        values["vocabulary"] = estimators.loss_from_vocabulary(per_token, policy, mask, old_logprobs=sampler)
     if f == divergences.get("reverse_kl"):
         values["log_ratio"] = power(whole_weight) * whole
     if f == divergences.get("forward_kl"):
@@ -109,11 +109,10 @@ def divergence_estimates(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Return the means of :func:`divergence_values`, whose arguments these are, with intervals over completions.
+    """Return the means of :func:`divergence_values`, with the same arguments and with intervals over completions.
 
-    An interval knows only what was drawn: where u varies over orders of magnitude, the few completions that make up the
-    mean may be missing, and estimate and interval are then too low together. ``vocabulary`` and ``log_ratio`` suffer
-    least.
+    If u varies over orders of magnitude, the few completions that dominate the mean may not be sampled. Then estimate
+    and interval are too low together. ``vocabulary`` and ``log_ratio`` suffer least.
     """
     values = divergence_values(
         divergence,
@@ -143,7 +142,7 @@ class DivergenceFromReference(evaluate.Metric):
             description=__doc__ or "",
             citation="",
             inputs_description="predictions: log-probabilities of each completion's tokens under the policy. "
-            "references: the same under the reference. divergence: a name of falign's. samples: which law the "
+            "references: the same under the reference. divergence: a name of falign's. samples: which model the "
             "completions come from.",
             features=datasets.Features({"predictions": row, "references": row}),
         )
@@ -179,14 +178,14 @@ def _value(f: Divergence, log_ratio: Tensor, log_weight: Tensor, samples: Sample
         return estimators.value_from_policy(f, log_ratio)
     if samples == "reference":
         return estimators.value_from_reference(f, log_ratio)
-    # π/π_old f(u)/u and π_ref/π_old f(u) are one number; of the two, the one without a huge power of u is computed.
+    # π/π_old f(u)/u and π_ref/π_old f(u) are equal; compute the one without a huge power of u.
     above = power(log_weight) * estimators.value_from_policy(f, log_ratio.clamp(min=0.0))
     below = power(log_weight - log_ratio) * estimators.value_from_reference(f, log_ratio.clamp(max=0.0))
     return torch.where(log_ratio > 0, above, below)
 
 
 def _padded(rows: Rows, name: str, *, like: Rows) -> tuple[Tensor, Tensor]:
-    """Rows as one tensor with zeros behind them, and where they have values."""
+    """The rows as one tensor padded with zeros, and the mask of their values."""
     if len(rows) != len(like) or len(like) == 0:
         raise ValueError(f"{name} has {len(rows)} completions and logprobs {len(like)}; give one or more of both.")
     arrays = [float_array(row, f"{name}[{i}]") for i, row in enumerate(rows)]
@@ -201,5 +200,7 @@ def _padded(rows: Rows, name: str, *, like: Rows) -> tuple[Tensor, Tensor]:
     finite = torch.isfinite(padded)
     if not finite.all():
         i, t = (~finite).nonzero()[0].tolist()
-        raise ValueError(f"{name}[{i}][{t}] is {arrays[i][t]}; it must be finite: every law here can draw every token.")
+        raise ValueError(
+            f"{name}[{i}][{t}] is {arrays[i][t]}; it must be finite: every token has a probability above 0."
+        )
     return padded, mask

@@ -1,4 +1,4 @@
-"""Entropy, in nats: of the policy by its own distributions at each token, and of a sample by its frequencies."""
+"""Entropy in nats: of the policy, from its distribution at each token, and of a sample, from its frequencies."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def token_entropy(entropies: Sequence[Numbers], *, level: float = 0.95, seed: in
     """Return the mean entropy per token: ``Σ_i Σ_t H(π(·|s_it)) / Σ_i T_i``.
 
     Args:
-        entropies: For each completion that of the policy's distribution at each of its tokens.
-        level: Of the interval, which resamples completions.
-        seed: Of the resampling.
+        entropies: For each completion, the entropy of the policy's distribution at each of its tokens.
+        level: Nominal coverage of the interval, which resamples completions.
+        seed: Seed of the resampling.
 
     Returns:
         The mean over all tokens and its interval, nats.
@@ -56,8 +56,8 @@ def plug_in_entropy(symbols: Iterable[Hashable], *, miller_madow: bool = False) 
 
     Args:
         symbols: One or more.
-        miller_madow: Add ``(K - 1)/(2N)`` for K different ones among N: what the plain estimate, which is too low,
-            lacks where N is not small against K. It never exceeds log N by itself.
+        miller_madow: Add the bias correction ``(K - 1)/(2N)`` for K distinct symbols among N. The plain estimate is
+            too low, and never exceeds log N.
 
     Returns:
         The entropy of the sample, nats.
@@ -109,7 +109,7 @@ class Entropy(evaluate.Metric):
     def _compute(  # pyright: ignore[reportIncompatibleMethodOverride]: called with the features by name
         self,
         *,
-        predictions: list[Any],  # entropies, or what ngrams are of
+        predictions: list[Any],  # entropies, texts or tokens
         n: Sequence[int] = (1, 2),
         miller_madow: bool = False,
         level: float = 0.95,

@@ -1,4 +1,4 @@
-"""Confidence intervals: the bootstrap for any statistic, Wilson's for a share."""
+"""Confidence intervals: the bootstrap for any statistic, Wilson's for a proportion."""
 
 from __future__ import annotations
 
@@ -72,19 +72,19 @@ def bootstrap(
 ) -> Interval | Intervals:
     """Return a statistic of some samples with its percentile interval under resampling with replacement.
 
-    The samples are what is independent: with several completions per prompt, the prompts.
+    The samples must be independent units: with several completions per prompt, the prompts.
 
     Args:
         statistic: Takes indices into the samples, shape (n,), and returns a float or an array of floats for these.
         samples: Their number n, or anything of that length.
         strata: The stratum of each sample, such as its subset; a sample is only replaced by one of its own stratum,
             so that each keeps its size, and ``strata[i]`` is also that of the i-th index.
-        num_resamples: How often the statistic is computed anew.
-        level: The probability with which the interval is to cover.
-        seed: Of the resampling; equal seeds give equal intervals.
+        num_resamples: Number of resamples.
+        level: The nominal coverage of the interval.
+        seed: Seed of the resampling; equal seeds give equal intervals.
 
     Returns:
-        The statistic of the samples as they are, and its interval; of an array, one for each entry.
+        The statistic of the samples and its interval; for an array, one for each entry.
 
     Raises:
         ValueError: There are no samples, not one stratum for each, no resamples, a level outside of (0, 1), or a
@@ -111,7 +111,8 @@ def bootstrap(
     if np.isnan(value).any():
         raise ValueError("The statistic of the samples is NaN; leave out the samples or entries that have none.")
 
-    # The members of each stratum stand together in `order`, from `start` on; each sample knows those of its own.
+    # `order` lists the samples by stratum. Sample i may be replaced by order[start[i] : start[i] + sizes[i]], the
+    # members of its stratum, so one call of the generator resamples all strata.
     number = {stratum: i for i, stratum in enumerate(dict.fromkeys([0] if strata is None else strata))}
     member_of = np.zeros(size, dtype=np.int64) if strata is None else np.array([number[s] for s in strata])
     order = np.argsort(member_of, kind="stable")
@@ -131,16 +132,16 @@ def bootstrap(
 
 
 def wilson(successes: float | int, total: int, *, ties: int = 0, level: float = 0.95) -> Interval:
-    """Return a share with Wilson's score interval, which stays within 0 and 1 and is honest near both.
+    """Return a proportion with Wilson's score interval, which stays within 0 and 1 and is accurate near both.
 
-    Ties that count half make the share more certain than as many whole successes and failures would. Few ties prove
-    little of that, though, so their share is taken as ``T/(n + z²)`` instead of ``T/n``.
+    Ties that count half have less variance than full successes and failures, so the interval is narrower. A few ties
+    are weak evidence of that, so their share is estimated as ``T/(n + z²)`` instead of ``T/n``.
 
     Args:
-        successes: How many of the samples, ties counting one half.
+        successes: Number of successes, ties counting one half.
         total: n, number of samples, positive.
-        ties: T, how many of the samples are ties.
-        level: The probability with which the interval is to cover.
+        ties: T, number of ties.
+        level: The nominal coverage of the interval.
 
     Returns:
         ``p̂ = successes/n`` and the shares p with ``(p̂ - p)² ≤ z² (p (1 - p) - ¼ T/(n + z²))/n``.
@@ -165,10 +166,10 @@ def wilson(successes: float | int, total: int, *, ties: int = 0, level: float = 
         )
     z2 = normal_quantile(level) ** 2
     share, spread, tied = successes / total, z2 / total, ties / (total + z2)
-    centre = (share + spread / 2) / (1 + spread)
+    center = (share + spread / 2) / (1 + spread)
     half = math.sqrt(spread * (4 * share * (1 - share) + spread - (1 + spread) * tied)) / (2 * (1 + spread))
-    # Where the share is 0 or 1 that is one of the ends, which rounding must not move.
-    return Interval(share, min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share))
+    # A share of 0 or 1 is itself an end of the interval, which rounding must not move.
+    return Interval(share, min(max(center - half, 0.0), share), max(min(center + half, 1.0), share))
 
 
 def normal_quantile(level: float) -> float:

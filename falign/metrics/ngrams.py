@@ -1,6 +1,6 @@
-"""n-grams of completions that are texts or lists of tokens, and how many of them are different.
+"""n-grams of completions (texts or lists of tokens), and the share of distinct ones.
 
-It loads nothing, so that a training run has them without evaluate.
+The module imports nothing heavy, so a training run can use it without evaluate.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def ngrams(sequence: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
 
 
 def distinct(completions: Iterable[Completion], n: int) -> float:
-    """Return the share of different n-grams among all n-grams of some completions; 0 where there is none.
+    """Return the share of distinct n-grams among all n-grams of some completions; 0 without n-grams.
 
-    It falls with the number and the length of the completions: compare only where both are alike.
+    It falls with the number and the length of the completions: compare only if both are similar.
 
     Args:
-        completions: Texts, whose tokens are words between white space, or lists of tokens.
+        completions: Texts, split at white space, or lists of tokens.
         n: Length of the n-grams, in tokens.
 
     Returns:
-        From 0 to 1, where none occurs twice.
+        From 0 to 1; 1 if none occurs twice.
 
     Raises:
         ValueError: n is not positive.
@@ -65,7 +65,7 @@ def by_prompt(completions: Sequence[Item], prompts: Iterable[Hashable] | None) -
 
     Args:
         completions: One or more.
-        prompts: For each completion its prompt, or anything that is equal for completions of one.
+        prompts: For each completion its prompt, or any key that is equal for completions of one prompt.
 
     Raises:
         ValueError: There are no completions, or not one prompt for each.

@@ -17,12 +17,12 @@ Numbers = Sequence[float | int | np.number[Any] | np.bool_ | Tensor] | NDArray[A
 
 
 def float_array(values: Any, name: str) -> Array:
-    """Return numbers in float64, whatever holds them.
+    """Return numbers as a float64 array.
 
     Args:
         values: :data:`Numbers`: a sequence, an array or a tensor of one dimension, of any real dtype, booleans
             included, on any device, with or without a gradient.
-        name: What messages call it.
+        name: Its name in messages.
 
     Returns:
         A new array of the same length.

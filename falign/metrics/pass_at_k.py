@@ -22,9 +22,9 @@ def pass_at_k_per_prompt(rewards: Sequence[Numbers], k: int, *, pass_reward: flo
     """Return :func:`falign.rewards.pass_at_k` of each prompt.
 
     Args:
-        rewards: For each prompt one per sample; prompts may have different numbers of them.
-        k: At most the samples of any prompt.
-        pass_reward: What a sample needs to pass.
+        rewards: For each prompt one reward per sample; prompts may have different numbers of samples.
+        k: At most the number of samples of any prompt.
+        pass_reward: The reward that a sample needs to pass.
 
     Returns:
         One estimate per prompt.
@@ -61,8 +61,8 @@ def pass_at_k(
         rewards: See there.
         k: See there.
         pass_reward: See there.
-        level: Of the interval.
-        seed: Of the resampling.
+        level: Nominal coverage of the interval.
+        seed: Seed of the resampling.
 
     Returns:
         pass@k and its interval.
@@ -80,7 +80,7 @@ class PassAtK(evaluate.Metric):
             description=__doc__ or "",
             citation="Chen et al., Evaluating Large Language Models Trained on Code, arXiv:2107.03374",
             inputs_description="predictions: the rewards of each prompt's samples. k: numbers of "
-            "samples to choose from them. pass_reward: what a sample needs to pass.",
+            "samples to choose from them. pass_reward: the reward that a sample needs to pass.",
             features=datasets.Features({"predictions": datasets.List(datasets.Value("float64"))}),
         )
 

@@ -22,13 +22,13 @@ def outcomes(first: Numbers, second: Numbers) -> Array:
 
     Args:
         first: Rewards.
-        second: As many others.
+        second: The rewards to compare with, as many.
 
     Returns:
-        One outcome for each; rewards that differ by rounding (1e-6 of them, and of 1) tie.
+        One outcome for each; rewards that differ by rounding (1e-6, relative and absolute) tie.
 
     Raises:
-        ValueError: There are not as many of both.
+        ValueError: Their numbers differ.
 
     Example:
         >>> outcomes([2.0, 1.0, 0.0], [1.0, 1.0, 3.0]).tolist()
@@ -38,22 +38,22 @@ def outcomes(first: Numbers, second: Numbers) -> Array:
     if len(a) != len(b):
         raise ValueError(f"{len(a)} rewards are compared with {len(b)}; give as many of both.")
     size = torch.maximum(a.abs(), b.abs())
-    # Infinite rewards are equal or not, and their differences have no rounding.
+    # Infinite rewards are either equal or not; their differences have no rounding error.
     return accuracies(torch.where(a == b, 0.0, a - b), size.masked_fill(size.isinf(), 0.0)).numpy()
 
 
 def pair_outcomes(rewards: Numbers, preference: Numbers) -> Array:
-    """Return the :func:`outcomes` of one prompt: one for each two completions that differ in preference.
+    """Return the :func:`outcomes` of one prompt: one for each pair of completions that differ in preference.
 
     Args:
         rewards: One per completion.
         preference: One per completion; larger is preferred. For a pair 1 and 0.
 
     Returns:
-        1 where the preferred one of the two has the larger reward; empty where all are equally preferred.
+        1 where the preferred one of the two has the larger reward; empty if all are equally preferred.
 
     Raises:
-        ValueError: There are not as many of both.
+        ValueError: Their numbers differ.
 
     Example:
         >>> pair_outcomes([0.5, -1.0, 2.0], [3.0, 1.0, 2.0]).tolist()  # first above second, first above third, ...
@@ -83,7 +83,7 @@ def reward_accuracy(
         The share and its interval.
 
     Raises:
-        ValueError: A prompt has not as many of both, a reward is NaN, or no two completions differ in preference.
+        ValueError: A prompt has different numbers of both, a reward is NaN, or no two completions differ in preference.
 
     Example:
         >>> reward_accuracy([[2.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]).value
@@ -140,7 +140,7 @@ class RewardAccuracy(evaluate.Metric):
 
 
 def _checked(rewards: Sequence[Numbers], preferences: Sequence[Numbers]) -> list[tuple[Array, Array]]:
-    """The prompts that have a pair; a prompt without one says nothing."""
+    """The prompts with at least one pair; the others do not count."""
     if len(rewards) != len(preferences):
         raise ValueError(f"{len(rewards)} prompts have rewards and {len(preferences)} preferences; give both for each.")
     prompts = [

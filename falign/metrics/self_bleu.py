@@ -19,11 +19,11 @@ __all__ = ["SelfBleu", "self_bleu"]
 def self_bleu(completions: Sequence[Completion], *, max_order: int = 4, tokenize: str = "13a") -> float:
     """Return the mean BLEU of each completion against all the others.
 
-    The sentence BLEU is sacrebleu's, with its exponential smoothing and the effective order; n-grams are counted once
-    for all, so that the time is linear in the completions.
+    The sentence BLEU is sacrebleu's, with exponential smoothing and the effective order. n-grams are counted once, so
+    the time is linear in the number of completions.
 
     Args:
-        completions: Two or more texts, or lists of tokens, which are taken as they are.
+        completions: Two or more texts, or lists of tokens.
         max_order: Longest n-grams.
         tokenize: sacrebleu's tokenizer of texts.
 
@@ -31,7 +31,7 @@ def self_bleu(completions: Sequence[Completion], *, max_order: int = 4, tokenize
         From 0 to 1; low is diverse.
 
     Raises:
-        ValueError: There are fewer than two completions, the order is not positive, or there is no such tokenizer.
+        ValueError: There are fewer than two completions, the order is not positive, or the tokenizer is unknown.
 
     Source:
         Zhu et al., Texygen (arXiv:1802.01886), section 3; Post (arXiv:1804.08771) for BLEU.
@@ -49,7 +49,8 @@ def self_bleu(completions: Sequence[Completion], *, max_order: int = 4, tokenize
     tokenizer = BLEU(tokenize=tokenize).tokenizer
     sequences = [c if not isinstance(c, str) else tokenizer(c.rstrip()).split() for c in completions]
     counts = [Counter(gram for n in range(1, max_order + 1) for gram in ngrams(row, n)) for row in sequences]
-    # The largest count of a gram among the others is the largest of all, or the second largest for who has that.
+    # BLEU clips the count of an n-gram by its largest count among the references, here the other completions. That is
+    # the largest count of all, except for the completion that has it: there it is the second largest.
     largest: Counter[tuple[Hashable, ...]] = Counter()
     second: Counter[tuple[Hashable, ...]] = Counter()
     for row in counts:
@@ -62,7 +63,7 @@ def self_bleu(completions: Sequence[Completion], *, max_order: int = 4, tokenize
         correct, total = [0] * max_order, [0] * max_order
         for gram, count in row.items():
             total[len(gram) - 1] += count
-            # Where the count is the largest, others have the second largest, which is the same at a tie.
+            # At a tie the second largest equals the largest.
             correct[len(gram) - 1] += min(count, second[gram] if count == largest[gram] else largest[gram])
         score = BLEU.compute_bleu(
             correct,
@@ -87,7 +88,7 @@ class SelfBleu(evaluate.Metric):
             description=__doc__ or "",
             citation="Zhu et al., Texygen: A Benchmarking Platform for Text Generation Models, arXiv:1802.01886",
             inputs_description="predictions: completions. prompts: the prompt of each completion; the result is then "
-            "the mean over prompts of what their completions have among themselves.",
+            "the mean over prompts of the value among their completions.",
             features=datasets.Features({"predictions": row}),
         )
 
@@ -105,7 +106,7 @@ class SelfBleu(evaluate.Metric):
 
 
 def _closest(length: int, lengths: Counter[int]) -> int:
-    """The length among the others that is nearest, and of two the shorter one: BLEU's length of the reference."""
+    """The nearest length among the others, the shorter one at a tie: BLEU's reference length."""
     return min(
         (other for other, count in lengths.items() if count > (other == length)),
         key=lambda other: (abs(other - length), other),

@@ -1,4 +1,4 @@
-"""Who wins: win rates of two models, and Bradley–Terry strengths of many from comparisons of two. A tie counts half."""
+"""Win rates of two models, and Bradley–Terry strengths of many from pairwise comparisons. A tie counts half."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from falign.metrics.numbers import Array, Numbers, float_array
 __all__ = ["BradleyTerry", "Comparison", "WinRate", "bradley_terry", "win_rate"]
 
 
-FEW_TIES = 4  # comparisons after which ties begin to tell; z² of a 95% interval
+FEW_TIES = 4  # number of comparisons from which ties narrow the interval; z² of a 95% interval
 NEWTON_STEPS = 100
 
 
@@ -35,9 +35,9 @@ class BradleyTerry:
     """Strengths θ with ``P(i beats j) = σ(θ_i - θ_j)``, their mean 0.
 
     Attributes:
-        models: In the order in which they were met.
+        models: In order of first appearance.
         strengths: θ of each, nats.
-        covariance: Of the estimates, [M, M].
+        covariance: Covariance of the estimates, [M, M].
     """
 
     models: tuple[str, ...]
@@ -77,7 +77,7 @@ def win_rate(outcomes: Numbers, *, level: float = 0.95) -> Interval:
         The rate and its interval, which ties make narrower.
 
     Raises:
-        ValueError: There are no comparisons, or an outcome is none of the three.
+        ValueError: There are no comparisons, or an outcome is not one of the three.
 
     Example:
         >>> value, low, high = win_rate([1.0] * 6 + [0.5] * 2 + [0.0] * 2)
@@ -103,8 +103,8 @@ def bradley_terry(
     prompt, resample prompts with :func:`falign.metrics.bootstrap`.
 
     Args:
-        comparisons: Of two models each.
-        prior: Ties that are added between every two models: a model that always wins then has a finite strength.
+        comparisons: Each compares two models.
+        prior: Number of ties added between every two models, so that a model that always wins has a finite strength.
 
     Returns:
         The strengths, of mean 0, with their covariance.
@@ -131,7 +131,7 @@ def bradley_terry(
         if np.abs(gradient).max() <= 1e-10 * games.sum():
             break
         step = np.linalg.pinv(_laplacian(games * p * (1 - p)), hermitian=True) @ gradient
-        # Where p is near 0 or 1 the likelihood is all but linear, and a full step leads anywhere.
+        # If p is near 0 or 1 the likelihood is almost linear, and a full Newton step overshoots: bound it.
         strengths = strengths + step * min(1.0, 2.0 / np.abs(step).max())
     p = _probabilities(strengths)
     believed = ties * games / (games + FEW_TIES)

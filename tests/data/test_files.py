@@ -68,7 +68,7 @@ def test_line_that_is_not_json_names_line_problem_and_remedy(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"prompt": "q"}\n{"prompt": "q",}\n[1]\n{"prompt": "r"}\n')
     with pytest.raises(
-        DataError, match=r"x.jsonl:2: this line is not JSON \(.* at character \d+\).*one whole JSON object"
+        DataError, match=r"x.jsonl:2: this line is not JSON \(.* at character \d+\).*one complete JSON object"
     ):
         read(path)
     bad_rows = BadRows("skip")
@@ -82,13 +82,13 @@ def test_line_that_is_not_json_names_line_problem_and_remedy(tmp_path):
     [
         ("x.json", b'{"rows": []}', "the top level must be a list of rows"),
         ("x.json", b'[{"a": 1},\n{]', r"x.json:2: not JSON \("),
-        ("x.json", b"[" + b"9" * 5000 + b"]", "not JSON that can be read .*digits"),
-        ("x.json", b"[" * 10**5, "not JSON that can be read .*recursion"),
+        ("x.json", b"[" + b"9" * 5000 + b"]", "not readable JSON .*digits"),
+        ("x.json", b"[" * 10**5, "not readable JSON .*recursion"),
         ("x.json", b"[3]", "x.json row 1: the row is 3; a row must be"),
         ("x.jsonl", '{"a": "é"}'.encode("latin-1"), "not UTF-8 text .*save the file as UTF-8"),
         ("x.jsonl.gz", b"plain", "damaged gzip file"),
         ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-12], "damaged gzip file"),
-        ("x.parquet", b"plain text", "not a Parquet file"),
+        ("x.parquet", b"plain text", "not a readable Parquet file"),
         ("x.txt", b"plain", r"the file type '.txt' is not read; use one of \('.json',"),
         ("x.csv.gz", gzip.compress(b"a\n1\n", mtime=0), "the file type '.gz' is not read"),
     ],
@@ -108,7 +108,7 @@ def test_a_parquet_file_whose_pages_are_spoilt_is_named(tmp_path, place):
     content = bytearray(sink.getvalue())
     content[place : place + 8] = b"\xff" * 8
     path.write_bytes(content)
-    with pytest.raises(DataError, match="not a Parquet file that can be read"):
+    with pytest.raises(DataError, match="not a readable Parquet file"):
         read(path)
 
 

@@ -251,7 +251,7 @@ def test_plain_completions_that_repeat_the_prompt_are_refused(chat):
     pair = {"prompt": question, "chosen": f"{question} 2", "rejected": f"{question} 3"}
     single = {"prompt": question, "completion": f"{question} 2"}
     for row in (pair, single):
-        with pytest.raises(DataError, match=r"x:1: .* begin.? with the whole prompt \('Q: 1 \+ 1\?.*cut it off"):
+        with pytest.raises(DataError, match=r"x:1: .* begin.? with the whole prompt \('Q: 1 \+ 1\?.*remove it"):
             RowReader(chat=chat).read(Row("x:1", row))
     RowReader(chat=chat).read(Row("x:1", {**pair, "rejected": " 3"}))  # one that quotes the question
     RowReader(chat=chat).read(Row("x:1", {"prompt": "Say", "chosen": "Say please.", "rejected": "Say it."}))

@@ -288,7 +288,7 @@ def test_short_and_common_contents_are_seen_to_be_left_out(tokenizer_of):
 def test_a_prompt_that_an_answer_changes_is_a_bad_row(tokenizer_of):
     template = "{% if not add_generation_prompt %}{{ 'ANSWERED ' }}{% endif %}" + each(TURN)
     example = RowReader().read(Row("x:1", {"prompt": [user("q")], "chosen": "a", "rejected": "b"}))
-    with pytest.raises(DataError, match="writes the prompt otherwise once an answer follows"):
+    with pytest.raises(DataError, match="changes the prompt once an answer follows"):
         encode(example, tokenizer_of(template), stop_token_ids={1})
 
 
@@ -308,7 +308,7 @@ def test_each_count_has_one_cause(tokenizer_of, write):
     rows = [{"prompt": [user(f"q{i}")], "chosen": "a", "rejected": "b"} for i in range(4)]
     report = check(DataSource(write(*rows)), tokenizer=tokenizer_of(opening), stop_token_ids={1}, window=WIDE).source
     assert (report.reopened, report.drifting) == (4, 0)
-    assert "opens the answer otherwise than its generation prompt" in " ".join(report.remarks())
+    assert "opens the answer differently from its generation prompt" in " ".join(report.remarks())
     trimming = each("{{ '<s>' + m['content'] | trim + '</s>' }}")
     spaced = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant(" a ")]}
     found = check(DataSource(write(spaced)), tokenizer=tokenizer_of(trimming), stop_token_ids={1}, window=WIDE).source
