@@ -35,6 +35,7 @@ from falign.evaluation import (
 from falign.models import load_model, load_tokenizer, stop_token_ids
 from falign.models.tokenizers import pad_token_id
 from falign.references import FrozenModel
+from falign.scoring import Scorer
 
 
 def arguments() -> argparse.Namespace:
@@ -86,8 +87,7 @@ def main() -> None:
         policy=policy,
         reference=FrozenModel(reference),
         objective=FDPO("jensen_shannon", 0.1),
-        pad_token_id=pad_id,
-        layout=layout,
+        scorer=Scorer(layout, pad_id),
     )
     trees = ItemScorer(names=("implicit_reward", "log_ratio", "logprob"), of_trees=ComparedScores(scorer))
 

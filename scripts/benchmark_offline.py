@@ -302,22 +302,22 @@ def run_trl(args, model, tokenizer, trees, pad_token_id, clock, folder) -> list[
 
 
 def parts(args, model, trees, pad_token_id, folder) -> tuple:
-    """falign's reference, objective and layout."""
+    """falign's reference, objective and scorer."""
     from falign.objectives import FDPO, TDPO
     from falign.references import AdapterOff, Cached, CacheKey
-    from falign.scoring import choose_layout
+    from falign.scoring import Scorer, choose_layout
 
     longest = sorted(trees, key=lambda tree: tree.num_tokens)[-2:]
     choice = choose_layout(model, longest, pad_token_id=pad_token_id, wanted=args.layout)
-    reference = AdapterOff()
+    reference, scorer = AdapterOff(), Scorer(choice.layout, pad_token_id)
     if args.reference == "cached":
         key = CacheKey(
             weights="benchmark", config="c", vocabulary=260, tokenizer="benchmark", dtype=args.dtype, attention="sdpa"
         )
         cached = Cached(reference, directory=folder / "cache", key=key)
-        cached.precompute(model, trees, pad_token_id=pad_token_id, layout=choice.layout)
+        cached.precompute(model, trees, scorer=scorer)
         reference = Cached(None, directory=folder / "cache", key=key)
-    return reference, (FDPO(beta=0.1) if args.objective == "fdpo" else TDPO(beta=0.1)), choice.layout
+    return reference, (FDPO(beta=0.1) if args.objective == "fdpo" else TDPO(beta=0.1)), scorer
 
 
 def run_falign(args, model, tokenizer, trees, pad_token_id, clock, folder) -> list[float]:
@@ -325,7 +325,7 @@ def run_falign(args, model, tokenizer, trees, pad_token_id, clock, folder) -> li
 
     from falign.training import AlignmentTrainer
 
-    reference, objective, layout = parts(args, model, trees, pad_token_id, folder)
+    reference, objective, scorer = parts(args, model, trees, pad_token_id, folder)
     losses: list[float] = []
     trainer = AlignmentTrainer(
         model,
@@ -334,8 +334,7 @@ def run_falign(args, model, tokenizer, trees, pad_token_id, clock, folder) -> li
         args=TrainingArguments(**trainer_arguments(args, folder), remove_unused_columns=False, label_names=[]),
         train_trees=trees,
         eval_trees=[],
-        pad_token_id=pad_token_id,
-        layout=layout,
+        scorer=scorer,
         callbacks=[clock.callback(losses)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -347,9 +346,8 @@ def run_falign_bare(args, model, tokenizer, trees, pad_token_id, clock, folder) 
     import torch
 
     from falign.references import objective_inputs
-    from falign.scoring import LAYOUTS
 
-    reference, objective, layout = parts(args, model, trees, pad_token_id, folder)
+    reference, objective, scorer = parts(args, model, trees, pad_token_id, folder)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
     losses = []
@@ -357,7 +355,7 @@ def run_falign_bare(args, model, tokenizer, trees, pad_token_id, clock, folder) 
     for step in range(args.steps):
         clock.begin()
         rows = trees[step * args.batch : (step + 1) * args.batch]
-        batch = LAYOUTS[layout](rows, pad_token_id=pad_token_id).to(args.device)
+        batch = scorer.lay_out(rows, model=model)
         inputs = objective_inputs(model, batch, references={"reference": reference}, objective=objective)
         output = objective(inputs.completions)
         loss = output.mean()

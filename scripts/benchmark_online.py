@@ -226,13 +226,13 @@ def run_trl(args, model, tokenizer, prompts, clock, folder) -> None:
 
 
 def own_parts(args, model, tokenizer, prompts) -> tuple:
-    """falign's objective, reference, layout, engine and how it samples."""
+    """falign's objective, reference, scorer, engine and how it samples."""
     from falign import divergences
     from falign.models.tokenizers import pad_token_id
     from falign.objectives import PolicyGradient
     from falign.references import AdapterOff
     from falign.rollouts import SamplingParams, TransformersEngine
-    from falign.scoring import PromptTree, choose_layout
+    from falign.scoring import PromptTree, Scorer, choose_layout
 
     objective = PolicyGradient(
         divergences.get("reverse_kl"),
@@ -248,7 +248,7 @@ def own_parts(args, model, tokenizer, prompts) -> tuple:
     probes = [PromptTree(ids, (ids[-8:], ids[:5])) for ids in prompts[:2]]
     layout = choose_layout(model, probes, pad_token_id=pad, wanted=args.layout).layout
     engine = TransformersEngine(model, pad_token_id=pad)
-    return objective, AdapterOff(), layout, engine, SamplingParams(args.new_tokens)
+    return objective, AdapterOff(), Scorer(layout, pad), engine, SamplingParams(args.new_tokens)
 
 
 class InOrder:
@@ -285,7 +285,7 @@ def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
             with clock.part("scoring"):
                 return super()._roll_out()
 
-    objective, reference, layout, engine, sampling = own_parts(args, model, tokenizer, prompts)
+    objective, reference, scorer, engine, sampling = own_parts(args, model, tokenizer, prompts)
     rewards = RewardSum((WeightedReward("letters", lambda prompts, completions: reward(completions)),))
     sampler = TimedSampler(GroupSampler(engine, rewards, tokenizer, sampling, completions=args.completions, seed=0))
     settings = {**trainer_arguments(args, folder), "max_steps": args.steps * args.updates}
@@ -305,9 +305,8 @@ def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
             updates=args.updates,
             ignore_stop=True,
         ),
-        pad_token_id=engine.pad_token_id,
+        scorer=scorer,
         table=CompletionsTable(None),
-        layout=layout,
         processing_class=tokenizer,
         callbacks=[clock.last_update(args.updates)],
     )
@@ -320,9 +319,9 @@ def run_falign_bare(args, model, tokenizer, prompts, clock, folder) -> None:
     import torch
 
     from falign.references import objective_inputs
-    from falign.scoring import LAYOUTS, PromptTree
+    from falign.scoring import PromptTree
 
-    objective, reference, layout, engine, sampling = own_parts(args, model, tokenizer, prompts)
+    objective, reference, scorer, engine, sampling = own_parts(args, model, tokenizer, prompts)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
     model.train()
@@ -337,7 +336,7 @@ def run_falign_bare(args, model, tokenizer, prompts, clock, folder) -> None:
         with clock.part("scoring"):
             groups = [rollouts[i : i + args.completions] for i in range(0, len(rollouts), args.completions)]
             trees = [PromptTree(group[0].prompt_ids, tuple(each.completion_ids for each in group)) for group in groups]
-            batch = LAYOUTS[layout](trees, pad_token_id=engine.pad_token_id).to(args.device)
+            batch = scorer.lay_out(trees, model=model)
             known = {
                 "rewards": torch.tensor(reward(texts), device=args.device),
                 "reference_logprobs": reference.logprobs(model, batch),

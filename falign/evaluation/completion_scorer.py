@@ -15,11 +15,9 @@ from falign.models.tokenizers import check_token_rows
 from falign.objectives import BaseObjective
 from falign.references import Reference, objective_inputs
 from falign.scoring import (
-    DEFAULT_CHUNK_TOKENS,
-    LAYOUTS,
-    Layout,
     LayoutChoice,
     PromptTree,
+    Scorer,
     TokenBatch,
     choose_layout,
     evaluation_mode,
@@ -38,17 +36,13 @@ class CompletionScorer:
         policy: The model, on the device to compute on.
         reference: What it is compared with.
         objective: What defines the implicit reward, and the measure named ``divergence`` if there is one.
-        pad_token_id: Any valid id.
-        layout: One that the policy's and the reference's model can read.
-        chunk_tokens: How many positions reach the head at once; changes memory and speed alone.
+        scorer: Its layout is one that the policy's and the reference's model can read.
     """
 
     policy: nn.Module
     reference: Reference
     objective: BaseObjective
-    pad_token_id: int
-    layout: Layout = "padded"
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    scorer: Scorer
 
     def score(self, trees: Sequence[PromptTree]) -> list[list[ScoreRow]]:
         """Return the rows of each tree, one per completion.
@@ -62,15 +56,14 @@ class CompletionScorer:
         check_rows(self.policy, trees)
         # Preferences change no score, and a batch may lack some: they go from the trees into the rows directly.
         bare = [replace(tree, preference=None) for tree in trees]
-        batch = LAYOUTS[self.layout](bare, pad_token_id=self.pad_token_id)
-        batch = batch.to(next(self.policy.parameters()).device)
+        batch = self.scorer.lay_out(bare, model=self.policy)
         with torch.no_grad(), evaluation_mode(self.policy):
             completions, entropy = objective_inputs(
                 self.policy,
                 batch,
                 references={"reference": self.reference},
                 objective=self.objective,
-                chunk_tokens=self.chunk_tokens,
+                chunk_tokens=self.scorer.chunk_tokens,
             )
             log_ratios = completions.log_ratio
             per_token = {

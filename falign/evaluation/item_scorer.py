@@ -18,8 +18,7 @@ from falign.evaluation.completion_scorer import CompletionScorer, check_finite, 
 from falign.evaluation.item_stream import ItemTree
 from falign.evaluation.score_rows import ScoreRow
 from falign.objectives.link import Link
-from falign.references import detached_logprobs
-from falign.scoring import DEFAULT_CHUNK_TOKENS, LAYOUTS, Layout, PromptTree
+from falign.scoring import PromptTree, Scorer
 from falign.seeds import mixed
 
 __all__ = ["BASELINES", "OF_POLICY", "OF_REWARD", "SCORERS", "ComparedScores", "ItemScorer", "ReferenceFreeScores"]
@@ -107,22 +106,17 @@ class ReferenceFreeScores:
 
     Attributes:
         policy: The model, on the device to compute on.
-        pad_token_id: Any valid id.
-        layout: One that it can read.
-        chunk_tokens: How many positions reach the head at once; changes memory and speed alone.
+        scorer: Its layout is one that the policy can read.
     """
 
     policy: nn.Module
-    pad_token_id: int
-    layout: Layout = "padded"
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    scorer: Scorer
 
     def __call__(self, trees: Sequence[PromptTree]) -> list[list[dict[str, float]]]:
         check_rows(self.policy, trees)
         bare = [replace(tree, preference=None) for tree in trees]
-        batch = LAYOUTS[self.layout](bare, pad_token_id=self.pad_token_id)
-        batch = batch.to(next(self.policy.parameters()).device)
-        logprobs = detached_logprobs(self.policy, batch, chunk_tokens=self.chunk_tokens)
+        batch = self.scorer.lay_out(bare, model=self.policy)
+        logprobs = self.scorer.scores(self.policy, batch).logprobs
         check_finite(logprobs, batch, "logprobs")
         values = zip(logprobs.double().sum(dim=-1).tolist(), batch.completion_mask.sum(dim=-1).tolist(), strict=True)
         scores = [{"logprob": logprob, "mean_logprob": logprob / count} for logprob, count in values]

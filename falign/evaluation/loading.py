@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from falign.objectives import BaseObjective
     from falign.references import Reference
     from falign.runfile import RunConfig
-    from falign.scoring import LayoutChoice, PromptTree
+    from falign.scoring import LayoutChoice, PromptTree, Scorer
 
 __all__ = ["Scored", "load_alone", "load_compared", "load_run", "positions_of", "run_objective"]
 
@@ -63,22 +63,16 @@ class Scored(NamedTuple):
             ModelError: Scores are not those of the model's own logits.
         """
         from falign.evaluation import CompletionScorer
-        from falign.models.tokenizers import pad_token_id
 
-        choice = self.choose_layout(trees, layout=layout)
+        scorer, choice = self.choose_scorer(trees, layout=layout)
         assert self.reference is not None
-        scorer = CompletionScorer(
-            policy=self.policy,
-            reference=self.reference,
-            objective=self.objective,
-            pad_token_id=pad_token_id(self.tokenizer),
-            layout=choice.layout,
-            chunk_tokens=self.chunk_tokens,
+        compared = CompletionScorer(
+            policy=self.policy, reference=self.reference, objective=self.objective, scorer=scorer
         )
-        return scorer, choice
+        return compared, choice
 
-    def choose_layout(self, trees: Sequence[PromptTree], *, layout: Any) -> LayoutChoice:
-        """Check the models on the first trees, and return a layout that they can read.
+    def choose_scorer(self, trees: Sequence[PromptTree], *, layout: Any) -> tuple[Scorer, LayoutChoice]:
+        """Check the models on the first trees, and return a scorer whose layout they can read, and why it is that one.
 
         Args:
             trees: The first ones of the source.
@@ -91,10 +85,13 @@ class Scored(NamedTuple):
         from falign.evaluation import choose_common_layout
         from falign.evaluation.completion_scorer import check_rows
         from falign.models.tokenizers import pad_token_id
+        from falign.scoring import Scorer
 
         check_rows(self.policy, trees)
         self._check(trees[0].prompt_ids + trees[0].completion_ids[0])
-        return choose_common_layout(self.models(), trees, pad_token_id=pad_token_id(self.tokenizer), wanted=layout)
+        pad_id = pad_token_id(self.tokenizer)
+        choice = choose_common_layout(self.models(), trees, pad_token_id=pad_id, wanted=layout)
+        return Scorer(choice.layout, pad_id, self.chunk_tokens), choice
 
     def _check(self, token_ids: Sequence[int]) -> None:
         from falign.models import base_of

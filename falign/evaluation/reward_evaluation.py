@@ -273,17 +273,11 @@ class RewardEvaluation:
     ) -> tuple[ItemScorer, str]:
         from falign.evaluation import ComparedScores, ItemScorer, ReferenceFreeScores
         from falign.evaluation.item_scorer import BASELINES
-        from falign.models.tokenizers import pad_token_id
 
         trees = [tree for _, tree in first]
         if scored.reference is None:
-            choice = scored.choose_layout(trees, layout=self.layout)
-            of_trees = ReferenceFreeScores(
-                policy=scored.policy,
-                pad_token_id=pad_token_id(scored.tokenizer),
-                layout=choice.layout,
-                chunk_tokens=scored.chunk_tokens,
-            )
+            plain, choice = scored.choose_scorer(trees, layout=self.layout)
+            of_trees = ReferenceFreeScores(policy=scored.policy, scorer=plain)
         else:
             compared, choice = scored.scorer(trees, layout=self.layout)
             of_trees = ComparedScores(compared, rewarding=scored.rewarding)

@@ -47,7 +47,7 @@ from falign.runs import RunFolder
 from falign.runs.loading import chosen_chat, is_run
 from falign.runs.named_code import import_from, is_recorded, named_code, read_run, require_trust
 from falign.runs.progress import BAR
-from falign.scoring import PromptTree
+from falign.scoring import PromptTree, Scorer
 from falign.seeds import mixed
 from falign.training.online.groups import Draw, GroupSampler
 
@@ -134,7 +134,7 @@ class SampleEvaluation:
         record = {
             **{name: value for name, value in scored.record.items() if not name.startswith("objective.")},
             "tokenizer": tokenizer_fingerprint(scored.tokenizer),
-            "layout": scorer.layout,
+            "layout": scorer.scorer.layout,
             "prompts": _digest(prompts),
             "rewards": rewarding.record,
             **settings,
@@ -246,8 +246,7 @@ class SampleEvaluation:
             policy=scored.policy,
             reference=scored.reference,
             objective=scored.objective,
-            pad_token_id=pad_token_id(scored.tokenizer),
-            chunk_tokens=scored.chunk_tokens,
+            scorer=Scorer(pad_token_id=pad_token_id(scored.tokenizer), chunk_tokens=scored.chunk_tokens),
         )
         rewards = RewardSum((WeightedReward("implicit", ScoredReward(scorer)),))
         return Rewarding(rewards, scored.record, {self.rewards: scored.tokenizer})
@@ -360,15 +359,9 @@ class SampleEvaluation:
             PromptTree(row.prompt_ids, tuple(each.completion_ids for each in rollouts[2 * i : 2 * i + 2]))
             for i, row in enumerate(longest)
         ]
-        choice = scored.choose_layout(probes, layout="auto")
+        scorer, choice = scored.choose_scorer(probes, layout="auto")
         console.print(f"layout: {choice.layout}, {choice.reason}", style=None if choice.as_asked else "yellow")
-        return SampleScorer(
-            policy=scored.policy,
-            reference=scored.reference,
-            pad_token_id=pad_token_id(scored.tokenizer),
-            layout=choice.layout,
-            chunk_tokens=scored.chunk_tokens,
-        )
+        return SampleScorer(policy=scored.policy, reference=scored.reference, scorer=scorer)
 
     def _summary(
         self,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -14,18 +13,9 @@ from falign.divergences import ForwardKL, ReverseKL
 from falign.errors import ModelError
 from falign.evaluation.sample_rows import SampleRow, sample_rows
 from falign.evaluation.score_rows import plain_floats
-from falign.evaluation.tree_stream import batches_in_order
 from falign.objectives import DivergenceTo
 from falign.references import Reference
-from falign.scoring import (
-    DEFAULT_CHUNK_TOKENS,
-    LAYOUTS,
-    Layout,
-    PromptTree,
-    TokenBatch,
-    completion_scores,
-    evaluation_mode,
-)
+from falign.scoring import PromptTree, Scorer, TokenBatch
 from falign.training.online.groups import Group
 
 __all__ = ["SampleScorer"]
@@ -38,18 +28,14 @@ class SampleScorer:
     Attributes:
         policy: The model, on the device to compute on.
         reference: What it is compared with; None scores it alone.
-        pad_token_id: Any valid id.
-        layout: One that both can read.
+        scorer: Its layout is one that both can read.
         tokens_per_batch: Tokens that are scored at once, a larger group excepted.
-        chunk_tokens: Positions that reach the vocabulary at once.
     """
 
     policy: nn.Module
     reference: Reference | None
-    pad_token_id: int
-    layout: Layout = "padded"
+    scorer: Scorer
     tokens_per_batch: int = 4096
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
 
     def rows(self, groups: Sequence[Group], *, of_reference: bool = False) -> list[list[SampleRow]]:
         """Return the rows of each group.
@@ -70,38 +56,26 @@ class SampleScorer:
         # The mean of the full divergence at each token is that of whole completions for these two alone: log u of a
         # completion is the sum of its tokens'.
         divergence = DivergenceTo(ForwardKL() if of_reference else ReverseKL())
-        scores = [
-            fields
-            for batch in batches_in_order(trees, max_tokens=self.tokens_per_batch)
-            for fields in self._scores(batch, divergence)
-        ]
-        rows, start = [], 0
-        for group in groups:
-            rows.append(sample_rows(group, scores[start : start + len(group.rollouts)]))
-            start += len(group.rollouts)
-        return rows
+        scores = self.scorer.in_batches(
+            trees, lambda batch: self._scores(batch, divergence), max_tokens=self.tokens_per_batch
+        )
+        return [sample_rows(group, fields) for group, fields in zip(groups, scores, strict=True)]
 
-    def _scores(self, trees: Sequence[PromptTree], divergence: DivergenceTo) -> list[dict[str, Any]]:
-        batch = LAYOUTS[self.layout](trees, pad_token_id=self.pad_token_id)
-        batch = batch.to(next(self.policy.parameters()).device)
-        with torch.no_grad(), evaluation_mode(self.policy):
-            if self.reference is None:
-                scores = completion_scores(self.policy, batch, chunk_tokens=self.chunk_tokens)
-            else:
-                scores = completion_scores(
-                    self.policy,
-                    batch,
-                    measures={"divergence": divergence},
-                    references={"reference": self.reference.states(self.policy, batch).distribution},
-                    chunk_tokens=self.chunk_tokens,
-                )
+    def _scores(self, trees: Sequence[PromptTree], divergence: DivergenceTo) -> list[list[dict[str, Any]]]:
+        batch = self.scorer.lay_out(trees, model=self.policy)
+        if self.reference is None:
+            scores = self.scorer.scores(self.policy, batch)
+        else:
+            states = {"reference": self.reference.states(self.policy, batch).distribution}
+            scores = self.scorer.scores(self.policy, batch, measures={"divergence": divergence}, references=states)
         columns = {
             "logprob": _sums(scores.logprobs, batch, "logprob"),
             "reference_logprob": _sums(scores.references.get("reference"), batch, "reference_logprob"),
             "token_divergence": _sums(scores.measures.get("divergence"), batch, "token_divergence"),
             "entropy": _sums(scores.entropy / batch.completion_mask.sum(dim=-1, keepdim=True), batch, "entropy"),
         }
-        return [{name: values[n] for name, values in columns.items()} for n in range(len(batch.place))]
+        fields = iter({name: values[n] for name, values in columns.items()} for n in range(len(batch.place)))
+        return [[next(fields) for _ in tree.completion_ids] for tree in trees]
 
 
 def _sums(values: Float[Tensor, "N T"] | None, batch: TokenBatch, name: str) -> list[float] | list[None]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from falign.evaluation.completion_scorer import CompletionScorer
-from falign.evaluation.tree_stream import batches_in_order
 from falign.rewards.base import column
 from falign.rewards.implicit import completion_trees
 
@@ -30,8 +29,8 @@ class ScoredReward:
     def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float | None]:
         prompt_ids, completion_ids = (column(columns, name, reward="implicit") for name in _READ)
         trees = completion_trees(prompt_ids, completion_ids, columns.get("place"))
-        batches = batches_in_order(trees, max_tokens=self.tokens_per_batch)
-        return [row["implicit_reward"] for batch in batches for rows in self.scorer.score(batch) for row in rows]
+        scored = self.scorer.scorer.in_batches(trees, self.scorer.score, max_tokens=self.tokens_per_batch)
+        return [row["implicit_reward"] for rows in scored for row in rows]
 
 
 _READ = ("prompt_ids", "completion_ids")

@@ -17,8 +17,8 @@ from falign.scoring import (
     CompletionStates,
     TokenBatch,
     Weighting,
-    completion_scores,
     completion_states,
+    detached_scores,
     evaluation_mode,
 )
 
@@ -154,8 +154,7 @@ def detached_logprobs(
     Returns:
         Log-probabilities in nats, shape (N, T), 0 where masked.
     """
-    with torch.no_grad(), evaluation_mode(model):
-        return completion_scores(model, batch, chunk_tokens=chunk_tokens).logprobs
+    return detached_scores(model, batch, chunk_tokens=chunk_tokens).logprobs
 
 
 def detached_states(model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:

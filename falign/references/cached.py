@@ -16,7 +16,7 @@ from typing_extensions import override
 from falign.errors import ConfigError, DataError, ModelError
 from falign.references.base import Reference
 from falign.references.store import CacheKey, LogprobStore, entry_digest
-from falign.scoring import LAYOUTS, CompletionStates, Layout, PromptTree, TokenBatch, Weighting
+from falign.scoring import CompletionStates, PromptTree, Scorer, TokenBatch, Weighting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,9 +109,8 @@ class Cached(Reference):
         policy_model: nn.Module,
         trees: Iterable[PromptTree],
         *,
-        pad_token_id: int,
+        scorer: Scorer,
         batch_size: int = 8,
-        layout: Layout = "padded",
         on_progress: Callable[[int, int], None] | None = None,
     ) -> int:
         """Compute what is missing, the longest trees first, so that memory runs out at once or never.
@@ -119,20 +118,18 @@ class Cached(Reference):
         Args:
             policy_model: The policy, on the device to compute on.
             trees: The data; those of which everything is there cost nothing.
-            pad_token_id: Any valid id.
+            scorer: Lays them out, in a way that the reference's model can read.
             batch_size: Trees per forward pass.
-            layout: One that the reference's model can read.
             on_progress: Called after each pass with the numbers of trees done and to do.
 
         Returns:
             How many trees had something missing.
         """
         missing = {digests: tree for tree in trees if (digests := self._missing(tree))}
-        ordered = sorted(missing.values(), key=_longest_row, reverse=True)
-        device = next(policy_model.parameters()).device
+        ordered = sorted(missing.values(), key=lambda tree: tree.longest_path, reverse=True)
         computed: dict[bytes, Tensor] = {}
         for start in range(0, len(ordered), batch_size):
-            batch = LAYOUTS[layout](ordered[start : start + batch_size], pad_token_id=pad_token_id).to(device)
+            batch = scorer.lay_out(ordered[start : start + batch_size], model=policy_model)
             digests = [entry_digest(prompt, completion) for prompt, completion in batch.token_ids()]
             computed |= self._compute(policy_model, batch, digests)
             done = min(start + batch_size, len(ordered))
@@ -165,7 +162,3 @@ class Cached(Reference):
             )
         mask = batch.completion_mask.cpu()
         return {digests[n]: logprobs[n][mask[n]] for n in missing}
-
-
-def _longest_row(tree: PromptTree) -> int:
-    return len(tree.prompt_ids) + max(len(completion) for completion in tree.completion_ids)

@@ -13,10 +13,9 @@ from falign.divergences import Divergence
 from falign.errors import RewardError
 from falign.models.identity import model_identity
 from falign.objectives.link import Link
-from falign.references import detached_logprobs
 from falign.rewards.base import column, place_of
 from falign.rewards.identity import Identity
-from falign.scoring import DEFAULT_CHUNK_TOKENS, LAYOUTS, Layout, PromptTree
+from falign.scoring import PromptTree, Scorer
 
 __all__ = ["ImplicitReward", "completion_trees"]
 
@@ -32,10 +31,8 @@ class ImplicitReward:
         reference: π_ref, what it was trained from; on the same device.
         divergence: f; it must have a barrier.
         beta: β.
-        pad_token_id: Any valid id.
-        layout: One that both models can read.
+        scorer: Its layout is one that both models can read.
         tokens_per_batch: Tokens scored at once, unless one prompt with its completions has more.
-        chunk_tokens: How many positions reach the head at once.
 
     Raises:
         ValueError: The divergence has no barrier, or β is not positive.
@@ -45,10 +42,8 @@ class ImplicitReward:
     reference: nn.Module
     divergence: Divergence
     beta: float
-    pad_token_id: int = 0
-    layout: Layout = "padded"
+    scorer: Scorer = field(default_factory=Scorer)
     tokens_per_batch: int = 8192
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     link: Link = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -57,10 +52,9 @@ class ImplicitReward:
     def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float | None]:
         prompt_ids = column(columns, "prompt_ids", reward="implicit")
         completion_ids = column(columns, "completion_ids", reward="implicit")
-        values: list[float | None] = []
-        for batch in self._batches(completion_trees(prompt_ids, completion_ids, columns.get("place"))):
-            values += self._rewards(batch)
-        return values
+        trees = completion_trees(prompt_ids, completion_ids, columns.get("place"))
+        rewards = self.scorer.in_batches(trees, self._rewards, max_tokens=self.tokens_per_batch)
+        return [reward for of_tree in rewards for reward in of_tree]
 
     def identity(self) -> Identity:
         """Return this module, both models' weights and configurations, and the fields that change a value."""
@@ -68,28 +62,13 @@ class ImplicitReward:
         identities = [model_identity(model) for model in models]
         return Identity(__name__, {"models": identities, "divergence": repr(self.divergence), "beta": self.beta})
 
-    def _batches(self, trees: Sequence[PromptTree]) -> list[list[PromptTree]]:
-        batches: list[list[PromptTree]] = []
-        room = 0
-        for tree in trees:
-            size = tree.num_tokens
-            if self.layout == "padded":  # the prompt is computed once for each completion
-                size += len(tree.prompt_ids) * (len(tree.completion_ids) - 1)
-            if not batches or size > room:
-                batches.append([])
-                room = self.tokens_per_batch
-            batches[-1].append(tree)
-            room -= size
-        return batches
-
-    def _rewards(self, trees: Sequence[PromptTree]) -> list[float]:
-        batch = LAYOUTS[self.layout](trees, pad_token_id=self.pad_token_id)
-        batch = batch.to(next(self.model.parameters()).device)
+    def _rewards(self, trees: list[PromptTree]) -> list[list[float]]:
+        batch = self.scorer.lay_out(trees, model=self.model)
         logprobs, reference_logprobs = (
-            detached_logprobs(model, batch, chunk_tokens=self.chunk_tokens).float()
-            for model in (self.model, self.reference)
+            self.scorer.scores(model, batch).logprobs.float() for model in (self.model, self.reference)
         )
-        return self.link.reward((logprobs - reference_logprobs).sum(dim=-1)).tolist()
+        rewards = self.link.reward((logprobs - reference_logprobs).sum(dim=-1))
+        return [own.tolist() for own in rewards.split([len(tree.completion_ids) for tree in trees])]
 
 
 def completion_trees(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from falign.errors import DataError
 from falign.objectives import CompletionBatch, field_of
-from falign.scoring import LAYOUTS, Layout, PromptTree
+from falign.scoring import PromptTree, Scorer
 
 __all__ = ["ScoredTree", "collate", "completion_rows", "require_columns", "whole_batch"]
 
@@ -53,12 +53,12 @@ class ScoredTree:
         return cls(PromptTree(**tree), state["columns"])
 
 
-def collate(trees: Sequence[ScoredTree], *, layout: Layout, pad_token_id: int) -> dict[str, Any]:
+def collate(trees: Sequence[ScoredTree], scorer: Scorer) -> dict[str, Any]:
     """Return the fields of a ``TokenBatch`` and, under ``columns``, those of a ``CompletionBatch``.
 
     A column that only some of the trees have is NaN in the others: no row gets a value that it could be read for.
     """
-    batch = LAYOUTS[layout]([tree.tree for tree in trees], pad_token_id=pad_token_id)
+    batch = scorer.lay_out([tree.tree for tree in trees])
     return {**vars(batch), "columns": _columns(trees, batch.completion_mask.shape)}
 
 

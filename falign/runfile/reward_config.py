@@ -381,6 +381,7 @@ class ImplicitConfig(_Part):
         from falign.models import load_model
         from falign.models.heads import share_head
         from falign.rewards.implicit import ImplicitReward
+        from falign.scoring import Scorer
 
         place = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -388,7 +389,7 @@ class ImplicitConfig(_Part):
             model, reference = (load_model(p, dtype=self.dtype, device=place) for p in (self.path, self.reference))
             share_head(model, reference)
             return ImplicitReward(
-                model, reference, divergence, self.beta, layout=self.layout, tokens_per_batch=self.tokens_per_batch
+                model, reference, divergence, self.beta, Scorer(self.layout), tokens_per_batch=self.tokens_per_batch
             )
         except ValueError as error:
             raise ConfigError(f"rewards: {error}") from error

@@ -4,11 +4,11 @@ from falign.scoring.attention_masks import tree_masks, why_not_trees
 from falign.scoring.backbone import Adapted, read_backbone, run_backbone, without_wrapper
 from falign.scoring.batch import TokenBatch, TreeSpan
 from falign.scoring.completions import CompletionStates, completion_scores, completion_states
-from falign.scoring.evaluation_mode import evaluation_mode
 from falign.scoring.head import Head, read_head
 from falign.scoring.head_check import check_head
 from falign.scoring.layout_choice import LayoutChoice, choose_layout
 from falign.scoring.layouts import LAYOUTS, Layout, pack, pad
+from falign.scoring.scorer import Scorer, detached_scores, evaluation_mode
 from falign.scoring.token_budget import TokenBudgetBatches
 from falign.scoring.token_weights import Weighting
 from falign.scoring.tree_attention import TreeMask
@@ -25,6 +25,7 @@ __all__ = [
     "Layout",
     "LayoutChoice",
     "PromptTree",
+    "Scorer",
     "TokenBatch",
     "TokenBudgetBatches",
     "TokenScores",
@@ -35,6 +36,7 @@ __all__ = [
     "choose_layout",
     "completion_scores",
     "completion_states",
+    "detached_scores",
     "evaluation_mode",
     "pack",
     "pad",

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from falign.errors import ModelError
 from falign.scoring.attention_masks import why_not_trees
 from falign.scoring.backbone import architecture_errors, other_attention, without_wrapper
-from falign.scoring.completions import completion_scores
-from falign.scoring.evaluation_mode import evaluation_mode
-from falign.scoring.layouts import LAYOUTS, Layout
+from falign.scoring.layouts import Layout
+from falign.scoring.scorer import Scorer
 from falign.scoring.trees import PromptTree
 
 __all__ = ["LayoutChoice", "choose_layout"]
@@ -70,11 +69,16 @@ def choose_layout(
     if wanted == "tree":
         return LayoutChoice("tree", "as asked for")
     name = type(without_wrapper(model)).__name__
+
+    def logprobs(layout: Layout) -> Float[Tensor, "N T"]:
+        scorer = Scorer(layout, pad_token_id)
+        return scorer.scores(model, scorer.lay_out(trees, model=model)).logprobs
+
     with architecture_errors(f"{name} cannot read padded rows", other_attention(model)):
-        padded = _logprobs(model, trees, "padded", pad_token_id)
+        padded = logprobs("padded")
     try:
         with architecture_errors("it cannot read trees", ""):
-            packed = _logprobs(model, trees, "tree", pad_token_id)
+            packed = logprobs("tree")
     except ModelError as error:
         return LayoutChoice("padded", str(error), as_asked=False)
     difference = (packed - padded).abs()
@@ -90,9 +94,3 @@ def choose_layout(
         f"trees change its log-probabilities by {largest:.3g} nats (mean {mean:.3g}), so it reads them wrongly",
         as_asked=False,
     )
-
-
-def _logprobs(model: nn.Module, trees: Sequence[PromptTree], layout: Layout, pad_token_id: int) -> Tensor:
-    batch = LAYOUTS[layout](trees, pad_token_id=pad_token_id).to(next(model.parameters()).device)
-    with torch.no_grad(), evaluation_mode(model):
-        return completion_scores(model, batch).logprobs

@@ -37,6 +37,11 @@ class PromptTree:
         """Tokens of the prompt, counted once, and of all completions."""
         return len(self.prompt_ids) + sum(map(len, self.completion_ids))
 
+    @property
+    def longest_path(self) -> int:
+        """Tokens of the prompt with its longest completion."""
+        return len(self.prompt_ids) + max(map(len, self.completion_ids))
+
     def __post_init__(self) -> None:
         if not self.prompt_ids:
             raise ValueError(f"{self.place}: a prompt needs at least one token: its last one predicts the completion.")

@@ -32,7 +32,7 @@ from falign.models.tokenizers import check_same_tokens, pad_token_id
 from falign.objectives import Objective, token_weighting
 from falign.references import Reference, check_same_at_start
 from falign.runfile.config import RunConfig
-from falign.scoring import LAYOUTS, Layout, PromptTree, check_head, choose_layout
+from falign.scoring import PromptTree, Scorer, check_head, choose_layout
 from falign.training.processes import shards
 from falign.training.references import build_reference, starts_as_policy
 
@@ -61,14 +61,14 @@ class Parts(NamedTuple):
     Attributes:
         policy: What is trained.
         reference: What it is held to.
-        layout: One that both can read.
+        scorer: Its layout is one that both can read.
         record: What the policy is before it is trained: its description, and the content hashes of its base and its
             configuration, and of the reference's configuration.
     """
 
     policy: PreTrainedModel | PeftModel
     reference: Reference
-    layout: Layout
+    scorer: Scorer
     record: dict[str, Any]
 
 
@@ -148,13 +148,13 @@ def load_parts(
         check_head(policy, probes[0].prompt_ids + probes[0].completion_ids[0])
         _tell_experts(policy, console)
         _tell_left_out_rows(policy, console)
-    layout = _layout(config, policy, probes, language.pad_token_id, console)
-    batch = LAYOUTS[layout](probes[:2], pad_token_id=language.pad_token_id).to(args.device)
+    scorer = _scorer(config, policy, probes, language.pad_token_id, console)
+    batch = scorer.lay_out(probes[:2], model=policy)
     if starts_as_policy(config):
         check_same_at_start(policy, reference, batch)
     if (weighting := token_weighting(objective.needs)) != "none":
         reference.states(policy, batch, weighting=weighting)  # a model without such weights is refused before training
-    return Parts(policy, reference, layout, record)
+    return Parts(policy, reference, scorer, record)
 
 
 def _tell_experts(policy: PreTrainedModel | PeftModel, console: Console) -> None:
@@ -198,10 +198,10 @@ def _check_fits(config: RunConfig, model: PreTrainedModel, longest: int) -> None
         )
 
 
-def _layout(
+def _scorer(
     config: RunConfig, policy: PreTrainedModel | PeftModel, probes: Sequence[PromptTree], pad_id: int, console: Console
-) -> Layout:
-    """Try the trees that have several completions, where a wrong mask shows."""
+) -> Scorer:
+    """Try layouts on the trees that have several completions, where a wrong mask shows."""
     try:
         choice = choose_layout(policy, list(probes)[-2:], pad_token_id=pad_id, wanted=config.training.layout)
     except ValueError as error:
@@ -212,4 +212,4 @@ def _layout(
         highlight=False,
         soft_wrap=True,
     )
-    return choice.layout
+    return Scorer(choice.layout, pad_id, config.training.chunk_tokens)

@@ -25,7 +25,7 @@ from falign.models.soup import cached_checkpoint_soup, soup_record
 from falign.models.soup_members import soup_members
 from falign.models.sources import adapter_folder
 from falign.models.staging import staged_folder
-from falign.models.tokenizers import pad_token_id, tokenizer_fingerprint
+from falign.models.tokenizers import tokenizer_fingerprint
 from falign.references import (
     AdapterOff,
     AdapterReference,
@@ -50,7 +50,7 @@ from falign.runfile.reference_config import (
     SoupConfig,
 )
 from falign.runs.folder import RunFolder
-from falign.scoring import Layout, PromptTree
+from falign.scoring import PromptTree, Scorer
 
 __all__ = ["build_reference", "cached", "keep_moved", "rebuild_reference", "starts_as_policy"]
 
@@ -203,7 +203,7 @@ def cached(
     *,
     directory: Path,
     batch_size: int,
-    layout: Layout,
+    scorer: Scorer,
     progress: Callable[[int, int], None],
 ) -> Cached:
     """Compute the reference's log-probabilities of all trees once, and return them without the reference.
@@ -215,7 +215,7 @@ def cached(
         trees: All that the run will score.
         directory: Shared by runs; each key has a folder of its own in it.
         batch_size: Trees per batch.
-        layout: One that the reference's model can read.
+        scorer: Its layout is one that the reference's model can read.
         progress: Called with trees done and in all.
     """
     base = reference.own_model or base_of(policy)
@@ -233,9 +233,8 @@ def cached(
     Cached(reference, directory=store, key=key).precompute(
         policy,
         trees,
-        pad_token_id=pad_token_id(tokenizer),
+        scorer=scorer,
         batch_size=batch_size,
-        layout=layout,
         on_progress=progress,
     )
     return Cached(None, directory=store, key=key, origin=reference.identity())

@@ -353,7 +353,7 @@ def _record(
         "processes": num_processes(),
         "sharded": is_sharded(policy),
         "reference": trainer.reference.identity(),
-        "layout": trainer.layout,
+        "layout": trainer.scorer.layout,
         "objective": config.objective.model_dump(),
         "data": asdict(data.report),
         "inputs": {**inputs, "settings": folder.settings(config)},

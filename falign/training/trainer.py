@@ -26,7 +26,7 @@ from falign.objectives import (
 )
 from falign.objectives.batch import OFFLINE
 from falign.references import ObjectiveInputs, Reference, completion_batch, objective_inputs
-from falign.scoring import DEFAULT_CHUNK_TOKENS, LAYOUTS, Layout, PromptTree, TokenBatch, evaluation_mode
+from falign.scoring import PromptTree, Scorer, TokenBatch, evaluation_mode
 from falign.training.finite_guard import describe_loss
 from falign.training.means import Means
 from falign.training.objective_contract import PLANNED_TERMS, ObjectiveContract
@@ -47,9 +47,7 @@ class AlignmentTrainer(ResumableTrainer):
         args: Arguments of the underlying trainer.
         train_trees: Prompts with their completions; the numbers of the micro-batches where these are made later.
         eval_trees: Held-out ones; may be empty.
-        pad_token_id: What fills rows; it is masked by position, never by value.
-        layout: One that the model can read; see :func:`falign.scoring.choose_layout`.
-        chunk_tokens: Positions that reach the vocabulary at once.
+        scorer: Lays trees out, in a way that the model can read.
         tokens_per_batch: Micro-batches of as many trees as have so many tokens, in place of
             ``args.per_device_train_batch_size`` trees.
         measures: Quantities of whole next-token distributions to log as ``measures/NAME``, besides those that the
@@ -70,9 +68,7 @@ class AlignmentTrainer(ResumableTrainer):
         args: TrainingArguments,
         train_trees: Sequence[PromptTree] | range,
         eval_trees: Sequence[PromptTree],
-        pad_token_id: int,
-        layout: Layout = "padded",
-        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        scorer: Scorer,
         tokens_per_batch: int | None = None,
         measures: Mapping[str, Measure] | None = None,
         skip_bad: bool = False,
@@ -82,13 +78,12 @@ class AlignmentTrainer(ResumableTrainer):
         objective = complete(objective)
         if unknown := sorted(name for name in objective.needs if field_of(name) not in self.supplied):
             raise ConfigError(f"This objective reads {unknown} of a batch, and {type(self).__name__} supplies none.")
-        self.layout: Layout = layout
-        lay_out = LAYOUTS[layout]
+        self.scorer = scorer
 
         def collate(trees: list[PromptTree]) -> dict[str, Any]:
             if not trees:  # another process has one batch more
-                return stand_in(vars(lay_out([self._shortest], pad_token_id=pad_token_id)))
-            return vars(lay_out(trees, pad_token_id=pad_token_id))
+                return stand_in(vars(scorer.lay_out([self._shortest])))
+            return vars(scorer.lay_out(trees))
 
         super().__init__(
             model,
@@ -101,7 +96,7 @@ class AlignmentTrainer(ResumableTrainer):
             advise=advise,
             **kwargs,
         )
-        self.reference, self.objective, self.chunk_tokens = reference, objective, chunk_tokens
+        self.reference, self.objective = reference, objective
         self.measures = dict(measures or {})
         self.contract = ObjectiveContract()
         self.value_head: nn.Module | None = None
@@ -182,7 +177,7 @@ class AlignmentTrainer(ResumableTrainer):
             references=self.references,
             objective=self.objective,
             measures=self.measures,
-            chunk_tokens=self.chunk_tokens,
+            chunk_tokens=self.scorer.chunk_tokens,
             wrapped=model,
             columns=columns,
             value_head=self.value_head,

@@ -10,7 +10,7 @@ from typing_extensions import override
 from falign.models import add_lora
 from falign.objectives import Objective
 from falign.references import Reference
-from falign.scoring import Layout, PromptTree
+from falign.scoring import Layout, PromptTree, Scorer
 from falign.training.trainer import AlignmentTrainer
 from tests.scoring.models import VOCABULARY, tiny_model
 
@@ -93,9 +93,7 @@ def alignment_trainer(
         args=args,
         train_trees=train,
         eval_trees=held_out or [],
-        pad_token_id=PAD,
-        layout=layout,
-        chunk_tokens=CHUNK,
+        scorer=Scorer(layout, PAD, CHUNK),
         callbacks=callbacks,
     )
 

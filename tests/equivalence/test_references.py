@@ -12,7 +12,7 @@ from typing_extensions import override
 from falign.errors import DataError
 from falign.objectives import FDPO
 from falign.references import AdapterOff, Cached, CacheKey, FrozenModel, Reference
-from falign.scoring import CompletionStates, TokenBatch, Weighting
+from falign.scoring import CompletionStates, Scorer, TokenBatch, Weighting
 from tests.equivalence.runs import CHUNK, PAD, alignment_trainer, lora_policy, run, trees
 from tests.scoring.models import tiny_model
 
@@ -124,7 +124,7 @@ def test_a_cached_run_is_the_live_run_bit_for_bit(tmp_path):
 def test_a_cache_filled_in_other_batches_gives_the_live_run_to_rounding(tmp_path):
     rows, policy, live = trees(9), lora_policy(), AdapterOff(chunk_tokens=CHUNK)
     cache = Cached(live, directory=tmp_path / "cache", key=KEY)
-    cache.precompute(policy, rows, pad_token_id=PAD, batch_size=4, layout="padded")
+    cache.precompute(policy, rows, scorer=Scorer(pad_token_id=PAD), batch_size=4)
     runs = [
         run(tmp_path / str(n), copy.deepcopy(policy), reference, FDPO(beta=0.3), train=rows, **BATCHES)
         for n, reference in enumerate((live, Cached(None, directory=tmp_path / "cache", key=KEY)))

@@ -5,7 +5,7 @@ import torch
 from falign import FDPO
 from falign.evaluation import CompletionScorer
 from falign.references import FrozenModel
-from falign.scoring import PromptTree
+from falign.scoring import PromptTree, Scorer
 from tests.models.tiny import tiny_model
 
 TREES = [
@@ -27,9 +27,7 @@ def tiny_scorer(objective=None, layout="padded"):
         policy=policy,
         reference=FrozenModel(reference),
         objective=objective or FDPO("jensen_shannon", beta=0.3),
-        pad_token_id=1,
-        layout=layout,
-        chunk_tokens=3,
+        scorer=Scorer(layout, pad_token_id=1, chunk_tokens=3),
     )
 
 

@@ -23,7 +23,7 @@ def inputs_of(scorer, trees):
         pad(trees, pad_token_id=1),
         references={"reference": scorer.reference},
         objective=scorer.objective,
-        chunk_tokens=scorer.chunk_tokens,
+        chunk_tokens=scorer.scorer.chunk_tokens,
     )
 
 

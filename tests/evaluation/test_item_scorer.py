@@ -9,6 +9,7 @@ from falign.evaluation import ComparedScores, ItemScorer, ItemTree, ReferenceFre
 from falign.evaluation.benchmarks import BenchmarkItem
 from falign.evaluation.item_scorer import _rising
 from falign.objectives import Listwise
+from falign.scoring import Scorer
 from tests.evaluation.scoring import TREES, dense, policy_and_reference, tiny_scorer
 
 NAMES = ("implicit_reward", "length_normalised", "log_ratio", "logprob", "mean_logprob", "length", "random")
@@ -85,7 +86,9 @@ def test_rewards_that_saturate_keep_the_order_of_their_log_ratios():
 def test_a_policy_alone_has_the_log_probabilities_that_it_has_beside_a_reference():
     policy, _ = policy_and_reference()
     names = ("logprob", "mean_logprob", "random")
-    alone = ItemScorer(names=names, of_trees=ReferenceFreeScores(policy=policy, pad_token_id=1)).score(items())
+    alone = ItemScorer(names=names, of_trees=ReferenceFreeScores(policy=policy, scorer=Scorer(pad_token_id=1))).score(
+        items()
+    )
     for scores, others in zip(alone, scored(FDPO("reverse_kl")), strict=True):
         assert tuple(scores) == names
         assert scores["logprob"] == pytest.approx(others["logprob"], rel=1e-6)

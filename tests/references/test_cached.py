@@ -5,11 +5,12 @@ import torch
 
 from falign.errors import ConfigError, DataError, ModelError
 from falign.references import AdapterOff, Cached, CacheKey, FrozenModel, Reference
-from falign.scoring import PromptTree, pad
+from falign.scoring import PromptTree, Scorer, pad
 from tests.references.spy import ForwardSpy
 from tests.scoring.models import TREES, tiny_model, with_lora
 
 BATCH = pad(TREES, pad_token_id=2)
+SCORER = Scorer(pad_token_id=2)
 KEY = CacheKey(weights="w1", config="c", vocabulary=260, tokenizer="t1", dtype="float32", attention="sdpa")
 
 
@@ -120,7 +121,7 @@ def test_precompute_runs_the_longest_first_once_and_then_needs_no_reference(tmp_
     computed = cached.precompute(
         policy,
         iter([*TREES, TREES[0]]),
-        pad_token_id=2,
+        scorer=SCORER,
         batch_size=1,
         on_progress=lambda done, total: progress.append((done, total)),
     )
@@ -131,7 +132,7 @@ def test_precompute_runs_the_longest_first_once_and_then_needs_no_reference(tmp_
 
     without = Cached(None, directory=tmp_path, key=KEY)
     logprobs = without.logprobs(policy, BATCH)
-    assert without.precompute(policy, TREES, pad_token_id=2) == 0
+    assert without.precompute(policy, TREES, scorer=SCORER) == 0
     assert len(spy) == 3
     torch.testing.assert_close(logprobs, AdapterOff().logprobs(policy, BATCH), rtol=0, atol=1e-6)
 
@@ -145,9 +146,9 @@ def test_precompute_keeps_what_it_has_when_it_is_interrupted(tmp_path, policy, m
 
     cached = Cached(AdapterOff(), directory=tmp_path, key=KEY)
     with pytest.raises(KeyboardInterrupt):
-        cached.precompute(policy, TREES, pad_token_id=2, batch_size=1, on_progress=interrupt)
+        cached.precompute(policy, TREES, scorer=SCORER, batch_size=1, on_progress=interrupt)
     spy = ForwardSpy(policy)
-    assert Cached(AdapterOff(), directory=tmp_path, key=KEY).precompute(policy, TREES, pad_token_id=2) == 1
+    assert Cached(AdapterOff(), directory=tmp_path, key=KEY).precompute(policy, TREES, scorer=SCORER) == 1
     assert spy.shapes == [(3, 6)]
 
 

@@ -5,6 +5,7 @@ from falign import divergences
 from falign.errors import RewardError
 from falign.rewards import call_reward
 from falign.rewards.implicit import ImplicitReward
+from falign.scoring import Scorer
 from tests.models.tiny import tiny_model
 
 PROMPT_IDS = [[5, 6, 7], [5, 6, 7], [9, 4], [5, 6, 7]]
@@ -23,7 +24,7 @@ def logprob(model, prompt, completion):
 def test_it_is_beta_f_prime_of_the_ratio_of_two_models(layout, tokens_per_batch):
     policy, reference = tiny_model("llama", seed=0).eval(), tiny_model("llama", seed=1).eval()
     reward = ImplicitReward(
-        policy, reference, divergences.get("forward_kl"), 0.3, layout=layout, tokens_per_batch=tokens_per_batch
+        policy, reference, divergences.get("forward_kl"), 0.3, Scorer(layout), tokens_per_batch=tokens_per_batch
     )
     pairs = list(zip(PROMPT_IDS, COMPLETION_IDS, strict=True))
     log_u = torch.tensor([logprob(policy, p, c) - logprob(reference, p, c) for p, c in pairs])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from falign.rollouts.scored_trees import ScoredTree, collate, completion_rows, whole_batch
-from falign.scoring import PromptTree
+from falign.scoring import PromptTree, Scorer
 
 TREES = [
     ScoredTree(
@@ -26,7 +26,7 @@ TREES = [
 
 @pytest.mark.parametrize("layout", ["tree", "padded"])
 def test_columns_stand_beside_their_completions_and_are_zero_where_a_tree_has_none(layout):
-    inputs = collate(TREES, layout=layout, pad_token_id=0)
+    inputs = collate(TREES, Scorer(layout))
     columns = inputs["columns"]
     assert inputs["place"] == ("a:1", "a:1", "a:2")
     assert columns["rewards"].tolist() == [1.0, 0.25, -1.0]

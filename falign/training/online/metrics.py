@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +11,7 @@ from falign.metrics.ngrams import distinct
 from falign.references import Reference
 from falign.rewards import best_of_n, pass_at_k
 from falign.rollouts import Rollout
-from falign.scoring import LAYOUTS, Layout, PromptTree, TokenBatch, completion_scores, evaluation_mode
+from falign.scoring import PromptTree, Scorer
 from falign.training.means import Means
 from falign.training.online.groups import Draw
 from falign.training.processes import is_writer, own_batches
@@ -62,14 +59,11 @@ def evaluation_metrics(
     *,
     policy: nn.Module,
     reference: Reference,
-    prepare: Callable[[Any], Any],
     pass_reward: float,
     outcome: str | None,
     temperature: float,
     batch_size: int,
-    layout: Layout,
-    pad_token_id: int,
-    chunk_tokens: int,
+    scorer: Scorer,
 ) -> dict[str, float]:
     """Return the means over held-out prompts, with entropy and divergences of the policy from its reference.
 
@@ -80,14 +74,11 @@ def evaluation_metrics(
         draw: The held-out completions.
         policy: What sampled them.
         reference: What the policy is held to.
-        prepare: Takes a batch to the device.
         pass_reward: What a completion needs to pass.
         outcome: Name of the reward that decides it; None for the sum.
         temperature: At which they were sampled.
         batch_size: Prompts that are scored at once.
-        layout: One that the model can read.
-        pad_token_id: What fills rows.
-        chunk_tokens: Positions that reach the vocabulary at once.
+        scorer: Its layout is one that the model can read.
     """
     means = Means()
     if is_writer():  # all processes have the whole draw
@@ -97,9 +88,8 @@ def evaluation_metrics(
             PromptTree(group.row.prompt_ids, tuple(map(_ids, group.rollouts)), place=group.row.place)
             for group in groups
         ]
-        batch = TokenBatch(**prepare(vars(LAYOUTS[layout](trees, pad_token_id=pad_token_id))))
-        with torch.no_grad(), evaluation_mode(policy):
-            scores = completion_scores(policy, batch, chunk_tokens=chunk_tokens)
+        batch = scorer.lay_out(trees, model=policy)
+        scores = scorer.scores(policy, batch)
         log_ratio = (scores.logprobs - reference.logprobs(policy, batch)).masked_fill(~batch.completion_mask, 0.0)
         whole = log_ratio.sum(dim=-1)
         if not counted:

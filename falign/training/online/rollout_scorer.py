@@ -21,7 +21,7 @@ from falign.objectives import (
 from falign.references import Reference, field_of_reference
 from falign.rollouts.scored_trees import ScoredTree, collate, completion_rows, whole_batch
 from falign.runfile.prompts_config import RolloutConfig
-from falign.scoring import Layout, PromptTree, completion_scores, evaluation_mode
+from falign.scoring import PromptTree, Scorer
 from falign.training.online.groups import Group
 from falign.training.online.sampler_gap import correct
 from falign.training.processes import gathered, own_batches
@@ -47,9 +47,7 @@ class RolloutScorer:
         objective: Says what is needed.
         rollout: Sizes.
         batch_size: Prompts in one forward pass.
-        layout: One that the model can read.
-        pad_token_id: What fills rows.
-        chunk_tokens: Positions that reach the vocabulary at once.
+        scorer: Lays trees out, in a way that the model can read.
         value_head: Values of prefixes, for objectives that read them.
         prepare: Brings a micro-batch to the model's device.
         partition: Running estimates of log Z.
@@ -60,9 +58,7 @@ class RolloutScorer:
     objective: Objective
     rollout: RolloutConfig
     batch_size: int
-    layout: Layout
-    pad_token_id: int
-    chunk_tokens: int
+    scorer: Scorer
     value_head: nn.Module | None
     prepare: Callable[[dict[str, Any]], dict[str, Any]]
     partition: RunningPartition = field(default_factory=RunningPartition)
@@ -114,7 +110,7 @@ class RolloutScorer:
         )
         scored = []
         for own, counted in own_batches(trees, self.batch_size):
-            batch, _ = split_columns(self.prepare(collate(own, layout=self.layout, pad_token_id=self.pad_token_id)))
+            batch, _ = split_columns(self.prepare(collate(own, self.scorer)))
             found = {
                 field_of_reference(name): reference.logprobs(self.policy, batch)
                 for name, reference in self.references.items()
@@ -124,10 +120,7 @@ class RolloutScorer:
                 field_of_reference(name): torch.full(batch.completion_mask.shape, math.nan) for name in sorted(unread)
             }
             if wants_policy:
-                with torch.no_grad(), evaluation_mode(self.policy):
-                    scores = completion_scores(
-                        self.policy, batch, chunk_tokens=self.chunk_tokens, value_head=self.value_head
-                    )
+                scores = self.scorer.scores(self.policy, batch, value_head=self.value_head)
                 found["old_logprobs"] = scores.logprobs
                 if scores.values is not None:
                     found["old_values"] = scores.values

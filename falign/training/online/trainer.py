@@ -21,7 +21,7 @@ from falign.references import ObjectiveInputs, Reference
 from falign.rewards import RewardSum
 from falign.rollouts.scored_trees import ScoredTree, collate, require_columns
 from falign.runfile.prompts_config import RolloutConfig
-from falign.scoring import DEFAULT_CHUNK_TOKENS, Layout
+from falign.scoring import Scorer
 from falign.seeds import mixed
 from falign.training.online.completions_table import CompletionsTable
 from falign.training.online.divided_sampler import DividedSampler
@@ -81,10 +81,8 @@ class OnlineTrainer(AlignmentTrainer):
         rollout: Sizes.
         rehearsal: Stored completions of the reference with their log-probabilities; may be empty.
         rehearsal_size: How many of them go into each optimiser step.
-        pad_token_id: What fills rows.
+        scorer: Lays trees out, in a way that the model can read.
         table: Where completions are written down.
-        layout: One that the model can read.
-        chunk_tokens: Positions that reach the vocabulary at once.
         value_head: Values of prefixes, for objectives that read them.
         max_gap: Bound of the mean difference between log-probabilities of sampler and policy; None for none. It is
             for samples at temperature 1.
@@ -107,12 +105,10 @@ class OnlineTrainer(AlignmentTrainer):
         prompts: Sequence[PromptRow],
         eval_prompts: Sequence[PromptRow],
         rollout: RolloutConfig,
-        pad_token_id: int,
+        scorer: Scorer,
         table: CompletionsTable,
         rehearsal: Sequence[ScoredTree] = (),
         rehearsal_size: int = 0,
-        layout: Layout = "padded",
-        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         value_head: nn.Module | None = None,
         max_gap: float | None = None,
         skip_bad: bool = False,
@@ -120,7 +116,7 @@ class OnlineTrainer(AlignmentTrainer):
         **kwargs: Any,
     ) -> None:
         self.rollout, self.evaluation_sampler, self.eval_prompts = rollout, evaluation_sampler, eval_prompts
-        self.pad_token_id, self.table, self.advise = pad_token_id, table, advise
+        self.table, self.advise = table, advise
         compares = "preference" in objective.needs
         self.source = RolloutSource(sampler, prompts, rollout, compares=compares, seed=args.seed, keep=table.write)
         self.rehearsal, self.rehearsal_size = rehearsal, rehearsal_size
@@ -136,23 +132,19 @@ class OnlineTrainer(AlignmentTrainer):
             args=args,
             train_trees=range(args.max_steps * args.gradient_accumulation_steps),
             eval_trees=[],
-            pad_token_id=pad_token_id,
-            layout=layout,
-            chunk_tokens=chunk_tokens,
+            scorer=scorer,
             skip_bad=skip_bad,
             advise=advise,
             **kwargs,
         )
         self.value_head = value_head
-        self.scorer = RolloutScorer(
+        self.rollout_scorer = RolloutScorer(
             self.policy,
             self.references,
             self.objective,
             rollout,
             batch_size=args.per_device_train_batch_size,
-            layout=layout,
-            pad_token_id=pad_token_id,
-            chunk_tokens=chunk_tokens,
+            scorer=scorer,
             value_head=value_head,
             prepare=self.prepare,
         )
@@ -219,7 +211,7 @@ class OnlineTrainer(AlignmentTrainer):
     def _collated(self, trees: Sequence[ScoredTree]) -> dict[str, Any]:
         answers = complete(self.objective)
         require_columns(trees, samples=answers.needs_of_samples, stored=answers.needs_of_stored)
-        return collate(trees, layout=self.layout, pad_token_id=self.pad_token_id)
+        return collate(trees, self.scorer)
 
     def _sensible_rollout(self) -> list[ScoredTree]:
         """Roll out; where a reward is no number, name the step, or leave the rollout out and take the next prompts."""
@@ -247,7 +239,7 @@ class OnlineTrainer(AlignmentTrainer):
                 self._keep()
             raise
         draw, self.staleness = drawn.draw, step - drawn.step
-        trees, scores = self.scorer(self.source.groups(draw))
+        trees, scores = self.rollout_scorer(self.source.groups(draw))
         metrics = rollout_metrics(draw, pass_reward=self.rollout.pass_reward, outcome=self.source.sampler.outcome)
         if is_writer():  # all processes have the whole rollout
             self.means.add({**metrics, **scores})
@@ -325,14 +317,11 @@ class OnlineTrainer(AlignmentTrainer):
             draw,
             policy=self.policy,
             reference=self.reference,
-            prepare=self.prepare,
             pass_reward=self.rollout.pass_reward,
             outcome=self.evaluation_sampler.outcome,
             temperature=self.rollout.evaluation.temperature,
             batch_size=self.args.per_device_eval_batch_size,
-            layout=self.layout,
-            pad_token_id=self.pad_token_id,
-            chunk_tokens=self.chunk_tokens,
+            scorer=self.scorer,
         )
         self.table.write(self.state.global_step, draw, held_out=True)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
@@ -352,7 +341,7 @@ class OnlineTrainer(AlignmentTrainer):
         state = {
             "source": self.source.state_dict(),
             "rehearsal_order": self.rehearsal_order.position,
-            "partition": self.scorer.partition.state_dict(),
+            "partition": self.rollout_scorer.partition.state_dict(),
             # Between two rollouts nothing of the last one is needed any more.
             "buffer": [tree.state_dict() for tree in self.buffer]
             if self.state.global_step % self.rollout.num_updates
@@ -371,7 +360,7 @@ class OnlineTrainer(AlignmentTrainer):
         state = json.loads((folder / ROLLOUT_STATE).read_text(encoding="utf-8"))
         self.source.load_state_dict(state["source"])
         self.rehearsal_order.position = state["rehearsal_order"]
-        self.scorer.partition.load_state_dict(state["partition"])
+        self.rollout_scorer.partition.load_state_dict(state["partition"])
         self.buffer = [ScoredTree.from_state(tree) for tree in state["buffer"]]
         self.failures = Failures(*state["failures"])
         if self.value_head is not None:
