@@ -9,11 +9,13 @@ from falign.lazy import lazy_names
 
 if TYPE_CHECKING:
     from falign import divergences, objectives
+    from falign.api import Lora, Run, load, train
     from falign.objectives import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO, CompletionBatch
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            "falign.api": ("Lora", "Run", "load", "train"),
             "falign.divergences": (),
             "falign.objectives": (),
             "falign.objectives.batch": ("CompletionBatch",),
@@ -23,4 +25,18 @@ else:
 
 __version__ = "0.1.0"
 
-__all__ = ["DPHRL", "FDPG", "FDPO", "SALSA", "SALSARLOO", "TDPO", "CompletionBatch", "divergences", "objectives"]
+__all__ = [
+    "DPHRL",
+    "FDPG",
+    "FDPO",
+    "SALSA",
+    "SALSARLOO",
+    "TDPO",
+    "CompletionBatch",
+    "Lora",
+    "Run",
+    "divergences",
+    "load",
+    "objectives",
+    "train",
+]

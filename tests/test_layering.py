@@ -27,11 +27,12 @@ ALLOWED = {
     "training": {*BELOW_RUNS, "metrics", "runfile", "runs"},
     "evaluation": {*BELOW_RUNS, "metrics", "runfile", "runs", "training"},
     "report": {*BELOW_RUNS, "metrics", "runfile", "runs", "training", "evaluation"},
-    "cli": {*BELOW_RUNS, "metrics", "runfile", "runs", "training", "evaluation", "report"},
+    "cli": {*BELOW_RUNS, "metrics", "runfile", "runs", "training", "evaluation", "report", "api"},
 }
 SHARED = {
     *(
         "choices",
+        "code_identity",
         "deadlines",
         "durable",
         "errors",

@@ -29,7 +29,7 @@ def report(
     console = Terminal()
     with console.status("drawing"):
         from falign.report import write_report
-        from falign.training import RunSummary
+        from falign.runs.summary import RunSummary
 
         written = write_report(runs, out)
     for run in written.runs:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from falign.training import RunSummary
+    from falign.runs.summary import RunSummary
 
 __all__ = ["show"]
 
@@ -37,7 +37,7 @@ def show(summary: RunSummary, console: Console) -> None:
     for sample in summary.samples:
         answers = Table.grid(padding=(0, 2))
         for name in ("prompt", "before", "after"):
-            answers.add_row(f"[bold]{name}", Text(sample[name]))
+            answers.add_row(f"[bold]{name}", Text(getattr(sample, name)))
         console.print(answers)
     model = summary.folder.adapter if summary.folder.adapter.is_dir() else summary.folder.weights
     bold = "bold"

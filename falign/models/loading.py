@@ -60,17 +60,30 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         check_tokenizer_patterns(tokenizer, name=name)
         tokenizer.decode(tokenizer("A few words.").input_ids)  # settings of a wrong type show in use
-    tokenizer.chat_template_place = name  # for messages of falign.data, which runs the template
+    prepare_tokenizer(tokenizer, place=name)
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
         given = str(chat_template)
         shown = given if given != tokenizer.chat_template or len(given) <= 80 else f"{given[:80]} ..."
         tokenizer.chat_template_place = f"model.chat_template={shown!r}"
+    return tokenizer
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, *, place: str) -> None:
+    """Let a tokenizer without a padding token pad with EOS, in place.
+
+    Args:
+        tokenizer: As transformers has loaded it.
+        place: Where from, for messages.
+
+    Raises:
+        ModelError: It has no EOS.
+    """
     if tokenizer.eos_token is None:
-        raise ModelError(f"The tokenizer of {name} has no EOS token: add `eos_token` to its tokenizer_config.json.")
+        raise ModelError(f"The tokenizer of {place} has no EOS token: add `eos_token` to its tokenizer_config.json.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    tokenizer.chat_template_place = place  # for messages of falign.data, which runs the template
 
 
 def vocabulary_size(

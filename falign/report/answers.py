@@ -43,9 +43,7 @@ def answers_of(run: ReportedRun) -> list[Answers]:
     Raises:
         ConfigError: A line of ``completions.jsonl`` is damaged.
     """
-    written = [
-        Answers(sample["prompt"], (Answer(sample["before"]),), (Answer(sample["after"]),)) for sample in run.samples
-    ]
+    written = [Answers(sample.prompt, (Answer(sample.before),), (Answer(sample.after),)) for sample in run.samples]
     return [*written, *_online(run)]
 
 

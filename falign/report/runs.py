@@ -13,6 +13,7 @@ from falign.report.evaluations import RewardSummary, SampleSummary, read_evaluat
 from falign.report.metric_names import Number
 from falign.report.palette import Color, marker_of, run_color
 from falign.runs import RunFolder
+from falign.runs.summary import Answered, RunSummary
 
 __all__ = ["ReportedRun", "read_runs"]
 
@@ -43,7 +44,7 @@ class ReportedRun:
     logs: list[dict[str, Any]]
     before: dict[str, Number]
     after: dict[str, Number]
-    samples: list[dict[str, str]]
+    samples: list[Answered]
     evaluations: tuple[RewardSummary | SampleSummary, ...]
     ended: bool = False
 
@@ -88,12 +89,9 @@ def read_runs(paths: Sequence[str | Path]) -> list[ReportedRun]:
 
 
 def _read(folder: RunFolder, index: int, label: str) -> ReportedRun:
-    def known(name: str) -> Any:
-        return folder.read_json(name) if (folder.path / name).is_file() else None
-
-    # Once: the run may be going on, and what it writes last, after all else, is the summary.
-    whole = known("summary.json")
-    summary = whole or {"before": (known("before.json") or {"metrics": {}})["metrics"], "after": {}}
+    # The run may be going on, and what it writes last, after all else, is the summary.
+    summary = RunSummary.read(folder) if (folder.path / "summary.json").is_file() else None
+    begun = folder.read_json("before.json")["metrics"] if (folder.path / "before.json").is_file() else {}
     return ReportedRun(
         label=label,
         index=index,
@@ -101,11 +99,11 @@ def _read(folder: RunFolder, index: int, label: str) -> ReportedRun:
         run_file=folder.read_settings(),
         manifest=folder.read_json("manifest.json"),
         logs=folder.metrics(),
-        before=summary["before"],
-        after=summary["after"],
-        samples=known("samples.json") or [],
+        before=begun if summary is None else summary.before,
+        after={} if summary is None else summary.after,
+        samples=[] if summary is None else summary.samples,
         evaluations=read_evaluations(folder.path),
-        ended=whole is not None,
+        ended=summary is not None,
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from falign.code_identity import code_identity
 from falign.errors import RewardError
 from falign.rewards.base import Scores, reward_raised
-from falign.rewards.forms import FORMS, FormName, arguments, check_columns, finished, load_function
+from falign.rewards.forms import FORMS, FormName, arguments, check_columns, check_parameters, finished, load_function
 from falign.rewards.identity import Identity
 
 __all__ = ["OwnFunction"]
@@ -16,12 +17,13 @@ __all__ = ["OwnFunction"]
 
 @dataclass(frozen=True)
 class OwnFunction:
-    """Calls ``module:function`` in the form that it is written in; it may be ``async``.
+    """Calls a function in the form that it is written in; it may be ``async``.
 
     Attributes:
-        function: ``module:function``.
+        function: ``module:function``, or what messages call the one that is given.
         form: ``falign``: lists of prompts, texts and columns; ``trl``: the same, with completions of conversations as
             lists of one message; ``verl``: ``data_source, solution_str, ground_truth, extra_info`` of one completion.
+        given: The function itself, in place of the one that is imported.
 
     Raises:
         ConfigError: It cannot be imported, or has the parameters of another form.
@@ -29,10 +31,15 @@ class OwnFunction:
 
     function: str
     form: FormName = "falign"
+    given: Callable[..., Any] | None = None
     _imported: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_imported", load_function(self.function, self.form))
+        if self.given is None:
+            object.__setattr__(self, "_imported", load_function(self.function, self.form))
+        else:
+            check_parameters(self.function, self.given, self.form)
+            object.__setattr__(self, "_imported", self.given)
 
     def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float | None]:
         return self.score(prompts, completions, **columns).values
@@ -69,7 +76,9 @@ class OwnFunction:
         return [None] * len(prompts)
 
     def identity(self) -> Identity:
-        """Return the module of the function, and how it is called."""
+        """Return the module of the function, and how it is called; of a function that was given, its own code."""
+        if self.given is not None:
+            return Identity("", {"function": self.function, "form": self.form, "code": code_identity(self.given)})
         return Identity(self.function.partition(":")[0], {"function": self.function, "form": self.form})
 
     def _call(

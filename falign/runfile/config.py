@@ -8,9 +8,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_serializer, model_validator
 
-from falign.data import DataSource, LengthPolicy, PreferenceData, Window, load_preferences
+from falign.data import DataSource, InMemory, LengthPolicy, PreferenceData, Window, load_preferences
+from falign.data.memory import PYTHON
 from falign.errors import ConfigError
 from falign.objectives import Objective
 from falign.objectives.batch import OFFLINE
@@ -18,7 +19,7 @@ from falign.runfile.base_config import FrozenModel
 from falign.runfile.objective_config import ObjectiveConfig, PairwiseConfig
 from falign.runfile.online_check import check_samples
 from falign.runfile.online_objective_config import DistributionMatchingConfig
-from falign.runfile.prompts_config import PromptsConfig, RehearsalDataConfig, RolloutConfig
+from falign.runfile.prompts_config import PromptsConfig, RehearsalDataConfig, RolloutConfig, with_rows
 from falign.runfile.reference_config import AutoReferenceConfig, ReferenceConfig, check_moves, check_reference
 from falign.runfile.reward_config import RewardConfig
 from falign.runfile.target_config import without_fit
@@ -57,6 +58,11 @@ class ModelConfig(FrozenModel):
     trust_remote_code: bool = False
     """Run code that the model's repository brings along."""
 
+    @property
+    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
+        """The model and its tokenizer, where a program gave them."""
+        return None
+
     def build_tokenizer(self, *, date: datetime | None = None) -> PreTrainedTokenizerBase:
         """Load the tokenizer; a date replaces the present one in templates that write the date."""
         from falign.models import load_tokenizer
@@ -72,8 +78,20 @@ class ModelConfig(FrozenModel):
             fix_date(tokenizer, date)
         return tokenizer
 
-    def build(self) -> PreTrainedModel:
-        """Load the weights."""
+    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+        """Return all ids that end a completion, without loading weights."""
+        from falign.models import stop_token_ids
+
+        return stop_token_ids(self.path, tokenizer, revision=self.revision)
+
+    def vocabulary_size(self) -> int | None:
+        """Return how many rows the embeddings have, without loading weights; None where nothing says."""
+        from falign.models.loading import vocabulary_size
+
+        return vocabulary_size(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+    def build(self, *, trains: bool = False) -> PreTrainedModel:
+        """Load the weights; ``trains``: all of them are about to be trained."""
         from falign.models import load_model
 
         return load_model(
@@ -146,9 +164,16 @@ class SourceConfig(FrozenModel):
     """Share in a mixture; for all sources or for none."""
     limit: int | None = Field(default=None, ge=1)
 
+    _rows: InMemory | None = PrivateAttr(default=None)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_rows(cls, value: Any, handler: Any) -> SourceConfig:
+        return with_rows(value, handler)
+
     def build(self) -> DataSource:
         """Return the source as the data package knows it."""
-        return DataSource(**{**self.model_dump(), "ignore": tuple(self.ignore)})
+        return DataSource(**{**self.model_dump(), "ignore": tuple(self.ignore)}, rows=self._rows)
 
 
 class DataConfig(FrozenModel):
@@ -323,6 +348,16 @@ def _check_attention(name: str) -> None:
         raise ConfigError(f"model.{error}") from error
 
 
+def _objects(value: Any, place: str = "") -> Iterator[str]:
+    if isinstance(value, dict) and value.get("kind") == "python":
+        yield place.strip(".")
+    elif isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        yield from (found for name, inner in items for found in _objects(inner, f"{place}.{name}"))
+    elif isinstance(value, str) and value.startswith(PYTHON) and place.endswith(".path"):
+        yield place.removesuffix(".path").strip(".")
+
+
 ONLINE_SECTIONS = ("rollout", "rewards", "rehearsal")
 
 
@@ -351,6 +386,11 @@ class RunConfig(FrozenModel):
         section = self.data or self.prompts
         said = set() if section is None else {source.chat for source in section.train}
         return said.pop() if len(said) == 1 else None
+
+    @property
+    def objects(self) -> list[str]:
+        """The fields that record an object of a program, which a run file cannot hold."""
+        return list(_objects(self.model_dump(mode="json")))
 
     def check(self) -> Objective:
         """Refuse what cannot work before anything is loaded, and return the objective.
@@ -385,10 +425,11 @@ class RunConfig(FrozenModel):
         from falign.models.loading import vocabulary_size
         from falign.models.tokenizers import check_token_rows
 
-        model, trusted = self.model, self.model.trust_remote_code
-        for path in dict.fromkeys([model.path, *(path for _, path in self.models_that_read_ids())]):
-            revision = model.revision if path == model.path else None
-            size = vocabulary_size(path, revision=revision, trust_remote_code=trusted)
+        sizes = {self.model.path: self.model.vocabulary_size()}
+        for _, path in self.models_that_read_ids():
+            if path not in sizes:
+                sizes[path] = vocabulary_size(path, trust_remote_code=self.model.trust_remote_code)
+        for path, size in sizes.items():
             if size is not None:
                 check_token_rows(rows, num_rows=size, model=path, tokenizer=tokenizer)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from falign.objectives import Listwise, Objective, Pairwise, TokenPairwise, TokenWeighting
-from falign.runfile.base_config import FrozenModel, named_divergence, refusals
+from falign.runfile.base_config import FrozenModel, PythonObject, named_divergence, refusals
 from falign.runfile.online_objective_config import (
     DistributionMatchingConfig,
     HybridConfig,
@@ -16,7 +16,7 @@ from falign.runfile.online_objective_config import (
     SupervisedConfig,
 )
 
-__all__ = ["ListwiseConfig", "ObjectiveConfig", "PairwiseConfig", "TokenPairwiseConfig"]
+__all__ = ["ListwiseConfig", "ObjectiveConfig", "PairwiseConfig", "PythonObjectiveConfig", "TokenPairwiseConfig"]
 
 
 class PairwiseConfig(FrozenModel):
@@ -101,6 +101,23 @@ class TokenPairwiseConfig(FrozenModel):
             return TokenPairwise(named_divergence(self.divergence), self.beta, self.alpha, self.variant, self.weighting)
 
 
+class PythonObjectiveConfig(PythonObject):
+    """An objective that a program gave as an object."""
+
+    @property
+    def title(self) -> str:
+        """The title of the run's plots."""
+        return self.name
+
+    def build(self) -> Objective:
+        """Return the objective.
+
+        Raises:
+            ConfigError: It is not at hand.
+        """
+        return self.given("objective")
+
+
 def _kind(value: Any) -> str:
     return str(value.get("kind", "pairwise") if isinstance(value, dict) else getattr(value, "kind", "pairwise"))
 
@@ -113,7 +130,8 @@ ObjectiveConfig = Annotated[
     | Annotated[DistributionMatchingConfig, Tag("distribution_matching")]
     | Annotated[HybridConfig, Tag("hybrid")]
     | Annotated[RehearsalConfig, Tag("rehearsal")]
-    | Annotated[SupervisedConfig, Tag("supervised")],
+    | Annotated[SupervisedConfig, Tag("supervised")]
+    | Annotated[PythonObjectiveConfig, Tag("python")],
     Discriminator(_kind),
 ]
 """The objective: ``kind`` names one of these; the first is the default."""

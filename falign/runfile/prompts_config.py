@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
-from falign.data import LengthPolicy, PromptData, PromptSource, RowCheck, load_prompts
+from falign.data import InMemory, LengthPolicy, PromptData, PromptSource, RowCheck, load_prompts
 from falign.data.chat_template import Tokenizer
 from falign.runfile.base_config import FrozenModel
 from falign.runfile.engine_config import CorrectionConfig, EngineConfig, TransformersEngineConfig
@@ -18,7 +18,18 @@ __all__ = [
     "PromptsConfig",
     "RehearsalDataConfig",
     "RolloutConfig",
+    "with_rows",
 ]
+
+
+def with_rows(value: Any, handler: Any) -> Any:
+    """Validate a source of data, which may have rows in memory in place of a path: ``{rows: InMemory(...)}``."""
+    rows = value.get("rows") if isinstance(value, dict) else None
+    if not isinstance(rows, InMemory):
+        return handler(value)
+    section = handler({name: each for name, each in value.items() if name != "rows"} | {"path": rows.path})
+    section._rows = rows
+    return section
 
 
 class PromptSourceConfig(FrozenModel):
@@ -42,9 +53,17 @@ class PromptSourceConfig(FrozenModel):
     """Columns, and keys of turns, that look like a part of the prompt and are none; rewards do not get them either."""
     limit: int | None = Field(default=None, ge=1)
 
+    _rows: InMemory | None = PrivateAttr(default=None)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_rows(cls, value: Any, handler: Any) -> PromptSourceConfig:
+        return with_rows(value, handler)
+
     def build(self) -> PromptSource:
         """Return the source as the data package knows it."""
-        return PromptSource(**{**self.model_dump(), "texts": tuple(self.texts), "ignore": tuple(self.ignore)})
+        lists = {"texts": tuple(self.texts), "ignore": tuple(self.ignore)}
+        return PromptSource(**{**self.model_dump(), **lists}, rows=self._rows)
 
 
 class PromptsConfig(FrozenModel):

@@ -16,7 +16,7 @@ from falign.choices import shown
 from falign.errors import ConfigError
 from falign.passwords import NAMES, refuse_passwords
 from falign.plain_yaml import plain_yaml
-from falign.runfile.base_config import FrozenModel
+from falign.runfile.base_config import FrozenModel, PythonObject
 from falign.runfile.config import RunConfig
 from falign.runfile.reward_config import RewardConfig
 from falign.runfile.trl_names import FOREIGN_NAMES, near_foreign_name
@@ -145,7 +145,9 @@ def _place(location: Sequence[str | int]) -> _Place:
 
 
 def _models(field: FieldInfo) -> list[Any]:
-    return [t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
+    """The sections of a field that a user can write: not those that only record an object of a program."""
+    sections = [t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
+    return [section for section in sections if not issubclass(section, PythonObject)]
 
 
 def _types(annotation: Any) -> Iterable[Any]:

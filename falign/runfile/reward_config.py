@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -31,7 +32,7 @@ from falign.rewards import (
     sections,
     sql,
 )
-from falign.runfile.base_config import FrozenModel
+from falign.runfile.base_config import FrozenModel, PythonObject
 
 if TYPE_CHECKING:
     from falign.rewards.classifier import ClassifierReward
@@ -44,6 +45,7 @@ __all__ = [
     "LexiconConfig",
     "MathConfig",
     "NumberConfig",
+    "PythonRewardConfig",
     "RegexConfig",
     "RewardConfig",
     "SectionsConfig",
@@ -395,6 +397,24 @@ class ImplicitConfig(_Part):
             raise ConfigError(f"rewards: {error}") from error
 
 
+class PythonRewardConfig(PythonObject, _Part):
+    """A function that a program gave, or a reward that is an object."""
+
+    name: str
+    """As for other rewards; by default that of the function or the class."""
+    form: Literal["falign", "trl", "verl"] = "falign"
+    """As for ``function``."""
+
+    def build(self) -> Reward:
+        """Return the reward.
+
+        Raises:
+            ConfigError: It is not at hand.
+        """
+        given = self.given(f"reward {self.name}")
+        return OwnFunction(self.name, self.form, given) if inspect.isroutine(given) else given
+
+
 def _kind(value: Any) -> str:
     return str(value.get("kind", "function") if isinstance(value, dict) else getattr(value, "kind", "function"))
 
@@ -411,7 +431,8 @@ RewardConfig = Annotated[
     | Annotated[LexiconConfig, Tag("lexicon")]
     | Annotated[SentimentConfig, Tag("sentiment")]
     | Annotated[ClassifierConfig, Tag("classifier")]
-    | Annotated[ImplicitConfig, Tag("implicit")],
+    | Annotated[ImplicitConfig, Tag("implicit")]
+    | Annotated[PythonRewardConfig, Tag("python")],
     Discriminator(_kind),
 ]
 """One reward of the list ``rewards``: ``kind`` names one of these, the first where it is left out."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from falign.runfile import RunConfig
+    from falign.runfile import ModelConfig, RunConfig
     from falign.runs import RunFolder
 
 __all__ = [
@@ -94,12 +94,19 @@ def result_folder(model: str, name: str, out: Path | None) -> Path:
     return folder
 
 
-def load_trained(folder: RunFolder, checkpoint: int | None = None, *, trust_code: bool = False) -> Trained:
+def load_trained(
+    folder: RunFolder,
+    checkpoint: int | None = None,
+    *,
+    base: ModelConfig | None = None,
+    trust_code: bool = False,
+) -> Trained:
     """Load the model of a run as it was trained.
 
     Args:
         folder: The run.
         checkpoint: The step of a checkpoint to take in place of the end.
+        base: The base in memory, in place of the one that the run file names.
         trust_code: Whether code that the run folder names may run.
 
     Raises:
@@ -130,17 +137,18 @@ def load_trained(folder: RunFolder, checkpoint: int | None = None, *, trust_code
         fix_date(tokenizer, folder.read_date())
         _check_tokens(model, tokenizer, folder, str(source))
         return Trained(model, tokenizer, config)
-    base = config.model.build()
-    _check_config(base, folder, config.model.path)
-    weights = weights_hash(base)
+    source_of_base = config.model if base is None else base
+    model = source_of_base.build()
+    _check_config(model, folder, config.model.path)
+    weights = weights_hash(model)
     if weights != folder.read_manifest()["base_weights"]:
         raise ModelError(
             f"{config.model.path} holds other weights now than when {folder.path} was trained: restore them (or set "
             f"model.revision in {folder.run_file}), because the adapter is for those."
         )
-    tokenizer = config.model.build_tokenizer(date=folder.read_date())
-    _check_tokens(base, tokenizer, folder, config.model.path)
-    return Trained(load_adapter(base, source, trainable=False, base_hash=weights), tokenizer, config)
+    tokenizer = source_of_base.build_tokenizer(date=folder.read_date())
+    _check_tokens(model, tokenizer, folder, config.model.path)
+    return Trained(load_adapter(model, source, trainable=False, base_hash=weights), tokenizer, config)
 
 
 def _check_config(model: PreTrainedModel, folder: RunFolder, path: str) -> None:

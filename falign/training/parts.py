@@ -20,7 +20,6 @@ from falign.models import (
     describe,
     enable_gradient_checkpointing,
     load_tokenizer,
-    stop_token_ids,
     weights_hash,
 )
 from falign.models.base_weights import base_storage
@@ -85,7 +84,7 @@ def load_language(config: RunConfig, *, date: datetime | None = None) -> Languag
     tokenizer = config.model.build_tokenizer(date=date)
     for field, path in config.models_that_read_ids():
         check_same_tokens(tokenizer, load_tokenizer(path), f"model.path={config.model.path} and {field}={path}")
-    stops = stop_token_ids(config.model.path, tokenizer, revision=config.model.revision)
+    stops = config.model.stop_token_ids(tokenizer)
     return Language(tokenizer, stops, pad_token_id(tokenizer), date)
 
 
@@ -121,7 +120,7 @@ def load_parts(
             f"for each of them by --launch ddp --processes {args.n_gpu}."
         )
     with console.status(f"loading {config.model.path}"):
-        policy: PreTrainedModel | PeftModel = config.model.build()
+        policy: PreTrainedModel | PeftModel = config.model.build(trains=config.adapter is None)
         _check_fits(config, policy, longest)
         disable_dropout(policy)
         if config.adapter is not None:

@@ -163,16 +163,17 @@ def _frozen(
     policy: PreTrainedModel | PeftModel,
     device: torch.device,
 ) -> FrozenModel:
-    loaded = config.model if reference.path is None else reference
-    path = config.model.path if reference.path is None else reference.path
-    model = load_model(
-        path,
-        dtype=loaded.dtype,
-        quantization=loaded.quantization,
-        attn_implementation=config.model.attn_implementation,
-        revision=config.model.revision if path == config.model.path else None,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    if reference.path is None:
+        model = config.model.build()
+    else:
+        model = load_model(
+            reference.path,
+            dtype=reference.dtype,
+            quantization=reference.quantization,
+            attn_implementation=config.model.attn_implementation,
+            revision=config.model.revision if reference.path == config.model.path else None,
+            trust_remote_code=config.model.trust_remote_code,
+        )
     share_head(policy, model)
     identity = model_identity(model)
     model.to(device)  # pyright: ignore[reportArgumentType]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from datetime import datetime
@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel, PrinterCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from falign.data import PreferenceData, PromptData
 from falign.errors import ConfigError, StoppedError
@@ -30,6 +30,7 @@ from falign.runs.folder import RunFolder, is_held_out, versions
 from falign.runs.inputs import RunInputs, RunRows, text_hash
 from falign.runs.named_code import objective_code
 from falign.runs.progress import MetricsFile, ProgressBar
+from falign.runs.summary import Answered, RunSummary
 from falign.terminal import Terminal
 from falign.training.interrupts import StopAtStepEnd
 from falign.training.offline import offline_trainer
@@ -42,7 +43,7 @@ from falign.training.sharded_runs import check_sharding
 from falign.training.trackers import prepare_trackers
 from falign.training.trainer import AlignmentTrainer
 
-__all__ = ["RunSummary", "train"]
+__all__ = ["train"]
 
 
 class Origin(NamedTuple):
@@ -72,24 +73,13 @@ class Origin(NamedTuple):
         return {"run": self.run, "date": self.date.isoformat()}
 
 
-class RunSummary(NamedTuple):
-    """The results of a run.
-
-    Attributes:
-        folder: Where everything lies.
-        before: Held-out metrics before the first step; empty without evaluation data.
-        after: The same after the last step.
-        samples: ``prompt``, ``before`` and ``after`` of each prompt of the run file.
-    """
-
-    folder: RunFolder
-    before: dict[str, float]
-    after: dict[str, float]
-    samples: list[dict[str, str]]
-
-
 def train(
-    config: RunConfig, *, console: Console | None = None, resume: bool = False, new_rewards: bool = False
+    config: RunConfig,
+    *,
+    console: Console | None = None,
+    resume: bool = False,
+    new_rewards: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> RunSummary:
     """Run what a run file describes.
 
@@ -99,6 +89,7 @@ def train(
         resume: Go on from the newest whole checkpoint of the same run, or begin again where it has none yet.
         new_rewards: Go on with rewards that have changed since, as one has that was mended; the manifest keeps the
             step and what they were.
+        callbacks: Further ones of transformers, called at every step.
 
     Raises:
         FalignError: Something of the run cannot work; nothing was trained, or what was written stays.
@@ -117,7 +108,16 @@ def train(
     else:
         folder.require_free()
     try:
-        return _begin(config, objective, folder, origin, console=console, resume=resume, new_rewards=new_rewards)
+        return _begin(
+            config,
+            objective,
+            folder,
+            origin,
+            console=console,
+            resume=resume,
+            new_rewards=new_rewards,
+            callbacks=callbacks,
+        )
     finally:
         folder.lock.give_back()
 
@@ -131,6 +131,7 @@ def _begin(
     console: Console,
     resume: bool,
     new_rewards: bool,
+    callbacks: Sequence[TrainerCallback],
 ) -> RunSummary:
     """Load everything, and train."""
     if shards():
@@ -140,7 +141,7 @@ def _begin(
     bar = ProgressBar(console)
     build: Any = online_trainer if config.prompts is not None else offline_trainer
     trainer, data = build(
-        config, language, objective, callbacks=[MetricsFile(folder.metrics_file), bar], console=console
+        config, language, objective, callbacks=[MetricsFile(folder.metrics_file), bar, *callbacks], console=console
     )
     with closing(trainer):
         trainer.run_id = origin.run
@@ -199,7 +200,7 @@ def _train(
         if checkpoint is not None and began is not None and began.global_step >= trainer.num_steps:
             trainer.take_up(checkpoint)
         else:
-            _until_stopped(trainer, checkpoint, folder, console)
+            _until_stopped(trainer, checkpoint, folder, config, console)
     finally:
         bar.close()
     summary = _finish(folder, config, trainer, language, before)
@@ -208,7 +209,9 @@ def _train(
     return summary
 
 
-def _until_stopped(trainer: AlignmentTrainer, checkpoint: Path | None, folder: RunFolder, console: Console) -> None:
+def _until_stopped(
+    trainer: AlignmentTrainer, checkpoint: Path | None, folder: RunFolder, config: RunConfig, console: Console
+) -> None:
     """Train to the last step, or to the end of the one in which the user stops the run.
 
     Raises:
@@ -221,9 +224,12 @@ def _until_stopped(trainer: AlignmentTrainer, checkpoint: Path | None, folder: R
     state = trainer.state
     if stop.caught is not None and state.global_step < state.max_steps:
         launch = f" --launch {'fsdp2' if shards() else 'ddp'} --processes {num_processes()}"
+        again = f"`{folder.resume_command}{launch if num_processes() > 1 else ''}`"
+        if config.objects:
+            again = f"falign.train, the same {', '.join(config.objects)}, and resume=True"
         raise StoppedError(
             f"stopped at step {state.global_step} of {state.max_steps}, with checkpoint-{state.global_step} in "
-            f"{folder.path}. Go on with `{folder.resume_command}{launch if num_processes() > 1 else ''}`.",
+            f"{folder.path}. Go on with {again}.",
             signal=stop.caught,
         )
 
@@ -234,11 +240,12 @@ def _finish(
     """Measure what was trained, and write it down."""
     after = _evaluate(trainer)
     samples = [
-        {"prompt": prompt, "before": first, "after": last}
+        Answered(prompt=prompt, before=first, after=last)
         for prompt, first, last in zip(
             config.sampling.prompts, before["answers"], _answers(config, trainer, language), strict=True
         )
     ]
+    summary = RunSummary(folder, before["metrics"], after, samples)
     with weights_at_hand(trainer.policy):
         if is_writer():
             _write_model(folder, config, trainer, language)
@@ -246,12 +253,11 @@ def _finish(
         policy = trainer.policy
         assert isinstance(policy, PreTrainedModel | PeftModel)
         keep_moved(folder, trainer.reference, policy)
-        folder.write_json("samples.json", samples)
-        folder.write_json("summary.json", {"before": before["metrics"], "after": after})
+        summary.write()
         title = f"{config.objective.title}, {config.model.path}"
         plot_curves(folder.metrics(), folder.path / "curves.png", title=title)
     wait()
-    return RunSummary(folder, before["metrics"], after, samples)
+    return summary
 
 
 def _checkpoint(folder: RunFolder, console: Console) -> Path | None:

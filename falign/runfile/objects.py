@@ -1,0 +1,162 @@
+"""Sections for objects of a program: a loaded model, and objectives, as sections of a run file where they can be."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from pydantic import PrivateAttr, ValidationError
+from typing_extensions import override
+
+from falign.divergences import Divergence
+from falign.errors import ConfigError
+from falign.runfile.config import ModelConfig
+from falign.runfile.objective_config import ObjectiveConfig, PythonObjectiveConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from falign.objectives import Objective
+
+__all__ = ["LoadedModelConfig", "objective_section"]
+
+
+class LoadedModelConfig(ModelConfig):
+    """A model that a program has loaded, recorded by the place it was loaded from.
+
+    Its weights are used where they are, and never changed: an adapter goes into modules of the run's own, and a run
+    that trains all weights begins with a copy.
+    """
+
+    _model: Any = PrivateAttr(default=None)
+    _tokenizer: Any = PrivateAttr(default=None)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModelConfig:
+        """Return the section of a model.
+
+        Args:
+            model: A causal language model of transformers, without an adapter.
+            tokenizer: Its own; by default the one where the model was loaded from.
+
+        Raises:
+            ConfigError: The object is no such model, or it has no tokenizer.
+        """
+        from transformers import PreTrainedModel
+
+        from falign.models import describe, load_tokenizer
+        from falign.models.loading import prepare_tokenizer
+        from falign.models.structure import without_adapters
+
+        if not isinstance(model, PreTrainedModel):
+            raise ConfigError(
+                f"model is a {type(model).__name__}: give a causal language model of transformers, or the name of one; "
+                "of a PEFT model give the base, and adapter=dict(init=FOLDER)."
+            )
+        if any(without_adapters(module) is not module for module in model.modules()):
+            raise ConfigError("model has an adapter in its layers: unload it, or load the base anew.")
+        path = str(model.name_or_path)
+        if not path or (Path(path).is_absolute() and not Path(path).is_dir()):
+            raise ConfigError(
+                "model was not loaded from a folder or the Hub, which an adapter has to name: save it with its "
+                "tokenizer, and load it from there."
+            )
+        dtype = str(model.dtype).removeprefix("torch.")
+        section = cls(
+            path=path,
+            dtype=dtype if dtype in get_args(cls.model_fields["dtype"].annotation) else "auto",
+            quantization="nf4" if describe(model).quantization == "nf4" else None,
+            attn_implementation=model.config._attn_implementation or "sdpa",
+            trust_remote_code=type(model).__module__.startswith("transformers_modules"),
+        )
+        tokenizer = load_tokenizer(path) if tokenizer is None else copy.deepcopy(tokenizer)
+        prepare_tokenizer(tokenizer, place=path)
+        section._model, section._tokenizer = model, tokenizer
+        return section
+
+    @property
+    @override
+    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return self._model, self._tokenizer
+
+    @override
+    def build_tokenizer(self, *, date: datetime | None = None) -> PreTrainedTokenizerBase:
+        from falign.models.tokenizers import fix_date
+
+        tokenizer = copy.deepcopy(self._tokenizer)
+        if date is not None:
+            fix_date(tokenizer, date)
+        return tokenizer
+
+    @override
+    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+        from falign.models import stop_token_ids
+
+        return stop_token_ids(self._model, tokenizer)
+
+    @override
+    def vocabulary_size(self) -> int | None:
+        return self._model.config.get_text_config().vocab_size
+
+    @override
+    def build(self, *, trains: bool = False) -> PreTrainedModel:
+        return (copy.deepcopy(self._model) if trains else _with_shared_weights(self._model)).eval()
+
+
+def objective_section(objective: Objective) -> Any:
+    """Return the section of the run file that builds an objective, or the record of the object where none does.
+
+    Raises:
+        ConfigError: The object is not an objective.
+    """
+    from falign.objectives import Objective
+
+    if not isinstance(objective, Objective):
+        raise ConfigError(
+            f"objective is a {type(objective).__name__}: give an objective, such as falign.FDPO('jensen_shannon', "
+            "beta=0.1), or the section of a run file as a mapping."
+        )
+    if dataclasses.is_dataclass(objective):
+        fields = {field.name: _written(getattr(objective, field.name)) for field in dataclasses.fields(objective)}
+        for section in _kinds():
+            if section.model_fields.keys() - {"kind"} == fields.keys():
+                try:
+                    found = section(**fields)
+                    if found.build() == objective:
+                        return found
+                except (ValidationError, ValueError):  # a value that has no name, such as a divergence of one's own
+                    break
+    return PythonObjectiveConfig.of(objective)
+
+
+def _kinds() -> list[Any]:
+    return [get_args(kind)[0] for kind in get_args(get_args(ObjectiveConfig)[0])]
+
+
+def _written(value: Any) -> Any:
+    """Return a field of an objective as a run file has it."""
+    if isinstance(value, Divergence):
+        return value.name
+    if inspect.isfunction(value):
+        return value.__name__
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # a margin loss: robust(0.1), ipo
+        numbers = ", ".join(repr(getattr(value, field.name)) for field in dataclasses.fields(value))
+        name = type(value).__name__.lower()
+        return name if name == "ipo" else f"{name}({numbers})"
+    return value
+
+
+def _with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Return modules of their own over the same weights in memory."""
+    from torch import nn
+
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        # Quantized weights are of other classes, whose state a new parameter would lose.
+        plain = type(parameter) is nn.Parameter
+        memo[id(parameter)] = nn.Parameter(parameter.data, parameter.requires_grad) if plain else parameter
+    return copy.deepcopy(model, memo)

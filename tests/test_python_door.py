@@ -1,0 +1,225 @@
+"""The functions of ``falign``: a run from objects of a program is the run of the same file, and is used from Python."""
+
+import json
+from typing import ClassVar
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+import falign
+from falign.errors import ConfigError, DataError, ModelError
+from falign.models import load_model
+from falign.objectives import ObjectiveOutput, Term
+from falign.runfile import load_run_file, parse_run
+from falign.training import train as train_file
+from tests.models.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tests.training.pairs import run_data, write_pairs
+
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+TRAINING = {"learning_rate": 0.01, "per_device_train_batch_size": 4, "max_steps": 4, "logging_steps": 1}
+LORA = {"r": 4, "alpha": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("door")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return save_tiny(folder / "tiny")
+
+
+@pytest.fixture(scope="module")
+def pairs(folder):
+    return write_pairs(folder / "pairs.jsonl")
+
+
+def rows(pairs):
+    return [json.loads(line) for line in pairs.read_text().splitlines()]
+
+
+def section(pairs, **fields):
+    source = {"rows": Dataset.from_list(rows(pairs)), "chat": False}
+    return {"train": source, "eval_size": 6, "max_length": 64, **fields}
+
+
+def arguments(pairs, **changes):
+    objective = falign.FDPO("jensen_shannon", beta=0.5)
+    return {
+        "data": section(pairs),
+        "objective": objective,
+        "adapter": falign.Lora(**LORA),
+        "training": TRAINING,
+        "seed": 1,
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def run(model, pairs, folder):
+    return falign.train(str(model), output_dir=folder / "run", **arguments(pairs))
+
+
+def adapter(run):
+    return {name: tensor for name, tensor in run.policy.state_dict().items() if "lora_" in name}
+
+
+def test_a_run_from_objects_is_the_run_of_the_same_file(run, model, pairs, folder):
+    content = run_data(model, pairs, folder / "of-file", training={"max_steps": 4}, sampling={"prompts": []})
+    train_file(parse_run(content))
+    other = falign.load(folder / "of-file")
+    assert run.summary.after == other.summary.after
+    assert run.config.objective.build() == other.config.objective.build(), "what a run file can say is recorded as such"
+    for name, tensor in adapter(run).items():
+        assert torch.equal(tensor, adapter(other)[name])
+
+
+def test_a_loaded_model_is_left_as_it_is_and_gives_the_same_run(run, model, pairs, folder):
+    loaded = load_model(str(model))
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    again = falign.train(loaded, output_dir=folder / "loaded", **arguments(pairs))
+    assert again.summary.after == run.summary.after
+    assert loaded.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    shared = again.policy.get_base_model().model.embed_tokens.weight
+    assert shared.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
+    assert falign.load(folder / "loaded").policy is not None, "it is loaded from where it came from"
+
+
+def test_a_model_that_was_changed_since_it_was_loaded_is_given_again(model, pairs, folder):
+    changed = load_model(str(model))
+    changed.model.embed_tokens.weight.data[3] += 1
+    run = falign.train(changed, output_dir=folder / "changed", **arguments(pairs))
+    with pytest.raises(ModelError, match="holds other weights now"):
+        _ = falign.load(run.path).policy
+    loaded = falign.load(run.path, model=changed)
+    assert all(torch.equal(tensor, adapter(run)[name]) for name, tensor in adapter(loaded).items())
+
+
+def test_all_weights_are_trained_on_a_copy(model, pairs, folder):
+    loaded = load_model(str(model))
+    before = loaded.model.embed_tokens.weight.clone()
+    changes = arguments(pairs, adapter=None, training={**TRAINING, "max_steps": 1})
+    run = falign.train(loaded, tokenizer=tiny_tokenizer(), output_dir=folder / "full", **changes)
+    assert torch.equal(loaded.model.embed_tokens.weight, before)
+    assert not torch.equal(run.policy.model.embed_tokens.weight, before)
+    assert run.summary.before["rewards/margins"] == pytest.approx(0, abs=1e-6), "the reference is the model as it was"
+
+
+class Counter(TrainerCallback):
+    """Counts optimizer steps, and ends the run where it is told to."""
+
+    def __init__(self, last=None):
+        self.steps, self.last = 0, last
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
+        if state.global_step == self.last:
+            raise KeyboardInterrupt
+
+
+def shouting(prompts, completions, **columns):
+    return [float(text.count("!")) for text in completions]
+
+
+def whispering(prompts, completions, **columns):
+    return [-float(text.count("!")) for text in completions]
+
+
+def online(reward, **changes):
+    return {
+        "prompts": {"train": [f"question {i}: " for i in range(8)], "eval_size": 2},
+        "objective": {"kind": "policy_gradient", "divergence": "reverse_kl", "beta": 0.1},
+        "rewards": reward,
+        "rollout": {"prompts": 2, "completions": 2, "max_new_tokens": 4},
+        "adapter": LORA,
+        "training": {"learning_rate": 0.01, "max_steps": 3, "save_steps": 1},
+        **changes,
+    }
+
+
+def test_an_online_run_with_a_function_goes_on_with_the_same_function_alone(model, folder):
+    prompts = {"train": {"texts": [f"question {i}: " for i in range(8)], "chat": False}, "eval_size": 2}
+    changes = online(shouting, prompts=prompts, callbacks=[Counter(last=2)])
+    with pytest.raises(KeyboardInterrupt):
+        falign.train(str(model), output_dir=folder / "online", **changes)
+    changes = online([{"function": whispering, "name": "shouting"}], prompts=prompts, resume=True)
+    with pytest.raises(ConfigError, match=r"reward shouting is another than when the run began|rewards.0.code"):
+        falign.train(str(model), output_dir=folder / "online", **changes)
+    counted = Counter()
+    run = falign.train(
+        str(model), output_dir=folder / "online", **online(shouting, prompts=prompts, callbacks=[counted], resume=True)
+    )
+    whole = falign.train(str(model), output_dir=folder / "whole", **online(shouting, prompts=prompts))
+    assert counted.steps == 1 or counted.steps == 2
+    assert run.summary.after == whole.summary.after
+    assert run.config.objects == ["rewards.0"]
+
+
+def test_a_run_of_objects_goes_on_with_the_same_rows_alone(model, pairs, folder):
+    training = {**TRAINING, "save_steps": 2}
+    changes = arguments(pairs, training=training, callbacks=[Counter(last=3)])
+    with pytest.raises(KeyboardInterrupt):
+        falign.train(str(model), output_dir=folder / "stopped", **changes)
+    other = [{**row, "chosen": "thanks"} for row in rows(pairs)]
+    data = section(pairs, train={"rows": Dataset.from_list(other), "chat": False})
+    changes = arguments(pairs, data=data, training=training, resume=True)
+    with pytest.raises(ConfigError, match=r"row 1 of data.train .* is another than when the run began"):
+        falign.train(str(model), output_dir=folder / "stopped", **changes)
+    with pytest.raises(DataError, match=r"python:Dataset was an object in a program"):
+        train_file(load_run_file(folder / "stopped" / "run.yaml"), resume=True)
+    falign.train(str(model), output_dir=folder / "stopped", **arguments(pairs, training=training, resume=True))
+
+
+class Mine:
+    """An objective of one's own: the rejected completion becomes less likely."""
+
+    needs = frozenset({"preference"})
+    measures: ClassVar = {}
+
+    def __call__(self, batch):
+        losses = (batch.logprobs.exp() * batch.completion_mask).sum(-1) * (batch.preference == 0)
+        return ObjectiveOutput((Term(losses, torch.ones_like(losses)),), {})
+
+
+def test_an_objective_of_ones_own_is_recorded_by_its_code(model, pairs, folder):
+    run = falign.train(str(model), output_dir=folder / "mine", **arguments(pairs, objective=Mine()))
+    assert run.config.objective.name == "Mine"
+    assert len(run.config.objective.code) == 64
+    with pytest.raises(ConfigError, match=r"objective was an object in a program \(Mine\)"):
+        run.config.objective.build()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"training": {"learning_rte": 1}}, "falign.train: unknown key 'training.learning_rte': did you mean"),
+        ({"data": None}, "data is missing"),
+        ({"tokenizer": "tiny"}, "tokenizer is of a loaded model"),
+        ({"adapter": {"rank": 4}}, "unknown key 'adapter.rank'"),
+        ({"objective": {"kind": "pairwize"}}, "did you mean pairwise"),
+        ({"objective": "dpo"}, "objective is a str: give an objective, such as falign.FDPO"),
+        ({"data": {"train": {"rows": [{"prompt": "a"}], "chta": False}}}, "data.train.0.chta"),
+    ],
+    ids=["training", "data", "tokenizer", "adapter", "objective", "text", "source"],
+)
+def test_a_wrong_argument_is_named_with_its_remedy(model, pairs, folder, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        falign.train(str(model), output_dir=folder / "refused", **arguments(pairs, **changes))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (torch.nn.Linear(2, 2), "model is a Linear: give a causal"),
+        (tiny_model("llama"), "was not loaded from a folder"),
+    ],
+    ids=["linear", "made"],
+)
+def test_what_is_no_model_of_a_folder_is_refused(pairs, folder, given, said):
+    with pytest.raises(ConfigError, match=said):
+        falign.train(given, output_dir=folder / "refused", **arguments(pairs))
