@@ -26,7 +26,6 @@ from falign.objectives.measures import (
     Measure,
     Vocabulary,
     get_measure,
-    measure_names,
     references_of,
 )
 from falign.objectives.methods import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO, dph_rl_coefficient
@@ -95,7 +94,6 @@ __all__ = [
     "hinge",
     "log_partition",
     "logistic",
-    "measure_names",
     "pairs_of",
     "reduce_terms",
     "reference_names",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -16,8 +15,9 @@ from torch import Tensor
 from falign import divergences
 from falign.divergences import Divergence
 from falign.divergences.estimators import full_vocabulary
+from falign.registry import Registry, is_own_name
 
-__all__ = ["DivergenceTo", "Entropy", "Measure", "Vocabulary", "get_measure", "measure_names", "references_of"]
+__all__ = ["MEASURES", "DivergenceTo", "Entropy", "Measure", "Vocabulary", "get_measure", "references_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,8 +158,8 @@ class Entropy:
     """``-Σ_v π(v) log π(v)`` at each position, differentiable.
 
     Example:
-        >>> Entropy()(Vocabulary(torch.zeros(1, 1), targets=torch.tensor([0])))
-        tensor([0.])
+        >>> Entropy()(Vocabulary(torch.tensor([[0.5, 0.5]]).log(), targets=torch.tensor([0])))  # log 2
+        tensor([0.6931])
     """
 
     @property
@@ -178,7 +178,7 @@ class Entropy:
         """
         # A token that cannot be produced has p log p = 0, and 0 · inf would not be.
         logprobs = at.logprobs.clamp(min=torch.finfo(at.logprobs.dtype).min)
-        return -(logprobs.exp() * logprobs).sum(dim=-1).clamp(max=0.0)
+        return (logprobs.exp() * -logprobs).sum(dim=-1).clamp(min=0.0)
 
 
 def divergence_to(divergence: str, reference: str = "reference", temperature: str = "1") -> DivergenceTo:
@@ -186,52 +186,45 @@ def divergence_to(divergence: str, reference: str = "reference", temperature: st
     return DivergenceTo(divergences.get(divergence), reference, float(temperature))
 
 
-MEASURES: dict[str, Callable[..., Measure]] = {"divergence_to": divergence_to, "entropy": Entropy}
+MEASURES: Registry[Any] = Registry(
+    "measure",
+    {"divergence_to": divergence_to, "entropy": Entropy},
+    wanted="measure: an object with references and __call__(at), or what gives one when it is called",
+)
 
 
-def measure_names() -> tuple[str, ...]:
-    """Return the names that :func:`get_measure` knows.
-
-    Returns:
-        ``("divergence_to", "entropy", ...)``.
-
-    Example:
-        >>> measure_names()[:2]
-        ('divergence_to', 'entropy')
-    """
-    return tuple(MEASURES)
-
-
-def get_measure(name: str) -> Measure:
+def get_measure(name: str, *, field: str | None = None) -> Measure:
     """Return a measure by name, with its arguments in parentheses.
 
     Args:
         name: ``"entropy"``, or ``"divergence_to(DIVERGENCE)"``, also with the name of a reference and a temperature:
-            ``"divergence_to(jensen_shannon, teacher, 2)"``.
+            ``"divergence_to(jensen_shannon, teacher, 2)"``; or ``module:Name`` of your own.
+        field: The run-file field that holds the name, for messages.
 
     Returns:
         The measure; equal names give equal measures.
 
     Raises:
-        ValueError: The name is unknown, or its arguments do not fit.
+        ValueError: The name is unknown, its arguments do not fit, or the own member is no measure.
 
     Example:
         >>> get_measure("divergence_to(alpha(0.5), teacher)").references
         frozenset({'teacher'})
     """
-    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", name)
-    key, text = (name, None) if match is None else (match[1], match[2])
-    if key not in MEASURES:
-        close = difflib.get_close_matches(key, MEASURES, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}? Choose" if close else "choose"
-        raise ValueError(f"measure {name!r} is unknown; {hint} one of {', '.join(MEASURES)}, or module:Name.")
-    arguments = [] if not text else [argument.strip() for argument in text.split(",")]
+    place = f"measure {name!r}" if field is None else f"{field}={name!r}"
+    match = None if is_own_name(name) else re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", name)
+    key, text = (name, "") if match is None else (match[1], match[2])
+    member = MEASURES.get(key, field=field)
+    if isinstance(member, Measure) and not isinstance(member, type):
+        return member
+    arguments = [argument.strip() for argument in text.split(",")] if text.strip() else []
     try:
-        return MEASURES[key](*arguments)
+        made = member(*arguments)
     except TypeError as error:
-        raise ValueError(
-            f"measure {name!r}: {error}; write it as in 'divergence_to(jensen_shannon, teacher)'."
-        ) from None
+        raise ValueError(f"{place}: {error}; write it as in 'divergence_to(jensen_shannon, teacher)'.") from error
+    if not isinstance(made, Measure):
+        raise ValueError(f"{place} gives a {type(made).__name__}, which has no references or cannot be called.")
+    return made
 
 
 def references_of(measures: Iterable[Measure]) -> tuple[str, ...]:

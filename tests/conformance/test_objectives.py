@@ -1,0 +1,258 @@
+"""One battery that every objective passes; a new objective is one row of ROWS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from falign import CompletionBatch, divergences
+from falign.objectives import (
+    BaseObjective,
+    BinaryConstraint,
+    DistributionMatching,
+    DivergenceTo,
+    Entropy,
+    ExponentialReward,
+    Hybrid,
+    Listwise,
+    Measure,
+    Objective,
+    ObjectiveOutput,
+    Pairwise,
+    PolicyGradient,
+    Rehearsal,
+    Supervised,
+    Term,
+    TokenPairwise,
+    complete,
+    field_of,
+    reduce_terms,
+    total_weights,
+)
+from falign.training.objective_contract import ObjectiveContract
+
+
+@dataclass(frozen=True)
+class OfTeacher:
+    """A user's own class without a base: cross-entropy to a second reference, with its entropy as a bonus."""
+
+    needs: ClassVar = frozenset({"references.teacher", "token_weights.activations"})
+    measures: ClassVar[dict[str, Measure]] = {"mine": Entropy()}
+
+    def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
+        gap = (batch.logprobs - batch.require("references.teacher")).masked_fill(~batch.completion_mask, 0.0)
+        weights = batch.require("token_weights").masked_fill(~batch.completion_mask, 0.0)
+        bonus = batch.require("measures.mine").masked_fill(~batch.completion_mask, 0.0)
+        terms = Term(gap.abs(), weights, name="teacher"), Term(-bonus, weights, 0.1, "entropy")
+        return ObjectiveOutput(terms, {"gap": gap.sum(dim=-1).detach()})
+
+
+JS, KL = divergences.get("jensen_shannon"), divergences.get("forward_kl")
+ROWS = {
+    "f-DPO": Pairwise(JS, beta=0.3),
+    "IPO": Pairwise(divergences.get("reverse_kl"), "ipo", beta=0.3),
+    "robust, by token": Pairwise(divergences.get("chi2_kl"), "robust(0.1)", 0.1, "token"),
+    "Plackett-Luce": Listwise(divergences.get("alpha(0.4)"), beta=0.3),
+    "TDPO1": TokenPairwise(KL, beta=0.3, variant=1, weighting="mapo"),
+    "TDPO2": TokenPairwise(JS, beta=0.3),
+    "RLOO": PolicyGradient(KL, 0.2),
+    "GRPO": PolicyGradient(JS, 0.2, "group_normalised", 0.2, 0.3, "token", "token", "returns", "sequence_mean"),
+    "PPO": PolicyGradient(JS, 0.2, "gae", 0.2, 0.3, "token", reduction="token_mean"),
+    "vocabulary": PolicyGradient(divergences.get("pearson_chi2"), 0.2, level="vocabulary", credit="returns"),
+    "f-DPG": DistributionMatching(JS, ExponentialReward(0.5)),
+    "f-DPG, constraint": DistributionMatching(KL, BinaryConstraint(), "constant"),
+    "rehearsal": Rehearsal(JS),
+    "rehearsal, whole": Rehearsal(divergences.get("total_variation"), "sequence"),
+    "DPH-RL": Hybrid(PolicyGradient(JS, 0.1, "gae", importance="token"), Rehearsal(KL), 0.5),
+    "SFT": Supervised(),
+    "f-SFT": Supervised(divergences.get("pearson_chi2"), 0.5),
+    "own": OfTeacher(),
+}
+PROMPTS = torch.tensor([0, 0, 1, 1, 1, 2, 2])
+LENGTHS = torch.tensor([5, 3, 4, 1, 5, 2, 4])
+
+
+@pytest.fixture(params=ROWS)
+def objective(request) -> BaseObjective:
+    return complete(ROWS[request.param])
+
+
+def batch_for(objective: Objective, *, far: float = 1.0) -> CompletionBatch:
+    """Just what the objective reads, of seven completions of three prompts; the last prompt's are the reference's."""
+    generator = torch.Generator().manual_seed(11)
+    mask = torch.arange(5) < LENGTHS[:, None]
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    def signs(*shape: int) -> Tensor:
+        return 1.0 if far == 1.0 else torch.randn(*shape, generator=generator, dtype=torch.float64).sign()
+
+    fields = {
+        "reference_logprobs": -draw(7, 5, scale=far) * signs(7, 5),
+        "references.teacher": -draw(7, 5, scale=far),
+        "old_logprobs": -draw(7, 5, scale=far) * signs(7, 5),
+        "preference": torch.tensor([1.0, 0.0, 2.0, 0.0, 1.0, 0.0, 1.0]).double(),
+        "rewards": draw(7),
+        "from_reference": PROMPTS == 2,
+        "token_weights": draw(7, 5),
+        "features": torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0]).double()[:, None],
+        "log_partition": -draw(7),
+        "values": draw(7, 5).requires_grad_(),
+        "old_values": draw(7, 5),
+    }
+    needs = {"references.teacher" if name.startswith("references") else field_of(name) for name in objective.needs}
+    logprobs = (-draw(7, 5, scale=far) * signs(7, 5)).requires_grad_()
+    measures = {f"measures.{name}": draw(7, 5, scale=far).requires_grad_() for name in objective.measures}
+    always = {"logprobs": logprobs, "completion_mask": mask, "prompt_index": PROMPTS}
+    return CompletionBatch.of({**always, **{name: fields[name] for name in needs}, **measures})
+
+
+def moving(batch: CompletionBatch) -> dict[str, Tensor]:
+    """What carries the gradient, by name."""
+    return {name: value for name, value in batch.tensors().items() if value.requires_grad}
+
+
+def gradients(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = torch.autograd.grad(loss, [*leaves.values()], allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+def test_every_row_is_an_objective_with_terms_of_different_names_whose_gradient_reaches_the_policy(objective):
+    assert isinstance(objective, Objective)
+    assert isinstance(objective, BaseObjective)
+    batch = batch_for(objective)
+    output = objective(batch)
+    assert len({term.name for term in output.terms}) == len(output.terms)
+    assert all(term.losses.shape == term.weights.shape for term in output.terms)
+    slopes = gradients(output.mean(), moving(batch))
+    assert all(slope.abs().max() > 0 for slope in slopes.values())
+
+
+def test_padding_changes_nothing(objective):
+    batch = batch_for(objective)
+    outside = ~batch.completion_mask
+
+    def widened(tensor: Tensor) -> Tensor:
+        if tensor.shape != outside.shape:
+            return tensor
+        if tensor.dtype == torch.bool:
+            return torch.nn.functional.pad(tensor, (0, 2), value=False)
+        return torch.nn.functional.pad(tensor.masked_fill(outside, torch.nan), (0, 2), value=torch.inf)
+
+    output, padded = objective(batch), objective(batch.map(widened))
+    torch.testing.assert_close(padded.mean(), output.mean(), rtol=1e-12, atol=1e-14)
+    for name, values in output.metrics.items():
+        torch.testing.assert_close(padded.metrics[name], values, rtol=1e-12, atol=1e-14)
+    leaves = moving(batch)
+    torch.testing.assert_close(
+        gradients(padded.mean(), leaves), gradients(output.mean(), leaves), rtol=1e-11, atol=1e-13
+    )
+
+
+def test_the_order_of_rows_changes_nothing(objective):
+    batch = batch_for(objective)
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(2))
+    output, moved = objective(batch), objective(batch.map(lambda tensor: tensor[order]))
+    torch.testing.assert_close(moved.mean(), output.mean(), rtol=1e-12, atol=1e-14)
+    leaves = moving(batch)
+    torch.testing.assert_close(
+        gradients(moved.mean(), leaves), gradients(output.mean(), leaves), rtol=1e-10, atol=1e-12
+    )
+    for name, values in output.metrics.items():
+        torch.testing.assert_close(moved.metrics[name].sort().values, values.sort().values, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_single_precision(objective, dtype):
+    half = batch_for(objective).map(
+        lambda tensor: tensor.detach().to(dtype) if tensor.dtype == torch.float64 else tensor
+    )
+    wide = half.map(lambda tensor: tensor.float() if tensor.dtype == dtype else tensor)
+    for term, other in zip(objective(half).terms, objective(wide).terms, strict=True):
+        assert term.losses.dtype == torch.float32
+        assert torch.equal(term.losses, other.losses)
+
+
+def test_micro_batches_of_whole_prompts_add_up_to_the_mean_of_the_step(objective):
+    batch = objective.prepare(batch_for(objective))
+    parts = [batch.select(batch.prompt_index < 1), batch.select(batch.prompt_index >= 1)]
+    outputs = [objective(part) for part in parts]
+    denominators = torch.stack([total_weights(output.terms) for output in outputs]).sum(dim=0)
+    total = torch.stack([reduce_terms(output.terms, denominators) for output in outputs]).sum()
+    torch.testing.assert_close(total, objective(batch).mean(), rtol=1e-12, atol=1e-14)
+    leaves = moving(batch)
+    expected = gradients(objective(batch).mean(), leaves)
+    torch.testing.assert_close(gradients(total, leaves), expected, rtol=1e-11, atol=1e-13)
+
+
+def test_the_contract_that_the_trainer_checks_is_kept(objective):
+    batch = batch_for(objective)
+    # As the trainer does: zeros for what the policy computes, so that weights cannot depend on it.
+    blank = CompletionBatch.of(
+        {name: torch.zeros_like(value) if value.requires_grad else value for name, value in batch.tensors().items()}
+    )
+    contract = ObjectiveContract()
+    contract.check(contract.plan(objective(blank).terms, step=1), objective(batch), step=1)
+    assert contract.names == tuple(term.name for term in objective(batch).terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_gradients_and_metrics_are_finite_to_ten_thousand_nats(objective, dtype):
+    batch = batch_for(objective, far=1e4)
+    leaves = {name: value.detach().to(dtype).requires_grad_() for name, value in moving(batch).items()}
+    constants = {name: value for name, value in batch.tensors().items() if name not in leaves}
+    narrow = {name: value.to(dtype) if value.is_floating_point() else value for name, value in constants.items()}
+    output = objective(CompletionBatch.of({**narrow, **leaves}))
+    assert output.mean().isfinite()
+    assert all(slope.isfinite().all() for slope in gradients(output.mean(), leaves).values())
+    assert all(values.double().sum().isfinite() for values in output.metrics.values())
+
+
+def test_a_field_or_measure_that_is_missing_is_named(objective):
+    batch = batch_for(objective)
+    without_meaning = {"old_logprobs", "old_values", "log_partition"}  # where they are None, they are π's, or estimated
+    for name in batch.tensors().keys() - {"logprobs", "completion_mask", "prompt_index"} - without_meaning:
+        rest = {other: value for other, value in batch.tensors().items() if other != name}
+        place = name.partition(".")[2] or name
+        with pytest.raises(ValueError, match=place):
+            objective(CompletionBatch.of(rest))
+
+
+def test_an_objective_that_answers_more_than_is_asked_of_a_plain_class_must_say_so():
+    class Prepares(OfTeacher):
+        def prepare(self, batch):
+            return batch
+
+    with pytest.raises(TypeError, match=r"Prepares defines prepare and would not be asked.*BaseObjective"):
+        complete(Prepares())
+    with pytest.raises(TypeError, match=r"Term has no needs and no measures|parameter 'objective'"):
+        complete(Term(torch.zeros(1), torch.zeros(1)))  # pyright: ignore[reportArgumentType]
+    assert complete(OfTeacher()).measures == {"mine": Entropy()}
+    with pytest.raises(TypeError, match="defines no implicit reward"):
+        complete(OfTeacher()).completion_rewards(batch_for(OfTeacher()))
+
+
+def test_the_reference_has_one_name_in_two_places():
+    batch = batch_for(ROWS["f-DPO"])
+    assert batch.references["reference"] is batch.reference_logprobs
+    named = CompletionBatch.of(
+        {
+            **{name: value for name, value in batch.tensors().items() if name != "reference_logprobs"},
+            "references.reference": batch.require("reference_logprobs"),
+        }
+    )
+    assert torch.equal(named.require("reference_logprobs"), batch.require("reference_logprobs"))
+    other = replace(batch, reference_logprobs=batch.logprobs * 2)
+    assert torch.equal(other.references["reference"], batch.logprobs * 2)
+    assert not other.references["reference"].requires_grad
+    with pytest.raises(ValueError, match="give one of them"):
+        replace(batch, references={"reference": batch.logprobs})
+
+
+def test_equal_measures_are_equal():
+    assert DivergenceTo(JS, "teacher") == DivergenceTo(divergences.get("js"), "teacher")
