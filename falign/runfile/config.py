@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model
 from falign.data import DataSource, InMemory, LengthPolicy, PreferenceData, Window, load_preferences
 from falign.data.memory import PYTHON
 from falign.errors import ConfigError
-from falign.objectives import Objective
+from falign.objectives import Objective, field_of
 from falign.objectives.batch import OFFLINE
 from falign.runfile.base_config import FrozenModel
 from falign.runfile.objective_config import ObjectiveConfig, PairwiseConfig
@@ -447,7 +447,7 @@ class RunConfig(FrozenModel):
         ).model_fields  # the resolved run file of a run has all sections, these as they are by default
         if online := [name for name in ONLINE_SECTIONS if getattr(self, name) != fields[name].default]:
             raise ConfigError(f"{online[0]} is a section of runs that sample their own completions: add prompts.train.")
-        if missing := sorted(objective.needs - OFFLINE):
+        if missing := sorted(name for name in objective.needs if field_of(name) not in OFFLINE):
             raise ConfigError(
                 f"objective.kind={self.objective.kind} reads {', '.join(missing)} of each completion, which come from "
                 "rollouts: give prompts, rollout and rewards in place of data."
