@@ -9,9 +9,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from falign.cli.options import TrustCode
 from falign.errors import ConfigError, DataError
 from falign.plain_yaml import plain_yaml
-from falign.runs.loading import TrustCode
 from falign.terminal import Terminal
 
 if TYPE_CHECKING:

@@ -11,10 +11,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from falign.cli.options import TrustCode
 from falign.durable import write_whole
 from falign.errors import ConfigError
 from falign.json_lines import split_lines
-from falign.runs.loading import TrustCode, is_run
+from falign.runs.loading import is_run
 from falign.terminal import Terminal
 
 __all__ = ["frontier"]

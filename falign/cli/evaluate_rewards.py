@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from falign.cli.options import TrustCode
 from falign.errors import ConfigError
-from falign.runs.loading import TrustCode, chat_of_run, result_folder
+from falign.runs.loading import chat_of_run, result_folder
 from falign.terminal import Terminal
 
 __all__ = ["rewards"]

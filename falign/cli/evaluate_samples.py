@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from falign.runs.loading import TrustCode, result_folder
+from falign.cli.options import TrustCode
+from falign.runs.loading import result_folder
 from falign.terminal import Terminal
 
 __all__ = ["samples"]

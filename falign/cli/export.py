@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from falign.cli.options import TrustCode
 from falign.errors import ConfigError, FalignError
-from falign.runs.loading import TrustCode, load_trained
+from falign.runs.loading import load_trained
 from falign.terminal import Terminal
 
 if TYPE_CHECKING:

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 
-import torch
-
 from falign.cli.failures import FAILURES, LAUNCHER, first_failure
 from falign.errors import ConfigError
 
@@ -51,6 +49,8 @@ def launch(kind: Launch, processes: int | None, command: Sequence[str]) -> None:
     """
     if kind not in FLAGS:
         raise ConfigError(f"--launch {kind.value} is not supported: {NO_ZERO}")
+    import torch  # not above: the command line shows its help without it
+
     gpus = torch.cuda.device_count()
     count = processes or gpus
     if count < 2:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from falign.cli.options import TrustCode
 from falign.errors import ConfigError, DataError
 from falign.json_lines import split_lines
-from falign.runs.loading import TrustCode, chat_of_run, load_trained
+from falign.runs.loading import chat_of_run, load_trained
 from falign.terminal import Terminal, json_line
 
 if TYPE_CHECKING:

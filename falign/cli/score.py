@@ -16,9 +16,10 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from falign.cli.options import TrustCode
 from falign.durable import checksum, write_whole
 from falign.errors import ConfigError, DataError
-from falign.runs.loading import TrustCode, chat_of_run, is_run
+from falign.runs.loading import chat_of_run, is_run
 from falign.terminal import Terminal
 
 if TYPE_CHECKING:

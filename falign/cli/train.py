@@ -59,8 +59,10 @@ def train(
     console = Terminal(quiet=os.environ.get("RANK", "0") != "0")
     with console.status("starting"):
         from falign.runs.named_code import load_own_run_file
-        from falign.training import train as run
 
         given = [*(overrides or []), *(["training.skip_bad=true"] if skip_bad else [])]
         config = load_own_run_file(run_file, given, trust_code=trust_code)
+        config.require_files()
+        # After the mistakes that are quick to find: the trainer takes seconds to import.
+        from falign.training import train as run
     show(run(config, resume=resume, new_rewards=new_rewards), console)

@@ -15,7 +15,7 @@ from falign.data.files import FILE_SUFFIXES, Row, read_file
 from falign.data.memory import PYTHON, InMemory
 from falign.errors import ConfigError, DataError
 
-__all__ = ["DEMOS", "DataSource", "check_split", "place_in_source", "read_rows", "rows_of"]
+__all__ = ["DEMOS", "DataSource", "check_split", "place_in_source", "read_rows", "require_source", "rows_of"]
 
 DEMOS: dict[str, Path] = {
     "demo:polite-preference": Path(__file__).parent / "embedded" / "polite-preference.jsonl.gz",
@@ -76,6 +76,30 @@ def read_rows(path: str | Path, *, split: str = "train", bad_rows: BadRows | Non
         DataError: The source does not exist or cannot be read.
     """
     bad_rows = bad_rows or BadRows()
+    require_source(path)
+    name, local = str(path), Path(path)
+    if name.startswith("demo:"):
+        if DEMOS[name].is_dir():
+            yield from _read_folder(DEMOS[name], split, bad_rows, name=name)
+        else:
+            yield from read_file(DEMOS[name], bad_rows=bad_rows, name=name)
+    elif local.is_file():
+        yield from read_file(local, bad_rows=bad_rows)
+    elif local.is_dir():
+        yield from _read_folder(local, split, bad_rows)
+    else:
+        yield from _numbered(_load_from_hub(name, split), f"{name}[{split}]")
+
+
+def require_source(path: str | Path) -> None:
+    """Refuse a source that is known to be missing before anything is read.
+
+    Args:
+        path: As ``DataSource.path``.
+
+    Raises:
+        DataError: With the nearest name that is there.
+    """
     name, local = str(path), Path(path)
     if name.startswith(PYTHON):
         raise DataError(
@@ -85,18 +109,10 @@ def read_rows(path: str | Path, *, split: str = "train", bad_rows: BadRows | Non
     if name.startswith("demo:"):
         if name not in DEMOS:
             raise DataError(f"{name}: no such sample in the package; there is {', '.join(sorted(DEMOS))}.")
-        if DEMOS[name].is_dir():
-            yield from _read_folder(DEMOS[name], split, bad_rows, name=name)
-        else:
-            yield from read_file(DEMOS[name], bad_rows=bad_rows, name=name)
-    elif local.is_file():
-        yield from read_file(local, bad_rows=bad_rows)
-    elif local.is_dir():
-        yield from _read_folder(local, split, bad_rows)
-    elif _HUB_NAME.fullmatch(name) and not name.endswith(FILE_SUFFIXES) and not local.parent.is_dir():
-        yield from _numbered(_load_from_hub(name, split), f"{name}[{split}]")
-    else:
-        raise DataError(_not_found(local))
+    elif not local.is_file() and not local.is_dir():
+        on_hub = _HUB_NAME.fullmatch(name) and not name.endswith(FILE_SUFFIXES) and not local.parent.is_dir()
+        if not on_hub:
+            raise DataError(_not_found(local))
 
 
 def rows_of(

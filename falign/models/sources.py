@@ -8,9 +8,18 @@ from typing import Any
 
 from falign.errors import ModelError
 from falign.models.foreign import reading
-from falign.models.gguf import plain_checkpoint
 
-__all__ = ["DEMO_PREFIX", "adapter_config", "adapter_folder", "check_weights", "damaged", "demo_gguf", "resolve"]
+__all__ = [
+    "DEMO_PREFIX",
+    "adapter_config",
+    "adapter_folder",
+    "check_weights",
+    "damaged",
+    "demo_gguf",
+    "require_model",
+    "require_path",
+    "resolve",
+]
 
 
 def resolve(name_or_path: str | Path) -> str:
@@ -22,20 +31,48 @@ def resolve(name_or_path: str | Path) -> str:
     Raises:
         ModelError: a local path that holds no model.
     """
+    from falign.models.gguf import plain_checkpoint
+
+    require_model(name_or_path)
     name = str(name_or_path)
     if name.startswith(DEMO_PREFIX):
         return str(plain_checkpoint(demo_gguf(name)))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         return str(plain_checkpoint(path))
-    if path.is_dir():
+    return str(path.resolve()) if path.is_dir() else name  # adapters record it, and are opened from other folders too
+
+
+def require_model(name_or_path: str | Path) -> None:
+    """Refuse a model that is known to be missing before anything is loaded.
+
+    Raises:
+        ModelError: a local path that holds no model, or a demonstration model that is not installed.
+    """
+    name = str(name_or_path)
+    path = Path(name).expanduser()
+    if name.startswith(DEMO_PREFIX):
+        demo_gguf(name)
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{path} does not exist: give the path of a .gguf file.")
+    elif path.is_dir():
         _check_is_model(path)
-        return str(path.resolve())  # adapters record it, and are opened from other folders too
-    if path.is_file():
+    elif path.is_file():
         raise ModelError(f"{path} is a file: give the folder that holds config.json, or a .gguf file.")
-    if _looks_local(name, path):
+    else:
+        require_path(name)
+
+
+def require_path(name: str) -> None:
+    """Refuse a name that is written as a local path and is not there.
+
+    Raises:
+        ModelError: With the nearest name that is there.
+    """
+    path = Path(name).expanduser()
+    if not path.exists() and _looks_local(name, path):
         raise ModelError(f"{path} does not exist{_nearest_sibling(path)}")
-    return name
 
 
 def adapter_folder(path: str | Path) -> Path:

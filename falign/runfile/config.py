@@ -409,6 +409,31 @@ class RunConfig(FrozenModel):
             self._check_online(objective)
         return objective
 
+    def require_files(self) -> None:
+        """Refuse models and data that are not there, which is known before anything heavy is imported.
+
+        Raises:
+            ModelError: A model or adapter is missing.
+            DataError: A file of data is missing.
+        """
+        from falign.data.sources import require_source
+        from falign.models.sources import require_model, require_path
+
+        for section in (self.data, self.prompts):
+            for source in () if section is None else (*section.train, *section.eval):
+                if source.path is not None:
+                    require_source(source.path)
+        for part in self.rewards:
+            for path in part.data_paths():
+                require_source(path)
+        if self.rehearsal is not None:
+            require_path(self.rehearsal.path)
+        require_model(self.model.path)
+        if self.adapter is not None and self.adapter.init is not None:
+            require_path(self.adapter.init)
+        for path in [*self.reference.model_paths(), *(path for part in self.rewards for path in part.model_paths())]:
+            require_path(path)
+
     def models_that_read_ids(self) -> Iterator[tuple[str, str]]:
         """Return the field and path of each other model that is given the policy's token ids."""
         yield from self.reference.models_that_read_ids(own=self.model.path)

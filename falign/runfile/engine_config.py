@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 from torch import nn
 
-from falign.rollouts import TransformersEngine, VLLMEngine
 from falign.runfile.base_config import FrozenModel
+
+if TYPE_CHECKING:
+    from falign.rollouts import TransformersEngine, VLLMEngine
 
 __all__ = ["CorrectionConfig", "EngineConfig", "TransformersEngineConfig", "VLLMEngineConfig"]
 
@@ -27,6 +29,8 @@ class TransformersEngineConfig(FrozenModel):
 
     def build(self, policy: nn.Module, *, pad_token_id: int, max_batch_tokens: int) -> TransformersEngine:
         """Return the engine."""
+        from falign.rollouts import TransformersEngine
+
         return TransformersEngine(policy, pad_token_id=pad_token_id, max_batch_tokens=max_batch_tokens)
 
 
@@ -54,6 +58,8 @@ class VLLMEngineConfig(FrozenModel):
         Raises:
             FalignError: It is not there, or not set up as it must be.
         """
+        from falign.rollouts import VLLMEngine
+
         return VLLMEngine(
             self.url,
             shared_dir=self.shared_dir,

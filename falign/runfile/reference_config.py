@@ -35,6 +35,10 @@ class _ReferenceConfig(FrozenModel):
         """
         yield from ()
 
+    def model_paths(self) -> Iterator[str]:
+        """Return the paths of models and adapters that are loaded besides the policy's."""
+        yield from ()
+
 
 class _FixedReferenceConfig(_ReferenceConfig):
     cache: Path | None = None
@@ -65,6 +69,11 @@ class FrozenReferenceConfig(_FixedReferenceConfig):
     """Of a ``path`` of its own, as ``model.quantization``; without one the reference is loaded as the policy is."""
 
     @override
+    def model_paths(self) -> Iterator[str]:
+        if self.path is not None:
+            yield self.path
+
+    @override
     def models_that_read_ids(self, *, own: str) -> Iterator[tuple[str, str]]:
         if self.path not in (None, own):
             yield "reference.path", self.path
@@ -87,6 +96,10 @@ class AdapterReferenceConfig(_FixedReferenceConfig):
     path: str
     """The adapter's folder, or a run that has trained one."""
 
+    @override
+    def model_paths(self) -> Iterator[str]:
+        yield self.path
+
 
 class SoupConfig(_FixedReferenceConfig):
     """The weighted average of adapters over the policy's base, exactly, or of whole checkpoints (SALSA)."""
@@ -96,6 +109,10 @@ class SoupConfig(_FixedReferenceConfig):
     """Two or more adapters, checkpoints, or runs that have trained such; of one kind."""
     weights: list[float] | None = None
     """One share each, together 1; equal ones where left out."""
+
+    @override
+    def model_paths(self) -> Iterator[str]:
+        yield from self.paths
 
     @override
     def models_that_read_ids(self, *, own: str) -> Iterator[tuple[str, str]]:

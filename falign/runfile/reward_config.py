@@ -68,6 +68,14 @@ class _Part(FrozenModel):
         """Return the field and path of each model that is given the policy's token ids."""
         yield from ()
 
+    def model_paths(self) -> Iterator[str]:
+        """Return the paths of the models that it loads."""
+        yield from ()
+
+    def data_paths(self) -> Iterator[Path]:
+        """Return the paths of the files that it reads."""
+        yield from ()
+
     @abstractmethod
     def build(self) -> Reward:
         """Return the reward."""
@@ -268,6 +276,10 @@ class LexiconConfig(_Part):
     """``mean``: per word; ``present``: 1 if one of them occurs, else 0; ``probability``: logistic function of
     the sum."""
 
+    @override
+    def data_paths(self) -> Iterator[Path]:
+        yield self.path
+
     def build(self) -> Reward:
         """Return the reward.
 
@@ -289,6 +301,10 @@ class SentimentConfig(_Part):
     """``sum``: the log-odds; ``mean``: per word; ``probability``: of the class."""
     smoothing: float = Field(default=1.0, gt=0)
     """Added to every count."""
+
+    @override
+    def data_paths(self) -> Iterator[Path]:
+        yield self.path
 
     def build(self) -> Reward:
         """Return the reward.
@@ -319,6 +335,10 @@ class ClassifierConfig(_Part):
     device: str | None = None
     """By default the GPU if there is one."""
     revision: str | None = None
+
+    @override
+    def model_paths(self) -> Iterator[str]:
+        yield self.path
 
     def build(self) -> ClassifierReward:
         """Load the classifier.
@@ -366,6 +386,10 @@ class ImplicitConfig(_Part):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"
     device: str | None = None
     """By default the GPU if there is one."""
+
+    @override
+    def model_paths(self) -> Iterator[str]:
+        yield from (self.path, self.reference)
 
     @override
     def models_that_read_ids(self) -> Iterator[tuple[str, str]]:

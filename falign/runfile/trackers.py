@@ -4,13 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-    is_azureml_available,
-    is_flytekit_available,
-)
-
 from falign.errors import ConfigError
 
 __all__ = ["check_trackers"]
@@ -32,6 +25,14 @@ def check_trackers(names: Sequence[str]) -> None:
     Raises:
         ConfigError: One is unknown, or its package is not installed.
     """
+    if not names:
+        return
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+        is_flytekit_available,
+    )
+
     known = {NONE, ALL, *INTEGRATION_TO_CALLBACK}
     if unknown := sorted(set(names) - known):
         raise ConfigError(f"training.report_to={unknown[0]!r} is unknown: choose of {', '.join(sorted(known))}.")
@@ -48,6 +49,8 @@ def _reason(name: str) -> str:
     """Return why a tracker cannot be reached, and the remedy."""
     if name == "kubeflow":
         return "no Kubeflow trainer is at work (KUBEFLOW_TRAINER_SERVER_URL is not set). Start the run as its job"
+    from transformers.integrations.integration_utils import is_azureml_available
+
     if name == "azure_ml" and is_azureml_available():
         return "the package mlflow is installed, which reports to Azure in its place. Name mlflow"
     packages = PACKAGES.get(name, name)

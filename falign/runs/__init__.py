@@ -1,6 +1,15 @@
 """Run folders: what a run writes, how it is found again, and what proves that it is the same run."""
 
-from falign.runs.curves import plot_curves
-from falign.runs.folder import RunFolder
+from typing import TYPE_CHECKING
+
+from falign.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from falign.runs.curves import plot_curves
+    from falign.runs.folder import RunFolder
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__, {"falign.runs.curves": ("plot_curves",), "falign.runs.folder": ("RunFolder",)}
+    )
 
 __all__ = ["RunFolder", "plot_curves"]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import typer
 from rich.console import Console
 
 from falign.errors import ConfigError, ModelError
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Trained",
-    "TrustCode",
     "chat_of_run",
     "checkpoint_folder",
     "chosen_chat",
@@ -27,15 +25,6 @@ __all__ = [
     "load_trained",
     "result_folder",
 ]
-
-
-TrustCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-code", help="Run code that the run folder names: functions, divergences, its model's own code."
-    ),
-]
-"""The option of every command that builds what a run folder names."""
 
 
 class Trained(NamedTuple):

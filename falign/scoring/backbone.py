@@ -8,7 +8,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from falign.errors import ModelError, one_line
@@ -132,6 +131,8 @@ def run_backbone(model: nn.Module, **inputs: Any) -> Any:
         ModelError: If the model has no backbone apart from its head.
     """
     backbone = read_backbone(model)
+    from torch.distributed.fsdp import FSDPModule  # a second of imports, which run files do without
+
     if not isinstance(model, DistributedDataParallel | FSDPModule):
         return backbone(**inputs)
     caught = []
