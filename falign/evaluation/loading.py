@@ -255,13 +255,14 @@ def run_objective(path: str, *, trust_code: bool = False) -> BaseObjective:
     """
     from falign.objectives import complete
     from falign.runs import RunFolder
-    from falign.runs.named_code import import_from, named_code, objective_code, read_run
+    from falign.runs.named_code import import_from, named_code, own_code, read_run
 
     folder = RunFolder.open(path)
     config = read_run(folder, uses=["objective"], trust_code=trust_code)
     if code := named_code(config, ["objective"]):
         import_from(Path.cwd())
-        if objective_code(config) != folder.read_inputs()["hashes"]["objective_code"]:
+        recorded = folder.read_inputs()["hashes"]["objective_code"]
+        if any(recorded.get(name) != hashes for name, hashes in own_code(config, {"objective"}).items()):
             field, value = next(iter(code.items()))
             raise ConfigError(
                 f"{path} was trained with other code of {field}={value}, so its rewards would be others: restore the "

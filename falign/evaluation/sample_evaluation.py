@@ -45,7 +45,7 @@ from falign.runfile.reading import load_reward_list
 from falign.runfile.reward_config import RewardConfig, build_rewards
 from falign.runs import RunFolder
 from falign.runs.loading import chosen_chat, is_run
-from falign.runs.named_code import import_from, is_recorded, named_code, read_run, require_trust
+from falign.runs.named_code import code_of_rewards, import_from, is_recorded, named_code, read_run, require_trust
 from falign.runs.progress import BAR
 from falign.scoring import PromptTree, Scorer
 from falign.seeds import mixed
@@ -254,7 +254,7 @@ class SampleEvaluation:
     def _of_file(self, file: Path) -> Rewarding:
         """The rewards of a file that the user gives, or of the record in a run folder, which may be someone else's."""
         listed = load_reward_list(file)
-        code = {f"rewards.{i}.function": each.function for i, each in enumerate(listed) if each.kind == "function"}
+        code = code_of_rewards(listed)
         if is_recorded(file):
             require_trust(code, place=file, trust_code=self.trust_code)
         if code:

@@ -1,16 +1,17 @@
-"""What an engine is: token ids in, sampled token ids with their log-probabilities out, from a version of weights."""
+"""The interface of engines: token ids in, sampled token ids with their log-probabilities out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal
 
 from torch import nn
 
 from falign.errors import RolloutError
 
-__all__ = ["Engine", "EngineCapabilities", "Rollout", "SamplingParams"]
+__all__ = ["Engine", "EngineCapabilities", "EngineSetup", "Rollout", "SamplingParams"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class EngineCapabilities:
-    """What a run checks before its first step.
+    """Properties of an engine that a run checks before its first step.
 
     Attributes:
         dtype: Type of the weights that sample.
@@ -87,14 +88,54 @@ class EngineCapabilities:
     max_length: int | None
 
 
-@runtime_checkable
-class Engine(Protocol):
-    """Anything that draws completions from a version of the policy."""
+@dataclass(frozen=True)
+class EngineSetup:
+    """What a run knows of itself when it opens its engine.
 
+    Attributes:
+        policy: The model that is trained, on its device.
+        pad_token_id: Fills rows; any valid id.
+        max_batch_tokens: Most tokens whose keys and values an engine in this process may hold at once.
+        encode: From a text to token ids without special tokens.
+        prompt_ids: A few prompts of the run, its longest.
+        params: How the run samples.
+        longest: Most tokens of a prompt with its completion.
+        ahead: Whether the next rollout is sampled while the policy learns from the last.
+    """
+
+    policy: nn.Module
+    pad_token_id: int
+    max_batch_tokens: int
+    encode: Callable[[str], list[int]]
+    prompt_ids: Sequence[Sequence[int]]
+    params: SamplingParams
+    longest: int
+    ahead: bool = False
+
+
+class Engine(ABC):
+    """Draws completions from a version of the policy.
+
+    An engine of your own subclasses it, takes what it needs of :class:`EngineSetup` as its argument ``setup``, and its
+    settings as further arguments (``rollout.engine: {kind: module:Name, ...}``). What must hold before the first step,
+    such as a handshake with a server, it checks when it is made.
+
+    Attributes:
+        many_processes: Whether each of several training processes can have one.
+        samples_beside_training: Whether it can sample while the policy is trained, so that a run may sample ahead.
+        max_gap: Bound of the mean difference to the policy's log-probabilities, nats, checked at every rollout; None
+            for no check.
+    """
+
+    many_processes: ClassVar[bool] = True
+    samples_beside_training: ClassVar[bool] = False
+    max_gap: float | None = None
+
+    @abstractmethod
     def publish(self, model: nn.Module, version: int) -> None:
         """Make the weights that a model has now samplable as `version`; they are when this returns."""
-        ...
 
+    @abstractmethod
     def sample(
         self,
         prompt_ids: Sequence[Sequence[int]],
@@ -124,16 +165,15 @@ class Engine(Protocol):
             RolloutError: The version is not published, a prompt leaves no room, or what the model gives is no
                 distribution.
         """
-        ...
 
+    @abstractmethod
     def retire(self, version: int) -> None:
         """Take no more requests for a version, so that its weights may go."""
-        ...
 
+    @abstractmethod
     def capabilities(self) -> EngineCapabilities:
         """Return what this engine can do."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Give back what the engine holds."""
-        ...

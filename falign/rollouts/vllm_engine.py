@@ -58,6 +58,9 @@ class VLLMEngine(Engine):
         EngineError: It is not there.
     """
 
+    many_processes = False  # one that loses the server would leave the others waiting
+    samples_beside_training = True
+
     def __init__(
         self,
         url: str,

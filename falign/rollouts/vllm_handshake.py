@@ -114,6 +114,7 @@ def shake_hands(
     exact = described.dtype == trained == "float32"
     bound = EXACT if max_gap is None and exact else max_gap
     _judge(engine, gap, unchanged, bound)
+    engine.max_gap = bound
     if bound is not None:
         engine.canary = Canary(prompt_ids[:1], short, bound=bound)
     assert engine.sync is not None

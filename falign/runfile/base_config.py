@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,9 +14,12 @@ from falign.code_identity import code_identity
 from falign.errors import ConfigError
 
 if TYPE_CHECKING:
-    from falign.divergences import Divergence
+    from torch import Tensor
 
-__all__ = ["FrozenModel", "PythonObject", "named_divergence", "refusals"]
+    from falign.divergences import Divergence
+    from falign.objectives import Objective
+
+__all__ = ["FrozenModel", "ObjectiveSection", "PythonObject", "named_divergence", "refusals"]
 
 
 class FrozenModel(BaseModel):
@@ -62,6 +66,61 @@ class PythonObject(FrozenModel):
                 "with the same object, and with resume=True to go on with the run."
             )
         return self._object
+
+
+class ObjectiveSection(FrozenModel):
+    """An objective of the run file; it answers for what the run has to know of it before it is built."""
+
+    kind: str
+
+    @property
+    def title(self) -> str:
+        """The title of the run's plots."""
+        return self.kind
+
+    @property
+    def needs_samples(self) -> bool:
+        """True if :meth:`build` needs rewards of samples from the reference."""
+        return False
+
+    @property
+    def num_rewards(self) -> int | None:
+        """The number of rewards that it reads one by one, before their weights; None if it reads their sum."""
+        return None
+
+    @property
+    def weights_gradients(self) -> bool:
+        """True if ``rollout.correction`` applies: a policy gradient, which importance weights correct."""
+        return False
+
+    @property
+    def compares(self) -> tuple[Literal["group", "rollout"], str] | None:
+        """Where it compares each completion with others, and the field that says so; None if it does not."""
+        return None
+
+    def unfitted(self) -> ObjectiveSection:
+        """Return the section with placeholders for whatever is fitted on samples, for checks before there are any."""
+        return self
+
+    @abstractmethod
+    def build(self) -> Objective:
+        """Return the objective.
+
+        Raises:
+            ConfigError: A name is unknown, two fields contradict each other, or theory does not allow it; the message
+                has the reason.
+        """
+
+    def build_on(self, features: Tensor) -> Objective:
+        """Return the objective, fitted where :attr:`needs_samples`.
+
+        Args:
+            features: Rewards of M samples of the reference, shape (M, K).
+
+        Raises:
+            ConfigError: As for :meth:`build`; or the target's moments cannot be fitted.
+        """
+        return self.build()
 
 
 @contextmanager

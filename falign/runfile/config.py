@@ -18,11 +18,9 @@ from falign.objectives.batch import OFFLINE
 from falign.runfile.base_config import FrozenModel
 from falign.runfile.objective_config import ObjectiveConfig, PairwiseConfig
 from falign.runfile.online_check import check_samples
-from falign.runfile.online_objective_config import DistributionMatchingConfig
 from falign.runfile.prompts_config import PromptsConfig, RehearsalDataConfig, RolloutConfig, with_rows
 from falign.runfile.reference_config import AutoReferenceConfig, ReferenceConfig, check_moves, check_reference
 from falign.runfile.reward_config import RewardConfig
-from falign.runfile.target_config import without_fit
 from falign.runfile.trackers import check_trackers
 from falign.scoring import DEFAULT_CHUNK_TOKENS
 
@@ -402,7 +400,7 @@ class RunConfig(FrozenModel):
             raise ConfigError("model.quantization=nf4 with adapter=null: 4-bit weights do not train; add an adapter.")
         _check_attention(self.model.attn_implementation)
         check_reference(self.reference, adapter=self.adapter is not None)
-        objective = self._unfitted().build()
+        objective = self.objective.unfitted().build()
         if self.prompts is None:
             self._check_offline(objective)
         else:
@@ -458,12 +456,6 @@ class RunConfig(FrozenModel):
             if size is not None:
                 check_token_rows(rows, num_rows=size, model=path, tokenizer=tokenizer)
 
-    def _unfitted(self) -> ObjectiveConfig:
-        """The objective's section without what is fitted on samples, which come later."""
-        if not isinstance(self.objective, DistributionMatchingConfig):
-            return self.objective
-        return self.objective.model_copy(update={"target": without_fit(self.objective.target)})
-
     def _check_offline(self, objective: Objective) -> None:
         if self.data is None:
             raise ConfigError("data is missing: name data.train, or prompts.train for a run that samples its own.")
@@ -486,12 +478,11 @@ class RunConfig(FrozenModel):
             raise ConfigError("data and prompts exclude each other: a run learns from completions of one source.")
         if not self.rewards:
             raise ConfigError("rewards is empty: an online run needs at least one reward.")
-        if isinstance(self.objective, DistributionMatchingConfig):
-            wanted = self.objective.target.num_features
-            if wanted != len(self.rewards):
-                raise ConfigError(
-                    f"objective.target reads {wanted} rewards, one after the other, and {len(self.rewards)} are given."
-                )
+        wanted = self.objective.num_rewards
+        if wanted not in (None, len(self.rewards)):
+            raise ConfigError(
+                f"objective.target reads {wanted} rewards, one after the other, and {len(self.rewards)} are given."
+            )
         if self.training.tokens_per_batch is not None or self.training.gradient_accumulation_steps != 1:
             raise ConfigError(
                 "training.tokens_per_batch and training.gradient_accumulation_steps are of offline runs: here an "

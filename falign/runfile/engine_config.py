@@ -1,40 +1,97 @@
-"""The section of the run file that says where completions are sampled."""
+"""The section of the run file for the engine that samples: one model per kind, told apart by ``kind``."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+import inspect
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
-from torch import nn
+from typing_extensions import override
 
+from falign.errors import ConfigError
+from falign.registry import Registry
 from falign.runfile.base_config import FrozenModel
+from falign.runfile.members import OwnSection, union_of_kinds
 
 if TYPE_CHECKING:
-    from falign.rollouts import TransformersEngine, VLLMEngine
+    from rich.console import Console
 
-__all__ = ["CorrectionConfig", "EngineConfig", "TransformersEngineConfig", "VLLMEngineConfig"]
+    from falign.rollouts import Engine, EngineSetup
+
+__all__ = [
+    "ENGINES",
+    "CorrectionConfig",
+    "EngineConfig",
+    "OwnEngineConfig",
+    "TransformersEngineConfig",
+    "VLLMEngineConfig",
+]
 
 
 class CorrectionConfig(FrozenModel):
-    """Weights π/π_sampler for what lies between sampler and trainer, cut off above."""
+    """Importance weights π/π_sampler for the difference between sampler and trainer, bounded above."""
 
     cap: float = Field(default=2.0, ge=1)
     """Largest weight: of a token, or of a whole completion, as ``objective.importance`` says."""
 
 
-class TransformersEngineConfig(FrozenModel):
+class EngineSection(FrozenModel):
+    """An engine of the run file: it builds the engine, and checks it before the first step."""
+
+    kind: str
+
+    @property
+    def samples_beside_training(self) -> bool:
+        """Whether ``rollout.ahead`` is possible, as far as is known before the engine is made."""
+        return True
+
+    def check_processes(self, number: int) -> None:
+        """Refuse more training processes than the engine can serve.
+
+        Raises:
+            ConfigError: With the reason.
+        """
+        engine = ENGINES.get(self.kind, field="rollout.engine.kind")
+        if number > 1 and not engine.many_processes:
+            raise ConfigError(
+                f"rollout.engine.kind={self.kind} with {number} processes: one that loses the engine would leave the "
+                "others waiting. Train in one process, or sample in process (kind: transformers)."
+            )
+
+    @abstractmethod
+    def open(self, setup: EngineSetup, console: Console) -> Engine:
+        """Return the engine, ready to sample and checked against the policy.
+
+        Args:
+            setup: The run.
+            console: For progress and notes.
+
+        Raises:
+            FalignError: The engine is not there, or does not sample as the run needs it.
+        """
+
+
+class TransformersEngineConfig(EngineSection):
     """In the process that trains, from the weights that are trained."""
 
     kind: Literal["transformers"] = "transformers"
 
-    def build(self, policy: nn.Module, *, pad_token_id: int, max_batch_tokens: int) -> TransformersEngine:
-        """Return the engine."""
+    @property
+    @override
+    def samples_beside_training(self) -> bool:
+        return False
+
+    @override
+    def open(self, setup: EngineSetup, console: Console) -> Engine:
         from falign.rollouts import TransformersEngine
 
-        return TransformersEngine(policy, pad_token_id=pad_token_id, max_batch_tokens=max_batch_tokens)
+        return TransformersEngine(
+            setup.policy, pad_token_id=setup.pad_token_id, max_batch_tokens=setup.max_batch_tokens
+        )
 
 
-class VLLMEngineConfig(FrozenModel):
+class VLLMEngineConfig(EngineSection):
     """From a vLLM server, started by itself (``scripts/vllm_server.sh``)."""
 
     kind: Literal["vllm"] = "vllm"
@@ -52,22 +109,86 @@ class VLLMEngineConfig(FrozenModel):
     """Most that log-probabilities of sampler and trainer may differ by, mean over tokens, nats, before the run ends;
     left out, 0.001 where both compute in float32, and nothing where rounding is larger."""
 
-    def build(self, *, vocabulary: int) -> VLLMEngine:
-        """Return the engine, once the server is there.
+    @override
+    def open(self, setup: EngineSetup, console: Console) -> Engine:
+        from falign.models import base_of
+        from falign.rollouts import VLLMEngine, shake_hands
 
-        Raises:
-            FalignError: It is not there, or not set up as it must be.
-        """
-        from falign.rollouts import VLLMEngine
+        with console.status(f"waiting for {self.url}"):
+            engine = VLLMEngine(
+                self.url,
+                shared_dir=self.shared_dir,
+                vocabulary=base_of(setup.policy).config.get_text_config().vocab_size,
+                timeout=self.timeout,
+                wait=self.wait,
+                sync=self.sync,
+            )
+        try:
+            with console.status(f"trying {self.url}"):
+                found = shake_hands(
+                    engine,
+                    setup.policy,
+                    encode=setup.encode,
+                    prompt_ids=setup.prompt_ids,
+                    params=setup.params,
+                    longest=setup.longest,
+                    max_gap=self.max_gap,
+                )
+        except BaseException:
+            engine.close()
+            raise
+        style = "yellow" if found.is_suspicious else None
+        console.print(f"rollouts: {self.url}, {found}", style=style, highlight=False, markup=False, soft_wrap=True)
+        return engine
 
-        return VLLMEngine(
-            self.url,
-            shared_dir=self.shared_dir,
-            vocabulary=vocabulary,
-            timeout=self.timeout,
-            wait=self.wait,
-            sync=self.sync,
-        )
+
+class OwnEngineConfig(OwnSection, EngineSection, extra="allow"):
+    """An engine of your own: ``module:Name``, a subclass of :class:`falign.rollouts.Engine`.
+
+    It is called with ``setup`` (:class:`falign.rollouts.EngineSetup`) and the other keys of the section.
+    """
+
+    @override
+    def open(self, setup: EngineSetup, console: Console) -> Engine:
+        from falign.rollouts import Engine
+
+        engine: Engine = self.make(ENGINES, place="rollout.engine", protocol=Engine, setup=setup)
+        place, able = f"rollout.engine.kind={self.kind}", engine.capabilities()
+        if setup.ahead and not engine.samples_beside_training:
+            raise ConfigError(f"{place} cannot sample beside training: leave rollout.ahead out.")
+        if not able.processed_logprobs:
+            raise ConfigError(
+                f"{place} gives log-probabilities from before temperature, top-k and top-p; return those of the "
+                "distribution that the tokens are drawn from."
+            )
+        if able.max_length is not None and setup.longest > able.max_length:
+            raise ConfigError(
+                f"{place} reads {able.max_length} tokens, and prompts.max_length + rollout.max_new_tokens = "
+                f"{setup.longest}: lower one of them."
+            )
+        return engine
 
 
-EngineConfig = Annotated[TransformersEngineConfig | VLLMEngineConfig, Field(discriminator="kind")]
+def _is_engine(value: Any) -> bool:
+    from falign.rollouts import Engine
+
+    return inspect.isclass(value) and issubclass(value, Engine)
+
+
+ENGINES: Registry[type[Engine]] = Registry(
+    "engine",
+    {
+        "transformers": "falign.rollouts.transformers_engine:TransformersEngine",
+        "vllm": "falign.rollouts.vllm_engine:VLLMEngine",
+    },
+    wanted="subclass of falign.rollouts.Engine",
+    is_member=_is_engine,
+)
+
+if TYPE_CHECKING:
+    EngineConfig = EngineSection
+else:
+    EngineConfig = union_of_kinds(
+        {"transformers": TransformersEngineConfig, "vllm": VLLMEngineConfig}, own=OwnEngineConfig
+    )
+"""The engine: ``kind`` names one of these."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field
+from typing_extensions import override
 
 from falign.objectives import Listwise, Objective, Pairwise, TokenPairwise, TokenWeighting
-from falign.runfile.base_config import FrozenModel, PythonObject, named_divergence, refusals
+from falign.registry import Registry
+from falign.runfile.base_config import ObjectiveSection, PythonObject, named_divergence, refusals
+from falign.runfile.members import OwnSection, union_of_kinds
 from falign.runfile.online_objective_config import (
     DistributionMatchingConfig,
     HybridConfig,
@@ -16,10 +19,18 @@ from falign.runfile.online_objective_config import (
     SupervisedConfig,
 )
 
-__all__ = ["ListwiseConfig", "ObjectiveConfig", "PairwiseConfig", "PythonObjectiveConfig", "TokenPairwiseConfig"]
+__all__ = [
+    "OBJECTIVES",
+    "ListwiseConfig",
+    "ObjectiveConfig",
+    "OwnObjectiveConfig",
+    "PairwiseConfig",
+    "PythonObjectiveConfig",
+    "TokenPairwiseConfig",
+]
 
 
-class PairwiseConfig(FrozenModel):
+class PairwiseConfig(ObjectiveSection):
     """f-DPO on pairs; DPO with the reverse KL."""
 
     kind: Literal["pairwise"] = "pairwise"
@@ -33,21 +44,17 @@ class PairwiseConfig(FrozenModel):
     """``token``: log-ratios are means over tokens; left out, they are with ``ipo`` alone."""
 
     @property
+    @override
     def title(self) -> str:
-        """The title of the run's plots."""
         return f"{self.divergence}, β = {self.beta:g}"
 
+    @override
     def build(self) -> Objective:
-        """Return the objective.
-
-        Raises:
-            ConfigError: The divergence is unknown or theory does not allow it here; the message has the reason.
-        """
         with refusals():
             return Pairwise(named_divergence(self.divergence), self.margin_loss, self.beta, self.length_norm)
 
 
-class ListwiseConfig(FrozenModel):
+class ListwiseConfig(ObjectiveSection):
     """Plackett-Luce f-DPO on two or more ranked completions per prompt."""
 
     kind: Literal["listwise"] = "listwise"
@@ -57,21 +64,17 @@ class ListwiseConfig(FrozenModel):
     length_norm: Literal["none", "token"] = "none"
 
     @property
+    @override
     def title(self) -> str:
-        """The title of the run's plots."""
         return f"{self.divergence}, β = {self.beta:g}"
 
+    @override
     def build(self) -> Objective:
-        """Return the objective.
-
-        Raises:
-            ConfigError: The divergence is unknown or theory does not allow it here; the message has the reason.
-        """
         with refusals():
             return Listwise(named_divergence(self.divergence), self.beta, self.length_norm)
 
 
-class TokenPairwiseConfig(FrozenModel):
+class TokenPairwiseConfig(ObjectiveSection):
     """TDPO on pairs, with the divergence over the full vocabulary at each token."""
 
     kind: Literal["token_pairwise"] = "token_pairwise"
@@ -87,51 +90,57 @@ class TokenPairwiseConfig(FrozenModel):
     reference's layers, with a mean of 1 in a completion."""
 
     @property
+    @override
     def title(self) -> str:
-        """The title of the run's plots."""
         return f"{self.divergence}, β = {self.beta:g}"
 
+    @override
     def build(self) -> Objective:
-        """Return the objective.
-
-        Raises:
-            ConfigError: The divergence is unknown, or two fields contradict each other; the message has the reason.
-        """
         with refusals():
             return TokenPairwise(named_divergence(self.divergence), self.beta, self.alpha, self.variant, self.weighting)
 
 
-class PythonObjectiveConfig(PythonObject):
+class PythonObjectiveConfig(PythonObject, ObjectiveSection):
     """An objective that a program gave as an object."""
 
     @property
+    @override
     def title(self) -> str:
-        """The title of the run's plots."""
         return self.name
 
+    @override
     def build(self) -> Objective:
-        """Return the objective.
-
-        Raises:
-            ConfigError: It is not at hand.
-        """
         return self.given("objective")
 
 
-def _kind(value: Any) -> str:
-    return str(value.get("kind", "pairwise") if isinstance(value, dict) else getattr(value, "kind", "pairwise"))
+class OwnObjectiveConfig(OwnSection, ObjectiveSection, extra="allow"):
+    """An objective of your own: ``module:Name``, called with the other keys of the section."""
+
+    @override
+    def build(self) -> Objective:
+        with refusals():
+            return self.make(OBJECTIVES, place="objective", protocol=Objective)
 
 
-ObjectiveConfig = Annotated[
-    Annotated[PairwiseConfig, Tag("pairwise")]
-    | Annotated[ListwiseConfig, Tag("listwise")]
-    | Annotated[TokenPairwiseConfig, Tag("token_pairwise")]
-    | Annotated[PolicyGradientConfig, Tag("policy_gradient")]
-    | Annotated[DistributionMatchingConfig, Tag("distribution_matching")]
-    | Annotated[HybridConfig, Tag("hybrid")]
-    | Annotated[RehearsalConfig, Tag("rehearsal")]
-    | Annotated[SupervisedConfig, Tag("supervised")]
-    | Annotated[PythonObjectiveConfig, Tag("python")],
-    Discriminator(_kind),
-]
+OBJECTIVES: Registry[Any] = Registry(
+    "objective",
+    {
+        "pairwise": PairwiseConfig,
+        "listwise": ListwiseConfig,
+        "token_pairwise": TokenPairwiseConfig,
+        "policy_gradient": PolicyGradientConfig,
+        "distribution_matching": DistributionMatchingConfig,
+        "hybrid": HybridConfig,
+        "rehearsal": RehearsalConfig,
+        "supervised": SupervisedConfig,
+        "python": PythonObjectiveConfig,
+    },
+    wanted="class or function",
+)
+"""Sections by kind; an own member is called with its settings and makes a :class:`falign.objectives.Objective`."""
+
+if TYPE_CHECKING:
+    ObjectiveConfig = ObjectiveSection
+else:
+    ObjectiveConfig = union_of_kinds(OBJECTIVES.members, default="pairwise", own=OwnObjectiveConfig)
 """The objective: ``kind`` names one of these; the first is the default."""

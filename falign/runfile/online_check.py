@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from falign.errors import ConfigError
 from falign.objectives import Objective
 from falign.runfile.objective_config import ObjectiveConfig
-from falign.runfile.online_objective_config import DistributionMatchingConfig, HybridConfig, PolicyGradientConfig
 from falign.runfile.prompts_config import RolloutConfig
 from falign.runfile.reward_config import RewardConfig
 
@@ -15,9 +14,6 @@ __all__ = ["check_samples"]
 
 WORTH = frozenset({"rewards", "features", "preference"})
 """Fields that say what a completion is worth."""
-
-WITHIN_GROUPS = frozenset({"leave_one_out", "group_centred", "group_normalised"})
-"""Advantages that compare the completions of a prompt."""
 
 
 def check_samples(
@@ -39,9 +35,9 @@ def check_samples(
 
 
 def _check_correction(rollout: RolloutConfig, chosen: ObjectiveConfig) -> None:
-    if rollout.correction is not None and not isinstance(chosen, PolicyGradientConfig | HybridConfig):
+    if rollout.correction is not None and not chosen.weights_gradients:
         raise ConfigError(
-            f"rollout.correction weights policy gradients, and objective.kind={chosen.kind} is none: leave it out."
+            f"rollout.correction weights policy gradients, and objective.kind={chosen.kind} is not one: leave it out."
         )
 
 
@@ -53,11 +49,13 @@ def _check_groups(rollout: RolloutConfig, chosen: ObjectiveConfig, objective: Ob
             f"rollout.completions=1 with objective.kind={chosen.kind}, which compares completions of one prompt: "
             "sample two or more."
         )
-    advantage = chosen.advantage if isinstance(chosen, PolicyGradientConfig | HybridConfig) else None
-    if advantage in WITHIN_GROUPS or (advantage == "batch_mean" and rollout.prompts == 1):
+    if (compared := chosen.compares) is None:
+        return
+    among, field = compared
+    if among == "group" or rollout.prompts == 1:
         raise ConfigError(
-            f"rollout.completions=1 with objective.advantage={advantage}, which compares a completion with others: "
-            "sample two or more, or choose batch_mean (with two or more prompts), gae or none."
+            f"rollout.completions=1 with {field}, which compares a completion with others: sample two or more, or "
+            "choose batch_mean (with two or more prompts), gae or none."
         )
 
 
@@ -77,15 +75,13 @@ def _check_effects(
             f"rollout.difficulty with {len(counting)} rewards: their sum does not say whether a prompt is solved. "
             "Set rollout.outcome to the name of the reward that decides it."
         )
-    matching = chosen if isinstance(chosen, DistributionMatchingConfig) else None
-    fits = matching is not None and matching.needs_samples
-    if rollout.fit_samples != fields["fit_samples"].default and not fits:
+    if rollout.fit_samples != fields["fit_samples"].default and not chosen.needs_samples:
         raise ConfigError(
             f"rollout.fit_samples={rollout.fit_samples}: nothing is fitted here; it belongs to "
             "objective.target.moments without lambdas."
         )
     weighted = [i for i, reward in enumerate(rewards) if reward.weight != 1]
-    if matching is not None and weighted:
+    if chosen.num_rewards is not None and weighted:
         raise ConfigError(
             f"rewards.{weighted[0]}.weight={rewards[weighted[0]].weight:g}: a target reads each reward by "
             "itself, before weights; leave it out, and say in objective.target what it counts."

@@ -7,6 +7,7 @@ from typing import Literal
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from falign.divergences import Divergence
 from falign.objectives import (
@@ -18,12 +19,13 @@ from falign.objectives import (
     PolicyGradient,
     Rehearsal,
     Supervised,
+    Target,
     dph_rl_coefficient,
     get_advantage,
 )
 from falign.registry import is_own_name
-from falign.runfile.base_config import FrozenModel, named_divergence, refusals
-from falign.runfile.target_config import TargetConfig, without_fit
+from falign.runfile.base_config import ObjectiveSection, named_divergence, refusals
+from falign.runfile.target_config import TargetConfig
 
 __all__ = [
     "DistributionMatchingConfig",
@@ -34,7 +36,7 @@ __all__ = [
 ]
 
 
-class PolicyGradientConfig(FrozenModel):
+class PolicyGradientConfig(ObjectiveSection):
     """Reward minus a divergence on fresh samples: REINFORCE, RLOO, GRPO, PPO; SALSA with a soup as the reference."""
 
     kind: Literal["policy_gradient"] = "policy_gradient"
@@ -65,23 +67,29 @@ class PolicyGradientConfig(FrozenModel):
     """Only with ``gae``: λ, 0.95 where left out."""
 
     @property
+    @override
     def title(self) -> str:
-        """The title of the run's plots."""
         return "reward alone" if self.divergence is None else f"{self.divergence}, β = {self.beta:g}"
 
-    def build(self) -> Objective:
-        """Return the objective.
+    @property
+    @override
+    def weights_gradients(self) -> bool:
+        return True
 
-        Raises:
-            ConfigError: A name is unknown, or two fields contradict each other; the message has the reason.
-        """
+    @property
+    @override
+    def compares(self) -> tuple[Literal["group", "rollout"], str] | None:
+        return _compares(self.advantage)
+
+    @override
+    def build(self) -> Objective:
         fields = self.model_dump(exclude={"kind", "divergence"})
         with refusals():
             fields["advantage"] = _advantage(self.advantage)
             return PolicyGradient(None if self.divergence is None else named_divergence(self.divergence), **fields)
 
 
-class DistributionMatchingConfig(FrozenModel):
+class DistributionMatchingConfig(ObjectiveSection):
     """f-DPG: the policy is led to a target distribution that the rewards describe."""
 
     kind: Literal["distribution_matching"] = "distribution_matching"
@@ -93,38 +101,38 @@ class DistributionMatchingConfig(FrozenModel):
     """Mean pseudo-reward of the other samples of the prompt, or of all others of the rollout."""
 
     @property
-    def needs_samples(self) -> bool:
-        """True if :meth:`build` needs rewards of samples from the reference."""
-        return self.target.needs_samples
-
-    def check(self) -> None:
-        """Refuse what no samples could make right.
-
-        Raises:
-            ConfigError: As :meth:`build`, but for the fit.
-        """
-        self.model_copy(update={"target": without_fit(self.target)}).build()
-
-    @property
+    @override
     def title(self) -> str:
-        """The title of the run's plots."""
         return f"{self.divergence} to a target ({self.target.kind})"
 
-    def build(self, features: Float[Tensor, "M K"] | None = None) -> Objective:
-        """Return the objective.
+    @property
+    @override
+    def needs_samples(self) -> bool:
+        return self.target.needs_samples
 
-        Args:
-            features: Rewards of M samples of the reference, where :attr:`needs_samples`.
+    @property
+    @override
+    def num_rewards(self) -> int:
+        return self.target.num_features
 
-        Raises:
-            ConfigError: The divergence is unknown or theory does not allow it with this target, or the target's
-                moments cannot be fitted; the message has the reason.
-        """
+    @override
+    def unfitted(self) -> ObjectiveSection:
+        return self.model_copy(update={"target": self.target.unfitted()})
+
+    @override
+    def build(self) -> Objective:
+        return self._with_target(self.target.build())
+
+    @override
+    def build_on(self, features: Float[Tensor, "M K"]) -> Objective:
+        return self._with_target(self.target.build(features))
+
+    def _with_target(self, target: Target) -> Objective:
         with refusals():
-            return DistributionMatching(named_divergence(self.divergence), self.target.build(features), self.baseline)
+            return DistributionMatching(named_divergence(self.divergence), target, self.baseline)
 
 
-class HybridConfig(FrozenModel):
+class HybridConfig(ObjectiveSection):
     """DPH-RL: a policy gradient without penalty on fresh samples, and a divergence on samples of the reference."""
 
     kind: Literal["hybrid"] = "hybrid"
@@ -144,21 +152,27 @@ class HybridConfig(FrozenModel):
     """Of the policy gradient."""
 
     @property
+    @override
     def title(self) -> str:
-        """The title of the run's plots."""
         return (
             f"reward, and {self._weight(named_divergence(self.divergence)):g} × {self.divergence} on reference samples"
         )
 
+    @property
+    @override
+    def weights_gradients(self) -> bool:
+        return True
+
+    @property
+    @override
+    def compares(self) -> tuple[Literal["group", "rollout"], str] | None:
+        return _compares(self.advantage)
+
     def _weight(self, divergence: Divergence) -> float:
         return dph_rl_coefficient(divergence) if self.coefficient is None else self.coefficient
 
+    @override
     def build(self) -> Objective:
-        """Return the objective.
-
-        Raises:
-            ConfigError: A name is unknown; the message has the reason.
-        """
         with refusals():
             exploration = PolicyGradient(
                 advantage=_advantage(self.advantage),
@@ -171,7 +185,7 @@ class HybridConfig(FrozenModel):
             return Hybrid(exploration, Rehearsal(divergence, self.level), self._weight(divergence))
 
 
-class RehearsalConfig(FrozenModel):
+class RehearsalConfig(ObjectiveSection):
     """A divergence to the reference on its own samples, alone."""
 
     kind: Literal["rehearsal"] = "rehearsal"
@@ -183,21 +197,17 @@ class RehearsalConfig(FrozenModel):
     """At token level, as under ``policy_gradient``; ``token_mean`` where left out."""
 
     @property
+    @override
     def title(self) -> str:
-        """The title of the run's plots."""
         return f"{self.divergence} on reference samples"
 
+    @override
     def build(self) -> Objective:
-        """Return the objective.
-
-        Raises:
-            ConfigError: The divergence is unknown, or a mean over tokens is asked for at sequence level.
-        """
         with refusals():
             return Rehearsal(named_divergence(self.divergence), self.level, self.reduction)
 
 
-class SupervisedConfig(FrozenModel):
+class SupervisedConfig(ObjectiveSection):
     """Fine-tuning on demonstrations, plain or under a divergence."""
 
     kind: Literal["supervised"] = "supervised"
@@ -207,16 +217,12 @@ class SupervisedConfig(FrozenModel):
     """Required with a divergence."""
 
     @property
+    @override
     def title(self) -> str:
-        """The title of the run's plots."""
         return "fine-tuning" if self.beta is None else f"fine-tuning, {self.divergence}, β = {self.beta:g}"
 
+    @override
     def build(self) -> Objective:
-        """Return the objective.
-
-        Raises:
-            ConfigError: The divergence is unknown or theory does not allow it here; the message has the reason.
-        """
         with refusals():
             return Supervised(None if self.divergence is None else named_divergence(self.divergence), self.beta)
 
@@ -227,3 +233,10 @@ def _advantage(name: str) -> Advantage | str:
         return name
     found = get_advantage(name, field="objective.advantage")
     return found if is_own_name(name) else name
+
+
+def _compares(advantage: str) -> tuple[Literal["group", "rollout"], str] | None:
+    field = f"objective.advantage={advantage}"
+    if advantage in ("leave_one_out", "group_centred", "group_normalised"):
+        return "group", field
+    return ("rollout", field) if advantage == "batch_mean" else None

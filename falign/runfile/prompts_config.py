@@ -131,7 +131,7 @@ class RolloutConfig(FrozenModel):
     """Completions per prompt: the group."""
     max_new_tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=1.0, gt=0)
-    """Another than 1 makes the samples another law's; they are weighted by ``π/π_sampler`` then."""
+    """At values other than 1 the samples are from another distribution, and are weighted by ``π/π_sampler``."""
     updates: int = Field(default=1, ge=1)
     """Passes over each rollout."""
     minibatches: int = Field(default=1, ge=1)
@@ -152,7 +152,8 @@ class RolloutConfig(FrozenModel):
     """Completions of the reference on which the weights of ``objective.target.moments`` are fitted."""
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: EngineConfig = TransformersEngineConfig()
-    """The engine that samples: ``{kind: transformers}`` or ``{kind: vllm, shared_dir: ...}``."""
+    """The engine that samples: ``{kind: transformers}``, ``{kind: vllm, shared_dir: ...}`` or one of your own,
+    ``{kind: module:Name, ...}``."""
     ahead: bool = False
     """Sample the next rollout while the policy learns from the last; its samples are weighted by ``π/π_sampler``."""
     correction: CorrectionConfig | None = None
@@ -161,7 +162,7 @@ class RolloutConfig(FrozenModel):
 
     @model_validator(mode="after")
     def _samples_beside_training(self) -> RolloutConfig:
-        if self.ahead and isinstance(self.engine, TransformersEngineConfig):
+        if self.ahead and not self.engine.samples_beside_training:
             raise ValueError(
                 "ahead=true: the process that trains cannot sample at the same time; give it an engine of kind vllm, "
                 "or leave ahead out"

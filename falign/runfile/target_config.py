@@ -1,13 +1,16 @@
-"""The part of the run file that says what distribution the policy is led to."""
+"""The section of the run file for the target distribution that the policy is led to."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from falign.errors import ConfigError
 from falign.objectives import (
@@ -18,56 +21,49 @@ from falign.objectives import (
     Target,
     fit_moments,
 )
+from falign.registry import Registry
 from falign.runfile.base_config import FrozenModel
+from falign.runfile.members import OwnSection, union_of_kinds
 
-__all__ = ["BinaryConfig", "ExponentialConfig", "MomentsConfig", "ProductConfig", "TargetConfig", "without_fit"]
-
-
-class BinaryConfig(FrozenModel):
-    """The reference where its completions satisfy a constraint: one reward that is 0 or 1."""
-
-    kind: Literal["binary"] = "binary"
-    num_features: ClassVar[int] = 1
-    needs_samples: ClassVar[bool] = False
-
-    def build(self, features: Float[Tensor, "M 1"] | None = None) -> Target:
-        """Return the target; it needs no samples."""
-        return BinaryConstraint()
+__all__ = [
+    "BinaryConfig",
+    "ExponentialConfig",
+    "MomentsConfig",
+    "OwnTargetConfig",
+    "ProductConfig",
+    "TargetConfig",
+]
 
 
-class ExponentialConfig(FrozenModel):
-    """The reference times ``exp(r/β)``, of one reward."""
+class TargetSection(FrozenModel):
+    """A target distribution of the run file."""
 
-    kind: Literal["exponential"] = "exponential"
-    beta: float = Field(gt=0)
-    """β, in units of reward."""
-    num_features: ClassVar[int] = 1
-    needs_samples: ClassVar[bool] = False
-
-    def build(self, features: Float[Tensor, "M 1"] | None = None) -> Target:
-        """Return the target; it needs no samples."""
-        return ExponentialReward(self.beta)
-
-
-class MomentsConfig(FrozenModel):
-    """The law nearest to the reference in which the means of some rewards are given ones."""
-
-    kind: Literal["moments"] = "moments"
-    moments: list[float] = Field(min_length=1)
-    """The wanted mean of each reward, in order."""
-    lambdas: list[float] | None = None
-    """λ of an earlier fit; left out, they are fitted on samples of the reference before training."""
+    kind: str
 
     @property
     def num_features(self) -> int:
-        """How many rewards it reads."""
-        return len(self.moments)
+        """The number of rewards that it reads."""
+        return self.unfitted().build().num_features
+
+    @property
+    def moments_to_fit(self) -> Sequence[float]:
+        """The wanted means for which λ have to be fitted on samples of the reference; empty for none."""
+        return ()
 
     @property
     def needs_samples(self) -> bool:
-        """Whether λ have to be fitted on samples of the reference."""
-        return self.lambdas is None
+        """True if something has to be fitted on samples of the reference."""
+        return bool(self.moments_to_fit)
 
+    def with_lambdas(self, lambdas: Sequence[float]) -> TargetSection:
+        """Return the target with λ for :attr:`moments_to_fit`."""
+        return self
+
+    def unfitted(self) -> TargetSection:
+        """Return the target with λ = 0 where they are to be fitted: enough for all checks before there are samples."""
+        return self.with_lambdas([0.0] * len(self.moments_to_fit))
+
+    @abstractmethod
     def build(self, features: Float[Tensor, "M K"] | None = None) -> Target:
         """Return the target.
 
@@ -78,6 +74,55 @@ class MomentsConfig(FrozenModel):
             ConfigError: λ and moments are not equally many, λ have to be fitted and there are no samples, or the
                 moments cannot be reached.
         """
+
+
+class BinaryConfig(TargetSection):
+    """The reference where its completions satisfy a constraint: one reward that is 0 or 1."""
+
+    kind: Literal["binary"] = "binary"
+
+    @override
+    def build(self, features: Float[Tensor, "M 1"] | None = None) -> Target:
+        return BinaryConstraint()
+
+
+class ExponentialConfig(TargetSection):
+    """The reference times ``exp(r/β)``, of one reward."""
+
+    kind: Literal["exponential"] = "exponential"
+    beta: float = Field(gt=0)
+    """β, in units of reward."""
+
+    @override
+    def build(self, features: Float[Tensor, "M 1"] | None = None) -> Target:
+        return ExponentialReward(self.beta)
+
+
+class MomentsConfig(TargetSection):
+    """The distribution nearest to the reference in which the means of some rewards have given values."""
+
+    kind: Literal["moments"] = "moments"
+    moments: list[float] = Field(min_length=1)
+    """The wanted mean of each reward, in order."""
+    lambdas: list[float] | None = None
+    """λ of an earlier fit; left out, they are fitted on samples of the reference before training."""
+
+    @property
+    @override
+    def num_features(self) -> int:
+        return len(self.moments)
+
+    @property
+    @override
+    def moments_to_fit(self) -> Sequence[float]:
+        return self.moments if self.lambdas is None else ()
+
+    @override
+    def with_lambdas(self, lambdas: Sequence[float]) -> TargetSection:
+        return self.model_copy(update={"lambdas": list(lambdas)}) if self.lambdas is None else self
+
+    @override
+    def build(self, features: Float[Tensor, "M K"] | None = None) -> Target:
         if self.lambdas is None:
             return MomentConstraints(_fit(self.moments, features))
         if len(self.lambdas) != len(self.moments):
@@ -87,10 +132,23 @@ class MomentsConfig(FrozenModel):
         return MomentConstraints(tuple(self.lambdas))
 
 
-FactorConfig = Annotated[BinaryConfig | MomentsConfig | ExponentialConfig, Field(discriminator="kind")]
+class OwnTargetConfig(OwnSection, TargetSection, extra="allow"):
+    """A target of your own: ``module:Name``, called with the other keys of the section."""
+
+    @override
+    def build(self, features: Float[Tensor, "M K"] | None = None) -> Target:
+        return self.make(TARGETS, place="objective.target", protocol=Target)
 
 
-class ProductConfig(FrozenModel):
+FACTORS = {"binary": BinaryConfig, "moments": MomentsConfig, "exponential": ExponentialConfig}
+
+if TYPE_CHECKING:
+    FactorConfig = TargetSection
+else:
+    FactorConfig = union_of_kinds(FACTORS, own=OwnTargetConfig)
+
+
+class ProductConfig(TargetSection):
     """Several targets at once; each reads the next rewards, in order."""
 
     kind: Literal["product"] = "product"
@@ -98,68 +156,54 @@ class ProductConfig(FrozenModel):
     """The factors."""
 
     @property
+    @override
     def num_features(self) -> int:
-        """How many rewards they read together."""
         return sum(target.num_features for target in self.targets)
 
     @property
-    def needs_samples(self) -> bool:
-        """Whether any of them has to be fitted on samples of the reference."""
-        return any(target.needs_samples for target in self.targets)
+    @override
+    def moments_to_fit(self) -> Sequence[float]:
+        return [wanted for target in self.targets for wanted in target.moments_to_fit]
 
+    @override
+    def with_lambdas(self, lambdas: Sequence[float]) -> TargetSection:
+        rest = iter(lambdas)
+        targets = [target.with_lambdas([next(rest) for _ in target.moments_to_fit]) for target in self.targets]
+        return self.model_copy(update={"targets": targets})
+
+    @override
     def build(self, features: Float[Tensor, "M K"] | None = None) -> Target:
-        """Return the target.
-
-        Args:
-            features: Rewards of M samples of the reference, as under ``moments``. Moments are those of the product, so
-                that they are fitted together, on samples weighted by the other factors.
-
-        Raises:
-            ConfigError: A factor cannot be built.
-        """
+        # Moments are those of the product, so that they are fitted together, on samples weighted by the other factors.
         if features is None or not self.needs_samples:
             return ProductTarget(tuple(target.build() for target in self.targets))
         columns = features.split([target.num_features for target in self.targets], dim=-1)
-        log_weights, wanted, fitted_columns = features.new_zeros(len(features)), list[float](), list[Tensor]()
+        fitted_columns = [column for each, column in zip(self.targets, columns, strict=True) if each.needs_samples]
+        log_weights = features.new_zeros(len(features))
         for target, column in zip(self.targets, columns, strict=True):
-            if isinstance(target, MomentsConfig) and target.needs_samples:
-                wanted, fitted_columns = wanted + target.moments, [*fitted_columns, column]
-            else:
+            if not target.needs_samples:
                 log_weights = log_weights + target.build().log_score(column)
-        lambdas = iter(_fit(wanted, torch.cat(fitted_columns, dim=-1), log_weights))
-        factors = [
-            MomentConstraints(tuple(next(lambdas) for _ in target.moments))
-            if isinstance(target, MomentsConfig) and target.needs_samples
-            else target.build()
-            for target in self.targets
-        ]
-        return ProductTarget(tuple(factors))
+        return self.with_lambdas(_fit(self.moments_to_fit, torch.cat(fitted_columns, dim=-1), log_weights)).build()
 
 
-TargetConfig = Annotated[BinaryConfig | MomentsConfig | ExponentialConfig | ProductConfig, Field(discriminator="kind")]
-"""What the policy is led to: ``kind`` names one of these."""
+TARGETS: Registry[Any] = Registry("target", FACTORS | {"product": ProductConfig}, wanted="class or function")
+"""Sections by kind; an own member is called with its settings and makes a :class:`falign.objectives.Target`."""
 
-
-def without_fit(
-    target: BinaryConfig | MomentsConfig | ExponentialConfig | ProductConfig,
-) -> BinaryConfig | MomentsConfig | ExponentialConfig | ProductConfig:
-    """Return the target with λ = 0 where they are to be fitted: all that can be checked before there are samples."""
-    if isinstance(target, ProductConfig):
-        return target.model_copy(update={"targets": [without_fit(factor) for factor in target.targets]})
-    if isinstance(target, MomentsConfig) and target.needs_samples:
-        return target.model_copy(update={"lambdas": [0.0] * len(target.moments)})
-    return target
+if TYPE_CHECKING:
+    TargetConfig = TargetSection
+else:
+    TargetConfig = union_of_kinds(TARGETS.members, own=OwnTargetConfig)
+"""The distribution that the policy is led to: ``kind`` names one of these."""
 
 
 def _fit(
-    moments: list[float], features: Float[Tensor, "M K"] | None, log_weights: Float[Tensor, " M"] | None = None
+    moments: Sequence[float], features: Float[Tensor, "M K"] | None, log_weights: Float[Tensor, " M"] | None = None
 ) -> tuple[float, ...]:
     if features is None:
         raise ConfigError(
-            f"objective.target.moments={moments!r} have to be fitted on samples of the reference, and there are none; "
-            "give lambdas."
+            f"objective.target.moments={list(moments)!r} have to be fitted on samples of the reference, and there are "
+            "none; give lambdas."
         )
     try:
-        return tuple(fit_moments(features, moments, log_weights=log_weights).tolist())
+        return tuple(fit_moments(features, list(moments), log_weights=log_weights).tolist())
     except ValueError as error:
         raise ConfigError(f"objective.target: {error}") from error

@@ -6,26 +6,38 @@ and so is the ``run.yaml`` in it: what that names runs only where it is asked fo
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from falign.errors import ConfigError
+from falign.registry import is_own_name
 from falign.rewards.identity import source_hashes
 from falign.runfile.config import RunConfig
 from falign.runfile.reading import load_run_file, parse_run
+from falign.runfile.reward_config import RewardConfig
 from falign.runs.folder import RunFolder
 
 __all__ = [
+    "code_of_rewards",
     "import_from",
     "is_recorded",
     "load_own_run_file",
     "named_code",
-    "objective_code",
+    "own_code",
     "read_run",
     "require_trust",
 ]
+
+HASHED = frozenset({"objective", "reference", "references", "measures", "rollout"})
+"""Sections whose members decide the steps of a run."""
+
+MEMBERS = frozenset({"kind", "divergence", "advantage"})
+"""Fields that name a member of a family, which may be a user's own."""
+
+OWN = re.compile(r"[\w.]+:[\w.]+")
 
 
 def read_run(folder: RunFolder, *, uses: Collection[str], trust_code: bool) -> RunConfig:
@@ -68,21 +80,32 @@ def load_own_run_file(path: str, overrides: Sequence[str] = (), *, trust_code: b
 def named_code(config: RunConfig, sections: Collection[str] | None = None) -> dict[str, str]:
     """Return the fields of a run that name code, with their values.
 
-    These are functions and divergences given as ``module:attribute``, ``trust_remote_code``, and an attention
-    implementation that is a repository of kernels.
+    These are members given as ``module:Name`` and the settings of such that name others, ``trust_remote_code``, and an
+    attention implementation that is a repository of kernels.
 
     Args:
         config: The run.
         sections: Look at these only; all of them by default.
     """
     plain = config.model_dump(mode="json", include=None if sections is None else set(sections))
-    return {field: str(value) for field, value in _fields(plain) if _is_code(field.rpartition(".")[2], value)}
+    return dict(_code_in(plain))
 
 
-def objective_code(config: RunConfig) -> dict[str, dict[str, str]]:
-    """Return the hashes of the modules that a run's own divergences come from, by ``module:attribute`` and file."""
-    divergences = named_code(config, ["objective"]).values()
-    return {name: source_hashes(name.partition(":")[0]) for name in divergences}
+def code_of_rewards(rewards: Sequence[RewardConfig]) -> dict[str, str]:
+    """Return the fields of a list of rewards that name code, with their values."""
+    return dict(_code_in({"rewards": [reward.model_dump(mode="json") for reward in rewards]}))
+
+
+def own_code(config: RunConfig, sections: Collection[str] = HASHED) -> dict[str, dict[str, str]]:
+    """Return the hash of each source file of the members that a run names as ``module:Name``, by that name.
+
+    Args:
+        config: The run.
+        sections: Look at these only. Rewards have their own hashes (:func:`falign.rewards.reward_identities`).
+    """
+    known = sections & RunConfig.model_fields.keys()
+    names = [name for value in named_code(config, known).values() for name in OWN.findall(value)]
+    return {name: source_hashes(name.partition(":")[0]) for name in names}
 
 
 def require_trust(code: dict[str, str], *, place: str | Path, trust_code: bool) -> None:
@@ -109,18 +132,21 @@ def is_recorded(run_file: Path) -> bool:
     return run_file.name == "run.yaml" and (run_file.parent / "manifest.json").is_file()
 
 
-def _fields(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _code_in(value: Any, prefix: str = "", *, is_own: bool = False) -> Iterator[tuple[str, str]]:
+    """Yield the paths of fields that name code, in the section ``value`` of an own member if ``is_own``."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    is_own = is_own or (isinstance(value, dict) and is_own_name(str(value.get("kind"))))
     for name, inner in items:
-        yield f"{prefix}{name}", inner
-        yield from _fields(inner, f"{prefix}{name}.")
+        if _is_code(str(name), inner, is_own=is_own):
+            yield f"{prefix}{name}", str(inner)
+        yield from _code_in(inner, f"{prefix}{name}.", is_own=is_own)
 
 
-def _is_code(name: str, value: Any) -> bool:
+def _is_code(name: str, value: Any, *, is_own: bool) -> bool:
     if name == "trust_remote_code":
         return value is True
     if not isinstance(value, str):
         return False
     if name == "attn_implementation":
         return "/" in value  # transformers fetches compiled kernels from a repository
-    return name == "function" or (name in ("divergence", "advantage") and ":" in value)
+    return name == "function" or (":" in value and name in MEMBERS) or (is_own and is_own_name(value))

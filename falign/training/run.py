@@ -28,7 +28,7 @@ from falign.runs.checkpoints import checkpoints, remove_leftovers
 from falign.runs.curves import plot_curves
 from falign.runs.folder import RunFolder, is_held_out, versions
 from falign.runs.inputs import RunInputs, RunRows, text_hash
-from falign.runs.named_code import objective_code
+from falign.runs.named_code import own_code
 from falign.runs.progress import MetricsFile, ProgressBar
 from falign.runs.summary import Answered, RunSummary
 from falign.terminal import Terminal
@@ -331,7 +331,7 @@ def _inputs(config: RunConfig, trainer: AlignmentTrainer, language: Language) ->
             "base_weights": trainer.record["base_weights"],
             "base_config": trainer.record["base_config"],
             "reference": {**_without_paths(trainer.reference.identity()), "config": trainer.record["reference_config"]},
-            "objective_code": objective_code(config),
+            "objective_code": own_code(config),
             "rewards": reward_identities(trainer.rewards) if isinstance(trainer, OnlineTrainer) else {},
         }
     )

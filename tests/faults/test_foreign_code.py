@@ -11,7 +11,7 @@ from rich.console import Console
 
 from falign.runfile import parse_run
 from falign.runs import RunFolder
-from falign.runs.named_code import named_code, objective_code, read_run
+from falign.runs.named_code import named_code, own_code, read_run
 from falign.training import train
 from tests.models.tiny import save_tiny
 from tests.report.summaries import add_summary, samples_summary
@@ -69,7 +69,7 @@ def foreign(folder, tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(run)
         forged = parse_run(record)  # whoever forges one forges both
         manifest["inputs"]["settings"] = RunFolder.settings(forged)
-        manifest["inputs"]["hashes"]["objective_code"] = objective_code(forged)
+        manifest["inputs"]["hashes"]["objective_code"] = own_code(forged)
         (run / "manifest.json").write_text(json.dumps(manifest))
         for module in BESIDE:
             (run / f"{module}.py").write_text('raise SystemExit("the code ran")')
@@ -199,4 +199,4 @@ def test_every_section_that_names_code_is_seen(folder):
 def test_modules_are_imported_by_name_in_two_places_only():
     # Another one needs a check of its own, or a run folder could reach it.
     imports = {file for file, _ in calls("importlib.import_module")}
-    assert imports == {"importing.py", "worker.py"}
+    assert imports == {"registry.py", "worker.py"}

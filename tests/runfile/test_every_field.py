@@ -139,6 +139,8 @@ BUILT_ALONE = {
         reduction="sequence_mean",
     ),
     "RehearsalConfig": Changes({}, divergence="forward_kl", level="sequence", reduction="sequence_mean"),
+    "OwnObjectiveConfig": Changes({"kind": "tests.runfile.own_members:Margin", "wanted": 1.0}),
+    "OwnTargetConfig": Changes({"kind": "tests.runfile.own_members:Tilted", "strength": 0.5}),
     "SupervisedConfig": Changes({"divergence": "pearson_chi2", "beta": 0.1}, divergence="chi2_kl", beta=0.3),
 }
 VERIFIER = {"timeout": 5.0, "failed": None}
@@ -410,6 +412,10 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             max_gap=0.5,
         ),
     ),
+    "OwnEngineConfig": (
+        "rollout.engine",
+        Changes({"kind": "tests.runfile.own_members:CountingEngine"}, kind="tests.runfile.own_members:Alone"),
+    ),
     "EvaluationConfig": ("rollout.evaluation", Changes({"completions": 4}, completions=3, temperature=0.5)),
     "RehearsalDataConfig": (
         "rehearsal",
@@ -418,7 +424,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
 }
 ONLINE = frozenset(
     {"PromptsConfig", "PromptSourceConfig", "RolloutConfig", "DifficultyConfig", "EvaluationConfig"}
-    | {"RehearsalDataConfig", "CorrectionConfig", "VLLMEngineConfig"}
+    | {"RehearsalDataConfig", "CorrectionConfig", "VLLMEngineConfig", "OwnEngineConfig"}
 )
 """Sections of runs that sample their own completions."""
 

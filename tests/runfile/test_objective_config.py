@@ -112,14 +112,14 @@ def test_sections_are_the_objectives(fields, expected):
 def test_moments_are_fitted_on_samples_of_the_reference():
     section = config(kind="distribution_matching", target={"kind": "moments", "moments": [0.5]})
     assert section.needs_samples
-    section.check()
+    section.unfitted().build()
     with pytest.raises(ConfigError, match="have to be fitted on samples of the reference"):
         section.build()
-    objective = section.build(torch.tensor([[0.0], [0.0], [0.0], [1.0]]))
+    objective = section.build_on(torch.tensor([[0.0], [0.0], [0.0], [1.0]]))
     assert isinstance(objective, DistributionMatching)
     assert objective.target.lambdas[0] == pytest.approx(1.0986, abs=1e-4)
     with pytest.raises(ConfigError, match=r"objective.target: moments of feature 0 .* cannot be reached"):
-        section.build(torch.zeros(4, 1))
+        section.build_on(torch.zeros(4, 1))
 
 
 def test_moments_of_a_product_are_the_products():
@@ -141,7 +141,7 @@ def test_moments_of_a_product_are_the_products():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(400, 6, generator=generator, dtype=torch.float64)
     features[:, 1] = (features[:, 1] > 0).double()
-    target = section.build(features).target
+    target = section.build_on(features).target
     weights = target.log_score(features).softmax(0)
     assert (weights[features[:, 1] == 0] == 0).all()
     means = weights @ features
@@ -152,11 +152,11 @@ def test_moments_of_a_product_are_the_products():
 def test_what_no_samples_could_make_right_is_refused_before_there_are_any():
     moments = {"kind": "moments", "moments": [0.5]}
     with pytest.raises(ConfigError, match="did you mean 'jensen_shannon'"):
-        config(kind="distribution_matching", divergence="jensen_shanon", target=moments).check()
+        config(kind="distribution_matching", divergence="jensen_shanon", target=moments).unfitted().build()
     product = {"kind": "product", "targets": [moments, {"kind": "binary"}]}
     with pytest.raises(ConfigError, match=r"objective: reverse_kl cannot lead to a target that has zeros"):
-        config(kind="distribution_matching", divergence="reverse_kl", target=product).check()
-    config(kind="distribution_matching", divergence="reverse_kl", target=moments).check()
+        config(kind="distribution_matching", divergence="reverse_kl", target=product).unfitted().build()
+    config(kind="distribution_matching", divergence="reverse_kl", target=moments).unfitted().build()
 
 
 @pytest.mark.parametrize(

@@ -10,18 +10,15 @@ from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback
 
-from falign.data import PromptData
+from falign.data import PromptData, PromptRow
 from falign.errors import ConfigError
-from falign.models import base_of
 from falign.models.heads import ValueHead
 from falign.models.tokenizers import tokenizer_fingerprint
 from falign.objectives import Objective
 from falign.rewards.columns import row_check
-from falign.rollouts import Engine, SamplingParams, TransformersEngine, shake_hands
+from falign.rollouts import EngineSetup, SamplingParams, TransformersEngine
 from falign.rollouts.scored_trees import ScoredTree
 from falign.runfile.config import RunConfig
-from falign.runfile.engine_config import TransformersEngineConfig
-from falign.runfile.online_objective_config import DistributionMatchingConfig
 from falign.runfile.reward_config import build_rewards
 from falign.runs.folder import RunFolder
 from falign.scoring import PromptTree
@@ -56,8 +53,7 @@ def online_trainer(
         FalignError: Something of the run cannot work.
     """
     assert config.prompts is not None
-    fits = isinstance(config.objective, DistributionMatchingConfig) and config.objective.needs_samples
-    if fits and not starts_as_policy(config):
+    if config.objective.needs_samples and not starts_as_policy(config):
         raise ConfigError(
             "objective.target.lambdas is left out, and they are fitted on samples of the policy before training, which "
             "is not the reference here: give lambdas."
@@ -101,7 +97,18 @@ def online_trainer(
         temperature=rollout.temperature,
         stop_token_ids=frozenset() if rollout.ignore_stop else language.stop_tokens,
     )
-    engine, max_gap = _engine(config, parts, language, data, params, console)
+    rollout.engine.check_processes(num_processes())
+    setup = EngineSetup(
+        parts.policy,
+        pad_token_id=language.pad_token_id,
+        max_batch_tokens=rollout.max_batch_tokens,
+        encode=lambda text: language.tokenizer(text, add_special_tokens=False)["input_ids"],
+        prompt_ids=[row.prompt_ids for row in _longest(data)],
+        params=params,
+        longest=config.prompts.max_length + rollout.max_new_tokens,
+        ahead=rollout.ahead,
+    )
+    engine = rollout.engine.open(setup, console)
     held_out = rollout.evaluation
     samplers = [
         DividedSampler(GroupSampler(engine, rewards, language.tokenizer, chosen, completions=completions, seed=seed))
@@ -110,8 +117,8 @@ def online_trainer(
             (replace(params, temperature=held_out.temperature), held_out.completions, mixed(config.seed, "evaluation")),
         )
     ]
-    if isinstance(config.objective, DistributionMatchingConfig) and config.objective.needs_samples:
-        objective = _fitted(config, config.objective, samplers[0], data, parts, console)
+    if config.objective.needs_samples:
+        objective = _fitted(config, samplers[0], data, parts, console)
     trainer = OnlineTrainer(
         parts.policy,
         reference=parts.reference,
@@ -126,7 +133,7 @@ def online_trainer(
         rehearsal_size=0 if config.rehearsal is None else config.rehearsal.completions,
         scorer=parts.scorer,
         table=CompletionsTable(RunFolder(config.output_dir).completions_file if is_writer() else None),
-        max_gap=max_gap,
+        max_gap=engine.max_gap,
         value_head=ValueHead.of(parts.policy) if "values" in objective.needs else None,
         skip_bad=config.training.skip_bad,
         advise=lambda text: console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True),
@@ -137,47 +144,8 @@ def online_trainer(
     return trainer, data
 
 
-def _engine(
-    config: RunConfig, parts: Parts, language: Language, data: PromptData, params: SamplingParams, console: Console
-) -> tuple[Engine, float | None]:
-    """Return what samples, and the bound of its gap to the policy."""
-    chosen, rollout = config.rollout.engine, config.rollout
-    if isinstance(chosen, TransformersEngineConfig):
-        engine = chosen.build(
-            parts.policy, pad_token_id=language.pad_token_id, max_batch_tokens=rollout.max_batch_tokens
-        )
-        return engine, None
-    if num_processes() > 1:
-        raise ConfigError(
-            f"rollout.engine.kind=vllm with {num_processes()} processes: one that loses the server would leave the "
-            "others waiting. Train in one process, or sample in process (kind: transformers)."
-        )
-    assert config.prompts is not None
-    with console.status(f"waiting for {chosen.url}"):
-        engine = chosen.build(vocabulary=base_of(parts.policy).config.get_text_config().vocab_size)
-    rows = sorted(data.train, key=lambda row: len(row.prompt_ids))[-2:]
-    try:
-        with console.status(f"trying {chosen.url}"):
-            found = shake_hands(
-                engine,
-                parts.policy,
-                encode=lambda text: language.tokenizer(text, add_special_tokens=False)["input_ids"],
-                prompt_ids=[row.prompt_ids for row in rows],
-                params=params,
-                longest=config.prompts.max_length + rollout.max_new_tokens,
-                max_gap=chosen.max_gap,
-            )
-    except BaseException:
-        engine.close()
-        raise
-    style = "yellow" if found.is_suspicious else None
-    console.print(f"rollouts: {chosen.url}, {found}", style=style, highlight=False, markup=False, soft_wrap=True)
-    return engine, found.bound
-
-
 def _fitted(
     config: RunConfig,
-    objective: DistributionMatchingConfig,
     sampler: DividedSampler,
     data: PromptData,
     parts: Parts,
@@ -192,7 +160,7 @@ def _fitted(
     sampler.engine.retire(FIT_VERSION)
     values = [features for group in draw.groups for features in group.features()]
     features = torch.tensor(values, dtype=torch.float64)
-    fitted = objective.build(features)
+    fitted = config.objective.build_on(features)
     means = ", ".join(f"{mean:.3f}" for mean in features.mean(dim=0).tolist())
     console.print(
         f"target: means {means} under the reference; {fitted.target}",  # pyright: ignore[reportAttributeAccessIssue]
@@ -249,7 +217,7 @@ def _tell_origin(stored: str, parts: Parts, language: Language, console: Console
 
 def _probes(policy: nn.Module, data: PromptData, language: Language, max_new_tokens: int) -> list[PromptTree]:
     """Sample two completions of the longest prompts, as the run will: made-up ones would be too unlikely to compare."""
-    rows = sorted(data.train, key=lambda row: len(row.prompt_ids))[-2:]
+    rows = _longest(data)
     engine = TransformersEngine(policy, pad_token_id=language.pad_token_id)
     engine.publish(policy, FIT_VERSION)
     params = SamplingParams(max_new_tokens=max_new_tokens)
@@ -260,3 +228,7 @@ def _probes(policy: nn.Module, data: PromptData, language: Language, max_new_tok
         )
         for i, row in enumerate(rows)
     ]
+
+
+def _longest(data: PromptData) -> list[PromptRow]:
+    return sorted(data.train, key=lambda row: len(row.prompt_ids))[-2:]

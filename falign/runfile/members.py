@@ -1,0 +1,209 @@
+"""Sections of the members of a family: a field's union of kinds, and sections made from a signature.
+
+A section of a family is told apart by ``kind``: the name of a built-in member, or ``module:Name`` of a user's own. An
+own member gets the section's other keys as arguments, checked against its signature when it is built: it is imported
+only then, after :mod:`falign.runs.named_code` has decided whether it may.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Annotated, Any, Literal, Union, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model
+from pydantic.fields import FieldInfo
+
+from falign.choices import nearest, shown
+from falign.errors import ConfigError
+from falign.registry import Registry, is_own_name
+from falign.runfile.base_config import FrozenModel, named_divergence
+
+__all__ = ["OWN", "OwnSection", "call_with_settings", "section_of", "union_of_kinds"]
+
+OWN = "module:Name"
+"""The kind under which messages list own members."""
+
+
+class OwnSection(FrozenModel, extra="allow"):
+    """A member of your own: its other keys are the arguments of ``module:Name``.
+
+    A subclass that has another base, too, says ``extra="allow"`` itself, because pydantic takes that from the last.
+    """
+
+    kind: str = OWN
+
+    def make(self, registry: Registry[Any], *, place: str, protocol: type[Any], **given: Any) -> Any:
+        """Import the member and call it with the section's settings.
+
+        Args:
+            registry: Its family.
+            place: The path of the section, for messages.
+            protocol: What the member must make.
+            given: Arguments that the run adds; a member gets those of them that it names.
+
+        Raises:
+            ConfigError: It cannot be imported, does not take these settings, or makes something else.
+        """
+        member = registry.get(self.kind, field=f"{place}.kind")
+        made = call_with_settings(member, self.model_extra or {}, name=self.kind, place=place, given=given)
+        if not isinstance(made, protocol):
+            raise ConfigError(
+                f"{place}.kind={self.kind!r} makes a {type(made).__name__}, which is not a falign {protocol.__name__}: "
+                f"it needs {', '.join(sorted(_members(protocol)))}."
+            )
+        return made
+
+
+def _members(protocol: type[Any]) -> set[str]:
+    return {name for name in vars(protocol) if not name.startswith("_")} | {"__call__"} & set(vars(protocol))
+
+
+def union_of_kinds(sections: Mapping[str, type[BaseModel]], *, default: str | None = None, own: Any = None) -> Any:
+    """Return the annotation of a field that holds one of several sections.
+
+    Args:
+        sections: Each kind with its section.
+        default: The kind of a section without ``kind``; None where it is required.
+        own: The section of own members, a subclass of :class:`OwnSection`; None where the family has none.
+    """
+
+    def kind_of(value: Any) -> str | None:
+        if isinstance(value, dict):
+            if "kind" not in value:
+                return default
+            kind = str(value["kind"])
+        else:  # a section, or a value that any section refuses as such
+            kind = str(getattr(value, "kind", default or next(iter(sections))))
+        return OWN if own is not None and is_own_name(kind) else kind
+
+    members = [Annotated[section, Tag(kind)] for kind, section in sections.items()]
+    members += [] if own is None else [Annotated[own, Tag(OWN)]]
+    return Annotated[Union[tuple(members)], Discriminator(kind_of)]  # noqa: UP007
+
+
+def section_of(member: Callable[..., Any], *, kind: str, base: type[BaseModel], **fields: Any) -> type[Any]:
+    """Return the section of a built-in member, made from its signature and docstring.
+
+    Args:
+        member: What the section calls; its parameters are the fields, its ``Args`` their documentation.
+        kind: The name in the run file.
+        base: The class of the section.
+        fields: Further fields as for ``pydantic.create_model``, or other annotations of parameters.
+    """
+    summary = (inspect.getdoc(member) or "").partition("\n")[0]
+    made = {name: _field(each, member) for name, each in _parameters(member).items() if name not in base.model_fields}
+    name = "".join(part.capitalize() for part in kind.split("_")) + "Config"
+    return create_model(
+        name, __base__=base, __doc__=summary, __module__=__name__, kind=(Literal[kind], kind), **(made | fields)
+    )
+
+
+def call_with_settings(
+    member: Callable[..., Any],
+    settings: Mapping[str, Any],
+    *,
+    name: str,
+    place: str,
+    given: Mapping[str, Any] | None = None,
+) -> Any:
+    """Call an own member with settings of a run file, after checking them against its signature.
+
+    A pydantic model is validated as it is, and its ``build`` is called with what the run adds.
+
+    Args:
+        member: A class or function.
+        settings: The section's keys without ``kind``.
+        name: Of the member, for messages.
+        place: The path of the section, for messages.
+        given: Arguments that the run adds, where the signature names them.
+
+    Raises:
+        ConfigError: A setting is unknown, missing or of another type, or the member refuses it.
+    """
+    given = given or {}
+    if inspect.isclass(member) and issubclass(member, BaseModel):
+        made: Any = _validated(member, settings, name=name, place=place)
+        return made.build(**_named(made.build, given))
+    added = _named(member, given)
+    try:
+        parameters = {key: each for key, each in _parameters(member).items() if key not in added}
+        takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        fields: dict[str, Any] = {
+            key: _field(each, member)
+            for key, each in parameters.items()
+            if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
+        }
+    except (NameError, TypeError, ValueError) as error:
+        raise ConfigError(f"{place}.kind={name!r}: its signature cannot be read: {error}.") from error
+    base = create_model("Settings", __config__=ConfigDict(extra="allow" if takes_all else "forbid", **_LOOSE), **fields)
+    validated = _validated(base, settings, name=name, place=place)
+    arguments = {key: getattr(validated, key) for key in validated.model_fields_set}
+    try:
+        return member(**added, **arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{place}.kind={name!r}: {error}") from error
+
+
+_LOOSE: Any = {"arbitrary_types_allowed": True, "allow_inf_nan": False, "protected_namespaces": ()}
+
+
+def _parameters(member: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(member, eval_str=True).parameters)
+
+
+def _named(member: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    known = inspect.signature(member).parameters
+    return {key: value for key, value in given.items() if key in known}
+
+
+def _field(parameter: inspect.Parameter, member: Callable[..., Any]) -> tuple[Any, FieldInfo]:
+    from falign.divergences import Divergence
+
+    empty = parameter.empty
+    annotation = Any if parameter.annotation is empty else parameter.annotation
+    if any(inspect.isclass(each) and issubclass(each, Divergence) for each in (annotation, *get_args(annotation))):
+        annotation = Annotated[annotation, BeforeValidator(_divergence)]
+    default = ... if parameter.default is empty else parameter.default
+    return annotation, Field(default=default, description=_argument_docs(member).get(parameter.name))
+
+
+def _divergence(value: Any) -> Any:
+    return named_divergence(value, field="divergence") if isinstance(value, str) else value
+
+
+def _argument_docs(member: Callable[..., Any]) -> dict[str, str]:
+    """Return the text of each argument in a Google-style docstring."""
+    section = re.search(r"^Args:\n((?:[ ]{4}.*\n?|\n)+)", inspect.getdoc(member) or "", re.MULTILINE)
+    if section is None:
+        return {}
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", section[1], re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}
+
+
+def _validated(model: type[BaseModel], settings: Mapping[str, Any], *, name: str, place: str) -> BaseModel:
+    try:
+        return model.model_validate(dict(settings))
+    except ValidationError as error:
+        known = list(model.model_fields)
+        told = [_told(detail, known, name=name, place=place) for detail in error.errors(include_url=False)]
+        raise ConfigError("\n  ".join(told)) from error
+
+
+def _told(detail: Any, known: Collection[str], *, name: str, place: str) -> str:
+    path = ".".join([place, *(str(step) for step in detail["loc"])])
+    if detail["type"] == "extra_forbidden":
+        close = nearest(str(detail["loc"][-1]), known)
+        hint = f"; did you mean {close}?" if close else ""
+        settings = ", ".join(known) or "none"
+        return (
+            f"unknown key {path!r}{hint} The settings of {name} are: {settings}."
+            if hint
+            else (f"unknown key {path!r}: the settings of {name} are: {settings}.")
+        )
+    if detail["type"] == "missing":
+        return f"{path} is required by {name}."
+    return f"{path}={shown(detail['input'])}: {detail['msg'].removeprefix('Value error, ')}."

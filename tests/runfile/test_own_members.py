@@ -1,0 +1,158 @@
+"""Members of a user's own in every family: whole runs with them, and their mistakes."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from falign.errors import ConfigError
+from falign.evaluation import benchmarks
+from falign.runfile import parse_run
+from falign.runs.named_code import named_code, own_code
+from falign.training import train
+from tests.runfile.own_members import CountingEngine
+from tests.training.pairs import run_data, write_pairs
+from tests.training.prompts import online_data, write_prompts
+
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+
+OWN = "tests.runfile.own_members"
+
+
+@pytest.fixture
+def offline(tiny, tmp_path):
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    slowly = {"learning_rate": 2e-3}
+    return lambda objective: parse_run(
+        run_data(tiny, data, tmp_path / "run", training=slowly) | {"objective": objective}
+    )
+
+
+@pytest.fixture
+def online(tiny, tmp_path):
+    data = write_prompts(tmp_path / "prompts.jsonl")
+
+    def config(**changes):
+        training = {"max_steps": 2, **changes.pop("training", {})}
+        return parse_run(online_data(tiny, data, tmp_path / "run", training=training, **changes))
+
+    return config
+
+
+def run(config):
+    return train(config, console=Console(quiet=True)).folder
+
+
+def test_an_own_objective_trains_a_policy(offline):
+    config = offline({"kind": f"{OWN}:Margin", "wanted": 2.0, "divergence": "alpha(0.3)"})
+    assert config.check().divergence.name == "alpha(0.3)"
+    folder = run(config)
+    logs = [log["margin_loss"] for log in folder.metrics() if "margin_loss" in log]
+    assert logs[0] == pytest.approx(4.0)
+    assert logs[-1] < 3.0
+    assert "wanted: 2.0" in folder.run_file.read_text()
+
+
+def test_an_own_divergence_advantage_engine_and_reward_make_an_online_run(online, monkeypatch):
+    made = []
+
+    def close(engine):
+        made.append(engine)
+
+    monkeypatch.setattr(CountingEngine, "close", close)
+    folder = run(
+        online(
+            objective={
+                "kind": "policy_gradient",
+                "divergence": f"{OWN}:skewed(0.25)",
+                "beta": 0.1,
+                "advantage": f"{OWN}:centred",
+            },
+            rollout={"engine": {"kind": f"{OWN}:CountingEngine", "colder": 2.0}},
+        )
+    )
+    assert [log for log in folder.metrics() if "loss" in log]
+    assert made[0].calls >= 2
+    assert made[0].colder == 2.0
+    assert set(folder.read_inputs()["hashes"]["objective_code"]) == {
+        f"{OWN}:skewed",
+        f"{OWN}:centred",
+        f"{OWN}:CountingEngine",
+    }
+
+
+def test_an_own_target_is_matched(online):
+    objective = {"kind": "distribution_matching", "target": {"kind": f"{OWN}:Tilted", "strength": 0.5}}
+    assert [log for log in run(online(objective=objective)).metrics() if "loss" in log]
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({"kind": f"{OWN}:Margin", "wantd": 1.0}, r"unknown key 'objective.wantd'; did you mean wanted\? The settings"),
+        ({"kind": f"{OWN}:Margin"}, rf"objective\.wanted is required by {OWN}:Margin"),
+        ({"kind": f"{OWN}:Margin", "wanted": "much"}, r"objective\.wanted='much': Input should be a valid number"),
+        ({"kind": f"{OWN}:Margin", "wanted": -1.0}, r"objective\.kind=.*: wanted=-1.0 must be positive"),
+        ({"kind": f"{OWN}:Margin", "wanted": 1.0, "divergence": "jss"}, r"divergence='jss' is unknown.*'js'"),
+        ({"kind": f"{OWN}:Margn", "wanted": 1.0}, r"objective\.kind='.*Margn': module .* has no attribute 'Margn'"),
+        (
+            {"kind": f"{OWN}:nothing"},
+            r"makes a dict, which is not a falign Objective: it needs __call__, meas",
+        ),
+        ({"kind": "pairwise", "divergence": f"{OWN}:centred"}, r"objective\.divergence=.*: .*takes 0|missing|needs"),
+        ({"kind": "pairwse"}, r"objective\.kind='pairwse' is unknown: did you mean pairwise\?.*module:Name"),
+    ],
+)
+def test_a_mistake_in_the_section_of_an_own_member_is_named(offline, objective, message):
+    with pytest.raises(ConfigError, match=message):
+        offline(objective).check()
+
+
+def test_an_engine_that_only_one_process_can_have_says_so(online):
+    engine = online(rollout={"engine": {"kind": f"{OWN}:Alone"}}).rollout.engine
+    engine.check_processes(1)
+    with pytest.raises(ConfigError, match=r"rollout\.engine\.kind=.*:Alone with 2 processes"):
+        engine.check_processes(2)
+    with pytest.raises(ConfigError, match=r"not a subclass of falign.rollouts.Engine"):
+        online(rollout={"engine": {"kind": f"{OWN}:Margin"}}).rollout.engine.check_processes(1)
+
+
+def test_code_is_found_in_every_field_that_names_a_member(online, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_module.py").write_text("x = 1\n")
+    config = online(
+        objective={"kind": "own_module:Objective", "inner": {"loss": "own_module:loss"}, "text": "a: b"},
+        rollout={"engine": {"kind": "own_module:Engine"}},
+        rewards=[{"function": "own_module:f"}],
+    )
+    assert named_code(config) == {
+        "rollout.engine.kind": "own_module:Engine",
+        "rewards.0.function": "own_module:f",
+        "objective.kind": "own_module:Objective",
+        "objective.inner.loss": "own_module:loss",
+    }
+    before = own_code(config)
+    assert before.keys() == {"own_module:Engine", "own_module:Objective", "own_module:loss"}
+    (tmp_path / "own_module.py").write_text("x = 2\n")
+    assert all(before[name] != hashes for name, hashes in own_code(config).items())
+
+
+def test_a_divergence_within_another_is_code_too(offline):
+    config = offline({"divergence": f"standardized({OWN}:skewed(0.25))"})
+    assert named_code(config) == {"objective.divergence": f"standardized({OWN}:skewed(0.25))"}
+    assert own_code(config)[f"{OWN}:skewed"].keys() == {OWN}
+
+
+def test_an_own_benchmark_is_found_by_its_path(tmp_path):
+    found = benchmarks.get("falign.evaluation.benchmarks.llmbar:LLMBar")
+    assert found.name == "llmbar"
+    with pytest.raises(ConfigError, match=r"benchmark=.* makes a list, not a falign Benchmark"):
+        benchmarks.get("builtins:list")
+
+
+def test_names_of_members_survive_the_resolved_run_file(online):
+    config = online(rollout={"engine": {"kind": f"{OWN}:CountingEngine", "colder": 2.0}})
+    again = parse_run(json.loads(json.dumps(config.model_dump(mode="json"))))
+    assert again == config
+    assert again.rollout.engine.model_extra == {"colder": 2.0}
