@@ -1,4 +1,4 @@
-"""Frozen adapters beside the trained one that follow it: as its copy, or as an average over its past."""
+"""Frozen adapters that follow the trained one: as its copy, or as an average over its past."""
 
 import copy
 
@@ -39,7 +39,7 @@ def add_average(model: PeftModel, *, rank: int, source: str = "default", name: s
         raise ConfigError(f"a rank of {rank} has no room for an adapter of rank {own}: give at least {own}.")
     config, layers = _config(model, source), lora_layers(model, source)
     config.r, config.rank_pattern, config.use_rslora = rank, {}, False
-    # The same scales, so that the copy computes just what the original does.
+    # The same scales per layer, so that the copy computes the same update; zeros fill the additional columns.
     config.lora_alpha = rank
     config.alpha_pattern = {layer: each.scaling[source] * rank for layer, each in layers.items()}
     tensors = {}
@@ -52,7 +52,7 @@ def add_average(model: PeftModel, *, rank: int, source: str = "default", name: s
 
 @torch.no_grad()
 def copy_into(model: PeftModel, *, source: str = "default", name: str = "ref") -> None:
-    """Overwrite an adapter that `add_copy` made with what its original is now."""
+    """Overwrite an adapter of `add_copy` with the current state of its original."""
     new = matrices_of(model, source)
     for key, matrix in matrices_of(model, name).items():
         matrix.copy_(new[key])
@@ -60,13 +60,13 @@ def copy_into(model: PeftModel, *, source: str = "default", name: str = "ref") -
 
 @torch.no_grad()
 def average_into(model: PeftModel, *, alpha: float, source: str = "default", name: str = "ref") -> float:
-    """Set ``ΔW ← (1-α) ΔW + α ΔW_source`` in an adapter that `add_average` made, and return what was lost.
+    """Set ``ΔW ← (1-α) ΔW + α ΔW_source`` in an adapter of `add_average`, and return the truncation error.
 
-    It is the updates that are averaged: an average of A and one of B would multiply to cross terms between the policy
-    of now and the past. The sum has the columns of both, and is cut to the adapter's rank.
+    The updates are averaged, not A and B: the product of two averages would have cross terms between the present policy
+    and the past. The sum has the columns of both, and is cut to the adapter's rank.
 
     Returns:
-        Norm of what the rank had no room for, as a share of the norm of all updates together.
+        Norm of what was cut off, as a share of the norm of all updates together.
     """
     old, new = factors_of(model, name), factors_of(model, source)
     discarded, total = [], []
@@ -82,7 +82,7 @@ def average_into(model: PeftModel, *, alpha: float, source: str = "default", nam
 
 
 def matrices_of(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """Return the matrices of an adapter themselves, not copies, under names without the adapter's."""
+    """Return the matrices of an adapter (not copies), under names without the adapter's name."""
     return {
         f"{name}.{kind}": adapter_matrix(getattr(layer, kind), adapter)
         for name, layer in lora_layers(model, adapter).items()

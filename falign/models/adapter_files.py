@@ -1,4 +1,4 @@
-"""The files of an adapter: read with every value checked, written with a digest and the base they were made for."""
+"""The files of an adapter: read with every value checked, written with a digest and the record of their base."""
 
 import dataclasses
 import difflib
@@ -36,11 +36,11 @@ _NOT_COMPUTED_WITH = frozenset(
 
 
 class AdapterFiles(NamedTuple):
-    """An adapter as its folder has it.
+    """The content of an adapter folder.
 
     Attributes:
-        settings: Of ``adapter_config.json``.
-        tensors: On the CPU, by PEFT's names.
+        settings: Content of ``adapter_config.json``.
+        tensors: Weights on the CPU, by PEFT's names.
         base: The base it was made for.
     """
 
@@ -53,8 +53,8 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
     """Read and check a LoRA adapter in safetensors.
 
     Raises:
-        ModelError: No adapter there, one of another type or that changes its base, pickled or damaged weights, a
-            setting that is invalid, or files that do not belong together.
+        ModelError: No adapter there, another type of adapter, one that changes its base, pickled or damaged weights, an
+            invalid setting, or files that do not belong together.
     """
     settings = _read_settings(folder)
     weights = folder / _WEIGHTS

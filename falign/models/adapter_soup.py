@@ -1,4 +1,4 @@
-"""The weighted average of LoRA adapters over one base, exactly: one adapter whose rank is the sum of theirs."""
+"""The exact weighted average of LoRA adapters over one base: one adapter, with the sum of their ranks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +14,9 @@ __all__ = ["adapter_soup"]
 def adapter_soup(members: Sequence[SoupMember]) -> AdapterTensors:
     """Return the adapter with ``ΔW = Σ w_i s_i B_i A_i``, for members of any ranks, scales and target modules.
 
-    The columns of all members stand beside each other, so that the average is exact on any base: averaging the
-    factors would add cross terms, and merging would need the base's weights, which a 4-bit base no longer has. A
-    member without weight leaves no columns, so that a soup of one is that adapter, bit for bit.
+    The columns of all members are concatenated, so the average is exact on any base. Averaging the factors would add
+    cross terms, and merging would need the base's weights, which a 4-bit base no longer has. A member without weight
+    adds no columns, so a soup of one is that adapter, bit for bit.
 
     Args:
         members: Adapter folders with their weights.

@@ -1,4 +1,4 @@
-"""An adapter outside a model: its configuration and its matrices, under the names that PEFT's files have."""
+"""Adapters outside a model: configuration and matrices, under the names of PEFT's files."""
 
 import copy
 from collections.abc import Mapping
@@ -33,9 +33,9 @@ class AdapterTensors(NamedTuple):
     """A plain LoRA adapter.
 
     Attributes:
-        config: PEFT's.
+        config: PEFT's configuration.
         tensors: Its matrices, on the CPU.
-        base: The base it was made for, as far as that is recorded.
+        base: The base it was made for, as far as it is recorded.
     """
 
     config: LoraConfig
@@ -43,11 +43,11 @@ class AdapterTensors(NamedTuple):
     base: RecordedBase = RecordedBase()
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Return (out, in) of the layers, by the names that they have in the base."""
+        """Return (out, in) of each layer, by its name in the base."""
         return {layer: (len(up), down.shape[1]) for layer, (up, down) in self._pairs().items()}
 
     def factors(self) -> dict[str, Factors]:
-        """Return the updates in float32, by the names that their layers have in the base."""
+        """Return the update of each layer in float32, by its name in the base."""
         return {
             layer: Factors(self._scale(layer, len(down)) * up.float(), down.float())
             for layer, (up, down) in self._pairs().items()
@@ -70,7 +70,7 @@ def read_adapter(folder: Path) -> AdapterTensors:
     """Read an adapter folder without the base.
 
     Raises:
-        ModelError: No adapter there, or one that is more than pairs of LoRA matrices on linear layers.
+        ModelError: No adapter there, or one with more than pairs of LoRA matrices on linear layers.
     """
     _, tensors, base = read_adapter_files(folder)
     with reading(lambda error: damaged(folder / "adapter_config.json", error)):
@@ -106,12 +106,12 @@ def read_adapter(folder: Path) -> AdapterTensors:
 
 
 def adapter_of(factors: Mapping[str, Factors], *, base: str | None, transposed: bool) -> AdapterTensors:
-    """Return the adapter whose updates are just these: ``alpha = r``, so that nothing scales them again.
+    """Return the adapter with these updates: ``alpha = r``, so that they are not scaled again.
 
     Args:
         factors: Updates by the names of their layers in the base; ranks may differ.
         base: The base to record.
-        transposed: The base keeps its weights as (in, out), as GPT-2 does.
+        transposed: The base stores its weights as (in, out), as GPT-2 does.
     """
     ranks = {name: len(each.down) for name, each in factors.items()}
     largest = max(ranks.values())
@@ -135,7 +135,7 @@ def adapter_of(factors: Mapping[str, Factors], *, base: str | None, transposed: 
 
 
 def install_adapter(model: PeftModel, adapter: AdapterTensors, *, name: str) -> None:
-    """Add an adapter to a model that has others, frozen and not active; those stay as they are.
+    """Add a frozen, inactive adapter to a model that has others, and leave those unchanged.
 
     Raises:
         ModelError: The name is in use, or the adapter is for another base.
@@ -170,16 +170,16 @@ def _check_shapes(adapter: AdapterTensors, base: PreTrainedModel) -> None:
 def _shape(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
-    assert isinstance(layer, nn.Linear)  # 4-bit ones too, whose weights have another shape
+    assert isinstance(layer, nn.Linear)  # also 4-bit layers; their packed weights have another shape
     return layer.out_features, layer.in_features
 
 
 def compute_in_activation_type(model: PeftModel, adapter: str) -> None:
-    """Let LoRA matrices be cast to the type of what they multiply, where PEFT casts the input to theirs.
+    """Cast LoRA matrices to the dtype of their input; PEFT casts the input to theirs.
 
-    The matrices stay float32, for the optimizer, and are small. The inputs are large: cast to float32 they would be
-    kept for the backward pass once for each layer that reads them, and multiplied several times as slowly. What
-    mixed-precision training does everywhere is done here without its context. Over float32 weights nothing changes.
+    The matrices stay float32 for the optimizer, and are small. The inputs are large: a float32 copy would be kept for
+    the backward pass of each layer that reads them, and multiplied several times as slowly. This is what
+    mixed-precision training does, without its context. Over float32 weights nothing changes.
     """
     for layer in lora_layers(model, adapter).values():
         layer.cast_input_dtype_enabled = False

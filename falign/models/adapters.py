@@ -1,4 +1,4 @@
-"""LoRA adapters: added with a reproducible start, or loaded; full fine-tuning is the model without one."""
+"""LoRA adapters: added with a reproducible initialization, or loaded."""
 
 import copy
 import difflib
@@ -57,7 +57,7 @@ def add_lora(
 ) -> PeftModel:
     """Freeze ``model`` and give it a trainable adapter named ``default``, with float32 weights.
 
-    The adapter changes nothing at first (B = 0). A depends on ``seed`` and the shapes only: not on the device, on
+    The adapter changes nothing at first (B = 0). A depends only on ``seed`` and the shapes: not on the device, on
     the base's type or quantization, nor on the global random state, which is left as it was. A quantized base needs
     no further preparation: it is not converted to float32.
 
@@ -65,12 +65,12 @@ def add_lora(
         model: the base, changed in place.
         r: rank.
         alpha: scale; the update is ``alpha / r · B A``, or ``alpha / √r · B A`` with ``rslora``.
-        seed: of A.
+        seed: seed of A.
         dropout: on the adapter's input, while training.
         target_modules: ``all-linear`` (all linear layers but the output head), or endings of module names. Experts that
-            are stacked in one parameter, and their router, are not linear layers and stay as they are.
+            are stacked in one parameter, and their router, are not linear layers and get no adapter.
         rslora: scale by 1/√r.
-        revision: the base's revision on the hub, to be recorded in the adapter's configuration.
+        revision: the base's revision on the hub, recorded in the adapter's configuration.
 
     Raises:
         ConfigError: a target that is not a linear layer of this model.
@@ -121,8 +121,8 @@ def load_adapter(
 ) -> PeftModel:
     """Load an adapter folder over ``model`` as adapter ``name``; the first one loaded is the active one.
 
-    An adapter that falign wrote is refused over other weights than it was made for; one by PEFT has only the name of
-    its base, and a warning says if that is another.
+    An adapter written by falign is refused over other weights than its base. An adapter written by PEFT records only
+    the name of its base; a warning says if the names differ.
 
     Args:
         model: the base, or a model that has other adapters.
@@ -132,7 +132,7 @@ def load_adapter(
         base_hash: ``weights_hash`` of the base, if it is known already.
 
     Raises:
-        ModelError: no adapter there, invalid settings, pickled, damaged or changed weights, a name in use, an adapter
+        ModelError: no adapter there, invalid settings, pickled, damaged or changed weights, a used name, an adapter
             that changes its base, or one for another base.
     """
     folder = Path(path).expanduser()
@@ -226,7 +226,7 @@ def _expected_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers for a property by its deprecated name.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        # `load_adapter` makes an error of this one.
+        # `load_adapter` raises an error instead.
         warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
         yield
 
@@ -234,7 +234,7 @@ def _expected_warnings() -> Iterator[None]:
 def _brought_along(files: AdapterFiles, model: PreTrainedModel | PeftModel, folder: Path) -> set[str]:
     """Return the names of base weights that PEFT saved beside an adapter (save_embedding_layers), if they are equal.
 
-    Loading would write them over the base's own.
+    Loading would overwrite the base's own weights with them.
     """
     base, brought = base_parameters(model), set[str]()
     saved = files.settings.get("modules_to_save") or []
@@ -268,13 +268,13 @@ def _unfit(folder: Path, reason: str) -> ModelError:
 def start_from_adapter(
     model: PreTrainedModel, path: str | Path, *, dropout: float = 0.0, revision: str | None = None
 ) -> PeftModel:
-    """Give ``model`` a trainable copy of an adapter, named ``default``; rank, scale and targets are its own.
+    """Give ``model`` a trainable copy of an adapter, named ``default``, with the same rank, scale and targets.
 
     Args:
         model: the base, changed in place.
         path: the adapter's folder, or a run that has trained one; nothing is written there.
         dropout: on the adapter's input, while training.
-        revision: the base's revision on the hub, to be recorded in the adapter's configuration.
+        revision: the base's revision on the hub, recorded in the adapter's configuration.
 
     Raises:
         ModelError: no adapter there, one for another base, or one that is more than LoRA matrices, which could not

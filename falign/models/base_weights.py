@@ -1,4 +1,4 @@
-"""The base under a model's adapters: its weights, by the names that they have in the model without adapters."""
+"""The base under a model's adapters: its weights, by their names in the model without adapters."""
 
 import math
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ from falign.models.structure import base_of, is_transposed, without_adapters
 
 __all__ = ["base_parameters", "base_storage", "base_weights", "check_base_intact", "check_quantized_from"]
 
-_ROUNDING = 0.3  # of a weight's norm; nf4 rounds normal weights by 0.09 of it; another model's weights differ by 1.4
+_ROUNDING = 0.3  # share of a weight's norm; nf4 rounding is 0.09 for normal weights, another model differs by 1.4
 
 
 def base_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and persistent buffers of the base, whatever its adapters wrap; tied weights come once.
+    """Yield the parameters and persistent buffers of the base, unwrapped from adapters; tied weights come once.
 
     Raises:
         ModelError: An adapter has changed the base, so that it is not the model that the adapter was made for.
@@ -40,7 +40,7 @@ def base_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tens
 
 
 def base_parameters(model: PreTrainedModel | PeftModel) -> dict[str, nn.Parameter]:
-    """Return the parameters of the base by their names in it; tied ones are there under each of their names."""
+    """Return the parameters of the base by name; tied ones appear under each of their names."""
     return {
         own: parameter
         for name, module in _base_modules(model)
@@ -49,7 +49,7 @@ def base_parameters(model: PreTrainedModel | PeftModel) -> dict[str, nn.Paramete
 
 
 def base_storage(model: PreTrainedModel | PeftModel) -> str:
-    """Return the types of the base's weights, as far as they tell two hashes of one base apart."""
+    """Return the dtypes of the base's weights, which distinguish two hashes of one base."""
     kinds = {_kind(parameter) for parameter in base_parameters(model).values()}
     return " ".join(sorted(kinds))
 
@@ -61,10 +61,10 @@ def _kind(parameter: nn.Parameter) -> str:
 
 @torch.no_grad()
 def check_quantized_from(original: PreTrainedModel, model: PreTrainedModel | PeftModel) -> None:
-    """Raise unless a base's 4-bit weights are another model's weights, rounded.
+    """Raise unless the 4-bit weights of a base are the rounded weights of another model.
 
     Raises:
-        ModelError: With the first weight that is not.
+        ModelError: Names the first weight that is not.
     """
     stored = {name: each for name, each in base_parameters(model).items() if "quant_state" in vars(each)}
     if not stored:
@@ -89,7 +89,7 @@ def check_base_intact(model: nn.Module) -> None:
     """Raise if adapters have changed the base's own weights.
 
     Raises:
-        ModelError: With the adapter and how it changed them.
+        ModelError: Names the adapter and how it changed them.
     """
     if not isinstance(model, PeftModel):
         return
@@ -108,7 +108,7 @@ def check_base_intact(model: nn.Module) -> None:
 
 
 def _base_modules(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the base's modules in the order of ``named_modules``, as if there were no adapters."""
+    """Yield the base's modules in the order of ``named_modules``, without adapter wrappers."""
     pending: list[tuple[str, nn.Module]] = [("", base_of(model))]
     while pending:
         name, wrapped = pending.pop()

@@ -28,11 +28,11 @@ _TYPES = {
 
 
 class CheckpointFiles:
-    """The open safetensors files of a folder; nothing is read before a tensor is asked for.
+    """The open safetensors files of a folder; tensors are read on demand.
 
     Args:
         folder: A checkpoint in one file or in shards.
-        stack: What closes the files.
+        stack: Closes the files.
 
     Raises:
         ModelError: No weights there, pickled ones, or a damaged file.
@@ -49,22 +49,22 @@ class CheckpointFiles:
 
     @property
     def names(self) -> list[str]:
-        """The tensors' names, in the files' order."""
+        """The names of the tensors, in file order."""
         return list(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape, from the file's header."""
+        """Return the shape of a tensor, from the header of its file."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's type, from the file's header.
+        """Return the dtype of a tensor, from the header of its file.
 
         Raises:
-            ModelError: One that only quantised weights have.
+            ModelError: The dtype occurs only in quantized weights.
         """
         written = self._files[name].get_slice(name).get_dtype()
         if written not in _TYPES:
-            raise ModelError(f"{self.folder}: {name} is of type {written}: give weights that are not quantised.")
+            raise ModelError(f"{self.folder}: {name} is of type {written}: give weights that are not quantized.")
         return _TYPES[written]
 
     def read(self, name: str) -> Tensor:
@@ -78,7 +78,7 @@ def _weight_files(folder: Path) -> list[Path]:
         with reading(partial(damaged, index)):
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             return [folder / file for file in sorted(set(weight_map.values()))]
-    single = folder / "model.safetensors"  # some repositories have the weights a second time, in another layout
+    single = folder / "model.safetensors"  # some repositories contain the weights twice, in two layouts
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
@@ -90,6 +90,6 @@ MODEL_FILES = ("config.json", "generation_config.json", "*.py", *TOKENIZER_FILES
 
 
 def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:
-    """Copy the files of a folder whose names match one of the patterns."""
+    """Copy the files of a folder that match one of the patterns."""
     for file in sorted({file for pattern in patterns for file in source.glob(pattern) if file.is_file()}):
         shutil.copyfile(file, target / file.name)

@@ -1,4 +1,4 @@
-"""The weighted average of whole checkpoints, tensor by tensor, so that not even one model is held in memory."""
+"""The weighted average of checkpoints, tensor by tensor: memory never holds a whole model."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from falign.models.sources import damaged
 
 __all__ = ["write_checkpoint_soup"]
 
-# Fields of a configuration that are not of the architecture: where it lay, and what generation reads.
+# Fields of a configuration that do not belong to the architecture: its location, and settings of generation.
 _NOT_THE_ARCHITECTURE = frozenset(
     {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
     | {"bos_token_id", "eos_token_id", "pad_token_id"}
@@ -31,14 +31,14 @@ def write_checkpoint_soup(
 ) -> None:
     """Write ``θ = Σ w_i θ_i`` with the configuration, generation settings and tokenizer of the first member.
 
-    Each tensor is read of one member after the other, summed in float32, rounded once and kept until its file is
-    full, so that one file of the result is the most that is held.
+    Each tensor is read from one member after the other, summed in float32, rounded once and kept until its file is
+    full. So memory holds at most one file of the result.
 
     Args:
         members: Folders of checkpoints with their weights.
         folder: An empty folder.
-        dtype: Of the result; by default each tensor has the type that the first member gives it.
-        max_shard_bytes: How large a file becomes.
+        dtype: Of the result; default: each tensor has the dtype of the first member.
+        max_shard_bytes: Maximum size of a file.
 
     Raises:
         ConfigError: One id means different tokens in two members; the first of them is named.
@@ -86,7 +86,7 @@ def _average(name: str, used: Sequence[tuple[float, CheckpointFiles]]) -> Tensor
 
 
 def _check_architecture(members: Sequence[SoupMember]) -> bool:
-    """Compare configurations, read so that versions of transformers write them alike; return whether heads are tied."""
+    """Compare configurations in the form of this version of transformers; return whether heads are tied."""
     configs = [_architecture(member.folder) for member in members]
     for member, config in zip(members[1:], configs[1:], strict=True):
         for key in sorted(configs[0].keys() | config.keys()):
@@ -108,7 +108,7 @@ def _architecture(folder: Path) -> dict[str, object]:
 
 
 def _check_tensors(checkpoints: Sequence[CheckpointFiles], *, tied: bool) -> list[str]:
-    """Return the names of all tensors in the first one's order, present everywhere and of one shape."""
+    """Return the names of all tensors in the order of the first member; all members must have them in one shape."""
     first, left_out = checkpoints[0], _TIED_HEADS if tied else frozenset()
     names = [name for name in first.names if name not in left_out]
     for checkpoint in checkpoints[1:]:

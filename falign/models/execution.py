@@ -1,4 +1,4 @@
-"""How a model is run: device, number format, attention, dropout, gradient checkpointing."""
+"""Execution of a model: device, dtype, attention, dropout, gradient checkpointing."""
 
 import torch
 from peft import PeftModel
@@ -28,14 +28,14 @@ def named_device(name: str | torch.device | None) -> torch.device:
     """Return a device; by default the GPU if there is one.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: The device is unknown or missing.
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ConfigError(f"device={str(name)!r} is none: give cpu, cuda or cuda:0, or leave it out.") from error
+        raise ConfigError(f"device={str(name)!r} is unknown: give cpu, cuda or cuda:0, or leave it out.") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device={str(name)!r} is not there: {torch.cuda.device_count()} GPUs are; leave it out.")
+        raise ConfigError(f"device={str(name)!r} is missing: there are {torch.cuda.device_count()} GPUs; leave it out.")
     return device
 
 
@@ -44,7 +44,7 @@ DTYPES = ("auto", *_NAMED, "fastest")
 
 
 def resolve_dtype(dtype: str, *, device: torch.device) -> torch.dtype | None:
-    """Return the type that a name means on ``device``; None for ``auto``, the checkpoint's own.
+    """Return the dtype of a name on ``device``; None for ``auto``, the checkpoint's own.
 
     ``fastest`` is bfloat16 where the device multiplies it natively and float32 elsewhere.
 
@@ -61,13 +61,13 @@ def resolve_dtype(dtype: str, *, device: torch.device) -> torch.dtype | None:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Say whether ``device`` has native bfloat16 multiplication: elsewhere it is emulated, slower than float32."""
+    """Return whether ``device`` has native bfloat16 multiplication; emulation is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
-        # oneDNN's own answer is yes for any AVX-512 CPU, where it converts to float32 and back.
+        # oneDNN answers yes for any AVX-512 CPU, but without these instructions it converts to float32 and back.
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -92,21 +92,21 @@ def check_attention(name: str) -> None:
         raise ConfigError(f"attn_implementation={name!r} is unknown; choose one of {[*_OFFERED]}.")
     if name == "flex_attention" and not torch.cuda.is_available():
         raise ConfigError(
-            "attn_implementation='flex_attention' has no backward pass on a CPU, and there is no GPU here: take 'sdpa' "
+            "attn_implementation='flex_attention' has no backward pass on a CPU, and there is no GPU here: use 'sdpa' "
             "or 'eager'."
         )
     if name in _FLASH and not _FLASH[name]():
         raise ConfigError(
-            f"attn_implementation={name!r} needs a GPU and its package, and they are not here: install the package "
-            "(flash-attn), or take 'sdpa' or 'eager'."
+            f"attn_implementation={name!r} needs a GPU and its package, which are missing: install the package "
+            "(flash-attn), or use 'sdpa' or 'eager'."
         )
 
 
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability of ``model`` to 0, in modules and in the attributes that attention reads.
 
-    The policy would be scored with it and the reference without, so that log-ratios of several nats are noise before
-    the first step. Call it before adapters are added: theirs is a choice of its own.
+    The policy would be scored with dropout and the reference without, which gives log-ratios of several nats of noise
+    before the first step. Call it before adapters are added: their dropout is a separate setting.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):

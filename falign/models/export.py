@@ -1,4 +1,4 @@
-"""Trained models as folders that other tools open: an adapter in PEFT's layout, or merged weights."""
+"""Export of trained models for other tools: an adapter in PEFT's layout, or merged weights."""
 
 import copy
 from pathlib import Path
@@ -42,7 +42,7 @@ def export_adapter(
         out_dir: appears complete or not at all.
         adapter: which adapter; never ``ref``.
         base_name_or_path: the base to record, if not the one it was loaded from.
-        base: the content of the base to record, if it is known already; it is read where left out.
+        base: the content of the base to record, if it is known already; it is read if left out.
         overwrite: replace a folder that is not empty.
 
     Raises:
@@ -139,7 +139,7 @@ def _existing(overwrite: bool) -> Literal["refuse", "replace"]:
 
 @torch.no_grad()
 def _convert(model: PreTrainedModel, from_dtype: torch.dtype, to_dtype: torch.dtype) -> None:
-    # Parameters of another type than the model's are kept so on purpose (some routers need float32).
+    # Parameters with another dtype than the model keep it on purpose (some routers need float32).
     if from_dtype == to_dtype:
         return
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Reading what other libraries read: a malformed file makes each of them fail in its own way."""
+"""Errors of other libraries on malformed files, converted to falign's errors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["reading"]
 
 @contextmanager
 def reading(explain: Callable[[Exception], FalignError]) -> Iterator[None]:
-    """Raise what ``explain`` makes of an error, whatever its type; the original is its cause.
+    """Convert any error to the one that ``explain`` returns, with the original as its cause.
 
-    Pickle, safetensors, tokenizers, PEFT and transformers raise nearly every type there is on a damaged file. What is
-    not the file's fault goes through: no memory, a full disk, and what falign says itself. A panic of code in Rust is
-    not an ``Exception`` in Python, and is reported by its name.
+    Pickle, safetensors, tokenizers, PEFT and transformers raise almost every type of error on a damaged file. Errors
+    that are not due to the file pass unchanged: out of memory, a full disk, and falign's own errors. A panic of Rust
+    code is not an ``Exception`` in Python, and is recognized by its name.
     """
     try:
         yield

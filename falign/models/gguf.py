@@ -23,13 +23,13 @@ __all__ = ["cache_folder", "plain_checkpoint"]
 
 _CONVERSION = b"2"  # part of the cache name: raise it when the conversion below changes what it writes
 
-# Tokenizers that cut digits one by one before the byte-level split; transformers converts them without that cut,
-# and then "\n\n1" or two spaces before a digit get other tokens than those the model was trained on.
+# Tokenizers that split off single digits before the byte-level split. transformers omits that split in its conversion,
+# which changes the tokens of "\n\n1", or of two spaces before a digit.
 _SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva"})
 
 
 def cache_folder() -> Path:
-    """Return where converted models are kept: ``$FALIGN_CACHE``, else ``falign/models`` in the user's cache."""
+    """Return the folder of converted models: ``$FALIGN_CACHE``, else ``falign/models`` in the user's cache."""
     own = os.environ.get("FALIGN_CACHE")
     if own:
         return Path(own).expanduser()
@@ -56,7 +56,7 @@ def plain_checkpoint(gguf_path: Path) -> Path:
         _read_model(gguf_path).save_pretrained(staging)
         _read_tokenizer(gguf_path).save_pretrained(staging)
 
-    # Four bytes a weight, from about 4.5 bits.
+    # Four bytes per weight, from about 4.5 bits.
     return kept_folder(folder, write, needed_bytes=7 * gguf_path.stat().st_size)
 
 

@@ -1,4 +1,4 @@
-"""Heads: the rows that two models share, and a head for values of prefixes."""
+"""Heads: the ids that two models share, and a value head."""
 
 from __future__ import annotations
 
@@ -15,27 +15,26 @@ __all__ = ["ValueHead", "cut_head", "head_rows", "left_out_rows", "share_head"]
 
 
 def share_head(policy: PreTrainedModel | PeftModel, other: PreTrainedModel | PeftModel) -> int:
-    """Give two models distributions over the same ids, and return how many ids those are.
+    """Restrict two models to distributions over their shared ids, and return the number of these ids.
 
-    Checkpoints pad their vocabulary to round sizes. The rows behind the last token stand for no token, yet they take
-    part in the softmax. Where one model has more rows than the other, the ids that both have are kept in both: logits
-    of the others are dropped wherever a model computes logits, so that scores, whole distributions and samples are all
-    over the shared ids. That holds in this process: the weights stay as they are, so that an export, or a server of the
-    same checkpoint, has logits for all rows.
+    Checkpoints pad their vocabulary to round sizes. The rows behind the last token stand for no token, but they take
+    part in the softmax. If one model has more rows than the other, both keep the ids that both have: logits of the
+    others are dropped wherever a model computes logits, in scores, whole distributions and samples. The weights do not
+    change, so an export, or a server of the same checkpoint, has logits for all rows.
 
     Args:
-        policy: The one model.
-        other: The other, whose ids mean the same tokens (see `check_same_tokens`).
+        policy: One model.
+        other: Another model with the same tokens for the ids (see `check_same_tokens`).
     """
     return cut_head(other, cut_head(policy, head_rows(other)))
 
 
 def cut_head(model: PreTrainedModel | PeftModel, num_ids: int) -> int:
-    """Leave all ids but the first ones out of a model's distributions, and return how many it has then.
+    """Restrict a model's distributions to the first ids, and return their number.
 
     Args:
         model: As for :func:`share_head`.
-        num_ids: More than the model has leave it as it is.
+        num_ids: Number of ids to keep; if the model has fewer, nothing changes.
     """
     if head_rows(model) > num_ids:
         _head(base_of(model)).register_forward_hook(_FirstIds(num_ids))
@@ -43,14 +42,14 @@ def cut_head(model: PreTrainedModel | PeftModel, num_ids: int) -> int:
 
 
 def head_rows(model: PreTrainedModel | PeftModel) -> int:
-    """Return the number of ids that a model's distributions are over."""
+    """Return the number of ids in a model's distributions."""
     head = _head(base_of(model))
     cuts = [hook.num_ids for hook in vars(head)["_forward_hooks"].values() if isinstance(hook, _FirstIds)]
     return min([_rows(head), *cuts])
 
 
 def left_out_rows(model: PreTrainedModel | PeftModel) -> int:
-    """Return how many rows of a model's head `share_head` leaves out."""
+    """Return the number of head rows that `share_head` leaves out."""
     return _rows(_head(base_of(model))) - head_rows(model)
 
 
@@ -75,7 +74,7 @@ def _head(model: PreTrainedModel) -> nn.Module:
 
 
 def _rows(head: nn.Module) -> int:
-    rows = vars(head).get("out_features")  # of a 4-bit layer too, whose weight has another shape
+    rows = vars(head).get("out_features")  # also for a 4-bit layer, which has a packed weight of another shape
     weight = head.weight
     assert isinstance(weight, Tensor)
     return int(weight.shape[0] if rows is None else rows)

@@ -1,4 +1,4 @@
-"""What a model is: its description, and content hashes of its weights and configuration."""
+"""Identity of a model: its description, and content hashes of its weights and configuration."""
 
 import hashlib
 import json
@@ -73,7 +73,7 @@ def add_tensor(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
 
 
 def adapted_weights_hash(model: PeftModel, *, adapter: str) -> str:
-    """Return the hash of the base and one adapter together: of what the two of them compute.
+    """Return the hash of the base and one adapter together.
 
     Raises:
         ModelError: As `weights_hash`.
@@ -92,11 +92,11 @@ def model_identity(model: PreTrainedModel | PeftModel) -> dict[str, str]:
 
 
 def config_hash(model: PreTrainedModel | PeftModel) -> str:
-    """Return the SHA-256 of a model's configuration, as far as it changes logits.
+    """Return the SHA-256 of the parts of a model's configuration that change logits.
 
-    The configuration is taken as loaded, with its defaults, so that a field that is left out equals one that says the
-    default, and files written by two versions of transformers are one. Names, paths, versions, caching, the types of
-    weights and the ids at which generation stops do not count.
+    The configuration is used as loaded, with its defaults. So a missing field equals one with the default value, and
+    files of two versions of transformers have the same hash. Names, paths, versions, caching, the dtypes of weights and
+    the ids at which generation stops do not count.
 
     Args:
         model: The model; adapters over it do not count.
@@ -112,7 +112,7 @@ def _computed_with(value: Any) -> Any:
         return sorted(map(str, value))
     if isinstance(value, list | tuple):
         return [_computed_with(each) for each in value]
-    # Code of a repository is named with the repository where it is loaded from the hub, and without in a copy of it.
+    # The name of a repository's code includes the repository if it is loaded from the hub, but not in a local copy.
     return value.rpartition("--")[2] if isinstance(value, str) else value
 
 
@@ -131,7 +131,7 @@ def _four_bit_entries(name: str, tensor: Tensor, state: Any) -> Iterator[tuple[s
             f"{name} was repacked for inference by bitsandbytes, which rounded its scales: load the model with "
             "falign.models.load_model, which prevents that, to hash it."
         )
-    # Two storage types (bfloat16 for FSDP, uint8) hold the same bytes in other shapes.
+    # Two storage dtypes (bfloat16 for FSDP, uint8) hold the same bytes in different shapes.
     yield f"{name} {tuple(state.shape)}", tensor.data.reshape(-1).view(torch.uint8)
     for key, value in sorted(state.as_dict(packed=True).items()):
         yield f"{name}.{key}", value
@@ -166,7 +166,7 @@ def _name_in_adapter(name: str, adapter: str) -> str | None:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """Parameter counts (4-bit weights counted one by one), storage types and quantisation of a model."""
+    """Parameter counts (4-bit weights counted individually), storage dtypes and quantization of a model."""
 
     name_or_path: str
     architecture: str
@@ -181,7 +181,7 @@ class ModelDescription:
 
 
 def describe(model: PreTrainedModel | PeftModel) -> ModelDescription:
-    """Count what ``model`` consists of."""
+    """Return parameter counts, dtypes and memory of ``model``."""
     base = base_of(model)
     counts: Counter[str] = Counter()
     trainable = adapter = memory = 0
@@ -210,7 +210,7 @@ def describe(model: PreTrainedModel | PeftModel) -> ModelDescription:
 
 
 def _size_and_kind(parameter: torch.nn.Parameter) -> tuple[int, str]:
-    # Two 4-bit weights share a byte, and the storage type says nothing about them.
+    # Two 4-bit weights share a byte, and the storage dtype does not show their number.
     state = vars(parameter).get("quant_state")
     if state is not None:
         return math.prod(state.shape), state.quant_type

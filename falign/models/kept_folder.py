@@ -1,4 +1,4 @@
-"""Folders that are made once and found again: converted models and averages, checked by checksum when found."""
+"""Cached folders, such as converted models and averages, verified by checksum when they are found again."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ _BLOCK = 1 << 20
 
 
 def kept_folder(folder: Path, write: Callable[[Path], None], *, needed_bytes: int | None = None) -> Path:
-    """Return a folder of the cache, written on the first call and found again afterwards.
+    """Return a folder of the cache, which the first call writes and later calls find.
 
     ``kept.json`` names each of its files with a checksum. They are compared when the folder is found, once per process
     as long as the files' sizes and times stay as they are.
 
     Args:
-        folder: The folder, named after all that its content depends on.
-        write: Writes the content into the empty folder that it is given.
+        folder: The folder; its name identifies everything that its content depends on.
+        write: Writes the content into a given empty folder.
         needed_bytes: The expected size, for the message when the disk is full.
 
     Raises:
@@ -51,7 +51,7 @@ def file_hash(file: Path) -> str:
 
 @cache
 def _check(folder: Path, files: tuple[tuple[str, int, int], ...]) -> None:
-    """Compare a folder with its checksums; ``files`` are as found, so that a change is looked at anew."""
+    """Compare a folder with its checksums; a change of ``files`` (names, sizes, times) misses the cache of results."""
     with reading(partial(_unreadable, folder)):
         sums = dict(json.loads((folder / _SEAL).read_text(encoding="utf-8")))
     found = {name for name, _, _ in files} - {_SEAL}

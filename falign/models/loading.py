@@ -59,7 +59,7 @@ def load_tokenizer(
     with reading(lambda error: _unloadable("tokenizer", name, error)):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         check_tokenizer_patterns(tokenizer, name=name)
-        tokenizer.decode(tokenizer("A few words.").input_ids)  # settings of a wrong type show in use
+        tokenizer.decode(tokenizer("A few words.").input_ids)  # invalid settings fail only in use
     prepare_tokenizer(tokenizer, place=name)
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
@@ -89,7 +89,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, *, place: str) -> None
 def vocabulary_size(
     name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> int | None:
-    """Return how many rows a model's embeddings have, without loading weights; None where its configuration is silent.
+    """Return the number of embedding rows from the configuration alone; None if it does not give it.
 
     Raises:
         ModelError: no model there.
@@ -127,7 +127,7 @@ def load_model(
             they cannot be moved by a trainer, and all others to the CPU.
 
     Raises:
-        ModelError: no model there, or one whose weights are incomplete, pickled, or need remote code.
+        ModelError: no model there, or incomplete or pickled weights, or a model that needs remote code.
         ConfigError: an unknown ``dtype``, ``quantization`` or ``device``, or an ``attn_implementation`` that cannot
             work here.
     """
@@ -144,7 +144,7 @@ def load_model(
     quantized = quantization is not None or stored is not None
     place = _default_device(quantized) if device is None else named_device(device)
     torch_dtype = resolve_dtype(dtype, device=place)
-    # Given explicitly, None would stand for a checkpoint's own quantization.
+    # An explicit None would mean the checkpoint's own quantization.
     options = {"quantization_config": _nf4()} if quantization is not None and stored is None else {}
     with reading(lambda error: _unloadable("model", name, error)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -170,7 +170,7 @@ def load_model(
 
 
 def stored_quantization(name_or_path: str | Path, *, revision: str | None = None) -> str | None:
-    """Return how a checkpoint is stored: ``nf4`` or ``fp4`` by bitsandbytes, or None for weights of 16 or 32 bits.
+    """Return the stored quantization: ``nf4`` or ``fp4`` by bitsandbytes, or None for weights of 16 or 32 bits.
 
     Raises:
         ModelError: no configuration there, or another quantization, which falign does not support.
@@ -184,8 +184,8 @@ def stored_quantization(name_or_path: str | Path, *, revision: str | None = None
     if not stored.get("load_in_4bit"):
         method = "bitsandbytes in 8 bits" if stored.get("load_in_8bit") else stored.get("quant_method")
         raise ModelError(
-            f"{name} is stored quantized ({method}), and falign supports 4 bits by bitsandbytes alone: give the 16-bit "
-            "model, with model.quantization=nf4 where memory is short."
+            f"{name} is stored quantized ({method}), and falign supports only 4 bits by bitsandbytes: give the 16-bit "
+            "model, with model.quantization=nf4 if memory is short."
         )
     return str(stored.get("bnb_4bit_quant_type", "fp4"))
 
@@ -219,8 +219,8 @@ def _nf4() -> BitsAndBytesConfig:
 
 
 def _keep_weights(model: PreTrainedModel) -> None:
-    # bitsandbytes changes its layers at their first forward pass; what it would do to the weights is done, or
-    # prevented, here, so that a model is the same before and after it was used.
+    # bitsandbytes changes its layers at their first forward pass. These changes are made, or prevented, here, so that
+    # using a model does not change it.
     from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
@@ -266,7 +266,7 @@ def _is_file(path: Path) -> bool:
 
 def _unloadable(what: str, name: str, error: Exception) -> ModelError:
     reason = one_line(error)
-    if not isinstance(error, OSError | ValueError):  # the message of a KeyError is a key alone
+    if not isinstance(error, OSError | ValueError):  # the message of a KeyError is only a key
         reason = f"{type(error).__name__}: {reason}"
     if "ignore_mismatched_sizes" in reason:  # it points to a report that is not shown
         reason = "the sizes in its config.json differ from those of its weights."
@@ -278,7 +278,7 @@ def _unloadable(what: str, name: str, error: Exception) -> ModelError:
     elif isinstance(error, SafetensorError):
         remedy = "A file of its weights is damaged: restore it from a copy."
     elif Path(name).is_dir() or not isinstance(error, OSError):
-        remedy = ""  # it is the other library's to say
+        remedy = ""  # the other library's message has to suffice
     elif is_offline_mode():
         remedy = (
             "It is not in the local hub cache and offline mode is on (HF_HUB_OFFLINE): unset it, or give a local "

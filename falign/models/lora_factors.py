@@ -1,4 +1,4 @@
-"""Sums of LoRA updates, which no average of their two factors is: exact by stacking, then cut to a rank."""
+"""Exact sums of LoRA updates by stacking their factors, and truncation to a rank."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Factors(NamedTuple):
 
 class _Cut(NamedTuple):
     factors: Factors
-    discarded: Float[Tensor, ""]  # squared Frobenius norm of what the rank has no room for
+    discarded: Float[Tensor, ""]  # squared Frobenius norm of what was cut off
     total: Float[Tensor, ""]  # squared Frobenius norm before
 
 
@@ -38,9 +38,9 @@ def factors_of(model: PeftModel, adapter: str) -> dict[str, Factors]:
 
 
 def weighted_sum(weights: Sequence[float], members: Sequence[Factors]) -> Factors:
-    """Return factors of ``Σ w_i B_i A_i``: the members' columns beside each other, so that nothing is rounded off.
+    """Return factors of ``Σ w_i B_i A_i``: the concatenated columns of the members, without rounding.
 
-    ``(Σ w_i B_i)(Σ w_i A_i)``, the product of averages, has the cross terms ``w_i w_j B_i A_j`` too. The rank here is
+    ``(Σ w_i B_i)(Σ w_i A_i)``, the product of averages, also has the cross terms ``w_i w_j B_i A_j``. The rank here is
     the sum of the ranks.
     """
     ups = [weight * member.up for weight, member in zip(weights, members, strict=True)]
@@ -49,11 +49,11 @@ def weighted_sum(weights: Sequence[float], members: Sequence[Factors]) -> Factor
 
 @torch.no_grad()
 def cut_to_rank(factors: Factors, rank: int) -> _Cut:
-    """Return the nearest update of at most ``rank``, as factors of just that rank, and how far it is.
+    """Return the nearest update of at most ``rank``, as factors of exactly that rank, and the error.
 
     The singular values of ``B A`` are those of the small ``R_B R_Aᵀ``, where ``B = Q_B R_B`` and ``Aᵀ = Q_A R_A``, so
-    the update itself is never formed. In float64, so that thousands of cuts in a row add no more than rounding to
-    float32 does. Where the update's own rank is no larger, nothing is lost.
+    the update itself is never formed. float64 keeps the error of thousands of cuts below float32 rounding. If the rank
+    of the update is at most ``rank``, nothing is lost.
 
     Source:
         Eckart & Young (1936): the leading singular vectors give the nearest matrix of a rank.
@@ -65,7 +65,7 @@ def cut_to_rank(factors: Factors, rank: int) -> _Cut:
     half = kept.sqrt()
     up = torch.zeros(factors.up.shape[0], rank, dtype=torch.float32, device=factors.up.device)
     down = torch.zeros(rank, factors.down.shape[1], dtype=torch.float32, device=factors.down.device)
-    # Each factor gets the root of the singular values: neither is large where the other is small.
+    # Each factor gets the root of the singular values, so that both have similar magnitudes.
     up[:, : len(kept)] = (left @ u[:, : len(kept)] * half).float()
     down[: len(kept)] = (half[:, None] * (v[: len(kept)] @ right.T)).float()
     return _Cut(Factors(up, down), singular[rank:].square().sum(), singular.square().sum())

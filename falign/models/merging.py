@@ -1,4 +1,4 @@
-"""An adapter folded into the weights it was trained over."""
+"""Merging of an adapter into the weights it was trained over."""
 
 import torch
 from peft import PeftModel

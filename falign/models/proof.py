@@ -1,4 +1,4 @@
-"""The proof that an exported folder is the model that was trained."""
+"""Verification that an exported folder is the trained model."""
 
 import gc
 import json
@@ -65,18 +65,18 @@ def verify_export(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> ExportProof:
-    """Read an exported folder as any other program would, and compare its logits with the trained model's.
+    """Load an exported folder as any other program would, and compare its logits with the trained model's.
 
     An adapter is loaded over the base as it was loaded for training. A merge is compared with the unmerged adapter
-    over the base in the type of the merge: for QLoRA the trained model itself is far away, because the 4-bit
-    weights are (on SmolLM2-135M by 15 of 40 logits, trained or not), so that it could not show a lost adapter.
+    over the base in the dtype of the merge. For QLoRA the trained model itself is too far away to show a lost adapter,
+    because of the 4-bit weights (on SmolLM2-135M by 15 of 40 logits, trained or not).
 
     A merge must also generate as the trained model does: with its stop tokens and generation settings.
 
-    A few sentences have few of the tokens in them, and still every token is covered. Exported adapters act on linear
-    layers alone: `check_plain_lora` refuses trained tokens, embeddings and whole modules before training. One on the
-    head changes the logits of all tokens, which are all compared at each position. The embeddings of a merge must be
-    those of its base, row by row, and weights that were trained without an adapter are compared one by one.
+    A few sentences contain few tokens, but the comparison covers every token. Exported adapters act only on linear
+    layers: `check_plain_lora` refuses trained tokens, embeddings and whole modules before training. An adapter on the
+    head changes the logits of all tokens, and each position compares all logits. The embeddings of a merge must equal
+    those of its base, row by row, and weights trained without an adapter are compared one by one.
 
     Args:
         trained_model: the model in memory; back in its mode (training or evaluation) afterwards.
@@ -262,7 +262,7 @@ def _compare_generation(trained: PreTrainedModel, tokenizer: PreTrainedTokenizer
     if not stops <= set([found] if isinstance(found, int) else found or []):
         raise ModelError(
             f"{folder / 'generation_config.json'}: eos_token_id is {found}, and the trained model stops at "
-            f"{sorted(stops)}: programs that read it would go on after the end of an answer. Export again."
+            f"{sorted(stops)}: programs that read it would continue after the end of an answer. Export again."
         )
     settings = [
         {name: value for name, value in config.to_dict().items() if name not in _NOT_COMPARED}

@@ -1,4 +1,4 @@
-"""The base that an adapter was made for, as its folder records it, compared with the model that it is put over."""
+"""The recorded base of an adapter, compared with the model that the adapter is loaded over."""
 
 import warnings
 from pathlib import Path
@@ -31,7 +31,7 @@ class RecordedBase(NamedTuple):
     storage: str | None = None
 
     def difference(self, other: "RecordedBase") -> str | None:
-        """Return how two records contradict each other, by content where it can be compared, else by name."""
+        """Describe how two records contradict each other, by content if possible, else by name."""
         if None not in (self.weights, other.weights) and self.storage == other.storage:
             return None if self.weights == other.weights else f"base weights {self.weights} and {other.weights}"
         if None in (self.name, other.name) or str(self) == str(other):
@@ -67,7 +67,7 @@ def check_recorded_base(
         if found != recorded.weights:
             raise ModelError(
                 f"{folder} was made for {recorded} with the weights {recorded.weights[:12]}, and {name} has "
-                f"{found[:12]}: an adapter fits its own base alone. Give that base."
+                f"{found[:12]}: an adapter fits only its own base. Give that base."
             )
     elif None not in (name, recorded.name) and _place(str(name)) != _place(str(recorded.name)):
         warnings.warn(

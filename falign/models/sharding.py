@@ -1,4 +1,4 @@
-"""Models whose weights are spread over the processes of a run (FSDP2), each layer gathered while it computes."""
+"""Models sharded over the processes of a run by FSDP2; each layer is gathered while it computes."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,19 +18,19 @@ __all__ = ["fill_shards", "is_sharded", "shard", "weights_at_hand"]
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether a model's weights are spread over processes."""
+    """Return whether a model's weights are sharded over processes."""
     return isinstance(model, FSDPModule)
 
 
 def shard(model: PreTrainedModel | PeftModel, *, device: torch.device) -> None:
-    """Spread a model's weights over all processes, in place.
+    """Shard a model's weights over all processes, in place.
 
     Args:
         model: the whole model, the same on every process, with all the adapters that it will have.
-        device: where the shards are put; layer by layer, so that it need not hold the whole model.
+        device: device of the shards; they are moved layer by layer, so it need not hold the whole model.
 
     Raises:
-        ModelError: it does not say what its layers are, or its weights are 4-bit.
+        ModelError: the model does not name its layers, or its weights are 4-bit.
     """
     base = base_of(model)
     layers = [each for each in base.modules() if type(each).__name__ in set(base._no_split_modules or ())]
@@ -40,16 +40,16 @@ def shard(model: PreTrainedModel | PeftModel, *, device: torch.device) -> None:
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    # The first pass has to be one of the whole model: it tells the layers that they are parts of it.
+    # The first forward pass must be one of the whole model: FSDP2 then registers the layers as its parts.
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
 
 
 @contextmanager
 def weights_at_hand(model: nn.Module) -> Iterator[None]:
-    """Hold the whole weights in each process for a while, so that no pass waits for another process.
+    """Hold the whole weights in each process within the context, so that no pass waits for another process.
 
-    All processes have to come in. Models that are not sharded are left as they are.
+    All processes must enter it. Models that are not sharded are unchanged.
     """
     parts = [each for each in model.modules() if isinstance(each, FSDPModule)]
     for each in parts:
@@ -59,14 +59,14 @@ def weights_at_hand(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for each in parts:
-            # As `fully_shard` sets it: the outermost part is needed again at once, by the backward pass.
+            # The default of `fully_shard`: the outermost part is needed again at once, by the backward pass.
             each.set_reshard_after_forward(each is not model, recurse=False)
             each.reshard()
 
 
 @torch.no_grad()
 def fill_shards(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors, by the names of parameters, into what each process holds of them."""
+    """Copy whole tensors, by the names of parameters, into the shards of each process."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         parameter = parameters[name]

@@ -1,4 +1,4 @@
-"""Soups on disk: a folder of averaged weights, with a record of what went into it."""
+"""Soups on disk: a folder of averaged weights, with a record of its members."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def write_soup(
     Args:
         paths: Two folders or more of one kind; run folders stand for what they have trained.
         out_dir: appears complete or not at all.
-        weights: one share each, together 1; equal ones where left out.
+        weights: one share each, together 1; default: equal shares.
         dtype: of an average of checkpoints; ``auto`` is the first one's.
         overwrite: replace a folder that is not empty.
 

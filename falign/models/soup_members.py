@@ -1,4 +1,4 @@
-"""The members of a soup: folders told apart by their files, with weights that sum to one."""
+"""The members of a soup: folders recognized by their files, with weights that sum to 1."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ class SoupMember:
     """One of the adapters or checkpoints that are averaged.
 
     Attributes:
-        folder: Where its weights lie.
+        folder: The folder of its weights.
         weight: Its share.
         kind: An adapter, or a whole checkpoint.
     """
@@ -37,7 +37,7 @@ def check_weights(weights: Sequence[float], *, members: int) -> None:
     """Raise unless there is one share for each member, each at least 0, together 1.
 
     Raises:
-        ConfigError: With the weight that is wrong.
+        ConfigError: Names the wrong weight.
     """
     if members < 2:
         raise ConfigError(f"a soup of {members}: give at least two adapters or checkpoints.")
@@ -59,8 +59,8 @@ def soup_members(paths: Sequence[str | Path], weights: Sequence[float] | None = 
     """Return the members of a soup.
 
     Args:
-        paths: Folders of adapters or of whole checkpoints, or run folders, whose result is meant.
-        weights: One share each; equal ones where left out.
+        paths: Folders of adapters or of checkpoints, or run folders, which stand for their results.
+        weights: One share each; default: equal shares.
 
     Raises:
         ConfigError: The weights are not shares of 1.
@@ -79,12 +79,12 @@ def soup_members(paths: Sequence[str | Path], weights: Sequence[float] | None = 
 
 
 def check_one_tokenizer(members: Sequence[SoupMember]) -> None:
-    """Refuse members that were trained with other token ids than the first.
+    """Refuse members with other token ids than the first.
 
     An adapter without a tokenizer in its folder was trained with its base's tokenizer.
 
     Raises:
-        ConfigError: With the first token that differs.
+        ConfigError: Names the first token that differs.
     """
     beside = [
         each for each in members if each.kind == "checkpoint" or (each.folder / "tokenizer_config.json").is_file()

@@ -166,7 +166,7 @@ def demo_gguf(name: str) -> Path:
         ModelError: no such demonstration model, or its package is not installed.
     """
     if name not in _FILES:
-        raise ModelError(f"{name!r} is no demonstration model; choose one of {sorted(_FILES)}.")
+        raise ModelError(f"{name!r} is not a demonstration model; choose one of {sorted(_FILES)}.")
     # Only located, never imported: its own imports need packages that falign does not.
     spec = find_spec(_PACKAGE)
     if spec is None or spec.origin is None:

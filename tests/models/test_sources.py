@@ -60,7 +60,7 @@ def test_a_missing_gguf_file(tmp_path):
 
 
 def test_an_unknown_demo_model_lists_the_known_one():
-    with pytest.raises(ModelError, match=r"'demo:smollm' is no demonstration model; .*'demo:smollm2-135m-instruct'"):
+    with pytest.raises(ModelError, match=r"'demo:smollm' is not a demonstration model; .*'demo:smollm2-135m-instruct'"):
         resolve("demo:smollm")
 
 
