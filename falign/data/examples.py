@@ -126,6 +126,8 @@ def _at_the_last_turn(
     prompt: list[Message], completions: Sequence[list[Message]], fields: Sequence[str], place: str
 ) -> tuple[list[Message], list[list[Message]]]:
     """Split dialogues before their last turn: the shared part is the prompt."""
+    # `answers` are the completions without a repeated prompt. If all of them agree up to their last turn, the shared
+    # turns belong to the prompt.
     answers = [_answer(turns, prompt) for turns in completions]
     shared = answers[0][:-1] if answers else []
     if not shared or any(turns[:-1] != shared for turns in answers):
@@ -144,9 +146,11 @@ def _continued(prompt: list[Message], shared: list[Message], *, repeated: bool) 
     """Return a prompt with the turns that all dialogues share; None if the two do not fit together."""
     if repeated:  # the dialogues began with the prompt, which `_answer` has removed
         return [*prompt, *shared] if shared[0]["role"] == "assistant" else None
+    # The dialogues may begin with a system turn that the prompt lacks. The prompt's turns must follow it at once.
     start = 1 if shared[0]["role"] == "system" and prompt and prompt[0]["role"] != "system" else 0
     if not prompt or shared[start : start + len(prompt)] == prompt:
         return shared
+    # Otherwise they must continue the prompt: with an answer, or after a prompt of system turns only.
     follows = shared[0]["role"] == "assistant" or {turn["role"] for turn in prompt} == {"system"}
     return [*prompt, *shared] if follows else None
 

@@ -170,6 +170,7 @@ def _check_ranks(row: Row, ranks: list[int | float], scores: Any) -> None:
     # A column of scores in another form may mean something else, so it is not compared.
     if not isinstance(scores, list) or len(scores) != len(ranks) or not all(isinstance(s, int | float) for s in scores):
         return
+    # They contradict if some completion has a better (smaller) rank and a lower score than another.
     rated = list(zip(ranks, scores, strict=True))
     if any(rank < other and score < less for rank, score in rated for other, less in rated):
         raise DataError(

@@ -49,6 +49,7 @@ class Lengths:
             Lengths(name='prompt', count=200, median=100, p90=180, p99=198, longest=200)
         """
         ordered = sorted(values)
+        # Nearest rank: the ceil(n p/100)-th value; -(-a // b) is the ceiling of a/b.
         median, p90, p99 = (ordered[-(-len(ordered) * percent // 100) - 1] for percent in (50, 90, 99))
         return cls(name, len(ordered), median, p90, p99, ordered[-1])
 

@@ -61,6 +61,7 @@ def held_out_prompts(prompts: Sequence[str], *, fraction: float = 0.0, size: int
     counts = Counter(prompts)
     by_hash = sorted(counts, key=lambda prompt: _hash(seed, prompt))
     if fraction:
+        # A threshold on each hash: rows added to a file do not move the prompts that were there.
         chosen = {prompt for prompt in by_hash if _hash(seed, prompt) < fraction * 2**64}
     else:
         chosen, room = set(), size

@@ -119,6 +119,7 @@ def encode(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collection
     tree = PromptTree(tuple(prompt_ids[:boundary]), completions, example.preference, example.place)
     _check_distinct(tree)
     reopened = not all(text.startswith(rendered.prompt) for text in rendered.full)
+    # `reopened` counts only if it changes tokens: the prompt must have lost some at its end.
     return Encoded(tree, len(prompt_ids) - boundary, reopened and boundary < len(prompt_ids))
 
 
@@ -189,6 +190,7 @@ def _with_one_stop(ids: list[int], tokenizer: Tokenizer, stops: frozenset[int], 
 
 def _terminal_stop(ids: list[int], tokenizer: Tokenizer, stops: frozenset[int]) -> int | None:
     """Return the index of the completion's end: the first stop token of a tail of stop tokens and white space."""
+    # Walk back over stop tokens and white space; the last stop token seen is the first of that tail.
     end = None
     for i in reversed(range(len(ids))):
         if ids[i] in stops:

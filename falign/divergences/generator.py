@@ -127,6 +127,7 @@ class _Continued(Divergence):
 
     @override
     def _f_prime_inverse(self, y: Tensor) -> Tensor:
+        # f' is non-decreasing, so bisection works for any generator; 80 halvings of 2e4 reach float64 resolution.
         low, high = torch.full_like(y, -1e4), torch.full_like(y, 1e4)
         with torch.no_grad():
             for _ in range(BISECTIONS):
@@ -141,6 +142,7 @@ class _Continued(Divergence):
         return inside.exp() * y - self._f(inside)
 
     def _continued(self, log_u: Tensor, function: Generator, ends: Ends, tangents: Ends) -> Tensor:
+        # Beyond the ends `inside` is constant, and the relu terms give the tangent line and its gradient.
         x = log_u.double()
         inside = torch.clamp(x, *ends)
         slope_low, slope_high = tangents
@@ -155,6 +157,7 @@ class _Continued(Divergence):
     @cached_property
     def _reaches(self) -> dict[torch.dtype, Ends]:
         """The range of ``log u`` in which the formulas are used: 30 nats, less if f or a derivative would overflow."""
+        # The range is cut where f, f' or u f'' exceeds e^60 in single precision (e^600 in double precision).
         size = torch.stack([self._value(GRID), self._slope(GRID), self._rate(GRID)]).abs().amax(dim=0)
         found = {}
         for dtype, exponent in LARGEST_EXPONENT.items():
@@ -248,6 +251,7 @@ class GeneratorDivergence(_Continued):
             return math.inf
         x = torch.tensor([4.0, 8.0, 12.0, 16.0, 20.0, 24.0], dtype=torch.float64)
         value, growth, rounding = self.conjugate_of_slope(x)
+        # cumprod: count the leading points with clear growth, up to the first without.
         clear = int((growth > 1e4 * rounding).long().cumprod(dim=0).sum())
         if clear < 2:
             return value[clear].item()
@@ -375,12 +379,14 @@ def _check(f: Generator, name: str) -> None:
 
 def _rounding(rising: Generator, u: Tensor) -> Tensor:
     """The rounding error of a non-decreasing function: how far it falls between neighbors of u."""
+    # Steps of a few units in the last place: any fall of a non-decreasing function between them is rounding error.
     near = torch.stack([rising(u * (1 + k * 2.0**-50)) for k in (-3, -2, -1, 0, 1, 2, 3)])
     return (near.cummax(dim=0).values - near).amax(dim=0)
 
 
 def _second_derivative_at_one(f: Generator) -> float:
     """``f''(1)``; NaN at a kink, where the slopes on both sides do not agree with it."""
+    # f' rises by about 2 w f''(1) over [1 - w, 1 + w]; at a kink the rise does not shrink with w.
     width = torch.tensor([1e-5, 1e-6], dtype=torch.float64)
     curvature = _slope(lambda u: _slope(f, u), torch.ones(1, dtype=torch.float64)).item()
     rise = _slope(f, 1 + width) - _slope(f, 1 - width)
@@ -413,6 +419,8 @@ def _limit_of_tail(value: float, growth: list[float], *, step: float, negligible
 
     Growth of ``e^{-ax}`` has a finite sum; growth that does not fall has an infinite one.
     """
+    # With growth c e^{-ax} per unit of x the tail ∫ c e^{-at} dt from x on is its present growth over a, and
+    # log(now/before)/step is -a.
     before, now = growth
     if now <= negligible:
         return value

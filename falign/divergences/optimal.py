@@ -64,6 +64,7 @@ def optimal_weights(rewards: Shaped[Tensor, "*P M"], divergence: Divergence, bet
         middle = (low + high) / 2
         too_many = weights(middle).mean(dim=-1, keepdim=True) > 1
         low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
+    # `high` gives a mean of at most 1 and `low` of at least 1; interpolate between the two to a mean of exactly 1.
     w, above = weights(high), weights(low)
     # If f' jumps at its upper end (total variation), the best samples share the missing weight equally.
     best = torch.isinf(above)

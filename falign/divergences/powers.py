@@ -65,6 +65,7 @@ def _exponent(log_u: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     exponent of 30 would cost 2e-6 of the exponential.
     """
     product = log_u * factor
+    # exp(product) follows the formula up to `turn`; `power` multiplies by 1 + beyond, its tangent line from there on.
     turn = min(LINEAR_BEYOND * abs(factor), LARGEST_EXPONENT[log_u.dtype])
     inside, beyond = torch.clamp(product, max=turn), torch.relu(product - turn)
     if log_u.dtype == torch.float64 or math.frexp(factor)[0] in (0.5, -0.5):  # a power of two scales exactly
@@ -140,6 +141,7 @@ def alpha_generator(log_u: Float[Tensor, "*S"], alpha: float) -> Float[Tensor, "
         >>> alpha_generator(torch.tensor([1e-4]), 0.0)
         tensor([5.0003e-09])
     """
+    # The terms of the series grow like ((1-α) log u)^k / k!, so its radius shrinks with |1 - α|.
     radius = 1.5 / max(1.0, abs(1 - alpha))
     near = _AlphaSeries.apply(torch.clamp(log_u, -radius, radius), alpha)
     if abs(alpha) < 0.5:

@@ -103,6 +103,7 @@ def reliability_curve(
         inner = np.quantile(confidence, np.linspace(0.0, 1.0, num_bins + 1))[1:-1]
     else:
         raise ValueError(f"binning={binning!r}: choose 'equal_width' or 'equal_mass'.")
+    # side="left" puts a confidence on an inner edge into the bin below, whose upper edge it is.
     bin_of = np.searchsorted(inner, confidence, side="left")
     members = [bin_of == i for i in range(num_bins)]
     return tuple(

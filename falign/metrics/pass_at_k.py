@@ -47,6 +47,7 @@ def pass_at_k_per_prompt(rewards: Sequence[Numbers], k: int, *, pass_reward: flo
             raise ValueError(f"rewards[{i}] has {len(values)} samples; pass@{k} needs k from 1 to their number.")
         if values.isnan().any():
             raise ValueError(f"rewards[{i}] is {values.tolist()}; leave out the samples without a value.")
+        # The rate times n is an integer up to rounding error.
         passed = (groups.pass_rates(values, threshold=pass_reward) * len(values)).round().long()
         estimates.append(groups.pass_at_k(len(values), passed, k).item())
     return np.array(estimates)

@@ -130,10 +130,13 @@ def bradley_terry(
         gradient = (won - games * p).sum(axis=1)
         if np.abs(gradient).max() <= 1e-10 * games.sum():
             break
+        # The likelihood does not change if all strengths shift together, so the Hessian is singular: use its
+        # pseudo-inverse.
         step = np.linalg.pinv(_laplacian(games * p * (1 - p)), hermitian=True) @ gradient
         # If p is near 0 or 1 the likelihood is almost linear, and a full Newton step overshoots: bound it.
         strengths = strengths + step * min(1.0, 2.0 / np.abs(step).max())
     p = _probabilities(strengths)
+    # The rest of the ties count as half wins and half losses, with the larger variance.
     believed = ties * games / (games + FEW_TIES)
     square = (wins + (ties - believed) / 2) * (1 - p) ** 2 + believed / 2 * (0.5 - p) ** 2
     inverse = np.linalg.pinv(_laplacian(games * p * (1 - p)), hermitian=True)

@@ -182,6 +182,7 @@ _MISSING: dict[str, Any] = {"bias": "none", "lora_dropout": 0.0}
 def _check_ranks(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     patterns = settings.get("rank_pattern") or {}
     for name, tensor in tensors.items():
+        # A is (r, in) and B is (out, r): the rank is dimension 0 of A and dimension 1 of B.
         layer, matrix, _ = name.partition(".lora_A.weight")
         dim = 0
         if not matrix:

@@ -33,6 +33,7 @@ def adapter_soup(members: Sequence[SoupMember]) -> AdapterTensors:
     if len(used) == 1:
         return used[0][1]
     updates = [(weight, adapter.factors()) for weight, adapter in used]
+    # A layer that a member does not adapt has a zero update there, so it adds no columns.
     layers = dict.fromkeys(name for _, factors in updates for name in factors)
     factors = {
         name: weighted_sum(

@@ -74,6 +74,7 @@ def check_quantized_from(original: PreTrainedModel, model: PreTrainedModel | Pef
     modules = dict(original.named_modules())
     for name, packed in stored.items():
         restored = dequantize_4bit(packed.data, vars(packed)["quant_state"]).cpu().float()
+        # bitsandbytes packs the weight as (out, in); Conv1D stores the original as (in, out).
         module, share = modules.get(name.removesuffix(".weight")), math.inf
         if isinstance(module, nn.Linear | Conv1D):
             weight = (module.weight.T if is_transposed(module) else module.weight).cpu().float()

@@ -17,13 +17,13 @@ __all__ = ["check_plain_lora", "fold_adapter", "lora_delta"]
 def fold_adapter(base: PreTrainedModel, adapted: PeftModel, *, adapter: str = "default") -> None:
     """Add the update of ``adapter`` to the weights of ``base``, in place.
 
-    Each sum is computed in float32 and rounded once, to the type of ``base``. Layer by layer, so that no second
-    copy of the weights is held. A head that shares the weights of the embeddings gets its own first, because its
+    Each sum is computed in float32 and rounded once, to the dtype of ``base``. It works layer by layer, without a
+    second copy of the weights. A head that shares the weights of the embeddings gets its own copy first, because its
     adapter does not act on the embeddings.
 
     Args:
-        base: the 16- or 32-bit base, loaded anew: for QLoRA not the 4-bit weights, into which a merge would have to
-            be quantized again.
+        base: the 16- or 32-bit base, loaded from disk. For QLoRA these are not the 4-bit weights: a merge into those
+            would have to be quantized again.
         adapted: the trained model.
         adapter: which of its adapters.
 
@@ -58,10 +58,10 @@ def lora_delta(layer: LoraLayer, adapter: str) -> Tensor:
 
 
 def check_plain_lora(adapted: PeftModel, adapter: str) -> None:
-    """Raise unless ``adapter`` consists of LoRA matrices alone, which merging and vLLM understand.
+    """Raise unless ``adapter`` consists only of LoRA matrices, which merging and vLLM support.
 
     Raises:
-        ModelError: no such adapter, or one that is more than such matrices or changes its base.
+        ModelError: no such adapter, or one with more than such matrices, or one that changes its base.
     """
     layers = lora_layers(adapted, adapter)
     if not layers:

@@ -1,4 +1,4 @@
-"""Regular expressions of files that others wrote, tried in a child process: some take exponential time."""
+"""Tests of foreign regular expressions in a child process, because some take exponential time."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from falign.errors import ModelError
 __all__ = ["DEADLINE", "check_adapter_patterns", "check_tokenizer_patterns"]
 
 DEADLINE = 20.0
-"""Seconds that all patterns of a file may take together; sound ones take milliseconds."""
+"""Seconds that all patterns of a file may take together; normal ones take milliseconds."""
 
 _PLAIN = re.compile(r"[\w.\-]*")
 # Nested repetitions, or a choice in a repetition, can take time exponential in the length of the text.
@@ -48,14 +48,14 @@ def check_adapter_patterns(config: Mapping[str, Any], names: Sequence[str], *, f
 
 
 def check_tokenizer_patterns(tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
-    """Refuse a tokenizer whose patterns take exponential time; only those with a repeated group are tried.
+    """Refuse a tokenizer with patterns that take exponential time; only patterns with a repeated group are tested.
 
     Args:
         tokenizer: The tokenizer.
         name: Its name in messages.
 
     Raises:
-        ModelError: With the pattern.
+        ModelError: Names the pattern.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)  # slow tokenizers have none
     if backend is None:
@@ -71,7 +71,7 @@ def check_tokenizer_patterns(tokenizer: PreTrainedTokenizerBase, *, name: str) -
         if (problem := failure(_encode, whole, _texts(pattern), seconds=DEADLINE)) is not None:
             raise ModelError(
                 f"The tokenizer of {name} has the pattern {_short(pattern)}, which {problem} on texts of {_LENGTH} "
-                "characters: write it in its tokenizer.json without a repetition inside a repetition, or take another "
+                "characters: write it in its tokenizer.json without a repetition inside a repetition, or use another "
                 "tokenizer."
             )
 
@@ -89,10 +89,10 @@ def _patterns(value: Any) -> Iterator[str]:
 
 
 def _texts(pattern: str) -> list[str]:
-    """Return texts that nearly match: long repetitions with another character at the end."""
+    """Return texts that almost match: long repetitions with another character at the end."""
     alone = [each for each in pattern if each.isalnum()]
     pieces = dict.fromkeys([*"aA0 \n!é", *re.findall(r"[^\W_]+", pattern), *alone])
-    # A literal that a pattern must end with is searched for first, so it has to be there, and not in its place.
+    # The engine first searches for a literal that the pattern must end with. So the text contains it, in a wrong place.
     ends = ("", "!", "a", "\n", f"! {''.join(alone)}")
     return [(piece * _LENGTH)[:_LENGTH] + end for piece in pieces for end in ends]
 

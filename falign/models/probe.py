@@ -1,4 +1,4 @@
-"""A few sentences on which two models are compared."""
+"""Sentences for comparing two models."""
 
 from collections.abc import Sequence
 from typing import Any

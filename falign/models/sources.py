@@ -1,4 +1,4 @@
-"""The meaning of a model name: a hub name, a folder, a GGUF file, or the demonstration model."""
+"""Model names: hub names, folders, GGUF files, and the demonstration model."""
 
 import difflib
 import json
@@ -40,7 +40,8 @@ def resolve(name_or_path: str | Path) -> str:
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         return str(plain_checkpoint(path))
-    return str(path.resolve()) if path.is_dir() else name  # adapters record it, and are opened from other folders too
+    # Absolute, because adapters record it and may be opened from other folders.
+    return str(path.resolve()) if path.is_dir() else name
 
 
 def require_model(name_or_path: str | Path) -> None:
@@ -65,10 +66,10 @@ def require_model(name_or_path: str | Path) -> None:
 
 
 def require_path(name: str) -> None:
-    """Refuse a name that is written as a local path and is not there.
+    """Refuse a local path that does not exist.
 
     Raises:
-        ModelError: With the nearest name that is there.
+        ModelError: Suggests the nearest existing name.
     """
     path = Path(name).expanduser()
     if not path.exists() and _looks_local(name, path):
@@ -76,7 +77,7 @@ def require_path(name: str) -> None:
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """Return the folder of an adapter; of a run, that of what it has trained.
+    """Return the folder of an adapter; for a run, of its trained adapter.
 
     Raises:
         ModelError: a run without adapter.
@@ -99,7 +100,7 @@ def check_weights(folder: Path) -> None:
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise ModelError(
-            f"{folder} has pickled weights only. They can run code when they are read, so only safetensors "
+            f"{folder} has only pickled weights. They can run code when they are read, so only safetensors "
             "are loaded: load them once where you trust them and `save_pretrained` them again."
         )
     raise ModelError(f"{folder} has a config.json but no *.safetensors weights: copy the weights there too.")
@@ -120,7 +121,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def damaged(file: Path, reason: object) -> ModelError:
-    """Return the error of a file that was cut short or overwritten."""
+    """Return the error of a truncated or overwritten file."""
     return ModelError(f"{file} is damaged ({reason}): restore it from a copy, or write it again.")
 
 
@@ -131,7 +132,7 @@ def _check_is_model(folder: Path) -> None:
         base = adapter_config(folder).get("base_model_name_or_path")
         raise ModelError(
             f"{folder} holds an adapter, not a model: merge it into its base {base!r} with PEFT (merge_and_unload) and "
-            "save that with the base's tokenizer; or give the base, and the adapter where one is asked for."
+            "save that with the base's tokenizer; or give the base here, and the adapter in its own field."
         )
     subfolders = sorted(entry.parent.name for entry in folder.glob("*/config.json"))
     hint = f" Did you mean one of its folders {subfolders}?" if subfolders else ""
@@ -167,7 +168,7 @@ def demo_gguf(name: str) -> Path:
     """
     if name not in _FILES:
         raise ModelError(f"{name!r} is not a demonstration model; choose one of {sorted(_FILES)}.")
-    # Only located, never imported: its own imports need packages that falign does not.
+    # Only located, never imported: importing it needs packages that falign does not.
     spec = find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""A folder that appears under its final name complete, or not at all."""
+"""Folders that appear under their final name complete, or not at all."""
 
 import shutil
 from collections.abc import Iterator
@@ -22,11 +22,11 @@ def staged_folder(
 ) -> Iterator[Path]:
     """Yield a temporary sibling of ``target`` that takes its name when the block ends without an error.
 
-    Before it does, all files are on the disk, so that the folder is whole after a power cut too.
+    Before that, all files are synced to disk, so the folder is complete even after a power cut.
 
     Args:
         target: the final folder; its parents are made.
-        existing: what a non-empty ``target`` means: an error, a folder to replace, or (``keep``) that another
+        existing: meaning of a non-empty ``target``: an error, a folder to replace, or (``keep``) that another
             process was faster with the same content, so that this copy is dropped.
         needed_bytes: the expected size, for the message when the disk is full.
 
@@ -53,13 +53,13 @@ def staged_folder(
 
 def _refuse_occupied(target: Path, existing: str) -> None:
     if target.exists() and not target.is_dir():
-        raise ModelError(f"{target} is a file, and a folder is to be written there: choose another name.")
+        raise ModelError(f"{target} is a file, but a folder must be written there: choose another name.")
     if existing == "refuse" and _occupied(target):
         raise ModelError(f"{target} exists and is not empty: choose another folder, or ask to overwrite it.")
 
 
 def _make_readable(folder: Path) -> None:
-    # safetensors makes its files readable by their owner alone; the folder has the mode that the user's umask gives.
+    # safetensors makes its files readable only by their owner; the folder has the mode of the user's umask.
     mode = folder.stat().st_mode & 0o666
     for file in folder.iterdir():
         file.chmod(mode)

@@ -35,7 +35,7 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def without_adapters(module: nn.Module) -> nn.Module:
-    """Return the module of the base under PEFT's layers, however many lie on each other, or the module itself."""
+    """Return the module of the base under any number of PEFT's layers, or the module itself."""
     while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         inner = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.base_layer
         assert isinstance(inner, nn.Module)
@@ -59,7 +59,7 @@ def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the linear layers, quantized ones included, by their full names.
 
     Architectures derive other layers from ``nn.Linear``, such as routers that return a choice of experts. An adapter
-    adds its product to a product, so these are left out.
+    needs a layer that computes a product, so these are left out.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     classes = {type(module): module for module in linear.values()}
@@ -69,22 +69,23 @@ def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def _multiplies(module: nn.Module) -> bool:
-    """Return whether a layer computes ``x Wᵀ + b``, tried on one vector where its class computes in its own way."""
+    """Return whether a layer computes ``x Wᵀ + b``; a class with its own forward is tested on one vector."""
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return True
     if "quant_state" in vars(module.weight):  # 4-bit layers of bitsandbytes
         return True
+    # One vector of distinct values tells a product from any other use of the weight.
     vector = torch.linspace(-1, 1, module.in_features).to(module.weight)[None]
     try:
         output = module(vector)
-    except (RuntimeError, TypeError, ValueError, IndexError):  # it takes vectors of another form
+    except (RuntimeError, TypeError, ValueError, IndexError):  # it needs another input shape
         return False
     expected = nn.functional.linear(vector, module.weight, module.bias)
     return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-2)
 
 
 def expert_modules(model: PreTrainedModel) -> list[str]:
-    """Return the names of modules whose own parameters are stacks of matrices, such as the experts of a mixture."""
+    """Return the names of modules with stacks of matrices as parameters, such as the experts of a mixture."""
     return [
         name
         for name, module in model.named_modules()
@@ -93,8 +94,8 @@ def expert_modules(model: PreTrainedModel) -> list[str]:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Say whether a linear layer's checkpoint keeps its weight as (in, out), as GPT-2's do."""
-    # transformers notes what a 4-bit layer replaces; its own weight is (out, in).
+    """Return whether the checkpoint of a linear layer stores its weight as (in, out), as GPT-2's do."""
+    # transformers records the class that a 4-bit layer replaces; the 4-bit weight itself is (out, in).
     return Conv1D in (type(module), vars(module).get("source_cls"))
 
 
@@ -120,7 +121,7 @@ def adapter_matrix(matrices: nn.ModuleDict, adapter: str) -> Tensor:
 
 
 def adapter_weights(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """Return the weights of one adapter under the names that PEFT stores them by."""
-    # A sharded model's state dictionary has shards in it, also while the whole weights are at hand.
+    """Return the weights of one adapter under PEFT's names for files."""
+    # The state dictionary of a sharded model contains shards, even while the model is unsharded.
     state = {name: each.detach() for name, each in model.named_parameters()} if isinstance(model, FSDPModule) else None
     return get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter, save_embedding_layers=False)

@@ -1,4 +1,4 @@
-"""Safetensors files with metadata: equal contents are equal bytes."""
+"""Safetensors files with metadata: equal contents give equal bytes."""
 
 import json
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ __all__ = ["save_tensors"]
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str]) -> None:
-    """Write tensors with metadata, whose keys are sorted.
+    """Write tensors, and metadata with sorted keys.
 
-    The library writes metadata in random order, so that two files with the same contents could differ.
+    The library writes metadata in random order, so two files with the same contents could differ.
 
     Args:
         tensors: By name; contiguous, and on any device.
@@ -25,7 +25,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(metadata.items()))
-        # The format allows spaces behind the header. Escapes must not make it longer than the library's.
+        # The format allows spaces after the header, which fill it up to the library's length.
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         assert len(text) <= size
         file.seek(8)

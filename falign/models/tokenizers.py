@@ -1,4 +1,4 @@
-"""Facts about a tokenizer besides encoding: padding, identity, and whether models share its ids."""
+"""Padding, stop tokens, dates and identity of tokenizers, and whether models share token ids."""
 
 import hashlib
 import json
@@ -24,9 +24,9 @@ __all__ = [
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id that fills rows: the first special token, because rows are masked by position, never by value.
+    """Return the id for padding: the first special token. Rows are masked by position, never by value.
 
-    The padding token itself may have been added to the tokenizer alone, and has no row in the embeddings then.
+    The padding token itself may exist only in the tokenizer, without a row in the embeddings.
     `load_tokenizer` makes sure that there is a special token.
     """
     return min(tokenizer.all_special_ids)
@@ -35,8 +35,9 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def fix_date(tokenizer: PreTrainedTokenizerBase, date: datetime) -> None:
     """Fix the date that chat templates write, so that the same turns give the same tokens on every day.
 
-    The tokenizer's files are saved as they were.
+    The tokenizer's files do not change.
     """
+    # All codes are formatted in Python now; the macro below only replaces them in the template's format string.
     codes = {code: date.strftime(code) for letter in _DATE_CODES for code in (f"%{letter}", f"%-{letter}")}
     macro = _STRFTIME_NOW.replace("CODES", json.dumps(list(codes.items())))
     tokenizer.get_chat_template = partial(_with_date, tokenizer.get_chat_template, macro)
@@ -67,17 +68,17 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, models: str) -> None:
-    """Refuse two tokenizers in which one token has two ids.
+    """Refuse two tokenizers that give one token two ids.
 
-    The other one may have more tokens; padding tokens are not compared, because no model reads one.
+    The other one may have more tokens. Padding tokens are not compared, because no model reads them.
 
     Args:
         tokenizer: The policy's.
         other: The other model's.
-        models: The two in messages.
+        models: The names of the two in messages.
 
     Raises:
-        ConfigError: With the first token that differs.
+        ConfigError: Names the first token that differs.
     """
     ids, other_ids = tokenizer.get_vocab(), other.get_vocab()
     ids = {token: id_ for token, id_ in ids.items() if token != tokenizer.pad_token or token == tokenizer.eos_token}
@@ -85,7 +86,7 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedToken
     if token is not None:
         raise ConfigError(
             f"{models} have different tokens: {token!r} is {ids[token]} in the one and "
-            f"{other_ids.get(token, 'missing')} in the other, so that one id has two meanings. Give models with one "
+            f"{other_ids.get(token, 'missing')} in the other, so one id has two meanings. Give models with one "
             "tokenizer."
         )
 
@@ -97,16 +98,16 @@ def check_token_rows(
     model: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Refuse token ids for which a model has no row in its embeddings.
+    """Refuse token ids without a row in the model's embeddings.
 
     Args:
-        rows: Token ids, each with the place that they are from.
-        num_rows: How many rows there are.
-        model: The model in messages.
-        tokenizer: Whose ids they are, where it is at hand, for the message.
+        rows: Token ids, each with its place.
+        num_rows: Number of rows of the embeddings.
+        model: The name of the model in messages.
+        tokenizer: The tokenizer of the ids, if available, for messages.
 
     Raises:
-        ModelError: With the first such token.
+        ModelError: Names the first such token.
     """
     for place, ids in rows:
         largest = max(ids, default=0)
@@ -117,7 +118,7 @@ def check_token_rows(
                 f"{place}: {name} has the id {id_}, and {model} has "
                 f"{num_rows} rows in its embeddings: the tokenizer has tokens that the model lacks. Load the model, "
                 "call `model.resize_token_embeddings(len(tokenizer))`, save it, and train that; or use the tokenizer "
-                "that it was made with."
+                "of that model."
             )
 
 
@@ -130,10 +131,9 @@ def stop_token_ids(
     """Return every id that ends a completion: the generation config's (one or several) and the tokenizer's EOS.
 
     Args:
-        source: a model, its generation config, or a model name, whose ``generation_config.json`` is then read
-            without loading any weights.
+        source: a model, its generation config, or a model name; of a name only ``generation_config.json`` is read.
         tokenizer: the model's tokenizer.
-        revision: branch, tag or commit on the hub, where ``source`` is a name.
+        revision: branch, tag or commit on the hub, if ``source`` is a name.
     """
     if isinstance(source, str | Path):
         config = _generation_config(resolve(source), revision)
@@ -150,5 +150,5 @@ def _generation_config(name: str, revision: str | None) -> GenerationConfig | No
         return None  # older checkpoints have none; the tokenizer's EOS is then the only stop token
     try:
         return GenerationConfig.from_pretrained(name, revision=revision or "main")
-    except OSError:  # the tokenizer came from there, so the model is there: it has no such file
+    except OSError:  # the tokenizer was loaded from there, so the model exists without this file
         return None

@@ -1,4 +1,4 @@
-"""The report that a person reads: one HTML file of one or more runs, and its plots as PNG files."""
+"""Reports for people: one HTML file of one or more runs, and its plots as PNG files."""
 
 from falign.report.metric_names import HELD_OUT
 from falign.report.runs import ReportedRun, read_runs

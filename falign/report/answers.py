@@ -15,14 +15,14 @@ MOST_PROMPTS, MOST_COMPLETIONS = 4, 3
 
 
 class Answer(NamedTuple):
-    """A completion, and what it was worth where that is known."""
+    """A completion, with its reward if it is known."""
 
     text: str
     reward: Number | None = None
 
 
 class Answers(NamedTuple):
-    """To one prompt.
+    """The answers to one prompt.
 
     Attributes:
         prompt: The prompt; turns of a conversation have a line each.
@@ -51,7 +51,7 @@ def _online(run: ReportedRun) -> Iterator[Answers]:
     steps: dict[bool, list[int]] = {True: [], False: []}
     for row in _rows(run):
         steps[row["held_out"]].append(row["step"])
-    held_out = len(set(steps[True])) > 1  # before training alone there is no after
+    held_out = len(set(steps[True])) > 1  # samples from before training alone give no comparison
     found = steps[held_out]
     if not found or min(found) == max(found):
         return
@@ -63,7 +63,7 @@ def _online(run: ReportedRun) -> Iterator[Answers]:
         both = by_prompt.setdefault(_text(row["prompt"]), ([], []))
         both[row["step"] == last].append(Answer(row["completion"], row["reward"]))
     after = f"after {last} steps"
-    # Training draws other prompts at each step: there the first ones and the last ones stand beside each other.
+    # Training draws other prompts at each step, so the first and the last ones are shown side by side.
     answered = [(prompt, both) for prompt, both in by_prompt.items() if all(both) or not held_out]
     for prompt, (before, later) in answered[:MOST_PROMPTS]:
         yield Answers(prompt, tuple(before[:MOST_COMPLETIONS]), tuple(later[:MOST_COMPLETIONS]), ("before", after))

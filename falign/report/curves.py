@@ -12,11 +12,11 @@ from falign.report.runs import ReportedRun
 __all__ = ["curve_plots"]
 
 SMOOTHED_FROM = 60
-"""Points from which on a running mean is drawn over them."""
+"""A curve with at least this many points gets a running mean."""
 WINDOW = 20
-"""Of the running mean: one part in so many of all points."""
+"""The window of the running mean is this fraction of all points, 1/N."""
 MOST_POINTS, MOST_MARKS = 1000, 200
-"""Of a curve: more than a screen shows are drawn as the extremes of each part, and as means over parts."""
+"""Maximum number of parts of a curve; a longer curve is drawn by the extremes and means of its parts."""
 
 
 class Panel(NamedTuple):
@@ -70,7 +70,7 @@ PANELS = (
 
 
 def curve_plots(runs: Sequence[ReportedRun]) -> list[Plot]:
-    """Return a plot for each panel that any run has values for; divergences have one each."""
+    """Return a plot for each panel with values of any run; each divergence has its own."""
     panels = [*PANELS[:8], *_divergences(runs), *PANELS[8:]]
     return [plot for panel in panels if (plot := _plot(panel, runs)) is not None]
 
@@ -89,7 +89,7 @@ def _plot(panel: Panel, runs: Sequence[ReportedRun]) -> Plot | None:
             if metric is not None:
                 label = ", ".join(part for part in (run.label if len(runs) > 1 else "", called) if part)
                 series += _series(run, metric, line, label)
-    if not any(len(set(each.x)) > 1 for each in series):  # a single step is no curve
+    if not any(len(set(each.x)) > 1 for each in series):  # one step does not make a curve
         return None
     smooth = any(each.faint for each in series)
     held_out = any(each.marker for each in series)
@@ -98,7 +98,7 @@ def _plot(panel: Panel, runs: Sequence[ReportedRun]) -> Plot | None:
     return Plot(
         panel.name,
         panel.title,
-        "optimiser step",
+        "optimizer step",
         panel.unit,
         tuple(series),
         caption="; ".join(note for note in notes if note),
@@ -135,13 +135,13 @@ def _points(run: ReportedRun, metric: str) -> list[Point]:
 
 
 def _parts(points: Sequence[Point], most: int) -> list[Sequence[Point]]:
-    """Cut a curve into at most so many parts of equal length."""
+    """Split a curve into at most this many parts of equal length."""
     size = max(1, -(-len(points) // most))
     return [points[start : start + size] for start in range(0, len(points), size)]
 
 
 def _extremes(part: Sequence[Point]) -> Sequence[Point]:
-    """The smallest and the largest value of a part, in the order of their steps."""
+    """Return the smallest and the largest value of a part, in the order of their steps."""
     return sorted({min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])})
 
 

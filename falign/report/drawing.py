@@ -1,4 +1,4 @@
-"""One plot, drawn twice: for the page in the page's own colours and letters, and as a PNG that stands alone."""
+"""Plots, each drawn twice: for the page, in its colors and fonts, and as a self-contained PNG."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 __all__ = ["DASHED", "DOTTED", "PNG_MARK", "SOLID", "Line", "Picture", "Plot", "Series", "file_name", "render"]
 
 Line: TypeAlias = tuple[Number, ...]
-"""Lengths of ink and gap in turn, in widths of the line; empty for a whole line."""
+"""Lengths of dashes and gaps, in units of the line width; empty for a solid line."""
 SOLID: Line = ()
 DASHED: Line = (4, 2)
 DOTTED: Line = (1, 1.5)
 
 PNG_MARK = "falign report"
-"""Marks a picture that falign drew and may overwrite."""
+"""Metadata of pictures drawn by falign, which it may overwrite."""
 
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "falign",  # the same runs give the same bytes
-    "text.parse_math": False,  # a dollar in a run's name is a dollar
+    "text.parse_math": False,  # a dollar sign in a run's name is not mathematics
     "font.size": 9.5,
     "axes.labelsize": 9.5,
     "xtick.labelsize": 9,
@@ -57,7 +57,7 @@ class Series:
         label: In the PNG's legend and in the alternative text; empty for none.
         x: First coordinates.
         y: Second ones.
-        color: One of the palette's light colours.
+        color: One of the palette's light colors.
         line: How it is drawn; None for marks alone.
         marker: matplotlib's marker; empty for none.
         low: Lower ends of intervals.
@@ -91,7 +91,7 @@ class Plot:
         powers: The first axis counts doublings.
         whole: The first axis has whole numbers.
         unit: The second axis shows shares, from 0 to 1.
-        key: The page says which series is which, where colours and marks of the runs do not.
+        key: The page says which series is which, if colors and markers of the runs do not.
         size: In inches.
     """
 
@@ -124,7 +124,7 @@ class Picture(NamedTuple):
 
 
 def file_name(name: str) -> str:
-    """Return a name as a part of a file's name.
+    """Return a name in a form that is safe in file names.
 
     Example:
         >>> file_name("RM-Bench (hard)")
@@ -151,7 +151,7 @@ def _key(plot: Plot) -> Html:
 
 
 def _sample(series: Series) -> Html:
-    """A short piece of a line as it is in the plot."""
+    """Return a short sample of a line in its style."""
     names = {color.light: color.name for color in NAMED}
     drawn = "" if series.line is None else f'<path d="M0 6h28" stroke-dasharray="{_dashes(series.line)}"/>'
     if series.marker in MARKERS:
@@ -168,7 +168,7 @@ def _dashes(line: Line) -> str:
 
 @contextmanager
 def _any_letters() -> Iterator[None]:
-    """A run's name may be in letters that the PNG's font lacks; the page has them."""
+    """Ignore warnings about missing glyphs: the font of the PNG may lack letters of a run's name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield
@@ -210,10 +210,10 @@ def _add(axes: Axes, series: Series, *, along_x: bool) -> None:
         axes.plot(series.x, series.y, linewidth=0.9, alpha=0.4, **look)
         return
     if series.low is not None and series.high is not None:
-        centre = series.x if along_x else series.y
+        center = series.x if along_x else series.y
         ends = [
-            [value - low for value, low in zip(centre, series.low, strict=True)],
-            [high - value for value, high in zip(centre, series.high, strict=True)],
+            [value - low for value, low in zip(center, series.low, strict=True)],
+            [high - value for value, high in zip(center, series.high, strict=True)],
         ]
         look |= {"xerr" if along_x else "yerr": ends, "elinewidth": 1.6, "capsize": 3}
         axes.errorbar(series.x, series.y, linewidth=1.7, markersize=5.5, **look)
@@ -237,9 +237,9 @@ def _svg(figure: Figure, plot: Plot) -> Html:
     opening, body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL).split(">", 1)
     box = re.search(r'viewBox="([^"]*)"', opening)
     assert box is not None
-    # Nothing is drawn outside of its axes, so nothing needs to be cut off.
+    # Nothing is drawn outside of the axes, so clip paths are not needed.
     body = re.sub(r'<clipPath.*?</clipPath>| clip-path="[^"]*"', "", body, flags=re.DOTALL)
-    # Ids are unique within a plot only; all but those of the markers, which are used, say nothing.
+    # Ids are unique only within a plot. Only those of the markers are referenced; the others are removed.
     body = re.sub(r' id="(?!m[0-9a-f]{10}")[^"]*"', "", body)
     body = re.sub(r'(id="|href="#)(m[0-9a-f]{10})', rf"\g<1>{plot.name}-\g<2>", body.replace("xlink:href", "href"))
     body = re.sub(r" font-family: [^;\"]*;", "", body)
@@ -272,13 +272,13 @@ def _png(figure: Figure, plot: Plot) -> bytes:
 
 
 def _short(label: str, length: int = 26) -> str:
-    # matplotlib leaves out what begins with an underscore.
+    # matplotlib omits labels that begin with an underscore.
     label = label if len(label) <= length else f"{label[: length // 2]}…{label[-(length // 2 - 1) :]}"
     return f" {label}" if label.startswith("_") else label
 
 
 def _described(plot: Plot) -> str:
-    """The plot in words, for who does not see it."""
+    """Describe the plot in words, for screen readers."""
     parts = [f"{plot.title}. {plot.x_label} against {plot.y_label or 'runs'}."]
     for series in plot.series:
         if series.faint or not series.label or not len(series.x):

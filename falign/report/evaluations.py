@@ -1,4 +1,4 @@
-"""``evaluation/NAME/summary.json`` of a run, in the forms that ``falign evaluate`` writes."""
+"""Readers of ``evaluation/NAME/summary.json`` in a run, in the forms of ``falign evaluate``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Form(BaseModel):
 
 
 class Estimate(_Form):
-    """A value with its interval, where there is one."""
+    """A value with its interval, if there is one."""
 
     value: float | None
     low: float | None = None
@@ -35,7 +35,7 @@ Estimated = Annotated[Estimate, BeforeValidator(_as_estimate)]
 
 
 class Bin(_Form):
-    """Items whose confidence is about the same."""
+    """Items of similar confidence."""
 
     confidence: float | None
     accuracy: float | None
@@ -58,12 +58,12 @@ class Scorer(_Form):
 
     @property
     def whole(self) -> str:
-        """The name of the benchmark's score; the plain mean, where a subset that the score needs is missing."""
+        """The name of the benchmark's score; the plain mean if a required subset is missing."""
         return next((name for name in ("score", "accuracy") if name in self.scores), next(iter(self.scores), ""))
 
 
 class RewardSummary(_Form):
-    """Of ``falign evaluate rewards``."""
+    """A summary of ``falign evaluate rewards``."""
 
     kind: Literal["rewards"]
     name: str
@@ -76,17 +76,17 @@ class RewardSummary(_Form):
     num_items: int
     skipped: dict[str, int] = {}
     missing_subsets: tuple[str, ...] = ()
-    """Without which there is no score."""
+    """Missing subsets, without which there is no score."""
     scorers: dict[str, Scorer]
 
     @property
     def main_scorer(self) -> str:
-        """The implicit reward, or what comes first where a model without reference has none."""
+        """The implicit reward, or the first scorer of a model without reference."""
         return "implicit_reward" if "implicit_reward" in self.scorers else next(iter(self.scorers), "")
 
 
 class Point(_Form):
-    """A run or a checkpoint: how far it went, and for what."""
+    """A run or a checkpoint: its divergence and its reward."""
 
     label: str = ""
     divergence: float | None
@@ -109,7 +109,7 @@ class Ideal(_Form):
     divergence: float | None
     reward: float | None
     effective_samples: float | None = None
-    """The effective number of samples per prompt; the estimate is unreliable where it is small."""
+    """The effective number of samples per prompt; if it is small, the estimate is unreliable."""
 
 
 class Frontier(_Form):
@@ -122,7 +122,7 @@ class Frontier(_Form):
 
 
 class SampleSummary(_Form):
-    """Of ``falign evaluate samples``."""
+    """A summary of ``falign evaluate samples``."""
 
     kind: Literal["samples"]
     name: str
@@ -132,7 +132,7 @@ class SampleSummary(_Form):
     beta: float | None = None
     num_prompts: int
     num_completions: int
-    """Of each prompt."""
+    """Completions per prompt."""
     sampling: dict[str, Any] = {}
     source: str | None = None
     metrics: dict[str, Estimated]
@@ -160,14 +160,16 @@ def read_evaluations(folder: Path) -> tuple[RewardSummary | SampleSummary, ...]:
 
 
 def _read(file: Path) -> RewardSummary | SampleSummary | None:
-    """Return a summary; None where it has gone since its folder was listed."""
-    remedy = "remove its folder, and evaluate anew."
+    """Return a summary; None if it was deleted after its folder was listed."""
+    remedy = "remove its folder, and evaluate again."
     try:
         return _ANY.validate_python(json.loads(file.read_text(encoding="utf-8")))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        raise ConfigError(f"{file}: {place} is not of an evaluation's form ({first['msg']}): {remedy}") from error
+        raise ConfigError(
+            f"{file}: {place} does not have the form of an evaluation ({first['msg']}): {remedy}"
+        ) from error
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""What metrics are called where a person reads them, and how their values are written."""
+"""Display names of metrics, and the format of their values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeAlias
 __all__ = ["HELD_OUT", "MINUS", "NOTHING", "Number", "divergence_label", "fixed", "number", "share", "written"]
 
 Number: TypeAlias = float | int
-"""What JSON has; a float may have been written as a whole number there."""
+"""A number in JSON; it may have stored a float as an integer."""
 
 NOTHING, MINUS = "–", "−"
 
@@ -27,7 +27,7 @@ HELD_OUT = {
     "log-ratio of rejected": ("logratios/rejected", "{:+.2f}"),
     "entropy per token": ("entropy", "{:.3f}"),
 }
-"""Label to name and form: the rows of the table of held-out values, in the terminal and in the report."""
+"""Label to name and format: the rows of the table of held-out values, in the terminal and in the report."""
 
 
 SPOKEN = {
@@ -46,7 +46,7 @@ SPOKEN = {
 
 
 def written(value: Number | None, style: str = "{:.4g}") -> str:
-    """Return a value in a form, a missing one as a dash.
+    """Return a formatted value; a missing one as a dash.
 
     Example:
         >>> written(-0.51234, "{:+.2f}"), written(None), written(float("inf"))
@@ -66,17 +66,17 @@ def number(value: Number | None) -> str:
 
 
 def fixed(value: Number | None) -> str:
-    """Return a value with three decimals, so that it stands below others; with one where it is large."""
+    """Return a value with three decimals, so that columns align; a large one with one decimal."""
     return written(value, "{:.3f}" if value is None or abs(value) < 10 else "{:.1f}")
 
 
 def share(value: Number | None) -> str:
-    """Return a share in per cent."""
+    """Return a share as a percentage."""
     return written(value, "{:.1%}")
 
 
 def divergence_label(name: str) -> str:
-    """Return a divergence's name as it is spoken.
+    """Return the display name of a divergence.
 
     Example:
         >>> divergence_label("reverse_kl"), divergence_label("alpha(0.5)")

@@ -1,4 +1,4 @@
-"""The colours of the report, of its pages in both modes and of its pictures; one colour and one marker per run."""
+"""The colors of the report, for pages in both modes and for pictures; one color and one marker per run."""
 
 from __future__ import annotations
 
@@ -60,19 +60,19 @@ MARKERS = {
     "X": "M11 1l3 3 3-3 2 2-3 3 3 3-2 2-3-3-3 3-2-2 3-3-3-3z",
     "p": "M14 1l5 4-2 6h-6l-2-6z",
 }
-"""Markers as matplotlib names them, each as a path in the middle of 28 by 12 for the page."""
+"""Markers by their matplotlib names, each with a path for the page, centered in 28 by 12."""
 
 
 def run_color(index: int) -> Color:
-    """Return the colour of the run at a place; from the ninth on they come again, with other markers."""
+    """Return the color of the run at an index; from the ninth on colors repeat with other markers."""
     return RUNS[index % len(RUNS)]
 
 
 def marker_of(index: int) -> str:
-    """Return the marker of the run at a place."""
+    """Return the marker of the run at an index."""
     return list(MARKERS)[(index + index // len(RUNS)) % len(MARKERS)]
 
 
 def css_variables(*, dark: bool) -> str:
-    """Return the declarations of one mode."""
+    """Return the CSS declarations of one mode."""
     return " ".join(f"--{color.name}: {color.dark if dark else color.light};" for color in NAMED)

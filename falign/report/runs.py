@@ -24,7 +24,7 @@ class ReportedRun:
 
     Attributes:
         label: The shortest end of its path that no other run of the report has.
-        index: Its place in the report, which decides its colour and marker.
+        index: Its index in the report, which determines its color and marker.
         folder: Where it lies.
         run_file: The resolved settings that the run began with.
         manifest: Versions, model, reference, data.
@@ -50,12 +50,12 @@ class ReportedRun:
 
     @property
     def color(self) -> Color:
-        """Its colour, everywhere."""
+        """Its color, the same everywhere."""
         return run_color(self.index)
 
     @property
     def marker(self) -> str:
-        """Its marker, everywhere."""
+        """Its marker, the same everywhere."""
         return marker_of(self.index)
 
     @property
@@ -75,10 +75,10 @@ class ReportedRun:
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[ReportedRun]:
-    """Read the runs of a report; one that has not ended has what it has come to.
+    """Read the runs of a report, finished or not.
 
     Raises:
-        ConfigError: A path is no run folder, is given twice, or a file of a run is damaged.
+        ConfigError: A path is not a run folder, is given twice, or a file of a run is damaged.
     """
     folders = [RunFolder.open(path) for path in paths]
     places = Counter(folder.path.resolve() for folder in folders)
@@ -89,7 +89,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[ReportedRun]:
 
 
 def _read(folder: RunFolder, index: int, label: str) -> ReportedRun:
-    # The run may be going on, and what it writes last, after all else, is the summary.
+    # Read the summary first: a running run writes it last, so with it all other files are complete.
     summary = RunSummary.read(folder) if (folder.path / "summary.json").is_file() else None
     begun = folder.read_json("before.json")["metrics"] if (folder.path / "before.json").is_file() else {}
     return ReportedRun(
@@ -108,7 +108,7 @@ def _read(folder: RunFolder, index: int, label: str) -> ReportedRun:
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as few as tell it from all others."""
+    """Return the shortest unique suffix of each path."""
     return [next(end for end in _ends(path) if sum(end in _ends(other) for other in paths) == 1) for path in paths]
 
 

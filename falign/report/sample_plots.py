@@ -19,7 +19,7 @@ BEFORE = "before"
 PASS = re.compile(r"pass@(\d+)")
 IDEAL_LINES: tuple[Line, ...] = (DOTTED, (5, 2), (3, 1.5, 1, 1.5), (8, 2), (2, 2), (5, 1.5, 1, 1.5, 1, 1.5))
 FEW = 5.0
-"""Samples of a prompt that carry an ideal; where they are fewer, its line is pale."""
+"""Minimum effective number of samples per prompt; below it the line of an ideal is pale."""
 
 
 def pass_plot(title: str, found: Sequence[tuple[ReportedRun, Mapping[str, Estimate], str]]) -> Plot | None:
@@ -77,8 +77,8 @@ def frontier_plot(name: str, found: Sequence[tuple[ReportedRun, SampleSummary, F
         f"{divergence_label(found[0][2].divergence)} to the reference (nats)",
         "reward",
         tuple(series),
-        caption=f"marks: trained; lines: the best that each divergence allows, and best of n; pale where few samples "
-        f"say so{source}",
+        caption=f"marks: trained; lines: the best that each divergence allows, and best of n; pale: few samples "
+        f"support it{source}",
         key=True,
         size=(5.4, 3.6),
     )
@@ -100,18 +100,18 @@ def _anchors(frontier: Frontier, own: Mapping[str | None, str]) -> Iterator[Seri
 
 
 def _line(points: Iterable[tuple[Number | None, Number | None]]) -> tuple[list[Number], list[Number]]:
-    """Points from left to right; what is infinitely far away cannot be drawn."""
+    """Return the points from left to right, without infinite ones."""
     there = sorted((x, y) for x, y in points if x is not None and y is not None and math.isfinite(x + y))
     return [x for x, _ in there], [y for _, y in there]
 
 
 BASELINES = ("length", "random")
 FEW_BARS = 10
-"""Items of a bin; fewer say little of it."""
+"""Minimum number of items in a bin; bins with fewer are pale."""
 
 
 def score_plot(name: str, found: Sequence[tuple[ReportedRun, RewardSummary]]) -> Plot | None:
-    """Return the benchmark's score of each run, and of the baselines, which no run changes."""
+    """Return the benchmark's score of each run, and of the baselines, which do not depend on the run."""
     rows = list(_rows(found))
     if not rows:
         return None
@@ -121,7 +121,7 @@ def score_plot(name: str, found: Sequence[tuple[ReportedRun, RewardSummary]]) ->
         "score",
         "",
         tuple(rows),
-        caption="each run with its interval; grey: baselines",
+        caption="each run with its interval; gray: baselines",
         categories=tuple(row.label for row in rows),
         size=(4.2, 0.9 + 0.34 * max(2, len(rows))),
     )
@@ -142,7 +142,7 @@ def _rows(found: Sequence[tuple[ReportedRun, RewardSummary]]) -> Iterator[Series
 
 
 def reliability_plot(name: str, found: Sequence[tuple[ReportedRun, RewardSummary]]) -> Plot | None:
-    """Return how often the preferred completion has the larger reward, over how sure the reward is of it."""
+    """Return the accuracy of the reward against its confidence."""
     series = []
     for run, summary in found:
         scorer = summary.scorers.get(summary.main_scorer)

@@ -1,4 +1,4 @@
-"""Markup that is safe by construction, and the tables made of it."""
+"""Markup that is safe by construction, and tables of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Html", "code", "details", "interval", "joined", "legend", "markup", 
 
 
 def run_name(run: ReportedRun) -> Html:
-    """Return a run's name behind its mark."""
+    """Return a run's name after its marker."""
     mark = Html(f'<path d="M0 6h28"/><path class="marker" d="{MARKERS[run.marker]}"/>')
     look = {"class": "mark", "viewBox": "0 0 28 12", "aria-hidden": "true", "style": f"--run: var(--{run.color.name})"}
     return tag("span", tag("svg", mark, attributes=look), run.label, attributes={"class": "run"})
@@ -55,7 +55,7 @@ def table(
     head.append(tag("tr", *(tag("th", name, attributes={"scope": "col"}) for name in columns)))
     body = [_row(row, merged=text) for row in rows]
     inner = tag("table", tag("caption", caption), tag("thead", *head), tag("tbody", *body))
-    # Who moves by keyboard scrolls what can be focused.
+    # A focusable box can be scrolled with the keyboard.
     kinds = ["scroll", *(["text"] if text else []), *(["stacked"] if stacked else []), *(["quiet"] if quiet else [])]
     box = {"class": " ".join(kinds), "tabindex": "0", "role": "region", "aria-label": caption}
     return tag("div", inner, attributes=box)
@@ -69,7 +69,7 @@ def _row(row: Sequence[str], *, merged: bool) -> Html:
 
 
 def interval(found: Estimate | None, write: Callable[[Number | None], str] = number) -> Html:
-    """Return a value with its interval, where it has one."""
+    """Return a value with its interval, if it has one."""
     if found is None:
         return markup(NOTHING)
     if found.low is None or found.high is None:
@@ -80,28 +80,28 @@ def interval(found: Estimate | None, write: Callable[[Number | None], str] = num
 
 
 def details(summary: str, *children: str) -> Html:
-    """Return what is shown when it is asked for."""
+    """Return content that is shown on demand."""
     return tag("details", tag("summary", summary), *children)
 
 
 def code(text: str, label: str) -> Html:
-    """Return lines to copy."""
+    """Return lines of code, to be copied."""
     return tag("pre", tag("code", text), attributes={"tabindex": "0", "role": "region", "aria-label": label})
 
 
 VOID = frozenset({"meta", "br", "wbr"})
 UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-"""What a completion may hold and HTML in UTF-8 may not."""
+"""Characters that a completion may contain, but HTML in UTF-8 may not."""
 
 
 class Html(str):
-    """Markup, to be put into a page as it is."""
+    """Markup, inserted into a page without escaping."""
 
     __slots__ = ()
 
 
 def markup(content: str) -> Html:
-    r"""Return markup as it is, and text escaped.
+    r"""Return markup unchanged, and text escaped.
 
     Example:
         >>> markup("<b> & \x00"), markup(Html("<b>"))
@@ -124,5 +124,5 @@ def tag(name: str, *children: str, attributes: Mapping[str, str] | None = None) 
 
 
 def joined(parts: Iterable[str], separator: str = "") -> Html:
-    """Return parts one after the other, each escaped unless it is markup."""
+    """Concatenate parts, each escaped unless it is markup."""
     return Html(separator.join(map(markup, parts)))

@@ -1,4 +1,4 @@
-"""A report on the disk: the page, and its pictures beside it."""
+"""Reports on disk: the page, and its pictures beside it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def report_path(runs: Sequence[str | Path], out: str | Path | None) -> Path:
         path = path if path.suffix.lower() in (".html", ".htm") and not path.is_dir() else path / NAME
     refuse_link(path)
     if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        raise ConfigError(f"{path} is there and is no report of falign: choose another --out.")
+        raise ConfigError(f"{path} exists and is not a report of falign: choose another --out.")
     return path
 
 
@@ -102,7 +102,7 @@ def made_of(section: Callable[[Sequence[ReportedRun]], Section], runs: Sequence[
         runs: Of the report.
 
     Raises:
-        ConfigError: A file of a run has not the form in which it was written.
+        ConfigError: A file of a run does not have the form that runs write.
     """
     with _naming_the_runs([run.folder.path for run in runs]):
         return section(runs)
@@ -110,7 +110,7 @@ def made_of(section: Callable[[Sequence[ReportedRun]], Section], runs: Sequence[
 
 def _refuse_foreign(picture: Path) -> None:
     if picture.exists() and PNG_MARK.encode() not in picture.read_bytes():
-        raise ConfigError(f"{picture} is there and was not drawn by falign report: move it, or choose another --out.")
+        raise ConfigError(f"{picture} exists and was not drawn by falign report: move it, or choose another --out.")
 
 
 @contextmanager
@@ -122,13 +122,13 @@ def _naming_the_runs(runs: Sequence[str | Path]) -> Iterator[None]:
     except (TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigError(
-            f"A file of {', '.join(map(str, runs))} has not the form in which runs write it ({reason}): restore it, or "
-            "run anew."
+            f"A file of {', '.join(map(str, runs))} does not have the form that runs write ({reason}): restore it, or "
+            "run again."
         ) from error
 
 
 MARK = '<meta name="generator" content="falign report">'
-"""By which a file is known as a report that may be written anew."""
+"""Marks a file as a report, which may be overwritten."""
 
 
 def page(runs: Sequence[ReportedRun], sections: Sequence[Section]) -> str:

@@ -58,7 +58,7 @@ def test_another_form_is_refused_with_file_and_place(tmp_path, summary, message)
 def test_a_damaged_summary_is_named(tmp_path):
     file = add_summary(tmp_path, rewards_summary())
     file.write_text(file.read_text()[:-9])
-    with pytest.raises(ConfigError, match=r"summary.json is damaged .*evaluate anew"):
+    with pytest.raises(ConfigError, match=r"summary.json is damaged .*evaluate again"):
         read_evaluations(tmp_path)
 
 

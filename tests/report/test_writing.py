@@ -167,7 +167,7 @@ def test_pages_of_one_folder_keep_their_pictures_apart(runs, tmp_path):
 def test_a_file_of_another_form_is_refused_and_no_page_is_left(runs, tmp_path, name, content):
     run = runs("offline").rename(tmp_path / "spoilt")
     (run / name).write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=r"spoilt.* has not the form|spoilt.* is damaged"):
+    with pytest.raises(ConfigError, match=r"spoilt.* does not have the form|spoilt.* is damaged"):
         write_report([run], tmp_path / "page")
     assert not (tmp_path / "page").exists()
 
@@ -175,7 +175,7 @@ def test_a_file_of_another_form_is_refused_and_no_page_is_left(runs, tmp_path, n
 def test_a_file_that_is_no_report_is_not_overwritten(runs, tmp_path):
     run = runs("offline", logs=False)
     (tmp_path / "mine.html").write_text("<p>mine</p>")
-    with pytest.raises(ConfigError, match=r"mine.html is there and is no report"):
+    with pytest.raises(ConfigError, match=r"mine.html exists and is not a report"):
         write_report([run], tmp_path / "mine.html")
     assert (tmp_path / "mine.html").read_text() == "<p>mine</p>"
     assert not (tmp_path / "mine-figures").exists()
@@ -188,7 +188,7 @@ def test_tables_have_headings_and_plots_have_words(reported):
     assert page.tags.count("caption") == page.tags.count("table")
     plots = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
     assert page.tags.count("figure") == len(plots)
-    assert any(re.match(r"Loss\. optimiser step against .* offline: from 0\.69", words) for words in plots)
+    assert any(re.match(r"Loss\. optimizer step against .* offline: from 0\.69", words) for words in plots)
     assert 'name="viewport"' in text
     assert '<html lang="en">' in text
 
@@ -237,7 +237,7 @@ def test_a_picture_of_somebody_else_is_kept(runs):
     page = (run / "report.html").read_bytes()
     picture.write_bytes(b"\x89PNG mine")
     (run / "summary.json").unlink()  # the page would be another one now
-    with pytest.raises(ConfigError, match=rf"{picture.name} is there and was not drawn by falign report"):
+    with pytest.raises(ConfigError, match=rf"{picture.name} exists and was not drawn by falign report"):
         write_report([run])
     assert picture.read_bytes() == b"\x89PNG mine"
     assert (run / "report.html").read_bytes() == page

@@ -1,4 +1,4 @@
-"""The sections of a report, one a file; each says what is missing where it has nothing to show."""
+"""The sections of a report, one per file; a section without content says what is missing."""
 
 from falign.report.sections.base import Section
 from falign.report.sections.benchmarks import benchmarks
@@ -11,4 +11,4 @@ from falign.report.sections.trained import trained
 __all__ = ["SECTIONS", "Section"]
 
 SECTIONS = (held_out, trained, data, curves, benchmarks, frontier, diversity, completions)
-"""In the order of the page."""
+"""The sections, in the order of the page."""

@@ -1,4 +1,4 @@
-"""What a section is, and the line in place of one that has no data."""
+"""Sections, and the line in place of one without data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Section:
         id: Its anchor.
         title: Its heading.
         body: Its markup.
-        pictures: What of it is also a PNG.
+        pictures: The plots that are also PNG files.
     """
 
     id: str
@@ -36,19 +36,19 @@ def path_of(run: ReportedRun) -> str:
 
 
 def missing(text: str, *commands: str) -> Html:
-    """Return one line on what is not there, with the commands that fill it."""
+    """Return one line on missing content, with the commands that fill it."""
     parts = [part for command in commands for part in (" ", tag("code", command))]
     return tag("p", text, *parts, attributes={"class": "missing"})
 
 
 def sampling_command(run: ReportedRun) -> str:
-    """Return what samples a run; one that learnt from preferences has no rewards of its own."""
+    """Return the command that samples a run; a run on preferences needs rewards for that."""
     rewards = "" if run.online else " --rewards REWARDS.yaml"
     return f"falign evaluate samples {path_of(run)}{rewards}"
 
 
 def lacking(runs: Sequence[ReportedRun], has: Sequence[ReportedRun], command: Callable[[ReportedRun], str]) -> Html:
-    """Return a line on the runs that lack what others have, with the command for the first of them."""
+    """Return a line on the runs that lack content of others, with the command for the first of them."""
     without = [run for run in runs if run not in has]
     if not without or not has:
         return Html("")

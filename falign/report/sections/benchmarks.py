@@ -1,4 +1,4 @@
-"""Reward benchmarks: scores with intervals, calibration, and what was left out."""
+"""Reward benchmarks: scores with intervals, calibration, and omitted items."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Found = Sequence[tuple[ReportedRun, RewardSummary]]
 
 
 def command(run: ReportedRun) -> str:
-    """Return what measures a run on a benchmark."""
+    """Return the command that measures a run on a benchmark."""
     return f"falign evaluate rewards {path_of(run)} rm_bench"
 
 
 def benchmarks(runs: Sequence[ReportedRun]) -> Section:
-    """Show how well each run's implicit reward tells better from worse, and how well it knows."""
+    """Show the accuracy and the calibration of each run's implicit reward."""
     has = [run for run in runs if run.rewards]
     if not has:
         return Section("benchmarks", TITLE, missing("Not measured yet:", command(runs[0])))
@@ -47,14 +47,14 @@ def benchmarks(runs: Sequence[ReportedRun]) -> Section:
 
 
 def _about(found: Found) -> Html:
-    """What was measured, once where it is the same for all runs."""
+    """Describe the measured items, once if they are the same for all runs."""
     lines = []
     for _, summary in found:
         skipped = ", ".join(f"{count} {reason}" for reason, count in summary.skipped.items() if count)
         told = [f"{summary.num_items} items of {summary.source or summary.benchmark}"]
         told += [f"left out: {skipped}"] if skipped else []
         absent = ", ".join(summary.missing_subsets)
-        told += [f"no score, as {absent} are missing; the plain mean is in its place"] if absent else []
+        told += [f"no score, because {absent} are missing; the plain mean replaces it"] if absent else []
         lines.append("; ".join(told))
     if len(set(lines)) == 1:
         return tag("p", f"{lines[0]}.", attributes={"class": "note"})
@@ -67,11 +67,11 @@ def _scorers(name: str, found: Found) -> Html:
     rows = [
         [run_name(run), *(interval(_whole(summary, scorer), share) for scorer in scorers)] for run, summary in found
     ]
-    return table(f"Score on {name} by what scores, with intervals", ["run", *map(_spoken, scorers)], rows, stacked=True)
+    return table(f"Score on {name} by scorer, with intervals", ["run", *map(_spoken, scorers)], rows, stacked=True)
 
 
 def _sections(name: str, found: Found) -> Html:
-    """The parts of the benchmark under the main scorer, and under all others where they are asked for."""
+    """Tabulate the parts of the benchmark under the main scorer, and under the others on demand."""
     scorers = dict.fromkeys([found[0][1].main_scorer, *(scorer for _, summary in found for scorer in summary.scorers)])
     tables = []
     for scorer in scorers:

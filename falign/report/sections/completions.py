@@ -16,7 +16,7 @@ TITLE = "Completions, before and after"
 
 
 def completions(runs: Sequence[ReportedRun]) -> Section:
-    """Show what the runs wrote."""
+    """Show completions of the runs."""
     found: dict[str, list[tuple[ReportedRun, Answers]]] = {}
     for run in runs:
         for answers in answers_of(run):

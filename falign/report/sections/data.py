@@ -58,7 +58,7 @@ def data(runs: Sequence[ReportedRun]) -> Section:
 
 
 def _sources(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
-    """Each source once, though several runs may have read it; another count is another row."""
+    """List each source once, even if several runs read it; a different count makes another row."""
     rows: dict[str, list[str]] = {}
     for run in runs:
         for use, name in (("training", "sources"), ("held out", "eval_sources")):

@@ -28,7 +28,7 @@ LABELS = {
     "clipped": "without an end",
 }
 ASIDE = re.compile(r"(pass@|reward/best_of_)\d+|divergence/[^/]+/(?!vocabulary$).*")
-"""Long series, and estimates of divergences that vary more than others."""
+"""Values shown on demand: long series, and the noisier estimates of divergences."""
 Found = Sequence[tuple[ReportedRun, SampleSummary]]
 
 
@@ -53,7 +53,7 @@ def diversity(runs: Sequence[ReportedRun]) -> Section:
 
 
 def _about(found: Found) -> Html:
-    """What was sampled, once where it is the same for all runs."""
+    """Describe the samples, once if they are the same for all runs."""
     sources = {summary.source for _, summary in found if summary.source is not None}
     told = list(dict.fromkeys(_told(summary) for _, summary in found))
     source = f", from {sources.pop()}" if len(sources) == 1 else ""
@@ -70,7 +70,7 @@ def _told(summary: SampleSummary) -> str:
 
 
 def _metrics(name: str, found: Found) -> Html:
-    """The metrics of each run beside those of the reference; others where they are asked for."""
+    """Tabulate the metrics of each run beside those of the reference; further ones on demand."""
     names = dict.fromkeys(metric.removeprefix(REFERENCE) for _, summary in found for metric in summary.metrics)
     columns = [*_references(found), *((run_name(run), summary.metrics) for run, summary in found)]
     head = ["", *(column for column, _ in columns)]
@@ -85,7 +85,7 @@ def _metrics(name: str, found: Found) -> Html:
 
 
 def _references(found: Found) -> list[tuple[Html, dict[str, Estimate]]]:
-    """The reference's own samples: once where those of all runs are the same."""
+    """Return the samples of the reference, once if they are the same for all runs."""
     measured = [
         (
             run,
@@ -122,7 +122,7 @@ FRONTIER_TITLE = "Frontier: reward against divergence"
 
 
 def frontier(runs: Sequence[ReportedRun]) -> Section:
-    """Show how much reward each run has for how much divergence, and what would be possible."""
+    """Show reward against divergence of each run, and the ideal frontiers."""
     groups = _groups(runs)
     has = [run for run in runs if any(run is other for found in groups.values() for other, _, _ in found)]
     if not has:
@@ -149,7 +149,7 @@ def frontier(runs: Sequence[ReportedRun]) -> Section:
 def _groups(
     runs: Sequence[ReportedRun],
 ) -> dict[tuple[str, str], list[tuple[ReportedRun, SampleSummary, Frontier]]]:
-    """What belongs into one plot, by its name and axis: measured on the same prompts, with the same axis."""
+    """Group the evaluations by plot: the same prompts and the same axis."""
     groups: dict[tuple[str, str], list[tuple[ReportedRun, SampleSummary, Frontier]]] = {}
     for run in runs:
         for summary in run.sampled.values():

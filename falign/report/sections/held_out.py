@@ -17,18 +17,18 @@ TITLE = "Held out, before and after"
 
 
 def held_out(runs: Sequence[ReportedRun]) -> Section:
-    """Tabulate what each run changed on data that it did not learn from."""
+    """Tabulate the held-out values of each run before and after training."""
     found = [run for run in runs if run.before]
     lines = []
     if running := [run for run in runs if not run.ended]:
         names = ", ".join(run.label for run in running)
-        text = f"Not ended: {names}. Values after training come when it has; what was stopped goes on by"
+        text = f"Not ended: {names}. Values after training appear when it has ended; resume a stopped run by"
         lines.append(missing(text, f"falign train {path_of(running[0])}/run.yaml --resume"))
     if len(found) < len(runs):
         fields = "`data.eval_size` or `prompts.eval_size`"
         names = ", ".join(run.label for run in runs if run not in found)
         lines.append(
-            missing(f"Nothing is held out in {names}: set {fields} in the run file and train:", "falign train RUN.yaml")
+            missing(f"No data is held out in {names}: set {fields} in the run file and train:", "falign train RUN.yaml")
         )
     if not found:
         return Section("held-out", TITLE, joined(lines))

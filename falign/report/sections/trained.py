@@ -1,4 +1,4 @@
-"""What was trained: method, divergence, model, versions, the command to do it again, and how the runs differ."""
+"""The training: method, divergence, model, versions, the command to repeat it, and differences between runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BESIDE = frozenset({"kind", "divergence", "beta", "target"})
 
 
 def trained(runs: Sequence[ReportedRun]) -> Section:
-    """Say what each run is, and how to repeat it."""
+    """Describe each run, and how to repeat it."""
     rows = [[label, *(say(run) for run in runs)] for label, say in ROWS.items()]
     rows = [row for row in rows if any(cell != NOTHING for cell in row[1:])]
     body = [table("What was trained", ["", *map(run_name, runs)], rows, text=True, quiet=True)]
@@ -57,7 +57,7 @@ def _differences(runs: Sequence[ReportedRun]) -> Html:
 
 
 def _breakable(name: str) -> list[str]:
-    """A field's name, whose parts may stand below each other."""
+    """Return the name of a field, with possible line breaks between its parts."""
     first, *others = name.split(".")
     return [first, *(part for other in others for part in (tag("wbr"), f".{other}"))]
 
@@ -74,7 +74,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _said(value: Any) -> str:
-    """A value of the run file as it is written there."""
+    """Return a value as it is written in the run file."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return ", ".join(map(_said, value)) if isinstance(value, list) else str(value)
