@@ -71,6 +71,6 @@ def _checked(folder: RunFolder, name: str, validate: Any) -> Any:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise ConfigError(
-            f"{folder.path / name} has not the form in which runs write it ({place}: {first['msg']}): restore it, or "
-            "run anew."
+            f"{folder.path / name} does not have the form that runs write ({place}: {first['msg']}): restore it, or "
+            "run again."
         ) from error

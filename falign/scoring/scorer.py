@@ -150,6 +150,9 @@ def detached_scores(
         references: See there.
         value_head: See there.
         chunk_tokens: See there.
+
+    Returns:
+        The scores, without gradient.
     """
     with torch.no_grad(), evaluation_mode(model):
         return completion_scores(
