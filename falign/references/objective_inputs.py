@@ -57,7 +57,7 @@ def objective_inputs(
         batch: The rows to score.
         references: By name. Each that is needed runs once, whatever it is needed for, and the others do not run.
         objective: Its ``needs`` and ``measures`` say what is computed.
-        measures: Further ones, to be logged; those of the objective come first where two have one name.
+        measures: Further ones, to be logged, under other names than those of the objective.
         chunk_tokens: How many positions reach the head at once.
         wrapped: The policy in what makes it run on several devices, to be called in its place; the references get the
             policy itself, whose adapters they may have to switch.
@@ -97,7 +97,8 @@ def objective_inputs(
         value_head=value_head if "values" in objective.needs else None,
         chunk_tokens=chunk_tokens,
     )
-    found |= {field_of_reference(name): logprobs for name, logprobs in scores.references.items()}
+    # What is known stays: the reference may have moved since, and a measure that is only logged changes nothing.
+    found = {**{field_of_reference(name): logprobs for name, logprobs in scores.references.items()}, **found}
     found |= {f"measures.{name}": values for name, values in scores.measures.items()}
     if scores.values is not None:
         found["values"] = scores.values

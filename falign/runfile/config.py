@@ -13,9 +13,10 @@ from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model
 from falign.data import DataSource, InMemory, LengthPolicy, PreferenceData, Window, load_preferences
 from falign.data.memory import PYTHON
 from falign.errors import ConfigError
-from falign.objectives import Objective, field_of
+from falign.objectives import Measure, Objective, field_of, get_measure
 from falign.objectives.batch import OFFLINE
-from falign.runfile.base_config import FrozenModel
+from falign.registry import is_own_name
+from falign.runfile.base_config import FrozenModel, refusals
 from falign.runfile.objective_config import ObjectiveConfig, PairwiseConfig
 from falign.runfile.online_check import check_samples
 from falign.runfile.prompts_config import PromptsConfig, RehearsalDataConfig, RolloutConfig, with_rows
@@ -375,6 +376,9 @@ class RunConfig(FrozenModel):
     rewards: list[RewardConfig] = []
     rehearsal: RehearsalDataConfig | None = None
     objective: ObjectiveConfig = PairwiseConfig()
+    measures: dict[str, str] = {}
+    """Quantities of the policy's next-token distributions to log as ``measures/NAME``, besides what the objective
+    reads: ``entropy``, ``divergence_to(jensen_shannon)``, or ``module:Name`` of your own."""
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
 
@@ -401,6 +405,9 @@ class RunConfig(FrozenModel):
         _check_attention(self.model.attn_implementation)
         check_reference(self.reference, adapter=self.adapter is not None)
         objective = self.objective.unfitted().build()
+        for field, name in self._named_measures().items():
+            if not is_own_name(name):  # the code of one's own is imported where the run is trained, and not before
+                get_measure(name, field=field)
         if self.prompts is None:
             self._check_offline(objective)
         else:
@@ -431,6 +438,19 @@ class RunConfig(FrozenModel):
             require_path(self.adapter.init)
         for path in [*self.reference.model_paths(), *(path for part in self.rewards for path in part.model_paths())]:
             require_path(path)
+
+    def build_measures(self) -> dict[str, Measure]:
+        """Return the measures to log, by name.
+
+        Raises:
+            ConfigError: A name is unknown, or one's own measure cannot be imported or is none.
+        """
+        named = zip(self.measures, self._named_measures().items(), strict=True)
+        with refusals("measures"):
+            return {name: get_measure(value, field=field) for name, (field, value) in named}
+
+    def _named_measures(self) -> dict[str, str]:
+        return {f"measures.{name}": value for name, value in self.measures.items()}
 
     def models_that_read_ids(self) -> Iterator[tuple[str, str]]:
         """Return the field and path of each other model that is given the policy's token ids."""

@@ -135,7 +135,7 @@ def is_recorded(run_file: Path) -> bool:
 def _code_in(value: Any, prefix: str = "", *, is_own: bool = False) -> Iterator[tuple[str, str]]:
     """Yield the paths of fields that name code, in the section ``value`` of an own member if ``is_own``."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    is_own = is_own or (isinstance(value, dict) and is_own_name(str(value.get("kind"))))
+    is_own = is_own or prefix == "measures." or (isinstance(value, dict) and is_own_name(str(value.get("kind"))))
     for name, inner in items:
         if _is_code(str(name), inner, is_own=is_own):
             yield f"{prefix}{name}", str(inner)

@@ -49,9 +49,12 @@ def offline_trainer(
         console=console,
     )
     reference = parts.reference
-    if config.reference.cache is not None and "reference" in references_of(objective.measures.values()):
+    measures = config.build_measures()
+    whole = references_of([*objective.measures.values(), *measures.values()])
+    if config.reference.cache is not None and "reference" in whole:
         console.print(
-            "reference.cache is not used: this objective needs the reference's whole distributions, computed live.",
+            "reference.cache is not used: the objective or a measure needs the reference's whole distributions, "
+            "computed live.",
             style="yellow",
         )
     elif config.reference.cache is not None:
@@ -65,6 +68,7 @@ def offline_trainer(
         eval_trees=data.eval,
         scorer=parts.scorer,
         tokens_per_batch=config.training.tokens_per_batch,
+        measures=measures,
         skip_bad=config.training.skip_bad,
         advise=lambda text: console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True),
         processing_class=language.tokenizer,

@@ -22,6 +22,7 @@ from falign.objectives import (
     complete,
     field_of,
     reduce_terms,
+    reference_names,
     total_weights,
 )
 from falign.objectives.batch import OFFLINE
@@ -78,6 +79,15 @@ class AlignmentTrainer(ResumableTrainer):
         objective = complete(objective)
         if unknown := sorted(name for name in objective.needs if field_of(name) not in self.supplied):
             raise ConfigError(f"This objective reads {unknown} of a batch, and {type(self).__name__} supplies none.")
+        self.reference, self.objective, self.measures = reference, objective, dict(measures or {})
+        if twice := sorted(self.measures.keys() & objective.measures.keys()):
+            raise ConfigError(f"measures.{twice[0]}: the objective has a measure of this name; give another name.")
+        asked = {**self.measures, **objective.measures}
+        if missing := sorted(reference_names(objective.needs, asked) - self.references.keys()):
+            raise ConfigError(
+                f"The objective or a measure reads the reference {missing[0]!r}, and the references are "
+                f"{', '.join(self.references)}: add it under this name."
+            )
         self.scorer = scorer
 
         def collate(trees: list[PromptTree]) -> dict[str, Any]:
@@ -96,8 +106,6 @@ class AlignmentTrainer(ResumableTrainer):
             advise=advise,
             **kwargs,
         )
-        self.reference, self.objective = reference, objective
-        self.measures = dict(measures or {})
         self.contract = ObjectiveContract()
         self.value_head: nn.Module | None = None
 

@@ -380,6 +380,36 @@ def test_a_divergence_beside_the_run_file_is_found_by_the_installed_command(run_
     assert "cautious" in (tmp_path / "run" / "run.yaml").read_text()
 
 
+@pytest.mark.parametrize("kind", ["pairwise", "token_pairwise"])
+def test_measures_of_ones_own_and_of_the_registry_are_logged_and_change_nothing_of_the_training(
+    falign, run_file, tmp_path, monkeypatch, kind
+):
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.delitem(sys.modules, "least_measure", raising=False)
+    (tmp_path / "least_measure.py").write_text(
+        "class Least:\n"
+        "    references = frozenset({'reference'})\n"
+        "    def __call__(self, at):\n"
+        "        return -(at.logprobs - at.reference()).abs().amax(dim=-1)\n"
+    )
+    logs = {}
+    asked = {"least": "least_measure:Least", "js": "divergence_to(jensen_shannon)"}
+    for name, measures in {"with": asked, "without": {}}.items():
+        changes = {"objective": {"kind": kind}, "measures": measures, "training": {"max_steps": 2}}
+        status, _, err = falign("train", run_file(output_dir=str(tmp_path / name), **changes))
+        assert status == 0, err
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        logs[name] = [log for log in lines if "loss" in log]
+    (first, second), without = logs["with"], logs["without"]
+    assert [log["loss"] for log in logs["with"]] == pytest.approx([log["loss"] for log in without], rel=1e-6)
+    # Before the first update policy and reference are the same.
+    assert first["measures/least"] == pytest.approx(0.0, abs=1e-6)
+    assert first["measures/js"] == pytest.approx(0.0, abs=1e-6)
+    assert second["measures/least"] < -1e-4
+    assert second["measures/js"] > 0
+    assert not [name for log in without for name in log if name.startswith("measures/")]
+
+
 def test_an_error_of_the_operating_system_is_an_error_and_no_traceback(falign, run_file, tmp_path):
     status, _, err = falign("train", run_file(), f"output_dir={tmp_path / 'pairs.jsonl' / 'x'}")
     assert status == 2

@@ -221,6 +221,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             rewards=With([{"function": "tests.training.prompts:short"}], online=True),
             rehearsal=With({"path": "rehearsal2.jsonl"}, online=True, run=REHEARSES),
             objective={"kind": "listwise"},
+            measures={"to_reference": "divergence_to(jensen_shannon)"},
             training={"learning_rate": 0.5, "max_steps": 8, "per_device_train_batch_size": 4},
             sampling={"prompts": ["question 2: "], "max_new_tokens": 4},
         ),

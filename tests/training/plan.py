@@ -20,7 +20,7 @@ from falign.training.run import _answers
 
 PLAIN = (type(None), bool, int, str, bytes, Path, torch.dtype, torch.device, range)
 OF_THE_TRAINER = (
-    *("policy", "reference", "objective", "args", "scorer", "tokens_per_batch"),
+    *("policy", "reference", "objective", "measures", "args", "scorer", "tokens_per_batch"),
     *("train_dataset", "eval_dataset", "rehearsal", "rehearsal_size", "prompts", "eval_prompts"),
     *("value_head", "sampler", "evaluation_sampler", "guard", "max_gap", "correction"),
 )

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from falign.errors import TrainingError
+from falign.errors import ConfigError, TrainingError
 from falign.objectives import FDPO, CompletionBatch, Measure, Objective, ObjectiveOutput, Term
 from falign.references import AdapterOff
 from tests.equivalence.runs import lora_policy, run, trees
@@ -38,6 +38,52 @@ class Weighted:
         if self.kind == "other shape":
             terms = (Term(losses[: len(weights)], weights),)
         return ObjectiveOutput(terms, {})
+
+
+@dataclass(frozen=True)
+class Broken:
+    """f-DPO that breaks one rule of the contract, as named."""
+
+    kind: str
+    needs = frozenset({"reference_logprobs", "preference"})
+    measures: ClassVar[dict[str, Measure]] = {}
+
+    def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
+        (term,), metrics = FDPO()(batch)
+        trained = bool(batch.logprobs.detach().any())
+        terms = {
+            "another name": (term._replace(name="trained" if trained else "planned"),),
+            "one term more": (term, term) if trained else (term,),
+            "negative weight": (term._replace(losses=-term.losses, weights=-term.weights),),
+            "detached losses": (term._replace(losses=term.losses.detach()),),
+        }.get(self.kind, (term,))
+        wrong = {"attached metric": term.losses, "mean as metric": term.losses.detach().mean()}.get(self.kind)
+        return ObjectiveOutput(terms, metrics if wrong is None else {**metrics, "wrong": wrong})
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ("another name", r"the terms \[trained\], and \[planned\] before the forward pass. An objective must return"),
+        ("one term more", r"the terms \[pairwise, pairwise\], and \[pairwise\] before"),
+        ("negative weight", "term pairwise has a negative weight"),
+        ("detached losses", r"no loss of \[pairwise\] carries a gradient"),
+        ("attached metric", "the metric 'wrong' of the objective carries a gradient"),
+        ("mean as metric", r"the metric 'wrong' of the objective has shape \(\). A metric must be"),
+    ],
+)
+def test_a_broken_contract_is_stopped_with_the_rule(tmp_path, kind, found):
+    settings = {"per_device_train_batch_size": 2, "max_steps": 1}
+    with pytest.raises(TrainingError, match=rf"Step 1: .*{found}"):
+        run(tmp_path, lora_policy(trained=True), AdapterOff(), Broken(kind), train=trees(4), **settings)
+
+
+def test_a_reference_that_is_not_there_is_named_before_training(tmp_path):
+    class OfTeacher(Broken):
+        needs = frozenset({"references.teacher"})
+
+    with pytest.raises(ConfigError, match="reads the reference 'teacher', and the references are reference"):
+        run(tmp_path, lora_policy(), AdapterOff(), OfTeacher("none"), train=trees(4), max_steps=1)
 
 
 def start(tmp_path, kind, *, trained=True, steps=1):

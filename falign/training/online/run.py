@@ -123,6 +123,7 @@ def online_trainer(
         parts.policy,
         reference=parts.reference,
         objective=objective,
+        measures=config.build_measures(),
         args=args,
         sampler=samplers[0],
         evaluation_sampler=samplers[1],
