@@ -145,7 +145,7 @@ def load_run(
         )
     policy, tokenizer, config = load_trained(folder, checkpoint, trust_code=trust_code)
     policy.to(_device())  # pyright: ignore[reportArgumentType]
-    reference = rebuild_reference(config, policy, folder, device=_device())
+    reference = rebuild_reference(config, policy, tokenizer, folder, device=_device())
     if checkpoint is not None:
         reference.load(checkpoint_folder(folder, checkpoint), policy)
     window = _window(config)
@@ -248,7 +248,7 @@ def run_objective(path: str, *, trust_code: bool = False) -> BaseObjective:
 
     Args:
         path: The run folder.
-        trust_code: Whether a divergence that the run folder names (module:attribute) may be imported.
+        trust_code: Whether a divergence or a reference that the run folder names (module:Name) may be imported.
 
     Raises:
         ConfigError: The run is missing, its run file is damaged, or it names code that is not trusted or has changed.
@@ -258,11 +258,12 @@ def run_objective(path: str, *, trust_code: bool = False) -> BaseObjective:
     from falign.runs.named_code import import_from, named_code, own_code, read_run
 
     folder = RunFolder.open(path)
-    config = read_run(folder, uses=["objective"], trust_code=trust_code)
-    if code := named_code(config, ["objective"]):
+    uses = ["objective", "reference", "references"]
+    config = read_run(folder, uses=uses, trust_code=trust_code)
+    if code := {field: value for field, value in named_code(config, uses).items() if ":" in value}:
         import_from(Path.cwd())
         recorded = folder.read_inputs()["hashes"]["objective_code"]
-        if any(recorded.get(name) != hashes for name, hashes in own_code(config, {"objective"}).items()):
+        if any(recorded.get(name) != hashes for name, hashes in own_code(config, {*uses}).items()):
             field, value = next(iter(code.items()))
             raise ConfigError(
                 f"{path} was trained with other code of {field}={value}, so its rewards would be others: restore the "

@@ -206,7 +206,7 @@ class SampleEvaluation:
         if not is_run(self.model):
             return None
         # Its rewards are built only where no others are given.
-        uses = ["model", "objective", *(["rewards"] if self.rewards is None else [])]
+        uses = ["model", "objective", "reference", "references", *(["rewards"] if self.rewards is None else [])]
         config = read_run(RunFolder.open(self.model), uses=uses, trust_code=self.trust_code)
         if named_code(config, uses):
             import_from(Path.cwd())

@@ -1,7 +1,7 @@
 """The distributions that a policy is held to."""
 
 from falign.references.adapters import AdapterOff, AdapterReference
-from falign.references.base import Reference, check_same_at_start, detached_logprobs, detached_states
+from falign.references.base import REFERENCE, Reference, check_same_at_start, detached_logprobs, detached_states
 from falign.references.cached import Cached
 from falign.references.frozen_model import FrozenModel
 from falign.references.moving import MovingAverage, MovingReference, MovingRule, PeriodicReset
@@ -15,6 +15,7 @@ from falign.references.soup import Soup
 from falign.references.store import CacheKey, LogprobStore, entry_digest
 
 __all__ = [
+    "REFERENCE",
     "AdapterOff",
     "AdapterReference",
     "CacheKey",

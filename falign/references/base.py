@@ -25,7 +25,12 @@ from falign.scoring import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Reference", "check_same_at_start", "detached_logprobs", "detached_states"]
+__all__ = ["REFERENCE", "Reference", "check_same_at_start", "detached_logprobs", "detached_states"]
+
+
+REFERENCE = "reference"
+"""Name of the reference whose log-probabilities are ``reference_logprobs``, and whose activations make token weights;
+metrics and evaluation compare with it."""
 
 
 class Reference(ABC):

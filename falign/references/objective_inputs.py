@@ -17,13 +17,10 @@ from falign.objectives import (
     references_of,
     token_weighting,
 )
-from falign.references.base import Reference
+from falign.references.base import REFERENCE, Reference
 from falign.scoring import DEFAULT_CHUNK_TOKENS, Distribution, TokenBatch, completion_scores
 
 __all__ = ["ObjectiveInputs", "completion_batch", "field_of_reference", "objective_inputs"]
-
-REFERENCE = "reference"
-"""The reference whose log-probabilities are ``reference_logprobs``, and whose activations make token weights."""
 
 
 class ObjectiveInputs(NamedTuple):

@@ -24,16 +24,19 @@ from falign.runfile.reference_config import (
     AutoReferenceConfig,
     FrozenReferenceConfig,
     MovingAverageConfig,
+    OwnReferenceConfig,
     PeriodicResetConfig,
     ReferenceConfig,
     SoupConfig,
 )
+from falign.runfile.reference_section import BuildContext, ReferenceSection
 
 __all__ = [
     "AdapterConfig",
     "AdapterOffConfig",
     "AdapterReferenceConfig",
     "AutoReferenceConfig",
+    "BuildContext",
     "DataConfig",
     "DistributionMatchingConfig",
     "FrozenReferenceConfig",
@@ -42,10 +45,12 @@ __all__ = [
     "ModelConfig",
     "MovingAverageConfig",
     "ObjectiveConfig",
+    "OwnReferenceConfig",
     "PairwiseConfig",
     "PeriodicResetConfig",
     "PolicyGradientConfig",
     "ReferenceConfig",
+    "ReferenceSection",
     "RehearsalConfig",
     "RunConfig",
     "SamplingConfig",

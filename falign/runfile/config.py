@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -13,14 +14,15 @@ from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model
 from falign.data import DataSource, InMemory, LengthPolicy, PreferenceData, Window, load_preferences
 from falign.data.memory import PYTHON
 from falign.errors import ConfigError
-from falign.objectives import Measure, Objective, field_of, get_measure
+from falign.objectives import Measure, Objective, complete, field_of, get_measure, reference_names
 from falign.objectives.batch import OFFLINE
 from falign.registry import is_own_name
 from falign.runfile.base_config import FrozenModel, refusals
 from falign.runfile.objective_config import ObjectiveConfig, PairwiseConfig
 from falign.runfile.online_check import check_samples
 from falign.runfile.prompts_config import PromptsConfig, RehearsalDataConfig, RolloutConfig, with_rows
-from falign.runfile.reference_config import AutoReferenceConfig, ReferenceConfig, check_moves, check_reference
+from falign.runfile.reference_config import AutoReferenceConfig, ReferenceConfig
+from falign.runfile.reference_section import ReferenceSection
 from falign.runfile.reward_config import RewardConfig
 from falign.runfile.trackers import check_trackers
 from falign.scoring import DEFAULT_CHUNK_TOKENS
@@ -357,6 +359,9 @@ def _objects(value: Any, place: str = "") -> Iterator[str]:
         yield place.removesuffix(".path").strip(".")
 
 
+REFERENCE = "reference"  # falign.references.REFERENCE, which would load the models' libraries
+REFERENCE_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
 ONLINE_SECTIONS = ("rollout", "rewards", "rehearsal")
 
 
@@ -369,6 +374,9 @@ class RunConfig(FrozenModel):
     model: ModelConfig
     adapter: AdapterConfig | None = AdapterConfig()
     reference: ReferenceConfig = AutoReferenceConfig()
+    """What the policy is held to; or, for an objective that reads several, in its place:"""
+    references: dict[str, ReferenceConfig] = {}
+    """By the name under which the objective reads it; ``reference`` is what metrics and evaluation compare with."""
     data: DataConfig | None = None
     """Completions that are there; or, in an online run, in its place:"""
     prompts: PromptsConfig | None = None
@@ -381,6 +389,20 @@ class RunConfig(FrozenModel):
     reads: ``entropy``, ``divergence_to(jensen_shannon)``, or ``module:Name`` of your own."""
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
+
+    @model_serializer(mode="wrap")
+    def _without_the_other_form(self, handler: Any) -> dict[str, Any]:
+        dropped = "reference" if self.references else "references"
+        return {name: value for name, value in handler(self).items() if name != dropped}
+
+    def reference_sections(self) -> dict[str, ReferenceSection]:
+        """Return the sections of the references by name; one of your own kind is imported."""
+        given = self.references or {REFERENCE: self.reference}
+        return {name: section.resolved(self) for name, section in given.items()}
+
+    def field_of(self, reference: str) -> str:
+        """Return the section of a reference in the run file."""
+        return f"references.{reference}" if self.references else "reference"
 
     @property
     def chat(self) -> bool | None:
@@ -403,11 +425,8 @@ class RunConfig(FrozenModel):
         if self.adapter is None and self.model.quantization is not None:
             raise ConfigError("model.quantization=nf4 with adapter=null: 4-bit weights do not train; add an adapter.")
         _check_attention(self.model.attn_implementation)
-        check_reference(self.reference, adapter=self.adapter is not None)
         objective = self.objective.unfitted().build()
-        for field, name in self._named_measures().items():
-            if not is_own_name(name):  # the code of one's own is imported where the run is trained, and not before
-                get_measure(name, field=field)
+        self._check_references(objective)
         if self.prompts is None:
             self._check_offline(objective)
         else:
@@ -436,8 +455,9 @@ class RunConfig(FrozenModel):
         require_model(self.model.path)
         if self.adapter is not None and self.adapter.init is not None:
             require_path(self.adapter.init)
-        for path in [*self.reference.model_paths(), *(path for part in self.rewards for path in part.model_paths())]:
-            require_path(path)
+        for part in (*self.reference_sections().values(), *self.rewards):
+            for path in part.model_paths():
+                require_path(path)
 
     def build_measures(self) -> dict[str, Measure]:
         """Return the measures to log, by name.
@@ -454,7 +474,8 @@ class RunConfig(FrozenModel):
 
     def models_that_read_ids(self) -> Iterator[tuple[str, str]]:
         """Return the field and path of each other model that is given the policy's token ids."""
-        yield from self.reference.models_that_read_ids(own=self.model.path)
+        for name, section in self.reference_sections().items():
+            yield from section.models_that_read_ids(field=self.field_of(name), own=self.model.path)
         for i, reward in enumerate(self.rewards):
             yield from ((f"rewards.{i}.{field}", path) for field, path in reward.models_that_read_ids())
 
@@ -475,6 +496,35 @@ class RunConfig(FrozenModel):
         for path, size in sizes.items():
             if size is not None:
                 check_token_rows(rows, num_rows=size, model=path, tokenizer=tokenizer)
+
+    def _check_references(self, objective: Objective) -> None:
+        """Refuse references that contradict each other, or are not what the objective reads."""
+        if self.references and "reference" in self.model_fields_set:
+            raise ConfigError(
+                "reference and references exclude each other: write the one under references, as "
+                "`references: {reference: {...}, teacher: {...}}`."
+            )
+        for name, section in self.reference_sections().items():
+            if not REFERENCE_NAME.fullmatch(name):
+                raise ConfigError(
+                    f"references.{name}: a name is a lower-case letter, then letters, digits and underscores."
+                )
+            section.check(field=self.field_of(name), adapter=self.adapter is not None)
+        whole, named = complete(objective), self._named_measures()
+        measures = {field: get_measure(name, field=field) for field, name in named.items() if not is_own_name(name)}
+        given, read = self.reference_sections().keys(), reference_names(whole.needs, {**whole.measures, **measures})
+        if missing := sorted(read - given):
+            raise ConfigError(
+                f"The objective (kind={self.objective.kind}) or a measure reads the reference {missing[0]!r}, and the run "
+                f"has {', '.join(sorted(given))}: add it under references, as "
+                f"`references: {{{', '.join(f'{name}: {{kind: ...}}' for name in sorted({*given, *read}))}}}`."
+            )
+        unread = sorted(given - read - {REFERENCE})
+        if unread and len(measures) == len(named):  # what measures of one's own read is known once they are imported
+            raise ConfigError(
+                f"references.{unread[0]}: neither objective.kind={self.objective.kind} nor a measure reads a reference "
+                f"of this name (they read {', '.join(sorted(read)) or 'none'}): leave it out."
+            )
 
     def _check_offline(self, objective: Objective) -> None:
         if self.data is None:
@@ -514,9 +564,12 @@ class RunConfig(FrozenModel):
                 "a minibatch needs at least one prompt."
             )
         check_samples(self.rollout, self.objective, self.rewards, objective)
-        check_moves(self.reference, updates_per_rollout=self.rollout.num_updates)
-        if self.reference.cache is not None:
-            raise ConfigError("reference.cache: every completion of an online run is new, so nothing is found again.")
+        for name, section in self.reference_sections().items():
+            section.check_rollouts(field=self.field_of(name), updates=self.rollout.num_updates)
+            if section.cache is not None:
+                raise ConfigError(
+                    f"{self.field_of(name)}.cache: every completion of an online run is new, so nothing is found again."
+                )
         if ("from_reference" in objective.needs) != (self.rehearsal is not None):
             raise ConfigError("rehearsal belongs to objective.kind=hybrid, which needs it: give both or neither.")
         if self.training.eval_steps and not (self.prompts.eval or self.prompts.eval_size):

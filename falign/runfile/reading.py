@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
@@ -24,6 +25,8 @@ from falign.runfile.trl_names import FOREIGN_NAMES, near_foreign_name
 __all__ = ["load_reward_list", "load_run_file", "parse_run", "valid_paths"]
 
 MOST_MISTAKES = 20
+NAME = "NAME"  # stands for the names of sections that a user names
+NAMED = [name for name, field in RunConfig.model_fields.items() if get_origin(field.annotation) is dict]
 
 
 def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -100,7 +103,8 @@ def valid_paths(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
     """Yield ``section.field`` of every field of the run file, of all kinds of a section."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        section = f"{prefix}{name}.0." if get_origin(field.annotation) is list else f"{prefix}{name}."
+        inside = {list: "0.", dict: f"{NAME}."}.get(get_origin(field.annotation) or type, "")
+        section = f"{prefix}{name}.{inside}"
         paths = (path for inner in _models(field) for path in valid_paths(inner, section))
         yield from dict.fromkeys(paths)
 
@@ -135,7 +139,7 @@ def _place(location: Sequence[str | int]) -> _Place:
         if field is None:  # an item of a list, or what no model knows
             continue
         models = _models(field)
-        if models and steps and isinstance(steps[0], int):  # an item of a list of sections
+        if models and steps and get_origin(field.annotation) in (list, dict):  # an item of several sections
             parts.append(str(steps.pop(0)))
         if len(models) > 1:
             kinds = {model.model_fields["kind"].default: model for model in models}
@@ -154,7 +158,7 @@ def _types(annotation: Any) -> Iterable[Any]:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _types(arguments[0])
-    if origin in (Union, UnionType, list):
+    if origin in (Union, UnionType, list, dict):
         return [inner for argument in arguments for inner in _types(argument)]
     return [annotation]
 
@@ -220,6 +224,7 @@ def _siblings(path: str) -> dict[str, str]:
     """The keys of the section of a path, and their paths as its writer would write them."""
     section = path.rpartition(".")[0]
     plain = ".".join("0" if part.isdigit() else part for part in section.split("."))
+    plain = re.sub(rf"^({'|'.join(NAMED)})\.[^.]+", rf"\1.{NAME}", plain)
     keys = [known.rpartition(".")[2] for known in valid_paths() if known.rpartition(".")[0] == plain]
     return {key: f"{section}.{key}".strip(".") for key in keys}
 

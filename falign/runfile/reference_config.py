@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 from typing_extensions import override
 
 from falign.errors import ConfigError
-from falign.runfile.base_config import FrozenModel
+from falign.registry import Registry, is_own_name
+from falign.runfile.reference_section import BuildContext, ReferenceSection
+
+if TYPE_CHECKING:
+    from falign import references
+    from falign.runfile.config import RunConfig
 
 __all__ = [
     "AdapterOffConfig",
@@ -18,46 +22,53 @@ __all__ = [
     "AutoReferenceConfig",
     "FrozenReferenceConfig",
     "MovingAverageConfig",
+    "OwnReferenceConfig",
     "PeriodicResetConfig",
     "ReferenceConfig",
     "SoupConfig",
-    "check_moves",
-    "check_reference",
 ]
 
 
-class _ReferenceConfig(FrozenModel):
-    def models_that_read_ids(self, *, own: str) -> Iterator[tuple[str, str]]:
-        """Return the field and path of each model of its own, which is given the policy's token ids.
-
-        Args:
-            own: The policy's path.
-        """
-        yield from ()
-
-    def model_paths(self) -> Iterator[str]:
-        """Return the paths of models and adapters that are loaded besides the policy's."""
-        yield from ()
-
-
-class _FixedReferenceConfig(_ReferenceConfig):
-    cache: Path | None = None
-    """Folder of log-probabilities computed once before training; shared by all runs with the same reference."""
-
-
-class AutoReferenceConfig(_FixedReferenceConfig):
+class AutoReferenceConfig(ReferenceSection):
     """The policy's initial weights: ``adapter_off``; with ``adapter.init`` that adapter; ``frozen`` without adapter."""
 
     kind: Literal["auto"] = "auto"
 
+    @override
+    def resolved(self, config: RunConfig) -> ReferenceSection:
+        if config.adapter is None:
+            return FrozenReferenceConfig(cache=self.cache)
+        if config.adapter.init is None:
+            return AdapterOffConfig(cache=self.cache)
+        return AdapterReferenceConfig(path=config.adapter.init, cache=self.cache)
 
-class AdapterOffConfig(_FixedReferenceConfig):
+
+class AdapterOffConfig(ReferenceSection):
     """The policy without its adapter; no second model in memory."""
 
     kind: Literal["adapter_off"] = "adapter_off"
 
+    @override
+    def check(self, *, field: str, adapter: bool) -> None:
+        _require_adapter(self.kind, field=field, adapter=adapter)
 
-class FrozenReferenceConfig(_FixedReferenceConfig):
+    @override
+    def starts_as_policy(self, config: RunConfig) -> bool:
+        return config.adapter is None or config.adapter.init is None
+
+    @override
+    def build(self, context: BuildContext) -> references.Reference:
+        from falign.models import weights_hash
+        from falign.references import AdapterOff
+
+        return AdapterOff(
+            weights=weights_hash(context.policy),
+            starts_as_policy=self.starts_as_policy(context.config),
+            chunk_tokens=context.config.training.chunk_tokens,
+        )
+
+
+class FrozenReferenceConfig(ReferenceSection):
     """A second model in memory that never changes."""
 
     kind: Literal["frozen"] = "frozen"
@@ -74,9 +85,9 @@ class FrozenReferenceConfig(_FixedReferenceConfig):
             yield self.path
 
     @override
-    def models_that_read_ids(self, *, own: str) -> Iterator[tuple[str, str]]:
+    def models_that_read_ids(self, *, field: str, own: str) -> Iterator[tuple[str, str]]:
         if self.path not in (None, own):
-            yield "reference.path", self.path
+            yield f"{field}.path", self.path
 
     @model_validator(mode="after")
     def _own_fields(self) -> FrozenReferenceConfig:
@@ -88,8 +99,41 @@ class FrozenReferenceConfig(_FixedReferenceConfig):
             )
         return self
 
+    @override
+    def starts_as_policy(self, config: RunConfig) -> bool:
+        own = (config.model.path, config.model.dtype, config.model.quantization)
+        given = (self.path, self.dtype, self.quantization)
+        return (config.adapter is None or config.adapter.init is None) and (self.path is None or given == own)
 
-class AdapterReferenceConfig(_FixedReferenceConfig):
+    @override
+    def build(self, context: BuildContext) -> references.FrozenModel:
+        from falign.models import load_model, model_identity
+        from falign.references import FrozenModel
+
+        config = context.config
+        if self.path is None:
+            model = config.model.build()
+        else:
+            model = load_model(
+                self.path,
+                dtype=self.dtype,
+                quantization=self.quantization,
+                attn_implementation=config.model.attn_implementation,
+                revision=config.model.revision if self.path == config.model.path else None,
+                trust_remote_code=config.model.trust_remote_code,
+            )
+        identity = model_identity(model)
+        model.to(context.device)  # pyright: ignore[reportArgumentType]
+        return FrozenModel(
+            model,
+            weights=identity["weights"],
+            config=identity["config"],
+            starts_as_policy=self.starts_as_policy(context.config),
+            chunk_tokens=context.config.training.chunk_tokens,
+        )
+
+
+class AdapterReferenceConfig(ReferenceSection):
     """A frozen adapter over the policy's base, such as the one from supervised tuning."""
 
     kind: Literal["adapter"] = "adapter"
@@ -100,8 +144,36 @@ class AdapterReferenceConfig(_FixedReferenceConfig):
     def model_paths(self) -> Iterator[str]:
         yield self.path
 
+    @override
+    def check(self, *, field: str, adapter: bool) -> None:
+        _require_adapter(self.kind, field=field, adapter=adapter)
 
-class SoupConfig(_FixedReferenceConfig):
+    @override
+    def starts_as_policy(self, config: RunConfig) -> bool:
+        from falign.models.sources import adapter_folder
+
+        init = None if config.adapter is None else config.adapter.init
+        return init is not None and adapter_folder(self.path).resolve() == adapter_folder(init).resolve()
+
+    @override
+    def build(self, context: BuildContext) -> references.Reference:
+        from falign.models import adapted_weights_hash, load_adapter
+        from falign.models.merging import check_plain_lora
+        from falign.models.sources import adapter_folder
+        from falign.references import AdapterReference
+
+        adapted = load_adapter(context.policy, adapter_folder(self.path), trainable=False, name=context.adapter)
+        check_plain_lora(adapted, context.adapter)  # a fully trained module would be taken for a part of the base
+        return AdapterReference(
+            adapter=context.adapter,
+            weights=adapted_weights_hash(adapted, adapter=context.adapter),
+            path=self.path,
+            starts_as_policy=self.starts_as_policy(context.config),
+            chunk_tokens=context.config.training.chunk_tokens,
+        )
+
+
+class SoupConfig(ReferenceSection):
     """The weighted average of adapters over the policy's base, exactly, or of whole checkpoints (SALSA)."""
 
     kind: Literal["soup"] = "soup"
@@ -115,18 +187,53 @@ class SoupConfig(_FixedReferenceConfig):
         yield from self.paths
 
     @override
-    def models_that_read_ids(self, *, own: str) -> Iterator[tuple[str, str]]:
+    def check(self, *, field: str, adapter: bool) -> None:
+        from falign.models.soup_members import check_weights
+
+        shares = [1 / len(self.paths)] * len(self.paths) if self.weights is None else self.weights
+        try:
+            check_weights(shares, members=len(self.paths))
+        except ConfigError as error:
+            raise ConfigError(f"{field}: {error}") from error
+
+    @override
+    def models_that_read_ids(self, *, field: str, own: str) -> Iterator[tuple[str, str]]:
         from falign.models.soup_members import soup_members
 
         for member in soup_members(self.paths, self.weights):
             if member.kind == "checkpoint":
-                yield "reference.paths", str(member.folder)
+                yield f"{field}.paths", str(member.folder)
+
+    @override
+    def build(self, context: BuildContext) -> references.Reference:
+        from peft import PeftModel
+
+        from falign.models.soup import cached_checkpoint_soup, soup_record
+        from falign.models.soup_members import soup_members
+        from falign.references import Soup
+
+        members = soup_members(self.paths, self.weights)
+        if members[0].kind == "checkpoint":
+            average = FrozenReferenceConfig(path=str(cached_checkpoint_soup(members)))
+            return Soup(average.build(context), record=soup_record(members))
+        if not isinstance(context.policy, PeftModel):
+            raise ConfigError(
+                f"{context.field}.kind=soup of adapters with adapter=null: all weights are trained, so the base would "
+                "move with the policy; give merged checkpoints (`falign export --format merged`)."
+            )
+        return Soup.of_adapters(
+            context.policy,
+            self.paths,
+            weights=self.weights,
+            adapter=context.adapter,
+            chunk_tokens=context.config.training.chunk_tokens,
+        )
 
 
-class _MovingConfig(_ReferenceConfig):
+class _MovingConfig(ReferenceSection):
     every: int = Field(ge=1)
-    """Optimiser steps between two moves. What is logged at a step is measured before the move."""
-    cache: None = None
+    """Optimizer steps between two moves. What is logged at a step is measured before the move."""
+    cache: None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """Not possible here."""
 
     @field_validator("cache", mode="before")
@@ -134,6 +241,50 @@ class _MovingConfig(_ReferenceConfig):
     def _refuse_cache(cls, value: Any) -> None:
         if value is not None:
             raise ValueError("a moving reference gives other log-probabilities after every move; leave the cache out")
+
+    @override
+    def check_rollouts(self, *, field: str, updates: int) -> None:
+        if self.every % updates:
+            raise ConfigError(
+                f"{field}.every={self.every} is no multiple of the {updates} optimizer steps of a rollout "
+                "(rollout.updates times rollout.minibatches), so the reference would move in the midst of one: "
+                "make it one."
+            )
+
+    @override
+    def check_sharding(self, *, field: str) -> None:
+        from falign.references import MovingReference
+
+        raise ConfigError(
+            f"{field}.kind={self.kind} under FSDP2: {MovingReference.cannot_shard}. Start with --launch ddp, or take a "
+            "reference that does not move."
+        )
+
+    @override
+    def starts_as_policy(self, config: RunConfig) -> bool:
+        return True
+
+    def rule(self) -> references.MovingRule:
+        """Return the way in which it follows the policy."""
+        raise NotImplementedError
+
+    @override
+    def build(self, context: BuildContext) -> references.Reference:
+        from peft import PeftModel
+
+        from falign.models import adapted_weights_hash
+        from falign.references import MovingReference
+
+        policy = context.policy
+        if not isinstance(policy, PeftModel):
+            return MovingReference(FrozenReferenceConfig().build(context), rule=self.rule())
+        return MovingReference.beside(
+            policy,
+            rule=self.rule(),
+            adapter=context.adapter,
+            weights=adapted_weights_hash(policy, adapter="default"),
+            chunk_tokens=context.config.training.chunk_tokens,
+        )
 
 
 class MovingAverageConfig(_MovingConfig):
@@ -146,17 +297,63 @@ class MovingAverageConfig(_MovingConfig):
     """Of the adapter that is the average; four times the policy's where left out. What it has no room for is logged
     as ``reference/truncation``."""
 
+    @override
+    def check(self, *, field: str, adapter: bool) -> None:
+        if not adapter and self.rank is not None:
+            raise ConfigError(f"{field}.rank={self.rank} with adapter=null: weights have no rank; leave it out.")
+
+    @override
+    def rule(self) -> references.MovingRule:
+        from falign.references import MovingAverage
+
+        return MovingAverage(alpha=self.alpha, every=self.every, rank=self.rank)
+
 
 class PeriodicResetConfig(_MovingConfig):
     """The policy as it was at the last reset (TR-DPO's hard update, ProRL)."""
 
     kind: Literal["periodic_reset"] = "periodic_reset"
     reset_optimizer: bool = False
-    """Forget the optimiser's moments too."""
+    """Forget the optimizer's moments too."""
+
+    @override
+    def rule(self) -> references.MovingRule:
+        from falign.references import PeriodicReset
+
+        return PeriodicReset(every=self.every, reset_optimizer=self.reset_optimizer)
+
+
+class OwnReferenceConfig(ReferenceSection):
+    """A kind of your own: ``module:Name`` of a subclass of ``ReferenceSection``, which has the further fields."""
+
+    model_config = ConfigDict(extra="allow")
+    named: ClassVar[str] = "module:Name"
+
+    kind: str = named
+
+    @override
+    def resolved(self, config: RunConfig) -> ReferenceSection:
+        """Import the module and return the section that is named, with its fields checked."""
+        section = OWN.get(self.kind, field="reference.kind")
+        try:
+            return section.model_validate(self.model_dump(exclude_unset=True))
+        except ValidationError as error:
+            told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+            raise ConfigError(f"reference of kind={self.kind}: {told}.") from error
+
+
+OWN: Registry[type[ReferenceSection]] = Registry(
+    "reference",
+    {},
+    wanted="section: derive a class from falign.runfile.ReferenceSection with the reference's fields and build()",
+    is_member=lambda found: isinstance(found, type) and issubclass(found, ReferenceSection),
+)
+"""References of a user's own; pydantic tells the built-in kinds apart."""
 
 
 def _kind(value: Any) -> str:
-    return str(value.get("kind", "auto") if isinstance(value, dict) else getattr(value, "kind", "auto"))
+    kind = str(value.get("kind", "auto") if isinstance(value, dict) else getattr(value, "kind", "auto"))
+    return OwnReferenceConfig.named if is_own_name(kind) else kind
 
 
 ReferenceConfig = Annotated[
@@ -166,44 +363,16 @@ ReferenceConfig = Annotated[
     | Annotated[AdapterReferenceConfig, Tag("adapter")]
     | Annotated[SoupConfig, Tag("soup")]
     | Annotated[MovingAverageConfig, Tag("moving_average")]
-    | Annotated[PeriodicResetConfig, Tag("periodic_reset")],
+    | Annotated[PeriodicResetConfig, Tag("periodic_reset")]
+    | Annotated[OwnReferenceConfig, Tag(OwnReferenceConfig.named)],
     Discriminator(_kind),
 ]
 """The reference: ``kind`` names one of these; the first is the default."""
 
 
-def check_reference(reference: ReferenceConfig, *, adapter: bool) -> None:
-    """Refuse what cannot work before anything is loaded.
-
-    Raises:
-        ConfigError: With the fields that contradict each other.
-    """
-    if not adapter and isinstance(reference, AdapterOffConfig | AdapterReferenceConfig):
+def _require_adapter(kind: str, *, field: str, adapter: bool) -> None:
+    if not adapter:
         raise ConfigError(
-            f"reference.kind={reference.kind} with adapter=null: all weights are trained, so the base would move with "
-            "the policy: set reference.kind=frozen."
-        )
-    if not adapter and isinstance(reference, MovingAverageConfig) and reference.rank is not None:
-        raise ConfigError(f"reference.rank={reference.rank} with adapter=null: weights have no rank; leave it out.")
-    if isinstance(reference, SoupConfig):
-        from falign.models.soup_members import check_weights
-
-        shares = [1 / len(reference.paths)] * len(reference.paths) if reference.weights is None else reference.weights
-        try:
-            check_weights(shares, members=len(reference.paths))
-        except ConfigError as error:
-            raise ConfigError(f"reference: {error}") from error
-
-
-def check_moves(reference: ReferenceConfig, *, updates_per_rollout: int) -> None:
-    """Refuse a reference that would move while a rollout that was scored under it is still learnt from.
-
-    Raises:
-        ConfigError: The interval is no multiple of a rollout's updates.
-    """
-    if isinstance(reference, _MovingConfig) and reference.every % updates_per_rollout:
-        raise ConfigError(
-            f"reference.every={reference.every} is no multiple of the {updates_per_rollout} optimiser steps of a "
-            "rollout (rollout.updates times rollout.minibatches), so the reference would move in the midst of one: "
-            "make it one."
+            f"{field}.kind={kind} with adapter=null: all weights are trained, so the base would move with the policy: "
+            f"set {field}.kind=frozen."
         )

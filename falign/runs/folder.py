@@ -21,6 +21,7 @@ from falign.errors import ConfigError, ModelError, TrainingError
 from falign.json_lines import read_journal
 from falign.passwords import without_passwords
 from falign.plain_yaml import plain_yaml
+from falign.references import REFERENCE
 from falign.runfile.config import RunConfig
 from falign.runs.checkpoints import checkpoints, holds, log_marks, newest_whole, step_of, weight_sums, why_damaged
 from falign.runs.inputs import RunInputs, RunRows
@@ -38,7 +39,7 @@ OBSERVERS = frozenset(
 )
 BY_CONTENT = re.compile(
     r"model\.(path|revision|chat_template)|(data|prompts)\.(train|eval)\.\d+\.path|rehearsal\.path"
-    r"|reference\.(path|paths|cache)"
+    r"|(reference|references\.\w+)\.(path|paths|cache)"
 )
 """Settings that only say where something lies: its content is hashed (:class:`RunInputs`, :class:`RunRows`)."""
 
@@ -74,7 +75,7 @@ class RunFolder:
     ``metrics.jsonl``       one log a line
     ``checkpoint-N/``       trainable weights, optimizer, scheduler, random states (``damaged-`` before it: put aside)
     ``adapter/``            the trained adapter in PEFT's layout (``model/`` without adapter)
-    ``reference/``          where a reference that moves has come to
+    ``reference/``          where a reference that moves has come to (``references/NAME/``: others than ``reference``)
     ``completions.jsonl``   in an online run, what the policy wrote and what it was worth
     ``samples.json``        prompts answered before and after
     ``summary.json``        held-out metrics before and after
@@ -131,10 +132,9 @@ class RunFolder:
         """The trained adapter."""
         return self.path / "adapter"
 
-    @property
-    def reference(self) -> Path:
-        """The last state of a reference that moves."""
-        return self.path / "reference"
+    def reference_state(self, name: str = REFERENCE) -> Path:
+        """Return the folder with the last state of a reference that moves."""
+        return self.path / "reference" if name == REFERENCE else self.path / "references" / name
 
     @property
     def weights(self) -> Path:

@@ -27,6 +27,7 @@ MENDS = {
     "base_weights": "restore the weights of model.path, or set model.revision",
     "base_config": "restore config.json of model.path, or set model.revision",
     "reference": "restore the model or adapter that the section reference names",
+    "references": "restore the model or adapter that its section under references names",
     "objective_code": "restore that module",
     "rewards": "restore its code and its files, or give --new-rewards to go on with it as it is now, which is recorded",
 }
@@ -39,6 +40,7 @@ NAMES = {
     "base_weights": "the weights of model.path",
     "base_config": "config.json of model.path",
     "reference": "the reference",
+    "references": "the reference",
     "objective_code": "the code of",
     "rewards": "reward",
 }

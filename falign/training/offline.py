@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import Progress
@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from falign.data import PreferenceData, demonstrations
 from falign.errors import ConfigError
-from falign.objectives import Objective, references_of
+from falign.objectives import Measure, Objective, references_of
 from falign.references import Reference
 from falign.runfile.config import RunConfig
 from falign.runs.progress import BAR
@@ -48,20 +48,10 @@ def offline_trainer(
         longest=config.data.max_length,
         console=console,
     )
-    reference = parts.reference
     measures = config.build_measures()
-    whole = references_of([*objective.measures.values(), *measures.values()])
-    if config.reference.cache is not None and "reference" in whole:
-        console.print(
-            "reference.cache is not used: the objective or a measure needs the reference's whole distributions, "
-            "computed live.",
-            style="yellow",
-        )
-    elif config.reference.cache is not None:
-        reference = _cache(config, parts, language, data, console)
     trainer = AlignmentTrainer(
         parts.policy,
-        reference=reference,
+        references=_with_caches(config, parts, language, {**objective.measures, **measures}, data, console),
         objective=objective,
         args=args,
         train_trees=data.train,
@@ -151,17 +141,38 @@ def _tell(data: PreferenceData, console: Console) -> None:
         )
 
 
-def _cache(config: RunConfig, parts: Parts, language: Language, data: PreferenceData, console: Console) -> Reference:
-    assert config.reference.cache is not None
-    with Progress(*BAR, console=console, transient=True) as progress:
-        task = progress.add_task("reference", total=None)
-        return cached(
-            parts.reference,
-            parts.policy,
-            language.tokenizer,
-            [*data.train, *data.eval],
-            directory=config.reference.cache,
-            batch_size=config.training.per_device_eval_batch_size,
-            scorer=parts.scorer,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+def _with_caches(
+    config: RunConfig,
+    parts: Parts,
+    language: Language,
+    measures: Mapping[str, Measure],
+    data: PreferenceData,
+    console: Console,
+) -> dict[str, Reference]:
+    """Return the references, each that has a cache with its log-probabilities in it, and without its model."""
+    found = dict(parts.references)
+    for name, section in config.reference_sections().items():
+        if section.cache is None:
+            continue
+        if name in references_of(measures.values()):
+            console.print(
+                f"{config.field_of(name)}.cache is not used: the objective or a measure needs the reference's "
+                "whole distributions, computed live.",
+                style="yellow",
+            )
+            continue
+        with Progress(*BAR, console=console, transient=True) as progress:
+            task = progress.add_task(name, total=None)
+            found[name] = cached(
+                parts.references[name],
+                parts.policy,
+                language.tokenizer,
+                [*data.train, *data.eval],
+                directory=section.cache,
+                batch_size=config.training.per_device_eval_batch_size,
+                scorer=parts.scorer,
+                progress=lambda done, total, task=task, progress=progress: progress.update(
+                    task, completed=done, total=total
+                ),
+            )
+    return found

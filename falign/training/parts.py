@@ -29,11 +29,11 @@ from falign.models.sharding import shard
 from falign.models.structure import expert_modules
 from falign.models.tokenizers import check_same_tokens, pad_token_id
 from falign.objectives import Objective, token_weighting
-from falign.references import Reference, check_same_at_start
+from falign.references import REFERENCE, Reference, check_same_at_start
 from falign.runfile.config import RunConfig
 from falign.scoring import PromptTree, Scorer, check_head, choose_layout
 from falign.training.processes import shards
-from falign.training.references import build_reference, starts_as_policy
+from falign.training.references import build_references
 
 __all__ = ["Language", "Parts", "load_language", "load_parts"]
 
@@ -59,14 +59,14 @@ class Parts(NamedTuple):
 
     Attributes:
         policy: What is trained.
-        reference: What it is held to.
-        scorer: Its layout is one that both can read.
+        references: What it is held to, by name.
+        scorer: Its layout is one that all can read.
         record: What the policy is before it is trained: its description, and the content hashes of its base and its
-            configuration, and of the reference's configuration.
+            configuration, and of the references' configurations.
     """
 
     policy: PreTrainedModel | PeftModel
-    reference: Reference
+    references: dict[str, Reference]
     scorer: Scorer
     record: dict[str, Any]
 
@@ -129,18 +129,24 @@ def load_parts(
             enable_gradient_checkpointing(policy)
         if not shards():
             policy.to(args.device)  # pyright: ignore[reportArgumentType]
-        reference = build_reference(config, policy, device=torch.device("cpu") if shards() else args.device)
+        device = torch.device("cpu") if shards() else args.device
+        references = build_references(config, policy, language.tokenizer, device=device)
         # Before 4-bit weights are sharded, which parts them from their scales.
-        own = reference.own_model
+        own = {name: reference.own_model for name, reference in references.items()}
+        configs: dict[str, str] = {
+            name: config_hash(policy if model is None else model)  # pyright: ignore[reportArgumentType]
+            for name, model in own.items()
+        }
         record = {
             "model": asdict(describe(policy)),
             "base_weights": weights_hash(policy),
             "base_storage": base_storage(policy),
             "base_config": config_hash(policy),
-            "reference_config": config_hash(policy if own is None else own),  # pyright: ignore[reportArgumentType]
+            "reference_config": configs.pop(REFERENCE, None),
+            **({"reference_configs": configs} if configs else {}),
         }
         if shards():
-            for model in (policy, own):
+            for model in (policy, *own.values()):
                 if model is not None:
                     shard(model, device=args.device)  # pyright: ignore[reportArgumentType]
         probes = make_probes(policy)
@@ -149,11 +155,13 @@ def load_parts(
         _tell_left_out_rows(policy, console)
     scorer = _scorer(config, policy, probes, language.pad_token_id, console)
     batch = scorer.lay_out(probes[:2], model=policy)
-    if starts_as_policy(config):
-        check_same_at_start(policy, reference, batch)
+    for reference in references.values():
+        if reference.starts_as_policy:
+            check_same_at_start(policy, reference, batch)
     if (weighting := token_weighting(objective.needs)) != "none":
-        reference.states(policy, batch, weighting=weighting)  # a model without such weights is refused before training
-    return Parts(policy, reference, scorer, record)
+        # A model without such weights is refused before training.
+        references[REFERENCE].states(policy, batch, weighting=weighting)
+    return Parts(policy, references, scorer, record)
 
 
 def _tell_experts(policy: PreTrainedModel | PeftModel, console: Console) -> None:

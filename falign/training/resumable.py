@@ -353,10 +353,11 @@ class ResumableTrainer(Trainer, ABC):
         if not is_writer():
             return
         super()._save(output_dir, state_dict)
-        # PEFT writes all adapters, the frozen one of a reference into a folder of its own.
-        frozen = Path(self.args.output_dir if output_dir is None else output_dir) / "ref"  # pyright: ignore[reportArgumentType]
-        if isinstance(self.policy, PeftModel) and frozen.is_dir():
-            shutil.rmtree(frozen)
+        # PEFT writes all adapters, the frozen ones of references into folders of their own.
+        written = Path(str(self.args.output_dir if output_dir is None else output_dir))
+        for name in self.policy.peft_config if isinstance(self.policy, PeftModel) else ():
+            if (written / name).is_dir():
+                shutil.rmtree(written / name)
 
     @override
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

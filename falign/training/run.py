@@ -21,6 +21,7 @@ from falign.models.recorded_base import RecordedBase
 from falign.models.sharding import is_sharded, weights_at_hand
 from falign.models.tokenizers import tokenizer_fingerprint
 from falign.objectives import Objective
+from falign.references import REFERENCE
 from falign.rewards.identity import reward_identities
 from falign.rollouts.answers import answer
 from falign.runfile.config import RunConfig
@@ -38,8 +39,7 @@ from falign.training.online.run import online_trainer
 from falign.training.online.trainer import OnlineTrainer
 from falign.training.parts import Language, load_language
 from falign.training.processes import gathered, is_writer, join, num_processes, shards, wait
-from falign.training.references import keep_moved
-from falign.training.sharded_runs import check_sharding
+from falign.training.references import identities, keep_moved
 from falign.training.trackers import prepare_trackers
 from falign.training.trainer import AlignmentTrainer
 
@@ -135,7 +135,8 @@ def _begin(
 ) -> RunSummary:
     """Load everything, and train."""
     if shards():
-        check_sharding(config)
+        for name, section in config.reference_sections().items():
+            section.check_sharding(field=config.field_of(name))
     set_seed(config.seed)
     language = load_language(config, date=origin.date)
     bar = ProgressBar(console)
@@ -252,7 +253,7 @@ def _finish(
     if is_writer():
         policy = trainer.policy
         assert isinstance(policy, PreTrainedModel | PeftModel)
-        keep_moved(folder, trainer.reference, policy)
+        keep_moved(folder, trainer.references, policy)
         summary.write()
         title = f"{config.objective.title}, {config.model.path}"
         plot_curves(folder.metrics(), folder.path / "curves.png", title=title)
@@ -330,11 +331,20 @@ def _inputs(config: RunConfig, trainer: AlignmentTrainer, language: Language) ->
             "stop_tokens": sorted(language.stop_tokens),
             "base_weights": trainer.record["base_weights"],
             "base_config": trainer.record["base_config"],
-            "reference": {**_without_paths(trainer.reference.identity()), "config": trainer.record["reference_config"]},
+            **_of_references(trainer),
             "objective_code": own_code(config),
             "rewards": reward_identities(trainer.rewards) if isinstance(trainer, OnlineTrainer) else {},
         }
     )
+
+
+def _of_references(trainer: AlignmentTrainer) -> dict[str, Any]:
+    """Hash the references: the one of that name, and the others by name."""
+    found, record = _without_paths(identities(trainer.references)), trainer.record
+    found[REFERENCE] |= {"config": record["reference_config"]}
+    for name, config in record.get("reference_configs", {}).items():
+        found["references"][name] |= {"config": config}
+    return found
 
 
 def _without_paths(value: Any) -> Any:
@@ -358,7 +368,7 @@ def _record(
         **trainer.record,
         "processes": num_processes(),
         "sharded": is_sharded(policy),
-        "reference": trainer.reference.identity(),
+        **identities(trainer.references),
         "layout": trainer.scorer.layout,
         "objective": config.objective.model_dump(),
         "data": asdict(data.report),

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from typing_extensions import override
 
 from falign.errors import ConfigError
+from falign.models.sharding import is_sharded
 from falign.objectives import (
     CompletionBatch,
     Measure,
@@ -26,7 +27,7 @@ from falign.objectives import (
     total_weights,
 )
 from falign.objectives.batch import OFFLINE
-from falign.references import ObjectiveInputs, Reference, completion_batch, objective_inputs
+from falign.references import REFERENCE, ObjectiveInputs, Reference, completion_batch, objective_inputs
 from falign.scoring import PromptTree, Scorer, TokenBatch, evaluation_mode
 from falign.training.finite_guard import describe_loss
 from falign.training.means import Means
@@ -44,6 +45,7 @@ class AlignmentTrainer(ResumableTrainer):
     Args:
         model: The policy.
         reference: What it is held to; it supplies ``reference_logprobs`` where the objective needs them.
+        references: In its place, several of them by name; the one named ``reference`` is what metrics compare with.
         objective: What is minimised.
         args: Arguments of the underlying trainer.
         train_trees: Prompts with their completions; the numbers of the micro-batches where these are made later.
@@ -64,7 +66,8 @@ class AlignmentTrainer(ResumableTrainer):
         self,
         model: nn.Module,
         *,
-        reference: Reference,
+        reference: Reference | None = None,
+        references: Mapping[str, Reference] | None = None,
         objective: Objective,
         args: TrainingArguments,
         train_trees: Sequence[PromptTree] | range,
@@ -79,14 +82,17 @@ class AlignmentTrainer(ResumableTrainer):
         objective = complete(objective)
         if unknown := sorted(name for name in objective.needs if field_of(name) not in self.supplied):
             raise ConfigError(f"This objective reads {unknown} of a batch, and {type(self).__name__} supplies none.")
-        self.reference, self.objective, self.measures = reference, objective, dict(measures or {})
+        self.references = _by_name(reference, references)
+        if is_sharded(model):
+            _require_shardable(self.references)
+        self.objective, self.measures = objective, dict(measures or {})
         if twice := sorted(self.measures.keys() & objective.measures.keys()):
             raise ConfigError(f"measures.{twice[0]}: the objective has a measure of this name; give another name.")
         asked = {**self.measures, **objective.measures}
         if missing := sorted(reference_names(objective.needs, asked) - self.references.keys()):
             raise ConfigError(
                 f"The objective or a measure reads the reference {missing[0]!r}, and the references are "
-                f"{', '.join(self.references)}: add it under this name."
+                f"{', '.join(self.references) or 'none'}: add it under this name."
             )
         self.scorer = scorer
 
@@ -110,9 +116,13 @@ class AlignmentTrainer(ResumableTrainer):
         self.value_head: nn.Module | None = None
 
     @property
-    def references(self) -> dict[str, Reference]:
-        """The references by name."""
-        return {"reference": self.reference}
+    def reference(self) -> Reference | None:
+        """The reference that metrics compare with, if there is one."""
+        return self.references.get(REFERENCE)
+
+    @property
+    def _moving(self) -> dict[str, Reference]:
+        return {name: reference for name, reference in self.references.items() if reference.moves}
 
     @property
     def evaluates(self) -> bool:
@@ -136,19 +146,23 @@ class AlignmentTrainer(ResumableTrainer):
         self.move_references(step=self.state.global_step)
 
     def move_references(self, *, step: int) -> None:
-        """Let the reference follow the policy where it is time to."""
-        self.reference.move(self.policy, step, self.optimizer)
+        """Let references follow the policy where it is time to."""
+        for reference in self.references.values():
+            reference.move(self.policy, step, self.optimizer)
 
     @override
     def write_state(self, folder: Path) -> None:
         if self.args.should_save:
-            self.reference.save(folder, self.policy)
+            for name, reference in self._moving.items():
+                (state := _state_folder(folder, name)).mkdir(parents=True, exist_ok=True)
+                reference.save(state, self.policy)
         super().write_state(folder)
 
     @override
     def read_state(self, folder: Path) -> None:
         super().read_state(folder)
-        self.reference.load(folder, self.policy)
+        for name, reference in self._moving.items():
+            reference.load(_state_folder(folder, name), self.policy)
 
     @override
     def compute_loss(
@@ -256,13 +270,39 @@ class AlignmentTrainer(ResumableTrainer):
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Training logs come with a loss; the metrics since the last one go with it.
-        moved = {f"reference/{name}": value for name, value in self.reference.metrics().items()}
+        moved = {
+            f"{name}/{metric}": value
+            for name, reference in self.references.items()
+            for metric, value in reference.metrics().items()
+        }
         if "loss" in logs:
             logs = {**logs, **self.means.take(), **moved}
             if self.guard.skip:
                 loss = self.guard.mean_over_taken(logs.pop("loss"))
                 logs = {**({} if loss is None else {"loss": loss}), **logs, "skipped_steps": self.guard.skipped}
         super().log(logs, start_time)
+
+
+def _by_name(reference: Reference | None, references: Mapping[str, Reference] | None) -> dict[str, Reference]:
+    if reference is None:
+        return dict(references or {})
+    if references is not None:
+        raise ConfigError("reference and references exclude each other: give {'reference': ..., ...} as references.")
+    return {REFERENCE: reference}
+
+
+def _require_shardable(references: Mapping[str, Reference]) -> None:
+    for name, reference in references.items():
+        if not reference.can_shard:
+            raise ConfigError(
+                f"{name} ({type(reference).__name__}) under FSDP2: {reference.cannot_shard}. Start with --launch ddp, "
+                "or take another reference."
+            )
+
+
+def _state_folder(checkpoint: Path, name: str) -> Path:
+    """Return where a checkpoint has the state of a reference that moves; the one named ``reference`` has no folder."""
+    return checkpoint if name == REFERENCE else checkpoint / "references" / name
 
 
 def split_columns(inputs: dict[str, Any]) -> tuple[TokenBatch, dict[str, Tensor]]:

@@ -37,6 +37,7 @@ NOTHING_TO_BUILD = {
             "TransformersEngineConfig.kind",
             "MovingAverageConfig.kind",
             "PeriodicResetConfig.kind",
+            "OwnReferenceConfig.kind",
         ),
         "the name of the variant; the other variants' kinds are changed, and RunConfig.reference",
     ),
@@ -215,6 +216,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             model={"path": "tiny2"},
             adapter=None,
             reference={"kind": "frozen"},
+            references={"reference": {"kind": "frozen"}},
             data={"train": [{"path": "pairs2.jsonl", "chat": False}]},
             prompts=With({"train": [{"texts": ["another "], "chat": False}], "max_length": 64}, online=True),
             rollout=With({"prompts": 2, "completions": 3, "max_new_tokens": 8}, online=True),
@@ -255,6 +257,10 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             dtype=With("bfloat16", path="tiny2"),
             quantization=With("nf4", path="tiny2"),
         ),
+    ),
+    "OwnReferenceConfig": (
+        "reference",
+        Changes({"kind": "tests.references.own:ShiftedConfig", "shift": 0.5}, cache="cache"),
     ),
     "AdapterReferenceConfig": ("reference", Changes({"kind": "adapter", "path": "sft0"}, cache="cache", path="sft1")),
     "SoupConfig": (

@@ -15,7 +15,6 @@ from falign.runfile import (
     SoupConfig,
     parse_run,
 )
-from falign.training.references import starts_as_policy
 
 LEAST = {"output_dir": "run", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}}
 
@@ -126,4 +125,5 @@ def test_what_an_initial_adapter_has_of_its_own_cannot_be_set_beside_it():
     ],
 )
 def test_where_policy_and_reference_should_be_one_model_at_first(reference, adapter, same):
-    assert starts_as_policy(parse_run({**LEAST, "reference": reference, "adapter": adapter})) == same
+    run = parse_run({**LEAST, "reference": reference, "adapter": adapter})
+    assert run.reference_sections()["reference"].starts_as_policy(run) == same

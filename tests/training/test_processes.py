@@ -3,7 +3,6 @@ import pytest
 from falign.errors import ConfigError
 from falign.runfile import parse_run
 from falign.training.processes import join, own_batches, part
-from falign.training.sharded_runs import check_sharding
 from tests.training.pairs import run_data
 
 
@@ -44,4 +43,4 @@ def test_what_is_not_supported_is_refused_before_the_processes_meet(monkeypatch,
 )
 def test_what_sharded_weights_cannot_do_is_refused_with_the_reason(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
-        check_sharding(parse_run(run_data("model", "data", tmp_path, **changes)))
+        parse_run(run_data("model", "data", tmp_path, **changes)).reference.check_sharding(field="reference")

@@ -13,7 +13,7 @@ from falign.errors import ConfigError, ModelError
 from falign.models import add_lora, describe, export_adapter, load_adapter, load_model, load_tokenizer, weights_hash
 from falign.runfile import parse_run
 from falign.training import train
-from falign.training.references import build_reference, rebuild_reference, starts_as_policy
+from falign.training.references import build_references, rebuild_reference
 from falign.training.trainer import AlignmentTrainer
 from tests.models.tiny import fill_adapter, save_tiny, swap_tokens
 from tests.training.pairs import run_data, write_pairs
@@ -108,7 +108,8 @@ def test_every_reference_trains_resumes_bit_for_bit_and_leaves_only_the_policy(s
         assert not list(folder.rglob("ref"))
         for file in folder.rglob("adapter_model.safetensors"):
             assert not [name for name in load_file(file) if ".ref." in name]
-    assert (whole.folder.reference / "reference.safetensors").is_file() == (kind.startswith(("average", "reset")))
+    kept = whole.folder.reference_state() / "reference.safetensors"
+    assert kept.is_file() == kind.startswith(("average", "reset"))
 
 
 @pytest.mark.parametrize("kind", ["adapter", "soup", "checkpoints", "average"])
@@ -190,13 +191,13 @@ def test_a_finished_run_gives_back_the_reference_of_its_last_step(start, tiny, s
     summary = start(init=sft[0], reference=AVERAGE)
     config = parse_run(summary.folder.read_run_file())
     policy = load_adapter(load_model(tiny), summary.folder.adapter, trainable=False)
-    reference = rebuild_reference(config, policy, summary.folder, device=torch.device("cpu"))
+    reference = rebuild_reference(config, policy, load_tokenizer(tiny), summary.folder, device=torch.device("cpu"))
     assert reference.identity() == summary.folder.read_json("manifest.json")["reference"]
     assert weights_hash(policy, adapter="ref") != weights_hash(policy, adapter="default")
-    shutil.rmtree(summary.folder.reference)
+    shutil.rmtree(summary.folder.reference_state())
     again = load_adapter(load_model(tiny), summary.folder.adapter, trainable=False)
     with pytest.raises(ConfigError, match="has not kept where its moving reference came to"):
-        rebuild_reference(config, again, summary.folder, device=torch.device("cpu"))
+        rebuild_reference(config, again, load_tokenizer(tiny), summary.folder, device=torch.device("cpu"))
 
 
 def test_a_reference_that_was_overwritten_since_is_refused(start, tiny, sft):
@@ -206,7 +207,7 @@ def test_a_reference_that_was_overwritten_since_is_refused(start, tiny, sft):
     shutil.copy(f"{sft[1]}/adapter_config.json", f"{sft[0]}/adapter_config.json")
     policy = load_adapter(load_model(tiny), summary.folder.adapter, trainable=False)
     with pytest.raises(ModelError, match=r"reference of .*run \(adapter\) holds other weights now"):
-        rebuild_reference(config, policy, summary.folder, device=torch.device("cpu"))
+        rebuild_reference(config, policy, load_tokenizer(tiny), summary.folder, device=torch.device("cpu"))
 
 
 def test_runs_stand_for_their_adapters(start, tiny):
@@ -301,7 +302,8 @@ def test_a_reference_has_its_own_type_and_quantization(start, tiny, tmp_path):
 
     def reference_of(policy, **fields):
         config = parse_run(run_data(tiny, "none.jsonl", tmp_path / "r", model={"path": str(tiny), **policy}, **fields))
-        return build_reference(config, config.model.build(), device=torch.device("cpu")).model
+        found = build_references(config, config.model.build(), load_tokenizer(tiny), device=torch.device("cpu"))
+        return found["reference"].model
 
     def kind(model):
         return str(model.dtype), describe(model).quantization
@@ -315,9 +317,14 @@ def test_a_reference_has_its_own_type_and_quantization(start, tiny, tmp_path):
         reference_of({}, reference={"kind": "frozen", "quantization": "nf4"})
     # The same checkpoint in another type is no longer the policy before its first step.
     config = run_data(tiny, "none.jsonl", tmp_path / "r", reference={**own, "path": str(tiny), "dtype": "bfloat16"})
-    assert not starts_as_policy(parse_run(config))
+    assert not starts_as_policy(config)
     config["reference"].pop("dtype")
-    assert starts_as_policy(parse_run(config))
+    assert starts_as_policy(config)
+
+
+def starts_as_policy(data):
+    config = parse_run(data)
+    return config.reference_sections()["reference"].starts_as_policy(config)
 
 
 def change_config(folder, **changes):
@@ -358,4 +365,4 @@ def test_a_reference_whose_configuration_changed_is_refused(start, tiny, tmp_pat
     policy = load_model(summary.folder.weights if kind == "average_full" else tiny)
     change_config(other if kind == "frozen" else tiny, rms_norm_eps=0.3)
     with pytest.raises(ModelError, match=r"configuration of the reference .* restore config\.json"):
-        rebuild_reference(config, policy, summary.folder, device=torch.device("cpu"))
+        rebuild_reference(config, policy, load_tokenizer(tiny), summary.folder, device=torch.device("cpu"))

@@ -58,7 +58,7 @@ def evaluation_metrics(
     draw: Draw,
     *,
     policy: nn.Module,
-    reference: Reference,
+    reference: Reference | None,
     pass_reward: float,
     outcome: str | None,
     temperature: float,
@@ -73,7 +73,7 @@ def evaluation_metrics(
     Args:
         draw: The held-out completions.
         policy: What sampled them.
-        reference: What the policy is held to.
+        reference: What the policy is held to; without one there are no divergences.
         pass_reward: What a completion needs to pass.
         outcome: Name of the reward that decides it; None for the sum.
         temperature: At which they were sampled.
@@ -90,11 +90,14 @@ def evaluation_metrics(
         ]
         batch = scorer.lay_out(trees, model=policy)
         scores = scorer.scores(policy, batch)
-        log_ratio = (scores.logprobs - reference.logprobs(policy, batch)).masked_fill(~batch.completion_mask, 0.0)
-        whole = log_ratio.sum(dim=-1)
+        of_reference = None if reference is None else reference.logprobs(policy, batch)
         if not counted:
             continue
-        means.add({"entropy": scores.entropy[batch.completion_mask], "logratios/policy": whole})
+        means.add({"entropy": scores.entropy[batch.completion_mask]})
+        if of_reference is None:
+            continue
+        whole = (scores.logprobs - of_reference).masked_fill(~batch.completion_mask, 0.0).sum(dim=-1)
+        means.add({"logratios/policy": whole})
         if temperature == 1:
             means.add(
                 {

@@ -15,6 +15,7 @@ from falign.errors import ConfigError
 from falign.models.heads import ValueHead
 from falign.models.tokenizers import tokenizer_fingerprint
 from falign.objectives import Objective
+from falign.references import REFERENCE
 from falign.rewards.columns import row_check
 from falign.rollouts import EngineSetup, SamplingParams, TransformersEngine
 from falign.rollouts.scored_trees import ScoredTree
@@ -31,7 +32,6 @@ from falign.training.online.rehearsal_file import other_origin, read_rehearsal
 from falign.training.online.trainer import OnlineTrainer
 from falign.training.parts import Language, Parts, load_parts
 from falign.training.processes import is_writer, num_processes
-from falign.training.references import starts_as_policy
 
 __all__ = ["online_trainer"]
 
@@ -53,7 +53,8 @@ def online_trainer(
         FalignError: Something of the run cannot work.
     """
     assert config.prompts is not None
-    if config.objective.needs_samples and not starts_as_policy(config):
+    sections = config.reference_sections()
+    if config.objective.needs_samples and not (REFERENCE in sections and sections[REFERENCE].starts_as_policy(config)):
         raise ConfigError(
             "objective.target.lambdas is left out, and they are fitted on samples of the policy before training, which "
             "is not the reference here: give lambdas."
@@ -121,7 +122,7 @@ def online_trainer(
         objective = _fitted(config, samplers[0], data, parts, console)
     trainer = OnlineTrainer(
         parts.policy,
-        reference=parts.reference,
+        references=parts.references,
         objective=objective,
         measures=config.build_measures(),
         args=args,
@@ -201,7 +202,8 @@ def _tell_origin(stored: str, parts: Parts, language: Language, console: Console
     """Say so where another model, or this one at another precision, sampled what is rehearsed."""
     differs = other_origin(
         stored,
-        weights=parts.reference.identity().get("weights", parts.record["base_weights"]),  # none of one that moves
+        # One that moves has no hash of its weights.
+        weights=parts.references[REFERENCE].identity().get("weights", parts.record["base_weights"]),
         config=parts.record["reference_config"],
         tokenizer=tokenizer_fingerprint(language.tokenizer),
     )

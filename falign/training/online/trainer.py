@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +71,7 @@ class OnlineTrainer(AlignmentTrainer):
 
     Args:
         model: The policy.
-        reference: What it is held to.
+        references: What it is held to, by name.
         objective: What is minimised.
         args: Arguments of the underlying trainer; its steps of accumulation follow from ``rollout``.
         sampler: What samples the training completions.
@@ -97,7 +97,7 @@ class OnlineTrainer(AlignmentTrainer):
         self,
         model: nn.Module,
         *,
-        reference: Reference,
+        references: Mapping[str, Reference],
         objective: Objective,
         args: TrainingArguments,
         sampler: DividedSampler,
@@ -127,7 +127,7 @@ class OnlineTrainer(AlignmentTrainer):
         self._advised = rollout.ignore_stop
         super().__init__(
             model,
-            reference=reference,
+            references=references,
             objective=objective,
             args=args,
             train_trees=range(args.max_steps * args.gradient_accumulation_steps),

@@ -1,0 +1,106 @@
+"""The interface of the run-file section of a reference, whatever its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from falign.runfile.base_config import FrozenModel
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from falign.references import Reference
+    from falign.runfile.config import RunConfig
+
+__all__ = ["BuildContext", "ReferenceSection"]
+
+
+class BuildContext(NamedTuple):
+    """The surroundings in which a reference is built.
+
+    Attributes:
+        config: The run.
+        policy: The policy, which gets a further adapter where that is the reference.
+        field: The reference's section in messages.
+        adapter: Name of that adapter.
+        device: The device for a model of its own.
+    """
+
+    config: RunConfig
+    policy: PreTrainedModel | PeftModel
+    field: str = "reference"
+    adapter: str = "ref"
+    device: torch.device | str = "cpu"
+
+
+class ReferenceSection(FrozenModel):
+    """A section that describes one kind of reference, and builds it.
+
+    A kind of your own is a subclass with its fields and `build`, given as ``kind: module:Name``.
+    """
+
+    kind: Any
+    cache: Path | None = None
+    """Folder of log-probabilities computed once before training; shared by all runs with the same reference."""
+
+    def check(self, *, field: str, adapter: bool) -> None:
+        """Refuse what cannot work, before anything is loaded.
+
+        Args:
+            field: The section in messages.
+            adapter: Whether the policy has an adapter.
+
+        Raises:
+            ConfigError: With the fields that contradict each other.
+        """
+
+    def check_rollouts(self, *, field: str, updates: int) -> None:
+        """Refuse a reference that would move while a rollout that was scored under it is still learned from.
+
+        Args:
+            field: The section in messages.
+            updates: Optimizer steps on each rollout.
+
+        Raises:
+            ConfigError: The interval is no multiple of them.
+        """
+
+    def check_sharding(self, *, field: str) -> None:
+        """Refuse what does not work where weights are spread over processes (FSDP2), before anything is loaded.
+
+        Raises:
+            ConfigError: With the reason and what works.
+        """
+
+    def model_paths(self) -> Iterator[str]:
+        """Return the paths of models and adapters that are loaded besides the policy's."""
+        yield from ()
+
+    def models_that_read_ids(self, *, field: str, own: str) -> Iterator[tuple[str, str]]:
+        """Return the field and path of each model of its own, which is given the policy's token ids.
+
+        Args:
+            field: The section.
+            own: The policy's path.
+        """
+        yield from ()
+
+    def resolved(self, config: RunConfig) -> ReferenceSection:
+        """Return the section that this one stands for."""
+        return self
+
+    def starts_as_policy(self, config: RunConfig) -> bool:
+        """Return whether policy and reference are the same model before the first step."""
+        return False
+
+    def build(self, context: BuildContext) -> Reference:
+        """Return the reference, with the content hash of its weights.
+
+        Raises:
+            FalignError: A model or adapter is missing, or does not fit the policy.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no build().")
