@@ -400,7 +400,7 @@ class RunConfig(FrozenModel):
         given = self.references or {REFERENCE: self.reference}
         return {name: section.resolved(self) for name, section in given.items()}
 
-    def field_of(self, reference: str) -> str:
+    def section_of(self, reference: str) -> str:
         """Return the section of a reference in the run file."""
         return f"references.{reference}" if self.references else "reference"
 
@@ -475,7 +475,7 @@ class RunConfig(FrozenModel):
     def models_that_read_ids(self) -> Iterator[tuple[str, str]]:
         """Return the field and path of each other model that is given the policy's token ids."""
         for name, section in self.reference_sections().items():
-            yield from section.models_that_read_ids(field=self.field_of(name), own=self.model.path)
+            yield from section.models_that_read_ids(field=self.section_of(name), own=self.model.path)
         for i, reward in enumerate(self.rewards):
             yield from ((f"rewards.{i}.{field}", path) for field, path in reward.models_that_read_ids())
 
@@ -509,14 +509,14 @@ class RunConfig(FrozenModel):
                 raise ConfigError(
                     f"references.{name}: a name is a lower-case letter, then letters, digits and underscores."
                 )
-            section.check(field=self.field_of(name), adapter=self.adapter is not None)
+            section.check(field=self.section_of(name), adapter=self.adapter is not None)
         whole, named = complete(objective), self._named_measures()
         measures = {field: get_measure(name, field=field) for field, name in named.items() if not is_own_name(name)}
         given, read = self.reference_sections().keys(), reference_names(whole.needs, {**whole.measures, **measures})
         if missing := sorted(read - given):
             raise ConfigError(
-                f"The objective (kind={self.objective.kind}) or a measure reads the reference {missing[0]!r}, and the run "
-                f"has {', '.join(sorted(given))}: add it under references, as "
+                f"objective.kind={self.objective.kind} or a measure reads the reference {missing[0]!r}, and the run has "
+                f"{', '.join(sorted(given))}: add it under references, as "
                 f"`references: {{{', '.join(f'{name}: {{kind: ...}}' for name in sorted({*given, *read}))}}}`."
             )
         unread = sorted(given - read - {REFERENCE})
@@ -565,10 +565,11 @@ class RunConfig(FrozenModel):
             )
         check_samples(self.rollout, self.objective, self.rewards, objective)
         for name, section in self.reference_sections().items():
-            section.check_rollouts(field=self.field_of(name), updates=self.rollout.num_updates)
+            section.check_rollouts(field=self.section_of(name), updates=self.rollout.num_updates)
             if section.cache is not None:
                 raise ConfigError(
-                    f"{self.field_of(name)}.cache: every completion of an online run is new, so nothing is found again."
+                    f"{self.section_of(name)}.cache: every completion of an online run is new, so nothing is found "
+                    "again."
                 )
         if ("from_reference" in objective.needs) != (self.rehearsal is not None):
             raise ConfigError("rehearsal belongs to objective.kind=hybrid, which needs it: give both or neither.")

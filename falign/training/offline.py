@@ -156,7 +156,7 @@ def _with_caches(
             continue
         if name in references_of(measures.values()):
             console.print(
-                f"{config.field_of(name)}.cache is not used: the objective or a measure needs the reference's "
+                f"{config.section_of(name)}.cache is not used: the objective or a measure needs the reference's "
                 "whole distributions, computed live.",
                 style="yellow",
             )

@@ -46,7 +46,7 @@ def build_references(
     """
     found = {
         name: section.build(
-            BuildContext(config, policy, field=config.field_of(name), adapter=adapter_name(name), device=device)
+            BuildContext(config, policy, field=config.section_of(name), adapter=adapter_name(name), device=device)
         )
         for name, section in config.reference_sections().items()
         if names is None or name in names
@@ -118,7 +118,7 @@ def rebuild_reference(
     """
     if name not in (sections := config.reference_sections()):
         raise ConfigError(f"{folder.path} has no reference named {name!r}; it has {', '.join(sorted(sections))}.")
-    field = config.field_of(name)
+    field = config.section_of(name)
     reference = build_references(config, policy, tokenizer, device=device, names=[name])[name]
     manifest, found = folder.read_manifest(), reference.identity()
     recorded = manifest[REFERENCE] if name == REFERENCE else manifest["references"][name]

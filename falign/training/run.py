@@ -136,7 +136,7 @@ def _begin(
     """Load everything, and train."""
     if shards():
         for name, section in config.reference_sections().items():
-            section.check_sharding(field=config.field_of(name))
+            section.check_sharding(field=config.section_of(name))
     set_seed(config.seed)
     language = load_language(config, date=origin.date)
     bar = ProgressBar(console)
