@@ -515,8 +515,8 @@ class RunConfig(FrozenModel):
         given, read = self.reference_sections().keys(), reference_names(whole.needs, {**whole.measures, **measures})
         if missing := sorted(read - given):
             raise ConfigError(
-                f"objective.kind={self.objective.kind} or a measure reads the reference {missing[0]!r}, and the run has "
-                f"{', '.join(sorted(given))}: add it under references, as "
+                f"objective.kind={self.objective.kind} or a measure reads the reference {missing[0]!r}, and the run "
+                f"has {', '.join(sorted(given))}: add it under references, as "
                 f"`references: {{{', '.join(f'{name}: {{kind: ...}}' for name in sorted({*given, *read}))}}}`."
             )
         unread = sorted(given - read - {REFERENCE})
