@@ -40,11 +40,11 @@ def within(seconds: float) -> Iterator[None]:
         yield
     finally:
         if _watcher.ends.pop(thread, None) is None and not isinstance(sys.exc_info()[1], LateError):
-            time.sleep(_TICK)  # the error is on its way, and must not arrive after the block
+            time.sleep(_TICK)  # an error that is already sent must not arrive after the block
 
 
 class _Watcher:
-    """A thread that interrupts others which are late.
+    """A thread that interrupts others at their deadlines.
 
     Attributes:
         ends: When each thread must have left its block.
@@ -72,7 +72,7 @@ _watcher = _Watcher()
 
 
 def failure(function: Callable[..., object], *arguments: Any, seconds: float) -> str | None:
-    """Call a function in a copy of this process, which is killed at a deadline, whatever it is doing.
+    """Call a function in a copy of this process, which is killed at a deadline.
 
     Args:
         function: The function. Neither what it returns nor what it changes is seen here.
@@ -85,7 +85,7 @@ def failure(function: Callable[..., object], *arguments: Any, seconds: float) ->
     reader, writer = os.pipe()
     parent = os.getpid()
     with warnings.catch_warnings():
-        # The copy could wait for locks of other threads; it runs this function alone, and has a deadline.
+        # The copy might block on locks of other threads; but it runs only this function, and has a deadline.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
@@ -95,7 +95,7 @@ def failure(function: Callable[..., object], *arguments: Any, seconds: float) ->
         told = _read_to_end(reader, seconds)
     finally:
         os.close(reader)
-        os.kill(child, signal.SIGKILL)  # without effect where it has ended
+        os.kill(child, signal.SIGKILL)  # no effect if it has ended
         _, status = os.waitpid(child, 0)
     if told is None:
         return f"is not done after {seconds:g} s"
@@ -150,7 +150,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the system kill this process when its parent is gone; on Linux alone, for others have no such signal.
+    """Have the system kill this process when its parent ends; only on Linux, because others have no such signal.
 
     Args:
         parent: The process that started this one. Where it is gone already, this one ends at once.
@@ -158,5 +158,5 @@ def end_with_parent(parent: int) -> None:
     if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the system was told
+    if os.getppid() != parent:  # the parent ended before the call above
         os.kill(os.getpid(), signal.SIGKILL)

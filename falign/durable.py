@@ -1,4 +1,4 @@
-"""Files and folders that appear under their names whole or not at all, also after a kill, a full disk or a power cut.
+"""Files and folders that appear complete or not at all, even after a kill, a full disk or a power cut.
 
 What is being written lies beside its target as ``.NAME.XXXXXXXX.partial``, locked by the process that writes it. The
 lock ends with the process, so the next write of the same target removes what a killed one has left.
@@ -37,7 +37,7 @@ _LEFT = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<what>partial|replaced)")
 
 
 def write_whole(path: Path, content: str | bytes | Iterable[str]) -> None:
-    """Write a file, whole or not at all, and return once it is on the disk.
+    """Write a file completely or not at all, and return once it is on disk.
 
     Args:
         path: The file, replaced if it exists; its folder must exist.
@@ -89,7 +89,7 @@ def staged(target: Path, kind: Literal["file", "folder"], *, keep: bool = False)
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove what killed processes have left beside a target, and restore it where one was killed while replacing it.
+    """Remove leftovers of killed processes beside a target, and restore it if one was killed while replacing it.
 
     Args:
         target: The final path of a file or folder; what living processes write of it stays.
@@ -122,7 +122,7 @@ def claimed(path: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             lock(descriptor, path)
-            # The one before may have removed it between the two lines above.
+            # The previous holder may have removed the file between the two lines above.
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 yield
                 path.unlink()
@@ -146,7 +146,7 @@ def lock(descriptor: int, path: Path) -> None:
 
 
 def refuse_link(path: Path) -> None:
-    """Refuse to write through a link, because its target may belong to somebody else.
+    """Refuse to write through a link, because its target may belong to someone else.
 
     Raises:
         ConfigError: ``path`` is a link.
@@ -157,11 +157,11 @@ def refuse_link(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file in an error of writing it: the system's own (a full disk) does not."""
+    """Add the name of the file to errors of writing it; the system's own message (a full disk) lacks it."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None:  # else it is a library's, with a text of its own
+        if error.errno is not None:  # otherwise a library raised it, with its own text
             error.filename = str(path)
         raise
 
@@ -176,17 +176,17 @@ def checksum(path: Path) -> str:
 
 
 def sync_file(path: Path) -> None:
-    """Return once the content of a file is on the disk."""
+    """Return once the content of a file is on disk."""
     _sync(path, os.O_RDONLY)
 
 
 def sync_folder(path: Path) -> None:
-    """Return once the names in a folder are on the disk."""
+    """Return once the names in a folder are on disk."""
     _sync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def sync_tree(folder: Path) -> None:
-    """Return once all files and folders below a folder are on the disk, and the folder itself."""
+    """Return once a folder, with all files and folders below it, is on disk."""
     for place, _, names in os.walk(folder, topdown=False):
         for name in names:
             sync_file(Path(place, name))
@@ -245,10 +245,10 @@ def _abandoned(path: Path) -> bool:
 
 
 def _flock(descriptor: int, how: int) -> bool:
-    """Lock; return False where another process holds it, or where the file system has no locks."""
+    """Lock; return False if another process holds the lock, or if the file system has no locks."""
     try:
         fcntl.flock(descriptor, how)
-    except OSError:  # without locks nothing is known to be abandoned, and all leftovers stay
+    except OSError:  # without locks abandoned files cannot be recognized, so all leftovers stay
         return False
     return True
 

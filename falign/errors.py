@@ -29,7 +29,7 @@ def one_line(error: BaseException) -> str:
 
 
 class FalignError(Exception):
-    """Base of all errors that a user can mend; the command line prints it and exits with its status.
+    """Base of all errors that a user can correct; the command line prints it and exits with its status.
 
     Passwords and tokens are masked in its message, whatever it quotes.
 
@@ -68,7 +68,7 @@ class NonFiniteRewardError(RewardError):
 
 
 class RolloutError(FalignError):
-    """Sampling that cannot be done, or whose result is not from the policy."""
+    """Sampling that is impossible, or with results that are not from the policy."""
 
 
 class EngineError(RolloutError):
@@ -76,11 +76,11 @@ class EngineError(RolloutError):
 
 
 class TrainingError(FalignError):
-    """A run that cannot go on; what it has written stays."""
+    """A run that cannot continue; what it has written stays."""
 
 
 class StoppedError(FalignError):
-    """A run that was stopped by a signal, and can go on.
+    """A run that was stopped by a signal, and can be resumed.
 
     Args:
         message: Where it stopped, and how it goes on.

@@ -1,4 +1,4 @@
-"""Telling a full disk from other failures: most libraries report it as text, or as something else."""
+"""Recognition of a full disk: most libraries report it as text, or as another error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROBE_BYTES = 1 << 20
 
 
 def is_full_disk(error: BaseException, *, folder: Path | None = None) -> bool:
-    """Return whether an error, or one that it came from, says that a disk or a quota is full.
+    """Return whether an error, or one of its causes, says that a disk or a quota is full.
 
     Args:
         error: What was raised.
@@ -31,12 +31,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _says_so(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in FULL
-    # Rust's libraries have the system's error as text: SafetensorError, and tokenizers' plain Exception.
+    # Rust libraries give the system's error as text: SafetensorError, and a plain Exception of tokenizers.
     return any(f"os error {code})" in str(error) for code in FULL)
 
 
 def _torch_cannot_write(error: BaseException, folder: Path) -> bool:
-    # torch.save's writer reports the position in the file that it did not reach, and not why.
+    # The writer of torch.save reports the position that it did not reach, but not the reason.
     if "inline_container" not in str(error):
         return False
     probe = folder / ".probe"

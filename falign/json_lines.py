@@ -31,7 +31,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def read_journal(path: Path) -> Iterator[Any]:
-    """Yield the values of a file to which lines of JSON are appended; nothing where there is no file.
+    """Yield the values of a file of appended JSON lines; nothing if the file does not exist.
 
     Half a last line, which a killed process leaves and a running one is about to complete, is skipped.
 
@@ -61,7 +61,7 @@ def sealed(value: Any) -> str:
 
 
 def unsealed(line: str | bytes) -> Any:
-    r"""Return the value of a line that :func:`sealed` made.
+    r"""Return the value of a line of :func:`sealed`.
 
     Raises:
         ValueError: The line has changed since.

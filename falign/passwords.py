@@ -12,13 +12,13 @@ __all__ = ["holds_secret", "refuse_passwords", "without_passwords", "without_sec
 _SECRET = r"(?:password|passwd|secret|token|credentials?|api_?key|access_?key|private_?key|signature|sig)"
 NAMES = re.compile(rf"(?:^|[_-]){_SECRET}$", re.IGNORECASE)
 
-# A path library makes one slash of two.
+# pathlib collapses two slashes into one.
 IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]+:/{1,2})[^\s/@\"'<>?#]+@", re.IGNORECASE)
 IN_QUERY = re.compile(rf"([?&](?:[\w-]*[_-])?{_SECRET}=)[^\s&#\"'<>]+", re.IGNORECASE)
-# What Hugging Face, GitHub, GitLab, OpenAI and others begin their tokens with.
+# Prefixes of tokens of Hugging Face, GitHub, GitLab, OpenAI and others.
 TOKENS = re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[bap]-)[A-Za-z0-9_-]{16,}")
 
-SHORTEST_SECRET = 8  # characters; a shorter one would be found in ordinary words
+SHORTEST_SECRET = 8  # characters; a shorter one would occur in ordinary words
 
 
 def without_passwords(text: str) -> str:
@@ -27,7 +27,7 @@ def without_passwords(text: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Return :func:`without_passwords`, without the values of environment variables with a secret's name too."""
+    """Return :func:`without_passwords`, also without the values of environment variables named like a secret."""
     secrets = {value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= SHORTEST_SECRET}
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
@@ -35,7 +35,7 @@ def without_secrets(text: str) -> str:
 
 
 def holds_secret(text: str) -> bool:
-    """Return whether there is something in a text that :func:`without_passwords` masks."""
+    """Return whether a text contains something that :func:`without_passwords` masks."""
     return without_passwords(text) != text
 
 
@@ -49,7 +49,7 @@ def refuse_passwords(values: Any, *, place: str) -> None:
     Raises:
         ConfigError: With the field, and never with its value.
     """
-    from falign.errors import ConfigError  # whose messages are masked here
+    from falign.errors import ConfigError  # here, because falign.errors imports this module
 
     for path, key, value in _texts(values):
         if NAMES.search(key) and value:

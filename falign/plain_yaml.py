@@ -12,11 +12,11 @@ from falign.errors import ConfigError
 __all__ = ["plain_yaml"]
 
 MOST_VALUES = 1_000_000
-"""The most values of a document with its aliases written out; run files have far fewer."""
+"""The maximum number of values of a document with its aliases expanded; run files have far fewer."""
 
 
 class _GivenTwiceError(yaml.YAMLError):
-    """A key, and the lines on which it is."""
+    """A duplicate key, and its lines."""
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -36,7 +36,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def plain_yaml(text: str, *, place: str) -> Any:
-    """Return what a text holds.
+    """Return the value of a YAML text.
 
     Args:
         text: One YAML document.
@@ -57,7 +57,7 @@ def plain_yaml(text: str, *, place: str) -> Any:
         line = f":{mark.line + 1}" if mark and "\n" in text else ""
         raise ConfigError(f"{place}{line} is not YAML: {getattr(error, 'problem', None) or error}.") from error
     except RecursionError as error:
-        raise ConfigError(f"{place} is nested too deeply, or holds itself: write it without aliases.") from error
+        raise ConfigError(f"{place} is nested too deeply, or contains itself: write it without aliases.") from error
     except (ValueError, OverflowError, AttributeError, KeyError) as error:  # an invalid date or number
         raise ConfigError(f"{place} is not YAML: a value of it cannot be read ({error}); put it in quotes.") from error
     if size > MOST_VALUES:
@@ -66,7 +66,7 @@ def plain_yaml(text: str, *, place: str) -> Any:
 
 
 def _size(value: Any, known: dict[int, int]) -> int:
-    """Count values, those of an alias each time it occurs; a recursive value exceeds the recursion limit."""
+    """Count values, with those of an alias at each occurrence; a recursive value exceeds the recursion limit."""
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in known:

@@ -1,4 +1,4 @@
-"""Mixing of seeds: numbers and purposes into one seed that is independent of neighboring ones."""
+"""Seeds that are mixed from numbers and purposes, so that neighboring ones are independent."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Text of others (data, prompts, completions, names) on a terminal, where some characters are commands."""
+"""Foreign text (data, prompts, completions, names) on a terminal, where some characters are commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u2
 
 
 def harmless(text: str) -> str:
-    r"""Return a text in which every character that commands a terminal is replaced by a picture of it.
+    r"""Return a text in which every character that controls a terminal is replaced by a visible symbol.
 
     Example:
         >>> harmless("\x1b[2Jgone\n\x9b31m\u202e")
@@ -39,7 +39,7 @@ def json_line(value: Any) -> str:
 
 
 class Terminal(Console):
-    """A console on which no text is a command: everything that falign prints goes through it.
+    """A console that neutralizes control characters; everything that falign prints goes through it.
 
     Text is made harmless before it is laid out, and what comes as finished segments afterwards.
     """
@@ -61,7 +61,7 @@ class Terminal(Console):
 
 def _harmless_text(text: Text) -> Text:
     clean = text.copy()
-    clean.plain = harmless(text.plain)  # of the same length, so that its styles stay where they are
+    clean.plain = harmless(text.plain)  # the same length, so styles keep their positions
     return clean
 
 

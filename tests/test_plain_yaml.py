@@ -16,7 +16,7 @@ def test_plain_values_and_their_aliases_are_read():
     ("text", "message"),
     [
         (LAUGHS, "x has more than 1,000,000 values by its aliases"),
-        ("a: &a [*a]", "x is nested too deeply, or holds itself"),
+        ("a: &a [*a]", "x is nested too deeply, or contains itself"),
         ("[" * 5000, "x is nested too deeply"),
         ("a: " + "9" * 5000, "x is not YAML: a value of it cannot be read"),
         ("a: 2001-99-99", "x is not YAML: a value of it cannot be read"),
