@@ -396,7 +396,7 @@ class RunConfig(FrozenModel):
         return {name: value for name, value in handler(self).items() if name != dropped}
 
     def reference_sections(self) -> dict[str, ReferenceSection]:
-        """Return the sections of the references by name; one of your own kind is imported."""
+        """Return the sections of the references by name, ``auto`` as the kind that it stands for."""
         given = self.references or {REFERENCE: self.reference}
         return {name: section.resolved(self) for name, section in given.items()}
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from typing_extensions import override
 
 from falign.errors import ConfigError
-from falign.registry import Registry, is_own_name
+from falign.registry import Registry
+from falign.runfile.members import OwnSection, union_of_kinds
 from falign.runfile.reference_section import BuildContext, ReferenceSection
 
 if TYPE_CHECKING:
@@ -323,50 +324,38 @@ class PeriodicResetConfig(_MovingConfig):
         return PeriodicReset(every=self.every, reset_optimizer=self.reset_optimizer)
 
 
-class OwnReferenceConfig(ReferenceSection):
-    """A kind of your own: ``module:Name`` of a subclass of ``ReferenceSection``, which has the further fields."""
+class OwnReferenceConfig(OwnSection, ReferenceSection, extra="allow"):
+    """A reference of your own: ``module:Name``, a subclass of :class:`falign.references.Reference`.
 
-    model_config = ConfigDict(extra="allow")
-    named: ClassVar[str] = "module:Name"
-
-    kind: str = named
+    It is called with ``context`` (:class:`falign.runfile.BuildContext`) and the other keys of the section.
+    """
 
     @override
-    def resolved(self, config: RunConfig) -> ReferenceSection:
-        """Import the module and return the section that is named, with its fields checked."""
-        section = OWN.get(self.kind, field="reference.kind")
-        try:
-            return section.model_validate(self.model_dump(exclude_unset=True))
-        except ValidationError as error:
-            told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-            raise ConfigError(f"reference of kind={self.kind}: {told}.") from error
+    def build(self, context: BuildContext) -> references.Reference:
+        from falign.references import Reference
+
+        return self.make(REFERENCES, place=context.field, protocol=Reference, context=context)
 
 
-OWN: Registry[type[ReferenceSection]] = Registry(
-    "reference",
-    {},
-    wanted="section: derive a class from falign.runfile.ReferenceSection with the reference's fields and build()",
-    is_member=lambda found: isinstance(found, type) and issubclass(found, ReferenceSection),
-)
-"""References of a user's own; pydantic tells the built-in kinds apart."""
+REFERENCES: Registry[Any] = Registry("reference", {}, wanted="subclass of falign.references.Reference")
+"""References of a user's own; the built-in kinds are the sections below."""
 
-
-def _kind(value: Any) -> str:
-    kind = str(value.get("kind", "auto") if isinstance(value, dict) else getattr(value, "kind", "auto"))
-    return OwnReferenceConfig.named if is_own_name(kind) else kind
-
-
-ReferenceConfig = Annotated[
-    Annotated[AutoReferenceConfig, Tag("auto")]
-    | Annotated[AdapterOffConfig, Tag("adapter_off")]
-    | Annotated[FrozenReferenceConfig, Tag("frozen")]
-    | Annotated[AdapterReferenceConfig, Tag("adapter")]
-    | Annotated[SoupConfig, Tag("soup")]
-    | Annotated[MovingAverageConfig, Tag("moving_average")]
-    | Annotated[PeriodicResetConfig, Tag("periodic_reset")]
-    | Annotated[OwnReferenceConfig, Tag(OwnReferenceConfig.named)],
-    Discriminator(_kind),
-]
+if TYPE_CHECKING:
+    ReferenceConfig = ReferenceSection
+else:
+    ReferenceConfig = union_of_kinds(
+        {
+            "auto": AutoReferenceConfig,
+            "adapter_off": AdapterOffConfig,
+            "frozen": FrozenReferenceConfig,
+            "adapter": AdapterReferenceConfig,
+            "soup": SoupConfig,
+            "moving_average": MovingAverageConfig,
+            "periodic_reset": PeriodicResetConfig,
+        },
+        default="auto",
+        own=OwnReferenceConfig,
+    )
 """The reference: ``kind`` names one of these; the first is the default."""
 
 

@@ -38,10 +38,7 @@ class BuildContext(NamedTuple):
 
 
 class ReferenceSection(FrozenModel):
-    """A section that describes one kind of reference, and builds it.
-
-    A kind of your own is a subclass with its fields and `build`, given as ``kind: module:Name``.
-    """
+    """A section that describes one kind of reference, and builds it."""
 
     kind: Any
     cache: Path | None = None

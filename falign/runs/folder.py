@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ __all__ = ["RunFolder", "is_held_out", "log_line", "versions"]
 
 PATHS = frozenset({"path", "paths", "chat_template", "cache", "root", "init", "shared_dir"})
 """Fields of the run file that may name something on the disk."""
+
+MODELS = frozenset({"path", "paths", "init"})
+"""Those of the sections of models that name a model or an adapter."""
 
 SERVER = frozenset(f"rollout.engine.{name}" for name in ("url", "shared_dir", "timeout", "wait"))
 OBSERVERS = frozenset(
@@ -369,6 +372,27 @@ class RunFolder:
                 f"restore it, or remove {trained} and `{self.resume_command}` writes it anew."
             )
 
+    @classmethod
+    def require_own_models(cls, config: RunConfig) -> None:
+        """Refuse adapters and models of other runs that a run file names, where they are not what those have trained.
+
+        Args:
+            config: Its paths of model, adapter and references are looked at.
+
+        Raises:
+            ModelError: With the file that differs, and the remedy.
+        """
+        named = config.model_dump(mode="json", include={"model", "adapter", "reference", "references"})
+        for path in dict.fromkeys(_paths(named)):
+            given = Path(path).expanduser()
+            run = given if (given / "manifest.json").is_file() else given.parent
+            if not ((run / "run.yaml").is_file() and (run / "manifest.json").is_file()):
+                continue
+            folder = cls(run)
+            for trained in (folder.adapter, folder.weights) if given == run else (given,):
+                if trained.is_dir():
+                    folder.require_own_model(trained)
+
     def read_json(self, name: str) -> Any:
         """Return one JSON file.
 
@@ -495,6 +519,16 @@ def _with_whole_paths(value: Any, field: str) -> Any:
         return value
     path = Path(value).expanduser()
     return str(path.absolute()) if path.exists() or field in ("cache", "shared_dir") else value
+
+
+def _paths(value: Any, field: str = "") -> Iterator[str]:
+    """Return the values of all fields that name a model or an adapter."""
+    if isinstance(value, dict):
+        yield from (path for name, inner in value.items() for path in _paths(inner, name))
+    elif isinstance(value, list):
+        yield from (path for inner in value for path in _paths(inner, field))
+    elif field in MODELS and isinstance(value, str):
+        yield value
 
 
 def is_held_out(log: dict[str, Any]) -> bool:

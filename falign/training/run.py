@@ -137,6 +137,7 @@ def _begin(
     if shards():
         for name, section in config.reference_sections().items():
             section.check_sharding(field=config.section_of(name))
+    folder.require_own_models(config)
     set_seed(config.seed)
     language = load_language(config, date=origin.date)
     bar = ProgressBar(console)

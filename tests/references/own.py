@@ -1,17 +1,18 @@
-"""A reference of a user's own, as a run file names it: ``kind: tests.references.own:ShiftedConfig``."""
+"""A reference of a user's own, as a run file names it: ``kind: tests.references.own:Shifted``."""
 
 from typing import Any
 
 from falign.models import weights_hash
 from falign.references import AdapterOff, Reference
-from falign.runfile import BuildContext, ReferenceSection, RunConfig
+from falign.runfile import BuildContext
 
 
 class Shifted(Reference):
     """The base, with each token's log-probability less by a constant."""
 
-    def __init__(self, base: AdapterOff, shift: float) -> None:
-        self.base, self.shift, self.starts_as_policy = base, shift, shift == 0
+    def __init__(self, context: BuildContext, shift: float = 0.0) -> None:
+        self.base = AdapterOff(weights=weights_hash(context.policy))
+        self.shift, self.starts_as_policy = shift, shift == 0
 
     def identity(self) -> dict[str, Any]:
         return {"kind": "shifted", "weights": f"{self.base.weights}-{self.shift}"}
@@ -22,14 +23,3 @@ class Shifted(Reference):
 
     def states(self, policy_model, batch, *, weighting="none"):
         return self.base.states(policy_model, batch, weighting=weighting)
-
-
-class ShiftedConfig(ReferenceSection):
-    kind: str
-    shift: float
-
-    def starts_as_policy(self, config: RunConfig) -> bool:
-        return self.shift == 0
-
-    def build(self, context: BuildContext) -> Shifted:
-        return Shifted(AdapterOff(weights=weights_hash(context.policy)), self.shift)

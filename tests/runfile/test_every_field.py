@@ -260,7 +260,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
     ),
     "OwnReferenceConfig": (
         "reference",
-        Changes({"kind": "tests.references.own:ShiftedConfig", "shift": 0.5}, cache="cache"),
+        Changes({"kind": "tests.references.own:Shifted", "shift": 0.5}, cache="cache"),
     ),
     "AdapterReferenceConfig": ("reference", Changes({"kind": "adapter", "path": "sft0"}, cache="cache", path="sft1")),
     "SoupConfig": (

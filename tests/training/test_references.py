@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from falign.errors import ConfigError, ModelError
 from falign.models import add_lora, describe, export_adapter, load_adapter, load_model, load_tokenizer, weights_hash
@@ -218,6 +218,23 @@ def test_runs_stand_for_their_adapters(start, tiny):
     members = [str(first.folder.path), str(second.folder.path)]
     third = start("third", reference={"kind": "soup", "paths": members}, training={"max_steps": 1})
     assert len(third.folder.read_json("manifest.json")["reference"]["members"]) == 2
+
+
+@pytest.mark.parametrize("how", ["init", "reference", "folder"])
+def test_the_adapter_of_a_run_that_was_changed_since_is_refused_before_anything_is_loaded(start, how, tmp_path):
+    first = start("first", training={"max_steps": 1})
+    weights = first.folder.adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
+    run = str(first.folder.path)
+    changes = {
+        "init": {"init": run},
+        "reference": {"reference": {"kind": "adapter", "path": run}},
+        "folder": {"init": f"{run}/adapter"},
+    }[how]
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors is not what .*first has trained"):
+        start("second", **changes)
+    assert not (tmp_path / "second").exists()
 
 
 def test_an_initial_adapter_brings_its_rank_scale_and_targets_to_the_result(start, sft):
