@@ -61,7 +61,7 @@ def plot_curves(logs: Sequence[Mapping[str, Any]], path: Path, *, title: str) ->
         if axis.get_legend_handles_labels()[1]:
             axis.legend(frameon=False, fontsize=8)
     for axis in axes[-1]:
-        axis.set_xlabel("optimiser step")
+        axis.set_xlabel("optimizer step")
     figure.suptitle(title, fontsize=11)
     with naming(path), staged(path, "file") as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=150)

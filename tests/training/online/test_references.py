@@ -96,6 +96,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(start, monkeypat
 
 
 def test_a_reference_that_would_move_within_a_rollout_is_refused(start):
-    with pytest.raises(ConfigError, match=r"reference.every=2 is no multiple of the 4 optimiser steps of a rollout"):
+    with pytest.raises(ConfigError, match=r"reference.every=2 is no multiple of the 4 optimizer steps of a rollout"):
         start(reference=AVERAGE, rollout={"updates": 2, "minibatches": 2})
     start(reference={**AVERAGE, "every": 4}, rollout={"updates": 2, "minibatches": 2}, training={"max_steps": 5})
