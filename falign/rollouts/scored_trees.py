@@ -56,7 +56,7 @@ class ScoredTree:
 def collate(trees: Sequence[ScoredTree], scorer: Scorer) -> dict[str, Any]:
     """Return the fields of a ``TokenBatch`` and, under ``columns``, those of a ``CompletionBatch``.
 
-    A column that only some of the trees have is NaN in the others: no row gets a value that it could be read for.
+    A column that only some of the trees have is NaN in the others, and a mask False: no row gets a plausible number.
     """
     batch = scorer.lay_out([tree.tree for tree in trees])
     return {**vars(batch), "columns": _columns(trees, batch.completion_mask.shape)}
@@ -120,7 +120,8 @@ def _tensor(name: str, trees: Sequence[ScoredTree], shape: torch.Size) -> Tensor
     first = next(row for row in rows if row is not None)
     dtype = DTYPES.get(name, torch.float32)
     if not isinstance(first, list):
-        return torch.tensor([math.nan if row is None else row for row in rows], dtype=dtype)
+        missing = False if dtype == torch.bool else math.nan
+        return torch.tensor([missing if row is None else row for row in rows], dtype=dtype)
     width = len(first) if name in PER_FEATURE else shape[1]
     result = torch.zeros(len(rows), width, dtype=dtype)
     for target, row in zip(result, rows, strict=True):
