@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from falign.choices import nearest
 from falign.errors import ConfigError
@@ -78,7 +78,7 @@ class Registry(Generic[T]):
                 raise ConfigError(f"{place} is a {type(member).__name__}, not a {self._wanted}.")
             return member
         member = self.members[self.name_of(name, field=field)]
-        return import_member(member, place=place) if isinstance(member, str) else member
+        return import_member(member, place=place) if isinstance(member, str) else cast(T, member)
 
     def name_of(self, name: str, *, field: str | None = None) -> str:
         """Return the registered name that a name or alias stands for.

@@ -5,15 +5,14 @@ Reward models load transformers and are imported from their modules: :mod:`falig
 """
 
 from falign.rewards.base import Reward, RowReward, Scores, ScoringReward, call_reward, check_rewards, select_columns
+from falign.rewards.built_in import choice, load_reward, mathematics, number, regex, sections, sql
 from falign.rewards.child import Call, ChildPool, Outcome, shared_pool
 from falign.rewards.combination import Rewards, RewardSum, WeightedReward
 from falign.rewards.groups import GroupShares, best_of_n, calibrate, group_shares, keep, pass_at_k, pass_rates
 from falign.rewards.identity import Identified, Identity, reward_identities, reward_identity
 from falign.rewards.lexicon import Lexicon, fit_lexicon, read_labelled, read_lexicon
-from falign.rewards.loading import load_reward
 from falign.rewards.own_function import OwnFunction
 from falign.rewards.timed_function import TimedFunction
-from falign.rewards.verified import choice, mathematics, number, regex, sections, sql
 from falign.rewards.verifier import Verifier
 from falign.rewards.words import Words
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from numbers import Real
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -13,7 +15,10 @@ from falign.raised import code_lines, completion_at_fault, raised_message
 
 __all__ = [
     "ARGUMENTS",
+    "DatedReward",
+    "LoadsModel",
     "Prompt",
+    "ReadsFile",
     "Reward",
     "RowReward",
     "Scores",
@@ -33,6 +38,22 @@ Prompt = str | list[dict[str, str]]
 """Text, or turns with ``role`` and ``content``."""
 
 
+@dataclass(frozen=True)
+class LoadsModel:
+    """Marks an argument of a built-in reward: the path of a model.
+
+    Attributes:
+        reads_policy_ids: Whether the model is given the policy's token ids, so that it must have its tokens.
+    """
+
+    reads_policy_ids: bool = False
+
+
+@dataclass(frozen=True)
+class ReadsFile:
+    """Marks an argument of a built-in reward: the path of a file that it reads."""
+
+
 @runtime_checkable
 class Reward(Protocol):
     """Any callable with the ecosystem's signature, called by name.
@@ -49,6 +70,15 @@ class Reward(Protocol):
             columns: One value per completion, under the names of the data's columns; what else is known of the
                 completions (``prompt_ids``, ``completion_ids``, ``place``) comes the same way.
         """
+        ...
+
+
+@runtime_checkable
+class DatedReward(Protocol):
+    """A reward that writes the date into its inputs, such as a model behind a chat template with a date."""
+
+    def fix_date(self, date: datetime) -> None:
+        """Judge as on that date from now on."""
         ...
 
 

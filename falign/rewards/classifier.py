@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from falign.models.execution import named_device, resolve_dtype
 from falign.models.foreign import reading
 from falign.models.identity import model_identity
 from falign.models.sources import check_weights, resolve
-from falign.models.tokenizers import tokenizer_fingerprint
+from falign.models.tokenizers import fix_date, tokenizer_fingerprint
 from falign.rewards.base import place_of
 from falign.rewards.identity import Identity
 
@@ -57,6 +58,10 @@ class ClassifierReward:
         self._label_index()
         if self.text == "chat" and self.tokenizer.chat_template is None:
             raise ConfigError("reward classifier: text=chat needs a chat template, and its tokenizer has none.")
+
+    def fix_date(self, date: datetime) -> None:
+        """Write that date where the chat template writes one."""
+        fix_date(self.tokenizer, date)
 
     def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float | None]:
         places = columns.get("place")

@@ -17,9 +17,9 @@ __all__ = ["Words"]
 
 @dataclass(frozen=True)
 class Words:
-    """Looks for whole words (or phrases), case aside; ``cat`` is not in ``cats``.
+    """Presence of whole words (or phrases), ignoring case; ``cat`` is not in ``cats``.
 
-    It runs in this process: what it does takes time in proportion to the text.
+    It runs in this process: its time is proportional to the text.
 
     Attributes:
         words: The same for all rows; or

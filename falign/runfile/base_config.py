@@ -71,7 +71,7 @@ class PythonObject(FrozenModel):
 class ObjectiveSection(FrozenModel):
     """An objective of the run file; it answers for what the run has to know of it before it is built."""
 
-    kind: str
+    kind: Any  # each section narrows it to its own name
 
     @property
     def title(self) -> str:

@@ -39,7 +39,7 @@ class CorrectionConfig(FrozenModel):
 class EngineSection(FrozenModel):
     """An engine of the run file: it builds the engine, and checks it before the first step."""
 
-    kind: str
+    kind: Any  # each section narrows it to its own name
 
     @property
     def samples_beside_training(self) -> bool:
@@ -114,11 +114,12 @@ class VLLMEngineConfig(EngineSection):
         from falign.models import base_of
         from falign.rollouts import VLLMEngine, shake_hands
 
+        policy: Any = setup.policy
         with console.status(f"waiting for {self.url}"):
             engine = VLLMEngine(
                 self.url,
                 shared_dir=self.shared_dir,
-                vocabulary=base_of(setup.policy).config.get_text_config().vocab_size,
+                vocabulary=base_of(policy).config.get_text_config().vocab_size,
                 timeout=self.timeout,
                 wait=self.wait,
                 sync=self.sync,
@@ -127,7 +128,7 @@ class VLLMEngineConfig(EngineSection):
             with console.status(f"trying {self.url}"):
                 found = shake_hands(
                     engine,
-                    setup.policy,
+                    policy,
                     encode=setup.encode,
                     prompt_ids=setup.prompt_ids,
                     params=setup.params,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal, Union, get_args
 
@@ -93,11 +94,10 @@ def section_of(member: Callable[..., Any], *, kind: str, base: type[BaseModel], 
         fields: Further fields as for ``pydantic.create_model``, or other annotations of parameters.
     """
     summary = (inspect.getdoc(member) or "").partition("\n")[0]
-    made = {name: _field(each, member) for name, each in _parameters(member).items() if name not in base.model_fields}
+    made: dict[str, Any] = {"kind": (Literal[kind], kind)}  # pyright: ignore[reportInvalidTypeForm]
+    made |= {name: _field(each, member) for name, each in _parameters(member).items() if name not in base.model_fields}
     name = "".join(part.capitalize() for part in kind.split("_")) + "Config"
-    return create_model(
-        name, __base__=base, __doc__=summary, __module__=__name__, kind=(Literal[kind], kind), **(made | fields)
-    )
+    return create_model(name, __base__=base, __doc__=summary, __module__=__name__, **(made | fields))
 
 
 def call_with_settings(
@@ -152,7 +152,13 @@ _LOOSE: Any = {"arbitrary_types_allowed": True, "allow_inf_nan": False, "protect
 
 
 def _parameters(member: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(member, eval_str=True).parameters)
+    function = member.__init__ if inspect.isclass(member) else inspect.unwrap(member)
+    names = vars(sys.modules[function.__module__])
+    # Not the annotation of what is returned, which may be known to type checkers alone.
+    return {
+        name: each.replace(annotation=eval(each.annotation, names)) if isinstance(each.annotation, str) else each
+        for name, each in inspect.signature(member).parameters.items()
+    }
 
 
 def _named(member: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +171,7 @@ def _field(parameter: inspect.Parameter, member: Callable[..., Any]) -> tuple[An
 
     empty = parameter.empty
     annotation = Any if parameter.annotation is empty else parameter.annotation
-    if any(inspect.isclass(each) and issubclass(each, Divergence) for each in (annotation, *get_args(annotation))):
+    if any(isinstance(each, type) and issubclass(each, Divergence) for each in (annotation, *get_args(annotation))):
         annotation = Annotated[annotation, BeforeValidator(_divergence)]
     default = ... if parameter.default is empty else parameter.default
     return annotation, Field(default=default, description=_argument_docs(member).get(parameter.name))
@@ -177,7 +183,7 @@ def _divergence(value: Any) -> Any:
 
 def _argument_docs(member: Callable[..., Any]) -> dict[str, str]:
     """Return the text of each argument in a Google-style docstring."""
-    section = re.search(r"^Args:\n((?:[ ]{4}.*\n?|\n)+)", inspect.getdoc(member) or "", re.MULTILINE)
+    section = re.search(r"^(?:Args|Attributes):\n((?:[ ]{4}.*\n?|\n)+)", inspect.getdoc(member) or "", re.MULTILINE)
     if section is None:
         return {}
     found = re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", section[1], re.MULTILINE)

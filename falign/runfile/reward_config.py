@@ -1,68 +1,43 @@
-"""The section of the run file that says what is rewarded: a list of models, told apart by ``kind``."""
+"""The section of the run file that says what is rewarded: a list of models, told apart by ``kind``.
+
+The sections of built-in rewards are made from their signatures and docstrings in :mod:`falign.rewards.built_in`.
+"""
 
 from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, model_serializer, model_validator
+from pydantic import Field, model_serializer, model_validator
 from typing_extensions import override
 
-from falign import divergences
 from falign.errors import ConfigError
-from falign.rewards import (
-    Lexicon,
-    OwnFunction,
-    Reward,
-    RewardSum,
-    TimedFunction,
-    WeightedReward,
-    Words,
-    choice,
-    fit_lexicon,
-    mathematics,
-    number,
-    read_labelled,
-    read_lexicon,
-    regex,
-    sections,
-    sql,
-)
-from falign.runfile.base_config import FrozenModel, PythonObject
+from falign.rewards import OwnFunction, Reward, RewardSum, TimedFunction, WeightedReward
+from falign.rewards.base import DatedReward, LoadsModel, ReadsFile
+from falign.rewards.built_in import REWARDS
+from falign.runfile.base_config import FrozenModel, PythonObject, refusals
+from falign.runfile.members import OwnSection, section_of, union_of_kinds
 
-if TYPE_CHECKING:
-    from falign.rewards.classifier import ClassifierReward
-
-__all__ = [
-    "ChoiceConfig",
-    "ClassifierConfig",
-    "FunctionConfig",
-    "ImplicitConfig",
-    "LexiconConfig",
-    "MathConfig",
-    "NumberConfig",
-    "PythonRewardConfig",
-    "RegexConfig",
-    "RewardConfig",
-    "SectionsConfig",
-    "SentimentConfig",
-    "SqlConfig",
-    "WordsConfig",
-    "build_rewards",
-]
+__all__ = ["FunctionConfig", "OwnRewardConfig", "PythonRewardConfig", "RewardConfig", "build_rewards"]
 
 
-class _Part(FrozenModel):
+class RewardSection(FrozenModel):
     """Fields of all rewards."""
 
+    kind: Any  # each section narrows it to its own name
     name: str | None = None
     """Logged as ``reward/<name>``; by default the kind, or the function's name."""
     weight: float = 1.0
     """Factor in the sum; 0 only logs it."""
+
+    @property
+    def default_name(self) -> str:
+        """The name of the reward where none is given."""
+        return self.kind
 
     def models_that_read_ids(self) -> Iterator[tuple[str, str]]:
         """Return the field and path of each model that is given the policy's token ids."""
@@ -78,23 +53,50 @@ class _Part(FrozenModel):
 
     @abstractmethod
     def build(self) -> Reward:
-        """Return the reward."""
+        """Return the reward.
+
+        Raises:
+            FalignError: It cannot be imported or loaded, or its fields contradict each other.
+        """
 
     def build_at(self, date: datetime | None) -> Reward:
-        """Return the reward as it is on a date, at present where None; most have nothing to do with it."""
-        return self.build()
+        """Return the reward as it is on a date; at present where None."""
+        reward = self.build()
+        if date is not None and isinstance(reward, DatedReward):
+            reward.fix_date(date)
+        return reward
 
 
-class _Verifier(_Part):
-    """Fields of all rewards that run in separate processes."""
+class BuiltInSection(RewardSection):
+    """A built-in reward: the arguments of its function."""
 
-    timeout: float = Field(default=10.0, gt=0)
-    """Seconds per completion, after which its process is killed."""
-    failed: float | None = 0.0
-    """The reward of a completion whose call timed out or raised; null leaves it out. Both are counted."""
+    member: ClassVar[Callable[..., Reward]]
+
+    def _marked(self, marker: type[Any]) -> Iterator[tuple[str, Any, Any]]:
+        """Yield name, mark and value of the arguments that have a mark."""
+        for name, field in type(self).model_fields.items():
+            yield from ((name, mark, getattr(self, name)) for mark in field.metadata if isinstance(mark, marker))
+
+    @override
+    def models_that_read_ids(self) -> Iterator[tuple[str, str]]:
+        yield from ((name, path) for name, mark, path in self._marked(LoadsModel) if mark.reads_policy_ids)
+
+    @override
+    def model_paths(self) -> Iterator[str]:
+        yield from (path for _, _, path in self._marked(LoadsModel))
+
+    @override
+    def data_paths(self) -> Iterator[Path]:
+        yield from (path for _, _, path in self._marked(ReadsFile))
+
+    @override
+    def build(self) -> Reward:
+        names = type(self).model_fields.keys() - RewardSection.model_fields.keys()
+        with refusals("rewards"):
+            return type(self).member(**{name: getattr(self, name) for name in names})
 
 
-class FunctionConfig(_Part):
+class FunctionConfig(RewardSection):
     """A function of your own, in falign's form ``(prompts, completions, **columns) -> list``, in TRL's or verl's."""
 
     kind: Literal["function"] = "function"
@@ -123,12 +125,13 @@ class FunctionConfig(_Part):
         dropped = frozenset[str]() if self.timeout is not None else frozenset({"failed", "errors"})
         return {name: value for name, value in handler(self).items() if name not in dropped}
 
-    def build(self) -> Reward:
-        """Return the function, with its deadline if it has one.
+    @property
+    @override
+    def default_name(self) -> str:
+        return self.function.rpartition(":")[2]
 
-        Raises:
-            ConfigError: It cannot be imported.
-        """
+    @override
+    def build(self) -> Reward:
         if self.timeout is None:
             return OwnFunction(self.function, self.form)
         return TimedFunction(
@@ -136,295 +139,25 @@ class FunctionConfig(_Part):
         )
 
 
-class MathConfig(_Verifier):
-    """1 if the last answer equals the row's as an expression, else 0."""
+class OwnRewardConfig(OwnSection, RewardSection, extra="allow"):
+    """A reward of your own with settings: ``module:Name``, called with the other keys of the section."""
 
-    kind: Literal["math"] = "math"
-    answer: str = "answer"
-    """Column with LaTeX, an expression, a number, or a text whose answer follows ``####``."""
-    decimals: int = Field(default=6, ge=0)
-    """Digits after the point to which numbers must agree."""
-
-    def build(self) -> Reward:
-        """Return the verifier."""
-        return mathematics(answer=self.answer, decimals=self.decimals, timeout=self.timeout, failed=self.failed)
-
-
-class NumberConfig(_Verifier):
-    """1 if the last number is the row's, else 0."""
-
-    kind: Literal["number"] = "number"
-    answer: str = "answer"
-    """Column with a number, or a text with one at its end or after ``####``."""
-    tolerance: float = Field(default=1e-6, ge=0)
-    """Largest difference as a share of the answer."""
-
-    def build(self) -> Reward:
-        """Return the verifier."""
-        return number(answer=self.answer, tolerance=self.tolerance, timeout=self.timeout, failed=self.failed)
-
-
-class ChoiceConfig(_Verifier):
-    """1 if the completion's final choice of a letter is the row's, else 0."""
-
-    kind: Literal["choice"] = "choice"
-    answer: str = "answer"
-    """Column with the letter."""
-    letters: str = Field(default="ABCDE", min_length=2)
-    options: str | None = None
-    """Column with the options' texts, which a completion may end with instead."""
-
-    def build(self) -> Reward:
-        """Return the verifier."""
-        return choice(
-            answer=self.answer,
-            letters=self.letters,
-            options=self.options,
-            timeout=self.timeout,
-            failed=self.failed,
-        )
-
-
-class RegexConfig(_Verifier):
-    """1 if a regular expression matches, else 0."""
-
-    kind: Literal["regex"] = "regex"
-    pattern: str
-    """Python's syntax; flags go inside, ``(?s)``."""
-    whole: bool = False
-    """True requires a match of the whole completion."""
-    answer: str | None = None
-    """Column that the first group must equal, in the last match."""
-
-    def build(self) -> Reward:
-        """Return the verifier."""
-        return regex(self.pattern, whole=self.whole, answer=self.answer, timeout=self.timeout, failed=self.failed)
-
-
-class SectionsConfig(_Verifier):
-    """1 if the completion is a sequence of sections ``<tag>…</tag>`` and nothing else, else 0."""
-
-    kind: Literal["sections"] = "sections"
-    tags: list[str] = Field(min_length=1)
-    """Their names, in order: ``[think, answer]``."""
-
-    def build(self) -> Reward:
-        """Return the verifier."""
-        return sections(self.tags, timeout=self.timeout, failed=self.failed)
-
-
-class SqlConfig(_Verifier):
-    """1 if the query returns the same as the row's query, on a read-only SQLite file, else 0."""
-
-    kind: Literal["sql"] = "sql"
-    root: Path
-    """Folder of the databases; no file outside it is opened."""
-    database: str = "{db_id}.sqlite"
-    """File in it, made of columns in braces."""
-    answer: str = "query"
-    """Column with the row's query."""
-    max_rows: int = Field(default=10_000, ge=1)
-    """Most rows that the row's query may return."""
-    skip_empty: bool = False
-    """True skips rows whose query returns no rows, because many wrong queries return none either."""
-
-    def build(self) -> Reward:
-        """Return the verifier.
-
-        Raises:
-            ConfigError: The folder is not there.
-        """
-        if not self.root.is_dir():
-            raise ConfigError(f"rewards: root={str(self.root)!r} is no folder; give the one that holds the databases.")
-        return sql(
-            self.root.absolute(),
-            database=self.database,
-            answer=self.answer,
-            max_rows=self.max_rows,
-            skip_empty=self.skip_empty,
-            timeout=self.timeout,
-            failed=self.failed,
-        )
-
-
-class WordsConfig(_Part):
-    """Presence of whole words, ignoring case."""
-
-    kind: Literal["words"] = "words"
-    words: list[str] = []
-    """The same for all rows; or"""
-    column: str | None = None
-    """the column with each row's: a list, or a text with white space between them."""
-    mode: Literal["all", "any", "none", "share"] = "all"
-
-    def build(self) -> Reward:
-        """Return the reward.
-
-        Raises:
-            ConfigError: Both or neither of ``words`` and ``column`` are given.
-        """
-        return Words(self.words, self.column, self.mode)
-
-
-class LexiconConfig(_Part):
-    """The sum of weighted words."""
-
-    kind: Literal["lexicon"] = "lexicon"
-    path: Path
-    """A word per line, with a tab and its weight behind it where that is not 1."""
-    output: Literal["sum", "mean", "present", "probability"] = "sum"
-    """``mean``: per word; ``present``: 1 if one of them occurs, else 0; ``probability``: logistic function of
-    the sum."""
+    @property
+    @override
+    def default_name(self) -> str:
+        return self.kind.rpartition(":")[2]
 
     @override
-    def data_paths(self) -> Iterator[Path]:
-        yield self.path
-
     def build(self) -> Reward:
-        """Return the reward.
-
-        Raises:
-            DataError: A line is no word with its weight.
-        """
-        return Lexicon(read_lexicon(self.path), output=self.output)
+        if "completions" in inspect.signature(REWARDS.get(self.kind, field="rewards.kind")).parameters:
+            raise ConfigError(f"rewards.kind={self.kind!r} is a reward itself: write function: {self.kind}.")
+        return self.make(REWARDS, place="rewards", protocol=Reward)
 
 
-class SentimentConfig(_Part):
-    """The log-odds of a class by the words of labelled texts (naive Bayes)."""
-
-    kind: Literal["sentiment"] = "sentiment"
-    path: Path
-    """JSONL, also ``.gz``, with ``text`` and ``label``."""
-    positive: str
-    """The label whose log-odds are the reward."""
-    output: Literal["sum", "mean", "probability"] = "sum"
-    """``sum``: the log-odds; ``mean``: per word; ``probability``: of the class."""
-    smoothing: float = Field(default=1.0, gt=0)
-    """Added to every count."""
-
-    @override
-    def data_paths(self) -> Iterator[Path]:
-        yield self.path
-
-    def build(self) -> Reward:
-        """Return the reward.
-
-        Raises:
-            DataError: A row lacks a column, or there are not two classes.
-        """
-        texts, labels = read_labelled(self.path, positive=self.positive)
-        return fit_lexicon(texts, labels, smoothing=self.smoothing, output=self.output)
-
-
-class ClassifierConfig(_Part):
-    """The score of a sequence classifier."""
-
-    kind: Literal["classifier"] = "classifier"
-    path: str
-    """Hub name or folder."""
-    text: Literal["joined", "completion", "pair", "chat"] = "joined"
-    """The classifier's input: prompt and completion as one text, the completion, a pair of texts, or a conversation."""
-    output: Literal["score", "logprob", "probability"] = "score"
-    """``score``: the head's raw value."""
-    label: str | int | None = None
-    """Name or index; needed where the head has several."""
-    max_length: int | None = Field(default=None, ge=1)
-    """Most tokens; by default what the model allows. What is longer loses its beginning."""
-    tokens_per_batch: int = Field(default=16_384, ge=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"
-    device: str | None = None
-    """By default the GPU if there is one."""
-    revision: str | None = None
-
-    @override
-    def model_paths(self) -> Iterator[str]:
-        yield self.path
-
-    def build(self) -> ClassifierReward:
-        """Load the classifier.
-
-        Raises:
-            ModelError: There is none.
-            ConfigError: The label is missing or unknown.
-        """
-        from falign.rewards.classifier import ClassifierReward, load_classifier
-
-        model, tokenizer = load_classifier(self.path, dtype=self.dtype, device=self.device, revision=self.revision)
-        return ClassifierReward(
-            model,
-            tokenizer,
-            text=self.text,
-            output=self.output,
-            label=self.label,
-            max_length=self.max_length,
-            tokens_per_batch=self.tokens_per_batch,
-        )
-
-    @override
-    def build_at(self, date: datetime | None) -> Reward:
-        from falign.models.tokenizers import fix_date
-
-        reward = self.build()
-        if date is not None:
-            fix_date(reward.tokenizer, date)
-        return reward
-
-
-class ImplicitConfig(_Part):
-    """The implicit reward of a model trained by f-DPO, β f'(π/π_ref)."""
-
-    kind: Literal["implicit"] = "implicit"
-    path: str
-    """π: hub name or folder, with the policy's tokens."""
-    reference: str
-    """π_ref."""
-    divergence: str = "reverse_kl"
-    beta: float = Field(default=0.1, gt=0)
-    layout: Literal["padded", "tree"] = "padded"
-    """``tree``: prompts are computed once for all their completions, for models that read it."""
-    tokens_per_batch: int = Field(default=8192, ge=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"
-    device: str | None = None
-    """By default the GPU if there is one."""
-
-    @override
-    def model_paths(self) -> Iterator[str]:
-        yield from (self.path, self.reference)
-
-    @override
-    def models_that_read_ids(self) -> Iterator[tuple[str, str]]:
-        yield from (("path", self.path), ("reference", self.reference))
-
-    def build(self) -> Reward:
-        """Load both models.
-
-        Raises:
-            ConfigError: The divergence is unknown or has no barrier.
-            ModelError: A model is not there.
-        """
-        import torch
-
-        from falign.models import load_model
-        from falign.models.heads import share_head
-        from falign.rewards.implicit import ImplicitReward
-        from falign.scoring import Scorer
-
-        place = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            divergence = divergences.get(self.divergence)
-            model, reference = (load_model(p, dtype=self.dtype, device=place) for p in (self.path, self.reference))
-            share_head(model, reference)
-            return ImplicitReward(
-                model, reference, divergence, self.beta, Scorer(self.layout), tokens_per_batch=self.tokens_per_batch
-            )
-        except ValueError as error:
-            raise ConfigError(f"rewards: {error}") from error
-
-
-class PythonRewardConfig(PythonObject, _Part):
+class PythonRewardConfig(PythonObject, RewardSection):
     """A function that a program gave, or a reward that is an object."""
 
-    name: str
+    name: str  # pyright: ignore[reportIncompatibleVariableOverride]
     """As for other rewards; by default that of the function or the class."""
     form: Literal["falign", "trl", "verl"] = "falign"
     """As for ``function``."""
@@ -439,26 +172,24 @@ class PythonRewardConfig(PythonObject, _Part):
         return OwnFunction(self.name, self.form, given) if inspect.isroutine(given) else given
 
 
-def _kind(value: Any) -> str:
-    return str(value.get("kind", "function") if isinstance(value, dict) else getattr(value, "kind", "function"))
+def _section(kind: str) -> type[BuiltInSection]:
+    section = section_of(REWARDS.get(kind), kind=kind, base=BuiltInSection)
+    section.member = staticmethod(REWARDS.get(kind))
+    return section
 
 
-RewardConfig = Annotated[
-    Annotated[FunctionConfig, Tag("function")]
-    | Annotated[MathConfig, Tag("math")]
-    | Annotated[NumberConfig, Tag("number")]
-    | Annotated[ChoiceConfig, Tag("choice")]
-    | Annotated[RegexConfig, Tag("regex")]
-    | Annotated[SectionsConfig, Tag("sections")]
-    | Annotated[SqlConfig, Tag("sql")]
-    | Annotated[WordsConfig, Tag("words")]
-    | Annotated[LexiconConfig, Tag("lexicon")]
-    | Annotated[SentimentConfig, Tag("sentiment")]
-    | Annotated[ClassifierConfig, Tag("classifier")]
-    | Annotated[ImplicitConfig, Tag("implicit")]
-    | Annotated[PythonRewardConfig, Tag("python")],
-    Discriminator(_kind),
-]
+if TYPE_CHECKING:
+    RewardConfig = RewardSection
+else:
+    RewardConfig = union_of_kinds(
+        {
+            "function": FunctionConfig,
+            **{kind: _section(kind) for kind in REWARDS.names()},
+            "python": PythonRewardConfig,
+        },
+        default="function",
+        own=OwnRewardConfig,
+    )
 """One reward of the list ``rewards``: ``kind`` names one of these, the first where it is left out."""
 
 
@@ -477,12 +208,8 @@ def build_rewards(
     """
     return RewardSum(
         tuple(
-            WeightedReward(config.name or _default_name(config), config.build_at(date), config.weight)
+            WeightedReward(config.name or config.default_name, config.build_at(date), config.weight)
             for config in configs
         ),
         outcome,
     )
-
-
-def _default_name(config: RewardConfig) -> str:
-    return config.function.rpartition(":")[2] if isinstance(config, FunctionConfig) else config.kind

@@ -38,7 +38,7 @@ __all__ = [
 class TargetSection(FrozenModel):
     """A target distribution of the run file."""
 
-    kind: str
+    kind: Any  # each section narrows it to its own name
 
     @property
     def num_features(self) -> int:

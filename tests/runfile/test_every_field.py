@@ -147,6 +147,7 @@ BUILT_ALONE = {
 VERIFIER = {"timeout": 5.0, "failed": None}
 PART = {"name": "other", "weight": 0.5}
 REWARDS = {
+    "OwnRewardConfig": Changes({"kind": "tests.runfile.own_members:Length", "wanted": 5}, **PART),
     "FunctionConfig": Changes(
         {"function": "tests.training.prompts:vowels"},
         **PART,

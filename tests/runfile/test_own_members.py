@@ -69,8 +69,10 @@ def test_an_own_divergence_advantage_engine_and_reward_make_an_online_run(online
                 "advantage": f"{OWN}:centred",
             },
             rollout={"engine": {"kind": f"{OWN}:CountingEngine", "colder": 2.0}},
+            rewards=[{"kind": f"{OWN}:Length", "wanted": 6, "weight": 2.0}],
         )
     )
+    assert any("reward/Length" in log for log in folder.metrics())
     assert [log for log in folder.metrics() if "loss" in log]
     assert made[0].calls >= 2
     assert made[0].colder == 2.0
@@ -124,11 +126,12 @@ def test_code_is_found_in_every_field_that_names_a_member(online, tmp_path, monk
     config = online(
         objective={"kind": "own_module:Objective", "inner": {"loss": "own_module:loss"}, "text": "a: b"},
         rollout={"engine": {"kind": "own_module:Engine"}},
-        rewards=[{"function": "own_module:f"}],
+        rewards=[{"kind": "own_module:Reward"}, {"function": "own_module:f"}],
     )
     assert named_code(config) == {
         "rollout.engine.kind": "own_module:Engine",
-        "rewards.0.function": "own_module:f",
+        "rewards.0.kind": "own_module:Reward",
+        "rewards.1.function": "own_module:f",
         "objective.kind": "own_module:Objective",
         "objective.inner.loss": "own_module:loss",
     }
@@ -149,6 +152,19 @@ def test_an_own_benchmark_is_found_by_its_path(tmp_path):
     assert found.name == "llmbar"
     with pytest.raises(ConfigError, match=r"benchmark=.* makes a list, not a falign Benchmark"):
         benchmarks.get("builtins:list")
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ({"kind": f"{OWN}:Length", "wantd": 6}, r"unknown key 'rewards.wantd'; did you mean wanted\?"),
+        ({"kind": "tests.training.prompts:vowels"}, "is a reward itself: write function: tests.training.prompts:vowel"),
+        ({"kind": f"{OWN}:nothing"}, "makes a dict, which is not a falign Reward: it needs __call__"),
+    ],
+)
+def test_a_mistake_in_the_section_of_an_own_reward_is_named(online, reward, message):
+    with pytest.raises(ConfigError, match=message):
+        online(rewards=[reward]).rewards[0].build()
 
 
 def test_names_of_members_survive_the_resolved_run_file(online):

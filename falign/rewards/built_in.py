@@ -1,0 +1,422 @@
+"""The built-in rewards, each described once: a function whose signature and docstring are the run-file section, too.
+
+A new reward is a function here with its row in :data:`REWARDS`; one that must be killable also has a module in
+:mod:`falign.rewards.verifiers`, which judges a completion in another process.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from falign import divergences
+from falign.errors import ConfigError
+from falign.registry import Registry, is_own_name
+from falign.rewards.base import LoadsModel, ReadsFile, Reward
+from falign.rewards.lexicon import Lexicon, fit_lexicon, read_labelled, read_lexicon
+from falign.rewards.own_function import OwnFunction
+from falign.rewards.verifier import Verifier
+from falign.rewards.words import Words
+
+if TYPE_CHECKING:
+    from falign.rewards.classifier import ClassifierReward
+    from falign.rewards.implicit import ImplicitReward
+
+__all__ = [
+    "REWARDS",
+    "choice",
+    "classifier",
+    "implicit",
+    "lexicon",
+    "load_reward",
+    "mathematics",
+    "number",
+    "regex",
+    "sections",
+    "sentiment",
+    "sql",
+    "words",
+]
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "fastest"]
+Seconds = Annotated[float, Field(gt=0)]
+
+MODULES = "falign.rewards.verifiers"
+SQL_SHARE = 0.8  # of the deadline, after which the database gives up by itself and its process is kept
+
+
+def mathematics(
+    *,
+    answer: str = "answer",
+    decimals: Annotated[int, Field(ge=0)] = 6,
+    timeout: Seconds = 10.0,
+    failed: float | None = 0.0,
+) -> Verifier:
+    """1 if the last answer equals the row's as an expression (by math-verify), else 0.
+
+    Args:
+        answer: The column with LaTeX, an expression, a number, or a text whose answer follows ``####``.
+        decimals: Digits after the point to which numbers must agree.
+        timeout: See :class:`Verifier`.
+        failed: See :class:`Verifier`.
+    """
+    return Verifier(
+        "math",
+        f"{MODULES}.mathematics:score",
+        columns={"answer": answer},
+        parameters={"decimals": decimals},
+        timeout=timeout,
+        failed=failed,
+    )
+
+
+def number(
+    *,
+    answer: str = "answer",
+    tolerance: Annotated[float, Field(ge=0)] = 1e-6,
+    timeout: Seconds = 10.0,
+    failed: float | None = 0.0,
+) -> Verifier:
+    """1 if the last number is the row's, else 0.
+
+    Args:
+        answer: The column with a number, or a text whose last number it is, or the first after ``####``.
+        tolerance: Largest difference as a share of the answer.
+        timeout: See :class:`Verifier`.
+        failed: See :class:`Verifier`.
+    """
+    return Verifier(
+        "number",
+        f"{MODULES}.numbers:score",
+        columns={"answer": answer},
+        parameters={"tolerance": tolerance},
+        timeout=timeout,
+        failed=failed,
+    )
+
+
+def choice(
+    *,
+    answer: str = "answer",
+    letters: Annotated[str, Field(min_length=2)] = "ABCDE",
+    options: str | None = None,
+    timeout: Seconds = 10.0,
+    failed: float | None = 0.0,
+) -> Verifier:
+    """1 if the completion's final choice of a letter is the row's, else 0.
+
+    Args:
+        answer: The column with the letter.
+        letters: Those that may be chosen.
+        options: A column with the options' texts, which a completion may end with instead.
+        timeout: See :class:`Verifier`.
+        failed: See :class:`Verifier`.
+    """
+    return Verifier(
+        "choice",
+        f"{MODULES}.choice:{'score' if options is None else 'score_with_options'}",
+        columns={"answer": answer} if options is None else {"answer": answer, "options": options},
+        parameters={"letters": letters},
+        timeout=timeout,
+        failed=failed,
+    )
+
+
+def regex(
+    pattern: str,
+    *,
+    whole: bool = False,
+    answer: str | None = None,
+    timeout: Seconds = 10.0,
+    failed: float | None = 0.0,
+) -> Verifier:
+    """1 if a regular expression matches, else 0.
+
+    Args:
+        pattern: Python's syntax; flags go inside (``(?s)``).
+        whole: Whether it must match the whole completion.
+        answer: A column that its first group must equal, in its last match.
+        timeout: See :class:`Verifier`.
+        failed: See :class:`Verifier`.
+
+    Raises:
+        ConfigError: The pattern is invalid, or has no group for ``answer``.
+    """
+    try:
+        groups = re.compile(pattern).groups
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"reward regex: the pattern {pattern!r:.80} is invalid: {error}.") from error
+    if answer is not None and groups == 0:
+        raise ConfigError(
+            f"reward regex: the pattern {pattern!r:.80} has no group that could equal answer={answer!r}; put "
+            "parentheses around what is to be compared."
+        )
+    return Verifier(
+        "regex",
+        f"{MODULES}.patterns:{'matches' if answer is None else 'matches_answer'}",
+        columns={} if answer is None else {"answer": answer},
+        parameters={"pattern": pattern, "whole": whole},
+        timeout=timeout,
+        failed=failed,
+    )
+
+
+def sections(
+    tags: Annotated[Sequence[str], Field(min_length=1)], *, timeout: Seconds = 10.0, failed: float | None = 0.0
+) -> Verifier:
+    """1 if the completion is a sequence of sections ``<tag>…</tag>`` and nothing else, else 0.
+
+    Args:
+        tags: Their names, in order.
+        timeout: See :class:`Verifier`.
+        failed: See :class:`Verifier`.
+    """
+    return Verifier(
+        "sections",
+        f"{MODULES}.patterns:sections",
+        parameters={"tags": list(tags)},
+        timeout=timeout,
+        failed=failed,
+    )
+
+
+def sql(
+    root: Path,
+    *,
+    database: str = "{db_id}.sqlite",
+    answer: str = "query",
+    max_rows: Annotated[int, Field(ge=1)] = 10_000,
+    skip_empty: bool = False,
+    timeout: Seconds = 10.0,
+    failed: float | None = 0.0,
+) -> Verifier:
+    """1 if the query returns the same as the row's query, on a read-only SQLite file, else 0.
+
+    Args:
+        root: The folder of the databases; no file outside it is opened.
+        database: The file in it, made of columns in braces.
+        answer: The column with the row's query.
+        max_rows: Most rows that it may return.
+        skip_empty: Whether rows whose query returns nothing do not apply.
+        timeout: See :class:`Verifier`; for both queries together.
+        failed: See :class:`Verifier`.
+
+    Raises:
+        ConfigError: The folder does not exist.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ConfigError(f"reward sql: root={str(root)!r} is not a folder; give the one that holds the databases.")
+    parameters: dict[str, Any] = {
+        "root": str(root.absolute()),
+        "seconds": SQL_SHARE * timeout,
+        "max_rows": max_rows,
+        "skip_empty": skip_empty,
+    }
+    return Verifier(
+        "sql",
+        f"{MODULES}.sql:score",
+        columns={"answer": answer},
+        templates={"database": database},
+        parameters=parameters,
+        timeout=timeout,
+        failed=failed,
+    )
+
+
+def words(
+    words: Sequence[str] = (), column: str | None = None, mode: Literal["all", "any", "none", "share"] = "all"
+) -> Words:
+    """Presence of whole words, ignoring case.
+
+    Args:
+        words: The same for all rows; or
+        column: the column with each row's: a list, or a text with white space between them.
+        mode: ``all``, ``any`` or ``none`` of them must occur, for 1 or 0; ``share`` is the share that occurs.
+
+    Raises:
+        ConfigError: Both or neither of ``words`` and ``column`` are given.
+    """
+    return Words(words, column, mode)
+
+
+def lexicon(
+    path: Annotated[Path, ReadsFile()], *, output: Literal["sum", "mean", "present", "probability"] = "sum"
+) -> Lexicon:
+    """The sum of weighted words.
+
+    Args:
+        path: A word per line, with a tab and its weight behind it where that is not 1.
+        output: ``mean``: per word; ``present``: 1 if one of them occurs, else 0; ``probability``: logistic function of
+            the sum.
+
+    Raises:
+        DataError: A line is not a word with its weight.
+    """
+    return Lexicon(read_lexicon(path), output=output)
+
+
+def sentiment(
+    path: Annotated[Path, ReadsFile()],
+    positive: str,
+    *,
+    output: Literal["sum", "mean", "probability"] = "sum",
+    smoothing: Annotated[float, Field(gt=0)] = 1.0,
+) -> Lexicon:
+    """The log-odds of a class by the words of labelled texts (naive Bayes).
+
+    Args:
+        path: JSONL, also ``.gz``, with ``text`` and ``label``.
+        positive: The label whose log-odds are the reward.
+        output: ``sum``: the log-odds; ``mean``: per word; ``probability``: of the class.
+        smoothing: Added to every count.
+
+    Raises:
+        DataError: A row lacks a column, or there are not two classes.
+    """
+    texts, labels = read_labelled(path, positive=positive)
+    return fit_lexicon(texts, labels, smoothing=smoothing, output=output)
+
+
+def classifier(
+    path: Annotated[str, LoadsModel()],
+    *,
+    text: Literal["joined", "completion", "pair", "chat"] = "joined",
+    output: Literal["score", "logprob", "probability"] = "score",
+    label: str | int | None = None,
+    max_length: Annotated[int | None, Field(ge=1)] = None,
+    tokens_per_batch: Annotated[int, Field(ge=1)] = 16_384,
+    dtype: Dtype = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+) -> ClassifierReward:
+    """The score of a sequence classifier.
+
+    Args:
+        path: Hub name or folder.
+        text: The classifier's input: prompt and completion as one text, the completion, a pair of texts, or a
+            conversation.
+        output: ``score``: the head's raw value.
+        label: Name or index; needed where the head has several.
+        max_length: Most tokens; by default what the model allows. Longer inputs lose their beginning.
+        tokens_per_batch: Tokens computed at once, padding included.
+        dtype: Of the weights.
+        device: By default the GPU if there is one.
+        revision: Of the repository on the Hub.
+
+    Raises:
+        ModelError: The model does not exist or cannot be loaded.
+        ConfigError: The label is missing or unknown.
+    """
+    from falign.rewards.classifier import ClassifierReward, load_classifier
+
+    model, tokenizer = load_classifier(path, dtype=dtype, device=device, revision=revision)
+    return ClassifierReward(
+        model,
+        tokenizer,
+        text=text,
+        output=output,
+        label=label,
+        max_length=max_length,
+        tokens_per_batch=tokens_per_batch,
+    )
+
+
+def implicit(
+    path: Annotated[str, LoadsModel(reads_policy_ids=True)],
+    reference: Annotated[str, LoadsModel(reads_policy_ids=True)],
+    *,
+    divergence: str = "reverse_kl",
+    beta: Annotated[float, Field(gt=0)] = 0.1,
+    layout: Literal["padded", "tree"] = "padded",
+    tokens_per_batch: Annotated[int, Field(ge=1)] = 8192,
+    dtype: Dtype = "auto",
+    device: str | None = None,
+) -> ImplicitReward:
+    """The implicit reward of a model trained by f-DPO, β f'(π/π_ref).
+
+    Args:
+        path: π: hub name or folder, with the policy's tokens.
+        reference: π_ref.
+        divergence: A name, or ``module:Name`` of your own; it must have a barrier.
+        beta: β.
+        layout: ``tree``: prompts are computed once for all their completions, for models that read it.
+        tokens_per_batch: Tokens scored at once.
+        dtype: Of the weights.
+        device: By default the GPU if there is one.
+
+    Raises:
+        ValueError: The divergence is unknown or has no barrier.
+        ModelError: A model does not exist or cannot be loaded.
+    """
+    import torch
+
+    from falign.models import load_model
+    from falign.models.heads import share_head
+    from falign.rewards.implicit import ImplicitReward
+    from falign.scoring import Scorer
+
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    f = divergences.get(divergence, field="divergence")
+    model, reference_model = (load_model(each, dtype=dtype, device=place) for each in (path, reference))
+    share_head(model, reference_model)
+    return ImplicitReward(model, reference_model, f, beta, Scorer(layout), tokens_per_batch=tokens_per_batch)
+
+
+REWARDS: Registry[Callable[..., Reward]] = Registry(
+    "reward",
+    {
+        "math": mathematics,
+        "number": number,
+        "choice": choice,
+        "regex": regex,
+        "sections": sections,
+        "sql": sql,
+        "words": words,
+        "lexicon": lexicon,
+        "sentiment": sentiment,
+        "classifier": classifier,
+        "implicit": implicit,
+    },
+    wanted="class or function that makes a reward",
+)
+"""By the kind of the run file."""
+
+
+def load_reward(name: str) -> Reward:
+    r"""Return a reward by name.
+
+    Args:
+        name: ``module:function``, or a name of ``REWARDS`` with its arguments as a Python call, literals only:
+            ``math``, ``number(answer='label', tolerance=0.01)``, ``regex(r'\d+', whole=True)``.
+
+    Raises:
+        ConfigError: It is unknown, cannot be imported, or does not take these arguments.
+    """
+    if is_own_name(name.strip()):
+        return OwnFunction(name.strip())
+    function, arguments, keywords = _parsed(name)
+    make = REWARDS.get(function)
+    try:
+        return make(*arguments, **keywords)
+    except TypeError as error:
+        raise ConfigError(f"reward {name!r}: {error}; write its arguments as in a Python call.") from error
+
+
+def _parsed(name: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """Return function, arguments and keywords; the whole name as function where it is no such call."""
+    try:
+        node = ast.parse(name.strip(), mode="eval").body
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            keywords = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
+            return node.func.id, [ast.literal_eval(argument) for argument in node.args], keywords
+    except SyntaxError:
+        pass  # a plain name, or an unknown one
+    except ValueError as error:
+        raise ConfigError(f"reward {name!r}: {error}; its arguments must be literals.") from error
+    return name.strip(), [], {}
