@@ -90,7 +90,7 @@ TokenWeighting = Literal["none", "activations", "mapo"]
 """Sources of ``CompletionBatch.token_weights``: none, falign's own weights, or the mask of SparsePO's MaPO."""
 
 Importance = Literal["sequence", "token"]
-"""What an importance weight ``π/π_old`` is of: a whole completion, or a single token."""
+"""The unit of an importance weight ``π/π_old``: a whole completion, or a single token."""
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -128,10 +128,8 @@ class CompletionBatch:
                 object.__setattr__(
                     self, each.name, _each(value, lambda tensor, name=each.name: _of_field(name, tensor))
                 )
-        if self.reference_logprobs is not None:
-            object.__setattr__(
-                self, "references", _ByReference({**self.references, "reference": self.reference_logprobs})
-            )
+        repeated = {} if self.reference_logprobs is None else {"reference": self.reference_logprobs}
+        object.__setattr__(self, "references", _ByReference({**self.references, **repeated}))
         if self.logprobs.ndim != 2:
             raise ValueError(f"logprobs has shape {tuple(self.logprobs.shape)}; it must be (completions, tokens).")
         for name, value in self.tensors().items():
@@ -153,9 +151,7 @@ class CompletionBatch:
             object.__setattr__(self, "reference_logprobs", given.get("reference"))
         elif "reference" in given:
             raise ValueError("references['reference'] and reference_logprobs are the same field: give one of them.")
-        else:
-            given["reference"] = self.reference_logprobs
-        object.__setattr__(self, "references", _ByReference(given))
+        object.__setattr__(self, "references", {name: each for name, each in given.items() if name != "reference"})
 
     @property
     def num_tokens(self) -> Int[Tensor, " N"]:
@@ -254,8 +250,7 @@ class CompletionBatch:
         Returns:
             A new batch.
         """
-        given = {each.name: getattr(self, each.name) for each in fields(self)}
-        return replace(self, **{name: _each(value, change) for name, value in given.items() if value is not None})
+        return CompletionBatch.of({name: change(value) for name, value in self.tensors().items()})
 
     def select(self, rows: Bool[Tensor, " N"]) -> CompletionBatch:
         """Return the completions that a mask names, with all their fields.
@@ -272,8 +267,7 @@ class CompletionBatch:
 def _each(value: Tensor | Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> Any:
     """Apply a function to a tensor, or to each of several by name."""
     if isinstance(value, Mapping):
-        kind = _ByReference if isinstance(value, _ByReference) else dict
-        return kind({name: change(each) for name, each in value.items()})
+        return {name: change(each) for name, each in value.items()}
     return change(value)
 
 

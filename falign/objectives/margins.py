@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,32 @@ from torch import Tensor
 
 from falign.divergences.dtypes import numbers
 
-__all__ = ["IPO", "MARGIN_LOSSES", "Exo", "MarginLoss", "Robust", "get_margin_loss", "hinge", "logistic", "squared"]
+__all__ = [
+    "IPO",
+    "MARGIN_LOSSES",
+    "Exo",
+    "MarginLoss",
+    "PerTokenLoss",
+    "Robust",
+    "get_margin_loss",
+    "hinge",
+    "logistic",
+    "squared",
+]
 
 MarginLoss = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class PerTokenLoss(Protocol):
+    """A loss whose margin must be of log-ratios per token.
+
+    Attributes:
+        per_token_instead_of: The loss of whole completions that a message recommends.
+    """
+
+    @property
+    def per_token_instead_of(self) -> str: ...
 
 
 def logistic(margin: Shaped[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -104,6 +128,11 @@ class IPO:
     def __post_init__(self) -> None:
         if not 0 < self.beta < math.inf:
             raise ValueError(f"beta={self.beta!r} must be positive and finite.")
+
+    @property
+    def per_token_instead_of(self) -> str:
+        """The loss of whole completions that a message recommends."""
+        return "squared"
 
     def __call__(self, margin: Shaped[Tensor, " B"]) -> Float[Tensor, " B"]:
         """Return one loss per pair, shape (B,)."""

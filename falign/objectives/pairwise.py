@@ -13,7 +13,7 @@ from typing_extensions import override
 from falign.divergences import Divergence
 from falign.objectives.base import BaseObjective, CompletionBatch, ObjectiveOutput, Term
 from falign.objectives.link import Link
-from falign.objectives.margins import IPO, MarginLoss, get_margin_loss, logistic
+from falign.objectives.margins import IPO, MarginLoss, PerTokenLoss, get_margin_loss, logistic
 from falign.objectives.pairs import accuracies, pairs_in
 
 __all__ = ["Pairwise"]
@@ -58,13 +58,13 @@ class Pairwise(BaseObjective):
         if isinstance(self.margin_loss, str):
             loss = IPO(self.beta) if self.margin_loss == "ipo" else get_margin_loss(self.margin_loss)
             object.__setattr__(self, "margin_loss", loss)
-        is_ipo = isinstance(self.margin_loss, IPO)
+        per_token = isinstance(self.margin_loss, PerTokenLoss)
         if self.length_norm is None:
-            object.__setattr__(self, "length_norm", "token" if is_ipo else "none")
-        if is_ipo and self.length_norm != "token":
+            object.__setattr__(self, "length_norm", "token" if per_token else "none")
+        if isinstance(self.margin_loss, PerTokenLoss) and self.length_norm != "token":
             raise ValueError(
                 f"length_norm={self.length_norm!r} with margin_loss='ipo': IPO is of log-ratios per token; leave it "
-                "out, or name the loss of whole completions, 'squared'."
+                f"out, or name the loss of whole completions, {self.margin_loss.per_token_instead_of!r}."
             )
         _ = self.link  # checks the other three
 

@@ -1,4 +1,4 @@
-"""What an objective reads of a batch: the policy's side, and the references' as far as they are asked for."""
+"""The inputs of an objective: a batch scored under the policy, and under the references that are asked for."""
 
 from __future__ import annotations
 
