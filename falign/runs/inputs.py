@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from falign.data import PromptRow
-from falign.rollouts.scored_trees import ScoredTree
+from falign.rollouts.buffer import RolloutBuffer
 from falign.scoring import PromptTree
 
 __all__ = ["RunInputs", "RunRows", "prompt_digest", "text_hash"]
@@ -68,7 +68,7 @@ class RunRows:
     rows: Mapping[str, Sequence[tuple[str, str]]]
 
     @classmethod
-    def of(cls, sections: Mapping[str, Iterable[PromptTree | PromptRow | ScoredTree]]) -> RunRows:
+    def of(cls, sections: Mapping[str, Iterable[PromptTree | PromptRow | RolloutBuffer]]) -> RunRows:
         """Return the digests of rows by section."""
         return cls({section: [_digests(row) for row in rows] for section, rows in sections.items()})
 
@@ -131,18 +131,19 @@ class RunInputs:
         return None
 
 
-def _digests(row: PromptTree | PromptRow | ScoredTree) -> tuple[str, str]:
+def _digests(row: PromptTree | PromptRow | RolloutBuffer) -> tuple[str, str]:
     ids, rest = _contents(row)
     return prompt_digest(ids), text_hash(f"{_hash(ids)} {rest}")
 
 
-def _contents(row: PromptTree | PromptRow | ScoredTree) -> tuple[Sequence[int], str]:
+def _contents(row: PromptTree | PromptRow | RolloutBuffer) -> tuple[Sequence[int], str]:
     """Return the prompt's ids, and a text that tells all else apart that objectives and rewards read."""
     if isinstance(row, PromptRow):
         return row.prompt_ids, json.dumps([row.prompt, dict(row.columns)], sort_keys=True, default=str)
-    if isinstance(row, ScoredTree):
-        ids, rest = _contents(row.tree)
-        return ids, f"{rest} {json.dumps(dict(row.columns), sort_keys=True, default=str)}"
+    if isinstance(row, RolloutBuffer):
+        ids, rest = _contents(row.trees[0])
+        columns = {name: values.tolist() for name, (values, _) in row.columns.items()}
+        return ids, f"{rest} {json.dumps(columns, sort_keys=True)}"
     return row.prompt_ids, json.dumps([[_hash(ids) for ids in row.completion_ids], row.preference])
 
 

@@ -13,9 +13,11 @@ from falign.errors import RolloutError
 from falign.rewards import RewardSum
 from falign.rewards.columns import reward_columns
 from falign.rollouts import Engine, Rollout, SamplingParams
+from falign.rollouts.buffer import RolloutBuffer, padded
+from falign.scoring import PromptTree
 from falign.seeds import mixed
 
-__all__ = ["TOLERANCE", "Draw", "Group", "GroupSampler"]
+__all__ = ["TOLERANCE", "Draw", "Group", "GroupSampler", "rollout_buffer"]
 
 TOLERANCE = 1e-6  # of a reward that is compared with the one that passes
 
@@ -105,6 +107,26 @@ class Draw(NamedTuple):
             self.message or other.message,
             dict(Counter(self.failed) + Counter(other.failed)),
         )
+
+
+def rollout_buffer(groups: Sequence[Group], *, compared: bool = False) -> RolloutBuffer:
+    """Return the completions of some groups with the log-probabilities that the sampler reported.
+
+    Args:
+        groups: One or more.
+        compared: Whether rewards become preferences.
+    """
+    trees = tuple(
+        PromptTree(
+            group.row.prompt_ids,
+            tuple(rollout.completion_ids for rollout in group.rollouts),
+            group.rewards if compared else None,
+            group.row.place,
+        )
+        for group in groups
+    )
+    logprobs = padded([rollout.logprobs for group in groups for rollout in group.rollouts])
+    return RolloutBuffer(trees).with_columns({"sampler_logprobs": logprobs})
 
 
 class GroupSampler:

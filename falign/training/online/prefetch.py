@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import asdict
+from dataclasses import replace
+from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
+import torch
+
 from falign.data import PromptRow
 from falign.rollouts import Rollout
-from falign.training.online.groups import Draw, Group
+from falign.rollouts.buffer import Column, RolloutBuffer
+from falign.training.online.groups import Draw, Group, rollout_buffer
 
 __all__ = ["Drawn", "RolloutAhead"]
+
+PART = "part "
+"""Beginning of the names of columns with the rewards that others were combined of."""
 
 
 class Drawn(NamedTuple):
@@ -30,34 +38,54 @@ class Drawn(NamedTuple):
     step: int
     position: int
 
-    def state_dict(self, prompts: Sequence[PromptRow]) -> dict[str, Any]:
-        """Return plain values that :meth:`from_state` takes; prompts are named by their places among all."""
-        places = {id(row): place for place, row in enumerate(prompts)}
-        groups = [
-            {
-                "row": places[id(group.row)],
-                "rollouts": [asdict(rollout) for rollout in group.rollouts],
-                "texts": group.texts,
-                "rewards": group.rewards,
-                "parts": dict(group.parts),
-            }
-            for group in self.draw.groups
-        ]
-        return {**self._asdict(), "draw": {**self.draw._asdict(), "groups": groups}}
+    def save(self, file: Path, prompts: Sequence[PromptRow]) -> dict[str, Any]:
+        """Write all numbers of the completions as tensors.
+
+        Args:
+            file: Where they go.
+            prompts: All that are trained on; the state names prompts by their places among these.
+
+        Returns:
+            The rest as plain values.
+        """
+        groups, places = self.draw.groups, {id(row): place for place, row in enumerate(prompts)}
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        columns = {
+            "rewards": _column([reward for group in groups for reward in group.rewards]),
+            **{
+                f"{PART}{name}": _column([value for group in groups for value in group.parts[name]])
+                for name in groups[0].parts
+            },
+        }
+        buffer = rollout_buffer(groups)
+        replace(buffer, columns={**buffer.columns, **columns}).save(file)
+        rest = {
+            "rows": [places[id(group.row)] for group in groups],
+            "texts": [text for group in groups for text in group.texts],
+            "finish_reasons": [rollout.finish_reason for rollout in rollouts],
+            "policy_versions": [rollout.policy_version for rollout in rollouts],
+        }
+        return {**self._asdict(), "draw": {**self.draw._asdict(), "groups": rest}}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], prompts: Sequence[PromptRow]) -> Drawn:
-        """Return the rollout of a state, equal to the one that it was taken of."""
-        groups = [
-            Group(
-                prompts[group["row"]],
-                tuple(_rollout(rollout) for rollout in group["rollouts"]),
-                tuple(group["texts"]),
-                tuple(group["rewards"]),
-                {name: tuple(values) for name, values in group["parts"].items()},
+    def load(cls, state: Mapping[str, Any], file: Path, prompts: Sequence[PromptRow]) -> Drawn:
+        """Return the rollout that :meth:`save` wrote, equal to that one."""
+        buffer, rest = RolloutBuffer.load(file), state["draw"]["groups"]
+        logprobs = buffer.values("sampler_logprobs").tolist()
+        rewards = buffer.values("rewards").tolist()
+        found = buffer.columns.items()
+        parts = {name.removeprefix(PART): _values(column) for name, column in found if name.startswith(PART)}
+        reasons, versions = rest["finish_reasons"], rest["policy_versions"]
+        groups, start = [], 0
+        for tree, row in zip(buffer.trees, rest["rows"], strict=True):
+            own = range(start, start := start + len(tree.completion_ids))
+            rollouts = tuple(
+                Rollout(tree.prompt_ids, ids, tuple(logprobs[n][: len(ids)]), reasons[n], versions[n])
+                for n, ids in zip(own, tree.completion_ids, strict=True)
             )
-            for group in state["draw"]["groups"]
-        ]
+            of_parts = {name: tuple(values[n] for n in own) for name, values in parts.items()}
+            texts, worth = tuple(rest["texts"][n] for n in own), tuple(rewards[n] for n in own)
+            groups.append(Group(prompts[row], rollouts, texts, worth, of_parts))
         return cls(**{**state, "draw": Draw(**{**state["draw"], "groups": groups})})
 
 
@@ -99,12 +127,12 @@ class RolloutAhead:
         if self._underway is not None:
             wait([self._underway])
 
-    def state_dict(self, prompts: Sequence[PromptRow]) -> dict[str, Any] | None:
-        """Wait for the rollout and return it as plain values; None where there is none, or it failed."""
+    def drawn(self) -> Drawn | None:
+        """Wait for the rollout and return it, leaving it to be taken; None where there is none, or it failed."""
         self.wait()
         if self._underway is None or self._underway.exception() is not None:
             return None
-        return self._underway.result().state_dict(prompts)
+        return self._underway.result()
 
     def put(self, drawn: Drawn) -> None:
         """Have a rollout taken next."""
@@ -112,6 +140,11 @@ class RolloutAhead:
         self._underway.set_result(drawn)
 
 
-def _rollout(state: Mapping[str, Any]) -> Rollout:
-    ids = {name: tuple(state[name]) for name in ("prompt_ids", "completion_ids", "logprobs")}
-    return Rollout(**{**state, **ids})
+def _column(values: Sequence[float | None]) -> Column:
+    known = torch.tensor([value is not None for value in values])
+    return Column(torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64), known)
+
+
+def _values(column: Column) -> list[float | None]:
+    pairs = zip(column.values.tolist(), column.known.tolist(), strict=True)
+    return [value if known else None for value, known in pairs]

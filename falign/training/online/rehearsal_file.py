@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired
 
+import torch
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from falign.data import Row, read_rows
 from falign.errors import DataError, one_line
-from falign.rollouts.scored_trees import ScoredTree
+from falign.rollouts.buffer import RolloutBuffer, padded
 from falign.runs.inputs import text_hash
 from falign.scoring import PromptTree
 
@@ -47,7 +47,7 @@ ROUNDING = 1e-3
 """By how much a log-probability may be above 0."""
 
 
-def read_rehearsal(path: str, *, num_tokens: int) -> list[ScoredTree]:
+def read_rehearsal(path: str, *, num_tokens: int) -> RolloutBuffer:
     """Return the stored completions of a file.
 
     Args:
@@ -59,10 +59,15 @@ def read_rehearsal(path: str, *, num_tokens: int) -> list[ScoredTree]:
             some that cannot be, or the two differ in number.
     """
     _check_unedited(path)
-    trees = [_tree(row, num_tokens) for row in read_rows(path)]
-    if not trees:
+    found = [_stored(row, num_tokens) for row in read_rows(path)]
+    if not found:
         raise DataError(f"{path} has no stored completion: lower the threshold of `falign sample`, or leave it out.")
-    return trees
+    trees, logprobs = zip(*found, strict=True)
+    columns = {
+        "reference_logprobs": padded(logprobs),
+        "from_reference": torch.ones(len(trees), dtype=torch.bool),
+    }
+    return RolloutBuffer(trees).with_columns(columns)
 
 
 def other_origin(path: str, **expected: str) -> str | None:
@@ -118,7 +123,7 @@ def _summary(path: str) -> _Summary:
         ) from error
 
 
-def _tree(row: Row, num_tokens: int) -> ScoredTree:
+def _stored(row: Row, num_tokens: int) -> tuple[PromptTree, list[float]]:
     prompt, completion = (tuple(map(int, _numbers(row, name, int))) for name in ("prompt_ids", "completion_ids"))
     logprobs = list(map(float, _numbers(row, "logprobs", float)))
     if strange := [id_ for id_ in prompt + completion if not 0 <= id_ < num_tokens]:
@@ -129,11 +134,7 @@ def _tree(row: Row, num_tokens: int) -> ScoredTree:
         raise DataError(f"{row.place}: {strange[0]} in 'logprobs' is the logarithm of no probability; sample it anew.")
     if len(logprobs) != len(completion):
         raise DataError(f"{row.place}: {len(logprobs)} logprobs for {len(completion)} completion_ids; sample it anew.")
-    columns: Mapping[str, Any] = {
-        "reference_logprobs": [logprobs],
-        "from_reference": [True],
-    }
-    return ScoredTree(PromptTree(prompt, (completion,), place=row.place), columns)
+    return PromptTree(prompt, (completion,), place=row.place), logprobs
 
 
 def _numbers(row: Row, name: str, kind: type[int] | type[float]) -> list[Any]:

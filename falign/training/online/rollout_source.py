@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from falign.training.online.prompt_order import PromptOrder, sample_within
 __all__ = ["RolloutSource"]
 
 MOST_DRAWS = 8  # in search of completions that differ in reward
+AHEAD = "rollout_ahead.safetensors"
 
 
 class RolloutSource:
@@ -88,17 +90,23 @@ class RolloutSource:
         """Return the groups that say something: all, or, to compare, those whose completions are not worth the same."""
         return [group for group in draw.groups if not self.compares or len(set(group.rewards)) > 1]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Wait for what is being drawn, and return plain values that :meth:`load_state_dict` takes."""
-        ahead = self.ahead.state_dict(self.prompts)
-        order = self.position if ahead is None else ahead["position"]
+    def save(self, folder: Path, *, writes: bool = True) -> dict[str, Any]:
+        """Wait for what is being drawn, write it into a folder, and return the rest as plain values.
+
+        Args:
+            folder: Of the checkpoint.
+            writes: False where another process writes the same.
+        """
+        drawn = self.ahead.drawn()
+        order = self.position if drawn is None else drawn.position
+        ahead = None if drawn is None or not writes else drawn.save(folder / AHEAD, self.prompts)
         return {"order": order, "number": self.number, "position": self.position, "ahead": ahead}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any], folder: Path) -> None:
         """Go on from where another source was."""
         self.order.position, self.number, self.position = state["order"], state["number"], state["position"]
         if state["ahead"] is not None:
-            self.ahead.put(Drawn.from_state(state["ahead"], self.prompts))
+            self.ahead.put(Drawn.load(state["ahead"], folder / AHEAD, self.prompts))
 
     def _publish(self, policy: nn.Module, step: int) -> Callable[[], Drawn]:
         """Publish the policy as it is now; what is returned draws a rollout from it, in whatever thread."""

@@ -18,7 +18,7 @@ from falign.objectives import Objective
 from falign.references import REFERENCE
 from falign.rewards.columns import row_check
 from falign.rollouts import EngineSetup, SamplingParams, TransformersEngine
-from falign.rollouts.scored_trees import ScoredTree
+from falign.rollouts.buffer import RolloutBuffer
 from falign.runfile.config import RunConfig
 from falign.runfile.reward_config import build_rewards
 from falign.runs.folder import RunFolder
@@ -64,12 +64,12 @@ def online_trainer(
         rewards = build_rewards(config.rewards, date=language.date, outcome=rollout.outcome)
         data = config.prompts.build(language.tokenizer, seed=config.seed, check=row_check(rewards))
         rehearsal = (
-            []
+            RolloutBuffer()
             if config.rehearsal is None
             else read_rehearsal(config.rehearsal.path, num_tokens=len(language.tokenizer))
         )
         prompts = [(row.place, row.prompt_ids) for row in (*data.train, *data.eval)]
-        config.check_token_rows(language.tokenizer, [*prompts, *token_rows([each.tree for each in rehearsal])])
+        config.check_token_rows(language.tokenizer, [*prompts, *token_rows(rehearsal.trees)])
     _tell(data, console)
     _tell_rehearsed(rehearsal, data, console)
     per_update = -(-rollout.prompts // rollout.minibatches)
@@ -87,7 +87,7 @@ def online_trainer(
         args,
         make_probes=lambda policy: _probes(policy, data, language, min(rollout.max_new_tokens, PROBE_TOKENS)),
         longest=max(
-            [config.prompts.max_length + rollout.max_new_tokens, *(each.tree.num_tokens for each in rehearsal)]
+            [config.prompts.max_length + rollout.max_new_tokens, *(tree.num_tokens for tree in rehearsal.trees)]
         ),
         console=console,
     )
@@ -187,9 +187,9 @@ def _tell(data: PromptData, console: Console) -> None:
         )
 
 
-def _tell_rehearsed(rehearsal: Sequence[ScoredTree], data: PromptData, console: Console) -> None:
+def _tell_rehearsed(rehearsal: RolloutBuffer, data: PromptData, console: Console) -> None:
     """Say so where held-out prompts are among those whose stored completions are rehearsed."""
-    stored = {scored.tree.prompt_ids for scored in rehearsal}
+    stored = {tree.prompt_ids for tree in rehearsal.trees}
     if shared := sum(row.prompt_ids in stored for row in data.eval):
         console.print(
             f"warning: {shared} of {len(data.eval)} held-out prompts are also rehearsed, so held-out values flatter.",

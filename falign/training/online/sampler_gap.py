@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from falign.errors import EngineError
-from falign.rollouts.scored_trees import ScoredTree
 
 __all__ = ["Corrected", "correct", "gap_metrics", "require_gap"]
 
@@ -19,15 +16,15 @@ _LOG_2 = math.log(2)
 
 
 class Corrected(NamedTuple):
-    """Trees whose ``old_logprobs`` make ``π/π_old`` the bounded weight of the sampler's law.
+    """Log-probabilities that make ``π/π_old`` the bounded weight of the sampler's distribution.
 
     Attributes:
-        trees: The same completions.
+        old_logprobs: ``log π_old``, float64, shape (N, T); 0 where masked.
         cut: 1 for each weight that was above the bound, else 0.
     """
 
-    trees: list[ScoredTree]
-    cut: Tensor
+    old_logprobs: Float[Tensor, "N T"]
+    cut: Float[Tensor, " M"]
 
 
 def gap_metrics(log_ratio: Float[Tensor, " M"]) -> dict[str, Tensor]:
@@ -61,28 +58,36 @@ def require_gap(log_ratio: Float[Tensor, " M"], bound: float, *, step: int) -> N
         )
 
 
-def correct(trees: Sequence[ScoredTree], *, importance: Literal["sequence", "token"], cap: float) -> Corrected:
-    """Put the sampler's law in the place of π_old, as far as weights stay below a bound.
+def correct(
+    policy_logprobs: Float[Tensor, "N T"],
+    sampler_logprobs: Float[Tensor, "N T"],
+    completion_mask: Bool[Tensor, "N T"],
+    *,
+    importance: Literal["sequence", "token"],
+    cap: float,
+) -> Corrected:
+    """Put the sampler's distribution in the place of π_old, as far as weights stay below a bound.
 
     With π the policy before the first update and μ the sampler, ``log π_old = max(log μ, log π - log cap)`` at each
     token, so that ``π/π_old = min(π/μ, cap)``; for whole completions the same holds of the sum over tokens.
 
     Args:
-        trees: Completions with ``old_logprobs`` (log π) and ``sampler_logprobs`` (log μ).
+        policy_logprobs: log π.
+        sampler_logprobs: log μ.
+        completion_mask: True on completion tokens.
         importance: What a weight is of.
         cap: The bound, at least 1.
 
     Source:
         Truncated importance sampling: Ionides, J. Comput. Graph. Stat. 17 (2008) 295.
     """
-    bound, corrected, cut = math.log(cap), [], []
-    for tree in trees:
-        rows = []
-        for own, sampled in zip(tree.columns["old_logprobs"], tree.columns["sampler_logprobs"], strict=True):
-            policy, sampler = torch.tensor(own, dtype=torch.float64), torch.tensor(sampled, dtype=torch.float64)
-            log_weight = policy - sampler if importance == "token" else (policy - sampler).sum()[None]
-            excess = (log_weight - bound).clamp(min=0)
-            cut.append(excess > 0)
-            rows.append((sampler + (excess if importance == "token" else excess / len(sampler))).tolist())
-        corrected.append(tree.with_columns(old_logprobs=rows))
-    return Corrected(corrected, torch.cat(cut).double())
+    sampler = sampler_logprobs.double()
+    log_weight = (policy_logprobs.double() - sampler).masked_fill(~completion_mask, 0.0)
+    if importance == "token":
+        excess = (log_weight - math.log(cap)).clamp(min=0)
+        cut = excess[completion_mask] > 0
+    else:
+        whole = (log_weight.sum(dim=-1) - math.log(cap)).clamp(min=0)
+        cut = whole > 0
+        excess = (whole / completion_mask.sum(dim=-1))[:, None]
+    return Corrected((sampler + excess).masked_fill(~completion_mask, 0.0), cut.double())

@@ -14,12 +14,12 @@ from transformers import TrainerState, TrainingArguments
 from typing_extensions import override
 
 from falign.data import PromptRow
-from falign.errors import ConfigError, EngineError, NonFiniteRewardError, RewardError
+from falign.errors import ConfigError, EngineError, NonFiniteRewardError, RewardError, TrainingError
 from falign.objectives import Objective, complete
 from falign.objectives.batch import ONLINE
 from falign.references import ObjectiveInputs, Reference
 from falign.rewards import RewardSum
-from falign.rollouts.scored_trees import ScoredTree, collate, require_columns
+from falign.rollouts.buffer import RolloutBuffer
 from falign.runfile.prompts_config import RolloutConfig
 from falign.scoring import Scorer
 from falign.seeds import mixed
@@ -31,7 +31,7 @@ from falign.training.online.prompt_order import PromptOrder
 from falign.training.online.rollout_scorer import RolloutScorer
 from falign.training.online.rollout_source import RolloutSource
 from falign.training.online.sampler_gap import gap_metrics, require_gap
-from falign.training.processes import is_writer, num_processes, part, rank
+from falign.training.processes import is_writer, num_processes, rank
 from falign.training.stand_ins import stand_in
 from falign.training.trainer import AlignmentTrainer
 
@@ -39,6 +39,7 @@ __all__ = ["OnlineTrainer"]
 
 MOST_CLIPPED = 0.95  # of the completions of a rollout
 ROLLOUT_STATE = "rollout_state.json"
+ROLLOUT = "rollout.safetensors"
 VALUE_HEAD = "value_head.safetensors"
 
 
@@ -79,7 +80,7 @@ class OnlineTrainer(AlignmentTrainer):
         prompts: To train on.
         eval_prompts: Held out; may be empty.
         rollout: Sizes.
-        rehearsal: Stored completions of the reference with their log-probabilities; may be empty.
+        rehearsal: Stored completions of the reference with their log-probabilities, one for each prompt.
         rehearsal_size: How many of them go into each optimiser step.
         scorer: Lays trees out, in a way that the model can read.
         table: Where completions are written down.
@@ -107,7 +108,7 @@ class OnlineTrainer(AlignmentTrainer):
         rollout: RolloutConfig,
         scorer: Scorer,
         table: CompletionsTable,
-        rehearsal: Sequence[ScoredTree] = (),
+        rehearsal: RolloutBuffer | None = None,
         rehearsal_size: int = 0,
         value_head: nn.Module | None = None,
         max_gap: float | None = None,
@@ -119,9 +120,9 @@ class OnlineTrainer(AlignmentTrainer):
         self.table, self.advise = table, advise
         compares = "preference" in objective.needs
         self.source = RolloutSource(sampler, prompts, rollout, compares=compares, seed=args.seed, keep=table.write)
-        self.rehearsal, self.rehearsal_size = rehearsal, rehearsal_size
-        self.rehearsal_order = PromptOrder(len(rehearsal), seed=mixed(args.seed, "rehearsal"))
-        self.buffer: list[ScoredTree] = []
+        self.rehearsal, self.rehearsal_size = rehearsal or RolloutBuffer(), rehearsal_size
+        self.rehearsal_order = PromptOrder(len(self.rehearsal), seed=mixed(args.seed, "rehearsal"))
+        self.buffer = RolloutBuffer()
         self.failures = Failures()
         self.staleness, self.max_gap = 0, max_gap
         self._advised = rollout.ignore_stop
@@ -146,7 +147,6 @@ class OnlineTrainer(AlignmentTrainer):
             batch_size=args.per_device_train_batch_size,
             scorer=scorer,
             value_head=value_head,
-            prepare=self.prepare,
         )
         if value_head is not None and num_processes() > 1:
             for parameter in value_head.parameters():  # outside the model that is wrapped
@@ -160,7 +160,8 @@ class OnlineTrainer(AlignmentTrainer):
     @property
     @override
     def rows(self) -> dict[str, Sequence[Any]]:
-        return {"prompts.train": self.source.prompts, "prompts.eval": self.eval_prompts, "rehearsal": self.rehearsal}
+        rehearsal = [self.rehearsal.select([i]) for i in range(len(self.rehearsal))]
+        return {"prompts.train": self.source.prompts, "prompts.eval": self.eval_prompts, "rehearsal": rehearsal}
 
     @property
     def rewards(self) -> RewardSum:
@@ -200,20 +201,20 @@ class OnlineTrainer(AlignmentTrainer):
         update = self.state.global_step % self.rollout.num_updates
         if update == 0:
             self.buffer = self._sensible_rollout()
-        chosen = part(self.buffer, update % self.rollout.minibatches, self.rollout.minibatches)
-        rehearsed = [self.rehearsal[i] for i in self.rehearsal_order.take(self.rehearsal_size)]
+        chosen = self.buffer.part(update % self.rollout.minibatches, self.rollout.minibatches)
+        rehearsed = self.rehearsal.select(self.rehearsal_order.take(self.rehearsal_size))
         count, batches = num_batches * num_processes(), []
         for number in range(rank(), count, num_processes()):  # what processes do at once are neighbours
-            trees = [*part(chosen, number, count), *part(rehearsed, number, count)]
-            batches.append(self._collated(trees) if trees else stand_in(self._collated(chosen[:1])))
+            rows = RolloutBuffer.concat([chosen.part(number, count), rehearsed.part(number, count)])
+            batches.append(self._inputs(rows) if len(rows) else stand_in(self._inputs(chosen.select([0]))))
         return batches, self.step_weights(batches, device)
 
-    def _collated(self, trees: Sequence[ScoredTree]) -> dict[str, Any]:
+    def _inputs(self, rows: RolloutBuffer) -> dict[str, Any]:
         answers = complete(self.objective)
-        require_columns(trees, samples=answers.needs_of_samples, stored=answers.needs_of_stored)
-        return collate(trees, self.scorer)
+        rows.require(samples=answers.needs_of_samples, stored=answers.needs_of_stored)
+        return rows.inputs(self.scorer)
 
-    def _sensible_rollout(self) -> list[ScoredTree]:
+    def _sensible_rollout(self) -> RolloutBuffer:
         """Roll out; where a reward is no number, name the step, or leave the rollout out and take the next prompts."""
         while True:
             try:
@@ -224,7 +225,7 @@ class OnlineTrainer(AlignmentTrainer):
                     raise NonFiniteRewardError(f"{message} --resume --skip-bad leaves such rollouts out.") from error
                 self.guard.count(message)
 
-    def _roll_out(self) -> list[ScoredTree]:
+    def _roll_out(self) -> RolloutBuffer:
         """Sample, reward and score one rollout, and add to it what is computed from all of it at once."""
         step = self.state.global_step
         try:
@@ -239,14 +240,14 @@ class OnlineTrainer(AlignmentTrainer):
                 self._keep()
             raise
         draw, self.staleness = drawn.draw, step - drawn.step
-        trees, scores = self.rollout_scorer(self.source.groups(draw))
+        rollout, scores = self.rollout_scorer(self.source.groups(draw))
         metrics = rollout_metrics(draw, pass_reward=self.rollout.pass_reward, outcome=self.source.sampler.outcome)
         if is_writer():  # all processes have the whole rollout
             self.means.add({**metrics, **scores})
         self._count_failures(draw)
         self._advise_on_length(metrics["completions/clipped"].mean().item())
         self.table.write(self.state.global_step, draw)
-        return trees
+        return rollout
 
     def _count_failures(self, draw: Draw) -> None:
         """Tell of calls of rewards that failed, and count them until the end of the run."""
@@ -339,18 +340,16 @@ class OnlineTrainer(AlignmentTrainer):
     def write_state(self, folder: Path) -> None:
         super().write_state(folder)
         state = {
-            "source": self.source.state_dict(),
+            "source": self.source.save(folder, writes=is_writer()),
             "rehearsal_order": self.rehearsal_order.position,
             "partition": self.rollout_scorer.partition.state_dict(),
-            # Between two rollouts nothing of the last one is needed any more.
-            "buffer": [tree.state_dict() for tree in self.buffer]
-            if self.state.global_step % self.rollout.num_updates
-            else [],
             "failures": self.failures,
         }
         if not is_writer():
             return
         (folder / ROLLOUT_STATE).write_text(json.dumps(state), encoding="utf-8")
+        if self.state.global_step % self.rollout.num_updates:  # else nothing of the last rollout is needed any more
+            self.buffer.save(folder / ROLLOUT)
         if self.value_head is not None:
             save_file(self.value_head.state_dict(), folder / VALUE_HEAD)
 
@@ -358,10 +357,17 @@ class OnlineTrainer(AlignmentTrainer):
     def read_state(self, folder: Path) -> None:
         super().read_state(folder)
         state = json.loads((folder / ROLLOUT_STATE).read_text(encoding="utf-8"))
-        self.source.load_state_dict(state["source"])
+        if "buffer" in state and (state["buffer"] or state["source"]["ahead"]):
+            raise TrainingError(
+                f"{folder} holds an unfinished rollout as an earlier release of falign wrote it, and this one does not "
+                "read it: finish the run with that release, or remove this checkpoint, and --resume goes on from the "
+                "one before it."
+            )
+        self.source.load(state["source"], folder)
         self.rehearsal_order.position = state["rehearsal_order"]
         self.rollout_scorer.partition.load_state_dict(state["partition"])
-        self.buffer = [ScoredTree.from_state(tree) for tree in state["buffer"]]
+        unfinished = (folder / ROLLOUT).exists()
+        self.buffer = RolloutBuffer.load(folder / ROLLOUT) if unfinished else RolloutBuffer()
         self.failures = Failures(*state["failures"])
         if self.value_head is not None:
             self.value_head.load_state_dict(load_file(folder / VALUE_HEAD))

@@ -21,10 +21,11 @@ def read(tmp_path):
 
 
 def test_a_row_becomes_a_tree_with_what_the_reference_said(read):
-    (found,) = read()
-    assert (found.tree.prompt_ids, found.tree.completion_ids) == ((40, 41), ((70, 1),))
-    assert found.columns["reference_logprobs"] == [[-5.0, -4.0]]
-    assert found.columns["from_reference"] == [True]
+    found = read()
+    (tree,) = found.trees
+    assert (tree.prompt_ids, tree.completion_ids) == ((40, 41), ((70, 1),))
+    assert found.values("reference_logprobs").tolist() == [[-5.0, -4.0]]
+    assert found.values("from_reference").tolist() == [True]
 
 
 @pytest.mark.parametrize(

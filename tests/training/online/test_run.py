@@ -427,3 +427,17 @@ def test_what_passes_is_decided_by_the_outcome_and_not_by_what_shapes_it(start):
         assert log["pass@1"] == pytest.approx(log[f"reward/{decides}"])
         assert summary.before["pass@1"] == pytest.approx(summary.before[f"reward/{decides}"])
     assert log["reward/short"] != pytest.approx(log["reward/has_a_vowel"])
+
+
+def test_an_unfinished_rollout_of_an_earlier_release_is_refused_by_name(start):
+    options = {"rollout": {"updates": 2}, "training": {"save_steps": 1, "max_steps": 2, "save_total_limit": None}}
+    folder = start(**options).folder
+    shutil.rmtree(folder.path / "checkpoint-2")
+    file = folder.path / "checkpoint-1" / "rollout_state.json"
+    marks = log_marks(file.parent)
+    assert (file.parent / "rollout.safetensors").exists()
+    state = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**state, "buffer": [{"tree": {}, "columns": {"rewards": [1.0]}}]}), encoding="utf-8")
+    seal(file.parent, run=folder.read_inputs()["run"], step=1, logs=marks)
+    with pytest.raises(TrainingError, match="checkpoint-1 holds an unfinished rollout as an earlier release"):
+        start(resume=True, **options)

@@ -4,28 +4,27 @@ import pytest
 import torch
 
 from falign.errors import EngineError
-from falign.rollouts.scored_trees import ScoredTree
-from falign.scoring import PromptTree
+from falign.rollouts.buffer import padded
 from falign.training.online.sampler_gap import correct, gap_metrics, require_gap
 
 POLICY = [[-1.0, -2.0], [-0.5, -0.25, -3.0]]
 SAMPLER = [[-1.5, -1.0], [-2.5, -0.25, -2.9]]
 
 
-def tree():
-    ids = tuple(tuple(range(len(row))) for row in POLICY)
-    return ScoredTree(PromptTree((5,), ids), {"old_logprobs": POLICY, "sampler_logprobs": SAMPLER})
+MASK = torch.tensor([[True, True, False], [True, True, True]])
 
 
-def weights(corrected):
-    return [
-        [math.exp(own - old) for own, old in zip(policy, row, strict=True)]
-        for policy, row in zip(POLICY, corrected.trees[0].columns["old_logprobs"], strict=True)
-    ]
+def corrected(**options):
+    return correct(padded(POLICY), padded(SAMPLER), MASK, **options)
+
+
+def weights(found):
+    rows = (padded(POLICY) - found.old_logprobs).exp()
+    return [row[mask].tolist() for row, mask in zip(rows, MASK, strict=True)]
 
 
 def test_token_weights_are_the_ratios_to_the_sampler_up_to_the_cap():
-    found = correct([tree()], importance="token", cap=1.5)
+    found = corrected(importance="token", cap=1.5)
     expected = [
         [min(math.exp(own - sampled), 1.5) for own, sampled in zip(a, b, strict=True)]
         for a, b in zip(POLICY, SAMPLER, strict=True)
@@ -36,16 +35,17 @@ def test_token_weights_are_the_ratios_to_the_sampler_up_to_the_cap():
 
 
 def test_sequence_weights_are_products_up_to_the_cap():
-    found = correct([tree()], importance="sequence", cap=3.0)
+    found = corrected(importance="sequence", cap=3.0)
     assert [math.prod(row) for row in weights(found)] == pytest.approx([math.exp(-0.5), 3.0])
     assert found.cut.tolist() == [0, 1]
 
 
 def test_the_sampler_itself_is_the_law_where_no_weight_is_cut():
     for importance in ("token", "sequence"):
-        found = correct([tree()], importance=importance, cap=100.0)
-        for row, sampled in zip(found.trees[0].columns["old_logprobs"], SAMPLER, strict=True):
-            assert row == pytest.approx(sampled)
+        found = corrected(importance=importance, cap=100.0)
+        for row, mask, sampled in zip(found.old_logprobs, MASK, SAMPLER, strict=True):
+            assert row[mask].tolist() == pytest.approx(sampled)
+            assert not row[~mask].any()
 
 
 def test_the_monitor_gives_mean_largest_and_share_outside():
