@@ -267,9 +267,8 @@ def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
     from falign.data import PromptRow
     from falign.rewards import RewardSum, WeightedReward
     from falign.runfile.prompts_config import RolloutConfig
-    from falign.training.online.completions_table import CompletionsTable
-    from falign.training.online.divided_sampler import DividedSampler
-    from falign.training.online.groups import GroupSampler
+    from falign.training.online.groups import DividedSampler, GroupSampler
+    from falign.training.online.metrics import CompletionsTable
     from falign.training.online.trainer import OnlineTrainer
 
     class TimedSampler(DividedSampler):

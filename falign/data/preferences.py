@@ -16,7 +16,7 @@ from falign.data.sources import DataSource, place_in_source
 from falign.data.splits import draw, held_out_prompts
 from falign.data.windows import Window
 from falign.errors import ConfigError, DataError
-from falign.scoring.trees import PromptTree
+from falign.scoring.batch import PromptTree
 
 __all__ = ["Demonstrations", "LoadReport", "PreferenceData", "demonstrations", "load_preferences"]
 

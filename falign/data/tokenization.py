@@ -14,7 +14,7 @@ from falign.data.fidelity import check_decoded
 from falign.data.rendering import render, render_prompt
 from falign.data.windows import Window, fit
 from falign.errors import ConfigError, DataError
-from falign.scoring.trees import PromptTree
+from falign.scoring.batch import PromptTree
 
 __all__ = ["Encoded", "Tokenized", "encode", "encode_prompt", "fitted", "tokenize"]
 

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from falign.choices import require_choice
 from falign.errors import ConfigError, DataError
-from falign.scoring.trees import PromptTree
+from falign.scoring.batch import PromptTree
 
 __all__ = ["Fitted", "LengthPolicy", "Window", "cut_left", "fit"]
 

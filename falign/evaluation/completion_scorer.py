@@ -23,7 +23,7 @@ from falign.scoring import (
     evaluation_mode,
     without_wrapper,
 )
-from falign.scoring.trees import token_rows
+from falign.scoring.batch import token_rows
 
 __all__ = ["CompletionScorer", "check_finite", "choose_common_layout"]
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["Presampling"]
 
 CHUNK_SIZE = 32
-PASSES = 1.0 - 1e-6  # the value of a completion that is correct
 OUTPUTS = ("exploration.jsonl", "rehearsal.jsonl", "summary.json")
 
 
@@ -193,18 +192,13 @@ class Presampling:
         }
 
     def _correct(self, rows: list[PromptRow], rollouts: list[Rollout], tokenizer: Any) -> list[bool]:
-        from falign.rewards.columns import reward_columns
+        from falign.rewards.groups import passes
+        from falign.training.online.groups import judged
 
-        texts = [tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True) for rollout in rollouts]
-        scores = self.reward(
-            [row.prompt for row in rows],
-            texts,
-            **reward_columns(rows),
-            completion_ids=[list(rollout.completion_ids) for rollout in rollouts],
-        )
+        _, scores = judged(self.reward, rows, rollouts, tokenizer)
         self.timeouts += scores.timeouts
         self.errors += scores.errors
-        return [value >= PASSES for value in scores.total]
+        return [passes(value) for value in scores.total]
 
     def _finish(
         self, data: PromptData, findings: list[Finding], resumed: int, *, sampled_by: Mapping[str, Any]

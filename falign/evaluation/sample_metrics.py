@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from falign.divergences import Divergence, estimators
 from falign.evaluation.sample_rows import SampleRow
 from falign.metrics.intervals import Interval, bootstrap
-from falign.rewards.groups import best_of_n, pass_at_k, pass_rates
+from falign.rewards.groups import pass_rates
+from falign.training.online.metrics import draw_values
 
-__all__ = ["divergence_metrics", "powers_of_two", "sample_metrics"]
+__all__ = ["divergence_metrics", "sample_metrics"]
 
 Groups = Sequence[Sequence[SampleRow]]
 Shares = dict[str, list[tuple[float, float]]]
@@ -46,24 +47,22 @@ def sample_metrics(
         outcome: Name of the part that decides it, where one that does not apply does not pass; None for the sum.
         seed: Of the resampling.
     """
-    from falign.metrics.distinct_n import distinct
     from falign.metrics.self_bleu import self_bleu
 
     size = len(groups[0])
     rewards = torch.tensor([[row["reward"] for row in group] for group in groups], dtype=torch.float64)
     metrics: dict[str, list[float]] = {"reward": rewards.mean(dim=1).tolist()}
-    for k in powers_of_two(size):
-        metrics[f"reward/best_of_{k}"] = best_of_n(rewards, k).tolist()
+    passed = None
     if pass_reward is not None:
         outcomes = [[row["reward"] if outcome is None else row["parts"][outcome] for row in group] for group in groups]
-        values = torch.tensor([[-math.inf if v is None else v for v in row] for row in outcomes], dtype=torch.float64)
-        passed = (pass_rates(values, threshold=pass_reward) * size).round().long()
-        metrics |= {f"pass@{k}": pass_at_k(size, passed, k).tolist() for k in powers_of_two(size)}
-    for n in (1, 2):
-        metrics[f"distinct-{n}"] = [distinct([row["token_ids"] for row in group], n) for group in groups]
+        outcome_values = torch.tensor(
+            [[-math.inf if v is None else v for v in row] for row in outcomes], dtype=torch.float64
+        )
+        passed = (pass_rates(outcome_values, threshold=pass_reward) * size).round().long()
+    values = draw_values(rewards, [[row["token_ids"] for row in group] for group in groups], passed=passed)
+    metrics |= {name: each.tolist() for name, each in values.items()}
     if size > 1:
         metrics["self_bleu"] = [self_bleu([row["completion"] for row in group]) for group in groups]
-    metrics["unique"] = [len({tuple(row["token_ids"]) for row in group}) / size for group in groups]
     metrics["length"] = _means(groups, lambda row: row["num_tokens"])
     metrics["clipped"] = _means(groups, lambda row: row["finish_reason"] == "length")
     shares: Shares = {name: [(value, 1.0) for value in values] for name, values in metrics.items()}
@@ -116,17 +115,6 @@ def divergence_metrics(
     }
     metrics["divergence/forward_kl/vocabulary"] = _means(reference_groups, lambda row: row["token_divergence"])
     return found | _intervals({name: [(value, 1.0) for value in values] for name, values in metrics.items()}, seed)
-
-
-def powers_of_two(largest: int) -> list[int]:
-    """Return 1, 2, 4 ... up to ``largest``, and ``largest`` itself.
-
-    Example:
-        >>> powers_of_two(6)
-        [1, 2, 4, 6]
-    """
-    powers = [2**i for i in range(largest.bit_length()) if 2**i <= largest]
-    return powers if powers[-1] == largest else [*powers, largest]
 
 
 def _log_ratios(groups: Groups) -> torch.Tensor:

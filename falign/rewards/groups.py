@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["GroupShares", "best_of_n", "calibrate", "group_shares", "keep", "pass_at_k", "pass_rates"]
+__all__ = [
+    "TOLERANCE",
+    "GroupShares",
+    "best_of_n",
+    "calibrate",
+    "group_shares",
+    "keep",
+    "outside",
+    "pass_at_k",
+    "pass_rates",
+    "passes",
+    "powers_of_two",
+]
+
+TOLERANCE = 1e-6
+"""How far below the reward that passes a completion still passes: rewards are sums of floats."""
 
 
 class GroupShares(NamedTuple):
@@ -91,7 +106,32 @@ def best_of_n(rewards: Float[Tensor, "*P G"], n: int) -> Float[Tensor, "*P"]:
     return (rewards.double().sort(dim=-1, descending=True).values * weights).sum(dim=-1)
 
 
-def group_shares(rewards: Float[Tensor, "P G"], *, threshold: float = 1.0, tolerance: float = 1e-6) -> GroupShares:
+def powers_of_two(largest: int) -> list[int]:
+    """Return 1, 2, 4 ... up to ``largest``, and ``largest`` itself: the k of pass@k and of the best of k.
+
+    Args:
+        largest: At least 1.
+
+    Example:
+        >>> powers_of_two(6)
+        [1, 2, 4, 6]
+    """
+    powers = [2**i for i in range(largest.bit_length()) if 2**i <= largest]
+    return powers if powers[-1] == largest else [*powers, largest]
+
+
+def passes(reward: Any, threshold: float = 1.0, *, tolerance: float = TOLERANCE) -> Any:
+    """Return whether a reward, or each of a tensor of rewards, is the one that passes, or more.
+
+    Args:
+        reward: A number or a tensor.
+        threshold: What passes.
+        tolerance: How far below it still passes.
+    """
+    return reward >= threshold - tolerance
+
+
+def group_shares(rewards: Float[Tensor, "P G"], *, threshold: float = 1.0, tolerance: float = TOLERANCE) -> GroupShares:
     """Return how many prompts have completions that all pass, all fail, or neither.
 
     Args:
@@ -111,10 +151,10 @@ def group_shares(rewards: Float[Tensor, "P G"], *, threshold: float = 1.0, toler
 
 
 def pass_rates(
-    rewards: Float[Tensor, "*P G"], *, threshold: float = 1.0, tolerance: float = 1e-6
+    rewards: Float[Tensor, "*P G"], *, threshold: float = 1.0, tolerance: float = TOLERANCE
 ) -> Float[Tensor, "*P"]:
     """Return the share of each prompt's completions that pass; the arguments are those of :func:`group_shares`."""
-    return (rewards >= threshold - tolerance).double().mean(dim=-1)
+    return passes(rewards, threshold, tolerance=tolerance).double().mean(dim=-1)
 
 
 def keep(rates: Float[Tensor, "*P"], low: float, high: float) -> Bool[Tensor, "*P"]:
@@ -140,7 +180,22 @@ def keep(rates: Float[Tensor, "*P"], low: float, high: float) -> Bool[Tensor, "*
     """
     if not 0.0 <= low <= high <= 1.0:
         raise ValueError(f"low={low}, high={high}: they must satisfy 0 <= low <= high <= 1.")
-    return (rates >= low) & (rates <= high)
+    return outside(rates, low, high) == 0.0
+
+
+def outside(rates: Float[Tensor, "*P"], low: float, high: float) -> Float[Tensor, "*P"]:
+    """Return how far rates of passing lie outside of a range; 0 within it.
+
+    Args:
+        rates: Of passing.
+        low: Least rate of the range.
+        high: Largest rate of the range.
+
+    Example:
+        >>> outside(torch.tensor([0.0, 0.25, 1.0]), 0.25, 0.5)
+        tensor([0.2500, 0.0000, 0.5000])
+    """
+    return torch.maximum(low - rates, rates - high).clamp(min=0.0)
 
 
 def calibrate(rewards: Float[Tensor, "P G"], reference_rewards: Float[Tensor, "P K"]) -> Float[Tensor, "P G"]:

@@ -14,14 +14,19 @@ from typing_extensions import override
 
 from falign.errors import RolloutError
 from falign.models.sharding import weights_at_hand
-from falign.rollouts.base import Engine, EngineCapabilities, Rollout, SamplingParams
-from falign.rollouts.batches import sampling_batches
+from falign.rollouts.base import (
+    Engine,
+    EngineCapabilities,
+    Rollout,
+    SamplingParams,
+    check_prompts,
+    check_request,
+)
 from falign.rollouts.decoding import Decoding
-from falign.rollouts.prompt_check import check_prompts, check_request
 from falign.rollouts.sampling import draw, uniform_streams
 from falign.scoring import evaluation_mode, without_wrapper
 
-__all__ = ["TransformersEngine"]
+__all__ = ["TransformersEngine", "sampling_batches"]
 
 _MOST_ALIVE = 0.75  # rows are dropped when no more than this share of those that are computed still runs
 
@@ -172,3 +177,37 @@ def _complete(
             alive, token_ids, uniforms = [alive[row] for row in running], token_ids[running], uniforms[running]
         decoding.append(token_ids)
     return completions
+
+
+def sampling_batches(lengths: Sequence[int], n: int, *, max_new_tokens: int, max_batch_tokens: int) -> list[list[int]]:
+    """Return the rows of each batch, from the longest prompts to the shortest, so that little is padding.
+
+    Row ``i * n + j`` is completion j of prompt i. The completions of one prompt stay together, so that the prompt is
+    computed once, unless there are more of them than a batch has room for.
+
+    Args:
+        lengths: Tokens of each prompt.
+        n: Completions per prompt.
+        max_new_tokens: Longest completion.
+        max_batch_tokens: Most tokens whose keys and values are held: rows by the longest prompt and completion. One row
+            is always taken.
+
+    Returns:
+        Batches of row numbers, every row in one of them.
+
+    Example:
+        >>> sampling_batches([3, 9, 4], 2, max_new_tokens=1, max_batch_tokens=20)
+        [[2, 3], [4, 5, 0, 1]]
+    """
+    batches: list[list[int]] = []
+    room = 0  # rows
+    for prompt in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        most = max(1, max_batch_tokens // (lengths[prompt] + max_new_tokens))
+        for start in range(0, n, most):
+            part = range(prompt * n + start, prompt * n + min(start + most, n))
+            if len(part) > room:
+                batches.append([])
+                room = most
+            batches[-1] += part
+            room -= len(part)
+    return batches

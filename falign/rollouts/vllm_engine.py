@@ -15,9 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from falign.errors import ConfigError, EngineError, RolloutError
-from falign.rollouts.base import Engine, EngineCapabilities, Rollout, SamplingParams
+from falign.rollouts.base import Engine, EngineCapabilities, Rollout, SamplingParams, check_prompts, check_request
 from falign.rollouts.gap import Canary
-from falign.rollouts.prompt_check import check_prompts, check_request
 from falign.rollouts.servable import why_not_servable
 from falign.rollouts.vllm_adapters import AdapterSync
 from falign.rollouts.vllm_client import HTTPClient, ServerLostError

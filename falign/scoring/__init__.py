@@ -1,18 +1,16 @@
 """From token ids to log-probabilities, entropies and divergences of completions."""
 
-from falign.scoring.attention_masks import tree_masks, why_not_trees
 from falign.scoring.backbone import Adapted, read_backbone, run_backbone, without_wrapper
-from falign.scoring.batch import TokenBatch, TreeSpan
+from falign.scoring.batch import PromptTree, TokenBatch, TreeSpan
 from falign.scoring.completions import CompletionStates, completion_scores, completion_states
 from falign.scoring.head import Head, read_head
 from falign.scoring.head_check import check_head
-from falign.scoring.layout_choice import LayoutChoice, choose_layout
+from falign.scoring.layout_choice import LayoutChoice, choose_layout, why_not_trees
 from falign.scoring.layouts import LAYOUTS, Layout, pack, pad
 from falign.scoring.scorer import Scorer, detached_scores, evaluation_mode
 from falign.scoring.token_budget import TokenBudgetBatches
 from falign.scoring.token_weights import Weighting
-from falign.scoring.tree_attention import TreeMask
-from falign.scoring.trees import PromptTree
+from falign.scoring.tree_attention import TreeMask, tree_masks
 from falign.scoring.vocabulary import DEFAULT_CHUNK_TOKENS, Distribution, TokenScores, token_scores
 
 __all__ = [

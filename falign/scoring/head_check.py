@@ -9,10 +9,10 @@ from torch import nn
 
 from falign.errors import ModelError
 from falign.scoring.backbone import architecture_errors, other_attention, without_wrapper
+from falign.scoring.batch import PromptTree
 from falign.scoring.completions import completion_scores
 from falign.scoring.layouts import pad
 from falign.scoring.scorer import evaluation_mode
-from falign.scoring.trees import PromptTree
 
 __all__ = ["check_head"]
 

@@ -9,13 +9,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from falign.errors import ModelError
-from falign.scoring.attention_masks import why_not_trees
 from falign.scoring.backbone import architecture_errors, other_attention, without_wrapper
+from falign.scoring.batch import PromptTree
 from falign.scoring.layouts import Layout
 from falign.scoring.scorer import Scorer
-from falign.scoring.trees import PromptTree
+from falign.scoring.tree_attention import layer_types, text_config
 
-__all__ = ["LayoutChoice", "choose_layout"]
+__all__ = ["LayoutChoice", "choose_layout", "why_not_trees"]
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 # Largest and mean difference of a token's log-probability, nats. Two 16-bit runs of one model in batches of different
 # shape differ by about a fifth of this; a wrong mask or position by several times more.
@@ -94,3 +96,32 @@ def choose_layout(
         f"trees change its log-probabilities by {largest:.3g} nats (mean {mean:.3g}), so it reads them wrongly",
         as_asked=False,
     )
+
+
+def why_not_trees(model: nn.Module) -> str | None:
+    """Say why a model cannot read trees, as far as its configuration tells.
+
+    Args:
+        model: A causal language model in the Transformers layout, with or without adapters.
+
+    Returns:
+        The reason, or None where nothing speaks against it.
+    """
+    config = text_config(model)
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in ("sdpa", "eager"):
+        return f"its attention is {attention!r}, and trees need 'sdpa' or 'eager'"
+    if others := sorted(set(layer_types(config)) - _LAYER_TYPES):
+        return f"it has layers of the type {others[0]!r}, which see beyond a tree's paths"
+    if any(_attention_dropout(module) for module in model.modules()):
+        return "its attention has dropout, which would differ between copies of a prompt"
+    return None
+
+
+def _attention_dropout(module: nn.Module) -> bool:
+    names = ("attention_dropout", "attn_dropout")
+    values = [value for name, value in vars(module).items() if name.endswith(names)]
+    values += [
+        inner.p for name, inner in module.named_children() if name.endswith(names) and isinstance(inner, nn.Dropout)
+    ]
+    return any(isinstance(value, float) and value > 0 for value in values)

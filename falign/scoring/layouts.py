@@ -8,8 +8,7 @@ from typing import Literal
 
 import torch
 
-from falign.scoring.batch import TokenBatch, lay_out, preferences
-from falign.scoring.trees import PromptTree
+from falign.scoring.batch import PromptTree, TokenBatch, lay_out, preferences
 
 __all__ = ["LAYOUTS", "Layout", "pack", "pad"]
 

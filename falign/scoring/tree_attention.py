@@ -1,20 +1,123 @@
-"""Attention within prompt trees: every token sees its prompt and what precedes it in its own completion."""
+"""Attention within prompt trees: the rule of who sees whom, written once, and the ways to compute with it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
-from falign.scoring.batch import TreeSpan
-from falign.scoring.tree_calls import attend_in_tree, sees
+from falign.scoring.backbone import without_wrapper
+from falign.scoring.batch import TokenBatch, TreeSpan
 
-__all__ = ["TreeMask"]
+__all__ = ["Places", "TreeMask", "layer_types", "text_config", "tree_masks", "visible", "visible_in"]
+
+LONG_COMPLETION = 64  # so many queries by as many keys cost more than a call and what it copies
+
+Once = Callable[[Any, Callable[[], Tensor]], Tensor]
+
+
+class Places(NamedTuple):
+    """Where tokens stand in their trees; integers of one shape.
+
+    Attributes:
+        tree: Which tree, counted from 0; -1 for what fills a row.
+        branch: Which completion of the tree, counted from 1; 0 in the prompt.
+        position: From the start of the prompt along the path of the token.
+    """
+
+    tree: Int[Tensor, ...]
+    branch: Int[Tensor, ...]
+    position: Int[Tensor, ...]
+
+    @classmethod
+    def of(cls, spans: Sequence[TreeSpan], *, shape: tuple[int, int]) -> Places:
+        """Return the places of R rows of L tokens, on the CPU."""
+        tree = torch.full(shape, -1)
+        branch, position = torch.zeros_like(tree), torch.arange(shape[1]).repeat(shape[0], 1)
+        for number, span in enumerate(spans):
+            begin = span.start + span.prompt_length
+            tree[span.row, span.start : span.start + span.length] = number
+            position[span.row, span.start : begin] = torch.arange(span.prompt_length)
+            for completion, length in enumerate(span.completion_lengths, start=1):
+                branch[span.row, begin : begin + length] = completion
+                position[span.row, begin : begin + length] = torch.arange(length) + span.prompt_length
+                begin += length
+        return cls(tree, branch, position)
+
+    @no_type_check  # as `visible`
+    def at(self, *index: Any) -> Places:
+        """Return the places of some tokens."""
+        return Places(*(numbers[index] for numbers in self))
+
+
+@no_type_check  # torch.compile traces it for FlexAttention, and cannot trace a check of shapes
+def visible(query: Places, key: Places, window: int | None) -> Bool[Tensor, ...]:
+    """Return whether a token sees another: the rule of all layouts of trees, whatever computes with it.
+
+    It sees the prompt of its own tree and what precedes it in its own completion, itself included.
+
+    Args:
+        query: The tokens that look.
+        key: Those that are looked at; the shapes broadcast.
+        window: A token sees only tokens at fewer than so many positions before its own; None sees all.
+    """
+    distance = query.position - key.position
+    same_path = (query.tree == key.tree) & ((key.branch == 0) | (query.branch == key.branch))
+    seen = same_path & (distance >= 0)
+    return seen if window is None else seen & (distance < window)
+
+
+def visible_in(span: TreeSpan, window: int | None) -> Bool[Tensor, "S S"]:
+    """Return the rule for all pairs of tokens of one tree, query first."""
+    alone = Places.of([replace(span, row=0, start=0)], shape=(1, span.length)).at(0)
+    return visible(alone.at(slice(None), None), alone.at(None), window)
+
+
+def tree_masks(model: nn.Module, batch: TokenBatch) -> Tensor | dict[str, Tensor]:
+    """Return what the model's forward pass takes as `attention_mask` for a batch in the tree layout.
+
+    Args:
+        model: The model that will read the batch.
+        batch: The trees, on the model's device.
+
+    Returns:
+        A mask, or one for each layer type where the model has several.
+    """
+    config = text_config(model)
+
+    def mask(window: int | None) -> Tensor:
+        rows, columns = batch.input_ids.shape
+        tree_mask = TreeMask.of(batch.spans, shape=(rows, columns), device=batch.input_ids.device, window=window)
+        if config._attn_implementation == "sdpa":
+            return tree_mask
+        return tree_mask.additive(next(p.dtype for p in model.parameters() if p.is_floating_point()))
+
+    window = getattr(config, "sliding_window", None)
+    types = set(layer_types(config))
+    if not types:
+        return mask(window)
+    windows = {"full_attention": None, "sliding_attention": window}
+    if len(types) == 1:
+        return mask(windows[types.pop()])
+    return {name: mask(windows[name]) for name in sorted(types)}
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the configuration of a model's layers for text."""
+    config = without_wrapper(model).config
+    return getattr(config, "get_text_config", lambda: config)()
+
+
+def layer_types(config: Any) -> list[str]:
+    """Return the types of attention of the layers; none where all are alike."""
+    return getattr(config, "layer_types", None) or []
 
 
 class TreeMask(Tensor):
@@ -77,11 +180,10 @@ class TreeMask(Tensor):
         Returns:
             A plain boolean tensor.
         """
-        dense = torch.eye(self.columns, dtype=torch.bool).repeat(self.shape[0], 1, 1, 1)
-        for span in self.spans:
-            inside = slice(span.start, span.start + span.length)
-            dense[span.row, 0, inside, inside] = sees(span, self.window)
-        return dense.to(self.device)
+        places = Places.of(self.spans, shape=(self.shape[0], self.columns))
+        query, key = places.at(slice(None), slice(None), None), places.at(slice(None), None)
+        seen = visible(query, key, self.window) & (query.tree >= 0)
+        return (seen | torch.eye(self.columns, dtype=torch.bool))[:, None].to(self.device)
 
     def additive(self, dtype: torch.dtype) -> Float[Tensor, "R 1 L L"]:
         """Return the mask written out for eager attention, which adds it to scores.
@@ -151,28 +253,103 @@ def _flex() -> Any:
 
 
 def _block_mask(mask: TreeMask) -> Any:
-    """The same rule for FlexAttention, as integers per position: tree, branch (0 in the prompt), position."""
+    """The same rule for FlexAttention."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     rows, columns = mask.shape[0], mask.columns
-    tree = torch.full((rows, columns), -1)
-    branch, position = torch.zeros_like(tree), torch.arange(columns).repeat(rows, 1)
-    for number, span in enumerate(mask.spans):
-        begin = span.start + span.prompt_length
-        tree[span.row, span.start : span.start + span.length] = number
-        position[span.row, span.start : begin] = torch.arange(span.prompt_length)
-        for completion, length in enumerate(span.completion_lengths, start=1):
-            branch[span.row, begin : begin + length] = completion
-            position[span.row, begin : begin + length] = torch.arange(length) + span.prompt_length
-            begin += length
-    tree, branch, position = (tensor.to(mask.device) for tensor in (tree, branch, position))
-    window = columns if mask.window is None else mask.window
+    places = Places(*(numbers.to(mask.device) for numbers in Places.of(mask.spans, shape=(rows, columns))))
 
     # A lambda, since FlexAttention looks for four plain arguments.
-    sees = lambda row, head, q, k: (  # noqa: E731
-        (tree[row, q] == tree[row, k])
-        & ((branch[row, k] == 0) | (branch[row, q] == branch[row, k]))
-        & (position[row, q] >= position[row, k])
-        & (position[row, q] - position[row, k] < window)
-    )
+    sees = lambda row, head, q, k: visible(places.at(row, q), places.at(row, k), mask.window)  # noqa: E731
     return create_block_mask(sees, rows, None, columns, columns, device=str(mask.device))
+
+
+def attend_in_tree(
+    span: TreeSpan,
+    q: Float[Tensor, "1 H S D"],
+    k: Float[Tensor, "1 K S D"],
+    v: Float[Tensor, "1 K S E"],
+    *,
+    window: int | None,
+    once: Once,
+    options: dict[str, Any],
+) -> Iterator[Float[Tensor, "1 Q H E"]]:
+    """Yield what the tokens of one tree attend to, piece by piece in their order.
+
+    Args:
+        span: The tree, of S tokens.
+        q: Its queries.
+        k: Its keys.
+        v: Its values.
+        window: As that of :class:`falign.scoring.TreeMask`.
+        once: Keeps biases for the other layers of a forward pass.
+        options: Passed on to `scaled_dot_product_attention`.
+
+    Yields:
+        Consecutive parts of (1, S, H, E).
+    """
+    if window is not None and window < span.depth:
+        calls = partial(_windowed, window=window)
+    else:
+        calls = _one_by_one if is_long(span) else _together
+    for piece in calls(span, q, k, v, once, options):
+        yield piece.transpose(1, 2)
+
+
+def is_long(span: TreeSpan) -> bool:
+    """Whether completions are long enough for a call, and a copy of the prompt's keys, each.
+
+    All in one call are sum(L) queries by P + sum(L) keys, of which each uses P + L. A call takes some time of its own,
+    and the copies are kept for the backward pass: a third of the work has to be saved.
+    """
+    lengths = span.completion_lengths
+    together = sum(lengths) * span.length
+    used = sum(length * (span.prompt_length + length) for length in lengths)
+    return together - used > max(together / 3, LONG_COMPLETION**2 * len(lengths))
+
+
+def _windowed(
+    span: TreeSpan, q: Tensor, k: Tensor, v: Tensor, once: Once, options: dict[str, Any], *, window: int
+) -> Iterator[Float[Tensor, "1 H Q E"]]:
+    bias = once((span, "all", q.dtype), lambda: _bias(span, q, window=window))
+    yield scaled_dot_product_attention(q, k, v, bias, **options)
+
+
+def _together(
+    span: TreeSpan, q: Tensor, k: Tensor, v: Tensor, once: Once, options: dict[str, Any]
+) -> Iterator[Float[Tensor, "1 H Q E"]]:
+    """The prompt sees itself; the completions see it and themselves. No one else needs a mask's worth of zeros."""
+    p = span.prompt_length
+    yield scaled_dot_product_attention(q[:, :, :p], k[:, :, :p], v[:, :, :p], is_causal=True, **options)
+    bias = once((span, "completions", q.dtype), lambda: _bias(span, q, first=p))
+    yield scaled_dot_product_attention(q[:, :, p:], k, v, bias, **options)
+
+
+def _one_by_one(
+    span: TreeSpan, q: Tensor, k: Tensor, v: Tensor, once: Once, options: dict[str, Any]
+) -> Iterator[Float[Tensor, "1 H Q E"]]:
+    """The prompt with its first completion is a plain sequence; behind a copy of the prompt, so is every other one.
+
+    A causal call skips the half that nobody sees, a call with a mask does not: where the prompt is the shorter part,
+    its queries are computed again for that.
+    """
+    p, (one, *others) = span.prompt_length, span.completion_lengths
+    q1, k1, v1 = (tensor[:, :, : p + one] for tensor in (q, k, v))
+    yield scaled_dot_product_attention(q1, k1, v1, is_causal=True, **options)
+    start = p + one
+    for length in others:
+        own = slice(start, start + length)
+        start += length
+        key, value = (torch.cat((tensor[:, :, :p], tensor[:, :, own]), dim=2) for tensor in (k, v))
+        if p <= length:
+            query = torch.cat((q[:, :, :p], q[:, :, own]), dim=2)
+            yield scaled_dot_product_attention(query, key, value, is_causal=True, **options)[:, :, p:]
+        else:
+            alone = replace(span, completion_lengths=(length,))
+            bias = once((p, length, q.dtype), lambda alone=alone: _bias(alone, q, first=p))
+            yield scaled_dot_product_attention(q[:, :, own], key, value, bias, **options)
+
+
+def _bias(span: TreeSpan, like: Tensor, *, first: int = 0, window: int | None = None) -> Float[Tensor, "1 1 Q S"]:
+    seen = visible_in(span, window)[first:]
+    return torch.zeros(seen.shape, dtype=like.dtype).masked_fill(~seen, -torch.inf)[None, None].to(like.device)

@@ -14,7 +14,7 @@ from falign.objectives import Measure, Objective, references_of
 from falign.references import Reference
 from falign.runfile.config import RunConfig
 from falign.runs.progress import BAR
-from falign.scoring.trees import token_rows
+from falign.scoring.batch import token_rows
 from falign.training.parts import Language, Parts, load_parts
 from falign.training.references import cached
 from falign.training.trainer import AlignmentTrainer

@@ -1,7 +1,7 @@
 from falign.data import BadRows, Example, Tokenized
 from falign.data.reports import Tally
 from falign.errors import DataError
-from falign.scoring.trees import PromptTree
+from falign.scoring.batch import PromptTree
 
 TREE = PromptTree((1,), ((2,),))
 

@@ -3,7 +3,7 @@ import pytest
 from falign.data import Window
 from falign.data.windows import fit
 from falign.errors import ConfigError, DataError
-from falign.scoring.trees import PromptTree
+from falign.scoring.batch import PromptTree
 
 
 def tree(prompt, *completions, preference=(1.0, 0.0)):

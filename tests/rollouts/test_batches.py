@@ -1,6 +1,6 @@
 import random
 
-from falign.rollouts.batches import sampling_batches
+from falign.rollouts.transformers_engine import sampling_batches
 
 
 def test_every_row_is_in_one_batch_and_every_batch_within_the_budget():

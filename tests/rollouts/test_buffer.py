@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from falign import divergences
 from falign.errors import DataError
+from falign.objectives import Hybrid, PolicyGradient, Rehearsal
 from falign.rollouts.buffer import Column, RolloutBuffer, padded
 from falign.scoring import PromptTree, Scorer
 
@@ -54,7 +56,8 @@ def test_columns_stand_beside_their_completions_and_are_no_number_where_a_row_ha
 
 def test_what_an_objective_reads_of_rows_that_lack_it_is_refused():
     both = RolloutBuffer.concat([SAMPLED, STORED])
-    both.require(samples={"rewards", "old_logprobs"}, stored={"reference_logprobs"})
+    hybrid = Hybrid(PolicyGradient(), Rehearsal(divergences.get("jensen_shannon")), 0.5)
+    both.require(samples=hybrid.needs_of_samples, stored=hybrid.needs_of_stored)
     with pytest.raises(DataError, match=r"b:1: its completions have no rewards"):
         both.require(samples={"rewards"}, stored={"rewards"})
     with pytest.raises(DataError, match=r"a:1: its completions have no reference_logprobs"):

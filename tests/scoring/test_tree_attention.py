@@ -4,8 +4,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from falign.scoring import PromptTree, TreeMask, TreeSpan, pack
-from falign.scoring.tree_attention import _block_mask
-from falign.scoring.tree_calls import is_long
+from falign.scoring.tree_attention import _block_mask, is_long
 
 TREES = [
     PromptTree((5, 6, 7), ((8, 9, 2), (10, 2))),

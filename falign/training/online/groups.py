@@ -9,17 +9,18 @@ from typing import NamedTuple
 
 from falign.data import PromptRow
 from falign.data.chat_template import Tokenizer
-from falign.errors import RolloutError
+from falign.errors import RewardError, RolloutError
 from falign.rewards import RewardSum
 from falign.rewards.columns import reward_columns
+from falign.rewards.combination import Rewards
+from falign.rewards.groups import passes
 from falign.rollouts import Engine, Rollout, SamplingParams
 from falign.rollouts.buffer import RolloutBuffer, padded
 from falign.scoring import PromptTree
 from falign.seeds import mixed
+from falign.training.processes import gathered, num_processes, part, rank
 
-__all__ = ["TOLERANCE", "Draw", "Group", "GroupSampler", "rollout_buffer"]
-
-TOLERANCE = 1e-6  # of a reward that is compared with the one that passes
+__all__ = ["DividedSampler", "Draw", "Group", "GroupSampler", "judged", "rollout_buffer"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Group:
             outcome: Name of the part that decides; one that does not apply does not pass. None for the sum.
         """
         values = self.rewards if outcome is None else self.parts[outcome]
-        return sum(value is not None and value >= pass_reward - TOLERANCE for value in values)
+        return sum(value is not None and passes(value, pass_reward) for value in values)
 
     def features(self) -> list[list[float]]:
         """Return the parts of each completion's reward, before weights: what a target reads.
@@ -186,14 +187,8 @@ class GroupSampler:
         rollouts = self.engine.sample(
             [row.prompt_ids for row in rows], self.completions, self.params, version=version, seed=seed, first=first
         )
-        texts = [self.text(rollout) for rollout in rollouts]
         owners = [row for row in rows for _ in range(self.completions)]
-        rewards = self.rewards(
-            [row.prompt for row in owners],
-            texts,
-            **reward_columns(owners),
-            completion_ids=[rollout.completion_ids for rollout in rollouts],
-        )
+        texts, rewards = judged(self.rewards, owners, rollouts, self.tokenizer)
         groups = []
         for i, row in enumerate(rows):
             part = slice(i * self.completions, (i + 1) * self.completions)
@@ -208,6 +203,81 @@ class GroupSampler:
             )
         return Draw(groups, len(rows), 0, rewards.timeouts, rewards.errors, rewards.message, rewards.failed)
 
-    def text(self, rollout: Rollout) -> str:
-        """Return a completion as text, without special tokens."""
-        return str(self.tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True))
+
+def judged(
+    rewards: RewardSum, rows: Sequence[PromptRow], rollouts: Sequence[Rollout], tokenizer: Tokenizer
+) -> tuple[list[str], Rewards]:
+    """Return completions as texts without special tokens, and what they are worth.
+
+    Args:
+        rewards: The rewards.
+        rows: The prompt of each completion.
+        rollouts: The completions.
+        tokenizer: Decodes them.
+    """
+    texts = [str(tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True)) for rollout in rollouts]
+    scores = rewards(
+        [row.prompt for row in rows],
+        texts,
+        **reward_columns(rows),
+        completion_ids=[rollout.completion_ids for rollout in rollouts],
+    )
+    return texts, scores
+
+
+class DividedSampler:
+    """Divides the prompts among the processes, and gives each of them all groups.
+
+    Every completion's random numbers follow from its number in the whole rollout, which is therefore the same however
+    many processes sample it.
+
+    Args:
+        sampler: Samples and rewards the prompts of this process.
+    """
+
+    def __init__(self, sampler: GroupSampler) -> None:
+        self.sampler = sampler
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that samples."""
+        return self.sampler.engine
+
+    @property
+    def outcome(self) -> str | None:
+        """Name of the reward that decides whether a completion passes; None for the sum of all."""
+        return self.sampler.rewards.passing
+
+    def with_completions(self, completions: int) -> DividedSampler:
+        """Return a sampler of groups of another size."""
+        return DividedSampler(self.sampler.with_completions(completions))
+
+    def require_judged(self, draw: Draw, place: str) -> None:
+        """Refuse a draw in which every call of a reward failed: what each completion is worth says nothing then.
+
+        Args:
+            draw: From :meth:`sample`, or a sum of these.
+            place: The beginning of the message.
+
+        Raises:
+            RewardError: With the name of the reward and the first failure.
+        """
+        count = draw.num_sampled * self.sampler.completions
+        for name, failed in draw.failed.items():
+            if failed == count:
+                raise RewardError(
+                    f"{place}: the reward {name!r} failed for all {count} completions. The first failure: "
+                    f"{draw.message}"
+                )
+
+    def sample(self, rows: Sequence[PromptRow], *, version: int, number: int) -> Draw:
+        """Return one group per prompt, in their order; all processes have to call it, with the same arguments."""
+        places = part(range(len(rows)), rank(), num_processes())
+        own = [rows[place] for place in places]
+        if not own:  # where weights are sharded none may stay away
+            self.sampler.sample(rows[:1], version=version, number=number)
+        draws = [self.sampler.sample(own, version=version, number=number, first=places[0])] if own else []
+        whole = Draw([], 0)
+        for draw in gathered(draws):
+            whole += draw
+        return whole

@@ -1,22 +1,28 @@
-"""Metrics of rollouts: rewards, pass rates, lengths, diversity, and divergence from the reference."""
+"""What is written of rollouts: rewards, pass rates, lengths, diversity, divergences, and the completions themselves."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from falign import divergences
 from falign.divergences import estimators
+from falign.durable import naming
 from falign.metrics.ngrams import distinct
 from falign.references import Reference
-from falign.rewards import best_of_n, pass_at_k
+from falign.rewards.groups import best_of_n, pass_at_k, powers_of_two
 from falign.rollouts import Rollout
 from falign.scoring import PromptTree, Scorer
 from falign.training.means import Means
 from falign.training.online.groups import Draw
 from falign.training.processes import is_writer, own_batches
 
-__all__ = ["evaluation_metrics", "powers_of_two", "rollout_metrics"]
+__all__ = ["CompletionsTable", "draw_values", "evaluation_metrics", "rollout_metrics"]
 
 
 def rollout_metrics(draw: Draw, *, pass_reward: float, outcome: str | None = None) -> dict[str, Tensor]:
@@ -37,7 +43,6 @@ def rollout_metrics(draw: Draw, *, pass_reward: float, outcome: str | None = Non
         "groups/zero_variance": rewards.amax(dim=1) == rewards.amin(dim=1),
         "completions/length": torch.tensor([len(rollout.completion_ids) for rollout in rollouts]),
         "completions/clipped": torch.tensor([rollout.finish_reason == "length" for rollout in rollouts]),
-        "completions/unique": torch.tensor([len(set(map(_ids, group.rollouts))) / size for group in groups]),
         "rollout/prompts_sampled": torch.tensor([draw.num_sampled]),
         "rollout/prompts_unfit": torch.tensor([draw.num_unfit]),
         "reward/timeouts": torch.tensor([draw.timeouts]),
@@ -46,12 +51,35 @@ def rollout_metrics(draw: Draw, *, pass_reward: float, outcome: str | None = Non
     for name in groups[0].parts:
         values = [value for group in groups for value in group.parts[name] if value is not None]
         metrics[f"reward/{name}"] = torch.tensor(values)
-    for n in (1, 2):
-        metrics[f"distinct-{n}"] = torch.tensor([distinct(map(_ids, group.rollouts), n) for group in groups])
-    for k in powers_of_two(size):
-        metrics[f"pass@{k}"] = pass_at_k(size, passed, k)
-        metrics[f"reward/best_of_{k}"] = best_of_n(rewards, k)
+    values = draw_values(rewards, [list(map(_ids, group.rollouts)) for group in groups], passed=passed)
+    metrics |= {"completions/unique" if name == "unique" else name: each for name, each in values.items()}
     return {name: values.double() for name, values in metrics.items() if values.numel()}
+
+
+def draw_values(
+    rewards: Float[Tensor, "P G"],
+    token_ids: Sequence[Sequence[Sequence[int]]],
+    *,
+    passed: Int[Tensor, " P"] | None = None,
+) -> dict[str, Float[Tensor, " P"]]:
+    """Return what several completions of a prompt are worth together, one value per prompt.
+
+    ``reward/best_of_k`` and ``pass@k`` are unbiased estimates for k = 1, 2, 4 ... up to the size of the group;
+    ``distinct-1`` and ``distinct-2`` the shares of different tokens and pairs of them; ``unique`` that of completions.
+
+    Args:
+        rewards: Of G completions per prompt.
+        token_ids: Of each prompt's completions.
+        passed: How many completions pass; None leaves ``pass@k`` out.
+    """
+    size = rewards.shape[1]
+    values = {f"reward/best_of_{k}": best_of_n(rewards, k) for k in powers_of_two(size)}
+    if passed is not None:
+        values |= {f"pass@{k}": pass_at_k(size, passed, k) for k in powers_of_two(size)}
+    for n in (1, 2):
+        values[f"distinct-{n}"] = torch.tensor([distinct(group, n) for group in token_ids], dtype=torch.float64)
+    unique = [len(set(map(tuple, group))) / size for group in token_ids]
+    return {**values, "unique": torch.tensor(unique, dtype=torch.float64)}
 
 
 def evaluation_metrics(
@@ -108,11 +136,41 @@ def evaluation_metrics(
     return means.take()
 
 
-def powers_of_two(largest: int) -> list[int]:
-    """Return 1, 2, 4 ... up to ``largest``, and ``largest`` itself."""
-    powers = [2**i for i in range(largest.bit_length()) if 2**i <= largest]
-    return powers if powers[-1] == largest else [*powers, largest]
-
-
 def _ids(rollout: Rollout) -> tuple[int, ...]:
     return tuple(rollout.completion_ids)
+
+
+class CompletionsTable:
+    """A line for each completion, with the step before which it was sampled, or, if drawn ahead, first learnt from.
+
+    Args:
+        path: The file; None writes nothing.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def write(self, step: int, draw: Draw, *, held_out: bool = False) -> None:
+        """Append the completions of a rollout."""
+        if self.path is None:
+            return
+        lines = [
+            json.dumps(
+                {
+                    "step": step,
+                    "held_out": held_out,
+                    "place": group.row.place,
+                    "prompt": group.row.prompt,
+                    "completion": text,
+                    "reward": reward,
+                    "parts": {name: values[i] for name, values in group.parts.items()},
+                    "tokens": len(rollout.completion_ids),
+                    "finish_reason": rollout.finish_reason,
+                },
+                ensure_ascii=False,
+            )
+            for group in draw.groups
+            for i, (rollout, text, reward) in enumerate(zip(group.rollouts, group.texts, group.rewards, strict=True))
+        ]
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in lines))

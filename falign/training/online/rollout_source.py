@@ -1,4 +1,4 @@
-"""The source of rollouts: the next prompts, the weights that answer them, and rollouts sampled ahead."""
+"""The source of rollouts: the order of prompts, their difficulty, the weights that answer them, and sampling ahead."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from falign.data import PromptRow
 from falign.errors import EngineError, NonFiniteRewardError, RewardError, RolloutError
-from falign.runfile.prompts_config import RolloutConfig
+from falign.rewards.groups import TOLERANCE, outside
+from falign.runfile.prompts_config import DifficultyConfig, RolloutConfig
 from falign.seeds import mixed
-from falign.training.online.divided_sampler import DividedSampler
-from falign.training.online.groups import Draw, Group
+from falign.training.online.groups import DividedSampler, Draw, Group
 from falign.training.online.prefetch import Drawn, RolloutAhead
-from falign.training.online.prompt_order import PromptOrder, sample_within
 
-__all__ = ["RolloutSource"]
+__all__ = ["PromptOrder", "RolloutSource", "sample_within"]
 
 MOST_DRAWS = 8  # in search of completions that differ in reward
 AHEAD = "rollout_ahead.safetensors"
@@ -149,3 +149,58 @@ class RolloutSource:
             version=version,
             number=number,
         )
+
+
+class PromptOrder:
+    """Prompts in an order that is drawn anew for each pass, from the seed and the number of the pass alone."""
+
+    def __init__(self, num_prompts: int, *, seed: int) -> None:
+        self.num_prompts, self.seed = num_prompts, seed
+        self.position = 0
+
+    def take(self, count: int) -> list[int]:
+        """Return the next prompts, going through all of them before any comes again."""
+        places = [divmod(position, self.num_prompts) for position in range(self.position, self.position + count)]
+        orders = {epoch: self._order(epoch) for epoch in {epoch for epoch, _ in places}}
+        self.position += count
+        return [orders[epoch][place] for epoch, place in places]
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
+        return torch.randperm(self.num_prompts, generator=generator).tolist()
+
+
+def sample_within(
+    sampler: DividedSampler,
+    rows: Sequence[PromptRow],
+    order: PromptOrder,
+    count: int,
+    *,
+    difficulty: DifficultyConfig,
+    pass_reward: float,
+    version: int,
+    number: int,
+) -> Draw:
+    """Return groups whose share of passes lies in a range; other prompts are drawn in place of those left out.
+
+    After ``difficulty.max_rounds`` draws the rest is taken from what was left out, the nearest to the range first.
+    """
+    fit: list[Group] = []
+    unfit: list[tuple[float, Group]] = []
+    drawn = Draw([], 0)
+    for attempt in range(difficulty.max_rounds):
+        chosen = [rows[i] for i in order.take(count - len(fit))]
+        draw = sampler.sample(chosen, version=version, number=mixed(number, attempt))
+        drawn += draw
+        for group in draw.groups:
+            rate = group.num_passed(pass_reward, outcome=sampler.outcome) / len(group.rewards)
+            distance = outside(torch.tensor(rate, dtype=torch.float64), difficulty.low, difficulty.high).item()
+            if distance > TOLERANCE:
+                unfit.append((distance, group))
+            else:
+                fit.append(group)
+        if len(fit) >= count:
+            break
+    missing = count - len(fit)
+    nearest = [group for _, group in sorted(unfit, key=lambda pair: pair[0])[:missing]]
+    return drawn._replace(groups=fit + nearest, num_unfit=len(nearest))

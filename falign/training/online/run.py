@@ -23,11 +23,10 @@ from falign.runfile.config import RunConfig
 from falign.runfile.reward_config import build_rewards
 from falign.runs.folder import RunFolder
 from falign.scoring import PromptTree
-from falign.scoring.trees import token_rows
+from falign.scoring.batch import token_rows
 from falign.seeds import mixed
-from falign.training.online.completions_table import CompletionsTable
-from falign.training.online.divided_sampler import DividedSampler
-from falign.training.online.groups import GroupSampler
+from falign.training.online.groups import DividedSampler, GroupSampler
+from falign.training.online.metrics import CompletionsTable
 from falign.training.online.rehearsal_file import other_origin, read_rehearsal
 from falign.training.online.trainer import OnlineTrainer
 from falign.training.parts import Language, Parts, load_parts

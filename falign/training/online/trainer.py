@@ -23,13 +23,10 @@ from falign.rollouts.buffer import RolloutBuffer
 from falign.runfile.prompts_config import RolloutConfig
 from falign.scoring import Scorer
 from falign.seeds import mixed
-from falign.training.online.completions_table import CompletionsTable
-from falign.training.online.divided_sampler import DividedSampler
-from falign.training.online.groups import Draw
-from falign.training.online.metrics import evaluation_metrics, rollout_metrics
-from falign.training.online.prompt_order import PromptOrder
+from falign.training.online.groups import DividedSampler, Draw
+from falign.training.online.metrics import CompletionsTable, evaluation_metrics, rollout_metrics
 from falign.training.online.rollout_scorer import RolloutScorer
-from falign.training.online.rollout_source import RolloutSource
+from falign.training.online.rollout_source import PromptOrder, RolloutSource
 from falign.training.online.sampler_gap import gap_metrics, require_gap
 from falign.training.processes import is_writer, num_processes, rank
 from falign.training.stand_ins import stand_in

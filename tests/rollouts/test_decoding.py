@@ -1,7 +1,7 @@
 import torch
 from transformers import DynamicCache
 
-from falign.rollouts.cache import RoomyLayer, spread
+from falign.rollouts.decoding import RoomyLayer, spread
 
 
 def states(rows, tokens, seed):
