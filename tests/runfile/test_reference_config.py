@@ -93,7 +93,8 @@ def test_the_lines_of_the_page_on_references_are_read():
     page = (Path(__file__).parents[2] / "docs" / "references.md").read_text(encoding="utf-8")
     blocks = [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)]
     kinds = [parse_run({**LEAST, **block}).reference.kind for block in blocks if parse_run({**LEAST, **block}).check()]
-    assert kinds == ["frozen", "auto", "adapter", "soup", "moving_average", "periodic_reset"]
+    kept = ["frozen", "auto", "adapter", "soup", "moving_average", "periodic_reset", "auto", "my_references:Mine"]
+    assert kinds == kept
 
 
 def test_what_an_initial_adapter_has_of_its_own_cannot_be_set_beside_it():
