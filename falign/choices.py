@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from falign.errors import ConfigError
 
-__all__ = ["nearest", "require_choice", "shown"]
+__all__ = ["nearest", "require_choice", "shown", "similar"]
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
@@ -24,8 +24,18 @@ def shown(value: Any) -> str:
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """Return the name that ``name`` was probably meant to be, if there is one."""
     names = list(names)
-    close = get_close_matches(name, names, n=1, cutoff=0.6)
-    return close[0] if close else next((other for other in names if other.startswith(name)), None)
+    return similar(name, names) or next((other for other in names if name and other.startswith(name)), None)
+
+
+def similar(name: str, names: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """Return the most similar name, if there is one.
+
+    Args:
+        name: As the user wrote it.
+        names: Known ones.
+        cutoff: Least similarity, from 0 to 1, the share of letters in common.
+    """
+    return next(iter(get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
 
 
 def require_choice(option: str, value: str, choices: Any) -> None:

@@ -20,6 +20,7 @@ from typing import Literal
 from falign.errors import ConfigError
 
 __all__ = [
+    "append",
     "checksum",
     "claimed",
     "lock",
@@ -31,6 +32,7 @@ __all__ = [
     "sync_folder",
     "sync_tree",
     "write_whole",
+    "writing",
 ]
 
 _LEFT = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<what>partial|replaced)")
@@ -48,9 +50,38 @@ def write_whole(path: Path, content: str | bytes | Iterable[str]) -> None:
         OSError: It cannot be written; the error names ``path``.
     """
     pieces = [content] if isinstance(content, str | bytes) else content
-    with naming(path), staged(path, "file") as temporary, temporary.open("wb") as file:
+    with writing(path) as temporary, temporary.open("wb") as file:
         for piece in pieces:
             file.write(piece.encode("utf-8", "surrogatepass") if isinstance(piece, str) else piece)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary file for a library to write to, which takes the name ``path`` when the block ends.
+
+    Raises:
+        ConfigError: ``path`` is a link.
+        OSError: It cannot be written; the error names ``path``.
+    """
+    with naming(path), staged(path, "file") as temporary:
+        yield temporary
+
+
+def append(path: Path, text: str, *, after: int | None = None) -> None:
+    """Append to a log; a killed process leaves at most the beginning of the text.
+
+    Args:
+        path: The file, made if it does not exist.
+        text: Whole lines.
+        after: Bytes of the file that stay; what a killed process has left beyond them is cut off.
+
+    Raises:
+        OSError: It cannot be written; the error names ``path``.
+    """
+    with naming(path), path.open("ab") as file:
+        if after is not None:
+            file.truncate(after)
+        file.write(text.encode("utf-8", "surrogatepass"))
 
 
 @contextmanager
@@ -166,12 +197,13 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
+def checksum(path: Path, size: int | None = None) -> str:
+    """Return the SHA-256 of a file, or of so many bytes at its beginning."""
+    digest, left = hashlib.sha256(), path.stat().st_size if size is None else size
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(min(left, 1 << 20)):
             digest.update(block)
+            left -= len(block)
     return digest.hexdigest()
 
 

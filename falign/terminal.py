@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
 from rich.text import Text
 from typing_extensions import override
 
-__all__ = ["Terminal", "harmless", "json_line"]
+__all__ = ["BAR", "Terminal", "harmless", "json_line", "progress"]
+
+SECONDS_BETWEEN_LINES = 30.0
+
+BAR = (
+    TextColumn("[bold]{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TextColumn("eta"),
+    TimeRemainingColumn(),
+)
 
 # Control characters but tab and line feed, C1 controls, and marks that change the direction of text.
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -57,6 +78,34 @@ class Terminal(Console):
             renderable = _harmless_text(renderable)
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=harmless(segment.text))
+
+
+@contextmanager
+def progress(console: Console, unit: str, *, total: int | None = None, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Show how much is done while the block runs: a bar on a terminal, elsewhere a line now and then.
+
+    Args:
+        console: Where it is shown.
+        unit: What is counted, in the plural.
+        total: How many there are, as far as that is known.
+        done: How many an earlier call has done.
+
+    Yields:
+        A function of the number done so far, and of anything more to say on a line (``more=``); a ``total=`` that was
+        not known before may come with it.
+    """
+    told = time.monotonic()
+    with Progress(*BAR, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(unit, total=total, completed=done)
+
+        def update(done: int, *, total: int | None = total, more: str = "") -> None:
+            nonlocal told
+            bar.update(task, completed=done, total=total)
+            if not console.is_terminal and time.monotonic() - told > SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                console.print(f"{done:,}{'' if total is None else f' of {total:,}'} {unit}{more}", highlight=False)
+
+        yield update
 
 
 def _harmless_text(text: Text) -> Text:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from falign.divergences import Divergence
+from falign.durable import writing
 from falign.errors import ConfigError
 
 __all__ = ["plot_divergences"]
@@ -54,5 +55,6 @@ def plot_divergences(divergences: Sequence[Divergence], path: Path) -> None:
         axis.grid(alpha=0.2)
     right.axhline(0, color="0.6", linewidth=0.8)
     right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=150, format=kind)
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=kind)
     plt.close(figure)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 
 from falign.cli.options import TrustCode
 from falign.durable import checksum, write_whole
 from falign.errors import ConfigError, DataError
 from falign.runs.loading import chat_of_run, is_run
-from falign.terminal import Terminal
+from falign.terminal import Terminal, progress
 
 if TYPE_CHECKING:
     from falign.data import DataSource
@@ -30,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["score"]
 
 PROBED_TREES = 16
-SECONDS_BETWEEN_LINES = 30.0
 
 
 def score(
@@ -123,8 +117,14 @@ def score(
         "layout": choice.layout,
         **_of_data(source, scored),
     }
-    with ScoreOutput(out, record=record, overwrite=overwrite) as output, _progress(console) as progress:
-        totals = run(chain(first, rows), scorer, output, tokens_per_batch=tokens_per_batch, on_batch=progress)
+    with ScoreOutput(out, record=record, overwrite=overwrite) as output, progress(console, "completions") as show:
+        totals = run(
+            chain(first, rows),
+            scorer,
+            output,
+            tokens_per_batch=tokens_per_batch,
+            on_batch=lambda totals: show(totals.completions, more=f", {totals.tokens:,} tokens"),
+        )
     # In the form that `sha256sum --check` reads.
     write_whole(out.with_name(f"{out.name}.sha256"), f"{checksum(out)}  {out.name}\n")
     if told := _told(trees):
@@ -169,25 +169,6 @@ def _of_data(source: DataSource, scored: Scored) -> dict[str, Any]:
 def _told(trees: TreeStream) -> str:
     message = f" (the first: {trees.bad_rows.messages[0]})" if trees.bad_rows.messages else ""
     return "; ".join(f"{label} {count}" for label, count in trees.counts()) + message
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Any]:
-    """A bar on a terminal; elsewhere a line now and then."""
-    from falign.runs.progress import BAR
-
-    told = time.monotonic()
-    with Progress(*BAR, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("completions", total=None)
-
-        def update(totals: ScoreTotals) -> None:
-            nonlocal told
-            bar.update(task, completed=totals.completions)
-            if not console.is_terminal and time.monotonic() - told > SECONDS_BETWEEN_LINES:
-                told = time.monotonic()
-                console.print(f"{totals.completions:,} completions, {totals.tokens:,} tokens")
-
-        yield update
 
 
 def _show(totals: ScoreTotals, out: Path) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
-from falign.choices import shown
+from falign.choices import shown, similar
 from falign.data.files import Row
 from falign.data.serialized import is_blank
 from falign.errors import DataError
@@ -66,7 +65,7 @@ def looks_like_prompt(name: str) -> bool:
     words = _words(name)
     if words & (_ANSWER | _ABOUT | _SYSTEM):
         return False
-    typo = get_close_matches(name.lower(), ("prompt", "question", "instruction", "conversation"), n=1, cutoff=0.8)
+    typo = similar(name.lower(), ("prompt", "question", "instruction", "conversation"), cutoff=0.8)
     return bool(words & _PROMPT) or bool(typo)
 
 
@@ -130,7 +129,7 @@ def _fits(name: str, column: str) -> bool:
     opposite = {"chosen": _REJECTED, "rejected": _CHOSEN, "completion": (*_CHOSEN, *_REJECTED)}.get(name, ())
     if words & set(opposite) or words & _ABOUT:
         return False
-    return bool(words & set(synonyms)) or bool(get_close_matches(name, [column], n=1, cutoff=0.6))
+    return bool(words & set(synonyms)) or similar(name, [column]) is not None
 
 
 def _rank(name: str, column: str) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from falign.durable import naming, staged
+from falign.durable import writing
 from falign.errors import ConfigError
 
 __all__ = ["check_picture", "plot_frontier"]
@@ -70,7 +70,7 @@ def plot_frontier(data: Mapping[str, Any], path: Path) -> None:
     axis.grid(alpha=0.25)
     if axis.get_legend_handles_labels()[1]:
         figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
-    with naming(path), staged(path, "file") as temporary:
+    with writing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=150)
     plt.close(figure)
 

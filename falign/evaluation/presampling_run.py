@@ -10,13 +10,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import Progress
 from rich.table import Table
 
 from falign.durable import claimed, refuse_link, write_whole
 from falign.errors import ConfigError
 from falign.runs.loading import chosen_chat
-from falign.terminal import Terminal
+from falign.terminal import Terminal, progress
 
 if TYPE_CHECKING:
     from falign.data import PromptData, PromptRow
@@ -107,7 +106,6 @@ class Presampling:
         from falign.rollouts import SamplingParams
         from falign.rollouts.presampling import presample
         from falign.rollouts.presampling_journal import PresamplingJournal
-        from falign.runs.progress import BAR
 
         rows = data.train
         journal = PresamplingJournal(
@@ -130,13 +128,10 @@ class Presampling:
             chunk_size=CHUNK_SIZE,
         )
         console = Terminal(stderr=True)
-        with Progress(*BAR, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("prompts", total=len(rows), completed=resumed)
+        with progress(console, "prompts", total=len(rows), done=resumed) as show:
             for chunk in results:
                 journal.append(chunk)
-                bar.update(task, completed=len(journal.findings))
-                if not console.is_terminal:
-                    console.print(f"{len(journal.findings)} of {len(rows)} prompts", highlight=False)
+                show(len(journal.findings))
         self._finish(data, journal.findings, resumed, sampled_by={"model": self.model, **record})
 
     @property

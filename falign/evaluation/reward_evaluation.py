@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 
 from falign.errors import ConfigError, DataError
 from falign.runs.loading import is_run
+from falign.terminal import progress
 
 if TYPE_CHECKING:
     from falign.data import Window
@@ -30,7 +29,6 @@ __all__ = ["Compared", "Judge", "RewardEvaluation"]
 
 PROBED_ITEMS = 16
 MOST_TOKENS = 4096  # of a window that nobody asked for
-SECONDS_BETWEEN_LINES = 30.0
 
 
 class Compared(NamedTuple):
@@ -166,14 +164,14 @@ class RewardEvaluation:
         self.out.mkdir(parents=True, exist_ok=True)
         output = ScoreOutput(self.out / "items.jsonl", record=record, overwrite=self.overwrite)
         count = len(items) if self.limit is None else min(self.limit, len(items))
-        with output, _progress(console, count) as progress:
+        with output, _progress(console, count) as show:
             rows = score_items(
                 chain(first, trees),
                 scorer,
                 self.benchmark,
                 output,
                 tokens_per_batch=tokens_per_batch,
-                on_batch=progress,
+                on_batch=show,
             )
             with console.status("intervals"):
                 summary = self._summary(scored, stream, rows, names, record)
@@ -364,24 +362,17 @@ def _told(stream: ItemStream) -> str:
 
 
 @contextmanager
-def _progress(console: Console, total: int) -> Iterator[Any]:
-    """A bar on a terminal; elsewhere a line now and then."""
-    from falign.runs.progress import BAR
-
-    told = time.monotonic()
-    with Progress(*BAR, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("items", total=total)
+def _progress(console: Console, total: int) -> Iterator[Callable[[int, int], None]]:
+    """Show progress, and say once where an earlier call is continued."""
+    with progress(console, "items", total=total) as show:
         resuming = True
 
         def update(done: int, resumed: int) -> None:
-            nonlocal told, resuming
-            bar.update(task, completed=done)
+            nonlocal resuming
+            show(done)
             if resuming and done > resumed:
                 resuming = False
                 if resumed:
                     console.print(f"going on after {resumed:,} items of an earlier call")
-            if not console.is_terminal and time.monotonic() - told > SECONDS_BETWEEN_LINES:
-                told = time.monotonic()
-                console.print(f"{done:,} of {total:,} items")
 
         yield update

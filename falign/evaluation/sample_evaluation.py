@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 
 from falign.data import PromptRow, PromptSource, load_prompts
 from falign.divergences import Divergence, get
@@ -46,9 +44,9 @@ from falign.runfile.reward_config import RewardConfig, build_rewards
 from falign.runs import RunFolder
 from falign.runs.loading import chosen_chat, is_run
 from falign.runs.named_code import code_of_rewards, import_from, is_recorded, named_code, read_run, require_trust
-from falign.runs.progress import BAR
 from falign.scoring import PromptTree, Scorer
 from falign.seeds import mixed
+from falign.terminal import progress
 from falign.training.online.groups import Draw, GroupSampler
 
 __all__ = ["Asked", "Compared", "SampleEvaluation"]
@@ -56,7 +54,6 @@ __all__ = ["Asked", "Compared", "SampleEvaluation"]
 FILES = ("samples.jsonl", "reference_samples.jsonl")
 USUAL = ("reverse_kl", "forward_kl", "jensen_shannon", "total_variation")
 PROBE_TOKENS = 16
-SECONDS_BETWEEN_LINES = 30.0
 
 
 class Asked(NamedTuple):
@@ -141,7 +138,7 @@ class SampleEvaluation:
             "prompts_per_batch": self.prompts_per_batch,
         }
         reopen(self.out / FILES[1], sibling=self.out / FILES[0])  # stopped between the names of the two
-        with ExitStack() as stack, _progress(console, len(prompts) * len(samplers)) as progress:
+        with ExitStack() as stack, _progress(console, len(prompts) * len(samplers)) as show:
             outputs = [
                 stack.enter_context(ScoreOutput(self.out / name, record=record, overwrite=self.overwrite))
                 for name, _ in zip(FILES, samplers, strict=False)
@@ -155,7 +152,7 @@ class SampleEvaluation:
                     version=0,
                     of_reference=output is not outputs[0],
                     prompts_per_batch=self.prompts_per_batch,
-                    on_batch=progress,
+                    on_batch=show,
                 )
                 for sampler, output in zip(samplers, outputs, strict=True)
             ]
@@ -430,22 +427,17 @@ def _digest(prompts: Sequence[PromptRow]) -> str:
 
 @contextmanager
 def _progress(console: Console, total: int) -> Iterator[Callable[[int, int, Draw | None], None]]:
-    """A bar on a terminal; elsewhere a line now and then."""
-    told, before = time.monotonic(), 0
-    with Progress(*BAR, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("prompts", total=total)
-        last = 0
+    """Show progress over both rounds, of the policy and of the reference, and what rewards tell."""
+    last = before = 0
+    with progress(console, "prompts", total=total) as show:
 
         def update(done: int, resumed: int, draw: Draw | None) -> None:
-            nonlocal told, before, last
+            nonlocal before, last
             if done < last:  # the second round, on the reference
                 before += last
             last = done
-            bar.update(task, completed=before + done)
+            show(before + done)
             if draw is not None and draw.message:
                 console.print(f"reward: {draw.message}", style="yellow", markup=False)
-            if not console.is_terminal and time.monotonic() - told > SECONDS_BETWEEN_LINES:
-                told = time.monotonic()
-                console.print(f"{before + done:,} of {total:,} prompts")
 
         yield update

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
 
-from falign.durable import checksum, lock, naming, refuse_link, staged, sync_folder, write_whole
+from falign.durable import checksum, lock, refuse_link, sync_folder, write_whole, writing
 from falign.errors import ConfigError
 from falign.evaluation.score_rows import ScoreRow
 from falign.passwords import without_passwords
@@ -172,7 +172,7 @@ class ScoreOutput:
             raise self._changed("it has rows behind the last one of the source")
         os.fsync(self._file.fileno())
         if self.path.suffix == ".parquet":
-            with naming(self.path), staged(self.path, "file") as temporary:
+            with writing(self.path) as temporary:
                 _write_parquet(self.rows_file, temporary)
         else:
             self.rows_file.replace(self.path)

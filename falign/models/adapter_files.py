@@ -1,7 +1,6 @@
 """The files of an adapter: read with every value checked, written with a digest and the record of their base."""
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
@@ -14,6 +13,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 
+from falign.choices import nearest
 from falign.errors import ModelError
 from falign.models.adapter_settings import base_change
 from falign.models.foreign import reading
@@ -100,10 +100,10 @@ def write_adapter_files(folder: Path, config: LoraConfig, tensors: Mapping[str, 
 def _read_settings(folder: Path) -> dict[str, Any]:
     file = folder / _CONFIG
     if not file.is_file():
-        nearest = []
+        close = None
         if folder.parent.is_dir() and not folder.is_dir():
-            nearest = difflib.get_close_matches(folder.name, [entry.name for entry in folder.parent.iterdir()], n=1)
-        hint = f"did you mean {folder.parent / nearest[0]}?" if nearest else "give a folder in PEFT's layout."
+            close = nearest(folder.name, [entry.name for entry in folder.parent.iterdir()])
+        hint = f"did you mean {folder.parent / close}?" if close else "give a folder in PEFT's layout."
         raise ModelError(f"{folder} holds no adapter (no {_CONFIG}): {hint}")
     settings = adapter_config(folder)
     if settings.get("peft_type") != "LORA":
@@ -111,8 +111,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     for key, value in settings.items():
         if key not in known and value:
-            nearest = difflib.get_close_matches(key, sorted(known), n=1)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            close = nearest(key, sorted(known))
+            hint = f" Did you mean {close!r}?" if close else ""
             raise ModelError(f"{file}: this version of PEFT does not know {key}={value!r} and would ignore it.{hint}")
     for key, (valid, requirement) in _SETTINGS.items():
         value = settings.get(key, _MISSING.get(key))

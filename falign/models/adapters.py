@@ -1,7 +1,6 @@
 """LoRA adapters: added with a reproducible initialization, or loaded."""
 
 import copy
-import difflib
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers import PreTrainedModel
 
+from falign.choices import nearest
 from falign.errors import ConfigError, ModelError, one_line
 from falign.models.adapter_files import AdapterFiles, read_adapter_files
 from falign.models.adapter_tensors import compute_in_activation_type
@@ -184,8 +184,8 @@ def _match(targets: str | list[str], linear: dict[str, nn.Module]) -> list[str]:
     for target in targets:
         matching = [name for name in linear if name == target or name.endswith(f".{target}")]
         if not matching:
-            nearest = difflib.get_close_matches(target, known, n=1)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            close = nearest(target, known)
+            hint = f" Did you mean {close!r}?" if close else ""
             raise ConfigError(
                 f"target_modules: {target!r} matches no linear layer of this model.{hint} Its linear layers are "
                 f"called {known}."

@@ -1,19 +1,18 @@
 """Cached folders, such as converted models and averages, verified by checksum when they are found again."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
+from falign.durable import checksum
 from falign.errors import ModelError
 from falign.models.foreign import reading
 from falign.models.staging import staged_folder
 
-__all__ = ["file_hash", "kept_folder"]
+__all__ = ["kept_folder"]
 
 _SEAL = "kept.json"
-_BLOCK = 1 << 20
 
 
 def kept_folder(folder: Path, write: Callable[[Path], None], *, needed_bytes: int | None = None) -> Path:
@@ -33,20 +32,11 @@ def kept_folder(folder: Path, write: Callable[[Path], None], *, needed_bytes: in
     if not (folder / _SEAL).is_file():
         with staged_folder(folder, existing="keep", needed_bytes=needed_bytes) as staging:
             write(staging)
-            sums = {file.name: file_hash(file) for file in sorted(staging.iterdir())}
+            sums = {file.name: checksum(file) for file in sorted(staging.iterdir())}
             (staging / _SEAL).write_text(json.dumps(sums, indent=1), encoding="utf-8")
     files = sorted(folder.iterdir())
     _check(folder, tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
     return folder
-
-
-def file_hash(file: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @cache
@@ -56,7 +46,7 @@ def _check(folder: Path, files: tuple[tuple[str, int, int], ...]) -> None:
         sums = dict(json.loads((folder / _SEAL).read_text(encoding="utf-8")))
     found = {name for name, _, _ in files} - {_SEAL}
     for name in sorted(found | sums.keys()):
-        if name not in found or file_hash(folder / name) != sums.get(name):
+        if name not in found or checksum(folder / name) != sums.get(name):
             raise ModelError(
                 f"{folder / name} is missing or has other content than was written: delete {folder}, and it is made "
                 "again."

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from falign.durable import checksum
 from falign.errors import ConfigError, ModelError
 from falign.models.checkpoint_files import MODEL_FILES
-from falign.models.kept_folder import file_hash
 from falign.models.loading import load_tokenizer
 from falign.models.sources import resolve
 from falign.models.tokenizers import check_same_tokens
@@ -98,7 +98,7 @@ def content_hash(folder: Path) -> str:
     """Return the SHA-256 of an adapter's weights and configuration, or of all files that make up a checkpoint."""
     beside = ("adapter_config.json",) if (folder / "adapter_config.json").is_file() else MODEL_FILES
     files = sorted({file for pattern in ("*.safetensors", *beside) for file in folder.glob(pattern) if file.is_file()})
-    sums = [(file.name, file_hash(file)) for file in files]
+    sums = [(file.name, checksum(file)) for file in files]
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 

@@ -1,11 +1,11 @@
 """Model names: hub names, folders, GGUF files, and the demonstration model."""
 
-import difflib
 import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from falign.choices import nearest
 from falign.errors import ModelError
 from falign.models.foreign import reading
 
@@ -149,9 +149,9 @@ def _nearest_sibling(path: Path) -> str:
     missing = path
     while not existing.is_dir():
         existing, missing = existing.parent, existing
-    nearest = difflib.get_close_matches(missing.name, [entry.name for entry in existing.iterdir()], n=1)
-    if nearest:
-        return f"; did you mean {existing / nearest[0]}?"
+    close = nearest(missing.name, [entry.name for entry in existing.iterdir()])
+    if close:
+        return f"; did you mean {existing / close}?"
     return f": {existing} has no entry named like {missing.name!r}. Check the path, or give a hub name."
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import re
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from falign.choices import similar
 from falign.divergences.dtypes import numbers
 
 __all__ = [
@@ -231,8 +231,8 @@ def get_margin_loss(name: str) -> MarginLoss:
             "objective of pairs, or make IPO(beta); without either it is 'squared'."
         )
     if match is None or key not in MARGIN_LOSSES:
-        close = difflib.get_close_matches(key, [*MARGIN_LOSSES, *ALIASES, "ipo"], n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}? Choose" if close else "choose"
+        close = similar(key, [*MARGIN_LOSSES, *ALIASES, "ipo"], cutoff=0.5)
+        hint = f"did you mean {close!r}? Choose" if close else "choose"
         raise ValueError(f"margin_loss {name!r} is unknown; {hint} one of {', '.join(MARGIN_LOSSES)}, ipo.")
     loss = MARGIN_LOSSES[key]
     if inspect.isclass(loss):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import inspect
 import os
 import threading
@@ -11,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, Protocol
 
+from falign.choices import nearest
 from falign.errors import ConfigError, RewardError
 from falign.registry import import_member
 from falign.rewards.base import ARGUMENTS, select_columns
@@ -217,8 +217,8 @@ def _unknown(parameter: str, columns: set[str]) -> str:
             f"its parameter {parameter!r} is given by TRL's trainer alone; give it a default value, and let the "
             "function work without it."
         )
-    close = difflib.get_close_matches(parameter, [*columns, *ARGUMENTS], n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    close = nearest(parameter, [*columns, *ARGUMENTS])
+    hint = f" Did you mean {close!r}?" if close else ""
     return (
         f"its parameter {parameter!r} is neither a column of the data, which has {sorted(columns)}, nor an argument "
         f"({', '.join(sorted(ARGUMENTS))}).{hint}"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from falign.durable import naming, refuse_link
+from falign.durable import append, refuse_link
 from falign.errors import ConfigError, one_line
 from falign.json_lines import sealed, unsealed
 from falign.rollouts.presampling import Presampled
@@ -72,11 +72,9 @@ class PresamplingJournal:
         """Write the findings of a chunk; they survive the process from here on."""
         found = [Finding(result.num_correct, _stored(result)) for result in results]
         head = [] if self._size else [self._record]
-        lines = "".join(map(sealed, [*head, *(each._asdict() for each in found)])).encode()
-        with naming(self.path), self.path.open("ab") as file:
-            file.truncate(self._size)  # what a killed process has left of a line or a chunk goes
-            file.write(lines)
-        self._size += len(lines)
+        lines = "".join(map(sealed, [*head, *(each._asdict() for each in found)]))
+        append(self.path, lines, after=self._size)
+        self._size += len(lines.encode())
         self.findings += found
 
     def _take_up(self) -> None:

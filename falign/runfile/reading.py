@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
@@ -13,7 +12,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from falign.choices import shown
+from falign.choices import nearest, shown, similar
 from falign.errors import ConfigError
 from falign.passwords import NAMES, refuse_passwords
 from falign.plain_yaml import plain_yaml
@@ -112,8 +111,8 @@ def valid_paths(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
 def _read_yaml(path: str | Path) -> Any:
     file = Path(path)
     if not file.is_file():
-        near = difflib.get_close_matches(file.name, [p.name for p in file.absolute().parent.glob("*.y*ml")], n=1)
-        raise ConfigError(f"No run file at {file}.{f' Did you mean {file.with_name(near[0])}?' if near else ''}")
+        near = nearest(file.name, [p.name for p in file.absolute().parent.glob("*.y*ml")])
+        raise ConfigError(f"No run file at {file}.{f' Did you mean {file.with_name(near)}?' if near else ''}")
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -171,8 +170,8 @@ def _explain(detail: Any) -> str:
         return f"{place.path} is required."
     if detail["type"] == "union_tag_invalid":
         given = detail["input"]["kind"]
-        close = difflib.get_close_matches(str(given), place.kinds, n=1)
-        hint = f"did you mean {close[0]}? Choose" if close else "choose"
+        close = nearest(str(given), place.kinds)
+        hint = f"did you mean {close}? Choose" if close else "choose"
         return f"{place.path}.kind={shown(given)} is unknown: {hint} one of {', '.join(place.kinds)}."
     if detail["type"] == "union_tag_not_found":
         return f"{place.path}.kind is required: choose one of {', '.join(place.kinds)}."
@@ -241,15 +240,15 @@ def _near(place: _Place) -> str:
     if named := [path for path in paths if path.rpartition(".")[2] == last]:
         least = min(path.count(".") for path in named)
         shallow = [path for path in named if path.count(".") == least]
-        meant = difflib.get_close_matches(place.path, named, 1, 0.8) or shallow
-        return f": did you mean {' or '.join(meant)}?"
+        close = similar(place.path, named, cutoff=0.8)
+        return f": did you mean {close or ' or '.join(shallow)}?"
     fields = [path for path in reversed(paths) if not any(other.startswith(f"{path}.") for other in paths)]
     anywhere = {path.rpartition(".")[2]: path for path in fields}
     siblings = _siblings(place.path)
     if foreign := near_foreign_name(last, [*siblings, *anywhere]):
         told = FOREIGN_NAMES[foreign].told()
         return f": did you mean {foreign}? {told[0].upper()}{told[1:]}"
-    close = [known[key] for known in (siblings, anywhere) for key in difflib.get_close_matches(last, known, 1, 0.6)]
+    close = [known[key] for known in (siblings, anywhere) if (key := similar(last, known)) is not None]
     if not close:
         return ""
     owners = _owners(place, close[0])

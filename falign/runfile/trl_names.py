@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import NamedTuple
+
+from falign.choices import similar
 
 __all__ = ["FOREIGN_NAMES", "ForeignName", "near_foreign_name"]
 
@@ -30,8 +31,8 @@ class ForeignName(NamedTuple):
 def near_foreign_name(name: str, rivals: Iterable[str]) -> str | None:
     """Return the name of another library that a misspelled one is nearer to than to any of the rivals."""
     own = set(rivals)
-    close = difflib.get_close_matches(name, [*own, *FOREIGN_NAMES], 1, 0.8)
-    return close[0] if close and close[0] not in own else None
+    close = similar(name, [*own, *FOREIGN_NAMES], cutoff=0.8)
+    return close if close not in own else None
 
 
 def _at(*fields: str, note: str = "") -> ForeignName:

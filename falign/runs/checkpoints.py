@@ -7,7 +7,6 @@ nor a copy leaves anything that is taken for a whole checkpoint of the run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -16,7 +15,7 @@ from typing import NamedTuple
 
 from pydantic import Field, ValidationError
 
-from falign.durable import sync_file, sync_folder
+from falign.durable import checksum, sync_file, sync_folder
 from falign.errors import TrainingError
 from falign.runfile.base_config import FrozenModel
 
@@ -80,7 +79,7 @@ def seal(folder: Path, *, run: str, step: int, logs: Mapping[str, LogMark]) -> N
         step: The optimizer steps that it has seen.
         logs: How far each log of the run has come; see :func:`sync_logs`.
     """
-    files = {name: {"bytes": file.stat().st_size, "sha256": _checksum(file)} for name, file in _files(folder).items()}
+    files = {name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for name, file in _files(folder).items()}
     sealed = {"run": run, "step": step, "logs": {name: mark._asdict() for name, mark in logs.items()}, "files": files}
     (folder / SEAL).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
 
@@ -117,14 +116,14 @@ def _first_damaged(folder: Path, files: Mapping[str, _Sum], *, unread: Collectio
         size = there[name].stat().st_size
         if size != written.bytes:
             return f"{name} has {size:,} of {written.bytes:,} bytes"
-        if name not in unread and _checksum(there[name]) != written.sha256:
+        if name not in unread and checksum(there[name]) != written.sha256:
             return f"{name} has other content than was written"
     return None
 
 
 def weight_sums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file of weights in a folder."""
-    return {name: _checksum(file) for name, file in _files(folder).items() if file.suffix in WEIGHTS}
+    return {name: checksum(file) for name, file in _files(folder).items() if file.suffix in WEIGHTS}
 
 
 def log_marks(checkpoint: Path) -> dict[str, LogMark]:
@@ -208,7 +207,7 @@ def sync_logs(folder: Path) -> dict[str, LogMark]:
         file = folder / name
         if file.is_file():
             sync_file(file)
-            marks[name] = LogMark(file.stat().st_size, _checksum(file))
+            marks[name] = LogMark(file.stat().st_size, checksum(file))
     return marks
 
 
@@ -216,7 +215,7 @@ def holds(file: Path, mark: LogMark) -> bool:
     """Return whether a log is unchanged up to a mark."""
     if not file.is_file() or file.stat().st_size < mark.bytes:
         return False
-    return _checksum(file, mark.bytes) == mark.sha256
+    return checksum(file, mark.bytes) == mark.sha256
 
 
 def _put_aside(checkpoint: Path) -> Path:
@@ -233,13 +232,3 @@ def _files(folder: Path) -> dict[str, Path]:
     """Return all files below a folder but the seal, by their names relative to it."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / SEAL]
     return {str(file.relative_to(folder)): file for file in files}
-
-
-def _checksum(file: Path, size: int | None = None) -> str:
-    """Return the SHA-256 of a file, or of so many bytes at its beginning."""
-    digest, left = hashlib.sha256(), file.stat().st_size if size is None else size
-    with file.open("rb") as stream:
-        while block := stream.read(min(left, 1 << 20)):
-            digest.update(block)
-            left -= len(block)
-    return digest.hexdigest()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from falign.durable import naming, staged
+from falign.durable import writing
 
 __all__ = ["plot_curves"]
 
@@ -63,6 +63,6 @@ def plot_curves(logs: Sequence[Mapping[str, Any]], path: Path, *, title: str) ->
     for axis in axes[-1]:
         axis.set_xlabel("optimizer step")
     figure.suptitle(title, fontsize=11)
-    with naming(path), staged(path, "file") as temporary:
+    with writing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=150)
     plt.close(figure)

@@ -6,31 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
-from falign.durable import naming
+from falign.durable import append
 from falign.runs.folder import log_line
+from falign.terminal import BAR
 
-__all__ = ["BAR", "MetricsFile", "ProgressBar"]
-
-BAR = (
-    TextColumn("[bold]{task.description}"),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TimeElapsedColumn(),
-    TextColumn("eta"),
-    TimeRemainingColumn(),
-)
+__all__ = ["MetricsFile", "ProgressBar"]
 
 FAILURES = {
     f"{prefix}reward/{name}": f"{told}reward {name}"
@@ -67,8 +51,7 @@ class MetricsFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero:
-            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(log_line({"step": state.global_step, **(logs or {})}))
+            append(self.path, log_line({"step": state.global_step, **(logs or {})}))
 
 
 class ProgressBar(TrainerCallback):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
-from rich.progress import Progress
 from transformers import TrainerCallback
 
 from falign.data import PreferenceData, demonstrations
@@ -13,8 +12,8 @@ from falign.errors import ConfigError
 from falign.objectives import Measure, Objective, references_of
 from falign.references import Reference
 from falign.runfile.config import RunConfig
-from falign.runs.progress import BAR
 from falign.scoring.batch import token_rows
+from falign.terminal import progress
 from falign.training.parts import Language, Parts, load_parts
 from falign.training.references import cached
 from falign.training.trainer import AlignmentTrainer
@@ -161,8 +160,7 @@ def _with_caches(
                 style="yellow",
             )
             continue
-        with Progress(*BAR, console=console, transient=True) as progress:
-            task = progress.add_task(name, total=None)
+        with progress(console, f"prompts scored by {name}") as show:
             found[name] = cached(
                 parts.references[name],
                 parts.policy,
@@ -171,8 +169,6 @@ def _with_caches(
                 directory=section.cache,
                 batch_size=config.training.per_device_eval_batch_size,
                 scorer=parts.scorer,
-                progress=lambda done, total, task=task, progress=progress: progress.update(
-                    task, completed=done, total=total
-                ),
+                progress=lambda done, total, show=show: show(done, total=total),
             )
     return found

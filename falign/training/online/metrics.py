@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from falign import divergences
 from falign.divergences import estimators
-from falign.durable import naming
+from falign.durable import append
 from falign.metrics.ngrams import distinct
 from falign.references import Reference
 from falign.rewards.groups import best_of_n, pass_at_k, powers_of_two
@@ -172,5 +172,4 @@ class CompletionsTable:
             for group in draw.groups
             for i, (rollout, text, reward) in enumerate(zip(group.rollouts, group.texts, group.rewards, strict=True))
         ]
-        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(f"{line}\n" for line in lines))
+        append(self.path, "".join(f"{line}\n" for line in lines))
