@@ -23,7 +23,8 @@ def rewards(
         str,
         typer.Argument(
             metavar="BENCHMARK",
-            help="rewardbench, rewardbench2, rm_bench, judgebench, llmbar; preferences: any file of pairs or lists.",
+            help="rewardbench, rewardbench2, rm_bench, judgebench, llmbar; preferences: any file of pairs or lists; or "
+            "module:Class of your own.",
         ),
     ],
     file: Annotated[
@@ -93,10 +94,11 @@ def rewards(
     if classifier is None and (classifier_text or classifier_label):
         raise ConfigError("--classifier-text and --classifier-label belong to --classifier: give the model too.")
     compared = Compared(reference, divergence, beta, dtype, reference_free)
+    found = _benchmark(model, benchmark, chat)
     evaluation = RewardEvaluation(
         model=model,
         compared=compared,
-        benchmark=_benchmark(model, benchmark, chat),
+        benchmark=found,
         file=file,
         split=split,
         subsets=tuple(subset or ()),
@@ -109,7 +111,7 @@ def rewards(
         layout=layout,
         seed=seed,
         num_resamples=num_resamples,
-        out=result_folder(model, name or benchmark, out),
+        out=result_folder(model, name or found.name, out),
         overwrite=overwrite,
         trust_code=trust_code,
     )
@@ -123,10 +125,14 @@ def rewards(
 def _benchmark(model: str, name: str, chat: bool | None) -> Any:
     """Return the benchmark, which reads a file's plain texts as the run read its own."""
     from falign.evaluation import benchmarks
+    from falign.registry import is_own_name
+    from falign.runs.named_code import import_from
 
+    if is_own_name(name):
+        import_from(Path.cwd())
     found = benchmarks.get(name)
-    if not isinstance(found, benchmarks.Preferences):
-        if chat is not None:
-            raise ConfigError(f"--chat and --plain are of preferences: {name} says itself what its texts are.")
-        return found
-    return benchmarks.Preferences(chat=chat_of_run(model) if chat is None else chat)
+    if isinstance(found, benchmarks.OwnTexts):
+        return found.with_chat(chat_of_run(model) if chat is None else chat)
+    if chat is not None:
+        raise ConfigError(f"--chat and --plain apply only to preferences: {name} says itself what its texts are.")
+    return found

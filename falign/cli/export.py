@@ -107,7 +107,7 @@ def export(
 
 def _serving(model: nn.Module, run: str) -> str:
     """Say how vLLM serves an adapter, or why it does not."""
-    from falign.rollouts.servable import why_not_servable
+    from falign.rollouts.vllm_adapters import why_not_servable
 
     reasons = {rank: why_not_servable(model, max_rank=rank) for rank in VLLM_RANKS}
     if (rank := next((rank for rank, reason in reasons.items() if reason is None), None)) is not None:

@@ -234,13 +234,13 @@ class RewardEvaluation:
         return not is_run(self.model) or run_objective(self.model, trust_code=self.trust_code).rewarding
 
     def _load(self) -> Scored:
-        from falign.evaluation.benchmarks import Preferences
+        from falign.evaluation.benchmarks import OwnTexts
         from falign.evaluation.loading import load_alone, load_compared, load_run, positions_of
 
         dtype = self.compared.dtype or "auto"
         if is_run(self.model):
             scored = load_run(self.model, max_length=self.max_length, any_objective=True, trust_code=self.trust_code)
-            if isinstance(self.benchmark, Preferences) and self.max_length is None:
+            if isinstance(self.benchmark, OwnTexts) and self.max_length is None:
                 return scored
         elif self.compared.reference is None:
             scored = load_alone(self.model, dtype=dtype, max_length=self.max_length)
@@ -287,6 +287,8 @@ class RewardEvaluation:
 
     def _of_items(self, window: Window, names: tuple[str, ...]) -> dict[str, Any]:
         """Return the inputs of items, tokens and scorers, besides the models."""
+        from falign.evaluation.benchmarks import OwnTexts
+
         local = None if self.file is None else Path(self.file)
         exists = local is not None and local.exists()
         return {
@@ -296,7 +298,7 @@ class RewardEvaluation:
             "split": self.split,
             "subsets": list(self.subsets),
             "limit": self.limit,
-            "chat": getattr(self.benchmark, "chat", None),
+            "chat": self.benchmark.chat if isinstance(self.benchmark, OwnTexts) else None,
             **asdict(window),
             "long_items": self.long_items,
             "scorers": list(names),

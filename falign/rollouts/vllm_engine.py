@@ -17,8 +17,7 @@ from typing_extensions import override
 from falign.errors import ConfigError, EngineError, RolloutError
 from falign.rollouts.base import Engine, EngineCapabilities, Rollout, SamplingParams, check_prompts, check_request
 from falign.rollouts.gap import Canary
-from falign.rollouts.servable import why_not_servable
-from falign.rollouts.vllm_adapters import AdapterSync
+from falign.rollouts.vllm_adapters import AdapterSync, why_not_servable
 from falign.rollouts.vllm_client import HTTPClient, ServerLostError
 from falign.rollouts.vllm_completions import VersionUnknownError, complete
 from falign.rollouts.vllm_description import describe_server

@@ -311,7 +311,7 @@ def test_a_classifier_scores_beside_the_policy(evaluate, rm_bench, tmp_path):
         (("--name", "a/b"), {"out": None}, "--name a/b must be the name of a folder"),
         (("--long-items", "keep"), {}, "'skip'"),
         (("--layout", "trees"), {}, "did you mean 'tree'"),
-        (("--chat",), {}, "--chat and --plain are of preferences"),
+        (("--chat",), {}, "--chat and --plain apply only to preferences"),
     ],
 )
 def test_a_mistake_is_told_before_a_model_is_loaded(

@@ -69,7 +69,7 @@ def test_a_built_in_verifier_is_its_own_source_and_its_settings():
     assert reward_identity(number()) == reward_identity(number())
     changed = [number(tolerance=0.1), number(answer="label"), number(failed=None), number(timeout=1.0)]
     assert len({reward_identity(reward) for reward in [number(), *changed]}) == 5
-    names = {f"falign.rewards.verifiers{name}" for name in ("", ".numbers", ".marks", ".row_answer")}
+    names = {f"falign.rewards.verifiers{name}" for name in ("", ".numbers", ".answers")}
     assert set(source_hashes("falign.rewards.verifiers.numbers")) == names
 
 

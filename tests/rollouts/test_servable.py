@@ -4,7 +4,7 @@ import pytest
 from peft import IA3Config, LoraConfig, get_peft_model
 
 from falign.models import add_lora
-from falign.rollouts.servable import why_not_servable
+from falign.rollouts.vllm_adapters import why_not_servable
 from tests.models.tiny import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

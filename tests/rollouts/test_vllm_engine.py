@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from falign.errors import ConfigError, EngineError, RolloutError
 from falign.models import load_model
 from falign.rollouts import Engine, SamplingParams
-from falign.rollouts.recompute import recomputed_logprobs
+from falign.rollouts.gap import recomputed_logprobs
 from tests.models.tiny import VOCABULARY, fill_adapter
 from tests.rollouts.loopback import policy_of
 

@@ -1,12 +1,15 @@
 """Members of a user's own, one for each family that a run file chooses from."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from typing_extensions import override
 
 from falign.divergences import Divergence, from_generator
+from falign.evaluation.benchmarks import BenchmarkItem
 from falign.objectives import Measure, ObjectiveOutput, Term, pairs_of
 from falign.rollouts import Engine, EngineSetup, TransformersEngine
 
@@ -104,6 +107,28 @@ class Tilted:
 
     def log_score(self, features):
         return self.strength * features[:, 0].float()
+
+
+@dataclass(frozen=True)
+class TwoWords:
+    """A benchmark: the better of two words."""
+
+    name = "two_words"
+    hub_name = None
+    splits = subsets = ()
+
+    def read(self, path=None, *, split=None, bad_rows):
+        for i, line in enumerate(Path(path).read_text().splitlines()):
+            row = json.loads(line)
+            completions = (row["good"], row["bad"])
+            yield BenchmarkItem(f"{path}:{i + 1}", str(i), "", row["question"], completions, (1.0, 0.0), plain=True)
+
+    def outcome(self, item, scores):
+        return {"correct": float(scores[0] > scores[1])}
+
+    def summarise(self, subsets, outcomes):
+        accuracy = sum(outcome["correct"] for outcome in outcomes) / len(outcomes)
+        return {"score": accuracy, "accuracy": accuracy}
 
 
 def nothing(**settings):

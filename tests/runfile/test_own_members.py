@@ -147,9 +147,15 @@ def test_a_divergence_within_another_is_code_too(offline):
     assert own_code(config)[f"{OWN}:skewed"].keys() == {OWN}
 
 
-def test_an_own_benchmark_is_found_by_its_path(tmp_path):
-    found = benchmarks.get("falign.evaluation.benchmarks.llmbar:LLMBar")
-    assert found.name == "llmbar"
+def test_an_own_benchmark_scores_a_model(falign, tiny, tmp_path):
+    rows = [{"question": "Say a word: ", "good": "gladly", "bad": "no"}] * 3
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--out", tmp_path / "out", "--scorers", "length", "--reference-free")
+    status, _, err = falign("evaluate", "rewards", tiny, f"{OWN}:TwoWords", tmp_path / "words.jsonl", *options)
+    assert status == 0, err
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["benchmark"] == "two_words"
+    assert len((tmp_path / "out" / "items.jsonl").read_text().splitlines()) == 3
     with pytest.raises(ConfigError, match=r"benchmark=.* makes a list, not a falign Benchmark"):
         benchmarks.get("builtins:list")
 

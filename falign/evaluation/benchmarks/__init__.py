@@ -1,6 +1,6 @@
 """Reward benchmarks: their rows in the published schemas, and their published aggregations."""
 
-from falign.evaluation.benchmarks.base import Benchmark, BenchmarkItem, missing_subsets
+from falign.evaluation.benchmarks.base import Benchmark, BenchmarkItem, OwnTexts, missing_subsets
 from falign.evaluation.benchmarks.judgebench import JudgeBench
 from falign.evaluation.benchmarks.llmbar import LLMBar
 from falign.evaluation.benchmarks.preferences import Preferences
@@ -14,6 +14,7 @@ __all__ = [
     "BenchmarkItem",
     "JudgeBench",
     "LLMBar",
+    "OwnTexts",
     "Preferences",
     "RMBench",
     "RewardBench",

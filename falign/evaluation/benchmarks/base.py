@@ -1,14 +1,25 @@
-"""The protocol of a reward benchmark: items to score, the result of one item, and the summary of all items."""
+"""The protocol of a reward benchmark (items, the outcome of one, the summary of all), and means of outcomes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from falign.data import BadRows, Text
 
-__all__ = ["Benchmark", "BenchmarkItem", "missing_subsets"]
+__all__ = [
+    "Benchmark",
+    "BenchmarkItem",
+    "OwnTexts",
+    "by_subset",
+    "larger",
+    "mean",
+    "mean_of_all",
+    "means_of_keys",
+    "missing_subsets",
+    "subset_means",
+]
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,22 @@ class Benchmark(Protocol):
         ...
 
 
+@runtime_checkable
+class OwnTexts(Protocol):
+    """A benchmark of the user's own texts: plain ones are continued as they are or rendered as turns, as the user says.
+
+    Attributes:
+        chat: As :attr:`falign.data.DataSource.chat`.
+    """
+
+    @property
+    def chat(self) -> bool | None: ...
+
+    def with_chat(self, chat: bool | None) -> Benchmark:
+        """Return the benchmark that reads plain texts as ``chat`` says."""
+        ...
+
+
 def missing_subsets(benchmark: Benchmark, subsets: Sequence[str]) -> tuple[str, ...]:
     """Return the published subsets of which no item is there, so that what they belong to has no score.
 
@@ -108,3 +135,52 @@ def missing_subsets(benchmark: Benchmark, subsets: Sequence[str]) -> tuple[str, 
     """
     there = set(subsets)
     return tuple(subset for subset in benchmark.subsets if subset not in there)
+
+
+def larger(first: float, second: float, *, tie: float) -> float:
+    """Return 1 where the first score is larger, 0 where the second is, and ``tie`` where they are equal.
+
+    Example:
+        >>> larger(2.0, 1.0, tie=0.5), larger(1.0, 1.0, tie=0.5), larger(0.0, 1.0, tie=0.5)
+        (1.0, 0.5, 0.0)
+    """
+    return tie if first == second else float(first > second)
+
+
+def mean(values: Iterable[float]) -> float:
+    """Return the mean of at least one value."""
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def means_of_keys(outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of every key of at least one outcome; all have the keys of the first.
+
+    Example:
+        >>> means_of_keys([{"easy": 1.0, "hard": 0.0}, {"hard": 1.0, "easy": 1.0}])
+        {'easy': 1.0, 'hard': 0.5}
+    """
+    keys = list(outcomes[0])
+    columns = zip(*([outcome[key] for key in keys] for outcome in outcomes), strict=True)
+    return {key: mean(column) for key, column in zip(keys, columns, strict=True)}
+
+
+def by_subset(
+    subsets: Sequence[str], outcomes: Sequence[dict[str, float]], order: Sequence[str] = ()
+) -> dict[str, list[dict[str, float]]]:
+    """Return the outcomes of each subset: those of ``order`` first, then the others as they occur."""
+    there = set(subsets)
+    groups: dict[str, list[dict[str, float]]] = {subset: [] for subset in order if subset in there}
+    for subset, outcome in zip(subsets, outcomes, strict=True):
+        groups.setdefault(subset, []).append(outcome)
+    return groups
+
+
+def subset_means(groups: Mapping[str, Sequence[dict[str, float]]]) -> dict[str, float]:
+    """Return the mean of ``correct`` of each subset."""
+    return {subset: mean(outcome["correct"] for outcome in group) for subset, group in groups.items()}
+
+
+def mean_of_all(values: Mapping[str, float], names: Sequence[str]) -> float | None:
+    """Return the plain mean of named values; None where one of them is missing."""
+    return mean(values[name] for name in names) if all(name in values for name in names) else None

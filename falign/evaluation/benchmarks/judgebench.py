@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from falign.choices import shown
 from falign.data import BadRows, Row
 from falign.errors import ConfigError, DataError
-from falign.evaluation.benchmarks.base import BenchmarkItem
-from falign.evaluation.benchmarks.comparison import by_subset, larger, mean, subset_means
+from falign.evaluation.benchmarks.base import BenchmarkItem, by_subset, larger, mean, subset_means
 from falign.evaluation.benchmarks.schema import identifier, items_of, prompt_of, read_published, string
 
 __all__ = ["JudgeBench"]

@@ -9,8 +9,7 @@ from pathlib import Path
 from falign.choices import shown
 from falign.data import BadRows, Row
 from falign.errors import DataError
-from falign.evaluation.benchmarks.base import BenchmarkItem
-from falign.evaluation.benchmarks.comparison import by_subset, larger, mean, mean_of_all, subset_means
+from falign.evaluation.benchmarks.base import BenchmarkItem, by_subset, larger, mean, mean_of_all, subset_means
 from falign.evaluation.benchmarks.schema import identifier, items_of, prompt_of, read_published, string
 
 __all__ = ["LLMBar"]

@@ -1,16 +1,15 @@
-"""Preference data of one's own as a benchmark: any file of pairs or lists that training reads."""
+"""Your own preference data as a benchmark: any file of pairs or lists that training reads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from falign.data import BadRows, DataSource, Example, Row, RowReader, read_rows
 from falign.errors import DataError
-from falign.evaluation.benchmarks.base import BenchmarkItem
-from falign.evaluation.benchmarks.comparison import mean
+from falign.evaluation.benchmarks.base import Benchmark, BenchmarkItem, mean
 from falign.evaluation.benchmarks.schema import identifier, items_of
 from falign.objectives import pairs_of
 from falign.objectives.pairs import accuracies
@@ -54,6 +53,10 @@ class Preferences:
     def subsets(self) -> tuple[str, ...]:
         """None are published."""
         return ()
+
+    def with_chat(self, chat: bool | None) -> Benchmark:
+        """Return the benchmark with another ``chat``."""
+        return replace(self, chat=chat)
 
     def read(self, path: str | None = None, *, split: str | None = None, bad_rows: BadRows) -> Iterator[BenchmarkItem]:
         """Yield the items; plain texts are left plain unless ``chat`` is true."""

@@ -7,8 +7,7 @@ from functools import partial
 
 from falign.data import BadRows, Row, RowReader
 from falign.errors import ConfigError
-from falign.evaluation.benchmarks.base import BenchmarkItem
-from falign.evaluation.benchmarks.comparison import by_subset, larger, mean, mean_of_all, subset_means
+from falign.evaluation.benchmarks.base import BenchmarkItem, by_subset, larger, mean, mean_of_all, subset_means
 from falign.evaluation.benchmarks.schema import PAIR_COLUMNS, identifier, items_of, prompt_of, read_published, string
 
 __all__ = ["RewardBench"]

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from falign.choices import shown
 from falign.data import BadRows, Row
 from falign.errors import DataError
-from falign.evaluation.benchmarks.base import BenchmarkItem
-from falign.evaluation.benchmarks.comparison import by_subset, mean, mean_of_all, subset_means
+from falign.evaluation.benchmarks.base import BenchmarkItem, by_subset, mean, mean_of_all, subset_means
 from falign.evaluation.benchmarks.schema import identifier, items_of, prompt_of, read_published, string, texts
 
 __all__ = ["RewardBench2"]

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import RowError
-from .marks import after_mark, last_match
-from .row_answer import answer_text
+from .answers import after_mark, answer_text, last_match
 
 __all__ = ["chosen_letter", "score", "score_with_options"]
 

@@ -12,8 +12,7 @@ from sympy import Symbol, preorder_traversal
 from sympy.core.function import AppliedUndef
 
 from . import RowError
-from .marks import HASHES, last_boxed
-from .row_answer import answer_text
+from .answers import HASHES, answer_text, last_boxed
 
 __all__ = ["score"]
 

@@ -5,8 +5,7 @@ import re
 from typing import Any
 
 from . import RowError
-from .marks import after_mark, last_match
-from .row_answer import answer_text
+from .answers import after_mark, answer_text, last_match
 
 __all__ = ["last_number", "score"]
 

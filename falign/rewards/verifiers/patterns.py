@@ -4,8 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .marks import last_match
-from .row_answer import answer_text
+from .answers import answer_text, last_match
 
 __all__ = ["matches", "matches_answer", "sections"]
 
