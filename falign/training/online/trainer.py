@@ -25,9 +25,8 @@ from falign.scoring import Scorer
 from falign.seeds import mixed
 from falign.training.online.groups import DividedSampler, Draw
 from falign.training.online.metrics import CompletionsTable, evaluation_metrics, rollout_metrics
-from falign.training.online.rollout_scorer import RolloutScorer
+from falign.training.online.rollout_scorer import RolloutScorer, gap_metrics, require_gap
 from falign.training.online.rollout_source import PromptOrder, RolloutSource
-from falign.training.online.sampler_gap import gap_metrics, require_gap
 from falign.training.processes import is_writer, num_processes, rank
 from falign.training.stand_ins import stand_in
 from falign.training.trainer import AlignmentTrainer

@@ -5,7 +5,7 @@ import torch
 
 from falign.errors import EngineError
 from falign.rollouts.buffer import padded
-from falign.training.online.sampler_gap import correct, gap_metrics, require_gap
+from falign.training.online.rollout_scorer import correct, gap_metrics, require_gap
 
 POLICY = [[-1.0, -2.0], [-0.5, -0.25, -3.0]]
 SAMPLER = [[-1.5, -1.0], [-2.5, -0.25, -2.9]]
