@@ -200,7 +200,7 @@ class DataConfig(FrozenModel):
     def build(
         self, tokenizer: PreTrainedTokenizerBase, *, stop_token_ids: frozenset[int], seed: int, preferences: bool
     ) -> PreferenceData:
-        """Read, tokenise, mix and split the data; ``preferences``: each row must prefer one of its completions."""
+        """Read, tokenize, mix and split the data; ``preferences``: each row must prefer one of its completions."""
         return load_preferences(
             [source.build() for source in self.train],
             tokenizer,
@@ -257,7 +257,7 @@ class TrainingConfig(FrozenModel):
     chunk_tokens: int = Field(default=DEFAULT_CHUNK_TOKENS, ge=1)
     """Positions that reach the vocabulary at once: memory against speed, no change of results."""
     skip_bad: bool = False
-    """Leave out and count steps whose loss, gradient or reward is no number, which stop the run otherwise."""
+    """Skip and count steps whose loss, gradient or reward is NaN or infinite, which otherwise stop the run."""
 
     @field_validator("max_steps")
     @classmethod

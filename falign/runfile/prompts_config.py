@@ -79,7 +79,7 @@ class PromptsConfig(FrozenModel):
     bad_rows: str = Field(default="error", pattern="^(error|skip)$")
 
     def build(self, tokenizer: Tokenizer, *, seed: int, check: RowCheck | None = None) -> PromptData:
-        """Read, tokenise and split the prompts; ``check`` finds rows that the rewards cannot judge."""
+        """Read, tokenize and split the prompts; ``check`` finds rows that the rewards cannot judge."""
         return load_prompts(
             [source.build() for source in self.train],
             tokenizer,

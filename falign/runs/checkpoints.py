@@ -60,7 +60,7 @@ class _Seal(FrozenModel):
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, the oldest first; a link is none, wherever it leads."""
+    """Return the checkpoints of a run, the oldest first; links are left out, wherever they lead."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=step_of)
 
@@ -140,7 +140,7 @@ def newest_whole(folder: Path, *, run: str | None = None, tell: Callable[[str], 
     Args:
         folder: The run folder.
         run: The identifier of the run; a checkpoint of another run counts as damaged; any run where None.
-        tell: Is told of each damaged one.
+        tell: Called with a message for each damaged one.
 
     Returns:
         None where there is no checkpoint at all.
@@ -177,6 +177,7 @@ def rotate(folder: Path, *, run: str, keep: int | None) -> None:
         return
     there = checkpoints(folder)
     removable, kept = there[:-keep], there[-keep:]
+    # If all that would stay are damaged, an older one may be the newest whole one.
     if all(why_damaged(checkpoint, run=run, contents=False) for checkpoint in reversed(kept)):
         return
     for checkpoint in removable:

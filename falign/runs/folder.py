@@ -422,7 +422,7 @@ class RunFolder:
         return found
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return all logs; half a last line, of a run that was killed while it wrote, is none.
+        """Return all logs; half a last line, which a killed run leaves, is skipped.
 
         Raises:
             ConfigError: Another line is damaged.

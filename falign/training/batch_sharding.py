@@ -14,12 +14,12 @@ __all__ = ["Batches", "RowBatches", "Share"]
 
 
 class RowBatches:
-    """So many rows at a time; a batch sampler for a data loader.
+    """A batch sampler with a fixed number of rows per batch.
 
     Args:
         num_rows: Rows in all.
-        size: Of a batch; the last one may be smaller.
-        seed: With the epoch's number it gives the order.
+        size: Rows per batch; the last batch may be smaller.
+        seed: Seed of the order, mixed with the number of the epoch.
         shuffle: False keeps the given order.
 
     Example:
@@ -52,14 +52,14 @@ Batches = RowBatches | TokenBudgetBatches
 class Share:
     """One process's part of the batches: every n-th of them.
 
-    What n processes do at once are neighbours in the order, so that a step takes the rows that one process would take
-    in n times as many micro-batches. No row comes twice. Where the batches run out before all processes have one, the
-    rest of them get an empty one, so that all have equally many.
+    The batches that n processes compute at once are neighbors in the order, so a step takes the rows that one process
+    would take in n times as many micro-batches. No row comes twice. If the batches run out before every process has
+    one, the remaining processes get an empty one, so that all have the same number.
 
     Args:
-        batches: Of all processes together.
-        rank: Which process this is.
-        processes: How many there are.
+        batches: The batches of all processes together.
+        rank: Number of this process, from 0.
+        processes: Number of processes.
 
     Example:
         >>> list(Share(RowBatches(5, size=2, seed=0, shuffle=False), rank=1, processes=2))

@@ -1,4 +1,4 @@
-"""Stopping at the first loss, gradient or reward that is no number, or leaving the step out and counting it."""
+"""A guard against losses, gradients and rewards that are NaN or infinite: stop at the first, or skip and count."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from falign.errors import TrainingError
 from falign.objectives import CompletionBatch, Objective, ObjectiveOutput, complete
 
-__all__ = ["NonsenseGuard", "describe_loss"]
+__all__ = ["FiniteGuard", "describe_loss"]
 
 MOST_IN_A_ROW = 10
-"""Steps left out one after the other, beyond which the policy itself is taken for broken."""
+"""Steps skipped in a row beyond which the policy itself is considered broken."""
 ROWS_NAMED = 8
 ADVICE = (
     "Look at these rows (`falign data check`) and at logratios/* of the steps before; a lower learning rate or a "
@@ -23,15 +23,15 @@ ADVICE = (
 )
 
 
-class NonsenseGuard:
-    """What was no number in a step, and how often that has been.
+class FiniteGuard:
+    """Checks the loss and the gradient of each step, and keeps count of the steps that were skipped.
 
     Args:
-        skip: Whether such a step is counted and left out; else it stops the run.
-        tell: Is told of each step that is left out.
+        skip: Skip and count a step that is NaN or infinite; otherwise it stops the run.
+        tell: Called with a message for each step that is skipped.
 
     Attributes:
-        skipped: Steps left out since the run began.
+        skipped: Steps skipped since the run began.
     """
 
     def __init__(self, *, skip: bool, tell: Callable[[str], None]) -> None:
@@ -46,16 +46,16 @@ class NonsenseGuard:
         self._found, self._places = None, {}
 
     def check_loss(self, loss: Tensor, *, step: int, places: Sequence[str], describe: Callable[[], str]) -> bool:
-        """Return whether the loss of a micro-batch is a number.
+        """Return whether the loss of a micro-batch is finite.
 
         Args:
-            loss: Of the micro-batch.
-            step: Which step, for messages.
-            places: Where its rows came from.
-            describe: Says what is wrong; called only where something is.
+            loss: Loss of the micro-batch.
+            step: Number of the step, for messages.
+            places: Origin of each of its rows.
+            describe: Returns the cause; called only if the loss is not finite.
 
         Raises:
-            TrainingError: It is none, and is not to be skipped.
+            TrainingError: The loss is NaN or infinite, and such steps are not skipped.
         """
         self._places |= dict.fromkeys(places)
         if torch.isfinite(loss):
@@ -67,14 +67,15 @@ class NonsenseGuard:
         """Return whether a step may be taken.
 
         Args:
-            norm: Of the gradient of the whole step.
-            step: Which step, for messages.
-            terms: What the objective's terms are called.
+            norm: Norm of the gradient of the whole step.
+            step: Number of the step, for messages.
+            terms: Names of the objective's terms.
 
         Raises:
-            TrainingError: The gradient is no number, and is not to be skipped; or too many steps were skipped.
+            TrainingError: The gradient is NaN or infinite, and such steps are not skipped; or too many were skipped.
         """
         self._steps += 1
+        # A loss that is not finite makes the gradient so on all processes; only the process that has it knows the rows.
         finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)).all())
         if finite and self._found is None:
             self._in_a_row = 0
@@ -89,22 +90,23 @@ class NonsenseGuard:
         return False
 
     def count(self, message: str) -> None:
-        """Count a step, or the rollout for one, that is left out.
+        """Count a skipped step, or a skipped rollout.
 
         Raises:
-            TrainingError: It is one too many.
+            TrainingError: More than ``MOST_IN_A_ROW`` were skipped in a row.
         """
         self.skipped += 1
         self._in_a_row += 1
         if self._in_a_row > MOST_IN_A_ROW:
             raise TrainingError(
-                f"{message} That is the step number {self._in_a_row} in a row that is no number: the policy is broken, "
-                "and not the data. Resume from an earlier checkpoint with a lower learning rate."
+                f"{message} That is the step number {self._in_a_row} in a row that is NaN or infinite: the policy is "
+                "broken, and not the data. Resume from an earlier checkpoint with a lower learning rate."
             )
         self.tell(f"{message} It is left out (training.skip_bad); {self.skipped} so far.")
 
     def mean_over_taken(self, loss: float) -> float | None:
-        """Return a mean over all steps since the last log as one over those that were taken; None where none was."""
+        """Return the mean over the steps that were taken since the last log, given that over all; None without any."""
+        # The trainer divides by all steps, and a skipped one has added 0 to its sum.
         steps, taken = self._steps, self._steps - self._untaken
         self._steps = self._untaken = 0
         return loss * steps / taken if taken else None
@@ -130,13 +132,13 @@ class NonsenseGuard:
 
 
 def describe_loss(objective: Objective, batch: CompletionBatch, output: ObjectiveOutput, places: Sequence[str]) -> str:
-    """Return which term of which rows is no number, and what was none before it came to the objective.
+    """Return the term and rows that are NaN or infinite, and which inputs already were.
 
     Args:
-        objective: What was minimised.
-        batch: What it was called with.
-        output: What it returned.
-        places: Where each completion came from, N strings.
+        objective: The objective that is minimized.
+        batch: Its input.
+        output: Its output for this batch.
+        places: Origin of each completion, N strings.
     """
     sums = [(term.losses * term.weights).detach().sum() for term in output.terms]
     bad = [k for k, total in enumerate(sums) if not torch.isfinite(total)]
@@ -149,7 +151,7 @@ def describe_loss(objective: Objective, batch: CompletionBatch, output: Objectiv
 
 
 def _rows(objective: Objective, batch: CompletionBatch, places: Sequence[str], bad: Sequence[int]) -> list[str]:
-    """Return the rows whose own terms are no number: each prompt's completions on their own say so."""
+    """Return the rows that are NaN or infinite when the objective is given the completions of their prompt alone."""
     plain = batch.map(Tensor.detach)
     found: dict[str, None] = {}
     for prompt in batch.prompt_index.unique():

@@ -26,7 +26,7 @@ class StopAtStepEnd(TrainerCallback):
     launcher passes on a signal that its processes may have had themselves, and kills those that do not end in time.
 
     Args:
-        tell: Told that the run is about to stop.
+        tell: Called with a message when the run is about to stop.
     """
 
     def __init__(self, tell: Callable[[str], None]) -> None:
@@ -47,6 +47,7 @@ class StopAtStepEnd(TrainerCallback):
                 signal.signal(each, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
+        # A second signal gets Python's own handler, which ends a single process at once.
         self.caught, alone = signal.Signals(number), num_processes() == 1
         for each in SIGNALS:
             signal.signal(each, signal.default_int_handler if alone else signal.SIG_IGN)
@@ -55,6 +56,7 @@ class StopAtStepEnd(TrainerCallback):
 
     @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # All processes must stop after the same step, so they agree on the signal that any of them got.
         if number := highest(0 if self.caught is None else self.caught):
             self.caught = signal.Signals(number)
             control.should_save = control.should_training_stop = True

@@ -13,13 +13,13 @@ __all__ = ["same_learning_rates"]
 
 
 def same_learning_rates(args: TrainingArguments, steps: int, other_steps: int, *, until: int) -> bool:
-    """Return whether a run has the same learning rates whether it has so many steps or so many.
+    """Return whether two lengths of a run give the same learning rates up to a step.
 
     Args:
-        args: Say the schedule.
-        steps: Of the run.
-        other_steps: Of the same run, made longer or shorter.
-        until: The last step that counts.
+        args: Arguments with the schedule.
+        steps: Steps of the run.
+        other_steps: Steps of the same run, made longer or shorter.
+        until: The last step that is compared.
     """
     factor, other = _factor(args, steps), _factor(args, other_steps)
     return all(factor(step) == other(step) for step in range(until + 1))
@@ -35,6 +35,6 @@ def _factor(args: TrainingArguments, steps: int) -> Callable[[int], float]:
         num_training_steps=steps,
         scheduler_specific_kwargs=options,
     )
-    if not isinstance(scheduler, LambdaLR):  # it follows what is measured, whatever the number of steps
+    if not isinstance(scheduler, LambdaLR):  # it follows a metric, whatever the number of steps
         return lambda step: 1.0
     return scheduler.lr_lambdas[0]

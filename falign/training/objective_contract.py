@@ -32,7 +32,7 @@ METRICS_RULE = (
 
 
 class ObjectiveContract:
-    """What an objective has returned, compared with what it must return.
+    """Compares what an objective returns with what it must return.
 
     Attributes:
         names: Of its terms, in order; empty before the first call.
@@ -45,8 +45,8 @@ class ObjectiveContract:
         """Return what :meth:`check` compares with, of an objective called without log-probabilities.
 
         Args:
-            terms: What the objective returned for the micro-batch.
-            step: Which step, for messages.
+            terms: The objective's terms for the micro-batch.
+            step: Number of the step, for messages.
 
         Raises:
             TrainingError: A weight is negative, or the terms are not those of the calls before.

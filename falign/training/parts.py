@@ -103,7 +103,7 @@ def load_parts(
     Args:
         config: The run.
         language: Its tokenizer.
-        objective: What is minimised.
+        objective: The objective that is minimized.
         args: Say the device.
         make_probes: Gives completions to try layouts and reference on, the most telling last; it may sample them from
             the policy.

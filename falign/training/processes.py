@@ -85,7 +85,7 @@ def own_batches(items: Sequence[T], size: int) -> Iterator[tuple[Sequence[T], bo
     process with fewer batches yields the first item again, with False, which says that it does not count.
     """
     count = num_processes()
-    own, most = part(items, rank(), count), -(-len(items) // count)
+    own, most = part(items, rank(), count), -(-len(items) // count)  # the ceiling: rows of the largest part
     for start in range(0, most, size):
         batch = own[start : start + size]
         yield (batch, True) if batch else (items[:1], False)

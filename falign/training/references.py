@@ -32,11 +32,11 @@ def build_references(
     device: torch.device,
     names: Collection[str] | None = None,
 ) -> dict[str, Reference]:
-    """Return what the policy is held to, by name, each with the content hash of its weights.
+    """Return the references by name, each with the content hash of its weights.
 
     Args:
         config: The run.
-        policy: It gets an adapter more for each reference that is one.
+        policy: The policy; each reference that is an adapter is added to it.
         tokenizer: The policy's.
         device: Where models of their own are put.
         names: Those to build; all of them by default.
@@ -72,7 +72,8 @@ def fit_references(
     for reference in references.values():
         shared = reference.check_fits(tokenizer, shared)
     cut_head(policy, shared)
-    for reference in references.values():  # those before the smallest one were cut to more
+    # The first pass cut each head to the smallest seen so far: those before the smallest are cut again.
+    for reference in references.values():
         reference.check_fits(tokenizer, shared)
 
 
@@ -155,7 +156,7 @@ def cached(
     """Compute the reference's log-probabilities of all trees once, and return them without the reference.
 
     Args:
-        reference: What computes them.
+        reference: The reference that computes them.
         policy: The model that some references are a part of.
         tokenizer: Its fingerprint is part of the key.
         trees: All that the run will score.

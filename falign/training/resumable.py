@@ -33,7 +33,7 @@ from falign.runs.checkpoints import rotate, seal, sync_logs
 from falign.runs.folder import is_held_out
 from falign.scoring import TokenBudgetBatches
 from falign.training.batch_sharding import Batches, RowBatches, Share
-from falign.training.finite_guard import NonsenseGuard
+from falign.training.finite_guard import FiniteGuard
 from falign.training.learning_rate import same_learning_rates
 from falign.training.means import Means
 from falign.training.processes import gathered, is_writer, num_processes, rank
@@ -81,7 +81,7 @@ class ResumableTrainer(Trainer, ABC):
         tokens_per_batch: Micro-batches of as many trees as have so many tokens, in place of
             ``args.per_device_train_batch_size`` trees.
         skip_bad: Leave out and count steps whose loss or gradient is NaN or infinite, in place of stopping.
-        advise: Told what a person should know.
+        advise: Called with messages for the user.
         **kwargs: Passed on to ``transformers.Trainer``.
     """
 
@@ -115,7 +115,7 @@ class ResumableTrainer(Trainer, ABC):
         self.record: dict[str, Any] = {}  # of the model, for the run folder
         self.run_id = ""  # which its checkpoints bear
         self.means = Means()
-        self.guard = NonsenseGuard(skip=skip_bad, tell=advise)
+        self.guard = FiniteGuard(skip=skip_bad, tell=advise)
         self.loss_is_scaled_for_ga = True  # every term is divided by its weights over the whole step
         self._loss_before = torch.zeros(())
         self._staging: Path | None = None
@@ -181,6 +181,7 @@ class ResumableTrainer(Trainer, ABC):
         """Load weights and state of the last checkpoint of a run, and end the training as the loop does."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = self.state_at(checkpoint)
+        # The training loop sets these fields before its first step, and _finalize_training reads them.
         self._initial_global_step = self.state.global_step
         self._tr_loss = torch.tensor(0.0, device=self.args.device)
         with reading_checkpoint(checkpoint):
@@ -197,6 +198,7 @@ class ResumableTrainer(Trainer, ABC):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
+        # The evaluation before the first step is in the history, which the loop would begin anew.
         history = self.state.log_history
         progress = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -231,7 +233,7 @@ class ResumableTrainer(Trainer, ABC):
                 self.read_state(Path(checkpoint))
 
     def write_state(self, folder: Path) -> None:
-        """Add to a checkpoint what has to be remembered besides; trainers of other kinds have more of it."""
+        """Add state that transformers does not save to a checkpoint; subclasses add their own."""
         state = {
             "loss": self._tr_loss.item(),
             "logged": self._total_loss_scalar,
@@ -244,7 +246,7 @@ class ResumableTrainer(Trainer, ABC):
             (folder / UNLOGGED).write_text(json.dumps(states), encoding="utf-8")
 
     def read_state(self, folder: Path) -> None:
-        """Take up what :meth:`write_state` wrote, besides what was not logged yet."""
+        """Restore what :meth:`write_state` of subclasses wrote."""
 
     @override
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -254,7 +256,7 @@ class ResumableTrainer(Trainer, ABC):
                 self._read_unlogged(Path(checkpoint))
 
     def _read_unlogged(self, checkpoint: Path) -> None:
-        """Take up what was not logged yet at a checkpoint and belongs to the next log."""
+        """Restore the sums that were not logged yet at a checkpoint and belong to the next log."""
         state = json.loads((checkpoint / UNLOGGED).read_text(encoding="utf-8"))[rank()]
         self._loss_before = self._tr_loss.fill_(state["loss"]).clone()
         self._total_loss_scalar = state["logged"]
@@ -298,10 +300,10 @@ class ResumableTrainer(Trainer, ABC):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def close(self) -> None:
-        """Give back what lies outside of this process; trainers of other kinds have something there."""
+        """Release what lies outside this process; a subclass may have something there."""
 
     def remarks(self) -> list[str]:
-        """Return what a person should read at the end of the run."""
+        """Return messages for the user at the end of the run."""
         return []
 
     def begin_step(self) -> None:
@@ -323,7 +325,7 @@ class ResumableTrainer(Trainer, ABC):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.accepts_gradient(norm):
             return norm
-        # Without gradients the optimizer touches neither weights nor moments.
+        # Without gradients the optimizer changes neither weights nor moments, and the loss of the step is taken back.
         assert isinstance(self.optimizer, torch.optim.Optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         self._tr_loss.copy_(self._loss_before)
@@ -334,7 +336,7 @@ class ResumableTrainer(Trainer, ABC):
         return self.step_weights(batch_samples, device)
 
     def step_weights(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
-        """Sum each term's weights over the micro-batches and ranks of one step."""
+        """Sum each term's weights over the micro-batches and processes of one step, shape (K,)."""
         if not batch_samples:
             return None
         totals = torch.stack([self.term_weights(inputs) for inputs in batch_samples]).sum(dim=0)
@@ -375,6 +377,7 @@ class ResumableTrainer(Trainer, ABC):
         if num_processes() == 1:
             super()._save_rng_state(output_dir)
             return
+        # Each process writes its own state, and only the writer has the staged folder: it collects them.
         with TemporaryDirectory() as own:
             super()._save_rng_state(own)
             states = gathered([(file.name, file.read_bytes()) for file in Path(own).iterdir()])
@@ -388,6 +391,8 @@ class ResumableTrainer(Trainer, ABC):
             super()._save_checkpoint(model, trial)
             self.write_state(target)
             return
+        # transformers writes to _get_output_dir()/checkpoint-N; its files are moved up into the staged folder, which
+        # gets its name only once all are on the disk. The seal comes last: a folder without it is never resumed from.
         marks = sync_logs(self.run_dir)
         with staged_folder(target, existing="replace") as self._staging:
             super()._save_checkpoint(model, trial)

@@ -40,13 +40,13 @@ __all__ = ["AlignmentTrainer"]
 
 
 class AlignmentTrainer(ResumableTrainer):
-    """Minimise any objective against any reference.
+    """Minimizes any objective against any reference.
 
     Args:
         model: The policy.
-        reference: What it is held to; it supplies ``reference_logprobs`` where the objective needs them.
+        reference: The reference; it supplies ``reference_logprobs`` where the objective needs them.
         references: In its place, several of them by name; the one named ``reference`` is what metrics compare with.
-        objective: What is minimised.
+        objective: The objective that is minimized.
         args: Arguments of the underlying trainer.
         train_trees: Prompts with their completions; the numbers of the micro-batches where these are made later.
         eval_trees: Held-out ones; may be empty.
@@ -55,8 +55,8 @@ class AlignmentTrainer(ResumableTrainer):
             ``args.per_device_train_batch_size`` trees.
         measures: Quantities of whole next-token distributions to log as ``measures/NAME``, besides those that the
             objective reads.
-        skip_bad: Whether steps whose loss or gradient is no number are left out and counted, in place of stopping.
-        advise: Told what a person should know.
+        skip_bad: Skip and count steps whose loss or gradient is NaN or infinite, in place of stopping.
+        advise: Called with messages for the user.
         **kwargs: Passed on to ``transformers.Trainer`` (``processing_class``, ``callbacks``, ``optimizers``).
     """
 
@@ -206,12 +206,12 @@ class AlignmentTrainer(ResumableTrainer):
         )
 
     def evaluate_objective(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> ObjectiveOutput:
-        """Return the objective's terms of a scored batch, and all that is logged of it."""
+        """Return the objective's terms for a scored batch, and all of its metrics."""
         output = self.objective(scored.completions)
         return output._replace(metrics={**output.metrics, **self.scored_metrics(scored, inputs)})
 
     def scored_metrics(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Return what is logged of a scored micro-batch besides what the objective says."""
+        """Return the metrics of a scored micro-batch besides those of the objective."""
         mask = scored.completions.completion_mask
         return {"entropy": scored.entropy[mask].detach(), **self.measured(scored, mask)}
 
@@ -229,7 +229,8 @@ class AlignmentTrainer(ResumableTrainer):
 
     @override
     def term_weights(self, inputs: dict[str, Any]) -> Tensor:
-        # Weights depend on masks and on what is known beforehand, so zeros in place of log-probabilities give them.
+        # The loss is divided by the weights of the whole step, which are needed before its first forward pass. They
+        # depend on masks and on given fields alone, so zeros in place of log-probabilities give them.
         batch, columns = split_columns(inputs)
         nowhere = torch.zeros(batch.completion_mask.shape, device=batch.completion_mask.device)
         terms = self.objective(completion_batch(batch, nowhere, {**self._unknown(nowhere), **columns})).terms
@@ -249,7 +250,7 @@ class AlignmentTrainer(ResumableTrainer):
     ) -> dict[str, float]:
         """Return and log the exact means over all held-out completions, each counted once."""
         means, totals = Means(), []
-        # Iterating a loader draws from the CPU's generator, which dropout in training would notice.
+        # Iterating a loader draws from the CPU's generator; without the fork, dropout in training would change.
         with torch.no_grad(), evaluation_mode(self.policy), torch.random.fork_rng(devices=[]):
             for inputs in self.get_eval_dataloader(eval_dataset):
                 batch = self.prepare(inputs)
@@ -260,6 +261,7 @@ class AlignmentTrainer(ResumableTrainer):
                 means.add(output.metrics)
                 losses = [term.scale * (term.losses * term.weights).sum() for term in output.terms]
                 totals.append(torch.stack([torch.stack(losses), total_weights(output.terms)]).cpu())
+        # Each term is divided by its own weights, summed over all batches and processes: shape (2, K).
         loss_sums, weight_sums = torch.stack(gathered(totals)).sum(dim=0)
         loss = (loss_sums / weight_sums).sum().item()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in {"loss": loss, **means.take()}.items()}

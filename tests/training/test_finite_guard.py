@@ -12,7 +12,7 @@ from falign.objectives import CompletionBatch, Hybrid, Pairwise, PolicyGradient,
 from falign.runfile import parse_run
 from falign.runs.checkpoints import newest_whole
 from falign.training import train
-from falign.training.finite_guard import NonsenseGuard, describe_loss
+from falign.training.finite_guard import FiniteGuard, describe_loss
 from tests.training.pairs import run_data, write_pairs
 from tests.training.prompts import online_data, vowels, write_prompts
 
@@ -147,7 +147,7 @@ def test_a_rollout_with_such_a_reward_is_left_out_and_counted_with_skip_bad(tiny
 
 
 def test_too_many_in_a_row_stop_whatever_was_asked_for():
-    guard = NonsenseGuard(skip=True, tell=lambda text: None)
+    guard = FiniteGuard(skip=True, tell=lambda text: None)
 
     def bad_step(step):
         guard.begin_step()
