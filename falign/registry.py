@@ -17,11 +17,13 @@ from falign.choices import nearest
 from falign.errors import ConfigError
 from falign.raised import code_lines, own_lines, raised_message
 
-__all__ = ["Registry", "import_member", "is_own_name"]
+__all__ = ["Registry", "import_member", "is_own_name", "own_names_in"]
 
 T = TypeVar("T")
 
 _OWN = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
+
+_ANYWHERE = re.compile(r"[\w.]+:[\w.]+")
 
 
 class Registry(Generic[T]):
@@ -109,6 +111,16 @@ def is_own_name(name: str) -> bool:
         (True, False, False)
     """
     return _OWN.fullmatch(name) is not None
+
+
+def own_names_in(value: str) -> list[str]:
+    """Return all names of the form ``module:Name`` in a value, also within parentheses.
+
+    Example:
+        >>> own_names_in("divergence_to(my.module:f(0.5))"), own_names_in("divergence_to(alpha(0.5))")
+        (['my.module:f'], [])
+    """
+    return _ANYWHERE.findall(value)
 
 
 def import_member(name: str, *, place: str, wanted: str = "Name") -> Any:

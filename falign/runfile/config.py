@@ -16,7 +16,7 @@ from falign.data.memory import PYTHON
 from falign.errors import ConfigError
 from falign.objectives import Measure, Objective, complete, field_of, get_measure, reference_names
 from falign.objectives.batch import OFFLINE
-from falign.registry import is_own_name
+from falign.registry import own_names_in
 from falign.runfile.base_config import FrozenModel, refusals
 from falign.runfile.objective_config import ObjectiveConfig, PairwiseConfig
 from falign.runfile.online_check import check_samples
@@ -511,7 +511,7 @@ class RunConfig(FrozenModel):
                 )
             section.check(field=self.section_of(name), adapter=self.adapter is not None)
         whole, named = complete(objective), self._named_measures()
-        measures = {field: get_measure(name, field=field) for field, name in named.items() if not is_own_name(name)}
+        measures = {field: get_measure(name, field=field) for field, name in named.items() if not own_names_in(name)}
         given, read = self.reference_sections().keys(), reference_names(whole.needs, {**whole.measures, **measures})
         if missing := sorted(read - given):
             raise ConfigError(

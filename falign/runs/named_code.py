@@ -6,14 +6,13 @@ and so is the ``run.yaml`` in it: what that names runs only where it is asked fo
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from falign.errors import ConfigError
-from falign.registry import is_own_name
+from falign.registry import is_own_name, own_names_in
 from falign.rewards.identity import source_hashes
 from falign.runfile.config import RunConfig
 from falign.runfile.reading import load_run_file, parse_run
@@ -36,8 +35,6 @@ HASHED = frozenset({"objective", "reference", "references", "measures", "rollout
 
 MEMBERS = frozenset({"kind", "divergence", "advantage"})
 """Fields that name a member of a family, which may be a user's own."""
-
-OWN = re.compile(r"[\w.]+:[\w.]+")
 
 
 def read_run(folder: RunFolder, *, uses: Collection[str], trust_code: bool) -> RunConfig:
@@ -104,7 +101,7 @@ def own_code(config: RunConfig, sections: Collection[str] = HASHED) -> dict[str,
         sections: Look at these only. Rewards have their own hashes (:func:`falign.rewards.reward_identities`).
     """
     known = sections & RunConfig.model_fields.keys()
-    names = [name for value in named_code(config, known).values() for name in OWN.findall(value)]
+    names = [name for value in named_code(config, known).values() for name in own_names_in(value)]
     return {name: source_hashes(name.partition(":")[0]) for name in names}
 
 
@@ -133,7 +130,10 @@ def is_recorded(run_file: Path) -> bool:
 
 
 def _code_in(value: Any, prefix: str = "", *, is_own: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield the paths of fields that name code, in the section ``value`` of an own member if ``is_own``."""
+    """Yield the paths of fields that name code.
+
+    In the section of an own member and among measures any value may name one, also within another's parentheses.
+    """
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     is_own = is_own or prefix == "measures." or (isinstance(value, dict) and is_own_name(str(value.get("kind"))))
     for name, inner in items:
@@ -149,4 +149,4 @@ def _is_code(name: str, value: Any, *, is_own: bool) -> bool:
         return False
     if name == "attn_implementation":
         return "/" in value  # transformers fetches compiled kernels from a repository
-    return name == "function" or (":" in value and name in MEMBERS) or (is_own and is_own_name(value))
+    return name == "function" or (":" in value and name in MEMBERS) or (is_own and own_names_in(value) != [])

@@ -141,6 +141,17 @@ def test_code_is_found_in_every_field_that_names_a_member(online, tmp_path, monk
     assert all(before[name] != hashes for name, hashes in own_code(config).items())
 
 
+def test_a_divergence_within_a_measure_is_code_too(tiny, tmp_path):
+    value = f"divergence_to({OWN}:skewed)"
+    config = parse_run(run_data(tiny, tmp_path / "pairs.jsonl", tmp_path / "run") | {"measures": {"gap": value}})
+    assert named_code(config) == {"measures.gap": value}
+    assert own_code(config)[f"{OWN}:skewed"].keys() == {OWN}
+    elsewhere = config.model_copy(update={"measures": {"gap": "divergence_to(no_such_module:f)"}})
+    elsewhere.check()  # a command that does not log measures imports none
+    with pytest.raises(ConfigError, match="No module named 'no_such_module'"):
+        elsewhere.build_measures()
+
+
 def test_a_divergence_within_another_is_code_too(offline):
     config = offline({"divergence": f"standardized({OWN}:skewed(0.25))"})
     assert named_code(config) == {"objective.divergence": f"standardized({OWN}:skewed(0.25))"}
