@@ -26,7 +26,14 @@ class FrozenModel(BaseModel):
     """A component of the run file: unknown keys and infinite numbers are errors, values never change."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        # Each validator is built when it is first used: at once, those of sections are built again for every section
+        # that holds them, before a run file is even read.
+        defer_build=True,
     )
 
 

@@ -97,7 +97,12 @@ def section_of(member: Callable[..., Any], *, kind: str, base: type[BaseModel], 
     made: dict[str, Any] = {"kind": (Literal[kind], kind)}  # pyright: ignore[reportInvalidTypeForm]
     made |= {name: _field(each, member) for name, each in _parameters(member).items() if name not in base.model_fields}
     name = "".join(part.capitalize() for part in kind.split("_")) + "Config"
-    return create_model(name, __base__=base, __doc__=summary, __module__=__name__, **(made | fields))
+    # The fields have their documentation from the member; looking for a source text that does not exist takes longer
+    # than all other classes of the run file together.
+    no_source = {"use_attribute_docstrings": False}
+    return create_model(
+        name, __base__=base, __cls_kwargs__=no_source, __doc__=summary, __module__=__name__, **(made | fields)
+    )
 
 
 def call_with_settings(
