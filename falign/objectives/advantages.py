@@ -1,4 +1,4 @@
-"""Advantages: from the rewards of a rollout to what weights the log-probabilities of its completions."""
+"""Advantages: from the rewards of a rollout to the weights of its completions' log-probabilities."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def none(rewards: Shaped[Tensor, " N"], prompt_index: Int[Tensor, " N"]) -> Floa
         prompt_index: Which prompt, shape (N,).
 
     Returns:
-        Shape (N,); unbiased, and of the largest variance.
+        Shape (N,); unbiased, with the largest variance.
 
     Source:
         Williams 1992, without a baseline.
@@ -48,21 +48,21 @@ def none(rewards: Shaped[Tensor, " N"], prompt_index: Int[Tensor, " N"]) -> Floa
 
 
 def batch_mean(rewards: Shaped[Tensor, " N"], prompt_index: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Return each reward minus the mean of all *other* rewards of the rollout, of whatever prompt.
+    """Return each reward minus the mean of all *other* rewards of the rollout, across prompts.
 
     Args:
         rewards: Shape (N,).
         prompt_index: Which prompt, shape (N,).
 
     Returns:
-        Shape (N,); unbiased, for no reward is in its own baseline.
+        Shape (N,); unbiased, because no reward is in its own baseline.
 
     Raises:
-        ValueError: There is one completion alone.
+        ValueError: There is only one completion.
 
     Source:
-        Williams 1992, with the mean reward as the baseline. With the own reward in the mean all would shrink by
-        ``1 - 1/N``.
+        Williams 1992, with the mean reward as the baseline. A mean that includes the completion's own reward would
+        scale every advantage by ``1 - 1/N``.
 
     Example:
         >>> batch_mean(torch.tensor([1.0, 3.0, 8.0]), torch.tensor([0, 0, 1]))
@@ -82,7 +82,7 @@ def leave_one_out(rewards: Shaped[Tensor, " N"], prompt_index: Int[Tensor, " N"]
         Shape (N,); unbiased, and exactly 0 where all rewards of a prompt are equal.
 
     Raises:
-        ValueError: A prompt has one completion alone.
+        ValueError: A prompt has only one completion.
 
     Source:
         Kool et al. 2019; Ahmadian et al., RLOO (arXiv:2402.14740), Eq. 7.
@@ -94,11 +94,11 @@ def leave_one_out(rewards: Shaped[Tensor, " N"], prompt_index: Int[Tensor, " N"]
     groups = groups_of(prompt_index)
     if (alone := groups.size == 1).any():
         raise ValueError(
-            f"prompt_index={prompt_index[alone][0].item()} has one completion and no other to compare it with: sample "
-            "two or more for each prompt, or choose advantage='batch_mean'."
+            f"prompt_index={prompt_index[alone][0].item()} has only one completion, and no other to compare with: "
+            "sample two or more for each prompt, or choose advantage='batch_mean'."
         )
     rewards = numbers(rewards, "rewards")
-    # Measured from the smallest, equal rewards are exact zeros, which a mean of rounded sums would not give.
+    # Subtract the smallest reward first: equal rewards are then exact zeros, which a mean of rounded sums is not.
     above = rewards - smallest(rewards, groups)
     return above - mean_of_others(above, groups)
 
@@ -111,7 +111,7 @@ def group_centred(rewards: Shaped[Tensor, " N"], prompt_index: Int[Tensor, " N"]
         prompt_index: Which prompt, shape (N,).
 
     Returns:
-        Shape (N,); ``1 - 1/G`` times :func:`leave_one_out` in groups of G, so that a penalty weighs that much more.
+        Shape (N,); ``1 - 1/G`` times :func:`leave_one_out` in groups of G; a penalty weighs more by ``G/(G - 1)``.
 
     Source:
         Liu et al., Dr. GRPO (arXiv:2503.20783), Section 3: GRPO's advantage without its division.
@@ -126,7 +126,7 @@ def group_centred(rewards: Shaped[Tensor, " N"], prompt_index: Int[Tensor, " N"]
 
 
 def group_deviation(rewards: Shaped[Tensor, " N"], prompt_index: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Return for each completion the standard deviation of the rewards of its prompt.
+    """Return, for each completion, the standard deviation of the rewards of its prompt.
 
     Args:
         rewards: Shape (N,).
@@ -152,14 +152,14 @@ def group_normalised(
     Args:
         rewards: Shape (N,).
         prompt_index: Which prompt, shape (N,).
-        eps: What keeps the quotient finite, in units of reward.
+        eps: Added to the standard deviation to keep the quotient finite, in units of reward.
 
     Returns:
         Shape (N,); 0 where all rewards of a prompt are equal. It is not the gradient of the mean reward: each prompt
-        counts by the inverse of its deviation.
+        is weighted by the inverse of its standard deviation.
 
     Source:
-        Shao et al., GRPO (arXiv:2402.03300), Section 4.1.2; the deviation with ``G - 1``, as implementations take it.
+        Shao et al., GRPO (arXiv:2402.03300), Section 4.1.2; the standard deviation with ``G - 1``, as implemented.
 
     Example:
         >>> group_normalised(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 0]), eps=0.0)
@@ -188,7 +188,7 @@ def get_advantage(name: str, *, field: str | None = None) -> Advantage:
 
     Args:
         name: ``none`` (REINFORCE), ``batch_mean``, ``leave_one_out`` (RLOO), ``group_centred``, ``group_normalised``
-            (GRPO); or ``module:function`` of your own.
+            (GRPO); or a custom ``module:function``.
         field: The run-file field that holds the name, for messages.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The one interface of all objectives: a batch of completions in, unreduced losses with their weights out."""
+"""Common interface of objectives: from a batch of completions to unreduced losses and their weights."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Term(NamedTuple):
 
     Attributes:
         losses: Any shape; carries the gradient.
-        weights: Of the same shape, not negative. They must not depend on log-probabilities, values or divergences of
-            the policy, not even detached: the trainer sums them over the whole step before its first forward pass,
-            and stops where they then differ. What depends on the policy belongs into ``losses``.
+        weights: Same shape, not negative. They must not depend on the policy's log-probabilities, values or
+            divergences, not even detached: the trainer sums them over the whole step before its first forward pass,
+            and raises an error if they differ later. Factors that depend on the policy belong in ``losses``.
         scale: Factor of the mean.
-        name: What messages and metrics call it.
+        name: Name in messages and metrics.
     """
 
     losses: Float[Tensor, ...]
@@ -52,10 +52,10 @@ class Term(NamedTuple):
         """Return ``scale · Σ losses·weights / denominator``.
 
         Args:
-            denominator: Sum of the weights over all batches that have a share in the mean.
+            denominator: Sum of the weights over all batches that contribute to the mean.
 
         Returns:
-            A scalar; where nothing has any weight (0/0) it is 0.
+            A scalar; 0 if all weights are 0 (0/0).
 
         Raises:
             ValueError: Losses and weights have different shapes.
@@ -74,20 +74,20 @@ class ObjectiveOutput(NamedTuple):
     """The output of an objective.
 
     Attributes:
-        terms: One for most objectives, two for a hybrid: each has its own denominator.
-        metrics: Detached; one value per pair, list or completion, so that a mean over ranks and micro-batches is exact.
+        terms: One for most objectives, two for a hybrid; each has its own denominator.
+        metrics: Detached; one value per pair, list or completion: means over ranks and micro-batches stay exact.
     """
 
     terms: tuple[Term, ...]
     metrics: dict[str, Tensor]
 
     def mean(self) -> Float[Tensor, ""]:
-        """Return the loss of this batch alone, for a loop of one's own: the sum over terms of their weighted means."""
+        """Return the loss of this batch alone, for a custom loop: the sum over terms of their weighted means."""
         return torch.stack([term.share(numbers(term.weights, "weights").sum()) for term in self.terms]).sum()
 
 
 TokenWeighting = Literal["none", "activations", "mapo"]
-"""Sources of ``CompletionBatch.token_weights``: none, falign's own weights, or the mask of SparsePO's MaPO."""
+"""Sources of ``CompletionBatch.token_weights``: none, falign's own weights, or the MaPO mask of SparsePO."""
 
 Importance = Literal["sequence", "token"]
 """The unit of an importance weight ``π/π_old``: a whole completion, or a single token."""
@@ -95,25 +95,23 @@ Importance = Literal["sequence", "token"]
 
 @runtime_checkable
 class Objective(Protocol):
-    """Anything that turns a batch into losses; these three members are enough, and nothing has to be inherited.
+    """Interface of an objective: it turns a batch into losses. These three members suffice; no base class is needed.
 
     The contract, which the trainer checks at every step:
 
-    * each call returns as many terms as the others, with the same names, in the same order;
+    * every call returns the same number of terms, with the same names, in the same order;
     * weights have the shape of their losses, are not negative, and do not depend on log-probabilities, values or
       measures of the policy (see :class:`Term`);
     * metrics are detached and have one dimension: one value per pair, list, completion or token, not their mean;
-    * a field that :attr:`needs` names is there for every row.
+    * every field in :attr:`needs` is present for every row.
 
-    What else an objective may answer, with the answers that stand for one that says nothing, is
-    :class:`BaseObjective`.
+    :class:`BaseObjective` has the optional members and their defaults.
 
     Attributes:
-        needs: The optional fields of :class:`CompletionBatch` that it reads; a trainer supplies just these.
-            ``"references.NAME"`` is the log-probabilities of another reference, ``"token_weights.mapo"`` and
-            ``"token_weights.activations"`` say what token weights are made of.
-        measures: Quantities of whole next-token distributions, by the name under which ``CompletionBatch.measures``
-            has their values.
+        needs: Optional fields of :class:`CompletionBatch` that it reads; a trainer supplies only these.
+            ``"references.NAME"`` stands for the log-probabilities of another reference; ``"token_weights.mapo"`` and
+            ``"token_weights.activations"`` name the source of the token weights.
+        measures: Quantities of whole next-token distributions, by their name in ``CompletionBatch.measures``.
     """
 
     @property
@@ -126,20 +124,20 @@ class Objective(Protocol):
         """Return the losses of a batch.
 
         Args:
-            batch: Completions with :attr:`needs` and :attr:`measures`. The trainer also calls with zeros for what the
-                policy computes, to sum the weights of a step, which must not depend on it; see :class:`Term`.
+            batch: Completions with :attr:`needs` and :attr:`measures`. To sum the weights of a step,
+                the trainer also calls it with zeros for everything that the policy computes; see :class:`Term`.
 
         Returns:
-            As many terms in each call, with weights of the shape of their losses.
+            The same number of terms in every call, with weights of the shape of their losses.
         """
         ...
 
 
 class BaseObjective(ABC):
-    """An objective with answers to all that trainers and evaluation ask, each with a default.
+    """Base class with a default for every optional member that trainers and evaluation use.
 
-    Built-in objectives inherit from it. So does one of your own that has an implicit reward, or computes something
-    once from a whole rollout.
+    Built-in objectives inherit from it. So should a custom objective that has an implicit reward or that computes
+    something once from a whole rollout.
     """
 
     @property
@@ -149,7 +147,7 @@ class BaseObjective(ABC):
 
     @property
     def measures(self) -> Mapping[str, Measure]:
-        """See :class:`Objective`; none."""
+        """See :class:`Objective`; empty by default."""
         return {}
 
     @abstractmethod
@@ -158,78 +156,78 @@ class BaseObjective(ABC):
 
     @property
     def needs_of_samples(self) -> frozenset[str]:
-        """Fields that it reads of fresh samples; less than :attr:`needs` where it reads some of stored ones alone."""
+        """Fields that it reads from fresh samples; without those of :attr:`needs` for stored samples only."""
         return self.needs
 
     @property
     def needs_of_stored(self) -> frozenset[str]:
-        """Fields that it reads of stored samples of the reference, which a rollout is mixed with."""
+        """Fields that it reads from stored samples of the reference, which are mixed into a rollout."""
         return self.needs
 
     @property
     def correction_level(self) -> Importance | None:
-        """The unit of its weights ``π/π_old``, which a correction of the sampler's law bounds; None without weights."""
+        """Unit of its importance weights ``π/π_old``, which a sampler correction bounds; None without weights."""
         return None
 
     def prepare(self, batch: CompletionBatch) -> CompletionBatch:
-        """Return a whole rollout with what is computed once from all of it; nothing.
+        """Return a whole rollout with the fields that are computed once from all of it; unchanged by default.
 
-        A rollout is then cut into micro-batches of whole prompts and updated on several times. What is in ``needs``
-        must be supplied from outside; what this fills in is not in it.
+        The rollout is then split into micro-batches of whole prompts and used for several updates. Fields in ``needs``
+        are supplied by the caller; fields that this method fills in are not in ``needs``.
 
         Args:
             batch: The whole rollout before its first update, so that ``logprobs`` are those of π_old.
 
         Returns:
-            The same completions. A batch that comes to the objective without these fields is prepared by it.
+            The same completions. If a batch reaches the objective without these fields, the objective prepares it.
         """
         return batch
 
     def log_weights(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
-        """Return the log-weights of samples of which ``log_partition`` is estimated, for those that need it.
+        """Return the samples' log-weights from which ``log_partition`` is estimated, if the objective needs it.
 
         Args:
-            batch: Samples with what it reads, ``log_partition`` excepted.
+            batch: Samples with the fields that it reads, except ``log_partition``.
 
         Returns:
             Shape (N,), without gradient.
 
         Raises:
-            TypeError: It has none.
+            TypeError: The objective has no log-weights.
         """
         raise TypeError(
-            f"{type(self).__name__} needs log_partition and does not say of what: give it log_weights(batch), or leave "
-            "log_partition out of needs."
+            f"{type(self).__name__} needs log_partition but has no log_weights(batch) to estimate it from: add that "
+            "method, or remove log_partition from needs."
         )
 
     @property
     def link(self) -> Link | None:
-        """The function of a completion's log-ratio that its implicit reward is; None where it is none of it alone."""
+        """Function from a completion's log-ratio to its implicit reward; None if the reward needs more than that."""
         return None
 
     @property
     def rewarding(self) -> bool:
-        """Whether it defines an implicit reward: what its policy was made to prefer, read off its probabilities."""
+        """True if it defines an implicit reward: the preferences of its policy, read off its probabilities."""
         return False
 
     def completion_rewards(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
-        """Return the implicit reward of each completion, of which ``rewards/*`` of the metrics are made.
+        """Return the implicit reward of each completion, as in the metrics ``rewards/*``.
 
         Args:
-            batch: Completions with all that the objective reads, ``preference`` excepted.
+            batch: Completions with all fields that the objective reads, except ``preference``.
 
         Returns:
             Shape (N,); known up to a constant per prompt.
 
         Raises:
-            TypeError: It defines none.
+            TypeError: The objective defines no implicit reward.
         """
         raise TypeError(f"{type(self).__name__} defines no implicit reward.")
 
 
 @dataclass(frozen=True)
 class _Completed(BaseObjective):
-    """An objective that has the three required members alone, with the defaults for the others."""
+    """An objective with only the three required members, completed with defaults."""
 
     objective: Objective
 
@@ -253,17 +251,17 @@ OPTIONAL = frozenset(name for name in vars(BaseObjective) if not name.startswith
 
 
 def complete(objective: Objective) -> BaseObjective:
-    """Return an objective that answers all questions, from one that may answer the required ones alone.
+    """Return an objective with all members, given one that may have only the required ones.
 
     Args:
-        objective: Any.
+        objective: Any objective.
 
     Returns:
-        Itself if it is a :class:`BaseObjective`; else one with its losses and the defaults.
+        The objective itself if it is a :class:`BaseObjective`; otherwise one with its losses and the defaults.
 
     Raises:
-        TypeError: A required member is missing, or it defines an optional one without being a ``BaseObjective``, so
-            that it would never be asked.
+        TypeError: A required member is missing, or it defines an optional one without inheriting from
+            ``BaseObjective``, so that the member would never be called.
 
     Example:
         >>> from falign.objectives import FDPO
@@ -281,22 +279,21 @@ def complete(objective: Objective) -> BaseObjective:
         )
     if unasked := sorted(OPTIONAL & set(dir(objective))):
         raise TypeError(
-            f"{name} defines {', '.join(unasked)} and would not be asked for it: let it inherit from "
+            f"{name} defines {', '.join(unasked)}, which would never be called: inherit from "
             "falign.objectives.BaseObjective."
         )
     return _Completed(objective)
 
 
 def reference_names(needs: frozenset[str], measures: Mapping[str, Measure]) -> frozenset[str]:
-    """Return the names of all references that an objective reads, in whatever way.
+    """Return the names of all references that an objective reads, in its needs or its measures.
 
     Args:
         needs: As :attr:`Objective.needs`.
-        measures: As :attr:`Objective.measures`, and others that are to be computed.
+        measures: As :attr:`Objective.measures`, and any others to compute.
 
     Returns:
-        Names. ``reference`` is the one whose log-probabilities are ``reference_logprobs``, and the one whose
-        activations make token weights.
+        Names. ``reference`` supplies ``reference_logprobs`` and the activations for token weights.
 
     Example:
         >>> sorted(reference_names(frozenset({"preference", "references.teacher", "reference_logprobs"}), {}))
@@ -315,10 +312,10 @@ def token_weighting(needs: frozenset[str]) -> TokenWeighting:
         needs: As :attr:`Objective.needs`.
 
     Returns:
-        ``"none"`` where it reads none, ``"activations"`` where it names no source.
+        ``"none"`` if it reads no token weights, ``"activations"`` if it names no source.
 
     Raises:
-        ValueError: It names one that is unknown, or two.
+        ValueError: The source is unknown, or more than one is named.
 
     Example:
         >>> token_weighting(frozenset({"reference_logprobs", "token_weights.mapo"}))
@@ -329,5 +326,7 @@ def token_weighting(needs: frozenset[str]) -> TokenWeighting:
         return "none"
     known = get_args(TokenWeighting)[1:]
     if len(sources) > 1 or sources[0] not in known:
-        raise ValueError(f"needs has token_weights of {' and '.join(sorted(sources))}: name one of {', '.join(known)}.")
+        raise ValueError(
+            f"needs has token_weights from {' and '.join(sorted(sources))}: name one of {', '.join(known)}."
+        )
     return sources[0]  # pyright: ignore[reportReturnType] - one of the known

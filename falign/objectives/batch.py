@@ -1,4 +1,4 @@
-"""The one batch of all objectives: completions with their log-probabilities, and what else an objective may read."""
+"""The batch that every objective reads: completions, their log-probabilities and optional fields."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ONLINE = OFFLINE | {
 
 
 def field_of(name: str) -> str:
-    """Return the field of :class:`CompletionBatch` that a name of :attr:`Objective.needs` speaks of.
+    """Return the field of :class:`CompletionBatch` that a name in :attr:`Objective.needs` refers to.
 
     Args:
         name: A field, or ``FIELD.KEY``.
@@ -50,43 +50,43 @@ def field_of(name: str) -> str:
 
 
 class _ByReference(dict[str, Tensor]):
-    """``CompletionBatch.references`` of a batch that exists: its ``reference`` repeats ``reference_logprobs``."""
+    """``CompletionBatch.references`` of a finished batch; its ``reference`` entry repeats ``reference_logprobs``."""
 
 
 @dataclass(frozen=True)
 class CompletionBatch:
-    """N completions of at most T tokens; logs in nats. Pairs, lists, samples and rollouts are all this.
+    """N completions of at most T tokens; logs in nats. Pairs, lists, samples and rollouts all use this class.
 
-    ``logprobs``, ``measures`` and ``values`` carry the gradient. Everything else is a constant and is detached
-    here, whatever it was computed from. Numbers are kept in float32 at least: sums over tokens leave the range of half
-    precisions. Integers and booleans are taken as numbers, except in the masks and in ``prompt_index``.
+    ``logprobs``, ``measures`` and ``values`` carry the gradient. Every other field is a constant and is
+    detached here. Numbers are kept in float32 or better, because sums over tokens overflow in half precision. Integers
+    and booleans are converted to floats, except in the masks and in ``prompt_index``.
 
     Attributes:
         logprobs: ``log π(y_t | x, y_<t)``, shape (N, T); carries the gradient.
         completion_mask: True on completion tokens (the stop token included), shape (N, T).
         prompt_index: Which prompt, shape (N,); equal values form a group.
-        reference_logprobs: ``log π_ref`` of the same tokens, shape (N, T): of the reference named ``reference``.
+        reference_logprobs: ``log π_ref`` of the same tokens, under the reference named ``reference``, shape (N, T).
         references: Log-probabilities of the same tokens under each reference, by name, shape (N, T) each. Other
-            references are given here; ``reference`` is given as ``reference_logprobs`` and is found here too.
-        old_logprobs: ``log π_old``, the law that the completions were drawn from, shape (N, T); None where that is π.
+            references are passed here; ``reference`` is passed as ``reference_logprobs`` and repeated here.
+        old_logprobs: ``log π_old``, the distribution that was sampled from, shape (N, T); None if that is π.
         measures: Value at each token of each measure that the objective names, shape (N, T) each; carries the
             gradient.
         preference: Larger is preferred within a prompt, shape (N,) (a pair: 1 and 0; an unpaired label: 1 or 0).
         rewards: External scores, shape (N,).
         from_reference: True where the completion was sampled from the reference, shape (N,).
         token_weights: How much each token counts, ``≥ 0``, shape (N, T); taken as a constant.
-        features: What a target reads of each completion, shape (N, K); a single reward is K = 1.
+        features: Features of each completion that a target reads, shape (N, K); a single reward is K = 1.
         log_partition: Estimate of ``log Z(x)`` for each completion, made without its own term, shape (N,).
-        values: A value head's estimate of the reward to come at each token, shape (N, T); carries the gradient.
+        values: A value head's estimate of the future reward at each token, shape (N, T); carries the gradient.
         old_values: The same before the first update on this rollout, shape (N, T); constants.
-        advantages: What weights each token's log-probability, shape (N, T); constants, of
+        advantages: Weight of each token's log-probability, shape (N, T); constants, set by
             :meth:`BaseObjective.prepare`.
-        baseline: What is subtracted from each completion's pseudo-reward or penalty, shape (N,); constants, of
+        baseline: Subtracted from each completion's pseudo-reward or penalty, shape (N,); constants, set by
             :meth:`BaseObjective.prepare`.
 
     Raises:
-        ValueError: Two shapes disagree (a broadcast would be silent and wrong), or ``reference`` is given twice.
-        TypeError: A mask is not boolean, ``prompt_index`` is not integer, or a field is complex or no tensor.
+        ValueError: Two shapes disagree (broadcasting would be silently wrong), or ``reference`` is given twice.
+        TypeError: A mask is not boolean, ``prompt_index`` is not integer, or a field is complex or not a tensor.
 
     Source:
         docs/own-loop.md.
@@ -116,7 +116,7 @@ class CompletionBatch:
     old_values: Shaped[Tensor, "N T"] | None = None
     advantages: Shaped[Tensor, "N T"] | None = None
     baseline: Shaped[Tensor, " N"] | None = None
-    # Its shapes are checked below: in `dataclasses.replace` it still has the reference of the batch before.
+    # Shapes are checked in __post_init__: `dataclasses.replace` passes in the old batch's `reference` entry too.
     references: Mapping[str, Tensor] = field(default_factory=dict)
     measures: Mapping[str, Shaped[Tensor, "N T"]] = field(default_factory=dict)
 
@@ -143,9 +143,9 @@ class CompletionBatch:
                 )
 
     def _name_reference(self) -> None:
-        """Let ``reference_logprobs`` and ``references["reference"]`` be one tensor, whichever was given."""
+        """Set ``reference_logprobs`` from ``references["reference"]`` if only the latter was given."""
         given = dict(self.references)
-        if isinstance(self.references, _ByReference):  # of the batch that this one replaces
+        if isinstance(self.references, _ByReference):  # from the batch that `replace` copies
             given.pop("reference", None)
         if self.reference_logprobs is None:
             object.__setattr__(self, "reference_logprobs", given.get("reference"))
@@ -159,7 +159,7 @@ class CompletionBatch:
         return self.completion_mask.sum(dim=-1)
 
     def sequence_sum(self, per_token: Float[Tensor, "N T"]) -> Float[Tensor, " N"]:
-        """Return the sum of a per-token quantity over each completion; what lies outside the mask is never read."""
+        """Return the sum of a per-token quantity over each completion; values outside the mask are ignored."""
         return per_token.masked_fill(~self.completion_mask, 0.0).sum(dim=-1)
 
     @property
@@ -180,7 +180,7 @@ class CompletionBatch:
     def importance_log_ratio(self) -> Float[Tensor, "N T"]:
         """``log π - log π_old`` of each token, 0 outside the mask, shape (N, T); carries the gradient.
 
-        In value it is 0 where ``old_logprobs`` is None: the completions were drawn from π itself.
+        Its value is 0 if ``old_logprobs`` is None: the completions were then sampled from π itself.
         """
         return (self.logprobs - self.sampling_logprobs).masked_fill(~self.completion_mask, 0.0)
 
@@ -208,11 +208,11 @@ class CompletionBatch:
         return value
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors that are there, by the names that :meth:`require` takes.
+        """Return all tensors that are present, by the names that :meth:`require` takes.
 
         Returns:
             References and measures are named ``references.NAME`` and ``measures.NAME``; the reference named
-            ``reference`` is there once, as ``reference_logprobs``.
+            ``reference`` appears once, as ``reference_logprobs``.
         """
         found: dict[str, Tensor] = {}
         for each in fields(self):
@@ -224,10 +224,10 @@ class CompletionBatch:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> CompletionBatch:
-        """Return a batch of tensors by name.
+        """Build a batch from tensors by name.
 
         Args:
-            tensors: As :meth:`tensors` gives them.
+            tensors: As returned by :meth:`tensors`.
 
         Returns:
             The batch.
@@ -253,26 +253,26 @@ class CompletionBatch:
         return CompletionBatch.of({name: change(value) for name, value in self.tensors().items()})
 
     def select(self, rows: Bool[Tensor, " N"]) -> CompletionBatch:
-        """Return the completions that a mask names, with all their fields.
+        """Return the completions selected by a mask, with all their fields.
 
         Args:
             rows: True on the completions to keep, shape (N,).
 
         Returns:
-            A batch of as many completions as the mask has True, which may be none.
+            A batch of the selected completions; it may be empty.
         """
         return self.map(lambda tensor: tensor[rows])
 
 
 def _each(value: Tensor | Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to a tensor, or to each of several by name."""
+    """Apply a function to a tensor, or to each value of a mapping."""
     if isinstance(value, Mapping):
         return {name: change(each) for name, each in value.items()}
     return change(value)
 
 
 def _of_field(name: str, value: Tensor) -> Tensor:
-    """The value of a field under the rules of the batch."""
+    """Check and convert the value of a field."""
     if name in MASKS:
         if value.dtype != torch.bool:
             raise TypeError(f"{name} has dtype {value.dtype}; it must be bool: pass {name}.bool().")

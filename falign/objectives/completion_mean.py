@@ -19,7 +19,7 @@ def check_completion_mean(reduction: str) -> None:
     """Refuse a reduction that does not exist.
 
     Raises:
-        ValueError: It is none of the three.
+        ValueError: It is not one of the three.
     """
     if reduction not in get_args(CompletionMean):
         raise ValueError(f"reduction={reduction!r}: choose one of {', '.join(get_args(CompletionMean))}.")
@@ -37,15 +37,15 @@ def completion_term(
 
     Args:
         sums: The loss of each completion, summed over its tokens, shape (N,).
-        num_tokens: How many tokens each has, shape (N,).
+        num_tokens: Number of tokens of each completion, shape (N,).
         reduction: ``"sequence_sum"``: the mean over completions of the sums, an expectation under the policy.
-            ``"sequence_mean"``: the mean over completions of each one's mean over tokens, so that a token of a long
-            completion counts less (GRPO). ``"token_mean"``: the sum over all tokens by their number (DAPO).
+            ``"sequence_mean"``: the mean over completions of their means over tokens, so that a token of a long
+            completion counts less (GRPO). ``"token_mean"``: the sum over all tokens divided by their number (DAPO).
         scale: Factor of the term.
-        name: Of the term.
+        name: Name of the term.
 
     Returns:
-        The term, its losses of shape (N,).
+        The term, with losses of shape (N,).
 
     Source:
         Shao et al., GRPO (arXiv:2402.03300), Eq. 3; Yu et al., DAPO (arXiv:2503.14476), Eq. 12.

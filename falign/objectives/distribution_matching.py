@@ -1,4 +1,4 @@
-"""f-DPG: a policy is led to an energy-based target by the policy gradient of ``D_f(π‖p)``."""
+"""f-DPG: train a policy toward an energy-based target by the policy gradient of ``D_f(π‖p)``."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ __all__ = ["DistributionMatching"]
 
 @dataclass(frozen=True)
 class DistributionMatching(BaseObjective):
-    """Minimise ``D_f(π‖p)`` with ``p = π_ref exp(score)/Z``, by the pseudo-reward ``-f'(π(y)/p(y))`` of whole samples.
+    """Minimize ``D_f(π‖p)`` with ``p = π_ref exp(score)/Z``, by the pseudo-reward ``-f'(π(y)/p(y))`` of whole samples.
 
-    Samples of an older policy or of another proposal are weighted by ``π/π_old``, and ``Z(x)`` is estimated from the
-    other samples of the prompt. Where no estimate of Z exists, a sample has weight 0 and is counted.
+    Samples from an older policy or another proposal are weighted by ``π/π_old``, and ``Z(x)`` is estimated from the
+    other samples of the prompt. A sample without an estimate of Z has weight 0; the metric
+    ``partition_missing`` counts it.
 
     Attributes:
-        divergence: f. Where the target has zeros, ``f'(∞)`` must be finite, and is the pseudo-reward there.
-        target: What p is, by its score.
+        divergence: f. If the target has zeros, ``f'(∞)`` must be finite; ``-f'(∞)`` is the pseudo-reward there.
+        target: p, defined by its score.
         baseline: ``"leave_one_out"``: the mean pseudo-reward of the other samples of the prompt; ``"constant"``: of
-            all others of the rollout; ``"none"``. None of them has the sample's own in it, so the gradient's mean is
-            exact, as far as Z is.
+            all others of the rollout; ``"none"``. All of them leave out the sample's own pseudo-reward, so
+            the gradient is unbiased for a given Z.
 
     Raises:
         ValueError: ``f'(∞) = ∞`` with a target that has zeros, or the baseline is unknown.
@@ -65,10 +66,10 @@ class DistributionMatching(BaseObjective):
     def __post_init__(self) -> None:
         if self.target.has_zeros and math.isinf(self.divergence.f_prime_at_infinity):
             raise ValueError(
-                f"{self.divergence.name} cannot lead to a target that has zeros: its f'(∞) is infinite, so D_f(π‖p) is "
-                "too as long as the policy can produce what the target forbids. Choose a divergence with finite f'(∞) "
-                "(forward_kl, jensen_shannon, total_variation, squared_hellinger, alpha(a) with a > 0), or a target "
-                "without zeros."
+                f"{self.divergence.name} cannot be used with a target that has zeros: its f'(∞) is infinite, so "
+                "D_f(π‖p) is infinite as long as the policy can produce completions that the target forbids. Choose a "
+                "divergence with finite f'(∞) (forward_kl, jensen_shannon, total_variation, squared_hellinger, "
+                "alpha(a) with a > 0), or a target without zeros."
             )
         if self.baseline not in ("leave_one_out", "constant", "none"):
             raise ValueError(f"baseline={self.baseline!r}: choose 'leave_one_out', 'constant' or 'none'.")
@@ -80,21 +81,21 @@ class DistributionMatching(BaseObjective):
 
     @override
     def log_weights(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
-        """Return ``log P/π_old`` of each sample, of which estimates of ``log Z`` are made.
+        """Return ``log P/π_old`` of each sample, from which ``log Z`` is estimated.
 
         Args:
-            batch: Samples with ``features``, ``reference_logprobs`` and ``old_logprobs`` (None: drawn from π itself).
+            batch: Samples with ``features``, ``reference_logprobs`` and ``old_logprobs`` (None: sampled from π itself).
 
         Returns:
-            Shape (N,), without gradient; -inf where ``P = 0``. :class:`RunningPartition` and :func:`log_partition` take
-            it.
+            Shape (N,), without gradient; -inf where ``P = 0``. :class:`RunningPartition` and :func:`log_partition`
+            take it.
         """
         log_ratio = batch.sequence_sum(batch.require("reference_logprobs") - batch.sampling_logprobs)
         return log_ratio + self.target.log_score(batch.require("features"))
 
     @override
     def prepare(self, batch: CompletionBatch) -> CompletionBatch:
-        """Return the rollout with ``baseline``, and with ``log_partition`` from the rollout itself if it has none.
+        """Return the rollout with ``baseline``, and if missing, ``log_partition`` estimated from the rollout itself.
 
         Args:
             batch: The whole rollout before its first update, with :attr:`needs`.
@@ -103,7 +104,7 @@ class DistributionMatching(BaseObjective):
             The same completions.
 
         Raises:
-            ValueError: A needed field is None, or a prompt has one sample and the baseline is that of the others.
+            ValueError: A needed field is None, or a prompt has one sample and the baseline needs the others.
         """
         if batch.log_partition is None:
             batch = replace(batch, log_partition=log_partition(self.log_weights(batch), batch.prompt_index))
@@ -113,8 +114,8 @@ class DistributionMatching(BaseObjective):
         groups = groups_of(torch.zeros_like(batch.prompt_index) if one_group else batch.prompt_index)
         if (alone := groups.size == 1).any():
             raise ValueError(
-                f"prompt_index={batch.prompt_index[alone][0].item()} has one sample, so baseline={self.baseline!r} has "
-                f"no other: draw two or more, or choose {'none' if one_group else 'constant'!r}."
+                f"prompt_index={batch.prompt_index[alone][0].item()} has one sample, but baseline={self.baseline!r} "
+                f"needs others: draw two or more, or choose {'none' if one_group else 'constant'!r}."
             )
         slope, known = self._slope(batch), self._known(batch)
         share = mean_of_others(known.to(slope.dtype), groups)
@@ -126,14 +127,14 @@ class DistributionMatching(BaseObjective):
         """Return one loss per sample.
 
         Args:
-            batch: Samples with :attr:`needs`, after :meth:`prepare` or before. ``old_logprobs`` may be None where they
-                were drawn from π itself, and ``log_partition`` for estimates from this batch alone.
+            batch: Samples with :attr:`needs`, after :meth:`prepare` or before. ``old_logprobs`` may be None if they
+                were sampled from π itself, ``log_partition`` if it is to be estimated from this batch alone.
 
         Returns:
-            One term of shape (N,), of weight 0 where Z is unknown, and metrics of each sample: ``target/feature_<k>``,
-            ``target/satisfied`` (``P > 0``) where the target has zeros, ``logratios/policy`` (``log π/π_ref``),
-            ``importance_weight``, ``partition_missing``; where Z is known ``pseudo_reward``, ``log_partition`` and
-            ``divergence/<name>``, an estimate of ``D_f(π‖p)``.
+            One term of shape (N,), of weight 0 where Z is unknown, and metrics, one value per sample:
+            ``target/feature_<k>``, ``target/satisfied`` (``P > 0``) where the target has zeros, ``logratios/policy``
+            (``log π/π_ref``), ``importance_weight``, ``partition_missing``; where Z is known ``pseudo_reward``,
+            ``log_partition`` and ``divergence/<name>``, an estimate of ``D_f(π‖p)``.
 
         Raises:
             ValueError: A needed field is None.
@@ -149,7 +150,9 @@ class DistributionMatching(BaseObjective):
         )
 
     def _known(self, batch: CompletionBatch) -> Bool[Tensor, " N"]:
-        return batch.require("log_partition") != -math.inf  # NaN does not mean missing: it must be reported
+        return (
+            batch.require("log_partition") != -math.inf
+        )  # only -inf means missing; NaN is an error and must be reported
 
     @torch.no_grad()
     def _importance_weight(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
@@ -157,7 +160,7 @@ class DistributionMatching(BaseObjective):
 
     @torch.no_grad()
     def _log_t(self, batch: CompletionBatch) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
-        """``log π/p``, 0 where ``P = 0`` and without meaning where Z is unknown; and where ``P = 0``."""
+        """``log π/p``, 0 where ``P = 0`` and meaningless where Z is unknown; and a mask of ``P = 0``."""
         log_z = batch.require("log_partition").masked_fill(~self._known(batch), 0.0)
         log_ratio = batch.sequence_sum(batch.log_ratio)
         score = self.target.log_score(batch.require("features"))
@@ -183,7 +186,7 @@ class DistributionMatching(BaseObjective):
         metrics["partition_missing"] = (~known).to(weight.dtype)
         if known.any():
             log_t, forbidden = self._log_t(batch)
-            # f(t)/t, whose limit for P = 0 is f'(∞).
+            # f(t)/t; its limit for P = 0 is f'(∞).
             value = value_from_policy(self.divergence, log_t)
             value = value.masked_fill(forbidden, self.divergence.f_prime_at_infinity)
             largest = torch.finfo(value.dtype).max / len(value)

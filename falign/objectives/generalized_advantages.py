@@ -1,4 +1,4 @@
-"""Generalised advantage estimation: advantages per token from rewards and a value head."""
+"""Generalized advantage estimation: advantages per token from rewards and a value head."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def generalized_advantages(
     gamma: float,
     lam: float,
 ) -> Float[Tensor, "N T"]:
-    """Return ``A_t = Σ_{k≥t} (γλ)^{k-t} δ_k`` with ``δ_k = r_k + γ V_{k+1} - V_k``, the reward at the last token.
+    """Return ``A_t = Σ_{k≥t} (γλ)^{k-t} δ_k`` with ``δ_k = r_k + γ V_{k+1} - V_k``; the reward comes at the last token.
 
     Args:
         rewards_at_end: Reward of each completion, given at its last token, shape (N,).
-        values: ``V_t``, what is expected before token t is chosen, shape (N, T); 0 after the end.
+        values: ``V_t``, the expected reward before token t is chosen, shape (N, T); 0 after the end.
         mask: True on completion tokens, shape (N, T); those of one completion are consecutive.
         gamma: γ, discount per token.
         lam: λ; 0 trusts the values (one step), 1 the rewards (``A_t = Σ γ^k r - V_t``).
@@ -44,7 +44,7 @@ def generalized_advantages(
     remaining = mask.flip(-1).cumsum(dim=-1).flip(-1)
     rewards = torch.where(mask & (remaining == 1), rewards_at_end[:, None], torch.zeros_like(values))
     advantages = (rewards + gamma * F.pad(values, (0, 1))[:, 1:] - values).masked_fill(~mask, 0.0)
-    # A_t = δ_t + γλ A_{t+1}: each round doubles how many δ are in the sum, so that log₂ T rounds are enough.
+    # A_t = δ_t + γλ A_{t+1}: each round doubles the number of δ in the sum, so log₂ T rounds suffice.
     reach, decay = 1, gamma * lam
     while reach < mask.shape[-1]:
         advantages = advantages + decay**reach * F.pad(advantages, (0, reach))[:, reach:]

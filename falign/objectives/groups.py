@@ -1,4 +1,4 @@
-"""Groups of completions of one prompt: sums over a group, and over its others without the completion itself."""
+"""Groups of completions of one prompt: sums over a group, and over the other completions in it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Groups(NamedTuple):
     """The place of each completion in a table with one row per group; every field is (N,).
 
     Attributes:
-        row: Which group.
-        column: Which of its group.
-        size: How many the group has, itself included.
+        row: Index of the group.
+        column: Index within the group.
+        size: Number of completions in the group, itself included.
     """
 
     row: Int[Tensor, " N"]
@@ -28,14 +28,14 @@ class Groups(NamedTuple):
     size: Int[Tensor, " N"]
 
     def table(self, values: Shaped[Tensor, " N"], fill: float) -> Float[Tensor, "G n"]:
-        """Return the values as one row per group, short groups filled up on the right."""
+        """Return the values as one row per group, with short groups padded on the right."""
         shape = (int(self.row.max()) + 1, int(self.size.max())) if len(values) else (0, 0)
         values = numbers(values, "values")
         return values.new_full(shape, fill).index_put((self.row, self.column), values)
 
 
 def groups_of(prompt_index: Int[Tensor, " N"]) -> Groups:
-    """Return the groups of equal values, in whatever order the completions come.
+    """Return the groups of equal values; completions may come in any order.
 
     Args:
         prompt_index: Which prompt, shape (N,).
@@ -55,21 +55,21 @@ def groups_of(prompt_index: Int[Tensor, " N"]) -> Groups:
 
 
 def total(values: Shaped[Tensor, " N"], groups: Groups) -> Float[Tensor, " N"]:
-    """Return for each completion the sum over its group."""
+    """Return, for each completion, the sum over its group."""
     return groups.table(values, 0.0).sum(dim=-1)[groups.row]
 
 
 def smallest(values: Shaped[Tensor, " N"], groups: Groups) -> Float[Tensor, " N"]:
-    """Return for each completion the smallest value of its group."""
+    """Return, for each completion, the smallest value in its group."""
     if len(values) == 0:
         return numbers(values, "values")
     return groups.table(values, torch.inf).amin(dim=-1)[groups.row]
 
 
 def mean_of_others(values: Shaped[Tensor, " N"], groups: Groups) -> Float[Tensor, " N"]:
-    """Return for each completion the mean over the others of its group, 0 where there is none.
+    """Return, for each completion, the mean over the others of its group, or 0 if there are no others.
 
-    The completion's own value is left out and not subtracted, so that it cannot show through rounding.
+    The completion's own value is left out of the sum, not subtracted from it: rounding cannot leave a trace of it.
     """
     table = groups.table(values, 0.0)
     before = F.pad(table, (1, 0))[:, :-1].cumsum(dim=-1)
@@ -78,7 +78,7 @@ def mean_of_others(values: Shaped[Tensor, " N"], groups: Groups) -> Float[Tensor
 
 
 def logsumexp_of_others(values: Shaped[Tensor, " N"], groups: Groups) -> Float[Tensor, " N"]:
-    """Return for each completion ``log Σ exp`` over the others of its group, -inf where there is none."""
+    """Return, for each completion, ``log Σ exp`` over the others of its group, or -inf if there are no others."""
     table = groups.table(values, -torch.inf)
     before = F.pad(table, (1, 0), value=-torch.inf)[:, :-1].logcumsumexp(dim=-1)
     after = F.pad(table, (0, 1), value=-torch.inf)[:, 1:].flip(-1).logcumsumexp(dim=-1).flip(-1)

@@ -1,4 +1,4 @@
-"""Two objectives on two kinds of rows: fresh samples that explore, and samples of the reference that keep."""
+"""A policy gradient on fresh samples combined with rehearsal on samples of the reference."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Hybrid(BaseObjective):
 
     Attributes:
         policy_gradient: For rows that are not from the reference.
-        rehearsal: For those that are.
+        rehearsal: For rows that are from the reference.
         coefficient: Weight of the rehearsal, not negative.
 
     Raises:
         ValueError: The coefficient is negative or infinite.
 
     Source:
-        Li et al., DPH-RL (arXiv:2509.07430), Eq. 6. Their code takes one mean over all rows, which at its batch of 8
-        fresh rows for each of the others makes their η about 8 times this coefficient.
+        Li et al., DPH-RL (arXiv:2509.07430), Eq. 6. Their code takes one mean over all rows; with its 8 fresh rows
+        for each row of the reference, their η is about 8 times this coefficient.
 
     Example:
         >>> from falign import divergences
@@ -50,7 +50,7 @@ class Hybrid(BaseObjective):
     def __post_init__(self) -> None:
         if not 0 <= self.coefficient < math.inf:
             raise ValueError(
-                f"coefficient={self.coefficient!r} must be finite and not negative: that would reward forgetting."
+                f"coefficient={self.coefficient!r} must be finite and not negative: a negative one rewards forgetting."
             )
 
     @property
@@ -80,7 +80,7 @@ class Hybrid(BaseObjective):
 
     @override
     def prepare(self, batch: CompletionBatch) -> CompletionBatch:
-        """Return the batch with what the policy gradient prepares for its rows; 0 for the others.
+        """Return the batch with the fields that the policy gradient prepares for its rows; 0 for the others.
 
         Args:
             batch: The whole rollout and its rehearsal rows, with :attr:`needs`.
@@ -108,16 +108,16 @@ class Hybrid(BaseObjective):
 
     @override
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
-        """Return the terms of both.
+        """Return the terms of both parts.
 
         Args:
-            batch: Completions with :attr:`needs`, after :meth:`prepare` or before. Of rehearsal rows ``rewards`` and
-                ``old_logprobs`` are not read, nor ``reference_logprobs`` of the others where nothing is penalised. One
-                kind of row may be missing.
+            batch: Completions with :attr:`needs`, after :meth:`prepare` or before. ``rewards`` and ``old_logprobs``
+                of rehearsal rows are not read, nor are ``reference_logprobs`` of the others without a penalty. One kind
+                of row may be missing.
 
         Returns:
-            The policy gradient's terms and metrics, then the rehearsal's, its term scaled by the coefficient and its
-            metrics under ``rehearsal/``; no metrics of a kind that is missing.
+            The policy gradient's terms and metrics, then the rehearsal's: its term scaled by the coefficient and its
+            metrics under ``rehearsal/``. A kind of row that is missing has no metrics.
 
         Raises:
             ValueError: A needed field is None.

@@ -1,4 +1,4 @@
-"""The link of f-DPO: from the ratio of a completion's probabilities to its implicit reward ``β f'(u)``."""
+"""The link function of f-DPO: from a completion's probability ratio u to its implicit reward ``β f'(u)``."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class CompletionRewards(NamedTuple):
 
 @dataclass(frozen=True)
 class Link:
-    """``r̂ = β f'(u)`` with ``u = π(y|x)/π_ref(y|x)``: what losses of pairs and of lists have in common.
+    """``r̂ = β f'(u)`` with ``u = π(y|x)/π_ref(y|x)``, shared by the losses of pairs and of lists.
 
-    A maximiser of ``E[r] - β D_f(π‖π_ref)`` satisfies ``r = β f'(u) + λ(x)``; that needs ``f'(0+) = -inf``, so that no
-    completion is given up.
+    A maximizer of ``E[r] - β D_f(π‖π_ref)`` satisfies ``r = β f'(u) + λ(x)``; this requires ``f'(0+) = -inf``, so that
+    no completion gets probability 0.
 
     Attributes:
         divergence: f; it must have a barrier.
@@ -71,7 +71,7 @@ class Link:
         return self.beta * self.divergence.f_prime(log_ratio)
 
     def rewards_of(self, batch: CompletionBatch) -> CompletionRewards:
-        """Return the rewards of a batch's completions, and their source."""
+        """Return the rewards of a batch's completions, and the log-ratios that they come from."""
         log_ratio = batch.sequence_sum(batch.log_ratio)
         compared = log_ratio / batch.num_tokens if self.length_norm == "token" else log_ratio
         return CompletionRewards(batch.sequence_sum(batch.logprobs), log_ratio, self.reward(compared))

@@ -23,10 +23,10 @@ __all__ = ["Listwise"]
 class Listwise(BaseObjective):
     """``-Σ_i log(e^{r̂_i}/(e^{r̂_i} + Σ_{j worse than i} e^{r̂_j}))`` for each prompt, with ``r̂ = β f'(u)``.
 
-    Each factor is the Plackett-Luce probability that i comes first among itself and those that are strictly worse. λ(x)
-    cancels in it as in a pair's margin. Without ties the factors multiply to the likelihood of the ranking; with two
-    completions this is f-DPO. Completions of equal preference are not compared with each other, and what the product
-    then is, is a composite likelihood: not the probability of the ranking with its ties, which Plackett-Luce lacks.
+    Each factor is the Plackett-Luce probability that i comes first among itself and the strictly worse completions.
+    λ(x) cancels in it as in a pair's margin. Without ties the factors multiply to the likelihood of the ranking; with
+    two completions this is f-DPO. Completions of equal preference are not compared with each other. With ties the
+    product is a composite likelihood, not the probability of the ranking, because Plackett-Luce has no ties.
 
     Attributes:
         divergence: f; it must have a barrier.
@@ -37,8 +37,8 @@ class Listwise(BaseObjective):
         ValueError: The divergence has no barrier, β is not positive, or ``length_norm`` is unknown.
 
     Source:
-        Rafailov et al., DPO (arXiv:2305.18290), Appendix A.3, for the reverse KL and rankings without ties; the link of
-        Wang et al., f-DPO (arXiv:2309.16240), for other f.
+        Rafailov et al., DPO (arXiv:2305.18290), Appendix A.3, for the reverse KL and rankings without ties; the link
+        function of Wang et al., f-DPO (arXiv:2309.16240), for other f.
 
     Example:
         >>> from falign import divergences
@@ -58,7 +58,7 @@ class Listwise(BaseObjective):
     length_norm: Literal["none", "token"] = "none"
 
     def __post_init__(self) -> None:
-        _ = self.link  # checks all three
+        _ = self.link  # validates all three fields
 
     @property
     @override
@@ -95,13 +95,13 @@ class Listwise(BaseObjective):
         """Return one loss per prompt of the batch.
 
         Args:
-            batch: Completions with ``reference_logprobs`` and ``preference``; two or more of a prompt in any order.
+            batch: Completions with ``reference_logprobs`` and ``preference``; two or more per prompt, in any order.
 
         Returns:
-            One term of shape (prompts,), in the order of ``prompt_index``; a prompt whose completions all tie has none.
+            One term of shape (prompts,), in the order of ``prompt_index``; a prompt with ties only is left out.
             ``chosen`` and ``rejected`` in ``rewards/*`` (β f'(u)), ``logratios/*`` and ``logps/*`` are the best and
-            the worst completion of each of these prompts, a mean where several share the rank; ``rewards/margins`` is
-            their difference. ``rewards/top1`` is 1 where a best one has the largest reward.
+            the worst completion of each of these prompts, or a mean if several share the rank; ``rewards/margins`` is
+            their difference. ``rewards/top1`` is 1 if a best completion has the largest reward.
             ``rewards/accuracies`` is one value per strictly ordered pair. A tie of rewards counts half in both.
 
         Raises:
@@ -133,8 +133,8 @@ class Listwise(BaseObjective):
 
 
 def _not_first(rewards: Float[Tensor, " N"], worse: Bool[Tensor, "N N"]) -> Float[Tensor, " N"]:
-    """``-log P(i is first among itself and its worse ones)``; 0 where nothing is worse."""
-    # The floor stands for "not compared": its exponential is 0, and unlike -inf it has no NaN in the gradient.
+    """``-log P(i comes first among itself and the worse completions)``; 0 if none is worse."""
+    # The floor marks "not compared": its exponential is 0, and unlike -inf it gives no NaN in the gradient.
     floor = torch.finfo(rewards.dtype).min
     ahead = (rewards[None, :] - rewards[:, None]).masked_fill(~worse, floor).clamp(min=floor)
     return F.softplus(torch.logsumexp(ahead, dim=1))

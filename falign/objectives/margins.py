@@ -35,10 +35,10 @@ MarginLoss = Callable[[Tensor], Tensor]
 
 @runtime_checkable
 class PerTokenLoss(Protocol):
-    """A loss whose margin must be of log-ratios per token.
+    """A margin loss that requires log-ratios per token.
 
     Attributes:
-        per_token_instead_of: The loss of whole completions that a message recommends.
+        per_token_instead_of: The loss of whole completions that error messages recommend.
     """
 
     @property
@@ -52,7 +52,7 @@ def logistic(margin: Shaped[Tensor, " B"]) -> Float[Tensor, " B"]:
         margin: ``m``, implicit reward of chosen minus rejected, shape (B,), nats.
 
     Returns:
-        One loss per pair, shape (B,), to be minimised.
+        One loss per pair, shape (B,), to be minimized.
 
     Source:
         Rafailov et al., DPO (arXiv:2305.18290), Eq. 7; Wang et al., f-DPO (arXiv:2309.16240).
@@ -71,10 +71,10 @@ def hinge(margin: Shaped[Tensor, " B"]) -> Float[Tensor, " B"]:
         margin: ``m``, implicit reward of chosen minus rejected, shape (B,), nats.
 
     Returns:
-        One loss per pair, shape (B,), to be minimised.
+        One loss per pair, shape (B,), to be minimized.
 
     Source:
-        Liu et al., RSO (arXiv:2309.06657), the SLiC loss on normalised likelihoods.
+        Liu et al., RSO (arXiv:2309.06657), the SLiC loss on normalized likelihoods.
 
     Example:
         >>> hinge(torch.tensor([0.25, 2.0]))
@@ -90,11 +90,11 @@ def squared(margin: Shaped[Tensor, " B"]) -> Float[Tensor, " B"]:
         margin: ``m``, implicit reward of chosen minus rejected, shape (B,), nats.
 
     Returns:
-        One loss per pair, shape (B,), to be minimised; beyond ``|m - 1/2| = 1e6`` the parabola's tangent, so that it
-        stays finite where f' grows exponentially.
+        One loss per pair, shape (B,), to be minimized; beyond ``|m - 1/2| = 1e6`` it continues as the parabola's
+        tangent, so that it stays finite where f' grows exponentially.
 
     Source:
-        Azar et al., IPO (arXiv:2310.12036), Eq. 17, with τ = β; scaled by β². The published results are of
+        Azar et al., IPO (arXiv:2310.12036), Eq. 17, with τ = β; scaled by β². The published results use
         :class:`IPO`, with log-ratios per token.
 
     Example:
@@ -107,16 +107,16 @@ def squared(margin: Shaped[Tensor, " B"]) -> Float[Tensor, " B"]:
 
 @dataclass(frozen=True)
 class IPO:
-    """``(m/β - 1/(2β))²``: IPO as published, when m is of log-ratios per token (``length_norm="token"``).
+    """``(m/β - 1/(2β))²``: IPO as published, when m comes from log-ratios per token (``length_norm="token"``).
 
-    :class:`falign.objectives.Pairwise` makes it, with its own β, where ``margin_loss="ipo"``.
+    :class:`falign.objectives.Pairwise` builds it with its own β for ``margin_loss="ipo"``.
 
     Attributes:
         beta: β, the paper's τ.
 
     Source:
-        Azar et al., IPO (arXiv:2310.12036), Eq. 17. That its log-ratios are means over tokens is the authors' word to
-        TRL, whose ``loss_type="ipo"`` this is.
+        Azar et al., IPO (arXiv:2310.12036), Eq. 17. The authors told TRL that the log-ratios are means over
+        tokens; this is TRL's ``loss_type="ipo"``.
 
     Example:
         >>> IPO(beta=0.5)(torch.tensor([1.5]))
@@ -131,7 +131,7 @@ class IPO:
 
     @property
     def per_token_instead_of(self) -> str:
-        """The loss of whole completions that a message recommends."""
+        """Loss of whole completions that error messages recommend."""
         return "squared"
 
     def __call__(self, margin: Shaped[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -141,7 +141,7 @@ class IPO:
 
 @dataclass(frozen=True)
 class Robust:
-    """``(-(1-ε) log σ(m) + ε log σ(-m))/(1-2ε)``: unbiased for the clean loss when a share ε of the labels is flipped.
+    """``(-(1-ε) log σ(m) + ε log σ(-m))/(1-2ε)``: unbiased for the clean loss if a share ε of the labels is flipped.
 
     Attributes:
         label_noise: ε, in [0, 1/2).
@@ -168,7 +168,7 @@ class Robust:
 
 @dataclass(frozen=True)
 class Exo:
-    """``KL(p_m‖p_ε)`` of the two-point laws ``p_m = (σ(m), σ(-m))`` and ``p_ε = (1-ε, ε)``: reverse KL to the labels.
+    """``KL(p_m‖p_ε)`` with ``p_m = (σ(m), σ(-m))`` and ``p_ε = (1-ε, ε)``: the reverse KL to the smoothed labels.
 
     Attributes:
         label_smoothing: ε, in (0, 1/2).
@@ -189,7 +189,7 @@ class Exo:
 
     def __call__(self, margin: Shaped[Tensor, " B"]) -> Float[Tensor, " B"]:
         """Return one loss per pair, shape (B,)."""
-        # Beyond 100 nats σ(-|m|) is below the smallest float32, and 0 · inf would follow.
+        # Beyond 100 nats σ(-|m|) is below the smallest float32, which would lead to 0 · inf.
         m = torch.clamp(numbers(margin, "margin"), -100.0, 100.0)
         to_chosen = F.logsigmoid(m) - math.log1p(-self.label_smoothing)
         to_rejected = F.logsigmoid(-m) - math.log(self.label_smoothing)
@@ -227,8 +227,8 @@ def get_margin_loss(name: str) -> MarginLoss:
     key = ALIASES.get(match[1], match[1]) if match else name
     if key == "ipo":
         raise ValueError(
-            f"margin_loss {name!r} is a loss of log-ratios per token that depends on beta: name it as 'ipo' in an "
-            "objective of pairs, or make IPO(beta); without either it is 'squared'."
+            f"margin_loss {name!r} needs log-ratios per token and beta: use it as margin_loss of a pairwise objective, "
+            "or build IPO(beta); 'squared' is the loss of whole completions."
         )
     if match is None or key not in MARGIN_LOSSES:
         close = similar(key, [*MARGIN_LOSSES, *ALIASES, "ipo"], cutoff=0.5)

@@ -1,4 +1,4 @@
-"""Measures: functionals of whole next-token distributions, one number for each position."""
+"""Measures: functionals of whole next-token distributions, with one value per position."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ __all__ = ["MEASURES", "DivergenceTo", "Entropy", "Measure", "Vocabulary", "get_
 class Vocabulary:
     """The next-token distributions at M positions, over all V tokens of the vocabulary.
 
-    Scoring shows a measure a block of positions at a time; nothing of it may be kept.
+    Scoring passes a measure one block of positions at a time; a measure must not keep any of these tensors.
 
     Attributes:
-        logprobs: ``log π``, shape (M, V), nats; carries the gradient where one is wanted.
-        targets: The token that stands at each position, shape (M,).
+        logprobs: ``log π``, shape (M, V), nats; carries the gradient if one is needed.
+        targets: The token at each position, shape (M,).
         references: ``log π_k`` over the same vocabulary for each reference that the measures name, shape (M, V),
             constants.
-        log_normalizer: ``logsumexp`` of the logits, shape (M, 1); carries a gradient as ``logprobs`` does.
-        embeddings: The policy's output embeddings, shape (V, H), a constant; None where its head is no matrix.
+        log_normalizer: ``logsumexp`` of the logits, shape (M, 1); carries a gradient like ``logprobs``.
+        embeddings: The policy's output embeddings, shape (V, H), a constant; None if its head is not one matrix.
 
     Example:
         >>> at = Vocabulary(torch.tensor([[0.5, 0.25, 0.25]]).log(), targets=torch.tensor([0]))
@@ -51,27 +51,27 @@ class Vocabulary:
         """The policy's logits, shape (M, V), differentiable.
 
         Raises:
-            ValueError: ``log_normalizer`` is None: log-probabilities alone do not say which logits they are of.
+            ValueError: ``log_normalizer`` is None: log-probabilities alone do not determine the logits.
         """
         if self.log_normalizer is None:
-            raise ValueError("Vocabulary.logits needs log_normalizer, which is None: give logsumexp of the logits.")
+            raise ValueError("Vocabulary.logits needs log_normalizer, which is None: pass logsumexp of the logits.")
         return self.logprobs + self.log_normalizer
 
     def reference(self, name: str = "reference") -> Float[Tensor, "M V"]:
         """Return ``log π_k`` over the vocabulary.
 
         Args:
-            name: Of the reference; the measure must name it in its ``references``.
+            name: Name of the reference; the measure must list it in its ``references``.
 
         Returns:
             Shape (M, V), a constant.
 
         Raises:
-            ValueError: The measure does not name it.
+            ValueError: The measure does not list it.
         """
         if name not in self.references:
             raise ValueError(
-                f"A measure reads the distribution of the reference {name!r} and does not name it: its `references` "
+                f"A measure reads the distribution of the reference {name!r} but does not list it: its `references` "
                 f"must be frozenset({{{name!r}}})."
             )
         return self.references[name]
@@ -79,12 +79,12 @@ class Vocabulary:
 
 @runtime_checkable
 class Measure(Protocol):
-    """A functional of the distributions at each position; anything with these two members is one.
+    """Interface of a functional of the distribution at each position; these two members suffice.
 
-    Its gradient by the policy's log-probabilities is taken by autograd, one block of positions at a time.
+    Autograd computes its gradient by the policy's log-probabilities, one block of positions at a time.
 
     Attributes:
-        references: Names of the references whose whole distributions it reads.
+        references: Names of the references that it reads whole distributions of.
     """
 
     @property
@@ -94,7 +94,7 @@ class Measure(Protocol):
         """Return the value at each position.
 
         Args:
-            at: M positions; each value may depend on its own position alone.
+            at: M positions; each value may depend only on its own position.
 
         Returns:
             Shape (M,), differentiable in ``at.logprobs``.
@@ -107,16 +107,16 @@ class DivergenceTo:
     """``D_f(π‖π_k) = Σ_v π_k(v) f(π(v)/π_k(v))`` at each position.
 
     Attributes:
-        divergence: f, any.
+        divergence: Any f.
         reference: Name of the reference π_k.
-        temperature: T, positive: both distributions are those of ``logits/T``.
+        temperature: T, positive: both distributions are computed from ``logits/T``.
 
     Raises:
         ValueError: The temperature is not positive and finite.
 
     Source:
-        :func:`falign.divergences.estimators.full_vocabulary`. The value is not multiplied by T², as distillation with
-        soft targets does (Hinton et al., arXiv:1503.02531, Section 2).
+        :func:`falign.divergences.estimators.full_vocabulary`. The value is not multiplied by T², unlike in distillation
+        with soft targets (Hinton et al., arXiv:1503.02531, Section 2).
 
     Example:
         >>> p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
@@ -135,7 +135,7 @@ class DivergenceTo:
 
     @property
     def references(self) -> frozenset[str]:
-        """The one reference."""
+        """The name of the reference."""
         return frozenset({self.reference})
 
     def __call__(self, at: Vocabulary) -> Float[Tensor, " M"]:
@@ -164,7 +164,7 @@ class Entropy:
 
     @property
     def references(self) -> frozenset[str]:
-        """None."""
+        """Empty: the entropy reads no reference."""
         return frozenset()
 
     def __call__(self, at: Vocabulary) -> Float[Tensor, " M"]:
@@ -176,20 +176,20 @@ class Entropy:
         Returns:
             Shape (M,), nats, not negative.
         """
-        # A token that cannot be produced has p log p = 0, and 0 · inf would not be.
+        # A token of probability 0 contributes p log p = 0; 0 · -inf would be NaN.
         logprobs = at.logprobs.clamp(min=torch.finfo(at.logprobs.dtype).min)
         return (logprobs.exp() * -logprobs).sum(dim=-1).clamp(min=0.0)
 
 
 def divergence_to(divergence: str, reference: str = "reference", temperature: str = "1") -> DivergenceTo:
-    """Return :class:`DivergenceTo` of names and numbers as text."""
+    """Build :class:`DivergenceTo` from names and numbers given as text."""
     return DivergenceTo(divergences.get(divergence), reference, float(temperature))
 
 
 MEASURES: Registry[Any] = Registry(
     "measure",
     {"divergence_to": divergence_to, "entropy": Entropy},
-    wanted="measure: an object with references and __call__(at), or what gives one when it is called",
+    wanted="measure: an object with references and __call__(at), or a function that returns one",
 )
 
 
@@ -198,14 +198,14 @@ def get_measure(name: str, *, field: str | None = None) -> Measure:
 
     Args:
         name: ``"entropy"``, or ``"divergence_to(DIVERGENCE)"``, also with the name of a reference and a temperature:
-            ``"divergence_to(jensen_shannon, teacher, 2)"``; or ``module:Name`` of your own.
+            ``"divergence_to(jensen_shannon, teacher, 2)"``; or a custom ``module:Name``.
         field: The run-file field that holds the name, for messages.
 
     Returns:
         The measure; equal names give equal measures.
 
     Raises:
-        ValueError: The name is unknown, its arguments do not fit, or the own member is no measure.
+        ValueError: The name is unknown, its arguments do not fit, or the custom member is not a measure.
 
     Example:
         >>> get_measure("divergence_to(alpha(0.5), teacher)").references
@@ -228,10 +228,10 @@ def get_measure(name: str, *, field: str | None = None) -> Measure:
 
 
 def references_of(measures: Iterable[Measure]) -> tuple[str, ...]:
-    """Return the names of all references that some measures read, each once, in order.
+    """Return the names of all references that the measures read, without repeats.
 
     Args:
-        measures: Any.
+        measures: Any measures.
 
     Returns:
         Names, sorted.

@@ -1,4 +1,4 @@
-"""The papers' methods under the papers' names: compositions of the five choices, nothing else."""
+"""Published methods under the names of their papers, each a composition of existing objectives."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from falign.objectives.token_pairwise import TokenPairwise
 
 __all__ = ["DPHRL", "FDPG", "FDPO", "SALSA", "SALSARLOO", "TDPO", "dph_rl_coefficient"]
 
-# The paper's η is the weight in one mean over all rows, 8 fresh ones for each of the reference: 8 times the weight
-# between two means. Jensen-Shannon's is the η of its tables; of the forward KL and α only ranges are published, 0.01 to
-# 0.05; this is the upper end.
+# The paper's η is the weight in one mean over all rows, with 8 fresh rows per row of the reference: 8 times the weight
+# between two means. For Jensen-Shannon η is from the paper's tables; for the forward KL and α only the range 0.01 to
+# 0.05 is published, and this is its upper end.
 DPH_RL_COEFFICIENTS: dict[type[Divergence], float] = {JensenShannon: 0.2 / 8, ForwardKL: 0.05 / 8, Alpha: 0.05 / 8}
 
 
@@ -68,7 +68,7 @@ def TDPO(  # noqa: N802 - the paper's name
 
     Args:
         divergence: f of the divergences per token, or its name.
-        beta: β, strength of the regularisation.
+        beta: β, strength of the regularization.
         alpha: α, in variant 2 only; None is 0.5 there.
         variant: 1 or 2.
         weighting: ``"mapo"`` weights tokens by SparsePO's MaPO mask, ``"activations"`` by falign's own weights; see
@@ -99,8 +99,8 @@ def FDPG(  # noqa: N802 - the paper's name
     """Return f-DPG: the policy gradient of ``D_f(π‖p)`` to an energy-based target.
 
     Args:
-        divergence: f, or its name; Jensen-Shannon is the paper's advice where nothing speaks for another.
-        target: p, up to its normaliser.
+        divergence: f, or its name; the paper recommends Jensen-Shannon as the default.
+        target: p, up to its normalizer.
         baseline: See :class:`DistributionMatching`.
 
     Returns:
@@ -123,7 +123,7 @@ def FDPG(  # noqa: N802 - the paper's name
 
 
 def dph_rl_coefficient(divergence: Divergence) -> float:
-    """Return the weight of DPH-RL's rehearsal that its authors published for a divergence, between two means.
+    """Return the published weight of DPH-RL's rehearsal for a divergence, as a weight between two means.
 
     Args:
         divergence: f of the rehearsal: Jensen-Shannon, the forward KL, or an α-divergence.
@@ -132,7 +132,7 @@ def dph_rl_coefficient(divergence: Divergence) -> float:
         An eighth of their η.
 
     Raises:
-        ValueError: None is published for this divergence.
+        ValueError: No weight is published for this divergence.
 
     Source:
         Li et al., DPH-RL (arXiv:2509.07430): η of the tables for Jensen-Shannon, 0.2; the upper end of the range in
@@ -159,7 +159,7 @@ def DPHRL(  # noqa: N802 - the paper's name
     clip_high: float | None = 0.28,
     reduction: CompletionMean = "token_mean",
 ) -> Hybrid:
-    """Return DPH-RL: a clipped policy gradient without penalty, and rehearsal of what the reference could do.
+    """Return DPH-RL: a clipped policy gradient without penalty, plus rehearsal on samples of the reference.
 
     Args:
         divergence: f of the rehearsal, per token, or its name.
@@ -167,16 +167,16 @@ def DPHRL(  # noqa: N802 - the paper's name
         advantage: See :class:`PolicyGradient`.
         clip_low: See :class:`PolicyGradient`.
         clip_high: See :class:`PolicyGradient`.
-        reduction: Of the policy gradient; the rehearsal is a mean over tokens.
+        reduction: Reduction of the policy gradient; the rehearsal is a mean over tokens.
 
     Returns:
         The objective.
 
     Raises:
-        ValueError: The divergence is unknown, an argument out of range, or no coefficient is published for it.
+        ValueError: The divergence is unknown, an argument is out of range, or no coefficient is published for it.
 
     Source:
-        Li et al., DPH-RL (arXiv:2509.07430); bounds, advantage and mean over tokens as in their code.
+        Li et al., DPH-RL (arXiv:2509.07430); bounds, advantage and mean over tokens follow the authors' code.
 
     Example:
         >>> DPHRL("forward_kl").rehearsal.divergence.name
@@ -201,21 +201,21 @@ def SALSA(  # noqa: N802 - the paper's name
 ) -> PolicyGradient:
     """Return SALSA's objective: PPO with a value head and a penalty to the reference.
 
-    What makes it SALSA is the reference, an average of fine-tuned models, which is chosen outside.
+    SALSA's reference, an average of fine-tuned models, is chosen outside of the objective.
 
     Args:
         beta: β, strength of the penalty, nats of reward.
-        divergence: f, or its name; the paper's is the reverse KL.
+        divergence: f, or its name; the paper uses the reverse KL.
         clip_low: See :class:`PolicyGradient`.
         clip_high: See :class:`PolicyGradient`.
-        level: Of the penalty; see :class:`PolicyGradient`.
+        level: Level of the penalty; see :class:`PolicyGradient`.
         reduction: See :class:`PolicyGradient`.
 
     Returns:
         The objective.
 
     Raises:
-        ValueError: The divergence is unknown, or an argument out of range.
+        ValueError: The divergence is unknown, or an argument is out of range.
 
     Source:
         Chegini et al., SALSA (arXiv:2411.01798); there the penalty is in the reward of each token, which for the
@@ -249,8 +249,8 @@ def SALSARLOO(  # noqa: N802 - after the paper's name
     Args:
         beta: β, strength of the penalty, nats of reward.
         divergence: f, or its name.
-        advantage: Another than RLOO's; see :class:`PolicyGradient`.
-        level: Of the penalty; see :class:`PolicyGradient`.
+        advantage: An alternative to RLOO's; see :class:`PolicyGradient`.
+        level: Level of the penalty; see :class:`PolicyGradient`.
 
     Returns:
         The objective.

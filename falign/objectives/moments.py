@@ -1,4 +1,4 @@
-"""Fitting of moment constraints: the λ with which the reference, reweighted, has the wanted moments."""
+"""Fitting of moment constraints: the λ for which the reweighted reference has given moments."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def fit_moments(
     Args:
         features: φ of each sample, shape (M, K).
         moments: μ, K numbers.
-        log_weights: What each sample counts besides, shape (M,), nats: ``log π_ref/q`` where they come from another
-            law q, or the score of another target that holds as well. Samples of weight 0 (-inf) are left out.
-        tolerance: By how much a moment may be missed, as a share of its feature's range in the samples.
+        log_weights: Additional log-weights, shape (M,), nats: ``log π_ref/q`` if the samples come from another
+            distribution q, or the score of another target to satisfy too. Samples of weight 0 (-inf) are left out.
+        tolerance: Largest error of a moment, as a share of its feature's range in the samples.
 
     Returns:
-        λ, shape (K,), float64, without gradient. Where features depend on each other, the smallest.
+        λ, shape (K,), float64, without gradient; the smallest solution if features are linearly dependent.
 
     Raises:
-        ValueError: The shapes disagree, a value is NaN or infinite, or no weights of the samples reach the moments,
-            with those that are in the way: μ must be inside the convex hull of the samples.
+        ValueError: The shapes disagree, a value is NaN or infinite, or no weighting of the samples reaches the
+            moments (the message names them): μ must be inside the convex hull of the samples.
 
     Source:
-        Khalifa et al., GDC (arXiv:2012.11635), Section 2.3, there by gradient steps; here Newton's method on the convex
+        Khalifa et al., GDC (arXiv:2012.11635), Section 2.3, by gradient steps; here by Newton's method on the convex
         dual ``log Σ exp(λ·φ) - λ·μ``, whose gradient is ``Σ w φ - μ``.
 
     Example:
@@ -65,7 +65,7 @@ def fit_moments(
     fixed = (span == 0) & ((mu - low).abs() <= tolerance * low.abs().clamp(min=1.0))
     if (outside := ~fixed & ~((low < mu) & (mu < high))).any():
         raise ValueError(_unreachable(outside, mu, low, high, len(phi)))
-    # In units of each feature's range, from μ: the dual's minimum is where the weighted mean is 0.
+    # Shift by μ and scale by each feature's range: at the dual's minimum the weighted mean is 0.
     x = (phi - mu) / span.where(span > 0, torch.ones_like(span))
     lam = torch.zeros_like(mu)
     for _ in range(NEWTON_STEPS):
@@ -73,7 +73,7 @@ def fit_moments(
         slope = weights @ x
         if slope.abs().max() <= tolerance:
             return lam / span.where(span > 0, torch.ones_like(span))
-        if (x @ lam).max() < 0:  # a direction in which every sample falls short: the dual has no minimum
+        if (x @ lam).max() < 0:  # every sample lies on one side of μ: the dual has no minimum
             break
         curvature = (x - slope).T @ (weights[:, None] * (x - slope))
         step = torch.linalg.pinv(curvature, hermitian=True) @ slope
@@ -82,11 +82,11 @@ def fit_moments(
 
 
 def _descend(base: Tensor, x: Tensor, lam: Tensor, step: Tensor, slope: Tensor) -> Tensor:
-    """Newton's step, halved until the dual falls by a share of what its slope promises."""
+    """Take Newton's step, halved until the dual decreases sufficiently (Armijo condition)."""
     value, size = (base + x @ lam).logsumexp(dim=0), 1.0
     for _ in range(HALVINGS):
         candidate = lam - size * step
-        # The slack is rounding: at the minimum itself nothing falls any more.
+        # The slack covers rounding: close to the minimum the dual no longer decreases.
         if (base + x @ candidate).logsumexp(dim=0) <= value - 1e-4 * size * (slope @ step) + 1e-14 * (1 + value.abs()):
             return candidate
         size /= 2
@@ -94,7 +94,7 @@ def _descend(base: Tensor, x: Tensor, lam: Tensor, step: Tensor, slope: Tensor) 
 
 
 def _in_the_way(x: Tensor, lam: Tensor) -> Tensor:
-    """The features without which λ would no longer separate the samples from the moments; all if it does not."""
+    """Mark the features that λ needs to separate the samples from the moments; all if λ does not separate them."""
     for k in lam.abs().argsort().tolist():
         without = lam.index_fill(0, torch.tensor([k], device=lam.device), 0.0)
         if (x @ without).max() < 0:

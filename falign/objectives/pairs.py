@@ -1,4 +1,4 @@
-"""Pairs of completions in a batch that are compared, with the winner first."""
+"""Pairs of completions in a batch, the chosen one first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROUNDING = 1e-6
 def pairs_of(
     preference: Shaped[Tensor, " N"], prompt_index: Int[Tensor, " N"]
 ) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"]]:
-    """Return the indices of the preferred and of the other completion of every pair, in row-major order.
+    """Return the indices of the chosen and the rejected completion of every pair, in row-major order.
 
     Args:
         preference: Larger is preferred, shape (N,).
@@ -27,7 +27,7 @@ def pairs_of(
         Two index tensors of shape (P,).
 
     Raises:
-        ValueError: A preference is NaN, which is neither above nor below another.
+        ValueError: A preference is NaN, which cannot be compared.
 
     Example:
         >>> pairs_of(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 1, 1]))
@@ -41,7 +41,7 @@ def pairs_of(
 
 
 def pairs_in(batch: CompletionBatch) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"]]:
-    """Return :func:`pairs_of` a batch.
+    """Return the pairs of a batch; see :func:`pairs_of`.
 
     Args:
         batch: Completions with ``preference``.
@@ -62,18 +62,18 @@ def accuracies(margin: Shaped[Tensor, "*S"], size: Shaped[Tensor, "*S"] | float 
     """Return 1 where the margin is positive, 0 where it is negative, and ½ at a tie.
 
     Args:
-        margin: Reward of the preferred side minus that of the other, any shape.
-        size: Largest absolute reward of the two sides, whose rounding the margin inherits; same shape.
+        margin: Reward of the chosen minus that of the rejected side, any shape.
+        size: Largest absolute reward of the two sides, which sets the rounding error of the margin; same shape.
 
     Returns:
-        The same shape; a margin within ``1e-6 (1 + size)`` is a tie, one that is NaN has no result and stays NaN.
+        The same shape; a margin within ``1e-6 (1 + size)`` is a tie; NaN stays NaN.
 
     Example:
         >>> accuracies(torch.tensor([3.0, 0.0, 1e-8, -1.0]))
         tensor([1.0000, 0.5000, 0.5000, 0.0000])
     """
-    # At the reference both rewards are 0, and what the policy's and the reference's log-probs differ by (computed in
-    # other batches, or read from a cache) is rounding: counted as won or lost, it would look like an accuracy.
+    # If the policy equals the reference, both rewards are 0 up to rounding, because log-probs come from different
+    # batches or a cache. Counting the sign of that rounding error would look like a real accuracy.
     margin = numbers(margin, "margin")
     tie = margin.abs() <= ROUNDING * (1 + size)
     result = torch.where(tie, torch.zeros_like(margin), torch.sign(margin)).add(1) / 2

@@ -23,8 +23,9 @@ __all__ = ["Pairwise"]
 class Pairwise(BaseObjective):
     """``ℓ(r̂_w - r̂_l)`` for each pair, with implicit reward ``r̂ = β f'(u)`` and ``u = π(y|x)/π_ref(y|x)``.
 
-    A maximiser of ``E[r] - β D_f(π‖π_ref)`` satisfies ``r = β f'(u) + λ(x)``, and λ cancels in the margin; that needs
-    ``f'(0+) = -inf``, so that no completion is given up. With ``ℓ = -log σ`` this is f-DPO, with the reverse KL DPO.
+    A maximizer of ``E[r] - β D_f(π‖π_ref)`` satisfies ``r = β f'(u) + λ(x)``, and λ cancels in the margin; this needs
+    ``f'(0+) = -inf``, so that no completion gets probability 0. With ``ℓ = -log σ`` it is f-DPO, with the reverse KL
+    DPO.
 
     Attributes:
         divergence: f; it must have a barrier.
@@ -35,12 +36,12 @@ class Pairwise(BaseObjective):
             ``"token"`` for IPO, else ``"none"``.
 
     Raises:
-        ValueError: The divergence has no barrier, β is not positive, a name is unknown, or IPO is to be of whole
-            completions.
+        ValueError: The divergence has no barrier, β is not positive, a name is unknown, or IPO is requested for
+            whole completions.
 
     Source:
         Wang et al., f-DPO (arXiv:2309.16240), Eq. 8 and Theorem 1. ``length_norm``: Ahrabian et al. (arXiv:2407.15229)
-        for the reverse KL; for other f the length-normalised log-ratio is what f' is taken of.
+        for the reverse KL; for other f, f' is applied to the length-normalized log-ratio.
 
     Example:
         >>> from falign import divergences
@@ -63,10 +64,10 @@ class Pairwise(BaseObjective):
             object.__setattr__(self, "length_norm", "token" if per_token else "none")
         if isinstance(self.margin_loss, PerTokenLoss) and self.length_norm != "token":
             raise ValueError(
-                f"length_norm={self.length_norm!r} with margin_loss='ipo': IPO is of log-ratios per token; leave it "
-                f"out, or name the loss of whole completions, {self.margin_loss.per_token_instead_of!r}."
+                f"length_norm={self.length_norm!r} with margin_loss='ipo': IPO uses log-ratios per token; leave it "
+                f"out, or choose the loss of whole completions, {self.margin_loss.per_token_instead_of!r}."
             )
-        _ = self.link  # checks the other three
+        _ = self.link  # validates the other three fields
 
     @property
     @override
@@ -104,8 +105,8 @@ class Pairwise(BaseObjective):
         """Return one loss per pair of the batch.
 
         Args:
-            batch: Completions with ``reference_logprobs`` and ``preference``; every two completions of one prompt with
-                different preference are a pair.
+            batch: Completions with ``reference_logprobs`` and ``preference``; any two completions of one prompt with
+                different preferences form a pair.
 
         Returns:
             One term of shape (pairs,), and the metrics ``rewards/*`` (β f'(u)), ``logratios/*`` and ``logps/*``

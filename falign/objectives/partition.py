@@ -1,4 +1,4 @@
-"""Estimates of a target's normaliser ``Z(x) = E_q[P/q]`` for each prompt, none of which uses a sample's own term."""
+"""Leave-one-out estimates of a target's normalizer ``Z(x) = E_q[P/q]`` for each prompt."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def log_partition(
     earlier_log_sum: Shaped[Tensor, " N"] | None = None,
     earlier_count: Shaped[Tensor, " N"] | None = None,
 ) -> Float[Tensor, " N"]:
-    """Return ``log Z(x)`` for each sample: of the mean weight of the *other* samples of its prompt.
+    """Return ``log Z(x)`` for each sample: the log of the mean weight of the *other* samples of its prompt.
 
     Args:
         log_weights: ``log P/q`` of samples of q, shape (N,), nats; -inf where ``P = 0``.
         prompt_index: Which prompt, shape (N,).
-        earlier_log_sum: ``log Σ P/q`` over earlier samples of its prompt, shape (N,); -inf where there are none.
-        earlier_count: How many those are, shape (N,).
+        earlier_log_sum: ``log Σ P/q`` over earlier samples of its prompt, shape (N,); -inf if there are none.
+        earlier_count: Number of these earlier samples, shape (N,).
 
     Returns:
-        Shape (N,); -inf where there is no other sample, or all others have weight 0: nothing is known there.
+        Shape (N,); -inf if there is no other sample, or all others have weight 0: Z is unknown there.
 
     Source:
-        Go et al., f-DPG (arXiv:2302.08215), Section 3.3, importance sampling of Z. Their code puts each sample into the
-        estimate that it is then compared with, which correlates the two; here it is left out.
+        Go et al., f-DPG (arXiv:2302.08215), Section 3.3, importance sampling of Z. Their code includes each sample in
+        the estimate that it is compared with, which correlates the two; here it is left out.
 
     Example:
         >>> log_partition(torch.tensor([0.0, 1.0, 2.0]).log(), torch.tensor([0, 0, 0])).exp()
@@ -50,7 +50,7 @@ def log_partition(
 
 
 class RunningPartition:
-    """Sums of weights per prompt over all steps so far; p does not move, so samples of any step stay valid.
+    """Sums of weights per prompt over all steps so far; p is fixed, so samples of any step stay valid.
 
     Source:
         Go et al., f-DPG (arXiv:2302.08215), Section 3.3: a moving average for each prompt.
@@ -67,17 +67,17 @@ class RunningPartition:
         self._sums: dict[Hashable, tuple[float, int]] = {}
 
     def update(self, keys: Sequence[Hashable], log_weights: Shaped[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Return ``log Z`` for each sample from all others of its prompt, now and before; then remember these.
+        """Return ``log Z`` for each sample from all others of its prompt so far; then add these samples to the sums.
 
         Args:
             keys: The prompt of each sample.
             log_weights: ``log P/q`` of samples of q, shape (N,), nats; -inf where ``P = 0``.
 
         Returns:
-            Shape (N,), without gradient; -inf where nothing is known.
+            Shape (N,), without gradient; -inf where Z is unknown.
 
         Raises:
-            ValueError: There are not as many keys as weights.
+            ValueError: The numbers of keys and weights differ.
         """
         if len(keys) != len(log_weights):
             raise ValueError(f"{len(keys)} keys for {len(log_weights)} log_weights; one for each sample is needed.")
@@ -104,10 +104,10 @@ class RunningPartition:
         }
 
     def load_state_dict(self, state: dict[str, list[Any]]) -> None:
-        """Take back what :meth:`state_dict` gave.
+        """Restore the state.
 
         Args:
-            state: Its result.
+            state: As returned by :meth:`state_dict`.
         """
         sums = zip(state["log_sums"], state["counts"], strict=True)
         self._sums = dict(zip(state["keys"], sums, strict=True))

@@ -1,4 +1,4 @@
-"""The penalty of a policy gradient: ``β D_f(π‖π_ref)`` on the policy's own samples, by whichever estimator."""
+"""The penalty of a policy gradient: estimators of ``D_f(π‖π_ref)`` on the policy's own samples."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Credit = Literal["fixed_prefix", "returns"]
 
 @dataclass(frozen=True)
 class Penalty:
-    """A divergence that is held small on samples of the policy, or of π_old by importance weights, never clipped.
+    """A divergence penalty on samples of the policy, or of π_old with importance weights; never clipped.
 
     Attributes:
         divergence: f.
         level: ``"sequence"``: ``D_f`` of whole completions. ``"token"``: ``Σ_t D_f(π(·|s_t)‖π_ref(·|s_t))`` on the
-            policy's own prefixes, from the sampled tokens. ``"vocabulary"``: the same, each summand over the full
-            vocabulary. Sequence and token level differ for every f but the reverse KL.
-        credit: Below sequence level, ``"fixed_prefix"`` holds the prefixes' law fixed; ``"returns"`` adds what a token
-            does to later prefixes.
+            policy's own prefixes, from the sampled tokens. ``"vocabulary"``: the same, with each summand computed
+            over the full vocabulary. Sequence and token level agree only for the reverse KL.
+        credit: Below sequence level, ``"fixed_prefix"`` treats the distribution of prefixes as fixed; ``"returns"``
+            adds a token's effect on later prefixes.
 
     Raises:
         ValueError: A choice is unknown, or ``credit="returns"`` at sequence level.
@@ -63,18 +63,18 @@ class Penalty:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Reference log-probs."""
+        """The reference's log-probabilities."""
         return frozenset({"reference_logprobs"})
 
     @property
     def measures(self) -> dict[str, Measure]:
-        """The divergence of each token over the vocabulary where that is the level."""
+        """The divergence over the vocabulary at each token, at level ``"vocabulary"``; else empty."""
         return {"divergence": DivergenceTo(self.divergence)} if self.level == "vocabulary" else {}
 
     def baseline(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
-        """Return for each completion the mean of ``f'(u)`` over the others of its prompt, 0 where there is none.
+        """Return, for each completion, the mean of ``f'(u)`` over the others of its prompt, 0 if there are none.
 
-        Without it a completion is pushed down by the whole of ``f'(u)``, most of which all completions share.
+        Most of ``f'(u)`` is common to all completions of a prompt; subtracting it reduces the variance.
 
         Args:
             batch: The rollout, with ``reference_logprobs``.
@@ -86,11 +86,11 @@ class Penalty:
         return mean_of_others(self.divergence.f_prime(log_ratio), groups_of(batch.prompt_index))
 
     def loss(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
-        """Return what has the gradient of ``D_f`` in the mean.
+        """Return a surrogate whose gradient is ``∇D_f`` in expectation; its value means nothing.
 
         Args:
-            batch: Completions with :attr:`needs` and :attr:`measures`, ``old_logprobs`` where they were drawn from
-                π_old, and ``baseline`` if there is one.
+            batch: Completions with :attr:`needs` and :attr:`measures`, ``old_logprobs`` if they were sampled from
+                π_old, and optionally ``baseline``.
 
         Returns:
             One surrogate per completion, shape (N,).
@@ -116,19 +116,21 @@ class Penalty:
 
     @torch.no_grad()
     def value(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
-        """Return an estimate of the divergence from each completion; never negative.
+        """Return an estimate of the divergence, one value per completion; never negative.
 
         Args:
             batch: As for :meth:`loss`.
 
         Returns:
-            Shape (N,); its mean is ``D_f`` of the current policy.
+            Shape (N,); its expectation is ``D_f`` of the current policy.
         """
         if self.level == "vocabulary":
             return self.loss(batch)
+        # Token t is weighted by π/π_old of its prefix, itself included; a whole completion by that of its last token.
         log_ratio, importance = batch.log_ratio, batch.importance_log_ratio.cumsum(dim=-1)
         if self.level == "sequence":
             log_ratio, importance = log_ratio.sum(dim=-1, keepdim=True), importance[:, -1:]
-        # A product of two huge weights overflows to an infinity, which a mean would not survive.
+        # A product of two huge values overflows to infinity, which would make a mean over the batch useless. The bound
+        # is small enough that even a sum over all tokens of the batch stays finite.
         largest = torch.finfo(log_ratio.dtype).max / max(log_ratio.numel(), 1)
         return (value_from_policy(self.divergence, log_ratio) * power(importance)).clamp(max=largest).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""Policy gradients with an f-divergence penalty: REINFORCE, RLOO, GRPO and PPO in their parts."""
+"""Policy gradients with an f-divergence penalty: REINFORCE, RLOO, GRPO and PPO from common parts."""
 
 from __future__ import annotations
 
@@ -25,40 +25,41 @@ __all__ = ["PolicyGradient"]
 
 @dataclass(frozen=True)
 class PolicyGradient(BaseObjective):
-    """Maximise ``E_π[r] - β D_f(π‖π_ref)`` from samples with rewards.
+    """Maximize ``E_π[r] - β D_f(π‖π_ref)`` from samples with rewards.
 
-    The loss of a completion is ``-Σ_t min(w A_t, clip(w) A_t)`` of the reward's advantage, plus β times what has the
-    gradient of ``D_f`` for the divergence that is named (its ``f'(u)`` in the reward's place, for every f). Only the
-    first part is clipped. Both are one term, so that β means the same under every reduction.
+    The loss of a completion is ``-Σ_t min(w A_t, clip(w) A_t)``, with A the advantage of the reward, plus β times a
+    surrogate that has the gradient of ``D_f`` (for every f, with ``f'(u)`` in place of the reward). Only the first
+    part is clipped. Both form one term, so that β means the same under every reduction.
 
-    REINFORCE is ``advantage="none"``, RLOO the defaults; GRPO is ``"group_normalised"``, ``importance="token"``, two
-    clips and ``reduction="sequence_mean"``, and with another f or at another level GRPO under that divergence; PPO is
-    ``advantage="gae"``, ``importance="token"`` and two clips.
+    REINFORCE is ``advantage="none"``; RLOO is the default. GRPO is ``"group_normalised"``, ``importance="token"``, two
+    clips and ``reduction="sequence_mean"``, with any f and level of the penalty. PPO is ``advantage="gae"``,
+    ``importance="token"`` and two clips.
 
     Attributes:
         divergence: f; None for no penalty.
         beta: β, nats of reward; 0 for no penalty, which then needs no reference.
         advantage: A name (see :func:`falign.objectives.get_advantage`), a function of rewards and prompt index, or
             ``"gae"`` with a value head.
-        clip_low: ``π/π_old`` is kept above ``1 - clip_low`` where the advantage is negative; None for no bound.
-        clip_high: ``π/π_old`` is kept below ``1 + clip_high`` where the advantage is positive; None for no bound.
+        clip_low: Lower clip of ``π/π_old`` at ``1 - clip_low`` where the advantage is negative; None for no bound.
+        clip_high: Upper clip of ``π/π_old`` at ``1 + clip_high`` where the advantage is positive; None for no bound.
         importance: ``"sequence"``: ``π/π_old`` of whole completions, exact. ``"token"``: of single tokens, as in PPO.
-        level: Of the penalty: ``"sequence"``, ``"token"`` or ``"vocabulary"``; see :class:`Penalty`.
-        credit: Of the penalty below sequence level; see :class:`Penalty`.
+        level: Level of the penalty: ``"sequence"``, ``"token"`` or ``"vocabulary"``; see :class:`Penalty`.
+        credit: Credit assignment of the penalty below sequence level; see :class:`Penalty`.
         reduction: ``"sequence_sum"``, ``"sequence_mean"`` or ``"token_mean"``; see :func:`completion_term`. The first
-            is the gradient of the expectation; under the others β and the reward shrink alike.
-        value_coefficient: Scale of the value head's loss; only with ``"gae"``, where None is 0.1.
-        gamma: Discount per token; only with ``"gae"``, where None is 1.
-        lam: λ of GAE; only with ``"gae"``, where None is 0.95.
+            has the gradient of the expectation; the others scale β and the reward alike.
+        value_coefficient: Scale of the value head's loss; only with ``"gae"``, where None means 0.1.
+        gamma: Discount per token; only with ``"gae"``, where None means 1.
+        lam: λ of GAE; only with ``"gae"``, where None means 0.95.
 
     Raises:
-        ValueError: A choice is unknown or out of range, or a field is given that the others leave without effect.
+        ValueError: A choice is unknown or out of range, or a field has no effect with the others.
 
     Source:
         Williams 1992; Ahmadian et al., RLOO (arXiv:2402.14740); Shao et al., GRPO (arXiv:2402.03300); Schulman et al.,
-        PPO (arXiv:1707.06347). The penalty is none of theirs: it has the gradient of ``D_f`` (docs/divergences.md).
-        At sequence level a baseline, the mean over the other completions of the prompt, is subtracted from it too,
-        except with ``advantage="none"``. The value loss is ``½ (V - A - V_old)²``, a mean over tokens, not clipped.
+        PPO (arXiv:1707.06347). The penalty differs from theirs: it has the gradient of ``D_f``
+        (docs/divergences.md). At sequence level a baseline, the mean over the other completions of the prompt, is
+        subtracted from it, except with ``advantage="none"``. The value loss is ``½ (V - A - V_old)²``, a mean over
+        tokens, not clipped.
 
     Example:
         >>> batch = CompletionBatch(
@@ -88,15 +89,17 @@ class PolicyGradient(BaseObjective):
 
     def __post_init__(self) -> None:
         check_completion_mean(self.reduction)
-        _ = self._surrogate  # checks its fields
+        _ = self._surrogate  # validates its fields
         if not 0 <= self.beta < math.inf:
-            raise ValueError(f"beta={self.beta!r} must be finite and not negative: that would reward divergence.")
+            raise ValueError(
+                f"beta={self.beta!r} must be finite and not negative: a negative one would reward divergence."
+            )
         if self.divergence is not None:
-            _ = Penalty(self.divergence, self.level, self.credit)  # checks them even where β = 0
+            _ = Penalty(self.divergence, self.level, self.credit)  # validates them even if β = 0
         elif self.beta > 0 or self.level != "sequence" or self.credit != "fixed_prefix":
             raise ValueError(
-                f"beta={self.beta!r}, level={self.level!r}, credit={self.credit!r} without a divergence: they say how "
-                "one is penalised; name the divergence, or leave them out."
+                f"beta={self.beta!r}, level={self.level!r}, credit={self.credit!r} without a divergence: they "
+                "configure its penalty; set the divergence, or leave them out."
             )
         if isinstance(self.advantage, str) and self.advantage != "gae":
             get_advantage(self.advantage)
@@ -106,7 +109,7 @@ class PolicyGradient(BaseObjective):
                 object.__setattr__(self, name, default if given is None else given)
             elif given is not None:
                 raise ValueError(
-                    f"{name}={given!r} belongs to advantage='gae', not {self.advantage!r}; leave it out, or choose gae."
+                    f"{name}={given!r} is only for advantage='gae', not {self.advantage!r}; leave it out, or choose it."
                 )
         for name, value in {"gamma": self.gamma, "lam": self.lam}.items():
             if value is not None and not 0 <= value <= 1:
@@ -120,7 +123,7 @@ class PolicyGradient(BaseObjective):
 
     @property
     def penalty(self) -> Penalty | None:
-        """The divergence and how it is estimated; None where nothing is penalised."""
+        """The divergence and its estimator; None without a penalty."""
         if self.divergence is None or self.beta == 0:
             return None
         return Penalty(self.divergence, self.level, self.credit)
@@ -145,7 +148,7 @@ class PolicyGradient(BaseObjective):
 
     @override
     def prepare(self, batch: CompletionBatch) -> CompletionBatch:
-        """Return the rollout with ``advantages``, and the penalty's ``baseline`` or ``old_values`` where used.
+        """Return the rollout with ``advantages``, and the penalty's ``baseline`` or ``old_values`` if used.
 
         Args:
             batch: The whole rollout before its first update, with :attr:`needs`.
@@ -173,17 +176,17 @@ class PolicyGradient(BaseObjective):
 
     @override
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
-        """Return the loss of each completion, and of its values with ``"gae"``.
+        """Return the loss of each completion, and with ``"gae"`` the loss of its values.
 
         Args:
             batch: Completions of whole prompts with :attr:`needs`, after :meth:`prepare` or before. ``old_logprobs``
-                may be None where they were drawn from π itself and nothing is clipped.
+                may be None if they were sampled from π itself and nothing is clipped.
 
         Returns:
             One term of shape (N,), a second one for the values with ``"gae"``, and metrics of each completion:
             ``reward``, ``reward_std`` and ``zero_variance_groups`` of its prompt, ``advantage`` (its size),
             ``importance_weight`` and ``clip_ratio/*`` (means over tokens); with a penalty ``divergence/<name>`` (an
-            estimate of what is penalised) and ``logratios/policy`` (``log u``); with ``"gae"`` ``value_loss``.
+            estimate of the penalized divergence) and ``logratios/policy`` (``log u``); with ``"gae"`` ``value_loss``.
 
         Raises:
             ValueError: A needed field is None.

@@ -1,4 +1,4 @@
-"""Reduction of an objective's terms by weights summed over the whole optimisation step.
+"""Reduction of an objective's terms by weights summed over the whole optimization step.
 
 ``Σ losses·weights`` of each micro-batch and rank is divided by one number, the sum of the weights over all
 micro-batches and ranks of the step, so that accumulation, sharding and a ragged last batch change nothing.
@@ -19,7 +19,7 @@ __all__ = ["reduce_terms", "total_weights"]
 
 
 def total_weights(terms: Sequence[Term]) -> Float[Tensor, " K"]:
-    """Return ``Σ weights`` of each term; add these over micro-batches and ranks for the step's denominators.
+    """Return ``Σ weights`` of each term; summed over micro-batches and ranks, they are the step's denominators.
 
     Args:
         terms: The K terms of one micro-batch.
@@ -45,7 +45,7 @@ def reduce_terms(terms: Sequence[Term], denominators: Float[Tensor, " K"]) -> Fl
         A scalar; summed over micro-batches and ranks it is the loss of the global batch.
 
     Raises:
-        ValueError: The number of denominators is not that of the terms.
+        ValueError: The numbers of denominators and terms differ.
 
     Example:
         >>> reduce_terms([Term(torch.tensor([1.0, 3.0]), torch.ones(2))], torch.tensor([4.0]))

@@ -1,4 +1,4 @@
-"""Rehearsal: samples of the reference that keep the policy near it, by the divergence's value itself."""
+"""Rehearsal: the divergence itself, estimated on stored samples of the reference, keeps the policy near it."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ __all__ = ["Rehearsal"]
 class Rehearsal(BaseObjective):
     """``E_ref[f(u)]`` on stored samples of the reference, whose gradient is exactly that of ``D_f(π‖π_ref)``.
 
-    The law of the samples does not depend on the policy, so the loss is differentiated as it stands; the reference's
-    log-probs are stored with the samples, and no reference runs.
+    The distribution of the samples does not depend on the policy, so the loss is differentiated directly. The
+    reference's log-probs are stored with the samples; no reference model is needed.
 
     Attributes:
-        divergence: f, any.
+        divergence: Any f.
         level: ``"token"``: ``Σ_t f(u_t)``, whose mean is ``Σ_t D_f(π(·|s_t)‖π_ref(·|s_t))`` on the reference's
             prefixes. ``"sequence"``: ``f(u)`` of whole completions.
-        reduction: At token level, see :func:`completion_term`; None is ``"token_mean"``. At sequence level there is
-            one loss per completion, and it must be None or ``"sequence_sum"``.
+        reduction: At token level, see :func:`completion_term`; None means ``"token_mean"``. At sequence level there is
+            one loss per completion, and the reduction must be None or ``"sequence_sum"``.
 
     Raises:
         ValueError: A choice is unknown, or the reduction divides by tokens at sequence level.
 
     Source:
-        Li et al., DPH-RL (arXiv:2509.07430), the generator form, there at token level and as a mean over tokens. In
-        normal form f has ``c (u - 1)`` added, a control variate of mean 0 that theirs have for the forward KL.
+        Li et al., DPH-RL (arXiv:2509.07430), the generator form, at token level and as a mean over tokens. In
+        normal form ``c (u - 1)`` is added to f, a control variate of mean 0; theirs has it for the forward KL.
 
     Example:
         >>> from falign import divergences
@@ -62,8 +62,8 @@ class Rehearsal(BaseObjective):
         check_completion_mean(self.reduction)
         if self.level == "sequence" and self.reduction != "sequence_sum":
             raise ValueError(
-                f"reduction={self.reduction!r} at level='sequence': f(u) of a whole completion is no sum over tokens; "
-                "leave reduction out, or set level='token'."
+                f"reduction={self.reduction!r} at level='sequence': f(u) of a whole completion is not a sum over "
+                "tokens; leave reduction out, or set level='token'."
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, plain or under an f-divergence."""
+"""Supervised fine-tuning, plain or with an f-divergence."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ __all__ = ["Supervised"]
 class Supervised(BaseObjective):
     """``-log π`` of each token of demonstrations; with a divergence ``f*(-β log u)/β``, a mean over tokens.
 
-    A demonstration is taken for the optimum of ``E[r] - D_f``, with implicit reward ``r = β log u`` of each token. The
+    Demonstrations are assumed to be optimal for ``E[r] - D_f``, with implicit reward ``r = β log u`` of each token. The
     gradient is then that of ``-log π``, weighted by ``w = (f')⁻¹(-β log u)``: 1 at the reference, less for tokens that
-    have been learned, and more for those that were lost. As β goes to 0 all weights are 1, plain fine-tuning.
+    became more likely, more for tokens that became less likely. As β goes to 0 all weights go to 1: plain fine-tuning.
 
-    The ratio is taken per token, as the mean of plain fine-tuning is: whole completions have log-ratios of hundreds of
-    nats, at which w is 0 or as large as the numerics go, and β would have to follow the length.
+    The ratio is taken per token, as in the token mean of plain fine-tuning: whole completions have log-ratios of
+    hundreds of nats, where w is 0 or overflows, and β would have to depend on the length.
 
     Attributes:
-        divergence: f; ``f'(∞)`` must be infinite. None for plain fine-tuning, which is the case of total variation.
-        beta: β; required with a divergence, and without meaning without one.
+        divergence: f; ``f'(∞)`` must be infinite. None for plain fine-tuning, which corresponds to total variation.
+        beta: β; required with a divergence, not allowed without one.
 
     Raises:
         ValueError: ``f'(∞)`` is finite, or only one of divergence and β is given, or β is not positive.
 
     Source:
-        Wang et al. (arXiv:2507.00018), with ``φ(x) = -f*(-x)``; divided by β, so that the size of a step does not
+        Wang et al. (arXiv:2507.00018), with ``φ(x) = -f*(-x)``; divided by β, so that the step size does not
         depend on it.
 
     Example:
@@ -68,9 +68,9 @@ class Supervised(BaseObjective):
             slope = self.divergence.f_prime_at_infinity
             raise ValueError(
                 f"f-SFT is not defined under {self.divergence.name}: its f'(∞) = {slope:g} is finite, so the loss "
-                f"f*(-β log u) is infinite as soon as log u < {-slope:g}/β, where a token has been lost and should be "
-                "pulled back. Choose a divergence with infinite f'(∞) (reverse_kl, jeffreys, pearson_chi2, chi2_kl), "
-                "or none for plain fine-tuning."
+                f"f*(-β log u) is infinite as soon as log u < {-slope:g}/β, just where a "
+                "token has become unlikely and the loss should raise it. Choose a divergence with infinite f'(∞) "
+                "(reverse_kl, jeffreys, pearson_chi2, chi2_kl), or none for plain fine-tuning."
             )
 
     @property
@@ -83,7 +83,7 @@ class Supervised(BaseObjective):
         """Return the loss of each completion, to be averaged over tokens.
 
         Args:
-            batch: Demonstrations, with ``reference_logprobs`` where there is a divergence.
+            batch: Demonstrations, with ``reference_logprobs`` if there is a divergence.
 
         Returns:
             One term of shape (N,) that is a mean over tokens, and the metrics ``nll`` (mean over tokens) and, with a
@@ -109,5 +109,5 @@ class Supervised(BaseObjective):
             log_u = batch.log_ratio
             value = self.divergence.conjugate(-self.beta * log_u) / self.beta
             weights = power(self.divergence.f_prime_inverse(-self.beta * log_u).clamp(-1e4, 1e4))
-        # Not every family's inverse is differentiable; d f*(y)/dy = (f')⁻¹(y) is known without it.
+        # Autograd cannot differentiate every family's (f')⁻¹, but d f*(y)/dy = (f')⁻¹(y) in closed form.
         return value - weights * (logprobs - logprobs.detach()), weights

@@ -20,10 +20,10 @@ class SurrogateOutput(NamedTuple):
     """The output of a surrogate for a batch; every field is (N, T), and the last three are constants.
 
     Attributes:
-        gains: What is to be maximised at each token; its gradient is the policy gradient, its value means nothing.
+        gains: Surrogate to maximize at each token; its gradient is the policy gradient, its value means nothing.
         importance_weight: ``π/π_old`` of the token, or of its whole completion.
-        clipped_low: True where the lower bound cuts the gradient off.
-        clipped_high: True where the upper bound does.
+        clipped_low: True where the lower bound makes the gradient 0.
+        clipped_high: True where the upper bound makes the gradient 0.
     """
 
     gains: Float[Tensor, "N T"]
@@ -37,13 +37,13 @@ class Surrogate:
     """``min(w A, clip(w, 1 - ε_low, 1 + ε_high) A)`` at each token, with ``w = π/π_old``.
 
     Attributes:
-        importance: ``"sequence"``: w is the product over the completion's tokens, which makes samples of π_old exact.
-            ``"token"``: w is the token's own ratio, as in PPO; it takes the prefixes' law for unchanged.
-        clip_low: ``ε_low``, in (0, 1]; None bounds nothing below.
-        clip_high: ``ε_high``, positive; None bounds nothing above.
+        importance: ``"sequence"``: w is the product over the completion's tokens: unbiased on samples of π_old.
+            ``"token"``: w is the token's own ratio, as in PPO; it ignores the change in the distribution of prefixes.
+        clip_low: ``ε_low``, in (0, 1]; None means no lower bound.
+        clip_high: ``ε_high``, positive; None means no upper bound.
 
     Raises:
-        ValueError: A choice is unknown or a bound out of range.
+        ValueError: A choice is unknown or a bound is out of range.
 
     Source:
         Schulman et al., PPO (arXiv:1707.06347), Eq. 7; two bounds: Yu et al., DAPO (arXiv:2503.14476), Eq. 10. Beyond
@@ -77,20 +77,20 @@ class Surrogate:
 
     @property
     def clips(self) -> bool:
-        """True if any bound is set."""
+        """True if there is a bound."""
         return self.clip_low is not None or self.clip_high is not None
 
     def __call__(self, batch: CompletionBatch) -> SurrogateOutput:
         """Return the surrogate at each token.
 
         Args:
-            batch: Completions with ``advantages``, and ``old_logprobs`` where they were not drawn from π itself.
+            batch: Completions with ``advantages``, and ``old_logprobs`` unless they were sampled from π itself.
 
         Returns:
-            The gains and what was clipped; 0 and False outside the mask.
+            The gains and the clipped tokens; 0 and False outside the mask.
 
         Raises:
-            ValueError: ``advantages`` is None, or ``old_logprobs`` is and there are bounds.
+            ValueError: ``advantages`` is None, or ``old_logprobs`` is None and there are bounds.
         """
         if self.clips and batch.old_logprobs is None:
             raise ValueError(
@@ -104,13 +104,15 @@ class Surrogate:
             weight = power(log_ratio)
         else:
             logprobs = batch.logprobs.masked_fill(~mask, 0.0)
-            # The gradient of log π at each token, so that advantages may differ between tokens.
+            # The weight is a constant; the factor is 1 in value and has the gradient of the token's own log π. Summed
+            # over tokens this is the gradient of the completion's weight, and advantages may differ between tokens.
             whole = power(log_ratio.detach().sum(dim=-1, keepdim=True))
             weight = whole * (1 + logprobs - logprobs.detach())
         gains = weight * advantages
         if self.clips:
             low = None if self.clip_low is None else 1 - self.clip_low
             high = None if self.clip_high is None else 1 + self.clip_high
+            # The minimum clips only what would move the policy further away; a clamped weight has no gradient.
             gains = torch.minimum(gains, weight.clamp(low, high) * advantages)
         constant, nowhere = weight.detach(), torch.zeros_like(mask)
         below = nowhere if self.clip_low is None else mask & (constant < 1 - self.clip_low) & (advantages < 0)

@@ -1,4 +1,4 @@
-"""Energy-based targets ``p(y) ∝ π_ref(y) exp(score(y))``, as functions of what is known of each completion."""
+"""Energy-based targets ``p(y) ∝ π_ref(y) exp(score(y))``, as functions of features of each completion."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["BinaryConstraint", "ExponentialReward", "MomentConstraints", "Produc
 
 @runtime_checkable
 class Target(Protocol):
-    """A distribution known up to its normaliser: ``P = π_ref exp(score)``, and ``p = P/Z``.
+    """A distribution known up to its normalizer: ``P = π_ref exp(score)``, and ``p = P/Z``.
 
     Attributes:
-        has_zeros: Whether some completions may have ``P = 0`` though the reference can produce them.
-        num_features: K, how many numbers it reads of each completion.
+        has_zeros: True if completions that the reference can produce may have ``P = 0``.
+        num_features: K, the number of features that it reads of each completion.
     """
 
     @property
@@ -34,7 +34,7 @@ class Target(Protocol):
         """Return ``log P/π_ref`` of each completion.
 
         Args:
-            features: What the target reads, shape (N, K).
+            features: The features that the target reads, shape (N, K).
 
         Returns:
             Shape (N,), nats; -inf where ``P = 0``.
@@ -44,7 +44,7 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class BinaryConstraint:
-    """``p = π_ref(· | b = 1)``: the reference where its completions satisfy a constraint, and nothing elsewhere.
+    """``p = π_ref(· | b = 1)``: the reference restricted to completions that satisfy a constraint.
 
     Source:
         Khalifa et al., GDC (arXiv:2012.11635), pointwise constraints.
@@ -64,7 +64,7 @@ class BinaryConstraint:
             features: 1 where the constraint holds, else 0, shape (N, 1).
 
         Returns:
-            Shape (N,); NaN where the feature is NaN, which neither holds nor fails.
+            Shape (N,); NaN where the feature is NaN.
         """
         holds = _columns(self, features)[:, 0]
         score = torch.zeros_like(holds).masked_fill(holds <= 0.5, -math.inf)
@@ -73,13 +73,13 @@ class BinaryConstraint:
 
 @dataclass(frozen=True)
 class MomentConstraints:
-    """``p ∝ π_ref exp(λ·φ)``: of all laws with ``E_p[φ] = μ`` the nearest to the reference in reverse KL.
+    """``p ∝ π_ref exp(λ·φ)``: of all distributions with ``E_p[φ] = μ``, the nearest to the reference in reverse KL.
 
     Attributes:
-        lambdas: λ, one number per feature; :func:`falign.objectives.fit_moments` finds those of given moments.
+        lambdas: λ, one number per feature; :func:`falign.objectives.fit_moments` finds λ for given moments.
 
     Raises:
-        ValueError: There is no λ, or one is not finite.
+        ValueError: λ is empty, or a value is NaN or infinite.
 
     Source:
         Khalifa et al., GDC (arXiv:2012.11635), distributional constraints.
@@ -98,7 +98,7 @@ class MomentConstraints:
 
     @property
     def num_features(self) -> int:
-        """The number of multipliers λ."""
+        """Number of multipliers λ."""
         return len(self.lambdas)
 
     def log_score(self, features: Shaped[Tensor, "N K"]) -> Float[Tensor, " N"]:
@@ -111,12 +111,14 @@ class MomentConstraints:
             Shape (N,), nats.
         """
         phi = _columns(self, features)
-        return (phi * phi.new_tensor(self.lambdas)).sum(dim=-1)  # a matrix product would lose digits under autocast
+        return (phi * phi.new_tensor(self.lambdas)).sum(
+            dim=-1
+        )  # not a matrix product, which autocast would compute in low precision
 
 
 @dataclass(frozen=True)
 class ExponentialReward:
-    """``p ∝ π_ref exp(r/β)``: the optimum of ``E[r] - β KL(π‖π_ref)``, whatever divergence then leads to it.
+    """``p ∝ π_ref exp(r/β)``: the optimum of ``E[r] - β KL(π‖π_ref)``; any divergence may be used to approach it.
 
     Attributes:
         beta: β, nats of reward; positive.
@@ -154,13 +156,13 @@ class ExponentialReward:
 
 @dataclass(frozen=True)
 class ProductTarget:
-    """``p ∝ π_ref exp(Σ_i score_i)``: several targets at once, each with its own columns of the features, in order.
+    """``p ∝ π_ref exp(Σ_i score_i)``: several targets at once; each reads its own columns of the features, in order.
 
     Attributes:
         targets: The factors, one or more.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no factor.
 
     Source:
         Khalifa et al., GDC (arXiv:2012.11635), pointwise and distributional constraints together.
@@ -175,7 +177,7 @@ class ProductTarget:
 
     def __post_init__(self) -> None:
         if not self.targets:
-            raise ValueError("targets=() has no factor: a product is of one target or more.")
+            raise ValueError("targets=() has no factor: give one target or more.")
 
     @property
     def has_zeros(self) -> bool:
@@ -184,7 +186,7 @@ class ProductTarget:
 
     @property
     def num_features(self) -> int:
-        """Fields that any factor reads."""
+        """Number of features of all factors together."""
         return sum(target.num_features for target in self.targets)
 
     def log_score(self, features: Shaped[Tensor, "N K"]) -> Float[Tensor, " N"]:
@@ -194,7 +196,7 @@ class ProductTarget:
             features: The factors' features side by side, shape (N, K).
 
         Returns:
-            Shape (N,), nats; -inf where any factor is 0.
+            Shape (N,), nats; -inf if any factor is 0.
         """
         parts = _columns(self, features).split([target.num_features for target in self.targets], dim=-1)
         scores = [target.log_score(part) for target, part in zip(self.targets, parts, strict=True)]

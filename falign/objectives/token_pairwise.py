@@ -1,4 +1,4 @@
-"""TDPO and its relatives: a pair's margin of log-ratios, corrected by the divergences at its tokens."""
+"""TDPO and variants: the margin of a pair's log-ratios, corrected by the divergences at its tokens."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ __all__ = ["TokenPairwise"]
 
 @dataclass(frozen=True)
 class TokenPairwise(BaseObjective):
-    """``-log σ(r̂_w - r̂_l)`` for each pair, with ``r̂(y) = β (m(y) + a δ(y))`` of sums over the tokens of y.
+    """``-log σ(r̂_w - r̂_l)`` for each pair, with ``r̂(y) = β (m(y) + a δ(y))``, m and δ sums over the tokens of y.
 
     ``m(y) = Σ_t w_t (log π(y_t|s_t) - log π_ref(y_t|s_t))`` and ``δ(y) = Σ_t w_t D_f(π(·|s_t)‖π_ref(·|s_t))``, all
     ``w_t = 1`` without weighting. Variant 1 has ``a = 1`` and is ``-log σ(β [(m_w - m_l) - (δ_l - δ_w)])``.
-    Variant 2 is ``-log σ(β [(m_w - m_l) - α (δ_l - sg(δ_w))])``: ``a = α``, and no gradient through the preferred
-    completion's δ, so that it lowers the other one's and leaves this one alone. ``α = 0`` is DPO.
+    Variant 2 is ``-log σ(β [(m_w - m_l) - α (δ_l - sg(δ_w))])``: ``a = α``, and no gradient through the chosen
+    completion's δ: the loss changes only the rejected completion's δ. ``α = 0`` is DPO.
 
-    δ regularises additively and no closed form is inverted, so f needs no barrier.
+    δ is an additive regularizer and no closed form is inverted, so f needs no barrier.
 
     Attributes:
-        divergence: f of δ; the paper's, ``KL(π_ref‖π)``, is the forward KL.
+        divergence: f of δ; the paper uses ``KL(π_ref‖π)``, the forward KL.
         beta: β, nats of reward; positive.
-        alpha: α, weight of δ, not negative; 0.5 in variant 2 where it is None, and without meaning in variant 1.
+        alpha: α, weight of δ, not negative; None means 0.5 in variant 2; not allowed in variant 1.
         variant: 1 (TDPO1) or 2 (TDPO2).
         weighting: ``"none"`` counts every token once. The others take ``w_t`` from ``CompletionBatch.token_weights``,
-            one weight for both sums; a token of weight 0 is not read. They say what a trainer fills in, from the
-            reference's activations: ``"mapo"`` the mask of SparsePO's MaPO
-            (:class:`falign.scoring.token_weights.MapoMask`), ``"activations"`` falign's own weights.
+            one weight for both sums; a token of weight 0 is ignored. A trainer computes them from the reference's
+            activations: ``"mapo"`` is the MaPO mask of SparsePO (:class:`falign.scoring.token_weights.MapoMask`),
+            ``"activations"`` are falign's own weights.
 
     Raises:
         ValueError: β is not positive, α is negative or given in variant 1, or a choice is unknown.
 
     Source:
-        Zeng et al., TDPO (arXiv:2404.11999), the losses of TDPO1 and TDPO2; there f is the forward KL. The derivation
-        starts from the reverse KL, whose δ would be another one. Weights: variant 1 with ``weighting="mapo"`` is the
+        Zeng et al., TDPO (arXiv:2404.11999), the losses of TDPO1 and TDPO2, with f the forward KL. Their derivation
+        starts from the reverse KL, which would give a different δ. Weights: variant 1 with ``weighting="mapo"`` is the
         MaPO loss of Christopoulou et al., SparsePO (arXiv:2410.05102), which has one mask for both sums; the paper's
-        learned masks may be two, for m and for δ, and are not available.
+        learned masks, which may differ for m and δ, are not available.
 
     Example:
         >>> batch = CompletionBatch(
@@ -81,13 +81,15 @@ class TokenPairwise(BaseObjective):
             raise ValueError(f"beta={self.beta!r} must be positive and finite.")
         if self.variant == 1 and self.alpha is not None:
             raise ValueError(
-                f"alpha={self.alpha!r} with variant=1: TDPO1 counts the divergences in full and has no α; leave alpha "
+                f"alpha={self.alpha!r} with variant=1: TDPO1 counts the divergences in full, without α; leave alpha "
                 "out, or set variant=2."
             )
         if self.variant == 2 and self.alpha is None:
             object.__setattr__(self, "alpha", 0.5)
         if self.alpha is not None and not 0 <= self.alpha < math.inf:
-            raise ValueError(f"alpha={self.alpha!r} must be finite and not negative: that would reward divergence.")
+            raise ValueError(
+                f"alpha={self.alpha!r} must be finite and not negative: a negative one would reward divergence."
+            )
 
     @property
     @override
@@ -108,8 +110,8 @@ class TokenPairwise(BaseObjective):
     def implicit_reward(self, log_ratio: Float[Tensor, "*S"], divergence: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         """Return ``r̂ = β (m + a δ)`` with ``a = 1`` in variant 1 and ``a = α`` in variant 2.
 
-        The log-ratio alone defines no reward here. In value the loss is ``-log σ`` of the difference of two of these,
-        in both variants.
+        The log-ratio alone does not determine the reward. In both variants the value of the loss is ``-log σ`` of the
+        difference of two such rewards.
 
         Args:
             log_ratio: m, (weighted) sums of ``log u`` over tokens, nats.
@@ -122,7 +124,7 @@ class TokenPairwise(BaseObjective):
 
     @override
     def completion_rewards(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
-        # In variant 2 its gradient flows through δ of what is preferred too, unlike the loss's.
+        # Unlike in the loss of variant 2, the gradient flows through δ of the chosen completion too.
         return self.implicit_reward(*self._sums(batch))
 
     @override
@@ -131,8 +133,8 @@ class TokenPairwise(BaseObjective):
 
         Args:
             batch: Completions with ``reference_logprobs``, ``measures["divergence"]``, ``preference``, and
-                ``token_weights`` with a weighting; every two completions of one prompt with different preference are a
-                pair.
+                ``token_weights`` with a weighting; any two completions of one prompt with different preferences form
+                a pair.
 
         Returns:
             One term of shape (pairs,), and the metrics of each pair: ``rewards/*`` (:meth:`implicit_reward`, so that
@@ -173,7 +175,7 @@ class TokenPairwise(BaseObjective):
         return self._sum(batch, batch.log_ratio), self._sum(batch, batch.require("measures.divergence"))
 
     def _sum(self, batch: CompletionBatch, per_token: Float[Tensor, "N T"]) -> Float[Tensor, " N"]:
-        """``Σ_t w_t x_t``; where nothing counts, x is not read, so that 0 · inf cannot be."""
+        """``Σ_t w_t x_t``; where the weight is 0, x is masked first, because 0 · inf would be NaN."""
         if self.weighting == "none":
             return batch.sequence_sum(per_token)
         weights = batch.require("token_weights").masked_fill(~batch.completion_mask, 0.0)

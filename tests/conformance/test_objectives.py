@@ -228,7 +228,7 @@ def test_an_objective_that_answers_more_than_is_asked_of_a_plain_class_must_say_
         def prepare(self, batch):
             return batch
 
-    with pytest.raises(TypeError, match=r"Prepares defines prepare and would not be asked.*BaseObjective"):
+    with pytest.raises(TypeError, match=r"Prepares defines prepare, which would never be called.*BaseObjective"):
         complete(Prepares())
     with pytest.raises(TypeError, match=r"Term has no needs and no measures|parameter 'objective'"):
         complete(Term(torch.zeros(1), torch.zeros(1)))  # pyright: ignore[reportArgumentType]

@@ -52,7 +52,7 @@ def test_equal_rewards_give_exactly_nothing(name):
 def test_a_completion_without_others_is_refused_with_the_remedy(name):
     rewards, prompts = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([8, 8, 5])
     rows = slice(None) if name == "leave_one_out" else slice(2, 3)
-    with pytest.raises(ValueError, match=r"has one completion.*sample two or more"):
+    with pytest.raises(ValueError, match=r"has only one completion.*sample two or more"):
         get_advantage(name)(rewards[rows], prompts[rows])
 
 

@@ -175,9 +175,9 @@ def test_metrics_say_how_far_the_target_is_reached():
 
 def test_a_lone_sample_is_refused_with_the_remedy():
     lone = rollout().select(torch.arange(6) == 2)
-    with pytest.raises(ValueError, match=r"baseline='leave_one_out' has no other.*choose 'constant'"):
+    with pytest.raises(ValueError, match=r"baseline='leave_one_out' needs others.*choose 'constant'"):
         OBJECTIVES[0].prepare(lone)
-    with pytest.raises(ValueError, match=r"baseline='constant' has no other.*choose 'none'"):
+    with pytest.raises(ValueError, match=r"baseline='constant' needs others.*choose 'none'"):
         OBJECTIVES[1].prepare(lone)
     assert torch.isfinite(OBJECTIVES[2](lone).mean())
 

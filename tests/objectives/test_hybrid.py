@@ -79,5 +79,5 @@ def test_needs_are_those_of_both():
 
 
 def test_a_negative_coefficient_is_refused():
-    with pytest.raises(ValueError, match="reward forgetting"):
+    with pytest.raises(ValueError, match="rewards forgetting"):
         Hybrid(PolicyGradient(), Rehearsal(JS), -0.1)

@@ -55,7 +55,9 @@ def test_aliases_of_the_ecosystem():
 def test_ipo_is_that_of_the_paper_and_needs_beta():
     expected = [(margin / 0.2 - 1 / 0.4) ** 2 for margin in MARGINS.tolist()]
     torch.testing.assert_close(IPO(0.2)(MARGINS).tolist(), expected)
-    with pytest.raises(ValueError, match="depends on beta: name it as 'ipo' in an objective of pairs"):
+    with pytest.raises(
+        ValueError, match="needs log-ratios per token and beta: use it as margin_loss of a pairwise objective"
+    ):
         get_margin_loss("ipo")
     with pytest.raises(ValueError, match="did you mean 'ipo'"):
         get_margin_loss("ip")

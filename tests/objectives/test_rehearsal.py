@@ -61,7 +61,7 @@ def test_losses_and_gradients_are_finite_to_ten_thousand_nats(name, level, dtype
 
 
 def test_a_mean_over_tokens_of_a_whole_completion_is_refused():
-    with pytest.raises(ValueError, match="no sum over tokens; leave reduction out"):
+    with pytest.raises(ValueError, match="not a sum over tokens; leave reduction out"):
         Rehearsal(JS, "sequence", "token_mean")
 
 

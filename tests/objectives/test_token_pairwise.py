@@ -218,7 +218,7 @@ def test_the_default_divergence_is_the_papers():
         ({"beta": 0.0}, "must be positive"),
         ({"alpha": -0.1}, "must be finite and not negative"),
         ({"alpha": math.nan}, "must be finite and not negative"),
-        ({"variant": 1, "alpha": 0.5}, "TDPO1 .* has no α; leave alpha out"),
+        ({"variant": 1, "alpha": 0.5}, "TDPO1 .* without α; leave alpha out"),
         ({"divergence": "kl"}, "does not say which"),
     ],
 )

@@ -154,7 +154,7 @@ def test_what_no_samples_could_make_right_is_refused_before_there_are_any():
     with pytest.raises(ConfigError, match="did you mean 'jensen_shannon'"):
         config(kind="distribution_matching", divergence="jensen_shanon", target=moments).unfitted().build()
     product = {"kind": "product", "targets": [moments, {"kind": "binary"}]}
-    with pytest.raises(ConfigError, match=r"objective: reverse_kl cannot lead to a target that has zeros"):
+    with pytest.raises(ConfigError, match=r"objective: reverse_kl cannot be used with a target that has zeros"):
         config(kind="distribution_matching", divergence="reverse_kl", target=product).unfitted().build()
     config(kind="distribution_matching", divergence="reverse_kl", target=moments).unfitted().build()
 
@@ -164,10 +164,10 @@ def test_what_no_samples_could_make_right_is_refused_before_there_are_any():
     [
         ({"kind": "policy_gradient", "beta": 0.1}, "objective: beta=0.1.* without a divergence"),
         ({"kind": "policy_gradient", "advantage": "rloo"}, "objective.advantage='rloo' is unknown"),
-        ({"kind": "policy_gradient", "lam": 0.9}, "belongs to advantage='gae'"),
+        ({"kind": "policy_gradient", "lam": 0.9}, "is only for advantage='gae'"),
         ({"kind": "supervised", "divergence": "js", "beta": 0.1}, r"objective: f-SFT is not defined under"),
         ({"kind": "supervised", "beta": 0.1}, "give both, or neither"),
-        ({"kind": "rehearsal", "level": "sequence", "reduction": "token_mean"}, "no sum over tokens"),
+        ({"kind": "rehearsal", "level": "sequence", "reduction": "token_mean"}, "not a sum over tokens"),
         (
             {"kind": "distribution_matching", "target": {"kind": "moments", "moments": [1], "lambdas": [1, 2]}},
             "2 lambdas for 1 moments",

@@ -328,7 +328,7 @@ def test_moments_are_fitted_on_samples_of_the_reference_and_approached(start):
 
 def test_a_target_of_zeros_and_an_infinite_slope_are_refused_before_anything_is_loaded(start):
     target = {"kind": "binary"}
-    with pytest.raises(ConfigError, match="cannot lead to a target that has zeros"):
+    with pytest.raises(ConfigError, match="cannot be used with a target that has zeros"):
         start(objective={"kind": "distribution_matching", "divergence": "reverse_kl", "target": target})
 
 
