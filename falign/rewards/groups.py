@@ -1,4 +1,4 @@
-"""What the rewards of several completions per prompt say: pass@k, best of n, groups without a signal, win rates."""
+"""Figures from the rewards of several completions per prompt: pass@k, best of n, groups without a signal, win rates."""
 
 from __future__ import annotations
 

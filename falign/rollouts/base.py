@@ -90,7 +90,7 @@ class EngineCapabilities:
 
 @dataclass(frozen=True)
 class EngineSetup:
-    """What a run knows of itself when it opens its engine.
+    """The facts of a run that its engine may need when it is opened.
 
     Attributes:
         policy: The model that is trained, on its device.

@@ -1,4 +1,4 @@
-"""What a vLLM server says about itself, and what of it a run cannot live with."""
+"""A vLLM server's description of itself, and the settings with which a run cannot work."""
 
 from __future__ import annotations
 

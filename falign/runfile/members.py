@@ -176,7 +176,8 @@ def _field(parameter: inspect.Parameter, member: Callable[..., Any]) -> tuple[An
 
     empty = parameter.empty
     annotation = Any if parameter.annotation is empty else parameter.annotation
-    if any(isinstance(each, type) and issubclass(each, Divergence) for each in (annotation, *get_args(annotation))):
+    alternatives: list[Any] = [annotation, *get_args(annotation)]
+    if any(inspect.isclass(each) and issubclass(each, Divergence) for each in alternatives):
         annotation = Annotated[annotation, BeforeValidator(_divergence)]
     default = ... if parameter.default is empty else parameter.default
     return annotation, Field(default=default, description=_argument_docs(member).get(parameter.name))

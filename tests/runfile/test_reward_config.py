@@ -144,7 +144,7 @@ def test_a_reward_that_cannot_be_built_is_a_config_error():
 def test_the_run_file_lines_of_the_page_are_valid_and_its_table_names_every_kind_and_field():
     text = (Path(__file__).parents[2] / "docs/rewards.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         Holder(**yaml.safe_load(block))
     rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", text, re.MULTILINE)

@@ -4,4 +4,4 @@ __all__ = ["RowError"]
 
 
 class RowError(Exception):
-    """What the row holds for comparison cannot be used: the data's fault, not the completion's."""
+    """The row's own answer cannot be used: an error of the data, not of the completion."""
