@@ -1,4 +1,4 @@
-"""Prompt trees, the unit of scoring, and their completions laid out in rows of tokens, whatever the layout."""
+"""Prompt trees, the unit of scoring, and batches of their completions as rows of tokens, in any layout."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class PromptTree:
 
     Attributes:
         prompt_ids: Token ids of the prompt, shared by all completions.
-        completion_ids: Token ids of each completion, every one with at least one token.
+        completion_ids: Token ids of each completion, at least one token each.
         preference: One value per completion, larger is preferred (a pair: 1 and 0); None without preferences.
-        place: Where the row came from, for messages (``"pairs.jsonl:12"``).
+        place: File and row of the example, for messages (``"pairs.jsonl:12"``).
 
     Raises:
         ValueError: If the prompt or a completion is empty, or preferences and completions differ in number.
@@ -48,7 +48,9 @@ class PromptTree:
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
-            raise ValueError(f"{self.place}: a prompt needs at least one token: its last one predicts the completion.")
+            raise ValueError(
+                f"{self.place}: a prompt needs at least one token, which predicts the first token of the completion."
+            )
         if not self.completion_ids or not all(self.completion_ids):
             raise ValueError(f"{self.place}: every completion needs at least one token.")
         if self.preference is not None and len(self.preference) != len(self.completion_ids):
@@ -58,7 +60,7 @@ class PromptTree:
 
 
 def token_rows(trees: Iterable[PromptTree]) -> Iterator[tuple[str, Sequence[int]]]:
-    """Return the token ids of each prompt with each of its completions, and the place that they are from.
+    """Return the token ids of each prompt with each of its completions, and their place.
 
     Args:
         trees: The prompts and completions.
@@ -75,13 +77,13 @@ def token_rows(trees: Iterable[PromptTree]) -> Iterator[tuple[str, Sequence[int]
 
 @dataclass(frozen=True)
 class TreeSpan:
-    """Where one prompt and the completions that share its copy lie: side by side in one row.
+    """The span of one prompt and the completions that share it, side by side in one row.
 
     Attributes:
         row: Index of the row.
         start: Column of the prompt's first token.
         prompt_length: Tokens of the prompt.
-        completion_lengths: Tokens of each completion, in the order in which they follow.
+        completion_lengths: Tokens of each completion, in their order in the row.
     """
 
     row: int
@@ -104,21 +106,21 @@ class TreeSpan:
 class TokenBatch:
     """N completions in R rows of L tokens; T is the longest completion.
 
-    Nothing is ever inferred from a token's value: what fills a row may be the end-of-sequence token.
+    Nothing is inferred from token values: the filling may be the end-of-sequence token.
 
     Attributes:
         input_ids: Prompts, completions and filling, shape (R, L).
         position_ids: Position of each token on its path from the start of its prompt, shape (R, L).
         attention_mask: In the padded layout 1 on prompt and completion, shape (R, L). None in the tree layout, where
-            who sees whom follows from `spans`.
+            `spans` determines which token attends to which.
         spans: One for each copy of a prompt, in the order of the completions.
-        completion_ids: The completions alone, from column 0 on, shape (N, T).
+        completion_ids: Only the completions, each from column 0 on, shape (N, T).
         completion_mask: True on completion tokens, shape (N, T).
-        predictor: Index, into all R·L positions, of the one that predicts each completion token, shape (N, T); 0
-            where masked.
-        prompt_index: Which tree of this batch a completion belongs to, counted from 0, shape (N,).
-        preference: Larger is preferred among completions of one tree, shape (N,); None where the trees have none.
-        place: Where each completion came from, for messages, N strings.
+        predictor: Index, into the R·L positions, of the position that predicts each completion token, shape (N, T);
+            0 where masked.
+        prompt_index: Index, in this batch, of each completion's tree, shape (N,).
+        preference: Larger is preferred among completions of one tree, shape (N,); None if the trees have none.
+        place: File and row of each completion, for messages, N strings.
     """
 
     input_ids: Int[Tensor, "R L"]
@@ -136,17 +138,17 @@ class TokenBatch:
         """Return this batch with its tensors on another device.
 
         Args:
-            device: Where the tensors go.
+            device: The device.
 
         Returns:
-            A new batch; a tensor that is already there is shared, not copied.
+            A new batch; tensors already on the device are shared, not copied.
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     def token_ids(self) -> list[tuple[list[int], list[int]]]:
-        """Return prompt ids and completion ids of each completion: what was laid out, without the filling.
+        """Return prompt ids and completion ids of each completion, without the filling.
 
         Returns:
             N pairs of lists, copied to the CPU.
@@ -162,10 +164,10 @@ class TokenBatch:
         return pairs
 
     def scatter(self, values: Float[Tensor, " M"]) -> Float[Tensor, "N T"]:
-        """Return one value per completion token in its place, and 0 where masked.
+        """Scatter one value per completion token to its position; 0 where masked.
 
         Args:
-            values: In the order of the mask's True places, shape (M,).
+            values: In the order of the True entries of `completion_mask`, shape (M,).
 
         Returns:
             Shape (N, T), differentiable.
@@ -182,14 +184,14 @@ def lay_out(
     pad_token_id: int,
     pad_to_multiple_of: int = 1,
 ) -> TokenBatch:
-    """Write trees into rows, each behind those that went into its row before.
+    """Write trees into rows, each after the trees already in its row.
 
     Args:
         trees: One or more prompts with their completions.
         rows: The row of each tree.
-        prompt_index: What each tree's completions get as `TokenBatch.prompt_index`.
-        preference: What becomes `TokenBatch.preference`.
-        pad_token_id: What fills rows.
+        prompt_index: `TokenBatch.prompt_index` of each tree's completions.
+        preference: `TokenBatch.preference`.
+        pad_token_id: Id of the filling.
         pad_to_multiple_of: L is rounded up to a multiple of this.
 
     Returns:
@@ -212,7 +214,9 @@ def lay_out(
     n = 0
     for tree, span in zip(trees, spans, strict=True):
         end = span.start + span.prompt_length
-        last = span.row * width + end - 1  # predicts the first token of every completion
+        # Position i predicts token i + 1. So the prompt's last token predicts the first token of every completion, and
+        # a completion's token its next one. Each completion's positions continue from the prompt's.
+        last = span.row * width + end - 1
         input_ids[span.row, span.start : end] = torch.tensor(tree.prompt_ids)
         position_ids[span.row, span.start : end] = torch.arange(span.prompt_length)
         for ids in tree.completion_ids:
@@ -240,7 +244,7 @@ def lay_out(
 
 
 def preferences(trees: Sequence[PromptTree]) -> Float[Tensor, " N"] | None:
-    """Return the preference of each completion, or None where no tree has one.
+    """Return the preference of each completion, or None if no tree has one.
 
     Args:
         trees: The trees of a batch.
@@ -259,6 +263,6 @@ def preferences(trees: Sequence[PromptTree]) -> Float[Tensor, " N"] | None:
     if without:
         raise ValueError(
             f"{len(without)} of {len(trees)} trees of a batch have no preference (first: {without[0]!r}): "
-            "give it for all of them or for none."
+            "give one for all trees or for no tree."
         )
     return torch.tensor([value for tree in trees for value in tree.preference or ()], dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""From a batch of tokens to what is known about each completion token."""
+"""From a batch of tokens to hidden states and scores of each completion token."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["CompletionStates", "completion_scores", "completion_states"]
 
 
 class CompletionStates(NamedTuple):
-    """A batch as a model without its head sees it.
+    """A model's states for a batch, before its head.
 
     Attributes:
-        distribution: The prediction of each completion token, in the order of the mask's True places, shape (M, H).
-        token_weights: From the model's activations where it predicts each token, shape (N, T), 0 where masked; None
-            unless asked for.
+        distribution: The prediction of each completion token, in the order of the mask's True entries, shape (M, H).
+        token_weights: Weights from the model's activations at the position that predicts each token, shape (N, T), 0
+            where masked; None unless requested.
     """
 
     distribution: Distribution
@@ -40,15 +40,15 @@ def completion_states(model: nn.Module, batch: TokenBatch, *, weighting: Weighti
         model: A causal language model in the Transformers layout, with or without adapters, on the device of
             the batch.
         batch: The rows to score, in either layout.
-        weighting: Also return weights of tokens: ``"activations"``, falign's own
-            (:func:`falign.scoring.token_weights.activation_weights`), or ``"mapo"``, the mask of SparsePO's MaPO
+        weighting: Also return token weights: ``"activations"``, falign's own
+            (:func:`falign.scoring.token_weights.activation_weights`), or ``"mapo"``, the MaPO mask of SparsePO
             (:class:`falign.scoring.token_weights.MapoMask`).
 
     Returns:
         The states at the positions that predict completion tokens.
 
     Raises:
-        ModelError: The model has no separate backbone and head, or no activations that ``"mapo"`` knows.
+        ModelError: The model has no separate backbone and head, or no activations that ``"mapo"`` can read.
     """
     mask = tree_masks(model, batch) if batch.attention_mask is None else batch.attention_mask
     mapo = MapoMask(model, batch) if weighting == "mapo" else None
@@ -79,7 +79,7 @@ def completion_scores(
     value_head: nn.Module | None = None,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
 ) -> TokenScores:
-    """Return log π(y_t | x, y_<t), the entropy and, if asked for, measures of π(· | x, y_<t) at each completion token.
+    """Return log π(y_t | x, y_<t), the entropy and any measures of π(· | x, y_<t) at each completion token.
 
     The backbone runs over the rows; only the positions that predict a completion token reach the head.
 
@@ -88,12 +88,12 @@ def completion_scores(
             the batch.
         batch: The rows to score, in either layout.
         measures: Functionals of the whole distribution at each position, by name.
-        references: The states of the same batch of each reference that the measures read, by name.
-        value_head: From hidden states, shape (M, H), to values, shape (M, 1); its gradient ends at the hidden states.
-        chunk_tokens: How many positions reach the head at once; changes memory and speed alone.
+        references: Each reference's states for the same batch, by name, for the references that the measures read.
+        value_head: From hidden states, shape (M, H), to values, shape (M, 1); its gradient stops at the hidden states.
+        chunk_tokens: Number of positions that reach the head at once; affects only memory and speed.
 
     Returns:
-        Log-probabilities and measures, which carry the gradient, detached entropies and the references'
+        Log-probabilities and measures, which carry the gradient, detached entropies, and the references'
         log-probabilities, each of shape (N, T) in float32 (float64 for a float64 model), with 0 where
         `batch.completion_mask` is False.
 

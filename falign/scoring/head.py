@@ -14,7 +14,7 @@ from falign.scoring.backbone import without_wrapper
 
 __all__ = ["Head", "read_head"]
 
-# What model configurations call the same three things. `check_head` finds what this table does not know.
+# Names of these settings in model configurations. `check_head` detects heads that this table does not cover.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling",)
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -23,13 +23,13 @@ _MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
 
 @dataclass(frozen=True)
 class Head:
-    """From a hidden state to logits: ``c tanh(s E(h) / c)``, or ``s E(h)`` without a cap.
+    """A map from a hidden state to logits: ``c tanh(s E(h) / c)``, or ``s E(h)`` without a cap.
 
     Attributes:
-        embeddings: E, the output embeddings; called, so that adapters on it and quantisation act. A module, or for a
-            head that is not trained any function of hidden states.
-        scale: s, what the model multiplies its logits by.
-        softcap: c, the bound of its logits; None for none.
+        embeddings: E, the output embeddings, always called, so that adapters and quantization take effect. A module;
+            for a head that is not trained, any function of hidden states.
+        scale: s, the factor of the logits.
+        softcap: c, the bound of the logits; None for no bound.
     """
 
     embeddings: nn.Module | Callable[[Tensor], Tensor]
@@ -38,18 +38,18 @@ class Head:
 
     @property
     def trains(self) -> bool:
-        """Whether a parameter of the head takes a gradient."""
+        """True if a parameter of the head requires a gradient."""
         return isinstance(self.embeddings, nn.Module) and any(p.requires_grad for p in self.embeddings.parameters())
 
     @property
     def matrix(self) -> Float[Tensor, "V H"] | None:
-        """E as a matrix, a constant; None where it is not one plain layer (quantized, or with an adapter on it)."""
-        # Quantized layers and those with adapters are subclasses or wrappers of a linear one.
+        """E as a constant matrix; None if it is not a plain linear layer (quantized, or with an adapter)."""
+        # Exact type: quantized layers and layers with adapters are subclasses or wrappers of nn.Linear.
         layer = self.embeddings
         return layer.weight.detach() if isinstance(layer, nn.Linear) and type(layer) is nn.Linear else None
 
     def logits(self, raw: Float[Tensor, "M V"]) -> Float[Tensor, "M V"]:
-        """Return the logits, from what the embeddings give, in float32, or in float64 for a float64 model.
+        """Return the logits from the output of the embeddings, in float32 (float64 for a float64 model).
 
         Args:
             raw: ``E(h)``, shape (M, V).
@@ -61,10 +61,10 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def slope(self, logits: Float[Tensor, "M V"]) -> Float[Tensor, "M V"] | float:
-        """Return the derivative of `logits` by what the embeddings give.
+        """Return the derivative of the logits by the output of the embeddings.
 
         Args:
-            logits: What :meth:`logits` returned.
+            logits: As returned by :meth:`logits`.
 
         Returns:
             ``s (1 - (z/c)²)``, or ``s`` without a cap.
@@ -79,7 +79,7 @@ def read_head(model: nn.Module) -> Head:
         model: A causal language model in the Transformers layout, with or without adapters.
 
     Returns:
-        Its head. A cap or scale under a name unknown here is missed; `check_head` compares with the model.
+        Its head. A cap or scale under an unknown name is missed; `check_head` compares the result with the model.
 
     Raises:
         ModelError: If the model has no output embeddings.

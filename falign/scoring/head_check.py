@@ -1,4 +1,4 @@
-"""A check of the head that was read against the model's own logits."""
+"""Comparison of the scores through a head with the model's own logits."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _NUM_TOKENS = 32
 
 
 def check_head(model: nn.Module, token_ids: Sequence[int], *, tolerance: float | None = None) -> None:
-    """Compare scores with the log-softmax of the model's own logits, once, on a few tokens; and see that it is causal.
+    """Compare scores with the log-softmax of the model's own logits on a few tokens, and check that it is causal.
 
-    Architectures alter logits after the head in ways that no configuration field announces; a head that
-    misses one gives plausible numbers. Encoders that are loaded as language models see the tokens that they predict.
+    Some architectures change logits after the head without a configuration field that says so; scores that miss
+    such a change look plausible. Encoders loaded as language models see the tokens that they predict.
 
     Args:
         model: The model that will be scored.
@@ -44,7 +44,7 @@ def check_head(model: nn.Module, token_ids: Sequence[int], *, tolerance: float |
             other_end = batch.input_ids.clone()
             other_end[:, half:] = (other_end[:, half:] + 1) % logits.shape[-1]
             begin = model(**{**inputs, "input_ids": other_end}, use_cache=False).logits[0, :half]
-        with architecture_errors(f"{name} cannot be scored", "falign.scoring does not know its backbone or head."):
+        with architecture_errors(f"{name} cannot be scored", "falign.scoring does not support its backbone or head."):
             scores = completion_scores(model, batch).logprobs[0]
     if tolerance is None:
         tolerance = 1e-4 if logits.dtype.itemsize >= torch.float32.itemsize else 0.1
@@ -52,17 +52,17 @@ def check_head(model: nn.Module, token_ids: Sequence[int], *, tolerance: float |
     difference = (scores - dense.gather(-1, batch.completion_ids[0][:, None])[:, 0]).abs().max().item()
     if not (scores.isfinite().all() and logits.isfinite().all()):
         raise ModelError(
-            f"{name} has logits that are not finite: its weights are damaged, or too large for its dtype. Check both."
+            f"{name} has logits that are not finite: its weights are damaged or too large for its dtype. Check both."
         )
     ahead = (begin.to(scores.dtype).log_softmax(dim=-1)[: len(dense)] - dense[:half]).abs().max().item()
     if not ahead <= tolerance:
         raise ModelError(
             f"{name} is not causal: its log-probabilities at a token change by {ahead:.3g} nats (at "
             f"most {tolerance:.3g} allowed) with the tokens that follow. Load it as a decoder (`is_decoder: true` in "
-            "its config.json), or take a causal language model."
+            "its config.json), or use a causal language model."
         )
     if not difference <= tolerance:
         raise ModelError(
             f"Scores of {name} differ from its own logits by {difference:.3g} nats (at most "
-            f"{tolerance:.3g} allowed): its head does something that falign.scoring.read_head does not know."
+            f"{tolerance:.3g} allowed): its head does something that falign.scoring.read_head does not support."
         )

@@ -1,4 +1,4 @@
-"""Choose the layout that a model can read, by a trial on that model."""
+"""Choice of the layout that a model can read, by a trial on that model."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ __all__ = ["LayoutChoice", "choose_layout", "why_not_trees"]
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 # Largest and mean difference of a token's log-probability, nats. Two 16-bit runs of one model in batches of different
-# shape differ by about a fifth of this; a wrong mask or position by several times more.
+# shapes differ by about a fifth of this; a wrong mask or position causes differences several times larger.
 _TOLERANCE = {True: (1e-4, 1e-4), False: (1.0, 0.1)}
 
 
 class LayoutChoice(NamedTuple):
-    """A layout, and why.
+    """A layout and the reason for it.
 
     Attributes:
         layout: ``"tree"`` or ``"padded"``.
         reason: The reason for the choice, for the user.
-        as_asked: False where trees were hoped for and the model cannot read them.
+        as_asked: False if trees were wanted but the model cannot read them.
     """
 
     layout: Layout
@@ -45,14 +45,15 @@ def choose_layout(
     pad_token_id: int,
     wanted: Literal["auto", "tree", "padded"] = "auto",
 ) -> LayoutChoice:
-    """Return the layout for a model: trees, if it gives them the log-probabilities of padded rows.
+    """Return the layout for a model: trees, if they give the same log-probabilities as padded rows.
 
     Args:
         model: The model, on its device.
-        trees: Prompts to try: two or three of the longest are enough. Only those with several completions can show a
-            wrong mask.
+        trees: Prompts to try: two or three of the longest are enough. Only trees with several completions can
+            reveal a wrong mask.
         pad_token_id: Any valid id.
-        wanted: ``"auto"`` tries; the others are taken as they are, ``"tree"`` only where nothing known speaks against.
+        wanted: ``"auto"`` tries trees; ``"padded"`` and ``"tree"`` are used as given, ``"tree"`` only if the model's
+            configuration allows it.
 
     Returns:
         The choice.
@@ -65,7 +66,7 @@ def choose_layout(
         return LayoutChoice("padded", "as asked for")
     why_not = why_not_trees(model)
     if why_not is not None and wanted == "tree":
-        raise ValueError(f"layout='tree' is not possible for this model: {why_not}. Take 'padded'.")
+        raise ValueError(f"layout='tree' is not possible for this model: {why_not}. Use 'padded'.")
     if why_not is not None:
         return LayoutChoice("padded", why_not, as_asked=False)
     if wanted == "tree":
@@ -87,32 +88,32 @@ def choose_layout(
     largest, mean = difference.max().item(), difference.sum().item() / difference.count_nonzero().clamp(min=1).item()
     exact = all(p.dtype.itemsize >= 4 for p in model.parameters() if p.is_floating_point())
     allowed, allowed_mean = _TOLERANCE[exact]
-    # Written so that nan falls back.
+    # The comparison is false for NaN, which then falls back to padded rows.
     if largest <= allowed and mean <= allowed_mean:
-        rounding = "" if exact else f" at most and {mean:.1g} in the mean, the rounding of 16 bits"
-        return LayoutChoice("tree", f"its log-probabilities are those of padded rows, to {largest:.1g} nats{rounding}")
+        rounding = "" if exact else f" at most and {mean:.1g} on average, the rounding of 16 bits"
+        return LayoutChoice("tree", f"its log-probabilities equal those of padded rows to {largest:.1g} nats{rounding}")
     return LayoutChoice(
         "padded",
-        f"trees change its log-probabilities by {largest:.3g} nats (mean {mean:.3g}), so it reads them wrongly",
+        f"trees change its log-probabilities by {largest:.3g} nats (mean {mean:.3g}), so it misreads them",
         as_asked=False,
     )
 
 
 def why_not_trees(model: nn.Module) -> str | None:
-    """Say why a model cannot read trees, as far as its configuration tells.
+    """Return the reason why a model's configuration rules out trees.
 
     Args:
         model: A causal language model in the Transformers layout, with or without adapters.
 
     Returns:
-        The reason, or None where nothing speaks against it.
+        The reason, or None if the configuration allows trees.
     """
     config = text_config(model)
     attention = getattr(config, "_attn_implementation", None)
     if attention not in ("sdpa", "eager"):
         return f"its attention is {attention!r}, and trees need 'sdpa' or 'eager'"
     if others := sorted(set(layer_types(config)) - _LAYER_TYPES):
-        return f"it has layers of the type {others[0]!r}, which see beyond a tree's paths"
+        return f"it has layers of type {others[0]!r}, which see beyond a tree's paths"
     if any(_attention_dropout(module) for module in model.modules()):
         return "its attention has dropout, which would differ between copies of a prompt"
     return None

@@ -22,13 +22,13 @@ def pack(
     row_tokens: int | None = None,
     pad_to_multiple_of: int = 1,
 ) -> TokenBatch:
-    """Lay each prompt out once with all its completions behind it, and pack such trees into rows.
+    """Lay out each prompt once, followed by all its completions, and pack these trees into rows.
 
     Args:
-        trees: The prompts and completions; all with a preference or none.
-        pad_token_id: What fills rows; any valid id, also the end-of-sequence token.
-        row_tokens: Most tokens of a row, or of the longest tree if that is more. None puts all trees into one row,
-            which nothing fills: attention costs what the trees cost, not the square of the row.
+        trees: The prompts and completions; preferences for all trees or for no tree.
+        pad_token_id: Id of the filling; any valid id, also the end-of-sequence token.
+        row_tokens: Largest number of tokens in a row, raised to that of the longest tree. None puts all trees into one
+            row without filling: attention costs the sum over trees, not the square of the row.
         pad_to_multiple_of: L is rounded up to a multiple of this.
 
     Returns:
@@ -63,11 +63,11 @@ def pack(
 
 
 def pad(trees: Sequence[PromptTree], *, pad_token_id: int, pad_to_multiple_of: int = 1) -> TokenBatch:
-    """Give every completion a row with its own copy of the prompt, padded on the right: every model can read it.
+    """Give every completion a row with its own copy of the prompt, padded on the right; every model can read this.
 
     Args:
-        trees: The prompts and completions; all with a preference or none.
-        pad_token_id: What fills a row after its completion; any valid id, also the end-of-sequence token.
+        trees: The prompts and completions; preferences for all trees or for no tree.
+        pad_token_id: Id of the filling after a completion; any valid id, also the end-of-sequence token.
         pad_to_multiple_of: L is rounded up to a multiple of this.
 
     Returns:
@@ -100,7 +100,7 @@ def pad(trees: Sequence[PromptTree], *, pad_token_id: int, pad_to_multiple_of: i
     )
     lengths = torch.tensor([span.length for span in batch.spans])
     columns = torch.arange(batch.input_ids.shape[1])
-    # Padding continues the positions, as models number them themselves.
+    # Positions continue through the padding, as in the models' own default numbering.
     positions = columns.expand_as(batch.input_ids).contiguous()
     return replace(batch, position_ids=positions, attention_mask=(columns < lengths[:, None]).long())
 
@@ -109,7 +109,7 @@ LAYOUTS: dict[Layout, Callable[..., TokenBatch]] = {"tree": pack, "padded": pad}
 
 
 def _first_fit(lengths: Sequence[int], room: int) -> list[int]:
-    """Return the row of each item: the longest first, each into the first row where it fits."""
+    """Return the row of each item by first-fit decreasing: longest first, each into the first row with room."""
     rows, used = [0] * len(lengths), []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next((r for r, total in enumerate(used) if total + lengths[i] <= room), len(used))

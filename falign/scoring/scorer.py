@@ -1,4 +1,4 @@
-"""From prompt trees to scores, in one place: what trainers, references, evaluation and rewards hold."""
+"""From prompt trees to scores: settings shared by trainers, references, evaluation and rewards."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Scorer:
-    """How prompt trees become scores, whichever model scores them.
+    """Settings for scoring prompt trees with any model.
 
     Attributes:
-        layout: One that the models can read; see :func:`falign.scoring.choose_layout`.
-        pad_token_id: What fills rows: any valid id, also the end-of-sequence token, since it is masked by position.
-        chunk_tokens: Positions that reach the vocabulary at once; changes memory and speed alone.
+        layout: A layout that the models can read; see :func:`falign.scoring.choose_layout`.
+        pad_token_id: Id of the filling: any valid id, also the end-of-sequence token, since masks go by position.
+        chunk_tokens: Number of positions that reach the head at once; affects only memory and speed.
 
     Raises:
-        ValueError: The layout is unknown, or no position may reach the vocabulary.
+        ValueError: The layout is unknown, or `chunk_tokens` is not positive.
 
     Example:
         >>> Scorer("tree", pad_token_id=2).lay_out([PromptTree((5, 6), ((7, 2), (8, 9, 2)))]).input_ids
@@ -46,14 +46,14 @@ class Scorer:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout={self.layout!r}: choose one of {', '.join(map(repr, LAYOUTS))}.")
         if self.chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens={self.chunk_tokens}: one position or more is scored at once.")
+            raise ValueError(f"chunk_tokens={self.chunk_tokens}: must be at least 1.")
 
     def lay_out(self, trees: Sequence[PromptTree], *, model: nn.Module | None = None) -> TokenBatch:
         """Write trees into rows.
 
         Args:
-            trees: Prompts and completions; all with a preference or none.
-            model: The batch comes on its device; None leaves it on the CPU.
+            trees: Prompts and completions; preferences for all trees or for no tree.
+            model: The batch is moved to its device; None leaves it on the CPU.
 
         Returns:
             The batch, its completions in the order of the trees.
@@ -73,14 +73,14 @@ class Scorer:
         references: Mapping[str, Distribution] | None = None,
         value_head: nn.Module | None = None,
     ) -> TokenScores:
-        """Return what a model at rest says of each completion token: without gradient and dropout.
+        """Score each completion token without gradient and without dropout.
 
         Args:
-            model: On the device of the batch; it is left in the mode that it was in.
+            model: On the device of the batch; its mode is restored.
             batch: From :meth:`lay_out`.
             measures: See :func:`falign.scoring.completion_scores`.
-            references: See there.
-            value_head: See there.
+            references: See :func:`falign.scoring.completion_scores`.
+            value_head: See :func:`falign.scoring.completion_scores`.
 
         Returns:
             Values of shape (N, T), 0 where masked.
@@ -95,7 +95,7 @@ class Scorer:
         )
 
     def num_tokens(self, tree: PromptTree) -> int:
-        """Return how many tokens the model reads of a tree: a padded layout repeats the prompt for each completion."""
+        """Return the number of tokens that a tree takes: the padded layout repeats the prompt for each completion."""
         repeats = len(tree.completion_ids) - 1 if self.layout == "padded" else 0
         return tree.num_tokens + repeats * len(tree.prompt_ids)
 
@@ -104,13 +104,13 @@ class Scorer:
     ) -> list[T]:
         """Call a function with one batch of trees after another, and return its results in the order of the trees.
 
-        The longest trees come first, so that memory runs out at once or never, and those of a batch are of similar
-        length, so that little of it is padding.
+        The longest trees come first, so that memory runs out at once or never. Trees of a batch have similar lengths,
+        so that padding is small.
 
         Args:
             trees: Any number.
-            function: From trees to one result for each.
-            max_tokens: Tokens that a model reads at once, unless a single tree has more.
+            function: From a list of trees to one result per tree.
+            max_tokens: Largest number of tokens in a batch; a longer tree gets a batch alone.
 
         Example:
             >>> trees = [PromptTree((5,), ((6,) * n,)) for n in (1, 9, 2)]
@@ -140,15 +140,17 @@ def detached_scores(
     value_head: nn.Module | None = None,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
 ) -> TokenScores:
-    """Return :func:`falign.scoring.completion_scores` of a model at rest: no gradient, no dropout, modes restored.
+    """Return :func:`falign.scoring.completion_scores` without gradient and dropout; the model's modes are restored.
+
+    All arguments are those of :func:`falign.scoring.completion_scores`.
 
     Args:
-        model: See there.
-        batch: See there.
-        measures: See there.
-        references: See there.
-        value_head: See there.
-        chunk_tokens: See there.
+        model: The model.
+        batch: The rows to score.
+        measures: Measures by name.
+        references: States of the references by name.
+        value_head: From hidden states to values.
+        chunk_tokens: Number of positions that reach the head at once.
 
     Returns:
         The scores, without gradient.
@@ -166,9 +168,9 @@ def detached_scores(
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and on leaving each of its modules back into the mode it had.
+    """Put a model into evaluation mode; on exit, restore the mode of each of its modules.
 
-    ``model.train()`` on leaving would not do: it would wake the dropout of parts that were asleep before.
+    ``model.train()`` on exit would be wrong: it would enable dropout in parts that were in evaluation mode before.
 
     Args:
         model: The model; gradients are not touched.

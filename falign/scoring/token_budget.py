@@ -1,4 +1,4 @@
-"""Batches by tokens instead of by rows: as many trees as fit a budget, of similar length."""
+"""Batches by number of tokens instead of rows: as many trees of similar length as fit a budget."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from falign.seeds import mixed
 
 __all__ = ["TokenBudgetBatches"]
 
-_WINDOW = 16  # batches' worth of trees that are sorted by length among themselves
+_WINDOW = 16  # window size, in batches, within which trees are sorted by length
 
 
 class TokenBudgetBatches:
     """Lists of indices whose lengths sum to at most a budget; a batch sampler for a data loader.
 
-    An epoch's batches follow from seed and epoch alone, so a run that resumes by skipping batches goes on where it was.
-    The order is drawn anew each epoch; trees are sorted by length within windows of the drawn order, cut into
-    batches, and the batches drawn in turn, so that batches are even in length and random otherwise.
+    The batches of an epoch depend only on seed and epoch, so a run can resume by skipping batches. Each epoch shuffles
+    the trees, sorts them by length within windows, splits the windows into batches, and shuffles the batches: trees of
+    a batch have similar lengths, and the order is random otherwise.
 
     Args:
         lengths: Tokens of each tree.
-        max_tokens: The budget; at least the longest tree.
-        seed: Of the order.
+        max_tokens: The budget; at least the length of the longest tree.
+        seed: Seed of the order.
         shuffle: False keeps the given order.
 
     Raises:
@@ -36,7 +36,7 @@ class TokenBudgetBatches:
 
     def __init__(self, lengths: Sequence[int], *, max_tokens: int, seed: int, shuffle: bool = True) -> None:
         if not lengths:
-            raise ValueError("lengths is empty: give the length of one tree at least.")
+            raise ValueError("lengths is empty: give the length of at least one tree.")
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         if lengths[longest] > max_tokens:
             raise ValueError(
@@ -47,7 +47,7 @@ class TokenBudgetBatches:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the order of this epoch from here on."""
+        """Use the order of this epoch from now on."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Weights of completion tokens, from the activations of a model that reads them."""
+"""Weights of completion tokens, computed from a model's activations."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from falign.scoring.vocabulary import Distribution
 __all__ = ["MapoMask", "Weighting", "activation_weights"]
 
 Weighting = Literal["none", "activations", "mapo"]
-"""``activations`` are falign's own weights, ``mapo`` is the mask of SparsePO's MaPO; see the two below."""
+"""``activations``: :func:`activation_weights`, falign's own; ``mapo``: :class:`MapoMask`, the MaPO mask of SparsePO."""
 
 
 def activation_weights(hidden_states: Sequence[Tensor], batch: TokenBatch) -> Float[Tensor, "N T"]:
     """Return falign's own weights: the mean absolute activation relative to its mean over the completion.
 
     ``w_t = mean_l |h_lt| / mean_t |h_lt|`` over layers l, with ``|h_lt|`` the mean over the hidden size of the absolute
-    output of layer l, where the token t is predicted. The mean over a completion is 1, so that β keeps its meaning.
+    output of layer l at the position that predicts token t. The mean over a completion is 1: β keeps its meaning.
 
     Args:
         hidden_states: Embeddings and the output of each layer, shape (R, L, H) each.
-        batch: The rows that were read.
+        batch: The rows that the model read.
 
     Returns:
         Shape (N, T), 0 where masked; detached.
@@ -39,7 +39,7 @@ def activation_weights(hidden_states: Sequence[Tensor], batch: TokenBatch) -> Fl
     predictor = batch.predictor[batch.completion_mask]
     weights = torch.zeros(batch.completion_mask.shape, device=predictor.device)
     num_tokens = batch.completion_mask.sum(dim=-1, keepdim=True)
-    layers = hidden_states[1:]  # the first one is the embeddings
+    layers = hidden_states[1:]  # the first entry is the embeddings
     for layer in layers:
         size = batch.scatter(layer.detach().flatten(0, 1)[predictor].float().abs().mean(dim=-1))
         weights += size * num_tokens / size.sum(dim=-1, keepdim=True)
@@ -48,7 +48,7 @@ def activation_weights(hidden_states: Sequence[Tensor], batch: TokenBatch) -> Fl
 
 @dataclass(frozen=True)
 class _Family:
-    """The names of modules in a decoder layer that adds attention, then the MLP, to its residual stream.
+    """Names of the modules in a decoder layer that adds attention, then the MLP, to its residual stream.
 
     Attributes:
         layers: The list of layers in the backbone.
@@ -67,7 +67,7 @@ class _Family:
     down: str
 
     def misses(self, layer: nn.Module) -> bool:
-        """Return whether a layer is built otherwise: a module is missing, or there are more than these."""
+        """Return True if a layer is built differently: a module is missing, or there are others."""
         children = dict(layer.named_children())
         if set(children) != {self.attention, "mlp", *self.norms}:
             return True
@@ -95,32 +95,33 @@ _FAMILIES = (
 class MapoMask:
     """The MaPO mask: the signed means of a model's activations, each scaled to [0, 1] over the completion.
 
-    For an activation a (a place in the network) with ``a_t`` its mean over the hidden size where the token t is
-    predicted, ``ã_t = (a_t - min_t a_t) / (max_t a_t - min_t a_t)`` with extremes over the completion. The mask is
+    For an activation a (a place in the network) with ``a_t`` its mean over the hidden size at the position that
+    predicts token t, ``ã_t = (a_t - min_t a_t) / (max_t a_t - min_t a_t)`` with extremes over the completion. The
+    mask is
 
         ``m_t = mean_g mean_{a in g} ã_t``
 
-    over the activations of each group g in all layers, then over four groups: ``mlp``, the neurons (what the MLP's
-    last projection reads); ``attn``, queries, keys and values, queries and keys after rotary embeddings if any, and
-    what the output projection reads; ``resid``, the embeddings, in each layer the residual stream before and after
+    over the activations of each group g in all layers, then over four groups: ``mlp``, the neurons (the input of the
+    MLP's last projection); ``attn``, queries, keys and values, queries and keys after rotary embeddings if any, and
+    the input of the output projection; ``resid``, the embeddings, in each layer the residual stream before and after
     both blocks, the two normed inputs and the two blocks' outputs, and the final norm's output; ``logits``.
 
-    An activation that does not vary over the completion, as in a completion of one token, has no such scale: it counts
+    An activation that is constant over the completion, as in a completion of one token, cannot be scaled: it counts
     as 1 at each token, so that the completion is weighted as without a mask.
 
-    Held while the model runs: one number per completion token and activation at a time.
+    Memory while the model runs: one number per completion token and activation.
 
     Args:
         model: A causal language model in the Transformers layout, with or without adapters.
-        batch: The rows that it reads.
+        batch: The rows that the model reads.
 
     Raises:
-        ModelError: The layers are built otherwise than those of Llama or GPT-2.
+        ModelError: The layers are not built like those of Llama or GPT-2.
 
     Source:
-        Christopoulou et al., SparsePO (arXiv:2410.05102), MaPO; the activations and groups are those that its code
-        takes with all hooks. The code also standardizes ``a_t`` before it is scaled, which cancels, and rounds the
-        extremes to float16, which is not done here. For one token its scale is 0/0.
+        Christopoulou et al., SparsePO (arXiv:2410.05102), MaPO; the activations and groups are those of its code
+        with all hooks. The code also standardizes ``a_t`` before scaling, which cancels, and rounds the extremes to
+        float16, which is not done here. For one token its scale is 0/0.
     """
 
     def __init__(self, model: nn.Module, batch: TokenBatch) -> None:
@@ -134,7 +135,7 @@ class MapoMask:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Take the activations of the model, except for its logits, as long as the context is open."""
+        """Record the model's activations, except the logits, while the context is open."""
         with ExitStack() as hooks:
 
             def before(module: nn.Module, act: Callable[[Tensor], None]) -> None:
@@ -165,11 +166,11 @@ class MapoMask:
             yield
 
     def weights(self, distribution: Distribution, *, chunk_tokens: int) -> Float[Tensor, "N T"]:
-        """Return the mask of what was recorded and of the logits.
+        """Return the mask from the recorded activations and the logits.
 
         Args:
             distribution: The model's prediction of each completion token.
-            chunk_tokens: How many positions reach the head at once.
+            chunk_tokens: Number of positions that reach the head at once.
 
         Returns:
             Shape (N, T), within [0, 1], 0 where masked; detached.
@@ -177,7 +178,7 @@ class MapoMask:
         head = distribution.head
         with torch.no_grad():
             chunks = distribution.hidden.split(chunk_tokens)
-            self._add("resid", self._widened(distribution.hidden).mean(dim=-1))  # what the final norm returns
+            self._add("resid", self._widened(distribution.hidden).mean(dim=-1))  # the output of the final norm
             self._add("logits", torch.cat([head.logits(head.embeddings(chunk)).mean(dim=-1) for chunk in chunks]))
         means = [self.sums[group] / self.counts[group] for group in self.sums]
         return torch.stack(means).mean(dim=0)
@@ -200,7 +201,7 @@ class MapoMask:
             self._adder("attn")(part)
 
     def _rotary(self, attention: nn.Module, hooks: ExitStack) -> None:
-        """Take queries and keys after rotary embeddings, which no module returns."""
+        """Record queries and keys after rotary embeddings; no module returns them, so the function is wrapped."""
         held: dict[str, Tensor] = {}
         rotate = _rotation(attention)
         assert rotate is not None  # see _Family.misses
@@ -222,7 +223,7 @@ class MapoMask:
             held.clear()
 
         handles = [attention.register_forward_pre_hook(begin, with_kwargs=True), attention.register_forward_hook(end)]
-        for name in "qk":  # after their norm, where there is one
+        for name in "qk":  # after their norm, if there is one
             source = getattr(attention, f"{name}_norm", getattr(attention, f"{name}_proj"))
             handles.append(source.register_forward_hook(hold(name)))
         for handle in handles:
@@ -244,7 +245,7 @@ class MapoMask:
 
 
 def _rotation(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """Return the function of an architecture that applies rotary embeddings to queries and keys."""
+    """Return an architecture's function that applies rotary embeddings to queries and keys."""
     return vars(sys.modules[type(attention).__module__]).get("apply_rotary_pos_emb")
 
 
@@ -254,6 +255,6 @@ def _family(language_model: nn.Module, backbone: nn.Module) -> _Family:
         if isinstance(layers, nn.ModuleList) and len(layers) and not any(family.misses(layer) for layer in layers):
             return family
     raise ModelError(
-        f"{type(language_model).__name__}: the MaPO mask reads activations inside the layers, and knows those of Llama "
-        "(also Mistral, Qwen, SmolLM, Gemma) and of GPT-2. Set weighting to activations or none."
+        f"{type(language_model).__name__}: the MaPO mask reads activations inside the layers and supports those of "
+        "Llama (also Mistral, Qwen, SmolLM, Gemma) and GPT-2. Set weighting to activations or none."
     )

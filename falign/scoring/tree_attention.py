@@ -1,4 +1,4 @@
-"""Attention within prompt trees: the rule of who sees whom, written once, and the ways to compute with it."""
+"""Attention within prompt trees: the rule for which token sees which, and the ways to compute it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from falign.scoring.batch import TokenBatch, TreeSpan
 
 __all__ = ["Places", "TreeMask", "layer_types", "text_config", "tree_masks", "visible", "visible_in"]
 
-LONG_COMPLETION = 64  # so many queries by as many keys cost more than a call and what it copies
+LONG_COMPLETION = 64  # for a completion of this length, attention costs more than a separate call and its copies
 
 Once = Callable[[Any, Callable[[], Tensor]], Tensor]
 
 
 class Places(NamedTuple):
-    """Where tokens stand in their trees; integers of one shape.
+    """Places of tokens in their trees; integer tensors of one shape.
 
     Attributes:
-        tree: Which tree, counted from 0; -1 for what fills a row.
-        branch: Which completion of the tree, counted from 1; 0 in the prompt.
-        position: From the start of the prompt along the path of the token.
+        tree: Index of the tree, from 0; -1 for filling.
+        branch: Index of the completion in the tree, from 1; 0 in the prompt.
+        position: Distance from the start of the prompt along the token's path.
     """
 
     tree: Int[Tensor, ...]
@@ -57,16 +57,16 @@ class Places(NamedTuple):
         return Places(*(numbers[index] for numbers in self))
 
 
-@no_type_check  # torch.compile traces it for FlexAttention, and cannot trace a check of shapes
+@no_type_check  # no shape checks: torch.compile traces this function for FlexAttention and cannot trace them
 def visible(query: Places, key: Places, window: int | None) -> Bool[Tensor, ...]:
-    """Return whether a token sees another: the rule of all layouts of trees, whatever computes with it.
+    """Return True if the query token sees the key token: the attention rule for all layouts of trees.
 
-    It sees the prompt of its own tree and what precedes it in its own completion, itself included.
+    A token sees the prompt of its own tree up to its position, and its own completion up to and including itself.
 
     Args:
-        query: The tokens that look.
-        key: Those that are looked at; the shapes broadcast.
-        window: A token sees only tokens at fewer than so many positions before its own; None sees all.
+        query: Places of the queries.
+        key: Places of the keys; the shapes broadcast.
+        window: A token sees only keys fewer than this many positions before its own; None means no limit.
     """
     distance = query.position - key.position
     same_path = (query.tree == key.tree) & ((key.branch == 0) | (query.branch == key.branch))
@@ -81,14 +81,14 @@ def visible_in(span: TreeSpan, window: int | None) -> Bool[Tensor, "S S"]:
 
 
 def tree_masks(model: nn.Module, batch: TokenBatch) -> Tensor | dict[str, Tensor]:
-    """Return what the model's forward pass takes as `attention_mask` for a batch in the tree layout.
+    """Return the `attention_mask` for a model's forward pass on a batch in the tree layout.
 
     Args:
         model: The model that will read the batch.
         batch: The trees, on the model's device.
 
     Returns:
-        A mask, or one for each layer type where the model has several.
+        A mask, or one per layer type if the model has several.
     """
     config = text_config(model)
 
@@ -116,17 +116,17 @@ def text_config(model: nn.Module) -> Any:
 
 
 def layer_types(config: Any) -> list[str]:
-    """Return the types of attention of the layers; none where all are alike."""
+    """Return the attention types of the layers; empty if all layers are alike."""
     return getattr(config, "layer_types", None) or []
 
 
 class TreeMask(Tensor):
-    """The mask of a batch of trees, which SDPA takes as its `attn_mask` and which is never written out.
+    """The mask of a batch of trees, accepted by SDPA as `attn_mask` without ever being materialized.
 
     To a model it is a boolean tensor of shape (R, 1, L, L). `scaled_dot_product_attention` called with it attends
-    tree by tree, so that its cost is that of the trees and not the square of the row: on a GPU by FlexAttention with a
-    block mask, elsewhere by causal calls for the prompt and for each long completion behind it, or one call for all
-    the short ones. What fills a row attends nowhere and gets zeros.
+    tree by tree, so that the cost is the sum over trees and not the square of the row: on a GPU by FlexAttention with
+    a block mask, elsewhere by causal calls for the prompt and for each long completion, or by one call for all short
+    completions. Filling attends to nothing and gets zeros.
     """
 
     spans: tuple[TreeSpan, ...]
@@ -142,13 +142,13 @@ class TreeMask(Tensor):
         device: torch.device,
         window: int | None = None,
     ) -> TreeMask:
-        """Make the mask of a batch.
+        """Build the mask of a batch.
 
         Args:
             spans: The trees.
             shape: R rows and L columns.
-            device: Where the model is.
-            window: A token sees only tokens at fewer than so many positions before its own; None sees all.
+            device: The model's device.
+            window: A token sees only keys fewer than this many positions before its own; None means no limit.
 
         Returns:
             The mask.
@@ -167,7 +167,9 @@ class TreeMask(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        raise TypeError(f"A TreeMask is a mask for scaled_dot_product_attention alone, not for {func}; see dense().")
+        raise TypeError(
+            f"A TreeMask works only with scaled_dot_product_attention, not with {func}; dense() gives a plain tensor."
+        )
 
     @property
     def columns(self) -> int:
@@ -175,7 +177,7 @@ class TreeMask(Tensor):
         return self.shape[-1]
 
     def dense(self) -> Bool[Tensor, "R 1 L L"]:
-        """Return the mask written out: True where the query (third axis) sees the key; filling sees itself.
+        """Return the mask as a dense tensor: True where the query (third axis) sees the key; filling sees itself.
 
         Returns:
             A plain boolean tensor.
@@ -186,19 +188,19 @@ class TreeMask(Tensor):
         return (seen | torch.eye(self.columns, dtype=torch.bool))[:, None].to(self.device)
 
     def additive(self, dtype: torch.dtype) -> Float[Tensor, "R 1 L L"]:
-        """Return the mask written out for eager attention, which adds it to scores.
+        """Return the mask as a dense tensor for eager attention, which adds it to the scores.
 
         Args:
-            dtype: The scores' type.
+            dtype: Type of the scores.
 
         Returns:
-            0 where seen, the type's smallest number elsewhere.
+            0 where seen, the type's lowest number elsewhere.
         """
         dense = self.dense()
         return torch.zeros(dense.shape, dtype=dtype, device=dense.device).masked_fill(~dense, torch.finfo(dtype).min)
 
     def once(self, key: Any, make: Any) -> Any:
-        """Return what was made under this key, for all layers of a forward pass alike."""
+        """Return the cached value of a key, made on first use, so that all layers of a forward pass share it."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
@@ -218,7 +220,7 @@ def _attend(
     assert not is_causal
     if dropout_p:
         raise ValueError(
-            f"dropout_p={dropout_p}: attention dropout would differ between copies; use the padded layout."
+            f"dropout_p={dropout_p}: attention dropout would differ between copies of a prompt; use the padded layout."
         )
     options = {"scale": scale, "enable_gqa": enable_gqa}
     if query.device.type == "cuda":
@@ -227,7 +229,7 @@ def _attend(
         torch.cat(list(_row(query[r : r + 1], key[r : r + 1], value[r : r + 1], attn_mask, r, options)), dim=1)
         for r in range(query.shape[0])
     ]
-    # As SDPA's own results, (R, L, H, E) in memory: models transpose and flatten it.
+    # Same memory order as SDPA's own results, (R, L, H, E): models transpose and flatten it without a copy.
     return torch.cat(pieces).transpose(1, 2)
 
 
@@ -253,13 +255,13 @@ def _flex() -> Any:
 
 
 def _block_mask(mask: TreeMask) -> Any:
-    """The same rule for FlexAttention."""
+    """The rule of `visible` as a block mask for FlexAttention."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     rows, columns = mask.shape[0], mask.columns
     places = Places(*(numbers.to(mask.device) for numbers in Places.of(mask.spans, shape=(rows, columns))))
 
-    # A lambda, since FlexAttention looks for four plain arguments.
+    # A lambda, because FlexAttention requires exactly four plain arguments.
     sees = lambda row, head, q, k: visible(places.at(row, q), places.at(row, k), mask.window)  # noqa: E731
     return create_block_mask(sees, rows, None, columns, columns, device=str(mask.device))
 
@@ -274,15 +276,15 @@ def attend_in_tree(
     once: Once,
     options: dict[str, Any],
 ) -> Iterator[Float[Tensor, "1 Q H E"]]:
-    """Yield what the tokens of one tree attend to, piece by piece in their order.
+    """Yield the attention output of one tree, in consecutive pieces.
 
     Args:
         span: The tree, of S tokens.
         q: Its queries.
         k: Its keys.
         v: Its values.
-        window: As that of :class:`falign.scoring.TreeMask`.
-        once: Keeps biases for the other layers of a forward pass.
+        window: As in :class:`falign.scoring.TreeMask`.
+        once: Cache of biases for the other layers of a forward pass.
         options: Passed on to `scaled_dot_product_attention`.
 
     Yields:
@@ -297,10 +299,10 @@ def attend_in_tree(
 
 
 def is_long(span: TreeSpan) -> bool:
-    """Whether completions are long enough for a call, and a copy of the prompt's keys, each.
+    """Return True if each completion is worth its own call, with its own copy of the prompt's keys.
 
-    All in one call are sum(L) queries by P + sum(L) keys, of which each uses P + L. A call takes some time of its own,
-    and the copies are kept for the backward pass: a third of the work has to be saved.
+    One call for all completions computes sum(L) queries by P + sum(L) keys, of which each query needs only P + L. But
+    each call has overhead, and the copies are kept for the backward pass, so separate calls must save a third.
     """
     lengths = span.completion_lengths
     together = sum(lengths) * span.length
@@ -318,7 +320,7 @@ def _windowed(
 def _together(
     span: TreeSpan, q: Tensor, k: Tensor, v: Tensor, once: Once, options: dict[str, Any]
 ) -> Iterator[Float[Tensor, "1 H Q E"]]:
-    """The prompt sees itself; the completions see it and themselves. No one else needs a mask's worth of zeros."""
+    """One causal call for the prompt, and one masked call for all completions behind it."""
     p = span.prompt_length
     yield scaled_dot_product_attention(q[:, :, :p], k[:, :, :p], v[:, :, :p], is_causal=True, **options)
     bias = once((span, "completions", q.dtype), lambda: _bias(span, q, first=p))
@@ -328,10 +330,11 @@ def _together(
 def _one_by_one(
     span: TreeSpan, q: Tensor, k: Tensor, v: Tensor, once: Once, options: dict[str, Any]
 ) -> Iterator[Float[Tensor, "1 H Q E"]]:
-    """The prompt with its first completion is a plain sequence; behind a copy of the prompt, so is every other one.
+    """One call per completion; the prompt with its first completion is one plain causal sequence.
 
-    A causal call skips the half that nobody sees, a call with a mask does not: where the prompt is the shorter part,
-    its queries are computed again for that.
+    Every other completion is attended behind a copy of the prompt's keys and values. A causal call skips the masked
+    half, a call with a bias does not. So if the prompt is no longer than the completion, its queries are computed again
+    in a causal call and dropped; otherwise a bias is cheaper.
     """
     p, (one, *others) = span.prompt_length, span.completion_lengths
     q1, k1, v1 = (tensor[:, :, : p + one] for tensor in (q, k, v))
@@ -351,5 +354,6 @@ def _one_by_one(
 
 
 def _bias(span: TreeSpan, like: Tensor, *, first: int = 0, window: int | None = None) -> Float[Tensor, "1 1 Q S"]:
+    # Float, because SDPA would convert a boolean mask again in every layer.
     seen = visible_in(span, window)[first:]
     return torch.zeros(seen.shape, dtype=like.dtype).masked_fill(~seen, -torch.inf)[None, None].to(like.device)

@@ -1,15 +1,15 @@
-"""Quantities over the whole vocabulary at each token, without ever holding [tokens, vocabulary].
+"""Quantities over the whole vocabulary at each token, without holding a [tokens, vocabulary] tensor.
 
-With logits z, ``log p = z - log Z`` and ``log Z = logsumexp z``; for one token y, and for a measure D, a function of
-log p and perhaps of log Z::
+With logits z, ``log p = z - log Z`` and ``log Z = logsumexp z``; for a token y, and for a measure D, a function of
+log p and possibly log Z::
 
     log p(y)            ∂/∂z_v = [v = y] - p_v
     D(log p, log Z)     ∂/∂z_v = h_v - p_v (Σ_w h_w - s),   h_v = ∂D/∂log p_v,  s = ∂D/∂log Z
 
-Each is one number per token whose gradient is one vector per token. So where the head does not train, the forward
-pass, which has the logits at hand, also takes them back to the hidden states, and the backward pass multiplies by the
-incoming gradient and nothing else: the vocabulary is visited once, for all measures together. Where the head trains,
-its gradient needs the incoming one, and the logits are computed again in the backward pass.
+Each is one number per token, and its gradient is one vector per token. So if the head is frozen, the forward pass,
+which has the logits, also computes the gradients by the hidden states, and the backward pass only multiplies them by
+the incoming gradient: the vocabulary is visited once, for all measures together. If the head trains, its gradient
+depends on the incoming one, so the logits are recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from falign.scoring.head import Head
 
 __all__ = ["DEFAULT_CHUNK_TOKENS", "Distribution", "TokenScores", "token_scores"]
 
-# A float32 tile of 256 tokens over a vocabulary of 128k is 128 MiB; with a divergence four of them are alive.
+# A float32 tile of 256 tokens over a vocabulary of 128k is 128 MiB; with a divergence four of them are in memory.
 DEFAULT_CHUNK_TOKENS = 256
-# On a CPU what is done elementwise is done in blocks of so many logits, 1 MiB in float32, which its caches hold.
+# On a CPU, elementwise operations run on blocks of this many logits: 1 MiB in float32, which fits its caches.
 _CACHED_LOGITS = 2**18
 
 
@@ -41,9 +41,9 @@ class TokenScores(NamedTuple):
     Attributes:
         logprobs: log π of the token, nats; carries the gradient.
         entropy: Entropy of the distribution that the token was predicted from, nats; detached.
-        measures: The measures that were asked for, by name; they carry the gradient.
-        references: log-probabilities of the token under each reference whose distributions were given, by name.
-        values: Value of the prefix that the token was predicted from, where asked for; carries the gradient.
+        measures: The requested measures, by name; they carry the gradient.
+        references: Log-probabilities of the token under each given reference, by name.
+        values: Value of the prefix that the token was predicted from, if requested; carries the gradient.
     """
 
     logprobs: Float[Tensor, "*shape"]
@@ -54,11 +54,11 @@ class TokenScores(NamedTuple):
 
 
 class Distribution(NamedTuple):
-    """Next-token distributions as a model gives them: what its head is applied to, and the head.
+    """Next-token distributions of a model: its last hidden states and its head.
 
     Attributes:
         hidden: Last hidden states, shape (M, H).
-        head: From a hidden state to logits.
+        head: Map from a hidden state to logits.
     """
 
     hidden: Float[Tensor, "M H"]
@@ -81,9 +81,9 @@ def token_scores(
     Args:
         policy: The distributions that predict the targets.
         targets: Token ids, shape (M,).
-        measures: By name; any, a user's own included.
-        references: The distributions that the measures read, by name; of others the log-probabilities alone are taken.
-        chunk_tokens: How many positions reach the head at once; changes memory and speed alone.
+        measures: Measures by name, custom ones included.
+        references: Distributions by name: those that the measures read, and others for their log-probabilities only.
+        chunk_tokens: Number of positions that reach the head at once; affects only memory and speed.
 
     Returns:
         Values of shape (M,), float32 (float64 for a float64 model). Gradients reach the policy's hidden states and,
@@ -94,7 +94,7 @@ def token_scores(
             missing, or a measure does not return one value per position.
 
     Source:
-        The formulas at the head of this module.
+        The formulas at the top of this module.
 
     Example:
         >>> head = Head(embeddings=torch.nn.Identity())
@@ -106,14 +106,14 @@ def token_scores(
         raise ValueError(f"chunk_tokens={chunk_tokens} and {len(targets)} tokens: both must be at least 1.")
     for name in references_of(measures.values()):
         if name not in references:
-            raise ValueError(f"A measure reads the reference {name!r}, which is missing in references: add it there.")
+            raise ValueError(f"A measure reads the reference {name!r}, which is missing from references: add it.")
     visit = _Visit(policy.head, measures, {name: each.head for name, each in references.items()})
     others = [each.hidden.detach().split(chunk_tokens) for each in references.values()]
     chunks = zip(policy.hidden.split(chunk_tokens), targets.split(chunk_tokens), *others, strict=True)
     parts = []
     for hidden, ids, *of_references in chunks:
         if policy.head.trains:
-            # The random state is kept (checkpoint's default): dropout in an adapter on the head repeats itself.
+            # checkpoint restores the random state (its default), so dropout in an adapter on the head is repeated.
             parts.append(checkpoint(_with_trained_head, hidden, ids, visit, *of_references, use_reentrant=False))
         else:
             parts.append(_FrozenHead.apply(hidden, ids, visit, *of_references))
@@ -127,12 +127,12 @@ def token_scores(
 
 
 class _Block(NamedTuple):
-    """Values of some positions, and the gradients by what the head's embeddings gave for them.
+    """Values at a block of positions, and their gradients by the output of the head's embeddings.
 
     Attributes:
-        rows: Which positions.
+        rows: The positions.
         values: Log-probability, entropy, each measure, and the log-probability under each reference.
-        gradients: Of the log-probability and of each measure; empty where none was asked for.
+        gradients: Of the log-probability and of each measure; empty unless requested.
     """
 
     rows: slice
@@ -142,7 +142,7 @@ class _Block(NamedTuple):
 
 @dataclass(frozen=True)
 class _Visit:
-    """One visit to the vocabulary: all that is taken from the logits of a chunk."""
+    """One visit to the vocabulary: everything that is computed from the logits of a chunk."""
 
     head: Head
     measures: Mapping[str, Measure]
@@ -180,7 +180,7 @@ class _Visit:
             slope = self.head.slope(logits) if gradients else 1.0
             logprobs, probabilities, log_normalizer = _normalize(logits)
             of_target = logprobs.gather(-1, target)[:, 0]
-            # A logit of -inf has p log p = 0, and 0 · inf would not be.
+            # Clamped, because a logit of -inf must contribute p log p = 0, and 0 · -inf would be NaN.
             entropy = -torch.linalg.vecdot(probabilities, logprobs.clamp_(min=torch.finfo(logprobs.dtype).min))
             references = {
                 name: _normalize(head.logits(other[rows]))[0]
@@ -188,6 +188,7 @@ class _Visit:
             }
             of_references = [each.gather(-1, target)[:, 0] for each in references.values()]
             at = Vocabulary(logprobs, target[:, 0], references, log_normalizer, self.head.matrix)
+            # `slope` takes each gradient from the capped and scaled logits back to the output of the embeddings.
             measured, slopes = [], []
             for name, measure in self.measures.items():
                 value, by_logits = _measured(name, measure, at, probabilities, gradients=gradients)
@@ -195,6 +196,7 @@ class _Visit:
                 if by_logits is not None:
                     slopes.append(by_logits.mul_(slope))
             if gradients:
+                # ∂ log p(y)/∂z = [v = y] - p_v, in place: nothing reads the probabilities after this.
                 of_logprob = probabilities.neg_()
                 of_logprob.scatter_add_(-1, target, torch.ones_like(target, dtype=of_logprob.dtype))
                 slopes.insert(0, of_logprob.mul_(slope))
@@ -203,6 +205,7 @@ class _Visit:
 
 def _normalize(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-probabilities, probabilities and ``logsumexp``; the logits are overwritten."""
+    # In place, because each [chunk, vocabulary] tensor counts; logsumexp and softmax would each allocate one more.
     largest = logits.amax(dim=-1, keepdim=True)
     logits.sub_(largest)
     probabilities = logits.exp()
@@ -224,8 +227,9 @@ def _measured(
         if not value.requires_grad:
             return value, torch.zeros_like(leaves[0])
         by_logprobs, by_normalizer = torch.autograd.grad(value.sum(), leaves, allow_unused=True, materialize_grads=True)
+    # The chain rule of the module's docstring: h_v - p_v (Σ_w h_w - s).
     excess = by_logprobs.sum(dim=-1, keepdim=True).sub_(by_normalizer)
-    # A gradient that is one number for all tokens comes as an expanded tensor, which cannot be written to.
+    # Autograd may return a constant gradient as an expanded tensor, which cannot be written to in place.
     return value.detach(), by_logprobs.contiguous().sub_(probabilities * excess)
 
 
@@ -239,7 +243,7 @@ def _of_positions(name: str, value: Tensor, at: Vocabulary) -> Tensor:
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Values of one chunk, with their gradients by the hidden states computed on the spot."""
+    """Values of one chunk under a frozen head; the forward pass also computes gradients by the hidden states."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, visit: _Visit, *reference_hidden: Tensor) -> tuple:
@@ -247,6 +251,8 @@ class _FrozenHead(torch.autograd.Function):
         references_raw = visit.references_raw(reference_hidden)
         if not ctx.needs_input_grad[0]:
             return visit.values(visit.head.embeddings(hidden), targets, references_raw)
+        # A small graph of the embeddings alone: it takes gradients by the logits back to the hidden states, also
+        # through adapters and quantized layers.
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
             raw = visit.head.embeddings(leaf)
@@ -270,7 +276,7 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def _incoming(grads: Sequence[Tensor | None], slopes: Sequence[Tensor]) -> list[tuple[Tensor | None, Tensor]]:
-    """Pair the gradients that come in for the log-probability and each measure with their slopes."""
+    """Pair the incoming gradients of the log-probability and of each measure with their slopes; skip the entropy."""
     return list(zip((grads[0], *grads[2 : 1 + len(slopes)]), slopes, strict=True))
 
 
@@ -283,14 +289,15 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 class _FromLogits(torch.autograd.Function):
-    """Values of one chunk of logits, to be recomputed with them."""
+    """Values of one chunk of logits under a trained head; the backward pass recomputes what it needs."""
 
     @staticmethod
     def forward(ctx: Any, raw: Tensor, targets: Tensor, visit: _Visit, *references_raw: Tensor) -> tuple:
         ctx.set_materialize_grads(False)
         ctx.visit = visit
         ctx.save_for_backward(raw, targets, *references_raw)
-        # A measure of the user's may differentiate inside; that graph is its own, and not the checkpoint's to count.
+        # A custom measure may use autograd inside. Identity hooks hide its tensors from the checkpoint, which would
+        # count them and find the recomputed number different.
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             values = visit.values(raw, targets, references_raw)
         ctx.mark_non_differentiable(values[1], *values[2 + len(visit.measures) :])

@@ -139,7 +139,7 @@ def test_the_head_that_was_read_passes_the_check_against_the_model(family):
 
 def test_the_check_finds_a_scale_that_is_not_known(monkeypatch):
     monkeypatch.setattr(head, "_DIVISORS", ())
-    with pytest.raises(ModelError, match=r"GraniteForCausalLM differ.*read_head does not know"):
+    with pytest.raises(ModelError, match=r"GraniteForCausalLM differ.*read_head does not support"):
         check_head(tiny_model("granite"), range(3, 20))
 
 

@@ -37,7 +37,7 @@ def test_a_model_that_reads_trees_wrongly_gets_padded_rows():
     model.model.rotary_emb = CountsColumns(model.model.rotary_emb)
     choice = choose_layout(model, TREES, pad_token_id=2)
     assert (choice.layout, choice.as_asked) == ("padded", False)
-    assert "reads them wrongly" in choice.reason
+    assert "misreads them" in choice.reason
 
 
 def test_attention_dropout_other_kernels_and_other_layers_are_reasons_for_padded_rows():

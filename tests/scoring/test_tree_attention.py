@@ -133,7 +133,7 @@ def test_nothing_of_the_size_of_a_row_squared_is_made():
 
 def test_other_uses_of_the_mask_and_dropout_are_refused():
     mask = mask_of(pack(TREES, pad_token_id=0))
-    with pytest.raises(TypeError, match="for scaled_dot_product_attention alone"):
+    with pytest.raises(TypeError, match="only with scaled_dot_product_attention"):
         mask.float()
     query = torch.randn(1, 1, mask.columns, 4)
     with pytest.raises(ValueError, match=r"dropout_p=0.1.*padded layout"):
