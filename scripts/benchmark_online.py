@@ -290,7 +290,7 @@ def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
     settings = {**trainer_arguments(args, folder), "max_steps": args.steps * args.updates}
     trainer = Timed(
         model,
-        reference=reference,
+        references={"reference": reference},
         objective=objective,
         args=TrainingArguments(**settings, remove_unused_columns=False, label_names=[]),
         sampler=sampler,
