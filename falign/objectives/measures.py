@@ -214,7 +214,7 @@ def get_measure(name: str, *, field: str | None = None) -> Measure:
     place = f"measure {name!r}" if field is None else f"{field}={name!r}"
     match = None if is_own_name(name) else re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", name)
     key, text = (name, "") if match is None else (match[1], match[2])
-    member = MEASURES.get(key, field=field)
+    member: Any = MEASURES.get(key, field=field)
     if isinstance(member, Measure) and not isinstance(member, type):
         return member
     arguments = [argument.strip() for argument in text.split(",")] if text.strip() else []

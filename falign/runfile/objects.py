@@ -65,7 +65,7 @@ class LoadedModelConfig(ModelConfig):
                 "model was not loaded from a folder or the Hub, which an adapter has to name: save it with its "
                 "tokenizer, and load it from there."
             )
-        dtype = str(model.dtype).removeprefix("torch.")
+        dtype: Any = str(model.dtype).removeprefix("torch.")
         section = cls(
             path=path,
             dtype=dtype if dtype in get_args(cls.model_fields["dtype"].annotation) else "auto",
