@@ -1,4 +1,4 @@
-"""The distributions that a policy is held to."""
+"""References: the distributions that the divergence keeps the policy close to."""
 
 from falign.references.adapters import AdapterOff, AdapterReference
 from falign.references.base import REFERENCE, Reference, check_same_at_start, detached_logprobs, detached_states

@@ -1,4 +1,4 @@
-"""References inside the policy: its base with the adapter off, or under another adapter."""
+"""References inside the policy: its base model without adapter, or with another adapter."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ __all__ = ["AdapterOff", "AdapterReference", "adapter_acting"]
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOff(Reference):
-    """The model under the policy's adapters. All of them are off, also a frozen one from supervised tuning.
+    """The policy's base model with all adapters off, including a frozen one from supervised tuning.
 
     Attributes:
-        weights: Content hash of the weights under the adapters, for the record.
-        starts_as_policy: Whether the policy starts as its base, so with an adapter that changes nothing yet.
-        chunk_tokens: How many positions reach the head at once.
+        weights: Content hash of the base's weights, for the record.
+        starts_as_policy: True if the policy starts equal to its base, with an adapter that changes nothing yet.
+        chunk_tokens: Number of positions that reach the head at once.
     """
 
     weights: str | None = None
@@ -58,7 +58,7 @@ class AdapterOff(Reference):
     def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
         with self.acting(policy_model):
             states = detached_states(policy_model, batch, weighting=weighting)
-        # The head is applied later, when the adapter is on again.
+        # The head is applied later, when the adapter is on again, so it is wrapped to switch the adapter off.
         head = _without_adapter(states.distribution.head)
         return states._replace(distribution=states.distribution._replace(head=head))
 
@@ -68,7 +68,7 @@ class AdapterOff(Reference):
         if not isinstance(policy_model, Adapted):
             raise ModelError(
                 f"{type(policy_model).__name__} has no adapter to switch off, so the policy would be its own "
-                "reference: train a LoRA adapter (peft.get_peft_model), or take a frozen model as reference."
+                "reference: train a LoRA adapter (peft.get_peft_model), or use a frozen model as reference."
             )
         from falign.models.base_weights import check_base_intact
 
@@ -80,14 +80,14 @@ class AdapterOff(Reference):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterReference(Reference):
-    """The policy's base under a frozen adapter that lies beside the trained one.
+    """The policy's base model with a frozen adapter, held beside the trained one.
 
     Attributes:
-        adapter: The adapter's name in the policy. ``ref`` is the one that is never exported.
+        adapter: The adapter's name in the policy; an adapter named ``ref`` is never exported.
         weights: Content hash of the base and the adapter, for the record.
-        path: Where the adapter was loaded from, for the record.
-        starts_as_policy: Whether the policy starts from the same adapter.
-        chunk_tokens: How many positions reach the head at once.
+        path: Folder that the adapter was loaded from, for the record.
+        starts_as_policy: True if the policy starts from the same adapter.
+        chunk_tokens: Number of positions that reach the head at once.
     """
 
     adapter: str = "ref"
@@ -109,7 +109,7 @@ class AdapterReference(Reference):
     def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
         with self.acting(policy_model):
             states = detached_states(policy_model, batch, weighting=weighting)
-        # The head is applied later, when the policy's adapter acts again.
+        # The head is applied later, when the policy's adapter is active again, so it is wrapped to switch adapters.
         head = states.distribution.head
         head = replace(head, embeddings=_HeadUnder(head, self.adapter))
         return states._replace(distribution=states.distribution._replace(head=head))
@@ -126,11 +126,11 @@ class AdapterReference(Reference):
             yield policy_model
 
     def follow(self, policy_model: nn.Module, rule: MovingRule) -> dict[str, float]:
-        """Let a rule move the adapter towards the policy's, and return metrics of the move."""
+        """Move the adapter toward the policy's by a rule, and return metrics of the move."""
         return rule.move_adapter(cast("PeftModel", policy_model), self.adapter)
 
     def tensors(self, policy_model: nn.Module) -> dict[str, Tensor]:
-        """Return the matrices of the adapter themselves, by name."""
+        """Return the adapter's own tensors (no copies), by name."""
         from falign.models.adapter_copies import matrices_of
 
         return matrices_of(cast("PeftModel", policy_model), self.adapter)
@@ -138,7 +138,7 @@ class AdapterReference(Reference):
 
 @dataclass(frozen=True)
 class _HeadUnder:
-    """A head under one adapter, whichever adapter acts when it is called."""
+    """A head with one fixed adapter, independent of the adapter that is active when it is called."""
 
     head: Head
     adapter: str
@@ -159,7 +159,7 @@ def _without_adapter(head: Head) -> Head:
 
 @contextmanager
 def _trainable_as_before(model: nn.Module) -> Iterator[None]:
-    """Restore on leaving what took gradients: PEFT marks each adapter that it switches on as trainable."""
+    """Restore `requires_grad` on exit: PEFT marks every adapter that it activates as trainable."""
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         yield
@@ -170,10 +170,10 @@ def _trainable_as_before(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def adapter_acting(module: nn.Module, adapter: str) -> Iterator[None]:
-    """Let one adapter act in place of those that do, frozen, in a model or in one of its layers.
+    """Activate one adapter, frozen, in place of the active ones, in a model or in one of its layers.
 
-    Layer by layer, because PEFT lets each have active adapters of its own. A layer that does not carry the adapter
-    acts as in the base.
+    It works layer by layer, because each PEFT layer has its own active adapters. A layer without this adapter computes
+    as in the base.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer, set_adapter
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -198,10 +198,10 @@ def adapter_acting(module: nn.Module, adapter: str) -> Iterator[None]:
 
 
 def _require_adapter(model: nn.Module, adapter: str) -> None:
-    """Raise unless a model carries an adapter that is not trained.
+    """Check that a model has an adapter and does not train it.
 
     Raises:
-        ModelError: No such adapter, or one that moves with the policy.
+        ModelError: The adapter is missing or trained.
     """
     from peft import PeftModel
 
@@ -220,15 +220,15 @@ def _require_adapter(model: nn.Module, adapter: str) -> None:
 
 
 def _refuse_trained_base(model: nn.Module) -> None:
-    """Raise if anything trains while no adapter does: it belongs to the base, so to the reference.
+    """Check that no parameter of the base trains, because the base is the reference.
 
     Raises:
-        ModelError: With the first such parameter.
+        ModelError: A parameter outside the adapters trains; the message names the first one.
     """
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if trained:
         raise ModelError(
             f"{len(trained)} parameters outside the adapter are trained (first: {trained[0]}), so with the "
-            "adapter off the reference would move with the policy: freeze them, or take a frozen model as "
+            "adapter off the reference would move with the policy: freeze them, or use a frozen model as "
             "reference."
         )

@@ -1,4 +1,4 @@
-"""The interface of a reference, and the check that it is the right one."""
+"""Interface of references, and the check that a reference equals the untrained policy."""
 
 from __future__ import annotations
 
@@ -29,21 +29,20 @@ __all__ = ["REFERENCE", "Reference", "check_same_at_start", "detached_logprobs",
 
 
 REFERENCE = "reference"
-"""Name of the reference whose log-probabilities are ``reference_logprobs``, and whose activations make token weights;
-metrics and evaluation compare with it."""
+"""Name of the main reference: it supplies ``reference_logprobs`` and the activations for token weights, and metrics and
+evaluation compare with it."""
 
 
 class Reference(ABC):
-    """The distribution π_ref that the policy is held to.
+    """The distribution π_ref that the divergence keeps the policy close to.
 
-    A fixed reference defines `identity`, `logprobs` and `states`; the other methods have defaults that hold for one
-    which is no model of its own and never changes.
+    A fixed reference defines `identity`, `logprobs` and `states`. The defaults of the other methods suit a reference
+    that is not a separate model and never changes.
 
     Attributes:
-        starts_as_policy: True if it was built to be the policy before the first step, which is then checked.
-        moves: True if it changes while the policy is trained. It then goes into checkpoints, and is never cached.
-        cannot_shard: Reason why it does not work with weights that are spread over processes (FSDP2); ``""`` where it
-            does.
+        starts_as_policy: True if it should equal the policy before the first step; this is then checked.
+        moves: True if it changes during training. It is then saved in checkpoints and never cached.
+        cannot_shard: Reason why it does not work with weights sharded over processes (FSDP2); ``""`` if it works.
     """
 
     starts_as_policy: bool = False
@@ -52,24 +51,24 @@ class Reference(ABC):
 
     @property
     def own_model(self) -> nn.Module | None:
-        """The second model in memory; None for an adapter in the policy, its absence, or values from disk."""
+        """The second model in memory; None for an adapter in the policy, the policy's base, or cached values."""
         return None
 
     @property
     def can_shard(self) -> bool:
-        """True if it works with weights that are spread over processes."""
+        """True if it works with weights sharded over processes."""
         return not self.cannot_shard
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Return what a run folder records: ``kind``, and ``weights``, their content hash if known."""
+        """Return the record for a run folder: ``kind`` and ``weights``, the content hash if known."""
 
     @abstractmethod
     def logprobs(self, policy_model: nn.Module, batch: TokenBatch) -> Float[Tensor, "N T"]:
         """Return log π_ref of the completion tokens, without gradient and dropout, 0 where masked.
 
         Args:
-            policy_model: The policy, which some references are a part of; it is left as it was.
+            policy_model: The policy, which contains some references; it is left unchanged.
             batch: The rows to score.
 
         Returns:
@@ -78,83 +77,83 @@ class Reference(ABC):
 
     @abstractmethod
     def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
-        """Return whole next-token distributions, for objectives that take a divergence over the vocabulary.
+        """Return whole next-token distributions, for objectives with a divergence over the vocabulary.
 
         Args:
-            policy_model: The policy, which some references are a part of; it is left as it was.
+            policy_model: The policy, which contains some references; it is left unchanged.
             batch: The rows to score.
-            weighting: Also return weights of tokens (see :func:`falign.scoring.completion_states`).
+            weighting: Also return token weights (see :func:`falign.scoring.completion_states`).
 
         Returns:
-            What predicts each completion token, without gradient and dropout.
+            The states that predict each completion token, without gradient and dropout.
         """
 
     def acting(self, policy_model: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Return a context with a model that is this reference: its own, or the policy with other adapters on or off.
+        """Return a context that gives this reference as a model: its own, or the policy with adapters switched.
 
         Args:
-            policy_model: The policy, which some references are a part of; afterwards it is as it was.
+            policy_model: The policy, which contains some references; it is restored on exit.
 
         Raises:
             ModelError: The reference is not a model.
         """
         raise ModelError(
-            f"A {type(self).__name__} scores completions and cannot write any: define its method acting, or take a "
+            f"A {type(self).__name__} can score completions but not generate any: define its method acting, or use a "
             "reference that is a model."
         )
 
     def check_fits(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
-        """Check that the reference reads the policy's token ids, and leave further ids out of its distributions.
+        """Check that the reference uses the policy's token ids, and drop further ids from its distributions.
 
         Args:
-            tokenizer: The policy's.
-            vocabulary: Number of ids that the policy's distributions are over.
+            tokenizer: The policy's tokenizer.
+            vocabulary: Number of ids in the policy's distributions.
 
         Returns:
-            Number of ids that both have, the policy's own for a reference that is a part of it.
+            Number of ids that both have; the policy's own for a reference inside the policy.
 
         Raises:
-            ConfigError: With the first token that has another id.
+            ConfigError: A token has different ids; the message names the first one.
         """
         return vocabulary
 
-    def move(self, policy_model: nn.Module, step: int, optimizer: Any) -> None:  # noqa: B027 - a fixed one stays
-        """Follow the policy if it is time to; a fixed reference does nothing.
+    def move(self, policy_model: nn.Module, step: int, optimizer: Any) -> None:  # noqa: B027 - a fixed reference stays
+        """Follow the policy if a move is due; a fixed reference does nothing.
 
-        Call it when the next step begins, not when one ends, and before anything is sampled or scored for it: what is
-        logged, evaluated and saved at a step then belongs to the reference that the step was taken against. Right
-        after a reset every log-ratio is zero, and the last step of a run would be measured by nothing.
+        Call it at the beginning of a step, before anything is sampled or scored for it, not at the end. Metrics,
+        evaluations and checkpoints of a step then use the reference of that step. Right after a reset every log-ratio
+        is zero, so a reset at the end of the last step would leave nothing to measure.
 
         Args:
-            policy_model: The policy as the last step left it.
+            policy_model: The policy after the last step.
             step: Optimizer steps taken so far.
-            optimizer: The policy's, whose moments a reset may forget.
+            optimizer: The policy's optimizer; a reset may clear its moments.
         """
 
-    def save(self, folder: Path, policy_model: nn.Module) -> None:  # noqa: B027 - a fixed one has no state
-        """Write the state of a reference that moves into an existing folder."""
+    def save(self, folder: Path, policy_model: nn.Module) -> None:  # noqa: B027 - a fixed reference has no state
+        """Write the state of a moving reference into an existing folder."""
 
     def load(self, folder: Path, policy_model: nn.Module) -> None:  # noqa: B027
-        """Go on from what `save` wrote.
+        """Restore the state written by `save`.
 
         Raises:
-            ModelError: It is the state of another reference.
+            ModelError: The state is that of another reference.
         """
 
     def metrics(self) -> dict[str, float]:
-        """Return what is logged of it beside each loss, by names without the reference's own."""
+        """Return metrics to log with each loss; their names leave out the reference's own name."""
         return {}
 
 
 def detached_logprobs(
     model: nn.Module, batch: TokenBatch, *, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
 ) -> Float[Tensor, "N T"]:
-    """Return the log-probabilities of a model at rest: no gradient, no dropout, modes restored afterwards.
+    """Return a model's log-probabilities without gradient and dropout; its modes are restored.
 
     Args:
         model: The model to score with.
         batch: The rows to score.
-        chunk_tokens: How many positions reach the head at once.
+        chunk_tokens: Number of positions that reach the head at once.
 
     Returns:
         Log-probabilities in nats, shape (N, T), 0 where masked.
@@ -163,12 +162,12 @@ def detached_logprobs(
 
 
 def detached_states(model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
-    """Return the next-token distributions of a model at rest: no gradient, no dropout, modes restored afterwards.
+    """Return a model's next-token distributions without gradient and dropout; its modes are restored.
 
     Args:
         model: The model to score with.
         batch: The rows to score.
-        weighting: Also return weights of tokens.
+        weighting: Also return token weights.
 
     Returns:
         The states at the positions that predict completion tokens.
@@ -180,21 +179,21 @@ def detached_states(model: nn.Module, batch: TokenBatch, *, weighting: Weighting
 def check_same_at_start(
     policy_model: nn.Module, reference: Reference, batch: TokenBatch, *, tolerance: float = 1e-5
 ) -> None:
-    """Refuse a reference that differs from the untrained policy, where the two should be the same model.
+    """Check that the reference equals the untrained policy, if the two should be the same model.
 
     Args:
         policy_model: The policy before its first update.
-        reference: The reference that it starts from.
+        reference: The reference that it should start from.
         batch: Any rows.
         tolerance: Largest difference of a token's log-probability, nats. In 16-bit models, scores cached from
-            batches of another width need more.
+            batches of another width need a larger one.
 
     Raises:
-        ModelError: If a difference is larger, or is not a number.
+        ModelError: A difference is larger, or is NaN.
     """
     policy_logprobs = detached_logprobs(policy_model, batch)
     difference = (policy_logprobs - reference.logprobs(policy_model, batch)).abs()
-    # argmax takes nan for the largest, and the comparison is written so that nan fails.
+    # argmax treats NaN as the largest, and the comparison below is false for NaN, so NaN is refused.
     row, token = divmod(int(difference.argmax()), difference.shape[1])
     largest = difference[row, token].item()
     if not largest <= tolerance:

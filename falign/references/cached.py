@@ -1,4 +1,4 @@
-"""A reference whose log-probabilities are computed once and then read from disk."""
+"""A reference with log-probabilities that are computed once and then read from disk."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _ENTRIES_PER_SHARD = 2048
 class Cached(Reference):
     """The log-probabilities of another reference, computed at most once per completion.
 
-    Completions are found by their token ids, in whatever order and epoch they come. What is missing is
-    computed by the wrapped reference and kept. `precompute` fills the cache beforehand, in few large files;
-    after that, open it again without a reference, whose memory is then free.
+    Completions are looked up by their token ids, in any order and epoch. The wrapped reference computes missing
+    values, which are kept. `precompute` fills the cache beforehand, in a few large files; the cache can then be opened
+    without a reference, which saves its memory.
 
     Args:
-        reference: What computes missing values; None where all are there.
+        reference: Computes missing values; None if no value is missing.
         directory: The store's folder.
-        key: What the values depend on besides the token ids.
-        origin: Identity of what has computed the values, for the record, where that is no longer there.
+        key: The inputs that the values depend on, besides the token ids.
+        origin: Identity of the reference that computed the values, for the record, if it is not given.
 
     Raises:
         ConfigError: If the store was written under another key, key and reference name different weights, or the
@@ -54,10 +54,10 @@ class Cached(Reference):
     ) -> None:
         weights = None if reference is None else reference.identity().get("weights")
         if weights not in (None, key.weights):
-            raise ConfigError(f"The cache key names the weights {key.weights!r}, its reference {weights!r}.")
+            raise ConfigError(f"The cache key has the weights {key.weights!r}, but its reference has {weights!r}.")
         if reference is not None and reference.moves:
             raise ConfigError(
-                "A moving reference gives other log-probabilities after every move: take one that is fixed, or leave "
+                "A moving reference gives other log-probabilities after every move: use a fixed one, or leave "
                 "the cache out."
             )
         self.reference = reference
@@ -87,8 +87,8 @@ class Cached(Reference):
     def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
         if self.reference is None:
             raise ConfigError(
-                f"{self.store.directory} holds log-probabilities of single tokens, and this objective needs the "
-                "reference's whole distributions, which have to be computed live: drop the cache (reference.cache), "
+                f"{self.store.directory} holds log-probabilities of single tokens, but this objective needs the "
+                "reference's whole distributions, which must be computed live: drop the cache (reference.cache), "
                 "or give Cached its reference."
             )
         return self.reference.states(policy_model, batch, weighting=weighting)
@@ -96,8 +96,8 @@ class Cached(Reference):
     @override
     def acting(self, policy_model: nn.Module) -> AbstractContextManager[nn.Module]:
         raise ModelError(
-            "A Cached has values of known completions alone and writes none: take the reference that it was computed "
-            "from."
+            "A Cached reference only has values of known completions and cannot generate: use the reference that "
+            "computed them."
         )
 
     @override
@@ -113,17 +113,17 @@ class Cached(Reference):
         batch_size: int = 8,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> int:
-        """Compute what is missing, the longest trees first, so that memory runs out at once or never.
+        """Compute missing values, the longest trees first, so that memory runs out at once or never.
 
         Args:
             policy_model: The policy, on the device to compute on.
-            trees: The data; those of which everything is there cost nothing.
-            scorer: Lays them out, in a way that the reference's model can read.
+            trees: The data; trees with all values present cost nothing.
+            scorer: Scorer with a layout that the reference's model can read.
             batch_size: Trees per forward pass.
             on_progress: Called after each pass with the numbers of trees done and to do.
 
         Returns:
-            How many trees had something missing.
+            Number of trees with missing values.
         """
         missing = {digests: tree for tree in trees if (digests := self._missing(tree))}
         ordered = sorted(missing.values(), key=lambda tree: tree.longest_path, reverse=True)
@@ -158,7 +158,7 @@ class Cached(Reference):
             row = int((~logprobs.isfinite()).any(dim=1).nonzero()[0])
             raise ModelError(
                 f"The reference gives {batch.place[row] or f'row {row}'} a log-probability that is not "
-                "finite; it is not kept. Check the reference's weights and dtype."
+                "finite; it is not stored. Check the reference's weights and dtype."
             )
         mask = batch.completion_mask.cpu()
         return {digests[n]: logprobs[n][mask[n]] for n in missing}

@@ -1,4 +1,4 @@
-"""A model of its own that never changes."""
+"""A reference that is a separate, frozen model."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class FrozenModel(Reference):
         model: The reference model; put into evaluation mode, its parameters no longer requiring gradients.
         weights: Content hash of its weights, for the record.
         config: Hash of its configuration, for the record.
-        tokenizer: Its own, to be compared with the policy's; None if that has been done.
-        starts_as_policy: Whether it is the model that the policy starts as.
-        chunk_tokens: How many positions reach the head at once.
+        tokenizer: Its tokenizer, to compare with the policy's; None if they have been compared.
+        starts_as_policy: True if it is the model that the policy starts from.
+        chunk_tokens: Number of positions that reach the head at once.
     """
 
     def __init__(
@@ -85,16 +85,16 @@ class FrozenModel(Reference):
         return cut_head(cast("PreTrainedModel", self.model), vocabulary)
 
     def follow(self, policy_model: nn.Module, rule: MovingRule) -> dict[str, float]:
-        """Let a rule move the weights towards the policy's, and return metrics of the move."""
+        """Move the weights toward the policy's by a rule, and return metrics of the move."""
         return rule.move_weights(self.model, policy_model)
 
     def tensors(self, policy_model: nn.Module) -> dict[str, Tensor]:
-        """Return the weights themselves, by name."""
+        """Return the weights (no copies), by name."""
         return dict(self.model.named_parameters())
 
     def _refuse_policy(self, policy_model: nn.Module) -> None:
         if policy_model is self.model:
             raise ModelError(
-                "Policy and frozen reference are one object, so the policy is frozen too: load the reference "
+                "Policy and frozen reference are the same object, so the policy is frozen too: load the reference "
                 "separately, or copy it before training."
             )

@@ -1,4 +1,4 @@
-"""References that follow the policy: as an average over its past, or by jumps to where it is."""
+"""References that follow the policy: an average over its past, or a copy renewed at intervals."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 __all__ = ["MovingAverage", "MovingReference", "MovingRule", "PeriodicReset"]
 
 _FILE = "reference.safetensors"
-_ROOM = 4  # ranks of the policy's adapter that the average's may have by default
+_ROOM = 4  # default rank of the average's adapter, as a multiple of the policy's
 
 
 @runtime_checkable
 class MovingRule(Protocol):
-    """The way in which a reference follows the policy; a frozen dataclass, whose fields are recorded."""
+    """Rule by which a reference follows the policy; a frozen dataclass, recorded field by field."""
 
     kind: ClassVar[str]
 
@@ -47,11 +47,11 @@ class MovingRule(Protocol):
         ...
 
     def add_adapter(self, policy_model: PeftModel, name: str) -> None:
-        """Add the adapter that will follow the policy's, equal to it for now."""
+        """Add the adapter that will follow the policy's, initially equal to it."""
         ...
 
     def move_adapter(self, policy_model: PeftModel, name: str) -> dict[str, float]:
-        """Move that adapter, and return metrics."""
+        """Move the reference's adapter, and return metrics."""
         ...
 
     def move_weights(self, reference_model: nn.Module, policy_model: nn.Module) -> dict[str, float]:
@@ -61,16 +61,16 @@ class MovingRule(Protocol):
 
 @dataclass(frozen=True)
 class MovingAverage:
-    """``π_ref ← α π + (1-α) π_ref`` in the weights, every so many optimizer steps (TR-DPO's soft update).
+    """``π_ref ← α π + (1-α) π_ref`` in the weights, every `every` optimizer steps (TR-DPO's soft update).
 
-    For adapters it is the updates ΔW = B A that are averaged, as the weights of the two models would be. The rank of
-    an average of k updates is up to k times theirs; what `rank` has no room for is cut off, the smallest singular
-    values first, and logged as ``reference/truncation``.
+    For adapters the updates ΔW = B A are averaged, which equals averaging the weights of the two models. The average
+    of k updates has up to k times their rank; singular values beyond `rank` are dropped, the smallest first, and the
+    loss is logged as ``reference/truncation``.
 
     Attributes:
         alpha: α, the weight of the policy, above 0 and at most 1.
-        every: Optimiser steps between two moves.
-        rank: Of the averaged adapter; four times the policy's where None. Not read without an adapter.
+        every: Optimizer steps between two moves.
+        rank: Rank of the averaged adapter; None means four times the policy's. Ignored without an adapter.
 
     Source:
         Gorbatovski et al., TR-DPO (arXiv:2404.09656), soft update.
@@ -88,11 +88,11 @@ class MovingAverage:
 
     @property
     def reset_optimizer(self) -> bool:
-        """False: one move changes little."""
+        """False, because one move changes little."""
         return False
 
     def add_adapter(self, policy_model: PeftModel, name: str) -> None:
-        """Add the adapter that will follow the policy's, equal to it for now."""
+        """Add the adapter that will follow the policy's, initially equal to it."""
         from falign.models.adapter_copies import add_average
         from falign.models.structure import lora_layers
 
@@ -111,8 +111,8 @@ class MovingAverage:
         for name, (old, new) in _pairs(reference_model, policy_model).items():
             if old.dtype in (torch.bfloat16, torch.float16):
                 raise ModelError(
-                    f"{name} of the reference is {str(old.dtype).removeprefix('torch.')}, where most moves are below "
-                    "rounding and lost: load it in float32."
+                    f"{name} of the reference is {str(old.dtype).removeprefix('torch.')}, where most moves are smaller "
+                    "than rounding and are lost: load it in float32."
                 )
             old.lerp_(new.to(old), self.alpha)
         return {}
@@ -120,15 +120,15 @@ class MovingAverage:
 
 @dataclass(frozen=True)
 class PeriodicReset:
-    """``π_ref ← π``, every so many optimizer steps (TR-DPO's hard update; ProRL's reset).
+    """``π_ref ← π``, every `every` optimizer steps (TR-DPO's hard update; ProRL's reset).
 
     Attributes:
-        every: Optimiser steps between two resets.
-        reset_optimizer: Also forget the optimizer's moments, as ProRL does.
+        every: Optimizer steps between two resets.
+        reset_optimizer: Also clear the optimizer's moments, as ProRL does.
 
     Source:
         Gorbatovski et al., TR-DPO (arXiv:2404.09656), hard update. Liu et al., ProRL (arXiv:2505.24864), which
-        resets when validation stalls, and here it is at a fixed interval.
+        resets when validation stalls; here the interval is fixed.
     """
 
     kind: ClassVar[str] = "periodic_reset"
@@ -139,7 +139,7 @@ class PeriodicReset:
         _check_every(self.every)
 
     def add_adapter(self, policy_model: PeftModel, name: str) -> None:
-        """Add the adapter that will be set to the policy's, equal to it for now."""
+        """Add the adapter that will be set to the policy's, initially equal to it."""
         from falign.models.adapter_copies import add_copy
 
         add_copy(policy_model, name=name)
@@ -160,14 +160,14 @@ class PeriodicReset:
 
 
 class MovingReference(Reference):
-    """A reference that a rule moves towards the policy between optimizer steps; its log-probs cannot be cached.
+    """A reference that a rule moves toward the policy between optimizer steps; its log-probs cannot be cached.
 
-    Call `move` before each step: it moves after every ``rule.every`` steps. Call `follow` to move at once.
+    Call `move` before each step: it moves every ``rule.every`` steps. Call `follow` to move at once.
 
     Args:
-        held: The reference between two moves: an adapter in the policy that the rule added (see `beside`), or
-            a model of its own.
-        rule: How it moves.
+        held: The reference between moves: an adapter that the rule added to the policy (see `beside`), or a separate
+            model.
+        rule: The rule by which it moves.
 
     Example:
         ``MovingReference.beside(model, rule=MovingAverage(alpha=0.6, every=64))``
@@ -175,7 +175,7 @@ class MovingReference(Reference):
 
     starts_as_policy = True
     moves = True
-    cannot_shard = "the reference moves by arithmetic on whole matrices, of which each process holds a part"
+    cannot_shard = "the reference moves by arithmetic on whole matrices, but each process holds only a part of them"
 
     def __init__(self, held: AdapterReference | FrozenModel, *, rule: MovingRule) -> None:
         self.held = held
@@ -195,14 +195,14 @@ class MovingReference(Reference):
         weights: str | None = None,
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     ) -> MovingReference:
-        """Return a reference in an adapter of its own over the policy's base, equal to the policy's for now.
+        """Return a reference in a separate adapter on the policy's base, initially equal to the policy's.
 
         Args:
             policy_model: The policy; its trained adapter is ``default``.
-            rule: How the reference moves.
+            rule: The rule by which the reference moves.
             adapter: The name of the reference's adapter.
-            weights: Content hash of what the policy is now, for the record.
-            chunk_tokens: How many positions reach the head at once.
+            weights: Content hash of the policy's current weights, for the record.
+            chunk_tokens: Number of positions that reach the head at once.
         """
         rule.add_adapter(policy_model, adapter)
         held = AdapterReference(adapter=adapter, weights=weights, chunk_tokens=chunk_tokens)
@@ -248,7 +248,7 @@ class MovingReference(Reference):
             optimizer.state.clear()
 
     def follow(self, policy_model: nn.Module) -> None:
-        """Move once towards the policy as it is now."""
+        """Move once toward the current policy."""
         self._measured = self.held.follow(policy_model, self.rule)
         self.num_moves += 1
 
@@ -277,14 +277,14 @@ class MovingReference(Reference):
                 tensor.copy_(file.get_tensor(name))
             metadata = file.metadata()
             self.num_moves, self.start = int(metadata["moves"]), metadata["start"] or None
-            # Older files have the names under which metrics are logged.
+            # Older files use the logged names of the metrics.
             measured = json.loads(metadata["measured"])
             self._measured = {name.removeprefix("reference/"): value for name, value in measured.items()}
 
 
 def _check_every(every: int) -> None:
     if every < 1:
-        raise ValueError(f"every={every}: the reference moves every so many optimizer steps; give at least 1.")
+        raise ValueError(f"every={every}: the number of optimizer steps between two moves must be at least 1.")
 
 
 def _pairs(reference_model: nn.Module, policy_model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:

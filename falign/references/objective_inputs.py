@@ -1,4 +1,4 @@
-"""The inputs of an objective: a batch scored under the policy, and under the references that are asked for."""
+"""The inputs of an objective: a batch scored under the policy and the required references."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ObjectiveInputs(NamedTuple):
     """A scored batch.
 
     Attributes:
-        completions: What the objective is called with.
+        completions: The objective's argument.
         entropy: Entropy of the policy's distribution at each completion token, nats, shape (N, T); detached.
     """
 
@@ -47,25 +47,25 @@ def objective_inputs(
     columns: Mapping[str, Tensor] | None = None,
     value_head: nn.Module | None = None,
 ) -> ObjectiveInputs:
-    """Score a batch under policy and references, as an objective needs it.
+    """Score a batch under the policy and the references that an objective needs.
 
     Args:
-        policy_model: The policy; it is run in the mode that it is in.
+        policy_model: The policy; it runs in its current mode.
         batch: The rows to score.
-        references: By name. Each that is needed runs once, whatever it is needed for, and the others do not run.
-        objective: Its ``needs`` and ``measures`` say what is computed.
-        measures: Further ones, to be logged, under other names than those of the objective.
-        chunk_tokens: How many positions reach the head at once.
-        wrapped: The policy in what makes it run on several devices, to be called in its place; the references get the
-            policy itself, whose adapters they may have to switch.
-        columns: What is known of the completions, by the names of :meth:`CompletionBatch.tensors`; it is not computed.
+        references: References by name. Each one that is needed runs once; the others do not run.
+        objective: Its ``needs`` and ``measures`` determine what is computed.
+        measures: Further measures to log, under names that differ from the objective's.
+        chunk_tokens: Number of positions that reach the head at once.
+        wrapped: The policy's data-parallel wrapper, to call in its place; references get the policy itself, because
+            they may switch its adapters.
+        columns: Known fields of the completions, by the names of :meth:`CompletionBatch.tensors`; not recomputed.
         value_head: See :func:`falign.scoring.completion_scores`; for objectives that read ``values``.
 
     Returns:
-        The completions, whose log-probabilities and measures carry the policy's gradient, and the entropies.
+        The completions, with log-probabilities and measures that carry the policy's gradient, and the entropies.
 
     Raises:
-        ValueError: The objective or a measure reads a reference that is not there.
+        ValueError: The objective or a measure reads a reference that is missing.
     """
     found = dict(columns or {})
     asked = {**(measures or {}), **objective.measures}
@@ -77,7 +77,7 @@ def objective_inputs(
             f"The objective or a measure reads the reference {missing[0]!r}, and the references are "
             f"{', '.join(sorted(references)) or 'none'}: add it under this name."
         )
-    # Whole distributions first, so that the references' passes are over before the policy's graph is kept.
+    # References first, so that the memory of their passes is free before the policy's graph is kept.
     distributions: dict[str, Distribution] = {}
     for name in (name for name in references if name in needed):
         weighted = weighting if name == REFERENCE else "none"
@@ -94,12 +94,12 @@ def objective_inputs(
         value_head=value_head if "values" in objective.needs else None,
         chunk_tokens=chunk_tokens,
     )
-    # What is known stays: the reference may have moved since, and a measure that is only logged changes nothing.
+    # Known columns take precedence: the reference may have moved since, and a logged measure must change nothing.
     found = {**{field_of_reference(name): logprobs for name, logprobs in scores.references.items()}, **found}
     found |= {f"measures.{name}": values for name, values in scores.measures.items()}
     if scores.values is not None:
         found["values"] = scores.values
-    # On the first update of a rollout the policy is the one that sampled.
+    # In the first update on a rollout, the policy is still the one that sampled.
     now = {"old_logprobs": scores.logprobs, "old_values": scores.values}
     found |= {
         name: value.detach()
@@ -110,19 +110,19 @@ def objective_inputs(
 
 
 def field_of_reference(name: str) -> str:
-    """Return the name of a reference's log-probabilities, as :meth:`CompletionBatch.tensors` has it."""
+    """Return the name of a reference's log-probabilities in :meth:`CompletionBatch.tensors`."""
     return "reference_logprobs" if name == REFERENCE else f"references.{name}"
 
 
 def completion_batch(
     batch: TokenBatch, logprobs: Float[Tensor, "N T"], found: Mapping[str, Tensor] | None = None
 ) -> CompletionBatch:
-    """Return the completions of a batch with their log-probabilities and what else is known of them.
+    """Return the completions of a batch with their log-probabilities and optional fields.
 
     Args:
         batch: The rows.
         logprobs: ``log π`` of the completion tokens.
-        found: Optional fields, by the names of :meth:`CompletionBatch.tensors`.
+        found: Optional fields by the names of :meth:`CompletionBatch.tensors`.
     """
     preference = {} if batch.preference is None else {"preference": batch.preference}
     return CompletionBatch.of(

@@ -1,4 +1,4 @@
-"""A weighted average of tuned models as reference, as in SALSA."""
+"""A weighted average of fine-tuned models as reference, as in SALSA."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ __all__ = ["Soup"]
 
 
 class Soup(Reference):
-    """The model with ``θ = Σ w_i θ_i``; for adapters over one base exactly, on that base as it is, 4-bit or not.
+    """The model with ``θ = Σ w_i θ_i``; exact for adapters over one base, which may be 4-bit.
 
     Args:
-        held: The average: an adapter in the policy, or a model of its own.
+        held: The average: an adapter in the policy, or a separate model.
         record: Its members, as in ``soup.json``.
 
     Source:
@@ -48,18 +48,18 @@ class Soup(Reference):
         adapter: str = "ref",
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     ) -> Soup:
-        """Return the soup of adapters over the policy's base, held in an adapter beside the policy's.
+        """Return the soup of adapters over the policy's base, held in an adapter next to the policy's.
 
         Args:
             policy_model: The policy.
-            paths: Folders of adapters, or runs that have trained such.
-            weights: One share each, together 1; equal ones where left out.
+            paths: Folders of adapters, or of runs that trained adapters.
+            weights: One share per path, summing to 1; equal shares by default.
             adapter: The name of the soup's adapter.
-            chunk_tokens: How many positions reach the head at once.
+            chunk_tokens: Number of positions that reach the head at once.
 
         Raises:
-            ConfigError: Weights that are not shares of 1.
-            ModelError: Adapters that have no average, or for another base.
+            ConfigError: The weights are not shares that sum to 1.
+            ModelError: The adapters cannot be averaged, or belong to another base.
         """
         from falign.models.adapter_soup import adapter_soup
         from falign.models.adapter_tensors import install_adapter

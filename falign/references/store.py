@@ -1,4 +1,4 @@
-"""Per-token log-probabilities on disk, found again by the content of what they were computed from."""
+"""Per-token log-probabilities on disk, looked up by a hash of the inputs that they were computed from."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _CHECKSUM_BYTES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class CacheKey:
-    """The inputs that all values of a store depend on. Token ids, and so truncation, belong to its entries.
+    """The inputs that all values of a store depend on. Token ids, and thus truncation, belong to its entries.
 
     Attributes:
-        weights: Content hash of the reference's weights, without the adapter that is trained.
-        config: Hash of its configuration, as far as it changes logits.
-        vocabulary: Over how many ids its distributions are.
+        weights: Content hash of the reference's weights, without the trained adapter.
+        config: Hash of the part of its configuration that affects logits.
+        vocabulary: Number of ids in its distributions.
         tokenizer: Fingerprint of the tokenizer and its chat template.
         dtype: The type that the reference computes in, quantization included.
         attention: Attention implementation.
@@ -49,7 +49,7 @@ class CacheKey:
 
     @property
     def digest(self) -> str:
-        """Sixteen hexadecimal digits, for a folder per key."""
+        """Sixteen hexadecimal digits, to name a folder per key."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -67,19 +67,19 @@ class _Span(NamedTuple):
 
 
 class LogprobStore:
-    """A folder of ``index.json``, which holds the key, and shards, each complete in itself.
+    """A folder with ``index.json``, which holds the key, and self-contained shards.
 
-    Each entry has a checksum over its name and its values, which is compared whenever it is read.
+    Each entry has a checksum over its name and values, which is checked on every read.
 
-    A shard is written under another name, synced and renamed, so that a reader, also in another process, sees
-    all of it or nothing, and a killed write leaves only a file that nobody reads.
+    A shard is written under a temporary name, synced and renamed. A reader, also in another process, thus sees all of
+    it or nothing, and a killed write leaves only a file that nobody reads.
 
     Args:
         directory: The folder; created if needed.
         key: The inputs that the values depend on.
 
     Raises:
-        ConfigError: If the folder was written under another key, or a link leads out of it.
+        ConfigError: If the folder was written under another key, or contains a link to a file outside.
         DataError: If a shard cannot be read.
     """
 
@@ -89,7 +89,7 @@ class LogprobStore:
         self._spans: dict[bytes, _Span] = {}
         for path in (directory, *directory.glob("shard-*.safetensors"), directory / "index.json"):
             if path.is_symlink():
-                raise ConfigError(f"{path} is a link, and a cache has its files in its own folder: remove the link.")
+                raise ConfigError(f"{path} is a link, but a cache keeps its files in its own folder: remove the link.")
         self._check_index()
         for shard in sorted(directory.glob("shard-*.safetensors")):
             self._register(shard)
@@ -101,7 +101,7 @@ class LogprobStore:
         return digest in self._spans
 
     def read(self, digests: Sequence[bytes]) -> list[Float[Tensor, " _"]]:
-        """Return the values of entries that are in the store, in float32 and in the order asked for."""
+        """Return the values of entries in the store, in float32 and in the requested order."""
         by_shard: dict[Path, list[bytes]] = defaultdict(list)
         for digest in digests:
             by_shard[self._spans[digest].shard].append(digest)
@@ -117,7 +117,7 @@ class LogprobStore:
         return [values[digest] for digest in digests]
 
     def append(self, entries: Mapping[bytes, Float[Tensor, " _"]]) -> None:
-        """Add entries as one shard; once this returns they are on disk."""
+        """Add entries as one shard, which is on disk when this returns."""
         digests = b"".join(entries)
         rows = {digest: values.detach().float().cpu() for digest, values in entries.items()}
         checksums = [list(_checksum(digest, values)) for digest, values in rows.items()]
@@ -134,23 +134,25 @@ class LogprobStore:
     def _check_index(self) -> None:
         path = self.directory / "index.json"
         wanted = {"format": _FORMAT, **asdict(self.key)}
-        # In this order: another process writes the index before its first shard.
+        # The order matters: another process writes the index before its first shard.
         has_shards = any(self.directory.glob("shard-*.safetensors"))
         if not path.exists():
             if has_shards:
-                raise ConfigError(f"{self.directory} has shards but no index.json: delete it or take another.")
+                raise ConfigError(f"{self.directory} has shards but no index.json: delete it or use another folder.")
             self.directory.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(wanted, indent=1))
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"{path} is damaged ({error}): delete the folder, and all is computed again.") from error
+            raise ConfigError(
+                f"{path} is damaged ({error}): delete the folder; its values will be computed again."
+            ) from error
         differing = [name for name in wanted if found.get(name) != wanted[name]]
         if differing:
             stale = ", ".join(f"{name} {found.get(name)!r} instead of {wanted[name]!r}" for name in differing)
             raise ConfigError(
                 f"The reference log-probabilities in {self.directory} are stale: computed with {stale}. "
-                "Delete the folder or name another."
+                "Delete the folder or use another."
             )
 
     def _register(self, shard: Path) -> None:
@@ -160,11 +162,11 @@ class LogprobStore:
             stops = lengths.cumsum(dim=0)
             values, rows = file.get_slice("logprobs"), [digests.shape, lengths.dtype, lengths.shape]
             if rows != [(len(lengths), 32), torch.int64, (len(lengths),)] or digests.dtype != torch.uint8:
-                raise ValueError(f"its entries are of another form, {rows}")
+                raise ValueError(f"its entries have an unexpected format, {rows}")
             if checksums.shape != (len(lengths), _CHECKSUM_BYTES) or checksums.dtype != torch.uint8:
-                raise ValueError(f"its checksums are of another form, {checksums.dtype} {tuple(checksums.shape)}")
+                raise ValueError(f"its checksums have an unexpected format, {checksums.dtype} {tuple(checksums.shape)}")
             if (lengths < 0).any() or [int(lengths.sum())] != values.get_shape() or values.get_dtype() != "F32":
-                raise ValueError("its values are not as many as its entries say")
+                raise ValueError("its number of values does not match its entries")
         spans = zip(digests.numpy(), [0, *stops.tolist()], stops.tolist(), checksums.numpy(), strict=False)
         for row, start, stop, checksum in spans:
             self._spans[row.tobytes()] = _Span(shard, start, stop, checksum.tobytes())
@@ -180,6 +182,6 @@ def _reading(shard: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, TypeError, IndexError, RuntimeError, SafetensorError) as error:
         raise DataError(
-            f"{shard} is not a shard of reference log-probabilities, or is damaged ({error}): delete this file, and "
-            "its entries are computed again."
+            f"{shard} is not a shard of reference log-probabilities, or is damaged ({error}): delete this file; "
+            "its entries will be computed again."
         ) from error

@@ -41,6 +41,6 @@ def test_what_acts_has_the_logprobs_of_the_reference_also_while_it_writes(kind):
 
 
 def test_values_from_disk_write_nothing():
-    values, refused = Cached.__new__(Cached), pytest.raises(ModelError, match="Cached has values of known completions")
+    values, refused = Cached.__new__(Cached), pytest.raises(ModelError, match="only has values of known completions")
     with refused, values.acting(tiny_model()):
         pass

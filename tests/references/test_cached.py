@@ -77,7 +77,7 @@ def test_a_change_of_weights_tokenizer_dtype_or_attention_is_refused(tmp_path, p
 
 
 def test_a_key_of_other_weights_than_the_reference_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="'w1', its reference 'w2'"):
+    with pytest.raises(ConfigError, match="'w1', but its reference has 'w2'"):
         Cached(AdapterOff(weights="w2"), directory=tmp_path, key=KEY)
 
 

@@ -23,7 +23,7 @@ def test_it_gives_its_own_model_at_rest_whatever_the_policy_is():
 
 def test_the_policy_itself_as_reference_is_refused():
     model = tiny_model()
-    with pytest.raises(ModelError, match="are one object"):
+    with pytest.raises(ModelError, match="are the same object"):
         FrozenModel(model).logprobs(model, BATCH)
 
 

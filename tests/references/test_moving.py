@@ -149,7 +149,7 @@ def test_the_rank_is_four_times_the_policys_or_what_is_asked_for():
 def test_16_bit_averages_and_other_models_are_refused():
     policy = tiny_model().bfloat16()
     reference = MovingReference(FrozenModel(copy.deepcopy(policy)), rule=AVERAGE)
-    with pytest.raises(ModelError, match=r"is bfloat16, where most moves are below rounding.*float32"):
+    with pytest.raises(ModelError, match=r"is bfloat16, where most moves are smaller than rounding.*float32"):
         reference.follow(policy)
     reference = MovingReference(FrozenModel(tiny_model("gpt2")), rule=AVERAGE)
     with pytest.raises(ModelError, match="not the same model"):
