@@ -1,4 +1,4 @@
-"""Hashes of functions and objects that a program holds, so that a run is known to go on with the same ones."""
+"""Hashes of functions and objects in a program, to check that a resumed run uses the same ones."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ADDRESS = re.compile(r"0x[0-9a-f]+")
 def code_identity(value: Any) -> str:
     """Return the SHA-256 of a function, or of an object's class and values.
 
-    The source counts, that of functions and classes of the same module that it names, default values, closures, and
-    plain values of the module. Installed libraries and files that it reads do not.
+    The hash covers its source, the functions and classes of its module that it uses, default values, closures and
+    plain values of the module. It does not cover installed libraries or files that it reads.
 
     Args:
         value: A function, a class, or an object.
@@ -59,7 +59,7 @@ def _collect(value: Any, found: dict[str, str]) -> None:
 def _source(value: Any) -> str:
     try:
         return inspect.getsource(value)
-    except (OSError, TypeError):  # typed into an interpreter, or compiled
+    except (OSError, TypeError):  # typed into an interpreter, or without source
         return "".join(_compiled(function.__code__) for function in _functions(value))
 
 
@@ -83,7 +83,7 @@ def _compiled(code: CodeType) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Return the values of an object as text that is the same in another process."""
+    """Return an object's values as text that does not depend on the process."""
     if isinstance(value, Mapping):
         return str({str(key): _plain(inner) for key, inner in value.items()})
     if isinstance(value, set | frozenset):

@@ -15,8 +15,8 @@ def lazy_names(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return ``__getattr__`` and ``__dir__`` of a package whose names are imported at first use.
 
-    So ``falign --help`` does not load torch, and a wrong key in a run file is told before transformers is loaded. Type
-    checkers read the same names from imports under ``TYPE_CHECKING``; a test holds the two together.
+    So ``falign --help`` does not load torch, and a wrong key in a run file is reported before transformers is loaded.
+    Type checkers read the same names from imports under ``TYPE_CHECKING``; a test checks that both agree.
 
     Args:
         package: ``__name__`` of the package.
@@ -35,7 +35,7 @@ def lazy_names(
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module = import_module(where[name])
         value = module if name in modules else getattr(module, name)
-        setattr(sys.modules[package], name, value)  # so that the next use does not come here
+        setattr(sys.modules[package], name, value)  # so that the next use does not call this function
         return value
 
     return find, lambda: sorted(where)

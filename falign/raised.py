@@ -1,4 +1,4 @@
-"""Messages of exceptions in reward functions: the lines of code that raised, and the completion that was judged."""
+"""Messages for exceptions in reward functions: the lines of code that raised, and the completion being scored."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class CodeLine(NamedTuple):
 
     Attributes:
         file: Path of the source.
-        number: Of the line.
+        number: Line number.
         function: Name of the function.
-        source: The line itself; ``""`` where the source is not there.
+        source: The line itself; ``""`` if the source is missing.
     """
 
     file: str
@@ -35,7 +35,7 @@ class CodeLine(NamedTuple):
 
 
 def code_lines(error: BaseException) -> list[CodeLine]:
-    """Return the lines of an exception's traceback, the one that raised last."""
+    """Return the lines of an exception's traceback; the line that raised comes last."""
     frames = traceback.extract_tb(error.__traceback__)
     return [CodeLine(each.filename, each.lineno or 0, each.name, each.line or "") for each in frames]
 
@@ -46,11 +46,11 @@ def own_lines(lines: Sequence[CodeLine]) -> list[CodeLine]:
 
 
 def completion_at_fault(error: BaseException, completions: Sequence[Any]) -> int | None:
-    """Return which completion was being judged: the one that a variable of the innermost frame holds.
+    """Return the completion that was being scored: the one held by a variable of the innermost frame.
 
     Args:
         error: Raised by a reward.
-        completions: The very objects that it was given.
+        completions: The objects that it was given, not copies.
     """
     if len(completions) == 1:
         return 0
@@ -68,7 +68,7 @@ def raised_message(text: str, lines: Sequence[CodeLine], completion: str | None)
     Args:
         text: Class and message.
         lines: Lines of its traceback; only the user's files and the line that raised are kept.
-        completion: The one that was judged, if it is known.
+        completion: The completion that was being scored, if known.
     """
     own = own_lines(lines)
     kept = [*own[-MOST_LINES:], *[line for line in lines[-1:] if not _is_own(line)]]
