@@ -186,7 +186,7 @@ def sections(
 
 
 def sql(
-    root: Path,
+    root: Path | str,
     *,
     database: str = "{db_id}.sqlite",
     answer: str = "query",
@@ -246,7 +246,7 @@ def words(
 
 
 def lexicon(
-    path: Annotated[Path, ReadsFile()], *, output: Literal["sum", "mean", "present", "probability"] = "sum"
+    path: Annotated[Path | str, ReadsFile()], *, output: Literal["sum", "mean", "present", "probability"] = "sum"
 ) -> Lexicon:
     """The sum of weighted words.
 
@@ -262,7 +262,7 @@ def lexicon(
 
 
 def sentiment(
-    path: Annotated[Path, ReadsFile()],
+    path: Annotated[Path | str, ReadsFile()],
     positive: str,
     *,
     output: Literal["sum", "mean", "probability"] = "sum",

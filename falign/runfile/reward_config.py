@@ -87,7 +87,7 @@ class BuiltInSection(RewardSection):
 
     @override
     def data_paths(self) -> Iterator[Path]:
-        yield from (path for _, _, path in self._marked(ReadsFile))
+        yield from (Path(path) for _, _, path in self._marked(ReadsFile))
 
     @override
     def build(self) -> Reward:
