@@ -10,9 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from falign.objectives.measures import Measure
-from falign.scoring.backbone import run_backbone
 from falign.scoring.batch import TokenBatch
-from falign.scoring.head import read_head
+from falign.scoring.model_parts import read_head, run_backbone
 from falign.scoring.token_weights import MapoMask, Weighting, activation_weights
 from falign.scoring.tree_attention import tree_masks
 from falign.scoring.vocabulary import DEFAULT_CHUNK_TOKENS, Distribution, TokenScores, token_scores

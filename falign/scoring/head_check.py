@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from falign.errors import ModelError
-from falign.scoring.backbone import architecture_errors, other_attention, without_wrapper
 from falign.scoring.batch import PromptTree
 from falign.scoring.completions import completion_scores
 from falign.scoring.layouts import pad
+from falign.scoring.model_parts import architecture_errors, other_attention, without_wrapper
 from falign.scoring.scorer import evaluation_mode
 
 __all__ = ["check_head"]

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from falign.errors import ModelError
-from falign.scoring.backbone import architecture_errors, other_attention, without_wrapper
 from falign.scoring.batch import PromptTree
 from falign.scoring.layouts import Layout
+from falign.scoring.model_parts import architecture_errors, other_attention, without_wrapper
 from falign.scoring.scorer import Scorer
 from falign.scoring.tree_attention import layer_types, text_config
 

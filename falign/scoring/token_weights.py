@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from falign.errors import ModelError
-from falign.scoring.backbone import read_backbone, without_wrapper
 from falign.scoring.batch import TokenBatch
+from falign.scoring.model_parts import read_backbone, without_wrapper
 from falign.scoring.vocabulary import Distribution
 
 __all__ = ["MapoMask", "Weighting", "activation_weights"]

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from falign.scoring.backbone import without_wrapper
 from falign.scoring.batch import TokenBatch, TreeSpan
+from falign.scoring.model_parts import without_wrapper
 
 __all__ = ["Places", "TreeMask", "layer_types", "text_config", "tree_masks", "visible", "visible_in"]
 

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from falign.objectives.measures import Measure, Vocabulary, references_of
-from falign.scoring.head import Head
+from falign.scoring.model_parts import Head
 
 __all__ = ["DEFAULT_CHUNK_TOKENS", "Distribution", "TokenScores", "token_scores"]
 

@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from falign.errors import ConfigError
+from falign.objectives import CompletionBatch
 
-__all__ = ["gathered", "highest", "is_writer", "join", "num_processes", "own_batches", "part", "rank", "shards", "wait"]
+__all__ = [
+    "STANDS_IN",
+    "counts",
+    "gathered",
+    "highest",
+    "is_writer",
+    "join",
+    "num_processes",
+    "own_batches",
+    "part",
+    "rank",
+    "shards",
+    "stand_in",
+    "stand_in_loss",
+    "wait",
+]
 
 T = TypeVar("T")
 
 SHARDS = "FALIGN_SHARDS"
+
+STANDS_IN = "stands_in"
+"""Marks a micro-batch that does not count: what a process computes while the others have one batch more.
+
+Where gradients or weights are exchanged between processes, each pass of the model is joint work, and a process without
+rows would leave the others waiting.
+"""
 
 
 def join() -> None:
@@ -89,3 +113,19 @@ def own_batches(items: Sequence[T], size: int) -> Iterator[tuple[Sequence[T], bo
     for start in range(0, most, size):
         batch = own[start : start + size]
         yield (batch, True) if batch else (items[:1], False)
+
+
+def stand_in(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a micro-batch of the same rows that does not count."""
+    return {**inputs, STANDS_IN: True}
+
+
+def counts(inputs: Mapping[str, Any]) -> bool:
+    """Return whether a micro-batch counts, in losses, weights and metrics."""
+    return STANDS_IN not in inputs
+
+
+def stand_in_loss(batch: CompletionBatch) -> Tensor:
+    """Return 0, with a graph that gives every trained parameter a gradient of 0."""
+    loss = 0.0 * batch.logprobs.sum()
+    return loss if batch.values is None else loss + 0.0 * batch.values.sum()

@@ -32,9 +32,8 @@ from falign.scoring import PromptTree, Scorer, TokenBatch, evaluation_mode
 from falign.training.finite_guard import describe_loss
 from falign.training.means import Means
 from falign.training.objective_contract import PLANNED_TERMS, ObjectiveContract
-from falign.training.processes import gathered, num_processes
+from falign.training.processes import STANDS_IN, counts, gathered, num_processes, stand_in, stand_in_loss
 from falign.training.resumable import ResumableTrainer
-from falign.training.stand_ins import STANDS_IN, counts, stand_in, stand_in_loss
 
 __all__ = ["AlignmentTrainer"]
 

@@ -27,8 +27,7 @@ from falign.training.online.groups import DividedSampler, Draw
 from falign.training.online.metrics import CompletionsTable, evaluation_metrics, rollout_metrics
 from falign.training.online.rollout_scorer import RolloutScorer, gap_metrics, require_gap
 from falign.training.online.rollout_source import PromptOrder, RolloutSource
-from falign.training.processes import is_writer, num_processes, rank
-from falign.training.stand_ins import stand_in
+from falign.training.processes import is_writer, num_processes, rank, stand_in
 from falign.training.trainer import AlignmentTrainer
 
 __all__ = ["OnlineTrainer"]

@@ -3,7 +3,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from falign.errors import ModelError
-from falign.scoring import Distribution, Head, check_head, head, read_head, token_scores
+from falign.scoring import Distribution, Head, check_head, model_parts, read_head, token_scores
 from tests.scoring.models import FAMILIES, tiny_model, with_lora
 
 
@@ -138,7 +138,7 @@ def test_the_head_that_was_read_passes_the_check_against_the_model(family):
 
 
 def test_the_check_finds_a_scale_that_is_not_known(monkeypatch):
-    monkeypatch.setattr(head, "_DIVISORS", ())
+    monkeypatch.setattr(model_parts, "_DIVISORS", ())
     with pytest.raises(ModelError, match=r"GraniteForCausalLM differ.*read_head does not support"):
         check_head(tiny_model("granite"), range(3, 20))
 
