@@ -1,1 +1,1 @@
-"""Runs on the policy's own samples: rollouts, rewards, and several updates on each."""
+"""Online runs: rollouts from the policy, their rewards, and several updates on each."""

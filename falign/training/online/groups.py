@@ -1,4 +1,4 @@
-"""Groups: prompts, the completions that the policy gives to them, and what these are worth."""
+"""Groups: prompts with the completions that the policy samples for them, and their rewards."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Group:
     Attributes:
         row: The prompt.
         rollouts: Its completions, as token ids.
-        texts: The same as the rewards saw them.
+        texts: The completions as text, as the rewards read them.
         rewards: One per completion.
-        parts: The rewards that these were combined of, by name.
+        parts: The rewards before they were combined, by name.
     """
 
     row: PromptRow
@@ -42,30 +42,30 @@ class Group:
     parts: Mapping[str, tuple[float | None, ...]]
 
     def num_passed(self, pass_reward: float, *, outcome: str | None = None) -> int:
-        """Return how many completions have the reward that passes, or more.
+        """Return the number of completions that pass: their reward is at least `pass_reward`.
 
         Args:
-            pass_reward: What passes.
-            outcome: Name of the part that decides; one that does not apply does not pass. None for the sum.
+            pass_reward: The threshold.
+            outcome: Name of the reward that decides; a completion to which it does not apply fails. None for the sum.
         """
         values = self.rewards if outcome is None else self.parts[outcome]
         return sum(value is not None and passes(value, pass_reward) for value in values)
 
     def features(self) -> list[list[float]]:
-        """Return the parts of each completion's reward, before weights: what a target reads.
+        """Return the single rewards of each completion, before weighting, as the features of a target.
 
         Raises:
-            RolloutError: A part gives no value to a completion.
+            RolloutError: A reward gives no value to a completion.
         """
         if missing := [name for name, values in self.parts.items() if None in values]:
             raise RolloutError(
-                f"{self.row.place}: the reward {missing[0]!r} gives no value to a completion, and the target needs "
+                f"{self.row.place}: the reward {missing[0]!r} gives no value to a completion, but the target needs "
                 "every reward of every completion."
             )
         return [[float(values[i] or 0.0) for values in self.parts.values()] for i in range(len(self.rollouts))]
 
     def best_and_worst(self) -> Group:
-        """Return the group with the completions of the highest and of the lowest reward alone."""
+        """Return the group reduced to the completions with the highest and the lowest reward."""
         kept = [self.rewards.index(extreme(self.rewards)) for extreme in (max, min)]
         return Group(
             self.row,
@@ -77,16 +77,16 @@ class Group:
 
 
 class Draw(NamedTuple):
-    """The groups of one rollout, and how they came together.
+    """The groups of one rollout, and statistics of drawing them.
 
     Attributes:
-        groups: As many as were asked for.
-        num_sampled: Prompts that were answered, those that were left out included.
-        num_unfit: Groups outside the difficulty range that were taken because not enough others were found.
-        timeouts: Calls of rewards that were stopped at their deadline.
-        errors: Calls of rewards that raised and were counted.
-        message: Of the first of these; ``""`` where there is none.
-        failed: By the name of each reward, how many of its calls were stopped or raised.
+        groups: As many as requested.
+        num_sampled: Number of prompts sampled, including discarded ones.
+        num_unfit: Number of groups outside the difficulty range, used because there were not enough others.
+        timeouts: Number of reward calls stopped at their deadline.
+        errors: Number of reward calls that raised and were counted.
+        message: Message of the first of these errors; ``""`` without errors.
+        failed: Number of calls that were stopped or raised, by the name of the reward.
     """
 
     groups: list[Group]
@@ -98,7 +98,7 @@ class Draw(NamedTuple):
     failed: Mapping[str, int] = {}
 
     def __add__(self, other: Draw) -> Draw:  # pyright: ignore[reportIncompatibleMethodOverride] - not a tuple's
-        """Return the groups of both."""
+        """Return both draws together."""
         return Draw(
             self.groups + other.groups,
             self.num_sampled + other.num_sampled,
@@ -111,11 +111,11 @@ class Draw(NamedTuple):
 
 
 def rollout_buffer(groups: Sequence[Group], *, compared: bool = False) -> RolloutBuffer:
-    """Return the completions of some groups with the log-probabilities that the sampler reported.
+    """Return the completions of groups with the log-probabilities recorded by the sampler.
 
     Args:
-        groups: One or more.
-        compared: Whether rewards become preferences.
+        groups: One or more groups.
+        compared: True to use the rewards as preferences.
     """
     trees = tuple(
         PromptTree(
@@ -131,15 +131,15 @@ def rollout_buffer(groups: Sequence[Group], *, compared: bool = False) -> Rollou
 
 
 class GroupSampler:
-    """Samples completions and has them rewarded.
+    """Samples completions and computes their rewards.
 
     Args:
-        engine: What samples.
-        rewards: What completions are worth.
-        tokenizer: Turns completions into what rewards read.
-        params: How is sampled.
+        engine: The engine that samples.
+        rewards: The rewards.
+        tokenizer: Decodes completions for the rewards.
+        params: Sampling parameters.
         completions: Completions per prompt.
-        seed: Of the run; each rollout has a seed of its own, made of this and its number.
+        seed: Seed of the run; the seed of each rollout is derived from it and the rollout's number.
     """
 
     def __init__(
@@ -156,29 +156,29 @@ class GroupSampler:
         self.completions, self.seed = completions, seed
 
     def with_completions(self, completions: int) -> GroupSampler:
-        """Return a sampler of groups of another size."""
+        """Return a sampler for another group size."""
         return GroupSampler(
             self.engine, self.rewards, self.tokenizer, self.params, completions=completions, seed=self.seed
         )
 
     def sample(self, rows: Sequence[PromptRow], *, version: int, number: int, first: int = 0) -> Draw:
-        """Return one group per prompt; the same version, number and prompts give the same.
+        """Return one group per prompt; the same version, number and prompts give the same groups.
 
         Args:
             rows: The prompts.
-            version: Which published weights answer.
-            number: Of the rollout.
-            first: Place of the first prompt among those of the whole rollout, where others sample the rest of it.
+            version: Version of the published weights to sample from.
+            number: Number of the rollout.
+            first: Index of the first prompt in the whole rollout, if other processes sample the rest of it.
         """
         return self._sample(rows, version=version, seed=mixed(self.seed, number), first=first)
 
     def sample_each(self, rows: Sequence[PromptRow], *, version: int, repeats: Sequence[int]) -> Draw:
-        """Return one group per prompt, of which each depends on the seed and the prompt alone.
+        """Return one group per prompt; each depends only on the seed and the prompt.
 
         Args:
             rows: The prompts.
-            version: Which published weights answer.
-            repeats: For each prompt, how often it has come before: completions of equal prompts are to be independent.
+            version: Version of the published weights to sample from.
+            repeats: How often each prompt occurred before, so that completions of equal prompts are independent.
         """
         seeds = [mixed(self.seed, repeat, *row.prompt_ids) for row, repeat in zip(rows, repeats, strict=True)]
         return self._sample(rows, version=version, seed=seeds)
@@ -207,13 +207,13 @@ class GroupSampler:
 def judged(
     rewards: RewardSum, rows: Sequence[PromptRow], rollouts: Sequence[Rollout], tokenizer: Tokenizer
 ) -> tuple[list[str], Rewards]:
-    """Return completions as texts without special tokens, and what they are worth.
+    """Return completions as texts without special tokens, and their rewards.
 
     Args:
         rewards: The rewards.
         rows: The prompt of each completion.
         rollouts: The completions.
-        tokenizer: Decodes them.
+        tokenizer: Decodes the completions.
     """
     texts = [str(tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True)) for rollout in rollouts]
     scores = rewards(
@@ -226,13 +226,13 @@ def judged(
 
 
 class DividedSampler:
-    """Divides the prompts among the processes, and gives each of them all groups.
+    """Divides the prompts among the processes and returns all groups in each of them.
 
-    Every completion's random numbers follow from its number in the whole rollout, which is therefore the same however
-    many processes sample it.
+    The random numbers of a completion depend on its index in the whole rollout, so the rollout does not depend on the
+    number of processes.
 
     Args:
-        sampler: Samples and rewards the prompts of this process.
+        sampler: Samples the prompts of this process and computes their rewards.
     """
 
     def __init__(self, sampler: GroupSampler) -> None:
@@ -249,18 +249,18 @@ class DividedSampler:
         return self.sampler.rewards.passing
 
     def with_completions(self, completions: int) -> DividedSampler:
-        """Return a sampler of groups of another size."""
+        """Return a sampler for another group size."""
         return DividedSampler(self.sampler.with_completions(completions))
 
     def require_judged(self, draw: Draw, place: str) -> None:
-        """Refuse a draw in which every call of a reward failed: what each completion is worth says nothing then.
+        """Refuse a draw in which every call of a reward failed, because its values mean nothing.
 
         Args:
-            draw: From :meth:`sample`, or a sum of these.
+            draw: From :meth:`sample`, or a sum of such draws.
             place: The beginning of the message.
 
         Raises:
-            RewardError: With the name of the reward and the first failure.
+            RewardError: All calls failed; the message has the reward's name and the first failure.
         """
         count = draw.num_sampled * self.sampler.completions
         for name, failed in draw.failed.items():
@@ -271,10 +271,10 @@ class DividedSampler:
                 )
 
     def sample(self, rows: Sequence[PromptRow], *, version: int, number: int) -> Draw:
-        """Return one group per prompt, in their order; all processes have to call it, with the same arguments."""
+        """Return one group per prompt, in order; all processes must call it with the same arguments."""
         places = part(range(len(rows)), rank(), num_processes())
         own = [rows[place] for place in places]
-        if not own:  # where weights are sharded none may stay away
+        if not own:  # with sharded weights every process must take part
             self.sampler.sample(rows[:1], version=version, number=number)
         draws = [self.sampler.sample(own, version=version, number=number, first=places[0])] if own else []
         whole = Draw([], 0)

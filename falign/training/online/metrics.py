@@ -1,4 +1,4 @@
-"""What is written of rollouts: rewards, pass rates, lengths, diversity, divergences, and the completions themselves."""
+"""Records of rollouts: rewards, pass rates, lengths, diversity, divergences, and the completions themselves."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ __all__ = ["CompletionsTable", "draw_values", "evaluation_metrics", "rollout_met
 
 
 def rollout_metrics(draw: Draw, *, pass_reward: float, outcome: str | None = None) -> dict[str, Tensor]:
-    """Return the metrics of a rollout, each with one value per completion, per prompt, or for all of it.
+    """Return the metrics of a rollout, each with one value per completion, per prompt, or for the whole rollout.
 
-    ``outcome`` names the reward that decides what passes, the sum where it is None.
+    ``outcome`` names the reward that decides whether a completion passes; None means the sum.
     ``pass@k`` and ``reward/best_of_k`` are unbiased estimates from the whole group, for k = 1, 2, 4 ... up to its size.
     """
     groups = draw.groups
@@ -62,15 +62,15 @@ def draw_values(
     *,
     passed: Int[Tensor, " P"] | None = None,
 ) -> dict[str, Float[Tensor, " P"]]:
-    """Return what several completions of a prompt are worth together, one value per prompt.
+    """Return values of the completions of a prompt as a group, one per prompt.
 
     ``reward/best_of_k`` and ``pass@k`` are unbiased estimates for k = 1, 2, 4 ... up to the size of the group;
-    ``distinct-1`` and ``distinct-2`` the shares of different tokens and pairs of them; ``unique`` that of completions.
+    ``distinct-1`` and ``distinct-2`` are the shares of distinct tokens and token pairs, ``unique`` that of completions.
 
     Args:
-        rewards: Of G completions per prompt.
-        token_ids: Of each prompt's completions.
-        passed: How many completions pass; None leaves ``pass@k`` out.
+        rewards: Rewards of G completions per prompt.
+        token_ids: Token ids of each prompt's completions.
+        passed: Number of completions that pass; None leaves ``pass@k`` out.
     """
     size = rewards.shape[1]
     values = {f"reward/best_of_{k}": best_of_n(rewards, k) for k in powers_of_two(size)}
@@ -93,23 +93,23 @@ def evaluation_metrics(
     batch_size: int,
     scorer: Scorer,
 ) -> dict[str, float]:
-    """Return the means over held-out prompts, with entropy and divergences of the policy from its reference.
+    """Return means over held-out prompts, with the policy's entropy and its divergences from the reference.
 
-    The divergences are estimates of whole completions, in nats; at another temperature than 1 there are none, because
-    the samples are not the policy's own.
+    The divergences are estimates for whole completions, in nats. They are left out at temperatures other than 1,
+    because the samples are then not from the policy's own distribution.
 
     Args:
         draw: The held-out completions.
-        policy: What sampled them.
-        reference: What the policy is held to; without one there are no divergences.
-        pass_reward: What a completion needs to pass.
-        outcome: Name of the reward that decides it; None for the sum.
-        temperature: At which they were sampled.
-        batch_size: Prompts that are scored at once.
-        scorer: Its layout is one that the model can read.
+        policy: The policy that sampled them.
+        reference: The reference; without one there are no divergences.
+        pass_reward: Reward that a completion needs to pass.
+        outcome: Name of the reward that decides whether it passes; None for the sum.
+        temperature: Sampling temperature.
+        batch_size: Prompts per forward pass.
+        scorer: Scorer with a layout that the model can read.
     """
     means = Means()
-    if is_writer():  # all processes have the whole draw
+    if is_writer():  # every process has the whole draw
         means.add(rollout_metrics(draw, pass_reward=pass_reward, outcome=outcome))
     for groups, counted in own_batches(draw.groups, batch_size):
         trees = [
@@ -141,7 +141,7 @@ def _ids(rollout: Rollout) -> tuple[int, ...]:
 
 
 class CompletionsTable:
-    """A line for each completion, with the step before which it was sampled, or, if drawn ahead, first learnt from.
+    """File with a line per completion and the step before which it was sampled, or first used if drawn ahead.
 
     Args:
         path: The file; None writes nothing.

@@ -1,4 +1,4 @@
-"""The rollout after the one that is learnt from, drawn meanwhile."""
+"""Sampling of the next rollout while the policy trains on the current one."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from falign.training.online.groups import Draw, Group, rollout_buffer
 __all__ = ["Drawn", "RolloutAhead"]
 
 PART = "part "
-"""Beginning of the names of columns with the rewards that others were combined of."""
+"""Prefix of the columns with single rewards, before they were combined."""
 
 
 class Drawn(NamedTuple):
-    """A rollout as it was drawn.
+    """A rollout as sampled, before it is scored.
 
     Attributes:
         draw: Its groups.
-        number: Of the rollout, and of the weights that it was drawn from.
-        step: Optimiser steps that these weights had seen.
-        position: Prompts that were taken until its end.
+        number: Number of the rollout, and version of the weights that sampled it.
+        step: Optimizer steps taken by these weights.
+        position: Number of prompts used up to its end.
     """
 
     draw: Draw
@@ -39,14 +39,14 @@ class Drawn(NamedTuple):
     position: int
 
     def save(self, file: Path, prompts: Sequence[PromptRow]) -> dict[str, Any]:
-        """Write all numbers of the completions as tensors.
+        """Write the numbers of all completions as tensors.
 
         Args:
-            file: Where they go.
-            prompts: All that are trained on; the state names prompts by their places among these.
+            file: The file.
+            prompts: All training prompts; the state refers to prompts by their index in this list.
 
         Returns:
-            The rest as plain values.
+            The remaining state, as plain values.
         """
         groups, places = self.draw.groups, {id(row): place for place, row in enumerate(prompts)}
         rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -69,7 +69,7 @@ class Drawn(NamedTuple):
 
     @classmethod
     def load(cls, state: Mapping[str, Any], file: Path, prompts: Sequence[PromptRow]) -> Drawn:
-        """Return the rollout that :meth:`save` wrote, equal to that one."""
+        """Return a rollout equal to the one that :meth:`save` wrote."""
         buffer, rest = RolloutBuffer.load(file), state["draw"]["groups"]
         logprobs = buffer.values("sampler_logprobs").tolist()
         rewards = buffer.values("rewards").tolist()
@@ -90,35 +90,37 @@ class Drawn(NamedTuple):
 
 
 class RolloutAhead:
-    """At most one rollout that a thread draws; whoever else needs the engine waits for it first."""
+    """At most one rollout, sampled in a thread; other users of the engine wait for it first."""
 
     def __init__(self) -> None:
         self._underway: Future[Drawn] | None = None
 
     @property
     def is_underway(self) -> bool:
-        """Whether the engine is at it."""
+        """True while the engine is sampling it."""
         return self._underway is not None and not self._underway.done()
 
     def start(self, draw: Callable[[], Drawn]) -> None:
-        """Have a rollout drawn.
+        """Start sampling a rollout.
 
         Args:
-            draw: Draws it from weights that are published already, and touches nothing that training changes.
+            draw: Samples it from weights that are already published, and uses nothing that training changes.
         """
         future: Future[Drawn] = Future()
 
         def work() -> None:
             try:
                 future.set_result(draw())
-            except BaseException as error:  # handed to whoever takes the rollout
+            except BaseException as error:  # raised again in `take`
                 future.set_exception(error)
 
         self._underway = future
-        Thread(target=work, name="rollout ahead", daemon=True).start()  # a run that is stopped does not wait for it
+        Thread(
+            target=work, name="rollout ahead", daemon=True
+        ).start()  # a daemon thread, so that stopping a run does not wait for it
 
     def take(self) -> Drawn | None:
-        """Return the rollout once it is there, or None where none was started; what went wrong is raised here."""
+        """Wait for the rollout and return it, or None if none was started; errors of the thread are raised here."""
         future, self._underway = self._underway, None
         return None if future is None else future.result()
 
@@ -128,14 +130,14 @@ class RolloutAhead:
             wait([self._underway])
 
     def drawn(self) -> Drawn | None:
-        """Wait for the rollout and return it, leaving it to be taken; None where there is none, or it failed."""
+        """Wait for the rollout and return it without taking it; None if none was started or it failed."""
         self.wait()
         if self._underway is None or self._underway.exception() is not None:
             return None
         return self._underway.result()
 
     def put(self, drawn: Drawn) -> None:
-        """Have a rollout taken next."""
+        """Set the rollout that `take` returns next."""
         self._underway = Future()
         self._underway.set_result(drawn)
 

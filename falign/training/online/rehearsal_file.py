@@ -25,7 +25,7 @@ COMPARED = {
     "config": "configuration (config.json) is not that of the reference",
     "tokenizer": "tokenizer or chat template is not that of the run",
 }
-"""For each part of the sampler's identity that is compared, what a message says where it differs."""
+"""Message for each part of the sampler's identity that differs."""
 
 
 class _Summary(TypedDict, total=False):
@@ -44,7 +44,7 @@ class _SampledBy(TypedDict):
 _SUMMARY = TypeAdapter(_Summary)
 
 ROUNDING = 1e-3
-"""By how much a log-probability may be above 0."""
+"""Largest value of a log-probability, above 0 to allow for rounding."""
 
 
 def read_rehearsal(path: str, *, num_tokens: int) -> RolloutBuffer:
@@ -52,11 +52,11 @@ def read_rehearsal(path: str, *, num_tokens: int) -> RolloutBuffer:
 
     Args:
         path: The file.
-        num_tokens: Of the tokenizer; no id may be as large.
+        num_tokens: Number of tokens in the tokenizer; ids must be below it.
 
     Raises:
-        DataError: The file is not as ``falign sample`` wrote it; or a row lacks token ids or log-probabilities, has
-            some that cannot be, or the two differ in number.
+        DataError: The file was changed after ``falign sample`` wrote it; or token ids or log-probabilities of a row are
+            missing, invalid, or different in number.
     """
     _check_unedited(path)
     found = [_stored(row, num_tokens) for row in read_rows(path)]
@@ -71,18 +71,18 @@ def read_rehearsal(path: str, *, num_tokens: int) -> RolloutBuffer:
 
 
 def other_origin(path: str, **expected: str) -> str | None:
-    """Say how the model that sampled a file differs from the one whose log-probabilities are expected in it.
+    """Return how the model that sampled a file differs from the expected one.
 
     Args:
         path: The file.
-        expected: Of the reference, the hashes of its ``weights`` (base and adapter together, where it has one) and of
-            its ``config``; of the run, the fingerprint of its ``tokenizer``.
+        expected: Hashes of the reference's ``weights`` (base and adapter together, if it has one) and ``config``, and
+            the fingerprint of the run's ``tokenizer``.
 
     Returns:
-        None where they are the same, and for a file that ``falign sample`` did not write.
+        A message; None if they agree or ``falign sample`` did not write the file.
 
     Raises:
-        DataError: The summary beside the file is damaged.
+        DataError: The summary next to the file is damaged.
     """
     origin = _summary(path).get("sampled_by")
     if not origin:
@@ -95,10 +95,10 @@ def other_origin(path: str, **expected: str) -> str | None:
 
 
 def _check_unedited(path: str) -> None:
-    """Refuse a file that is not as it was sampled; one without a checksum in a summary beside it is of another origin.
+    """Refuse a file that was changed after sampling; without a checksum in a summary, `falign sample` did not write it.
 
     Raises:
-        DataError: It was edited or damaged, or the summary is.
+        DataError: The file was edited or damaged, or the summary is damaged.
     """
     file = Path(path)
     written = _summary(path).get("sha256", {}).get(file.name)
@@ -110,7 +110,7 @@ def _check_unedited(path: str) -> None:
 
 
 def _summary(path: str) -> _Summary:
-    """Return what ``falign sample`` has written beside a file; empty where it has written none."""
+    """Return the summary that ``falign sample`` wrote next to a file; empty without one."""
     summary = Path(path).with_name(SUMMARY)
     if not Path(path).is_file() or not summary.is_file():
         return {}
@@ -131,7 +131,9 @@ def _stored(row: Row, num_tokens: int) -> tuple[PromptTree, list[float]]:
             f"{row.place}: there is no token {strange[0]} among the tokenizer's {num_tokens}: sample with this model."
         )
     if strange := [value for value in logprobs if not -math.inf < value < ROUNDING]:
-        raise DataError(f"{row.place}: {strange[0]} in 'logprobs' is the logarithm of no probability; sample it anew.")
+        raise DataError(
+            f"{row.place}: {strange[0]} in 'logprobs' is not the logarithm of a probability; sample it anew."
+        )
     if len(logprobs) != len(completion):
         raise DataError(f"{row.place}: {len(logprobs)} logprobs for {len(completion)} completion_ids; sample it anew.")
     return PromptTree(prompt, (completion,), place=row.place), logprobs
@@ -141,7 +143,7 @@ def _numbers(row: Row, name: str, kind: type[int] | type[float]) -> list[Any]:
     values = row.fields.get(name)
     if not isinstance(values, list) or not values or not all(_is_number(v, kind) for v in values):
         raise DataError(
-            f"{row.place}: {name!r} is no list of numbers; a rehearsal file is written by `falign sample --verifier`."
+            f"{row.place}: {name!r} is not a list of numbers; `falign sample --verifier` writes rehearsal files."
         )
     return values
 

@@ -36,7 +36,7 @@ OF_GROUPS: dict[str, Callable[[Sequence[Group]], Tensor]] = {
     "from_reference": lambda groups: torch.zeros(sum(len(group.rollouts) for group in groups), dtype=torch.bool),
     "features": lambda groups: _numbers([features for group in groups for features in group.features()]),
 }
-"""Fields of a batch that are known of sampled completions before they are scored."""
+"""Fields of a batch of sampled completions that are known before scoring."""
 
 
 @dataclass
@@ -44,13 +44,13 @@ class RolloutScorer:
     """Turns groups into the rollout that updates read.
 
     Attributes:
-        policy: As it is before the first update.
-        references: What it is held to, by name.
-        objective: Says what is needed.
-        rollout: Sizes.
-        batch_size: Prompts in one forward pass.
-        scorer: Its layout is one that the model can read.
-        value_head: Values of prefixes, for objectives that read them.
+        policy: The policy before the first update.
+        references: References by name.
+        objective: Its needs determine what is computed.
+        rollout: Sizes of rollouts.
+        batch_size: Prompts per forward pass.
+        scorer: Scorer with a layout that the model can read.
+        value_head: Value head, for objectives that read values.
         partition: Running estimates of log Z.
     """
 
@@ -64,7 +64,7 @@ class RolloutScorer:
     partition: RunningPartition = field(default_factory=RunningPartition)
 
     def __call__(self, groups: Sequence[Group]) -> tuple[RolloutBuffer, dict[str, Tensor]]:
-        """Return the rollout, and what is to be logged of it."""
+        """Return the rollout and its metrics."""
         rollout, metrics = self._scored(self._sampled(groups)), dict[str, Tensor]()
         if self.rollout.correction is not None:
             level = self._answers.correction_level
@@ -94,15 +94,17 @@ class RolloutScorer:
         return rollout.with_columns({name: of(groups) for name, of in OF_GROUPS.items() if name in needs})
 
     def _scored(self, rollout: RolloutBuffer) -> RolloutBuffer:
-        """Add what policy and reference say before the first update, as far as it is needed then."""
+        """Add the scores of policy and references that are needed before the first update."""
         needs = self.objective.needs
-        # Whole distributions are read at each update, which has the log-probabilities from the same pass.
+        # References with measures run at each update anyway, and give their log-probabilities in the same pass.
         later = references_of(self.objective.measures.values())
         before = reference_names(self._answers.needs_of_samples, {}) - {*later}
-        unread = reference_names(self.objective.needs, {}) - before - {*later}  # of samples: stored ones bring theirs
-        # Then the sampler's law, which it reports, is what importance weights are to.
+        unread = (
+            reference_names(self.objective.needs, {}) - before - {*later}
+        )  # only for fresh samples: stored ones bring theirs
+        # If so, importance weights are relative to the sampler's own distribution, which it recorded.
         elsewhere = self.rollout.temperature != 1.0 or self.rollout.ahead
-        # On the only update of a rollout the policy is the one that sampled.
+        # With a single update per rollout, the policy is still the one that sampled.
         wants_policy = (
             self.rollout.correction is not None
             or "old_values" in needs
@@ -119,7 +121,7 @@ class RolloutScorer:
         return rollout.without([field_of_reference(name) for name in sorted(unread)])
 
     def _with_scores(self, rollout: RolloutBuffer, before: Collection[str], *, wants_policy: bool) -> RolloutBuffer:
-        """Add log-probabilities of some references and of the policy."""
+        """Add log-probabilities of references and of the policy."""
         batch = self.scorer.lay_out(rollout.trees, model=self.policy)
         found = {
             field_of_reference(name): reference.logprobs(self.policy, batch)
@@ -134,7 +136,7 @@ class RolloutScorer:
         return rollout.with_columns(found)
 
     def _with_partition(self, rollout: RolloutBuffer) -> RolloutBuffer:
-        """Add each completion's estimate of log Z, made of all others of its prompt, now and before."""
+        """Add each completion's estimate of log Z, from all other completions of its prompt so far."""
         # Sources may share places: the first text of each is "texts:1", and a file may be read under two templates.
         keys = [f"{tree.place} {list(tree.prompt_ids)}" for tree in rollout.trees for _ in tree.completion_ids]
         weights = self._answers.log_weights(rollout.batch())
@@ -146,7 +148,7 @@ def _numbers(values: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
 
 
 def _prepared(rollout: RolloutBuffer, objective: BaseObjective) -> RolloutBuffer:
-    """Add what the objective computes once from a whole rollout."""
+    """Add the fields that the objective computes once from a whole rollout."""
     batch = rollout.batch()
     prepared = objective.prepare(batch)
     return rollout.with_columns({n: value for n, value in prepared.tensors().items() if n not in batch.tensors()})
@@ -157,7 +159,7 @@ class Corrected(NamedTuple):
 
     Attributes:
         old_logprobs: ``log π_old``, float64, shape (N, T); 0 where masked.
-        cut: 1 for each weight that was above the bound, else 0.
+        cut: 1 for each weight above the bound, else 0.
     """
 
     old_logprobs: Float[Tensor, "N T"]
@@ -165,32 +167,32 @@ class Corrected(NamedTuple):
 
 
 def gap_metrics(log_ratio: Float[Tensor, " M"]) -> dict[str, Tensor]:
-    """Return what is logged of ``log π - log π_sampler`` of sampled tokens.
+    """Return metrics of ``log π - log π_sampler`` at sampled tokens.
 
     Returns:
-        ``sampler/logprob_gap`` and ``sampler/logprob_gap_max``, of which mean and largest value are logged, and
-        ``sampler/ratio_outside``: whether π/π_sampler is outside [1/2, 2].
+        ``sampler/logprob_gap`` and ``sampler/logprob_gap_max``, logged as mean and maximum, and
+        ``sampler/ratio_outside``: 1 if π/π_sampler is outside [1/2, 2].
     """
     gap = log_ratio.detach().abs()
     return {
         "sampler/logprob_gap": gap,
-        "sampler/logprob_gap_max": gap,  # of which the largest is logged
+        "sampler/logprob_gap_max": gap,  # logged as a maximum
         "sampler/ratio_outside": (gap > _LOG_2).to(gap.dtype),
     }
 
 
 def require_gap(log_ratio: Float[Tensor, " M"], bound: float, *, step: int) -> None:
-    """Refuse samples that are not the policy's.
+    """Refuse samples from a distribution other than the policy's.
 
     Raises:
-        EngineError: With the gap.
+        EngineError: The mean gap is above the bound.
     """
     gap = log_ratio.detach().abs()
     if not gap.mean() <= bound:
         raise EngineError(
             f"Step {step}: log-probabilities of sampler and trainer differ by {gap.mean():.2g} nats on average over "
             f"{gap.numel()} tokens, {gap.max():.2g} at most, and {bound:.2g} is allowed (rollout.engine.max_gap): the "
-            "sampler does not have these weights. Nothing was learnt from these samples; start the server anew and "
+            "sampler does not have these weights. Nothing was learned from these samples; start the server anew and "
             "go on by --resume."
         )
 
@@ -203,7 +205,7 @@ def correct(
     importance: Literal["sequence", "token"],
     cap: float,
 ) -> Corrected:
-    """Put the sampler's distribution in the place of π_old, as far as weights stay below a bound.
+    """Replace π_old by the sampler's distribution, with importance weights truncated at a bound.
 
     With π the policy before the first update and μ the sampler, ``log π_old = max(log μ, log π - log cap)`` at each
     token, so that ``π/π_old = min(π/μ, cap)``; for whole completions the same holds of the sum over tokens.
@@ -212,7 +214,7 @@ def correct(
         policy_logprobs: log π.
         sampler_logprobs: log μ.
         completion_mask: True on completion tokens.
-        importance: What a weight is of.
+        importance: Unit of a weight: a token or a whole completion.
         cap: The bound, at least 1.
 
     Source:

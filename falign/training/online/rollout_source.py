@@ -1,4 +1,4 @@
-"""The source of rollouts: the order of prompts, their difficulty, the weights that answer them, and sampling ahead."""
+"""Source of rollouts: order and difficulty of prompts, publishing of weights, and sampling ahead."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from falign.training.online.prefetch import Drawn, RolloutAhead
 
 __all__ = ["PromptOrder", "RolloutSource", "sample_within"]
 
-MOST_DRAWS = 8  # in search of completions that differ in reward
+MOST_DRAWS = 8  # rounds of sampling to find completions that differ in reward
 AHEAD = "rollout_ahead.safetensors"
 
 
 class RolloutSource:
-    """Draws one rollout after the other, each from the policy as it is when its turn, or that of the one before, comes.
+    """Draws one rollout after another, each from the policy at its turn or, if sampled ahead, at the turn before.
 
     Args:
-        sampler: What samples.
-        prompts: To train on.
-        rollout: Sizes.
-        compares: Whether completions of a prompt are compared, so that those of one reward say nothing.
-        seed: Of the order of the prompts.
-        keep: Told of draws in which there was nothing to compare.
+        sampler: The sampler.
+        prompts: The training prompts.
+        rollout: Sizes of rollouts.
+        compares: True if completions of a prompt are compared, so that groups of equal rewards are useless.
+        seed: Seed of the order of prompts.
+        keep: Called with draws in which there was nothing to compare.
     """
 
     def __init__(
@@ -47,22 +47,22 @@ class RolloutSource:
     ) -> None:
         self.sampler, self.prompts, self.rollout, self.compares, self.keep = sampler, prompts, rollout, compares, keep
         self.order, self.ahead = PromptOrder(len(prompts), seed=seed), RolloutAhead()
-        self.number = 0  # of the next rollout to be taken
-        self.position = 0  # of the prompts in their order, until which rollouts were taken
+        self.number = 0  # number of the next rollout to take
+        self.position = 0  # index in the order of prompts up to which rollouts were taken
 
     def take(self, policy: nn.Module, step: int, *, goes_on: bool) -> Drawn:
-        """Return the next rollout; where one is to be drawn ahead, begin with it.
+        """Return the next rollout; if sampling ahead, start sampling the one after it.
 
         Args:
-            policy: To publish.
-            step: Optimiser steps that it has seen.
-            goes_on: Whether there is a rollout after this one.
+            policy: The policy to publish.
+            step: Optimizer steps taken so far.
+            goes_on: True if another rollout follows.
 
         Raises:
-            EngineError: This source is as it was before, or, where the next rollout could not be begun, has this one
-                still to give.
-            NonFiniteRewardError: The rollout is left out, the next one follows.
-            RewardError: This source is as it was before.
+            EngineError: The source is unchanged; or, if the next rollout could not be started, this one is returned by
+                the next call.
+            NonFiniteRewardError: The rollout is skipped; the next call continues with the one after it.
+            RewardError: The source is unchanged.
         """
         try:
             drawn = self.ahead.take() or self._publish(policy, step)()
@@ -87,15 +87,15 @@ class RolloutSource:
         return drawn
 
     def groups(self, draw: Draw) -> list[Group]:
-        """Return the groups that say something: all, or, to compare, those whose completions are not worth the same."""
+        """Return the useful groups: all, or, if completions are compared, those with different rewards."""
         return [group for group in draw.groups if not self.compares or len(set(group.rewards)) > 1]
 
     def save(self, folder: Path, *, writes: bool = True) -> dict[str, Any]:
-        """Wait for what is being drawn, write it into a folder, and return the rest as plain values.
+        """Wait for the rollout being sampled, write it into a folder, and return the remaining state as plain values.
 
         Args:
-            folder: Of the checkpoint.
-            writes: False where another process writes the same.
+            folder: Folder of the checkpoint.
+            writes: False if another process writes the same.
         """
         drawn = self.ahead.drawn()
         order = self.position if drawn is None else drawn.position
@@ -103,20 +103,20 @@ class RolloutSource:
         return {"order": order, "number": self.number, "position": self.position, "ahead": ahead}
 
     def load(self, state: Mapping[str, Any], folder: Path) -> None:
-        """Go on from where another source was."""
+        """Restore the state of another source."""
         self.order.position, self.number, self.position = state["order"], state["number"], state["position"]
         if state["ahead"] is not None:
             self.ahead.put(Drawn.load(state["ahead"], folder / AHEAD, self.prompts))
 
     def _publish(self, policy: nn.Module, step: int) -> Callable[[], Drawn]:
-        """Publish the policy as it is now; what is returned draws a rollout from it, in whatever thread."""
+        """Publish the current policy; return a function that samples a rollout from it in any thread."""
         number = self.number
         self.sampler.engine.publish(policy, number)
         draw = self._draw_to_compare if self.compares else self._draw
         return lambda: Drawn(draw(number, number, step), number, step, self.order.position)
 
     def _draw_to_compare(self, version: int, number: int, step: int) -> Draw:
-        """Draw until there is a prompt for each minibatch."""
+        """Sample until there is at least one prompt for each minibatch."""
         draw, found = Draw([], 0), 0
         for attempt in range(MOST_DRAWS):
             draw += self._draw(version, mixed(number, attempt) if attempt else number, step)
@@ -126,7 +126,7 @@ class RolloutSource:
         raise RolloutError(
             f"Step {step + 1}: of {draw.num_sampled} prompts, drawn in {MOST_DRAWS} rounds, "
             f"{found} have completions of different rewards, fewer than rollout.minibatches="
-            f"{self.rollout.minibatches}, and nothing can be learnt from the others. Raise rollout.completions, or "
+            f"{self.rollout.minibatches}, and the others give no gradient. Raise rollout.completions, or "
             "look at the rewards in completions.jsonl."
         )
 
@@ -152,14 +152,14 @@ class RolloutSource:
 
 
 class PromptOrder:
-    """Prompts in an order that is drawn anew for each pass, from the seed and the number of the pass alone."""
+    """Prompts in an order that is shuffled for each pass; it depends only on the seed and the number of the pass."""
 
     def __init__(self, num_prompts: int, *, seed: int) -> None:
         self.num_prompts, self.seed = num_prompts, seed
         self.position = 0
 
     def take(self, count: int) -> list[int]:
-        """Return the next prompts, going through all of them before any comes again."""
+        """Return the next prompts; all are used before any is repeated."""
         places = [divmod(position, self.num_prompts) for position in range(self.position, self.position + count)]
         orders = {epoch: self._order(epoch) for epoch in {epoch for epoch, _ in places}}
         self.position += count
@@ -181,9 +181,9 @@ def sample_within(
     version: int,
     number: int,
 ) -> Draw:
-    """Return groups whose share of passes lies in a range; other prompts are drawn in place of those left out.
+    """Return groups with a share of passes within a range; groups outside are replaced by those of other prompts.
 
-    After ``difficulty.max_rounds`` draws the rest is taken from what was left out, the nearest to the range first.
+    After ``difficulty.max_rounds`` rounds the remainder comes from the groups outside, the nearest to the range first.
     """
     fit: list[Group] = []
     unfit: list[tuple[float, Group]] = []

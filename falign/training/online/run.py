@@ -1,4 +1,4 @@
-"""Runs on the policy's own samples: prompts, rollouts and rewards."""
+"""Assembly of online runs: prompts, rollouts and rewards."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from falign.training.processes import is_writer, num_processes
 __all__ = ["online_trainer"]
 
 PROBE_TOKENS = 16
-FIT_VERSION = -(10**9)  # apart from all that training and evaluation sample
+FIT_VERSION = -(10**9)  # distinct from the seeds of training and evaluation
 
 
 def online_trainer(
@@ -46,16 +46,16 @@ def online_trainer(
     callbacks: Sequence[TrainerCallback],
     console: Console,
 ) -> tuple[OnlineTrainer, PromptData]:
-    """Load all of a run, the prompts first: a bad row is found before any weight is loaded.
+    """Load everything for an online run, prompts first: a bad row is found before any weight is loaded.
 
     Raises:
-        FalignError: Something of the run cannot work.
+        FalignError: A part of the run cannot be loaded, or parts do not fit together.
     """
     assert config.prompts is not None
     sections = config.reference_sections()
     if config.objective.needs_samples and not (REFERENCE in sections and sections[REFERENCE].starts_as_policy(config)):
         raise ConfigError(
-            "objective.target.lambdas is left out, and they are fitted on samples of the policy before training, which "
+            "objective.target.lambdas is missing. They are fitted on samples of the untrained policy, which "
             "is not the reference here: give lambdas."
         )
     rollout = config.rollout
@@ -152,7 +152,7 @@ def _fitted(
     parts: Parts,
     console: Console,
 ) -> Objective:
-    """Fit the target's moments on samples of the policy, which is the reference as yet."""
+    """Fit the target's moments on samples of the untrained policy, which equals the reference."""
     per_prompt = max(2, -(-config.rollout.fit_samples // len(data.train)))
     rows = data.train[: -(-config.rollout.fit_samples // per_prompt)]
     sampler.engine.publish(parts.policy, FIT_VERSION)
@@ -187,7 +187,7 @@ def _tell(data: PromptData, console: Console) -> None:
 
 
 def _tell_rehearsed(rehearsal: RolloutBuffer, data: PromptData, console: Console) -> None:
-    """Say so where held-out prompts are among those whose stored completions are rehearsed."""
+    """Warn if held-out prompts are among the rehearsed ones."""
     stored = {tree.prompt_ids for tree in rehearsal.trees}
     if shared := sum(row.prompt_ids in stored for row in data.eval):
         console.print(
@@ -198,10 +198,10 @@ def _tell_rehearsed(rehearsal: RolloutBuffer, data: PromptData, console: Console
 
 
 def _tell_origin(stored: str, parts: Parts, language: Language, console: Console) -> None:
-    """Say so where another model, or this one at another precision, sampled what is rehearsed."""
+    """Warn if the rehearsed completions come from another model, or from this one at another precision."""
     differs = other_origin(
         stored,
-        # One that moves has no hash of its weights.
+        # A moving reference has no hash of its weights.
         weights=parts.references[REFERENCE].identity().get("weights", parts.record["base_weights"]),
         config=parts.record["reference_config"],
         tokenizer=tokenizer_fingerprint(language.tokenizer),
@@ -218,7 +218,7 @@ def _tell_origin(stored: str, parts: Parts, language: Language, console: Console
 
 
 def _probes(policy: nn.Module, data: PromptData, language: Language, max_new_tokens: int) -> list[PromptTree]:
-    """Sample two completions of the longest prompts, as the run will: made-up ones would be too unlikely to compare."""
+    """Sample two completions of the longest prompts with the run's settings; made-up ones would be too unlikely."""
     rows = _longest(data)
     engine = TransformersEngine(policy, pad_token_id=language.pad_token_id)
     engine.publish(policy, FIT_VERSION)

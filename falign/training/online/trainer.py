@@ -1,4 +1,4 @@
-"""The trainer of runs that learn from their own samples: rollouts, rewards and several updates on each."""
+"""Trainer of online runs: rollouts, their rewards, and several updates on each."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ VALUE_HEAD = "value_head.safetensors"
 
 
 class Failures(NamedTuple):
-    """Calls of rewards that failed in a run.
+    """Failed reward calls of a run.
 
     Attributes:
         timeouts: Calls that were stopped at their deadline.
@@ -60,30 +60,30 @@ class Failures(NamedTuple):
 
 
 class OnlineTrainer(AlignmentTrainer):
-    """Minimise any objective on completions that the policy samples itself.
+    """Minimize any objective on completions sampled from the policy.
 
-    Each optimiser step takes ``rollout.prompts / rollout.minibatches`` prompts with all their completions. After
-    ``rollout.num_updates`` steps the policy, as it then is, samples anew.
+    Each optimizer step takes ``rollout.prompts / rollout.minibatches`` prompts with all their completions. After
+    ``rollout.num_updates`` steps the current policy samples a new rollout.
 
     Args:
         model: The policy.
-        references: What it is held to, by name.
-        objective: What is minimised.
-        args: Arguments of the underlying trainer; its steps of accumulation follow from ``rollout``.
-        sampler: What samples the training completions.
-        evaluation_sampler: What samples the held-out ones.
-        prompts: To train on.
-        eval_prompts: Held out; may be empty.
-        rollout: Sizes.
+        references: References by name.
+        objective: The objective to minimize.
+        args: Arguments of the underlying trainer; gradient accumulation follows from ``rollout``.
+        sampler: Sampler of training completions.
+        evaluation_sampler: Sampler of held-out completions.
+        prompts: Training prompts.
+        eval_prompts: Held-out prompts; may be empty.
+        rollout: Sizes of rollouts.
         rehearsal: Stored completions of the reference with their log-probabilities, one for each prompt.
-        rehearsal_size: How many of them go into each optimiser step.
-        scorer: Lays trees out, in a way that the model can read.
-        table: Where completions are written down.
-        value_head: Values of prefixes, for objectives that read them.
-        max_gap: Bound of the mean difference between log-probabilities of sampler and policy; None for none. It is
-            for samples at temperature 1.
-        skip_bad: Whether steps and rollouts in which something is no number are left out and counted.
-        advise: Told what a person should know.
+        rehearsal_size: Number of them in each optimizer step.
+        scorer: Scorer with a layout that the model can read.
+        table: File that completions are written to.
+        value_head: Value head, for objectives that read values.
+        max_gap: Bound of the mean difference between log-probabilities of sampler and policy, at temperature 1; None
+            for no bound.
+        skip_bad: True to skip and count steps and rollouts with values that are NaN or infinite.
+        advise: Called with advice for the user.
         **kwargs: Passed on to ``transformers.Trainer``.
     """
 
@@ -176,7 +176,7 @@ class OnlineTrainer(AlignmentTrainer):
 
     @override
     def get_train_dataloader(self) -> Any:
-        # Steps are counted by this; what they learn from is sampled in get_batch_samples.
+        # This only counts steps; their batches are sampled in get_batch_samples.
         return self.train_dataset
 
     @override
@@ -192,7 +192,7 @@ class OnlineTrainer(AlignmentTrainer):
         """Return the micro-batches of the next update, sampling when the last rollout is used up."""
         self.begin_step()
         if self.value_head is not None:
-            self.value_head.zero_grad()  # the loop clears the gradients of the policy alone
+            self.value_head.zero_grad()  # the loop clears only the policy's gradients
         update = self.state.global_step % self.rollout.num_updates
         if update == 0:
             self.buffer = self._sensible_rollout()
@@ -210,18 +210,18 @@ class OnlineTrainer(AlignmentTrainer):
         return rows.inputs(self.scorer)
 
     def _sensible_rollout(self) -> RolloutBuffer:
-        """Roll out; where a reward is no number, name the step, or leave the rollout out and take the next prompts."""
+        """Return a rollout; if a reward is NaN or infinite, raise with the step, or skip to the next prompts."""
         while True:
             try:
                 return self._roll_out()
             except NonFiniteRewardError as error:
                 message = f"Step {self.state.global_step + 1}: {error}"
-                if not self.guard.skip or num_processes() > 1:  # where the others would wait for this one's share
+                if not self.guard.skip or num_processes() > 1:  # other processes would wait for this one's part
                     raise NonFiniteRewardError(f"{message} --resume --skip-bad leaves such rollouts out.") from error
                 self.guard.count(message)
 
     def _roll_out(self) -> RolloutBuffer:
-        """Sample, reward and score one rollout, and add to it what is computed from all of it at once."""
+        """Sample and score one rollout, with its rewards and the fields computed from all of it."""
         step = self.state.global_step
         try:
             drawn = self.source.take(self.policy, step, goes_on=step + self.rollout.num_updates < self.state.max_steps)
@@ -237,7 +237,7 @@ class OnlineTrainer(AlignmentTrainer):
         draw, self.staleness = drawn.draw, step - drawn.step
         rollout, scores = self.rollout_scorer(self.source.groups(draw))
         metrics = rollout_metrics(draw, pass_reward=self.rollout.pass_reward, outcome=self.source.sampler.outcome)
-        if is_writer():  # all processes have the whole rollout
+        if is_writer():  # every process has the whole rollout
             self.means.add({**metrics, **scores})
         self._count_failures(draw)
         self._advise_on_length(metrics["completions/clipped"].mean().item())
@@ -245,7 +245,7 @@ class OnlineTrainer(AlignmentTrainer):
         return rollout
 
     def _count_failures(self, draw: Draw) -> None:
-        """Tell of calls of rewards that failed, and count them until the end of the run."""
+        """Report failed reward calls, and count them until the end of the run."""
         if draw.message:
             self.advise(f"reward: {draw.message}")
         before = self.failures
@@ -258,12 +258,12 @@ class OnlineTrainer(AlignmentTrainer):
         return [f"warning: {self.failures}"] if self.failures.message else []
 
     def _keep(self) -> None:
-        """Write a checkpoint between two steps, for a run that goes on once its engine or its reward is mended."""
+        """Write a checkpoint between two steps, to resume once the engine or the reward is repaired."""
         self.write_checkpoint()
         self.advise(f"checkpoint-{self.state.global_step} is written: --resume goes on from there.")
 
     def close(self) -> None:
-        """Give back what the engine holds."""
+        """Release the engine's resources."""
         self.source.sampler.engine.close()
 
     def _advise_on_length(self, clipped: float) -> None:
@@ -295,7 +295,7 @@ class OnlineTrainer(AlignmentTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Answer the held-out prompts, and log what the answers are worth and how far the policy has gone."""
+        """Sample completions of the held-out prompts; log their rewards and the divergence from the reference."""
         version = -1 - self.state.global_step
         self.source.ahead.wait()
         engine = self.evaluation_sampler.engine
@@ -369,7 +369,7 @@ class OnlineTrainer(AlignmentTrainer):
 
 
 def _average(parameter: Tensor) -> None:
-    """Average an accumulated gradient over processes; what was averaged before stays as it is."""
+    """Average an accumulated gradient over processes; gradients that were averaged before stay unchanged."""
     assert parameter.grad is not None
     torch.distributed.all_reduce(parameter.grad)
     parameter.grad /= num_processes()

@@ -31,14 +31,14 @@ def test_a_row_becomes_a_tree_with_what_the_reference_said(read):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"logprobs": [-5.0, float("nan")]}, "nan in 'logprobs' is the logarithm of no probability"),
+        ({"logprobs": [-5.0, float("nan")]}, "nan in 'logprobs' is not the logarithm of a probability"),
         ({"logprobs": [-5.0, float("-inf")]}, "-inf in 'logprobs'"),
         ({"logprobs": [-5.0, 3.0]}, "3.0 in 'logprobs'"),
         ({"logprobs": [-5.0]}, "1 logprobs for 2 completion_ids"),
         ({"completion_ids": [70, 100]}, "no token 100 among the tokenizer's 100"),
         ({"prompt_ids": [-1]}, "no token -1"),
-        ({"completion_ids": [True, 1]}, "'completion_ids' is no list of numbers"),
-        ({"completion_ids": []}, "'completion_ids' is no list of numbers"),
+        ({"completion_ids": [True, 1]}, "'completion_ids' is not a list of numbers"),
+        ({"completion_ids": []}, "'completion_ids' is not a list of numbers"),
     ],
 )
 def test_a_damaged_row_is_named(read, changes, message):
