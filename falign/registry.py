@@ -1,9 +1,9 @@
-"""Members of a family by name: the built-in ones, and a user's own as ``module:Name``.
+"""Members of a family by name: the built-in ones, and custom ones as ``module:Name``.
 
 Every family that a run file chooses from (divergences, objectives, references, measures, advantages, rewards, engines,
-benchmarks) has one :class:`Registry`. Its rows are names with the members, or with their import paths where a member is
-to be loaded only when it is asked for. The code that ``module:Name`` names runs when it is imported; whether it may,
-where a run folder names it, is decided by :mod:`falign.runs.named_code` before anything is looked up here.
+benchmarks) has one :class:`Registry`. It maps names to members, or to import paths of members that are
+loaded at their first use. Looking up ``module:Name`` imports the module and so runs its code. For names that come from
+a run folder, :mod:`falign.runs.named_code` decides before the look-up whether that is allowed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Registry(Generic[T]):
     Args:
         family: Noun for messages: ``divergence``.
         members: Each name with its member, or with the ``module:Name`` to import it from at its first use.
-        aliases: Other spellings, each with the name that it stands for.
+        aliases: Other spellings, each with its registered name.
         refused: Names that are refused, each with the reason and the remedy.
-        beside: Further names for messages, which the family's users resolve themselves.
-        wanted: Noun phrase for messages: what a member is.
-        is_member: Whether an imported object can be a member; by default anything that can be called.
+        beside: Further names for messages, which the callers resolve themselves.
+        wanted: Noun phrase for messages that describes a member.
+        is_member: Test for imported objects; by default any callable is accepted.
 
     Example:
         >>> shapes = Registry("shape", {"square": abs, "circle": "math:sqrt"})
@@ -67,11 +67,11 @@ class Registry(Generic[T]):
         """Return a member.
 
         Args:
-            name: A name, an alias, or ``module:Name`` of a user's own member, which is imported.
+            name: A name, an alias, or ``module:Name`` of a custom member, which is imported.
             field: The run-file field or option that holds the name, for messages.
 
         Raises:
-            ConfigError: The name is unknown or refused; or the own member cannot be imported or is not a member.
+            ConfigError: The name is unknown or refused; or a custom member cannot be imported or fails the test.
         """
         place = self._place(name, field)
         if is_own_name(name):
@@ -86,7 +86,7 @@ class Registry(Generic[T]):
         """Return the registered name that a name or alias stands for.
 
         Raises:
-            ConfigError: It is unknown or refused.
+            ConfigError: The name is unknown or refused.
         """
         key = self.aliases.get(name, name)
         if key in self.members:
@@ -104,7 +104,7 @@ class Registry(Generic[T]):
 
 
 def is_own_name(name: str) -> bool:
-    """Return whether a name has the form ``module:Name``.
+    """Return True if a name has the form ``module:Name``.
 
     Example:
         >>> is_own_name("my.rewards:polite"), is_own_name("reverse_kl"), is_own_name("Question: why?")
@@ -114,7 +114,7 @@ def is_own_name(name: str) -> bool:
 
 
 def own_names_in(value: str) -> list[str]:
-    """Return all names of the form ``module:Name`` in a value, also within parentheses.
+    """Return all names of the form ``module:Name`` in a value, including those in parentheses.
 
     Example:
         >>> own_names_in("divergence_to(my.module:f(0.5))"), own_names_in("divergence_to(alpha(0.5))")
@@ -129,17 +129,17 @@ def import_member(name: str, *, place: str, wanted: str = "Name") -> Any:
     Args:
         name: The module as in an import statement; the name may be an attribute of a class (``module:Class.method``).
         place: The place and the value, for messages.
-        wanted: Noun for the message: what stands behind the colon.
+        wanted: Noun for messages that describes the part after the colon.
 
     Raises:
-        ConfigError: It cannot be imported: it does not exist, or the module raises or ends the program.
+        ConfigError: The import fails: the object does not exist, or the module raises or exits.
     """
     module, _, attribute = name.partition(":")
     try:
         value: Any = importlib.import_module(module)
         for part in attribute.split("."):
             value = getattr(value, part)
-    except (Exception, SystemExit) as error:  # whatever a module does when it is imported
+    except (Exception, SystemExit) as error:  # including SystemExit: a module may do anything when imported
         lines = code_lines(error)
         if not own_lines(lines):
             raise ConfigError(f"{place}: {error}; give an importable module:{wanted}.") from error
