@@ -145,7 +145,7 @@ def dph_rl_coefficient(divergence: Divergence) -> float:
     if type(divergence) not in DPH_RL_COEFFICIENTS:
         raise ValueError(
             f"no coefficient is published for DPH-RL under {divergence.name}: set coefficient. For comparison, it is "
-            "0.025 for jensen_shannon, whose f''(1) is 0.5, and 0.00625 for forward_kl, whose f''(1) is 1."
+            "0.025 for jensen_shannon, where f''(1) = 0.5, and 0.00625 for forward_kl, where f''(1) = 1."
         )
     return DPH_RL_COEFFICIENTS[type(divergence)]
 
