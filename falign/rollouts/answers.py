@@ -1,4 +1,4 @@
-"""Answers of a model to prompts, for a look at what training did."""
+"""Answers of a model to prompts, to inspect the effect of training."""
 
 from collections.abc import Collection, Sequence
 
@@ -31,19 +31,19 @@ def answer(
     """Return one completion per prompt, as text.
 
     Args:
-        model: a causal language model, with or without adapters; back in its mode afterwards.
-        tokenizer: the model's.
-        prompts: plain texts, or conversations up to the turn that is wanted.
-        chat: whether a plain text is a user's turn where there is a chat template; false continues the text.
-        stop_token_ids: what ends a completion.
-        max_new_tokens: longest completion.
-        temperature: 0 decodes greedily; else samples from the whole vocabulary.
-        seed: of the sampling; the same seed gives the same answers. The global random state is left alone.
+        model: A causal language model, with or without adapters; its mode is restored.
+        tokenizer: The model's tokenizer.
+        prompts: Plain texts, or conversations up to the turn to generate.
+        chat: True to treat a plain text as a user's turn if there is a chat template; False continues the text.
+        stop_token_ids: Ids that end a completion.
+        max_new_tokens: Length of the longest completion.
+        temperature: 0 decodes greedily; otherwise samples from the whole vocabulary.
+        seed: Seed of the sampling; the same seed gives the same answers. The global random state is not used.
 
     Raises:
-        ConfigError: an empty prompt, or a conversation that the tokenizer has no chat template for.
-        DataError: a chat template that refuses a prompt, or leaves out a part of it.
-        RolloutError: a prompt that leaves no room for the answer.
+        ConfigError: A prompt is empty, or a conversation has no chat template.
+        DataError: The chat template refuses a prompt or leaves out a part of it.
+        RolloutError: A prompt leaves no room for the answer.
     """
     if empty := [
         i for i, prompt in enumerate(prompts) if not _turns(prompt) or not _turns(prompt)[-1]["content"].strip()

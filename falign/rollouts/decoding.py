@@ -1,4 +1,4 @@
-"""A model that reads prompts once and is then continued token by token."""
+"""Decoding with a cache: prompts are read once and continued token by token."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["Decoding", "RoomyLayer", "spread"]
 class Decoding:
     """Rows of tokens that grow at their right end; short prompts are padded at their left.
 
-    The model's parts are called as in scoring: its backbone with positions that count from each prompt's first token,
-    and the head on the last position alone. Padding is masked by where it lies, never by its value.
+    The model's parts are called as in scoring: the backbone with positions counted from each prompt's first token, and
+    the head only on the last position. Padding is masked by position, never by value.
 
     Args:
         model: A causal language model in evaluation mode, with or without adapters.
         prompts: Token ids of each prompt; read in one pass.
-        owners: The prompt of each row that is to be continued, as an index into `prompts`.
-        room: Tokens that will be appended at most.
-        pad_token_id: What fills short prompts; any valid id.
+        owners: The prompt of each row to continue, as an index into `prompts`.
+        room: Largest number of tokens that will be appended.
+        pad_token_id: Id of the filling of short prompts; any valid id.
 
     Raises:
         RolloutError: The model keeps no cache of keys and values.
@@ -72,15 +72,15 @@ class Decoding:
         self._choose(torch.tensor(owners, device=device))
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with some of the rows only.
+        """Keep only some of the rows.
 
         Args:
-            rows: Their indices.
+            rows: Indices of the rows to keep.
         """
         self._choose(torch.tensor(rows, device=self._mask.device))
 
     def append(self, token_ids: Int[Tensor, " B"]) -> None:
-        """Read one further token in each row, after which `logits` predict the one behind it.
+        """Append one token to each row; `logits` then predict the next one.
 
         Args:
             token_ids: Shape (B,).
@@ -107,15 +107,15 @@ class Decoding:
 
 
 def spread(cache: Cache, rows: Tensor, *, room: int) -> None:
-    """Replace the rows of a cache by those chosen, each as often as it is named, in place.
+    """Replace the rows of a cache in place by the given rows, which may repeat.
 
     Args:
-        cache: A model's, after it has read the prompts.
+        cache: A model's cache after it has read the prompts.
         rows: Indices of rows, shape (B,).
-        room: Tokens that will come behind those that are there.
+        room: Number of tokens that will be appended.
     """
     for i, layer in enumerate(cache.layers):
-        # Layers that forget, by windows or by recurrence, are small, and keep their own ways.
+        # Layers with windows or recurrent states are small and keep their own implementation.
         if type(layer) is DynamicLayer:
             cache.layers[i] = RoomyLayer(layer, rows, room=room)
         else:
@@ -123,7 +123,7 @@ def spread(cache: Cache, rows: Tensor, *, room: int) -> None:
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer that writes a further token beside those before it, where its parent copies them all."""
+    """A cache layer that appends tokens in preallocated memory; its parent copies all tokens each time."""
 
     def __init__(self, layer: DynamicLayer, rows: Tensor, *, room: int) -> None:
         super().__init__()

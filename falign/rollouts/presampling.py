@@ -12,15 +12,15 @@ from falign.seeds import mixed
 __all__ = ["Presampled", "Verify", "presample"]
 
 Verify = Callable[[list[int], list[Rollout]], list[bool]]
-"""From the number of each completion's prompt, and the completions, to whether each is correct."""
+"""Function from the prompt index of each completion, and the completions, to True for each correct one."""
 
 
 class Presampled(NamedTuple):
     """The result of pre-sampling one prompt.
 
     Attributes:
-        num_correct: How many of its completions are correct.
-        rehearsal: A further completion of a prompt that is solved, correct as well; None for prompts to explore.
+        num_correct: Number of its correct completions.
+        rehearsal: A further correct completion of a solved prompt; None for prompts to explore.
     """
 
     num_correct: int
@@ -40,22 +40,22 @@ def presample(
     start: int = 0,
     chunk_size: int = 32,
 ) -> Iterator[list[Presampled]]:
-    """Sample each prompt, and once more where it is solved.
+    """Sample each prompt, and once more if it is solved.
 
     A prompt with `threshold` correct completions or more is solved if one further completion is correct too; that one
-    is kept: prompts that were solved by luck are found out, and the choice of prompts does not choose the sample.
+    is kept. This filters out prompts solved by luck, and the selection of prompts does not bias the sample.
 
     Args:
-        engine: Has published the model.
+        engine: Engine that has published the model.
         prompt_ids: Token ids of each prompt.
-        verify: Says which completions are correct.
+        verify: Decides which completions are correct.
         num_completions: Completions per prompt.
-        threshold: How many of them must be correct.
-        params: How they are drawn: from the model's own distribution, of which rehearsal takes them to be samples.
-        seed: Of all that is drawn.
-        version: What the engine has published.
-        start: The first prompt, a multiple of `chunk_size`, or the number of prompts where an earlier call did all.
-        chunk_size: Prompts at a time.
+        threshold: Number of completions that must be correct.
+        params: Sampling parameters; rehearsal requires samples from the model's own distribution.
+        seed: Seed of all samples.
+        version: Version that the engine has published.
+        start: The first prompt, a multiple of `chunk_size`; the number of prompts if an earlier call did all.
+        chunk_size: Prompts per chunk.
 
     Yields:
         The results of one chunk after another; they depend neither on `start` nor on what was yielded before.
@@ -76,7 +76,7 @@ def presample(
     assert start % chunk_size == 0 or start == len(prompt_ids)
 
     def verified(prompts: list[int], n: int, *, seed: int) -> list[tuple[int, Rollout]]:
-        """Return how many of each prompt's completions are correct, and the first of them."""
+        """Return the number of correct completions of each prompt, and the first of them."""
         if not prompts:
             return []
         rollouts = engine.sample([prompt_ids[i] for i in prompts], n, params, version=version, seed=seed)

@@ -12,7 +12,7 @@ from falign.rollouts.base import SamplingParams
 
 __all__ = ["Draw", "draw", "process_logits", "uniform_streams"]
 
-_STREAMS = 1_000_003  # streams of different seeds do not meet before this many rows
+_STREAMS = 1_000_003  # streams of different seeds do not overlap before this many rows
 
 
 class Draw(NamedTuple):
@@ -20,7 +20,7 @@ class Draw(NamedTuple):
 
     Attributes:
         token_ids: The drawn ids, shape (B,).
-        logprobs: Their log-probabilities, nats, shape (B,); nan where the logits are no distribution.
+        logprobs: Their log-probabilities, nats, shape (B,); NaN if the logits are NaN or infinite.
     """
 
     token_ids: Int[Tensor, " B"]
@@ -28,7 +28,7 @@ class Draw(NamedTuple):
 
 
 def process_logits(logits: Float[Tensor, "B V"], params: SamplingParams) -> Float[Tensor, "B V"]:
-    """Return logits whose softmax is sampled from: over the temperature, and -inf outside top-k and top-p.
+    """Return the logits to sample from: divided by the temperature, and -inf outside top-k and top-p.
 
     Args:
         logits: The model's, shape (B, V).
@@ -44,7 +44,7 @@ def process_logits(logits: Float[Tensor, "B V"], params: SamplingParams) -> Floa
     if params.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(dim=-1, dtype=torch.float64)
-        # A token goes when those before it have the mass already, so the likeliest one always stays.
+        # A token is dropped if the likelier ones already have the mass, so the likeliest token always stays.
         outside = probabilities.cumsum(dim=-1) - probabilities >= params.top_p
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
     return logits
@@ -63,25 +63,25 @@ def draw(logits: Float[Tensor, "B V"], params: SamplingParams, uniforms: Float[T
     """
     if params.temperature == 0:
         peak = logits.max(dim=-1)
-        return Draw(peak.indices, peak.values - peak.values)  # 0, or nan for what is not finite
+        return Draw(peak.indices, peak.values - peak.values)  # 0, or NaN if the logits are not finite
     logits = process_logits(logits, params)
     shifted = logits - logits.max(dim=-1, keepdim=True).values
-    # float64, because V roundings of a float32 sum would be felt in the tail.
+    # float64, because V rounding errors of a float32 sum would distort the tail.
     cumulative = shifted.exp().cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
-    # The first token whose sum exceeds the target: never one of probability 0.
+    # The first token with a cumulative sum above the target: never a token of probability 0.
     token_ids = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True).clamp(max=logits.shape[-1] - 1)
     logprobs = shifted.gather(-1, token_ids) - total.log()
     return Draw(token_ids[:, 0], logprobs[:, 0])
 
 
 def uniform_streams(rows: list[int], count: int, *, seed: int | list[int]) -> Float[Tensor, "B T"]:
-    """Return numbers in [0, 1) of which each row has a stream of its own, whatever rows are beside it.
+    """Return random numbers in [0, 1); each row has its own stream, independent of the other rows.
 
     Args:
-        rows: Which streams, by their numbers in the whole call.
-        count: How many of each; more of them begin with the same ones.
-        seed: Of the call, or one per row.
+        rows: Indices of the streams in the whole call.
+        count: Numbers per stream; a larger count begins with the same numbers.
+        seed: Seed of the call, or one per row.
 
     Returns:
         float64 on the CPU, shape (B, T).
@@ -90,5 +90,5 @@ def uniform_streams(rows: list[int], count: int, *, seed: int | list[int]) -> Fl
     each = [seed] * len(rows) if isinstance(seed, int) else seed
     seeds = [(own * _STREAMS + row) % 2**63 for own, row in zip(each, rows, strict=True)]
     streams = [torch.rand(count, generator=generator.manual_seed(stream), dtype=torch.float64) for stream in seeds]
-    # Rounding must not lift a product with the total to the total itself, where no token is.
+    # Below 1 even after rounding: a product equal to the total would select no token.
     return torch.stack(streams) * (1 - 2**-52)
