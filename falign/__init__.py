@@ -10,16 +10,30 @@ from falign.lazy import lazy_names
 if TYPE_CHECKING:
     from falign import divergences, objectives
     from falign.api import Lora, Run, load, train
+    from falign.evaluation.answering import sample
+    from falign.evaluation.frontier_run import evaluate_frontier
+    from falign.evaluation.reward_evaluation import evaluate_rewards
+    from falign.evaluation.sample_evaluation import evaluate_samples
+    from falign.evaluation.score_run import score
     from falign.objectives import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO, CompletionBatch
+    from falign.report import write_report as report
+    from falign.runs.export import export, soup
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
             "falign.api": ("Lora", "Run", "load", "train"),
             "falign.divergences": (),
+            "falign.evaluation.answering": ("sample",),
+            "falign.evaluation.frontier_run": ("evaluate_frontier",),
+            "falign.evaluation.reward_evaluation": ("evaluate_rewards",),
+            "falign.evaluation.sample_evaluation": ("evaluate_samples",),
+            "falign.evaluation.score_run": ("score",),
             "falign.objectives": (),
             "falign.objectives.batch": ("CompletionBatch",),
             "falign.objectives.methods": ("DPHRL", "FDPG", "FDPO", "SALSA", "SALSARLOO", "TDPO"),
+            "falign.report": (),  # a package that can be called
+            "falign.runs.export": ("export", "soup"),
         },
     )
 
@@ -36,7 +50,15 @@ __all__ = [
     "Lora",
     "Run",
     "divergences",
+    "evaluate_frontier",
+    "evaluate_rewards",
+    "evaluate_samples",
+    "export",
     "load",
     "objectives",
+    "report",
+    "sample",
+    "score",
+    "soup",
     "train",
 ]

@@ -3,103 +3,85 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falign.data import InMemory
-from falign.errors import ConfigError
 from falign.runfile import AdapterConfig as Lora
-from falign.runfile import RunConfig, parse_run
+from falign.runfile import parse_run
 from falign.runfile.base_config import FrozenModel
-from falign.runfile.objects import LoadedModelConfig, objective_section
-from falign.runfile.reward_config import PythonRewardConfig
-from falign.runs import RunFolder
-from falign.runs.loading import Trained, load_trained
-from falign.runs.summary import RunSummary
+from falign.runfile.objects import model_section, objective_section, reward_section, with_sources
+from falign.runs.loading import Given, OpenRun
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+    from falign.data import Text
+    from falign.evaluation import ScoreTotals
     from falign.objectives import Objective
+    from falign.report import WrittenReport
+    from falign.runs.export import Exported
 
 __all__ = ["Lora", "Run", "load", "train"]
 
 Section = Mapping[str, Any] | FrozenModel
 """A section of a run file, as a mapping or as its class."""
 
-SOURCE = frozenset({"path", "rows", "texts"})
-"""Keys of which a source of data has one, and a row has none."""
 
-
-class Run:
+class Run(OpenRun):
     """A run in its folder: its results, and the model that it has trained, which is loaded where it is asked for.
 
-    Args:
-        path: The run folder.
-        model: The base that was trained, where it is in memory.
-        tokenizer: Its own.
-        trust_code: Whether code that the run folder names may run.
-
-    Raises:
-        ConfigError: The path is not a run folder.
+    It has ``path``, ``summary``, ``policy``, ``tokenizer`` and ``config``; ``falign.train`` and ``falign.load`` return
+    it, and all functions that take a run accept it.
     """
 
-    def __init__(
+    def sample(
         self,
-        path: str | Path,
+        prompts: str | Sequence[Text],
         *,
-        model: PreTrainedModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        trust_code: bool = False,
-    ) -> None:
-        self.folder = RunFolder.open(path)
-        self.trust_code = trust_code
-        self._base = None if model is None else LoadedModelConfig.of(model, tokenizer)
+        chat: bool | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Return completions of prompts: ``falign.sample``."""
+        from falign.evaluation.answering import sample
 
-    def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})"
+        return sample(self, prompts, chat=chat, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
-    @property
-    def path(self) -> Path:
-        """The run folder."""
-        return self.folder.path
+    def score(
+        self,
+        data: Any,
+        out: str | Path,
+        *,
+        max_length: int | None = None,
+        bad_rows: str = "error",
+        overwrite: bool = False,
+    ) -> ScoreTotals:
+        """Write the scores of completions: ``falign.score``."""
+        from falign.evaluation.score_run import score
 
-    @cached_property
-    def summary(self) -> RunSummary:
-        """Held-out metrics and answers, before and after.
+        return score(self, data, out, max_length=max_length, bad_rows=bad_rows, overwrite=overwrite)
 
-        Raises:
-            ConfigError: The run has not ended, or a file is damaged.
-        """
-        return RunSummary.read(self.folder)
+    def export(
+        self,
+        format: str = "merged",
+        *,
+        out: str | Path | None = None,
+        dtype: str = "auto",
+        base: str | None = None,
+        overwrite: bool = False,
+    ) -> Exported:
+        """Write the model for other programs: ``falign.export``."""
+        from falign.runs.export import export
 
-    @cached_property
-    def trained(self) -> Trained:
-        """The model, its tokenizer, and the run file.
+        return export(self, format, out=out, dtype=dtype, base=base, overwrite=overwrite)
 
-        Raises:
-            ConfigError: The run is not finished, or names code that is not trusted.
-            ModelError: The base is not the one that was trained, or a file is damaged.
-        """
-        return load_trained(self.folder, base=self._base, trust_code=self.trust_code)
+    def report(self, out: str | Path | None = None) -> WrittenReport:
+        """Write a page of the run: ``falign.report``."""
+        from falign.report import write_report
 
-    @property
-    def policy(self) -> PreTrainedModel | PeftModel:
-        """The trained model, in evaluation mode; see :attr:`trained`."""
-        return self.trained.model
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer; see :attr:`trained`."""
-        return self.trained.tokenizer
-
-    @property
-    def config(self) -> RunConfig:
-        """The resolved run file; see :attr:`trained`."""
-        return self.trained.config
+        return write_report([self.path], out)
 
 
 def load(
@@ -107,6 +89,7 @@ def load(
     *,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    objective: Objective | None = None,
     trust_code: bool = False,
 ) -> Run:
     """Return a run in its folder.
@@ -116,12 +99,13 @@ def load(
         model: The base that was trained, where it is in memory, or was changed since it was loaded. Its weights are
             compared with those that were trained, and left as they are.
         tokenizer: Its own; by default the one where the model was loaded from.
+        objective: The objective, where it was an object that the run file only records. Its code is compared.
         trust_code: Whether code that the run folder names may run: functions, divergences, its model's own code.
 
     Raises:
         ConfigError: The path is not a run folder.
     """
-    return Run(path, model=model, tokenizer=tokenizer, trust_code=trust_code)
+    return Run(path, given=Given.of(model, tokenizer, objective), trust_code=trust_code)
 
 
 def train(
@@ -184,14 +168,14 @@ def train(
     sections = {
         "output_dir": str(output_dir),
         "seed": seed,
-        "model": _model(model, tokenizer),
+        "model": model_section(model, tokenizer),
         "adapter": {} if adapter == "lora" else adapter,
-        "data": None if data is None else _with_sources(data),
-        "prompts": None if prompts is None else _with_sources(prompts, texts=True),
-        "objective": objective if objective is None or _is_section(objective) else objective_section(objective),
+        "data": None if data is None else with_sources(data),
+        "prompts": None if prompts is None else with_sources(prompts, texts=True),
+        "objective": _objective(objective),
         "reference": reference,
         "training": training,
-        "rewards": [_reward(each) for each in ([rewards] if callable(rewards) else rewards)],
+        "rewards": [reward_section(each) for each in ([rewards] if callable(rewards) else rewards)],
         "rollout": rollout,
         "rehearsal": rehearsal,
         "sampling": sampling,
@@ -203,53 +187,9 @@ def train(
     }
     config = parse_run(given, place="falign.train")
     run(config, console=console, resume=resume, new_rewards=new_rewards, callbacks=callbacks)
-    base, own = config.model.loaded or (None, None)
-    return Run(config.output_dir, model=base, tokenizer=own, trust_code=True)
+    held = {name: getattr(config, name) for name in ("model", "objective", "data", "prompts", "rewards")}
+    return Run(config.output_dir, given=Given(held), trust_code=True)
 
 
-def _is_section(value: Any) -> bool:
-    return isinstance(value, Mapping | FrozenModel)
-
-
-def _model(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
-    if not (isinstance(model, str | Path) or _is_section(model)):
-        return LoadedModelConfig.of(model, tokenizer)
-    if tokenizer is not None:
-        raise ConfigError("tokenizer is of a loaded model: a name has its own; leave it out, or load the model.")
-    return {"path": str(model)} if isinstance(model, str | Path) else model
-
-
-def _with_sources(data: Any, *, texts: bool = False) -> Any:
-    """Return the section of data or prompts; ``texts``: where a list of texts is a source, and not paths."""
-    if isinstance(data, FrozenModel):
-        return data
-    if not isinstance(data, Mapping):
-        return {"train": _sources(data, texts)}
-    return {name: _sources(value, texts) if name in ("train", "eval") else value for name, value in data.items()}
-
-
-def _sources(value: Any, texts: bool) -> list[Any]:
-    """Return the sources of one side: a list of them, one of them, or rows."""
-    if isinstance(value, list) and value:
-        if texts and all(isinstance(each, str) for each in value):
-            return [{"texts": value}]
-        if not all(isinstance(each, Mapping) and not SOURCE & each.keys() for each in value):
-            return [_source(each) for each in value]
-    return [_source(value)]
-
-
-def _source(value: Any) -> Any:
-    if isinstance(value, str | Path):
-        return {"path": str(value)}
-    if isinstance(value, FrozenModel):
-        return value
-    if not isinstance(value, Mapping):
-        return {"rows": InMemory(value)}
-    return {name: InMemory(each) if name == "rows" else each for name, each in value.items()}
-
-
-def _reward(value: Any) -> Any:
-    if isinstance(value, Mapping) and callable(value.get("function")):
-        fields = dict(value)
-        return PythonRewardConfig.of(fields.pop("function"), **fields)
-    return value if _is_section(value) else PythonRewardConfig.of(value)
+def _objective(value: Any) -> Any:
+    return value if value is None or isinstance(value, Mapping | FrozenModel) else objective_section(value)

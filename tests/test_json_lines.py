@@ -5,12 +5,13 @@ import json
 
 import pytest
 
-from falign.cli.evaluate_frontier import Evaluated
-from falign.cli.sample import _read_prompts
 from falign.data import BadRows
 from falign.data.files import read_file
 from falign.durable import checksum
 from falign.errors import ConfigError
+from falign.evaluation.answering import read_prompts
+from falign.evaluation.frontier_run import Evaluated
+from falign.evaluation.summaries import SampleSummary
 from falign.json_lines import read_journal, split_lines
 from falign.report.answers import answers_of
 from falign.report.runs import ReportedRun
@@ -67,7 +68,8 @@ def test_the_samples_of_an_evaluation_are_read_whole(tmp_path):
     rows = [{"completion": TEXT}, {"completion": "b"}]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     files = {"samples.jsonl": checksum(tmp_path / "samples.jsonl")}
-    found = Evaluated(tmp_path, {"num_prompts": 1, "files": files}).rows("samples.jsonl")
+    summary = SampleSummary(kind="samples", name="x", num_prompts=1, num_completions=2, metrics={}, files=files)
+    found = Evaluated(tmp_path, summary).rows("samples.jsonl")
     assert found == [rows]
 
 
@@ -86,7 +88,7 @@ def test_data_files_count_their_lines_by_line_feeds(tmp_path, suffix):
 
 def test_a_text_file_has_one_prompt_for_each_line(tmp_path):
     (tmp_path / "prompts.txt").write_bytes(f"\ufeff{TEXT}\r\n\nsecond\n".encode())
-    assert _read_prompts(tmp_path / "prompts.txt") == [TEXT, "second"]
+    assert read_prompts(tmp_path / "prompts.txt") == [TEXT, "second"]
 
 
 def test_a_damaged_line_is_named_and_half_a_last_one_is_skipped(tmp_path):

@@ -1,6 +1,7 @@
 """The functions of ``falign``: a run from objects of a program is the run of the same file, and is used from Python."""
 
 import json
+import shutil
 from typing import ClassVar
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import TrainerCallback
 
 import falign
 from falign.errors import ConfigError, DataError, ModelError
+from falign.evaluation.summaries import read_evaluations
 from falign.models import load_model
 from falign.objectives import ObjectiveOutput, Term
 from falign.runfile import load_run_file, parse_run
@@ -223,3 +225,83 @@ def test_a_wrong_argument_is_named_with_its_remedy(model, pairs, folder, changes
 def test_what_is_no_model_of_a_folder_is_refused(pairs, folder, given, said):
     with pytest.raises(ConfigError, match=said):
         falign.train(given, output_dir=folder / "refused", **arguments(pairs))
+
+
+def test_a_run_is_sampled_in_memory_as_from_its_folder(run):
+    prompts = ["question 1: ", "question 2: "]
+    answers = run.sample(prompts, max_new_tokens=4)
+    assert len(answers) == 2
+    assert answers == falign.sample(run.path, prompts, max_new_tokens=4)
+    assert run.sample("question 1: ", max_new_tokens=4) == answers[:1]
+    with pytest.raises(ConfigError, match="prompts is empty"):
+        run.sample([])
+
+
+def test_rows_in_memory_are_scored_as_those_of_the_file(run, pairs, folder):
+    totals = falign.score(run, {"rows": rows(pairs), "chat": False}, folder / "scores.jsonl")
+    of_file = run.score(pairs, folder / "scores-of-file.jsonl")
+    assert (totals.completions, totals.mean_log_ratio) == (48, of_file.mean_log_ratio)
+    first = json.loads((folder / "scores.jsonl").read_text().splitlines()[0])
+    assert first["place"] == "python:list row 1"
+    with pytest.raises(ConfigError, match="overwrite=True"):
+        run.score(pairs, folder / "scores-of-file.jsonl")
+    with pytest.raises(ConfigError, match=r"data: chta: .* A source has rows or a path, and path, split"):
+        run.score({"path": str(pairs), "chta": False}, folder / "other.jsonl")
+
+
+def test_an_objective_of_ones_own_that_defines_no_reward_is_told_from_one_that_is_not_at_hand(model, pairs, folder):
+    with pytest.raises(ConfigError, match=r"objective was an object in a program \(Mine\)"):
+        falign.load(folder / "mine").score(pairs, folder / "mine.jsonl")
+    with pytest.raises(ConfigError, match="defines no implicit reward"):
+        falign.load(folder / "mine", objective=Mine()).score(pairs, folder / "mine.jsonl")
+    with pytest.raises(ConfigError, match="objective is another than the one"):
+        falign.load(folder / "mine", objective=Other()).score(pairs, folder / "mine.jsonl")
+    exported = falign.load(folder / "mine").export("adapter")
+    assert (exported.path / "adapter_model.safetensors").is_file()
+
+
+class Other(Mine):
+    """Another one."""
+
+
+def test_an_export_is_proven_and_a_soup_is_recorded(run, folder):
+    exported = run.export(out=folder / "merged")
+    assert exported.path == folder / "merged"
+    assert exported.proof.max_abs_logit_difference <= exported.proof.bound * exported.proof.max_abs_logit
+    with pytest.raises(ConfigError, match="format='gguf' is unknown"):
+        run.export("gguf")
+    record = falign.soup([run, shutil.copytree(run.path, folder / "twin")], folder / "soup", weights=[0.25, 0.75])
+    assert [member.weight for member in record.members] == [0.25, 0.75]
+    assert record.kind == "adapter"
+
+
+def test_a_soup_refuses_an_adapter_that_is_not_the_one_that_was_trained(run, folder):
+    damaged = shutil.copytree(run.path, folder / "damaged")
+    file = damaged / "adapter" / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match=r"is not what .* has trained"):
+        falign.soup([run, damaged], folder / "other-soup")
+
+
+def test_evaluations_are_typed_and_read_again(run, pairs, folder):
+    rewards = falign.evaluate_rewards(run, "preferences", str(pairs), num_resamples=10)
+    assert rewards.scorers["implicit_reward"].scores["accuracy"].value > 0.5
+    samples = falign.evaluate_samples(
+        run, rewards=str(run.path), num_completions=2, max_new_tokens=4, num_reference_completions=2
+    )
+    assert samples.num_prompts == 6
+    assert {"reward", "divergence/reverse_kl"} <= samples.metrics.keys()
+    assert read_evaluations(run.path) == (rewards, samples)
+    short = {"num_completions": 2, "max_new_tokens": 4, "rewards": str(run.path)}
+    asked = falign.evaluate_samples(run, [{"prompt": "question 1: "}], chat=False, name="asked", **short)
+    assert (asked.num_prompts, asked.source) == (1, "python:list")
+    shutil.rmtree(run.path / "evaluation" / "asked")
+    frontier = falign.evaluate_frontier([run.path], folder / "frontier.json")
+    assert [point.label for point in frontier.points] == ["run"]
+    written = run.report()
+    assert written.page.is_file()
+    assert falign.report([run.path], folder / "pages").page.is_file()
+    with pytest.raises(ConfigError, match="scorers='lenght' is unknown"):
+        falign.evaluate_rewards(run, "preferences", str(pairs), name="again", scorers=["lenght"])

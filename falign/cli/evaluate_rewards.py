@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from falign.cli.options import TrustCode
-from falign.errors import ConfigError
-from falign.runs.loading import chat_of_run, result_folder
-from falign.terminal import Terminal
+from falign.cli.options import TrustCode, with_options_named
 
 __all__ = ["rewards"]
 
 
+@with_options_named
 def rewards(
     model: Annotated[
         str, typer.Argument(metavar="RUN|MODEL", help="A run folder, scored by its own objective; or any model.")
@@ -89,50 +87,36 @@ def rewards(
     trust_code: TrustCode = False,
 ) -> None:
     """Score a benchmark under all rewards that a model defines; a stopped call goes on if repeated."""
-    from falign.evaluation.reward_evaluation import Compared, Judge, RewardEvaluation
+    from falign.cli.reward_table import show
+    from falign.evaluation.reward_evaluation import evaluate_rewards
 
-    if classifier is None and (classifier_text or classifier_label):
-        raise ConfigError("--classifier-text and --classifier-label belong to --classifier: give the model too.")
-    compared = Compared(reference, divergence, beta, dtype, reference_free)
-    found = _benchmark(model, benchmark, chat)
-    evaluation = RewardEvaluation(
-        model=model,
-        compared=compared,
-        benchmark=found,
-        file=file,
+    summary = evaluate_rewards(
+        model,
+        benchmark,
+        file,
+        name=name,
+        subset=subset or (),
         split=split,
-        subsets=tuple(subset or ()),
-        limit=limit,
-        scorers=None if scorers is None else tuple(filter(None, scorers.replace(",", " ").split())),
-        judge=None if classifier is None else Judge(classifier, classifier_text, classifier_label),
+        reference=reference,
+        divergence=divergence,
+        beta=beta,
+        reference_free=reference_free,
         max_length=max_length,
         long_items=long_items,
+        tokens_per_batch=tokens_per_batch,
         bad_rows=bad_rows,
         layout=layout,
+        dtype=dtype,
+        scorers=None if scorers is None else [*filter(None, scorers.replace(",", " ").split())],
+        classifier=classifier,
+        classifier_text=classifier_text,
+        classifier_label=classifier_label,
+        chat=chat,
         seed=seed,
         num_resamples=num_resamples,
-        out=result_folder(model, name or found.name, out),
+        out=out,
         overwrite=overwrite,
+        limit=limit,
         trust_code=trust_code,
     )
-    console = Terminal(stderr=True, highlight=False, soft_wrap=True)
-    summary = evaluation.run(console, tokens_per_batch=tokens_per_batch)
-    from falign.cli.reward_table import show
-
-    show(summary, evaluation.out)
-
-
-def _benchmark(model: str, name: str, chat: bool | None) -> Any:
-    """Return the benchmark, which reads a file's plain texts as the run read its own."""
-    from falign.evaluation import benchmarks
-    from falign.registry import is_own_name
-    from falign.runs.named_code import import_from
-
-    if is_own_name(name):
-        import_from(Path.cwd())
-    found = benchmarks.get(name)
-    if isinstance(found, benchmarks.OwnTexts):
-        return found.with_chat(chat_of_run(model) if chat is None else chat)
-    if chat is not None:
-        raise ConfigError(f"--chat and --plain apply only to preferences: {name} says itself what its texts are.")
-    return found
+    show(summary, out or Path(model) / "evaluation" / summary.name)

@@ -7,15 +7,14 @@ from typing import Annotated
 
 import typer
 
-from falign.cli.options import TrustCode
-from falign.runs.loading import result_folder
-from falign.terminal import Terminal
+from falign.cli.options import TrustCode, with_options_named
 
 __all__ = ["samples"]
 
 PROMPTS, LINES = "Prompts and rewards", "Divergences and frontier"
 
 
+@with_options_named
 def samples(
     model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, or any model.")],
     prompts: Annotated[
@@ -91,24 +90,31 @@ def samples(
 ) -> None:
     """Sample completions and measure reward, divergence, diversity and pass@k; a stopped call goes on if repeated."""
     from falign.cli.sample_table import show
-    from falign.evaluation.sample_evaluation import Asked, Compared, SampleEvaluation
+    from falign.evaluation.sample_evaluation import evaluate_samples, samples_folder
 
-    default = "samples" if checkpoint is None else f"samples-{checkpoint}"
-    evaluation = SampleEvaluation(
-        model=model,
-        asked=Asked(prompts, split, template, chat, limit),
+    summary = evaluate_samples(
+        model,
+        prompts,
+        split=split,
+        template=template,
+        chat=chat,
+        limit=limit,
         rewards=rewards,
         pass_reward=pass_reward,
         num_completions=num_completions,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        compared=Compared(reference, tuple(divergence or ()), anchors, num_reference_completions),
+        reference=reference,
+        divergence=divergence or (),
+        anchors=anchors,
+        num_reference_completions=num_reference_completions,
         checkpoint=checkpoint,
         prompts_per_batch=prompts_per_batch,
         dtype=dtype,
-        out=result_folder(model, name or default, out),
+        name=name,
+        out=out,
         overwrite=overwrite,
         trust_code=trust_code,
     )
-    show(evaluation.run(Terminal(stderr=True, highlight=False, soft_wrap=True)), evaluation.out)
+    show(summary, samples_folder(model, name=name, checkpoint=checkpoint, out=out))

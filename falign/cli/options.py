@@ -1,12 +1,18 @@
-"""Options that several commands share."""
+"""Options that commands share, and messages of the library in the words of the command line."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+import re
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
-__all__ = ["TrustCode"]
+from falign.errors import FalignError
+
+__all__ = ["TrustCode", "with_options_named"]
 
 TrustCode = Annotated[
     bool,
@@ -15,3 +21,36 @@ TrustCode = Annotated[
     ),
 ]
 """The option of every command that builds what a run folder names."""
+
+OF_OTHERS = ("reference", "temperature", "prompts")
+"""Options of other commands, which messages name as well."""
+
+OTHER_NAMES = {"chat=False": "--plain", "num_resamples": "--resamples"}
+
+
+def with_options_named(command: Callable[..., None]) -> Callable[..., None]:
+    """Let errors of the library name the command's options.
+
+    ``max_length=64`` becomes ``--max-length 64``, and a name in backquotes, `` `max_length` ``, ``--max-length``.
+
+    Args:
+        command: Its parameters have the names of the library function's arguments.
+    """
+    names = sorted({*inspect.signature(command).parameters, *OF_OTHERS}, key=len, reverse=True)
+    any_name = "|".join(names)
+    argument = re.compile(rf"`({any_name})`|(?<![\w.\"'`-])({any_name})=(True\b|False\b)?")
+
+    def option(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        told = OTHER_NAMES.get(match[0], OTHER_NAMES.get(name, f"--{name.replace('_', '-')}"))
+        return told if match[1] or match[3] else f"{told} "
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except FalignError as error:
+            error.args = tuple(argument.sub(option, each) if isinstance(each, str) else each for each in error.args)
+            raise
+
+    return run

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
+from rich.table import Table
 
-from falign.cli.options import TrustCode
-from falign.errors import ConfigError, DataError
-from falign.json_lines import split_lines
-from falign.runs.loading import chat_of_run, load_trained
+from falign.cli.options import TrustCode, with_options_named
+from falign.errors import ConfigError
 from falign.terminal import Terminal, json_line
 
 if TYPE_CHECKING:
-    from falign.data import Row, Text
+    from falign.data import Text
+    from falign.evaluation.presampling_run import PresamplingSummary
 
 __all__ = ["sample"]
 
 PRESAMPLING = "Pre-sampling"
 
 
+@with_options_named
 def sample(
     model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, or any model.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
@@ -78,6 +79,9 @@ def sample(
     trust_code: TrustCode = False,
 ) -> None:
     """Answer prompts with a trained run or any model, or sort them by what it solves (--verifier)."""
+    from falign.evaluation.answering import load_named, read_prompts
+    from falign.evaluation.answering import sample as answer
+
     given = {
         "--out": out, "--num-completions": num_completions, "--threshold": threshold, "--template": template,
         "--chat": chat, "--bad-rows": bad_rows, "--overwrite": overwrite,
@@ -106,31 +110,25 @@ def sample(
             overwrite=bool(overwrite),
         )
         with Terminal(stderr=True).status(f"loading {escape(model)}"):
-            policy, tokenizer = _load(model, dtype, trust_code=trust_code)
-        presampling.run(policy, tokenizer)
+            policy, tokenizer = load_named(model, dtype=dtype, trust_code=trust_code)
+        show(presampling.run(policy, tokenizer), out)
         return
     if alone := [name for name, value in given.items() if value is not None]:
         raise ConfigError(f"{', '.join(alone)} belongs to --verifier: give a verifier, or leave it out.")
-    prompts: list[Text] = [*(prompt or []), *(_read_prompts(file) if file else [])]
+    prompts: list[Text] = [*(prompt or []), *(read_prompts(file) if file else [])]
     if not prompts:
         raise ConfigError("no prompt is given: use --prompt TEXT or --file FILE.")
     console = Terminal()
     with Terminal(stderr=True).status(f"loading {escape(model)}"):
-        policy, tokenizer = _load(model, dtype, trust_code=trust_code)
-    from falign.models import stop_token_ids
-    from falign.models.adapters import base_of
-    from falign.rollouts.answers import answer
-
-    answers = answer(
-        policy,
-        tokenizer,
-        prompts,
-        chat=chat_of_run(model) is not False,
-        stop_token_ids=stop_token_ids(base_of(policy), tokenizer),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature or 0.0,
-        seed=seed,
-    )
+        answers = answer(
+            model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature or 0.0,
+            seed=seed,
+            dtype=dtype,
+            trust_code=trust_code,
+        )
     for text, reply in zip(prompts, answers, strict=True):
         if json_lines:
             typer.echo(json_line({"prompt": text, "completion": reply}))
@@ -140,41 +138,12 @@ def sample(
             console.print(reply + "\n", markup=False, highlight=False)
 
 
-def _load(name: str, dtype: str, *, trust_code: bool) -> tuple[Any, Any]:
-    import torch
-
-    from falign.models import load_model, load_tokenizer
-    from falign.runs import RunFolder
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if (Path(name) / "manifest.json").is_file():
-        trained = load_trained(RunFolder.open(name), trust_code=trust_code)
-        trained.model.to(device)  # pyright: ignore[reportArgumentType]
-        return trained.model, trained.tokenizer
-    return load_model(name, dtype=dtype, device=device), load_tokenizer(name)
-
-
-def _read_prompts(file: Path) -> list[Text]:
-    if file.suffix == ".txt":
-        if not file.is_file():
-            raise DataError(f"No file of prompts at {file}.")
-        try:
-            lines = split_lines(file.read_text(encoding="utf-8-sig"))
-            return [line.removesuffix("\r") for line in lines if line.strip()]
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
-    from falign.data import read_rows
-
-    return [_prompt_of(row) for row in read_rows(file)]
-
-
-def _prompt_of(row: Row) -> Text:
-    from falign.data.conversations import read_text
-    from falign.data.examples import prompt_turns
-
-    value, system = row.fields.get("prompt"), row.fields.get("system")
-    if value is None or not isinstance(system, str | None):
-        problem = "there is no `prompt`" if value is None else f"`system` must be text, got {system!r:.60}"
-        raise DataError(f"{row.place}: {problem}; columns: {sorted(row.fields)}.")
-    prompt = read_text(value, place=row.place, field="prompt")
-    return prompt if isinstance(prompt, str) and system is None else prompt_turns(prompt, system, row.place)
+def show(summary: PresamplingSummary, out: Path) -> None:
+    """Print what became of the prompts."""
+    table = Table("", "", title=str(out), title_justify="left", show_header=False)
+    for name, value in summary.counts().items():
+        if value or name in {"prompts", "rehearsal", "exploration"}:
+            table.add_row(name, f"{value:.1%}" if isinstance(value, float) else f"{value:,}")
+    if summary.resumed:
+        table.add_row("of the prompts sampled by an earlier call", f"{summary.resumed:,}")
+    Terminal(highlight=False).print(table)

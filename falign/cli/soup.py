@@ -12,7 +12,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 from typing_extensions import override
 
-from falign.errors import ConfigError
+from falign.cli.options import with_options_named
 from falign.terminal import Terminal
 
 __all__ = ["SoupCommand", "soup"]
@@ -35,6 +35,7 @@ class SoupCommand(TyperCommand):
         return super().parse_args(ctx, spread)
 
 
+@with_options_named
 def soup(
     paths: Annotated[
         list[str], typer.Argument(metavar="A B [C ...]", help="Adapters, checkpoints, or runs that have trained such.")
@@ -47,30 +48,16 @@ def soup(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target folder.")] = False,
 ) -> None:
     """Average adapters over one base, exactly, or whole checkpoints; a reference (SALSA) or a model of its own."""
-    import json
+    from falign.runs.export import soup as average
 
-    from falign.models import write_soup
-
-    _refuse_what_is_no_model(out)
     with Terminal(stderr=True).status(f"averaging {escape(', '.join(paths))}"):
-        write_soup(paths, out, weights=weights or None, dtype=dtype, overwrite=overwrite)
-    _show(out, json.loads((out / "soup.json").read_text(encoding="utf-8")))
-
-
-def _show(out: Path, record: dict[str, Any]) -> None:
+        record = average(paths, out, weights=weights or None, dtype=dtype, overwrite=overwrite)
     console = Terminal()
     console.print("wrote", Text(str(out), style="bold"))
-    table = Table(record["kind"], "weight", "sha256")
-    for member in record["members"]:
-        table.add_row(escape(member["path"]), f"{member['weight']:.4g}", member["sha256"][:12])
+    table = Table(record.kind, "weight", "sha256")
+    for member in record.members:
+        table.add_row(escape(member.path), f"{member.weight:.4g}", member.sha256[:12])
     console.print(table)
-
-
-def _refuse_what_is_no_model(target: Path) -> None:
-    """Keep --overwrite from replacing a run, a home folder, or anything else that is not an adapter or a checkpoint."""
-    marks = ("config.json", "adapter_config.json")
-    if target.is_dir() and any(target.iterdir()) and not any((target / mark).is_file() for mark in marks):
-        raise ConfigError(f"--out {target} holds something other than a model: choose another folder.")
 
 
 def _is_number(text: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,10 @@ class DataSource:
     weight: float | None = None
     limit: int | None = None
     rows: InMemory | None = None
+
+    def with_chat(self, chat: bool | None) -> DataSource:
+        """Return the same source, with its plain texts read in another way."""
+        return replace(self, chat=chat)
 
     def __post_init__(self) -> None:
         if self.weight is not None and not (0 < self.weight < math.inf):

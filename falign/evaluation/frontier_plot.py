@@ -86,7 +86,7 @@ def check_picture(path: Path) -> None:
     kinds = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix.lstrip(".").lower() not in kinds or not path.absolute().parent.is_dir():
         raise ConfigError(
-            f"--out {path}: give a file in an existing folder with one of the suffixes json, {', '.join(kinds)}."
+            f"out={path}: give a file in an existing folder with one of the suffixes json, {', '.join(kinds)}."
         )
 
 

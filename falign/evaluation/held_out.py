@@ -34,7 +34,7 @@ def held_out_prompts(folder: RunFolder, config: RunConfig, *, tell: Callable[[st
     wanted = held_out - recorded.trained_prompts
     if not wanted:
         reason = f"trained on all {len(held_out)} prompts that it held out" if held_out else "has held out no prompts"
-        raise ConfigError(f"{folder.path} {reason}: give --prompts FILE.")
+        raise ConfigError(f"{folder.path} {reason}: give prompts=FILE.")
     if len(wanted) < len(held_out):
         tell(f"{len(held_out) - len(wanted)} of {len(held_out)} held-out prompts were trained on too: left out")
     language = load_language(config, date=folder.read_date())
@@ -48,7 +48,7 @@ def held_out_prompts(folder: RunFolder, config: RunConfig, *, tell: Callable[[st
     if missing := len(wanted - {digest for digest, _ in found}):
         raise ConfigError(
             f"{folder.path}: {missing} of the {len(wanted)} prompts that it held out are not in its data any more: "
-            "restore the files, or give --prompts FILE."
+            "restore the files, or give prompts=FILE."
         )
     return [row for digest, row in found if digest in wanted]
 

@@ -105,7 +105,7 @@ class ItemStream:
         if self._long_items == "error":
             raise DataError(
                 f"{item.place}: prompt and longest completion have {longest} tokens, and the window "
-                f"{self._window.max_length}: raise --max-length, or leave such items out by --long-items skip."
+                f"{self._window.max_length}: raise max_length, or leave such items out by long_items=skip."
             )
         if self._long_items == "skip":
             self._skipped["longer than the window"] += 1

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from falign.objectives import BaseObjective
     from falign.references import Reference
     from falign.runfile import RunConfig
+    from falign.runs.loading import Given
     from falign.scoring import LayoutChoice, PromptTree, Scorer
 
 __all__ = ["Scored", "load_alone", "load_compared", "load_run", "positions_of", "run_objective"]
@@ -101,7 +102,7 @@ class Scored(NamedTuple):
             positions = positions_of(model)
             if positions is not None and self.window.max_length > positions:
                 raise ConfigError(
-                    f"--max-length {self.window.max_length} is more than the {positions} positions of "
+                    f"max_length={self.window.max_length} is more than the {positions} positions of "
                     f"{base_of(model).name_or_path}: lower it."
                 )
             check_head(model, token_ids)
@@ -113,6 +114,7 @@ def load_run(
     max_length: int | None,
     any_objective: bool = False,
     checkpoint: int | None = None,
+    given: Given | None = None,
     trust_code: bool = False,
 ) -> Scored:
     """Load a run as it was trained: its policy, reference, objective and window.
@@ -122,6 +124,7 @@ def load_run(
         max_length: The window, if not the run's own.
         any_objective: Take a run whose objective defines no implicit reward too, with log-ratios for rewards.
         checkpoint: The step of a checkpoint to take in place of the end.
+        given: Objects that stand for what the run file names or only records.
         trust_code: Whether code that the run folder names may run.
 
     Raises:
@@ -136,14 +139,15 @@ def load_run(
     from falign.training.references import rebuild_reference
 
     folder = RunFolder.open(path)
-    objective = run_objective(path, trust_code=trust_code)
+    objective = run_objective(path, given=given, trust_code=trust_code)
     if not objective.rewarding and not any_objective:
         kind = folder.read_settings()["objective"]["kind"]
         raise ConfigError(
             f"{path}: objective.kind={kind} defines no implicit reward to score by. Export the run "
-            "(falign export --format merged), and score that with --reference and a --divergence of your choice."
+            "(falign export --format merged), and score that with reference=MODEL and a divergence of your choice."
         )
-    policy, tokenizer, config = load_trained(folder, checkpoint, trust_code=trust_code)
+    policy, tokenizer, config = load_trained(folder, checkpoint, given=given, trust_code=trust_code)
+    config = config if given is None else given.in_place(config, path=folder.path)
     policy.to(_device())  # pyright: ignore[reportArgumentType]
     reference = rebuild_reference(config, policy, tokenizer, folder, device=_device())
     if checkpoint is not None:
@@ -193,7 +197,7 @@ def load_compared(
     try:
         objective = FDPO(divergence, beta)
     except ValueError as error:
-        raise ConfigError(f"--divergence {divergence} --beta {beta:g}: {error}") from error
+        raise ConfigError(f"divergence={divergence} beta={beta:g}: {error}") from error
     tokenizer, other = load_tokenizer(path), load_tokenizer(reference)
     check_same_tokens(tokenizer, other, f"{path} and {reference}")
     policy = load_model(path, dtype=dtype, device=_device())
@@ -243,11 +247,12 @@ def load_alone(path: str, *, dtype: str, max_length: int | None) -> Scored:
     )
 
 
-def run_objective(path: str, *, trust_code: bool = False) -> BaseObjective:
+def run_objective(path: str, *, given: Given | None = None, trust_code: bool = False) -> BaseObjective:
     """Return the objective of a run, without what is fitted on samples.
 
     Args:
         path: The run folder.
+        given: Objects that stand for what the run file only records.
         trust_code: Whether a divergence or a reference that the run folder names (module:Name) may be imported.
 
     Raises:
@@ -269,7 +274,7 @@ def run_objective(path: str, *, trust_code: bool = False) -> BaseObjective:
                 f"{path} was trained with other code of {field}={value}, so its rewards would be others: restore the "
                 "module that it names."
             )
-    return complete(config.check())
+    return complete((config if given is None else given.in_place(config, path=folder.path)).check())
 
 
 def positions_of(model: Any) -> int | None:

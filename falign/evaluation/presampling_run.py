@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from pydantic import BaseModel, ConfigDict, Field
 
 from falign.durable import claimed, refuse_link, write_whole
 from falign.errors import ConfigError
@@ -23,10 +23,34 @@ if TYPE_CHECKING:
     from falign.rollouts import Engine, Rollout
     from falign.rollouts.presampling_journal import Finding
 
-__all__ = ["Presampling"]
+__all__ = ["Presampling", "PresamplingSummary"]
 
 CHUNK_SIZE = 32
 OUTPUTS = ("exploration.jsonl", "rehearsal.jsonl", "summary.json")
+
+
+class PresamplingSummary(BaseModel):
+    """What became of the prompts; ``summary.json`` has it under the same names, with spaces."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", alias_generator=lambda name: name.replace("_", " "))
+
+    prompts: int
+    rehearsal: int
+    exploration: int
+    further_completion_wrong: int = Field(alias="solved, and the further completion is wrong")
+    never_solved: int
+    correct_completions: float
+    """Share of all completions."""
+    too_long: int
+    bad_rows: int
+    timeouts: int
+    errors: int
+    resumed: int = Field(default=0, exclude=True)
+    """Prompts that an earlier call had sampled."""
+
+    def counts(self) -> dict[str, int | float]:
+        """Return the numbers under their names in ``summary.json``."""
+        return self.model_dump(by_alias=True)
 
 
 @dataclass
@@ -70,23 +94,23 @@ class Presampling:
         from falign.rewards import RewardSum, WeightedReward, load_reward
         from falign.runs.named_code import import_from
 
-        require_choice("--bad-rows", self.bad_rows, BadRowPolicy)
+        require_choice("bad_rows", self.bad_rows, BadRowPolicy)
         if not 1 <= self.threshold <= self.num_completions:
-            raise ConfigError(f"--threshold {self.threshold} must be from 1 to --num-completions.")
+            raise ConfigError(f"threshold={self.threshold} must be from 1 to `num_completions`.")
         if self.out.exists() and not self.out.is_dir():
-            raise ConfigError(f"{self.out} is a file: give --out a folder.")
+            raise ConfigError(f"{self.out} is a file: give `out` a folder.")
         found = [self.out / name for name in OUTPUTS if (self.out / name).exists()]
         # With its journal beside them they are the outputs of a call that was stopped, which goes on.
         if found and not self.overwrite and not self._journal.exists():
-            raise ConfigError(f"{found[0]} exists: name another --out, or give --overwrite to sample anew.")
+            raise ConfigError(f"{found[0]} exists: name another file, or give overwrite=True to sample anew.")
         for path in found:
             refuse_link(path)
         if ":" in self.verifier:  # a function of one's own
             import_from(Path.cwd())
         self.reward = RewardSum((WeightedReward("verifier", load_reward(self.verifier)),))
 
-    def run(self, policy: Any, tokenizer: Any) -> None:
-        """Sample, and write the outputs."""
+    def run(self, policy: Any, tokenizer: Any) -> PresamplingSummary:
+        """Sample, write the outputs, and return what became of the prompts."""
         from falign.models import base_of, stop_token_ids
         from falign.models.tokenizers import pad_token_id
         from falign.rollouts import TransformersEngine
@@ -97,11 +121,11 @@ class Presampling:
         record = self._record(policy, tokenizer)
         self.out.mkdir(parents=True, exist_ok=True)
         with claimed(self.out / ".presampling.lock"):
-            self._sample(engine, data, record, tokenizer, stops=stop_token_ids(base_of(policy), tokenizer))
+            return self._sample(engine, data, record, tokenizer, stops=stop_token_ids(base_of(policy), tokenizer))
 
     def _sample(
         self, engine: Engine, data: PromptData, record: Mapping[str, Any], tokenizer: Any, *, stops: frozenset[int]
-    ) -> None:
+    ) -> PresamplingSummary:
         """Go on where an earlier call was stopped, to the end."""
         from falign.rollouts import SamplingParams
         from falign.rollouts.presampling import presample
@@ -132,7 +156,7 @@ class Presampling:
             for chunk in results:
                 journal.append(chunk)
                 show(len(journal.findings))
-        self._finish(data, journal.findings, resumed, sampled_by={"model": self.model, **record})
+        return self._finish(data, journal.findings, resumed, sampled_by={"model": self.model, **record})
 
     @property
     def _journal(self) -> Path:
@@ -145,7 +169,7 @@ class Presampling:
         room = sys.maxsize if positions is None else positions - self.max_new_tokens
         if room < 1:
             raise ConfigError(
-                f"--max-new-tokens {self.max_new_tokens} leaves no room for a prompt in the {positions} positions of "
+                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in the {positions} positions of "
                 f"{self.model}: lower it."
             )
         chat = chosen_chat(self.chat, tokenizer, Terminal(stderr=True, highlight=False, soft_wrap=True))
@@ -157,7 +181,7 @@ class Presampling:
             max_length=room,
             long_prompt="drop",
             bad_rows=bad_rows,
-            skip_by="--bad-rows skip",
+            skip_by="bad_rows=skip",
             check=row_check(self.reward),
         )
 
@@ -197,7 +221,7 @@ class Presampling:
 
     def _finish(
         self, data: PromptData, findings: list[Finding], resumed: int, *, sampled_by: Mapping[str, Any]
-    ) -> None:
+    ) -> PresamplingSummary:
         """Write what explores as it came, and what rehearses with its completion."""
         from falign.data import BadRows, read_rows
 
@@ -228,14 +252,4 @@ class Presampling:
             self.out / "summary.json", json.dumps({**summary, "sampled_by": sampled_by, "sha256": sums}, indent=1)
         )
         self._journal.unlink()  # last: until then the same command goes on
-        _show(summary, self.out, resumed)
-
-
-def _show(summary: Mapping[str, Any], out: Path, resumed: int) -> None:
-    table = Table("", "", title=str(out), title_justify="left", show_header=False)
-    for name, value in summary.items():
-        if value or name in {"prompts", "rehearsal", "exploration"}:
-            table.add_row(name, f"{value:.1%}" if isinstance(value, float) else f"{value:,}")
-    if resumed:
-        table.add_row("of the prompts sampled by an earlier call", f"{resumed:,}")
-    Terminal(highlight=False).print(table)
+        return PresamplingSummary.model_validate({**summary, "resumed": resumed})

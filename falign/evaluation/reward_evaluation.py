@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from falign.errors import ConfigError, DataError
-from falign.runs.loading import is_run
+from falign.evaluation.summaries import RewardSummary, write_summary
+from falign.runs.loading import Given, Named, chat_of_run, is_run, named, result_folder
 from falign.terminal import progress
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from falign.evaluation.loading import Scored
     from falign.rewards import Reward
 
-__all__ = ["Compared", "Judge", "RewardEvaluation"]
+__all__ = ["Compared", "Judge", "RewardEvaluation", "evaluate_rewards"]
 
 PROBED_ITEMS = 16
 MOST_TOKENS = 4096  # of a window that nobody asked for
@@ -46,18 +47,18 @@ class Compared(NamedTuple):
         Raises:
             ConfigError: With the options.
         """
-        given = [f"--{name.replace('_', '-')}" for name, value in self._asdict().items() if value not in (None, False)]
+        given = [f"`{name}`" for name, value in self._asdict().items() if value not in (None, False)]
         if is_run(model):
             if given:
                 raise ConfigError(
                     f"{model} is a run, which is scored as it was trained; {', '.join(given)} would make it another "
-                    "one. Leave it out, choose some --scorers, or export the run (falign export --format merged)."
+                    "one. Leave it out, choose some `scorers`, or export the run (falign export --format merged)."
                 )
         elif self.reference_free and (others := [each for each in given if each not in _OF_MODEL]):
-            raise ConfigError(f"--reference-free excludes {', '.join(others)}: there is nothing to compare with.")
+            raise ConfigError(f"`reference_free` excludes {', '.join(others)}: there is nothing to compare with.")
 
 
-_OF_MODEL = ("--reference-free", "--dtype")
+_OF_MODEL = ("`reference_free`", "`dtype`")
 
 
 class Judge(NamedTuple):
@@ -80,7 +81,7 @@ class Judge(NamedTuple):
 
         model, tokenizer = load_classifier(self.path)
         text: Any = self.text or ("chat" if tokenizer.chat_template else "joined")
-        require_choice("--classifier-text", text, ["chat", "joined", "pair", "completion"])
+        require_choice("classifier_text", text, ["chat", "joined", "pair", "completion"])
         record = {**model_identity(model), "text": text, "label": self.label}
         return ClassifierReward(model, tokenizer, text=text, label=self.label), record
 
@@ -113,9 +114,10 @@ class RewardEvaluation:
     num_resamples: int
     out: Path
     overwrite: bool
+    given: Given | None = None
     trust_code: bool = False
 
-    def run(self, console: Console, *, tokens_per_batch: int) -> dict[str, Any]:
+    def run(self, console: Console, *, tokens_per_batch: int) -> RewardSummary:
         """Score, write the results, and return the summary.
 
         Args:
@@ -127,12 +129,11 @@ class RewardEvaluation:
         """
         from falign.data import BadRows
         from falign.evaluation import ItemStream, ScoreOutput, read_items, score_items
-        from falign.evaluation.summary_file import write_summary
         from falign.models import base_of, stop_token_ids
         from falign.models.tokenizers import tokenizer_fingerprint
 
         names = self._check()
-        unread = BadRows(self.bad_rows, skip_by="--bad-rows skip")
+        unread = BadRows(self.bad_rows, skip_by="bad_rows=skip")
         with console.status("reading"):
             items = read_items(self.benchmark, self.file, split=self.split, subsets=self.subsets, bad_rows=unread)
         with console.status(f"loading {escape(self.model)}"):
@@ -175,7 +176,7 @@ class RewardEvaluation:
             )
             with console.status("intervals"):
                 summary = self._summary(scored, stream, rows, names, record)
-            summary["files"] = {"items.jsonl": output.checksum()}
+            summary = summary.model_copy(update={"files": {"items.jsonl": output.checksum()}})
             # Before the items get their name, so that a call that is stopped here is repeated and not refused.
             write_summary(self.out, summary)
             output.finish()
@@ -192,19 +193,21 @@ class RewardEvaluation:
         """Refuse what cannot work before anything is read, and return the scorers."""
         from falign.choices import require_choice
 
-        require_choice("--layout", self.layout, ["auto", "tree", "padded"])
-        require_choice("--bad-rows", self.bad_rows, ["error", "skip"])
-        require_choice("--long-items", self.long_items, ["skip", "cut", "error"])
+        require_choice("layout", self.layout, ["auto", "tree", "padded"])
+        require_choice("bad_rows", self.bad_rows, ["error", "skip"])
+        require_choice("long_items", self.long_items, ["skip", "cut", "error"])
         self.compared.check(self.model)
         if not is_run(self.model) and self.compared.reference is None and not self.compared.reference_free:
             raise ConfigError(
-                f"{self.model} is not a run folder, so there is nothing to compare it with: give --reference MODEL, "
-                "for example the model that it was trained from, or --reference-free."
+                f"{self.model} is not a run folder, so there is nothing to compare it with: give reference=MODEL, "
+                "for example the model that it was trained from, or reference_free=True."
             )
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"{self.out} is a file: give a folder.")
         if (self.out / "items.jsonl").exists() and not self.overwrite:
-            raise ConfigError(f"{self.out} holds results: give another --name or --out, or --overwrite to score anew.")
+            raise ConfigError(
+                f"{self.out} holds results: give another name or folder, or overwrite=True to score anew."
+            )
         return self._names()
 
     def _names(self) -> tuple[str, ...]:
@@ -217,21 +220,23 @@ class RewardEvaluation:
         if self.judge is not None:
             available.add("classifier")
         if self.scorers == ():
-            raise ConfigError(f"--scorers names none: give some of {', '.join(_ordered(available))}, or leave it out.")
+            raise ConfigError(f"`scorers` names none: give some of {', '.join(_ordered(available))}, or leave it out.")
         for name in self.scorers or ():
-            require_choice("--scorers", name, SCORERS)
+            require_choice("scorers", name, SCORERS)
             if name not in available:
-                reason = {"classifier": "give --classifier MODEL", "log_ratio": "give --reference MODEL"}.get(
+                reason = {"classifier": "give classifier=MODEL", "log_ratio": "give reference=MODEL"}.get(
                     name, "it needs a reference, and an objective with an implicit reward"
                 )
-                raise ConfigError(f"--scorers {name}: {reason}; here there are {', '.join(_ordered(available))}.")
+                raise ConfigError(f"scorers={name}: {reason}; here there are {', '.join(_ordered(available))}.")
         return _ordered(available if self.scorers is None else {*self.scorers})
 
     def _rewarding(self) -> bool:
         """True where an implicit reward is defined: by a model's reference, and by most objectives of runs."""
         from falign.evaluation.loading import run_objective
 
-        return not is_run(self.model) or run_objective(self.model, trust_code=self.trust_code).rewarding
+        return (
+            not is_run(self.model) or run_objective(self.model, given=self.given, trust_code=self.trust_code).rewarding
+        )
 
     def _load(self) -> Scored:
         from falign.evaluation.benchmarks import OwnTexts
@@ -239,7 +244,13 @@ class RewardEvaluation:
 
         dtype = self.compared.dtype or "auto"
         if is_run(self.model):
-            scored = load_run(self.model, max_length=self.max_length, any_objective=True, trust_code=self.trust_code)
+            scored = load_run(
+                self.model,
+                max_length=self.max_length,
+                any_objective=True,
+                given=self.given,
+                trust_code=self.trust_code,
+            )
             if isinstance(self.benchmark, OwnTexts) and self.max_length is None:
                 return scored
         elif self.compared.reference is None:
@@ -312,7 +323,7 @@ class RewardEvaluation:
         rows: Sequence[Any],
         names: tuple[str, ...],
         record: dict[str, Any],
-    ) -> dict[str, Any]:
+    ) -> RewardSummary:
         from falign.evaluation import summarise_scorer
         from falign.evaluation.benchmarks import missing_subsets
 
@@ -320,7 +331,7 @@ class RewardEvaluation:
         objective: Any = scored.objective if scored.rewarding else None
         divergence = getattr(objective, "divergence", None)
         subsets = [row["subset"] for row in rows]
-        return {
+        found = {
             "kind": "rewards",
             "name": self.out.name,
             "benchmark": self.benchmark.name,
@@ -339,6 +350,122 @@ class RewardEvaluation:
             },
             "record": record,
         }
+        return RewardSummary.model_validate(found)
+
+
+def evaluate_rewards(
+    model: Named,
+    benchmark: str,
+    file: str | None = None,
+    *,
+    name: str | None = None,
+    subset: Sequence[str] = (),
+    split: str | None = None,
+    reference: str | None = None,
+    divergence: str | None = None,
+    beta: float | None = None,
+    reference_free: bool = False,
+    max_length: int | None = None,
+    long_items: str = "skip",
+    tokens_per_batch: int = 4096,
+    bad_rows: str = "skip",
+    layout: str = "auto",
+    dtype: str | None = None,
+    scorers: Sequence[str] | None = None,
+    classifier: str | None = None,
+    classifier_text: str | None = None,
+    classifier_label: str | None = None,
+    chat: bool | None = None,
+    seed: int = 0,
+    num_resamples: int = 1000,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    limit: int | None = None,
+    trust_code: bool = False,
+    console: Console | None = None,
+) -> RewardSummary:
+    """Score a benchmark under all rewards that a model defines; a stopped call goes on if repeated.
+
+    Args:
+        model: A run, scored by its own objective; or any model.
+        benchmark: ``rewardbench``, ``rewardbench2``, ``rm_bench``, ``judgebench``, ``llmbar``, or ``preferences`` for
+            any file of pairs or lists.
+        file: Its file or folder; from the Hub if left out.
+        name: Results go to ``RUN/evaluation/NAME``; the benchmark's name if left out.
+        subset: Only these parts of the benchmark; all if empty.
+        split: Of the Hub's data set or a folder.
+        reference: What a model is compared with; a run has its own.
+        divergence: f of a model's implicit reward, ``reverse_kl`` if left out; a run has its own.
+        beta: β of a model's implicit reward, 0.1 if left out; a run has its own.
+        reference_free: Score a model without reference, by its log-probabilities.
+        max_length: The window. If left out, the run's own for ``preferences``, else what the model allows, at most
+            4,096 tokens.
+        long_items: Longer ones: ``skip`` leaves them out and counts them, ``cut`` as in training, ``error``.
+        tokens_per_batch: Tokens scored at once: memory against speed.
+        bad_rows: ``skip`` leaves out rows that cannot be used and counts them, ``error`` stops at one.
+        layout: ``tree``, ``padded``, or ``auto``: trees where the models read them.
+        dtype: Of both models, the checkpoint's if left out; a run has its own.
+        scorers: Some of them; all if left out.
+        classifier: A sequence classifier, which becomes another scorer.
+        classifier_text: Its input: ``chat``, ``joined``, ``pair`` or ``completion``.
+        classifier_label: Name of its label, where it has several.
+        chat: Whether a file's plain texts are turns; as the run's were if left out.
+        seed: Of the scorer ``random`` and of the intervals.
+        num_resamples: Of the bootstrap that the intervals come from.
+        out: A folder for the results, needed for a model.
+        overwrite: Score anew what is there, whole or begun.
+        limit: Only so many items, the first ones.
+        trust_code: Whether code that the run folder names may run.
+        console: Where progress is shown; standard error by default.
+
+    Raises:
+        FalignError: Something cannot work; what was scored stays for the next call.
+    """
+    from falign.terminal import Terminal
+
+    if classifier is None and (classifier_text or classifier_label):
+        raise ConfigError("`classifier_text` and `classifier_label` belong to `classifier`: give the model too.")
+    path, given, trust_code = named(model, trust_code=trust_code)
+    found = _benchmark(path, benchmark, chat)
+    evaluation = RewardEvaluation(
+        model=path,
+        compared=Compared(reference, divergence, beta, dtype, reference_free),
+        benchmark=found,
+        file=file,
+        split=split,
+        subsets=tuple(subset),
+        limit=limit,
+        scorers=None if scorers is None else tuple(scorers),
+        judge=None if classifier is None else Judge(classifier, classifier_text, classifier_label),
+        max_length=max_length,
+        long_items=long_items,
+        bad_rows=bad_rows,
+        layout=layout,
+        seed=seed,
+        num_resamples=num_resamples,
+        out=result_folder(path, name or found.name, None if out is None else Path(out)),
+        overwrite=overwrite,
+        given=given,
+        trust_code=trust_code,
+    )
+    console = console or Terminal(stderr=True, highlight=False, soft_wrap=True)
+    return evaluation.run(console, tokens_per_batch=tokens_per_batch)
+
+
+def _benchmark(model: str, name: str, chat: bool | None) -> Benchmark:
+    """Return the benchmark, which reads a file's plain texts as the run read its own."""
+    from falign.evaluation import benchmarks
+    from falign.registry import is_own_name
+    from falign.runs.named_code import import_from
+
+    if is_own_name(name):
+        import_from(Path.cwd())
+    found = benchmarks.get(name)
+    if isinstance(found, benchmarks.OwnTexts):
+        return found.with_chat(chat_of_run(model) if chat is None else chat)
+    if chat is not None:
+        raise ConfigError(f"`chat` applies only to preferences: {name} says itself what its texts are.")
+    return found
 
 
 def _ordered(names: set[str]) -> tuple[str, ...]:

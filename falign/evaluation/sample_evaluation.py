@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.markup import escape
 
-from falign.data import PromptRow, PromptSource, load_prompts
+from falign.data import InMemory, PromptRow, PromptSource, load_prompts
 from falign.divergences import Divergence, get
 from falign.errors import ConfigError, DataError
 from falign.evaluation import CompletionScorer, ScoreOutput
@@ -29,7 +29,7 @@ from falign.evaluation.sample_rows import SampleRow
 from falign.evaluation.sample_scorer import SampleScorer
 from falign.evaluation.score_output import reopen
 from falign.evaluation.scored_reward import ScoredReward
-from falign.evaluation.summary_file import write_summary
+from falign.evaluation.summaries import SampleSummary, write_summary
 from falign.models import base_of, load_model, load_tokenizer, model_identity, stop_token_ids
 from falign.models.heads import share_head
 from falign.models.tokenizers import check_same_tokens, pad_token_id, tokenizer_fingerprint
@@ -42,14 +42,14 @@ from falign.runfile import RunConfig
 from falign.runfile.reading import load_reward_list
 from falign.runfile.reward_config import RewardConfig, build_rewards
 from falign.runs import RunFolder
-from falign.runs.loading import chosen_chat, is_run
+from falign.runs.loading import Given, Named, chosen_chat, is_run, named, result_folder
 from falign.runs.named_code import code_of_rewards, import_from, is_recorded, named_code, read_run, require_trust
 from falign.scoring import PromptTree, Scorer
 from falign.seeds import mixed
-from falign.terminal import progress
+from falign.terminal import Terminal, progress
 from falign.training.online.groups import Draw, GroupSampler
 
-__all__ = ["Asked", "Compared", "SampleEvaluation"]
+__all__ = ["Asked", "Compared", "SampleEvaluation", "evaluate_samples"]
 
 FILES = ("samples.jsonl", "reference_samples.jsonl")
 USUAL = ("reverse_kl", "forward_kl", "jensen_shannon", "total_variation")
@@ -57,9 +57,9 @@ PROBE_TOKENS = 16
 
 
 class Asked(NamedTuple):
-    """The prompts to answer, by the options' names."""
+    """The prompts to answer, by the arguments' names."""
 
-    prompts: str | None = None
+    prompts: Any = None
     split: str = "train"
     template: str | None = None
     chat: bool | None = None
@@ -73,6 +73,99 @@ class Compared(NamedTuple):
     divergences: tuple[str, ...] = ()
     anchors: bool = True
     num_completions: int | None = None
+
+
+def evaluate_samples(
+    model: Named,
+    prompts: Any = None,
+    *,
+    split: str = "train",
+    template: str | None = None,
+    chat: bool | None = None,
+    limit: int | None = None,
+    rewards: str | None = None,
+    pass_reward: float | None = None,
+    num_completions: int | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    reference: str | None = None,
+    divergence: Sequence[str] = (),
+    anchors: bool = True,
+    num_reference_completions: int | None = None,
+    checkpoint: int | None = None,
+    prompts_per_batch: int = 8,
+    dtype: str | None = None,
+    name: str | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    trust_code: bool = False,
+    console: Console | None = None,
+) -> SampleSummary:
+    """Sample completions and measure reward, divergence, diversity and pass@k; a stopped call goes on if repeated.
+
+    Args:
+        model: A run, or any model.
+        prompts: Rows, or a file, folder or Hub name; the run's own held-out prompts if left out.
+        split: Of the prompts.
+        template: The prompt, with a row's columns in braces: ``"{question}"``.
+        chat: Whether a plain prompt is a user's turn; the run's, else with a template, if left out.
+        limit: Only so many prompts, the first ones.
+        rewards: A YAML file with the section ``rewards`` of a run file, or a run: an online run's rewards, an offline
+            run's implicit reward. The run's own if left out.
+        pass_reward: The least reward of a completion that passes, for pass@k; an online run has its own.
+        num_completions: Per prompt; as the run evaluates, or 8, if left out.
+        max_new_tokens: The run's own, or 128, if left out.
+        temperature: 0 decodes greedily; divergences need 1.
+        seed: Of sampling and intervals.
+        reference: What the policy is compared with; the run's own if left out.
+        divergence: Names of divergences that are measured besides the usual ones.
+        anchors: Also sample the reference, for the frontier's lines.
+        num_reference_completions: Of the reference per prompt; as many as the policy's if left out.
+        checkpoint: Of a run, the step of a checkpoint.
+        prompts_per_batch: Prompts answered at once.
+        dtype: Of a model, the checkpoint's if left out.
+        name: Results go to ``RUN/evaluation/NAME``; ``samples``, or ``samples-STEP``, if left out.
+        out: A folder for the results, needed for a model.
+        overwrite: Sample anew what is there, whole or begun.
+        trust_code: Whether code that the run folder names may run.
+        console: Where progress is shown; standard error by default.
+
+    Raises:
+        FalignError: Something cannot work; what was sampled stays for the next call.
+    """
+    path, given, trust_code = named(model, trust_code=trust_code)
+    evaluation = SampleEvaluation(
+        model=path,
+        asked=Asked(prompts, split, template, chat, limit),
+        rewards=rewards,
+        pass_reward=pass_reward,
+        num_completions=num_completions,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        compared=Compared(reference, tuple(divergence), anchors, num_reference_completions),
+        checkpoint=checkpoint,
+        prompts_per_batch=prompts_per_batch,
+        dtype=dtype,
+        out=samples_folder(path, name=name, checkpoint=checkpoint, out=out),
+        overwrite=overwrite,
+        given=given,
+        trust_code=trust_code,
+    )
+    return evaluation.run(console or Terminal(stderr=True, highlight=False, soft_wrap=True))
+
+
+def samples_folder(
+    model: str, *, name: str | None = None, checkpoint: int | None = None, out: str | Path | None = None
+) -> Path:
+    """Return where results go: ``RUN/evaluation/NAME``, or the folder that is given.
+
+    Raises:
+        ConfigError: The name is a path, or there is no folder for a model's.
+    """
+    default = "samples" if checkpoint is None else f"samples-{checkpoint}"
+    return result_folder(model, name or default, None if out is None else Path(out))
 
 
 class Rewarding(NamedTuple):
@@ -111,9 +204,10 @@ class SampleEvaluation:
     dtype: str | None
     out: Path
     overwrite: bool
+    given: Given | None = None
     trust_code: bool = False
 
-    def run(self, console: Console) -> dict[str, Any]:
+    def run(self, console: Console) -> SampleSummary:
         """Sample, reward and score, write the files, and return the summary."""
         self._check()
         config = self._config()
@@ -157,9 +251,10 @@ class SampleEvaluation:
                 for sampler, output in zip(samplers, outputs, strict=True)
             ]
             with console.status("intervals and frontier"):
-                summary = self._summary(config, scored, groups, divergences, rewarding.rewards.passing)
-            summary |= {"source": source, "sampling": settings, "record": record}
-            summary["files"] = {output.path.name: output.checksum() for output in outputs}
+                found = self._summary(config, scored, groups, divergences, rewarding.rewards.passing)
+            found |= {"source": source, "sampling": settings, "record": record}
+            found["files"] = {output.path.name: output.checksum() for output in outputs}
+            summary = SampleSummary.model_validate(found)
             # Before the samples get their names, so that a call that is stopped here is repeated and not refused.
             write_summary(self.out, summary)
             for output in reversed(outputs):
@@ -176,27 +271,29 @@ class SampleEvaluation:
     def _check(self) -> None:
         """Refuse what cannot work before anything is loaded, and make room for the results."""
         if self.checkpoint is not None and not is_run(self.model):
-            raise ConfigError(f"--checkpoint applies to runs, and {self.model} is not a run folder: leave it out.")
+            raise ConfigError(f"`checkpoint` applies to runs, and {self.model} is not a run folder: leave it out.")
         if self.dtype is not None and is_run(self.model):
-            raise ConfigError(f"--dtype: {self.model} is a run, which has its own (model.dtype); leave it out.")
+            raise ConfigError(f"`dtype`: {self.model} is a run, which has its own (model.dtype); leave it out.")
         if self.asked.prompts is None:
-            given = {"--template": self.asked.template, "--chat": self.asked.chat}
+            given = {"`template`": self.asked.template, "`chat`": self.asked.chat}
             if alone := [name for name, value in given.items() if value is not None]:
-                raise ConfigError(f"{alone[0]} belongs to --prompts: a run's own prompts are as its run file says.")
+                raise ConfigError(f"{alone[0]} belongs to `prompts`: a run's own prompts are as its run file says.")
             if not is_run(self.model):
-                raise ConfigError(f"{self.model} is not a run folder and has no prompts: give --prompts FILE.")
+                raise ConfigError(f"{self.model} is not a run folder and has no prompts: give prompts=FILE.")
         if self.pass_reward is not None and math.isnan(self.pass_reward):
-            raise ConfigError("--pass-reward nan: give a number; no reward can be compared with NaN.")
+            raise ConfigError("pass_reward=nan: give a number; no reward can be compared with NaN.")
         if not is_run(self.model) and self.compared.reference is None and self.compared.divergences:
-            raise ConfigError(f"--divergence: {self.model} has no reference: give --reference MODEL.")
+            raise ConfigError(f"`divergence`: {self.model} has no reference: give reference=MODEL.")
         if not self._of_policy and self.compared.divergences:
             raise ConfigError(
-                f"--divergence needs --temperature 1: at {self.temperature:g} another distribution is sampled."
+                f"`divergence` needs temperature=1: at {self.temperature:g} another distribution is sampled."
             )
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"{self.out} is a file: give a folder.")
         if (self.out / FILES[0]).exists() and not self.overwrite:
-            raise ConfigError(f"{self.out} holds results: give another --name or --out, or --overwrite to sample anew.")
+            raise ConfigError(
+                f"{self.out} holds results: give another name or folder, or overwrite=True to sample anew."
+            )
         self.out.mkdir(parents=True, exist_ok=True)
 
     def _config(self) -> RunConfig | None:
@@ -207,7 +304,7 @@ class SampleEvaluation:
         config = read_run(RunFolder.open(self.model), uses=uses, trust_code=self.trust_code)
         if named_code(config, uses):
             import_from(Path.cwd())
-        return config
+        return config if self.given is None else self.given.in_place(config, path=Path(self.model))
 
     def _divergences(self, config: RunConfig | None) -> dict[str, Divergence]:
         """The usual ones, the run's own and those that are asked for, by their names."""
@@ -215,7 +312,7 @@ class SampleEvaluation:
         if any(":" in name for name in self.compared.divergences):
             import_from(Path.cwd())
         given = {name: "objective.divergence" for name in filter(None, [own])}
-        given |= dict.fromkeys(self.compared.divergences, "--divergence")
+        given |= dict.fromkeys(self.compared.divergences, "divergence")
         found = [get(name, field=given.get(name)) for name in dict.fromkeys((*USUAL, *given))]
         return {divergence.name: divergence for divergence in found}
 
@@ -224,7 +321,7 @@ class SampleEvaluation:
             if config is None or config.prompts is None:
                 reason = "is not a run folder" if config is None else "learnt from preferences"
                 raise ConfigError(
-                    f"{self.model} {reason} and has no rewards: give --rewards, a YAML file with a list of them or a "
+                    f"{self.model} {reason} and has no rewards: give `rewards`, a YAML file with a list of them or a "
                     "run whose implicit reward it is."
                 )
             return _listed(config.rewards, config.rollout.outcome)
@@ -262,7 +359,12 @@ class SampleEvaluation:
         other, dtype = self.compared.reference, self.dtype or "auto"
         if is_run(self.model):
             scored = load_run(
-                self.model, max_length=None, any_objective=True, checkpoint=self.checkpoint, trust_code=self.trust_code
+                self.model,
+                max_length=None,
+                any_objective=True,
+                checkpoint=self.checkpoint,
+                given=self.given,
+                trust_code=self.trust_code,
             )
         else:
             scored = load_alone(self.model, dtype=dtype, max_length=2)  # what is sampled has no window
@@ -294,22 +396,26 @@ class SampleEvaluation:
             rows = held_out_prompts(RunFolder.open(self.model), config, tell=tell)[: asked.limit]
             for row, reason in zip(rows, check(rows), strict=True):
                 if reason is not None:
-                    raise DataError(f"{row.place}: {reason}. Mend the row, or give --prompts FILE.")
+                    raise DataError(f"{row.place}: {reason}. Mend the row, or give prompts=FILE.")
             return rows, f"held-out prompts of {self.model}"
         settings = self._settings(config)
         positions = positions_of(scored.policy)
         room = sys.maxsize if positions is None else positions - settings["max_new_tokens"]
         of_run = None if config is None else config.chat
         chat = chosen_chat(of_run if asked.chat is None else asked.chat, scored.tokenizer, console)
-        source = PromptSource(asked.prompts, split=asked.split, template=asked.template, chat=chat, limit=asked.limit)
+        rows = None if isinstance(asked.prompts, str | Path) else InMemory(asked.prompts)
+        place = str(asked.prompts) if rows is None else rows.path
+        source = PromptSource(
+            place, split=asked.split, template=asked.template, chat=chat, limit=asked.limit, rows=rows
+        )
         data = load_prompts([source], scored.tokenizer, max_length=room, long_prompt="drop", skip_by=None, check=check)
         if data.report.dropped:
             raise ConfigError(
-                f"{asked.prompts}: {data.report.dropped} prompts have more than the {room} tokens that are left beside "
-                f"--max-new-tokens {settings['max_new_tokens']} in the {positions} positions of {self.model}: lower "
+                f"{place}: {data.report.dropped} prompts have more than the {room} tokens that are left beside "
+                f"max_new_tokens={settings['max_new_tokens']} in the {positions} positions of {self.model}: lower "
                 "it, or shorten them."
             )
-        return data.train, asked.prompts
+        return data.train, place
 
     def _settings(self, config: RunConfig | None) -> dict[str, Any]:
         """Sampling settings; those left out are the run's own evaluation settings."""

@@ -45,7 +45,7 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
     if path.is_dir():
         raise ConfigError(f"{path} is a folder: name a file.")
     if path.exists() and not overwrite:
-        raise ConfigError(f"{path} exists: name another file, or give --overwrite to score anew.")
+        raise ConfigError(f"{path} exists: name another file, or give overwrite=True to score anew.")
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: the folder {path.parent} does not exist; create it.")
 
@@ -78,7 +78,9 @@ class ScoreOutput:
             self._file = _opened(self.rows_file)
             self._sums = _opened(self._sums_file)
         except OSError as error:
-            raise ConfigError(f"{self.rows_file} cannot be opened ({error}): remove it, or rename --out.") from error
+            raise ConfigError(
+                f"{self.rows_file} cannot be opened ({error}): remove it, or rename the output."
+            ) from error
         try:
             lock(self._file.fileno(), self.rows_file)
             self._claim(json.loads(json.dumps(record)), begun=begun, overwrite=overwrite)
@@ -141,7 +143,7 @@ class ScoreOutput:
             except ValidationError as error:
                 raise ConfigError(
                     f"{self.rows_file}: a row, where the source has {wanted['place']}, is damaged "
-                    f"({error.errors()[0]['msg']}): give --overwrite to start anew."
+                    f"({error.errors()[0]['msg']}): give overwrite=True to start anew."
                 ) from error
             if any(row.get(name) != value for name, value in wanted.items()):
                 raise self._changed(f"it goes on with {row.get('place')}, where the source now has {wanted['place']}")
@@ -215,7 +217,7 @@ class ScoreOutput:
                 shown = ", ".join(f"{name} ({found.get(name)!r} there, {record.get(name)!r} now)" for name in names)
                 raise ConfigError(
                     f"{self.rows_file} holds the beginning of other scores: {shown}. Go on with the same settings, "
-                    "name another --out, or give --overwrite to start anew."
+                    "name another file, or give overwrite=True to start anew."
                 )
             if found is not None and not names:
                 self._file.seek(0)
@@ -231,13 +233,13 @@ class ScoreOutput:
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"{self.record_file}, which says what {self.rows_file} depends on, cannot be read ({error}): give "
-                "--overwrite to start anew."
+                "overwrite=True to start anew."
             ) from error
 
     def _changed(self, what: str) -> ConfigError:
         return ConfigError(
-            f"{self.rows_file} is of a source that has changed since: {what}. Restore the source, or give --overwrite "
-            "to start anew."
+            f"{self.rows_file} is of a source that has changed since: {what}. Restore the source, or give "
+            "overwrite=True to start anew."
         )
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from falign.durable import staged
-from falign.errors import ModelError
+from falign.errors import ConfigError, ModelError
 from falign.full_disk import is_full_disk
 
-__all__ = ["staged_folder"]
+__all__ = ["refuse_other_folder", "staged_folder"]
+
+MODEL_MARKS = ("config.json", "adapter_config.json")
 
 
 @contextmanager
@@ -49,6 +51,20 @@ def staged_folder(
             f"{target}: the disk is full ({_megabytes(free_bytes)} free before writing{needed}). Nothing was "
             "left there; free some space or choose a folder on another disk."
         ) from error
+
+
+def refuse_other_folder(target: Path, *, what: str) -> None:
+    """Keep overwriting from replacing a run, a home folder, or anything else that is not a model.
+
+    Args:
+        target: The folder that is to be written.
+        what: Noun for messages.
+
+    Raises:
+        ConfigError: The folder holds other files.
+    """
+    if target.is_dir() and any(target.iterdir()) and not any((target / mark).is_file() for mark in MODEL_MARKS):
+        raise ConfigError(f"out={target} holds something other than {what}: choose another folder.")
 
 
 def _refuse_occupied(target: Path, existing: str) -> None:

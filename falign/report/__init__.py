@@ -1,7 +1,27 @@
-"""Reports for people: one HTML file of one or more runs, and its plots as PNG files."""
+"""Reports for people: one HTML file of one or more runs, and its plots as PNG files.
+
+The package can be called: ``falign.report(["runs/a", "runs/b"], "comparison.html")`` is :func:`write_report`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 
 from falign.report.metric_names import HELD_OUT
 from falign.report.runs import ReportedRun, read_runs
 from falign.report.writing import WrittenReport, report_path, write_report
 
 __all__ = ["HELD_OUT", "ReportedRun", "WrittenReport", "read_runs", "report_path", "write_report"]
+
+
+class _Report(ModuleType):
+    """A module that writes a report when it is called."""
+
+    def __call__(self, runs: Sequence[str | Path] | str | Path, out: str | Path | None = None) -> WrittenReport:
+        return write_report([runs] if isinstance(runs, str | Path) else runs, out)
+
+
+sys.modules[__name__].__class__ = _Report

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from falign.errors import ConfigError
-from falign.report.evaluations import RewardSummary, SampleSummary, read_evaluations
+from falign.evaluation.summaries import RewardSummary, SampleSummary, read_evaluations
 from falign.report.metric_names import Number
 from falign.report.palette import Color, marker_of, run_color
 from falign.runs import RunFolder

@@ -6,8 +6,8 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from falign.evaluation.summaries import Estimate, Frontier, RewardSummary, SampleSummary
 from falign.report.drawing import DASHED, DOTTED, SOLID, Line, Plot, Series, file_name
-from falign.report.evaluations import Estimate, Frontier, RewardSummary, SampleSummary
 from falign.report.metric_names import Number, divergence_label
 from falign.report.palette import MUTED
 from falign.report.runs import ReportedRun

@@ -6,7 +6,7 @@ import html
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from falign.report.evaluations import Estimate
+from falign.evaluation.summaries import Estimate
 from falign.report.metric_names import NOTHING, Number, number
 from falign.report.palette import MARKERS
 from falign.report.runs import ReportedRun

@@ -59,11 +59,6 @@ class ModelConfig(FrozenModel):
     trust_remote_code: bool = False
     """Run code that the model's repository brings along."""
 
-    @property
-    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
-        """The model and its tokenizer, where a program gave them."""
-        return None
-
     def build_tokenizer(self, *, date: datetime | None = None) -> PreTrainedTokenizerBase:
         """Load the tokenizer; a date replaces the present one in templates that write the date."""
         from falign.models import load_tokenizer

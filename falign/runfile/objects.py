@@ -1,10 +1,11 @@
-"""Sections for objects of a program: a loaded model, and objectives, as sections of a run file where they can be."""
+"""Sections of a run from objects of a program: a loaded model, rows in memory, objectives, reward functions."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -12,17 +13,31 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import PrivateAttr, ValidationError
 from typing_extensions import override
 
+from falign.data import DataSource, InMemory
 from falign.divergences import Divergence
 from falign.errors import ConfigError
-from falign.runfile.config import ModelConfig
+from falign.runfile.base_config import FrozenModel
+from falign.runfile.config import ModelConfig, SourceConfig
 from falign.runfile.objective_config import ObjectiveConfig, PythonObjectiveConfig
+from falign.runfile.reward_config import PythonRewardConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from falign.objectives import Objective
 
-__all__ = ["LoadedModelConfig", "objective_section"]
+__all__ = [
+    "LoadedModelConfig",
+    "model_section",
+    "objective_section",
+    "parse_source",
+    "reward_section",
+    "source_section",
+    "with_sources",
+]
+
+SOURCE = frozenset({"path", "rows", "texts"})
+"""Keys of which a source of data has one, and a row has none."""
 
 
 class LoadedModelConfig(ModelConfig):
@@ -77,11 +92,6 @@ class LoadedModelConfig(ModelConfig):
         prepare_tokenizer(tokenizer, place=path)
         section._model, section._tokenizer = model, tokenizer
         return section
-
-    @property
-    @override
-    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return self._model, self._tokenizer
 
     @override
     def build_tokenizer(self, *, date: datetime | None = None) -> PreTrainedTokenizerBase:
@@ -160,3 +170,73 @@ def _with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
         plain = type(parameter) is nn.Parameter
         memo[id(parameter)] = nn.Parameter(parameter.data, parameter.requires_grad) if plain else parameter
     return copy.deepcopy(model, memo)
+
+
+def model_section(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    """Return the section of a model: of a name, a loaded model, or the section itself.
+
+    Raises:
+        ConfigError: It is no model, or there is a tokenizer beside a name.
+    """
+    if not isinstance(model, str | Path | Mapping | FrozenModel):
+        return LoadedModelConfig.of(model, tokenizer)
+    if tokenizer is not None:
+        raise ConfigError("tokenizer is of a loaded model: a name has its own; leave it out, or load the model.")
+    return {"path": str(model)} if isinstance(model, str | Path) else model
+
+
+def with_sources(data: Any, *, texts: bool = False) -> Any:
+    """Return the section of data or prompts; ``texts``: where a list of texts is a source, and not paths."""
+    if isinstance(data, FrozenModel):
+        return data
+    if not isinstance(data, Mapping):
+        return {"train": _sources(data, texts)}
+    return {name: _sources(value, texts) if name in ("train", "eval") else value for name, value in data.items()}
+
+
+def _sources(value: Any, texts: bool) -> list[Any]:
+    """Return the sources of one side: a list of them, one of them, or rows."""
+    if isinstance(value, list) and value:
+        if texts and all(isinstance(each, str) for each in value):
+            return [{"texts": value}]
+        if not all(isinstance(each, Mapping) and not SOURCE & each.keys() for each in value):
+            return [source_section(each) for each in value]
+    return [source_section(value)]
+
+
+def parse_source(data: Any, *, place: str) -> DataSource:
+    """Return one source of data.
+
+    Args:
+        data: Rows, the path of a file, or the section as a mapping, which may have ``rows`` in place of a ``path``.
+        place: What messages call it.
+
+    Raises:
+        ConfigError: With the keys that are wrong.
+        DataError: The rows are none.
+    """
+    try:
+        return SourceConfig.model_validate(source_section(data)).build()
+    except ValidationError as error:
+        told = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors(include_url=False)]
+        known = ", ".join(SourceConfig.model_fields)
+        raise ConfigError(f"{place}: {'; '.join(told)}. A source has rows or a path, and {known}.") from error
+
+
+def source_section(value: Any) -> Any:
+    """Return the section of one source: of a path, rows, or the section itself."""
+    if isinstance(value, str | Path):
+        return {"path": str(value)}
+    if isinstance(value, FrozenModel):
+        return value
+    if not isinstance(value, Mapping):
+        return {"rows": InMemory(value)}
+    return {name: InMemory(each) if name == "rows" else each for name, each in value.items()}
+
+
+def reward_section(value: Any) -> Any:
+    """Return the section of a reward: of a function, another object, or the section itself."""
+    if isinstance(value, Mapping) and callable(value.get("function")):
+        fields = dict(value)
+        return PythonRewardConfig.of(fields.pop("function"), **fields)
+    return value if isinstance(value, Mapping | FrozenModel) else PythonRewardConfig.of(value)

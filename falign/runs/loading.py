@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
@@ -13,18 +15,60 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from falign.runfile import ModelConfig, RunConfig
+    from falign.objectives import Objective
+    from falign.runfile import RunConfig
     from falign.runs import RunFolder
+    from falign.runs.summary import RunSummary
 
 __all__ = [
+    "Given",
+    "Named",
+    "OpenRun",
     "Trained",
     "chat_of_run",
+    "check_own_models",
     "checkpoint_folder",
     "chosen_chat",
     "is_run",
     "load_trained",
+    "named",
     "result_folder",
 ]
+
+
+class Given:
+    """Sections of a run with objects of a program, for what its run file names or only records.
+
+    Args:
+        sections: By name, as :class:`falign.runfile.RunConfig` has them.
+    """
+
+    def __init__(self, sections: Mapping[str, Any] | None = None) -> None:
+        self.sections = dict(sections or {})
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        objective: Objective | None,
+    ) -> Given:
+        """Return the sections of a model in memory, and of an objective."""
+        from falign.runfile.objects import LoadedModelConfig, objective_section
+
+        sections: dict[str, Any] = {} if model is None else {"model": LoadedModelConfig.of(model, tokenizer)}
+        return cls(sections if objective is None else {**sections, "objective": objective_section(objective)})
+
+    def in_place(self, config: RunConfig, *, path: Path) -> RunConfig:
+        """Return a run with the objects in their sections.
+
+        Raises:
+            ConfigError: The objective is not the one that was trained with.
+        """
+        objective = self.sections.get("objective")
+        if objective is not None and objective.model_dump() != config.objective.model_dump():
+            raise ConfigError(f"objective is another than the one that {path} was trained with: give that one.")
+        return config.model_copy(update=self.sections)
 
 
 class Trained(NamedTuple):
@@ -35,9 +79,100 @@ class Trained(NamedTuple):
     config: RunConfig
 
 
+class OpenRun:
+    """A run in its folder: its results, and the model that it has trained, which is loaded where it is asked for.
+
+    Args:
+        path: The run folder.
+        given: Objects that stand for what the run file names or only records.
+        trust_code: Whether code that the run folder names may run.
+
+    Raises:
+        ConfigError: The path is not a run folder.
+    """
+
+    def __init__(self, path: str | Path, *, given: Given | None = None, trust_code: bool = False) -> None:
+        from falign.runs import RunFolder
+
+        self.folder = RunFolder.open(path)
+        self.given = given or Given()
+        self.trust_code = trust_code
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r})"
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.folder.path
+
+    @cached_property
+    def summary(self) -> RunSummary:
+        """Held-out metrics and answers, before and after.
+
+        Raises:
+            ConfigError: The run has not ended, or a file is damaged.
+        """
+        from falign.runs.summary import RunSummary
+
+        return RunSummary.read(self.folder)
+
+    @cached_property
+    def trained(self) -> Trained:
+        """The model, its tokenizer, and the run file.
+
+        Raises:
+            ConfigError: The run is not finished, or names code that is not trusted.
+            ModelError: The base is not the one that was trained, or a file is damaged.
+        """
+        return load_trained(self.folder, given=self.given, trust_code=self.trust_code)
+
+    @property
+    def policy(self) -> PreTrainedModel | PeftModel:
+        """The trained model, in evaluation mode; see :attr:`trained`."""
+        return self.trained.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer; see :attr:`trained`."""
+        return self.trained.tokenizer
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved run file; see :attr:`trained`."""
+        return self.trained.config
+
+
+Named = str | Path | OpenRun
+"""A run, or the name of a run or of any model."""
+
+
+def named(model: Named, *, trust_code: bool = False) -> tuple[str, Given | None, bool]:
+    """Return the path or name of a run or a model, the objects given with it, and whether its code is trusted."""
+    if isinstance(model, OpenRun):
+        return str(model.path), model.given, model.trust_code
+    return str(model), None, trust_code
+
+
 def is_run(path: str) -> bool:
     """Return whether a path is that of a run folder, and not a model's."""
     return (Path(path) / "manifest.json").is_file()
+
+
+def check_own_models(paths: Sequence[str | Path]) -> None:
+    """Refuse runs among some paths whose trained weights are damaged or of another run.
+
+    Raises:
+        ModelError: With the file that differs from its checksum, and the remedy.
+    """
+    from falign.runs import RunFolder
+
+    for path in paths:
+        if is_run(str(path)):
+            folder = RunFolder(Path(path))
+            for trained in (folder.adapter, folder.weights):
+                if trained.is_dir():
+                    folder.require_own_model(trained)
 
 
 def chat_of_run(path: str) -> bool | None:
@@ -58,8 +193,8 @@ def chosen_chat(chat: bool | None, tokenizer: PreTrainedTokenizerBase, console: 
     """
     if chat is None and tokenizer.chat_template:
         console.print(
-            "Prompts of plain text are read as a user's turns, because the model has a chat template; --plain "
-            "continues them as they stand, and --chat says the same without this line.",
+            "Prompts of plain text are read as a user's turns, because the model has a chat template; chat=False "
+            "continues them as they stand, and chat=True says the same without this line.",
             style="yellow",
         )
     return bool(tokenizer.chat_template) if chat is None else chat
@@ -72,14 +207,14 @@ def result_folder(model: str, name: str, out: Path | None) -> Path:
         ConfigError: The name is a path, or there is no folder for a model's.
     """
     if Path(name).name != name or name in {"", "..", "."}:
-        raise ConfigError(f"--name {name} must be the name of a folder, without a path; --out takes a path.")
+        raise ConfigError(f"name={name} must be the name of a folder, without a path; out takes a path.")
     if out is not None:
         return out
     if not is_run(model):
-        raise ConfigError(f"{model} is not a run folder, which results would go into: give --out DIR.")
+        raise ConfigError(f"{model} is not a run folder, which results would go into: give out=DIR.")
     folder = Path(model) / "evaluation" / name
     if not folder.resolve().is_relative_to(Path(model).resolve()):
-        raise ConfigError(f"{folder} is a link that leads out of {model}: remove it, or give --out DIR.")
+        raise ConfigError(f"{folder} is a link that leads out of {model}: remove it, or give out=DIR.")
     return folder
 
 
@@ -87,7 +222,7 @@ def load_trained(
     folder: RunFolder,
     checkpoint: int | None = None,
     *,
-    base: ModelConfig | None = None,
+    given: Given | None = None,
     trust_code: bool = False,
 ) -> Trained:
     """Load the model of a run as it was trained.
@@ -95,7 +230,7 @@ def load_trained(
     Args:
         folder: The run.
         checkpoint: The step of a checkpoint to take in place of the end.
-        base: The base in memory, in place of the one that the run file names.
+        given: Objects that stand for what the run file names.
         trust_code: Whether code that the run folder names may run.
 
     Raises:
@@ -126,7 +261,7 @@ def load_trained(
         fix_date(tokenizer, folder.read_date())
         _check_tokens(model, tokenizer, folder, str(source))
         return Trained(model, tokenizer, config)
-    source_of_base = config.model if base is None else base
+    source_of_base = config.model if given is None else given.sections.get("model", config.model)
     model = source_of_base.build()
     _check_config(model, folder, config.model.path)
     weights = weights_hash(model)

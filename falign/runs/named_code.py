@@ -115,7 +115,7 @@ def require_trust(code: dict[str, str], *, place: str | Path, trust_code: bool) 
         field, value = next(iter(code.items()))
         raise ConfigError(
             f"{place} names code: {field}={value}. Code that a run folder names is not run unasked: read it, and give "
-            "--trust-code if you trust it."
+            "trust_code=True if you trust it."
         )
 
 

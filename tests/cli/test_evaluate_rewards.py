@@ -302,7 +302,7 @@ def test_a_classifier_scores_beside_the_policy(evaluate, rm_bench, tmp_path):
         (("--scorers", "lenght"), {}, "did you mean 'length'"),
         (("--scorers", "classifier"), {}, "give --classifier MODEL"),
         (("--scorers", " , "), {}, "--scorers names none: give some of implicit_reward"),
-        (("--beta", "inf"), {"model": "tiny"}, "beta=inf must be positive and finite"),
+        (("--beta", "inf"), {"model": "tiny"}, "--beta inf must be positive and finite"),
         ((), {"reference": None}, "give --reference MODEL"),
         (("--classifier-label", "good"), {}, "belong to --classifier"),
         (("--seed", -1), {}, "greater than or equal to 0"),
@@ -311,7 +311,7 @@ def test_a_classifier_scores_beside_the_policy(evaluate, rm_bench, tmp_path):
         (("--name", "a/b"), {"out": None}, "--name a/b must be the name of a folder"),
         (("--long-items", "keep"), {}, "'skip'"),
         (("--layout", "trees"), {}, "did you mean 'tree'"),
-        (("--chat",), {}, "--chat and --plain apply only to preferences"),
+        (("--chat",), {}, "--chat applies only to preferences"),
     ],
 )
 def test_a_mistake_is_told_before_a_model_is_loaded(

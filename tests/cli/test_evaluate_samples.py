@@ -269,7 +269,7 @@ def test_a_picture_without_a_folder_and_an_unknown_divergence_are_refused(falign
         status, _, err = falign("evaluate", "frontier", evaluated, "--out", out)
         assert (status, f"--out {out}: " in err) == (2, True), err
     status, _, err = falign("evaluate", "frontier", evaluated, "--out", "f.json", "--divergence", "jss")
-    assert (status, "--divergence='jss' is unknown" in err) == (2, True), err
+    assert (status, "--divergence 'jss' is unknown" in err) == (2, True), err
 
 
 def test_what_is_measured_otherwise_is_not_drawn_together(falign, folder, evaluated, tmp_path):

@@ -186,7 +186,7 @@ def test_other_settings_do_not_go_on_with_what_is_there(score, pairs, tmp_path):
         (("--divergence", "pearson_chi2"), {}, "no closed form under pearson_chi2"),
         (("--divergence", "kl"), {}, "'reverse_kl'"),
         (("--beta", "0"), {}, "must be positive"),
-        (("--format", "pears"), {}, "format='pears' is unknown"),
+        (("--format", "pears"), {}, "--format 'pears' is unknown"),
         (("--layout", "trees"), {}, "did you mean 'tree'"),
         (("--bad-rows", "ignore"), {}, "'skip'"),
         (("--dtype", "float23"), {}, "float23"),

@@ -56,7 +56,7 @@ def test_what_cannot_be_averaged_ends_with_a_message_and_no_folder(soup, three, 
         ([*three[:2], "--weights", "0.5", "0.6"], "sum to 1.1"),
         ([*three[:2], "--weights", "-0.5", "1.5"], "-0.5 is not"),
         ([three[0], tmp_path / "nowhere"], "does not exist"),
-        ([*three[:2], "--dtype", "int3"], "dtype='int3' is unknown"),
+        ([*three[:2], "--dtype", "int3"], "--dtype 'int3' is unknown"),
     ):
         status, _, err = soup(*arguments, "--out", tmp_path / "soup")
         assert status == 2

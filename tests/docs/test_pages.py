@@ -35,6 +35,7 @@ def page(request):
 
 # PEFT 0.21 reads an attribute that Transformers 5.23 has renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # no accelerator
 def test_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monkeypatch):
     """Blocks share one namespace; a ``text`` block right after a Python block is what that block prints."""
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from falign.report.evaluations import RewardSummary
+from falign.evaluation.summaries import RewardSummary
 from falign.report.palette import MUTED, RUNS
 from falign.report.runs import ReportedRun
 from falign.report.sample_plots import reliability_plot, score_plot

@@ -1,7 +1,7 @@
 import pytest
 
 from falign.errors import ConfigError
-from falign.report.evaluations import RewardSummary, SampleSummary, read_evaluations
+from falign.evaluation.summaries import RewardSummary, SampleSummary, read_evaluations
 from tests.report.summaries import add_summary, rewards_summary, samples_summary
 
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from falign.report.evaluations import Estimate, SampleSummary
+from falign.evaluation.summaries import Estimate, SampleSummary
 from falign.report.palette import MUTED, RUNS
 from falign.report.runs import ReportedRun
 from falign.report.sample_plots import BEFORE, frontier_plot, pass_plot

@@ -8,8 +8,8 @@ import pytest
 
 from falign.cli.main import main
 from falign.errors import ConfigError
+from falign.evaluation.summaries import read_evaluations
 from falign.report import write_report
-from falign.report.evaluations import read_evaluations
 from tests.report.conftest import HOSTILE
 from tests.report.page_text import Page
 from tests.report.summaries import add_summary, samples_summary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from falign.report.evaluations import Estimate, RewardSummary
+from falign.evaluation.summaries import Estimate, RewardSummary
 from falign.report.metric_names import fixed, share
 from falign.report.runs import ReportedRun
 from falign.report.sample_plots import reliability_plot, score_plot

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from falign.evaluation.summaries import Estimate, Frontier, SampleSummary
 from falign.report.drawing import Plot
-from falign.report.evaluations import Estimate, Frontier, SampleSummary
 from falign.report.metric_names import Number, divergence_label, fixed, number, share
 from falign.report.runs import ReportedRun
 from falign.report.sample_plots import BEFORE, frontier_plot, pass_plot

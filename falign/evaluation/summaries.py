@@ -1,4 +1,4 @@
-"""Readers of ``evaluation/NAME/summary.json`` in a run, in the forms of ``falign evaluate``."""
+"""Summaries of evaluations: ``evaluation/NAME/summary.json`` of a run, as they are written and read."""
 
 from __future__ import annotations
 
@@ -6,11 +6,30 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
 
+from falign.durable import checksum, write_whole
 from falign.errors import ConfigError
+from falign.passwords import without_passwords
 
-__all__ = ["Bin", "Calibration", "Estimate", "Frontier", "RewardSummary", "SampleSummary", "Scorer", "read_evaluations"]
+__all__ = [
+    "BestOfN",
+    "Bin",
+    "Calibration",
+    "Estimate",
+    "Frontier",
+    "Ideal",
+    "Limit",
+    "Point",
+    "RewardSummary",
+    "SampleSummary",
+    "Scorer",
+    "check_file",
+    "damaged",
+    "read_evaluations",
+    "read_summary",
+    "write_summary",
+]
 
 
 class _Form(BaseModel):
@@ -31,7 +50,12 @@ def _as_estimate(value: Any) -> Any:
     return {"value": value} if value is None or isinstance(value, int | float) else value
 
 
-Estimated = Annotated[Estimate, BeforeValidator(_as_estimate)]
+def _as_written(estimate: Estimate) -> Any:
+    """Return a value without an interval as a plain number."""
+    return estimate.value if estimate.low is None and estimate.high is None else estimate.model_dump()
+
+
+Estimated = Annotated[Estimate, BeforeValidator(_as_estimate), PlainSerializer(_as_written)]
 
 
 class Bin(_Form):
@@ -63,7 +87,7 @@ class Scorer(_Form):
 
 
 class RewardSummary(_Form):
-    """A summary of ``falign evaluate rewards``."""
+    """Scores on a reward benchmark."""
 
     kind: Literal["rewards"]
     name: str
@@ -75,9 +99,15 @@ class RewardSummary(_Form):
     beta: float | None = None
     num_items: int
     skipped: dict[str, int] = {}
+    subsets: dict[str, int] = {}
+    """Numbers of items by subset."""
     missing_subsets: tuple[str, ...] = ()
     """Missing subsets, without which there is no score."""
     scorers: dict[str, Scorer]
+    record: dict[str, Any] = {}
+    """All that the numbers depend on."""
+    files: dict[str, str] = {}
+    """SHA-256 of the files of rows beside the summary."""
 
     @property
     def main_scorer(self) -> str:
@@ -91,7 +121,10 @@ class Point(_Form):
     label: str = ""
     divergence: float | None
     reward: float | None
+    divergence_interval: tuple[float, float] | None = None
     reward_interval: tuple[float, float] | None = None
+    run: str | None = None
+    folder: str | None = None
 
 
 class BestOfN(_Form):
@@ -107,9 +140,19 @@ class Ideal(_Form):
 
     beta: float
     divergence: float | None
+    own: float | None = None
+    """In the divergence that it is the optimum of."""
     reward: float | None
     effective_samples: float | None = None
     """The effective number of samples per prompt; if it is small, the estimate is unreliable."""
+
+
+class Limit(_Form):
+    """The end of what samples of the reference can say."""
+
+    num_samples: int
+    divergence: float | None
+    reward: float
 
 
 class Frontier(_Form):
@@ -119,25 +162,32 @@ class Frontier(_Form):
     points: tuple[Point, ...] = ()
     best_of_n: tuple[BestOfN, ...] = ()
     ideal: dict[str, tuple[Ideal, ...]] = {}
+    limit: Limit | None = None
 
 
 class SampleSummary(_Form):
-    """A summary of ``falign evaluate samples``."""
+    """What completions of a policy are worth, how far it is from its reference, and how different they are."""
 
     kind: Literal["samples"]
     name: str
     model: str | None = None
+    label: str = ""
+    checkpoint: int | None = None
     reference: str | None = None
     divergence: str | None = None
     beta: float | None = None
     num_prompts: int
     num_completions: int
     """Completions per prompt."""
+    pass_reward: float | None = None
     sampling: dict[str, Any] = {}
     source: str | None = None
     metrics: dict[str, Estimated]
     frontier: Frontier | None = None
     record: dict[str, Any] = {}
+    """All that the numbers depend on."""
+    files: dict[str, str] = {}
+    """SHA-256 of the files of rows beside the summary."""
 
     @property
     def measured_on(self) -> str:
@@ -155,12 +205,16 @@ def read_evaluations(folder: Path) -> tuple[RewardSummary | SampleSummary, ...]:
     Raises:
         ConfigError: One has another form.
     """
-    found = map(_read, sorted((folder / "evaluation").glob("*/summary.json")))
+    found = map(read_summary, sorted((folder / "evaluation").glob("*/summary.json")))
     return tuple(summary for summary in found if summary is not None)
 
 
-def _read(file: Path) -> RewardSummary | SampleSummary | None:
-    """Return a summary; None if it was deleted after its folder was listed."""
+def read_summary(file: Path) -> RewardSummary | SampleSummary | None:
+    """Return a summary; None if it was deleted after its folder was listed.
+
+    Raises:
+        ConfigError: It has another form.
+    """
     remedy = "remove its folder, and evaluate again."
     try:
         return _ANY.validate_python(json.loads(file.read_text(encoding="utf-8")))
@@ -174,3 +228,42 @@ def _read(file: Path) -> RewardSummary | SampleSummary | None:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is damaged ({error}): {remedy}") from error
+
+
+def write_summary(folder: Path, summary: RewardSummary | SampleSummary) -> None:
+    """Write ``summary.json``, whole or not at all.
+
+    Args:
+        folder: Of the evaluation.
+        summary: ``files`` has the SHA-256 of each file of rows that belongs to it.
+    """
+    text = without_passwords(json.dumps(summary.model_dump(mode="json"), indent=1, ensure_ascii=False))
+    write_whole(folder / "summary.json", text + "\n")
+
+
+def check_file(folder: Path, name: str, summary: RewardSummary | SampleSummary) -> Path | None:
+    """Return a file of rows that belongs to a summary; None if the summary does not name it.
+
+    Args:
+        folder: Of the evaluation.
+        name: Of the file.
+        summary: As its ``summary.json`` has it.
+
+    Raises:
+        ConfigError: The file has other content than when the summary was written, or the summary has no checksums.
+    """
+    if not summary.files:
+        raise damaged(folder / "summary.json", "it has no checksums")
+    if name not in summary.files:
+        return None
+    file = folder / name
+    if not file.is_file():
+        raise damaged(file, "it is missing")
+    if checksum(file) != summary.files[name]:
+        raise damaged(file, "its content has changed since its summary was written")
+    return file
+
+
+def damaged(file: Path, reason: str) -> ConfigError:
+    """Return the error of a file of an evaluation that is not as it was written."""
+    return ConfigError(f"{file} is damaged ({reason}): repeat its evaluation with overwrite=True.")

@@ -1,0 +1,160 @@
+"""Trained models for other programs, each proven to be the trained one, and soups of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from pydantic import BaseModel
+
+from falign.errors import ConfigError, FalignError
+from falign.models import describe, export_adapter, export_merged, verify_export, write_soup
+from falign.models.staging import refuse_other_folder
+from falign.runs.loading import Named, OpenRun, check_own_models, named
+
+if TYPE_CHECKING:
+    from falign.models.proof import ExportProof
+
+__all__ = ["Exported", "SoupMember", "SoupRecord", "export", "soup"]
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Valid values of vLLM's --max-lora-rank."""
+
+
+class Exported(NamedTuple):
+    """An export.
+
+    Attributes:
+        path: Its folder.
+        proof: How far its logits are from the trained model's.
+        four_bit_base: Whether the trained model has a 4-bit base and the export its original weights.
+        served: How vLLM serves an adapter, or why it does not; ``""`` for merged weights.
+    """
+
+    path: Path
+    proof: ExportProof
+    four_bit_base: bool
+    served: str
+
+
+def export(
+    run: str | Path | OpenRun,
+    format: str = "merged",
+    *,
+    out: str | Path | None = None,
+    dtype: str = "auto",
+    base: str | None = None,
+    overwrite: bool = False,
+    trust_code: bool = False,
+) -> Exported:
+    """Write a trained model, reload it, and prove that it is the trained one; what is not proven does not stay.
+
+    Args:
+        run: The run, or its folder.
+        format: ``adapter``, in PEFT's layout, or ``merged`` weights.
+        out: Target folder; ``RUN/export/FORMAT`` when left out.
+        dtype: Of merged weights: ``auto`` is the base checkpoint's.
+        base: The 16-bit model to merge into, where the run's is stored in 4 bits.
+        overwrite: Replace the target folder.
+        trust_code: Whether code that the run folder names may run.
+
+    Raises:
+        ConfigError: Arguments that contradict each other or the run, or a target that holds something else.
+        ModelError: The target is occupied, or the export is not the trained model.
+    """
+    if format not in ("adapter", "merged"):
+        raise ConfigError(f"format={format!r} is unknown: choose adapter or merged.")
+    if base is not None and format == "adapter":
+        raise ConfigError(f"base={base} applies only to merged weights: give format=merged, or leave it out.")
+    run = run if isinstance(run, OpenRun) else OpenRun(run, trust_code=trust_code)
+    target = run.path / "export" / format if out is None else Path(out)
+    refuse_other_folder(target, what="an export")
+    model, tokenizer, config = run.trained
+    revision, trusted = config.model.revision if base is None else None, config.model.trust_remote_code
+    if format == "adapter":
+        if config.adapter is None:
+            raise ConfigError(f"{run.path} trained all weights and has no adapter: give format=merged.")
+        export_adapter(model, tokenizer, target, overwrite=overwrite)  # pyright: ignore[reportArgumentType]
+    else:
+        export_merged(
+            model,
+            tokenizer,
+            target,
+            base_name_or_path=base,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trusted,
+            overwrite=overwrite,
+        )
+    try:
+        proof = verify_export(
+            model,
+            target,
+            tokenizer=tokenizer,
+            kind="adapter" if format == "adapter" else "merged",
+            base_name_or_path=config.model.path if base is None else base,
+            revision=revision,
+            trust_remote_code=trusted,
+        )
+    except FalignError:
+        shutil.rmtree(target)
+        raise
+    four_bit = format == "merged" and describe(model).quantization is not None
+    return Exported(target, proof, four_bit, _serving(run) if format == "adapter" else "")
+
+
+class SoupMember(BaseModel):
+    """One of the models that were averaged."""
+
+    path: str
+    weight: float
+    sha256: str
+
+
+class SoupRecord(BaseModel):
+    """``soup.json`` of an average: what went into it."""
+
+    kind: Literal["adapter", "checkpoint"]
+    members: tuple[SoupMember, ...]
+
+
+def soup(
+    models: Sequence[Named],
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str = "auto",
+    overwrite: bool = False,
+) -> SoupRecord:
+    """Average adapters over one base, exactly, or whole checkpoints; a reference (SALSA) or a model of its own.
+
+    Args:
+        models: Adapters, checkpoints, or runs that have trained such.
+        out: Target folder.
+        weights: One share each, together 1; equal ones when left out.
+        dtype: Of averaged checkpoints: ``auto`` is the first one's.
+        overwrite: Replace the target folder.
+
+    Raises:
+        ConfigError: The weights are not shares of 1, or the target holds something else.
+        ModelError: The models have no average, or what a run has trained is damaged.
+    """
+    target, paths = Path(out), [named(each)[0] for each in models]
+    refuse_other_folder(target, what="a model")
+    check_own_models(paths)
+    write_soup(paths, target, weights=weights, dtype=dtype, overwrite=overwrite)
+    return SoupRecord.model_validate_json((target / "soup.json").read_text(encoding="utf-8"))
+
+
+def _serving(run: OpenRun) -> str:
+    from falign.rollouts.vllm_adapters import why_not_servable
+
+    reasons = {rank: why_not_servable(run.policy, max_rank=rank) for rank in VLLM_RANKS}
+    if (rank := next((rank for rank, reason in reasons.items() if reason is None), None)) is not None:
+        return f"vLLM serves it over the base model with --enable-lora --max-lora-rank {rank}"
+    return (
+        f"vLLM does not serve it ({reasons[VLLM_RANKS[-1]]}): falign export {run.path} --format merged has whole "
+        "weights"
+    )
