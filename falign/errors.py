@@ -1,6 +1,6 @@
 """The errors that falign raises at its borders; each message has the place, the value and the remedy."""
 
-from falign.passwords import without_secrets
+from falign.terminal import without_secrets
 
 __all__ = [
     "ConfigError",

@@ -13,8 +13,7 @@ from falign.evaluation.answering import read_prompts
 from falign.evaluation.frontier_run import Evaluated
 from falign.evaluation.summaries import SampleSummary
 from falign.json_lines import read_journal, split_lines
-from falign.report.answers import answers_of
-from falign.report.runs import ReportedRun
+from falign.report.runs import ReportedRun, answers_of
 from falign.runs import RunFolder
 from falign.runs.checkpoints import seal, sync_logs
 

@@ -14,12 +14,12 @@ from falign import errors, plain_yaml
 from falign.cli import main
 from falign.errors import ConfigError, ModelError
 from falign.models import load_model, load_tokenizer
-from falign.passwords import refuse_passwords, without_passwords
 from falign.references.store import CacheKey, LogprobStore
 from falign.runfile import parse_run
 from falign.runfile.reading import load_run_file
 from falign.runs import RunFolder
 from falign.runs.loading import result_folder
+from falign.terminal import refuse_passwords, without_passwords
 from tests.training.pairs import run_data
 
 SOURCES = sorted(Path(falign.__file__).parent.rglob("*.py"))

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from falign.passwords import without_secrets
-from falign.terminal import harmless
+from falign.terminal import harmless, without_secrets
 
 __all__ = ["clean", "cleaned_output"]
 

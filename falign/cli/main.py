@@ -14,8 +14,8 @@ from falign.cli.failures import end_quietly, leave_failure
 from falign.cli.foreign_output import clean, cleaned_output
 from falign.cli.installed import require_supported_releases
 from falign.cli.quiet import quiet
+from falign.durable import is_full_disk
 from falign.errors import FalignError, StoppedError
-from falign.full_disk import is_full_disk
 from falign.terminal import Terminal
 
 __all__ = ["app", "main"]

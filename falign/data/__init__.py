@@ -1,6 +1,5 @@
 """Preference data: from files, folders and the Hub to prompt trees in token ids."""
 
-from falign.data.bad_rows import BadRowPolicy, BadRows
 from falign.data.conversations import Message, Text
 from falign.data.examples import Example
 from falign.data.files import Row
@@ -11,7 +10,7 @@ from falign.data.preferences import Demonstrations, LoadReport, PreferenceData, 
 from falign.data.prompts import PromptData, PromptReport, PromptRow, PromptSource, RowCheck, load_prompts
 from falign.data.reading import TokenizedRow, read_tokenized
 from falign.data.recognition import RowReader, read_examples
-from falign.data.reports import SourceReport
+from falign.data.reports import BadRowPolicy, BadRows, SourceReport
 from falign.data.sources import DEMOS, DataSource, read_rows
 from falign.data.tokenization import Encoded, Tokenized, encode, tokenize
 from falign.data.windows import LengthPolicy, Window

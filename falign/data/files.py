@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from falign.choices import shown
-from falign.data.bad_rows import BadRows
+from falign.data.reports import BadRows
 from falign.errors import DataError
 
 __all__ = ["FILE_SUFFIXES", "Row", "data_suffix", "read_file"]

@@ -12,14 +12,16 @@ from falign.data.conversations import (
     Message,
     Text,
     common_turns,
+    is_blank,
     looks_like_hh,
+    parsed_conversation,
+    parsed_list,
     read_dialogue,
     read_messages,
     read_text,
 )
 from falign.data.examples import Example, build_example
 from falign.data.files import Row
-from falign.data.serialized import is_blank, parsed_conversation, parsed_list
 from falign.errors import DataError
 
 __all__ = ["COLUMNS", "FORMATS", "PAIR", "columns_read", "missing_column"]

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from falign.data.bad_rows import BadRows
 from falign.data.chat_template import Tokenizer
 from falign.data.conversations import Text
 from falign.data.examples import Example, require_preference
 from falign.data.recognition import RowReader, read_examples
 from falign.data.rendering import require_chat_choice
-from falign.data.reports import SourceReport, Tally
+from falign.data.reports import BadRows, SourceReport, Tally
 from falign.data.sources import DataSource
 from falign.data.tokenization import Tokenized, encode, fitted
 from falign.data.windows import Window

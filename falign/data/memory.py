@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from falign.choices import shown
-from falign.data.bad_rows import BadRows
 from falign.data.files import Row
+from falign.data.reports import BadRows
 from falign.errors import DataError
 
 __all__ = ["PYTHON", "InMemory"]

@@ -6,12 +6,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from falign.data.bad_rows import BadRowPolicy, BadRows
 from falign.data.chat_template import Tokenizer
 from falign.data.examples import prompt_key
 from falign.data.reading import read_tokenized
 from falign.data.recognition import RowReader
-from falign.data.reports import SourceReport, Tally
+from falign.data.reports import BadRowPolicy, BadRows, SourceReport, Tally
 from falign.data.sources import DataSource, place_in_source
 from falign.data.splits import draw, held_out_prompts
 from falign.data.windows import Window

@@ -10,16 +10,15 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from falign.choices import require_choice, shown
-from falign.data.bad_rows import BadRowPolicy, BadRows
 from falign.data.chat_template import Tokenizer
 from falign.data.column_names import as_mapping, guess_columns, looks_like_system, renamed
-from falign.data.conversations import Message, Text, read_messages, read_text
+from falign.data.conversations import Message, Text, is_blank, parsed_conversation, read_messages, read_text
 from falign.data.examples import prompt_key, prompt_turns
 from falign.data.files import Row
 from falign.data.memory import InMemory
 from falign.data.recognition import refuse_unread_prompts
 from falign.data.rendering import require_chat_choice
-from falign.data.serialized import is_blank, parsed_conversation
+from falign.data.reports import BadRowPolicy, BadRows
 from falign.data.sources import rows_of
 from falign.data.splits import held_out_prompts
 from falign.data.tokenization import encode_prompt

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
-from falign.data.bad_rows import BadRows
 from falign.data.chat_template import Tokenizer
 from falign.data.examples import Example, require_preference
 from falign.data.recognition import RowReader, read_examples
 from falign.data.rendering import require_chat_choice
+from falign.data.reports import BadRows
 from falign.data.sources import DataSource
 from falign.data.tokenization import Tokenized, tokenize
 from falign.data.windows import Window

@@ -6,13 +6,12 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from falign.choices import require_choice, shown
-from falign.data.bad_rows import BadRows
 from falign.data.column_names import as_list, as_mapping, guess_columns, looks_like_prompt, looks_like_system, renamed
-from falign.data.conversations import Text, looks_like_hh
+from falign.data.conversations import Text, is_blank, looks_like_hh, parsed_conversation
 from falign.data.examples import Example
 from falign.data.files import Row
 from falign.data.formats import COLUMNS, FORMATS, PAIR, columns_read, missing_column
-from falign.data.serialized import is_blank, parsed_conversation
+from falign.data.reports import BadRows
 from falign.data.sources import DataSource, rows_of
 from falign.errors import ConfigError, DataError
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from falign.choices import nearest
-from falign.data.bad_rows import BadRows
 from falign.data.files import FILE_SUFFIXES, Row, read_file
 from falign.data.memory import PYTHON, InMemory
+from falign.data.reports import BadRows
 from falign.errors import ConfigError, DataError
 
 __all__ = ["DEMOS", "DataSource", "check_split", "place_in_source", "read_rows", "require_source", "rows_of"]

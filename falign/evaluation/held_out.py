@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from falign.data import PromptRow, read_examples
-from falign.data.bad_rows import BadRows
+from falign.data.reports import BadRows
 from falign.errors import ConfigError
 from falign.runfile.config import DataConfig, RunConfig
 from falign.runs.folder import RunFolder

@@ -90,7 +90,7 @@ class Presampling:
 
     def __post_init__(self) -> None:
         from falign.choices import require_choice
-        from falign.data.bad_rows import BadRowPolicy
+        from falign.data.reports import BadRowPolicy
         from falign.rewards import RewardSum, WeightedReward, load_reward
         from falign.runs.named_code import import_from
 

@@ -20,8 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 from falign.durable import checksum, lock, refuse_link, sync_folder, write_whole, writing
 from falign.errors import ConfigError
 from falign.evaluation.score_rows import ScoreRow
-from falign.passwords import without_passwords
 from falign.scoring import PromptTree
+from falign.terminal import without_passwords
 
 __all__ = ["ScoreOutput", "check_output", "reopen"]
 

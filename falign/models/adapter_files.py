@@ -21,7 +21,7 @@ from falign.models.identity import add_tensor
 from falign.models.patterns import check_adapter_patterns
 from falign.models.recorded_base import RecordedBase
 from falign.models.sources import adapter_config, damaged
-from falign.models.tensor_file import save_tensors
+from falign.models.staging import save_tensors
 
 __all__ = ["AdapterFiles", "read_adapter_files", "write_adapter_files"]
 

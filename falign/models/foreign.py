@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from falign.durable import is_full_disk
 from falign.errors import FalignError
-from falign.full_disk import is_full_disk
 
 __all__ = ["reading"]
 

@@ -1,16 +1,19 @@
-"""Folders that appear under their final name complete, or not at all."""
+"""Folders and safetensors files that appear under their final names complete, or not at all."""
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from falign.durable import staged
-from falign.errors import ConfigError, ModelError
-from falign.full_disk import is_full_disk
+from safetensors.torch import save_file
+from torch import Tensor
 
-__all__ = ["refuse_other_folder", "staged_folder"]
+from falign.durable import is_full_disk, staged
+from falign.errors import ConfigError, ModelError
+
+__all__ = ["refuse_other_folder", "save_tensors", "staged_folder"]
 
 MODEL_MARKS = ("config.json", "adapter_config.json")
 
@@ -87,3 +90,25 @@ def _occupied(folder: Path) -> bool:
 
 def _megabytes(size: int) -> str:
     return f"{size / 2**20:,.0f} MiB"
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str]) -> None:
+    """Write tensors, and metadata with sorted keys.
+
+    The library writes metadata in random order, so two files with the same contents could differ.
+
+    Args:
+        tensors: By name; contiguous, and on any device.
+        path: The file to write.
+        metadata: Text by key.
+    """
+    save_file(dict(tensors), path, metadata=dict(metadata))
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        # The format allows spaces after the header, which fill it up to the library's length.
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size
+        file.seek(8)
+        file.write(text.ljust(size))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -219,7 +219,7 @@ def get_measure(name: str, *, field: str | None = None) -> Measure:
         return member
     arguments = [argument.strip() for argument in text.split(",")] if text.strip() else []
     try:
-        made = member(*arguments)
+        made = cast("Callable[..., Any]", member)(*arguments)
     except TypeError as error:
         raise ValueError(f"{place}: {error}; write it as in 'divergence_to(jensen_shannon, teacher)'.") from error
     if not isinstance(made, Measure):

@@ -258,7 +258,7 @@ class MovingReference(Reference):
 
     @override
     def save(self, folder: Path, policy_model: nn.Module) -> None:
-        from falign.models.tensor_file import save_tensors
+        from falign.models.staging import save_tensors
 
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.held.tensors(policy_model).items()}
         measured = json.dumps(self._measured)

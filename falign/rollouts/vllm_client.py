@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from falign.errors import EngineError
-from falign.passwords import without_passwords
+from falign.terminal import without_passwords
 
 __all__ = ["HTTPClient", "RefusedError", "ServerLostError", "told"]
 

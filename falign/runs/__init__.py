@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 from falign.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from falign.runs.curves import plot_curves
     from falign.runs.folder import RunFolder
+    from falign.runs.progress import plot_curves
 else:
     __getattr__, __dir__ = lazy_names(
-        __name__, {"falign.runs.curves": ("plot_curves",), "falign.runs.folder": ("RunFolder",)}
+        __name__, {"falign.runs.progress": ("plot_curves",), "falign.runs.folder": ("RunFolder",)}
     )
 
 __all__ = ["RunFolder", "plot_curves"]

@@ -19,13 +19,13 @@ import yaml
 from falign.durable import remove_leftovers, sync_file, write_whole
 from falign.errors import ConfigError, ModelError, TrainingError
 from falign.json_lines import read_journal
-from falign.passwords import without_passwords
 from falign.plain_yaml import plain_yaml
 from falign.references import REFERENCE
 from falign.runfile.config import RunConfig
 from falign.runs.checkpoints import checkpoints, holds, log_marks, newest_whole, step_of, weight_sums, why_damaged
 from falign.runs.inputs import RunInputs, RunRows
 from falign.runs.lock import LOCK, RunLock
+from falign.terminal import without_passwords
 
 __all__ = ["RunFolder", "is_held_out", "log_line", "versions"]
 

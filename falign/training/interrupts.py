@@ -1,4 +1,4 @@
-"""Stopping a run by Ctrl-C or SIGTERM: at the end of a step, with a checkpoint."""
+"""Callbacks of a run: stopping by a signal at the end of a step, and experiment trackers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    TensorBoardCallback,
+)
 from typing_extensions import override
 
 from falign.training.processes import highest, num_processes
 
-__all__ = ["StopAtStepEnd"]
+__all__ = ["StopAtStepEnd", "prepare_trackers"]
+
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -60,3 +66,29 @@ class StopAtStepEnd(TrainerCallback):
         if number := highest(0 if self.caught is None else self.caught):
             self.caught = signal.Signals(number)
             control.should_save = control.should_training_stop = True
+
+
+def prepare_trackers(trainer: Trainer, folder: Path, *, evaluates: bool) -> None:
+    """Let trackers have all that ``metrics.jsonl`` has, and let TensorBoard's files lie in the run folder.
+
+    Args:
+        trainer: Not yet trained or evaluated.
+        folder: Of the run.
+        evaluates: Whether there is held-out data.
+    """
+    trackers = [each for each in trainer.callback_handler.callbacks if type(each) in INTEGRATION_TO_CALLBACK.values()]
+    for tracker in trackers:
+        # It learns its folder when training begins, and would write the evaluation before that elsewhere.
+        if isinstance(tracker, TensorBoardCallback) and tracker.logging_dir is None:
+            tracker.logging_dir = str(folder / "tensorboard")
+    if trackers and evaluates:
+        trainer.add_callback(_LastEvaluation())
+
+
+class _LastEvaluation(TrainerCallback):
+    """Evaluate the last step within training: trackers close when it ends, and would miss what comes after."""
+
+    @override
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True

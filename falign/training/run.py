@@ -26,21 +26,19 @@ from falign.rewards.identity import reward_identities
 from falign.rollouts.answers import answer
 from falign.runfile.config import RunConfig
 from falign.runs.checkpoints import checkpoints, remove_leftovers
-from falign.runs.curves import plot_curves
 from falign.runs.folder import RunFolder, is_held_out, versions
 from falign.runs.inputs import RunInputs, RunRows, text_hash
 from falign.runs.named_code import own_code
-from falign.runs.progress import MetricsFile, ProgressBar
+from falign.runs.progress import MetricsFile, ProgressBar, plot_curves
 from falign.runs.summary import Answered, RunSummary
 from falign.terminal import Terminal
-from falign.training.interrupts import StopAtStepEnd
+from falign.training.interrupts import StopAtStepEnd, prepare_trackers
 from falign.training.offline import offline_trainer
 from falign.training.online.run import online_trainer
 from falign.training.online.trainer import OnlineTrainer
 from falign.training.parts import Language, load_language
 from falign.training.processes import gathered, is_writer, join, num_processes, shards, wait
 from falign.training.references import identities, keep_moved
-from falign.training.trackers import prepare_trackers
 from falign.training.trainer import AlignmentTrainer
 
 __all__ = ["train"]

@@ -111,7 +111,7 @@ def row(random: Random) -> dict[str, Any]:
 def rendered_rows(folder: Path) -> Attempt:
     """Rows that ``data check`` and ``train`` read under a template; both must say the same of every row."""
     from falign.data import DataSource, Window, check, load_preferences, read_examples
-    from falign.data.bad_rows import BadRows
+    from falign.data.reports import BadRows
 
     tokenizer, all_templates, window = tiny_tokenizer(), templates(), Window(4096)
 

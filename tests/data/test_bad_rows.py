@@ -21,7 +21,7 @@ def test_skip_policy_counts_all_and_keeps_the_first_messages():
 
 def test_unknown_policy_is_refused_with_a_guess():
     from falign.choices import require_choice
-    from falign.data.bad_rows import BadRowPolicy
+    from falign.data.reports import BadRowPolicy
 
     with pytest.raises(
         ConfigError, match=r"bad_rows='skp' is unknown; choose one of \['error', 'skip'\]; did you mean 'skip'"

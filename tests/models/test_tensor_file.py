@@ -1,7 +1,7 @@
 import torch
 from safetensors import safe_open
 
-from falign.models.tensor_file import save_tensors
+from falign.models.staging import save_tensors
 
 METADATA = {"format": "pt", "zebra": 'ä \u2028 \\ " \n', "apple": '{"nested": ["x"]}', "empty": ""}
 

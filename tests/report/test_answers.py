@@ -4,7 +4,7 @@ import pytest
 
 from falign.errors import ConfigError
 from falign.report import read_runs
-from falign.report.answers import MOST_COMPLETIONS, answers_of
+from falign.report.runs import MOST_COMPLETIONS, answers_of
 
 
 def rows_of(run):

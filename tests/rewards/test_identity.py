@@ -8,7 +8,7 @@ import pytest
 from falign.rewards import RewardSum, WeightedReward, Words, number, reward_identities, reward_identity
 from falign.rewards.identity import source_hashes
 from falign.rewards.lexicon import Lexicon
-from falign.rewards.timed_function import TimedFunction
+from falign.rewards.own_function import TimedFunction
 from tests.rewards import plain
 
 REWARD = """

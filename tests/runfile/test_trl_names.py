@@ -20,13 +20,13 @@ from falign.models import load_model
 from falign.models.execution import disable_dropout
 from falign.models.loading import _nf4
 from falign.objectives.margins import get_margin_loss
-from falign.passwords import NAMES
 from falign.runfile import parse_run
 from falign.runfile.config import AdapterConfig, TrainingConfig
 from falign.runfile.config import ModelConfig as FalignModel
 from falign.runfile.optimization import check_names
 from falign.runfile.reading import valid_paths
 from falign.runfile.trl_names import FOREIGN_NAMES
+from falign.terminal import NAMES
 
 LEAST = {"output_dir": "run", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}}
 PATHS = list(valid_paths())

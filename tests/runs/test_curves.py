@@ -1,6 +1,6 @@
 from matplotlib.figure import Figure
 
-from falign.runs.curves import plot_curves
+from falign.runs.progress import plot_curves
 
 
 def test_the_panels_say_what_every_objective_can_claim(tmp_path, monkeypatch):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from falign.report.answers import MOST_COMPLETIONS, MOST_PROMPTS, Answer, Answers, answers_of
 from falign.report.metric_names import number
-from falign.report.runs import ReportedRun
+from falign.report.runs import MOST_COMPLETIONS, MOST_PROMPTS, Answer, Answers, ReportedRun, answers_of
 from falign.report.sections.base import Section, missing, path_of
 from falign.report.tables import Html, joined, legend, run_name, tag
 
