@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from falign.durable import checksum, write_whole
 from falign.errors import ConfigError
-from falign.passwords import without_passwords
+from falign.terminal import without_passwords
 
 __all__ = [
     "BestOfN",
