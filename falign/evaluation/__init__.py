@@ -4,11 +4,10 @@ from falign.evaluation.completion_scorer import CompletionScorer, choose_common_
 from falign.evaluation.item_scorer import SCORERS, ComparedScores, ItemScorer, ReferenceFreeScores
 from falign.evaluation.item_stream import ItemStream, ItemTree, read_items
 from falign.evaluation.reward_summary import scores_with_intervals, summarise_scorer
-from falign.evaluation.score_file import ScoreTotals, score_trees
+from falign.evaluation.score_file import ScoreTotals, TreeStream, batches_in_order, score_trees
 from falign.evaluation.score_items import ItemRow, score_items
 from falign.evaluation.score_output import ScoreOutput, check_output
 from falign.evaluation.score_rows import ScoreRow
-from falign.evaluation.tree_stream import TreeStream, batches_in_order
 
 __all__ = [
     "SCORERS",

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from falign import divergences
 from falign.durable import write_whole
 from falign.errors import ConfigError
-from falign.evaluation.frontier_plot import check_picture, plot_frontier
+from falign.evaluation.frontier import check_picture, plot_frontier
 from falign.evaluation.frontier_summary import IDEALS, frontier_point, frontier_summary
 from falign.evaluation.sample_metrics import divergence_metrics, sample_metrics
 from falign.evaluation.summaries import Frontier, SampleSummary, check_file, damaged, read_summary

@@ -22,13 +22,11 @@ from falign.evaluation import CompletionScorer, ScoreOutput
 from falign.evaluation.frontier_summary import IDEALS, frontier_point, frontier_summary
 from falign.evaluation.held_out import held_out_prompts
 from falign.evaluation.loading import Scored, load_alone, load_run, positions_of
-from falign.evaluation.reference_engine import ReferenceEngine
 from falign.evaluation.sample_metrics import divergence_metrics, sample_metrics
 from falign.evaluation.sample_prompts import sample_prompts
 from falign.evaluation.sample_rows import SampleRow
-from falign.evaluation.sample_scorer import SampleScorer
+from falign.evaluation.sample_scorer import ReferenceEngine, SampleScorer, ScoredReward
 from falign.evaluation.score_output import reopen
-from falign.evaluation.scored_reward import ScoredReward
 from falign.evaluation.summaries import SampleSummary, write_summary
 from falign.models import base_of, load_model, load_tokenizer, model_identity, stop_token_ids
 from falign.models.heads import share_head

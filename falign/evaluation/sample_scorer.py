@@ -8,17 +8,22 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import override
 
 from falign.divergences import ForwardKL, ReverseKL
 from falign.errors import ModelError
+from falign.evaluation.completion_scorer import CompletionScorer
 from falign.evaluation.sample_rows import SampleRow, sample_rows
 from falign.evaluation.score_rows import plain_floats
 from falign.objectives import DivergenceTo
 from falign.references import Reference
+from falign.rewards.base import column
+from falign.rewards.implicit import completion_trees
+from falign.rollouts import Engine, EngineCapabilities, Rollout, SamplingParams, TransformersEngine
 from falign.scoring import PromptTree, Scorer, TokenBatch
 from falign.training.online.groups import Group
 
-__all__ = ["SampleScorer"]
+__all__ = ["ReferenceEngine", "SampleScorer", "ScoredReward"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,3 +95,73 @@ def _sums(values: Float[Tensor, "N T"] | None, batch: TokenBatch, name: str) -> 
             "policy and reference; what was sampled before it is kept."
         )
     return plain_floats(sums)
+
+
+class ReferenceEngine(Engine):
+    """Samples from a reference, which acts for as long as a call lasts and no longer.
+
+    Args:
+        reference: What samples.
+        policy: The model that some references are a part of.
+        pad_token_id: As for :class:`falign.rollouts.TransformersEngine`.
+    """
+
+    def __init__(self, reference: Reference, policy: nn.Module, *, pad_token_id: int) -> None:
+        self.reference, self.policy, self.pad_token_id = reference, policy, pad_token_id
+
+    @override
+    def publish(self, model: nn.Module, version: int) -> None:
+        """Do nothing: the reference is what it is."""
+
+    @override
+    def sample(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        n: int,
+        params: SamplingParams,
+        *,
+        version: int,
+        seed: int | list[int],
+        first: int = 0,
+    ) -> list[Rollout]:
+        with self.reference.acting(self.policy) as model:
+            engine = TransformersEngine(model, pad_token_id=self.pad_token_id)
+            engine.publish(model, version)
+            return engine.sample(prompt_ids, n, params, version=version, seed=seed, first=first)
+
+    @override
+    def retire(self, version: int) -> None:
+        """Do nothing: the reference is what it is."""
+
+    @override
+    def capabilities(self) -> EngineCapabilities:
+        with self.reference.acting(self.policy) as model:
+            return TransformersEngine(model, pad_token_id=self.pad_token_id).capabilities()
+
+    @override
+    def close(self) -> None:
+        """Do nothing: whoever made the models keeps them."""
+
+
+@dataclass(frozen=True)
+class ScoredReward:
+    """The implicit reward of a completion under the run's own objective.
+
+    It reads the columns ``prompt_ids`` and ``completion_ids``, so its models must have the policy's tokens.
+
+    Attributes:
+        scorer: The run's policy, reference and objective.
+        tokens_per_batch: Tokens that are scored at once, a larger group excepted.
+    """
+
+    scorer: CompletionScorer
+    tokens_per_batch: int = 4096
+
+    def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float | None]:
+        prompt_ids, completion_ids = (column(columns, name, reward="implicit") for name in _READ)
+        trees = completion_trees(prompt_ids, completion_ids, columns.get("place"))
+        scored = self.scorer.scorer.in_batches(trees, self.scorer.score, max_tokens=self.tokens_per_batch)
+        return [row["implicit_reward"] for rows in scored for row in rows]
+
+
+_READ = ("prompt_ids", "completion_ids")

@@ -11,8 +11,8 @@ from falign.errors import DataError
 from falign.evaluation.benchmarks import Benchmark
 from falign.evaluation.item_scorer import ItemScorer
 from falign.evaluation.item_stream import ItemTree
+from falign.evaluation.score_file import batches_in_order
 from falign.evaluation.score_output import ScoreOutput
-from falign.evaluation.tree_stream import batches_in_order
 
 __all__ = ["ItemRow", "score_items"]
 

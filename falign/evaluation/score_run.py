@@ -16,9 +16,8 @@ from falign.data import BadRows, DataSource, read_examples
 from falign.durable import checksum, write_whole
 from falign.errors import ConfigError, DataError
 from falign.evaluation.loading import Scored, load_compared, load_run
-from falign.evaluation.score_file import ScoreTotals, score_trees
+from falign.evaluation.score_file import ScoreTotals, TreeStream, score_trees
 from falign.evaluation.score_output import ScoreOutput, check_output
-from falign.evaluation.tree_stream import TreeStream
 from falign.models import base_of, stop_token_ids
 from falign.models.tokenizers import tokenizer_fingerprint
 from falign.runfile.objects import parse_source

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from falign.metrics.intervals import Interval, bootstrap
 from falign.metrics.numbers import Array, Numbers, float_array
-from falign.objectives.pairs import accuracies, pairs_of
+from falign.objectives.groups import accuracies, pairs_of
 
 __all__ = ["RewardAccuracy", "outcomes", "pair_outcomes", "reward_accuracy", "top1_accuracy"]
 

@@ -16,12 +16,11 @@ from torch import Tensor
 from falign.choices import nearest
 from falign.errors import ModelError
 from falign.models.adapter_settings import base_change
-from falign.models.foreign import reading
 from falign.models.identity import add_tensor
 from falign.models.patterns import check_adapter_patterns
 from falign.models.recorded_base import RecordedBase
 from falign.models.sources import adapter_config, damaged
-from falign.models.staging import save_tensors
+from falign.models.staging import reading, save_tensors
 
 __all__ = ["AdapterFiles", "read_adapter_files", "write_adapter_files"]
 

@@ -16,10 +16,10 @@ from typing_extensions import override
 from falign.errors import ModelError
 from falign.models.adapter_files import read_adapter_files
 from falign.models.adapter_settings import beyond_plain_lora
-from falign.models.foreign import reading
 from falign.models.lora_factors import Factors
 from falign.models.recorded_base import RecordedBase
 from falign.models.sources import damaged
+from falign.models.staging import reading
 from falign.models.structure import linear_modules, lora_layers
 
 __all__ = ["AdapterTensors", "adapter_of", "compute_in_activation_type", "install_adapter", "read_adapter"]

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from falign.errors import ModelError
-from falign.models.foreign import reading
 from falign.models.sources import check_weights, damaged
+from falign.models.staging import reading
 
 __all__ = ["MODEL_FILES", "TOKENIZER_FILES", "CheckpointFiles", "copy_files"]
 

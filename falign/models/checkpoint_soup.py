@@ -12,9 +12,9 @@ from transformers import AutoConfig
 
 from falign.errors import ModelError, one_line
 from falign.models.checkpoint_files import MODEL_FILES, CheckpointFiles, copy_files
-from falign.models.foreign import reading
 from falign.models.soup_members import SoupMember, check_one_tokenizer
 from falign.models.sources import damaged
+from falign.models.staging import reading
 
 __all__ = ["write_checkpoint_soup"]
 

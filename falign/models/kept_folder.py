@@ -7,8 +7,7 @@ from pathlib import Path
 
 from falign.durable import checksum
 from falign.errors import ModelError
-from falign.models.foreign import reading
-from falign.models.staging import staged_folder
+from falign.models.staging import reading, staged_folder
 
 __all__ = ["kept_folder"]
 

@@ -21,9 +21,9 @@ from transformers import (
 from falign.errors import ConfigError, ModelError, one_line
 from falign.models.checkpoint_files import CheckpointFiles
 from falign.models.execution import check_attention, named_device, resolve_dtype
-from falign.models.foreign import reading
 from falign.models.patterns import check_tokenizer_patterns
 from falign.models.sources import check_weights, resolve
+from falign.models.staging import reading
 
 __all__ = ["load_model", "load_tokenizer", "stored_quantization", "vocabulary_size"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from falign.choices import nearest
 from falign.errors import ModelError
-from falign.models.foreign import reading
+from falign.models.staging import reading
 
 __all__ = [
     "DEMO_PREFIX",

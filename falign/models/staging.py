@@ -1,19 +1,23 @@
-"""Folders and safetensors files that appear under their final names complete, or not at all."""
+"""Folders and files of models: written whole or not at all, and read with errors that name the file."""
+
+from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from falign.durable import is_full_disk, staged
-from falign.errors import ConfigError, ModelError
+from falign.errors import ConfigError, FalignError, ModelError
 
-__all__ = ["refuse_other_folder", "save_tensors", "staged_folder"]
+__all__ = ["reading", "refuse_other_folder", "save_tensors", "staged_folder"]
+
 
 MODEL_MARKS = ("config.json", "adapter_config.json")
 
@@ -112,3 +116,25 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping
         assert len(text) <= size
         file.seek(8)
         file.write(text.ljust(size))
+
+
+@contextmanager
+def reading(explain: Callable[[Exception], FalignError]) -> Iterator[None]:
+    """Convert any error to the one that ``explain`` returns, with the original as its cause.
+
+    Pickle, safetensors, tokenizers, PEFT and transformers raise almost every type of error on a damaged file. Errors
+    that are not due to the file pass unchanged: out of memory, a full disk, and falign's own errors. A panic of Rust
+    code is not an ``Exception`` in Python, and is recognized by its name.
+    """
+    try:
+        yield
+    except (FalignError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        if is_full_disk(error):
+            raise
+        raise explain(error) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise explain(RuntimeError(f"a panic, {error}")) from error

@@ -1,6 +1,6 @@
 """Objectives: from log-probabilities of completions to losses. They import torch and the divergences, nothing else."""
 
-from falign.objectives.advantages import Advantage, get_advantage
+from falign.objectives.advantages import Advantage, generalized_advantages, get_advantage
 from falign.objectives.base import (
     BaseObjective,
     CompletionBatch,
@@ -10,13 +10,14 @@ from falign.objectives.base import (
     Term,
     TokenWeighting,
     complete,
+    reduce_terms,
     reference_names,
     token_weighting,
+    total_weights,
 )
 from falign.objectives.batch import field_of
-from falign.objectives.completion_mean import CompletionMean, completion_term
 from falign.objectives.distribution_matching import DistributionMatching
-from falign.objectives.generalized_advantages import generalized_advantages
+from falign.objectives.groups import CompletionMean, completion_term, pairs_of
 from falign.objectives.hybrid import Hybrid
 from falign.objectives.listwise import Listwise
 from falign.objectives.margins import IPO, Exo, MarginLoss, Robust, get_margin_loss, hinge, logistic, squared
@@ -30,12 +31,10 @@ from falign.objectives.measures import (
 )
 from falign.objectives.methods import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO, dph_rl_coefficient
 from falign.objectives.moments import fit_moments
-from falign.objectives.pairs import pairs_of
 from falign.objectives.pairwise import Pairwise
 from falign.objectives.partition import RunningPartition, log_partition
 from falign.objectives.penalty import Penalty
 from falign.objectives.policy_gradient import PolicyGradient
-from falign.objectives.reduction import reduce_terms, total_weights
 from falign.objectives.rehearsal import Rehearsal
 from falign.objectives.supervised import Supervised
 from falign.objectives.surrogate import Surrogate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
@@ -26,8 +26,10 @@ __all__ = [
     "Term",
     "TokenWeighting",
     "complete",
+    "reduce_terms",
     "reference_names",
     "token_weighting",
+    "total_weights",
 ]
 
 
@@ -330,3 +332,41 @@ def token_weighting(needs: frozenset[str]) -> TokenWeighting:
             f"needs has token_weights from {' and '.join(sorted(sources))}: name one of {', '.join(known)}."
         )
     return sources[0]  # pyright: ignore[reportReturnType] - one of the known
+
+
+def total_weights(terms: Sequence[Term]) -> Float[Tensor, " K"]:
+    """Return ``Σ weights`` of each term; summed over micro-batches and ranks, they are the step's denominators.
+
+    Args:
+        terms: The K terms of one micro-batch.
+
+    Returns:
+        Shape (K,), detached.
+
+    Example:
+        >>> total_weights([Term(torch.zeros(3), torch.ones(3))])
+        tensor([3.])
+    """
+    return torch.stack([numbers(term.weights, "weights").detach().sum() for term in terms])
+
+
+def reduce_terms(terms: Sequence[Term], denominators: Float[Tensor, " K"]) -> Float[Tensor, ""]:
+    """Return ``Σ_k scale_k Σ losses_k·weights_k / denominator_k``: this micro-batch's share of the step's loss.
+
+    Args:
+        terms: The K terms of one micro-batch.
+        denominators: Sum of each term's weights over the whole step, shape (K,).
+
+    Returns:
+        A scalar; summed over micro-batches and ranks it is the loss of the global batch.
+
+    Raises:
+        ValueError: The numbers of denominators and terms differ.
+
+    Example:
+        >>> reduce_terms([Term(torch.tensor([1.0, 3.0]), torch.ones(2))], torch.tensor([4.0]))
+        tensor(1.)
+    """
+    if denominators.shape != (len(terms),):
+        raise ValueError(f"denominators has shape {tuple(denominators.shape)} for {len(terms)} terms.")
+    return torch.stack([term.share(total) for term, total in zip(terms, denominators, strict=True)]).sum()

@@ -1,8 +1,8 @@
-"""Groups of completions of one prompt: sums over a group, and over the other completions in it."""
+"""Completions by prompt: groups, pairs, and the denominators of means over completions."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,22 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from falign.divergences.dtypes import numbers
+from falign.objectives.base import CompletionBatch, Term
 
-__all__ = ["Groups", "groups_of", "logsumexp_of_others", "mean_of_others", "smallest", "total"]
+__all__ = [
+    "CompletionMean",
+    "Groups",
+    "accuracies",
+    "check_completion_mean",
+    "completion_term",
+    "groups_of",
+    "logsumexp_of_others",
+    "mean_of_others",
+    "pairs_in",
+    "pairs_of",
+    "smallest",
+    "total",
+]
 
 
 class Groups(NamedTuple):
@@ -83,3 +97,128 @@ def logsumexp_of_others(values: Shaped[Tensor, " N"], groups: Groups) -> Float[T
     before = F.pad(table, (1, 0), value=-torch.inf)[:, :-1].logcumsumexp(dim=-1)
     after = F.pad(table, (0, 1), value=-torch.inf)[:, 1:].flip(-1).logcumsumexp(dim=-1).flip(-1)
     return torch.logaddexp(before, after)[groups.row, groups.column]
+
+
+CompletionMean = Literal["sequence_sum", "sequence_mean", "token_mean"]
+
+
+def check_completion_mean(reduction: str) -> None:
+    """Refuse a reduction that does not exist.
+
+    Raises:
+        ValueError: It is not one of the three.
+    """
+    if reduction not in get_args(CompletionMean):
+        raise ValueError(f"reduction={reduction!r}: choose one of {', '.join(get_args(CompletionMean))}.")
+
+
+def completion_term(
+    sums: Shaped[Tensor, " N"],
+    num_tokens: Int[Tensor, " N"],
+    reduction: CompletionMean,
+    scale: float = 1.0,
+    *,
+    name: str = "loss",
+) -> Term:
+    """Return the mean over completions of a loss that is a sum over tokens.
+
+    Args:
+        sums: The loss of each completion, summed over its tokens, shape (N,).
+        num_tokens: Number of tokens of each completion, shape (N,).
+        reduction: ``"sequence_sum"``: the mean over completions of the sums, an expectation under the policy.
+            ``"sequence_mean"``: the mean over completions of their means over tokens, so that a token of a long
+            completion counts less (GRPO). ``"token_mean"``: the sum over all tokens divided by their number (DAPO).
+        scale: Factor of the term.
+        name: Name of the term.
+
+    Returns:
+        The term, with losses of shape (N,).
+
+    Source:
+        Shao et al., GRPO (arXiv:2402.03300), Eq. 3; Yu et al., DAPO (arXiv:2503.14476), Eq. 12.
+
+    Example:
+        >>> sums, lengths = torch.tensor([2.0, 8.0]), torch.tensor([1, 4])
+        >>> for reduction in ("sequence_sum", "sequence_mean", "token_mean"):
+        ...     losses, weights, *_ = completion_term(sums, lengths, reduction)
+        ...     print((losses * weights).sum() / weights.sum())
+        tensor(5.)
+        tensor(2.)
+        tensor(2.)
+    """
+    sums = numbers(sums, "sums")
+    lengths = num_tokens.to(sums.dtype)
+    if reduction == "sequence_sum":
+        return Term(sums, lengths.new_ones(lengths.shape), scale, name)
+    per_token = sums / lengths.clamp(min=1.0)
+    weights = lengths if reduction == "token_mean" else lengths.new_ones(lengths.shape)
+    return Term(per_token, weights, scale, name)
+
+
+ROUNDING = 1e-6
+
+
+def pairs_of(
+    preference: Shaped[Tensor, " N"], prompt_index: Int[Tensor, " N"]
+) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"]]:
+    """Return the indices of the chosen and the rejected completion of every pair, in row-major order.
+
+    Args:
+        preference: Larger is preferred, shape (N,).
+        prompt_index: Which prompt, shape (N,).
+
+    Returns:
+        Two index tensors of shape (P,).
+
+    Raises:
+        ValueError: A preference is NaN, which cannot be compared.
+
+    Example:
+        >>> pairs_of(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 0, 1, 1]))
+        (tensor([0, 3]), tensor([1, 2]))
+    """
+    if (missing := preference.isnan()).any():
+        raise ValueError(f"preference[{int(missing.nonzero()[0])}] is NaN; leave that completion out.")
+    better = preference[:, None] > preference[None, :]
+    chosen, rejected = torch.nonzero(better & (prompt_index[:, None] == prompt_index[None, :]), as_tuple=True)
+    return chosen, rejected
+
+
+def pairs_in(batch: CompletionBatch) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"]]:
+    """Return the pairs of a batch; see :func:`pairs_of`.
+
+    Args:
+        batch: Completions with ``preference``.
+
+    Returns:
+        Two index tensors of shape (P,), P at least 1.
+
+    Raises:
+        ValueError: ``preference`` is None, or no two completions of one prompt differ in it.
+    """
+    chosen, rejected = pairs_of(batch.require("preference"), batch.prompt_index)
+    if len(chosen) == 0:
+        raise ValueError("The batch has no pair: no two completions of one prompt differ in preference.")
+    return chosen, rejected
+
+
+def accuracies(margin: Shaped[Tensor, "*S"], size: Shaped[Tensor, "*S"] | float = 0.0) -> Float[Tensor, "*S"]:
+    """Return 1 where the margin is positive, 0 where it is negative, and ½ at a tie.
+
+    Args:
+        margin: Reward of the chosen minus that of the rejected side, any shape.
+        size: Largest absolute reward of the two sides, which sets the rounding error of the margin; same shape.
+
+    Returns:
+        The same shape; a margin within ``1e-6 (1 + size)`` is a tie; NaN stays NaN.
+
+    Example:
+        >>> accuracies(torch.tensor([3.0, 0.0, 1e-8, -1.0]))
+        tensor([1.0000, 0.5000, 0.5000, 0.0000])
+    """
+    # If the policy equals the reference, both rewards are 0 up to rounding, because log-probs come from different
+    # batches or a cache. Counting the sign of that rounding error would look like a real accuracy.
+    margin = numbers(margin, "margin")
+    tie = margin.abs() <= ROUNDING * (1 + size)
+    result = torch.where(tie, torch.zeros_like(margin), torch.sign(margin)).add(1) / 2
+    return result.masked_fill(margin.isnan(), torch.nan)

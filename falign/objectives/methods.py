@@ -7,8 +7,8 @@ from typing import Literal
 from falign.divergences import Alpha, Divergence, ForwardKL, JensenShannon, get
 from falign.objectives.advantages import Advantage
 from falign.objectives.base import TokenWeighting
-from falign.objectives.completion_mean import CompletionMean
 from falign.objectives.distribution_matching import DistributionMatching
+from falign.objectives.groups import CompletionMean
 from falign.objectives.hybrid import Hybrid
 from falign.objectives.margins import MarginLoss, logistic
 from falign.objectives.pairwise import Pairwise

@@ -12,9 +12,9 @@ from typing_extensions import override
 
 from falign.divergences import Divergence
 from falign.objectives.base import BaseObjective, CompletionBatch, ObjectiveOutput, Term
+from falign.objectives.groups import accuracies, pairs_in
 from falign.objectives.link import Link
 from falign.objectives.margins import IPO, MarginLoss, PerTokenLoss, get_margin_loss, logistic
-from falign.objectives.pairs import accuracies, pairs_in
 
 __all__ = ["Pairwise"]
 

@@ -11,11 +11,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from falign.divergences import Divergence
-from falign.objectives.advantages import Advantage, get_advantage, group_deviation
+from falign.objectives.advantages import Advantage, generalized_advantages, get_advantage, group_deviation
 from falign.objectives.base import BaseObjective, CompletionBatch, Importance, ObjectiveOutput
-from falign.objectives.completion_mean import CompletionMean, check_completion_mean, completion_term
-from falign.objectives.generalized_advantages import generalized_advantages
-from falign.objectives.groups import groups_of
+from falign.objectives.groups import CompletionMean, check_completion_mean, completion_term, groups_of
 from falign.objectives.measures import Measure
 from falign.objectives.penalty import Credit, Level, Penalty
 from falign.objectives.surrogate import Surrogate, SurrogateOutput

@@ -11,7 +11,7 @@ from typing_extensions import override
 from falign.divergences import Divergence
 from falign.divergences.estimators import loss_from_reference, value_from_reference
 from falign.objectives.base import BaseObjective, CompletionBatch, ObjectiveOutput
-from falign.objectives.completion_mean import CompletionMean, check_completion_mean, completion_term
+from falign.objectives.groups import CompletionMean, check_completion_mean, completion_term
 
 __all__ = ["Rehearsal"]
 

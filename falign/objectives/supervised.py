@@ -13,7 +13,7 @@ from typing_extensions import override
 from falign.divergences import Divergence
 from falign.divergences.powers import power
 from falign.objectives.base import BaseObjective, CompletionBatch, ObjectiveOutput
-from falign.objectives.completion_mean import completion_term
+from falign.objectives.groups import completion_term
 
 __all__ = ["Supervised"]
 

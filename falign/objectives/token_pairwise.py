@@ -14,9 +14,9 @@ from typing_extensions import override
 
 from falign.divergences import Divergence, ForwardKL
 from falign.objectives.base import BaseObjective, CompletionBatch, ObjectiveOutput, Term, TokenWeighting
+from falign.objectives.groups import accuracies, pairs_in
 from falign.objectives.margins import logistic
 from falign.objectives.measures import DivergenceTo, Measure
-from falign.objectives.pairs import accuracies, pairs_in
 
 __all__ = ["TokenPairwise"]
 

@@ -16,9 +16,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from falign.errors import ConfigError, ModelError, RewardError, one_line
 from falign.models.execution import named_device, resolve_dtype
-from falign.models.foreign import reading
 from falign.models.identity import model_identity
 from falign.models.sources import check_weights, resolve
+from falign.models.staging import reading
 from falign.models.tokenizers import fix_date, tokenizer_fingerprint
 from falign.rewards.base import place_of
 from falign.rewards.identity import Identity

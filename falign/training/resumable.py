@@ -26,9 +26,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from typing_extensions import override
 
 from falign.errors import ConfigError, TrainingError, one_line
-from falign.models.foreign import reading
 from falign.models.sharding import is_sharded
-from falign.models.staging import staged_folder
+from falign.models.staging import reading, staged_folder
 from falign.runs.checkpoints import rotate, seal, sync_logs
 from falign.runs.folder import is_held_out
 from falign.scoring import TokenBudgetBatches

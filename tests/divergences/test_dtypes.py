@@ -21,10 +21,16 @@ from falign.objectives import (
     get_margin_loss,
     log_partition,
 )
-from falign.objectives.advantages import ADVANTAGES, group_deviation
-from falign.objectives.generalized_advantages import generalized_advantages
-from falign.objectives.groups import groups_of, logsumexp_of_others, mean_of_others, smallest, total
-from falign.objectives.pairs import accuracies, pairs_of
+from falign.objectives.advantages import ADVANTAGES, generalized_advantages, group_deviation
+from falign.objectives.groups import (
+    accuracies,
+    groups_of,
+    logsumexp_of_others,
+    mean_of_others,
+    pairs_of,
+    smallest,
+    total,
+)
 from tests.conformance.exact import EXACT
 
 INTEGERS = [torch.int64, torch.int32, torch.uint8, torch.bool]

@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 
 from falign import divergences
 from falign.errors import ConfigError
-from falign.evaluation.frontier_plot import check_picture, plot_frontier
+from falign.evaluation.frontier import check_picture, plot_frontier
 from falign.evaluation.frontier_summary import frontier_point, frontier_summary
 from falign.metrics import Interval
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from falign.errors import ConfigError, ModelError
-from falign.models.foreign import reading
+from falign.models.staging import reading
 
 
 def broken(error):

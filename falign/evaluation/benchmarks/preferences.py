@@ -12,7 +12,7 @@ from falign.errors import DataError
 from falign.evaluation.benchmarks.base import Benchmark, BenchmarkItem, mean
 from falign.evaluation.benchmarks.schema import identifier, items_of
 from falign.objectives import pairs_of
-from falign.objectives.pairs import accuracies
+from falign.objectives.groups import accuracies
 
 __all__ = ["Preferences"]
 
