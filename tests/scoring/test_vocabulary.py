@@ -8,7 +8,7 @@ from torch.nn.functional import log_softmax
 from falign import divergences
 from falign.objectives import DivergenceTo, Entropy
 from falign.scoring import Distribution, Head, token_scores
-from tests.scoring.test_head import LargestTensor
+from tests.scoring.test_model_parts import LargestTensor
 
 FAMILIES = [
     *(name for name in divergences.names() if name not in ("alpha", "generalized_js")),
