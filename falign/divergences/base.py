@@ -12,9 +12,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from typing_extensions import override
 
-from falign.divergences.dtypes import numbers
-
-__all__ = ["Divergence", "Standardized"]
+__all__ = ["Divergence", "Standardized", "numbers"]
 
 
 class Divergence(ABC):
@@ -192,3 +190,29 @@ class Standardized(Divergence):
     @override
     def _conjugate_at(self, log_u: Tensor, y: Tensor) -> Tensor:
         return self._scale * self.divergence._conjugate_at(log_u, y / self._scale)
+
+
+def numbers(x: Shaped[Tensor, "*S"], name: str) -> Float[Tensor, "*S"]:
+    """Return x in at least float32.
+
+    Args:
+        x: Any real dtype, any shape.
+        name: Its name in messages.
+
+    Returns:
+        x itself in float32 and float64; half precision as float32, integers and booleans as torch's default dtype
+        (float32 where that is a half precision).
+
+    Raises:
+        TypeError: x is complex, or not a tensor.
+
+    Example:
+        >>> numbers(torch.tensor([True, False]), "rewards")
+        tensor([1., 0.])
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor: pass torch.tensor(...).")
+    if x.is_complex():
+        raise TypeError(f"{name} has dtype {x.dtype}; it must be real.")
+    dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+    return x.to(torch.promote_types(dtype, torch.float32))

@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from falign.divergences.base import Divergence
-from falign.divergences.dtypes import numbers
+from falign.divergences.base import Divergence, numbers
 from falign.divergences.powers import power
 
 __all__ = [

@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from falign.divergences.base import Divergence
-from falign.divergences.dtypes import numbers
+from falign.divergences.base import Divergence, numbers
 
 __all__ = ["optimal_weights"]
 

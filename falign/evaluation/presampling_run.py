@@ -164,7 +164,7 @@ class Presampling:
 
     def _prompts(self, tokenizer: Any, positions: int | None) -> PromptData:
         from falign.data import PromptSource, load_prompts
-        from falign.rewards.columns import row_check
+        from falign.rewards.combination import row_check
 
         room = sys.maxsize if positions is None else positions - self.max_new_tokens
         if room < 1:

@@ -33,7 +33,7 @@ from falign.models.heads import share_head
 from falign.models.tokenizers import check_same_tokens, pad_token_id, tokenizer_fingerprint
 from falign.references import FrozenModel
 from falign.rewards import RewardSum, WeightedReward
-from falign.rewards.columns import row_check
+from falign.rewards.combination import row_check
 from falign.rewards.identity import reward_identities
 from falign.rollouts import Engine, SamplingParams, TransformersEngine
 from falign.runfile import RunConfig

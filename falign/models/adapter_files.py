@@ -15,7 +15,7 @@ from torch import Tensor
 
 from falign.choices import nearest
 from falign.errors import ModelError
-from falign.models.adapter_settings import base_change
+from falign.models.base_weights import base_change
 from falign.models.identity import add_tensor
 from falign.models.patterns import check_adapter_patterns
 from falign.models.recorded_base import RecordedBase

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from falign.errors import ModelError
 from falign.models.adapter_files import read_adapter_files
-from falign.models.adapter_settings import beyond_plain_lora
+from falign.models.base_weights import beyond_plain_lora
 from falign.models.lora_factors import Factors
 from falign.models.recorded_base import RecordedBase
 from falign.models.sources import damaged

@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from falign.errors import ModelError
-from falign.models.adapter_settings import BEYOND_PLAIN_LORA
-from falign.models.base_weights import base_weights
+from falign.models.base_weights import BEYOND_PLAIN_LORA, base_weights
 from falign.models.structure import base_of
 
 __all__ = [

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from falign.errors import ModelError
-from falign.models.adapter_settings import beyond_plain_lora
+from falign.models.base_weights import beyond_plain_lora
 from falign.models.structure import adapted_layers, adapter_matrix, is_transposed, lora_layers
 
 __all__ = ["check_plain_lora", "fold_adapter", "lora_delta"]

@@ -33,11 +33,10 @@ from falign.objectives.methods import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO,
 from falign.objectives.moments import fit_moments
 from falign.objectives.pairwise import Pairwise
 from falign.objectives.partition import RunningPartition, log_partition
-from falign.objectives.penalty import Penalty
+from falign.objectives.penalty import Penalty, Surrogate
 from falign.objectives.policy_gradient import PolicyGradient
 from falign.objectives.rehearsal import Rehearsal
 from falign.objectives.supervised import Supervised
-from falign.objectives.surrogate import Surrogate
 from falign.objectives.targets import BinaryConstraint, ExponentialReward, MomentConstraints, ProductTarget, Target
 from falign.objectives.token_pairwise import TokenPairwise
 

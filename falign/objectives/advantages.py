@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from falign.divergences.dtypes import numbers
+from falign.divergences.base import numbers
 from falign.objectives.groups import groups_of, mean_of_others, smallest, total
 from falign.registry import Registry
 

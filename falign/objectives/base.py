@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from falign.divergences.dtypes import numbers
+from falign.divergences.base import numbers
 from falign.objectives.batch import CompletionBatch, field_of
 from falign.objectives.link import Link
 from falign.objectives.measures import Measure

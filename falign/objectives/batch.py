@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from falign.divergences.dtypes import numbers
+from falign.divergences.base import numbers
 
 __all__ = ["OFFLINE", "ONLINE", "CompletionBatch", "field_of"]
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from falign.divergences.dtypes import numbers
+from falign.divergences.base import numbers
 from falign.objectives.base import CompletionBatch, Term
 
 __all__ = [

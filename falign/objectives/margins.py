@@ -15,7 +15,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from falign.choices import similar
-from falign.divergences.dtypes import numbers
+from falign.divergences.base import numbers
 
 __all__ = [
     "IPO",

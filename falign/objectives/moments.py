@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from falign.divergences.dtypes import numbers
+from falign.divergences.base import numbers
 
 __all__ = ["fit_moments"]
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from falign.divergences.dtypes import numbers
+from falign.divergences.base import numbers
 from falign.objectives.groups import groups_of, logsumexp_of_others
 
 __all__ = ["RunningPartition", "log_partition"]

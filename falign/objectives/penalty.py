@@ -1,22 +1,24 @@
-"""The penalty of a policy gradient: estimators of ``D_f(π‖π_ref)`` on the policy's own samples."""
+"""The two parts of a policy gradient: the surrogate of its advantages, and the penalty ``β D_f(π‖π_ref)``."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from falign.divergences import Divergence
 from falign.divergences.estimators import loss_from_policy, loss_from_vocabulary, value_from_policy
 from falign.divergences.powers import power
-from falign.objectives.base import CompletionBatch
+from falign.objectives.base import CompletionBatch, Importance
 from falign.objectives.groups import groups_of, mean_of_others
 from falign.objectives.measures import DivergenceTo, Measure
 
-__all__ = ["Credit", "Level", "Penalty"]
+__all__ = ["Credit", "Level", "Penalty", "Surrogate", "SurrogateOutput"]
+
 
 Level = Literal["sequence", "token", "vocabulary"]
 Credit = Literal["fixed_prefix", "returns"]
@@ -134,3 +136,107 @@ class Penalty:
         # is small enough that even a sum over all tokens of the batch stays finite.
         largest = torch.finfo(log_ratio.dtype).max / max(log_ratio.numel(), 1)
         return (value_from_policy(self.divergence, log_ratio) * power(importance)).clamp(max=largest).sum(dim=-1)
+
+
+class SurrogateOutput(NamedTuple):
+    """The output of a surrogate for a batch; every field is (N, T), and the last three are constants.
+
+    Attributes:
+        gains: Surrogate to maximize at each token; its gradient is the policy gradient, its value means nothing.
+        importance_weight: ``π/π_old`` of the token, or of its whole completion.
+        clipped_low: True where the lower bound makes the gradient 0.
+        clipped_high: True where the upper bound makes the gradient 0.
+    """
+
+    gains: Float[Tensor, "N T"]
+    importance_weight: Float[Tensor, "N T"]
+    clipped_low: Bool[Tensor, "N T"]
+    clipped_high: Bool[Tensor, "N T"]
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """``min(w A, clip(w, 1 - ε_low, 1 + ε_high) A)`` at each token, with ``w = π/π_old``.
+
+    Attributes:
+        importance: ``"sequence"``: w is the product over the completion's tokens: unbiased on samples of π_old.
+            ``"token"``: w is the token's own ratio, as in PPO; it ignores the change in the distribution of prefixes.
+        clip_low: ``ε_low``, in (0, 1]; None means no lower bound.
+        clip_high: ``ε_high``, positive; None means no upper bound.
+
+    Raises:
+        ValueError: A choice is unknown or a bound is out of range.
+
+    Source:
+        Schulman et al., PPO (arXiv:1707.06347), Eq. 7; two bounds: Yu et al., DAPO (arXiv:2503.14476), Eq. 10. Beyond
+        30 nats ``π/π_old`` continues as its tangent line, so that an overflow cannot turn into NaN.
+
+    Example:
+        >>> batch = CompletionBatch(
+        ...     logprobs=torch.tensor([[-1.0, -2.0]]),
+        ...     old_logprobs=torch.tensor([[-2.0, -2.0]]),
+        ...     completion_mask=torch.ones(1, 2, dtype=torch.bool),
+        ...     prompt_index=torch.tensor([0]),
+        ...     advantages=torch.tensor([[0.5, 0.5]]),
+        ... )
+        >>> Surrogate("token", clip_high=0.25)(batch).gains  # e is above 1.25
+        tensor([[0.6250, 0.5000]])
+    """
+
+    importance: Importance = "sequence"
+    clip_low: float | None = None
+    clip_high: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.importance not in ("sequence", "token"):
+            raise ValueError(f"importance={self.importance!r}: choose 'sequence' or 'token'.")
+        if self.clip_low is not None and not 0 < self.clip_low <= 1:
+            raise ValueError(f"clip_low={self.clip_low!r} must be in (0, 1]: π/π_old is kept above 1 - clip_low.")
+        if self.clip_high is not None and not 0 < self.clip_high < math.inf:
+            raise ValueError(
+                f"clip_high={self.clip_high!r} must be positive and finite: π/π_old is kept below 1 + clip_high."
+            )
+
+    @property
+    def clips(self) -> bool:
+        """True if there is a bound."""
+        return self.clip_low is not None or self.clip_high is not None
+
+    def __call__(self, batch: CompletionBatch) -> SurrogateOutput:
+        """Return the surrogate at each token.
+
+        Args:
+            batch: Completions with ``advantages``, and ``old_logprobs`` unless they were sampled from π itself.
+
+        Returns:
+            The gains and the clipped tokens; 0 and False outside the mask.
+
+        Raises:
+            ValueError: ``advantages`` is None, or ``old_logprobs`` is None and there are bounds.
+        """
+        if self.clips and batch.old_logprobs is None:
+            raise ValueError(
+                f"clip_low={self.clip_low!r}, clip_high={self.clip_high!r} bound π/π_old, and "
+                "CompletionBatch.old_logprobs is None: set it to the log-probs before the first update, or leave the "
+                "clips out."
+            )
+        mask, advantages = batch.completion_mask, batch.require("advantages").masked_fill(~batch.completion_mask, 0.0)
+        log_ratio = batch.importance_log_ratio
+        if self.importance == "token":
+            weight = power(log_ratio)
+        else:
+            logprobs = batch.logprobs.masked_fill(~mask, 0.0)
+            # The weight is a constant; the factor is 1 in value and has the gradient of the token's own log π. Summed
+            # over tokens this is the gradient of the completion's weight, and advantages may differ between tokens.
+            whole = power(log_ratio.detach().sum(dim=-1, keepdim=True))
+            weight = whole * (1 + logprobs - logprobs.detach())
+        gains = weight * advantages
+        if self.clips:
+            low = None if self.clip_low is None else 1 - self.clip_low
+            high = None if self.clip_high is None else 1 + self.clip_high
+            # The minimum clips only what would move the policy further away; a clamped weight has no gradient.
+            gains = torch.minimum(gains, weight.clamp(low, high) * advantages)
+        constant, nowhere = weight.detach(), torch.zeros_like(mask)
+        below = nowhere if self.clip_low is None else mask & (constant < 1 - self.clip_low) & (advantages < 0)
+        above = nowhere if self.clip_high is None else mask & (constant > 1 + self.clip_high) & (advantages > 0)
+        return SurrogateOutput(gains, constant.masked_fill(~mask, 0.0), below, above)

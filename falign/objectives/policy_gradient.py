@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,8 +16,7 @@ from falign.objectives.advantages import Advantage, generalized_advantages, get_
 from falign.objectives.base import BaseObjective, CompletionBatch, Importance, ObjectiveOutput
 from falign.objectives.groups import CompletionMean, check_completion_mean, completion_term, groups_of
 from falign.objectives.measures import Measure
-from falign.objectives.penalty import Credit, Level, Penalty
-from falign.objectives.surrogate import Surrogate, SurrogateOutput
+from falign.objectives.penalty import Credit, Level, Penalty, Surrogate, SurrogateOutput
 
 __all__ = ["PolicyGradient"]
 
@@ -99,8 +99,7 @@ class PolicyGradient(BaseObjective):
                 f"beta={self.beta!r}, level={self.level!r}, credit={self.credit!r} without a divergence: they "
                 "configure its penalty; set the divergence, or leave them out."
             )
-        if isinstance(self.advantage, str) and self.advantage != "gae":
-            get_advantage(self.advantage)
+        _ = self._advantage_of_rewards  # an unknown name is refused
         for name, default in {"value_coefficient": 0.1, "gamma": 1.0, "lam": 0.95}.items():
             given = getattr(self, name)
             if self.advantage == "gae":
@@ -114,6 +113,13 @@ class PolicyGradient(BaseObjective):
                 raise ValueError(f"{name}={value!r} must be between 0 and 1.")
         if self.value_coefficient is not None and not 0 < self.value_coefficient < math.inf:
             raise ValueError(f"value_coefficient={self.value_coefficient!r} must be positive and finite.")
+
+    @cached_property
+    def _advantage_of_rewards(self) -> Advantage | None:
+        """The function of rewards, looked up once; None where a value head gives the advantages."""
+        if self.advantage == "gae":
+            return None
+        return get_advantage(self.advantage) if isinstance(self.advantage, str) else self.advantage
 
     @property
     def _surrogate(self) -> Surrogate:
@@ -158,14 +164,14 @@ class PolicyGradient(BaseObjective):
             ValueError: A needed field is None, or a prompt has no second completion to compare with.
         """
         rewards, mask = batch.require("rewards"), batch.completion_mask
-        if self.advantage == "gae":
+        of_rewards = self._advantage_of_rewards
+        if of_rewards is None:
             assert self.gamma is not None
             assert self.lam is not None
             values = batch.require("values" if batch.old_values is None else "old_values").detach()
             advantages = generalized_advantages(rewards, values, mask, self.gamma, self.lam)
             batch = replace(batch, old_values=values)
         else:
-            of_rewards = get_advantage(self.advantage) if isinstance(self.advantage, str) else self.advantage
             per_completion = of_rewards(rewards, batch.prompt_index)
             advantages = per_completion[:, None].expand(mask.shape).masked_fill(~mask, 0.0)
         if self.penalty is not None and self.level == "sequence" and self.advantage != "none":

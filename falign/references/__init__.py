@@ -1,16 +1,20 @@
 """References: the distributions that the divergence keeps the policy close to."""
 
 from falign.references.adapters import AdapterOff, AdapterReference
-from falign.references.base import REFERENCE, Reference, check_same_at_start, detached_logprobs, detached_states
-from falign.references.cached import Cached
-from falign.references.frozen_model import FrozenModel
-from falign.references.moving import MovingAverage, MovingReference, MovingRule, PeriodicReset
-from falign.references.objective_inputs import (
+from falign.references.base import (
+    REFERENCE,
     ObjectiveInputs,
+    Reference,
+    check_same_at_start,
     completion_batch,
+    detached_logprobs,
+    detached_states,
     field_of_reference,
     objective_inputs,
 )
+from falign.references.cached import Cached
+from falign.references.frozen_model import FrozenModel
+from falign.references.moving import MovingAverage, MovingReference, MovingRule, PeriodicReset
 from falign.references.soup import Soup
 from falign.references.store import CacheKey, LogprobStore, entry_digest
 

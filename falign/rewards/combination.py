@@ -1,17 +1,18 @@
-"""The reward of a run: a weighted sum of named rewards, whose parts are kept."""
+"""The reward of a run: a weighted sum of named rewards with their parts, and the columns of rows that they receive."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from falign.data import PromptRow
 from falign.errors import ConfigError, NonFiniteRewardError, RewardError
-from falign.rewards.base import Reward, RowReward, call_reward, place_of
+from falign.rewards.base import ARGUMENTS, Reward, RowReward, call_reward, place_of
 
-__all__ = ["RewardSum", "Rewards", "WeightedReward"]
+__all__ = ["RewardSum", "Rewards", "WeightedReward", "reward_columns", "row_check"]
 
 
 class WeightedReward(NamedTuple):
@@ -156,3 +157,36 @@ class RewardSum:
         if not math.isfinite(total):
             raise NonFiniteRewardError(f"{place}: the weighted sum of the rewards is {total}; lower rewards.weight.")
         return math.fsum(applying)
+
+
+def reward_columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
+    """Return one list per column of the rows, with ``place`` and ``prompt_ids``; None where a row lacks the column.
+
+    Args:
+        rows: One per completion, or one per prompt.
+
+    Raises:
+        ConfigError: A column has the name of an argument that rewards are given anyway.
+    """
+    names = dict.fromkeys(name for row in rows for name in row.columns)
+    if clashing := sorted(names.keys() & ARGUMENTS):
+        row = next(row for row in rows if clashing[0] in row.columns)
+        raise ConfigError(
+            f"{row.place}: the column {clashing[0]!r} has the name of an argument of rewards, which is not the column: "
+            "rename it, or remove it from the rows."
+        )
+    columns: dict[str, list[Any]] = {name: [row.columns.get(name) for row in rows] for name in names}
+    return columns | {"place": [row.place for row in rows], "prompt_ids": [list(row.prompt_ids) for row in rows]}
+
+
+def row_check(rewards: RewardSum) -> Callable[[Sequence[PromptRow]], list[str | None]]:
+    """Return what says of each prompt why its completions could not be judged, for :func:`falign.data.load_prompts`.
+
+    Args:
+        rewards: Those that will judge.
+    """
+
+    def check(rows: Sequence[PromptRow]) -> list[str | None]:
+        return rewards.row_errors([row.prompt for row in rows], **reward_columns(rows))
+
+    return check

@@ -10,7 +10,7 @@ from torch import nn
 
 from falign.errors import EngineError
 from falign.rollouts.base import Engine, Rollout, SamplingParams
-from falign.rollouts.sampling import process_logits
+from falign.rollouts.decoding import process_logits
 from falign.scoring import PromptTree, completion_states, evaluation_mode, pad
 
 __all__ = ["EXACT", "Canary", "Gap", "measure_gap", "recomputed_logprobs"]

@@ -22,8 +22,7 @@ from falign.rollouts.base import (
     check_prompts,
     check_request,
 )
-from falign.rollouts.decoding import Decoding
-from falign.rollouts.sampling import draw, uniform_streams
+from falign.rollouts.decoding import Decoding, draw, uniform_streams
 from falign.scoring import evaluation_mode, without_wrapper
 
 __all__ = ["TransformersEngine", "sampling_batches"]

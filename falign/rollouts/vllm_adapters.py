@@ -14,7 +14,7 @@ from torch import nn
 from typing_extensions import override
 
 from falign.errors import ConfigError
-from falign.models.adapter_settings import BEYOND_PLAIN_LORA, base_change
+from falign.models.base_weights import BEYOND_PLAIN_LORA, base_change
 from falign.models.staging import staged_folder
 from falign.models.structure import adapter_weights, base_of, lora_layers
 from falign.rollouts.vllm_client import HTTPClient, RefusedError

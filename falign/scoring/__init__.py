@@ -1,9 +1,8 @@
 """From token ids to log-probabilities, entropies and divergences of completions."""
 
-from falign.scoring.batch import PromptTree, TokenBatch, TreeSpan
+from falign.scoring.batch import LAYOUTS, Layout, PromptTree, TokenBatch, TreeSpan, pack, pad
 from falign.scoring.completions import CompletionStates, completion_scores, completion_states
 from falign.scoring.layout_choice import LayoutChoice, check_head, choose_layout, why_not_trees
-from falign.scoring.layouts import LAYOUTS, Layout, pack, pad
 from falign.scoring.model_parts import Adapted, Head, read_backbone, read_head, run_backbone, without_wrapper
 from falign.scoring.scorer import Scorer, detached_scores, evaluation_mode
 from falign.scoring.token_budget import TokenBudgetBatches

@@ -10,9 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from falign.errors import ModelError
-from falign.scoring.batch import PromptTree
+from falign.scoring.batch import Layout, PromptTree, pad
 from falign.scoring.completions import completion_scores
-from falign.scoring.layouts import Layout, pad
 from falign.scoring.model_parts import architecture_errors, other_attention, without_wrapper
 from falign.scoring.scorer import Scorer, evaluation_mode
 from falign.scoring.tree_attention import layer_types, text_config

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from falign.objectives.measures import Measure
-from falign.scoring.batch import PromptTree, TokenBatch
+from falign.scoring.batch import LAYOUTS, Layout, PromptTree, TokenBatch
 from falign.scoring.completions import completion_scores
-from falign.scoring.layouts import LAYOUTS, Layout
 from falign.scoring.vocabulary import DEFAULT_CHUNK_TOKENS, Distribution, TokenScores
 
 __all__ = ["Scorer", "detached_scores", "evaluation_mode"]

@@ -34,8 +34,7 @@ from falign.scoring import TokenBudgetBatches
 from falign.training.batch_sharding import Batches, RowBatches, Share
 from falign.training.finite_guard import FiniteGuard
 from falign.training.learning_rate import same_learning_rates
-from falign.training.means import Means
-from falign.training.processes import gathered, is_writer, num_processes, rank
+from falign.training.processes import Means, gathered, is_writer, num_processes, rank
 from falign.training.sharded_checkpoint import read_optimizer, read_weights, whole_optimizer, whole_weights
 
 __all__ = ["PRIVATE_NAMES", "ResumableTrainer", "reading_checkpoint"]

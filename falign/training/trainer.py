@@ -30,9 +30,8 @@ from falign.objectives.batch import OFFLINE
 from falign.references import REFERENCE, ObjectiveInputs, Reference, completion_batch, objective_inputs
 from falign.scoring import PromptTree, Scorer, TokenBatch, evaluation_mode
 from falign.training.finite_guard import describe_loss
-from falign.training.means import Means
 from falign.training.objective_contract import PLANNED_TERMS, ObjectiveContract
-from falign.training.processes import STANDS_IN, counts, gathered, num_processes, stand_in, stand_in_loss
+from falign.training.processes import STANDS_IN, Means, counts, gathered, num_processes, stand_in, stand_in_loss
 from falign.training.resumable import ResumableTrainer
 
 __all__ = ["AlignmentTrainer"]

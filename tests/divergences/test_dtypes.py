@@ -9,7 +9,7 @@ import torch
 
 from falign import divergences
 from falign.divergences import estimators, optimal_weights
-from falign.divergences.dtypes import numbers
+from falign.divergences.base import numbers
 from falign.objectives import (
     BinaryConstraint,
     ExponentialReward,

@@ -21,7 +21,7 @@ from falign.objectives import (
     TokenPairwise,
 )
 from falign.objectives.margins import Exo
-from falign.objectives.surrogate import Surrogate
+from falign.objectives.penalty import Surrogate
 
 KL = divergences.get("reverse_kl")
 CONSTRUCTORS = {

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from falign.rollouts.base import SamplingParams
-from falign.rollouts.sampling import draw, process_logits, uniform_streams
+from falign.rollouts.decoding import draw, process_logits, uniform_streams
 from tests.rollouts.exact import processed
 
 SETTINGS = [

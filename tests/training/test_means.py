@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from falign.training.means import Means
+from falign.training.processes import Means
 
 
 def test_means_weigh_items_and_not_batches():

@@ -11,8 +11,7 @@ from falign.data import PromptRow
 from falign.data.chat_template import Tokenizer
 from falign.errors import RewardError, RolloutError
 from falign.rewards import RewardSum
-from falign.rewards.columns import reward_columns
-from falign.rewards.combination import Rewards
+from falign.rewards.combination import Rewards, reward_columns
 from falign.rewards.groups import passes
 from falign.rollouts import Engine, Rollout, SamplingParams
 from falign.rollouts.buffer import RolloutBuffer, padded

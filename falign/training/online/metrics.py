@@ -18,9 +18,8 @@ from falign.references import Reference
 from falign.rewards.groups import best_of_n, pass_at_k, powers_of_two
 from falign.rollouts import Rollout
 from falign.scoring import PromptTree, Scorer
-from falign.training.means import Means
 from falign.training.online.groups import Draw
-from falign.training.processes import is_writer, own_batches
+from falign.training.processes import Means, is_writer, own_batches
 
 __all__ = ["CompletionsTable", "draw_values", "evaluation_metrics", "rollout_metrics"]
 

@@ -16,7 +16,7 @@ from falign.models.heads import ValueHead
 from falign.models.tokenizers import tokenizer_fingerprint
 from falign.objectives import Objective
 from falign.references import REFERENCE
-from falign.rewards.columns import row_check
+from falign.rewards.combination import row_check
 from falign.rollouts import EngineSetup, SamplingParams, TransformersEngine
 from falign.rollouts.buffer import RolloutBuffer
 from falign.runfile.config import RunConfig
