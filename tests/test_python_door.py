@@ -150,7 +150,7 @@ def test_an_online_run_with_a_function_goes_on_with_the_same_function_alone(mode
     with pytest.raises(KeyboardInterrupt):
         falign.train(str(model), output_dir=folder / "online", **changes)
     changes = online([{"function": whispering, "name": "shouting"}], prompts=prompts, resume=True)
-    with pytest.raises(ConfigError, match=r"reward shouting is another than when the run began|rewards.0.code"):
+    with pytest.raises(ConfigError, match=r"reward shouting differs from when the run began|rewards.0.code"):
         falign.train(str(model), output_dir=folder / "online", **changes)
     counted = Counter()
     run = falign.train(
@@ -170,7 +170,7 @@ def test_a_run_of_objects_goes_on_with_the_same_rows_alone(model, pairs, folder)
     other = [{**row, "chosen": "thanks"} for row in rows(pairs)]
     data = section(pairs, train={"rows": Dataset.from_list(other), "chat": False})
     changes = arguments(pairs, data=data, training=training, resume=True)
-    with pytest.raises(ConfigError, match=r"row 1 of data.train .* is another than when the run began"):
+    with pytest.raises(ConfigError, match=r"row 1 of data.train .* differs from when the run began"):
         falign.train(str(model), output_dir=folder / "stopped", **changes)
     with pytest.raises(DataError, match=r"python:Dataset was an object in a program"):
         train_file(load_run_file(folder / "stopped" / "run.yaml"), resume=True)
@@ -254,7 +254,7 @@ def test_an_objective_of_ones_own_that_defines_no_reward_is_told_from_one_that_i
         falign.load(folder / "mine").score(pairs, folder / "mine.jsonl")
     with pytest.raises(ConfigError, match="defines no implicit reward"):
         falign.load(folder / "mine", objective=Mine()).score(pairs, folder / "mine.jsonl")
-    with pytest.raises(ConfigError, match="objective is another than the one"):
+    with pytest.raises(ConfigError, match="objective differs from the one"):
         falign.load(folder / "mine", objective=Other()).score(pairs, folder / "mine.jsonl")
     exported = falign.load(folder / "mine").export("adapter")
     assert (exported.path / "adapter_model.safetensors").is_file()

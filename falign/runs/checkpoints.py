@@ -1,8 +1,8 @@
-"""Checkpoints that are complete: each is sealed with checksums, and a run goes on from the newest whose seal holds.
+"""Checkpoints sealed with checksums; a run resumes from the newest one that matches its seal.
 
-``checksums.json`` names the run and the step, every file of the checkpoint with its size and SHA-256, and how far the
-run's logs had come. It is written last, and the folder gets its name after it, so that neither a kill nor a bad disk
-nor a copy leaves anything that is taken for a whole checkpoint of the run.
+``checksums.json`` names the run and the step, every file of the checkpoint with its size and SHA-256, and the state of
+the run's logs. It is written last, and the folder gets its name only afterwards, so a kill, a bad disk or a copy cannot
+leave an incomplete checkpoint that looks complete.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class _Seal(FrozenModel):
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, the oldest first; links are left out, wherever they lead."""
+    """Return the checkpoints of a run, oldest first, without links."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=step_of)
 
@@ -71,13 +71,13 @@ def step_of(checkpoint: Path) -> int:
 
 
 def seal(folder: Path, *, run: str, step: int, logs: Mapping[str, LogMark]) -> None:
-    """Write the checksums of a checkpoint's files, as the last step before it gets its name.
+    """Write the checksums of a checkpoint's files; afterwards it only needs its final name.
 
     Args:
         folder: The checkpoint.
         run: The identifier of its run.
-        step: The optimizer steps that it has seen.
-        logs: How far each log of the run has come; see :func:`sync_logs`.
+        step: The number of optimizer steps taken.
+        logs: The state of each log of the run; see :func:`sync_logs`.
     """
     files = {name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for name, file in _files(folder).items()}
     sealed = {"run": run, "step": step, "logs": {name: mark._asdict() for name, mark in logs.items()}, "files": files}
@@ -87,13 +87,13 @@ def seal(folder: Path, *, run: str, step: int, logs: Mapping[str, LogMark]) -> N
 def why_damaged(
     folder: Path, *, run: str | None = None, contents: bool = True, unread: Collection[str] = ()
 ) -> str | None:
-    """Return what is wrong with a checkpoint; None where it is as it was sealed.
+    """Return why a checkpoint counts as damaged; None if it matches its seal.
 
     Args:
         folder: The checkpoint.
-        run: The identifier of the run that it has to be of; any run where None.
-        contents: Whether all files are read, or only their sizes compared.
-        unread: Files for which only the size is ever compared.
+        run: The identifier of the run that it must belong to; None accepts any run.
+        contents: Compare the contents of all files, not only their sizes.
+        unread: Files of which only the size is compared in any case.
     """
     try:
         sealed = _Seal.model_validate_json((folder / SEAL).read_bytes())
@@ -127,26 +127,26 @@ def weight_sums(folder: Path) -> dict[str, str]:
 
 
 def log_marks(checkpoint: Path) -> dict[str, LogMark]:
-    """Return how far each log of the run had come when a whole checkpoint was written."""
+    """Return the state of each log of the run when an undamaged checkpoint was written."""
     sealed = _Seal.model_validate_json((checkpoint / SEAL).read_bytes())
     return {name: LogMark(mark.bytes, mark.sha256) for name, mark in sealed.logs.items()}
 
 
 def newest_whole(folder: Path, *, run: str | None = None, tell: Callable[[str], None]) -> Path | None:
-    """Return the newest whole checkpoint; damaged ones that are newer are put aside, and it is said so.
+    """Return the newest undamaged checkpoint; newer, damaged ones are renamed and reported.
 
-    They are renamed and not removed: ``damaged-checkpoint-6`` is never resumed from, counted or deleted.
+    They are not removed: ``damaged-checkpoint-6`` is never resumed from, counted or deleted.
 
     Args:
         folder: The run folder.
-        run: The identifier of the run; a checkpoint of another run counts as damaged; any run where None.
+        run: The identifier of the run; a checkpoint of another run counts as damaged. None accepts any run.
         tell: Called with a message for each damaged one.
 
     Returns:
-        None where there is no checkpoint at all.
+        None if there is no checkpoint.
 
     Raises:
-        TrainingError: There are checkpoints, and none is whole; all stay where they are.
+        TrainingError: All checkpoints are damaged; none is renamed.
     """
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(checkpoints(folder)):
@@ -154,41 +154,41 @@ def newest_whole(folder: Path, *, run: str | None = None, tell: Callable[[str], 
         if reason is None:
             for path, why in damaged.items():
                 aside = _put_aside(path)
-                tell(f"{path} is damaged ({why}): it is now {aside.name}, and the run goes on from {checkpoint.name}.")
+                tell(f"{path} is damaged ({why}): it is now {aside.name}, and the run resumes from {checkpoint.name}.")
             return checkpoint
         damaged[checkpoint] = reason
     if damaged:
         listed = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
         raise TrainingError(
-            f"{folder} has no whole checkpoint ({listed}): restore one, or start the run anew in another folder."
+            f"{folder} has no whole checkpoint ({listed}): restore one, or start the run again in another folder."
         )
     return None
 
 
 def rotate(folder: Path, *, run: str, keep: int | None) -> None:
-    """Remove the oldest checkpoints beyond a number, and never the newest whole one: a resume would need it.
+    """Remove the oldest checkpoints beyond a number, but never the newest undamaged one, which a resume would need.
 
     Args:
         folder: The run folder.
         run: The identifier of the run.
-        keep: How many stay, at least 1; None keeps all.
+        keep: Number of checkpoints to keep, at least 1; None keeps all.
     """
     if keep is None:
         return
     there = checkpoints(folder)
     removable, kept = there[:-keep], there[-keep:]
-    # If all that would stay are damaged, an older one may be the newest whole one.
+    # If all kept ones are damaged, the newest undamaged one may be among those to remove.
     if all(why_damaged(checkpoint, run=run, contents=False) for checkpoint in reversed(kept)):
         return
     for checkpoint in removable:
-        # Under another name first: a kill within the removal leaves nothing that looks like a checkpoint.
+        # Renamed first: a kill during the removal then leaves nothing that looks like a checkpoint.
         leaving = checkpoint.with_name(f".{checkpoint.name}.removed")
         checkpoint.rename(leaving)
         shutil.rmtree(leaving)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half written or half removed."""
+    """Remove files and folders that a killed process left half written or half removed."""
     for path in folder.glob(".*"):
         if path.suffix not in {".partial", ".replaced", ".removed"}:
             continue
@@ -199,9 +199,9 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def sync_logs(folder: Path) -> dict[str, LogMark]:
-    """Return how far the logs of a run have come, once that is on the disk.
+    """Flush the logs of a run to the disk and return their state.
 
-    A checkpoint must not be newer than the logs before it.
+    A checkpoint must never be on the disk before the logs of its steps.
     """
     marks = {}
     for name in LOGS:
@@ -230,6 +230,6 @@ def _put_aside(checkpoint: Path) -> Path:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Return all files below a folder but the seal, by their names relative to it."""
+    """Return all files below a folder except the seal, by their relative names."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / SEAL]
     return {str(file.relative_to(folder)): file for file in files}

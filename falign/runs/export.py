@@ -1,4 +1,4 @@
-"""Trained models for other programs, each proven to be the trained one, and soups of them."""
+"""Exports of trained models for other programs, each compared with the trained model; and soups of models."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Exported(NamedTuple):
 
     Attributes:
         path: Its folder.
-        proof: How far its logits are from the trained model's.
+        proof: Difference between its logits and the trained model's.
         four_bit_base: Whether the trained model has a 4-bit base and the export its original weights.
-        served: How vLLM serves an adapter, or why it does not; ``""`` for merged weights.
+        served: Sentence on how vLLM serves an adapter, or why it does not; ``""`` for merged weights.
     """
 
     path: Path
@@ -49,20 +49,20 @@ def export(
     overwrite: bool = False,
     trust_code: bool = False,
 ) -> Exported:
-    """Write a trained model, reload it, and prove that it is the trained one; what is not proven does not stay.
+    """Write a trained model, reload it, and compare it with the trained one; an export that differs is removed.
 
     Args:
         run: The run, or its folder.
         format: ``adapter``, in PEFT's layout, or ``merged`` weights.
         out: Target folder; ``RUN/export/FORMAT`` when left out.
-        dtype: Of merged weights: ``auto`` is the base checkpoint's.
-        base: The 16-bit model to merge into, where the run's is stored in 4 bits.
+        dtype: Of merged weights; ``auto`` takes the base checkpoint's.
+        base: The 16-bit model to merge into, if the run's base is stored in 4 bits.
         overwrite: Replace the target folder.
         trust_code: Whether code that the run folder names may run.
 
     Raises:
-        ConfigError: Arguments that contradict each other or the run, or a target that holds something else.
-        ModelError: The target is occupied, or the export is not the trained model.
+        ConfigError: The arguments contradict each other or the run, or the target holds something else.
+        ModelError: The target is occupied, or the export differs from the trained model.
     """
     if format not in ("adapter", "merged"):
         raise ConfigError(f"format={format!r} is unknown: choose adapter or merged.")
@@ -114,7 +114,7 @@ class SoupMember(BaseModel):
 
 
 class SoupRecord(BaseModel):
-    """``soup.json`` of an average: what went into it."""
+    """``soup.json`` of an average: its members and their weights."""
 
     kind: Literal["adapter", "checkpoint"]
     members: tuple[SoupMember, ...]
@@ -128,18 +128,18 @@ def soup(
     dtype: str = "auto",
     overwrite: bool = False,
 ) -> SoupRecord:
-    """Average adapters over one base, exactly, or whole checkpoints; a reference (SALSA) or a model of its own.
+    """Average adapters over one base, exactly, or whole checkpoints, for use as a reference (SALSA) or a model.
 
     Args:
-        models: Adapters, checkpoints, or runs that have trained such.
+        models: Adapters, checkpoints, or runs that have trained one.
         out: Target folder.
-        weights: One share each, together 1; equal ones when left out.
-        dtype: Of averaged checkpoints: ``auto`` is the first one's.
+        weights: One share for each model, with sum 1; equal shares by default.
+        dtype: Of averaged checkpoints; ``auto`` takes the first one's.
         overwrite: Replace the target folder.
 
     Raises:
-        ConfigError: The weights are not shares of 1, or the target holds something else.
-        ModelError: The models have no average, or what a run has trained is damaged.
+        ConfigError: The weights do not sum to 1, or the target holds something else.
+        ModelError: The models cannot be averaged, or the trained weights of a run are damaged.
     """
     target, paths = Path(out), [named(each)[0] for each in models]
     refuse_other_folder(target, what="a model")

@@ -1,4 +1,4 @@
-"""The folder of a run: claimed once, every file in it whole."""
+"""The folder of a run: one process claims it, and every file in it is complete."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from falign.terminal import without_passwords
 __all__ = ["RunFolder", "is_held_out", "log_line", "versions"]
 
 PATHS = frozenset({"path", "paths", "chat_template", "cache", "root", "init", "shared_dir"})
-"""Fields of the run file that may name something on the disk."""
+"""Fields of the run file that may hold a path on the disk."""
 
 MODELS = frozenset({"path", "paths", "init"})
-"""Those of the sections of models that name a model or an adapter."""
+"""Fields that name a model or an adapter."""
 
 SERVER = frozenset(f"rollout.engine.{name}" for name in ("url", "shared_dir", "timeout", "wait"))
 OBSERVERS = frozenset(
@@ -44,22 +44,22 @@ BY_CONTENT = re.compile(
     r"model\.(path|revision|chat_template)|(data|prompts)\.(train|eval)\.\d+\.path|rehearsal\.path"
     r"|(reference|references\.\w+)\.(path|paths|cache)"
 )
-"""Settings that only say where something lies: its content is hashed (:class:`RunInputs`, :class:`RunRows`)."""
+"""Settings that are locations: the content there is hashed instead (:class:`RunInputs`, :class:`RunRows`)."""
 
 LENGTH = frozenset({"training.max_steps", "training.num_train_epochs"})
 MAY_DIFFER = frozenset({"output_dir"}) | OBSERVERS | LENGTH | SERVER
-"""Settings of a run that goes on which change no step that was taken: its folder may have moved, other steps may be
-logged, saved and evaluated, bad steps may be skipped, and the server may be another one of the same model. How long a
-run is decides about its learning rates, which are compared themselves."""
+"""Settings that may differ when a run resumes, because they change no step that was taken: its folder may have moved,
+other steps may be logged, saved and evaluated, bad steps may be skipped, and another server may serve the same model.
+The length of a run only decides its learning rates, which are compared themselves."""
 
 BEGUN = ("run.yaml", "manifest.json", "rows.txt", "metrics.jsonl", "completions.jsonl", "before.json")
-"""All that a run writes before its first step."""
+"""Files that a run writes before its first step."""
 
 FINISHED = ("summary.json", "samples.json")
 """Files that mark a run as finished."""
 
 LEFT = frozenset({LOCK})
-"""All that there is of a run that was killed before it wrote its first file."""
+"""Files left by a run that was killed before it wrote its first file."""
 
 NO_WEIGHTS = frozenset({"optimizer.pt", "scheduler.pt"})
 """Files of a checkpoint that its model does not need."""
@@ -72,24 +72,24 @@ class RunFolder:
 
     ======================  ==============================================================
     ``run.yaml``            the resolved run file
-    ``manifest.json``       versions, model, reference identity, what became of the data, and the content hashes of all
+    ``manifest.json``       versions, model, reference identity, counts of the data, and content hashes of everything
                             that decides its steps
-    ``rows.txt``            a digest of each row and of its prompt, in order: what is trained on, and what is held out
-    ``metrics.jsonl``       one log a line
-    ``checkpoint-N/``       trainable weights, optimizer, scheduler, random states (``damaged-`` before it: put aside)
+    ``rows.txt``            a digest of each row and of its prompt, in order: training rows and held-out rows
+    ``metrics.jsonl``       one log per line
+    ``checkpoint-N/``       trainable weights, optimizer, scheduler, random states (``damaged-`` before a damaged one)
     ``adapter/``            the trained adapter in PEFT's layout (``model/`` without adapter)
-    ``reference/``          where a reference that moves has come to (``references/NAME/``: others than ``reference``)
-    ``completions.jsonl``   in an online run, what the policy wrote and what it was worth
+    ``reference/``          the last state of a moving reference (``references/NAME/`` for those of other names)
+    ``completions.jsonl``   completions of an online run with their rewards
     ``samples.json``        prompts answered before and after
     ``summary.json``        held-out metrics before and after
     ``curves.png``          loss, rewards and log-ratios
-    ``evaluation/NAME/``    what ``falign evaluate`` has measured
-    ``report.html``         what ``falign report`` has written, with its plots in ``report-figures/``
+    ``evaluation/NAME/``    results of ``falign evaluate``
+    ``report.html``         the report of ``falign report``, with its plots in ``report-figures/``
     ======================  ==============================================================
 
     Args:
         path: The folder.
-        writes: False for the processes of a run that leave the writing to another one.
+        writes: False for the processes of a run that do not write; one process writes for all.
     """
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
@@ -100,7 +100,7 @@ class RunFolder:
         """Return an existing run.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: The path is not a run folder.
         """
         folder = cls(Path(path))
         if not (folder.run_file.is_file() and (folder.path / "manifest.json").is_file()):
@@ -117,7 +117,7 @@ class RunFolder:
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on with the run, with all settings that it was given."""
+        """The command that resumes the run with its settings."""
         return f"falign train {shlex.quote(str(self.run_file))} --resume"
 
     @property
@@ -136,7 +136,7 @@ class RunFolder:
         return self.path / "adapter"
 
     def reference_state(self, name: str = REFERENCE) -> Path:
-        """Return the folder with the last state of a reference that moves."""
+        """Return the folder with the last state of a moving reference."""
         return self.path / "reference" if name == REFERENCE else self.path / "references" / name
 
     @property
@@ -145,15 +145,15 @@ class RunFolder:
         return self.path / "model"
 
     def require_free(self) -> None:
-        """Refuse a folder that holds anything.
+        """Refuse a folder that is not empty.
 
         Raises:
-            ConfigError: It holds another run, which may be going on, or other files.
+            ConfigError: It holds another run, finished or in progress, or other files.
         """
         if self.run_file.is_file():
             self.lock.require_free()
             raise ConfigError(
-                f"output_dir={self.path} holds another run: choose another folder, remove it, or go on with that run "
+                f"output_dir={self.path} holds another run: choose another folder, remove it, or resume that run "
                 "by --resume."
             )
         remove_leftovers(self.run_file)
@@ -163,10 +163,10 @@ class RunFolder:
             raise ConfigError(f"output_dir={self.path} exists and is not an empty folder: choose another.")
 
     def refuse_links(self) -> None:
-        """Refuse a folder in which a link leads out of it: what is written there would go elsewhere.
+        """Refuse a folder with a link that leads out of it: files written through it would land elsewhere.
 
         Raises:
-            ConfigError: With the link.
+            ConfigError: A link leads out of the folder; the message names it.
         """
         root = self.path.resolve()
         for place, folders, files in os.walk(self.path):
@@ -176,14 +176,14 @@ class RunFolder:
                     raise ConfigError(f"{entry} is a link that leads out of the run folder: remove it.")
 
     def require_same(self, config: RunConfig, *, new_rewards: bool = False) -> None:
-        """Refuse to go on with a run under settings that change its steps.
+        """Refuse to resume a run with settings that change its steps.
 
         Args:
-            config: The run, as it is to go on.
-            new_rewards: Whether its rewards may be other ones.
+            config: The settings to resume with.
+            new_rewards: Whether its rewards may differ.
 
         Raises:
-            ConfigError: With the settings that differ from those that the run began with; or it cannot go on.
+            ConfigError: Settings differ from those that the run began with; or the folder cannot be resumed.
         """
         if not self.run_file.is_file():  # the manifest comes later, and a run may have been killed before it
             RunFolder.open(self.path)
@@ -195,19 +195,19 @@ class RunFolder:
             )
 
     def require_unedited(self, config: RunConfig) -> None:
-        """Refuse the run file of this folder where it was edited after the run began.
+        """Refuse the run file of this folder if it was edited after the run began.
 
         Args:
-            config: Read from it.
+            config: Settings read from the run file.
 
         Raises:
-            ConfigError: With the settings that differ from those that the run began with.
+            ConfigError: Settings differ from those that the run began with.
         """
         if changed := self._changed_settings(config):
             raise ConfigError(f"{self.run_file} was edited after the run began: {changed}. Set them as they were.")
 
     def _changed_settings(self, config: RunConfig, *, new_rewards: bool = False) -> str:
-        """Name the first settings that would change steps of the run, with both values; ``""`` where there are none."""
+        """Name the first settings that would change steps of the run, with both values; ``""`` if none would."""
         old, new = _flat(self.read_settings()), _flat(self.settings(config))
         keys = [
             key
@@ -219,19 +219,19 @@ class RunFolder:
         return ", ".join(f"{key} ({old.get(key)!r} when it began, {new.get(key)!r} now)" for key in keys[:5])
 
     def read_settings(self) -> dict[str, Any]:
-        """Return the resolved settings that the run began with, whatever became of its run file since."""
+        """Return the resolved settings that the run began with, even if its run file was edited since."""
         return self.read_inputs()["settings"] if self.began else self.read_run_file()
 
     def require_same_inputs(self, rows: RunRows, inputs: RunInputs, *, new_rewards: bool = False) -> None:
-        """Refuse to go on with a run where something else that decides its steps has changed.
+        """Refuse to resume a run if its rows or another input of its steps has changed.
 
         Args:
-            rows: The rows that are there now.
-            inputs: All else that is there now.
-            new_rewards: Whether its rewards may be other ones.
+            rows: The present rows.
+            inputs: The other present inputs.
+            new_rewards: Whether its rewards may differ.
 
         Raises:
-            ConfigError: With the first input that differs, and the remedy.
+            ConfigError: An input has changed; the message names the first one and the remedy.
         """
         recorded = self.read_inputs()
         allowed = {"rewards": inputs.hashes["rewards"]} if new_rewards else {}
@@ -240,12 +240,12 @@ class RunFolder:
             changed = f"{changed}: restore the file"
         if changed is not None:
             raise ConfigError(
-                f"{self.path} cannot go on as the run that it began as: {changed}; or start a new run in another "
-                "output_dir."
+                f"{self.path} cannot be resumed, because its steps would differ: {changed}; or start a new run in "
+                "another output_dir."
             )
 
     def changes(self, inputs: RunInputs, *, new_rewards: bool) -> list[dict[str, Any]]:
-        """Return the record of rewards and versions that changed between two steps, with those that change now."""
+        """Return the recorded changes of rewards and versions between steps, and add the change at this resume."""
         recorded, there = self.read_inputs(), checkpoints(self.path)
         if not there:
             return recorded["changes"]
@@ -257,18 +257,18 @@ class RunFolder:
         return [*recorded["changes"], *([{"after_step": step_of(there[-1]), **before}] if before else [])]
 
     def read_versions(self) -> dict[str, str]:
-        """Return the versions of Python and of packages with which the run was last started."""
+        """Return the versions of Python and of the packages at the last start of the run."""
         return self.read_manifest().get("versions", {})
 
     def other_versions(self) -> str:
-        """Name the versions that are others now than when the run was last started; ``""`` where all are the same."""
+        """Name the versions that have changed since the run was last started; ``""`` if none has."""
         old, new = self.read_versions(), versions()
         changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
         return ", ".join(f"{name} ({old.get(name)} then, {new.get(name)} now)" for name in changed)
 
     @staticmethod
     def settings(config: RunConfig) -> dict[str, Any]:
-        """Return the resolved run file as the manifest gives it back."""
+        """Return the resolved run file as it reads back from the manifest."""
         return json.loads(_json(_plain(config)))
 
     @property
@@ -277,25 +277,25 @@ class RunFolder:
         return (self.path / "manifest.json").is_file()
 
     def read_inputs(self) -> dict[str, Any]:
-        """Return what the manifest records of all that decides the run's steps.
+        """Return the manifest's record of everything that decides the run's steps.
 
         Raises:
-            ConfigError: It records none.
+            ConfigError: The manifest has no such record.
         """
         found = self.read_manifest().get("inputs")
         if not isinstance(found, dict) or found.keys() != {"run", "date", "settings", "hashes", "rows", "changes"}:
             raise ConfigError(
-                f"{self.path / 'manifest.json'} has no record of the run's inputs, so nothing tells whether they are "
-                "the same: restore it, go on with the version of falign in its 'versions', or start a new run."
+                f"{self.path / 'manifest.json'} has no record of the run's inputs, so they cannot be compared: "
+                "restore it, resume with the version of falign in its 'versions', or start a new run."
             )
         return found
 
     def read_date(self) -> datetime:
-        """Return the date for templates that write one, in this run."""
+        """Return the date that chat templates write in this run."""
         return datetime.fromisoformat(self.read_inputs()["date"])
 
     def read_rows(self) -> RunRows:
-        """Return the digests of the rows of the run: what it trains on, and what it holds out.
+        """Return the digests of the run's rows, for training and held out.
 
         Raises:
             ConfigError: They are missing or damaged.
@@ -307,10 +307,10 @@ class RunFolder:
         return rows
 
     def claim(self, config: RunConfig) -> None:
-        """Create the folder, keep others out of it, and write the resolved run file.
+        """Create the folder, lock it, and write the resolved run file.
 
         Raises:
-            ConfigError: Another process was first.
+            ConfigError: Another process has claimed the folder.
         """
         if self.writes and not self.lock.is_held:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -319,7 +319,7 @@ class RunFolder:
         self._write("run.yaml", yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
 
     def release(self) -> None:
-        """Undo :meth:`claim` where a run ended before its first step, so that its folder can be claimed again."""
+        """Undo :meth:`claim` of a run that ended before its first step, so that its folder can be claimed again."""
         if not self.writes:
             return
         for name in BEGUN:
@@ -330,31 +330,31 @@ class RunFolder:
         try:
             found = plain_yaml(self.run_file.read_text(encoding="utf-8"), place=str(self.run_file))
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{self.run_file} is damaged ({error}): restore it, or run anew.") from error
+            raise ConfigError(f"{self.run_file} is damaged ({error}): restore it, or start a new run.") from error
         if not isinstance(found, dict):
-            raise ConfigError(f"{self.run_file} is damaged (no sections): restore it, or run anew.")
+            raise ConfigError(f"{self.run_file} is damaged (no sections): restore it, or start a new run.")
         return found
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write one JSON file, whole or not at all."""
+        """Write one JSON file atomically."""
         self._write(name, _json(value) + "\n")
 
     def write_rows(self, rows: RunRows) -> None:
-        """Write the digests of the run's rows; the manifest, which has their hash, comes after them."""
+        """Write the digests of the run's rows; the manifest, which has their hash, is written after them."""
         self._write("rows.txt", rows.text)
 
     def record_model(self, trained: Path) -> None:
-        """Record what the weights in a folder are that training came to, the last thing that the manifest needs."""
+        """Record the checksums of the trained weights, the last entry of the manifest."""
         self.write_json("manifest.json", {**self.read_json("manifest.json"), "trained": weight_sums(trained)})
 
     def require_own_model(self, trained: Path) -> None:
-        """Refuse a checkpoint, or the weights that training came to, where they are damaged or of another run.
+        """Refuse a checkpoint or trained weights that are damaged or belong to another run.
 
         Args:
             trained: Their folder.
 
         Raises:
-            ModelError: With the file that differs, and the remedy.
+            ModelError: A file differs; the message names it and the remedy.
         """
         if trained in checkpoints(self.path):
             run = self.read_inputs()["run"]
@@ -369,18 +369,18 @@ class RunFolder:
         if name is not None:
             raise ModelError(
                 f"{trained / name} is not what {self.path} has trained (its checksum is not that of manifest.json): "
-                f"restore it, or remove {trained} and `{self.resume_command}` writes it anew."
+                f"restore it, or remove {trained}, and `{self.resume_command}` writes it again."
             )
 
     @classmethod
     def require_own_models(cls, config: RunConfig) -> None:
-        """Refuse adapters and models of other runs that a run file names, where they are not what those have trained.
+        """Refuse adapters and models of other runs, named in a run file, that differ from what those runs trained.
 
         Args:
-            config: Its paths of model, adapter and references are looked at.
+            config: The run file; paths of its model, adapter and references are checked.
 
         Raises:
-            ModelError: With the file that differs, and the remedy.
+            ModelError: A file differs; the message names it and the remedy.
         """
         named = config.model_dump(mode="json", include={"model", "adapter", "reference", "references"})
         for path in dict.fromkeys(_paths(named)):
@@ -397,32 +397,32 @@ class RunFolder:
         """Return one JSON file.
 
         Raises:
-            ConfigError: The run has not come so far.
+            ConfigError: The run has not written it yet, or it is damaged.
         """
         file = self.path / name
         if not file.is_file():
-            raise ConfigError(f"{file} is not there: the run has not come so far. Go on with it by --resume.")
+            raise ConfigError(f"{file} is missing: the run has not written it yet. Resume it by --resume.")
         try:
             return json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ConfigError(
-                f"{file} is damaged ({error}): go on with the run by --resume to write it anew."
-            ) from error
+            raise ConfigError(f"{file} is damaged ({error}): resume the run by --resume to write it again.") from error
 
     def read_manifest(self) -> dict[str, Any]:
-        """Return what the run recorded of itself.
+        """Return the run's manifest.
 
         Raises:
-            ConfigError: It is damaged.
+            ConfigError: It is missing or damaged.
         """
         found = self.read_json("manifest.json")
         needed = {"base_weights", "base_config"}
         if not isinstance(found, dict) or not isinstance(found.get("reference"), dict) or not needed <= found.keys():
-            raise ConfigError(f"{self.path / 'manifest.json'} is damaged (a part is missing): restore it, or run anew.")
+            raise ConfigError(
+                f"{self.path / 'manifest.json'} is damaged (a part is missing): restore it, or start a new run."
+            )
         return found
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return all logs; half a last line, which a killed run leaves, is skipped.
+        """Return all logs; an incomplete last line, which a killed run leaves, is skipped.
 
         Raises:
             ConfigError: Another line is damaged.
@@ -430,15 +430,15 @@ class RunFolder:
         return list(read_journal(self.metrics_file))
 
     def restore_logs(self, checkpoint: Path, history: Sequence[dict[str, Any]], tell: Callable[[str], None]) -> None:
-        """Take all logs back to where they were when a checkpoint was written; a resumed run writes the rest again.
+        """Truncate all logs to their state at a checkpoint; the resumed run writes the rest again.
 
         Args:
-            checkpoint: From which the run goes on.
-            history: All that had been logged then, by the checkpoint itself.
+            checkpoint: The checkpoint that the run resumes from.
+            history: All logs up to the checkpoint, as the checkpoint stores them.
             tell: Called with a message if lines were lost.
 
         Raises:
-            TrainingError: Lines of completions are lost, which nothing brings back.
+            TrainingError: Lines of completions are lost; the checkpoint does not store them.
         """
         marks = log_marks(checkpoint)
         completions = marks.get("completions.jsonl")
@@ -446,9 +446,9 @@ class RunFolder:
             if self.completions_file.exists():
                 raise TrainingError(
                     f"{self.completions_file} has lost or changed lines that were in it at {checkpoint.name}: restore "
-                    "it, or remove it, and the run goes on with a new one."
+                    "it, or remove it, and the run begins a new one."
                 )
-            tell(f"{self.completions_file} is gone: a new one begins at {checkpoint.name}.")
+            tell(f"{self.completions_file} is missing: a new one begins at {checkpoint.name}.")
             completions = None
         for file, mark in ((self.completions_file, completions), (self.metrics_file, marks.get("metrics.jsonl"))):
             if mark is None:
@@ -458,24 +458,24 @@ class RunFolder:
                 sync_file(file)
             else:
                 tell(
-                    f"{file} has lost or changed lines that were in it at {checkpoint.name}: it is written anew from "
-                    "what the checkpoint remembers."
+                    f"{file} has lost or changed lines that were in it at {checkpoint.name}: it is written again from "
+                    "the logs in the checkpoint."
                 )
                 self._write(file.name, "".join(log_line(log) for log in history))
 
     def reopen(self) -> None:
-        """Take away what says that the run has ended: it goes on to more steps than it began with."""
+        """Remove the files that mark the run as finished, before it continues to more steps."""
         for name in FINISHED:
             (self.path / name).unlink(missing_ok=True)
 
     def last_checkpoint(self, tell: Callable[[str], None] = print) -> Path | None:
-        """Return the newest whole checkpoint; newer ones that are damaged are put aside, and ``tell`` is told.
+        """Return the newest undamaged checkpoint; newer, damaged ones are renamed and reported to ``tell``.
 
         Returns:
-            None where the run has not come to its first checkpoint.
+            None if the run has no checkpoint yet.
 
         Raises:
-            TrainingError: It has checkpoints, and none is whole; or it is finished and has none.
+            TrainingError: All checkpoints are damaged, or the run is finished and has none.
         """
         if not checkpoints(self.path):
             found = None
@@ -483,7 +483,7 @@ class RunFolder:
             found = newest_whole(self.path, run=self.read_inputs()["run"], tell=tell)
         if found is None and (self.path / "summary.json").is_file():
             raise TrainingError(
-                f"{self.path} is finished and has no checkpoint to resume from: start it anew in another folder."
+                f"{self.path} is finished and has no checkpoint to resume from: start it again in another folder."
             )
         return found
 
@@ -504,7 +504,7 @@ def versions() -> dict[str, str]:
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:
-    """The run file with local paths written whole, so that the run can be used from any folder."""
+    """Return the run file with absolute local paths, so that the run can be used from any folder."""
     plain = config.model_dump(mode="json")
     plain["output_dir"] = str(config.output_dir.absolute())
     return {section: _with_whole_paths(value, section) for section, value in plain.items()}
@@ -539,7 +539,7 @@ def is_held_out(log: dict[str, Any]) -> bool:
 def log_line(log: dict[str, Any]) -> str:
     """Return the line of ``metrics.jsonl`` for a log with its step.
 
-    JSON has no NaN and no infinity: such a value is left out rather than written as what no reader accepts.
+    JSON has no NaN and no infinity: such values are left out, because strict readers refuse them.
     """
     finite = {name: v for name, v in log.items() if not isinstance(v, float) or math.isfinite(v)}
     return json.dumps({"step": log["step"], **finite}) + "\n"

@@ -1,4 +1,4 @@
-"""Content hashes of all that decides the steps of a run: a run goes on only where none of them has changed."""
+"""Content hashes of everything that decides the steps of a run; a run resumes only if none of them has changed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHORT = 32
 
 TRAINED_ON = ("data.train", "prompts.train")
 
-MENDS = {
+REMEDIES = {
     "chat_template": "restore the template that model.chat_template or model.path has",
     "tokenizer": "restore the tokenizer files of model.path, or set model.revision",
     "stop_tokens": "restore generation_config.json of model.path, or set model.revision",
@@ -29,7 +29,7 @@ MENDS = {
     "reference": "restore the model or adapter that the section reference names",
     "references": "restore the model or adapter that its section under references names",
     "objective_code": "restore that module",
-    "rewards": "restore its code and its files, or give --new-rewards to go on with it as it is now, which is recorded",
+    "rewards": "restore its code and its files, or give --new-rewards to continue with it as it is, which is recorded",
 }
 """The remedy for each input that has changed."""
 
@@ -52,7 +52,7 @@ def text_hash(text: str) -> str:
 
 
 def prompt_digest(prompt_ids: Sequence[int]) -> str:
-    """Return the digest under which a run records the prompt of a row: of its token ids."""
+    """Return the digest that a run records for the prompt of a row, computed from its token ids."""
     return _hash(prompt_ids)[:SHORT]
 
 
@@ -62,7 +62,7 @@ class RunRows:
 
     Attributes:
         rows: By section of the run file (``data.train``, ``prompts.eval`` ...), two digests per row: of its prompt
-            (:func:`prompt_digest`), and of all that training reads of the row.
+            (:func:`prompt_digest`), and of everything that training reads of the row.
     """
 
     rows: Mapping[str, Sequence[tuple[str, str]]]
@@ -74,7 +74,7 @@ class RunRows:
 
     @classmethod
     def read(cls, text: str) -> RunRows:
-        """Return what :attr:`text` wrote; of a damaged text something of another :attr:`digest`."""
+        """Read :attr:`text` back; a damaged text gives rows with a different :attr:`digest`."""
         rows: dict[str, list[tuple[str, str]]] = {}
         for line in text.split("\n")[:-1]:
             section, _, digests = line.partition(" ")
@@ -84,12 +84,12 @@ class RunRows:
 
     @property
     def text(self) -> str:
-        """A line per row: its section and both digests."""
+        """One line per row: its section and both digests."""
         return "".join(f"{section} {' '.join(row)}\n" for section, rows in self.rows.items() for row in rows)
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of all of it."""
+        """The SHA-256 of :attr:`text`."""
         return text_hash(self.text)
 
     @property
@@ -98,36 +98,36 @@ class RunRows:
         return frozenset(prompt for section in TRAINED_ON for prompt, _ in self.rows.get(section, ()))
 
     def difference(self, other: RunRows) -> str | None:
-        """Say where other rows, those that are there now, differ first; None where they are the same."""
+        """Describe the first difference to the present rows; None if there is none."""
         for section in dict.fromkeys((*self.rows, *other.rows)):
             then, now = self.rows.get(section, ()), other.rows.get(section, ())
             if len(then) != len(now):
                 return f"{section} had {len(then)} rows when the run began, and has {len(now)} now"
             for number, (before, after) in enumerate(zip(then, now, strict=True), start=1):
                 if before != after:
-                    return f"row {number} of {section} (of those that are used) is another than when the run began"
+                    return f"row {number} of {section} (counting used rows) differs from when the run began"
         return None
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """All that decides the steps of a run besides its rows and its settings.
+    """Everything that decides the steps of a run besides its rows and settings.
 
     Attributes:
-        hashes: By the names of :data:`NAMES`; a mapping has several parts, such as one per reward.
+        hashes: Hash by the names of :data:`NAMES`; a mapping if there are several parts, such as one per reward.
     """
 
     hashes: Mapping[str, Any]
 
     def difference(self, recorded: Mapping[str, Any]) -> str | None:
-        """Name the first input that differs from what was recorded, with the remedy; None where all are the same."""
-        for name, mend in MENDS.items():
+        """Name the first input that differs from the record, with the remedy; None if none differs."""
+        for name, remedy in REMEDIES.items():
             then, now = _plain(recorded.get(name)), _plain(self.hashes.get(name))
             if then == now:
                 continue
             parts = sorted(then.keys() | now.keys()) if isinstance(then, dict) and isinstance(now, dict) else []
             part = next((f" {part}" for part in parts if then.get(part) != now.get(part)), "")
-            return f"{NAMES[name]}{part} is another than when the run began: {mend}"
+            return f"{NAMES[name]}{part} differs from when the run began: {remedy}"
         return None
 
 
@@ -137,7 +137,7 @@ def _digests(row: PromptTree | PromptRow | RolloutBuffer) -> tuple[str, str]:
 
 
 def _contents(row: PromptTree | PromptRow | RolloutBuffer) -> tuple[Sequence[int], str]:
-    """Return the prompt's ids, and a text that tells all else apart that objectives and rewards read."""
+    """Return the prompt's ids, and a text with everything else that objectives and rewards read."""
     if isinstance(row, PromptRow):
         return row.prompt_ids, json.dumps([row.prompt, dict(row.columns)], sort_keys=True, default=str)
     if isinstance(row, RolloutBuffer):
@@ -152,5 +152,5 @@ def _hash(ids: Sequence[int]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON gives it back."""
+    """Return the value as it reads back from JSON."""
     return json.loads(json.dumps(value, default=str))

@@ -1,4 +1,4 @@
-"""Loading what a run has trained."""
+"""Loading the results of a run: its trained model, tokenizer and settings."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ __all__ = [
 
 
 class Given:
-    """Sections of a run with objects of a program, for what its run file names or only records.
+    """Objects in memory that replace sections of a run file.
 
     Args:
-        sections: By name, as :class:`falign.runfile.RunConfig` has them.
+        sections: By name, as fields of :class:`falign.runfile.RunConfig`.
     """
 
     def __init__(self, sections: Mapping[str, Any] | None = None) -> None:
@@ -53,7 +53,7 @@ class Given:
         tokenizer: PreTrainedTokenizerBase | None,
         objective: Objective | None,
     ) -> Given:
-        """Return the sections of a model in memory, and of an objective."""
+        """Return the sections of a model in memory and of an objective."""
         from falign.runfile.objects import LoadedModelConfig, objective_section
 
         sections: dict[str, Any] = {} if model is None else {"model": LoadedModelConfig.of(model, tokenizer)}
@@ -63,11 +63,11 @@ class Given:
         """Return a run with the objects in their sections.
 
         Raises:
-            ConfigError: The objective is not the one that was trained with.
+            ConfigError: The objective differs from the one of the training.
         """
         objective = self.sections.get("objective")
         if objective is not None and objective.model_dump() != config.objective.model_dump():
-            raise ConfigError(f"objective is another than the one that {path} was trained with: give that one.")
+            raise ConfigError(f"objective differs from the one that {path} was trained with: give that one.")
         return config.model_copy(update=self.sections)
 
 
@@ -80,11 +80,11 @@ class Trained(NamedTuple):
 
 
 class OpenRun:
-    """A run in its folder: its results, and the model that it has trained, which is loaded where it is asked for.
+    """A run in its folder: its results and its trained model, which is loaded at first use.
 
     Args:
         path: The run folder.
-        given: Objects that stand for what the run file names or only records.
+        given: Objects that replace sections of the run file.
         trust_code: Whether code that the run folder names may run.
 
     Raises:
@@ -144,7 +144,7 @@ class OpenRun:
 
 
 Named = str | Path | OpenRun
-"""A run, or the name of a run or of any model."""
+"""A run, the path of a run folder, or the path or name of any model."""
 
 
 def named(model: Named, *, trust_code: bool = False) -> tuple[str, Given | None, bool]:
@@ -155,15 +155,15 @@ def named(model: Named, *, trust_code: bool = False) -> tuple[str, Given | None,
 
 
 def is_run(path: str) -> bool:
-    """Return whether a path is that of a run folder, and not a model's."""
+    """Return whether a path is a run folder rather than a model."""
     return (Path(path) / "manifest.json").is_file()
 
 
 def check_own_models(paths: Sequence[str | Path]) -> None:
-    """Refuse runs among some paths whose trained weights are damaged or of another run.
+    """Check the trained weights of those paths that are run folders.
 
     Raises:
-        ModelError: With the file that differs from its checksum, and the remedy.
+        ModelError: A file is damaged or belongs to another run; the message names it and the remedy.
     """
     from falign.runs import RunFolder
 
@@ -176,7 +176,7 @@ def check_own_models(paths: Sequence[str | Path]) -> None:
 
 
 def chat_of_run(path: str) -> bool | None:
-    """Return whether a run read plain texts as turns; None for a model, and where the run's sources differ."""
+    """Return whether a run read plain texts as turns; None for a model, or if the run's sources differ."""
     from falign.runs import RunFolder
     from falign.runs.named_code import read_run
 
@@ -184,34 +184,34 @@ def chat_of_run(path: str) -> bool | None:
 
 
 def chosen_chat(chat: bool | None, tokenizer: PreTrainedTokenizerBase, console: Console) -> bool:
-    """Return whether plain prompts are turns; where nobody has said so, they are where there is a chat template.
+    """Return whether plain prompts are turns; by default they are if the model has a chat template.
 
     Args:
-        chat: What the user or the run says.
-        tokenizer: The model's.
-        console: Prints how plain text is read if the user has not chosen.
+        chat: The choice of the user or the run; None if there is none.
+        tokenizer: The model's tokenizer.
+        console: Shows how plain text is read if nobody has chosen.
     """
     if chat is None and tokenizer.chat_template:
         console.print(
             "Prompts of plain text are read as a user's turns, because the model has a chat template; chat=False "
-            "continues them as they stand, and chat=True says the same without this line.",
+            "continues them as they are, and chat=True reads them as turns without this line.",
             style="yellow",
         )
     return bool(tokenizer.chat_template) if chat is None else chat
 
 
 def result_folder(model: str, name: str, out: Path | None) -> Path:
-    """Return where results go: a folder of the run, or the one that is given.
+    """Return the folder for results: in the run folder, or the given one.
 
     Raises:
-        ConfigError: The name is a path, or there is no folder for a model's.
+        ConfigError: The name is a path, or the results are a model's and no folder is given.
     """
     if Path(name).name != name or name in {"", "..", "."}:
         raise ConfigError(f"name={name} must be the name of a folder, without a path; out takes a path.")
     if out is not None:
         return out
     if not is_run(model):
-        raise ConfigError(f"{model} is not a run folder, which results would go into: give out=DIR.")
+        raise ConfigError(f"{model} is not a run folder, so it has no place for results: give out=DIR.")
     folder = Path(model) / "evaluation" / name
     if not folder.resolve().is_relative_to(Path(model).resolve()):
         raise ConfigError(f"{folder} is a link that leads out of {model}: remove it, or give out=DIR.")
@@ -225,18 +225,18 @@ def load_trained(
     given: Given | None = None,
     trust_code: bool = False,
 ) -> Trained:
-    """Load the model of a run as it was trained.
+    """Load the trained model of a run.
 
     Args:
         folder: The run.
-        checkpoint: The step of a checkpoint to take in place of the end.
-        given: Objects that stand for what the run file names.
+        checkpoint: The step of a checkpoint to load instead of the last weights.
+        given: Objects that replace sections of the run file.
         trust_code: Whether code that the run folder names may run.
 
     Raises:
         ConfigError: The run is not finished, has no such checkpoint, or names code for its model that is not trusted.
-        ModelError: The base model, its configuration or its tokens are not those that were trained with, or what was
-            trained is damaged.
+        ModelError: The base model, its configuration or its tokens differ from those of the training, or the trained
+            weights are damaged.
     """
     from falign.models import load_adapter, load_model, load_tokenizer, weights_hash
     from falign.models.tokenizers import fix_date
@@ -268,7 +268,7 @@ def load_trained(
     if weights != folder.read_manifest()["base_weights"]:
         raise ModelError(
             f"{config.model.path} holds other weights now than when {folder.path} was trained: restore them (or set "
-            f"model.revision in {folder.run_file}), because the adapter is for those."
+            f"model.revision in {folder.run_file}), because the adapter fits only those."
         )
     tokenizer = source_of_base.build_tokenizer(date=folder.read_date())
     _check_tokens(model, tokenizer, folder, config.model.path)
@@ -286,20 +286,20 @@ def _check_config(model: PreTrainedModel, folder: RunFolder, path: str) -> None:
 
 
 def _or_revision(folder: RunFolder, path: str) -> str:
-    """Return a further remedy where a model is not the run's own."""
+    """Return a further remedy for a model that is not in the run folder."""
     if Path(path).resolve().is_relative_to(folder.path.resolve()):
         return ""
     return f" (or set model.revision in {folder.run_file})"
 
 
 def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: RunFolder, path: str) -> None:
-    """Refuse token ids, a chat template or stop tokens that differ from the training's."""
+    """Refuse token ids, a chat template or stop tokens that differ from those of the training."""
     from falign.models import stop_token_ids
     from falign.models.tokenizers import tokenizer_fingerprint
     from falign.runs.inputs import text_hash
 
     recorded = folder.read_inputs()["hashes"]
-    # The template first, because it is a part of the tokenizer's fingerprint.
+    # The template comes first, because the tokenizer's fingerprint includes it.
     for name, found, what, files in (
         ("chat_template", text_hash(str(tokenizer.chat_template)), "chat template", "chat_template.jinja"),
         ("tokenizer", tokenizer_fingerprint(tokenizer), "tokenizer", "tokenizer files"),
@@ -310,7 +310,7 @@ def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
             versions = f"; or install the versions of the training: {changed}" if changed else ""
             raise ModelError(
                 f"{path} has another {what} now than when {folder.path} was trained, so its prompts or completions "
-                f"would be others: restore its {files}{_or_revision(folder, path)}{versions}."
+                f"would differ: restore its {files}{_or_revision(folder, path)}{versions}."
             )
 
 
@@ -318,7 +318,7 @@ def checkpoint_folder(folder: RunFolder, step: int) -> Path:
     """Return the folder of a checkpoint.
 
     Raises:
-        ConfigError: The run has no checkpoint of that step.
+        ConfigError: The run has no checkpoint at that step.
     """
     path = folder.path / f"checkpoint-{step}"
     if not path.is_dir():

@@ -1,4 +1,4 @@
-"""One process at a time writes to a run folder."""
+"""The lock of a run folder, which keeps all but one process from writing to it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ LOCK = "run.lock"
 
 
 class RunLock:
-    """A lock that ends with the process that holds it, however it ends.
+    """A lock that is released when its process ends, even if it is killed.
 
     Args:
-        folder: Of the run.
+        folder: The run folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,10 +29,10 @@ class RunLock:
         return self._held.is_locked
 
     def take(self) -> None:
-        """Keep other processes out of the folder, which has to exist.
+        """Lock the folder, which must exist.
 
         Raises:
-            ConfigError: Another process is at it.
+            ConfigError: Another process holds the lock.
         """
         try:
             self._held.acquire(timeout=0)
@@ -43,17 +43,17 @@ class RunLock:
             ) from error
 
     def require_free(self) -> None:
-        """Refuse a folder at which another process is.
+        """Refuse a folder that another process has locked.
 
         Raises:
-            ConfigError: Another process is at it.
+            ConfigError: Another process holds the lock.
         """
         if (self.folder / LOCK).is_file() and not self.is_held:
             self.take()
             self.give_back()
 
     def give_back(self) -> None:
-        """Let others in."""
+        """Release the lock."""
         if self.is_held:
             (self.folder / LOCK).unlink(missing_ok=True)
             self._held.release()

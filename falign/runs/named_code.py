@@ -1,7 +1,7 @@
-"""Code that a run file names, and the rule by which it runs.
+"""Code that a run file names, and the rule that decides if it may run.
 
-A run file that you give to ``falign train`` is yours: what it names is imported. A run folder may be someone else's,
-and so is the ``run.yaml`` in it: what that names runs only where it is asked for, as with ``trust_remote_code``.
+A run file that a user gives is the user's own: code that it names is imported. A run folder, with its ``run.yaml``, may
+come from someone else: code that it names runs only if the user says so, as with ``trust_remote_code``.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ MEMBERS = frozenset({"kind", "divergence", "advantage"})
 
 
 def read_run(folder: RunFolder, *, uses: Collection[str], trust_code: bool) -> RunConfig:
-    """Return the run of a folder, which may be someone else's.
+    """Return the settings of a run folder, which may come from someone else.
 
     Args:
         folder: The run folder.
-        uses: The sections that are built of it; code that others name is never imported.
-        trust_code: Whether code that these sections name may run.
+        uses: The sections that will be built; code named in other sections is never imported.
+        trust_code: Whether code named in these sections may run.
 
     Raises:
         ConfigError: A section names code and is not trusted, or the run file is damaged or was edited.
@@ -55,15 +55,15 @@ def read_run(folder: RunFolder, *, uses: Collection[str], trust_code: bool) -> R
 
 
 def load_own_run_file(path: str, overrides: Sequence[str] = (), *, trust_code: bool = False) -> RunConfig:
-    """Return the run of a file that a user gives, and let modules beside it be imported where it names some.
+    """Return the settings of a user's run file; if it names code, modules beside it can be imported afterwards.
 
     Args:
         path: The run file.
-        overrides: As for :func:`falign.training.load_run_file`.
-        trust_code: Whether code may run that the record in a run folder names.
+        overrides: As for :func:`falign.runfile.load_run_file`.
+        trust_code: Whether code may run if the file is the ``run.yaml`` of a run folder.
 
     Raises:
-        ConfigError: As for ``load_run_file``; or the record in a run folder names code that is not trusted.
+        ConfigError: As for ``load_run_file``; or the ``run.yaml`` of a run folder names code that is not trusted.
     """
     config = load_run_file(path, overrides)
     code = named_code(config)
@@ -77,12 +77,12 @@ def load_own_run_file(path: str, overrides: Sequence[str] = (), *, trust_code: b
 def named_code(config: RunConfig, sections: Collection[str] | None = None) -> dict[str, str]:
     """Return the fields of a run that name code, with their values.
 
-    These are members given as ``module:Name`` and the settings of such that name others, ``trust_remote_code``, and an
-    attention implementation that is a repository of kernels.
+    These are members given as ``module:Name``, settings of such members that name further code, ``trust_remote_code``,
+    and an attention implementation that is a repository of kernels.
 
     Args:
         config: The run.
-        sections: Look at these only; all of them by default.
+        sections: The sections to search; all by default.
     """
     plain = config.model_dump(mode="json", include=None if sections is None else set(sections))
     return dict(_code_in(plain))
@@ -94,11 +94,11 @@ def code_of_rewards(rewards: Sequence[RewardConfig]) -> dict[str, str]:
 
 
 def own_code(config: RunConfig, sections: Collection[str] = HASHED) -> dict[str, dict[str, str]]:
-    """Return the hash of each source file of the members that a run names as ``module:Name``, by that name.
+    """Return the hashes of the source files of each member given as ``module:Name``, by that name.
 
     Args:
         config: The run.
-        sections: Look at these only. Rewards have their own hashes (:func:`falign.rewards.reward_identities`).
+        sections: The sections to search. Rewards have their own hashes (:func:`falign.rewards.reward_identities`).
     """
     known = sections & RunConfig.model_fields.keys()
     names = [name for value in named_code(config, known).values() for name in own_names_in(value)]
@@ -109,30 +109,30 @@ def require_trust(code: dict[str, str], *, place: str | Path, trust_code: bool) 
     """Refuse code that a run folder names, unless it is trusted.
 
     Raises:
-        ConfigError: With the first field.
+        ConfigError: Code is named and not trusted; the message has the first field.
     """
     if code and not trust_code:
         field, value = next(iter(code.items()))
         raise ConfigError(
-            f"{place} names code: {field}={value}. Code that a run folder names is not run unasked: read it, and give "
-            "trust_code=True if you trust it."
+            f"{place} names code: {field}={value}. Code that a run folder names does not run by default: read it, "
+            "and give trust_code=True if you trust it."
         )
 
 
 def import_from(*folders: Path) -> None:
-    """Let modules that are named ``module:attribute`` be found in folders, before all other places."""
+    """Put folders first on the import path, so that ``module:Name`` is found in them."""
     sys.path[:0] = [place for place in dict.fromkeys(str(folder.absolute()) for folder in folders)]
 
 
 def is_recorded(run_file: Path) -> bool:
-    """Return whether a run file is the record in a run folder, and not one that a user wrote."""
+    """Return whether a run file is the ``run.yaml`` of a run folder rather than one that a user wrote."""
     return run_file.name == "run.yaml" and (run_file.parent / "manifest.json").is_file()
 
 
 def _code_in(value: Any, prefix: str = "", *, is_own: bool = False) -> Iterator[tuple[str, str]]:
     """Yield the paths of fields that name code.
 
-    In the section of an own member and among measures any value may name one, also within another's parentheses.
+    In the section of a user's own member and among measures, any value may name code, even inside parentheses.
     """
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     is_own = is_own or prefix == "measures." or (isinstance(value, dict) and is_own_name(str(value.get("kind"))))

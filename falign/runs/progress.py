@@ -1,4 +1,4 @@
-"""Progress of a run: on the terminal, as metrics on disk, and as the picture of its curves."""
+"""Progress of a run: a bar on the terminal, metrics on disk, and a plot of its curves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAILURES = {
     for prefix, told in (("", ""), ("eval_", "held-out "))
     for name in ("errors", "timeouts")
 }
-"""Counts of calls of rewards that failed, which are shown where there are any."""
+"""Counts of failed calls of rewards, shown only if there are any."""
 
 SHOWN = {
     "loss": "loss",
@@ -38,7 +38,7 @@ SHOWN = {
 
 
 class MetricsFile(TrainerCallback):
-    """Append every log to ``metrics.jsonl``, one object a line with its step."""
+    """Append every log to ``metrics.jsonl``, one object per line with its step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,7 +57,7 @@ class MetricsFile(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with the latest loss, accuracy and margin beside it; on what is no terminal, a line per log."""
+    """A bar with the latest loss, accuracy and margin beside it; without a terminal, one line per log."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -107,7 +107,7 @@ class ProgressBar(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Leave the terminal as it was, also when the run fails."""
+        """Restore the terminal, also if the run fails."""
         self.progress.stop()
 
 
@@ -137,7 +137,7 @@ def plot_curves(logs: Sequence[Mapping[str, Any]], path: Path, *, title: str) ->
     Args:
         logs: The lines of ``metrics.jsonl``.
         path: The PNG to write.
-        title: What the run is.
+        title: Title of the figure.
     """
     import matplotlib
 

@@ -36,7 +36,7 @@ class RunSummary(NamedTuple):
     """The results of a run that has ended.
 
     Attributes:
-        folder: Where everything lies.
+        folder: The run folder.
         before: Held-out metrics before the first step; empty without evaluation data.
         after: The same after the last step.
         samples: The prompts of the section ``sampling``, answered before and after.
@@ -58,7 +58,7 @@ class RunSummary(NamedTuple):
         return cls(folder, metrics.before, metrics.after, _checked(folder, "samples.json", _ANSWERS.validate_python))
 
     def write(self) -> None:
-        """Write both files; ``summary.json`` is the last, and says that the run has ended."""
+        """Write both files; ``summary.json`` comes last and marks the run as finished."""
         self.folder.write_json("samples.json", [each.model_dump() for each in self.samples])
         self.folder.write_json("summary.json", {"before": self.before, "after": self.after})
 

@@ -287,7 +287,7 @@ def test_what_is_measured_otherwise_is_not_drawn_together(falign, folder, evalua
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("tiny",), "which results would go into: give --out DIR"),
+        (("tiny",), "so it has no place for results: give --out DIR"),
         (("tiny", "--out", "out"), "is not a run folder and has no prompts: give --prompts FILE"),
         (("tiny", "--out", "out", "--prompts", "prompts.jsonl"), "is not a run folder and has no rewards"),
         (("tiny", "--out", "out", "--checkpoint", 3), "--checkpoint applies to runs"),

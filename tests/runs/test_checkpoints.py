@@ -98,7 +98,7 @@ def test_a_damaged_newest_checkpoint_is_put_aside_with_its_reason_and_the_one_be
     assert names(tmp_path) == ["checkpoint-9", "damaged-checkpoint-10"]
     (line,) = told
     assert DAMAGES[damage] in line
-    assert "the run goes on from checkpoint-9" in line
+    assert "the run resumes from checkpoint-9" in line
     assert whole(tmp_path, told) == first
     assert len(told) == 1
 

@@ -437,7 +437,7 @@ def test_lost_and_changed_lines_of_the_logs_come_back_or_are_told(place, whole, 
     assert kept.completions_file.read_text() == lines_there[:100]
     kept.completions_file.unlink()
     train(parse_run(run), console=Console(file=output, width=1000), resume=True)
-    assert "completions.jsonl is gone: a new one begins at checkpoint-2" in output.getvalue()
+    assert "completions.jsonl is missing: a new one begins at checkpoint-2" in output.getvalue()
 
 
 def test_a_checkpoint_of_another_run_or_step_is_put_aside_and_told(place, whole, tmp_path):

@@ -76,7 +76,7 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before_and_ends_as_
     output = io.StringIO()
     resumed = start("offline", "broken", resume=True, console=Console(file=output))
     assert "checkpoint-4 is damaged (optimizer.pt has 1,000 of" in output.getvalue()
-    assert "goes on from checkpoint-2" in output.getvalue()
+    assert "resumes from checkpoint-2" in output.getvalue()
     assert_same(resumed, whole)
     names = {path.name for path in folder.iterdir()}
     assert {"damaged-checkpoint-4", "checkpoint-2", "checkpoint-4"} <= names
@@ -206,7 +206,7 @@ def test_a_reward_that_fails_leaves_a_checkpoint_and_a_mended_one_goes_on(tiny, 
     with pytest.raises(FalignError, match="no such word"):
         run("broken", 4)
     assert [path.name for path in (tmp_path / "broken").glob("checkpoint-*")] == ["checkpoint-2"]
-    with pytest.raises(ConfigError, match=r"reward judge is another than when the run began: .* --new-rewards"):
+    with pytest.raises(ConfigError, match=r"reward judge differs from when the run began: .* --new-rewards"):
         run("broken", 0, resume=True)
     resumed = run("broken", 0, resume=True, new_rewards=True)
     assert_same(resumed, whole)
