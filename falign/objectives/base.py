@@ -140,7 +140,22 @@ class BaseObjective(ABC):
 
     Built-in objectives inherit from it. So should a custom objective that has an implicit reward or that computes
     something once from a whole rollout.
+
+    Raises:
+        TypeError: A subclass overrides :meth:`completion_rewards` and inherits the :attr:`link` of another reward.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        rewards, link = (
+            next(each for each in cls.__mro__ if name in vars(each)) for name in ("completion_rewards", "link")
+        )
+        if link is not BaseObjective and cls.__mro__.index(rewards) < cls.__mro__.index(link):
+            raise TypeError(
+                f"{rewards.__name__} defines completion_rewards and inherits link from {link.__name__}, from which "
+                "evaluation would recompute other rewards: define link too (None if the reward is not a function of a "
+                "completion's plain log-ratio), or inherit from BaseObjective and call the other objective."
+            )
 
     @property
     @abstractmethod
@@ -204,12 +219,16 @@ class BaseObjective(ABC):
 
     @property
     def link(self) -> Link | None:
-        """Function from a completion's log-ratio to its implicit reward; None if the reward needs more than that."""
+        """Function from a completion's log-ratio to its implicit reward; None if the reward needs more than that.
+
+        Evaluation recomputes rewards from it in float64, so that rewards that saturate keep their order. It must agree
+        with :meth:`completion_rewards`, and be None for a reward of weighted log-ratios.
+        """
         return None
 
     @property
     def rewarding(self) -> bool:
-        """True if it defines an implicit reward: the preferences of its policy, read off its probabilities."""
+        """True if :meth:`completion_rewards` is defined; scoring and reward benchmarks need it."""
         return False
 
     def completion_rewards(self, batch: CompletionBatch) -> Float[Tensor, " N"]:

@@ -5,7 +5,7 @@ import torch
 
 from falign import FDPO, TDPO, CompletionBatch
 from falign.divergences import ForwardKL
-from falign.objectives import Listwise
+from falign.objectives import Listwise, Pairwise
 
 OBJECTIVES = {
     "pairwise": FDPO("jensen_shannon", beta=0.3),
@@ -57,3 +57,14 @@ def test_rewards_match_their_closed_forms():
     delta = batch.sequence_sum(batch.measures["divergence"])
     torch.testing.assert_close(OBJECTIVES["tdpo2"].completion_rewards(batch), 0.3 * (log_ratio + 0.2 * delta))
     torch.testing.assert_close(OBJECTIVES["tdpo1"].completion_rewards(batch), 0.3 * (log_ratio + delta))
+
+
+def test_rewards_of_ones_own_beside_an_inherited_link_are_refused():
+    def halved(self, batch):
+        return Pairwise.completion_rewards(self, batch) / 2
+
+    with pytest.raises(TypeError, match=r"Halved defines completion_rewards and inherits link from Pairwise.*None"):
+        type("Halved", (Pairwise,), {"completion_rewards": halved})
+    honest = type("Honest", (Pairwise,), {"completion_rewards": halved, "link": None})
+    below = type("Below", (honest,), {})
+    assert below.link is None
