@@ -1,4 +1,4 @@
-"""Runs on completions that are there: pairs, lists, demonstrations."""
+"""Runs on given completions: pairs, lists, demonstrations."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def offline_trainer(
     callbacks: Sequence[TrainerCallback],
     console: Console,
 ) -> tuple[AlignmentTrainer, PreferenceData]:
-    """Load all of a run, the data first: a bad row is found before any weight is loaded.
+    """Load the data, the models and the trainer; data come first, so that a bad row is found before weights load.
 
     Raises:
-        FalignError: Something of the run cannot work.
+        FalignError: The data, the models or the settings do not fit together, or one of them is missing or invalid.
     """
     assert config.data is not None
     data = read_data(config, language, objective, console=console)
@@ -68,12 +68,12 @@ def offline_trainer(
 
 
 def read_data(config: RunConfig, language: Language, objective: Objective, *, console: Console) -> PreferenceData:
-    """Read the data of a run, say what became of its rows, and refuse what it could not be trained on.
+    """Read the data of a run, report kept and dropped rows, and refuse rows that cannot be trained on.
 
     Raises:
-        ConfigError: Settings that the data do not fit.
-        DataError: A source or a row that cannot be used.
-        ModelError: Token ids for which a model has no row.
+        ConfigError: The settings do not fit the data.
+        DataError: A source or a row cannot be used.
+        ModelError: A model has no embedding for a token id of the data.
     """
     assert config.data is not None
     with console.status("reading data"):
@@ -92,7 +92,7 @@ def read_data(config: RunConfig, language: Language, objective: Objective, *, co
 
 
 def _imitated(data: PreferenceData, console: Console) -> PreferenceData:
-    """Leave out dispreferred completions for an objective without preferences, and say so."""
+    """Drop the completions that are not preferred, for an objective without preferences, and report it."""
     found = demonstrations(data)
     left_out = [
         f"{count} {what}"
@@ -104,7 +104,7 @@ def _imitated(data: PreferenceData, console: Console) -> PreferenceData:
     ]
     if left_out:
         console.print(
-            f"data: the objective reads no preferences, so it imitates what is preferred; left out: "
+            f"data: the objective reads no preferences, so it imitates the preferred completions; left out: "
             f"{' and '.join(left_out)}",
             style="yellow",
             highlight=False,
@@ -123,7 +123,7 @@ def _check_budget(config: RunConfig, data: PreferenceData) -> None:
 
 
 def _tell(data: PreferenceData, console: Console) -> None:
-    """One line on what became of the rows; the manifest has all of it."""
+    """Print one line with the counts of rows; the manifest has all details."""
     report = data.report
     parts = [f"{report.num_train} rows to train on, {report.num_eval} held out"]
     for source in (*report.sources, *report.eval_sources):
@@ -135,7 +135,8 @@ def _tell(data: PreferenceData, console: Console) -> None:
             console.print(f"data: {source.path}: {remark}", style="yellow", markup=False, soft_wrap=True)
     if report.shared_prompts:
         console.print(
-            f"warning: {report.shared_prompts} held-out prompts also occur in training, so held-out values flatter.",
+            f"warning: {report.shared_prompts} held-out prompts also occur in training, so held-out values are too "
+            "optimistic.",
             style="yellow",
         )
 
@@ -148,7 +149,7 @@ def _with_caches(
     data: PreferenceData,
     console: Console,
 ) -> dict[str, Reference]:
-    """Return the references, each that has a cache with its log-probabilities in it, and without its model."""
+    """Return the references; those with a cache have their log-probabilities computed and need no model."""
     found = dict(parts.references)
     for name, section in config.reference_sections().items():
         if section.cache is None:

@@ -1,4 +1,4 @@
-"""Parts of every run, offline and online."""
+"""The parts that every run loads, offline and online: tokenizer, policy, references and scorer."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Language(NamedTuple):
     """Tokenizer and rendering of a run.
 
     Attributes:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         stop_tokens: All ids that end a completion.
-        pad_token_id: What fills rows.
-        date: Date for templates that write one; None is today.
+        pad_token_id: The id that fills rows.
+        date: The date that chat templates write; None is today.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -58,11 +58,11 @@ class Parts(NamedTuple):
     """The models of a run, on their device.
 
     Attributes:
-        policy: What is trained.
-        references: What it is held to, by name.
-        scorer: Its layout is one that all can read.
-        record: What the policy is before it is trained: its description, and the content hashes of its base and its
-            configuration, and of the references' configurations.
+        policy: The model to train.
+        references: The references, by name.
+        scorer: A scorer with a layout that all models can read.
+        record: The policy before training: its description, and the content hashes of its base weights, of its
+            configuration and of the references' configurations.
     """
 
     policy: PreTrainedModel | PeftModel
@@ -76,10 +76,10 @@ def load_language(config: RunConfig, *, date: datetime | None = None) -> Languag
 
     Args:
         config: The run.
-        date: Date for templates that write one; None is today.
+        date: The date that chat templates write; None is today.
 
     Raises:
-        ConfigError: A model that reads the policy's token ids has others.
+        ConfigError: Another model of the run has a tokenizer with other token ids.
     """
     tokenizer = config.model.build_tokenizer(date=date)
     for field, path in config.models_that_read_ids():
@@ -98,21 +98,21 @@ def load_parts(
     longest: int,
     console: Console,
 ) -> Parts:
-    """Load policy and reference, and check that they do what is expected of them.
+    """Load policy and references, choose the layout, and check both on a few prompt trees.
 
     Args:
         config: The run.
         language: Its tokenizer.
-        objective: The objective that is minimized.
-        args: Say the device.
-        make_probes: Gives completions to try layouts and reference on, the most telling last; it may sample them from
-            the policy.
-        longest: Tokens of the longest prompt with a completion that may come.
-        console: Where is told what was found.
+        objective: The objective to minimize.
+        args: Training arguments, for the device.
+        make_probes: Returns prompt trees to test layouts and references on, those with most completions last; it may
+            sample them from the policy.
+        longest: Number of tokens of the longest possible prompt with its completion.
+        console: Shows the results of the checks.
 
     Raises:
-        ConfigError: Something of the run file does not fit the model.
-        ModelError: Policy and reference differ where they should be the same.
+        ConfigError: The run file does not fit the model.
+        ModelError: Policy and reference differ although the reference starts as the policy.
     """
     if args.n_gpu > 1:
         raise ConfigError(
@@ -131,7 +131,7 @@ def load_parts(
             policy.to(args.device)  # pyright: ignore[reportArgumentType]
         device = torch.device("cpu") if shards() else args.device
         references = build_references(config, policy, language.tokenizer, device=device)
-        # Before 4-bit weights are sharded, which parts them from their scales.
+        # Hashed before sharding, which separates 4-bit weights from their scales.
         own = {name: reference.own_model for name, reference in references.items()}
         configs: dict[str, str] = {
             name: config_hash(policy if model is None else model)  # pyright: ignore[reportArgumentType]
@@ -159,7 +159,7 @@ def load_parts(
         if reference.starts_as_policy:
             check_same_at_start(policy, reference, batch)
     if (weighting := token_weighting(objective.needs)) != "none":
-        # A model without such weights is refused before training.
+        # Called once here, so that a model without token weights is refused before training.
         references[REFERENCE].states(policy, batch, weighting=weighting)
     return Parts(policy, references, scorer, record)
 
@@ -208,7 +208,7 @@ def _check_fits(config: RunConfig, model: PreTrainedModel, longest: int) -> None
 def _scorer(
     config: RunConfig, policy: PreTrainedModel | PeftModel, probes: Sequence[PromptTree], pad_id: int, console: Console
 ) -> Scorer:
-    """Try layouts on the trees that have several completions, where a wrong mask shows."""
+    """Choose the layout on trees with several completions, where a wrong mask changes the scores."""
     try:
         choice = choose_layout(policy, list(probes)[-2:], pad_token_id=pad_id, wanted=config.training.layout)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The references of a run, by name, from its run file; rebuilt from a finished run; cached."""
+"""The references of a run by name: built from its run file, rebuilt after the run, and cached."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def build_references(
     Args:
         config: The run.
         policy: The policy; each reference that is an adapter is added to it.
-        tokenizer: The policy's.
-        device: Where models of their own are put.
-        names: Those to build; all of them by default.
+        tokenizer: The policy's tokenizer.
+        device: The device for references with their own model.
+        names: Those to build; all by default.
 
     Raises:
-        FalignError: A model or adapter is not there, or does not fit the policy.
+        FalignError: A model or adapter is missing, or does not fit the policy.
     """
     found = {
         name: section.build(
@@ -56,29 +56,29 @@ def build_references(
 
 
 def adapter_name(reference: str) -> str:
-    """Return the name of the adapter that a reference has beside the policy's."""
+    """Return the name of a reference's adapter in the policy."""
     return "ref" if reference == REFERENCE else f"ref_{reference}"
 
 
 def fit_references(
     references: Mapping[str, Reference], policy: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Check that policy and references read the same token ids, and give all of them distributions over the same ids.
+    """Check that policy and references share their token ids, and cut all heads to the same ids.
 
     Raises:
-        ConfigError: With the first token that has two ids.
+        ConfigError: A token has different ids; the message names the first one.
     """
     shared = head_rows(policy)
     for reference in references.values():
         shared = reference.check_fits(tokenizer, shared)
     cut_head(policy, shared)
-    # The first pass cut each head to the smallest seen so far: those before the smallest are cut again.
+    # The first pass cut each head to the smallest seen so far; those before the smallest are cut again.
     for reference in references.values():
         reference.check_fits(tokenizer, shared)
 
 
 def keep_moved(folder: RunFolder, references: Mapping[str, Reference], policy: PreTrainedModel | PeftModel) -> None:
-    """Write the last state of references that move into the run folder, and into its record."""
+    """Write the last state of moving references into the run folder and its manifest."""
     for name, reference in references.items():
         if reference.moves:
             with staged_folder(folder.reference_state(name), existing="replace") as staging:
@@ -88,7 +88,7 @@ def keep_moved(folder: RunFolder, references: Mapping[str, Reference], policy: P
 
 
 def identities(references: Mapping[str, Reference]) -> dict[str, Any]:
-    """Return what the manifest records of the references: the one named ``reference``, and the others by name."""
+    """Return the manifest's record of the references: the one named ``reference``, and the others by name."""
     found = {name: reference.identity() for name, reference in references.items()}
     own = {REFERENCE: found.pop(REFERENCE, {})}
     return own if not found else {**own, "references": found}
@@ -103,19 +103,19 @@ def rebuild_reference(
     device: torch.device,
     name: str = REFERENCE,
 ) -> Reference:
-    """Return a reference of a finished run as its last step had it.
+    """Return a reference of a finished run in its state at the last step.
 
     Args:
         config: The run.
         policy: As for :func:`build_references`.
-        tokenizer: The policy's.
-        folder: The run's.
-        device: Where a model of its own is put.
-        name: The reference; the one that is evaluated against by default.
+        tokenizer: The policy's tokenizer.
+        folder: The run folder.
+        device: The device for a reference with its own model.
+        name: The name of the reference; by default the one that evaluation compares with.
 
     Raises:
         ConfigError: The run is not finished, or has no such reference.
-        ModelError: What the reference was made of holds other weights now.
+        ModelError: The weights or the configuration of the reference have changed since the run.
     """
     if name not in (sections := config.reference_sections()):
         raise ConfigError(f"{folder.path} has no reference named {name!r}; it has {', '.join(sorted(sections))}.")
@@ -125,13 +125,13 @@ def rebuild_reference(
     recorded = manifest[REFERENCE] if name == REFERENCE else manifest["references"][name]
     if None not in (configs := (recorded.get("config"), found.get("config"))) and configs[0] != configs[1]:
         raise ModelError(
-            f"The configuration of the {name} of {folder.path} ({found['kind']}) is another now than when the run "
+            f"The configuration of the {name} of {folder.path} ({found['kind']}) differs from when the run "
             f"was trained: restore config.json of what {folder.run_file} names under model and {field}."
         )
     if reference.moves:
         if not folder.reference_state(name).is_dir():
             raise ConfigError(
-                f"{folder.path} has not kept where its moving {name} came to: finish it by `falign train ... --resume`."
+                f"{folder.path} has no last state of its moving {name}: finish the run by `falign train ... --resume`."
             )
         reference.load(folder.reference_state(name), policy)
     elif recorded.get("weights") != found.get("weights"):
@@ -153,26 +153,26 @@ def cached(
     scorer: Scorer,
     progress: Callable[[int, int], None],
 ) -> Cached:
-    """Compute the reference's log-probabilities of all trees once, and return them without the reference.
+    """Compute the reference's log-probabilities of all trees once, and return them as a reference without a model.
 
     Args:
         reference: The reference that computes them.
-        policy: The model that some references are a part of.
+        policy: The policy, which some references share their weights with.
         tokenizer: Its fingerprint is part of the key.
-        trees: All that the run will score.
-        directory: Shared by runs; each key has a folder of its own in it.
+        trees: All trees that the run will score.
+        directory: The cache, which runs may share; each key has its own folder in it.
         batch_size: Trees per batch.
-        scorer: Its layout is one that the reference's model can read.
-        progress: Called with trees done and in all.
+        scorer: A scorer with a layout that the reference's model can read.
+        progress: Called with the number of trees done and the total.
 
     Raises:
-        ConfigError: The reference does not say which weights its values are of.
+        ConfigError: The reference's identity has no hash of its weights.
     """
     identity = reference.identity()
     if (weights := identity.get("weights")) is None:
         raise ConfigError(
-            f"cache: the reference {identity} records no hash of its weights, so nothing would tell whose values these "
-            "are: leave the cache out, or let its identity() have weights."
+            f"cache: the reference {identity} records no hash of its weights, so cached values could not be checked "
+            "against it: leave the cache out, or let its identity() have weights."
         )
     base = reference.own_model or base_of(policy)
     assert isinstance(base, PreTrainedModel)

@@ -1,4 +1,4 @@
-"""A run from its file to the trained adapter."""
+"""A training run, from the run file to the trained adapter."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Origin(NamedTuple):
     """Properties that a run gets when it begins and keeps across resumes.
 
     Attributes:
-        run: An identifier, which all its checkpoints bear.
-        date: Date for templates that write one.
+        run: The identifier in all its checkpoints.
+        date: The date that chat templates write.
     """
 
     run: str
@@ -57,17 +57,17 @@ class Origin(NamedTuple):
 
     @classmethod
     def new(cls) -> Origin:
-        """Return the properties of a new run; all processes have to call it."""
+        """Return the properties of a new run; all processes must call it."""
         return gathered([cls(uuid4().hex, datetime.now().replace(microsecond=0))])[0]
 
     @classmethod
     def of(cls, folder: RunFolder) -> Origin:
-        """Return the properties recorded by a run that has begun."""
+        """Return the properties that a run recorded when it began."""
         return cls(folder.read_inputs()["run"], folder.read_date())
 
     @property
     def record(self) -> dict[str, str]:
-        """As the manifest has it."""
+        """The properties as the manifest stores them."""
         return {"run": self.run, "date": self.date.isoformat()}
 
 
@@ -83,14 +83,15 @@ def train(
 
     Args:
         config: The run.
-        console: Where progress is shown.
-        resume: Go on from the newest whole checkpoint of the same run, or begin again where it has none yet.
-        new_rewards: Go on with rewards that have changed since, as one has that was mended; the manifest keeps the
-            step and what they were.
-        callbacks: Further ones of transformers, called at every step.
+        console: Shows progress.
+        resume: Continue from the newest undamaged checkpoint of the same run, or begin again if it has none yet.
+        new_rewards: Continue with rewards that have changed since, such as a corrected one; the manifest records the
+            step and the former rewards.
+        callbacks: Further callbacks of transformers.
 
     Raises:
-        FalignError: Something of the run cannot work; nothing was trained, or what was written stays.
+        FalignError: The settings are invalid, an input is missing or has changed, or training failed; files already
+            written are kept.
     """
     join()
     console = (console or Terminal(stderr=True)) if is_writer() else Terminal(quiet=True)
@@ -151,8 +152,8 @@ def _begin(
             folder.require_same_inputs(rows, inputs, new_rewards=new_rewards)
             if changed := folder.other_versions():
                 _tell(console)(
-                    f"warning: versions have changed since the run was last started: {changed}. Its next steps may "
-                    "differ from those that it would have taken; install the former versions to avoid that."
+                    f"warning: versions have changed since the run was last started: {changed}. The next steps may "
+                    "differ from those under the former versions; install these to avoid that."
                 )
         record = {**origin.record, "hashes": inputs.hashes, "rows": rows.digest, "changes": changes}
         return _train(config, trainer, data, language, folder, bar, rows, record, console=console, resume=resume)
@@ -171,19 +172,19 @@ def _train(
     console: Console,
     resume: bool,
 ) -> RunSummary:
-    """Evaluate, train and evaluate again, and write what was reached."""
+    """Evaluate, train, evaluate again, and write the results."""
     trainer.remove_callback(PrinterCallback)
     prepare_trackers(trainer, folder.path, evaluates=trainer.evaluates)
     checkpoint = _checkpoint(folder, console) if resume else None
     began = None if checkpoint is None else trainer.state_at(checkpoint)
     if began is not None:
         trainer.require_same_schedule(began)
-    wait()  # until here all processes see the folder as it was
+    wait()  # until here all processes must see the same folder
     if checkpoint is not None and began is not None and is_writer():
         folder.restore_logs(checkpoint, began.log_history, _tell(console))
         if began.global_step < trainer.num_steps:
             folder.reopen()
-    folder.claim(config)  # not before all of the run is known to start
+    folder.claim(config)  # only now, when everything has loaded and been checked
     folder.write_rows(rows)
     _record(folder, config, trainer, data, record)
 
@@ -212,10 +213,10 @@ def _train(
 def _until_stopped(
     trainer: AlignmentTrainer, checkpoint: Path | None, folder: RunFolder, config: RunConfig, console: Console
 ) -> None:
-    """Train to the last step, or to the end of the one in which the user stops the run.
+    """Train to the last step, or to the end of the step in which the user stops the run.
 
     Raises:
-        StoppedError: There is a checkpoint, from which the run goes on.
+        StoppedError: The user stopped the run; it can be resumed from its last checkpoint.
     """
     stop = StopAtStepEnd(_tell(console))
     trainer.add_callback(stop)
@@ -229,7 +230,7 @@ def _until_stopped(
             again = f"falign.train, the same {', '.join(config.objects)}, and resume=True"
         raise StoppedError(
             f"stopped at step {state.global_step} of {state.max_steps}, with checkpoint-{state.global_step} in "
-            f"{folder.path}. Go on with {again}.",
+            f"{folder.path}. Resume with {again}.",
             signal=stop.caught,
         )
 
@@ -237,7 +238,7 @@ def _until_stopped(
 def _finish(
     folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer, language: Language, before: dict[str, Any]
 ) -> RunSummary:
-    """Measure what was trained, and write it down."""
+    """Evaluate the trained model, and write model and results."""
     after = _evaluate(trainer)
     samples = [
         Answered(prompt=prompt, before=first, after=last)
@@ -261,10 +262,10 @@ def _finish(
 
 
 def _checkpoint(folder: RunFolder, console: Console) -> Path | None:
-    """Return from where a run goes on; None where it was killed before its first checkpoint, and begins again."""
+    """Return the checkpoint to resume from; None if the run was killed before its first one and begins again."""
     tell = _tell(console)
     if not is_writer():
-        wait()  # until damaged ones are put aside
+        wait()  # until the writer has renamed damaged ones
     checkpoint = folder.last_checkpoint(tell)
     if checkpoint is not None:
         _require_as_many_processes(checkpoint)
@@ -282,7 +283,7 @@ def _tell(console: Console) -> Callable[[str], None]:
 
 
 def _require_as_many_processes(checkpoint: Path) -> None:
-    """Refuse to go on with other processes: each has random states of its own."""
+    """Refuse to resume with another number of processes, because each has its own random states."""
     written = max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
     if written != num_processes():
         raise ConfigError(
@@ -296,7 +297,7 @@ def _require_as_many_processes(checkpoint: Path) -> None:
 
 
 def _evaluate(trainer: AlignmentTrainer) -> dict[str, float]:
-    """Held-out means at this step, without the ``eval_`` of the logs; not computed twice."""
+    """Return the held-out means at this step, without the prefix ``eval_``; a logged evaluation is reused."""
     if not trainer.evaluates:
         return {}
     for log in reversed(trainer.state.log_history):
@@ -304,7 +305,7 @@ def _evaluate(trainer: AlignmentTrainer) -> dict[str, float]:
             break
     else:
         log = trainer.evaluate()
-    # Sorted, as in the state of a checkpoint, which may be where they are read.
+    # Sorted, because they may come from the state of a checkpoint, which is sorted.
     return {name.removeprefix("eval_"): value for name, value in sorted(log.items()) if name.startswith("eval_")}
 
 
@@ -322,7 +323,7 @@ def _answers(config: RunConfig, trainer: AlignmentTrainer, language: Language) -
 
 
 def _inputs(config: RunConfig, trainer: AlignmentTrainer, language: Language) -> RunInputs:
-    """Hash all that decides the steps of a run besides its rows and its settings."""
+    """Hash everything that decides the steps of a run besides its rows and settings."""
     return RunInputs(
         {
             "chat_template": text_hash(str(language.tokenizer.chat_template)),
@@ -338,7 +339,7 @@ def _inputs(config: RunConfig, trainer: AlignmentTrainer, language: Language) ->
 
 
 def _of_references(trainer: AlignmentTrainer) -> dict[str, Any]:
-    """Hash the references: the one of that name, and the others by name."""
+    """Hash the references: the one named ``reference``, and the others by name."""
     found, record = _without_paths(identities(trainer.references)), trainer.record
     found[REFERENCE] |= {"config": record["reference_config"]}
     for name, config in record.get("reference_configs", {}).items():
@@ -347,7 +348,7 @@ def _of_references(trainer: AlignmentTrainer) -> dict[str, Any]:
 
 
 def _without_paths(value: Any) -> Any:
-    """Leave out where the models of a reference lie: their hashes are beside it."""
+    """Return an identity without the paths of its models, which the hashes beside them identify."""
     if isinstance(value, Mapping):
         return {name: _without_paths(inner) for name, inner in value.items() if name != "path"}
     return [_without_paths(inner) for inner in value] if isinstance(value, list | tuple) else value

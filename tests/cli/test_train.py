@@ -50,8 +50,8 @@ def test_an_imitating_objective_says_what_it_leaves_out(model, train, tmp_path):
     said, rows = train(run)
     assert "data: 14 rows to train on, 0 held out" in said
     assert (
-        "it imitates what is preferred; left out: 8 completions that are not the preferred ones and 3 rows with label "
-        "false"
+        "it imitates the preferred completions; left out: 8 completions that are not the preferred ones and 3 rows with "
+        "label false"
     ) in said
     assert rows.count("\n") == 11
 
@@ -63,7 +63,7 @@ def test_offline_held_out_prompts_that_are_trained_on_are_told(model, train, tmp
     run["data"] |= {"eval": [{"path": str(held_out), "chat": False}], "eval_size": 0}
     said, _ = train(run)
     assert "data: 8 rows to train on, 5 held out" in said
-    assert "warning: 3 held-out prompts also occur in training, so held-out values flatter." in said
+    assert "warning: 3 held-out prompts also occur in training, so held-out values are too optimistic." in said
 
 
 def test_online_held_out_prompts_that_are_trained_on_are_told(model, train, tmp_path):

@@ -196,7 +196,7 @@ def test_a_finished_run_gives_back_the_reference_of_its_last_step(start, tiny, s
     assert weights_hash(policy, adapter="ref") != weights_hash(policy, adapter="default")
     shutil.rmtree(summary.folder.reference_state())
     again = load_adapter(load_model(tiny), summary.folder.adapter, trainable=False)
-    with pytest.raises(ConfigError, match="has not kept where its moving reference came to"):
+    with pytest.raises(ConfigError, match="has no last state of its moving reference"):
         rebuild_reference(config, again, load_tokenizer(tiny), summary.folder, device=torch.device("cpu"))
 
 
