@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 from falign.runfile import AdapterConfig as Lora
 from falign.runfile import parse_run
 from falign.runfile.base_config import FrozenModel
-from falign.runfile.objects import model_section, objective_section, reward_section, with_sources
+from falign.runfile.objects import (
+    measure_section,
+    model_section,
+    objective_section,
+    reference_section,
+    reward_section,
+    with_sources,
+)
 from falign.runs.loading import Given, OpenRun
 
 if TYPE_CHECKING:
@@ -18,7 +25,8 @@ if TYPE_CHECKING:
 
     from falign.data import Text
     from falign.evaluation import ScoreTotals
-    from falign.objectives import Objective
+    from falign.objectives import Measure, Objective
+    from falign.references import Reference
     from falign.report import WrittenReport
     from falign.runs.export import Exported
 
@@ -26,6 +34,9 @@ __all__ = ["Lora", "Run", "load", "train"]
 
 Section = Mapping[str, Any] | FrozenModel
 """A section of a run file, as a mapping or as its class."""
+
+MakesReference = Callable[[Any], Any]
+"""A function of the policy that returns its reference."""
 
 
 class Run(OpenRun):
@@ -90,6 +101,8 @@ def load(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     objective: Objective | None = None,
+    reference: Reference | MakesReference | None = None,
+    references: Mapping[str, Reference | MakesReference] | None = None,
     trust_code: bool = False,
 ) -> Run:
     """Return a run in its folder.
@@ -100,12 +113,14 @@ def load(
             compared with those that were trained, and left as they are.
         tokenizer: Its own; by default the one where the model was loaded from.
         objective: The objective, where it was an object that the run file only records. Its code is compared.
+        reference: The reference, likewise; or the function that makes it.
+        references: Those by name, likewise.
         trust_code: Whether code that the run folder names may run: functions, divergences, its model's own code.
 
     Raises:
         ConfigError: The path is not a run folder.
     """
-    return Run(path, given=Given.of(model, tokenizer, objective), trust_code=trust_code)
+    return Run(path, given=Given.of(model, tokenizer, objective, reference, references), trust_code=trust_code)
 
 
 def train(
@@ -116,7 +131,9 @@ def train(
     data: Any = None,
     prompts: Any = None,
     objective: Objective | Section | None = None,
-    reference: Section | None = None,
+    reference: Reference | MakesReference | Section | None = None,
+    references: Mapping[str, Reference | MakesReference | Section] | None = None,
+    measures: Mapping[str, Measure | str] | None = None,
     adapter: Section | str | None = "lora",
     training: Section | None = None,
     rewards: Sequence[Callable[..., Any] | Section] | Callable[..., Any] = (),
@@ -143,7 +160,10 @@ def train(
             eval_size=100)``.
         prompts: For online runs, in place of ``data``, the same way; a list of texts is one, too.
         objective: An objective, or the section.
-        reference: The section; by default what the policy starts from.
+        reference: A ``falign.references.Reference`` that does not move, a function ``f(policy)`` that makes one, or
+            the section; by default what the policy starts from.
+        references: In place of ``reference``, those that the objective or a measure reads, by name.
+        measures: Measures to log as ``measures/NAME``: objects, or names such as ``"divergence_to(jensen_shannon)"``.
         adapter: The section (``falign.Lora(r=16)``), ``"lora"`` for its defaults, or None to train all weights.
         training: The section: learning rate, steps, batches ...
         rewards: For online runs: functions ``f(prompts, completions, **columns) -> list[float]``, other rewards, or
@@ -173,7 +193,9 @@ def train(
         "data": None if data is None else with_sources(data),
         "prompts": None if prompts is None else with_sources(prompts, texts=True),
         "objective": _objective(objective),
-        "reference": reference,
+        "reference": None if reference is None else reference_section(reference),
+        "references": _each(reference_section, references),
+        "measures": _each(measure_section, measures),
         "training": training,
         "rewards": [reward_section(each) for each in ([rewards] if callable(rewards) else rewards)],
         "rollout": rollout,
@@ -188,8 +210,16 @@ def train(
     config = parse_run(given, place="falign.train")
     run(config, console=console, resume=resume, new_rewards=new_rewards, callbacks=callbacks)
     held = {name: getattr(config, name) for name in ("model", "objective", "data", "prompts", "rewards")}
+    if config.reference.kind == "python":
+        held["reference"] = config.reference
+    if made := {name: each for name, each in config.references.items() if each.kind == "python"}:
+        held["references"] = made
     return Run(config.output_dir, given=Given(held), trust_code=True)
 
 
 def _objective(value: Any) -> Any:
     return value if value is None or isinstance(value, Mapping | FrozenModel) else objective_section(value)
+
+
+def _each(section: Callable[[Any], Any], values: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if values is None else {name: section(value) for name, value in values.items()}

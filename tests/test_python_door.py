@@ -12,8 +12,9 @@ from transformers import TrainerCallback
 import falign
 from falign.errors import ConfigError, DataError, ModelError
 from falign.evaluation.summaries import read_evaluations
-from falign.models import load_model
-from falign.objectives import ObjectiveOutput, Term
+from falign.models import load_model, model_identity
+from falign.objectives import DivergenceTo, ObjectiveOutput, Term
+from falign.references import AdapterOff, FrozenModel, MovingReference, PeriodicReset
 from falign.runfile import load_run_file, parse_run
 from falign.training import train as train_file
 from tests.models.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -112,6 +113,11 @@ def test_all_weights_are_trained_on_a_copy(model, pairs, folder):
     assert run.summary.before["rewards/margins"] == pytest.approx(0, abs=1e-6), "the reference is the model as it was"
 
 
+AWAY = DivergenceTo(falign.divergences.get("jensen_shannon"))
+OTHER = DivergenceTo(falign.divergences.get("forward_kl"))
+NAMED = "divergence_to(jensen_shannon)"
+
+
 class Counter(TrainerCallback):
     """Counts optimizer steps, and ends the run where it is told to."""
 
@@ -194,6 +200,104 @@ def test_an_objective_of_ones_own_is_recorded_by_its_code(model, pairs, folder):
     assert len(run.config.objective.code) == 64
     with pytest.raises(ConfigError, match=r"objective was an object in a program \(Mine\)"):
         run.config.objective.build()
+
+
+def frozen(model, **changes):
+    loaded = load_model(str(model))
+    return FrozenModel(loaded, **{**model_identity(loaded), "starts_as_policy": True, **changes})
+
+
+def off(policy):
+    return AdapterOff(starts_as_policy=True)
+
+
+def off_unchecked(policy):
+    return AdapterOff()
+
+
+def test_a_reference_that_is_an_object_gives_the_run_of_its_section_and_goes_on_alone_with_itself(
+    run, model, pairs, folder
+):
+    data, training = section(pairs, train={"path": str(pairs), "chat": False}), {**TRAINING, "save_steps": 2}
+    changes = {
+        "data": data,
+        "training": training,
+        "reference": frozen(model),
+        "measures": {"js": AWAY, "also_js": NAMED},
+    }
+    with pytest.raises(KeyboardInterrupt):
+        falign.train(str(model), output_dir=folder / "held", **arguments(pairs, **changes, callbacks=[Counter(last=3)]))
+    for other, place in (
+        ({"reference": frozen(model, weights="0")}, r"reference\.code"),
+        ({"reference": off}, r"reference\.code"),
+        (
+            {"measures": {"js": OTHER, "also_js": NAMED}},
+            r"measures\.js\.code",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=place):
+            falign.train(
+                str(model), output_dir=folder / "held", **arguments(pairs, **{**changes, **other}, resume=True)
+            )
+    with pytest.raises(ConfigError, match=r"reference was an object in a program \(FrozenModel\)"):
+        train_file(load_run_file(folder / "held" / "run.yaml"), resume=True)
+    again = {**changes, "reference": frozen(model)}
+    held = falign.train(str(model), output_dir=folder / "held", **arguments(pairs, **again, resume=True))
+    assert held.config.objects == ["reference", "measures.js"]
+    for name, tensor in adapter(run).items():
+        torch.testing.assert_close(adapter(held)[name], tensor)
+    logs = [log for log in held.folder.metrics() if "measures/js" in log]
+    assert logs[-1]["measures/js"] == logs[-1]["measures/also_js"] > 0
+    recorded = held.folder.read_manifest()["reference"]
+    assert recorded["weights"] == held.folder.read_manifest()["base_weights"]
+
+    totals = held.score(pairs, folder / "held.jsonl")
+    with pytest.raises(ConfigError, match=r"reference was an object in a program"):
+        falign.load(held.path).score(pairs, folder / "held-again.jsonl")
+    with pytest.raises(ConfigError, match="reference differs from the one"):
+        falign.load(held.path, reference=off).score(pairs, folder / "held-again.jsonl")
+    again = falign.load(held.path, reference=frozen(model)).score(pairs, folder / "held-again.jsonl")
+    assert again.mean_log_ratio == totals.mean_log_ratio
+
+
+def test_a_function_makes_the_references_of_a_policy_by_name(run, model, pairs, folder):
+    measures = {"away": "divergence_to(jensen_shannon, teacher)"}
+    references = {"reference": off, "teacher": frozen(model)}
+    data = section(pairs, train={"path": str(pairs), "chat": False})
+    made = falign.train(
+        str(model),
+        output_dir=folder / "by-name",
+        **arguments(pairs, data=data, references=references, measures=measures),
+    )
+    assert made.config.objects == ["references.reference", "references.teacher"]
+    assert all(torch.equal(tensor, adapter(run)[name]) for name, tensor in adapter(made).items())
+    score = made.score(pairs, folder / "by-name.jsonl").mean_log_ratio
+    loaded = falign.load(made.path, references=references)
+    assert loaded.score(pairs, folder / "by-name-again.jsonl").mean_log_ratio == score
+    with pytest.raises(ConfigError, match=r"references\.reference differs from the one"):
+        falign.load(made.path, references={"reference": off_unchecked}).score(pairs, folder / "other-name.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"reference": 3}, "reference is a int: give a falign.references.Reference, a function"),
+        ({"reference": lambda policy: policy}, "reference: <lambda> makes a PeftModelForCausalLM, not a falign"),
+        ({"reference": lambda policy: FrozenModel(tiny_model("llama"))}, "the identity of the FrozenModel has no weig"),
+        ({"measures": {"js": 3}}, "measures has a int: give a measure"),
+        ({"measures": {"js": DivergenceTo(falign.divergences.get("reverse_kl"), "teacher")}}, "reads the reference 't"),
+    ],
+    ids=["number", "policy", "unrecorded", "measure", "unread"],
+)
+def test_a_wrong_reference_or_measure_is_named_with_its_remedy(model, pairs, folder, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        falign.train(str(model), output_dir=folder / "refused", **arguments(pairs, **changes))
+
+
+def test_a_moving_reference_is_given_as_the_function_that_makes_it(model, pairs, folder):
+    moving = MovingReference(frozen(model), rule=PeriodicReset(every=2))
+    with pytest.raises(ConfigError, match=r"MovingReference, which moves .* give a function f\(policy\)"):
+        falign.train(str(model), output_dir=folder / "refused", **arguments(pairs, reference=moving))
 
 
 @pytest.mark.parametrize(

@@ -51,12 +51,24 @@ class PythonObject(FrozenModel):
     _object: Any = PrivateAttr(default=None)
 
     @classmethod
-    def of(cls, value: Any, **fields: Any) -> Any:
-        """Return the section of an object."""
+    def of(cls, value: Any, *, hashed: Any = None, **fields: Any) -> Any:
+        """Return the section of an object.
+
+        Args:
+            value: The object.
+            hashed: What its ``code`` is the hash of, by default the object.
+            fields: Further fields of the section.
+        """
         named = value if inspect.isroutine(value) or inspect.isclass(value) else type(value)
-        section = cls(**{"name": named.__name__, **fields}, code=code_identity(value))
+        code = code_identity(value if hashed is None else hashed)
+        section = cls(**{"name": named.__name__, **fields}, code=code)
         section._object = value
         return section
+
+    @property
+    def is_at_hand(self) -> bool:
+        """True if the object is there, and not only its record."""
+        return self._object is not None
 
     def given(self, section: str) -> Any:
         """Return the object.

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_serializer, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    SerializeAsAny,
+    WrapValidator,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from falign.data import DataSource, InMemory, LengthPolicy, PreferenceData, Window, load_preferences
 from falign.data.memory import PYTHON
@@ -17,7 +26,7 @@ from falign.errors import ConfigError
 from falign.objectives import Measure, Objective, complete, field_of, get_measure, reference_names
 from falign.objectives.batch import OFFLINE
 from falign.registry import own_names_in
-from falign.runfile.base_config import FrozenModel, refusals
+from falign.runfile.base_config import FrozenModel, PythonObject, refusals
 from falign.runfile.objective_config import ObjectiveConfig, PairwiseConfig
 from falign.runfile.online_check import check_samples
 from falign.runfile.prompts_config import PromptsConfig, RehearsalDataConfig, RolloutConfig, with_rows
@@ -35,6 +44,7 @@ __all__ = [
     "AdapterConfig",
     "DataConfig",
     "ModelConfig",
+    "PythonMeasureConfig",
     "RunConfig",
     "SamplingConfig",
     "SourceConfig",
@@ -344,6 +354,36 @@ def _check_attention(name: str) -> None:
         raise ConfigError(f"model.{error}") from error
 
 
+class PythonMeasureConfig(PythonObject):
+    """A measure that a program gave as an object."""
+
+    def build(self, field: str) -> Measure:
+        """Return the measure.
+
+        Args:
+            field: The measure in messages.
+
+        Raises:
+            ConfigError: It is not at hand.
+        """
+        return self.given(field)
+
+
+def _measure(value: Any, validate: Callable[[Any], Any]) -> Any:
+    if isinstance(value, PythonMeasureConfig):
+        return value
+    if isinstance(value, dict) and value.get("kind") == "python":
+        return PythonMeasureConfig.model_validate(value)
+    return validate(value)
+
+
+if TYPE_CHECKING:
+    MeasureConfig = str | PythonMeasureConfig
+else:
+    MeasureConfig = Annotated[SerializeAsAny[str], WrapValidator(_measure)]
+"""A measure by its name, or the record of an object."""
+
+
 def _objects(value: Any, place: str = "") -> Iterator[str]:
     if isinstance(value, dict) and value.get("kind") == "python":
         yield place.strip(".")
@@ -352,6 +392,14 @@ def _objects(value: Any, place: str = "") -> Iterator[str]:
         yield from (found for name, inner in items for found in _objects(inner, f"{place}.{name}"))
     elif isinstance(value, str) and value.startswith(PYTHON) and place.endswith(".path"):
         yield place.removesuffix(".path").strip(".")
+
+
+def _built_measure(value: str | PythonMeasureConfig, field: str) -> Measure:
+    return get_measure(value, field=field) if isinstance(value, str) else value.build(field)
+
+
+def _is_at_hand(value: str | PythonMeasureConfig) -> bool:
+    return not own_names_in(value) if isinstance(value, str) else value.is_at_hand
 
 
 REFERENCE = "reference"  # falign.references.REFERENCE, which would load the models' libraries
@@ -379,7 +427,7 @@ class RunConfig(FrozenModel):
     rewards: list[RewardConfig] = []
     rehearsal: RehearsalDataConfig | None = None
     objective: ObjectiveConfig = PairwiseConfig()
-    measures: dict[str, str] = {}
+    measures: dict[str, MeasureConfig] = {}
     """Quantities of the policy's next-token distributions to log as ``measures/NAME``, besides what the objective
     reads: ``entropy``, ``divergence_to(jensen_shannon)``, or ``module:Name`` of your own."""
     training: TrainingConfig = TrainingConfig()
@@ -460,12 +508,14 @@ class RunConfig(FrozenModel):
         Raises:
             ConfigError: A name is unknown, or one's own measure cannot be imported or is none.
         """
-        named = zip(self.measures, self._named_measures().items(), strict=True)
         with refusals("measures"):
-            return {name: get_measure(value, field=field) for name, (field, value) in named}
+            return {name: _built_measure(value, f"measures.{name}") for name, value in self.measures.items()}
 
-    def _named_measures(self) -> dict[str, str]:
-        return {f"measures.{name}": value for name, value in self.measures.items()}
+    def _known_measures(self) -> dict[str, Measure]:
+        """Return the measures that can be built without importing a user's code."""
+        fields = {f"measures.{name}": value for name, value in self.measures.items()}
+        known = {field: value for field, value in fields.items() if _is_at_hand(value)}
+        return {field: _built_measure(value, field) for field, value in known.items()}
 
     def models_that_read_ids(self) -> Iterator[tuple[str, str]]:
         """Return the field and path of each other model that is given the policy's token ids."""
@@ -505,8 +555,7 @@ class RunConfig(FrozenModel):
                     f"references.{name}: a name is a lower-case letter, then letters, digits and underscores."
                 )
             section.check(field=self.section_of(name), adapter=self.adapter is not None)
-        whole, named = complete(objective), self._named_measures()
-        measures = {field: get_measure(name, field=field) for field, name in named.items() if not own_names_in(name)}
+        whole, measures = complete(objective), self._known_measures()
         given, read = self.reference_sections().keys(), reference_names(whole.needs, {**whole.measures, **measures})
         if missing := sorted(read - given):
             raise ConfigError(
@@ -515,7 +564,7 @@ class RunConfig(FrozenModel):
                 f"`references: {{{', '.join(f'{name}: {{kind: ...}}' for name in sorted({*given, *read}))}}}`."
             )
         unread = sorted(given - read - {REFERENCE})
-        if unread and len(measures) == len(named):  # what measures of one's own read is known once they are imported
+        if unread and len(measures) == len(self.measures):  # of the others it is not known what they read
             raise ConfigError(
                 f"references.{unread[0]}: neither objective.kind={self.objective.kind} nor a measure reads a reference "
                 f"of this name (they read {', '.join(sorted(read)) or 'none'}): leave it out."

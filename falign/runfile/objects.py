@@ -16,9 +16,11 @@ from typing_extensions import override
 from falign.data import DataSource, InMemory
 from falign.divergences import Divergence
 from falign.errors import ConfigError
+from falign.objectives import Measure
 from falign.runfile.base_config import FrozenModel
-from falign.runfile.config import ModelConfig, SourceConfig
+from falign.runfile.config import ModelConfig, PythonMeasureConfig, SourceConfig
 from falign.runfile.objective_config import ObjectiveConfig, PythonObjectiveConfig
+from falign.runfile.reference_config import PythonReferenceConfig
 from falign.runfile.reward_config import PythonRewardConfig
 
 if TYPE_CHECKING:
@@ -28,9 +30,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LoadedModelConfig",
+    "measure_section",
     "model_section",
     "objective_section",
     "parse_source",
+    "reference_section",
     "reward_section",
     "source_section",
     "with_sources",
@@ -240,3 +244,28 @@ def reward_section(value: Any) -> Any:
         fields = dict(value)
         return PythonRewardConfig.of(fields.pop("function"), **fields)
     return value if isinstance(value, Mapping | FrozenModel) else PythonRewardConfig.of(value)
+
+
+def reference_section(value: Any) -> Any:
+    """Return the section of a reference: of an object, a function of the policy that makes one, or the section itself.
+
+    Raises:
+        ConfigError: It is none of these, or an object that moves during training.
+    """
+    return value if isinstance(value, Mapping | FrozenModel) else PythonReferenceConfig.of(value)
+
+
+def measure_section(value: Any) -> Any:
+    """Return a measure as the run file has it: its name, or the record of an object.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if isinstance(value, str | Mapping | FrozenModel):
+        return value
+    if isinstance(value, type) or not isinstance(value, Measure):
+        raise ConfigError(
+            f"measures has a {value.__name__ if isinstance(value, type) else type(value).__name__}: give a measure, an "
+            "object with references and a call, or a name such as 'divergence_to(jensen_shannon)'."
+        )
+    return PythonMeasureConfig.of(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,6 +11,7 @@ from typing_extensions import override
 
 from falign.errors import ConfigError
 from falign.registry import Registry
+from falign.runfile.base_config import PythonObject
 from falign.runfile.members import OwnSection, union_of_kinds
 from falign.runfile.reference_section import BuildContext, ReferenceSection
 
@@ -25,6 +27,7 @@ __all__ = [
     "MovingAverageConfig",
     "OwnReferenceConfig",
     "PeriodicResetConfig",
+    "PythonReferenceConfig",
     "ReferenceConfig",
     "SoupConfig",
 ]
@@ -337,6 +340,66 @@ class OwnReferenceConfig(OwnSection, ReferenceSection, extra="allow"):
         return self.make(REFERENCES, place=context.field, protocol=Reference, context=context)
 
 
+class PythonReferenceConfig(PythonObject, ReferenceSection):
+    """A reference that a program gave as an object, or a function of the policy that makes it."""
+
+    @classmethod
+    @override
+    def of(cls, value: Any, *, hashed: Any = None, **fields: Any) -> Any:
+        """Return the section of a reference or of a function that makes one.
+
+        The code of a reference is that of its class and its plain values; its model is compared by
+        ``Reference.identity()``.
+
+        Raises:
+            ConfigError: The object is neither, or is a reference that moves.
+        """
+        from falign.references import Reference
+
+        if isinstance(value, Reference):
+            if value.moves:
+                raise ConfigError(
+                    f"reference is a {type(value).__name__}, which moves during training, so that the object would not "
+                    "be the same for a run that goes on: give a function f(policy) that makes it."
+                )
+            plain = {name: each for name, each in vars(value).items() if isinstance(each, PLAIN)}
+            hashed = functools.partial(type(value), **plain)
+        elif not callable(value):
+            raise ConfigError(
+                f"reference is a {type(value).__name__}: give a falign.references.Reference, a function f(policy) that "
+                "makes one, or the section of a run file as a mapping."
+            )
+        return super().of(value, hashed=hashed, **fields)
+
+    @override
+    def check(self, *, field: str, adapter: bool) -> None:
+        self.given(field)
+
+    @override
+    def build(self, context: BuildContext) -> references.Reference:
+        from falign.references import Reference
+
+        given = self.given(context.field)
+        made = given if isinstance(given, Reference) else given(context.policy)
+        if not isinstance(made, Reference):
+            raise ConfigError(
+                f"{context.field}: {self.name} makes a {type(made).__name__}, not a falign.references.Reference."
+            )
+        model, record = made.own_model, made.identity()
+        if model is not None:
+            if record.get("weights", record.get("start")) is None:
+                raise ConfigError(
+                    f"{context.field}: the identity of the {type(made).__name__} has no weights, so nothing would tell "
+                    "whether its model is the same in a run that goes on: make it as FrozenModel(model, "
+                    "**falign.models.model_identity(model))."
+                )
+            model.to(context.device)
+        return made
+
+
+PLAIN = (int, float, str, bytes, tuple, frozenset, list, dict)
+"""Classes of values that count for the code of a reference: not models, tensors and tokenizers."""
+
 REFERENCES: Registry[Any] = Registry("reference", {}, wanted="subclass of falign.references.Reference")
 """References of a user's own; the built-in kinds are the sections below."""
 
@@ -352,6 +415,7 @@ else:
             "soup": SoupConfig,
             "moving_average": MovingAverageConfig,
             "periodic_reset": PeriodicResetConfig,
+            "python": PythonReferenceConfig,
         },
         default="auto",
         own=OwnReferenceConfig,

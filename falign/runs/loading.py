@@ -52,23 +52,40 @@ class Given:
         model: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase | None,
         objective: Objective | None,
+        reference: Any = None,
+        references: Mapping[str, Any] | None = None,
     ) -> Given:
-        """Return the sections of a model in memory and of an objective."""
-        from falign.runfile.objects import LoadedModelConfig, objective_section
+        """Return the sections of a model in memory, an objective and references."""
+        from falign.runfile.objects import LoadedModelConfig, objective_section, reference_section
 
         sections: dict[str, Any] = {} if model is None else {"model": LoadedModelConfig.of(model, tokenizer)}
-        return cls(sections if objective is None else {**sections, "objective": objective_section(objective)})
+        if objective is not None:
+            sections["objective"] = objective_section(objective)
+        if reference is not None:
+            sections["reference"] = reference_section(reference)
+        if references:
+            sections["references"] = {name: reference_section(each) for name, each in references.items()}
+        return cls(sections)
 
     def in_place(self, config: RunConfig, *, path: Path) -> RunConfig:
         """Return a run with the objects in their sections.
 
         Raises:
-            ConfigError: The objective differs from the one of the training.
+            ConfigError: The objective or a reference differs from the one of the training.
         """
-        objective = self.sections.get("objective")
-        if objective is not None and objective.model_dump() != config.objective.model_dump():
-            raise ConfigError(f"objective differs from the one that {path} was trained with: give that one.")
-        return config.model_copy(update=self.sections)
+        named = self.sections.get("references", {})
+        recorded = {
+            "objective": config.objective,
+            "reference": config.reference,
+            **{f"references.{name}": config.references.get(name) for name in named},
+        }
+        given = {**self.sections, **{f"references.{name}": each for name, each in named.items()}}
+        for field in recorded.keys() & given.keys():
+            before = recorded[field]
+            if before is None or given[field].model_dump() != before.model_dump():
+                raise ConfigError(f"{field} differs from the one that {path} was trained with: give that one.")
+        merged = {"references": {**config.references, **named}} if named else {}
+        return config.model_copy(update={**self.sections, **merged})
 
 
 class Trained(NamedTuple):

@@ -44,6 +44,7 @@ NOTHING_TO_BUILD = {
     **dict.fromkeys(
         (
             *(f"PythonObjectiveConfig.{field}" for field in ("kind", "name", "code")),
+            *(f"PythonReferenceConfig.{field}" for field in ("kind", "name", "code", "cache")),
             *(f"PythonRewardConfig.{field}" for field in ("kind", "name", "code", "weight", "form")),
         ),
         "the record of an object, from which nothing is built without the object: tests/test_python_door.py",
