@@ -1,4 +1,4 @@
-"""A rollout as one batch of tensors, from sampling to the last update that learns from it."""
+"""A rollout as one batch of tensors, from sampling to the last update on it."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Column(NamedTuple):
     """One quantity of each of N completions.
 
     Attributes:
-        values: Shape (N,), (N, T) per token with 0 behind the completion, or (N, K) per feature. A row that is not
-            known is NaN, and False in a mask: nothing that an objective could take for a value.
-        known: True where a completion has the quantity, shape (N,).
+        values: Shape (N,), (N, T) per token with 0 after the end of a completion, or (N, K) per feature. Unknown rows
+            are NaN, or False in a mask, so that an objective cannot take them for values.
+        known: True for completions that have the quantity, shape (N,).
     """
 
     values: Shaped[Tensor, "N ..."]
@@ -44,7 +44,7 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RolloutBuffer:
-    """P prompts with their N completions, and what is known of each completion; on the CPU.
+    """P prompts with their N completions and the known quantities of each completion; on the CPU.
 
     Attributes:
         trees: Token ids of each prompt and its completions.
@@ -61,7 +61,7 @@ class RolloutBuffer:
 
     @cached_property
     def mask(self) -> Bool[Tensor, "N T"]:
-        """True on completion tokens, shape (N, T), where T is the longest completion."""
+        """True on completion tokens, shape (N, T), with T the length of the longest completion."""
         lengths = torch.tensor([len(ids) for tree in self.trees for ids in tree.completion_ids], dtype=torch.long)
         return torch.arange(int(lengths.max()) if len(lengths) else 0) < lengths[:, None]
 
@@ -81,21 +81,21 @@ class RolloutBuffer:
         return self.columns[name].values
 
     def with_columns(self, columns: Mapping[str, Tensor]) -> RolloutBuffer:
-        """Return the rollout with more columns, or others under the same name, which all completions have.
+        """Return the rollout with columns added or replaced; all completions have them.
 
         Args:
-            columns: Shape (N,), (N, T) or (N, K), on any device.
+            columns: By name, shape (N,), (N, T) or (N, K), on any device.
         """
         known = torch.ones(len(self.mask), dtype=torch.bool)
         return self._with({name: Column(values.detach().cpu(), known) for name, values in columns.items()})
 
     def without(self, names: Collection[str]) -> RolloutBuffer:
-        """Return the rollout with columns per token that no completion has, for rows of others to be put beside it."""
+        """Return the rollout with unknown columns per token, so that it can be joined with rows that have them."""
         nowhere = torch.full(self.mask.shape, torch.nan)
         return self._with({name: Column(nowhere, torch.zeros(len(nowhere), dtype=torch.bool)) for name in names})
 
     def select(self, prompts: Sequence[int]) -> RolloutBuffer:
-        """Return some prompts with their completions, in the order in which they are named."""
+        """Return the given prompts with their completions, in the given order."""
         starts = [0, *accumulate(len(tree.completion_ids) for tree in self.trees)]
         rows = torch.tensor([row for i in prompts for row in range(starts[i], starts[i + 1])], dtype=torch.long)
         chosen = RolloutBuffer(tuple(self.trees[i] for i in prompts))
@@ -107,26 +107,26 @@ class RolloutBuffer:
         return replace(chosen, columns=columns)
 
     def part(self, number: int, parts: int) -> RolloutBuffer:
-        """Return one of several parts, in order, whose numbers of prompts differ by at most one."""
+        """Return one of several consecutive parts; their numbers of prompts differ by at most one."""
         return self.select(range(len(self) * number // parts, len(self) * (number + 1) // parts))
 
     @staticmethod
     def concat(buffers: Sequence[RolloutBuffer]) -> RolloutBuffer:
-        """Return the prompts of all; rows of one that lacks a column of another are not known there."""
+        """Join rollouts; where one lacks a column of another, its rows are unknown in it."""
         buffers = [each for each in buffers if len(each)]
         whole = RolloutBuffer(tuple(tree for each in buffers for tree in each.trees))
         names = dict.fromkeys(name for each in buffers for name in each.columns)
         return replace(whole, columns={name: _joined(name, buffers, whole.mask.shape[1]) for name in names})
 
     def require(self, *, samples: Collection[str], stored: Collection[str]) -> None:
-        """Refuse a micro-batch of which some rows lack what others have and the objective reads of all.
+        """Refuse a micro-batch in which some rows lack a field that the objective reads.
 
         Args:
             samples: Fields that the objective reads of fresh samples.
             stored: Fields that it reads of stored samples of the reference.
 
         Raises:
-            DataError: With the first such row and field.
+            DataError: A row lacks a field; the message names the first.
         """
         column = self.columns.get("from_reference")
         of_reference = torch.zeros(len(self.mask), dtype=torch.bool) if column is None else column.values
@@ -137,13 +137,13 @@ class RolloutBuffer:
                 self._require(name, of_reference)
 
     def inputs(self, scorer: Scorer) -> dict[str, Any]:
-        """Return a micro-batch: the fields of a ``TokenBatch``, and under ``columns`` what is known besides."""
+        """Return a micro-batch: the fields of a ``TokenBatch``, and the columns under ``columns``."""
         return {**vars(scorer.lay_out(self.trees)), "columns": self._tensors()}
 
     def batch(self) -> CompletionBatch:
-        """Return the rollout as one batch without token ids, for what is computed once from all of it.
+        """Return the rollout as one batch without token ids, for quantities that are computed once from all of it.
 
-        Its log-probabilities are those before the first update, or, where these are not computed, the sampler's.
+        Its log-probabilities are those before the first update, or the sampler's if those are not computed.
         """
         columns = self._tensors()
         return CompletionBatch.of(
@@ -156,7 +156,7 @@ class RolloutBuffer:
         )
 
     def save(self, file: Path) -> None:
-        """Write everything as safetensors, exactly as it is; :meth:`load` reads it."""
+        """Write the rollout as safetensors, without loss; :meth:`load` reads it back."""
         completions = [ids for tree in self.trees for ids in tree.completion_ids]
         tensors = {
             **_ragged("prompt_ids", [tree.prompt_ids for tree in self.trees]),
@@ -208,14 +208,14 @@ class RolloutBuffer:
             )
 
     def _tensors(self) -> dict[str, Tensor]:
-        """The columns in the types of a batch."""
+        """Return the columns in the dtypes of a batch."""
         return {
             name: values.float() if values.is_floating_point() else values for name, (values, _) in self.columns.items()
         }
 
 
 def padded(rows: Sequence[Sequence[float]]) -> Shaped[Tensor, "N T"]:
-    """Return numbers per token of N completions in the type in which Python has them, 0 behind the end of each."""
+    """Return numbers per token of N completions as float64, like Python's, with 0 after the end of each."""
     return pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], batch_first=True)
 
 

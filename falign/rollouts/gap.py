@@ -1,4 +1,4 @@
-"""The gap between a sampler's log-probabilities and those of the model that it should sample from."""
+"""The gap between a sampler's log-probabilities and those of the model that it samples from."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from falign.scoring import PromptTree, completion_states, evaluation_mode, pad
 __all__ = ["EXACT", "Canary", "Gap", "measure_gap", "recomputed_logprobs"]
 
 EXACT = 1e-3
-"""Bound of the mean gap per token where both compute in float32, in nats: rounding is a hundredth of it."""
+"""Bound of the mean gap per token if both compute in float32, in nats; rounding causes about a hundredth of it."""
 
 
 class Gap(NamedTuple):
     """Absolute differences of log-probabilities, per token, nats.
 
     Attributes:
-        mean: Over all tokens.
-        max: The largest.
-        num_tokens: How many there are.
+        mean: Mean over all tokens.
+        max: Largest difference.
+        num_tokens: Number of tokens.
     """
 
     mean: float
@@ -44,41 +44,42 @@ def measure_gap(model: nn.Module, rollouts: Sequence[Rollout], params: SamplingP
 
 
 class Canary:
-    """A few tokens that are sampled of each version, to see that it arrived.
+    """A test of each version on a few sampled tokens, to see that its weights reached the sampler.
 
     Args:
-        prompt_ids: Prompts, long ones: only these leave anything in a server's cache.
-        params: How the run samples.
-        bound: Of the mean gap per token, nats.
+        prompt_ids: Long prompts, because short ones leave nothing in a server's cache.
+        params: Sampling parameters of the run.
+        bound: Largest allowed mean gap per token, nats.
     """
 
     def __init__(self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, bound: float) -> None:
         self.prompt_ids, self.params, self.bound = prompt_ids, params, bound
 
     def check(self, engine: Engine, model: nn.Module, version: int) -> None:
-        """Refuse a version whose samples are not the model's.
+        """Refuse a version if its samples do not come from the model's distribution.
 
         Raises:
-            EngineError: With the gap.
+            EngineError: The mean gap is above the bound; the message has both.
         """
         rollouts = engine.sample(self.prompt_ids, 1, self.params, version=version, seed=0)
         gap = measure_gap(model, rollouts, self.params)
         if not gap.mean <= self.bound:
             raise EngineError(
-                f"Version {version}: what the sampler says of {gap.num_tokens} tokens is {gap.mean:.2g} nats off on "
-                f"average, at most {gap.max:.2g}, and {self.bound:.2g} is allowed: it does not sample these weights. "
-                "Start the server anew and go on by --resume; if it comes back, look at docs/vllm.md."
+                f"Version {version}: the sampler's log-probabilities of {gap.num_tokens} tokens are {gap.mean:.2g} "
+                f"nats off on average and {gap.max:.2g} at most, and {self.bound:.2g} is allowed on average: it does "
+                "not sample these weights. Restart the server and resume by --resume; if the error comes back, see "
+                "docs/vllm.md."
             )
 
 
 @torch.no_grad()
 def recomputed_logprobs(model: nn.Module, rollouts: Sequence[Rollout], params: SamplingParams) -> list[list[float]]:
-    """Return the log-probability of each token under the distribution that it should have been drawn from.
+    """Return the model's log-probability of each token, under the distribution that ``params`` make of its logits.
 
     Args:
-        model: The policy, whose weights are those of the rollouts' version.
-        rollouts: Completions; all logits of one of them are held at once.
-        params: How they were drawn; the temperature is above 0.
+        model: The policy, with the weights of the rollouts' version.
+        rollouts: Completions; all logits of one of them are in memory at once.
+        params: Sampling parameters of the rollouts; the temperature is above 0.
     """
     rows = []
     device = next(model.parameters()).device

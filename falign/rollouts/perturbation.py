@@ -1,4 +1,4 @@
-"""Weights that are visibly others for a while."""
+"""A temporary, visible change of a policy's weights."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from transformers import PreTrainedModel
 from falign.errors import ConfigError
 from falign.models.structure import adapter_matrix, base_of, linear_modules, lora_layers, without_adapters
 
-__all__ = ["altered"]
+__all__ = ["perturbed"]
 
-_SHARE = 0.1  # size of the change over that of the weights
-_USUAL_STD = 0.02  # of weights that are packed and do not tell theirs
+_SHARE = 0.1  # size of the change relative to the weights
+_USUAL_STD = 0.02  # assumed for packed weights, where it cannot be computed
 
 
 @contextmanager
-def altered(policy: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Change some of the weights that train, and on leaving give them back bit for bit.
+def perturbed(policy: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Perturb some of the trained weights, and restore them bit for bit on exit.
 
-    At the start of a run B = 0 and the policy is its base, so that a sampler without the adapter would pass for one
-    with it. Here all B are random; without adapters the last linear layer before the head is.
+    At the start of a run B = 0 and the policy equals its base, so a sampler without the adapter would pass the test.
+    With adapters, noise is added to all B; without, to the last linear layer before the head.
 
     Args:
-        policy: What is trained.
+        policy: The model in training.
 
     Raises:
-        ConfigError: There is nothing in it that this could change.
+        ConfigError: The policy has neither LoRA nor a linear layer that trains.
     """
     changes = list(_changes(policy))
     if not changes:
-        raise ConfigError("The policy has no LoRA and no linear layer that trains, so no sampler can be tried with it.")
+        raise ConfigError(
+            "The policy has no LoRA and no linear layer that trains, so no sampler can be tested with it."
+        )
     before = [weight.detach().clone() for weight, _ in changes]
     generator = torch.Generator().manual_seed(0)
     try:
@@ -50,7 +52,7 @@ def altered(policy: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 def _changes(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[Tensor, float]]:
-    """Give weights, and the standard deviation of what is added to each."""
+    """Yield the weights to change, each with the standard deviation of its noise."""
     if isinstance(policy, PeftModel):
         name = policy.active_adapters[0]
         for layer in lora_layers(policy, name).values():
@@ -67,7 +69,7 @@ def _changes(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[Tensor, floa
 
 
 def _std(layer: LoraLayer) -> float:
-    """Return the standard deviation of the weights that an adapter's layer is over, experts included."""
+    """Return the standard deviation of the base weights under an adapter's layer, experts included."""
     assert isinstance(layer, nn.Module)
     own = [weight for weight in without_adapters(layer).parameters(recurse=False) if weight.ndim > 1]
     weights = [weight.detach().float() for weight in own if "quant_state" not in vars(weight)]

@@ -43,14 +43,14 @@ class PresamplingJournal:
     """A file of results in the order of the prompts, each line with its checksum; the first line records their inputs.
 
     Args:
-        path: The file; made with the first finding.
-        record: What the findings depend on, by name; plain values.
-        chunk_size: Findings come in chunks of so many; of a chunk that is not whole nothing is taken.
-        num_prompts: How many findings there are in the end: the last chunk is whole where it has come to them.
-        restart: Where the file is damaged or depends on something else, begin again with the first finding.
+        path: The file; created with the first finding.
+        record: Inputs of the findings, by name; plain values.
+        chunk_size: Number of findings per chunk; incomplete chunks are ignored.
+        num_prompts: Total number of findings; the last chunk may be smaller if it reaches this number.
+        restart: Start again if the file is damaged or has other inputs.
 
     Raises:
-        ConfigError: The file is damaged, depends on something else, or is a link.
+        ConfigError: The file is damaged, has other inputs, or is a link.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PresamplingJournal:
         self.path, self._record = path, json.loads(json.dumps(record))
         self._chunk_size, self._num_prompts = chunk_size, num_prompts
         self.findings: list[Finding] = []
-        self._size = 0  # of what is taken up
+        self._size = 0  # bytes of the findings that are kept
         try:
             self._take_up()
         except ConfigError:
@@ -69,7 +69,7 @@ class PresamplingJournal:
             self.findings, self._size = [], 0
 
     def append(self, results: Sequence[Presampled]) -> None:
-        """Write the findings of a chunk; they survive the process from here on."""
+        """Write the findings of a chunk to the disk, where they survive a kill of the process."""
         found = [Finding(result.num_correct, _stored(result)) for result in results]
         head = [] if self._size else [self._record]
         lines = "".join(map(sealed, [*head, *(each._asdict() for each in found)]))
@@ -94,11 +94,11 @@ class PresamplingJournal:
     def _read(self, form: Any, line: bytes, number: int) -> Any:
         try:
             return form.validate_python(unsealed(line))
-        except (ValueError, RecursionError) as error:  # pydantic's are ValueErrors, too
+        except (ValueError, RecursionError) as error:  # pydantic's errors are ValueErrors
             reason = one_line(error)
             raise ConfigError(
                 f"{self.path}:{number} is damaged ({reason}): remove the file, or give --overwrite, and pre-sampling "
-                "starts anew."
+                "starts again."
             ) from error
 
     def _claim(self, found: Mapping[str, Any]) -> None:
@@ -106,8 +106,8 @@ class PresamplingJournal:
         if names:
             shown = ", ".join(f"{name} ({found.get(name)!r} there, {self._record.get(name)!r} now)" for name in names)
             raise ConfigError(
-                f"{self.path} holds the beginning of another pre-sampling: {shown}. Go on with the same settings, name "
-                "another folder, or start anew with --overwrite."
+                f"{self.path} holds the beginning of another pre-sampling: {shown}. Use the same settings, name "
+                "another folder, or start again with --overwrite."
             )
 
 

@@ -1,4 +1,4 @@
-"""Sampling in the process that trains, from the very weights that are trained."""
+"""Sampling in the training process, directly from the weights in training."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from falign.scoring import evaluation_mode, without_wrapper
 
 __all__ = ["TransformersEngine", "sampling_batches"]
 
-_MOST_ALIVE = 0.75  # rows are dropped when no more than this share of those that are computed still runs
+_MOST_ALIVE = 0.75  # finished rows are dropped once at most this share of the computed rows is still running
 
 
 class TransformersEngine(Engine):
-    """Draws from a Transformers model with a loop of its own over the model's cache.
+    """Sampling from a Transformers model, with falign's own loop over the model's cache.
 
-    Each prompt is read once and its keys and values are handed to all its completions; completions that have stopped
-    leave the batch. What the model's own generation settings force (penalties, suppressed tokens, temperatures) is not
-    applied, so that a trainer can recompute the distribution. Each completion has a stream of random numbers of its
-    own, made of the seed and its number in the call; the global random state is left alone.
+    Each prompt is computed once, and its keys and values are shared by all its completions; finished completions leave
+    the batch. The model's own generation settings (penalties, suppressed tokens, temperatures) are not applied, so that
+    a trainer can recompute the distribution. Each completion has its own stream of random numbers, derived from the
+    seed and its number in the call; the global random state is not used.
 
-    A model that FSDP2 spreads over processes is gathered whole in each of them while it samples, because completions
-    end sooner in one process than in another; all of them have to sample at the same time.
+    A model that FSDP2 shards over processes is gathered in each of them during sampling, because completions end
+    earlier in one process than in another; all processes must sample at the same time.
 
     Args:
-        model: A causal language model, with or without adapters; what is active is the policy.
-        pad_token_id: What fills short prompts; any valid id, also a stop token.
-        max_batch_tokens: Most tokens whose keys and values are held at once; changes memory and speed alone.
+        model: A causal language model, with or without adapters; with the active ones it is the policy.
+        pad_token_id: The id that fills short prompts; any valid id, also a stop token.
+        max_batch_tokens: Maximum number of tokens with keys and values in memory; affects memory and speed only.
     """
 
     def __init__(self, model: nn.Module, *, pad_token_id: int, max_batch_tokens: int = 16_384) -> None:
@@ -55,7 +55,7 @@ class TransformersEngine(Engine):
     def publish(self, model: nn.Module, version: int) -> None:
         if without_wrapper(model) is not without_wrapper(self.model):
             raise RolloutError(
-                f"Version {version} is of another model than the engine samples from: publish the one that it was "
+                f"Version {version} belongs to another model than the engine's: publish the model that the engine was "
                 "made with, or make another engine."
             )
         self.version = version
@@ -73,7 +73,7 @@ class TransformersEngine(Engine):
     ) -> list[Rollout]:
         if version != self.version:
             raise RolloutError(
-                f"Version {version} is not what the engine holds ({self.version}), which is the model as it is now: "
+                f"Version {version} is not what the engine holds ({self.version}), the model in its present state: "
                 f"call publish(model, {version}) first."
             )
         check_request(prompt_ids, n, seed)
@@ -148,7 +148,7 @@ class _Completion:
 def _complete(
     decoding: Decoding, params: SamplingParams, uniforms: Float[Tensor, "B T"], places: Sequence[str]
 ) -> list[_Completion]:
-    """Continue every row of a decoding until it stops or is full."""
+    """Continue every row of a decoding until it stops or reaches the maximum length."""
     uniforms = uniforms.to(decoding.logits.device)
     completions = [_Completion() for _ in places]
     alive = list(range(len(places)))  # which completion each row of the decoding continues
@@ -161,7 +161,7 @@ def _complete(
             if not math.isfinite(logprob):
                 raise RolloutError(
                     f"The logits of {places[i]} are not finite after {step} tokens: the weights are damaged (has "
-                    "training diverged?), or their type is too narrow for the model's activations; try bfloat16 or "
+                    "training diverged?), or their dtype is too narrow for the model's activations; try bfloat16 or "
                     "float32."
                 )
             completion.ids.append(token_id)
@@ -179,20 +179,20 @@ def _complete(
 
 
 def sampling_batches(lengths: Sequence[int], n: int, *, max_new_tokens: int, max_batch_tokens: int) -> list[list[int]]:
-    """Return the rows of each batch, from the longest prompts to the shortest, so that little is padding.
+    """Return the rows of each batch, from the longest prompts to the shortest, to keep padding small.
 
     Row ``i * n + j`` is completion j of prompt i. The completions of one prompt stay together, so that the prompt is
-    computed once, unless there are more of them than a batch has room for.
+    computed once, unless they exceed the room of a batch.
 
     Args:
         lengths: Tokens of each prompt.
         n: Completions per prompt.
-        max_new_tokens: Longest completion.
-        max_batch_tokens: Most tokens whose keys and values are held: rows by the longest prompt and completion. One row
-            is always taken.
+        max_new_tokens: Tokens of the longest completion.
+        max_batch_tokens: Maximum number of tokens with keys and values in memory: rows × (longest prompt +
+            max_new_tokens). A batch has at least one row.
 
     Returns:
-        Batches of row numbers, every row in one of them.
+        Batches of row numbers; each row is in exactly one.
 
     Example:
         >>> sampling_batches([3, 9, 4], 2, max_new_tokens=1, max_batch_tokens=20)

@@ -1,4 +1,4 @@
-"""Adapters on a server: one name and one folder per version, loaded once and never in place."""
+"""Adapters on a server: one name and one folder per version, loaded once and never replaced in place."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = ["AdapterSync", "why_not_servable"]
 
 
 class AdapterSync(Sync):
-    """Serve each version as an adapter of its own over the server's base model.
+    """Serve each version as a separate adapter over the server's base model.
 
-    A name or a path that is used twice would serve keys and values that older weights have left in the server's cache,
-    and an adapter loaded in place is read from its folder again at every step.
+    If a name or path were used twice, the server would reuse keys and values that it cached with older weights; and it
+    reads an adapter that is replaced in place from its folder at every step.
 
     Args:
-        client: Of the server.
-        base: What the server calls its base model.
+        client: The client of the server.
+        base: The server's name for its base model.
     """
 
     kind = "adapter"
@@ -39,7 +39,7 @@ class AdapterSync(Sync):
 
     def __init__(self, client: HTTPClient, *, base: str) -> None:
         self._client, self._base = client, base
-        self._loaded: set[str] | None = None  # None: not known
+        self._loaded: set[str] | None = None  # None: unknown
 
     @override
     def write(self, model: nn.Module, folder: Path) -> None:
@@ -81,7 +81,7 @@ class AdapterSync(Sync):
         try:
             self._client.post("/v1/unload_lora_adapter", {"lora_name": version.name})
         except RefusedError as error:
-            if error.status != 404:  # a server that was started anew has lost it already
+            if error.status != 404:  # a restarted server no longer has it
                 raise
         if self._loaded is not None:
             self._loaded.discard(version.name)
@@ -92,15 +92,15 @@ class AdapterSync(Sync):
 
     @override
     def close(self) -> None:
-        pass  # each version is dropped by itself
+        pass  # each version is dropped separately
 
 
 def why_not_servable(model: nn.Module, *, max_rank: int) -> str | None:
-    """Return why the weights that are trained cannot be served as an adapter, or None where they can.
+    """Return why the trained weights cannot be served as an adapter; None if they can.
 
     Args:
         model: The policy.
-        max_rank: What the server has room for; 0 where it serves no adapters.
+        max_rank: The largest rank that the server accepts; 0 if it serves no adapters.
     """
     if not isinstance(model, PeftModel):
         return "all weights are trained, there is no adapter"

@@ -1,4 +1,4 @@
-"""Plain HTTP to a rollout server: a deadline for every call, and errors that say what kind of fault it was."""
+"""Plain HTTP to a rollout server, with a deadline for every call and an error class for each kind of failure."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from urllib.parse import unquote, urlsplit
 from falign.errors import EngineError
 from falign.terminal import without_passwords
 
-__all__ = ["HTTPClient", "RefusedError", "ServerLostError", "told"]
+__all__ = ["HTTPClient", "RefusedError", "ServerLostError", "reply_line"]
 
-_HEALTH_TIMEOUT = 5.0  # seconds; a server that answers does so at once
-_POLL = 0.5  # seconds between two looks for a server that is away
+_HEALTH_TIMEOUT = 5.0  # seconds; a working server replies at once
+_POLL = 0.5  # seconds between two health checks of an unavailable server
 _PART = 1 << 20  # bytes read at once
 _LONGEST_REPLY = 1 << 30  # bytes
 _TOLD = 300  # characters of a reply in a message
 
 
-def told(reply: str) -> str:
+def reply_line(reply: str) -> str:
     """Return one line about a reply: a server's error message in full, else the beginning of the body."""
     try:
         value = json.loads(reply)
@@ -41,15 +41,15 @@ def told(reply: str) -> str:
 
 
 class ServerLostError(EngineError):
-    """The server is not there, or went away during the call; all that it held is lost."""
+    """The server is unavailable or stopped during the call; the versions that it held are lost."""
 
 
 class RefusedError(EngineError):
-    """The server is there and says no.
+    """The server replied with an error status.
 
     Args:
-        message: What is told.
-        status: Of the reply.
+        message: The message of the error.
+        status: HTTP status of the reply.
     """
 
     def __init__(self, message: str, status: int) -> None:
@@ -75,37 +75,37 @@ class _UnusableError(Exception):
 
 
 class HTTPClient:
-    """Calls one server. It is safe to be used by several threads.
+    """A thread-safe client of one server.
 
     Args:
-        url: Of the server, without a path.
-        timeout: Seconds that any call may take, from the first byte that is sent to the last of the reply.
+        url: Address of the server, without a path.
+        timeout: Seconds for each call, from the first byte sent to the last byte of the reply.
     """
 
     def __init__(self, url: str, *, timeout: float) -> None:
         self.url, self.timeout = url.rstrip("/"), timeout
 
     def get(self, path: str) -> Any:
-        """Return the JSON that a path answers with."""
+        """Return the JSON reply to a GET request."""
         return self._json(path, self._call("GET", path))
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> str:
-        """Return the text that a path answers with."""
+        """Return the text of the reply to a POST request."""
         return self._call("POST", path, body).text
 
     def post_json(self, path: str, body: dict[str, Any]) -> Any:
-        """Return the JSON that a path answers with."""
+        """Return the JSON reply to a POST request."""
         return self._json(path, self._call("POST", path, body))
 
     def is_healthy(self) -> bool:
-        """Return whether the server says that it can work."""
+        """Return whether the server reports that it is healthy."""
         try:
             return self._send("GET", "/health", None, min(_HEALTH_TIMEOUT, self.timeout)).status == 200
         except (OSError, http.client.HTTPException, _TooLateError, _UnusableError):
-            return False  # which is the answer to the question
+            return False  # no valid reply means unhealthy
 
     def wait_until_healthy(self, seconds: float) -> bool:
-        """Return whether the server could work at some time during the next seconds."""
+        """Wait up to some seconds for the server, and return whether it became healthy."""
         end = time.monotonic() + seconds
         while not self.is_healthy():
             if time.monotonic() >= end:
@@ -119,8 +119,8 @@ class HTTPClient:
             reply = self._send(method, path, body, self.timeout)
         except _TooLateError as error:
             raise EngineError(
-                f"{place}: no answer within timeout={self.timeout:g} seconds. Look at the server's log; if it works "
-                "but is slow, raise the timeout, or ask for fewer or shorter completions."
+                f"{place}: no answer within timeout={self.timeout:g} seconds. See the server's log; if it works but is "
+                "slow, raise the timeout, or ask for fewer or shorter completions."
             ) from error
         except (OSError, http.client.IncompleteRead) as error:
             raise ServerLostError(f"{place}: the server is not there, or went away while it answered.") from error
@@ -130,20 +130,20 @@ class HTTPClient:
             ) from error
         if reply.status == 200:
             return reply
-        said = told(reply.text)
-        # vLLM answers 500 from a dead engine and then exits.
+        said = reply_line(reply.text)
+        # vLLM replies 500 when its engine is dead, and then exits.
         if reply.status >= 500 and not self.is_healthy():
             raise ServerLostError(f"{place}: status {reply.status}, and the server can work no more: {said}")
         raise RefusedError(f"{place}: status {reply.status}: {said}", reply.status)
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None, timeout: float) -> _Reply:
-        """Send a call and read its reply. No proxy is asked, no redirect followed, no compression accepted.
+        """Send a request and read the reply, without proxies, redirects or compression.
 
         Raises:
             OSError: The connection cannot be made, or breaks.
             HTTPException: The reply is not HTTP, or ends early.
             _TooLateError: The deadline has passed.
-            _UnusableError: The reply leads elsewhere, is compressed, or has no end.
+            _UnusableError: The reply is a redirect, compressed or too long.
         """
         address = urlsplit(self.url)
         make = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
@@ -178,7 +178,7 @@ class HTTPClient:
 
 @dataclass
 class _Deadline:
-    """Ends a call when its time is over, whatever it waits for: each byte that comes would start another timeout."""
+    """A limit on the whole call; a socket's own timeout would start again with each byte received."""
 
     seconds: float
     has_passed: bool = False
@@ -195,7 +195,7 @@ class _Deadline:
 
         def end() -> None:
             self.has_passed = True
-            with suppress(OSError):  # it is closed already
+            with suppress(OSError):  # already closed
                 opened.shutdown(socket.SHUT_RDWR)
 
         timer = threading.Timer(self.seconds, end)

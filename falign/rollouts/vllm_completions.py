@@ -1,4 +1,4 @@
-"""One request for the completions of a prompt, and the reply read with distrust."""
+"""One request for the completions of a prompt, and a strict check of the reply."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from falign.errors import EngineError
 from falign.rollouts.base import Rollout, SamplingParams
-from falign.rollouts.vllm_client import HTTPClient, RefusedError, told
+from falign.rollouts.vllm_client import HTTPClient, RefusedError, reply_line
 
 __all__ = ["VersionUnknownError", "complete"]
 
-_ROUNDING = 1e-4  # nats by which a log-probability may lie above 0
+_ROUNDING = 1e-4  # nats by which rounding may put a log-probability above 0
 
 
 class VersionUnknownError(EngineError):
@@ -30,20 +30,20 @@ def complete(
     version: int,
     seed: int,
 ) -> list[Rollout]:
-    """Have a server draw the completions of one prompt.
+    """Sample the completions of one prompt on a server.
 
     Args:
-        client: Of the server.
+        client: The client of the server.
         prompt_ids: The prompt.
-        n: How many completions.
-        params: How they are drawn.
-        model: What the server calls the version.
-        version: The run's number of it.
+        n: Number of completions.
+        params: Sampling parameters.
+        model: The server's name for the version.
+        version: The run's number for the version.
         seed: vLLM gives completion j the seed ``seed + j``, so requests need seeds that are far apart (``mixed``).
 
     Raises:
         VersionUnknownError: The server does not know the name.
-        EngineError: The reply is no answer to the request.
+        EngineError: The reply does not fit the request.
     """
     try:
         reply = client.post_json("/v1/completions", _request(prompt_ids, n, params, model=model, seed=seed))
@@ -55,13 +55,13 @@ def complete(
         return _rollouts(reply, prompt_ids, n, params, model=model, version=version)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(
-            f"{client.url}/v1/completions: the reply is no answer to what was asked ({type(error).__name__}: {error}): "
-            f"{told(json.dumps(reply))}"
+            f"{client.url}/v1/completions: the reply does not fit the request ({type(error).__name__}: {error}): "
+            f"{reply_line(json.dumps(reply))}"
         ) from error
 
 
 def _request(prompt_ids: Sequence[int], n: int, params: SamplingParams, *, model: str, seed: int) -> dict[str, Any]:
-    # All that the server would else take from the model's generation_config is said here.
+    # Every setting is given, because the server would take missing ones from the model's generation_config.
     return {
         "model": model,
         "prompt": [list(prompt_ids)],
@@ -93,7 +93,7 @@ def _rollouts(
     if [choice["index"] for choice in choices] != list(range(drawn)):
         raise ValueError(f"{len(choices)} completions, and {drawn} were asked for")
     rollouts = [_rollout(choice, prompt_ids, params, version=version) for choice in choices]
-    return rollouts if drawn == n else rollouts * n  # greedy ones are all the same
+    return rollouts if drawn == n else rollouts * n  # greedy completions are identical
 
 
 def _rollout(choice: dict[str, Any], prompt_ids: Sequence[int], params: SamplingParams, *, version: int) -> Rollout:
@@ -103,7 +103,7 @@ def _rollout(choice: dict[str, Any], prompt_ids: Sequence[int], params: Sampling
     if not ids or len(ids) != len(logprobs):
         raise ValueError(f"{len(ids)} tokens and {len(logprobs)} log-probabilities")
     if not all(math.isfinite(value) and value <= _ROUNDING for value in logprobs):
-        raise ValueError("log-probabilities that are none; are the weights damaged (has training diverged?)")
+        raise ValueError("invalid log-probabilities; are the weights damaged (has training diverged?)")
     if any(token in params.stop_token_ids for token in ids[:-1]) or len(ids) > params.max_new_tokens:
         raise ValueError("a completion goes on after its end")
     stopped: Literal["stop", "length"] = "stop" if ids[-1] in params.stop_token_ids else "length"
@@ -112,7 +112,7 @@ def _rollout(choice: dict[str, Any], prompt_ids: Sequence[int], params: Sampling
     return Rollout(
         prompt_ids=tuple(prompt_ids),
         completion_ids=tuple(ids),
-        # A point mass has been drawn from, of which the server does not know.
+        # Greedy decoding draws from a point mass, and the server reports other log-probabilities.
         logprobs=tuple(map(float, logprobs)) if params.temperature > 0 else (0.0,) * len(ids),
         finish_reason=stopped,
         policy_version=version,

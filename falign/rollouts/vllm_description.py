@@ -1,4 +1,4 @@
-"""A vLLM server's description of itself, and the settings with which a run cannot work."""
+"""The settings of a vLLM server, and the check that a run can work with them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = ["ServerDescription", "describe_server"]
 
 @dataclass(frozen=True)
 class ServerDescription:
-    """A server's settings; two that are equal sample the same.
+    """A server's settings; servers with equal settings sample the same.
 
     Attributes:
-        base: What requests call its base model.
-        model: What it has loaded that from.
-        dtype: Of its weights.
-        logprobs_mode: Which distribution its log-probabilities are of.
-        max_length: Most tokens of a prompt and its completion.
-        max_lora_rank: Of adapters; 0 where it serves none.
-        max_cpu_loras: How many adapters it holds before it drops one.
-        loads_adapters: Whether it takes new ones while it runs.
-        data_parallel_size: Replicas behind the address.
-        instance: Another after each start.
+        base: The name of its base model in requests.
+        model: The path or name that its base model was loaded from.
+        dtype: Dtype of its weights.
+        logprobs_mode: The distribution of its log-probabilities.
+        max_length: Maximum number of tokens of a prompt with its completion.
+        max_lora_rank: Maximum rank of adapters; 0 if it serves none.
+        max_cpu_loras: Number of adapters that it holds before it drops one.
+        loads_adapters: Whether it loads new adapters while it runs.
+        data_parallel_size: Number of replicas behind the address.
+        instance: An identifier that changes with each start.
     """
 
     base: str
@@ -40,10 +40,10 @@ class ServerDescription:
     instance: str = field(compare=False)
 
     def require_usable(self, url: str) -> None:
-        """Refuse a server whose log-probabilities or weights would not be those that are asked for.
+        """Refuse settings under which log-probabilities or weights would be wrong.
 
         Raises:
-            ConfigError: With the option of the server.
+            ConfigError: A setting is wrong; the message names the server's option.
         """
         if self.logprobs_mode != "processed_logprobs":
             raise ConfigError(
@@ -61,14 +61,14 @@ def describe_server(client: HTTPClient) -> ServerDescription:
     """Ask a server for its settings.
 
     Raises:
-        ConfigError: It does not tell them.
-        EngineError: It does not answer, or not as vLLM does.
+        ConfigError: The server does not give its settings.
+        EngineError: The server does not reply, or not as vLLM does.
     """
     try:
         info = client.get("/server_info?config_format=json")
     except RefusedError as error:
         raise ConfigError(
-            f"{error} It does not tell its settings, and takes no new weights: start it with VLLM_SERVER_DEV_MODE=1 "
+            f"{error} It does not give its settings and takes no new weights: start it with VLLM_SERVER_DEV_MODE=1 "
             "(scripts/vllm_server.sh does)."
         ) from error
     cards = client.get("/v1/models")

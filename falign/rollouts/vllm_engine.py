@@ -27,36 +27,36 @@ from falign.seeds import mixed
 
 __all__ = ["VLLMEngine"]
 
-_MOST_LOSSES = 3  # of the server during one call; then it is not the server's bad luck
-_MOST_REQUESTS = 64  # at once, each of one prompt
+_MOST_LOSSES = 3  # losses of the server during one call; more suggest that the call itself causes them
+_MOST_REQUESTS = 64  # concurrent requests, each for one prompt
 T = TypeVar("T")
 
 
 class VLLMEngine(Engine):
-    """Draws from a vLLM server, which is brought every version of the weights through a folder that both see.
+    """Sampling from a vLLM server, which gets every version of the weights through a shared folder.
 
-    A prompt is one request with a seed of its own, since vLLM gives all prompts of a request the same random numbers.
-    A server that goes away is waited for; what was published is then brought to it again from its folders, and the
-    requests that were lost are repeated with their seeds. The weights as they are now are not needed for that.
+    Each prompt is one request with its own seed, because vLLM gives all prompts of a request the same random numbers.
+    The engine waits for a server that is unavailable, sends it the published versions again from their folders, and
+    repeats lost requests with their seeds. This does not need the present weights of the policy.
 
     Args:
-        url: Of the server.
-        shared_dir: A folder that the server sees under the same path; a folder in it is this engine's own.
-        vocabulary: Tokens of the model.
-        timeout: Seconds for any one call.
-        wait: Seconds that a server may be away, at the start too.
+        url: Address of the server.
+        shared_dir: A folder that the server sees under the same path; the engine makes its own folder in it.
+        vocabulary: Number of tokens of the model.
+        timeout: Seconds for each call.
+        wait: Seconds that a server may be unavailable, also at the start.
         sync: ``adapter``: each version is an adapter over the server's base; ``merged``: it replaces the server's
-            weights; ``auto``: the first where the server can.
+            weights; ``auto``: ``adapter`` if the server supports it.
 
     Attributes:
-        canary: What looks at each version as soon as it is published; None for nothing.
+        canary: The test of each version when it is published; None for no test.
 
     Raises:
-        ConfigError: The server is not set up as it must be.
-        EngineError: It is not there.
+        ConfigError: The server's settings are wrong.
+        EngineError: The server is unavailable.
     """
 
-    many_processes = False  # one that loses the server would leave the others waiting
+    many_processes = False  # a process that loses the server would leave the others waiting
     samples_beside_training = True
 
     def __init__(
@@ -129,7 +129,7 @@ class VLLMEngine(Engine):
                 replies = {i: pool.submit(ask, prompt_ids[i], seed=seeds[i]) for i in rest}
             failed = [error for reply in replies.values() if (error := reply.exception()) is not None]
             if sync.exclusive:
-                sync.bring([published])  # else the server was started anew meanwhile, and what it said is not kept
+                sync.bring([published])  # raises if the server is lost by now; its replies are then dropped
             answered.update({i: reply.result() for i, reply in replies.items() if reply.exception() is None})
             if failed:
                 raise next((error for error in failed if not isinstance(error, ServerLostError)), failed[0])
@@ -145,7 +145,7 @@ class VLLMEngine(Engine):
         sync = self.sync
         assert sync is not None
         self._persist(lambda: sync.drop(published))
-        # One version later, when no request that began before can still want to read it.
+        # One version later, when no running request can still read it.
         for folder in self._unloaded:
             shutil.rmtree(folder)
         self._unloaded = [published.folder]
@@ -158,7 +158,7 @@ class VLLMEngine(Engine):
 
     @override
     def close(self) -> None:
-        if self.sync is not None and self.client.is_healthy():  # with a server that is gone so is all that it held
+        if self.sync is not None and self.client.is_healthy():  # a server that is gone has nothing left to drop
             for version in list(self._published):
                 self.sync.drop(self._published.pop(version))
             self.sync.close()
@@ -167,7 +167,7 @@ class VLLMEngine(Engine):
             shutil.rmtree(self.folder)
 
     def _sync_for(self, model: nn.Module) -> Sync:
-        """Choose how weights come to the server, by the first that are published."""
+        """Choose how weights are sent to the server, based on the first published ones."""
         if self.sync is not None:
             return self.sync
         reason = why_not_servable(model, max_rank=self.description.max_lora_rank)
@@ -175,7 +175,7 @@ class VLLMEngine(Engine):
             reason = "the server runs without VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
         if self.asked == "adapter" and reason is not None:
             raise ConfigError(
-                f"rollout.engine.sync=adapter: {reason}. Mend that, or choose merged (or auto), which brings whole "
+                f"rollout.engine.sync=adapter: {reason}. Fix that, or choose merged (or auto), which sends whole "
                 "weights to the server."
             )
         if self.asked == "merged":
@@ -188,7 +188,7 @@ class VLLMEngine(Engine):
         return self.sync
 
     def _persist(self, action: Callable[[], T]) -> T:
-        """Do what may be done again until the server has stayed there for all of it."""
+        """Repeat an idempotent action until the server stays available throughout."""
         losses, was_unknown = 0, False
         while True:
             try:
@@ -197,8 +197,7 @@ class VLLMEngine(Engine):
                 losses += 1
                 if losses > _MOST_LOSSES:
                     raise EngineError(
-                        f"{error} That was the {losses}th time during one call: look at the server's log for what "
-                        "stops it."
+                        f"{error} That was the {losses}th time during one call: see the server's log for the cause."
                     ) from error
                 self._await_return(error)
             except VersionUnknownError:
@@ -214,13 +213,13 @@ class VLLMEngine(Engine):
         now = describe_server(self.client)
         if now != self.description:
             raise EngineError(
-                f"{self.client.url} came back with other settings, {now} in place of {self.description}: start it as "
-                "it was before."
+                f"{self.client.url} came back with other settings, {now} in place of {self.description}: start it with "
+                "the former settings."
             )
 
     def _gone(self) -> EngineError:
         return EngineError(
             f"{self.client.url}: there has been no vLLM server for wait={self.wait:g} seconds"
             + (f"; published are {sorted(self._published)}" if self._published else "")
-            + ". Start it (scripts/vllm_server.sh MODEL), and start the run, or go on with it by --resume."
+            + ". Start it (scripts/vllm_server.sh MODEL), and start the run, or resume it by --resume."
         )

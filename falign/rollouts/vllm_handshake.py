@@ -1,4 +1,4 @@
-"""Before the first step: the server computes what the trainer computes, adapters included."""
+"""The test before the first step that the server computes what the trainer computes, adapters included."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from falign.models.heads import head_rows, left_out_rows
 from falign.models.structure import base_of
 from falign.rollouts.base import SamplingParams
 from falign.rollouts.gap import EXACT, Canary, Gap, measure_gap
-from falign.rollouts.perturbation import altered
+from falign.rollouts.perturbation import perturbed
 from falign.rollouts.vllm_engine import VLLMEngine
 
 __all__ = ["Handshake", "shake_hands"]
 
-_VERSION = -(10**9) - 1  # apart from all that is trained and evaluated
-_TOKENS, _COMPLETIONS = 8, 4  # of each prompt
-_SUSPICIOUS = 0.1  # nats: more than 16-bit rounding was seen to make
+_VERSION = -(10**9) - 1  # differs from all versions of training and evaluation
+_TOKENS, _COMPLETIONS = 8, 4  # tokens per completion, completions per prompt
+_SUSPICIOUS = 0.1  # nats: above all gaps measured for 16-bit rounding
 _TEXT = "Water boils at 100 degrees;\n\n  ‘heute’ it is 3,000 m – mean(values)?"
 
 
@@ -29,12 +29,12 @@ class Handshake:
     """The result of the handshake.
 
     Attributes:
-        sync: How weights come to the server.
-        why_merged: Why not as adapters.
-        dtype: Of the server's weights.
-        trained_dtype: Of the trainer's.
-        gap: Between them, on weights that are not the base's.
-        bound: What is allowed of its mean from now on; None where rounding hides what it could show.
+        sync: How weights are sent to the server.
+        why_merged: Why they are not sent as adapters.
+        dtype: Dtype of the server's weights.
+        trained_dtype: Dtype of the trainer's weights.
+        gap: Gap between server and trainer, on perturbed weights.
+        bound: Allowed mean gap from now on; None if rounding would hide errors.
     """
 
     sync: str
@@ -68,19 +68,19 @@ def shake_hands(
     longest: int,
     max_gap: float | None = None,
 ) -> Handshake:
-    """Try a server on weights that are not its own, and have the engine look at every version from now on.
+    """Test a server on perturbed weights, and make the engine test every later version.
 
     Args:
-        engine: Of the server.
-        policy: What is trained; it is changed for the trial and given back as it was.
-        encode: From a text to token ids without special tokens.
-        prompt_ids: Two or so prompts of the run, long ones.
-        params: How the run samples.
-        longest: Tokens of the longest prompt and completion that may come.
-        max_gap: Bound of the mean gap; where left out, there is one only if both compute in float32.
+        engine: The engine of the server.
+        policy: The model in training; it is perturbed for the test and then restored.
+        encode: Maps a text to token ids without special tokens.
+        prompt_ids: About two long prompts of the run.
+        params: Sampling parameters of the run.
+        longest: Tokens of the longest possible prompt with its completion.
+        max_gap: Bound of the mean gap; by default there is one only if both compute in float32.
 
     Raises:
-        ConfigError: The server's tokenizer, length, head, weights or distribution are not the run's.
+        ConfigError: The server's tokenizer, maximum length, head, weights or distribution differ from the run's.
         EngineError: The server fails.
     """
     described, trained = engine.description, str(base_of(policy).dtype).removeprefix("torch.")
@@ -101,11 +101,11 @@ def shake_hands(
     )["tokens"]
     if theirs != encode(_TEXT):
         raise ConfigError(
-            f"{engine.client.url}: its tokenizer, of {described.model}, is not that of model.path: serve the model "
-            "that is trained."
+            f"{engine.client.url}: its tokenizer, of {described.model}, differs from that of model.path: serve the "
+            "model that is trained."
         )
     short = replace(params, max_new_tokens=min(_TOKENS, params.max_new_tokens))
-    with altered(policy):
+    with perturbed(policy):
         engine.publish(policy, _VERSION)
         rollouts = engine.sample(prompt_ids, _COMPLETIONS, short, version=_VERSION, seed=0)
         gap = measure_gap(policy, rollouts, short)
@@ -125,12 +125,12 @@ def _judge(engine: VLLMEngine, gap: Gap, unchanged: Gap, bound: float | None) ->
     place = f"{engine.client.url} on {gap.num_tokens} tokens"
     if not gap.mean < unchanged.mean:
         raise ConfigError(
-            f"{place}: it samples the model without what was changed in the adapter (gaps {unchanged.mean:.2g}, and "
-            f"{gap.mean:.2g} to the model with it): the weights that it is sent have no effect. See its log."
+            f"{place}: it samples the model without the change in the adapter (gap {unchanged.mean:.2g}, and "
+            f"{gap.mean:.2g} to the model with it): the weights sent to it have no effect. See its log."
         )
     if bound is not None and not gap.mean <= bound:
         raise ConfigError(
             f"{place}: its log-probabilities are {gap.mean:.2g} off on average, {gap.max:.2g} at most, and {bound:.2g} "
-            "is allowed (rollout.engine.max_gap). Serve the very model of model.path in the same dtype; another "
-            "temperature than it samples at, weights left by another run, or another quantisation show like this."
+            "is allowed (rollout.engine.max_gap). Serve the very model of model.path in the same dtype; possible "
+            "causes are another temperature, weights left by another run, or another quantization."
         )

@@ -1,4 +1,4 @@
-"""Whole weights on a server, for what it cannot serve as an adapter."""
+"""Whole weights on a server, for policies that it cannot serve as an adapter."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ __all__ = ["MergedSync", "merged_weights"]
 
 
 class MergedSync(Sync):
-    """Replace the server's own weights by each version.
+    """Replace the server's weights by each version.
 
-    Requests that run are waited for, and the cache of keys and values is emptied, which the server does not do itself.
+    The server first finishes running requests; its cache of keys and values is then emptied, because the server does
+    not do this itself.
 
     Args:
-        client: Of the server.
-        description: What it says about itself.
+        client: The client of the server.
+        description: The server's settings.
     """
 
     kind = "merged"
@@ -41,7 +42,7 @@ class MergedSync(Sync):
 
     def __init__(self, client: HTTPClient, description: ServerDescription) -> None:
         self._client, self._description = client, description
-        self._held: tuple[str, str] | None = None  # which start of the server holds which version
+        self._held: tuple[str, str] | None = None  # instance of the server, and the version that it holds
 
     @override
     def write(self, model: nn.Module, folder: Path) -> None:
@@ -53,7 +54,7 @@ class MergedSync(Sync):
     @override
     def bring(self, versions: Collection[Published]) -> None:
         for version in versions:
-            # A server that was started anew has its first weights, and the name of the model does not tell.
+            # A restarted server has its first weights again, and the model's name does not show that.
             holds = (describe_server(self._client).instance, version.name)
             if holds != self._held:
                 self._reload(str(version.folder))
@@ -79,7 +80,7 @@ class MergedSync(Sync):
 
     @override
     def close(self) -> None:
-        # An adapter of the next run would come to lie over the last weights of this one.
+        # Otherwise an adapter of the next run would be served over the last weights of this one.
         if self._held is not None:
             self._reload(self._description.model)
             self._held = None
@@ -87,12 +88,12 @@ class MergedSync(Sync):
 
 @torch.no_grad()
 def merged_weights(policy: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
-    """Return the weights of a plain model that computes what the policy does, by the names of its checkpoint.
+    """Return the weights of an equivalent model without adapters, by the names of its checkpoint.
 
-    The policy is not changed: merging and taking apart again would leave its weights rounded.
+    The policy itself is not merged, because merging and unmerging would leave its weights rounded.
 
     Raises:
-        ConfigError: The base is quantized, or its checkpoint cannot hold what an adapter does.
+        ConfigError: The base is quantized, or its checkpoint cannot represent an adapter.
     """
     base = base_of(policy)
     if (kind := describe(policy).quantization) is not None:
@@ -130,10 +131,10 @@ def _refuse_tied(base: PreTrainedModel, wrapped: Mapping[str, nn.Module]) -> Non
 
 
 def _merged(place: str, wrapper: nn.Module) -> nn.Module:
-    one = copy.deepcopy(wrapper)  # one layer at a time is held twice
+    one = copy.deepcopy(wrapper)  # only one layer at a time is in memory twice
     if isinstance(one, ModulesToSaveWrapper):
         return one.modules_to_save[one.active_adapter]  # pyright: ignore
-    for layer in one.modules():  # parameters of experts have a wrapper each, one around the other
+    for layer in one.modules():  # each parameter of the experts has its own wrapper, nested in one another
         if not isinstance(layer, BaseTunerLayer):
             continue
         if not isinstance(layer, LoraLayer):

@@ -1,4 +1,4 @@
-"""Versions of weights on a server: what is published, and how it gets there."""
+"""Versions of weights on a server, and the interface of the ways to send them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["Published", "Sync"]
 
 @dataclass(frozen=True)
 class Published:
-    """One version: its folder is kept as long as the server may want to read it.
+    """One version; its folder is kept as long as the server may read it.
 
     Attributes:
-        version: The run's number.
-        name: The server's name for it, never used twice.
-        folder: Its weights, never written twice.
+        version: The run's number for it.
+        name: The server's name for it, never reused.
+        folder: The folder of its weights, written once.
     """
 
     version: int
@@ -29,18 +29,18 @@ class Published:
 
 @runtime_checkable
 class Sync(Protocol):
-    """A way to bring weights to a server through folders that both see.
+    """A way to send weights to a server through folders that both see.
 
     Attributes:
         kind: Its name in the run file.
-        exclusive: Whether a version takes the place of the one before.
+        exclusive: Whether a version replaces the one before.
     """
 
     kind: str
     exclusive: bool
 
     def write(self, model: nn.Module, folder: Path) -> None:
-        """Write what a model has now to a folder, which appears complete or not at all."""
+        """Write the present weights of a model to a folder, which appears only when it is complete."""
         ...
 
     def bring(self, versions: Collection[Published]) -> None:
@@ -48,17 +48,17 @@ class Sync(Protocol):
         ...
 
     def doubt(self) -> None:
-        """Take nothing for granted that the server was brought before: it may have been started anew."""
+        """Forget which versions the server holds, because it may have been restarted."""
         ...
 
     def drop(self, version: Published) -> None:
-        """Take a version from the server; running requests finish."""
+        """Remove a version from the server; running requests finish."""
         ...
 
     def model_of(self, version: Published) -> str:
-        """Return what requests for a version name as their model."""
+        """Return the model name in requests for a version."""
         ...
 
     def close(self) -> None:
-        """Leave the server as it was found."""
+        """Restore the server to its state before the first version."""
         ...

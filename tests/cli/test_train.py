@@ -50,8 +50,8 @@ def test_an_imitating_objective_says_what_it_leaves_out(model, train, tmp_path):
     said, rows = train(run)
     assert "data: 14 rows to train on, 0 held out" in said
     assert (
-        "it imitates the preferred completions; left out: 8 completions that are not the preferred ones and 3 rows with "
-        "label false"
+        "it imitates the preferred completions; left out: 8 completions that are not the preferred ones and 3 rows "
+        "with label false"
     ) in said
     assert rows.count("\n") == 11
 

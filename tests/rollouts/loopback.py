@@ -104,7 +104,7 @@ class Loopback:
             self._server = None
 
     def restart_in(self, seconds):
-        """Start the server anew later, without what it had been brought."""
+        """Restart the server later, without its loaded versions."""
 
         def later():
             time.sleep(seconds)

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from falign.errors import ConfigError
 from falign.models import add_lora, load_model
-from falign.rollouts.perturbation import altered
+from falign.rollouts.perturbation import perturbed
 from falign.rollouts.vllm_merged import MergedSync, merged_weights
 from tests.models.test_base_weights import moe
 from tests.models.tiny import save_tiny, tiny_model
@@ -88,7 +88,7 @@ def test_a_trial_changes_every_kind_of_layer_visibly_and_gives_it_back(tmp_path,
     else:
         policy = policy_of(*WRAPPERS[name])
     before = logits(policy)
-    with altered(policy):
+    with perturbed(policy):
         moved = (logits(policy) - before).abs().max()
     assert 1e-2 < moved < 100
     assert torch.equal(logits(policy), before)

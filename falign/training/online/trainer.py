@@ -195,7 +195,7 @@ class OnlineTrainer(AlignmentTrainer):
             self.value_head.zero_grad()  # the loop clears only the policy's gradients
         update = self.state.global_step % self.rollout.num_updates
         if update == 0:
-            self.buffer = self._sensible_rollout()
+            self.buffer = self._finite_rollout()
         chosen = self.buffer.part(update % self.rollout.minibatches, self.rollout.minibatches)
         rehearsed = self.rehearsal.select(self.rehearsal_order.take(self.rehearsal_size))
         count, batches = num_batches * num_processes(), []
@@ -209,7 +209,7 @@ class OnlineTrainer(AlignmentTrainer):
         rows.require(samples=answers.needs_of_samples, stored=answers.needs_of_stored)
         return rows.inputs(self.scorer)
 
-    def _sensible_rollout(self) -> RolloutBuffer:
+    def _finite_rollout(self) -> RolloutBuffer:
         """Return a rollout; if a reward is NaN or infinite, raise with the step, or skip to the next prompts."""
         while True:
             try:
