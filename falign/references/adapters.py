@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from falign.errors import ModelError
+from falign.objectives import TokenWeighting
 from falign.references.base import Reference, detached_logprobs, detached_states
 from falign.scoring import (
     DEFAULT_CHUNK_TOKENS,
@@ -19,7 +20,6 @@ from falign.scoring import (
     CompletionStates,
     Head,
     TokenBatch,
-    Weighting,
     evaluation_mode,
 )
 
@@ -55,7 +55,9 @@ class AdapterOff(Reference):
             return detached_logprobs(policy_model, batch, chunk_tokens=self.chunk_tokens)
 
     @override
-    def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
+    def states(
+        self, policy_model: nn.Module, batch: TokenBatch, *, weighting: TokenWeighting = "none"
+    ) -> CompletionStates:
         with self.acting(policy_model):
             states = detached_states(policy_model, batch, weighting=weighting)
         # The head is applied later, when the adapter is on again, so it is wrapped to switch the adapter off.
@@ -106,7 +108,9 @@ class AdapterReference(Reference):
             return detached_logprobs(policy_model, batch, chunk_tokens=self.chunk_tokens)
 
     @override
-    def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
+    def states(
+        self, policy_model: nn.Module, batch: TokenBatch, *, weighting: TokenWeighting = "none"
+    ) -> CompletionStates:
         with self.acting(policy_model):
             states = detached_states(policy_model, batch, weighting=weighting)
         # The head is applied later, when the policy's adapter is active again, so it is wrapped to switch adapters.

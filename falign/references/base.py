@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from falign.errors import ModelError
+from falign.objectives import (
+    CompletionBatch,
+    Measure,
+    Objective,
+    TokenWeighting,
+    field_of,
+    reference_names,
+    references_of,
+    token_weighting,
+)
 from falign.scoring import (
     DEFAULT_CHUNK_TOKENS,
     CompletionStates,
+    Distribution,
     TokenBatch,
-    Weighting,
+    completion_scores,
     completion_states,
     detached_scores,
     evaluation_mode,
@@ -24,19 +36,6 @@ from falign.scoring import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from collections.abc import Mapping
-from typing import NamedTuple
-
-from falign.objectives import (
-    CompletionBatch,
-    Measure,
-    Objective,
-    field_of,
-    reference_names,
-    references_of,
-    token_weighting,
-)
-from falign.scoring import Distribution, completion_scores
 
 __all__ = [
     "REFERENCE",
@@ -99,7 +98,9 @@ class Reference(ABC):
         """
 
     @abstractmethod
-    def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
+    def states(
+        self, policy_model: nn.Module, batch: TokenBatch, *, weighting: TokenWeighting = "none"
+    ) -> CompletionStates:
         """Return whole next-token distributions, for objectives with a divergence over the vocabulary.
 
         Args:
@@ -184,7 +185,7 @@ def detached_logprobs(
     return detached_scores(model, batch, chunk_tokens=chunk_tokens).logprobs
 
 
-def detached_states(model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
+def detached_states(model: nn.Module, batch: TokenBatch, *, weighting: TokenWeighting = "none") -> CompletionStates:
     """Return a model's next-token distributions without gradient and dropout; its modes are restored.
 
     Args:
@@ -274,8 +275,8 @@ def objective_inputs(
     found = dict(columns or {})
     asked = {**(measures or {}), **objective.measures}
     weighting = "none" if "token_weights" in found else token_weighting(objective.needs)
-    open_needs = frozenset(name for name in objective.needs if name not in found and field_of(name) not in found)
-    needed = reference_names(open_needs, asked)
+    missing_needs = frozenset(name for name in objective.needs if name not in found and field_of(name) not in found)
+    needed = reference_names(missing_needs, asked)
     if missing := sorted(needed - references.keys()):
         raise ValueError(
             f"The objective or a measure reads the reference {missing[0]!r}, and the references are "
@@ -298,16 +299,18 @@ def objective_inputs(
         value_head=value_head if "values" in objective.needs else None,
         chunk_tokens=chunk_tokens,
     )
-    # Known columns take precedence: the reference may have moved since, and a logged measure must change nothing.
-    found = {**{field_of_reference(name): logprobs for name, logprobs in scores.references.items()}, **found}
+    # Given columns win over recomputed ones: a reference may have moved since the rollout, and logging a measure must
+    # not alter training.
+    recomputed = {field_of_reference(name): logprobs for name, logprobs in scores.references.items()}
+    found = {**recomputed, **found}
     found |= {f"measures.{name}": values for name, values in scores.measures.items()}
     if scores.values is not None:
         found["values"] = scores.values
     # In the first update on a rollout, the policy is still the one that sampled.
-    now = {"old_logprobs": scores.logprobs, "old_values": scores.values}
+    of_sampler = {"old_logprobs": scores.logprobs, "old_values": scores.values}
     found |= {
         name: value.detach()
-        for name, value in now.items()
+        for name, value in of_sampler.items()
         if name in objective.needs and name not in found and value is not None
     }
     return ObjectiveInputs(completion_batch(batch, scores.logprobs, found), scores.entropy)

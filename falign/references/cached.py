@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from falign.errors import ConfigError, DataError, ModelError
+from falign.objectives import TokenWeighting
 from falign.references.base import Reference
 from falign.references.store import CacheKey, LogprobStore, entry_digest
-from falign.scoring import CompletionStates, PromptTree, Scorer, TokenBatch, Weighting
+from falign.scoring import CompletionStates, PromptTree, Scorer, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,7 +85,9 @@ class Cached(Reference):
         return logprobs.to(batch.input_ids.device)
 
     @override
-    def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
+    def states(
+        self, policy_model: nn.Module, batch: TokenBatch, *, weighting: TokenWeighting = "none"
+    ) -> CompletionStates:
         if self.reference is None:
             raise ConfigError(
                 f"{self.store.directory} holds log-probabilities of single tokens, but this objective needs the "

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from falign.errors import ModelError
+from falign.objectives import TokenWeighting
 from falign.references.base import Reference, detached_logprobs, detached_states
-from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch, Weighting
+from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,7 +67,9 @@ class FrozenModel(Reference):
         return detached_logprobs(self.model, batch, chunk_tokens=self.chunk_tokens)
 
     @override
-    def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
+    def states(
+        self, policy_model: nn.Module, batch: TokenBatch, *, weighting: TokenWeighting = "none"
+    ) -> CompletionStates:
         self._refuse_policy(policy_model)
         return detached_states(self.model, batch, weighting=weighting)
 

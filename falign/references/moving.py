@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from falign.errors import ModelError
+from falign.objectives import TokenWeighting
 from falign.references.adapters import AdapterReference
 from falign.references.base import Reference
 from falign.references.frozen_model import FrozenModel
-from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch, Weighting
+from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -228,7 +229,9 @@ class MovingReference(Reference):
         return self.held.logprobs(policy_model, batch)
 
     @override
-    def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
+    def states(
+        self, policy_model: nn.Module, batch: TokenBatch, *, weighting: TokenWeighting = "none"
+    ) -> CompletionStates:
         return self.held.states(policy_model, batch, weighting=weighting)
 
     @override

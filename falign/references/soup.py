@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
+from falign.objectives import TokenWeighting
 from falign.references.adapters import AdapterReference
 from falign.references.base import Reference
 from falign.references.frozen_model import FrozenModel
-from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch, Weighting
+from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -96,7 +97,9 @@ class Soup(Reference):
         return self.held.logprobs(policy_model, batch)
 
     @override
-    def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
+    def states(
+        self, policy_model: nn.Module, batch: TokenBatch, *, weighting: TokenWeighting = "none"
+    ) -> CompletionStates:
         return self.held.states(policy_model, batch, weighting=weighting)
 
     @override

@@ -6,7 +6,6 @@ from falign.scoring.layout_choice import LayoutChoice, check_head, choose_layout
 from falign.scoring.model_parts import Adapted, Head, read_backbone, read_head, run_backbone, without_wrapper
 from falign.scoring.scorer import Scorer, detached_scores, evaluation_mode
 from falign.scoring.token_budget import TokenBudgetBatches
-from falign.scoring.token_weights import Weighting
 from falign.scoring.tree_attention import TreeMask, tree_masks
 from falign.scoring.vocabulary import DEFAULT_CHUNK_TOKENS, Distribution, TokenScores, token_scores
 
@@ -26,7 +25,6 @@ __all__ = [
     "TokenScores",
     "TreeMask",
     "TreeSpan",
-    "Weighting",
     "check_head",
     "choose_layout",
     "completion_scores",

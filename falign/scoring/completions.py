@@ -9,10 +9,11 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from falign.objectives import TokenWeighting
 from falign.objectives.measures import Measure
 from falign.scoring.batch import TokenBatch
 from falign.scoring.model_parts import read_head, run_backbone
-from falign.scoring.token_weights import MapoMask, Weighting, activation_weights
+from falign.scoring.token_weights import MapoMask, activation_weights
 from falign.scoring.tree_attention import tree_masks
 from falign.scoring.vocabulary import DEFAULT_CHUNK_TOKENS, Distribution, TokenScores, token_scores
 
@@ -32,7 +33,7 @@ class CompletionStates(NamedTuple):
     token_weights: Float[Tensor, "N T"] | None = None
 
 
-def completion_states(model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
+def completion_states(model: nn.Module, batch: TokenBatch, *, weighting: TokenWeighting = "none") -> CompletionStates:
     """Run the model without its head.
 
     Args:

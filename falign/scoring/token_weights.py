@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,10 +17,7 @@ from falign.scoring.batch import TokenBatch
 from falign.scoring.model_parts import read_backbone, without_wrapper
 from falign.scoring.vocabulary import Distribution
 
-__all__ = ["MapoMask", "Weighting", "activation_weights"]
-
-Weighting = Literal["none", "activations", "mapo"]
-"""``activations``: :func:`activation_weights`, falign's own; ``mapo``: :class:`MapoMask`, the MaPO mask of SparsePO."""
+__all__ = ["MapoMask", "activation_weights"]
 
 
 def activation_weights(hidden_states: Sequence[Tensor], batch: TokenBatch) -> Float[Tensor, "N T"]:

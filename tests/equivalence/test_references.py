@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from falign.errors import DataError
-from falign.objectives import FDPO
+from falign.objectives import FDPO, TokenWeighting
 from falign.references import AdapterOff, Cached, CacheKey, FrozenModel, Reference
-from falign.scoring import CompletionStates, Scorer, TokenBatch, Weighting
+from falign.scoring import CompletionStates, Scorer, TokenBatch
 from tests.equivalence.runs import CHUNK, PAD, alignment_trainer, lora_policy, run, trees
 from tests.scoring.models import tiny_model
 
@@ -41,7 +41,9 @@ class Counted(Reference):
         return self.inner.logprobs(policy_model, batch)
 
     @override
-    def states(self, policy_model: nn.Module, batch: TokenBatch, *, weighting: Weighting = "none") -> CompletionStates:
+    def states(
+        self, policy_model: nn.Module, batch: TokenBatch, *, weighting: TokenWeighting = "none"
+    ) -> CompletionStates:
         return self.inner.states(policy_model, batch, weighting=weighting)
 
 
