@@ -305,7 +305,7 @@ def test_a_moving_reference_is_given_as_the_function_that_makes_it(model, pairs,
     [
         ({"training": {"learning_rte": 1}}, "falign.train: unknown key 'training.learning_rte': did you mean"),
         ({"data": None}, "data is missing"),
-        ({"tokenizer": "tiny"}, "tokenizer is of a loaded model"),
+        ({"tokenizer": "tiny"}, "tokenizer applies only to a loaded model"),
         ({"adapter": {"rank": 4}}, "unknown key 'adapter.rank'"),
         ({"objective": {"kind": "pairwize"}}, "did you mean pairwise"),
         ({"objective": "dpo"}, "objective is a str: give an objective, such as falign.FDPO"),

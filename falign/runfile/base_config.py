@@ -1,4 +1,4 @@
-"""The base of all sections of the run file, and the record of an object that a program gave for one."""
+"""The base of all sections of the run file, and the record of an object in memory that replaces one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["FrozenModel", "ObjectiveSection", "PythonObject", "named_divergence"
 
 
 class FrozenModel(BaseModel):
-    """A component of the run file: unknown keys and infinite numbers are errors, values never change."""
+    """A component of the run file; it refuses unknown keys and infinite numbers, and its values never change."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -31,23 +31,23 @@ class FrozenModel(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
         protected_namespaces=(),
-        # Each validator is built when it is first used: at once, those of sections are built again for every section
-        # that holds them, before a run file is even read.
+        # Each validator is built at first use. Built at once, a section's validator would be built again for every
+        # section that contains it, before any run file is read.
         defer_build=True,
     )
 
 
 class PythonObject(FrozenModel):
-    """The record of an object of a program, and the object itself where it is at hand.
+    """The record of a Python object, with the object itself if it is in memory.
 
     A run file holds only the record, so a section that is read from one has no object and cannot be built.
     """
 
     kind: Literal["python"] = "python"
     name: str
-    """Of the function, or of the object's class."""
+    """Name of the function, or of the object's class."""
     code: str
-    """SHA-256 of its source and its values."""
+    """SHA-256 of the source and the values."""
     _object: Any = PrivateAttr(default=None)
 
     @classmethod
@@ -74,21 +74,21 @@ class PythonObject(FrozenModel):
         """Return the object.
 
         Args:
-            section: What messages call it.
+            section: The section's name in messages.
 
         Raises:
-            ConfigError: It is not at hand.
+            ConfigError: The object is not in memory.
         """
         if self._object is None:
             raise ConfigError(
                 f"{section} was an object in a program ({self.name}), which a run file cannot hold: call falign.train "
-                "with the same object, and with resume=True to go on with the run."
+                "with the same object, and with resume=True to resume the run."
             )
         return self._object
 
 
 class ObjectiveSection(FrozenModel):
-    """An objective of the run file; it answers for what the run has to know of it before it is built."""
+    """An objective of the run file, with the properties that a run needs before the objective is built."""
 
     kind: Any  # each section narrows it to its own name
 
@@ -104,21 +104,21 @@ class ObjectiveSection(FrozenModel):
 
     @property
     def num_rewards(self) -> int | None:
-        """The number of rewards that it reads one by one, before their weights; None if it reads their sum."""
+        """The number of rewards that it reads separately, before weights; None if it reads their weighted sum."""
         return None
 
     @property
     def weights_gradients(self) -> bool:
-        """True if ``rollout.correction`` applies: a policy gradient, which importance weights correct."""
+        """True if ``rollout.correction`` applies: for policy gradients, whose samples importance weights correct."""
         return False
 
     @property
     def compares(self) -> tuple[Literal["group", "rollout"], str] | None:
-        """Where it compares each completion with others, and the field that says so; None if it does not."""
+        """The field by which it compares completions of one prompt, as messages quote it; None if it does not."""
         return None
 
     def unfitted(self) -> ObjectiveSection:
-        """Return the section with placeholders for whatever is fitted on samples, for checks before there are any."""
+        """Return the section with placeholders for fitted values, for checks before there are samples."""
         return self
 
     @abstractmethod
@@ -126,7 +126,7 @@ class ObjectiveSection(FrozenModel):
         """Return the objective.
 
         Raises:
-            ConfigError: A name is unknown, two fields contradict each other, or theory does not allow it; the message
+            ConfigError: A name is unknown, two fields contradict each other, or theory rules it out; the message
                 has the reason.
         """
 
@@ -148,7 +148,7 @@ def refusals(section: str = "objective") -> Iterator[None]:
     try:
         yield
     except ConfigError:
-        raise  # it names its place already
+        raise  # already has its place
     except ValueError as error:
         raise ConfigError(f"{section}: {error}") from error
 
@@ -157,7 +157,7 @@ def named_divergence(name: str, *, field: str = "objective.divergence") -> Diver
     """Return the divergence that a field names.
 
     Raises:
-        ConfigError: With the field: the name is unknown, or its own divergence cannot be imported.
+        ConfigError: The name is unknown, or the user's divergence cannot be imported; the message has the field.
     """
     from falign import divergences
 

@@ -1,4 +1,4 @@
-"""The run file: one frozen model per component, each with ``build()``. A field is documented here and nowhere else."""
+"""The run file: one frozen model per component, each with ``build()``. This is the only documentation of its fields."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ class ModelConfig(FrozenModel):
     path: str
     """Hub name, folder, ``.gguf`` file, or ``demo:smollm2-135m-instruct``."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"
-    """``auto`` is the checkpoint's; ``fastest`` is bfloat16 where the device multiplies it natively, else float32."""
+    """``auto`` is the checkpoint's; ``fastest`` is bfloat16 if the device multiplies it natively, else float32."""
     quantization: Literal["nf4"] | None = None
     """``nf4``: 4-bit weights with double quantization and bfloat16 compute; needs an adapter."""
     attn_implementation: str = "sdpa"
     """``sdpa``, ``eager``, ``flex_attention`` or ``flash_attention_2`` to ``4``; the last ones need a GPU."""
     chat_template: str | None = None
-    """A Jinja template or a file with one, in place of the tokenizer's."""
+    """A Jinja template or a file with one, instead of the tokenizer's."""
     revision: str | None = None
     trust_remote_code: bool = False
-    """Run code that the model's repository brings along."""
+    """Run code from the model's repository."""
 
     def build_tokenizer(self, *, date: datetime | None = None) -> PreTrainedTokenizerBase:
-        """Load the tokenizer; a date replaces the present one in templates that write the date."""
+        """Load the tokenizer; templates that write a date write the given one, by default today."""
         from falign.models import load_tokenizer
         from falign.models.tokenizers import fix_date
 
@@ -91,13 +91,13 @@ class ModelConfig(FrozenModel):
         return stop_token_ids(self.path, tokenizer, revision=self.revision)
 
     def vocabulary_size(self) -> int | None:
-        """Return how many rows the embeddings have, without loading weights; None where nothing says."""
+        """Return the number of rows of the embeddings, without loading weights; None if it is unknown."""
         from falign.models.loading import vocabulary_size
 
         return vocabulary_size(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     def build(self, *, trains: bool = False) -> PreTrainedModel:
-        """Load the weights; ``trains``: all of them are about to be trained."""
+        """Load the weights; ``trains``: all of them will be trained."""
         from falign.models import load_model
 
         return load_model(
@@ -122,7 +122,7 @@ class AdapterConfig(FrozenModel):
     target_modules: str | list[str] = "all-linear"
     """``all-linear`` or names of linear modules."""
     init: str | None = None
-    """Start from this adapter, a folder or a run that has trained one; r, alpha and target_modules are then its own."""
+    """Start from this adapter, a folder or a run that trained one, with its own r, alpha and target_modules."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> AdapterConfig:
@@ -163,9 +163,9 @@ class SourceConfig(FrozenModel):
     """The file's name of each column: ``{prompt: question}``; ``outer.inner`` is inside a column of objects."""
     chat: bool | None = None
     """``true``: plain texts are turns, the prompt a user's, rendered by the chat template; ``false``: they are
-    continued as they stand. Must be set for plain texts where the model has a chat template."""
+    continued as they are. Must be set for plain texts if the model has a chat template."""
     ignore: list[str] = []
-    """Columns, and keys of turns, that look like a part of the prompt and are not."""
+    """Columns, and keys of turns, that look like parts of the prompt but are not."""
     weight: float | None = Field(default=None, gt=0)
     """Share in a mixture; for all sources or for none."""
     limit: int | None = Field(default=None, ge=1)
@@ -178,7 +178,7 @@ class SourceConfig(FrozenModel):
         return with_rows(value, handler)
 
     def build(self) -> DataSource:
-        """Return the source as the data package knows it."""
+        """Return the source in the form that :mod:`falign.data` reads."""
         return DataSource(**{**self.model_dump(), "ignore": tuple(self.ignore)}, rows=self._rows)
 
 
@@ -187,7 +187,7 @@ class DataConfig(FrozenModel):
 
     train: list[SourceConfig] = Field(min_length=1)
     eval: list[SourceConfig] = []
-    """Sources of their own, or hold out some of the training data:"""
+    """Separate sources; or hold out some of the training data:"""
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     eval_size: int = Field(default=0, ge=0)
     max_length: int = Field(default=1024, ge=2)
@@ -235,7 +235,7 @@ class TrainingConfig(FrozenModel):
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     num_train_epochs: float = Field(default=1.0, gt=0)
     max_steps: int = -1
-    """Optimizer steps in place of ``num_train_epochs``; -1 where left out."""
+    """Optimizer steps, instead of ``num_train_epochs``; -1 by default."""
     optim: str = "adamw_torch"
     weight_decay: float = Field(default=0.0, ge=0)
     adam_beta2: float = Field(default=0.999, gt=0, lt=1)
@@ -244,23 +244,23 @@ class TrainingConfig(FrozenModel):
     lr_scheduler_kwargs: dict[str, Any] = {}
     """Options of the schedule: ``{min_lr_rate: 0.1}`` for ``cosine_with_min_lr``."""
     warmup_steps: float = Field(default=0.0, ge=0)
-    """Steps, or a share of all steps where below 1."""
+    """Steps, or a share of all steps if below 1."""
     gradient_checkpointing: bool = False
     logging_steps: int = Field(default=10, ge=1)
     eval_steps: int | None = Field(default=None, ge=1)
-    """Evaluate so often; always before the first and after the last step when there is evaluation data."""
+    """Steps between evaluations; with evaluation data, one always comes before the first and after the last step."""
     save_steps: int | None = Field(default=None, ge=1)
-    """Write a checkpoint so often; none when left out."""
+    """Steps between checkpoints; none by default."""
     save_total_limit: int | None = Field(default=2, ge=1)
     report_to: Annotated[list[str], BeforeValidator(_as_list)] = []
     """Trackers besides ``metrics.jsonl``: ``trackio``, ``wandb``, ``tensorboard`` ...; one, or a list."""
     tokens_per_batch: int | None = Field(default=None, ge=2)
-    """Micro-batches of as many prompts as have so many tokens with their completions, instead of a fixed number."""
+    """Limit of tokens per micro-batch, completions included, instead of a fixed number of prompts."""
     layout: Literal["auto", "tree", "padded"] = "auto"
-    """``tree``: each prompt is computed once for all its completions; ``padded``: once for each; ``auto``: the first
-    where the model gives it the values of the second, which is tried before training."""
+    """``tree``: each prompt is computed once for all its completions; ``padded``: once for each; ``auto``: ``tree`` if
+    a test before training shows that the model gives the same values."""
     chunk_tokens: int = Field(default=DEFAULT_CHUNK_TOKENS, ge=1)
-    """Positions that reach the vocabulary at once: memory against speed, no change of results."""
+    """Positions whose logits are computed at once; changes memory and speed, not results."""
     skip_bad: bool = False
     """Skip and count steps whose loss, gradient or reward is NaN or infinite, which otherwise stop the run."""
 
@@ -270,15 +270,15 @@ class TrainingConfig(FrozenModel):
         if value < 1 and value != -1:
             raise ValueError(
                 "a run takes at least one optimizer step; leave it out (-1) to train for num_train_epochs. "
-                "falign evaluate and falign score judge a model without training it"
+                "falign evaluate and falign score need no training"
             )
         return value
 
     def check(self) -> None:
-        """Refuse trackers, an optimizer or a schedule that would not work on this machine.
+        """Refuse trackers, an optimizer or a schedule that do not work on this machine.
 
         Raises:
-            ConfigError: With the field and the reason.
+            ConfigError: One does not work; the message has the field and the reason.
         """
         from falign.runfile.optimization import check_names, check_optimizer, check_schedule
 
@@ -296,11 +296,11 @@ class TrainingConfig(FrozenModel):
         gradient_accumulation_steps: int | None = None,
         steps_per_epoch: int | None = None,
     ) -> TrainingArguments:
-        """Return the arguments of the underlying trainer.
+        """Return the arguments of the transformers trainer.
 
         Args:
             output_dir: The run folder.
-            seed: Of the run.
+            seed: Seed of the run.
             gradient_accumulation_steps: In place of the field, in online runs, where it follows from other fields.
             steps_per_epoch: There, what turns ``num_train_epochs`` into steps.
         """
@@ -320,14 +320,14 @@ class TrainingConfig(FrozenModel):
             "remove_unused_columns": False,
             "label_names": [],
             "logging_nan_inf_filter": False,
-            "ddp_find_unused_parameters": False,  # every trained parameter acts in every batch
-            "log_level_replica": "error",  # as falign.cli.quiet has it for the first process
-            "disable_tqdm": True,  # falign.runs.progress draws its own
+            "ddp_find_unused_parameters": False,  # every trained parameter is used in every batch
+            "log_level_replica": "error",  # as for the first process
+            "disable_tqdm": True,  # falign.runs.progress draws its own bar
         }
         if gradient_accumulation_steps is not None:
             arguments["gradient_accumulation_steps"] = gradient_accumulation_steps
         if steps_per_epoch is not None:
-            arguments["ignore_data_skip"] = True  # there are no data to skip: a checkpoint says what comes next
+            arguments["ignore_data_skip"] = True  # there are no data to skip: the checkpoint has the position
             if self.max_steps <= 0:
                 arguments["max_steps"] = math.ceil(self.num_train_epochs * steps_per_epoch)
         try:
@@ -337,7 +337,7 @@ class TrainingConfig(FrozenModel):
 
 
 class SamplingConfig(FrozenModel):
-    """Prompts that are answered before and after training, into ``samples.json``."""
+    """Prompts answered before and after training, in ``samples.json``."""
 
     prompts: list[Annotated[str, Field(pattern=r"\S")]] = []
     max_new_tokens: int = Field(default=64, ge=1)
@@ -402,7 +402,7 @@ def _is_at_hand(value: str | PythonMeasureConfig) -> bool:
     return not own_names_in(value) if isinstance(value, str) else value.is_at_hand
 
 
-REFERENCE = "reference"  # falign.references.REFERENCE, which would load the models' libraries
+REFERENCE = "reference"  # falign.references.REFERENCE; importing it would load the model libraries
 REFERENCE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 ONLINE_SECTIONS = ("rollout", "rewards", "rehearsal")
@@ -417,11 +417,11 @@ class RunConfig(FrozenModel):
     model: ModelConfig
     adapter: AdapterConfig | None = AdapterConfig()
     reference: ReferenceConfig = AutoReferenceConfig()
-    """What the policy is held to; or, for an objective that reads several, in its place:"""
+    """The model that the divergence is measured to; or, for an objective that reads several, instead of it:"""
     references: dict[str, ReferenceConfig] = {}
-    """By the name under which the objective reads it; ``reference`` is what metrics and evaluation compare with."""
+    """References by the names that the objective reads; metrics and evaluation compare with ``reference``."""
     data: DataConfig | None = None
-    """Completions that are there; or, in an online run, in its place:"""
+    """Given completions; or, in an online run, instead of it:"""
     prompts: PromptsConfig | None = None
     rollout: RolloutConfig = RolloutConfig()
     rewards: list[RewardConfig] = []
@@ -439,7 +439,7 @@ class RunConfig(FrozenModel):
         return {name: value for name, value in handler(self).items() if name != dropped}
 
     def reference_sections(self) -> dict[str, ReferenceSection]:
-        """Return the sections of the references by name, ``auto`` as the kind that it stands for."""
+        """Return the sections of the references by name, with ``auto`` resolved."""
         given = self.references or {REFERENCE: self.reference}
         return {name: section.resolved(self) for name, section in given.items()}
 
@@ -456,14 +456,14 @@ class RunConfig(FrozenModel):
 
     @property
     def objects(self) -> list[str]:
-        """The fields that record an object of a program, which a run file cannot hold."""
+        """The fields that only record a Python object, which a run file cannot hold."""
         return list(_objects(self.model_dump(mode="json")))
 
     def check(self) -> Objective:
-        """Refuse what cannot work before anything is loaded, and return the objective.
+        """Refuse settings that cannot work, before anything is loaded, and return the objective.
 
         Raises:
-            ConfigError: With the fields that contradict each other.
+            ConfigError: Fields contradict each other; the message names them.
         """
         if self.adapter is None and self.model.quantization is not None:
             raise ConfigError("model.quantization=nf4 with adapter=null: 4-bit weights do not train; add an adapter.")
@@ -477,7 +477,7 @@ class RunConfig(FrozenModel):
         return objective
 
     def require_files(self) -> None:
-        """Refuse models and data that are not there, which is known before anything heavy is imported.
+        """Refuse missing models and data, before heavy libraries are imported.
 
         Raises:
             ModelError: A model or adapter is missing.
@@ -506,7 +506,7 @@ class RunConfig(FrozenModel):
         """Return the measures to log, by name.
 
         Raises:
-            ConfigError: A name is unknown, or one's own measure cannot be imported or is none.
+            ConfigError: A name is unknown, or a user's measure cannot be imported or is invalid.
         """
         with refusals("measures"):
             return {name: _built_measure(value, f"measures.{name}") for name, value in self.measures.items()}
@@ -518,18 +518,18 @@ class RunConfig(FrozenModel):
         return {field: _built_measure(value, field) for field, value in known.items()}
 
     def models_that_read_ids(self) -> Iterator[tuple[str, str]]:
-        """Return the field and path of each other model that is given the policy's token ids."""
+        """Return the field and path of each other model that reads the policy's token ids."""
         for name, section in self.reference_sections().items():
             yield from section.models_that_read_ids(field=self.section_of(name), own=self.model.path)
         for i, reward in enumerate(self.rewards):
             yield from ((f"rewards.{i}.{field}", path) for field, path in reward.models_that_read_ids())
 
     def check_token_rows(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, Sequence[int]]]) -> None:
-        """Refuse token ids for which a model that reads them has no row, before any weights are loaded.
+        """Refuse token ids for which a model has no embedding, before any weights are loaded.
 
         Args:
-            tokenizer: The policy's.
-            rows: Token ids, each with the place that they are from.
+            tokenizer: The policy's tokenizer.
+            rows: Token ids, each with their place in the data.
         """
         from falign.models.loading import vocabulary_size
         from falign.models.tokenizers import check_token_rows
@@ -543,7 +543,7 @@ class RunConfig(FrozenModel):
                 check_token_rows(rows, num_rows=size, model=path, tokenizer=tokenizer)
 
     def _check_references(self, objective: Objective) -> None:
-        """Refuse references that contradict each other, or are not what the objective reads."""
+        """Refuse references that contradict each other or do not fit the objective."""
         if self.references and "reference" in self.model_fields_set:
             raise ConfigError(
                 "reference and references exclude each other: write the one under references, as "
@@ -575,7 +575,7 @@ class RunConfig(FrozenModel):
             raise ConfigError("data is missing: name data.train, or prompts.train for a run that samples its own.")
         fields = type(
             self
-        ).model_fields  # the resolved run file of a run has all sections, these as they are by default
+        ).model_fields  # a resolved run file has all sections, with default values where they do not apply
         if online := [name for name in ONLINE_SECTIONS if getattr(self, name) != fields[name].default]:
             raise ConfigError(f"{online[0]} is a section of runs that sample their own completions: add prompts.train.")
         if missing := sorted(name for name in objective.needs if field_of(name) not in OFFLINE):

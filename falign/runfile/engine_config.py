@@ -33,24 +33,24 @@ class CorrectionConfig(FrozenModel):
     """Importance weights π/π_sampler for the difference between sampler and trainer, bounded above."""
 
     cap: float = Field(default=2.0, ge=1)
-    """Largest weight: of a token, or of a whole completion, as ``objective.importance`` says."""
+    """Largest weight, of a token or a whole completion according to ``objective.importance``."""
 
 
 class EngineSection(FrozenModel):
-    """An engine of the run file: it builds the engine, and checks it before the first step."""
+    """An engine of the run file; it builds the engine and checks it before the first step."""
 
     kind: Any  # each section narrows it to its own name
 
     @property
     def samples_beside_training(self) -> bool:
-        """Whether ``rollout.ahead`` is possible, as far as is known before the engine is made."""
+        """True unless it is known, before the engine is made, that ``rollout.ahead`` is impossible."""
         return True
 
     def check_processes(self, number: int) -> None:
         """Refuse more training processes than the engine can serve.
 
         Raises:
-            ConfigError: With the reason.
+            ConfigError: There are too many; the message has the reason.
         """
         engine = ENGINES.get(self.kind, field="rollout.engine.kind")
         if number > 1 and not engine.many_processes:
@@ -68,12 +68,12 @@ class EngineSection(FrozenModel):
             console: For progress and notes.
 
         Raises:
-            FalignError: The engine is not there, or does not sample as the run needs it.
+            FalignError: The engine is unavailable, or does not sample as the run needs.
         """
 
 
 class TransformersEngineConfig(EngineSection):
-    """In the process that trains, from the weights that are trained."""
+    """Sampling in the training process, directly from the weights in training."""
 
     kind: Literal["transformers"] = "transformers"
 
@@ -92,22 +92,22 @@ class TransformersEngineConfig(EngineSection):
 
 
 class VLLMEngineConfig(EngineSection):
-    """From a vLLM server, started by itself (``scripts/vllm_server.sh``)."""
+    """Sampling from a vLLM server, which is started separately (``scripts/vllm_server.sh``)."""
 
     kind: Literal["vllm"] = "vllm"
     url: str = Field(default="http://127.0.0.1:8000", pattern=r"^https?://[^/]+/?$")
     shared_dir: str
     """A folder that the server sees under the same path; each version of the weights is written there."""
     timeout: float = Field(default=600.0, gt=0)
-    """Seconds for any one call: for all completions of a prompt."""
+    """Seconds for each call, that is, for all completions of a prompt."""
     wait: float = Field(default=300.0, ge=0)
-    """Seconds that the server may be away, at the start too; then the run ends and can be resumed."""
+    """Seconds that the server may be unavailable, also at the start; then the run ends and can be resumed."""
     sync: Literal["auto", "adapter", "merged"] = "auto"
-    """``adapter``: over the server's base model; ``merged``: whole weights in place of it; ``auto``: the first where
-    the server can."""
+    """``adapter``: over the server's base model; ``merged``: whole weights instead of it; ``auto``: ``adapter`` if the
+    server supports it."""
     max_gap: float | None = Field(default=None, gt=0)
-    """Most that log-probabilities of sampler and trainer may differ by, mean over tokens, nats, before the run ends;
-    left out, 0.001 where both compute in float32, and nothing where rounding is larger."""
+    """Allowed mean difference per token between log-probabilities of sampler and trainer, nats; above it the run ends.
+    By default 0.001 if both compute in float32, else no limit, because rounding is larger."""
 
     @override
     def open(self, setup: EngineSetup, console: Console) -> Engine:

@@ -28,7 +28,7 @@ OWN = "module:Name"
 
 
 class OwnSection(FrozenModel, extra="allow"):
-    """A member of your own: its other keys are the arguments of ``module:Name``.
+    """A member of your own; its other keys are the arguments of ``module:Name``.
 
     A subclass that has another base, too, says ``extra="allow"`` itself, because pydantic takes that from the last.
     """
@@ -42,10 +42,10 @@ class OwnSection(FrozenModel, extra="allow"):
             registry: Its family.
             place: The path of the section, for messages.
             protocol: What the member must make.
-            given: Arguments that the run adds; a member gets those of them that it names.
+            given: Arguments that the run adds; a member gets those that its signature names.
 
         Raises:
-            ConfigError: It cannot be imported, does not take these settings, or makes something else.
+            ConfigError: It cannot be imported, does not take these settings, or does not fit the protocol.
         """
         member = registry.get(self.kind, field=f"{place}.kind")
         made = call_with_settings(member, self.model_extra or {}, name=self.kind, place=place, given=given)
@@ -66,8 +66,8 @@ def union_of_kinds(sections: Mapping[str, type[BaseModel]], *, default: str | No
 
     Args:
         sections: Each kind with its section.
-        default: The kind of a section without ``kind``; None where it is required.
-        own: The section of own members, a subclass of :class:`OwnSection`; None where the family has none.
+        default: The kind of a section without ``kind``; None if it is required.
+        own: The section of users' members, a subclass of :class:`OwnSection`; None if the family allows none.
     """
 
     def kind_of(value: Any) -> str | None:
@@ -75,7 +75,7 @@ def union_of_kinds(sections: Mapping[str, type[BaseModel]], *, default: str | No
             if "kind" not in value:
                 return default
             kind = str(value["kind"])
-        else:  # a section, or a value that any section refuses as such
+        else:  # a section, or a value of the wrong type, which every section refuses
             kind = str(getattr(value, "kind", default or next(iter(sections))))
         return OWN if own is not None and is_own_name(kind) else kind
 
@@ -97,8 +97,8 @@ def section_of(member: Callable[..., Any], *, kind: str, base: type[BaseModel], 
     made: dict[str, Any] = {"kind": (Literal[kind], kind)}  # pyright: ignore[reportInvalidTypeForm]
     made |= {name: _field(each, member) for name, each in _parameters(member).items() if name not in base.model_fields}
     name = "".join(part.capitalize() for part in kind.split("_")) + "Config"
-    # The fields have their documentation from the member; looking for a source text that does not exist takes longer
-    # than all other classes of the run file together.
+    # The member documents the fields. Searching for the class's source, which does not exist, takes longer than making
+    # all other classes of the run file.
     no_source = {"use_attribute_docstrings": False}
     return create_model(
         name, __base__=base, __cls_kwargs__=no_source, __doc__=summary, __module__=__name__, **(made | fields)
@@ -120,7 +120,7 @@ def call_with_settings(
     Args:
         member: A class or function.
         settings: The section's keys without ``kind``.
-        name: Of the member, for messages.
+        name: The member's name in messages.
         place: The path of the section, for messages.
         given: Arguments that the run adds, where the signature names them.
 
@@ -159,7 +159,7 @@ _LOOSE: Any = {"arbitrary_types_allowed": True, "allow_inf_nan": False, "protect
 def _parameters(member: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     function = member.__init__ if inspect.isclass(member) else inspect.unwrap(member)
     names = vars(sys.modules[function.__module__])
-    # Not the annotation of what is returned, which may be known to type checkers alone.
+    # Without the return annotation, which may exist for type checkers only.
     return {
         name: each.replace(annotation=eval(each.annotation, names)) if isinstance(each.annotation, str) else each
         for name, each in inspect.signature(member).parameters.items()

@@ -1,4 +1,4 @@
-"""The section of the run file that says what is minimised: one model per objective, told apart by ``kind``."""
+"""The section ``objective`` of the run file: one model per objective, distinguished by ``kind``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PairwiseConfig(ObjectiveSection):
     """``logistic`` (f-DPO), ``hinge``, ``ipo``, ``squared`` (IPO of whole completions), ``robust(0.1)``,
     ``exo(0.001)``."""
     length_norm: Literal["none", "token"] | None = None
-    """``token``: log-ratios are means over tokens; left out, they are with ``ipo`` alone."""
+    """``token``: log-ratios are means over tokens; by default only with ``ipo``."""
 
     @property
     @override
@@ -79,10 +79,10 @@ class TokenPairwiseConfig(ObjectiveSection):
 
     kind: Literal["token_pairwise"] = "token_pairwise"
     divergence: str = "forward_kl"
-    """As under ``pairwise``, but any; the paper's is the forward KL."""
+    """As under ``pairwise``, without restriction; the paper uses the forward KL."""
     beta: float = Field(default=0.1, gt=0)
     alpha: float | None = Field(default=None, ge=0)
-    """Weight of the divergences in variant 2, 0.5 where left out."""
+    """Weight of the divergences in variant 2, 0.5 by default."""
     variant: Literal[1, 2] = 2
     weighting: TokenWeighting = "none"
     """``mapo``: tokens count by the mask of SparsePO's MaPO, from the reference's activations, between 0 and 1; with
@@ -101,7 +101,7 @@ class TokenPairwiseConfig(ObjectiveSection):
 
 
 class PythonObjectiveConfig(PythonObject, ObjectiveSection):
-    """An objective that a program gave as an object."""
+    """The record of an objective that was given as an object."""
 
     @property
     @override

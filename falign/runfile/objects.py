@@ -1,4 +1,4 @@
-"""Sections of a run from objects of a program: a loaded model, rows in memory, objectives, reward functions."""
+"""Sections of a run from Python objects: a loaded model, rows in memory, objectives, reward functions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 SOURCE = frozenset({"path", "rows", "texts"})
-"""Keys of which a source of data has one, and a row has none."""
+"""Keys that tell a source of data from a row: a source has one of them."""
 
 
 class LoadedModelConfig(ModelConfig):
@@ -77,7 +77,7 @@ class LoadedModelConfig(ModelConfig):
                 "of a PEFT model give the base, and adapter=dict(init=FOLDER)."
             )
         if any(without_adapters(module) is not module for module in model.modules()):
-            raise ConfigError("model has an adapter in its layers: unload it, or load the base anew.")
+            raise ConfigError("model has an adapter in its layers: unload it, or load the base again.")
         path = str(model.name_or_path)
         if not path or (Path(path).is_absolute() and not Path(path).is_dir()):
             raise ConfigError(
@@ -122,7 +122,7 @@ class LoadedModelConfig(ModelConfig):
 
 
 def objective_section(objective: Objective) -> Any:
-    """Return the section of the run file that builds an objective, or the record of the object where none does.
+    """Return the section of the run file that builds an objective, or the record of the object if there is none.
 
     Raises:
         ConfigError: The object is not an objective.
@@ -142,7 +142,7 @@ def objective_section(objective: Objective) -> Any:
                     found = section(**fields)
                     if found.build() == objective:
                         return found
-                except (ValidationError, ValueError):  # a value that has no name, such as a divergence of one's own
+                except (ValidationError, ValueError):  # a value without a name, such as a user's divergence
                     break
     return PythonObjectiveConfig.of(objective)
 
@@ -152,7 +152,7 @@ def _kinds() -> list[Any]:
 
 
 def _written(value: Any) -> Any:
-    """Return a field of an objective as a run file has it."""
+    """Return a field of an objective in the form of a run file."""
     if isinstance(value, Divergence):
         return value.name
     if inspect.isfunction(value):
@@ -170,7 +170,7 @@ def _with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
 
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
-        # Quantized weights are of other classes, whose state a new parameter would lose.
+        # Quantized weights have their own classes, and a new parameter would lose their state.
         plain = type(parameter) is nn.Parameter
         memo[id(parameter)] = nn.Parameter(parameter.data, parameter.requires_grad) if plain else parameter
     return copy.deepcopy(model, memo)
@@ -180,12 +180,12 @@ def model_section(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
     """Return the section of a model: of a name, a loaded model, or the section itself.
 
     Raises:
-        ConfigError: It is no model, or there is a tokenizer beside a name.
+        ConfigError: The value is not a model, or a tokenizer is given together with a name.
     """
     if not isinstance(model, str | Path | Mapping | FrozenModel):
         return LoadedModelConfig.of(model, tokenizer)
     if tokenizer is not None:
-        raise ConfigError("tokenizer is of a loaded model: a name has its own; leave it out, or load the model.")
+        raise ConfigError("tokenizer applies only to a loaded model: leave it out, or load the model.")
     return {"path": str(model)} if isinstance(model, str | Path) else model
 
 
@@ -213,11 +213,11 @@ def parse_source(data: Any, *, place: str) -> DataSource:
 
     Args:
         data: Rows, the path of a file, or the section as a mapping, which may have ``rows`` in place of a ``path``.
-        place: What messages call it.
+        place: The source's name in messages.
 
     Raises:
-        ConfigError: With the keys that are wrong.
-        DataError: The rows are none.
+        ConfigError: A key is wrong; the message names it.
+        DataError: The rows are invalid.
     """
     try:
         return SourceConfig.model_validate(source_section(data)).build()

@@ -13,7 +13,7 @@ from falign.runfile.reward_config import RewardConfig
 __all__ = ["check_samples"]
 
 WORTH = frozenset({"rewards", "features", "preference"})
-"""Fields that say what a completion is worth."""
+"""Fields that hold the value of a completion."""
 
 
 def check_samples(
@@ -22,7 +22,7 @@ def check_samples(
     """Refuse an objective that does not learn from rewards, groups that it cannot compare, and fields without effect.
 
     Raises:
-        ConfigError: With the fields.
+        ConfigError: One of these is found; the message names the fields.
     """
     if not objective.needs & WORTH:
         raise ConfigError(
@@ -62,7 +62,7 @@ def _check_groups(rollout: RolloutConfig, chosen: ObjectiveConfig, objective: Ob
 def _check_effects(
     rollout: RolloutConfig, chosen: ObjectiveConfig, rewards: Sequence[RewardConfig], objective: Objective
 ) -> None:
-    # A resolved run file has all fields, so one counts as given where it differs from its default.
+    # A resolved run file has all fields, so a field counts as given if it differs from its default.
     fields = RolloutConfig.model_fields
     if rollout.ranked != fields["ranked"].default and "preference" not in objective.needs:
         raise ConfigError(

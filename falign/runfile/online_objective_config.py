@@ -1,4 +1,4 @@
-"""Objectives of the run file on fresh samples, on samples of the reference, and on demonstrations."""
+"""Sections of objectives on fresh samples, on samples of the reference, and on demonstrations."""
 
 from __future__ import annotations
 
@@ -41,30 +41,30 @@ class PolicyGradientConfig(ObjectiveSection):
 
     kind: Literal["policy_gradient"] = "policy_gradient"
     divergence: str | None = None
-    """As under ``pairwise``, but any; left out, nothing is penalised."""
+    """As under ``pairwise``, without restriction; by default nothing is penalized."""
     beta: float = Field(default=0.0, ge=0)
-    """Strength of the divergence, in units of reward; 0 penalises nothing and needs no reference."""
+    """Strength of the divergence, in units of reward; 0 penalizes nothing and needs no reference."""
     advantage: str = "leave_one_out"
     """``none``, ``batch_mean``, ``leave_one_out`` (RLOO), ``group_centred``, ``group_normalised`` (GRPO), ``gae``; or
     ``module:function`` of your own, called with rewards and prompt_index, both of shape (N,)."""
     clip_low: float | None = Field(default=None, gt=0, le=1)
-    """π/π_old is kept above 1 - clip_low where the advantage is negative; left out, not at all."""
+    """Lower clip 1 - clip_low of π/π_old at negative advantages; none by default."""
     clip_high: float | None = Field(default=None, gt=0)
-    """π/π_old is kept below 1 + clip_high where the advantage is positive; left out, not at all."""
+    """Upper clip 1 + clip_high of π/π_old at positive advantages; none by default."""
     importance: Literal["sequence", "token"] = "sequence"
     """π/π_old of whole completions, which is exact, or of single tokens, as in PPO and GRPO."""
     level: Literal["sequence", "token", "vocabulary"] = "sequence"
     """Divergence of whole completions, or of tokens: from the sampled ones, or over the full vocabulary."""
     credit: Literal["fixed_prefix", "returns"] = "fixed_prefix"
-    """Below sequence level: whether a token answers for the divergence at later ones."""
+    """Below sequence level: ``returns`` charges each token with the divergence at later tokens, too."""
     reduction: Literal["sequence_sum", "sequence_mean", "token_mean"] = "sequence_sum"
-    """Completions count by their sums over tokens, by their means, or all tokens alike."""
+    """Weight of completions: sums over tokens, means over tokens, or all tokens alike."""
     value_coefficient: float | None = Field(default=None, gt=0)
-    """Only with ``gae``: weight of the value head's loss, 0.1 where left out."""
+    """Only with ``gae``: weight of the value head's loss, 0.1 by default."""
     gamma: float | None = Field(default=None, ge=0, le=1)
-    """Only with ``gae``: discount per token, 1 where left out."""
+    """Only with ``gae``: discount per token, 1 by default."""
     lam: float | None = Field(default=None, ge=0, le=1)
-    """Only with ``gae``: λ, 0.95 where left out."""
+    """Only with ``gae``: λ, 0.95 by default."""
 
     @property
     @override
@@ -90,11 +90,11 @@ class PolicyGradientConfig(ObjectiveSection):
 
 
 class DistributionMatchingConfig(ObjectiveSection):
-    """f-DPG: the policy is led to a target distribution that the rewards describe."""
+    """f-DPG: minimizes a divergence to a target distribution that the rewards define."""
 
     kind: Literal["distribution_matching"] = "distribution_matching"
     divergence: str = "jensen_shannon"
-    """As under ``pairwise``, but any; with a target that has zeros f'(∞) must be finite."""
+    """As under ``pairwise``, without restriction; if the target has zeros, f'(∞) must be finite."""
     target: TargetConfig
     """``{kind: binary}``, ``{kind: moments, moments: [0.5]}``, ``{kind: exponential, beta: 0.1}``, or a product."""
     baseline: Literal["leave_one_out", "constant", "none"] = "leave_one_out"
@@ -137,19 +137,19 @@ class HybridConfig(ObjectiveSection):
 
     kind: Literal["hybrid"] = "hybrid"
     divergence: str = "jensen_shannon"
-    """Of the rehearsal; as under ``pairwise``, but any."""
+    """Divergence of the rehearsal; as under ``pairwise``, without restriction."""
     coefficient: float | None = Field(default=None, ge=0)
-    """Weight of the rehearsal; each part is a mean of its own, so it does not depend on the numbers of rows. Left out,
+    """Weight of the rehearsal; each part is a separate mean, so it does not depend on the numbers of rows. By default
     the published one: 0.025 for Jensen-Shannon, 0.00625 for the forward KL and α; required for any other divergence."""
     level: Literal["sequence", "token"] = "token"
-    """Of the rehearsal: the divergence of whole completions, or of their tokens."""
+    """Level of the rehearsal: the divergence of whole completions, or of their tokens."""
     advantage: str = "group_normalised"
     """As under ``policy_gradient``."""
     clip_low: float | None = Field(default=0.2, gt=0, le=1)
     clip_high: float | None = Field(default=0.28, gt=0)
     importance: Literal["sequence", "token"] = "token"
     reduction: CompletionMean = "token_mean"
-    """Of the policy gradient."""
+    """Reduction of the policy gradient."""
 
     @property
     @override
@@ -186,15 +186,15 @@ class HybridConfig(ObjectiveSection):
 
 
 class RehearsalConfig(ObjectiveSection):
-    """A divergence to the reference on its own samples, alone."""
+    """Only a divergence to the reference, on the reference's samples."""
 
     kind: Literal["rehearsal"] = "rehearsal"
     divergence: str = "jensen_shannon"
-    """As under ``pairwise``, but any."""
+    """As under ``pairwise``, without restriction."""
     level: Literal["sequence", "token"] = "token"
     """The divergence of whole completions, or of their tokens."""
     reduction: CompletionMean | None = None
-    """At token level, as under ``policy_gradient``; ``token_mean`` where left out."""
+    """At token level, as under ``policy_gradient``; ``token_mean`` by default."""
 
     @property
     @override
@@ -212,7 +212,7 @@ class SupervisedConfig(ObjectiveSection):
 
     kind: Literal["supervised"] = "supervised"
     divergence: str | None = None
-    """One with infinite f'(∞), as ``pearson_chi2``; left out, plain fine-tuning."""
+    """A divergence with infinite f'(∞), such as ``pearson_chi2``; by default plain fine-tuning."""
     beta: float | None = Field(default=None, gt=0)
     """Required with a divergence."""
 
@@ -228,7 +228,7 @@ class SupervisedConfig(ObjectiveSection):
 
 
 def _advantage(name: str) -> Advantage | str:
-    """Check the name, and return the function where it is a user's own."""
+    """Check the name, and return the function if it is a user's own."""
     if name == "gae":
         return name
     found = get_advantage(name, field="objective.advantage")

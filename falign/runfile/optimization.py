@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules of transformers: each works, or is refused before a model is loaded."""
+"""The check that an optimizer and a learning-rate schedule of transformers work, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from falign.errors import ConfigError
 __all__ = ["check_names", "check_optimizer", "check_schedule"]
 
 _BY_MODULES = "it changes chosen modules only, which a run file cannot name"
-_BY_METRIC = "it follows a metric in place of the steps, and no metric is handed to it"
+_BY_METRIC = "it follows a metric instead of the steps, and gets no metric here"
 _OWN_BACKWARD = "it updates weights within the backward pass, before the loss and gradient of the step are checked"
-_TWO_WEIGHTS = "the weights that it trains are not those that it evaluates, and checkpoints would hold the first"
+_TWO_WEIGHTS = "it trains other weights than it evaluates, and checkpoints would hold the trained ones"
 
 REFUSED_OPTIMIZERS = {
     "galore": _BY_MODULES,
@@ -36,19 +36,19 @@ WITHOUT_OPTIONS = ("constant", "constant_with_warmup", "linear")
 """The first two would drop them without a word."""
 
 TRIAL_SHAPE = (64, 128)  # optimizers of 8 bits leave tensors of fewer than 4,096 values in 32
-TRIAL_LEARNING_RATE = 1e-2  # a run's own may be below the rounding of the weight that is tried
-MANY_STEPS = 1_000_000  # where they follow from epochs, which are known once the data are read
+TRIAL_LEARNING_RATE = 1e-2  # the run's rate may be below the rounding of the trial weight
+MANY_STEPS = 1_000_000  # if the number follows from epochs, which is known only once data are read
 
 
 def check_names(optimizer: str, schedule: str) -> None:
-    """Refuse settings that transformers does not offer or that cannot work in a run.
+    """Refuse settings that transformers does not have or that cannot work in a run.
 
     Args:
         optimizer: ``training.optim``.
         schedule: ``training.lr_scheduler_type``.
 
     Raises:
-        ConfigError: With the reason, or the nearest name.
+        ConfigError: A setting is unknown or cannot work; the message has the nearest name or the reason.
     """
     require_choice("training.optim", optimizer, [each.value for each in OptimizerNames])
     require_choice("training.lr_scheduler_type", schedule, [each.value for each in SchedulerType])
@@ -62,13 +62,13 @@ def check_names(optimizer: str, schedule: str) -> None:
 
 
 def check_optimizer(args: TrainingArguments) -> None:
-    """Refuse an optimizer that cannot be made or take a step here, or whose state cannot be saved.
+    """Refuse an optimizer that cannot be made, take a step or save its state here.
 
     Args:
-        args: With ``optim`` and its settings.
+        args: Training arguments, with ``optim`` and its settings.
 
     Raises:
-        ConfigError: With the reason.
+        ConfigError: The optimizer does not work; the message has the reason.
     """
     name = OptimizerNames(args.optim).value
     try:
@@ -89,13 +89,13 @@ def check_optimizer(args: TrainingArguments) -> None:
 
 
 def check_schedule(args: TrainingArguments) -> None:
-    """Refuse a schedule of the learning rate that cannot be made or gives no learning rate.
+    """Refuse a learning-rate schedule that cannot be made or gives invalid learning rates.
 
     Args:
-        args: With ``lr_scheduler_type`` and ``lr_scheduler_kwargs``.
+        args: Training arguments, with ``lr_scheduler_type`` and ``lr_scheduler_kwargs``.
 
     Raises:
-        ConfigError: With the reason.
+        ConfigError: The schedule does not work; the message has the reason.
     """
     name = SchedulerType(args.lr_scheduler_type).value
     options: Any = args.lr_scheduler_kwargs or {}

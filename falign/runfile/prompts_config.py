@@ -1,4 +1,4 @@
-"""The sections of the run file that an online run has in place of ``data``: prompts, rollouts, rehearsal."""
+"""The sections of an online run that replace ``data``: prompts, rollouts, rehearsal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 
 def with_rows(value: Any, handler: Any) -> Any:
-    """Validate a source of data, which may have rows in memory in place of a path: ``{rows: InMemory(...)}``."""
+    """Validate a source of data, which may have rows in memory instead of a path: ``{rows: InMemory(...)}``."""
     rows = value.get("rows") if isinstance(value, dict) else None
     if not isinstance(rows, InMemory):
         return handler(value)
@@ -38,19 +38,19 @@ class PromptSourceConfig(FrozenModel):
     path: str | None = None
     """As in ``data``, or ``demo:one-digit-arithmetic``."""
     texts: list[str] = []
-    """Prompts themselves, in place of a path."""
+    """The prompts themselves, instead of a path."""
     split: str = "train"
     template: str | None = None
-    """The prompt, with the row's columns in braces: ``"{question} Answer:"``; else the column ``prompt``."""
+    """The prompt, with the row's columns in braces: ``"{question} Answer:"``; by default the column ``prompt``."""
     columns: dict[str, str] = {}
     """Other names for columns, of the prompt or for rewards: ``{answer: reward_model.ground_truth}``."""
     chat: bool | None = None
-    """``true``: a plain prompt is a user's turn, rendered by the chat template; ``false``: it is continued as it
-    stands. Must be set for plain prompts where the model has a chat template."""
+    """``true``: a plain prompt is a user's turn, rendered by the chat template; ``false``: it is continued as it is.
+    Must be set for plain prompts if the model has a chat template."""
     system: str | None = None
-    """A system turn before every prompt, where rows have no column ``system`` of their own."""
+    """A system turn before every prompt, for rows without a column ``system``."""
     ignore: list[str] = []
-    """Columns, and keys of turns, that look like a part of the prompt and are none; rewards do not get them either."""
+    """Columns, and keys of turns, that look like parts of the prompt but are not; rewards do not get them either."""
     limit: int | None = Field(default=None, ge=1)
 
     _rows: InMemory | None = PrivateAttr(default=None)
@@ -61,7 +61,7 @@ class PromptSourceConfig(FrozenModel):
         return with_rows(value, handler)
 
     def build(self) -> PromptSource:
-        """Return the source as the data package knows it."""
+        """Return the source in the form that :mod:`falign.data` reads."""
         lists = {"texts": tuple(self.texts), "ignore": tuple(self.ignore)}
         return PromptSource(**{**self.model_dump(), **lists}, rows=self._rows)
 
@@ -71,15 +71,15 @@ class PromptsConfig(FrozenModel):
 
     train: list[PromptSourceConfig] = Field(min_length=1)
     eval: list[PromptSourceConfig] = []
-    """Sources of their own, or hold out some of the training prompts:"""
+    """Separate sources; or hold out some of the training prompts:"""
     eval_size: int = Field(default=0, ge=0)
     max_length: int = Field(default=512, ge=1)
-    """Most tokens of a prompt."""
+    """Maximum number of tokens of a prompt."""
     long_prompt: LengthPolicy = "error"
     bad_rows: str = Field(default="error", pattern="^(error|skip)$")
 
     def build(self, tokenizer: Tokenizer, *, seed: int, check: RowCheck | None = None) -> PromptData:
-        """Read, tokenize and split the prompts; ``check`` finds rows that the rewards cannot judge."""
+        """Read, tokenize and split the prompts; ``check`` returns reasons for rows that rewards cannot judge."""
         return load_prompts(
             [source.build() for source in self.train],
             tokenizer,
@@ -95,13 +95,13 @@ class PromptsConfig(FrozenModel):
 
 
 class DifficultyConfig(FrozenModel):
-    """A filter that keeps prompts which the policy solves sometimes, but not always."""
+    """A filter that keeps prompts that the policy solves sometimes, but not always."""
 
     low: float = Field(default=0.1, ge=0, le=1)
-    """Least share of a prompt's completions that pass."""
+    """Smallest share of a prompt's completions that pass."""
     high: float = Field(default=0.9, ge=0, le=1)
     max_rounds: int = Field(default=3, ge=1)
-    """Most draws of prompts per rollout, before it is filled up with those that were left out."""
+    """Maximum number of draws of prompts per rollout; then rejected prompts fill it up."""
 
     @model_validator(mode="after")
     def _is_a_range(self) -> DifficultyConfig:
@@ -114,7 +114,7 @@ class EvaluationConfig(FrozenModel):
     """Sampling for held-out prompts."""
 
     completions: int = Field(default=8, ge=1)
-    """Completions per prompt, which pass@k is estimated from for k up to this."""
+    """Completions per prompt; pass@k is estimated for k up to this number."""
     temperature: float = Field(default=1.0, ge=0)
     """0 decodes greedily."""
 
@@ -131,33 +131,33 @@ class RolloutConfig(FrozenModel):
     """Completions per prompt: the group."""
     max_new_tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=1.0, gt=0)
-    """At values other than 1 the samples are from another distribution, and are weighted by ``π/π_sampler``."""
+    """At values other than 1 the samples come from another distribution and are weighted by ``π/π_sampler``."""
     updates: int = Field(default=1, ge=1)
     """Passes over each rollout."""
     minibatches: int = Field(default=1, ge=1)
-    """Optimiser steps per pass; prompts are divided among them."""
+    """Optimizer steps per pass; prompts are divided among them."""
     ignore_stop: bool = False
-    """Sample exactly ``max_new_tokens`` tokens: for texts that have no natural end."""
+    """Sample exactly ``max_new_tokens`` tokens, for texts without a natural end."""
     pass_reward: float = 1.0
-    """A completion with this reward or more passes: for pass@k and difficulty."""
+    """A completion with at least this reward passes, for pass@k and difficulty."""
     outcome: str | None = None
-    """Name of the reward that decides what passes. By default the only one that has a weight; of several the first, and
+    """Name of the reward that decides what passes. By default the only one with a weight, or the first of several;
     ``difficulty`` then needs the name."""
     difficulty: DifficultyConfig | None = None
     ranked: Literal["best_worst", "all"] = "best_worst"
-    """For objectives of preferences: which completions of a prompt are compared by their rewards."""
+    """For preference objectives: the completions of a prompt that are compared by their rewards."""
     max_batch_tokens: int = Field(default=16_384, ge=1)
-    """Most tokens whose keys and values are held at once while sampling; memory and speed alone."""
+    """Maximum number of tokens with keys and values in memory during sampling; affects memory and speed only."""
     fit_samples: int = Field(default=512, ge=2)
-    """Completions of the reference on which the weights of ``objective.target.moments`` are fitted."""
+    """Number of the reference's completions for fitting the weights of ``objective.target.moments``."""
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: EngineConfig = TransformersEngineConfig()
-    """The engine that samples: ``{kind: transformers}``, ``{kind: vllm, shared_dir: ...}`` or one of your own,
+    """The engine that samples: ``{kind: transformers}``, ``{kind: vllm, shared_dir: ...}`` or your own,
     ``{kind: module:Name, ...}``."""
     ahead: bool = False
-    """Sample the next rollout while the policy learns from the last; its samples are weighted by ``π/π_sampler``."""
+    """Sample the next rollout while the policy learns from the present one; it is weighted by ``π/π_sampler``."""
     correction: CorrectionConfig | None = None
-    """``{cap: 2}`` takes the sampler's log-probabilities for those of π_old, and bounds the weights of that; for policy
+    """``{cap: 2}`` weights by the sampler's log-probabilities in place of π_old's, with bounded weights; for policy
     gradients."""
 
     @model_validator(mode="after")
@@ -171,7 +171,7 @@ class RolloutConfig(FrozenModel):
 
     @property
     def num_updates(self) -> int:
-        """Optimiser steps per rollout."""
+        """Optimizer steps per rollout."""
         return self.updates * self.minibatches
 
 

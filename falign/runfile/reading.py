@@ -1,4 +1,4 @@
-"""Reading a run file with its overrides; every mistake is named with its path and the nearest right one."""
+"""Reading a run file with its overrides; messages name the path of every mistake and the nearest valid one."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from falign.terminal import NAMES, refuse_passwords
 __all__ = ["load_reward_list", "load_run_file", "parse_run", "valid_paths"]
 
 MOST_MISTAKES = 20
-NAME = "NAME"  # stands for the names of sections that a user names
+NAME = "NAME"  # placeholder for names that a user gives to sections
 NAMED = [name for name, field in RunConfig.model_fields.items() if get_origin(field.annotation) is dict]
 
 
 def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the run that a YAML file describes.
+    """Return the settings of a run from a YAML file.
 
     The run file in a run folder describes the run of that folder, wherever the folder was when it was written.
 
@@ -38,7 +38,7 @@ def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         overrides: ``section.field=value``, later ones win; values are YAML.
 
     Raises:
-        ConfigError: The file is missing or no YAML mapping, or a key or value is wrong.
+        ConfigError: The file is missing or not a YAML mapping, or a key or value is wrong.
     """
     data = _read_yaml(path)
     if not isinstance(data, dict):
@@ -52,14 +52,14 @@ def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_run(data: dict[str, Any], *, place: str = "run") -> RunConfig:
-    """Return a validated run.
+    """Return the validated settings of a run.
 
     Args:
         data: Nested mappings, as in a run file.
-        place: What messages call it.
+        place: Name of the source in messages.
 
     Raises:
-        ConfigError: With one line per mistake; or there is a password in it, which is not shown.
+        ConfigError: There are mistakes, one per line of the message; or a password, which is not shown.
     """
     refuse_passwords(data, place=place)
     try:
@@ -69,7 +69,7 @@ def parse_run(data: dict[str, Any], *, place: str = "run") -> RunConfig:
 
 
 def load_reward_list(path: str | Path) -> list[RewardConfig]:
-    """Return the section ``rewards`` of a YAML file, which may have others or be the list alone.
+    """Return the section ``rewards`` of a YAML file, which may have other sections or hold the list alone.
 
     Args:
         path: The file.
@@ -88,7 +88,7 @@ def load_reward_list(path: str | Path) -> list[RewardConfig]:
 
 
 def _told(error: ValidationError) -> str:
-    """One line per mistake, of the first ones."""
+    """Return one line for each of the first mistakes."""
     details = error.errors(include_url=False)
     more = [f"and {len(details) - MOST_MISTAKES} more."] if len(details) > MOST_MISTAKES else []
     return "\n  ".join([*map(_explain, details[:MOST_MISTAKES]), *more])
@@ -121,7 +121,7 @@ def _read_yaml(path: str | Path) -> Any:
 
 
 class _Place(NamedTuple):
-    """The place of a mistake: the path that the user wrote, and the kinds of the section there, if any."""
+    """The place of a mistake: its path as the user wrote it, and the kinds of the section there, if any."""
 
     path: str
     kind: str | None
@@ -129,13 +129,13 @@ class _Place(NamedTuple):
 
 
 def _place(location: Sequence[str | int]) -> _Place:
-    """Read pydantic's location, which has the kind of a section as a step of its own."""
+    """Return the place of pydantic's location, in which the kind of a section is a separate step."""
     models, kind, kinds, parts, steps = [RunConfig], None, {}, [], list(location)
     while steps:
         step = steps.pop(0)
         parts.append(str(step))
         field = models[0].model_fields.get(str(step)) if models else None
-        if field is None:  # an item of a list, or what no model knows
+        if field is None:  # an item of a list, or an unknown key
             continue
         models = _models(field)
         if models and steps and get_origin(field.annotation) in (list, dict):  # an item of several sections
@@ -148,7 +148,7 @@ def _place(location: Sequence[str | int]) -> _Place:
 
 
 def _models(field: FieldInfo) -> list[Any]:
-    """The sections of a field that a user can write: not those that only record an object of a program."""
+    """Return the sections of a field that a user can write, without records of Python objects."""
     sections = [t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
     return [section for section in sections if not issubclass(section, PythonObject)]
 
@@ -182,7 +182,7 @@ def _explain(detail: Any) -> str:
 
 
 def _as_written(detail: Any) -> str:
-    """Return how a value of the wrong type is written in YAML; empty where that is not known."""
+    """Return advice on writing a value of the wrong type in YAML; empty if there is none."""
     given = detail["input"]
     if detail["type"] == "string_type" and isinstance(given, bool | int | float | date):
         kind = "true or false" if isinstance(given, bool) else "a date" if isinstance(given, date) else "a number"
@@ -207,7 +207,7 @@ def _example(place: _Place) -> str:
 
 
 def _unknown(place: _Place, value: Any) -> str:
-    # `model.adapter.r=8` is for pydantic the unknown key model.adapter, and for its writer about r.
+    # pydantic reports `model.adapter.r=8` as the unknown key model.adapter, but the user means r.
     inner = place
     while isinstance(value, dict) and len(value) == 1:
         key, value = next(iter(value.items()))
@@ -220,7 +220,7 @@ def _unknown(place: _Place, value: Any) -> str:
 
 
 def _siblings(path: str) -> dict[str, str]:
-    """The keys of the section of a path, and their paths as its writer would write them."""
+    """Return the keys of the section of a path, and their paths as a user would write them."""
     section = path.rpartition(".")[0]
     plain = ".".join("0" if part.isdigit() else part for part in section.split("."))
     plain = re.sub(rf"^({'|'.join(NAMED)})\.[^.]+", rf"\1.{NAME}", plain)
@@ -229,7 +229,7 @@ def _siblings(path: str) -> dict[str, str]:
 
 
 def _near(place: _Place) -> str:
-    """The known key nearest to an unknown one; empty if none is near."""
+    """Return a hint with the known key nearest to an unknown one; empty if none is near."""
     section, _, last = place.path.rpartition(".")
     if last in FOREIGN_NAMES:
         return f": {FOREIGN_NAMES[last].told()}"
@@ -256,7 +256,7 @@ def _near(place: _Place) -> str:
 
 
 def _owners(place: _Place, path: str) -> str:
-    """Other kinds of a section that have a field which the given kind lacks; empty if it has the field."""
+    """Return the other kinds of a section that have a field; empty if the given kind has it."""
     section, _, key = path.rpartition(".")
     owners = [kind for kind, model in place.kinds.items() if key in model.model_fields]
     if section != place.path.rpartition(".")[0] or place.kind in owners:

@@ -1,4 +1,4 @@
-"""The section of the run file that says what the policy is held to: one model per kind, told apart by ``kind``."""
+"""The section ``reference`` of the run file: one model per kind, distinguished by ``kind``."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ class FrozenReferenceConfig(ReferenceSection):
 
     kind: Literal["frozen"] = "frozen"
     path: str | None = None
-    """The model, if not the one that is trained; with the policy's tokens."""
+    """The model, if it is not the one in training; it must have the policy's tokens."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"
-    """Of a ``path`` of its own, as ``model.dtype``; without one the reference is loaded as the policy is."""
+    """For a separate ``path``, as ``model.dtype``; without one the reference is loaded like the policy."""
     quantization: Literal["nf4"] | None = None
-    """Of a ``path`` of its own, as ``model.quantization``; without one the reference is loaded as the policy is."""
+    """For a separate ``path``, as ``model.quantization``; without one the reference is loaded like the policy."""
 
     @override
     def model_paths(self) -> Iterator[str]:
@@ -142,7 +142,7 @@ class AdapterReferenceConfig(ReferenceSection):
 
     kind: Literal["adapter"] = "adapter"
     path: str
-    """The adapter's folder, or a run that has trained one."""
+    """The adapter's folder, or a run that trained one."""
 
     @override
     def model_paths(self) -> Iterator[str]:
@@ -167,7 +167,7 @@ class AdapterReferenceConfig(ReferenceSection):
         from falign.references import AdapterReference
 
         adapted = load_adapter(context.policy, adapter_folder(self.path), trainable=False, name=context.adapter)
-        check_plain_lora(adapted, context.adapter)  # a fully trained module would be taken for a part of the base
+        check_plain_lora(adapted, context.adapter)  # a fully trained module would count as part of the base
         return AdapterReference(
             adapter=context.adapter,
             weights=adapted_weights_hash(adapted, adapter=context.adapter),
@@ -182,9 +182,9 @@ class SoupConfig(ReferenceSection):
 
     kind: Literal["soup"] = "soup"
     paths: list[str]
-    """Two or more adapters, checkpoints, or runs that have trained such; of one kind."""
+    """Two or more adapters or checkpoints, or runs that trained them; all of one kind."""
     weights: list[float] | None = None
-    """One share each, together 1; equal ones where left out."""
+    """One share for each, with sum 1; equal shares by default."""
 
     @override
     def model_paths(self) -> Iterator[str]:
@@ -236,7 +236,7 @@ class SoupConfig(ReferenceSection):
 
 class _MovingConfig(ReferenceSection):
     every: int = Field(ge=1)
-    """Optimizer steps between two moves. What is logged at a step is measured before the move."""
+    """Optimizer steps between two moves. Logs of a step are measured before the move."""
     cache: None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """Not possible here."""
 
@@ -292,14 +292,14 @@ class _MovingConfig(ReferenceSection):
 
 
 class MovingAverageConfig(_MovingConfig):
-    """An average over the policy's past: the reference takes α of the policy at each move (TR-DPO's soft update)."""
+    """An average over the policy's past; each move gives the policy the weight α (TR-DPO's soft update)."""
 
     kind: Literal["moving_average"] = "moving_average"
     alpha: float = Field(gt=0, le=1)
     """α, the weight of the policy."""
     rank: int | None = Field(default=None, ge=1)
-    """Of the adapter that is the average; four times the policy's where left out. What it has no room for is logged
-    as ``reference/truncation``."""
+    """Rank of the averaged adapter; four times the policy's by default. The part that exceeds it is logged as
+    ``reference/truncation``."""
 
     @override
     def check(self, *, field: str, adapter: bool) -> None:

@@ -1,4 +1,4 @@
-"""The interface of the run-file section of a reference, whatever its kind."""
+"""The common interface of the sections of references."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class BuildContext(NamedTuple):
 
     Attributes:
         config: The run.
-        policy: The policy, which gets a further adapter where that is the reference.
+        policy: The policy, which gets a further adapter if the reference is one.
         field: The reference's section in messages.
         adapter: Name of that adapter.
-        device: The device for a model of its own.
+        device: The device for a separate model.
     """
 
     config: RunConfig
@@ -45,40 +45,40 @@ class ReferenceSection(FrozenModel):
     """Folder of log-probabilities computed once before training; shared by all runs with the same reference."""
 
     def check(self, *, field: str, adapter: bool) -> None:
-        """Refuse what cannot work, before anything is loaded.
+        """Refuse settings that cannot work, before anything is loaded.
 
         Args:
             field: The section in messages.
             adapter: Whether the policy has an adapter.
 
         Raises:
-            ConfigError: With the fields that contradict each other.
+            ConfigError: Fields contradict each other; the message names them.
         """
 
     def check_rollouts(self, *, field: str, updates: int) -> None:
-        """Refuse a reference that would move while a rollout that was scored under it is still learned from.
+        """Refuse a reference that would move between the updates on one rollout.
 
         Args:
             field: The section in messages.
             updates: Optimizer steps on each rollout.
 
         Raises:
-            ConfigError: The interval is no multiple of them.
+            ConfigError: The interval is not a multiple of the updates.
         """
 
     def check_sharding(self, *, field: str) -> None:
-        """Refuse what does not work where weights are spread over processes (FSDP2), before anything is loaded.
+        """Refuse settings that do not work with sharded weights (FSDP2), before anything is loaded.
 
         Raises:
-            ConfigError: With the reason and what works.
+            ConfigError: The reference cannot be sharded; the message has the reason and the alternatives.
         """
 
     def model_paths(self) -> Iterator[str]:
-        """Return the paths of models and adapters that are loaded besides the policy's."""
+        """Return the paths of models and adapters that are loaded besides the policy."""
         yield from ()
 
     def models_that_read_ids(self, *, field: str, own: str) -> Iterator[tuple[str, str]]:
-        """Return the field and path of each model of its own, which is given the policy's token ids.
+        """Return the field and path of each separate model, which must have the policy's token ids.
 
         Args:
             field: The section.
@@ -87,7 +87,7 @@ class ReferenceSection(FrozenModel):
         yield from ()
 
     def resolved(self, config: RunConfig) -> ReferenceSection:
-        """Return the section that this one stands for."""
+        """Return the section after ``auto`` is resolved."""
         return self
 
     def starts_as_policy(self, config: RunConfig) -> bool:

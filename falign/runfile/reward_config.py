@@ -1,4 +1,4 @@
-"""The section of the run file that says what is rewarded: a list of models, told apart by ``kind``.
+"""The section ``rewards`` of the run file: a list of models, distinguished by ``kind``.
 
 The sections of built-in rewards are made from their signatures and docstrings in :mod:`falign.rewards.built_in`.
 """
@@ -36,11 +36,11 @@ class RewardSection(FrozenModel):
 
     @property
     def default_name(self) -> str:
-        """The name of the reward where none is given."""
+        """The name of the reward if none is given."""
         return self.kind
 
     def models_that_read_ids(self) -> Iterator[tuple[str, str]]:
-        """Return the field and path of each model that is given the policy's token ids."""
+        """Return the field and path of each model that reads the policy's token ids."""
         yield from ()
 
     def model_paths(self) -> Iterator[str]:
@@ -60,7 +60,7 @@ class RewardSection(FrozenModel):
         """
 
     def build_at(self, date: datetime | None) -> Reward:
-        """Return the reward as it is on a date; at present where None."""
+        """Return the reward as of a date; None is today."""
         reward = self.build()
         if date is not None and isinstance(reward, DatedReward):
             reward.fix_date(date)
@@ -106,10 +106,10 @@ class FunctionConfig(RewardSection):
     """The calling convention: ``trl`` gives completions of conversations as lists of one message, ``verl`` calls
     ``compute_score(data_source, solution_str, ground_truth, extra_info)`` for each completion."""
     timeout: float | None = Field(default=None, gt=0)
-    """Seconds per completion. The function is then called for one completion at a time, in processes of its own;
-    without it, for all at once, in this one."""
+    """Seconds per completion. The function is then called for one completion at a time, in separate processes;
+    without it, for all at once, in this process."""
     failed: float | None = 0.0
-    """With ``timeout``: what a completion is worth that was stopped, or raised and was counted; null leaves it out."""
+    """With ``timeout``: value of a completion that timed out, or raised and was counted; null leaves it out."""
     errors: Literal["stop", "count"] = "stop"
     """With ``timeout``: ``count`` counts exceptions instead of stopping the run."""
 
@@ -155,10 +155,10 @@ class OwnRewardConfig(OwnSection, RewardSection, extra="allow"):
 
 
 class PythonRewardConfig(PythonObject, RewardSection):
-    """A function that a program gave, or a reward that is an object."""
+    """The record of a reward function or object in memory."""
 
     name: str  # pyright: ignore[reportIncompatibleVariableOverride]
-    """As for other rewards; by default that of the function or the class."""
+    """As for other rewards; by default the name of the function or the class."""
     form: Literal["falign", "trl", "verl"] = "falign"
     """As for ``function``."""
 
@@ -166,7 +166,7 @@ class PythonRewardConfig(PythonObject, RewardSection):
         """Return the reward.
 
         Raises:
-            ConfigError: It is not at hand.
+            ConfigError: The object is not in memory.
         """
         given = self.given(f"reward {self.name}")
         return OwnFunction(self.name, self.form, given) if inspect.isroutine(given) else given
@@ -190,7 +190,7 @@ else:
         default="function",
         own=OwnRewardConfig,
     )
-"""One reward of the list ``rewards``: ``kind`` names one of these, the first where it is left out."""
+"""One reward of the list ``rewards``; ``kind`` names one of these, by default the first."""
 
 
 def build_rewards(
@@ -200,7 +200,7 @@ def build_rewards(
 
     Args:
         configs: The list ``rewards``.
-        date: Date for chat templates that write one; None is today.
+        date: The date that chat templates write; None is today.
         outcome: Name of the reward that decides what passes; see :class:`falign.rewards.RewardSum`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The section of the run file for the target distribution that the policy is led to."""
+"""The section of the run file for the target distribution of f-DPG."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class TargetSection(FrozenModel):
 
     @property
     def moments_to_fit(self) -> Sequence[float]:
-        """The wanted means for which λ have to be fitted on samples of the reference; empty for none."""
+        """The target means for which λ must be fitted on samples of the reference; empty if nothing is fitted."""
         return ()
 
     @property
     def needs_samples(self) -> bool:
-        """True if something has to be fitted on samples of the reference."""
+        """True if λ must be fitted on samples of the reference."""
         return bool(self.moments_to_fit)
 
     def with_lambdas(self, lambdas: Sequence[float]) -> TargetSection:
@@ -60,7 +60,7 @@ class TargetSection(FrozenModel):
         return self
 
     def unfitted(self) -> TargetSection:
-        """Return the target with λ = 0 where they are to be fitted: enough for all checks before there are samples."""
+        """Return the target with λ = 0 in place of fitted ones, for checks before there are samples."""
         return self.with_lambdas([0.0] * len(self.moments_to_fit))
 
     @abstractmethod
@@ -68,7 +68,7 @@ class TargetSection(FrozenModel):
         """Return the target.
 
         Args:
-            features: Rewards of M samples of the reference, on which λ are fitted where they are left out.
+            features: Rewards of M samples of the reference, to fit missing λ on.
 
         Raises:
             ConfigError: λ and moments are not equally many, λ have to be fitted and there are no samples, or the
@@ -99,13 +99,13 @@ class ExponentialConfig(TargetSection):
 
 
 class MomentsConfig(TargetSection):
-    """The distribution nearest to the reference in which the means of some rewards have given values."""
+    """The distribution nearest to the reference under which some rewards have given means."""
 
     kind: Literal["moments"] = "moments"
     moments: list[float] = Field(min_length=1)
-    """The wanted mean of each reward, in order."""
+    """The target mean of each reward, in order."""
     lambdas: list[float] | None = None
-    """λ of an earlier fit; left out, they are fitted on samples of the reference before training."""
+    """λ of an earlier fit; by default they are fitted on samples of the reference before training."""
 
     @property
     @override
@@ -173,7 +173,7 @@ class ProductConfig(TargetSection):
 
     @override
     def build(self, features: Float[Tensor, "M K"] | None = None) -> Target:
-        # Moments are those of the product, so that they are fitted together, on samples weighted by the other factors.
+        # Moments hold under the product, so all are fitted together, on samples weighted by the other factors.
         if features is None or not self.needs_samples:
             return ProductTarget(tuple(target.build() for target in self.targets))
         columns = features.split([target.num_features for target in self.targets], dim=-1)
@@ -192,7 +192,7 @@ if TYPE_CHECKING:
     TargetConfig = TargetSection
 else:
     TargetConfig = union_of_kinds(TARGETS.members, own=OwnTargetConfig)
-"""The distribution that the policy is led to: ``kind`` names one of these."""
+"""The target distribution; ``kind`` names one of these."""
 
 
 def _fit(

@@ -1,4 +1,4 @@
-"""Experiment trackers of ``training.report_to``: each can be reached, or is refused before anything is loaded."""
+"""The check that the experiment trackers of ``training.report_to`` work, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ PACKAGES = {
     "dagshub": "dagshub mlflow",
     "flyte": "flytekit flytekitplugins-deck-standard",
 }
-"""Of trackers that are not named as their package."""
+"""Packages of trackers with another name than their package."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that cannot be reached, before anything is loaded.
+    """Refuse trackers that cannot work, before anything is loaded.
 
     Raises:
-        ConfigError: One is unknown, or its package is not installed.
+        ConfigError: A tracker is unknown, or its package is not installed.
     """
     if not names:
         return
@@ -46,7 +46,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def _reason(name: str) -> str:
-    """Return why a tracker cannot be reached, and the remedy."""
+    """Return why a tracker cannot work, and the remedy."""
     if name == "kubeflow":
         return "no Kubeflow trainer is at work (KUBEFLOW_TRAINER_SERVER_URL is not set). Start the run as its job"
     from transformers.integrations.integration_utils import is_azureml_available

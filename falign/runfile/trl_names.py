@@ -22,7 +22,7 @@ class ForeignName(NamedTuple):
     note: str = ""
 
     def told(self) -> str:
-        """Return the end of a message about the name."""
+        """Return the last part of a message about the name."""
         if not self.fields:
             return f"falign has no such setting, because {self.note}."
         return f"here it is {' or '.join(self.fields)}{f' ({self.note})' if self.note else ''}."
