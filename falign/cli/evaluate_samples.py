@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from falign.cli.options import TrustCode, with_options_named
+from falign.cli.options import CommandTerminal, TrustCode, with_options_named
 
 __all__ = ["samples"]
 
@@ -116,5 +116,6 @@ def samples(
         out=out,
         overwrite=overwrite,
         trust_code=trust_code,
+        console=CommandTerminal(stderr=True, highlight=False, soft_wrap=True),
     )
     show(summary, samples_folder(model, name=name, checkpoint=checkpoint, out=out))

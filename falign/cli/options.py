@@ -9,10 +9,13 @@ from functools import wraps
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
+from typing_extensions import override
 
 from falign.errors import FalignError
+from falign.terminal import Terminal
 
-__all__ = ["TrustCode", "with_options_named"]
+__all__ = ["CommandTerminal", "TrustCode", "with_options_named"]
 
 TrustCode = Annotated[
     bool,
@@ -54,3 +57,14 @@ def with_options_named(command: Callable[..., None]) -> Callable[..., None]:
             raise
 
     return run
+
+
+CHAT = re.compile(r"\bchat=(True|False)\b")
+
+
+class CommandTerminal(Terminal):
+    """A console for notices of the library, in which ``chat=True`` is ``--chat`` and ``chat=False`` is ``--plain``."""
+
+    @override
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(CHAT.sub(lambda match: OTHER_NAMES.get(match[0], "--chat"), text), **options)

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from falign.cli.options import TrustCode, with_options_named
+from falign.cli.options import CommandTerminal, TrustCode, with_options_named
 from falign.errors import ConfigError
 from falign.terminal import Terminal, json_line
 
@@ -108,6 +108,7 @@ def sample(
             chat=chat,
             bad_rows="error" if bad_rows is None else bad_rows,
             overwrite=bool(overwrite),
+            console=CommandTerminal(stderr=True, highlight=False, soft_wrap=True),
         )
         with Terminal(stderr=True).status(f"loading {escape(model)}"):
             policy, tokenizer = load_named(model, dtype=dtype, trust_code=trust_code)

@@ -6,11 +6,13 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
 
 from falign.durable import claimed, refuse_link, write_whole
 from falign.errors import ConfigError
@@ -70,6 +72,7 @@ class Presampling:
         chat: Whether a plain prompt is a user's turn; None where the tokenizer has a chat template.
         bad_rows: ``error`` or ``skip``.
         overwrite: Whether outputs of an earlier call may go.
+        console: Where notices and progress are shown.
     """
 
     model: str
@@ -84,6 +87,7 @@ class Presampling:
     chat: bool | None = None
     bad_rows: str = "error"
     overwrite: bool = False
+    console: Console = field(default_factory=partial(Terminal, stderr=True, highlight=False, soft_wrap=True))
     reward: RewardSum = field(init=False)
     timeouts: int = 0
     errors: int = 0
@@ -151,8 +155,7 @@ class Presampling:
             start=resumed,
             chunk_size=CHUNK_SIZE,
         )
-        console = Terminal(stderr=True)
-        with progress(console, "prompts", total=len(rows), done=resumed) as show:
+        with progress(self.console, "prompts", total=len(rows), done=resumed) as show:
             for chunk in results:
                 journal.append(chunk)
                 show(len(journal.findings))
@@ -172,7 +175,7 @@ class Presampling:
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in the {positions} positions of "
                 f"{self.model}: lower it."
             )
-        chat = chosen_chat(self.chat, tokenizer, Terminal(stderr=True, highlight=False, soft_wrap=True))
+        chat = chosen_chat(self.chat, tokenizer, self.console)
         source = PromptSource(str(self.file), template=self.template, chat=chat)
         bad_rows: Any = self.bad_rows
         return load_prompts(

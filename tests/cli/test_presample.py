@@ -98,7 +98,7 @@ def test_how_plain_prompts_are_read_is_told_where_it_was_not_said(presample, pro
     write_prompts(prompts, 2)
     for options, told in ((), True), (("--chat",), False), (("--plain",), False):
         status, _, err = presample(*options, "--overwrite")
-        assert (status, "read as a user's turns, because the model has a chat template; chat=False" in err) == (0, told)
+        assert (status, "read as a user's turns, because the model has a chat template; --plain" in err) == (0, told)
 
 
 def test_the_sample_in_the_package_is_a_file_as_any_other(presample, tiny, tmp_path):
