@@ -173,7 +173,7 @@ def _refuse(report: DataReport, *, max_drift: float | None, skips: bool = False)
         raise DataError(f"{source.path} has no rows: give a file with at least one.")
     if source.bad and not (skips and source.kept):
         # To leave them out is a remedy only where others are left.
-        remedy = "mend the file, or set data.bad_rows=skip to leave them out" if source.kept else "mend the file"
+        remedy = "fix the file, or set data.bad_rows=skip to leave them out" if source.kept else "fix the file"
         raise DataError(f"{source.path}: {source.bad} bad {'row' if source.bad == 1 else 'rows'}; {remedy}.")
     if not source.kept:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in source.dropped.items())

@@ -394,7 +394,7 @@ class SampleEvaluation:
             rows = held_out_prompts(RunFolder.open(self.model), config, tell=tell)[: asked.limit]
             for row, reason in zip(rows, check(rows), strict=True):
                 if reason is not None:
-                    raise DataError(f"{row.place}: {reason}. Mend the row, or give prompts=FILE.")
+                    raise DataError(f"{row.place}: {reason}. Fix the row, or give prompts=FILE.")
             return rows, f"held-out prompts of {self.model}"
         settings = self._settings(config)
         positions = positions_of(scored.policy)

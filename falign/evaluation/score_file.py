@@ -111,7 +111,7 @@ def score_trees(
         if on_batch is not None:
             on_batch(totals)
     if not totals.completions:
-        raise DataError("No completion was left to score: see what became of the rows, and mend or lengthen them.")
+        raise DataError("No completion was left to score: see what became of the rows, and fix or lengthen them.")
     output.finish()
     return totals
 

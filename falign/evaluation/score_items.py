@@ -85,7 +85,7 @@ def score_items(
         if on_batch is not None:
             on_batch(len(rows), resumed)
     if not rows:
-        raise DataError("No item was left to score: see what became of them, and raise max_length, or mend the rows.")
+        raise DataError("No item was left to score: see what became of them, and raise max_length, or fix the rows.")
     return rows
 
 

@@ -56,9 +56,9 @@ class ReadsFile:
 
 @runtime_checkable
 class Reward(Protocol):
-    """Any callable with the ecosystem's signature, called by name.
+    """Any callable with the usual signature of reward functions, called with keyword arguments.
 
-    It may name just those of the arguments that it reads, or take all columns.
+    It may name only the arguments that it reads, or take all columns.
     """
 
     def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float | None]:
@@ -75,10 +75,10 @@ class Reward(Protocol):
 
 @runtime_checkable
 class DatedReward(Protocol):
-    """A reward that writes the date into its inputs, such as a model behind a chat template with a date."""
+    """A reward whose inputs contain the date, such as a model with a date in its chat template."""
 
     def fix_date(self, date: datetime) -> None:
-        """Judge as on that date from now on."""
+        """Use this date from now on."""
         ...
 
 
@@ -89,7 +89,7 @@ class Scores(NamedTuple):
         values: One per completion; None where the reward does not apply.
         timeouts: Calls that were stopped at their deadline.
         errors: Calls that raised.
-        message: Of the first of these, with its place; ``""`` where there is none.
+        message: Message of the first error, with its place; ``""`` if there is none.
     """
 
     values: list[float | None]
@@ -100,24 +100,24 @@ class Scores(NamedTuple):
 
 @runtime_checkable
 class RowReward(Protocol):
-    """A reward that reads columns, and can say before any completion is there which rows it cannot judge."""
+    """A reward that reads columns, and can report rows that it cannot judge before there are completions."""
 
     def row_errors(self, prompts: list[Any], **columns: list[Any]) -> list[str | None]:
-        """Return for each row why no completion of it can be judged; None where it can.
+        """Return for each row why its completions cannot be judged; None if they can.
 
         Args:
             prompts: One per row.
             columns: One value per row; ``prompt_ids`` and ``place`` among them.
 
         Raises:
-            RewardError: No row can be judged: a column that is read does not exist, for instance.
+            RewardError: No row can be judged, for example because a column does not exist.
         """
         ...
 
 
 @runtime_checkable
 class ScoringReward(Reward, Protocol):
-    """A reward that also counts what went wrong."""
+    """A reward that also counts its failures."""
 
     def score(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> Scores:
         """Return values and counts; the arguments are those of the call."""
@@ -132,17 +132,17 @@ def call_reward(
     *,
     name: str,
 ) -> Scores:
-    """Call a reward with the columns that it takes, and check what it returns.
+    """Call a reward with the columns that it takes, and check the returned values.
 
     Args:
         reward: Any callable of the protocol.
         prompts: The prompt of each completion.
         completions: Their texts.
-        columns: One list per column, each as long as ``completions``; ``place`` says where the rows came from.
-        name: What messages call the reward.
+        columns: One list per column, each as long as ``completions``; ``place`` has the places of the rows.
+        name: The reward's name in messages.
 
     Raises:
-        RewardError: The reward raised, or returned something that is no reward.
+        RewardError: The reward raised, or returned invalid values.
     """
     places = columns.get("place")
     if len(prompts) != len(completions):
@@ -176,15 +176,15 @@ def reward_raised(
     objects: Sequence[Any] = (),
     hint: str = "",
 ) -> RewardError:
-    """Return the error that tells of an exception in a reward: its lines, and the completion where that is known.
+    """Return the error that reports an exception in a reward, with its code lines and, if known, the completion.
 
     Args:
-        error: What was raised.
-        name: What messages call the reward.
-        completions: Those that it was given.
-        places: Where their prompts came from.
-        objects: What it was given for each of them, where that is not the text.
-        hint: A further sentence, with a space before it.
+        error: The exception.
+        name: The reward's name in messages.
+        completions: The completions of the call.
+        places: Places of their prompts.
+        objects: The argument for each completion, if it is not the text.
+        hint: A further sentence, after a space.
     """
     at_fault = completion_at_fault(error, completions)
     if at_fault is None:
@@ -194,11 +194,11 @@ def reward_raised(
     else:
         where, text = place_of(places, at_fault), completions[at_fault]
     message = raised_message(f"{type(error).__name__}: {error}", code_lines(error), text)
-    return RewardError(f"reward {name}, {where}: {message}\nMend the function.{hint}")
+    return RewardError(f"reward {name}, {where}: {message}\nFix the function.{hint}")
 
 
 def select_columns(function: Callable[..., Any], columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """Return those arguments that a callable takes: the ones it names, or all where it has ``**columns``.
+    """Return the arguments that a callable takes: those it names, or all if it has ``**columns``.
 
     Args:
         function: Any callable; its arguments are given by name.
@@ -215,13 +215,13 @@ def check_rewards(values: Any, count: int, *, name: str, places: Sequence[str] |
     """Return rewards as plain floats.
 
     Args:
-        values: What a reward returned.
-        count: How many completions it was given.
-        name: What messages call the reward.
-        places: Where the prompts came from, for messages.
+        values: The return value of a reward.
+        count: Number of completions of the call.
+        name: The reward's name in messages.
+        places: Places of the prompts, for messages.
 
     Raises:
-        RewardError: It is no list, has another length, or has a value that is neither a finite number nor None.
+        RewardError: It is not a list, has another length, or has a value that is neither a finite number nor None.
     """
     if not isinstance(values, list | tuple):
         raise RewardError(
@@ -248,15 +248,15 @@ def _checked(value: Any, where: str) -> float | None:
 
 
 def column(columns: Mapping[str, list[Any]], name: str, *, reward: str) -> list[Any]:
-    """Return a column that a reward cannot do without.
+    """Return a column that a reward needs.
 
     Args:
-        columns: By name.
-        name: The one wanted.
-        reward: What messages call the reward.
+        columns: All columns, by name.
+        name: Name of the column.
+        reward: The reward's name in messages.
 
     Raises:
-        RewardError: It is not there.
+        RewardError: The column is missing.
     """
     if name not in columns:
         raise RewardError(
@@ -267,10 +267,10 @@ def column(columns: Mapping[str, list[Any]], name: str, *, reward: str) -> list[
 
 
 def place_of(places: Sequence[str] | None, index: int) -> str:
-    """Return where a completion's prompt came from, for messages.
+    """Return the place of a completion's prompt, for messages.
 
     Args:
         places: One per completion, or None.
-        index: Of the completion.
+        index: Index of the completion.
     """
     return f"completion {index}" if places is None or not 0 <= index < len(places) else str(places[index])

@@ -1,4 +1,4 @@
-"""The built-in rewards, each described once: a function whose signature and docstring are the run-file section, too.
+"""The built-in rewards; each is a function whose signature and docstring also make its section of the run file.
 
 A new reward is a function here with its row in :data:`REWARDS`; one that must be killable also has a module in
 :mod:`falign.rewards.verifiers`, which judges a completion in another process.
@@ -47,7 +47,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16", "fastest"]
 Seconds = Annotated[float, Field(gt=0)]
 
 MODULES = "falign.rewards.verifiers"
-SQL_SHARE = 0.8  # of the deadline, after which the database gives up by itself and its process is kept
+SQL_SHARE = 0.8  # share of the deadline after which the database stops the query, so that its process survives
 
 
 def mathematics(
@@ -268,7 +268,7 @@ def sentiment(
     output: Literal["sum", "mean", "probability"] = "sum",
     smoothing: Annotated[float, Field(gt=0)] = 1.0,
 ) -> Lexicon:
-    """The log-odds of a class by the words of labelled texts (naive Bayes).
+    """The log-odds of a class by the words of labeled texts (naive Bayes).
 
     Args:
         path: JSONL, also ``.gz``, with ``text`` and ``label``.

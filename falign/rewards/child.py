@@ -1,4 +1,4 @@
-"""Calls in processes that can be killed: each has a deadline, and none can take the run with it."""
+"""Calls in separate processes with a deadline each; killing one does not affect the run."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Call(NamedTuple):
     """One call.
 
     Attributes:
-        function: ``module:function``, importable in a process that has this one's ``sys.path``.
-        arguments: By name; they must pickle.
-        timeout: Seconds until it is killed. Imports do not count.
+        function: ``module:function``, importable in a process with this one's ``sys.path``.
+        arguments: By name; they must be picklable.
+        timeout: Seconds until it is killed, imports excluded.
     """
 
     function: str
@@ -56,10 +56,10 @@ class Outcome(NamedTuple):
     Attributes:
         kind: ``value``: it returned; ``timeout``: it was killed at its deadline, or raised TimeoutError; ``error``: it
             raised, or its process died.
-        value: What it returned, as JSON knows it.
-        error: The name of the exception's class, ``""`` where there is none.
-        message: What a person should read.
-        lines: Of the exception's traceback.
+        value: The return value, as JSON represents it.
+        error: The name of the exception's class; ``""`` if there is none.
+        message: The message for the user.
+        lines: Lines of the exception's traceback.
     """
 
     kind: Literal["value", "timeout", "error"]
@@ -70,14 +70,14 @@ class Outcome(NamedTuple):
 
 
 class ChildPool:
-    """A few processes that stay, started when they are first needed.
+    """A few lasting processes, started when they are first needed.
 
     A process whose call passes its deadline is killed and replaced, so code that never looks at a signal (a regular
     expression, a symbolic simplification) is ended too. It may be used from any thread. The processes end with this
     one, however it ends, and with them all processes that calls have started.
 
     Args:
-        num_workers: How many calls run at once; by default one per core, at most 8.
+        num_workers: Number of concurrent calls; by default one per core, at most 8.
         memory_bytes: Address space of each process; None does not limit it.
         start_timeout: Seconds that importing a function may take.
         confined: Whether calls are kept from writing, from the network, from other processes and from the
@@ -117,7 +117,7 @@ class ChildPool:
             try:
                 return _Round(self, calls).outcomes()
             finally:
-                # Left in the midst of a round, by an error or an interrupt, a process would answer the next one.
+                # After an error or an interrupt during a round, a process could send its reply in the next round.
                 for worker in [worker for worker in self._workers if worker.index is not None]:
                     self.replace(worker)
 
@@ -128,27 +128,27 @@ class ChildPool:
             _end(self._workers, self._pid)
 
     def idle_worker(self) -> _Worker | None:
-        """Return a process that has nothing to do, started if need be; None where all are busy."""
+        """Return an idle process, started if necessary; None if all are busy."""
         for worker in [worker for worker in self._workers if worker.index is None]:
             if worker.is_fit():
                 return worker
-            self.replace(worker)  # it was killed between two rounds, or a call left something that writes
+            self.replace(worker)  # killed between two rounds, or a call left a thread that writes
         if len(self._workers) < self.num_workers:
             self._workers.append(_Worker(self.memory_bytes, self.confined))
             return self._workers[-1]
         return None
 
     def replace(self, worker: _Worker) -> None:
-        """End a process; the next call that finds no other idle one starts its successor."""
+        """End a process; a later call that finds no idle one starts its successor."""
         self._workers.remove(worker)
         worker.end()
 
     def busy(self) -> list[_Worker]:
-        """Return the processes that owe an answer."""
+        """Return the processes with a pending reply."""
         return [worker for worker in self._workers if worker.index is not None]
 
     def _forget_after_fork(self) -> None:
-        if self._pid != os.getpid():  # the processes are the parent's, and so are their answers
+        if self._pid != os.getpid():  # after a fork, the processes and their replies belong to the parent
             for worker in self._workers:
                 worker.channel.close()
             self._workers.clear()
@@ -157,13 +157,13 @@ class ChildPool:
 
 @cache
 def shared_pool() -> ChildPool:
-    """Return the pool that verifiers use unless they are given one; its processes are confined."""
+    """Return the default pool of verifiers; its processes are confined."""
     return ChildPool(confined=True)
 
 
 @dataclass(eq=False)
 class _Worker:
-    """A process; ``index`` is the call that it works on, ``loading`` whether it is still at its import."""
+    """A process; ``index`` is its present call, ``loading`` is True while that call's function is imported."""
 
     memory_bytes: int | None
     confined: bool
@@ -173,7 +173,7 @@ class _Worker:
     index: int | None = None
     loading: bool = False
     deadline: float = 0.0
-    number: bytes = b""  # of the request, which its answer must bear
+    number: bytes = b""  # of the request, which the reply must repeat
     outgoing: bytearray = field(default_factory=bytearray)
     incoming: bytearray = field(default_factory=bytearray)
 
@@ -182,13 +182,13 @@ class _Worker:
         self.channel.setblocking(False)
         with theirs:
             self.process = subprocess.Popen(
-                # Isolated: the folder of the file would shadow modules of the standard library.
+                # Isolated, because the file's folder would shadow modules of the standard library.
                 [sys.executable, "-I", str(WORKER), str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=_environment() if self.confined else None,
-                start_new_session=True,  # so that Ctrl-C reaches the parent alone
+                start_new_session=True,  # so that Ctrl-C reaches only the parent
             )
         self._queue(pickle.dumps((list(sys.path), self.memory_bytes, self.confined)))
 
@@ -201,18 +201,18 @@ class _Worker:
         self.send()
 
     def send(self) -> None:
-        """Send as much as the connection takes at once."""
-        # Where the process has died, the missing answer is what is read next.
+        """Send as much as the connection accepts now."""
+        # If the process has died, the next read finds the missing reply.
         with contextlib.suppress(BlockingIOError, OSError):
             while self.outgoing:
                 del self.outgoing[: self.channel.send(self.outgoing)]
 
     def receive(self) -> _Reply | None:
-        """Return the answer, or None where it is not whole yet.
+        """Return the reply, or None if it is still incomplete.
 
         Raises:
-            EOFError: The process is gone.
-            ValueError: It wrote anything else than its answer.
+            EOFError: The process has ended.
+            ValueError: It wrote something other than its reply.
         """
         try:
             part = self.channel.recv(PART_BYTES)
@@ -234,7 +234,7 @@ class _Worker:
         return _Reply(json.loads(content), is_spent)
 
     def is_fit(self) -> bool:
-        """Return whether the process is there and has said nothing without being asked."""
+        """Return whether the process is alive and has written nothing without a request."""
         try:
             self.channel.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
@@ -244,14 +244,14 @@ class _Worker:
         return False
 
     def end(self) -> None:
-        """End the process and all that it has started."""
+        """End the process and everything that it has started."""
         self.channel.close()
-        # Its supervisor ends what has a session of its own, too; then it ends itself.
+        # Its supervisor also ends processes in other sessions, and then itself.
         self.process.terminate()
         try:
             self.process.wait(SECONDS_TO_END)
         except subprocess.TimeoutExpired:
-            self.process.kill()  # upon which the system kills the process that it supervises
+            self.process.kill()  # the system then kills the supervised process
             self.process.wait()
 
     def _queue(self, content: bytes) -> None:
@@ -259,14 +259,14 @@ class _Worker:
 
 
 class _Reply(NamedTuple):
-    """An answer, and whether its process is not to be used again."""
+    """A reply, and whether its process must be replaced."""
 
     content: Any
     is_spent: bool
 
 
 class _Round:
-    """One batch of calls on its way through a pool."""
+    """One batch of calls in a pool."""
 
     def __init__(self, pool: ChildPool, calls: Sequence[Call]) -> None:
         self.pool, self.calls = pool, calls
@@ -292,7 +292,7 @@ class _Round:
                     worker.send()
                 if mask & selectors.EVENT_READ:
                     self._receive(worker)
-                # Whatever it has sent, unless that was its answer.
+                # It may have sent something, but no complete reply.
                 if worker.index is not None and worker.deadline <= time.monotonic():
                     self._expire(worker)
 
@@ -352,12 +352,12 @@ class _Round:
 
 
 def _environment() -> dict[str, str]:
-    """Return what Python needs of the environment: where libraries lie, and how many threads they may start."""
+    """Return the environment variables that Python needs: paths of libraries and numbers of threads."""
     return {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
 
 
 def _num_cores() -> int:
-    # Those that this process may use, where the system says so.
+    # The cores that this process may use, if the system reports them.
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 

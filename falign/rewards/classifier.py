@@ -31,13 +31,13 @@ class ClassifierReward:
     """Scores of completions from a classifier's head.
 
     Attributes:
-        model: With a head of one score, or of several labels.
-        tokenizer: The classifier's own.
-        text: What it reads: ``joined``: prompt and completion as one text; ``completion``: that alone; ``pair``: the
-            two as a pair of texts; ``chat``: as a conversation in the tokenizer's template.
+        model: A classifier whose head has one score or several labels.
+        tokenizer: The classifier's tokenizer.
+        text: Its input: ``joined``: prompt and completion as one text; ``completion``: only the completion; ``pair``:
+            both as a pair of texts; ``chat``: a conversation in the tokenizer's template.
         output: ``score``: the head's raw value; ``logprob`` and ``probability``: of the label, or of the logistic
-            function where the head has one score.
-        label: Name or index of the label; needed where there are several.
+            function if the head has one score.
+        label: Name or index of the label; needed if there are several.
         max_length: Most tokens, by default what tokenizer and model allow; what is longer is cut on the tokenizer's
             ``truncation_side``, which :func:`load_classifier` makes the left.
         tokens_per_batch: Tokens computed at once, padding included.
@@ -60,7 +60,7 @@ class ClassifierReward:
             raise ConfigError("reward classifier: text=chat needs a chat template, and its tokenizer has none.")
 
     def fix_date(self, date: datetime) -> None:
-        """Write that date where the chat template writes one."""
+        """Set the date that the chat template writes."""
         fix_date(self.tokenizer, date)
 
     def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float | None]:
@@ -182,8 +182,8 @@ def load_classifier(
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        ConfigError: There is no such device.
-        ModelError: There is none, or its head is missing and would be random.
+        ConfigError: The device does not exist.
+        ModelError: The model does not exist, or its head is missing and would be random.
     """
     place, name = named_device(device), resolve(name_or_path)
     if Path(name).is_dir():
@@ -194,7 +194,7 @@ def load_classifier(
             dtype=resolve_dtype(dtype, device=place) or "auto",
             revision=revision,
             use_safetensors=True,
-            trust_remote_code=False,  # left out, it would be asked for at the terminal
+            trust_remote_code=False,  # without it, transformers would ask at the terminal
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(

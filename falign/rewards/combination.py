@@ -19,7 +19,7 @@ class WeightedReward(NamedTuple):
     """One part of the sum.
 
     Attributes:
-        name: Under which it is logged, ``reward/<name>``.
+        name: Name in the logs, ``reward/<name>``.
         reward: Any callable of :class:`falign.rewards.Reward`.
         weight: Its factor; 0 only logs it.
     """
@@ -37,8 +37,8 @@ class Rewards(NamedTuple):
         parts: By name, before weights; None where a part does not apply.
         timeouts: Calls that were stopped at their deadline, over all parts.
         errors: Calls that raised and were counted, over all parts.
-        message: Of the first of these; ``""`` where there is none.
-        failed: By name, how many calls of each part were stopped or raised.
+        message: Message of the first error; ``""`` if there is none.
+        failed: Number of calls of each part that were stopped or raised, by name.
     """
 
     total: list[float]
@@ -64,9 +64,9 @@ class RewardSum:
     which the same parts apply, are compared on one scale.
 
     Attributes:
-        rewards: One or more, of different names.
+        rewards: One or more, with different names.
         outcome: Name of the reward that decides whether a completion passes, for pass@k and difficulty. By default the
-            sum where one reward alone counts in it, else the first that counts.
+            sum if only one reward has a weight, else the first with a weight.
 
     Raises:
         ConfigError: The sum is empty, a name comes twice, a weight is not finite, or the outcome is unknown.
@@ -77,7 +77,7 @@ class RewardSum:
 
     def __post_init__(self) -> None:
         if not self.rewards:
-            raise ConfigError("rewards: there is none; give at least one.")
+            raise ConfigError("rewards: the list is empty; give at least one.")
         twice = [name for name, n in Counter(reward.name for reward in self.rewards).items() if n > 1]
         if twice:
             raise ConfigError(f"rewards: the name {twice[0]!r} comes twice; give each a name of its own.")
@@ -86,7 +86,7 @@ class RewardSum:
             raise ConfigError(f"rewards: the name {min(taken)!r} is that of a count; choose another.")
         names = [reward.name for reward in self.rewards]
         if self.outcome is not None and self.outcome not in names:
-            raise ConfigError(f"rollout.outcome={self.outcome!r} is the name of no reward; choose one of {names}.")
+            raise ConfigError(f"rollout.outcome={self.outcome!r} is not the name of a reward; choose one of {names}.")
         for reward in self.rewards:
             if not math.isfinite(reward.weight):
                 raise ConfigError(f"rewards: the weight of {reward.name} is {reward.weight}; give a finite number.")
@@ -103,11 +103,11 @@ class RewardSum:
         Args:
             prompts: The prompt of each completion.
             completions: Their texts, without the stop token.
-            columns: One value per completion; ``place`` says where each prompt came from, ``prompt_ids`` and
+            columns: One value per completion; ``place`` has the place of each prompt, ``prompt_ids`` and
                 ``completion_ids`` are what implicit rewards read.
 
         Raises:
-            RewardError: A reward failed, or none applies to some completion.
+            RewardError: A reward failed, or no reward applies to some completion.
         """
         lists = {name: list(values) for name, values in columns.items()}
         scores = [
@@ -127,7 +127,7 @@ class RewardSum:
         )
 
     def row_errors(self, prompts: Sequence[Any], **columns: Sequence[Any]) -> list[str | None]:
-        """Return for each row why one of the rewards cannot judge it; None where all can.
+        """Return for each row why a reward cannot judge it; None if all can.
 
         Args:
             prompts: One per row.
@@ -160,13 +160,13 @@ class RewardSum:
 
 
 def reward_columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
-    """Return one list per column of the rows, with ``place`` and ``prompt_ids``; None where a row lacks the column.
+    """Return one list per column of the rows, with ``place`` and ``prompt_ids``; None for rows without the column.
 
     Args:
         rows: One per completion, or one per prompt.
 
     Raises:
-        ConfigError: A column has the name of an argument that rewards are given anyway.
+        ConfigError: A column has the name of another argument of rewards.
     """
     names = dict.fromkeys(name for row in rows for name in row.columns)
     if clashing := sorted(names.keys() & ARGUMENTS):
@@ -180,10 +180,10 @@ def reward_columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
 
 
 def row_check(rewards: RewardSum) -> Callable[[Sequence[PromptRow]], list[str | None]]:
-    """Return what says of each prompt why its completions could not be judged, for :func:`falign.data.load_prompts`.
+    """Return the check of prompts for :func:`falign.data.load_prompts`: the reason if completions cannot be judged.
 
     Args:
-        rewards: Those that will judge.
+        rewards: The rewards of the run.
     """
 
     def check(rows: Sequence[PromptRow]) -> list[str | None]:

@@ -1,4 +1,4 @@
-"""The limits of a verifier's process: no writing, no network, no other processes, no look into this one.
+"""The limits of a verifier's process: no writing, no network, no other processes, no access to this one.
 
 It is loaded by :mod:`falign.rewards.worker` from its file, and imports no part of falign. Python's own functions are
 refused by their events; on Linux the kernel refuses new processes, signals, sockets, named pipes and writing to files,
@@ -38,9 +38,9 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class Confinement:
-    """Refuses for good what a verifier has no need of, except while a module is imported.
+    """An irrevocable ban of operations that a verifier does not need, lifted only during imports.
 
-    An attempt raises PermissionError in the verifier. What is printed goes nowhere.
+    An attempt raises PermissionError in the verifier. Printed text is dropped.
     """
 
     def __init__(self) -> None:
@@ -77,14 +77,14 @@ class Confinement:
         if sys.platform == "linux":
             _system_calls().refuse_system_calls()
         sys.addaudithook(refuse)
-        with import_freely():  # after which nothing can be written
+        with import_freely():  # afterwards nothing can be written
             pass
 
 
 def _leads_out(path: Any) -> bool:
-    """Return whether a file tells of another process, whose environment has secrets, or is a folder on the way."""
+    """Return whether a file describes another process, whose environment may have secrets, or is a folder above one."""
     if not isinstance(path, str | bytes):
-        return False  # a descriptor that is open already
+        return False  # an open descriptor
     file = os.path.realpath(os.fsdecode(path))
     parts = list(Path(file).parts)
     of_process = len(parts) > 2 and Path(file).is_relative_to(PROCESSES) and parts[2].isdigit()

@@ -1,4 +1,4 @@
-"""The forms in which reward functions are written: falign's own, TRL's for conversations, and verl's."""
+"""The calling conventions of reward functions: falign's own, TRL's for conversations, and verl's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["FORMS", "Form", "FormName", "finished", "load_function"]
 FormName = Literal["falign", "trl", "verl"]
 
 TRAINER_ARGUMENTS = frozenset({"trainer_state", "log_extra", "log_metric", "environments"})
-"""Arguments that TRL's trainer gives, and that are not known of completions."""
+"""Arguments that only TRL's trainer can give."""
 
 
 class Form(Protocol):
@@ -33,15 +33,15 @@ class Form(Protocol):
     takes_lists: bool
 
     def given(self, prompts: list[Any], completions: list[str], columns: Mapping[str, list[Any]]) -> dict[str, Any]:
-        """Return everything that a function of this form may name, one value per completion."""
+        """Return all arguments that a function of this form may name, one value per completion."""
         ...
 
     def value(self, returned: Any) -> Any:
-        """Return the value of one completion from what a call for one returned."""
+        """Return the value of one completion from the result of its call."""
         ...
 
     def hint(self, raised: str, prompts: Sequence[Any]) -> str:
-        """Return what an exception, class and message, says about the form; ``""`` for nothing."""
+        """Return advice on the form from the class and message of an exception; ``""`` if there is none."""
         ...
 
 
@@ -94,7 +94,7 @@ class _Verl:
 
 
 FORMS: dict[str, Form] = {"falign": _Falign(), "trl": _TRL(), "verl": _Verl()}
-"""By the name that a run file gives them."""
+"""Forms by their names in run files."""
 
 
 def load_function(name: str, form: FormName) -> Callable[..., Any]:
@@ -102,7 +102,7 @@ def load_function(name: str, form: FormName) -> Callable[..., Any]:
 
     Args:
         name: The module as in an import statement; the function may be an attribute of a class.
-        form: How it is to be called.
+        form: Its calling convention.
 
     Raises:
         ConfigError: It cannot be imported or called, or has the parameters of another form.
@@ -118,9 +118,9 @@ def check_parameters(name: str, function: Callable[..., Any], form: FormName) ->
     """Refuse a function that cannot be called in a form.
 
     Args:
-        name: What messages call it.
+        name: Its name in messages.
         function: Any callable.
-        form: How it is to be called.
+        form: Its calling convention.
 
     Raises:
         ConfigError: It has the parameters of another form, or parameters without a name.
@@ -144,16 +144,16 @@ def check_parameters(name: str, function: Callable[..., Any], form: FormName) ->
 
 
 def check_columns(name: str, function: Callable[..., Any], form: FormName, columns: Mapping[str, list[Any]]) -> None:
-    """Refuse a function with a parameter that nothing is given for.
+    """Refuse a function with a required parameter that gets no argument.
 
     Args:
-        name: What messages call it.
+        name: Its name in messages.
         function: Any callable.
-        form: How it is called.
-        columns: Those of the data, by name.
+        form: Its calling convention.
+        columns: Columns of the data, by name.
 
     Raises:
-        RewardError: With the parameter and the columns there are.
+        RewardError: There is such a parameter; the message names it and the columns of the data.
     """
     known = {*FORMS[form].given([], [], {key: [] for key in columns.keys() | ARGUMENTS}), *columns}
     for each in _parameters(name, function):
@@ -177,10 +177,10 @@ def arguments(
 def finished(returned: Any) -> Any:
     """Return the result of a call, after awaiting it if the function is ``async``.
 
-    All such calls run on one event loop in a thread of its own, so that sessions and clients stay usable.
+    All such calls run on one event loop in a separate thread, so that sessions and clients stay usable.
 
     Args:
-        returned: Any value; what can be awaited is awaited.
+        returned: Any value, awaitable or not.
     """
     if not inspect.isawaitable(returned):
         return returned
@@ -188,7 +188,7 @@ def finished(returned: Any) -> Any:
     async def wait() -> tuple[Any, SystemExit | None]:
         try:
             return await returned, None
-        except SystemExit as error:  # it would end the loop, and its result would never come
+        except SystemExit as error:  # it would end the loop, and the result would never arrive
             return None, error
 
     value, exited = asyncio.run_coroutine_threadsafe(wait(), _loop(os.getpid())).result()

@@ -1,4 +1,4 @@
-"""Figures from the rewards of several completions per prompt: pass@k, best of n, groups without a signal, win rates."""
+"""Metrics of groups of rewards: pass@k, best of n, groups without a signal, win rates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 TOLERANCE = 1e-6
-"""How far below the reward that passes a completion still passes: rewards are sums of floats."""
+"""Margin below the passing reward within which a completion still passes, because rewards are sums of floats."""
 
 
 class GroupShares(NamedTuple):
@@ -31,9 +31,9 @@ class GroupShares(NamedTuple):
 
     Attributes:
         all_pass: Every completion passes.
-        all_fail: None does.
-        mixed: Some do.
-        no_signal: All rewards are equal, so that a centred reward is zero and nothing is learned.
+        all_fail: No completion passes.
+        mixed: Some completions pass.
+        no_signal: All rewards are equal, so that centered rewards are zero and nothing is learned.
     """
 
     all_pass: float
@@ -68,7 +68,7 @@ def pass_at_k(num_samples: int, num_correct: Int[Tensor, "*P"], k: int) -> Float
     if bool(((num_correct < 0) | (num_correct > num_samples)).any()):
         raise ValueError(f"num_correct has values outside of 0 to {num_samples}, the samples per prompt.")
     i = torch.arange(1, num_samples + 1, dtype=torch.float64, device=num_correct.device)
-    # Below i = k a factor would be negative; there n - c < k, and every choice of k has a correct one.
+    # Below i = k a factor would be negative; then n - c < k, and every choice of k has a correct one.
     factors = (1 - k / i).clamp(min=0.0)
     counted = i > (num_samples - num_correct)[..., None]
     return 1 - torch.where(counted, factors, 1.0).prod(dim=-1)
@@ -121,12 +121,12 @@ def powers_of_two(largest: int) -> list[int]:
 
 
 def passes(reward: Any, threshold: float = 1.0, *, tolerance: float = TOLERANCE) -> Any:
-    """Return whether a reward, or each of a tensor of rewards, is the one that passes, or more.
+    """Return whether a reward, or each of a tensor of rewards, passes.
 
     Args:
         reward: A number or a tensor.
-        threshold: What passes.
-        tolerance: How far below it still passes.
+        threshold: Smallest reward that passes.
+        tolerance: Margin below the threshold within which rewards still pass.
     """
     return reward >= threshold - tolerance
 
@@ -135,9 +135,9 @@ def group_shares(rewards: Float[Tensor, "P G"], *, threshold: float = 1.0, toler
     """Return how many prompts have completions that all pass, all fail, or neither.
 
     Args:
-        rewards: The outcome of the task, without what shapes it.
-        threshold: What passes.
-        tolerance: How far below it still passes, and how far apart rewards are still equal.
+        rewards: The outcome of the task, without shaping terms.
+        threshold: Smallest reward that passes.
+        tolerance: Margin below the threshold within which rewards still pass, and difference of equal rewards.
 
     Returns:
         The shares.
@@ -161,9 +161,9 @@ def keep(rates: Float[Tensor, "*P"], low: float, high: float) -> Bool[Tensor, "*
     """Return which prompts are neither too hard nor too easy.
 
     Args:
-        rates: Of passing, under the current policy.
-        low: Least rate that is kept.
-        high: Largest rate that is kept.
+        rates: Rates of passing under the current policy.
+        low: Smallest rate to keep.
+        high: Largest rate to keep.
 
     Returns:
         True where ``low ≤ rate ≤ high``.
@@ -187,8 +187,8 @@ def outside(rates: Float[Tensor, "*P"], low: float, high: float) -> Float[Tensor
     """Return how far rates of passing lie outside of a range; 0 within it.
 
     Args:
-        rates: Of passing.
-        low: Least rate of the range.
+        rates: Rates of passing.
+        low: Smallest rate of the range.
         high: Largest rate of the range.
 
     Example:

@@ -1,4 +1,4 @@
-"""The identity of a reward: a hash of its code and of its settings, equal where it judges alike."""
+"""The identity of a reward: a hash of its code and settings; rewards with equal identities give equal values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Identity(NamedTuple):
 
     Attributes:
         module: Name of the module that holds the code.
-        settings: Everything else that changes a value, as JSON knows it.
+        settings: Everything else that changes a value, as JSON represents it.
     """
 
     module: str
@@ -34,7 +34,7 @@ class Identity(NamedTuple):
 
 @runtime_checkable
 class Identified(Protocol):
-    """A reward that has settings beside its code."""
+    """A reward with settings besides its code."""
 
     def identity(self) -> Identity:
         """Return the module whose source decides the values, and the settings."""
@@ -76,7 +76,7 @@ def _of_callable(reward: Any) -> Identity:
 
 
 def source_hashes(module: str) -> dict[str, str]:
-    """Return the hash of each source file that a module is made of, by the module's name."""
+    """Return the hashes of a module's source files and of those it imports from the same author, by module name."""
     begin = _spec(module)
     if begin is None or _file(begin) is None:
         return {}
@@ -97,12 +97,12 @@ def source_hashes(module: str) -> dict[str, str]:
 
 
 def _beside(spec: ModuleSpec) -> Callable[[ModuleSpec], bool]:
-    """Return whether a module is the author's of this one: in its package, or in the folder that it is found in."""
+    """Return whether a module has the same author as this one: it is in its package or its folder."""
     file, depth = Path(spec.origin or "").resolve(), spec.name.count(".")
     top = file.parents[depth + 1 if file.stem == "__init__" else depth]  # holds the outermost package
     outermost, falign = spec.name.partition(".")[0], __name__.partition(".")[0]
     if outermost == falign:
-        root = file.parent  # verdicts do not depend on falign's other packages
+        root = file.parent  # values do not depend on falign's other packages
     elif top in _INSTALLED:
         root = top / outermost
     else:
@@ -138,21 +138,21 @@ def _spec(name: str) -> ModuleSpec | None:
     spec = None
     for depth in range(1, name.count(".") + 2):
         if depth > 1 and not places:
-            return None  # a name in a module, not a module
+            return None  # a name inside a module
         spec = PathFinder.find_spec(".".join(name.split(".")[:depth]), places)
         places = None if spec is None else list(spec.submodule_search_locations or ())
     return spec
 
 
 def _imported(content: bytes, spec: ModuleSpec) -> Iterator[str]:
-    """Name the modules that a source imports, and what it takes from them, which may be modules, too."""
+    """Yield the modules that a source imports, and the names imported from them, which may be modules, too."""
     if not (spec.origin or "").endswith(".py"):
         return
     package = spec.name if spec.submodule_search_locations is not None else spec.parent or ""
     try:
         tree = ast.parse(content)
     except SyntaxError:
-        return  # it cannot be imported either
+        return  # such a module cannot be imported either
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

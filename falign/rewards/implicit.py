@@ -1,4 +1,4 @@
-"""The implicit reward of a pair of models: what a policy was made to prefer, as a reward for another one."""
+"""The implicit reward of a pair of models, as a reward for another policy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ImplicitReward:
         reference: π_ref, what it was trained from; on the same device.
         divergence: f; it must have a barrier.
         beta: β.
-        scorer: Its layout is one that both models can read.
+        scorer: A scorer with a layout that both models can read.
         tokens_per_batch: Tokens scored at once, unless one prompt with its completions has more.
 
     Raises:

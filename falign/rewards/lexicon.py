@@ -1,4 +1,4 @@
-"""Scores from weighted words: a word list that is given, or the log-odds of words in labelled texts."""
+"""Scores from weighted words: a given word list, or the log-odds of words in labeled texts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Adds up the weights of a completion's words, case aside.
+    """The sum of the weights of a completion's words, ignoring case.
 
     Attributes:
         weights: By word, in lower case.
-        bias: What a completion without any of the words has.
+        bias: Value of a completion without any of the words.
         output: ``sum``: bias plus weights, each occurrence counting; ``mean``: their sum divided by the number of
             words; ``present``: 1 if one of the list occurs, else 0; ``probability``: the logistic function of ``sum``.
     """
@@ -44,7 +44,7 @@ class Lexicon:
         return Identity(__name__, {"weights": dict(self.weights), "bias": self.bias, "output": self.output})
 
     def value(self, text: str) -> float:
-        """Return what one text is worth."""
+        """Return the value of one text."""
         words = _words(text)
         if self.output == "present":
             return float(any(word in self.weights for word in words))
@@ -57,13 +57,13 @@ class Lexicon:
 
 
 def read_lexicon(path: str | Path) -> dict[str, float]:
-    """Return the weights in a file: one word per line, with a tab and its weight behind it where that is not 1.
+    """Return the weights in a file: one word per line, followed by a tab and its weight if that is not 1.
 
     Args:
         path: UTF-8; empty lines are skipped.
 
     Raises:
-        DataError: A weight is no finite number, a word is no single word or comes twice, or there is none.
+        DataError: A weight is not a finite number, an entry is not a single word or comes twice, or the file is empty.
     """
     weights: dict[str, float] = {}
     for n, line in enumerate(split_lines(Path(path).read_text(encoding="utf-8")), start=1):
@@ -72,14 +72,14 @@ def read_lexicon(path: str | Path) -> dict[str, float]:
         word, _, weight = line.strip().casefold().partition("\t")
         if WORD.fullmatch(word) is None or word in weights:
             raise DataError(
-                f"{path}:{n}: {word!r} is no single word, or comes twice; give each word a line of its own."
+                f"{path}:{n}: {word!r} is not a single word, or comes twice; give each word a line of its own."
             )
         try:
             weights[word] = float(weight or 1.0)
         except ValueError:
             weights[word] = math.nan
         if not math.isfinite(weights[word]):
-            raise DataError(f"{path}:{n}: the weight {weight!r} is no finite number; write word, tab, number.")
+            raise DataError(f"{path}:{n}: the weight {weight!r} is not a finite number; write word, tab, number.")
     if not weights:
         raise DataError(f"{path} has no words: write one per line.")
     return weights
@@ -92,13 +92,13 @@ def fit_lexicon(
     smoothing: float = 1.0,
     output: Literal["sum", "mean", "present", "probability"] = "sum",
 ) -> Lexicon:
-    """Return the naive Bayes classifier of labelled texts, whose ``sum`` is the log-odds of the positive class.
+    """Return the naive Bayes classifier of labeled texts; its ``sum`` is the log-odds of the positive class.
 
     The weight of a word is ``log p(w|positive) - log p(w|negative)``, each ``(count + smoothing)`` normalised over the
     words that occur.
 
     Args:
-        texts: Of both classes.
+        texts: Texts of both classes.
         positive: Their labels.
         smoothing: Added to every count, above 0.
         output: See :class:`Lexicon`.

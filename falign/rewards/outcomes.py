@@ -1,4 +1,4 @@
-"""From what became of calls to scores: what failed is counted, never taken for a verdict in silence."""
+"""Scores from the outcomes of calls; failed calls are counted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from falign.rewards.child import Outcome
 
 __all__ = ["row_error", "scores_of"]
 
-ROW_ERROR = "RowError"  # of falign.rewards.verifiers, by its name in another process
+ROW_ERROR = "RowError"  # of falign.rewards.verifiers; other processes report classes by name
 
 
 def row_error(outcome: Outcome) -> str | None:
@@ -35,28 +35,28 @@ def scores_of(
 
     Args:
         outcomes: One per completion.
-        name: What messages call the reward.
-        failed: What a call is worth that timed out or raised.
+        name: The reward's name in messages.
+        failed: Value of a call that timed out or raised.
         stop_on_errors: Whether an exception stops the run instead of being counted. Timeouts are always counted.
-        places: Where the prompts came from, for messages.
+        places: Places of the prompts, for messages.
         completions: Their texts, for messages.
-        value: What makes a value of what a call returned, given its place.
-        hint: What makes a further sentence of an exception's class and message.
+        value: Maps the result of a call and its place to a value.
+        hint: Maps an exception's class and message to a further sentence.
 
     Raises:
-        RewardError: An exception that stops, a row that cannot be judged at all, or a value that is no reward.
+        RewardError: An exception stops the run, a row cannot be judged, or a value is invalid.
     """
     values: list[Any] = []
     messages: list[str] = []
     for i, outcome in enumerate(outcomes):
         where = f"reward {name}, {place_of(places, i)}"
         if (reason := row_error(outcome)) is not None:
-            raise RewardError(f"{where}: {reason}. Mend the row, or remove it.")
+            raise RewardError(f"{where}: {reason}. Fix the row, or remove it.")
         text = None if completions is None or outcome.kind != "error" else completions[i]
         lines = outcome.lines if outcome.kind == "error" else ()
         told = raised_message(f"{where}: {outcome.message}", lines, text)
         if outcome.kind == "error" and stop_on_errors:
-            raise RewardError(f"{told}\nMend the function.{hint(outcome.message)}")
+            raise RewardError(f"{told}\nFix the function.{hint(outcome.message)}")
         if outcome.kind == "value":
             values.append(value(outcome.value, where))
         else:

@@ -19,13 +19,13 @@ __all__ = ["OwnFunction", "TimedFunction"]
 
 @dataclass(frozen=True)
 class OwnFunction:
-    """Calls a function in the form that it is written in; it may be ``async``.
+    """A function, called in the form that it is written in; it may be ``async``.
 
     Attributes:
-        function: ``module:function``, or what messages call the one that is given.
+        function: ``module:function``, or the name in messages of the given function.
         form: ``falign``: lists of prompts, texts and columns; ``trl``: the same, with completions of conversations as
             lists of one message; ``verl``: ``data_source, solution_str, ground_truth, extra_info`` of one completion.
-        given: The function itself, in place of the one that is imported.
+        given: The function itself, instead of an imported one.
 
     Raises:
         ConfigError: It cannot be imported, or has the parameters of another form.
@@ -47,7 +47,7 @@ class OwnFunction:
         return self.score(prompts, completions, **columns).values
 
     def score(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> Scores:
-        """Return what the function returns, as values.
+        """Return the function's values.
 
         Args:
             prompts: The prompt of each completion.
@@ -55,7 +55,7 @@ class OwnFunction:
             columns: One value per completion.
 
         Raises:
-            RewardError: The function raised; with its lines, and the completion where that is known.
+            RewardError: The function raised; the message has its code lines and, if known, the completion.
         """
         form, places = FORMS[self.form], columns.get("place")
         given = arguments(self._imported, self.form, prompts, completions, columns)
@@ -78,7 +78,7 @@ class OwnFunction:
         return [None] * len(prompts)
 
     def identity(self) -> Identity:
-        """Return the module of the function, and how it is called; of a function that was given, its own code."""
+        """Return the module and the form of the function; of a given function, its own code."""
         if self.given is not None:
             return Identity("", {"function": self.function, "form": self.form, "code": code_identity(self.given)})
         return Identity(self.function.partition(":")[0], {"function": self.function, "form": self.form})
@@ -90,7 +90,7 @@ class OwnFunction:
             return finished(self._imported(**given))
         except RewardError:
             raise
-        except (Exception, SystemExit) as error:  # sys.exit() in a function would end the run without a word
+        except (Exception, SystemExit) as error:  # sys.exit() in a function would end the run without a message
             raise reward_raised(
                 error,
                 name=self.function,
@@ -103,7 +103,7 @@ class OwnFunction:
 
 @dataclass(frozen=True)
 class TimedFunction:
-    """Calls a reward function in processes that are killed at the deadline, so that one completion costs only itself.
+    """A reward function in processes that are killed at a deadline, so that a slow call affects one completion only.
 
     The function is given lists of one prompt and one completion, or single values in the form ``verl``; one that
     compares completions needs them all, and cannot be timed.
@@ -111,10 +111,10 @@ class TimedFunction:
     Attributes:
         function: ``module:function``.
         timeout: Seconds per completion.
-        failed: What a completion is worth whose call timed out, or raised and was counted; None leaves it out.
+        failed: Value of a completion if its call timed out, or raised and was counted; None leaves it out.
         errors: ``stop``: an exception stops the run; ``count``: it is counted, as timeouts always are.
         form: As for :class:`falign.rewards.OwnFunction`.
-        pool: Where it runs; by default a pool of its own, without a limit on memory.
+        pool: The pool of processes; by default a separate one, without a limit on memory.
 
     Raises:
         ConfigError: It cannot be imported, or has the parameters of another form.
@@ -173,7 +173,7 @@ class TimedFunction:
         return [None] * len(prompts)
 
     def identity(self) -> Identity:
-        """Return the module of the function, and what a failed call is worth."""
+        """Return the module of the function, and the value of a failed call."""
         settings = {
             "function": self.function,
             "form": self.form,

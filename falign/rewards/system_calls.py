@@ -1,4 +1,4 @@
-"""System calls that the kernel refuses to a verifier's process for good, by Linux's seccomp filter.
+"""A Linux seccomp filter, by which the kernel permanently refuses system calls of a verifier's process.
 
 It is loaded by :mod:`falign.rewards.confinement` from its file, and imports no part of falign. Python reports events of
 its own functions, and not of all of them; whatever goes past Python still has to ask the kernel.
@@ -13,7 +13,7 @@ import sys
 
 __all__ = ["refuse_system_calls"]
 
-# By architecture: its number for the kernel, the number of clone, and those of the calls that are refused.
+# By architecture: its number in the kernel, the number of clone, and the numbers of the refused calls.
 CALLS = {
     "x86_64": (
         0xC000003E,
@@ -43,7 +43,7 @@ CALLS = {
 CLONE3, CLONE_THREAD = 435, 0x10000
 FIRST_X32 = 0x40000000  # numbers of another calling convention of x86-64
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16  # offsets in what the kernel gives to the program
+NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16  # offsets in the kernel's input to the filter program
 ALLOWED, REFUSED = 0x7FFF0000, 0x00050000
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, MODE_FILTER = 38, 22, 2
 
@@ -62,7 +62,7 @@ class _Program(ctypes.Structure):
 
 
 def refuse_system_calls() -> bool:
-    """Have the kernel refuse, from now on, new processes, signals, sockets and named pipes.
+    """Make the kernel refuse new processes, signals, sockets and named pipes from now on.
 
     Returns:
         Whether it does: only Linux on x86-64 and ARM64 can.
@@ -75,7 +75,7 @@ def refuse_system_calls() -> bool:
     steps += [(AT_LEAST, 0, 1, FIRST_X32), refuse]
     for number in sorted(number for group in calls.values() for number in group):
         steps += [(EQUAL, 0, 1, number), refuse]
-    # Without clone3 the C library starts threads by clone. A filter cannot read the flags of clone3.
+    # Without clone3 the C library starts threads by clone; a filter cannot read the flags of clone3.
     steps += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, REFUSED | errno.ENOSYS)]
     steps += [(EQUAL, 0, 3, clone), (LOAD, 0, 0, FIRST_ARGUMENT), (ANY_BIT, 1, 0, CLONE_THREAD), refuse]
     steps.append((RETURN, 0, 0, ALLOWED))

@@ -1,4 +1,4 @@
-"""A reward from a function that judges one completion, run where it can be killed."""
+"""A reward from a function that judges one completion, run in a process that can be killed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = ["Verifier"]
 
 @dataclass(frozen=True)
 class Verifier:
-    """Calls ``function(completion=..., **arguments)`` for each completion, in processes of their own.
+    """A call of ``function(completion=..., **arguments)`` for each completion, in separate processes.
 
     Attributes:
-        name: What messages call it.
+        name: Its name in messages.
         function: ``module:function``; it returns a number, or None where it does not apply.
         columns: The function's arguments that differ from row to row, each with the column that holds it.
-        templates: The same, each made of columns in braces (``"{db_id}.sqlite"``).
+        templates: The same, each as a template with columns in braces (``"{db_id}.sqlite"``).
         parameters: Its other arguments.
         timeout: Seconds per completion.
-        failed: What a completion is worth whose call timed out or raised; None leaves it out. Either is counted.
-        pool: Where it runs; None for the pool that all verifiers share.
+        failed: Value of a completion if its call timed out or raised; None leaves it out. Both are counted.
+        pool: The pool of processes; None for the one that all verifiers share.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Verifier:
         return scores_of(outcomes, name=self.name, failed=self.failed, places=places)
 
     def row_errors(self, prompts: list[Any], **columns: list[Any]) -> list[str | None]:
-        """Judge an empty completion of each row, and return why that failed where the row is at fault.
+        """Judge an empty completion of each row, and return the reason if the row itself cannot be judged.
 
         Args:
             prompts: Not read.
@@ -109,7 +109,7 @@ class Verifier:
         return Call(self.function, {"completion": completion, **self.parameters, **varying, **filled}, self.timeout)
 
     def identity(self) -> Identity:
-        """Return the module of the function, and all that it is called with."""
+        """Return the module of the function, and all its arguments."""
         settings = {
             "function": self.function,
             "columns": dict(self.columns),

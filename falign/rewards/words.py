@@ -54,7 +54,7 @@ class Words:
         return values
 
     def row_errors(self, prompts: list[Any], **columns: list[Any]) -> list[str | None]:
-        """Return why a row's column does not hold words.
+        """Return for each row why its column does not hold words; None if it does.
 
         Raises:
             RewardError: The column is missing.

@@ -39,12 +39,12 @@ HEADER = struct.Struct("!I16s?")  # length of what follows, the request's number
 MOST_FRAMES = 12
 LONGEST_MESSAGE = 10_000  # characters of an exception
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-LOOK_EVERY = 0.25  # seconds between two looks whether the run is still there
-GIVE_UP = 5.0  # seconds after which processes that cannot be killed are left
+LOOK_EVERY = 0.25  # seconds between two checks that the run is still alive
+GIVE_UP = 5.0  # seconds after which processes that cannot be killed are abandoned
 
 
 def main() -> None:
-    """Serve in a second process until the run closes its end or dies, and leave no process behind."""
+    """Serve in a second process until the run closes its end or dies, and then end all started processes."""
     channel, run = int(sys.argv[1]), int(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _supervise(worker: int, run: int) -> None:
-    """Wait for the end of a process or of the run, end whatever is left, and exit as the process did."""
+    """Wait for the end of a process or of the run, end all remaining processes, and exit with its status."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing)
@@ -100,7 +100,7 @@ def _collect(worker: int) -> int | None:
 
 
 def _children() -> list[int]:
-    """Return the processes whose parent is this one, where the system tells; those whose own parent died are."""
+    """Return the child processes of this one, orphans it adopted included, if the system reports them."""
     if sys.platform != "linux":
         return []
     found, own = [], os.getpid()
@@ -129,7 +129,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _serve(channel: socket.socket) -> None:
-    # What a verifier prints must not be mistaken for anything.
+    # A verifier's output must not be taken for a reply.
     os.dup2(2, 1)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     sys.path[:], memory_bytes, confined = pickle.loads(_receive(channel)[1])
@@ -145,16 +145,16 @@ def _serve(channel: socket.socket) -> None:
     while True:
         request, reply = requests.get()
         answer, is_spent = _answer(request, functions, import_freely)
-        # A thread that a call has left could interfere with the next one.
+        # A thread left by a call could interfere with the next call.
         reply.put((answer, is_spent or (confined and _thread._count() > threads)))
 
 
 def _exchange(channel: socket.socket, requests: Any) -> None:
-    """Pass requests on and answers back. The numbers of requests are known to this function alone.
+    """Pass requests on and replies back. Only this function knows the numbers of requests.
 
     Args:
         channel: The connection.
-        requests: Taken by the main thread, each with the queue that its own answer is put into.
+        requests: Requests for the main thread, each with the queue for its reply.
     """
     try:
         while True:
@@ -163,7 +163,7 @@ def _exchange(channel: socket.socket, requests: Any) -> None:
             requests.put((request, reply))
             answer, is_spent = reply.get()
             channel.sendall(HEADER.pack(len(answer), number, is_spent) + answer)
-    except (OSError, EOFError):  # the run is gone, or has no more use for this process
+    except (OSError, EOFError):  # the run has ended, or no longer needs this process
         os._exit(0)
 
 
@@ -187,7 +187,7 @@ def _answer(
     functions: dict[str, Callable[..., Any]],
     import_freely: Callable[[], AbstractContextManager[None]],
 ) -> tuple[bytes, bool]:
-    """Return the answer, and whether the process should not be used again."""
+    """Return the reply, and whether the process must be replaced."""
     try:
         name, arguments = pickle.loads(request)
         if arguments is None:
@@ -196,13 +196,13 @@ def _answer(
             value = None
         else:
             value = _finished(functions[name](**arguments))
-        # Numbers of numpy and torch are no JSON, but convert.
+        # Numbers of numpy and torch are not JSON, but can be converted.
         return json.dumps({"value": value}, default=float).encode(), False
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)[1:][-MOST_FRAMES:]
         lines = [(each.filename, each.lineno or 0, each.name, each.line or "") for each in frames]
         message = f"{error}"
-        if len(message) > LONGEST_MESSAGE:  # it quotes a completion, or worse
+        if len(message) > LONGEST_MESSAGE:  # it may quote a completion
             message = f"{message[:LONGEST_MESSAGE]} ... ({len(message)} characters)"
         told = {"error": type(error).__name__, "message": message, "lines": lines}
         return json.dumps(told).encode(), isinstance(error, MemoryError)  # what it still holds

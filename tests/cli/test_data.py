@@ -87,9 +87,9 @@ def test_a_run_file_with_prompts_is_refused(falign, folder, tmp_path):
 
 def test_a_remedy_is_told_where_there_is_one(falign, run_file, tmp_path):
     status, _, err = falign("data", "check", run_file([{**PAIR, "chosen": "b"}]))
-    assert (status, err.endswith("1 bad row; mend the file.")) == (2, True)
+    assert (status, err.endswith("1 bad row; fix the file.")) == (2, True)
     write_pairs(tmp_path / "rows.jsonl")
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write("{\n")
     status, _, err = falign("data", "check", tmp_path / "rows.jsonl")
-    assert (status, err.endswith("1 bad row; mend the file, or set data.bad_rows=skip to leave them out.")) == (2, True)
+    assert (status, err.endswith("1 bad row; fix the file, or set data.bad_rows=skip to leave them out.")) == (2, True)

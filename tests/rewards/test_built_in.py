@@ -88,7 +88,7 @@ def test_an_exception_is_failed_and_counted_and_an_unusable_row_stops(pool):
     bad = own.score(["p"], ["raise"])
     assert bad[:3] == ([0.0], 0, 1)
     assert bad.message.startswith("reward own, completion 0: ValueError: told to")
-    with pytest.raises(RewardError, match=r"reward number, rows.jsonl:8: the answer 'x' holds no finite number. Mend"):
+    with pytest.raises(RewardError, match=r"reward number, rows.jsonl:8: the answer 'x' holds no finite number. Fix"):
         replaced(number(), pool)(["p"], ["3"], answer=["x"], place=["rows.jsonl:8"])
 
 

@@ -55,7 +55,7 @@ def test_columns_may_be_tuples_and_each_reward_is_given_its_own():
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ((), "there is none"),
+        ((), "the list is empty"),
         ((WeightedReward("a", plain.length), WeightedReward("a", plain.length)), "the name 'a' comes twice"),
         ((WeightedReward("errors", plain.length),), "the name 'errors' is that of a count"),
         ((WeightedReward("a", plain.length, float("nan")),), "the weight of a is nan"),
@@ -76,5 +76,5 @@ def test_the_outcome_is_the_named_reward_or_the_first_of_several_that_count():
     assert passing(0.0, 2.0, 1.0) == "r1"
     assert passing(1.0, 2.0, outcome="r1") == "r1"
     assert passing(1.0, 0.0, outcome="r1") == "r1"
-    with pytest.raises(ConfigError, match=r"rollout.outcome='x' is the name of no reward; choose one of \['r0'\]"):
+    with pytest.raises(ConfigError, match=r"rollout.outcome='x' is not the name of a reward; choose one of \['r0'\]"):
         passing(1.0, outcome="x")

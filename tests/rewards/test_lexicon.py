@@ -37,10 +37,10 @@ def test_a_file_of_words(tmp_path):
     path.write_text("Good\n\nsuperb\t2.5\nwell-made\t-1\n")
     assert read_lexicon(path) == {"good": 1.0, "superb": 2.5, "well-made": -1.0}
     for text, message in [
-        ("a\nb c\n", r"words.txt:2: 'b c' is no single word"),
-        ("a\na\n", r"words.txt:2: 'a' is no single word, or comes twice"),
-        ("a\tmuch\n", r"words.txt:1: the weight 'much' is no finite number"),
-        ("a\tinf\n", "is no finite number"),
+        ("a\nb c\n", r"words.txt:2: 'b c' is not a single word"),
+        ("a\na\n", r"words.txt:2: 'a' is not a single word, or comes twice"),
+        ("a\tmuch\n", r"words.txt:1: the weight 'much' is not a finite number"),
+        ("a\tinf\n", "is not a finite number"),
         ("\n", "has no words"),
     ]:
         path.write_text(text)

@@ -31,7 +31,7 @@ def test_an_exception_stops_unless_it_is_to_be_counted(pool):
     with pytest.raises(RewardError, match=r"one_at_a_time, completion 0: ValueError: told to\n") as caught:
         TimedFunction(ONE, pool=pool).score(*arguments, answer=[1.0, 1.0])
     assert re.search(r'plain.py", line \d+, in by_content\n    raise ValueError\("told to"\)', str(caught.value))
-    assert "completion: 'raise'\nMend the function." in str(caught.value)
+    assert "completion: 'raise'\nFix the function." in str(caught.value)
     counted = TimedFunction(ONE, errors="count", failed=-2.0, pool=pool).score(*arguments, answer=[1.0, 1.0])
     assert counted[:3] == ([-2.0, 1.0], 0, 1)
 

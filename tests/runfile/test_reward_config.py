@@ -137,7 +137,7 @@ def test_a_reward_that_cannot_be_built_is_a_config_error():
         build({"kind": "words"})
     with pytest.raises(ConfigError, match="the name 'math' comes twice"):
         build({"kind": "math"}, {"kind": "math", "answer": "other"})
-    with pytest.raises(ConfigError, match="there is none"):
+    with pytest.raises(ConfigError, match="the list is empty"):
         build()
 
 

@@ -63,7 +63,7 @@ class JudgeBench:
 def _item(row: Row) -> BenchmarkItem:
     source, label = string(row, "source"), row.fields["label"]
     if not isinstance(label, str) or label not in PREFERENCES:
-        raise DataError(f"{row.place}: 'label' is {shown(label)}; it must be one of {list(PREFERENCES)}: mend the row.")
+        raise DataError(f"{row.place}: 'label' is {shown(label)}; it must be one of {list(PREFERENCES)}: fix the row.")
     return BenchmarkItem(
         place=row.place,
         id=identifier(row, "pair_id"),

@@ -77,7 +77,7 @@ def _item(row: Row, subset: str) -> BenchmarkItem:
     if isinstance(label, bool) or not isinstance(label, int) or label not in PREFERENCES:
         raise DataError(
             f"{row.place}: 'label' is {shown(row.fields['label'])}; it must be 1 or 2, the better output: "
-            "mend the row or remove it."
+            "fix the row or remove it."
         )
     return BenchmarkItem(
         place=row.place,

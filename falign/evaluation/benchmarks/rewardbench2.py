@@ -76,7 +76,7 @@ def _item(row: Row) -> BenchmarkItem:
     if row.fields["num_correct"] != len(chosen):
         raise DataError(
             f"{row.place}: num_correct is {shown(row.fields['num_correct'])} and there are {len(chosen)} chosen; "
-            "both must be the same number: mend the row or remove it."
+            "both must be the same number: fix the row or remove it."
         )
     return BenchmarkItem(
         place=row.place,
@@ -94,7 +94,7 @@ def _group(row: Row) -> str:
     if kind not in (TIED, REFERENCE) or not number.isdecimal():
         raise DataError(
             f"{row.place}: the id {shown(row.fields['id'])} is not one of Ties; it must be 'tied:N' or 'ref:N', "
-            "with the same N for a prompt and its reference: mend the row or remove it."
+            "with the same N for a prompt and its reference: fix the row or remove it."
         )
     return number
 

@@ -102,7 +102,7 @@ def _item(row: Row, subset: str | None) -> BenchmarkItem:
         if len(completions) != len(STYLES):
             raise DataError(
                 f"{row.place}: {side!r} has {len(completions)} texts; it must have {len(STYLES)}, one of each style "
-                f"{list(STYLES)}: mend the row or remove it."
+                f"{list(STYLES)}: fix the row or remove it."
             )
     return BenchmarkItem(
         place=row.place,

@@ -25,7 +25,7 @@ COLUMNS: dict[str, frozenset[str]] = {
 PAIR_COLUMNS: frozenset[str] = frozenset({"prompt", "chosen", "rejected"})
 """Columns of RewardBench's prior sets: each set is a split of its own, without a column that names it."""
 
-_TELL = "mend the row or remove it"
+_TELL = "fix the row or remove it"
 
 
 def read_published(
