@@ -97,7 +97,7 @@ class Measure(Protocol):
             at: M positions; each value may depend only on its own position.
 
         Returns:
-            Shape (M,), differentiable in ``at.logprobs``.
+            Shape (M,). Differentiable unless the measure is meant as a constant.
         """
         ...
 

@@ -236,7 +236,7 @@ class Surrogate:
             high = None if self.clip_high is None else 1 + self.clip_high
             # The minimum clips only what would move the policy further away; a clamped weight has no gradient.
             gains = torch.minimum(gains, weight.clamp(low, high) * advantages)
-        constant, nowhere = weight.detach(), torch.zeros_like(mask)
-        below = nowhere if self.clip_low is None else mask & (constant < 1 - self.clip_low) & (advantages < 0)
-        above = nowhere if self.clip_high is None else mask & (constant > 1 + self.clip_high) & (advantages > 0)
+        constant, nothing = weight.detach(), torch.zeros_like(mask)
+        below = nothing if self.clip_low is None else mask & (constant < 1 - self.clip_low) & (advantages < 0)
+        above = nothing if self.clip_high is None else mask & (constant > 1 + self.clip_high) & (advantages > 0)
         return SurrogateOutput(gains, constant.masked_fill(~mask, 0.0), below, above)

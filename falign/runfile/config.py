@@ -187,7 +187,8 @@ class DataConfig(FrozenModel):
 
     train: list[SourceConfig] = Field(min_length=1)
     eval: list[SourceConfig] = []
-    """Separate sources; or hold out some of the training data:"""
+    """Separate sources of held-out data. Alternatively, ``eval_fraction`` or ``eval_size`` holds out some of the
+    training data."""
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     eval_size: int = Field(default=0, ge=0)
     max_length: int = Field(default=1024, ge=2)
@@ -417,11 +418,11 @@ class RunConfig(FrozenModel):
     model: ModelConfig
     adapter: AdapterConfig | None = AdapterConfig()
     reference: ReferenceConfig = AutoReferenceConfig()
-    """The model that the divergence is measured to; or, for an objective that reads several, instead of it:"""
+    """The model that the divergence is measured to. Replaced by ``references`` for an objective that reads several."""
     references: dict[str, ReferenceConfig] = {}
     """References by the names that the objective reads; metrics and evaluation compare with ``reference``."""
     data: DataConfig | None = None
-    """Given completions; or, in an online run, instead of it:"""
+    """Given completions; replaced by ``prompts`` in an online run."""
     prompts: PromptsConfig | None = None
     rollout: RolloutConfig = RolloutConfig()
     rewards: list[RewardConfig] = []

@@ -41,7 +41,7 @@ class PairwiseConfig(ObjectiveSection):
     """``logistic`` (f-DPO), ``hinge``, ``ipo``, ``squared`` (IPO of whole completions), ``robust(0.1)``,
     ``exo(0.001)``."""
     length_norm: Literal["none", "token"] | None = None
-    """``token``: log-ratios are means over tokens; by default only with ``ipo``."""
+    """``token`` divides log-ratios by length. Default: ``token`` with ``ipo``, otherwise ``none``."""
 
     @property
     @override

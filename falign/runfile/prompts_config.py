@@ -71,7 +71,7 @@ class PromptsConfig(FrozenModel):
 
     train: list[PromptSourceConfig] = Field(min_length=1)
     eval: list[PromptSourceConfig] = []
-    """Separate sources; or hold out some of the training prompts:"""
+    """Separate sources of held-out prompts. Alternatively, ``eval_size`` holds out some of the training prompts."""
     eval_size: int = Field(default=0, ge=0)
     max_length: int = Field(default=512, ge=1)
     """Maximum number of tokens of a prompt."""

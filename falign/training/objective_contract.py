@@ -76,8 +76,8 @@ class ObjectiveContract:
             step: Which step, for messages.
 
         Raises:
-            TrainingError: A name, shape or weight differs, a weight carries a gradient and no loss does, or a metric
-                carries one or has another number of dimensions than one.
+            TrainingError: A name, shape or weight differs; a weight carries a gradient; no loss carries one; or a
+                metric carries one or is not one-dimensional.
         """
         names, weights = planned
         terms = output.terms

@@ -68,16 +68,17 @@ UNLOGGED = "unlogged.json"
 
 
 class ResumableTrainer(Trainer, ABC):
-    """A trainer whose runs survive being killed, and that says which weights a step's loss is divided by.
+    """Checkpoints and resuming, and the denominators of a step's loss (:meth:`step_weights`).
 
     Args:
         model: The policy.
         args: Arguments of the underlying trainer.
         collate: Makes a micro-batch of trees; of none where another process has one batch more.
-        train_trees: Prompts with their completions; the numbers of the micro-batches where these are made later.
+        train_trees: Prompts with their completions; online, the range of micro-batch indices, since trees do not exist
+            yet.
         eval_trees: Held-out ones; may be empty.
-        tokens_per_batch: Micro-batches of as many trees as have so many tokens, in place of
-            ``args.per_device_train_batch_size`` trees.
+        tokens_per_batch: Token limit of a micro-batch, which takes as many trees as fit; replaces
+            ``args.per_device_train_batch_size``.
         skip_bad: Leave out and count steps whose loss or gradient is NaN or infinite, in place of stopping.
         advise: Called with messages for the user.
         **kwargs: Passed on to ``transformers.Trainer``.

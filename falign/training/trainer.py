@@ -46,11 +46,12 @@ class AlignmentTrainer(ResumableTrainer):
         references: In its place, several of them by name; the one named ``reference`` is what metrics compare with.
         objective: The objective that is minimized.
         args: Arguments of the underlying trainer.
-        train_trees: Prompts with their completions; the numbers of the micro-batches where these are made later.
+        train_trees: Prompts with their completions; online, the range of micro-batch indices, since trees do not exist
+            yet.
         eval_trees: Held-out ones; may be empty.
         scorer: Lays trees out, in a way that the model can read.
-        tokens_per_batch: Micro-batches of as many trees as have so many tokens, in place of
-            ``args.per_device_train_batch_size`` trees.
+        tokens_per_batch: Token limit of a micro-batch, which takes as many trees as fit; replaces
+            ``args.per_device_train_batch_size``.
         measures: Quantities of whole next-token distributions to log as ``measures/NAME``, besides those that the
             objective reads.
         skip_bad: Skip and count steps whose loss or gradient is NaN or infinite, in place of stopping.
@@ -175,8 +176,9 @@ class AlignmentTrainer(ResumableTrainer):
             return stand_in_loss(scored.completions)
         output = self.evaluate_objective(scored, inputs)
         self.contract.check(inputs[PLANNED_TERMS], output, step=self.state.global_step + 1)
-        assert isinstance(num_items_in_batch, Tensor), "the step's weights come from step_weights"
-        loss = reduce_terms(output.terms, num_items_in_batch)
+        denominators = num_items_in_batch
+        assert isinstance(denominators, Tensor), "the step's weights come from step_weights"
+        loss = reduce_terms(output.terms, denominators)
         if self.guard.check_loss(
             loss,
             step=self.state.global_step + 1,
@@ -230,17 +232,17 @@ class AlignmentTrainer(ResumableTrainer):
         # The loss is divided by the weights of the whole step, which are needed before its first forward pass. They
         # depend on masks and on given fields alone, so zeros in place of log-probabilities give them.
         batch, columns = split_columns(inputs)
-        nowhere = torch.zeros(batch.completion_mask.shape, device=batch.completion_mask.device)
-        terms = self.objective(completion_batch(batch, nowhere, {**self._unknown(nowhere), **columns})).terms
+        zeros = torch.zeros(batch.completion_mask.shape, device=batch.completion_mask.device)
+        terms = self.objective(completion_batch(batch, zeros, {**self._unknown(zeros), **columns})).terms
         inputs[PLANNED_TERMS] = self.contract.plan(terms, step=self.state.global_step + 1)
         weights = total_weights(terms)
         return weights if counts(inputs) else torch.zeros_like(weights)
 
-    def _unknown(self, nowhere: Tensor) -> dict[str, Tensor]:
+    def _unknown(self, zeros: Tensor) -> dict[str, Tensor]:
         """Return zeros for what the objective reads and only the forward pass computes."""
         needs = [name if field_of(name) == "references" else field_of(name) for name in self.objective.needs]
         measures = [f"measures.{name}" for name in self.objective.measures]
-        return dict.fromkeys({*needs, *measures} - {"preference"}, nowhere)
+        return dict.fromkeys({*needs, *measures} - {"preference"}, zeros)
 
     @override
     def evaluate(
