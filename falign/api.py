@@ -10,6 +10,7 @@ from falign.runfile import AdapterConfig as Lora
 from falign.runfile import parse_run
 from falign.runfile.base_config import FrozenModel
 from falign.runfile.objects import (
+    is_section,
     measure_section,
     model_section,
     objective_section,
@@ -218,7 +219,7 @@ def train(
 
 
 def _objective(value: Any) -> Any:
-    return value if value is None or isinstance(value, Mapping | FrozenModel) else objective_section(value)
+    return value if value is None or is_section(value) else objective_section(value)
 
 
 def _each(section: Callable[[Any], Any], values: Mapping[str, Any] | None) -> dict[str, Any] | None:

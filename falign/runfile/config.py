@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
+    BaseModel,
     BeforeValidator,
     Field,
     PrivateAttr,
@@ -371,9 +372,7 @@ class PythonMeasureConfig(PythonObject):
 
 
 def _measure(value: Any, validate: Callable[[Any], Any]) -> Any:
-    if isinstance(value, PythonMeasureConfig):
-        return value
-    if isinstance(value, dict) and value.get("kind") == "python":
+    if isinstance(value, BaseModel) or (isinstance(value, dict) and value.get("kind") == "python"):
         return PythonMeasureConfig.model_validate(value)
     return validate(value)
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LoadedModelConfig",
+    "is_section",
     "measure_section",
     "model_section",
     "objective_section",
@@ -42,6 +43,11 @@ __all__ = [
 
 SOURCE = frozenset({"path", "rows", "texts"})
 """Keys that tell a source of data from a row: a source has one of them."""
+
+
+def is_section(value: Any) -> bool:
+    """Return whether a value is a section of a run file, as a mapping or as its class."""
+    return isinstance(value, Mapping | FrozenModel)
 
 
 class LoadedModelConfig(ModelConfig):
@@ -182,7 +188,7 @@ def model_section(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
     Raises:
         ConfigError: The value is not a model, or a tokenizer is given together with a name.
     """
-    if not isinstance(model, str | Path | Mapping | FrozenModel):
+    if not (isinstance(model, str | Path) or is_section(model)):
         return LoadedModelConfig.of(model, tokenizer)
     if tokenizer is not None:
         raise ConfigError("tokenizer applies only to a loaded model: leave it out, or load the model.")
@@ -243,7 +249,7 @@ def reward_section(value: Any) -> Any:
     if isinstance(value, Mapping) and callable(value.get("function")):
         fields = dict(value)
         return PythonRewardConfig.of(fields.pop("function"), **fields)
-    return value if isinstance(value, Mapping | FrozenModel) else PythonRewardConfig.of(value)
+    return value if is_section(value) else PythonRewardConfig.of(value)
 
 
 def reference_section(value: Any) -> Any:
@@ -252,7 +258,7 @@ def reference_section(value: Any) -> Any:
     Raises:
         ConfigError: It is none of these, or an object that moves during training.
     """
-    return value if isinstance(value, Mapping | FrozenModel) else PythonReferenceConfig.of(value)
+    return value if is_section(value) else PythonReferenceConfig.of(value)
 
 
 def measure_section(value: Any) -> Any:
@@ -261,7 +267,7 @@ def measure_section(value: Any) -> Any:
     Raises:
         ConfigError: It is neither.
     """
-    if isinstance(value, str | Mapping | FrozenModel):
+    if isinstance(value, str) or is_section(value):
         return value
     if isinstance(value, type) or not isinstance(value, Measure):
         raise ConfigError(
