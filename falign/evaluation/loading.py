@@ -272,7 +272,7 @@ def run_objective(path: str, *, given: Given | None = None, trust_code: bool = F
             field, value = next(iter(code.items()))
             raise ConfigError(
                 f"{path} was trained with other code of {field}={value}, so its rewards would be others: restore the "
-                "module that it names."
+                "module that it names, and start in the module's folder."
             )
     return complete((config if given is None else given.in_place(config, path=folder.path)).check())
 

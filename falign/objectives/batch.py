@@ -74,7 +74,8 @@ class CompletionBatch:
         preference: Larger is preferred within a prompt, shape (N,) (a pair: 1 and 0; an unpaired label: 1 or 0).
         rewards: External scores, shape (N,).
         from_reference: True where the completion was sampled from the reference, shape (N,).
-        token_weights: How much each token counts, ``≥ 0``, shape (N, T); taken as a constant.
+        token_weights: How much each token counts, ``≥ 0``, shape (N, T); taken as a constant. Only objectives that name
+            it in their ``needs`` read it.
         features: Features of each completion that a target reads, shape (N, K); a single reward is K = 1.
         log_partition: Estimate of ``log Z(x)`` for each completion, made without its own term, shape (N,).
         values: A value head's estimate of the future reward at each token, shape (N, T); carries the gradient.
