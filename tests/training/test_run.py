@@ -51,7 +51,7 @@ def test_a_run_learns_the_preference_and_leaves_a_whole_folder(start):
     assert manifest["reference"]["kind"] == "adapter_off"
     assert len(manifest["reference"]["weights"]) == 64
     assert manifest["data"]["num_eval"] == 6
-    assert [sample["prompt"] for sample in summary.samples] == ["question 1: "]
+    assert [sample.prompt for sample in summary.samples] == ["question 1: "]
 
 
 @pytest.mark.parametrize(
