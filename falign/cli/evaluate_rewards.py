@@ -82,7 +82,7 @@ def rewards(
         int, typer.Option("--resamples", min=1, help="Of the bootstrap that the intervals come from.")
     ] = 1000,
     out: Annotated[Path | None, typer.Option("--out", help="A folder for the results, needed for a model.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Score anew what is there, whole or begun.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing scores, complete or not.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many items, the first ones.")] = None,
     trust_code: TrustCode = False,
 ) -> None:

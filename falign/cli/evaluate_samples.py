@@ -85,7 +85,7 @@ def samples(
         typer.Option(help="Results go to RUN/evaluation/NAME; samples, or samples-STEP, if left out."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="A folder for the results, needed for a model.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Sample anew what is there, whole or begun.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing samples, complete or not.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
     """Sample completions and measure reward, divergence, diversity and pass@k; a stopped call goes on if repeated."""

@@ -1,4 +1,4 @@
-"""``falign``: one command per job; what a user can mend ends with a message and exit status 2."""
+"""``falign``: one command per job; errors that a user can fix end with a message and exit status 2."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ app.add_typer(evaluate.app, name="evaluate")
 
 
 def main() -> None:
-    """Run the command line; errors that a user can mend go to standard error, without a traceback."""
+    """Run the command line; errors that a user can fix go to standard error, without a traceback."""
     quiet()
     end_quietly()
     with cleaned_output():
@@ -77,7 +77,7 @@ def _tell(error: BaseException) -> int:
 
 
 def _mendable(error: BaseException) -> str | None:
-    """Return what to tell of an error that a user can mend; None for all others."""
+    """Return the message of an error that a user can fix; None for all others."""
     if isinstance(error, FalignError):
         return str(error)
     if isinstance(error, UsageError):

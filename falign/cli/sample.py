@@ -74,7 +74,7 @@ def sample(
         str | None, typer.Option(help="error stops at the first, skip counts them.", rich_help_panel=PRESAMPLING)
     ] = None,
     overwrite: Annotated[
-        bool | None, typer.Option("--overwrite", help="Sample anew.", rich_help_panel=PRESAMPLING)
+        bool | None, typer.Option("--overwrite", help="Replace existing outputs.", rich_help_panel=PRESAMPLING)
     ] = None,
     trust_code: TrustCode = False,
 ) -> None:

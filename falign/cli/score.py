@@ -50,7 +50,7 @@ def score(
     dtype: Annotated[
         str | None, typer.Option(help="Of both models, the checkpoint's if left out; refused for a run.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Score anew what is there, whole or begun.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing scores, complete or not.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
     """Write log-probs per token, log-ratios and implicit rewards of completions; a stopped call goes on if repeated."""

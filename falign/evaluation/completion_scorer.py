@@ -1,4 +1,4 @@
-"""From prompt trees to rows of scores under a policy, its reference and its objective."""
+"""Rows of scores of prompt trees under a policy, its reference and its objective."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ __all__ = ["CompletionScorer", "check_finite", "choose_common_layout"]
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionScorer:
-    """Scores completions, without gradient and dropout.
+    """A scorer of completions, without gradient and dropout.
 
     Attributes:
         policy: The model, on the device to compute on.
-        reference: What it is compared with.
-        objective: What defines the implicit reward, and the measure named ``divergence`` if there is one.
-        scorer: Its layout is one that the policy's and the reference's model can read.
+        reference: The reference that it is compared with.
+        objective: The objective that defines the implicit reward, and the measure ``divergence`` if there is one.
+        scorer: A scorer with a layout that the policy and the reference's model can read.
     """
 
     policy: nn.Module
@@ -48,7 +48,7 @@ class CompletionScorer:
         """Return the rows of each tree, one per completion.
 
         Args:
-            trees: What is scored at once.
+            trees: The trees of one batch.
 
         Raises:
             ModelError: A value is not finite.
@@ -167,5 +167,5 @@ def check_finite(values: Tensor, batch: TokenBatch, name: str) -> None:
         row, column = (int(index) for index in bad.nonzero()[0])
         raise ModelError(
             f"{batch.place[row]}: {name} is {values[row, column].item()} (completion token {column + 1}). Check the "
-            "weights and the dtype of policy and reference, or remove the row; what was scored before it is kept."
+            "weights and the dtype of policy and reference, or remove the row; scores of earlier rows are kept."
         )

@@ -1,4 +1,4 @@
-"""Reward against divergence: what training reached, and what samples of the reference say could be reached."""
+"""Reward against divergence: trained policies, and the frontiers estimated from samples of the reference."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ WIDEST, NARROWEST = 5.0, -9.0  # log2 of β, in standard deviations of a prompt'
 
 
 class Ideal(NamedTuple):
-    """Where the closed-form optimum of one β lies.
+    """The point of the closed-form optimum at one β.
 
     Attributes:
         beta: β.
-        divergence: Of the optimum from the reference, in the divergence of the axis; inf where that is.
-        own: The same in the divergence that it is the optimum of.
+        divergence: Divergence of the axis from the reference to the optimum; may be infinite.
+        own: The same in the divergence of which it is the optimum.
         reward: Mean reward of the optimum.
-        effective_samples: How many samples of a prompt share the weight, ``M/mean(w²)``; few of them say little.
+        effective_samples: Effective number of samples per prompt, ``M/mean(w²)``; if it is small, the point is noisy.
     """
 
     beta: float
@@ -53,12 +53,12 @@ class Ideal(NamedTuple):
 
 
 class BestOfN(NamedTuple):
-    """Where the best of n lies.
+    """The point of the best of n.
 
     Attributes:
-        n: Samples that the best is taken of.
-        divergence: A bound from above, exact where no two rewards tie.
-        reward: Unbiased.
+        n: Number of samples that the best is chosen from.
+        divergence: An upper bound, exact if no two rewards tie.
+        reward: Unbiased estimate of the mean reward.
     """
 
     n: int
@@ -67,7 +67,7 @@ class BestOfN(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """The end of what samples can say: all weight on the best sample of each prompt.
+    """The limit of all frontiers on given samples: all weight on the best sample of each prompt.
 
     Attributes:
         num_samples: M.
@@ -115,7 +115,7 @@ def ideal_frontier(
 
 
 def betas(rewards: Float[Tensor, "P M"], divergence: Divergence, *, num: int = 57) -> list[float]:
-    """Return values of β, evenly spaced in the logarithm, from where nothing moves to where all weight is on the best.
+    """Return values of β, evenly spaced in the logarithm, from no change to all weight on the best samples.
 
     Args:
         rewards: As for :func:`ideal_frontier`; their spread within prompts is the unit.
@@ -141,7 +141,7 @@ def best_of_n_frontier(rewards: Float[Tensor, "P M"], axis: Divergence) -> list[
 
 
 def sample_limit(rewards: Float[Tensor, "P M"], axis: Divergence) -> Limit:
-    """Return where every ideal frontier on these samples ends, in equal parts where several are the best.
+    """Return the point at which every ideal frontier on these samples ends, with equal weights on tied best samples.
 
     Args:
         rewards: Of M samples of the reference for each of P prompts.
@@ -226,7 +226,7 @@ def check_picture(path: Path) -> None:
     """Refuse a picture that cannot be written, before anything is computed.
 
     Raises:
-        ConfigError: The suffix is not one of a picture, or the folder is not there.
+        ConfigError: The suffix is not that of a picture, or the folder does not exist.
     """
     from matplotlib.backend_bases import FigureCanvasBase
 
@@ -242,7 +242,7 @@ def _spoken(name: str) -> str:
 
 
 def _draw_limit(axis: Any, data: Mapping[str, Any]) -> None:
-    """Say where samples of the reference end, beyond which the lines know nothing."""
+    """Mark the limit of the samples of the reference, where the lines end."""
     limit = data["limit"]
     if limit is None:
         return

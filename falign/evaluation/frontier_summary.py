@@ -20,7 +20,7 @@ IDEALS = ("reverse_kl", "forward_kl", "jensen_shannon", "pearson_chi2")
 
 
 def frontier_point(label: str, metrics: Mapping[str, Interval], axis: str) -> dict[str, Any]:
-    """Return where a policy lies.
+    """Return the point of a policy.
 
     Of the estimates of a divergence the one that varies least is taken: for the two KL divergences that of the whole
     vocabulary, else that of the policy's own completions.
@@ -49,7 +49,7 @@ def frontier_summary(
     axis: tuple[str, Divergence],
     ideals: Mapping[str, Divergence],
 ) -> dict[str, Any]:
-    """Return points, and the lines that samples of the reference allow.
+    """Return points, and the lines estimated from samples of the reference.
 
     Args:
         points: Of policies.
@@ -72,5 +72,5 @@ def frontier_summary(
 
 
 def _drawn(point: Any) -> bool:
-    """Whether a point lies anywhere: under some divergences policies that give completions up are infinitely far."""
+    """Return whether a point is finite; some divergences are infinite if the policy drops completions."""
     return math.isfinite(point.divergence)

@@ -1,4 +1,4 @@
-"""The scores of a benchmark's completions, side by side: what each scorer would have preferred."""
+"""The scores of a benchmark's completions under several scorers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OF_POLICY = ("logprob", "mean_logprob")
 """Scorers that need the policy alone."""
 
 BASELINES = ("length", "random")
-"""Scorers that know nothing of what is written."""
+"""Scorers that do not read the completions."""
 
 SCORERS = (*OF_REWARD, "log_ratio", *OF_POLICY, "classifier", *BASELINES)
 """All of them, in the order of tables."""

@@ -1,4 +1,4 @@
-"""The items of a benchmark as prompt trees, tokenised as training data are, and what became of those that are not."""
+"""The items of a benchmark as prompt trees, tokenized like training data, and counts of items left out."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class ItemTree(NamedTuple):
 
 
 class ItemStream:
-    """The items that can be scored, each tokenised when it is asked for, and counts of those that cannot.
+    """The items that can be scored, each tokenized when it is read, and counts of those that cannot.
 
     A plain prompt is a user's turn, unless the item is plain or the tokenizer has no chat template.
 
     Args:
         items: As a benchmark reads them.
-        tokenizer: The policy's.
+        tokenizer: The policy's tokenizer.
         stop_token_ids: All tokens at which the model's generation ends.
-        window: The most tokens that prompt and longest completion have together; for ``cut`` also how.
-        long_items: What is longer than the window is left out and counted, cut as in training, or an error.
-        bad_rows: Takes items that cannot be scored: an empty completion, a stop token inside one.
-        limit: Stop after so many items that can be scored.
+        window: Maximum number of tokens of a prompt with its longest completion; for ``cut`` also how to cut.
+        long_items: Items longer than the window are left out and counted, cut as in training, or an error.
+        bad_rows: Collects items that cannot be scored: an empty completion, a stop token inside one.
+        limit: Maximum number of items that can be scored.
 
     Attributes:
         bad_rows: The count of items that could not be used, those that the benchmark did not read included.

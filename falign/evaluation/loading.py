@@ -1,4 +1,4 @@
-"""Loading what is scored: a run with all that is its own, or two models that are compared."""
+"""Loading a run with its reference and objective for scoring, or two models to compare."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ __all__ = ["Scored", "load_alone", "load_compared", "load_run", "positions_of", 
 
 
 class Scored(NamedTuple):
-    """A policy with all that its scores depend on besides the data.
+    """A policy with everything that its scores depend on besides the data.
 
     Attributes:
-        policy: On the device to compute on.
-        tokenizer: The policy's.
-        reference: What the policy is compared with; None where it is scored alone.
-        objective: What defines the implicit reward.
-        rewarding: Whether that is the policy's own, and not one that stands in for an objective without reward.
-        window: Lengths, and what happens to what is longer.
-        chunk_tokens: Positions that reach the vocabulary at once.
-        record: What tells these from others, by name.
+        policy: The model, on the device to compute on.
+        tokenizer: The policy's tokenizer.
+        reference: The reference that the policy is compared with; None if it is scored alone.
+        objective: The objective that defines the implicit reward.
+        rewarding: Whether that is the policy's own objective, not a substitute for one without implicit reward.
+        window: Maximum lengths, and the handling of longer rows.
+        chunk_tokens: Positions whose logits are computed at once.
+        record: Values that identify these, by name.
     """
 
     policy: PreTrainedModel | PeftModel
@@ -123,8 +123,8 @@ def load_run(
         path: The run folder.
         max_length: The window, if not the run's own.
         any_objective: Take a run whose objective defines no implicit reward too, with log-ratios for rewards.
-        checkpoint: The step of a checkpoint to take in place of the end.
-        given: Objects that stand for what the run file names or only records.
+        checkpoint: The step of a checkpoint to load instead of the last weights.
+        given: Objects that replace sections of the run file.
         trust_code: Whether code that the run folder names may run.
 
     Raises:
@@ -218,7 +218,7 @@ def load_compared(
 
 
 def load_alone(path: str, *, dtype: str, max_length: int | None) -> Scored:
-    """Load a model without anything to compare it with.
+    """Load a model without a reference.
 
     Args:
         path: The policy.

@@ -32,7 +32,7 @@ OUTPUTS = ("exploration.jsonl", "rehearsal.jsonl", "summary.json")
 
 
 class PresamplingSummary(BaseModel):
-    """What became of the prompts; ``summary.json`` has it under the same names, with spaces."""
+    """Counts of pre-sampled prompts; ``summary.json`` has them under the same names, with spaces."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", alias_generator=lambda name: name.replace("_", " "))
 
@@ -60,18 +60,18 @@ class Presampling:
     """One pre-sampling, from its options to its files.
 
     Attributes:
-        model: What the user calls it.
+        model: Its path or name.
         file: Rows with prompts.
         out: The folder of the outputs.
-        verifier: Name of a reward that is 1 where a completion is correct.
+        verifier: Name of a reward that is 1 for correct completions.
         num_completions: Completions per prompt.
-        threshold: How many of them must be correct.
-        max_new_tokens: Longest completion.
-        seed: Of the sampling.
-        template: What a prompt is made of, with the row's columns in braces.
-        chat: Whether a plain prompt is a user's turn; None where the tokenizer has a chat template.
+        threshold: Number of them that must be correct.
+        max_new_tokens: Tokens of the longest completion.
+        seed: Seed of the sampling.
+        template: The prompt, with the row's columns in braces.
+        chat: Whether a plain prompt is a user's turn; None: if the tokenizer has a chat template.
         bad_rows: ``error`` or ``skip``.
-        overwrite: Whether outputs of an earlier call may go.
+        overwrite: Whether outputs of an earlier call may be replaced.
         console: Where notices and progress are shown.
     """
 
@@ -104,9 +104,9 @@ class Presampling:
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"{self.out} is a file: give `out` a folder.")
         found = [self.out / name for name in OUTPUTS if (self.out / name).exists()]
-        # With its journal beside them they are the outputs of a call that was stopped, which goes on.
+        # Outputs with a journal beside them belong to a stopped call, which is continued.
         if found and not self.overwrite and not self._journal.exists():
-            raise ConfigError(f"{found[0]} exists: name another file, or give overwrite=True to sample anew.")
+            raise ConfigError(f"{found[0]} exists: name another file, or give overwrite=True to sample again.")
         for path in found:
             refuse_link(path)
         if ":" in self.verifier:  # a function of one's own
@@ -114,7 +114,7 @@ class Presampling:
         self.reward = RewardSum((WeightedReward("verifier", load_reward(self.verifier)),))
 
     def run(self, policy: Any, tokenizer: Any) -> PresamplingSummary:
-        """Sample, write the outputs, and return what became of the prompts."""
+        """Sample, write the outputs, and return the counts of prompts."""
         from falign.models import base_of, stop_token_ids
         from falign.models.tokenizers import pad_token_id
         from falign.rollouts import TransformersEngine
@@ -130,7 +130,7 @@ class Presampling:
     def _sample(
         self, engine: Engine, data: PromptData, record: Mapping[str, Any], tokenizer: Any, *, stops: frozenset[int]
     ) -> PresamplingSummary:
-        """Go on where an earlier call was stopped, to the end."""
+        """Continue from an earlier, stopped call to the end."""
         from falign.rollouts import SamplingParams
         from falign.rollouts.presampling import presample
         from falign.rollouts.presampling_journal import PresamplingJournal
@@ -225,7 +225,7 @@ class Presampling:
     def _finish(
         self, data: PromptData, findings: list[Finding], resumed: int, *, sampled_by: Mapping[str, Any]
     ) -> PresamplingSummary:
-        """Write what explores as it came, and what rehearses with its completion."""
+        """Write prompts to explore unchanged, and prompts to rehearse with their completions."""
         from falign.data import BadRows, read_rows
 
         bad_rows: Any = self.bad_rows
@@ -254,5 +254,5 @@ class Presampling:
         write_whole(
             self.out / "summary.json", json.dumps({**summary, "sampled_by": sampled_by, "sha256": sums}, indent=1)
         )
-        self._journal.unlink()  # last: until then the same command goes on
+        self._journal.unlink()  # last: until then the same command continues
         return PresamplingSummary.model_validate({**summary, "resumed": resumed})

@@ -121,7 +121,7 @@ class RewardEvaluation:
         """Score, write the results, and return the summary.
 
         Args:
-            console: Where progress is told.
+            console: Shows progress.
             tokens_per_batch: Tokens scored at once.
 
         Raises:
@@ -206,7 +206,7 @@ class RewardEvaluation:
             raise ConfigError(f"{self.out} is a file: give a folder.")
         if (self.out / "items.jsonl").exists() and not self.overwrite:
             raise ConfigError(
-                f"{self.out} holds results: give another name or folder, or overwrite=True to score anew."
+                f"{self.out} holds results: give another name or folder, or overwrite=True to score again."
             )
         return self._names()
 
@@ -413,7 +413,7 @@ def evaluate_rewards(
         seed: Of the scorer ``random`` and of the intervals.
         num_resamples: Of the bootstrap that the intervals come from.
         out: A folder for the results, needed for a model.
-        overwrite: Score anew what is there, whole or begun.
+        overwrite: Replace existing scores, complete or not.
         limit: Only so many items, the first ones.
         trust_code: Whether code that the run folder names may run.
         console: Where progress is shown; standard error by default.

@@ -1,4 +1,4 @@
-"""One evaluation of what a model writes, from its options to its files."""
+"""One evaluation of a model's completions, from its options to its files."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def evaluate_samples(
         dtype: Of a model, the checkpoint's if left out.
         name: Results go to ``RUN/evaluation/NAME``; ``samples``, or ``samples-STEP``, if left out.
         out: A folder for the results, needed for a model.
-        overwrite: Sample anew what is there, whole or begun.
+        overwrite: Replace existing samples, complete or not.
         trust_code: Whether code that the run folder names may run.
         console: Where progress is shown; standard error by default.
 
@@ -267,7 +267,7 @@ class SampleEvaluation:
         return self.temperature == 1.0
 
     def _check(self) -> None:
-        """Refuse what cannot work before anything is loaded, and make room for the results."""
+        """Refuse settings that cannot work before anything is loaded, and prepare the folder of results."""
         if self.checkpoint is not None and not is_run(self.model):
             raise ConfigError(f"`checkpoint` applies to runs, and {self.model} is not a run folder: leave it out.")
         if self.dtype is not None and is_run(self.model):
@@ -290,7 +290,7 @@ class SampleEvaluation:
             raise ConfigError(f"{self.out} is a file: give a folder.")
         if (self.out / FILES[0]).exists() and not self.overwrite:
             raise ConfigError(
-                f"{self.out} holds results: give another name or folder, or overwrite=True to sample anew."
+                f"{self.out} holds results: give another name or folder, or overwrite=True to sample again."
             )
         self.out.mkdir(parents=True, exist_ok=True)
 

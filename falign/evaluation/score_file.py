@@ -1,4 +1,4 @@
-"""A stream of trees scored into a file, and what its completions come to on the whole."""
+"""A stream of trees scored into a file, and totals over its completions."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def score_trees(
         if on_batch is not None:
             on_batch(totals)
     if not totals.completions:
-        raise DataError("No completion was left to score: see what became of the rows, and fix or lengthen them.")
+        raise DataError("No completion was left to score: see the counts of rows, and fix or lengthen them.")
     output.finish()
     return totals
 
@@ -126,7 +126,7 @@ TreeT = TypeVar("TreeT", bound=_Sized)
 
 
 class TreeStream:
-    """The trees of a source, each read and tokenised when it is asked for, and counts of what was done to the rows.
+    """The trees of a source, each read and tokenized when it is needed, and counts of changed and dropped rows.
 
     Args:
         source: Where the rows are.

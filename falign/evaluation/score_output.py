@@ -45,7 +45,7 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
     if path.is_dir():
         raise ConfigError(f"{path} is a folder: name a file.")
     if path.exists() and not overwrite:
-        raise ConfigError(f"{path} exists: name another file, or give overwrite=True to score anew.")
+        raise ConfigError(f"{path} exists: name another file, or give overwrite=True to score again.")
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: the folder {path.parent} does not exist; create it.")
 
@@ -143,7 +143,7 @@ class ScoreOutput:
             except ValidationError as error:
                 raise ConfigError(
                     f"{self.rows_file}: a row, where the source has {wanted['place']}, is damaged "
-                    f"({error.errors()[0]['msg']}): give overwrite=True to start anew."
+                    f"({error.errors()[0]['msg']}): give overwrite=True to start again."
                 ) from error
             if any(row.get(name) != value for name, value in wanted.items()):
                 raise self._changed(f"it goes on with {row.get('place')}, where the source now has {wanted['place']}")
@@ -196,7 +196,7 @@ class ScoreOutput:
         return json.loads(line.decode("utf-8", "surrogatepass"))
 
     def _cut(self, start: int, num_rows: int) -> None:
-        """Forget all rows from a place on."""
+        """Drop all rows from a place on."""
         self._file.seek(start)
         self._file.truncate()
         self._sums.seek(num_rows * (_SUM_LENGTH + 1))
@@ -217,7 +217,7 @@ class ScoreOutput:
                 shown = ", ".join(f"{name} ({found.get(name)!r} there, {record.get(name)!r} now)" for name in names)
                 raise ConfigError(
                     f"{self.rows_file} holds the beginning of other scores: {shown}. Go on with the same settings, "
-                    "name another file, or give overwrite=True to start anew."
+                    "name another file, or give overwrite=True to start again."
                 )
             if found is not None and not names:
                 self._file.seek(0)
@@ -233,13 +233,13 @@ class ScoreOutput:
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"{self.record_file}, which says what {self.rows_file} depends on, cannot be read ({error}): give "
-                "overwrite=True to start anew."
+                "overwrite=True to start again."
             ) from error
 
     def _changed(self, what: str) -> ConfigError:
         return ConfigError(
             f"{self.rows_file} is of a source that has changed since: {what}. Restore the source, or give "
-            "overwrite=True to start anew."
+            "overwrite=True to start again."
         )
 
 

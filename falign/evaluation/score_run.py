@@ -61,7 +61,7 @@ def score(
         bad_rows: ``error`` stops at a row that cannot be used, ``skip`` counts it.
         layout: ``tree``, ``padded``, or ``auto``: trees where the models read them.
         dtype: Of both models, the checkpoint's if left out; a run has its own.
-        overwrite: Score anew what is there, whole or begun.
+        overwrite: Replace existing scores, complete or not.
         trust_code: Whether code that the run folder names may run.
         console: Where progress is shown; standard error by default.
 

@@ -166,7 +166,7 @@ class Frontier(_Form):
 
 
 class SampleSummary(_Form):
-    """What completions of a policy are worth, how far it is from its reference, and how different they are."""
+    """Reward, divergence from the reference and diversity of a policy's completions."""
 
     kind: Literal["samples"]
     name: str

@@ -65,7 +65,7 @@ class Decoding:
         if not isinstance(cache, Cache):
             raise RolloutError(
                 f"{type(self._backbone).__name__} returns no cache of keys and values, so every token would read its "
-                "whole prefix anew: sample from a model with use_cache."
+                "whole prefix again: sample from a model with use_cache."
             )
         self._cache = cache
         self.logits = self._read(outputs[0])

@@ -197,7 +197,7 @@ class ResumableTrainer(Trainer, ABC):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
-        # The evaluation before the first step is in the history, which the loop would begin anew.
+        # The evaluation before the first step is in the history, which the loop would start again.
         history = self.state.log_history
         progress = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial

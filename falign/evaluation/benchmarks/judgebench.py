@@ -18,7 +18,7 @@ CATEGORIES = {
     "livebench-math": "Math",
     "livecodebench": "Coding",
 }
-"""How a row's ``source`` begins, to its category."""
+"""Category by the beginning of a row's ``source``."""
 
 PREFERENCES = {"A>B": (1.0, 0.0), "B>A": (0.0, 1.0)}
 

@@ -19,7 +19,7 @@ TIED, REFERENCE = "tied", "ref"
 
 
 class RewardBench2:
-    """Whether a right completion has the largest score of all; the score is the plain mean of the six subsets.
+    """Accuracy of the largest score among all completions; the total is the plain mean of the six subsets.
 
     Where several completions share the largest score, the outcome is the share of right ones among them. In the subset
     Ties a prompt (``tied:7``) has several right answers, and a reference prompt (``ref:7``) asks the same with one.

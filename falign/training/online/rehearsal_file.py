@@ -105,7 +105,7 @@ def _check_unedited(path: str) -> None:
     if written is not None and hashlib.sha256(file.read_bytes()).hexdigest() != written:
         raise DataError(
             f"{path} is not as it was sampled (its checksum is not that of {file.with_name(SUMMARY)}): restore it, or "
-            "sample it anew by `falign sample ... --overwrite`. To use it as it is, give it another name."
+            "sample it again by `falign sample ... --overwrite`. To use it as it is, give it another name."
         )
 
 
@@ -119,7 +119,7 @@ def _summary(path: str) -> _Summary:
     except (OSError, ValueError) as error:
         raise DataError(
             f"{summary} is damaged ({one_line(error)}), and says what sampled {path}: restore it, "
-            "or sample anew by `falign sample ... --overwrite`."
+            "or sample again by `falign sample ... --overwrite`."
         ) from error
 
 
@@ -132,10 +132,10 @@ def _stored(row: Row, num_tokens: int) -> tuple[PromptTree, list[float]]:
         )
     if strange := [value for value in logprobs if not -math.inf < value < ROUNDING]:
         raise DataError(
-            f"{row.place}: {strange[0]} in 'logprobs' is not the logarithm of a probability; sample it anew."
+            f"{row.place}: {strange[0]} in 'logprobs' is not the logarithm of a probability; sample it again."
         )
     if len(logprobs) != len(completion):
-        raise DataError(f"{row.place}: {len(logprobs)} logprobs for {len(completion)} completion_ids; sample it anew.")
+        raise DataError(f"{row.place}: {len(logprobs)} logprobs for {len(completion)} completion_ids; sample it again.")
     return PromptTree(prompt, (completion,), place=row.place), logprobs
 
 

@@ -192,7 +192,7 @@ def require_gap(log_ratio: Float[Tensor, " M"], bound: float, *, step: int) -> N
         raise EngineError(
             f"Step {step}: log-probabilities of sampler and trainer differ by {gap.mean():.2g} nats on average over "
             f"{gap.numel()} tokens, {gap.max():.2g} at most, and {bound:.2g} is allowed (rollout.engine.max_gap): the "
-            "sampler does not have these weights. Nothing was learned from these samples; start the server anew and "
+            "sampler does not have these weights. Nothing was learned from these samples; restart the server and "
             "go on by --resume."
         )
 

@@ -208,8 +208,8 @@ def _tell_origin(stored: str, parts: Parts, language: Language, console: Console
     )
     if differs is not None:
         console.print(
-            f"rehearsal: {differs}: the log-probabilities in it are not the reference's. Sample it anew if that is not "
-            "meant.",
+            f"rehearsal: {differs}: the log-probabilities in it are not the reference's. Sample it again if that is "
+            "not meant.",
             style="yellow",
             highlight=False,
             markup=False,
