@@ -114,7 +114,7 @@ def _prompt_of(row: Row) -> Text:
     value: Any = row.fields.get("prompt")
     system = row.fields.get("system")
     if value is None or not isinstance(system, str | None):
-        problem = "there is no `prompt`" if value is None else f"`system` must be text, got {system!r:.60}"
+        problem = "there is no 'prompt'" if value is None else f"`system` must be text, got {system!r:.60}"
         raise DataError(f"{row.place}: {problem}; columns: {sorted(row.fields)}.")
     prompt = read_text(value, place=row.place, field="prompt")
     return prompt if isinstance(prompt, str) and system is None else prompt_turns(prompt, system, row.place)

@@ -9,7 +9,7 @@ from falign.divergences import ForwardKL, get
 from falign.errors import ConfigError, ModelError
 from falign.evaluation import choose_common_layout
 from falign.objectives import Listwise, Pairwise
-from falign.references import base as objective_inputs
+from falign.references import objective_inputs
 from falign.scoring import pad
 from tests.evaluation.scoring import TREES, dense, policy_and_reference, tiny_scorer
 from tests.models.tiny import tiny_model

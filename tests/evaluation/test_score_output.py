@@ -181,7 +181,7 @@ def test_other_settings_are_refused_by_name_and_overwrite_starts_anew(tmp_path, 
     stopped(path, monkeypatch)
     partial = (tmp_path / ".scores.jsonl.partial.jsonl").read_bytes()
     other = {**RECORD, "objective.beta": 0.5, "layout": "tree"}
-    message = r"objective.beta \(0.3 there, 0.5 now\), layout \(None there, 'tree' now\).*--overwrite"
+    message = r"objective.beta \(0.3 there, 0.5 now\), layout \(None there, 'tree' now\).*overwrite=True"
     with pytest.raises(ConfigError, match=message):
         scored(path, record=other)
     assert (tmp_path / ".scores.jsonl.partial.jsonl").read_bytes() == partial
@@ -199,7 +199,7 @@ def test_other_settings_are_refused_by_name_and_overwrite_starts_anew(tmp_path, 
 def test_a_source_that_has_changed_is_refused(tmp_path, monkeypatch, trees, message):
     path = tmp_path / "scores.jsonl"
     stopped(path, monkeypatch)
-    with pytest.raises(ConfigError, match=rf"{message}.*--overwrite"):
+    with pytest.raises(ConfigError, match=rf"{message}.*overwrite=True"):
         scored(path, trees)
     assert not path.exists()
 
@@ -253,7 +253,7 @@ def test_a_damaged_record_is_refused(tmp_path, monkeypatch, content):
     path = tmp_path / "scores.jsonl"
     stopped(path, monkeypatch)
     path.with_name(".scores.jsonl.partial.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"partial.json.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"partial.json.*overwrite=True"):
         scored(path)
 
 
@@ -261,7 +261,7 @@ def test_rows_whose_record_is_lost_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "scores.jsonl"
     stopped(path, monkeypatch)
     (tmp_path / ".scores.jsonl.partial.json").unlink()
-    with pytest.raises(ConfigError, match=r"partial.json, which says.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"partial.json, which says.*overwrite=True"):
         scored(path)
 
 
@@ -269,7 +269,7 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path):
     existing = tmp_path / "there.jsonl"
     existing.write_text("mine")
     for path, message in {
-        existing: "--overwrite",
+        existing: "overwrite=True",
         tmp_path / "scores.csv": r"'.csv' is not written",
         tmp_path / "no" / "scores.jsonl": "does not exist",
     }.items():
