@@ -106,7 +106,7 @@ def prepare(memory: float | None = None) -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from falign.cli.quiet import quiet
+    from falign.cli.foreign_output import quiet
 
     quiet()
     logging.disable(logging.ERROR)

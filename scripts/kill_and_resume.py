@@ -217,8 +217,8 @@ def child(pipe: int, stop: tuple[str, int] | None) -> None:
         return reported
 
     report("enter", ANYWHERE)
+    from falign.cli.foreign_output import quiet
     from falign.cli.main import main as falign
-    from falign.cli.quiet import quiet
 
     quiet()
     for place, names in PLACES.items():

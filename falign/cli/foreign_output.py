@@ -1,19 +1,23 @@
-"""Text that libraries print by themselves (logs, warnings, tracebacks): without secrets, harmless to a terminal."""
+"""Output of libraries: silenced where falign says it itself, else without secrets and harmless to a terminal."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partialmethod
 from typing import Any
+
+from tqdm import tqdm
 
 from falign.terminal import harmless, without_secrets
 
-__all__ = ["clean", "cleaned_output"]
+__all__ = ["clean", "cleaned_output", "quiet"]
 
 
 def clean(text: str) -> str:
@@ -57,3 +61,17 @@ def _clean_record(record: logging.LogRecord) -> logging.LogRecord:
     if record.exc_info and record.exc_info[0]:
         record.exc_text = clean(logging.Formatter().formatException(record.exc_info))
     return record
+
+
+def quiet() -> None:
+    """Silence notices and progress bars of the libraries; call it before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own bars follow it too
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # The conversion of GGUF files asks for a bar by itself. tqdm reads its own variable, TQDM_DISABLE, when it is
+    # imported, which torch has done by now.
+    bar: Any = tqdm
+    bar.__init__ = partialmethod(bar.__init__, disable=True)
+    # Reports kernels of a package that is optional, at import and once per process.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")

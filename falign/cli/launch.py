@@ -1,19 +1,23 @@
-"""Starting a command in several processes, through Accelerate: ``--launch``."""
+"""Starting a command in several processes (``--launch``), and the first of their errors."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 
-from falign.cli.failures import FAILURES, LAUNCHER, first_failure
+from falign.deadlines import end_with_parent
 from falign.errors import ConfigError
 
-__all__ = ["Launch", "launch"]
+__all__ = ["FAILURES", "LAUNCHER", "Launch", "end_quietly", "first_failure", "launch", "leave_failure"]
+
 
 NO_ZERO = (
     "DeepSpeed is not part of falign's tests, and no run under it has been shown to equal one process. --launch fsdp2 "
@@ -81,3 +85,41 @@ def launch(kind: Launch, processes: int | None, command: Sequence[str]) -> None:
         except SignalException as error:
             print(first_failure(Path(failures)), end="", file=sys.stderr)  # where the run stopped
             sys.exit(128 + error.sigval)
+
+
+FAILURES = "FALIGN_FAILURES"
+"""Names the folder of these files."""
+
+LAUNCHER = "FALIGN_LAUNCHER"
+"""The launcher's process."""
+
+
+def leave_failure(text: str) -> bool:
+    """Leave the report of an error to the launcher; return False without a launcher."""
+    folder = os.environ.get(FAILURES)
+    if folder is None or "RANK" not in os.environ:
+        return False
+    (Path(folder) / f"{time.time_ns():020}-{os.environ['RANK']}").write_text(text, encoding="utf-8")
+    return True
+
+
+def first_failure(folder: Path) -> str:
+    """Return the report of the process that failed first; empty if there is no report."""
+    files = sorted(folder.iterdir())
+    return files[0].read_text(encoding="utf-8") if files else ""
+
+
+def end_quietly() -> None:
+    """Let a process that a launcher ends leave by an exit, which cleans up, and not by a report.
+
+    One whose launcher is killed ends, too: it would go on training, and write, with nobody to stop it.
+    """
+    if "RANK" not in os.environ:
+        return
+    end_with_parent(int(os.environ.get(LAUNCHER, os.getppid())))
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, end)

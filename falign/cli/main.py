@@ -10,10 +10,9 @@ import typer
 from rich.markup import escape
 
 from falign.cli import data, divergences, evaluate, export, report, sample, score, soup, train
-from falign.cli.failures import end_quietly, leave_failure
-from falign.cli.foreign_output import clean, cleaned_output
+from falign.cli.foreign_output import clean, cleaned_output, quiet
 from falign.cli.installed import require_supported_releases
-from falign.cli.quiet import quiet
+from falign.cli.launch import end_quietly, leave_failure
 from falign.durable import is_full_disk
 from falign.errors import FalignError, StoppedError
 from falign.terminal import Terminal

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Collection
+from functools import partial, wraps
 from typing import Annotated, Any
 
 import typer
@@ -31,16 +31,22 @@ OF_OTHERS = ("reference", "temperature", "prompts")
 OTHER_NAMES = {"chat=False": "--plain", "num_resamples": "--resamples"}
 
 
-def with_options_named(command: Callable[..., None]) -> Callable[..., None]:
+def with_options_named(
+    command: Callable[..., None] | None = None, *, names: Collection[str] | None = None
+) -> Callable[..., Any]:
     """Let errors of the library name the command's options.
 
     ``max_length=64`` becomes ``--max-length 64``, and a name in backquotes, `` `max_length` ``, ``--max-length``.
 
     Args:
         command: Its parameters have the names of the library function's arguments.
+        names: Options to name; by default all of the command's and the usual ones of other commands. A command that
+            reads run files names its own alone, since their fields have such names, too.
     """
-    names = sorted({*inspect.signature(command).parameters, *OF_OTHERS}, key=len, reverse=True)
-    any_name = "|".join(names)
+    if command is None:
+        return partial(with_options_named, names=names)
+    known = {*inspect.signature(command).parameters, *OF_OTHERS} if names is None else names
+    any_name = "|".join(sorted(known, key=len, reverse=True))
     argument = re.compile(rf"`({any_name})`|(?<![\w.\"'`-])({any_name})=(True\b|False\b)?")
 
     def option(match: re.Match[str]) -> str:

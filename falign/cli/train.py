@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from falign.cli.launch import Launch, launch
+from falign.cli.options import with_options_named
 from falign.cli.run_summary import show
 from falign.errors import ConfigError
 from falign.terminal import Terminal
@@ -15,6 +16,7 @@ from falign.terminal import Terminal
 __all__ = ["train"]
 
 
+@with_options_named(names=("new_rewards", "resume", "skip_bad", "trust_code"))
 def train(
     run_file: Annotated[str, typer.Argument(metavar="RUN.yaml", help="The run file.")],
     overrides: Annotated[
@@ -24,7 +26,7 @@ def train(
     new_rewards: Annotated[
         bool,
         typer.Option(
-            "--new-rewards", help="With --resume: go on with rewards that were changed, such as a mended one."
+            "--new-rewards", help="With --resume: go on with rewards that were changed, such as a corrected one."
         ),
     ] = False,
     skip_bad: Annotated[

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 from falign import divergences
 from falign.durable import write_whole
 from falign.errors import ConfigError
-from falign.evaluation.frontier import check_picture, plot_frontier
-from falign.evaluation.frontier_summary import IDEALS, frontier_point, frontier_summary
+from falign.evaluation.frontier import IDEALS, check_picture, frontier_point, frontier_summary, plot_frontier
 from falign.evaluation.sample_metrics import divergence_metrics, sample_metrics
 from falign.evaluation.summaries import Frontier, SampleSummary, check_file, damaged, read_summary
 from falign.json_lines import split_lines
@@ -73,7 +72,7 @@ def evaluate_frontier(
     found = [each for run in runs for each in _evaluations(str(run), name)]
     own = {str(each.summary.divergence): each.folder for each in found if each.summary.divergence}
     for named, folder in own.items():
-        code = {"divergence": named} if ":" in named else {}
+        code = {"summary.divergence": named} if ":" in named else {}
         require_trust(code, place=folder / "summary.json", trust_code=trust_code)
     if any(":" in named for named in (divergence, *own)):
         import_from(Path.cwd())

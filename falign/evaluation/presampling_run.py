@@ -22,7 +22,7 @@ from falign.terminal import Terminal, progress
 if TYPE_CHECKING:
     from falign.data import PromptData, PromptRow
     from falign.rewards import RewardSum
-    from falign.rollouts import Engine, Rollout
+    from falign.rollouts import Engine, SampledCompletion
     from falign.rollouts.presampling_journal import Finding
 
 __all__ = ["Presampling", "PresamplingSummary"]
@@ -141,7 +141,7 @@ class Presampling:
         )
         resumed = len(journal.findings)
 
-        def verify(prompts: list[int], rollouts: list[Rollout]) -> list[bool]:
+        def verify(prompts: list[int], rollouts: list[SampledCompletion]) -> list[bool]:
             return self._correct([rows[i] for i in prompts], rollouts, tokenizer)
 
         results = presample(
@@ -213,7 +213,7 @@ class Presampling:
             "identity of the verifier": reward_identity(self.reward.rewards[0].reward),
         }
 
-    def _correct(self, rows: list[PromptRow], rollouts: list[Rollout], tokenizer: Any) -> list[bool]:
+    def _correct(self, rows: list[PromptRow], rollouts: list[SampledCompletion], tokenizer: Any) -> list[bool]:
         from falign.rewards.groups import passes
         from falign.training.online.groups import judged
 

@@ -19,9 +19,8 @@ from falign.data import InMemory, PromptRow, PromptSource, load_prompts
 from falign.divergences import Divergence, get
 from falign.errors import ConfigError, DataError
 from falign.evaluation import CompletionScorer, ScoreOutput
-from falign.evaluation.frontier_summary import IDEALS, frontier_point, frontier_summary
-from falign.evaluation.held_out import held_out_prompts
-from falign.evaluation.loading import Scored, load_alone, load_run, positions_of
+from falign.evaluation.frontier import IDEALS, frontier_point, frontier_summary
+from falign.evaluation.loading import Scored, held_out_prompts, load_alone, load_run, positions_of
 from falign.evaluation.sample_metrics import divergence_metrics, sample_metrics
 from falign.evaluation.sample_prompts import sample_prompts
 from falign.evaluation.sample_rows import SampleRow

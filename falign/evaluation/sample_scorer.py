@@ -19,7 +19,7 @@ from falign.objectives import DivergenceTo
 from falign.references import Reference
 from falign.rewards.base import column
 from falign.rewards.implicit import completion_trees
-from falign.rollouts import Engine, EngineCapabilities, Rollout, SamplingParams, TransformersEngine
+from falign.rollouts import Engine, EngineCapabilities, SampledCompletion, SamplingParams, TransformersEngine
 from falign.scoring import PromptTree, Scorer, TokenBatch
 from falign.training.online.groups import Group
 
@@ -123,7 +123,7 @@ class ReferenceEngine(Engine):
         version: int,
         seed: int | list[int],
         first: int = 0,
-    ) -> list[Rollout]:
+    ) -> list[SampledCompletion]:
         with self.reference.acting(self.policy) as model:
             engine = TransformersEngine(model, pad_token_id=self.pad_token_id)
             engine.publish(model, version)

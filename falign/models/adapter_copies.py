@@ -8,8 +8,7 @@ from torch import Tensor
 
 from falign.errors import ConfigError
 from falign.models.adapter_tensors import AdapterTensors, install_adapter
-from falign.models.lora_factors import cut_to_rank, factors_of, weighted_sum
-from falign.models.merging import check_plain_lora
+from falign.models.lora_factors import check_plain_lora, cut_to_rank, factors_of, weighted_sum
 from falign.models.structure import adapter_matrix, adapter_weights, lora_layers
 
 __all__ = ["add_average", "add_copy", "average_into", "copy_into", "matrices_of"]

@@ -25,7 +25,7 @@ from falign.errors import ConfigError, ModelError, one_line
 from falign.models.adapter_files import AdapterFiles, read_adapter_files
 from falign.models.adapter_tensors import compute_in_activation_type
 from falign.models.base_weights import base_parameters
-from falign.models.merging import check_plain_lora
+from falign.models.lora_factors import check_plain_lora
 from falign.models.patterns import check_adapter_patterns
 from falign.models.recorded_base import check_recorded_base
 from falign.models.sources import adapter_folder, resolve

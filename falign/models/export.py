@@ -14,7 +14,7 @@ from falign.models.adapter_files import write_adapter_files
 from falign.models.base_weights import check_quantized_from
 from falign.models.execution import resolve_dtype
 from falign.models.loading import load_model, stored_quantization
-from falign.models.merging import check_plain_lora, fold_adapter
+from falign.models.lora_factors import check_plain_lora, fold_adapter
 from falign.models.recorded_base import RecordedBase, record_base
 from falign.models.sources import resolve
 from falign.models.staging import staged_folder

@@ -10,10 +10,9 @@ from falign.rewards.child import Call, ChildPool, Outcome, shared_pool
 from falign.rewards.combination import Rewards, RewardSum, WeightedReward
 from falign.rewards.groups import GroupShares, best_of_n, calibrate, group_shares, keep, pass_at_k, pass_rates
 from falign.rewards.identity import Identified, Identity, reward_identities, reward_identity
-from falign.rewards.lexicon import Lexicon, fit_lexicon, read_labelled, read_lexicon
+from falign.rewards.lexicon import Lexicon, Words, fit_lexicon, read_labelled, read_lexicon
 from falign.rewards.own_function import OwnFunction, TimedFunction
 from falign.rewards.verifier import Verifier
-from falign.rewards.words import Words
 
 __all__ = [
     "Call",

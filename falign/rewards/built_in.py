@@ -18,10 +18,9 @@ from falign import divergences
 from falign.errors import ConfigError
 from falign.registry import Registry, is_own_name
 from falign.rewards.base import LoadsModel, ReadsFile, Reward
-from falign.rewards.lexicon import Lexicon, fit_lexicon, read_labelled, read_lexicon
+from falign.rewards.lexicon import Lexicon, Words, fit_lexicon, read_labelled, read_lexicon
 from falign.rewards.own_function import OwnFunction
 from falign.rewards.verifier import Verifier
-from falign.rewards.words import Words
 
 if TYPE_CHECKING:
     from falign.rewards.classifier import ClassifierReward

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from falign.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from falign.rollouts.base import Engine, EngineCapabilities, EngineSetup, Rollout, SamplingParams
+    from falign.rollouts.base import Engine, EngineCapabilities, EngineSetup, SampledCompletion, SamplingParams
     from falign.rollouts.transformers_engine import TransformersEngine
     from falign.rollouts.vllm_engine import VLLMEngine
     from falign.rollouts.vllm_handshake import Handshake, shake_hands
@@ -13,7 +13,13 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "falign.rollouts.base": ("Engine", "EngineCapabilities", "EngineSetup", "Rollout", "SamplingParams"),
+            "falign.rollouts.base": (
+                "Engine",
+                "EngineCapabilities",
+                "EngineSetup",
+                "SampledCompletion",
+                "SamplingParams",
+            ),
             "falign.rollouts.transformers_engine": ("TransformersEngine",),
             "falign.rollouts.vllm_engine": ("VLLMEngine",),
             "falign.rollouts.vllm_handshake": ("Handshake", "shake_hands"),
@@ -25,7 +31,7 @@ __all__ = [
     "EngineCapabilities",
     "EngineSetup",
     "Handshake",
-    "Rollout",
+    "SampledCompletion",
     "SamplingParams",
     "TransformersEngine",
     "VLLMEngine",

@@ -11,7 +11,15 @@ from torch import nn
 
 from falign.errors import RolloutError
 
-__all__ = ["Engine", "EngineCapabilities", "EngineSetup", "Rollout", "SamplingParams", "check_prompts", "check_request"]
+__all__ = [
+    "Engine",
+    "EngineCapabilities",
+    "EngineSetup",
+    "SampledCompletion",
+    "SamplingParams",
+    "check_prompts",
+    "check_request",
+]
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
-class Rollout:
+class SampledCompletion:
     """One sampled completion; the ids are those that were drawn, never an encoding of decoded text.
 
     Attributes:
@@ -145,7 +153,7 @@ class Engine(ABC):
         version: int,
         seed: int | list[int],
         first: int = 0,
-    ) -> list[Rollout]:
+    ) -> list[SampledCompletion]:
         """Draw `n` completions of each prompt.
 
         Args:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from falign.errors import RolloutError
-from falign.rollouts.base import Engine, Rollout, SamplingParams
+from falign.rollouts.base import Engine, SampledCompletion, SamplingParams
 from falign.seeds import mixed
 
 __all__ = ["Presampled", "Verify", "presample"]
 
-Verify = Callable[[list[int], list[Rollout]], list[bool]]
+Verify = Callable[[list[int], list[SampledCompletion]], list[bool]]
 """Function from the prompt index of each completion, and the completions, to True for each correct one."""
 
 
@@ -24,7 +24,7 @@ class Presampled(NamedTuple):
     """
 
     num_correct: int
-    rehearsal: Rollout | None
+    rehearsal: SampledCompletion | None
 
 
 def presample(
@@ -75,7 +75,7 @@ def presample(
         )
     assert start % chunk_size == 0 or start == len(prompt_ids)
 
-    def verified(prompts: list[int], n: int, *, seed: int) -> list[tuple[int, Rollout]]:
+    def verified(prompts: list[int], n: int, *, seed: int) -> list[tuple[int, SampledCompletion]]:
         """Return the number of correct completions of each prompt, and the first of them."""
         if not prompts:
             return []

@@ -17,7 +17,7 @@ from falign.models.sharding import weights_at_hand
 from falign.rollouts.base import (
     Engine,
     EngineCapabilities,
-    Rollout,
+    SampledCompletion,
     SamplingParams,
     check_prompts,
     check_request,
@@ -70,7 +70,7 @@ class TransformersEngine(Engine):
         version: int,
         seed: int | list[int],
         first: int = 0,
-    ) -> list[Rollout]:
+    ) -> list[SampledCompletion]:
         if version != self.version:
             raise RolloutError(
                 f"Version {version} is not what the engine holds ({self.version}), the model in its present state: "
@@ -104,7 +104,7 @@ class TransformersEngine(Engine):
                     uniforms = uniform_streams(own, params.max_new_tokens, seed=seeds)
                 completions |= zip(rows, _complete(decoding, params, uniforms, places), strict=True)
         return [
-            Rollout(
+            SampledCompletion(
                 prompt_ids=tuple(prompt_ids[row // n]),
                 completion_ids=tuple(completions[row].ids),
                 logprobs=tuple(completions[row].logprobs),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from falign.errors import EngineError
-from falign.rollouts.base import Rollout, SamplingParams
+from falign.rollouts.base import SampledCompletion, SamplingParams
 from falign.rollouts.vllm_client import HTTPClient, RefusedError, reply_line
 
 __all__ = ["VersionUnknownError", "complete"]
@@ -29,7 +29,7 @@ def complete(
     model: str,
     version: int,
     seed: int,
-) -> list[Rollout]:
+) -> list[SampledCompletion]:
     """Sample the completions of one prompt on a server.
 
     Args:
@@ -85,7 +85,7 @@ def _request(prompt_ids: Sequence[int], n: int, params: SamplingParams, *, model
 
 def _rollouts(
     reply: Any, prompt_ids: Sequence[int], n: int, params: SamplingParams, *, model: str, version: int
-) -> list[Rollout]:
+) -> list[SampledCompletion]:
     if reply["model"] != model:
         raise ValueError(f"it is of {reply['model']!r}, and {model!r} was asked for")
     drawn = n if params.temperature > 0 else 1
@@ -96,7 +96,9 @@ def _rollouts(
     return rollouts if drawn == n else rollouts * n  # greedy completions are identical
 
 
-def _rollout(choice: dict[str, Any], prompt_ids: Sequence[int], params: SamplingParams, *, version: int) -> Rollout:
+def _rollout(
+    choice: dict[str, Any], prompt_ids: Sequence[int], params: SamplingParams, *, version: int
+) -> SampledCompletion:
     if choice["prompt_token_ids"] != list(prompt_ids):
         raise ValueError("its prompt is not the one that was sent")
     ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
@@ -109,7 +111,7 @@ def _rollout(choice: dict[str, Any], prompt_ids: Sequence[int], params: Sampling
     stopped: Literal["stop", "length"] = "stop" if ids[-1] in params.stop_token_ids else "length"
     if stopped == "length" and len(ids) != params.max_new_tokens:
         raise ValueError(f"a completion ends after {len(ids)} tokens by {choice['finish_reason']!r}")
-    return Rollout(
+    return SampledCompletion(
         prompt_ids=tuple(prompt_ids),
         completion_ids=tuple(ids),
         # Greedy decoding draws from a point mass, and the server reports other log-probabilities.

@@ -15,7 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from falign.errors import ConfigError, EngineError, RolloutError
-from falign.rollouts.base import Engine, EngineCapabilities, Rollout, SamplingParams, check_prompts, check_request
+from falign.rollouts.base import (
+    Engine,
+    EngineCapabilities,
+    SampledCompletion,
+    SamplingParams,
+    check_prompts,
+    check_request,
+)
 from falign.rollouts.gap import Canary
 from falign.rollouts.vllm_adapters import AdapterSync, why_not_servable
 from falign.rollouts.vllm_client import HTTPClient, ServerLostError
@@ -108,7 +115,7 @@ class VLLMEngine(Engine):
         version: int,
         seed: int | list[int],
         first: int = 0,
-    ) -> list[Rollout]:
+    ) -> list[SampledCompletion]:
         published, sync = self._published.get(version), self.sync
         if published is None or sync is None:
             raise RolloutError(
@@ -119,7 +126,7 @@ class VLLMEngine(Engine):
         check_prompts(prompt_ids, params, vocabulary=self.vocabulary, positions=self.description.max_length)
         parts = [(seed, first + i) for i in range(len(prompt_ids))] if isinstance(seed, int) else [(s,) for s in seed]
         seeds = [mixed(*part) for part in parts]
-        answered: dict[int, list[Rollout]] = {}
+        answered: dict[int, list[SampledCompletion]] = {}
 
         def answer_the_rest() -> None:
             sync.bring([published])

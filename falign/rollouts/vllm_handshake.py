@@ -12,8 +12,7 @@ from falign.errors import ConfigError
 from falign.models.heads import head_rows, left_out_rows
 from falign.models.structure import base_of
 from falign.rollouts.base import SamplingParams
-from falign.rollouts.gap import EXACT, Canary, Gap, measure_gap
-from falign.rollouts.perturbation import perturbed
+from falign.rollouts.gap import EXACT, Canary, Gap, measure_gap, perturbed
 from falign.rollouts.vllm_engine import VLLMEngine
 
 __all__ = ["Handshake", "shake_hands"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import get_scheduler
 from transformers.trainer_utils import SchedulerType
@@ -16,7 +18,8 @@ from transformers.training_args import OptimizerNames
 from falign.choices import require_choice
 from falign.errors import ConfigError
 
-__all__ = ["check_names", "check_optimizer", "check_schedule"]
+__all__ = ["check_names", "check_optimizer", "check_schedule", "same_learning_rates"]
+
 
 _BY_MODULES = "it changes chosen modules only, which a run file cannot name"
 _BY_METRIC = "it follows a metric instead of the steps, and gets no metric here"
@@ -120,3 +123,31 @@ def check_schedule(args: TrainingArguments) -> None:
         raise ConfigError(f"{place} does not work: {type(error).__name__}: {error}") from error
     if not all(math.isfinite(each) and each >= 0 for each in factors) or not any(factors):
         raise ConfigError(f"{place}: the learning rate would be negative, NaN, infinite or always 0 (times {factors}).")
+
+
+def same_learning_rates(args: TrainingArguments, steps: int, other_steps: int, *, until: int) -> bool:
+    """Return whether two lengths of a run give the same learning rates up to a step.
+
+    Args:
+        args: Arguments with the schedule.
+        steps: Steps of the run.
+        other_steps: Steps of the same run, made longer or shorter.
+        until: The last step that is compared.
+    """
+    factor, other = _factor(args, steps), _factor(args, other_steps)
+    return all(factor(step) == other(step) for step in range(until + 1))
+
+
+def _factor(args: TrainingArguments, steps: int) -> Callable[[int], float]:
+    """Return the factor of the learning rate at each step."""
+    options: Any = args.lr_scheduler_kwargs
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0),
+        num_warmup_steps=args.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=options,
+    )
+    if not isinstance(scheduler, LambdaLR):  # it follows a metric, whatever the number of steps
+        return lambda step: 1.0
+    return scheduler.lr_lambdas[0]

@@ -162,7 +162,7 @@ class AdapterReferenceConfig(ReferenceSection):
     @override
     def build(self, context: BuildContext) -> references.Reference:
         from falign.models import adapted_weights_hash, load_adapter
-        from falign.models.merging import check_plain_lora
+        from falign.models.lora_factors import check_plain_lora
         from falign.models.sources import adapter_folder
         from falign.references import AdapterReference
 

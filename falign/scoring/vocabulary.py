@@ -187,7 +187,10 @@ class _Visit:
                 for (name, head), other in zip(self.reference_heads.items(), references_raw, strict=True)
             }
             of_references = [each.gather(-1, target)[:, 0] for each in references.values()]
-            at = Vocabulary(logprobs, target[:, 0], references, log_normalizer, self.head.matrix)
+            matrix = self.head.matrix
+            if matrix is not None:
+                matrix = matrix[: logprobs.shape[-1]]  # a padded head has rows for ids that are left out
+            at = Vocabulary(logprobs, target[:, 0], references, log_normalizer, matrix)
             # `slope` takes each gradient from the capped and scaled logits back to the output of the embeddings.
             measured, slopes = [], []
             for name, measure in self.measures.items():

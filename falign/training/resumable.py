@@ -28,12 +28,12 @@ from typing_extensions import override
 from falign.errors import ConfigError, TrainingError, one_line
 from falign.models.sharding import is_sharded
 from falign.models.staging import reading, staged_folder
+from falign.runfile.optimization import same_learning_rates
 from falign.runs.checkpoints import rotate, seal, sync_logs
 from falign.runs.folder import is_held_out
 from falign.scoring import TokenBudgetBatches
 from falign.training.batch_sharding import Batches, RowBatches, Share
 from falign.training.finite_guard import FiniteGuard
-from falign.training.learning_rate import same_learning_rates
 from falign.training.processes import Means, gathered, is_writer, num_processes, rank
 from falign.training.sharded_checkpoint import read_optimizer, read_weights, whole_optimizer, whole_weights
 

@@ -234,7 +234,7 @@ def test_the_squared_loss_per_token_is_ipo_times_beta_squared(tmp_path, tokenize
 
 @pytest.mark.parametrize("margin_loss", ["ipo", IPO(BETA)])
 def test_ipo_of_whole_completions_has_another_name(margin_loss):
-    with pytest.raises(ValueError, match="name the loss of whole completions, 'squared'"):
+    with pytest.raises(ValueError, match="choose the loss of whole completions, 'squared'"):
         FDPO("reverse_kl", BETA, margin_loss=margin_loss, length_norm="none")
     assert FDPO("reverse_kl", BETA, margin_loss=margin_loss) == FDPO(
         "reverse_kl", BETA, margin_loss="ipo", length_norm="token"

@@ -4,8 +4,7 @@ from matplotlib.figure import Figure
 
 from falign import divergences
 from falign.errors import ConfigError
-from falign.evaluation.frontier import check_picture, plot_frontier
-from falign.evaluation.frontier_summary import frontier_point, frontier_summary
+from falign.evaluation.frontier import check_picture, frontier_point, frontier_summary, plot_frontier
 from falign.metrics import Interval
 
 METRICS = {

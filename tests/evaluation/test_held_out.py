@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from falign.errors import ConfigError
-from falign.evaluation.held_out import held_out_prompts
+from falign.evaluation.loading import held_out_prompts
 from falign.runfile import parse_run
 from falign.runs import RunFolder
 from falign.training import train

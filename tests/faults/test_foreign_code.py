@@ -161,7 +161,7 @@ def test_the_frontier_of_a_run_folder_imports_nothing(foreign, falign):
     path = add_summary(run, {**summary, "record": {"temperature": 1}})
     (path.parent / "samples.jsonl").write_text(json.dumps({}) + "\n")
     status, _, err = falign("evaluate", "frontier", ".", "--out", "frontier.json")
-    assert (status, "names code: divergence=not_mine:divergence" in err) == (2, True)
+    assert (status, "names code: summary.divergence=not_mine:divergence" in err) == (2, True)
     assert not (run / "it-ran").exists()
 
 

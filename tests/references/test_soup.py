@@ -11,7 +11,7 @@ from falign.models import (
     write_soup,
 )
 from falign.models.adapter_copies import matrices_of
-from falign.models.merging import lora_delta
+from falign.models.lora_factors import lora_delta
 from falign.references import AdapterOff, Cached, CacheKey, FrozenModel, Soup, check_same_at_start
 from falign.references.adapters import adapter_acting
 from falign.scoring import completion_scores, pad

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from falign.errors import ConfigError
 from falign.models import add_lora, load_model
-from falign.rollouts.perturbation import perturbed
+from falign.rollouts.gap import perturbed
 from falign.rollouts.vllm_merged import MergedSync, merged_weights
 from tests.models.test_base_weights import moe
 from tests.models.tiny import save_tiny, tiny_model

@@ -16,11 +16,11 @@ from falign.evaluation.loading import load_run
 from falign.models.tokenizers import fix_date
 from falign.report.runs import read_runs
 from falign.runfile import TrainingConfig, load_run_file, parse_run
+from falign.runfile.optimization import same_learning_rates
 from falign.runs import RunFolder
 from falign.runs.inputs import prompt_digest
 from falign.runs.loading import load_trained
 from falign.training import train
-from falign.training.learning_rate import same_learning_rates
 from falign.training.parts import load_language
 from tests.models.tiny import save_tiny, swap_tokens, tiny_tokenizer
 from tests.training.pairs import run_data, write_pairs

@@ -13,7 +13,7 @@ from falign.errors import RewardError, RolloutError
 from falign.rewards import RewardSum
 from falign.rewards.combination import Rewards, reward_columns
 from falign.rewards.groups import passes
-from falign.rollouts import Engine, Rollout, SamplingParams
+from falign.rollouts import Engine, SampledCompletion, SamplingParams
 from falign.rollouts.buffer import RolloutBuffer, padded
 from falign.scoring import PromptTree
 from falign.seeds import mixed
@@ -35,7 +35,7 @@ class Group:
     """
 
     row: PromptRow
-    rollouts: tuple[Rollout, ...]
+    rollouts: tuple[SampledCompletion, ...]
     texts: tuple[str, ...]
     rewards: tuple[float, ...]
     parts: Mapping[str, tuple[float | None, ...]]
@@ -204,7 +204,7 @@ class GroupSampler:
 
 
 def judged(
-    rewards: RewardSum, rows: Sequence[PromptRow], rollouts: Sequence[Rollout], tokenizer: Tokenizer
+    rewards: RewardSum, rows: Sequence[PromptRow], rollouts: Sequence[SampledCompletion], tokenizer: Tokenizer
 ) -> tuple[list[str], Rewards]:
     """Return completions as texts without special tokens, and their rewards.
 

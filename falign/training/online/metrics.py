@@ -16,7 +16,7 @@ from falign.durable import append
 from falign.metrics.ngrams import distinct
 from falign.references import Reference
 from falign.rewards.groups import best_of_n, pass_at_k, powers_of_two
-from falign.rollouts import Rollout
+from falign.rollouts import SampledCompletion
 from falign.scoring import PromptTree, Scorer
 from falign.training.online.groups import Draw
 from falign.training.processes import Means, is_writer, own_batches
@@ -135,7 +135,7 @@ def evaluation_metrics(
     return means.take()
 
 
-def _ids(rollout: Rollout) -> tuple[int, ...]:
+def _ids(rollout: SampledCompletion) -> tuple[int, ...]:
     return tuple(rollout.completion_ids)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from falign.data import PromptRow
 from falign.errors import EngineError, NonFiniteRewardError, RewardError, RolloutError
 from falign.rewards.groups import TOLERANCE, outside
-from falign.rollouts import Rollout
+from falign.rollouts import SampledCompletion
 from falign.rollouts.buffer import Column, RolloutBuffer
 from falign.runfile.prompts_config import DifficultyConfig, RolloutConfig
 from falign.seeds import mixed
@@ -273,7 +273,7 @@ class Drawn(NamedTuple):
         for tree, row in zip(buffer.trees, rest["rows"], strict=True):
             own = range(start, start := start + len(tree.completion_ids))
             rollouts = tuple(
-                Rollout(tree.prompt_ids, ids, tuple(logprobs[n][: len(ids)]), reasons[n], versions[n])
+                SampledCompletion(tree.prompt_ids, ids, tuple(logprobs[n][: len(ids)]), reasons[n], versions[n])
                 for n, ids in zip(own, tree.completion_ids, strict=True)
             )
             of_parts = {name: tuple(values[n] for n in own) for name, values in parts.items()}
