@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from falign.terminal import without_secrets
+from falign.errors import without_secrets
 
 __all__ = ["CodeLine", "code_lines", "completion_at_fault", "own_lines", "raised_message"]
 

@@ -345,7 +345,7 @@ def run_falign(args, model, tokenizer, trees, pad_token_id, clock, folder) -> li
 def run_falign_bare(args, model, tokenizer, trees, pad_token_id, clock, folder) -> list[float]:
     import torch
 
-    from falign.references import base as objective_inputs
+    from falign.references import objective_inputs
 
     reference, objective, scorer = parts(args, model, trees, pad_token_id, folder)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -317,7 +317,7 @@ def run_falign(args, model, tokenizer, prompts, clock, folder) -> None:
 def run_falign_bare(args, model, tokenizer, prompts, clock, folder) -> None:
     import torch
 
-    from falign.references import base as objective_inputs
+    from falign.references import objective_inputs
     from falign.scoring import PromptTree
 
     objective, reference, scorer, engine, sampling = own_parts(args, model, tokenizer, prompts)

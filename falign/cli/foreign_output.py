@@ -15,7 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from falign.terminal import harmless, without_secrets
+from falign.errors import without_secrets
+from falign.terminal import harmless
 
 __all__ = ["clean", "cleaned_output", "quiet"]
 

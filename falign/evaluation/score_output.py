@@ -18,10 +18,9 @@ from typing import Any, BinaryIO
 from pydantic import TypeAdapter, ValidationError
 
 from falign.durable import checksum, lock, refuse_link, sync_folder, write_whole, writing
-from falign.errors import ConfigError
+from falign.errors import ConfigError, without_passwords
 from falign.evaluation.score_rows import ScoreRow
 from falign.scoring import PromptTree
-from falign.terminal import without_passwords
 
 __all__ = ["ScoreOutput", "check_output", "reopen"]
 

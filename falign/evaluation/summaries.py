@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
 
 from falign.durable import checksum, write_whole
-from falign.errors import ConfigError
-from falign.terminal import without_passwords
+from falign.errors import ConfigError, without_passwords
 
 __all__ = [
     "BestOfN",

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from falign.durable import naming, refuse_link, write_whole
-from falign.errors import ConfigError, FalignError, one_line
+from falign.errors import ConfigError, FalignError, one_line, without_passwords
 from falign.report.drawing import PNG_MARK
 from falign.report.palette import css_variables
 from falign.report.runs import ReportedRun, read_runs
 from falign.report.sections import SECTIONS, Section
 from falign.report.tables import legend, markup, tag
-from falign.terminal import without_passwords
 
 __all__ = ["MARK", "WrittenReport", "made_of", "page", "report_path", "write_report"]
 

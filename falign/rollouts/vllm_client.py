@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from falign.errors import EngineError
-from falign.terminal import without_passwords
+from falign.errors import EngineError, without_passwords
 
 __all__ = ["HTTPClient", "RefusedError", "ServerLostError", "reply_line"]
 

@@ -13,13 +13,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from falign.choices import nearest, shown, similar
-from falign.errors import ConfigError
+from falign.errors import NAMES, ConfigError, refuse_passwords
 from falign.plain_yaml import plain_yaml
 from falign.runfile.base_config import FrozenModel, PythonObject
 from falign.runfile.config import RunConfig
 from falign.runfile.reward_config import RewardConfig
 from falign.runfile.trl_names import FOREIGN_NAMES, near_foreign_name
-from falign.terminal import NAMES, refuse_passwords
 
 __all__ = ["load_reward_list", "load_run_file", "parse_run", "valid_paths"]
 

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from falign.durable import remove_leftovers, sync_file, write_whole
-from falign.errors import ConfigError, ModelError, TrainingError
+from falign.errors import ConfigError, ModelError, TrainingError, without_passwords
 from falign.json_lines import read_journal
 from falign.plain_yaml import plain_yaml
 from falign.references import REFERENCE
@@ -25,7 +25,6 @@ from falign.runfile.config import RunConfig
 from falign.runs.checkpoints import checkpoints, holds, log_marks, newest_whole, step_of, weight_sums, why_damaged
 from falign.runs.inputs import RunInputs, RunRows
 from falign.runs.lock import LOCK, RunLock
-from falign.terminal import without_passwords
 
 __all__ = ["RunFolder", "is_held_out", "log_line", "versions"]
 

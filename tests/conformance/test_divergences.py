@@ -58,7 +58,9 @@ def test_float32_agrees_with_sixty_digits_at_any_ratio(name, log_u):
     exact = exact_column(f, x)
     if abs(log_u) > 1e-15 and exact[0] >= torch.finfo(x.dtype).tiny:  # below, f ~ f''(1) (log u)²/2 underflows
         assert_relative(divergence.f(x), exact, 1e-6, x)
-    assert_relative(divergence.f_prime(x), exact_column(f_prime, x), 1e-6, x)
+    exact = exact_column(f_prime, x)
+    if log_u == 0 or abs(exact[0]) >= torch.finfo(x.dtype).tiny:  # below, float32 has no seven digits
+        assert_relative(divergence.f_prime(x), exact, 1e-6, x)
 
 
 def test_normal_form(divergence):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from falign.objectives import advantages as generalized_advantages
+from falign.objectives import generalized_advantages
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.9, 0.8), (1.0, 0.0), (0.7, 1.0)])

@@ -15,7 +15,7 @@ from trl import DPOConfig, GRPOConfig, KTOConfig, ModelConfig, RewardConfig, Scr
 
 import falign
 from falign.cli.launch import FLAGS, Launch
-from falign.errors import ConfigError
+from falign.errors import NAMES, ConfigError
 from falign.models import load_model
 from falign.models.execution import disable_dropout
 from falign.models.loading import _nf4
@@ -26,7 +26,6 @@ from falign.runfile.config import ModelConfig as FalignModel
 from falign.runfile.optimization import check_names
 from falign.runfile.reading import valid_paths
 from falign.runfile.trl_names import FOREIGN_NAMES
-from falign.terminal import NAMES
 
 LEAST = {"output_dir": "run", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}}
 PATHS = list(valid_paths())
