@@ -140,7 +140,7 @@ def read_items(
         benchmark: What reads them.
         path: A file or folder; None reads the Hub's data set.
         split: As the benchmark takes it.
-        subsets: Keep these alone; all where there are none.
+        subsets: Subsets to keep; all if empty.
         bad_rows: Takes the rows that cannot be used; by default the first one raises.
 
     Raises:

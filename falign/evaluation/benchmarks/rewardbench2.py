@@ -127,6 +127,6 @@ def _paired(
 
 
 def _margin_size(gap: float, spread: float) -> float:
-    if spread == 0:  # the limit of the tanh, and 0 where there is none
+    if spread == 0:  # the limit of tanh(gap / spread); 0 for equal scores
         return math.copysign(1.0, gap) if gap else 0.0
     return math.tanh(gap / spread - 1)
