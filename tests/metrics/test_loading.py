@@ -90,7 +90,7 @@ def test_batches_add_up():
 
 
 def test_one_result_per_prompt_is_averaged():
-    metric = importlib.import_module("falign.metrics.self_bleu").DistinctN()
+    metric = importlib.import_module("falign.metrics.distinct_n").DistinctN()
     result = metric.compute(predictions=["a a", "b c", "a d"], prompts=["p", "q", "p"], n=[1])
     assert result == {"distinct-1": (2 / 4 + 1) / 2}
 
