@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
 from falign.cli.options import CommandTerminal, TrustCode, with_options_named
+from falign.terminal import Terminal
+
+if TYPE_CHECKING:
+    from falign.evaluation.summaries import SampleSummary
 
 __all__ = ["samples"]
 
+SHARES = ("pass@", "clipped", "unique")
 PROMPTS, LINES = "Prompts and rewards", "Divergences and frontier"
 
 
@@ -89,7 +96,6 @@ def samples(
     trust_code: TrustCode = False,
 ) -> None:
     """Sample completions and measure reward, divergence, diversity and pass@k; a stopped call goes on if repeated."""
-    from falign.cli.sample_table import show
     from falign.evaluation.sample_evaluation import evaluate_samples, samples_folder
 
     summary = evaluate_samples(
@@ -118,4 +124,32 @@ def samples(
         trust_code=trust_code,
         console=CommandTerminal(stderr=True, highlight=False, soft_wrap=True),
     )
-    show(summary, samples_folder(model, name=name, checkpoint=checkpoint, out=out))
+    _show(summary, samples_folder(model, name=name, checkpoint=checkpoint, out=out))
+
+
+def _show(summary: SampleSummary, folder: Path) -> None:
+    """Print each metric with its interval, and beside it what the reference has.
+
+    Args:
+        summary: The results.
+        folder: Where it lies.
+    """
+    console, metrics = Terminal(highlight=False), summary.metrics
+    title = f"{summary.num_prompts:,} prompts, {summary.num_completions} completions each"
+    table = Table("", title=title, title_justify="left")
+    table.add_column("policy", justify="right")
+    with_reference = any(name.startswith("reference/") for name in metrics)
+    if with_reference:
+        table.add_column("reference", justify="right")
+    for name, metric in metrics.items():
+        if name.startswith("reference/"):
+            continue
+        style = "{:.1%}" if name.startswith(SHARES) else "{:.4g}"
+        value, low, high = (style.format(number) for number in (metric.value, metric.low, metric.high))
+        cells = [f"{value} ({low} to {high})"]
+        if with_reference:
+            other = metrics.get(f"reference/{name}")
+            cells.append("" if other is None else style.format(other.value))
+        table.add_row(escape(name), *cells)
+    console.print(table)
+    console.print("wrote", escape(str(folder)), soft_wrap=True)

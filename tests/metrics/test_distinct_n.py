@@ -1,7 +1,7 @@
 import pytest
 
-from falign.metrics.ngrams import by_prompt, ngrams
 from falign.metrics.distinct_n import distinct
+from falign.metrics.ngrams import by_prompt, ngrams
 
 
 def test_distinct_counts_over_all_completions():
