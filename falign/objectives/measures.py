@@ -15,6 +15,7 @@ from torch import Tensor
 from falign import divergences
 from falign.divergences import Divergence
 from falign.divergences.estimators import full_vocabulary
+from falign.errors import ConfigError
 from falign.registry import Registry, is_own_name
 
 __all__ = ["MEASURES", "DivergenceTo", "Entropy", "Measure", "Vocabulary", "get_measure", "references_of"]
@@ -205,7 +206,7 @@ def get_measure(name: str, *, field: str | None = None) -> Measure:
         The measure; equal names give equal measures.
 
     Raises:
-        ValueError: The name is unknown, its arguments do not fit, or the custom member is not a measure.
+        ConfigError: The name is unknown, its arguments do not fit, or the custom member is not a measure.
 
     Example:
         >>> get_measure("divergence_to(alpha(0.5), teacher)").references
@@ -221,9 +222,11 @@ def get_measure(name: str, *, field: str | None = None) -> Measure:
     try:
         made = cast("Callable[..., Any]", member)(*arguments)
     except TypeError as error:
-        raise ValueError(f"{place}: {error}; write it as in 'divergence_to(jensen_shannon, teacher)'.") from error
+        raise ConfigError(f"{place}: {error}; write it as in 'divergence_to(jensen_shannon, teacher)'.") from error
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}") from error
     if not isinstance(made, Measure):
-        raise ValueError(f"{place} gives a {type(made).__name__}, which has no references or cannot be called.")
+        raise ConfigError(f"{place} gives a {type(made).__name__}, which has no references or cannot be called.")
     return made
 
 

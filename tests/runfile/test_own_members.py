@@ -1,6 +1,7 @@
 """Members of a user's own in every family: whole runs with them, and their mistakes."""
 
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -150,6 +151,22 @@ def test_a_divergence_within_a_measure_is_code_too(tiny, tmp_path):
     elsewhere.check()  # a command that does not log measures imports none
     with pytest.raises(ConfigError, match="No module named 'no_such_module'"):
         elsewhere.build_measures()
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("divergence_to(jensen_shannon, reference, cold)", "could not convert string to float: 'cold'"),
+        ("divergence_to(jensen_shannon, reference, 0)", "temperature=0.0 must be positive and finite"),
+        ("divergence_to(jensen)", "divergence 'jensen' is unknown"),
+        ("entropy(3)", "positional argument.*; write it as in"),
+    ],
+)
+def test_a_measure_with_wrong_arguments_is_named_by_its_field(tiny, tmp_path, value, reason):
+    config = parse_run(run_data(tiny, tmp_path / "pairs.jsonl", tmp_path / "run") | {"measures": {"gap": value}})
+    for build in (config.check, config.build_measures):
+        with pytest.raises(ConfigError, match=rf"^measures\.gap='{re.escape(value)}': .*(?:{reason})"):
+            build()
 
 
 def test_a_divergence_within_another_is_code_too(offline):
