@@ -11,13 +11,7 @@ from falign.objectives import Listwise, Objective, Pairwise, TokenPairwise, Toke
 from falign.registry import Registry
 from falign.runfile.base_config import ObjectiveSection, PythonObject, named_divergence, refusals
 from falign.runfile.members import OwnSection, union_of_kinds
-from falign.runfile.online_objective_config import (
-    DistributionMatchingConfig,
-    HybridConfig,
-    PolicyGradientConfig,
-    RehearsalConfig,
-    SupervisedConfig,
-)
+from falign.runfile.online_objective_config import FURTHER_OBJECTIVES
 
 __all__ = [
     "OBJECTIVES",
@@ -128,11 +122,7 @@ OBJECTIVES: Registry[Any] = Registry(
         "pairwise": PairwiseConfig,
         "listwise": ListwiseConfig,
         "token_pairwise": TokenPairwiseConfig,
-        "policy_gradient": PolicyGradientConfig,
-        "distribution_matching": DistributionMatchingConfig,
-        "hybrid": HybridConfig,
-        "rehearsal": RehearsalConfig,
-        "supervised": SupervisedConfig,
+        **FURTHER_OBJECTIVES,
         "python": PythonObjectiveConfig,
     },
     wanted="class or function",

@@ -28,6 +28,7 @@ from falign.runfile.base_config import ObjectiveSection, named_divergence, refus
 from falign.runfile.target_config import TargetConfig
 
 __all__ = [
+    "FURTHER_OBJECTIVES",
     "DistributionMatchingConfig",
     "HybridConfig",
     "PolicyGradientConfig",
@@ -225,6 +226,16 @@ class SupervisedConfig(ObjectiveSection):
     def build(self) -> Objective:
         with refusals():
             return Supervised(None if self.divergence is None else named_divergence(self.divergence), self.beta)
+
+
+FURTHER_OBJECTIVES: dict[str, type[ObjectiveSection]] = {
+    "policy_gradient": PolicyGradientConfig,
+    "distribution_matching": DistributionMatchingConfig,
+    "hybrid": HybridConfig,
+    "rehearsal": RehearsalConfig,
+    "supervised": SupervisedConfig,
+}
+"""The rows of these sections in :data:`falign.runfile.objective_config.OBJECTIVES`."""
 
 
 def _advantage(name: str) -> Advantage | str:
