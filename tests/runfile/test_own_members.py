@@ -184,8 +184,14 @@ def test_an_own_benchmark_scores_a_model(falign, tiny, tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["benchmark"] == "two_words"
     assert len((tmp_path / "out" / "items.jsonl").read_text().splitlines()) == 3
-    with pytest.raises(ConfigError, match=r"benchmark=.* makes a list, not a falign Benchmark"):
+    with pytest.raises(
+        ConfigError, match=r"benchmark=.* makes a list, not a falign Benchmark: it needs hub_name, name, outcome, "
+    ):
         benchmarks.get("builtins:list")
+    with pytest.raises(
+        ConfigError, match=r"not a benchmark class: its instances need hub_name, .*, splits, subsets, summ"
+    ):
+        benchmarks.get("builtins:len")
 
 
 @pytest.mark.parametrize(

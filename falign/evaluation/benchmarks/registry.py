@@ -12,6 +12,8 @@ __all__ = ["BENCHMARKS", "get", "names"]
 
 _HERE = "falign.evaluation.benchmarks"
 
+MEMBERS = ", ".join(sorted(name for name in vars(Benchmark) if not name.startswith("_")))
+
 BENCHMARKS: Registry[type[Benchmark]] = Registry(
     "benchmark",
     {
@@ -22,7 +24,7 @@ BENCHMARKS: Registry[type[Benchmark]] = Registry(
         "llmbar": f"{_HERE}.llmbar:LLMBar",
         "preferences": f"{_HERE}.preferences:Preferences",
     },
-    wanted="benchmark class: its instances need name, subsets, items and aggregate",
+    wanted=f"benchmark class: its instances need {MEMBERS}",
     is_member=inspect.isclass,
 )
 
@@ -40,5 +42,7 @@ def get(name: str) -> Benchmark:
     """
     benchmark = BENCHMARKS.get(name, field="benchmark")()
     if not isinstance(benchmark, Benchmark):
-        raise ConfigError(f"benchmark={name!r} makes a {type(benchmark).__name__}, not a falign Benchmark.")
+        raise ConfigError(
+            f"benchmark={name!r} makes a {type(benchmark).__name__}, not a falign Benchmark: it needs {MEMBERS}."
+        )
     return benchmark
