@@ -15,7 +15,9 @@ from falign import divergences
 from falign.divergences.registry import DIVERGENCES
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(ROOT.glob("docs/**/*.md")) + [page for page in (ROOT / "README.md",) if page.is_file()]
+PAGES = sorted(ROOT.glob("docs/**/*.md")) + [
+    page for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if page.is_file()
+]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 PARAMETER_VALUES = {"alpha": (-1.5, -0.4, 0.3, 0.7, 1.4), "generalized_js": (0.2, 0.9)}
@@ -102,6 +104,21 @@ def test_relative_links_resolve(page):
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), f"{relative(page)} links to {target}"
         assert not anchor or anchor in anchors(file), f"{relative(page)} links to {target}"
+
+
+def test_the_table_of_members_names_files_and_lists_that_exist():
+    """``NAME`` in ``path.py``: of CONTRIBUTING.md, relative to the package or to its tests."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("## Adding a member")[2].partition("\n## ")[0]
+    pairs = re.findall(r"`([A-Za-z_]+)` (?:in|of) `([\w/]+\.py)`", section)
+    assert len(pairs) > 12
+    folders = (ROOT / "falign", ROOT / "tests", ROOT / "falign/evaluation/benchmarks")
+    for name, path in pairs:
+        files = [folder / path for folder in folders if (folder / path).is_file()]
+        assert files, f"CONTRIBUTING.md names {path}"
+        assert any(re.search(rf"^(?:def )?{name}\b", file.read_text("utf-8"), re.MULTILINE) for file in files), name
+    for path in re.findall(r"`([\w/]+(?:\.py|/))`", section):
+        assert any((folder / path).exists() for folder in (*folders, ROOT)), f"CONTRIBUTING.md names {path}"
 
 
 def anchors(page):
