@@ -13,6 +13,8 @@ from falign.evaluation.summaries import RewardSummary, SampleSummary, read_evalu
 from falign.json_lines import read_journal
 from falign.report.metric_names import Number
 from falign.report.palette import Color, marker_of, run_color
+from falign.runfile.base_config import ObjectiveSection
+from falign.runfile.objective_config import OBJECTIVES
 from falign.runs import RunFolder
 from falign.runs.summary import Answered, RunSummary
 
@@ -48,6 +50,12 @@ class ReportedRun:
     samples: list[Answered]
     evaluations: tuple[RewardSummary | SampleSummary, ...]
     ended: bool = False
+
+    @property
+    def objective_section(self) -> type[ObjectiveSection]:
+        """The class of its section ``objective``; the base class for a custom objective."""
+        kind = self.run_file["objective"]["kind"]
+        return OBJECTIVES.get(kind) if kind in OBJECTIVES.members else ObjectiveSection
 
     @property
     def color(self) -> Color:

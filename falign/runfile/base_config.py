@@ -6,7 +6,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
@@ -91,6 +91,12 @@ class ObjectiveSection(FrozenModel):
     """An objective of the run file, with the properties that a run needs before the objective is built."""
 
     kind: Any  # each section narrows it to its own name
+    method: ClassVar[str] = ""
+    """Name of the method in reports; ``""`` for the kind."""
+    learns_from_preferences: ClassVar[bool] = False
+    """True for objectives of preference data, which an online run makes by ranking samples."""
+    is_surrogate: ClassVar[bool] = False
+    """True if the gradient of the loss has a meaning, and its value has none."""
 
     @property
     def title(self) -> str:

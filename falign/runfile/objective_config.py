@@ -28,6 +28,8 @@ class PairwiseConfig(ObjectiveSection):
     """f-DPO on pairs; DPO with the reverse KL."""
 
     kind: Literal["pairwise"] = "pairwise"
+    method = "f-DPO on pairs"
+    learns_from_preferences = True
     divergence: str = "reverse_kl"
     """A name (``falign divergences`` lists them), or ``module:attribute`` with a divergence of your own."""
     beta: float = Field(default=0.1, gt=0)
@@ -52,6 +54,8 @@ class ListwiseConfig(ObjectiveSection):
     """Plackett-Luce f-DPO on two or more ranked completions per prompt."""
 
     kind: Literal["listwise"] = "listwise"
+    method = "f-DPO on ranked lists"
+    learns_from_preferences = True
     divergence: str = "reverse_kl"
     """As under ``pairwise``."""
     beta: float = Field(default=0.1, gt=0)
@@ -72,6 +76,8 @@ class TokenPairwiseConfig(ObjectiveSection):
     """TDPO on pairs, with the divergence over the full vocabulary at each token."""
 
     kind: Literal["token_pairwise"] = "token_pairwise"
+    method = "TDPO, a divergence per token"
+    learns_from_preferences = True
     divergence: str = "forward_kl"
     """As under ``pairwise``, without restriction; the paper uses the forward KL."""
     beta: float = Field(default=0.1, gt=0)

@@ -41,6 +41,8 @@ class PolicyGradientConfig(ObjectiveSection):
     """Reward minus a divergence on fresh samples: REINFORCE, RLOO, GRPO, PPO; SALSA with a soup as the reference."""
 
     kind: Literal["policy_gradient"] = "policy_gradient"
+    method = "policy gradient"
+    is_surrogate = True
     divergence: str | None = None
     """As under ``pairwise``, without restriction; by default nothing is penalized."""
     beta: float = Field(default=0.0, ge=0)
@@ -94,6 +96,8 @@ class DistributionMatchingConfig(ObjectiveSection):
     """f-DPG: minimizes a divergence to a target distribution that the rewards define."""
 
     kind: Literal["distribution_matching"] = "distribution_matching"
+    method = "f-DPG"
+    is_surrogate = True
     divergence: str = "jensen_shannon"
     """As under ``pairwise``, without restriction; if the target has zeros, f'(∞) must be finite."""
     target: TargetConfig
@@ -137,6 +141,8 @@ class HybridConfig(ObjectiveSection):
     """DPH-RL: a policy gradient without penalty on fresh samples, and a divergence on samples of the reference."""
 
     kind: Literal["hybrid"] = "hybrid"
+    method = "DPH-RL"
+    is_surrogate = True
     divergence: str = "jensen_shannon"
     """Divergence of the rehearsal; as under ``pairwise``, without restriction."""
     coefficient: float | None = Field(default=None, ge=0)
@@ -190,6 +196,7 @@ class RehearsalConfig(ObjectiveSection):
     """Only a divergence to the reference, on the reference's samples."""
 
     kind: Literal["rehearsal"] = "rehearsal"
+    method = "rehearsal of reference samples"
     divergence: str = "jensen_shannon"
     """As under ``pairwise``, without restriction."""
     level: Literal["sequence", "token"] = "token"
@@ -212,6 +219,7 @@ class SupervisedConfig(ObjectiveSection):
     """Fine-tuning on demonstrations, plain or under a divergence."""
 
     kind: Literal["supervised"] = "supervised"
+    method = "supervised tuning"
     divergence: str | None = None
     """A divergence with infinite f'(∞), such as ``pearson_chi2``; by default plain fine-tuning."""
     beta: float | None = Field(default=None, gt=0)

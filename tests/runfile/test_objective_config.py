@@ -15,12 +15,19 @@ from falign.objectives import (
     Supervised,
 )
 from falign.runfile import parse_run
+from falign.runfile.objective_config import OBJECTIVES
 
 LEAST = {"output_dir": "run", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}}
 
 
 def config(**fields):
     return parse_run({**LEAST, "objective": fields}).objective
+
+
+def test_every_built_in_objective_names_its_method_for_reports():
+    methods = {kind: section.method for kind, section in OBJECTIVES.members.items() if kind != "python"}
+    assert "" not in methods.values()
+    assert len(set(methods.values())) == len(methods) > 7
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,6 @@ def _table(caption: str, runs: Sequence[ReportedRun], rows: Sequence[tuple[str, 
     )
 
 
-SURROGATES = frozenset({"policy_gradient", "distribution_matching", "hybrid"})
-
-
 def curves(runs: Sequence[ReportedRun]) -> Section:
     """Draw every metric of training and of held-out data."""
     plots = curve_plots(runs)
@@ -81,7 +78,7 @@ def curves(runs: Sequence[ReportedRun]) -> Section:
         return Section("curves", "Curves", missing("No step has been logged yet.", command))
     grid, pictures = drawn(plots)
     note = ""
-    if any(run.run_file["objective"].get("kind") in SURROGATES for run in runs):
+    if any(run.objective_section.is_surrogate for run in runs):
         note = tag(
             "p",
             "The loss of an objective on own samples is a surrogate: its gradient is what is wanted, its value says "

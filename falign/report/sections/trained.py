@@ -14,16 +14,6 @@ from falign.report.tables import Html, code, details, joined, run_name, table, t
 
 __all__ = ["trained"]
 
-METHODS = {
-    "pairwise": "f-DPO on pairs",
-    "listwise": "f-DPO on ranked lists",
-    "token_pairwise": "TDPO, a divergence per token",
-    "policy_gradient": "policy gradient",
-    "distribution_matching": "f-DPG",
-    "hybrid": "DPH-RL",
-    "rehearsal": "rehearsal of reference samples",
-    "supervised": "supervised tuning",
-}
 BESIDE = frozenset({"kind", "divergence", "beta", "target"})
 
 
@@ -81,9 +71,9 @@ def _said(value: Any) -> str:
 
 
 def _method(run: ReportedRun) -> str:
-    kind = run.run_file["objective"]["kind"]
-    name = METHODS.get(kind, str(kind))
-    return f"online {name.replace(' on pairs', '')}" if run.online and kind.endswith(("wise",)) else name
+    section = run.objective_section
+    name = section.method or str(run.run_file["objective"]["kind"])
+    return f"online {name.replace(' on pairs', '')}" if run.online and section.learns_from_preferences else name
 
 
 def _divergence(run: ReportedRun) -> str:
