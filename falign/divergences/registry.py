@@ -79,7 +79,7 @@ DIVERGENCES: Registry[Any] = Registry(
 
 
 def names() -> tuple[str, ...]:
-    """Return the registry names of the twelve families, in the order of the documentation.
+    """Return the registry names of the families, in the order of the documentation.
 
     Returns:
         ``("reverse_kl", "forward_kl", ...)``; ``alpha`` and ``generalized_js`` take a parameter.
