@@ -388,8 +388,8 @@ def evaluate_rewards(
 
     Args:
         model: A run, scored by its own objective; or any model.
-        benchmark: ``rewardbench``, ``rewardbench2``, ``rm_bench``, ``judgebench``, ``llmbar``, or ``preferences`` for
-            any file of pairs or lists.
+        benchmark: A name of :func:`falign.evaluation.benchmarks.names`; ``preferences`` for any file of pairs or lists.
+            Or ``module:Class`` of your own.
         file: Its file or folder; from the Hub if left out.
         name: Results go to ``RUN/evaluation/NAME``; the benchmark's name if left out.
         subset: Only these parts of the benchmark; all if empty.

@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from falign.evaluation import benchmarks
 from tests.models.tiny import VOCABULARY, save_tiny, tiny_tokenizer
 from tests.training.pairs import run_data, write_pairs
 
@@ -93,6 +94,11 @@ def train(falign, tiny, pairs, tmp_path):
         return tmp_path / name
 
     return run
+
+
+def test_the_help_names_every_benchmark(falign):
+    _, out, _ = falign("evaluate", "rewards", "--help")
+    assert not [name for name in benchmarks.names() if name not in out]
 
 
 def rows_of(folder):
