@@ -12,7 +12,7 @@ from torch import Tensor
 
 from falign.divergences.base import numbers
 
-__all__ = ["OFFLINE", "ONLINE", "CompletionBatch", "field_of"]
+__all__ = ["OFFLINE", "ONLINE", "WORTH", "CompletionBatch", "field_of"]
 
 PER_TOKEN = frozenset(
     {
@@ -31,6 +31,9 @@ ONLINE = OFFLINE | {
     *("old_logprobs", "values", "old_values"),
 }
 """Fields that a run on the policy's own samples can supply."""
+
+WORTH = frozenset({"rewards", "features", "preference"})
+"""Fields that hold the value of a completion; an objective that reads none of them learns nothing from samples."""
 
 
 def field_of(name: str) -> str:

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 
 from falign.errors import ConfigError
 from falign.objectives import Objective
+from falign.objectives.batch import WORTH
 from falign.runfile.objective_config import ObjectiveConfig
 from falign.runfile.prompts_config import RolloutConfig
 from falign.runfile.reward_config import RewardConfig
 
 __all__ = ["check_samples"]
-
-WORTH = frozenset({"rewards", "features", "preference"})
-"""Fields that hold the value of a completion."""
 
 
 def check_samples(

@@ -3,8 +3,8 @@
 import pytest
 
 from falign.errors import ConfigError
+from falign.objectives.batch import WORTH
 from falign.runfile import parse_run
-from falign.runfile.online_check import WORTH
 from tests.training.prompts import online_data
 
 BINARY = {"kind": "distribution_matching", "target": {"kind": "binary"}}
