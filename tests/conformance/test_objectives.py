@@ -33,7 +33,9 @@ from falign.objectives import (
     reduce_terms,
     total_weights,
 )
+from falign.runfile.objective_config import OBJECTIVES
 from falign.training.objective_contract import ObjectiveContract
+from tests.runfile.test_every_field import BUILT_ALONE
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,12 @@ LENGTHS = torch.tensor([5, 3, 4, 1, 5, 2, 4])
 @pytest.fixture(params=ROWS)
 def objective(request) -> BaseObjective:
     return complete(ROWS[request.param])
+
+
+def test_every_kind_of_a_run_file_has_a_row():
+    sections = [section for kind, section in OBJECTIVES.members.items() if kind != "python"]
+    built = {type(section.model_validate(BUILT_ALONE[section.__name__].base).build()) for section in sections}
+    assert built <= {type(row) for row in ROWS.values()}
 
 
 def batch_for(objective: Objective, *, far: float = 1.0) -> CompletionBatch:

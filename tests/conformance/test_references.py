@@ -25,10 +25,12 @@ from falign.references import (
     Soup,
     check_same_at_start,
 )
+from falign.runfile import OwnReferenceConfig, ReferenceSection
 from falign.scoring import completion_scores, pack, pad
 from falign.training.trainer import _require_shardable
 from tests.models.tiny import fill_adapter, tiny_tokenizer
 from tests.references.spy import ForwardSpy
+from tests.runfile.test_every_field import SECTIONS
 from tests.scoring.models import TREES, VOCABULARY, tiny_model, with_lora
 
 BATCH = pad(TREES, pad_token_id=2)
@@ -92,6 +94,12 @@ def built(kind, tmp_path):
     """A policy in training, before its first step, with its reference."""
     policy = policy_of(kind)
     return policy, kind.build(policy, tmp_path)
+
+
+def test_every_kind_of_a_run_file_has_a_row():
+    sections = [section for section in SECTIONS.values() if issubclass(section, ReferenceSection)]
+    kinds = {section.model_fields["kind"].default for section in sections if section is not OwnReferenceConfig}
+    assert kinds - {"auto", "python"} <= KINDS.keys()
 
 
 def policy_of(kind: Kind) -> Any:
