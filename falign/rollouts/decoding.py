@@ -15,7 +15,7 @@ from falign.errors import RolloutError
 from falign.rollouts.base import SamplingParams
 from falign.scoring import read_backbone, read_head
 
-__all__ = ["Decoding", "Draw", "RoomyLayer", "draw", "process_logits", "spread", "uniform_streams"]
+__all__ = ["Decoding", "DrawnTokens", "RoomyLayer", "draw", "process_logits", "spread", "uniform_streams"]
 
 
 class Decoding:
@@ -166,7 +166,7 @@ class RoomyLayer(DynamicLayer):
 _STREAMS = 1_000_003  # streams of different seeds do not overlap before this many rows
 
 
-class Draw(NamedTuple):
+class DrawnTokens(NamedTuple):
     """One token per row.
 
     Attributes:
@@ -201,7 +201,7 @@ def process_logits(logits: Float[Tensor, "B V"], params: SamplingParams) -> Floa
     return logits
 
 
-def draw(logits: Float[Tensor, "B V"], params: SamplingParams, uniforms: Float[Tensor, " B"]) -> Draw:
+def draw(logits: Float[Tensor, "B V"], params: SamplingParams, uniforms: Float[Tensor, " B"]) -> DrawnTokens:
     """Draw a token per row by inverting the cumulative distribution.
 
     Args:
@@ -214,7 +214,7 @@ def draw(logits: Float[Tensor, "B V"], params: SamplingParams, uniforms: Float[T
     """
     if params.temperature == 0:
         peak = logits.max(dim=-1)
-        return Draw(peak.indices, peak.values - peak.values)  # 0, or NaN if the logits are not finite
+        return DrawnTokens(peak.indices, peak.values - peak.values)  # 0, or NaN if the logits are not finite
     logits = process_logits(logits, params)
     shifted = logits - logits.max(dim=-1, keepdim=True).values
     # float64, because V rounding errors of a float32 sum would distort the tail.
@@ -223,7 +223,7 @@ def draw(logits: Float[Tensor, "B V"], params: SamplingParams, uniforms: Float[T
     # The first token with a cumulative sum above the target: never a token of probability 0.
     token_ids = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True).clamp(max=logits.shape[-1] - 1)
     logprobs = shifted.gather(-1, token_ids) - total.log()
-    return Draw(token_ids[:, 0], logprobs[:, 0])
+    return DrawnTokens(token_ids[:, 0], logprobs[:, 0])
 
 
 def uniform_streams(rows: list[int], count: int, *, seed: int | list[int]) -> Float[Tensor, "B T"]:
