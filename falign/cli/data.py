@@ -147,7 +147,14 @@ def _check_run(file: str, *, keep: int, max_drift: float | None, trust_code: boo
         _show(report, console)
     for report in reports:
         _refuse(report, max_drift=max_drift, skips=config.data.bad_rows == "skip")
-    read_data(config, language, objective, console=console)
+    read_data(
+        config,
+        language,
+        objective,
+        tell=lambda notice: console.print(
+            notice.text, style="yellow" if notice.is_warning else None, markup=False, soft_wrap=True
+        ),
+    )
 
 
 def _show(report: DataReport, console: Terminal) -> None:

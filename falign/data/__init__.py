@@ -10,7 +10,7 @@ from falign.data.preferences import Demonstrations, LoadReport, PreferenceData, 
 from falign.data.prompts import PromptData, PromptReport, PromptRow, PromptSource, RowCheck, load_prompts
 from falign.data.reading import TokenizedRow, read_tokenized
 from falign.data.recognition import RowReader, read_examples
-from falign.data.reports import BadRowPolicy, BadRows, SourceReport
+from falign.data.reports import BadRowPolicy, BadRows, Notice, SourceReport
 from falign.data.sources import DEMOS, DataSource, read_rows
 from falign.data.tokenization import Encoded, Tokenized, encode, tokenize
 from falign.data.windows import LengthPolicy, Window
@@ -31,6 +31,7 @@ __all__ = [
     "Lengths",
     "LoadReport",
     "Message",
+    "Notice",
     "PreferenceData",
     "PromptData",
     "PromptReport",

@@ -10,7 +10,7 @@ from falign.data.chat_template import Tokenizer
 from falign.data.examples import prompt_key
 from falign.data.reading import read_tokenized
 from falign.data.recognition import RowReader
-from falign.data.reports import BadRowPolicy, BadRows, SourceReport, Tally
+from falign.data.reports import BadRowPolicy, BadRows, Notice, SourceReport, Tally
 from falign.data.sources import DataSource, place_in_source
 from falign.data.splits import draw, held_out_prompts
 from falign.data.windows import Window
@@ -18,6 +18,9 @@ from falign.errors import ConfigError, DataError
 from falign.scoring.batch import PromptTree
 
 __all__ = ["Demonstrations", "LoadReport", "PreferenceData", "demonstrations", "load_preferences"]
+
+UNTOLD = ("rows kept", "distinct prompts")
+"""Counts that are not worth a place in the one line of a run."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,26 @@ class LoadReport:
     num_train: int
     num_eval: int
     shared_prompts: int
+
+    def notices(self) -> list[Notice]:
+        """Return the counts as one line, then likely mistakes."""
+        sources = (*self.sources, *self.eval_sources)
+        parts = [f"{self.num_train} rows to train on, {self.num_eval} held out"]
+        for source in sources:
+            told = (
+                pair for pair in source.counts()[1:] if pair[1] and pair[0] not in ("rows kept", "distinct prompts")
+            )
+            parts += [f"{label} {count}" for label, count in told]
+        found = [Notice("data: " + "; ".join(parts), is_warning=False)]
+        found += [Notice(f"data: {source.path}: {remark}") for source in sources for remark in source.remarks()]
+        if self.shared_prompts:
+            found.append(
+                Notice(
+                    f"warning: {self.shared_prompts} held-out prompts also occur in training, so held-out values are "
+                    "too optimistic."
+                )
+            )
+        return found
 
 
 class PreferenceData(NamedTuple):

@@ -6,18 +6,30 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from falign.choices import require_choice
 from falign.data.examples import Example, prompt_key
 from falign.data.tokenization import Tokenized
 from falign.errors import DataError
 
-__all__ = ["BadRowPolicy", "BadRows", "SourceReport", "Tally"]
+__all__ = ["BadRowPolicy", "BadRows", "Notice", "SourceReport", "Tally"]
 
 
 DRIFT = 0.05
 """A warning is printed if the prompt of a larger share of rows changes before an answer."""
+
+
+class Notice(NamedTuple):
+    """A line to print about data.
+
+    Attributes:
+        text: The line.
+        is_warning: Whether it may point to a mistake.
+    """
+
+    text: str
+    is_warning: bool = True
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 from transformers import TrainerCallback
 
-from falign.data import PreferenceData, demonstrations
+from falign.data import Notice, PreferenceData, demonstrations
 from falign.errors import ConfigError
 from falign.objectives import Measure, Objective, references_of
 from falign.references import Reference
@@ -35,7 +35,13 @@ def offline_trainer(
         FalignError: The data, the models or the settings do not fit together, or one of them is missing or invalid.
     """
     assert config.data is not None
-    data = read_data(config, language, objective, console=console)
+
+    def tell(notice: Notice) -> None:
+        style = "yellow" if notice.is_warning else None
+        console.print(notice.text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+    with console.status("reading data"):
+        data = read_data(config, language, objective, tell=tell)
     args = config.training.build(config.output_dir, seed=config.seed)
     probes = [*data.train[:2], *sorted(data.train, key=lambda tree: (len(tree.completion_ids) > 1, tree.num_tokens))]
     parts = load_parts(
@@ -59,7 +65,7 @@ def offline_trainer(
         tokens_per_batch=config.training.tokens_per_batch,
         measures=measures,
         skip_bad=config.training.skip_bad,
-        advise=lambda text: console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True),
+        advise=lambda text: tell(Notice(text)),
         processing_class=language.tokenizer,
         callbacks=list(callbacks),
     )
@@ -67,8 +73,16 @@ def offline_trainer(
     return trainer, data
 
 
-def read_data(config: RunConfig, language: Language, objective: Objective, *, console: Console) -> PreferenceData:
-    """Read the data of a run, report kept and dropped rows, and refuse rows that cannot be trained on.
+def read_data(
+    config: RunConfig, language: Language, objective: Objective, *, tell: Callable[[Notice], None]
+) -> PreferenceData:
+    """Read the data of a run, and refuse rows that cannot be trained on.
+
+    Args:
+        config: The run.
+        language: Its tokenizer.
+        objective: The objective to minimize.
+        tell: Called with the counts of kept and dropped rows, and with likely mistakes.
 
     Raises:
         ConfigError: The settings do not fit the data.
@@ -76,22 +90,22 @@ def read_data(config: RunConfig, language: Language, objective: Objective, *, co
         ModelError: A model has no embedding for a token id of the data.
     """
     assert config.data is not None
-    with console.status("reading data"):
-        data = config.data.build(
-            language.tokenizer,
-            stop_token_ids=language.stop_tokens,
-            seed=config.seed,
-            preferences="preference" in objective.needs,
-        )
+    data = config.data.build(
+        language.tokenizer,
+        stop_token_ids=language.stop_tokens,
+        seed=config.seed,
+        preferences="preference" in objective.needs,
+    )
     config.check_token_rows(language.tokenizer, [*token_rows([*data.train, *data.eval])])
-    _tell(data, console)
+    for notice in data.report.notices():
+        tell(notice)
     if "preference" not in objective.needs:
-        data = _imitated(data, console)
+        data = _imitated(data, tell)
     _check_budget(config, data)
     return data
 
 
-def _imitated(data: PreferenceData, console: Console) -> PreferenceData:
+def _imitated(data: PreferenceData, tell: Callable[[Notice], None]) -> PreferenceData:
     """Drop the completions that are not preferred, for an objective without preferences, and report it."""
     found = demonstrations(data)
     left_out = [
@@ -103,12 +117,11 @@ def _imitated(data: PreferenceData, console: Console) -> PreferenceData:
         if count
     ]
     if left_out:
-        console.print(
-            f"data: the objective reads no preferences, so it imitates the preferred completions; left out: "
-            f"{' and '.join(left_out)}",
-            style="yellow",
-            highlight=False,
-            soft_wrap=True,
+        tell(
+            Notice(
+                "data: the objective reads no preferences, so it imitates the preferred completions; left out: "
+                f"{' and '.join(left_out)}"
+            )
         )
     return found.data
 
@@ -119,25 +132,6 @@ def _check_budget(config: RunConfig, data: PreferenceData) -> None:
         raise ConfigError(
             f"training.tokens_per_batch={budget} is less than the {longest.num_tokens} tokens of {longest.place} with "
             "its completions: raise it, or lower data.max_length."
-        )
-
-
-def _tell(data: PreferenceData, console: Console) -> None:
-    """Print one line with the counts of rows; the manifest has all details."""
-    report = data.report
-    parts = [f"{report.num_train} rows to train on, {report.num_eval} held out"]
-    for source in (*report.sources, *report.eval_sources):
-        told = (pair for pair in source.counts()[1:] if pair[1] and pair[0] not in ("rows kept", "distinct prompts"))
-        parts += [f"{label} {count}" for label, count in told]
-    console.print("data: " + "; ".join(parts), highlight=False, markup=False)
-    for source in (*report.sources, *report.eval_sources):
-        for remark in source.remarks():
-            console.print(f"data: {source.path}: {remark}", style="yellow", markup=False, soft_wrap=True)
-    if report.shared_prompts:
-        console.print(
-            f"warning: {report.shared_prompts} held-out prompts also occur in training, so held-out values are too "
-            "optimistic.",
-            style="yellow",
         )
 
 
