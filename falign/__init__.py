@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from falign.objectives import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO, CompletionBatch
     from falign.report import write_report as report
     from falign.runs.export import export, soup
+    from falign.training.data_check import check_data
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -34,6 +35,7 @@ else:
             "falign.objectives.methods": ("DPHRL", "FDPG", "FDPO", "SALSA", "SALSARLOO", "TDPO"),
             "falign.report": (),  # a package that can be called
             "falign.runs.export": ("export", "soup"),
+            "falign.training.data_check": ("check_data",),
         },
     )
 
@@ -49,6 +51,7 @@ __all__ = [
     "CompletionBatch",
     "Lora",
     "Run",
+    "check_data",
     "divergences",
     "evaluate_frontier",
     "evaluate_rewards",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+import inspect
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from falign.cli.options import TrustCode
-from falign.errors import ConfigError, DataError
+from falign.cli.options import TrustCode, with_options_named
+from falign.errors import ConfigError
 from falign.plain_yaml import plain_yaml
 from falign.terminal import Terminal
 
@@ -18,14 +18,6 @@ if TYPE_CHECKING:
     from falign.data import DataReport
 
 __all__ = ["app", "check", "column_mapping"]
-
-LENGTHS = {
-    "max_length": "--max-length",
-    "max_completion_length": "--max-completion-length",
-    "long_prompt": "--long-prompt",
-    "long_completion": "--long-completion",
-}
-ABOUT_TOKENS = {*LENGTHS.values(), "--chat-template"}
 
 app = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
 
@@ -75,86 +67,40 @@ def check(
     trust_code: TrustCode = False,
 ) -> None:
     """Count rows, lengths, cuts, duplicates and bad rows; exit status 2 if a run would not start."""
-    given = {
-        "--model": model, "--chat-template": chat_template, "--max-length": max_length,
-        "--max-completion-length": max_completion_length, "--long-prompt": long_prompt,
-        "--long-completion": long_completion, "--chat": chat, "--ignore": ignore,
-        "--format": None if format == "auto" else format, "--split": None if split == "train" else split,
-        "--columns": None if columns == "{}" else columns,
-    }  # fmt: skip
-    given = {name: value for name, value in given.items() if value is not None}
-    console = Terminal(highlight=False)
-    if Path(file).suffix in (".yaml", ".yml"):
-        if given:
-            raise ConfigError(f"{next(iter(given))}: {file} is a run file, which has this itself; leave it out.")
-        _check_run(file, keep=keep, max_drift=max_drift, trust_code=trust_code, console=console)
-        return
-    from falign.data import DataSource, Window
-    from falign.data import check as inspect
+    from falign.training.data_check import check_data, is_run_file
 
-    options: dict[str, Any] = {}
-    if model is None:
-        if about_tokens := [name for name in given if name in ABOUT_TOKENS]:
-            raise ConfigError(f"{about_tokens[0]} is about tokens: give --model.")
-    else:
-        from falign.models import load_tokenizer, stop_token_ids
+    options = {
+        "model": model,
+        "chat_template": chat_template,
+        "format": format,
+        "split": split,
+        "columns": column_mapping(columns) or None,
+        "chat": chat,
+        "ignore": tuple(ignore or ()),
+        "max_length": max_length,
+        "max_completion_length": max_completion_length,
+        "long_prompt": long_prompt,
+        "long_completion": long_completion,
+        "max_drift": max_drift,
+        "keep": keep,
+        "trust_code": trust_code,
+    }
+    # Fields of a run file have the names of options, so messages about it name only options that were given.
+    usual = inspect.signature(check_data).parameters
+    given = [name for name, value in options.items() if value != usual[name].default]
 
-        lengths = {name: given[option] for name, option in LENGTHS.items() if option in given}
-        tokenizer = load_tokenizer(model, chat_template=chat_template)
-        options = {
-            "tokenizer": tokenizer,
-            "stop_token_ids": stop_token_ids(model, tokenizer),
-            "window": Window(**{"max_length": 1024, **lengths}),
-        }
-    mapping = column_mapping(columns)
-    source = DataSource(file, split=split, format=format, columns=mapping, chat=chat, ignore=tuple(ignore or ()))
-    report = inspect(source, keep=keep, **options)
-    _show(report, console)
-    if report.source.format in ("unpaired", "completion"):
-        console.print(
-            "No row of this layout prefers a completion to another, which pairwise, listwise and token_pairwise "
-            "objectives refuse. Give the run file in place of the data to check it under its objective.",
-            style="yellow",
-            soft_wrap=True,
-        )
-    _refuse(report, max_drift=max_drift)
+    @with_options_named(names=["trust_code", *given] if is_run_file(file) else options)
+    def run() -> None:
+        found = check_data(file, **options)
+        console = Terminal(highlight=False)
+        for report in found.sources:
+            _show(report, console)
+        for notice in found.notices:
+            style = "yellow" if notice.is_warning else None
+            console.print(notice.text, style=style, markup=False, soft_wrap=True)
+        found.require_ok()
 
-
-def _check_run(file: str, *, keep: int, max_drift: float | None, trust_code: bool, console: Terminal) -> None:
-    """Check the data of a run file: all rows of each source, then everything as the run begins with it."""
-    from falign.data import check as inspect
-    from falign.runs.named_code import load_own_run_file
-    from falign.training.offline import read_data
-    from falign.training.parts import load_language
-
-    config = load_own_run_file(file, trust_code=trust_code)
-    objective = config.check()
-    if config.data is None:
-        raise ConfigError(f"{file} has prompts and no data: falign train checks prompts before it loads any weights.")
-    language = load_language(config)
-    reports = [
-        inspect(
-            source.build(),
-            tokenizer=language.tokenizer,
-            stop_token_ids=language.stop_tokens,
-            window=config.data.window,
-            preferences="preference" in objective.needs,
-            keep=keep,
-        )
-        for source in (*config.data.train, *config.data.eval)
-    ]
-    for report in reports:
-        _show(report, console)
-    for report in reports:
-        _refuse(report, max_drift=max_drift, skips=config.data.bad_rows == "skip")
-    read_data(
-        config,
-        language,
-        objective,
-        tell=lambda notice: console.print(
-            notice.text, style="yellow" if notice.is_warning else None, markup=False, soft_wrap=True
-        ),
-    )
+    run()
 
 
 def _show(report: DataReport, console: Terminal) -> None:
@@ -171,28 +117,6 @@ def _show(report: DataReport, console: Terminal) -> None:
         console.print(message, style="red", markup=False, soft_wrap=True)
     for remark in report.source.remarks():
         console.print(remark, style="yellow", markup=False, soft_wrap=True)
-
-
-def _refuse(report: DataReport, *, max_drift: float | None, skips: bool = False) -> None:
-    """Raise DataError where a run would not start on a source."""
-    source = report.source
-    if not source.read:
-        raise DataError(f"{source.path} has no rows: give a file with at least one.")
-    if source.bad and not (skips and source.kept):
-        # To leave them out is a remedy only where others are left.
-        remedy = "fix the file, or set data.bad_rows=skip to leave them out" if source.kept else "fix the file"
-        raise DataError(f"{source.path}: {source.bad} bad {'row' if source.bad == 1 else 'rows'}; {remedy}.")
-    if not source.kept:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in source.dropped.items())
-        raise DataError(
-            f"{source.path}: the window drops all {source.read} rows ({reasons}): raise --max-length, or cut what is "
-            "too long (--long-prompt cut, --long-completion cut)."
-        )
-    if max_drift is not None and source.drift_share > max_drift:
-        raise DataError(
-            f"{source.path}: in {source.drift_share:.1%} of the rows the last prompt tokens change once a completion "
-            f"follows (at most {max_drift:.1%} pass): end prompts with a line break or a template's header."
-        )
 
 
 def column_mapping(text: str) -> dict[str, str]:

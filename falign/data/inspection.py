@@ -71,7 +71,40 @@ class DataReport:
     @property
     def ok(self) -> bool:
         """True if a run with ``bad_rows="error"`` would start on this source."""
-        return self.source.bad == 0 and self.source.kept > 0
+        return self.refusal() is None
+
+    def refusal(
+        self, *, skips: bool = False, section: str = "", skip_by: str | None = None, max_drift: float | None = None
+    ) -> DataError | None:
+        """Return why a run would not start on this source; None if it would.
+
+        Args:
+            skips: Whether the run leaves bad rows out.
+            section: Stands before the names of arguments in messages, such as ``data.`` of a run file.
+            skip_by: How the user asks for bad rows to be left out, for messages; the argument itself by default.
+            max_drift: The largest share of rows whose prompt may change once a completion follows.
+        """
+        source = self.source
+        if not source.read:
+            return DataError(f"{source.path} has no rows: give a file with at least one.")
+        if source.bad and not (skips and source.kept):
+            # To leave them out is a remedy only where others are left.
+            skip_by = f"{section}bad_rows=skip" if skip_by is None else skip_by
+            remedy = f"fix the file, or set {skip_by} to leave them out" if source.kept else "fix the file"
+            return DataError(f"{source.path}: {source.bad} bad {'row' if source.bad == 1 else 'rows'}; {remedy}.")
+        if not source.kept:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in source.dropped.items())
+            return DataError(
+                f"{source.path}: the window drops all {source.read} rows ({reasons}): raise `{section}max_length`, or "
+                f"cut what is too long ({section}long_prompt=cut, {section}long_completion=cut)."
+            )
+        if max_drift is not None and source.drift_share > max_drift:
+            return DataError(
+                f"{source.path}: in {source.drift_share:.1%} of the rows the last prompt tokens change once a "
+                f"completion follows (at most {max_drift:.1%} pass): end prompts with a line break or a template's "
+                "header."
+            )
+        return None
 
     def counts(self) -> list[tuple[str, int]]:
         """Return label and count, in the order to print."""

@@ -19,8 +19,8 @@ from falign.scoring.batch import PromptTree
 
 __all__ = ["Demonstrations", "LoadReport", "PreferenceData", "demonstrations", "load_preferences"]
 
-UNTOLD = ("rows kept", "distinct prompts")
-"""Counts that are not worth a place in the one line of a run."""
+OMITTED = ("rows kept", "distinct prompts")
+"""Counts that the one line of a run leaves out."""
 
 
 @dataclass(frozen=True)

@@ -214,19 +214,25 @@ def _sources(value: Any, texts: bool) -> list[Any]:
     return [source_section(value)]
 
 
-def parse_source(data: Any, *, place: str) -> DataSource:
+def parse_source(data: Any, *, place: str, beside: Mapping[str, Any] | None = None) -> DataSource:
     """Return one source of data.
 
     Args:
         data: Rows, the path of a file, or the section as a mapping, which may have ``rows`` in place of a ``path``.
         place: The source's name in messages.
+        beside: Fields of the section that are given beside it.
 
     Raises:
-        ConfigError: A key is wrong; the message names it.
+        ConfigError: A key is wrong, or given twice; the message names it.
         DataError: The rows are invalid.
     """
+    section = source_section(data)
+    if beside:
+        if twice := beside.keys() & (section.keys() if isinstance(section, Mapping) else beside.keys()):
+            raise ConfigError(f"`{min(twice)}`: {place} is a section, which has this itself; give it there alone.")
+        section = {**section, **beside}
     try:
-        return SourceConfig.model_validate(source_section(data)).build()
+        return SourceConfig.model_validate(section).build()
     except ValidationError as error:
         told = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors(include_url=False)]
         known = ", ".join(SourceConfig.model_fields)

@@ -93,3 +93,25 @@ def test_a_remedy_is_told_where_there_is_one(falign, run_file, tmp_path):
         file.write("{\n")
     status, _, err = falign("data", "check", tmp_path / "rows.jsonl")
     assert (status, err.endswith("1 bad row; fix the file, or set data.bad_rows=skip to leave them out.")) == (2, True)
+
+
+def test_messages_name_options_but_the_fields_of_a_run_file(falign, folder, run_file, tmp_path):
+    write_pairs(tmp_path / "long.jsonl")
+    long = [{**PAIR, "prompt": "a long question"}] * 8
+    options = ("--plain", "--model", folder / "tiny", "--max-length", 8, "--long-prompt", "drop")
+    status, _, err = falign("data", "check", tmp_path / "long.jsonl", *options)
+    assert status == 2
+    assert "raise --max-length, or cut what is too long (--long-prompt cut, --long-completion cut)." in err
+    status, _, err = falign("data", "check", tmp_path / "long.jsonl", "--max-length", 8)
+    assert (status, "--max-length is about tokens: give --model." in err) == (2, True)
+    status, _, err = falign("data", "check", run_file(long, data={"max_length": 4, "long_prompt": "drop"}))
+    assert (status, "raise `data.max_length`, or" in err) == (2, True)
+    status, _, err = falign("data", "check", run_file(rows(8)), "--max-length", 8)
+    assert (status, "--max-length: " in err) == (2, True)
+    source = {"path": str(tmp_path / "rows.jsonl"), "chat": False, "format": "hhh"}
+    status, _, err = falign("data", "check", run_file(rows(8), data={"train": [source]}))
+    assert (status, "format='hhh' is unknown" in err) == (2, True)
+    path = run_file(rows(8), objective={"divergence": "my_own:Divergence"})
+    (tmp_path / "manifest.json").write_text("{}")
+    status, _, err = falign("data", "check", path)
+    assert (status, "objective.divergence=my_own:Divergence" in err, "give --trust-code" in err) == (2, True, True)

@@ -1,0 +1,192 @@
+"""Checks of data before a run: ``falign.check_data``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from falign.data import DataReport, Notice, Window, check
+from falign.errors import ConfigError, FalignError
+from falign.runfile.config import DataConfig, ModelConfig, RunConfig, SourceConfig
+from falign.runfile.objects import model_section, parse_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["DataCheck", "check_data", "is_run_file"]
+
+WITHOUT_PREFERENCES = ("unpaired", "completion")
+"""Layouts whose rows do not prefer one completion to another."""
+
+NO_PREFERENCES = Notice(
+    "No row of this layout prefers a completion to another, which pairwise, listwise and token_pairwise objectives "
+    "refuse. Give the run file in place of the data to check it under its objective."
+)
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """The findings of ``check_data``.
+
+    Attributes:
+        sources: The report of each source: counts, lengths, the first bad rows, likely mistakes.
+        notices: What else is worth knowing; of a run file, what its run prints about the data.
+        refusal: Why a run would not start on the data; None if it would.
+    """
+
+    sources: tuple[DataReport, ...]
+    notices: tuple[Notice, ...] = ()
+    refusal: FalignError | None = None
+
+    @property
+    def ok(self) -> bool:
+        """True if a run would start on the data."""
+        return self.refusal is None
+
+    def require_ok(self) -> None:
+        """Raise the refusal, if there is one.
+
+        Raises:
+            FalignError: A run would not start on the data.
+        """
+        if self.refusal is not None:
+            raise self.refusal
+
+
+def check_data(
+    data: Any,
+    *,
+    model: str | Path | PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    chat_template: str | Path | None = None,
+    format: str = "auto",
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    chat: bool | None = None,
+    ignore: Sequence[str] = (),
+    max_length: int | None = None,
+    max_completion_length: int | None = None,
+    long_prompt: str | None = None,
+    long_completion: str | None = None,
+    max_drift: float | None = None,
+    keep: int = 10,
+    trust_code: bool = False,
+) -> DataCheck:
+    """Read data as a run would, and report on all rows instead of stopping at a bad one. Nothing is printed.
+
+    Args:
+        data: Pairs, lists or single completions: rows, the path of a file, or a source with its fields, such as
+            ``dict(rows=..., chat=True)``. Or a run: the path of its file (``.yaml``) or its settings; its data are
+            checked as it reads them, under its model and its objective, and no further option applies.
+        model: Count in the tokens of this model, by name or loaded; words if left out.
+        tokenizer: Of a loaded model; by default the one where it was loaded from.
+        chat_template: A Jinja template or a file with one, instead of that of a named model.
+        format: As :attr:`falign.data.DataSource.format`.
+        split: As :attr:`falign.data.DataSource.split`.
+        columns: As :attr:`falign.data.DataSource.columns`.
+        chat: As :attr:`falign.data.DataSource.chat`.
+        ignore: As :attr:`falign.data.DataSource.ignore`.
+        max_length: The window, prompt and completion together; 1024 if left out.
+        max_completion_length: As :attr:`falign.data.Window.max_completion_length`.
+        long_prompt: ``error``, ``cut`` or ``drop``; ``error`` if left out.
+        long_completion: The same; ``cut`` if left out.
+        max_drift: The largest share of rows whose prompt may change once a completion follows; a run only warns.
+        keep: How many messages about bad rows each report has.
+        trust_code: Whether code may run that the ``run.yaml`` of a run folder names.
+
+    Raises:
+        ConfigError: An option that cannot work or does not apply, a mistake in the run file, or plain texts and a model
+            with a chat template without ``chat``.
+        DataError: A source cannot be read.
+        ModelError: The model has no tokenizer.
+    """
+    if max_drift is not None and not 0 <= max_drift <= 1:
+        raise ConfigError(f"max_drift={max_drift} must be a share, from 0 to 1.")
+    ignore = ignore if isinstance(ignore, str) else list(ignore)  # a text is refused below, not taken as letters
+    fields = {"format": format, "split": split, "columns": dict(columns or {}), "chat": chat, "ignore": ignore}
+    fields = {name: value for name, value in fields.items() if value != SourceConfig.model_fields[name].default}
+    lengths: dict[str, Any] = {
+        "max_length": max_length,
+        "max_completion_length": max_completion_length,
+        "long_prompt": long_prompt,
+        "long_completion": long_completion,
+    }
+    lengths = {name: value for name, value in lengths.items() if value is not None}
+    of_model = {"tokenizer": tokenizer, "chat_template": chat_template}
+    about_tokens = [*lengths, *(name for name, value in of_model.items() if value is not None)]
+    if is_run_file(data):
+        given = [*([] if model is None else ["model"]), *about_tokens, *fields]
+        if given:
+            raise ConfigError(f"`{given[0]}`: {_name(data)} is a run file, which has this itself; leave it out.")
+        return _check_run(data, max_drift=max_drift, keep=keep, trust_code=trust_code)
+    source, options = parse_source(data, place="data", beside=fields), {}
+    if model is not None:
+        section = _model(model, tokenizer, chat_template)
+        tokenizer = section.build_tokenizer()
+        options = {
+            "tokenizer": tokenizer,
+            "stop_token_ids": section.stop_token_ids(tokenizer),
+            "window": Window(**{"max_length": DataConfig.model_fields["max_length"].default, **lengths}),
+        }
+    elif about_tokens:
+        raise ConfigError(f"`{about_tokens[0]}` is about tokens: give `model`.")
+    report = check(source, keep=keep, **options)
+    notices = [NO_PREFERENCES] if report.source.format in WITHOUT_PREFERENCES else []
+    return DataCheck((report,), tuple(notices), report.refusal(skip_by="data.bad_rows=skip", max_drift=max_drift))
+
+
+def is_run_file(data: Any) -> bool:
+    """Return whether data are given as a run: the path of its file, or its settings."""
+    return isinstance(data, RunConfig) or (isinstance(data, str | Path) and Path(data).suffix in (".yaml", ".yml"))
+
+
+def _model(
+    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, chat_template: str | Path | None
+) -> ModelConfig:
+    section = model_section(model, tokenizer)
+    if chat_template is None:
+        return ModelConfig.model_validate(section)
+    if not isinstance(section, Mapping):
+        raise ConfigError("`chat_template` applies to a model by name: set the template of the loaded tokenizer.")
+    return ModelConfig.model_validate({**section, "chat_template": str(chat_template)})
+
+
+def _check_run(run: str | Path | RunConfig, *, max_drift: float | None, keep: int, trust_code: bool) -> DataCheck:
+    """Check all rows of each source, then everything that a run refuses before it loads weights."""
+    from falign.runs.named_code import load_own_run_file
+    from falign.training.offline import read_data
+    from falign.training.parts import load_language
+
+    config = load_own_run_file(str(run), trust_code=trust_code) if isinstance(run, str | Path) else run
+    objective = config.check()
+    if config.data is None:
+        raise ConfigError(
+            f"{_name(run)} has prompts and no data: falign train checks prompts before it loads any weights."
+        )
+    language = load_language(config)
+    reports = tuple(
+        check(
+            source.build(),
+            tokenizer=language.tokenizer,
+            stop_token_ids=language.stop_tokens,
+            window=config.data.window,
+            preferences="preference" in objective.needs,
+            keep=keep,
+        )
+        for source in (*config.data.train, *config.data.eval)
+    )
+    skips, notices = config.data.bad_rows == "skip", list[Notice]()
+    refusals = (report.refusal(skips=skips, section="data.", max_drift=max_drift) for report in reports)
+    refusal: FalignError | None = next(filter(None, refusals), None)
+    if refusal is None:
+        try:
+            read_data(config, language, objective, tell=notices.append)
+        except FalignError as error:  # a finding of the check, next to those before it
+            refusal = error
+    return DataCheck(reports, tuple(notices), refusal)
+
+
+def _name(run: str | Path | RunConfig) -> str:
+    return str(run) if isinstance(run, str | Path) else f"the run of {run.output_dir}"
