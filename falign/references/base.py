@@ -122,7 +122,7 @@ class Reference(ABC):
             ModelError: The reference is not a model.
         """
         raise ModelError(
-            f"A {type(self).__name__} can score completions but not generate any: define its method acting, or use a "
+            f"A {type(self).__name__} cannot generate completions, only score them: define its method acting, or use a "
             "reference that is a model."
         )
 

@@ -9,6 +9,7 @@ from falign.references import (
     FrozenModel,
     MovingAverage,
     MovingReference,
+    Reference,
 )
 from falign.rollouts import SamplingParams, TransformersEngine
 from falign.scoring import PromptTree, completion_scores, pad
@@ -44,3 +45,18 @@ def test_values_from_disk_write_nothing():
     values, refused = Cached.__new__(Cached), pytest.raises(ModelError, match="only has values of known completions")
     with refused, values.acting(tiny_model()):
         pass
+
+
+def test_a_reference_that_only_scores_says_so_by_default():
+    class Uniform(Reference):
+        def identity(self):
+            return {"kind": "uniform"}
+
+        def logprobs(self, policy_model, batch):
+            return torch.zeros(batch.completion_mask.shape)
+
+        def states(self, policy_model, batch, *, weighting="none"):
+            raise ModelError("A uniform reference has no states.")
+
+    with pytest.raises(ModelError, match="A Uniform cannot generate completions, only score them: define its method"):
+        Uniform().acting(tiny_model())
