@@ -3,6 +3,7 @@
 from falign.references.adapters import AdapterOff, AdapterReference
 from falign.references.base import (
     REFERENCE,
+    MovingRule,
     ObjectiveInputs,
     Reference,
     check_same_at_start,
@@ -14,7 +15,7 @@ from falign.references.base import (
 )
 from falign.references.cached import Cached
 from falign.references.frozen_model import FrozenModel
-from falign.references.moving import MovingAverage, MovingReference, MovingRule, PeriodicReset
+from falign.references.moving import MovingAverage, MovingReference, PeriodicReset
 from falign.references.soup import Soup
 from falign.references.store import CacheKey, LogprobStore, entry_digest
 

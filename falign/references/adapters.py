@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from falign.errors import ModelError
 from falign.objectives import TokenWeighting
-from falign.references.base import Reference, detached_logprobs, detached_states
+from falign.references.base import MovingRule, Reference, detached_logprobs, detached_states
 from falign.scoring import (
     DEFAULT_CHUNK_TOKENS,
     Adapted,
@@ -26,7 +26,6 @@ from falign.scoring import (
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from falign.references.moving import MovingRule
 
 __all__ = ["AdapterOff", "AdapterReference", "adapter_acting"]
 

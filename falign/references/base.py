@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -35,10 +35,12 @@ from falign.scoring import (
 )
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "REFERENCE",
+    "MovingRule",
     "ObjectiveInputs",
     "Reference",
     "check_same_at_start",
@@ -53,6 +55,35 @@ __all__ = [
 REFERENCE = "reference"
 """Name of the main reference: it supplies ``reference_logprobs`` and the activations for token weights, and metrics and
 evaluation compare with it."""
+
+
+@runtime_checkable
+class MovingRule(Protocol):
+    """Rule by which a reference follows the policy; a frozen dataclass, recorded field by field."""
+
+    kind: ClassVar[str]
+
+    @property
+    def every(self) -> int:
+        """Optimizer steps between two moves."""
+        ...
+
+    @property
+    def reset_optimizer(self) -> bool:
+        """True if a move also clears the optimizer's moments."""
+        ...
+
+    def add_adapter(self, policy_model: PeftModel, name: str) -> None:
+        """Add the adapter that will follow the policy's, initially equal to it."""
+        ...
+
+    def move_adapter(self, policy_model: PeftModel, name: str) -> dict[str, float]:
+        """Move the reference's adapter, and return metrics."""
+        ...
+
+    def move_weights(self, reference_model: nn.Module, policy_model: nn.Module) -> dict[str, float]:
+        """Move a whole model, and return metrics."""
+        ...
 
 
 class Reference(ABC):

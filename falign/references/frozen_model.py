@@ -12,13 +12,12 @@ from typing_extensions import override
 
 from falign.errors import ModelError
 from falign.objectives import TokenWeighting
-from falign.references.base import Reference, detached_logprobs, detached_states
+from falign.references.base import MovingRule, Reference, detached_logprobs, detached_states
 from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from falign.references.moving import MovingRule
 
 __all__ = ["FrozenModel"]
 

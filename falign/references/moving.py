@@ -6,7 +6,7 @@ import json
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from typing_extensions import override
 from falign.errors import ModelError
 from falign.objectives import TokenWeighting
 from falign.references.adapters import AdapterReference
-from falign.references.base import Reference
+from falign.references.base import MovingRule, Reference
 from falign.references.frozen_model import FrozenModel
 from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, TokenBatch
 
@@ -25,39 +25,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["MovingAverage", "MovingReference", "MovingRule", "PeriodicReset"]
+__all__ = ["MovingAverage", "MovingReference", "PeriodicReset"]
 
 _FILE = "reference.safetensors"
 _ROOM = 4  # default rank of the average's adapter, as a multiple of the policy's
-
-
-@runtime_checkable
-class MovingRule(Protocol):
-    """Rule by which a reference follows the policy; a frozen dataclass, recorded field by field."""
-
-    kind: ClassVar[str]
-
-    @property
-    def every(self) -> int:
-        """Optimizer steps between two moves."""
-        ...
-
-    @property
-    def reset_optimizer(self) -> bool:
-        """True if a move also clears the optimizer's moments."""
-        ...
-
-    def add_adapter(self, policy_model: PeftModel, name: str) -> None:
-        """Add the adapter that will follow the policy's, initially equal to it."""
-        ...
-
-    def move_adapter(self, policy_model: PeftModel, name: str) -> dict[str, float]:
-        """Move the reference's adapter, and return metrics."""
-        ...
-
-    def move_weights(self, reference_model: nn.Module, policy_model: nn.Module) -> dict[str, float]:
-        """Move a whole model, and return metrics."""
-        ...
 
 
 @dataclass(frozen=True)
