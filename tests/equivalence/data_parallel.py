@@ -1,6 +1,7 @@
-"""One rank's share of a batch under DDP and FSDP2; run by torchrun, writes the whole gradients from rank 0."""
+"""One rank's share of a batch under DDP and FSDP2; run by torchrun, writes whole gradients and scores from rank 0."""
 
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -9,8 +10,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from falign import FDPO, CompletionBatch
+from falign.models.sharding import shard
 from falign.references import AdapterOff
 from falign.scoring import LAYOUTS, completion_scores
+from tests.conformance.test_references import BATCH, KINDS, policy_of
 from tests.scoring.models import TREES, tiny_model, with_lora
 
 SHARES = {0: TREES[:1], 1: TREES[1:]}  # one pair; a list of three and a pair: ragged
@@ -51,6 +54,19 @@ def gradients(kind, layout):
     return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
 
 
+def reference_scores(kind, folder):
+    """Log-probs under a reference: with the whole policy, and with the policy in shards; None if it refuses shards."""
+    policy = policy_of(kind)
+    reference = kind.build(policy, folder / f"rank{dist.get_rank()}")
+    if not reference.can_shard:
+        return None
+    whole = reference.logprobs(policy, BATCH)
+    shard(policy, device=torch.device("cpu"))
+    if reference.identity()["kind"] == "cached":  # else it would read what it has just kept
+        reference = kind.build(policy, folder / f"sharded{dist.get_rank()}")
+    return whole, reference.logprobs(policy, BATCH)
+
+
 def main(folder):
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -59,6 +75,9 @@ def main(folder):
             whole = gradients(kind, layout)
             if dist.get_rank() == 0:
                 torch.save(whole, f"{folder}/{kind}-{layout}.pt")
+    scores = {name: reference_scores(kind, Path(folder) / name) for name, kind in KINDS.items()}
+    if dist.get_rank() == 0:
+        torch.save(scores, f"{folder}/references.pt")
     dist.destroy_process_group()
 
 

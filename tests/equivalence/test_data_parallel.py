@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conformance.test_references import KINDS
 from tests.equivalence.data_parallel import SHARES, loss_sum, policy_model
 
 ROOT = Path(__file__).parents[2]
@@ -30,3 +31,11 @@ def test_two_ranks_give_the_gradient_of_one_process(folder, kind, layout):
     found = torch.load(folder / f"{kind}-{layout}.pt", weights_only=True)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_reference_scores_a_policy_in_shards_as_a_whole_one_or_says_that_it_cannot(folder, name):
+    found = torch.load(folder / "references.pt", weights_only=True)[name]
+    assert (found is None) == KINDS[name].moves
+    if found is not None:
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
