@@ -10,9 +10,12 @@ import json
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+from falign.code_identity import Kept, plain_code, reads_docstrings
 
 if TYPE_CHECKING:
     from falign.rewards.combination import RewardSum
@@ -53,9 +56,11 @@ def reward_identities(rewards: RewardSum) -> dict[str, str]:
 def reward_identity(reward: Any) -> str:
     """Return the SHA-256 of a reward's code and settings.
 
-    The code is the source of the reward's module and of the modules beside it that it imports, as far as import
-    statements tell: those in the same folder or package. Installed libraries and data files that a function reads are
-    not covered. Neither the order in which rewards are asked nor the place of the files changes the hash.
+    The code is that of the reward's module and of the modules beside it that it imports, as far as import statements
+    tell: those in the same folder or package. Comments and docstrings do not count (see
+    :func:`falign.code_identity.plain_code`); in modules of which one reads ``__doc__``, docstrings do. Installed
+    libraries and data files that a function reads are not covered. Neither the order in which rewards are asked nor the
+    place of the files changes the hash.
 
     Args:
         reward: A function, or any object of :class:`falign.rewards.Reward`.
@@ -76,24 +81,36 @@ def _of_callable(reward: Any) -> Identity:
 
 
 def source_hashes(module: str) -> dict[str, str]:
-    """Return the hashes of a module's source files and of those it imports from the same author, by module name."""
+    """Return the hashes of a module's code and of the modules that it imports from the same author, by module name."""
     begin = _spec(module)
     if begin is None or _file(begin) is None:
         return {}
     is_beside = _beside(begin)
-    found: dict[str, str] = {}
+    found: dict[str, tuple[ModuleSpec, bytes]] = {}
     waiting = {begin.name: begin}
     while waiting:
         name, spec = waiting.popitem()
         content = Path(spec.origin or "").read_bytes().replace(b"\r\n", b"\n")
-        found[name] = hashlib.sha256(content).hexdigest()
+        found[name] = spec, content
         for imported in _imported(content, spec):
             if imported in found or imported in waiting:
                 continue
             other = _spec(imported)
             if other is not None and is_beside(other):
                 waiting[imported] = other
-    return found
+    # None of falign's rewards reads its docstrings.
+    docstrings: Kept = "none" if begin.name.partition(".")[0] == __name__.partition(".")[0] else "read"
+    if docstrings == "read" and reads_docstrings(content.decode("utf-8", "replace") for _, content in found.values()):
+        docstrings = "all"
+    return {name: _hash(content, spec, docstrings) for name, (spec, content) in found.items()}
+
+
+def _hash(content: bytes, spec: ModuleSpec, docstrings: Kept) -> str:
+    if (spec.origin or "").endswith(".py"):
+        # What is not Python, or nested too deeply to be written anew, is hashed as it is.
+        with suppress(SyntaxError, RecursionError):
+            content = plain_code(content, docstrings=docstrings).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(content).hexdigest()
 
 
 def _beside(spec: ModuleSpec) -> Callable[[ModuleSpec], bool]:

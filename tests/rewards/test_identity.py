@@ -49,7 +49,9 @@ def test_the_source_of_the_module_and_of_those_beside_it_decide(project):
     assert deep != before
     (project / "package_of_reward" / "deep.py").write_text("scale = 1.0\n")
     assert reward_identity(score) == before
-    (project / "reward_of_identity.py").write_text(REWARD + "\n# another\n")
+    (project / "reward_of_identity.py").write_text(f'"""Rewards."""\n{REWARD}\n# another\n')
+    assert reward_identity(score) == before
+    (project / "reward_of_identity.py").write_text(REWARD.replace("[scale for", "[2 * scale for"))
     assert reward_identity(score) not in (before, deep)
 
 
