@@ -73,6 +73,10 @@ class AdapterSync(Sync):
             ) from error
 
     @override
+    def check_held(self, version: Published) -> None:
+        pass  # requests name the version, and a restarted server does not know the name
+
+    @override
     def doubt(self) -> None:
         self._loaded = None
 

@@ -135,8 +135,7 @@ class VLLMEngine(Engine):
             with ThreadPoolExecutor(min(_MOST_REQUESTS, max(len(rest), 1))) as pool:
                 replies = {i: pool.submit(ask, prompt_ids[i], seed=seeds[i]) for i in rest}
             failed = [error for reply in replies.values() if (error := reply.exception()) is not None]
-            if sync.exclusive:
-                sync.bring([published])  # raises if the server is lost by now; its replies are then dropped
+            sync.check_held(published)  # if it raises, all replies of this attempt are dropped
             answered.update({i: reply.result() for i, reply in replies.items() if reply.exception() is None})
             if failed:
                 raise next((error for error in failed if not isinstance(error, ServerLostError)), failed[0])

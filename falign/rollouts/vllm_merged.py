@@ -19,7 +19,7 @@ from falign.errors import ConfigError
 from falign.models.identity import describe
 from falign.models.staging import staged_folder
 from falign.models.structure import base_of, without_adapters
-from falign.rollouts.vllm_client import HTTPClient
+from falign.rollouts.vllm_client import HTTPClient, ServerLostError
 from falign.rollouts.vllm_description import ServerDescription, describe_server
 from falign.rollouts.vllm_published import Published, Sync
 
@@ -54,11 +54,22 @@ class MergedSync(Sync):
     @override
     def bring(self, versions: Collection[Published]) -> None:
         for version in versions:
-            # A restarted server has its first weights again, and the model's name does not show that.
-            holds = (describe_server(self._client).instance, version.name)
+            holds = self._as_held(version)
             if holds != self._held:
                 self._reload(str(version.folder))
                 self._held = holds
+
+    def _as_held(self, version: Published) -> tuple[str, str]:
+        # A restarted server has its first weights again, and the model's name does not show that.
+        return describe_server(self._client).instance, version.name
+
+    @override
+    def check_held(self, version: Published) -> None:
+        if self._as_held(version) != self._held:
+            raise ServerLostError(
+                f"{self._client.url}: the server was restarted or got other weights during the call, so replies may "
+                f"come from other weights than version {version.version}."
+            )
 
     def _reload(self, path: str) -> None:
         self._client.post("/pause?mode=wait")

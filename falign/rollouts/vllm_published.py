@@ -33,7 +33,7 @@ class Sync(Protocol):
 
     Attributes:
         kind: Its name in the run file.
-        exclusive: Whether a version replaces the one before.
+        exclusive: Whether a version replaces the one before it.
     """
 
     kind: str
@@ -45,6 +45,14 @@ class Sync(Protocol):
 
     def bring(self, versions: Collection[Published]) -> None:
         """Make sure that the server holds these versions and can sample them."""
+        ...
+
+    def check_held(self, version: Published) -> None:
+        """Refuse the replies since the last `bring` if the server may have sampled them from other weights.
+
+        Raises:
+            ServerLostError: It was restarted, or got another version.
+        """
         ...
 
     def doubt(self) -> None:

@@ -115,6 +115,13 @@ class Loopback:
         thread.start()
         return thread
 
+    def restart_unseen(self):
+        """Lose all weights that were sent, as in a restart that is over before the next request."""
+        with self.lock:
+            self.starts += 1
+            self.base = AutoModelForCausalLM.from_pretrained(self.model_folder).eval()
+            self.adapters, self.cached = {}, None
+
     # -- endpoints
 
     def answer(self, handler, body):

@@ -330,6 +330,24 @@ def test_a_server_that_was_started_anew_between_two_calls_is_noticed(serve, conn
     assert sample(engine, 0) == sound
 
 
+@pytest.mark.parametrize("sync", ["adapter", "merged"])
+def test_replies_of_a_server_that_was_restarted_unseen_during_the_call_are_dropped(serve, connect, sync):
+    server = serve()
+    engine = connect(server, sync=sync)
+    engine.publish(policy_of(server), 0)
+    sound = sample(engine, 0)
+    answer = server.on_v1_completions
+
+    def restarted(body):
+        server.on_v1_completions = answer
+        server.restart_unseen()
+        return answer(body)
+
+    server.on_v1_completions = restarted
+    assert sample(engine, 0) == sound
+    assert server.starts > 1
+
+
 def test_a_server_that_stays_away_is_an_error_that_says_how_to_go_on(serve, connect):
     server = serve()
     engine = connect(server, wait=0.5)
