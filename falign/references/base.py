@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from falign.errors import ModelError
+from falign.errors import ConfigError, ModelError
 from falign.objectives import (
     CompletionBatch,
     Measure,
@@ -43,6 +43,7 @@ __all__ = [
     "MovingRule",
     "ObjectiveInputs",
     "Reference",
+    "check_interval",
     "check_same_at_start",
     "completion_batch",
     "detached_logprobs",
@@ -95,11 +96,13 @@ class Reference(ABC):
     Attributes:
         starts_as_policy: True if it should equal the policy before the first step; this is then checked.
         moves: True if it changes during training. It is then saved in checkpoints and never cached.
+        every: Optimizer steps between two moves; None if it does not move, or at no fixed interval.
         cannot_shard: Reason why it does not work with weights sharded over processes (FSDP2); ``""`` if it works.
     """
 
     starts_as_policy: bool = False
     moves: bool = False
+    every: int | None = None
     cannot_shard: str = ""
 
     @property
@@ -172,6 +175,19 @@ class Reference(ABC):
         """
         return vocabulary
 
+    def check_rollouts(self, *, place: str, updates: int) -> None:
+        """Refuse a reference that would move between the updates on one rollout, which are all scored once.
+
+        Args:
+            place: The reference in messages.
+            updates: Optimizer steps on each rollout.
+
+        Raises:
+            ConfigError: Its interval is not a multiple of the updates, or unknown.
+        """
+        if self.moves:
+            check_interval(self.every, place=place, updates=updates)
+
     def move(self, policy_model: nn.Module, step: int, optimizer: Any) -> None:  # noqa: B027 - a fixed reference stays
         """Follow the policy if a move is due; a fixed reference does nothing.
 
@@ -198,6 +214,32 @@ class Reference(ABC):
     def metrics(self) -> dict[str, float]:
         """Return metrics to log with each loss; their names leave out the reference's own name."""
         return {}
+
+
+def check_interval(every: int | None, *, place: str, updates: int) -> None:
+    """Refuse an interval of moves within which rollouts begin and end.
+
+    Args:
+        every: Optimizer steps between two moves; None if unknown.
+        place: The reference in messages.
+        updates: Optimizer steps on each rollout.
+
+    Raises:
+        ConfigError: A move would come between two updates on one rollout, or may come there.
+    """
+    if updates == 1:
+        return
+    if every is None:
+        raise ConfigError(
+            f"{place} moves during training at an unknown interval, so it may move between the {updates} optimizer "
+            "steps on a rollout: set its attribute `every`, the number of optimizer steps between two moves, to a "
+            "multiple of these."
+        )
+    if every % updates:
+        raise ConfigError(
+            f"{place}.every={every} is not a multiple of the {updates} optimizer steps on a rollout (updates times "
+            "minibatches), so the reference would move between them: choose a multiple."
+        )
 
 
 def detached_logprobs(

@@ -152,6 +152,7 @@ class MovingReference(Reference):
     def __init__(self, held: AdapterReference | FrozenModel, *, rule: MovingRule) -> None:
         self.held = held
         self.rule = rule
+        self.every = rule.every
         self.num_moves = 0
         self.start = held.identity()["weights"]
         self.config = held.identity().get("config")

@@ -248,12 +248,9 @@ class _MovingConfig(ReferenceSection):
 
     @override
     def check_rollouts(self, *, field: str, updates: int) -> None:
-        if self.every % updates:
-            raise ConfigError(
-                f"{field}.every={self.every} is no multiple of the {updates} optimizer steps of a rollout "
-                "(rollout.updates times rollout.minibatches), so the reference would move in the midst of one: "
-                "make it one."
-            )
+        from falign.references import check_interval
+
+        check_interval(self.every, place=field, updates=updates)
 
     @override
     def check_sharding(self, *, field: str) -> None:

@@ -56,7 +56,9 @@ class ReferenceSection(FrozenModel):
         """
 
     def check_rollouts(self, *, field: str, updates: int) -> None:
-        """Refuse a reference that would move between the updates on one rollout.
+        """Refuse a reference that would move between the updates on one rollout, before anything is loaded.
+
+        References of your own are asked when they are made (:meth:`falign.references.Reference.check_rollouts`).
 
         Args:
             field: The section in messages.

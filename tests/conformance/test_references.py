@@ -177,6 +177,17 @@ def test_it_stays_until_it_moves_and_moves_when_it_is_due(kind, built):
     assert (reference.metrics().get("moves") == 1.0) == kind.moves
 
 
+def test_it_does_not_move_between_the_updates_on_a_rollout(kind, built):
+    _, reference = built
+    for updates in (1, 2):
+        reference.check_rollouts(place="reference", updates=updates)
+    if kind.moves:
+        with pytest.raises(ConfigError, match=r"reference\.every=2 is not a multiple of the 4 optimizer steps"):
+            reference.check_rollouts(place="reference", updates=4)
+    else:
+        reference.check_rollouts(place="reference", updates=4)
+
+
 def test_what_is_saved_is_gone_on_from_bit_for_bit(kind, built, tmp_path):
     policy, reference = built
     (state := tmp_path / "state").mkdir()

@@ -1,5 +1,6 @@
-"""A reference of a user's own, as a run file names it: ``kind: tests.references.own:Shifted``."""
+"""References of a user's own, as a run file names them: ``kind: tests.references.own:Shifted``."""
 
+import json
 from typing import Any
 
 from falign.models import weights_hash
@@ -23,3 +24,29 @@ class Shifted(Reference):
 
     def states(self, policy_model, batch, *, weighting="none"):
         return self.base.states(policy_model, batch, weighting=weighting)
+
+
+class Following(Shifted):
+    """The same, with a constant that grows with each move."""
+
+    moves = True
+
+    def __init__(self, context: BuildContext, every: int | None = None) -> None:
+        super().__init__(context)
+        self.every, self.starts_as_policy = every, False
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "following", "weights": self.base.weights}
+
+    def move(self, policy_model, step, optimizer):
+        if step and step % (self.every or 1) == 0:
+            self.shift += 0.25
+
+    def metrics(self):
+        return {"shift": self.shift}
+
+    def save(self, folder, policy_model):
+        (folder / "shift.json").write_text(json.dumps(self.shift))
+
+    def load(self, folder, policy_model):
+        self.shift = json.loads((folder / "shift.json").read_text())

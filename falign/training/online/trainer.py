@@ -17,7 +17,7 @@ from falign.data import PromptRow
 from falign.errors import ConfigError, EngineError, NonFiniteRewardError, RewardError, TrainingError
 from falign.objectives import Objective, complete
 from falign.objectives.batch import ONLINE
-from falign.references import ObjectiveInputs, Reference
+from falign.references import REFERENCE, ObjectiveInputs, Reference
 from falign.rewards import RewardSum
 from falign.rollouts.buffer import RolloutBuffer
 from falign.runfile.prompts_config import RolloutConfig
@@ -133,6 +133,9 @@ class OnlineTrainer(AlignmentTrainer):
             advise=advise,
             **kwargs,
         )
+        for name, reference in self.references.items():
+            place = name if name == REFERENCE else f"references.{name}"
+            reference.check_rollouts(place=place, updates=rollout.num_updates)
         self.value_head = value_head
         self.rollout_scorer = RolloutScorer(
             self.policy,

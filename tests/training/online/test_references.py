@@ -96,6 +96,25 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(start, monkeypat
 
 
 def test_a_reference_that_would_move_within_a_rollout_is_refused(start):
-    with pytest.raises(ConfigError, match=r"reference.every=2 is no multiple of the 4 optimizer steps of a rollout"):
+    with pytest.raises(ConfigError, match=r"reference.every=2 is not a multiple of the 4 optimizer steps on a rollout"):
         start(reference=AVERAGE, rollout={"updates": 2, "minibatches": 2})
     start(reference={**AVERAGE, "every": 4}, rollout={"updates": 2, "minibatches": 2}, training={"max_steps": 5})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"every": 3}, r"reference.every=3 is not a multiple of the 2 optimizer steps on a rollout"),
+        ({}, r"reference moves during training at an unknown interval.*set its attribute `every`"),
+    ],
+    ids=["between two updates", "unknown"],
+)
+def test_a_reference_of_ones_own_that_may_move_within_a_rollout_is_refused(start, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        start(reference={"kind": "tests.references.own:Following", **settings}, rollout={"updates": 2})
+
+
+def test_a_reference_of_ones_own_moves_between_rollouts(start):
+    own = {"kind": "tests.references.own:Following", "every": 2}
+    summary = start(reference=own, rollout={"updates": 2}, training={"max_steps": 4})
+    assert [log["reference/shift"] for log in summary.folder.metrics() if "loss" in log] == [0.0, 0.0, 0.25, 0.25]
