@@ -1,14 +1,16 @@
-"""The built-in rewards; each is a function whose signature and docstring also make its section of the run file.
+"""The built-in rewards, each described once: its function's signature and docstring also make its run-file section.
 
-A new reward is a function here with its row in :data:`REWARDS`; one that must be killable also has a module in
-:mod:`falign.rewards.verifiers`, which judges a completion in another process.
+A new reward is a function here with its row in :data:`REWARDS`. For one that must be killable, a function in
+:mod:`falign.rewards.verifiers` judges a completion in another process. It takes the settings that are named here, and
+repeats neither their defaults nor their checks. Settings are not read from its own signature, because its module may
+import libraries (sympy) that a run without this reward need not load, and because types would be lost to callers.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -45,8 +47,21 @@ __all__ = [
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "fastest"]
 Seconds = Annotated[float, Field(gt=0)]
 
-MODULES = "falign.rewards.verifiers"
 SQL_SHARE = 0.8  # share of the deadline after which the database stops the query, so that its process survives
+
+
+def _verifier(
+    name: str,
+    judge: str,
+    timeout: float,
+    failed: float | None,
+    columns: Mapping[str, str],
+    settings: Mapping[str, Any],
+    templates: Mapping[str, str] | None = None,
+) -> Verifier:
+    """Return a verifier with a function of :mod:`falign.rewards.verifiers`; its arguments are those of the class."""
+    function = f"falign.rewards.verifiers.{judge}"
+    return Verifier(name, function, columns, templates or {}, settings, timeout=timeout, failed=failed)
 
 
 def mathematics(
@@ -64,14 +79,7 @@ def mathematics(
         timeout: See :class:`Verifier`.
         failed: See :class:`Verifier`.
     """
-    return Verifier(
-        "math",
-        f"{MODULES}.mathematics:score",
-        columns={"answer": answer},
-        parameters={"decimals": decimals},
-        timeout=timeout,
-        failed=failed,
-    )
+    return _verifier("math", "mathematics:score", timeout, failed, {"answer": answer}, {"decimals": decimals})
 
 
 def number(
@@ -85,18 +93,11 @@ def number(
 
     Args:
         answer: The column with a number, or a text whose last number it is, or the first after ``####``.
-        tolerance: Largest difference as a share of the answer.
+        tolerance: Largest difference as a share of the answer, or of 1 if that is 0.
         timeout: See :class:`Verifier`.
         failed: See :class:`Verifier`.
     """
-    return Verifier(
-        "number",
-        f"{MODULES}.numbers:score",
-        columns={"answer": answer},
-        parameters={"tolerance": tolerance},
-        timeout=timeout,
-        failed=failed,
-    )
+    return _verifier("number", "numbers:score", timeout, failed, {"answer": answer}, {"tolerance": tolerance})
 
 
 def choice(
@@ -116,14 +117,11 @@ def choice(
         timeout: See :class:`Verifier`.
         failed: See :class:`Verifier`.
     """
-    return Verifier(
-        "choice",
-        f"{MODULES}.choice:{'score' if options is None else 'score_with_options'}",
-        columns={"answer": answer} if options is None else {"answer": answer, "options": options},
-        parameters={"letters": letters},
-        timeout=timeout,
-        failed=failed,
-    )
+    settings = {"letters": letters}
+    if options is None:
+        return _verifier("choice", "choice:score", timeout, failed, {"answer": answer}, settings)
+    columns = {"answer": answer, "options": options}
+    return _verifier("choice", "choice:score_with_options", timeout, failed, columns, settings)
 
 
 def regex(
@@ -155,14 +153,10 @@ def regex(
             f"reward regex: the pattern {pattern!r:.80} has no group that could equal answer={answer!r}; put "
             "parentheses around what is to be compared."
         )
-    return Verifier(
-        "regex",
-        f"{MODULES}.patterns:{'matches' if answer is None else 'matches_answer'}",
-        columns={} if answer is None else {"answer": answer},
-        parameters={"pattern": pattern, "whole": whole},
-        timeout=timeout,
-        failed=failed,
-    )
+    settings = {"pattern": pattern, "whole": whole}
+    if answer is None:
+        return _verifier("regex", "patterns:matches", timeout, failed, {}, settings)
+    return _verifier("regex", "patterns:matches_answer", timeout, failed, {"answer": answer}, settings)
 
 
 def sections(
@@ -175,13 +169,7 @@ def sections(
         timeout: See :class:`Verifier`.
         failed: See :class:`Verifier`.
     """
-    return Verifier(
-        "sections",
-        f"{MODULES}.patterns:sections",
-        parameters={"tags": list(tags)},
-        timeout=timeout,
-        failed=failed,
-    )
+    return _verifier("sections", "patterns:sections", timeout, failed, {}, {"tags": list(tags)})
 
 
 def sql(
@@ -201,7 +189,7 @@ def sql(
         database: The file in it, made of columns in braces.
         answer: The column with the row's query.
         max_rows: Most rows that it may return.
-        skip_empty: Whether rows whose query returns nothing do not apply.
+        skip_empty: Whether rows whose query returns nothing, as many wrong queries do, are left out.
         timeout: See :class:`Verifier`; for both queries together.
         failed: See :class:`Verifier`.
 
@@ -211,21 +199,14 @@ def sql(
     root = Path(root)
     if not root.is_dir():
         raise ConfigError(f"reward sql: root={str(root)!r} is not a folder; give the one that holds the databases.")
-    parameters: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "root": str(root.absolute()),
         "seconds": SQL_SHARE * timeout,
         "max_rows": max_rows,
         "skip_empty": skip_empty,
     }
-    return Verifier(
-        "sql",
-        f"{MODULES}.sql:score",
-        columns={"answer": answer},
-        templates={"database": database},
-        parameters=parameters,
-        timeout=timeout,
-        failed=failed,
-    )
+    templates = {"database": database}
+    return _verifier("sql", "sql:score", timeout, failed, {"answer": answer}, settings, templates)
 
 
 def words(

@@ -56,7 +56,8 @@ def test_a_query_that_sorts_more_than_sqlite_keeps_in_memory_has_its_rows(pool, 
     texts = "SELECT printf('%0200d', i * 7919 % 90001) AS text FROM n ORDER BY text LIMIT -1 OFFSET 5"
     query = f"{numbers} SELECT count(*) FROM ({texts})"
     arguments = {"completion": query, "answer": query, "database": "empty.sqlite", "root": str(tmp_path)}
-    (outcome,) = pool.run([Call("falign.rewards.verifiers.sql:score", arguments | {"seconds": 60.0}, 90.0)])
+    settings = {"seconds": 60.0, "max_rows": 10_000, "skip_empty": False}
+    (outcome,) = pool.run([Call("falign.rewards.verifiers.sql:score", arguments | settings, 90.0)])
     assert outcome.value == 1.0, outcome
 
 

@@ -10,14 +10,14 @@ from .answers import after_mark, answer_text, last_match
 __all__ = ["chosen_letter", "score", "score_with_options"]
 
 
-def score(completion: str, answer: Any, *, letters: str = "ABCDE") -> float:
+def score(completion: str, answer: Any, *, letters: str) -> float:
     r"""Return 1 if the completion chooses the row's letter, else 0; a completion that names two chooses none.
 
     Args:
         completion: What counts is its last ``\boxed`` or ``####``, or else its last "answer is (C)" and the like, or
             else its last line where that is a letter or begins with one as options do (``C)``).
         answer: The letter, in any case, with or without brackets.
-        letters: Those that may be chosen.
+        letters: See :func:`falign.rewards.choice`.
 
     Raises:
         RowError: The answer is missing, or none of the letters.
@@ -26,14 +26,14 @@ def score(completion: str, answer: Any, *, letters: str = "ABCDE") -> float:
     return float(chosen_letter(completion, letters=letters.upper()) == expected)
 
 
-def score_with_options(completion: str, answer: Any, options: Any, *, letters: str = "ABCDE") -> float:
+def score_with_options(completion: str, answer: Any, options: Any, *, letters: str) -> float:
     """Return what :func:`score` does, where a completion may also end with the text of an option.
 
     Args:
         completion: As for :func:`score`; where it names no letter, its last line is compared with the options.
         answer: The letter.
         options: The options as texts, in the order of the letters.
-        letters: Those that may be chosen.
+        letters: See :func:`falign.rewards.choice`.
 
     Raises:
         RowError: The answer is missing or has no option, or the options are not a list of texts.

@@ -26,14 +26,14 @@ FUNCTIONS = frozenset({"arccos", "arcsin", "arctan", "cos", "cot", "csc", "exp",
 EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 
 
-def score(completion: str, answer: Any, *, decimals: int = 6) -> float:
+def score(completion: str, answer: Any, *, decimals: int) -> float:
     r"""Return 1 if the completion's answer equals the row's, else 0.
 
     Args:
         completion: Its last ``\boxed``, or else what follows its last ``####``, its last formula or
             number, or its last line, is its answer. A formula without a mark that ends with ``=`` is a question.
         answer: LaTeX, an expression, a number, a list of them, or a text whose answer follows ``####``.
-        decimals: Digits after the point to which numbers must agree.
+        decimals: See :func:`falign.rewards.mathematics`.
 
     Raises:
         RowError: The answer is missing or no expression, or has words that would be read as products of letters.

@@ -24,13 +24,13 @@ NUMBERED = re.compile(r"^[ \t]*\(?\w{1,2}\)[ \t]*$", re.MULTILINE)
 EXPRESSION = re.compile(r"(?:[\d)][ \t]*[-+*/^×÷·−:][ \t]*[-+−]?[ \t]*\(?|[{^_])[ \t]*$")
 
 
-def score(completion: str, answer: Any, *, tolerance: float = 1e-6) -> float:
+def score(completion: str, answer: Any, *, tolerance: float) -> float:
     r"""Return 1 if the completion's number is the row's, else 0.
 
     Args:
         completion: Its last number counts, or the first after its last ``####`` or ``\boxed``.
         answer: A number, or a text read in the same way (``"#### 1,000"``).
-        tolerance: Largest difference as a share of the answer; of 1 where that is 0.
+        tolerance: See :func:`falign.rewards.number`.
 
     Raises:
         RowError: The answer is missing, holds no number, or is a calculation.

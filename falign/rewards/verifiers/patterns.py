@@ -9,25 +9,25 @@ from .answers import answer_text, last_match
 __all__ = ["matches", "matches_answer", "sections"]
 
 
-def matches(completion: str, pattern: str, *, whole: bool = False) -> float:
+def matches(completion: str, *, pattern: str, whole: bool) -> float:
     """Return 1 if a pattern occurs, else 0.
 
     Args:
         completion: The text.
-        pattern: A regular expression of Python's; flags go inside (``(?s)``).
-        whole: Whether it must match the whole completion, not a part of it.
+        pattern: See :func:`falign.rewards.regex`.
+        whole: See :func:`falign.rewards.regex`.
     """
     return float((re.fullmatch if whole else re.search)(pattern, completion) is not None)
 
 
-def matches_answer(completion: str, answer: Any, pattern: str, *, whole: bool = False) -> float:
+def matches_answer(completion: str, answer: Any, *, pattern: str, whole: bool) -> float:
     """Return 1 if a pattern's first group is the row's answer in its last match, else 0.
 
     Args:
         completion: The text.
         answer: A text or a number; white space at its ends does not count.
-        pattern: As for :func:`matches`, with a group.
-        whole: As for :func:`matches`.
+        pattern: It has a group.
+        whole: See :func:`falign.rewards.regex`.
 
     Raises:
         RowError: The answer is missing or empty, or neither a text nor a number.

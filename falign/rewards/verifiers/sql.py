@@ -26,9 +26,9 @@ def score(
     *,
     database: str,
     root: str,
-    seconds: float = 10.0,
-    max_rows: int = 10_000,
-    skip_empty: bool = False,
+    seconds: float,
+    max_rows: int,
+    skip_empty: bool,
 ) -> float | None:
     """Return 1 if both queries return the same rows, else 0; None where the row's returns nothing and is skipped.
 
@@ -41,8 +41,8 @@ def score(
         database: The file, relative to ``root``.
         root: The folder that holds all of them.
         seconds: Time for both queries.
-        max_rows: Most rows of the row's query.
-        skip_empty: Whether a row whose query returns nothing, as any number of wrong ones do, does not apply.
+        max_rows: See :func:`falign.rewards.sql`.
+        skip_empty: See :func:`falign.rewards.sql`.
 
     Raises:
         RowError: The file is not a database below ``root``, or the row's query is missing or fails there.

@@ -1,10 +1,14 @@
 from collections import Counter
+from functools import partial
 
 import pytest
 
-from falign.rewards.verifiers import RowError
-from falign.rewards.verifiers.choice import chosen_letter, score, score_with_options
+from falign.rewards import choice as settings
+from falign.rewards.verifiers import RowError, choice
+from falign.rewards.verifiers.choice import chosen_letter, score_with_options
 from tests.rewards.verifiers.gsm8k import rows
+
+score = partial(choice.score, **settings().parameters)
 
 OPTIONS = ["A)125", "B)150", "C) 2 ft", "D)225", "E)None of these"]
 

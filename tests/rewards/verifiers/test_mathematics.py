@@ -1,8 +1,12 @@
+from functools import partial
+
 import pytest
 
-from falign.rewards.verifiers import RowError
-from falign.rewards.verifiers.mathematics import score
+from falign.rewards import mathematics as settings
+from falign.rewards.verifiers import RowError, mathematics
 from tests.rewards.verifiers.gsm8k import attempts, rows
+
+score = partial(mathematics.score, **settings().parameters)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,13 @@
+from functools import partial
+
 import pytest
 
-from falign.rewards.verifiers import RowError
-from falign.rewards.verifiers.numbers import last_number, score
+from falign.rewards import number
+from falign.rewards.verifiers import RowError, numbers
+from falign.rewards.verifiers.numbers import last_number
 from tests.rewards.verifiers.gsm8k import attempts, rows
+
+score = partial(numbers.score, **number().parameters)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from falign.rewards.verifiers import RowError
 from falign.rewards.verifiers.sql import extract_query, score
 
 GOLD = "SELECT name FROM singer WHERE age > 20"
+SETTINGS = {"seconds": 10.0, "max_rows": 10_000, "skip_empty": False}
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def root(tmp_path):
 
 
 def judge(root, completion, answer=GOLD, **options):
-    return score(completion, answer, database="concert.sqlite", root=str(root), **options)
+    return score(completion, answer, database="concert.sqlite", root=str(root), **{**SETTINGS, **options})
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_a_query_that_does_more_than_read_fails_and_changes_nothing(root, comple
 def test_a_database_outside_the_folder_or_missing_is_the_rows_fault(root, database):
     (root / "link.sqlite").symlink_to(root.parent / "outside.sqlite")
     with pytest.raises(RowError, match=r"is not inside|there is no database"):
-        score(GOLD, GOLD, database=database, root=str(root))
+        score(GOLD, GOLD, database=database, root=str(root), **SETTINGS)
 
 
 def test_a_query_of_the_row_that_fails_is_the_rows_fault(root):
@@ -146,9 +147,10 @@ def test_the_queries_of_spider_return_what_the_data_says_and_equal_themselves(sh
     told_apart = 0
     for question in questions:
         database, gold = f"{question['db_id']}.sqlite", question["query"]
-        value = score(gold, gold, database=database, root=root, skip_empty=True)
+        value = score(gold, gold, database=database, root=root, **{**SETTINGS, "skip_empty": True})
         assert value == (1.0 if question["gold_rows"] else None), question
-        told_apart += score(others[question["db_id"]]["query"], gold, database=database, root=root) == 0.0
+        other = others[question["db_id"]]["query"]
+        told_apart += score(other, gold, database=database, root=root, **SETTINGS) == 0.0
     # A wrong query may return the right rows by chance, and each database's last query is right on itself.
     assert told_apart == 666
 
@@ -156,4 +158,4 @@ def test_the_queries_of_spider_return_what_the_data_says_and_equal_themselves(sh
 def test_a_link_out_of_the_folder_is_the_rows_fault(root):
     (root / "link.sqlite").symlink_to(root.parent / "outside.sqlite")
     with pytest.raises(RowError, match="is not inside"):
-        score(GOLD, GOLD, database="link.sqlite", root=str(root))
+        score(GOLD, GOLD, database="link.sqlite", root=str(root), **SETTINGS)
