@@ -228,11 +228,12 @@ class BaseObjective(ABC):
 
     @property
     def rewarding(self) -> bool:
-        """True if :meth:`completion_rewards` is defined; scoring and reward benchmarks need it."""
-        return False
+        """True if :meth:`completion_rewards` or :attr:`link` is defined; scoring and reward benchmarks need one."""
+        has_own = type(self).completion_rewards is not BaseObjective.completion_rewards
+        return has_own or self.link is not None
 
     def completion_rewards(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
-        """Return the implicit reward of each completion, as in the metrics ``rewards/*``.
+        """Return the implicit reward of each completion, as in the metrics ``rewards/*``; by default that of the link.
 
         Args:
             batch: Completions with all fields that the objective reads, except ``preference``.
@@ -243,7 +244,9 @@ class BaseObjective(ABC):
         Raises:
             TypeError: The objective defines no implicit reward.
         """
-        raise TypeError(f"{type(self).__name__} defines no implicit reward.")
+        if self.link is None:
+            raise TypeError(f"{type(self).__name__} defines no implicit reward.")
+        return self.link.rewards_of(batch).rewards
 
 
 @dataclass(frozen=True)

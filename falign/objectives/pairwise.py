@@ -80,11 +80,6 @@ class Pairwise(BaseObjective):
     def needs(self) -> frozenset[str]:
         return frozenset({"reference_logprobs", "preference"})
 
-    @property
-    @override
-    def rewarding(self) -> bool:
-        return True
-
     def implicit_reward(self, log_ratio: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         """Return ``r̂ = β f'(u)``, the reward that this method defines, up to a constant per prompt.
 
@@ -95,10 +90,6 @@ class Pairwise(BaseObjective):
             The reward, same shape.
         """
         return self.link.reward(log_ratio)
-
-    @override
-    def completion_rewards(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
-        return self.link.rewards_of(batch).rewards
 
     @override
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:

@@ -102,11 +102,6 @@ class TokenPairwise(BaseObjective):
     def measures(self) -> Mapping[str, Measure]:
         return {"divergence": DivergenceTo(self.divergence)}
 
-    @property
-    @override
-    def rewarding(self) -> bool:
-        return True
-
     def implicit_reward(self, log_ratio: Float[Tensor, "*S"], divergence: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         """Return ``r̂ = β (m + a δ)`` with ``a = 1`` in variant 1 and ``a = α`` in variant 2.
 
