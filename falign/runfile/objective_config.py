@@ -24,25 +24,30 @@ __all__ = [
 ]
 
 
-class PairwiseConfig(ObjectiveSection):
-    """f-DPO on pairs; DPO with the reverse KL."""
+class _RegularizedSection(ObjectiveSection):
+    """An objective on preferences, with a divergence and its strength."""
 
-    kind: Literal["pairwise"] = "pairwise"
-    method = "f-DPO on pairs"
     learns_from_preferences = True
     divergence: str = "reverse_kl"
     """A name (``falign divergences`` lists them), or ``module:attribute`` with a divergence of your own."""
     beta: float = Field(default=0.1, gt=0)
-    margin_loss: str = "logistic"
-    """``logistic`` (f-DPO), ``hinge``, ``ipo``, ``squared`` (IPO of whole completions), ``robust(0.1)``,
-    ``exo(0.001)``."""
-    length_norm: Literal["none", "token"] | None = None
-    """``token`` divides log-ratios by length. Default: ``token`` with ``ipo``, otherwise ``none``."""
 
     @property
     @override
     def title(self) -> str:
         return f"{self.divergence}, β = {self.beta:g}"
+
+
+class PairwiseConfig(_RegularizedSection):
+    """f-DPO on pairs; DPO with the reverse KL."""
+
+    kind: Literal["pairwise"] = "pairwise"
+    method = "f-DPO on pairs"
+    margin_loss: str = "logistic"
+    """``logistic`` (f-DPO), ``hinge``, ``ipo``, ``squared`` (IPO of whole completions), ``robust(0.1)``,
+    ``exo(0.001)``."""
+    length_norm: Literal["none", "token"] | None = None
+    """``token`` divides log-ratios by length. Default: ``token`` with ``ipo``, otherwise ``none``."""
 
     @override
     def build(self) -> Objective:
@@ -50,21 +55,12 @@ class PairwiseConfig(ObjectiveSection):
             return Pairwise(named_divergence(self.divergence), self.margin_loss, self.beta, self.length_norm)
 
 
-class ListwiseConfig(ObjectiveSection):
+class ListwiseConfig(_RegularizedSection):
     """Plackett-Luce f-DPO on two or more ranked completions per prompt."""
 
     kind: Literal["listwise"] = "listwise"
     method = "f-DPO on ranked lists"
-    learns_from_preferences = True
-    divergence: str = "reverse_kl"
-    """As under ``pairwise``."""
-    beta: float = Field(default=0.1, gt=0)
     length_norm: Literal["none", "token"] = "none"
-
-    @property
-    @override
-    def title(self) -> str:
-        return f"{self.divergence}, β = {self.beta:g}"
 
     @override
     def build(self) -> Objective:
@@ -72,15 +68,13 @@ class ListwiseConfig(ObjectiveSection):
             return Listwise(named_divergence(self.divergence), self.beta, self.length_norm)
 
 
-class TokenPairwiseConfig(ObjectiveSection):
+class TokenPairwiseConfig(_RegularizedSection):
     """TDPO on pairs, with the divergence over the full vocabulary at each token."""
 
     kind: Literal["token_pairwise"] = "token_pairwise"
     method = "TDPO, a divergence per token"
-    learns_from_preferences = True
     divergence: str = "forward_kl"
     """As under ``pairwise``, without restriction; the paper uses the forward KL."""
-    beta: float = Field(default=0.1, gt=0)
     alpha: float | None = Field(default=None, ge=0)
     """Weight of the divergences in variant 2, 0.5 by default."""
     variant: Literal[1, 2] = 2
@@ -88,11 +82,6 @@ class TokenPairwiseConfig(ObjectiveSection):
     """``mapo``: tokens count by the mask of SparsePO's MaPO, from the reference's activations, between 0 and 1; with
     variant 1 it is the paper's loss. ``activations``: by falign's own weights, the mean absolute activations of the
     reference's layers, with a mean of 1 in a completion."""
-
-    @property
-    @override
-    def title(self) -> str:
-        return f"{self.divergence}, β = {self.beta:g}"
 
     @override
     def build(self) -> Objective:
