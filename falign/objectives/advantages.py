@@ -168,8 +168,8 @@ def group_normalised(
         >>> group_normalised(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 0]), eps=0.0)
         tensor([-1.,  0.,  1.])
     """
-    centred, deviation = group_centred(rewards, prompt_index), group_deviation(rewards, prompt_index)
-    return torch.where(deviation == 0, torch.zeros_like(centred), centred / (deviation + eps))
+    centered, deviation = group_centred(rewards, prompt_index), group_deviation(rewards, prompt_index)
+    return torch.where(deviation == 0, torch.zeros_like(centered), centered / (deviation + eps))
 
 
 ADVANTAGES: Registry[Advantage] = Registry(

@@ -10,7 +10,7 @@ from falign.rewards.child import Call, ChildPool, Outcome, shared_pool
 from falign.rewards.combination import Rewards, RewardSum, WeightedReward
 from falign.rewards.groups import GroupShares, best_of_n, calibrate, group_shares, keep, pass_at_k, pass_rates
 from falign.rewards.identity import Identified, Identity, reward_identities, reward_identity
-from falign.rewards.lexicon import Lexicon, Words, fit_lexicon, read_labelled, read_lexicon
+from falign.rewards.lexicon import Lexicon, Words, fit_lexicon, read_labeled, read_lexicon
 from falign.rewards.own_function import OwnFunction, TimedFunction
 from falign.rewards.verifier import Verifier
 
@@ -46,7 +46,7 @@ __all__ = [
     "number",
     "pass_at_k",
     "pass_rates",
-    "read_labelled",
+    "read_labeled",
     "read_lexicon",
     "regex",
     "reward_identities",

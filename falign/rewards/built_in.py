@@ -20,7 +20,7 @@ from falign import divergences
 from falign.errors import ConfigError
 from falign.registry import Registry, is_own_name
 from falign.rewards.base import LoadsModel, ReadsFile, Reward
-from falign.rewards.lexicon import Lexicon, Words, fit_lexicon, read_labelled, read_lexicon
+from falign.rewards.lexicon import Lexicon, Words, fit_lexicon, read_labeled, read_lexicon
 from falign.rewards.own_function import OwnFunction
 from falign.rewards.verifier import Verifier
 
@@ -259,7 +259,7 @@ def sentiment(
     Raises:
         DataError: A row lacks a column, or there are not two classes.
     """
-    texts, labels = read_labelled(path, positive=positive)
+    texts, labels = read_labeled(path, positive=positive)
     return fit_lexicon(texts, labels, smoothing=smoothing, output=output)
 
 

@@ -18,7 +18,7 @@ from falign.json_lines import split_lines
 from falign.rewards.base import column, place_of
 from falign.rewards.identity import Identity
 
-__all__ = ["Lexicon", "Words", "fit_lexicon", "read_labelled", "read_lexicon"]
+__all__ = ["Lexicon", "Words", "fit_lexicon", "read_labeled", "read_lexicon"]
 
 
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
@@ -97,7 +97,7 @@ def fit_lexicon(
 ) -> Lexicon:
     """Return the naive Bayes classifier of labeled texts; its ``sum`` is the log-odds of the positive class.
 
-    The weight of a word is ``log p(w|positive) - log p(w|negative)``, each ``(count + smoothing)`` normalised over the
+    The weight of a word is ``log p(w|positive) - log p(w|negative)``, each ``(count + smoothing)`` normalized over the
     words that occur.
 
     Args:
@@ -118,18 +118,18 @@ def fit_lexicon(
     if num_positive in (0, len(positive)):
         raise ValueError("Both classes need texts: all labels are the same.")
     vocabulary = counts[True].keys() | counts[False].keys()
-    normaliser = {label: math.log(count.total() + smoothing * len(vocabulary)) for label, count in counts.items()}
+    normalizer = {label: math.log(count.total() + smoothing * len(vocabulary)) for label, count in counts.items()}
     weights = {
         word: math.log(counts[True][word] + smoothing)
-        - normaliser[True]
+        - normalizer[True]
         - math.log(counts[False][word] + smoothing)
-        + normaliser[False]
+        + normalizer[False]
         for word in vocabulary
     }
     return Lexicon(weights, math.log(num_positive / (len(positive) - num_positive)), output)
 
 
-def read_labelled(path: str | Path, *, positive: str) -> tuple[list[str], list[bool]]:
+def read_labeled(path: str | Path, *, positive: str) -> tuple[list[str], list[bool]]:
     """Return texts and labels of a JSONL file (also ``.gz``) with the columns ``text`` and ``label``.
 
     Args:

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from falign.errors import DataError
-from falign.rewards import Lexicon, fit_lexicon, read_labelled, read_lexicon
+from falign.rewards import Lexicon, fit_lexicon, read_labeled, read_lexicon
 
 
 def test_outputs():
@@ -51,16 +51,16 @@ def test_a_file_of_words(tmp_path):
 def test_a_file_of_labelled_texts(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "a", "label": "pos"}\n{"text": "b", "label": "neg"}\n')
-    assert read_labelled(path, positive="pos") == (["a", "b"], [True, False])
+    assert read_labeled(path, positive="pos") == (["a", "b"], [True, False])
     with pytest.raises(DataError, match="all or none of its rows have the label 'positive'"):
-        read_labelled(path, positive="positive")
+        read_labeled(path, positive="positive")
     path.write_text('{"text": "a"}\n')
     with pytest.raises(DataError, match=r"texts.jsonl:1: KeyError: 'label'"):
-        read_labelled(path, positive="pos")
+        read_labeled(path, positive="pos")
 
 
 def test_snippets_teach_the_sentiment_of_other_snippets(shared_data):
-    texts, labels = read_labelled(shared_data("movie-sentiment/sentence_polarity.jsonl.gz"), positive="pos")
+    texts, labels = read_labeled(shared_data("movie-sentiment/sentence_polarity.jsonl.gz"), positive="pos")
     assert len(texts) == 8528
     fitted = fit_lexicon(texts[::2], labels[::2])
     right = [(fitted.value(text) > 0) == label for text, label in zip(texts[1::2], labels[1::2], strict=True)]
