@@ -67,8 +67,8 @@ class Reward(Protocol):
         Args:
             prompts: The prompt of each completion.
             completions: Their texts, without the stop token.
-            columns: One value per completion, under the names of the data's columns; what else is known of the
-                completions (``prompt_ids``, ``completion_ids``, ``place``) comes the same way.
+            columns: The columns of the data by name, and ``prompt_ids``, ``completion_ids`` and ``place``; each a list
+                with one value per completion.
         """
         ...
 
@@ -78,7 +78,7 @@ class DatedReward(Protocol):
     """A reward whose inputs contain the date, such as a model with a date in its chat template."""
 
     def fix_date(self, date: datetime) -> None:
-        """Use this date from now on."""
+        """Write this date from now on."""
         ...
 
 
@@ -100,7 +100,7 @@ class Scores(NamedTuple):
 
 @runtime_checkable
 class RowReward(Protocol):
-    """A reward that reads columns, and can report rows that it cannot judge before there are completions."""
+    """A reward that reports rows whose completions it cannot judge, before there are any."""
 
     def row_errors(self, prompts: list[Any], **columns: list[Any]) -> list[str | None]:
         """Return for each row why its completions cannot be judged; None if they can.

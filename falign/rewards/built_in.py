@@ -112,8 +112,8 @@ def choice(
 
     Args:
         answer: The column with the letter.
-        letters: Those that may be chosen.
-        options: A column with the options' texts, which a completion may end with instead.
+        letters: The letters to choose from.
+        options: A column with the texts of the options; a completion may end with such a text in place of a letter.
         timeout: See :class:`Verifier`.
         failed: See :class:`Verifier`.
     """
@@ -186,11 +186,11 @@ def sql(
 
     Args:
         root: The folder of the databases; no file outside it is opened.
-        database: The file in it, made of columns in braces.
+        database: The file in that folder, with columns of the row in braces.
         answer: The column with the row's query.
         max_rows: Most rows that it may return.
         skip_empty: Whether rows whose query returns nothing, as many wrong queries do, are left out.
-        timeout: See :class:`Verifier`; for both queries together.
+        timeout: See :class:`Verifier`; it covers both queries.
         failed: See :class:`Verifier`.
 
     Raises:
@@ -215,8 +215,8 @@ def words(
     """Presence of whole words, ignoring case.
 
     Args:
-        words: The same for all rows; or
-        column: the column with each row's: a list, or a text with white space between them.
+        words: The words, if they are the same for all rows.
+        column: The column with the words of each row: a list, or a text with white space between them.
         mode: ``all``, ``any`` or ``none`` of them must occur, for 1 or 0; ``share`` is the share that occurs.
 
     Raises:
@@ -231,9 +231,9 @@ def lexicon(
     """The sum of weighted words.
 
     Args:
-        path: A word per line, with a tab and its weight behind it where that is not 1.
-        output: ``mean``: per word; ``present``: 1 if one of them occurs, else 0; ``probability``: logistic function of
-            the sum.
+        path: File with one word per line, followed by a tab and its weight if that is not 1.
+        output: ``mean``: the sum divided by the number of words; ``present``: 1 if one of them occurs, else 0;
+            ``probability``: the logistic function of the sum.
 
     Raises:
         DataError: A line is not a word with its weight.
@@ -253,7 +253,8 @@ def sentiment(
     Args:
         path: JSONL, also ``.gz``, with ``text`` and ``label``.
         positive: The label whose log-odds are the reward.
-        output: ``sum``: the log-odds; ``mean``: per word; ``probability``: of the class.
+        output: ``sum``: the log-odds; ``mean``: the log-odds divided by the number of words; ``probability``: that of
+            the class.
         smoothing: Added to every count.
 
     Raises:
@@ -282,12 +283,12 @@ def classifier(
         text: The classifier's input: prompt and completion as one text, the completion, a pair of texts, or a
             conversation.
         output: ``score``: the head's raw value.
-        label: Name or index; needed where the head has several.
-        max_length: Most tokens; by default what the model allows. Longer inputs lose their beginning.
+        label: Name or index of the label; required if the head has several.
+        max_length: Maximum number of tokens, by default that of the model. Longer inputs lose their beginning.
         tokens_per_batch: Tokens computed at once, padding included.
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
         device: By default the GPU if there is one.
-        revision: Of the repository on the Hub.
+        revision: Branch, tag or commit on the Hub.
 
     Raises:
         ModelError: The model does not exist or cannot be loaded.
@@ -321,13 +322,13 @@ def implicit(
     """The implicit reward of a model trained by f-DPO, β f'(π/π_ref).
 
     Args:
-        path: π: hub name or folder, with the policy's tokens.
-        reference: π_ref.
+        path: Hub name or folder of π, which must have the policy's tokens.
+        reference: Hub name or folder of π_ref, likewise.
         divergence: A name, or ``module:Name`` of your own; it must have a barrier.
         beta: β.
-        layout: ``tree``: prompts are computed once for all their completions, for models that read it.
+        layout: ``tree`` computes each prompt once for all its completions, if the models support it.
         tokens_per_batch: Tokens scored at once.
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
         device: By default the GPU if there is one.
 
     Raises:
@@ -365,7 +366,7 @@ REWARDS: Registry[Callable[..., Reward]] = Registry(
     },
     wanted="class or function that makes a reward",
 )
-"""By the kind of the run file."""
+"""Makers of the built-in rewards, by their kind in run files."""
 
 
 def load_reward(name: str) -> Reward:
@@ -389,7 +390,7 @@ def load_reward(name: str) -> Reward:
 
 
 def _parsed(name: str) -> tuple[str, list[Any], dict[str, Any]]:
-    """Return function, arguments and keywords; the whole name as function where it is no such call."""
+    """Return the function, arguments and keywords of a call; of any other text, the text as the function."""
     try:
         node = ast.parse(name.strip(), mode="eval").body
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):

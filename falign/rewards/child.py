@@ -31,7 +31,7 @@ WORKER = Path(__file__).with_name("worker.py")
 NUMBER_BYTES = 16
 HEADER = struct.Struct(f"!I{NUMBER_BYTES}s?")  # as in the worker
 PART_BYTES = 1 << 16
-LONGEST_ANSWER = 1 << 26
+LONGEST_REPLY = 1 << 26  # bytes
 SECONDS_TO_END = 10.0
 KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -101,7 +101,7 @@ class ChildPool:
         self._workers: list[_Worker] = []
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        weakref.finalize(self, _end, self._workers, self._pid)
+        weakref.finalize(self, _end, self._workers, self._pid)  # it must not hold the pool itself
 
     def run(self, calls: Sequence[Call]) -> list[Outcome]:
         """Return the outcomes in the order of the calls.
@@ -163,7 +163,7 @@ def shared_pool() -> ChildPool:
 
 @dataclass(eq=False)
 class _Worker:
-    """A process; ``index`` is its present call, ``loading`` is True while that call's function is imported."""
+    """A process; ``index`` is its current call, ``loading`` is True while that call's function is imported."""
 
     memory_bytes: int | None
     confined: bool
@@ -226,7 +226,8 @@ class _Worker:
         if len(self.incoming) < HEADER.size:
             return None
         length, number, is_spent = HEADER.unpack_from(self.incoming)
-        if number != self.number or length > LONGEST_ANSWER or len(self.incoming) > HEADER.size + length:
+        # Code of a completion may write to the connection; only the program knows the number of the request.
+        if number != self.number or length > LONGEST_REPLY or len(self.incoming) > HEADER.size + length:
             raise ValueError
         if len(self.incoming) < HEADER.size + length:
             return None
@@ -280,6 +281,7 @@ class _Round:
             busy = self.pool.busy()
             if not busy:
                 return [outcome for outcome in self.found if outcome is not None]
+            # Sleep until a process can be read or written, at most until the first deadline.
             remaining = min(worker.deadline for worker in busy) - time.monotonic()
             with selectors.DefaultSelector() as selector:
                 for worker in busy:
@@ -298,6 +300,7 @@ class _Round:
 
     def _begin(self, worker: _Worker, index: int) -> None:
         call = self.calls[index]
+        # A function is imported by a request of its own, so that imports do not count against the call's deadline.
         loading = call.function not in worker.loaded
         timeout = self.pool.start_timeout if loading else call.timeout
         arguments = None if loading else dict(call.arguments)
@@ -319,25 +322,25 @@ class _Round:
         except (EOFError, ValueError) as error:
             self.pool.replace(worker)
             status = f"its process died (exit status {worker.process.returncode})"
-            died = status if isinstance(error, EOFError) else "its process wrote something else than one answer"
+            died = status if isinstance(error, EOFError) else "its process wrote something other than one reply"
             if worker.loading:
                 raise RewardError(f"{call.function} cannot be imported: {died}; more memory may help.") from None
             self.found[index] = Outcome("error", error="ProcessDied", message=died)
             return
         if reply is None:
             return
-        answer = reply.content
+        content = reply.content
         if worker.loading:
-            if "error" in answer:
+            if "error" in content:
                 raise RewardError(
-                    f"{call.function} cannot be imported in a process of its own: {answer['error']}: "
-                    f"{answer['message']}. Put it into an importable module; more memory may help."
+                    f"{call.function} cannot be imported in a separate process: {content['error']}: "
+                    f"{content['message']}. Put it into an importable module; more memory may help."
                 )
             worker.loaded.add(call.function)
             self._begin(worker, index)
             return
         worker.index = None
-        self.found[index] = _outcome(answer)
+        self.found[index] = _outcome(content)
         if reply.is_spent:
             self.pool.replace(worker)
 
@@ -361,12 +364,12 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _outcome(answer: Mapping[str, Any]) -> Outcome:
-    if "value" in answer:
-        return Outcome("value", answer["value"])
-    kind = "timeout" if answer["error"] == "TimeoutError" else "error"
-    lines = tuple(CodeLine(*line) for line in answer["lines"])
-    return Outcome(kind, error=answer["error"], message=f"{answer['error']}: {answer['message']}", lines=lines)
+def _outcome(reply: Mapping[str, Any]) -> Outcome:
+    if "value" in reply:
+        return Outcome("value", reply["value"])
+    kind = "timeout" if reply["error"] == "TimeoutError" else "error"
+    lines = tuple(CodeLine(*line) for line in reply["lines"])
+    return Outcome(kind, error=reply["error"], message=f"{reply['error']}: {reply['message']}", lines=lines)
 
 
 def _end(workers: list[_Worker], pid: int) -> None:

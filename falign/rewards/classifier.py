@@ -144,8 +144,8 @@ class ClassifierReward:
     def _logits(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, "N C"]:
         config = self.model.config.get_text_config()
         configured = config.pad_token_id
-        # Decoders read the last token that is not padding, so without a padding token of its own padding is one that
-        # no row ends with.
+        # Decoders read the last token that is not padding. If the model has no padding token, one that no row ends
+        # with takes its place; among len(rows) + 1 ids there is always one.
         ends = {row[-1] for row in rows}
         pad = min(set(range(len(rows) + 1)) - ends) if configured is None else configured
         length = max(map(len, rows))

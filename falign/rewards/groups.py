@@ -66,7 +66,7 @@ def pass_at_k(num_samples: int, num_correct: Int[Tensor, "*P"], k: int) -> Float
     if not 1 <= k <= num_samples:
         raise ValueError(f"k={k} must be between 1 and the {num_samples} samples per prompt.")
     if bool(((num_correct < 0) | (num_correct > num_samples)).any()):
-        raise ValueError(f"num_correct has values outside of 0 to {num_samples}, the samples per prompt.")
+        raise ValueError(f"num_correct has values outside 0 to {num_samples}, the samples per prompt.")
     i = torch.arange(1, num_samples + 1, dtype=torch.float64, device=num_correct.device)
     # Below i = k a factor would be negative; then n - c < k, and every choice of k has a correct one.
     factors = (1 - k / i).clamp(min=0.0)
@@ -90,7 +90,7 @@ def best_of_n(rewards: Float[Tensor, "*P G"], n: int) -> Float[Tensor, "*P"]:
         ValueError: ``n`` is not between 1 and G.
 
     Source:
-        The law of the maximum of a sample without replacement; with 0 and 1 it is :func:`pass_at_k`.
+        The distribution of the maximum of a sample without replacement; for rewards 0 and 1 it is :func:`pass_at_k`.
 
     Example:
         >>> best_of_n(torch.tensor([1.0, 3.0, 2.0]), 2)  # maxima of the pairs: 3, 2, 3
@@ -184,7 +184,7 @@ def keep(rates: Float[Tensor, "*P"], low: float, high: float) -> Bool[Tensor, "*
 
 
 def outside(rates: Float[Tensor, "*P"], low: float, high: float) -> Float[Tensor, "*P"]:
-    """Return how far rates of passing lie outside of a range; 0 within it.
+    """Return the distance of rates of passing from a range; 0 within it.
 
     Args:
         rates: Rates of passing.

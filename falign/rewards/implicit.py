@@ -27,8 +27,8 @@ class ImplicitReward:
     It reads the columns ``prompt_ids`` and ``completion_ids``, so both models must have the policy's tokens.
 
     Attributes:
-        model: π, for instance what f-DPO has trained.
-        reference: π_ref, what it was trained from; on the same device.
+        model: π, for example a model trained by f-DPO.
+        reference: π_ref, the model that it was trained from; on the same device.
         divergence: f; it must have a barrier.
         beta: β.
         scorer: A scorer with a layout that both models can read.

@@ -167,8 +167,8 @@ class Words:
     It runs in this process: its time is proportional to the text.
 
     Attributes:
-        words: The same for all rows; or
-        column: the column that holds each row's, a list or a text with white space between them.
+        words: The words, if they are the same for all rows.
+        column: The column with the words of each row: a list, or a text with white space between them.
         mode: ``all``, ``any`` or ``none`` of them must occur, for 1 or 0; ``share`` is the share that occurs.
 
     Raises:

@@ -25,11 +25,11 @@ class Verifier:
         name: Its name in messages.
         function: ``module:function``; it returns a number, or None where it does not apply.
         columns: The function's arguments that differ from row to row, each with the column that holds it.
-        templates: The same, each as a template with columns in braces (``"{db_id}.sqlite"``).
-        parameters: Its other arguments.
+        templates: Further such arguments, each with a template that has columns in braces (``"{db_id}.sqlite"``).
+        parameters: Its other arguments, the same for all rows.
         timeout: Seconds per completion.
         failed: Value of a completion if its call timed out or raised; None leaves it out. Both are counted.
-        pool: The pool of processes; None for the one that all verifiers share.
+        pool: The pool of processes; None for the pool that all verifiers share.
     """
 
     name: str

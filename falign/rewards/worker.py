@@ -1,11 +1,11 @@
-"""The program of one verifying process: it calls what it is told to, and is killed when that takes too long.
+"""The program of one verifier process: it calls the requested functions, and is killed if a call takes too long.
 
 It is run as a file, not imported: ``import falign`` loads torch, which costs a second and memory in every process.
-Requests come pickled from the run, which is trusted; answers go back as JSON, because what runs here is not.
+Requests come pickled from the run, which is trusted; replies go back as JSON, because the code here is not trusted.
 
 The program forks. Its first process supervises: it outlives every call, and when the run or the second process ends, it
-ends all that the second process has started. The second process serves: one thread holds the connection and the number
-that each answer must bear, the main thread calls the functions.
+ends everything that the second process has started. The second process serves: one thread holds the connection and the
+number that each reply must carry, the main thread calls the functions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from typing import Any
 
 VERIFIERS = "falign.rewards.verifiers"
 ALIAS = "_falign_verifiers"
-HEADER = struct.Struct("!I16s?")  # length of what follows, the request's number, whether the process is to be replaced
+HEADER = struct.Struct("!I16s?")  # length of the content, number of the request, whether to replace the process
 MOST_FRAMES = 12
 LONGEST_MESSAGE = 10_000  # characters of an exception
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -144,9 +144,9 @@ def _serve(channel: socket.socket) -> None:
     threads = _thread._count()
     while True:
         request, reply = requests.get()
-        answer, is_spent = _answer(request, functions, import_freely)
+        content, is_spent = _called(request, functions, import_freely)
         # A thread left by a call could interfere with the next call.
-        reply.put((answer, is_spent or (confined and _thread._count() > threads)))
+        reply.put((content, is_spent or (confined and _thread._count() > threads)))
 
 
 def _exchange(channel: socket.socket, requests: Any) -> None:
@@ -161,8 +161,8 @@ def _exchange(channel: socket.socket, requests: Any) -> None:
             number, request = _receive(channel)
             reply: queue.SimpleQueue[tuple[bytes, bool]] = queue.SimpleQueue()
             requests.put((request, reply))
-            answer, is_spent = reply.get()
-            channel.sendall(HEADER.pack(len(answer), number, is_spent) + answer)
+            content, is_spent = reply.get()
+            channel.sendall(HEADER.pack(len(content), number, is_spent) + content)
     except (OSError, EOFError):  # the run has ended, or no longer needs this process
         os._exit(0)
 
@@ -182,12 +182,12 @@ def _exactly(channel: socket.socket, count: int) -> bytes:
     return bytes(parts)
 
 
-def _answer(
+def _called(
     request: bytes,
     functions: dict[str, Callable[..., Any]],
     import_freely: Callable[[], AbstractContextManager[None]],
 ) -> tuple[bytes, bool]:
-    """Return the reply, and whether the process must be replaced."""
+    """Call the function of a request; return the reply, and whether the process must be replaced."""
     try:
         name, arguments = pickle.loads(request)
         if arguments is None:
@@ -205,7 +205,7 @@ def _answer(
         if len(message) > LONGEST_MESSAGE:  # it may quote a completion
             message = f"{message[:LONGEST_MESSAGE]} ... ({len(message)} characters)"
         told = {"error": type(error).__name__, "message": message, "lines": lines}
-        return json.dumps(told).encode(), isinstance(error, MemoryError)  # what it still holds
+        return json.dumps(told).encode(), isinstance(error, MemoryError)  # it may still hold memory
 
 
 def _finished(returned: Any) -> Any:

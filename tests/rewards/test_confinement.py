@@ -69,7 +69,7 @@ def ask(pool, function, timeout=10.0, count=1, **arguments):
 def test_an_answer_that_is_forged_costs_its_own_call_and_no_other(how, pool):
     (forged,) = ask(pool, "forges", how=how)
     assert (forged.kind, forged.error) == ("error", "ProcessDied")
-    assert forged.message == "its process wrote something else than one answer"
+    assert forged.message == "its process wrote something other than one reply"
     assert [outcome.value for outcome in ask(pool, "number_in_reach", count=3)] == [0, 0, 0]
 
 

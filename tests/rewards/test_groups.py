@@ -59,7 +59,7 @@ def test_calibration_is_the_win_rate_per_prompt_and_does_not_see_the_scale():
     ("call", "message"),
     [
         (lambda: pass_at_k(4, torch.tensor([1]), 5), "k=5 must be between 1 and the 4 samples"),
-        (lambda: pass_at_k(4, torch.tensor([5]), 2), "values outside of 0 to 4"),
+        (lambda: pass_at_k(4, torch.tensor([5]), 2), "values outside 0 to 4"),
         (lambda: best_of_n(torch.zeros(2, 3), 4), "n=4 must be between 1 and the 3 rewards"),
         (lambda: keep(torch.zeros(2), 0.8, 0.2), "0 <= low <= high <= 1"),
     ],

@@ -1,4 +1,4 @@
-r"""Answers: the row's as text, and where a completion marks its own (``#### 42``, as GSM8K does, or ``\boxed{42}``)."""
+r"""Answers of rows as text, and marked answers of completions (``#### 42`` as in GSM8K, or ``\boxed{42}``)."""
 
 import math
 import re
@@ -14,27 +14,27 @@ HASHES, BOXED = "####", "\\boxed{"
 
 
 def after_mark(text: str) -> str | None:
-    """Return what follows the last mark, to the end of the text; None where there is none."""
+    """Return the text after the last mark; None if there is no mark."""
     begin = max((text.rfind(mark) + len(mark) for mark in (HASHES, BOXED) if mark in text), default=None)
     return None if begin is None else text[begin:]
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return what the braces of the last ``\boxed`` hold; None where there is none, or it is not closed."""
+    r"""Return the content of the last ``\boxed{...}``; None if there is none, or its braces are not closed."""
     begin = text.rfind(BOXED)
     if begin < 0:
         return None
     begin += len(BOXED)
     depth = 1
     for i in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        depth += {"{": 1, "}": -1}.get(text[i], 0)  # braces nest: \boxed{\frac{1}{2}}
         if depth == 0:
             return text[begin:i]
     return None
 
 
 def last_match(pattern: str | re.Pattern[str], text: str, *, ignore_case: bool = False) -> re.Match[str] | None:
-    """Return the last place where a pattern occurs."""
+    """Return the last match of a pattern; None if there is none."""
     found = list(re.finditer(pattern, text, re.IGNORECASE if ignore_case else 0))
     return found[-1] if found else None
 

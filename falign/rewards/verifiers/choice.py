@@ -1,4 +1,4 @@
-"""Multiple choice: the letter that a completion settles on against the row's."""
+"""Multiple choice: compare the letter that a completion chooses with the row's."""
 
 import re
 from collections.abc import Sequence
@@ -14,23 +14,23 @@ def score(completion: str, answer: Any, *, letters: str) -> float:
     r"""Return 1 if the completion chooses the row's letter, else 0; a completion that names two chooses none.
 
     Args:
-        completion: What counts is its last ``\boxed`` or ``####``, or else its last "answer is (C)" and the like, or
-            else its last line where that is a letter or begins with one as options do (``C)``).
+        completion: Its last ``\boxed`` or ``####`` counts; else its last phrase like "answer is (C)"; else its last
+            line, if that is a letter or begins with one as options do (``C)``).
         answer: The letter, in any case, with or without brackets.
         letters: See :func:`falign.rewards.choice`.
 
     Raises:
-        RowError: The answer is missing, or none of the letters.
+        RowError: The answer is missing, or not one of the letters.
     """
     expected = _expected(answer, letters)
     return float(chosen_letter(completion, letters=letters.upper()) == expected)
 
 
 def score_with_options(completion: str, answer: Any, options: Any, *, letters: str) -> float:
-    """Return what :func:`score` does, where a completion may also end with the text of an option.
+    """Return the value of :func:`score`, but let a completion also end with the text of an option.
 
     Args:
-        completion: As for :func:`score`; where it names no letter, its last line is compared with the options.
+        completion: As for :func:`score`; if it names no letter, its last line is compared with the options.
         answer: The letter.
         options: The options as texts, in the order of the letters.
         letters: See :func:`falign.rewards.choice`.
@@ -54,11 +54,12 @@ def _expected(answer: Any, letters: str) -> str:
 
 
 def chosen_letter(completion: str, *, letters: str, options: Sequence[str] | None = None) -> str | None:
-    """Return the letter that a completion settles on; None where it names none, or several."""
+    """Return the letter that a completion chooses; None if it names none or several."""
     text = completion.strip()
     marked = after_mark(text)
     if marked is not None and (found := re.match(rf"\W*(?:\\text\{{)?\W*([{letters}])\b", marked)):
         return found[1]
+    # A letter, perhaps in brackets or bold; not the beginning of a word with an apostrophe (A's).
     one = rf"[*\s(\[]*([{letters}])\b(?!['’])"
     # Only the words in any case: letters are capitals, or "the answer is a number" would choose A.
     before = (
@@ -66,6 +67,7 @@ def chosen_letter(completion: str, *, letters: str, options: Sequence[str] | Non
     )
     behind = rf"(?<!\w)([{letters}])\b[)\]*]*\s+(?i:is\s+(?:the\s+)?(?:correct|right|answer))"
     if (last := last_match(rf"{before}|{behind}", text)) is not None:
+        # "The answer is A or B" and "A and B is correct" choose nothing.
         rest = text[last.end() :]
         several = re.match(rf"\W*(?:or|and|/|,)\W*[{letters}]\b", rest) or re.search(
             rf"\b[{letters}]\W*(?:or|and|/|,)\W*$", text[: last.start()]

@@ -1,4 +1,4 @@
-"""Mathematics: the completion's last answer against the row's, as expressions, by math-verify."""
+"""Mathematics: compare the completion's last answer with the row's, as expressions, by math-verify."""
 
 import logging
 import re
@@ -16,7 +16,7 @@ from .answers import HASHES, answer_text, last_boxed
 
 __all__ = ["score"]
 
-# It recommends its own alarm signals, whose place the killable process has taken.
+# It warns that calls have no timeout; the process is killed at its deadline instead.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 # Commands whose argument is text: its letters are not variables.
@@ -30,13 +30,13 @@ def score(completion: str, answer: Any, *, decimals: int) -> float:
     r"""Return 1 if the completion's answer equals the row's, else 0.
 
     Args:
-        completion: Its last ``\boxed``, or else what follows its last ``####``, its last formula or
-            number, or its last line, is its answer. A formula without a mark that ends with ``=`` is a question.
+        completion: Its answer is the content of its last ``\boxed``; else the text after its last ``####``; else its
+            last formula or number; else its last line. A completion without a mark that ends with ``=`` is a question.
         answer: LaTeX, an expression, a number, a list of them, or a text whose answer follows ``####``.
         decimals: See :func:`falign.rewards.mathematics`.
 
     Raises:
-        RowError: The answer is missing or no expression, or has words that would be read as products of letters.
+        RowError: The answer is missing or not an expression, or has words that would be read as products of letters.
     """
     is_list = isinstance(answer, list | tuple) and len(answer) > 0
     expected = _expected(f"[{', '.join(map(answer_text, answer))}]" if is_list else answer_text(answer))
@@ -67,7 +67,7 @@ def _expected(answer: str) -> list[Any]:
         text = f"{Decimal(text):f}"
     in_latex = any(mark in text for mark in ("$", "\\boxed", "\\(", "\\["))
     parsed = _parse(text if in_latex else _in_a_box(text))
-    # What is read as text alone is compared as text, which only LaTeX is written for.
+    # An answer that is parsed only as text would be compared as text, which is meant for LaTeX (\text) alone.
     if not parsed or ("\\" not in text and all(isinstance(each, str) for each in parsed)):
         raise RowError(f"the answer {text[:80]!r} holds no expression")
     if apart := re.search(r"\d\s+\d", COMMAND.sub("", text)):
@@ -107,5 +107,5 @@ def _parse(text: str) -> list[Any]:
     return parse(text, extraction_config=EXTRACTION, parsing_timeout=0, raise_on_error=True)
 
 
-# The grammar's tables are built at the first use: now, at import, which no completion's deadline pays for.
+# The tables of the grammar are built at the first use: here, because imports do not count against a deadline.
 _parse(_in_a_box("1"))

@@ -1,4 +1,4 @@
-"""Numbers: the last one of a completion against the row's."""
+"""Numbers: compare the last number of a completion with the row's."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from .answers import after_mark, answer_text, last_match
 
 __all__ = ["last_number", "score"]
 
-# Digits after a point belong to what is before it (2.3.1 does not hold the number 1).
+# Digits after a point belong to what is before it (2.3.1 does not contain the number 1).
 NUMBER = re.compile(
     r"(?<![\w.])(?<!\d[.,])"
     r"(?P<sign>[-+−]?)\s?[$€£]?"
@@ -41,7 +41,7 @@ def score(completion: str, answer: Any, *, tolerance: float) -> float:
 
 
 def last_number(text: str) -> float | None:
-    """Return the number that a text answers with; None where it has none."""
+    """Return the number that a text answers with; None if it has none."""
     found = _last_match(text)
     return None if found is None else _value(found)
 
@@ -71,7 +71,7 @@ def _value(found: re.Match[str]) -> float:
 
 
 def _follows_operand(found: re.Match[str]) -> bool:
-    """Return whether what precedes a sign on its line makes it an operator."""
+    """Return whether a sign is an operator, by the text before it on its line."""
     before = found.string[: found.start()].rpartition("\n")[2]
     is_apart = found.string[found.end("sign")].isspace()
     operand = OPERAND.search(before)

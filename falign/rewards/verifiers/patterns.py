@@ -1,4 +1,4 @@
-"""Form: a regular expression, or sections between tags."""
+"""Patterns: a regular expression, or a sequence of tagged sections."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""SQL: what a completion's query returns from a read-only SQLite file, against what the row's returns."""
+"""SQL: compare the results of a completion's query and of the row's query on a read-only SQLite file."""
 
 import re
 import sqlite3
@@ -30,7 +30,7 @@ def score(
     max_rows: int,
     skip_empty: bool,
 ) -> float | None:
-    """Return 1 if both queries return the same rows, else 0; None where the row's returns nothing and is skipped.
+    """Return 1 if both queries return the same rows, else 0; None if the row's returns nothing and is skipped.
 
     Rows are compared as a multiset, or in order if the row's query has ORDER BY; columns always in order; numbers to
     10 digits.
@@ -74,7 +74,7 @@ def score(
 
 
 def extract_query(text: str) -> str:
-    """Return the last fenced block, or else the text from its first SELECT or WITH at the beginning of a line."""
+    """Return the last fenced block; without one, the text from the first line that begins with SELECT or WITH."""
     blocks = FENCE.findall(text)
     if blocks:
         return blocks[-1].strip()
