@@ -42,7 +42,7 @@ def answer(
 
     Raises:
         ConfigError: A prompt is empty, or a conversation has no chat template.
-        DataError: The chat template refuses a prompt or leaves out a part of it.
+        DataError: The chat template refuses a prompt or omits a part of it.
         RolloutError: A prompt leaves no room for the answer.
     """
     if empty := [

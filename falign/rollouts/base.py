@@ -24,14 +24,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are drawn. Nothing else acts on the model's distribution, whatever its own settings say.
+    """How completions are drawn; a model's own generation settings are not applied.
 
     Applied in this order: temperature, the `top_k` likeliest tokens, the smallest set of those left with mass `top_p`.
 
     Attributes:
         max_new_tokens: Longest completion, its stop token included.
-        temperature: What logits are divided by; 0 decodes greedily, and `top_k` and `top_p` then change nothing.
-        top_k: How many tokens are kept, with those that equal the last one; 0 keeps all.
+        temperature: Divisor of the logits; 0 decodes greedily, and `top_k` and `top_p` then have no effect.
+        top_k: Number of tokens that are kept, plus those as likely as the last one; 0 keeps all.
         top_p: Probability mass that is kept; 1 keeps all.
         stop_token_ids: Ids that end a completion, each as its last token.
 
@@ -57,7 +57,7 @@ class SamplingParams:
 
     @property
     def truncates(self) -> bool:
-        """Whether tokens that the model gives a probability can never be drawn."""
+        """Whether tokens with a positive probability under the model can never be drawn."""
         return self.temperature == 0 or self.top_k > 0 or self.top_p < 1
 
 
@@ -67,11 +67,11 @@ class SampledCompletion:
 
     Attributes:
         prompt_ids: Token ids of the prompt.
-        completion_ids: The sampled ids; the stop token is the last one where the completion stopped.
+        completion_ids: The sampled ids; the stop token is the last one if the completion stopped.
         logprobs: Log-probability of each, nats, under the distribution that it was drawn from: after temperature, top-k
             and top-p. Greedy decoding draws from a point mass, so its values are 0.
-        finish_reason: ``"stop"`` at a stop token, ``"length"`` at the longest length.
-        policy_version: Which published weights it was drawn from.
+        finish_reason: ``"stop"`` at a stop token, ``"length"`` at the maximum length.
+        policy_version: Version of the published weights that it was drawn from.
     """
 
     prompt_ids: tuple[int, ...]
@@ -86,9 +86,9 @@ class EngineCapabilities:
     """Properties of an engine that a run checks before its first step.
 
     Attributes:
-        dtype: Type of the weights that sample.
+        dtype: Dtype of the weights that sample.
         processed_logprobs: Whether log-probabilities are of the distribution after temperature, top-k and top-p.
-        max_length: Most tokens of a prompt and its completion; None where nothing bounds them.
+        max_length: Maximum number of tokens of a prompt with its completion; None if unlimited.
     """
 
     dtype: str
@@ -102,12 +102,12 @@ class EngineSetup:
 
     Attributes:
         policy: The model that is trained, on its device.
-        pad_token_id: Fills rows; any valid id.
-        max_batch_tokens: Most tokens whose keys and values an engine in this process may hold at once.
+        pad_token_id: Id that fills rows; any valid id.
+        max_batch_tokens: Maximum number of tokens whose keys and values an engine in this process may hold at once.
         encode: From a text to token ids without special tokens.
         prompt_ids: A few prompts of the run, its longest.
-        params: How the run samples.
-        longest: Most tokens of a prompt with its completion.
+        params: Sampling parameters of the run.
+        longest: Maximum number of tokens of a prompt with its completion.
         ahead: Whether the next rollout is sampled while the policy learns from the last.
     """
 
@@ -124,14 +124,14 @@ class EngineSetup:
 class Engine(ABC):
     """Draws completions from a version of the policy.
 
-    An engine of your own subclasses it, takes what it needs of :class:`EngineSetup` as its argument ``setup``, and its
-    settings as further arguments (``rollout.engine: {kind: module:Name, ...}``). What must hold before the first step,
-    such as a handshake with a server, it checks when it is made.
+    An engine of your own subclasses it, and takes :class:`EngineSetup` as its argument ``setup`` and its settings as
+    further arguments (``rollout.engine: {kind: module:Name, ...}``). Its constructor checks whatever must hold before
+    the first step, for example by a handshake with a server.
 
     Attributes:
         many_processes: Whether each of several training processes can have one.
         samples_beside_training: Whether it can sample while the policy is trained, so that a run may sample ahead.
-        max_gap: Bound of the mean difference to the policy's log-probabilities, nats, checked at every rollout; None
+        max_gap: Bound of the mean difference from the policy's log-probabilities, nats, checked at every rollout; None
             for no check.
     """
 
@@ -141,7 +141,7 @@ class Engine(ABC):
 
     @abstractmethod
     def publish(self, model: nn.Module, version: int) -> None:
-        """Make the weights that a model has now samplable as `version`; they are when this returns."""
+        """Publish a model's current weights as `version`; once this returns, they can be sampled from."""
 
     @abstractmethod
     def sample(
@@ -159,39 +159,39 @@ class Engine(ABC):
         Args:
             prompt_ids: Token ids of each prompt.
             n: Completions per prompt.
-            params: How they are drawn.
-            version: Which published weights draw.
-            seed: The same call with the same seed draws the same tokens. With one per prompt, the tokens of a prompt
-                do not depend on the prompts beside it.
-            first: Number of the first prompt in a whole of which this is a part: with one seed the tokens are then
-                those that the whole call gives.
+            params: Sampling parameters.
+            version: Version of the published weights to draw from.
+            seed: The same call with the same seed draws the same tokens. With one seed per prompt, the tokens of a
+                prompt do not depend on the other prompts.
+            first: Index of the first prompt in a larger call of which this is a part; with one seed, the tokens are
+                those of the larger call.
 
         Returns:
             Prompt after prompt, `n` at a time.
 
         Raises:
-            RolloutError: The version is not published, a prompt leaves no room, or what the model gives is no
-                distribution.
+            RolloutError: The version is not published, a prompt leaves no room for a completion, or logits are NaN or
+                infinite.
         """
 
     @abstractmethod
     def retire(self, version: int) -> None:
-        """Take no more requests for a version, so that its weights may go."""
+        """Accept no more requests for a version, so that its weights can be freed."""
 
     @abstractmethod
     def capabilities(self) -> EngineCapabilities:
-        """Return what this engine can do."""
+        """Return the properties that a run checks before its first step."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what the engine holds."""
+        """Release the engine's resources."""
 
 
 def check_request(prompt_ids: Sequence[Sequence[int]], n: int, seed: int | list[int]) -> None:
-    """Refuse a call that asks for nothing, or has not one seed for each prompt.
+    """Refuse a call for no completions, or with another number of seeds than one or one per prompt.
 
     Raises:
-        RolloutError: With the number.
+        RolloutError: The message has the numbers.
     """
     if n < 1:
         raise RolloutError(f"n={n}: at least 1 completion per prompt is drawn.")
@@ -206,12 +206,12 @@ def check_prompts(
 
     Args:
         prompt_ids: Token ids of each prompt.
-        params: How long completions may be.
-        vocabulary: Tokens of the model.
-        positions: Of the model; None where nothing bounds them.
+        params: Sampling parameters, for the maximum length of completions.
+        vocabulary: Number of tokens of the model.
+        positions: Number of positions of the model; None if unlimited.
 
     Raises:
-        RolloutError: With the prompt.
+        RolloutError: The message has the prompt's index.
     """
     for i, prompt in enumerate(prompt_ids):
         if not prompt:

@@ -96,10 +96,11 @@ class RolloutBuffer:
 
     def select(self, prompts: Sequence[int]) -> RolloutBuffer:
         """Return the given prompts with their completions, in the given order."""
+        # Completions of prompt i are the rows starts[i] to starts[i + 1].
         starts = [0, *accumulate(len(tree.completion_ids) for tree in self.trees)]
         rows = torch.tensor([row for i in prompts for row in range(starts[i], starts[i + 1])], dtype=torch.long)
         chosen = RolloutBuffer(tuple(self.trees[i] for i in prompts))
-        width = chosen.mask.shape[1]
+        width = chosen.mask.shape[1]  # that of the longest chosen completion: later positions are padding
         columns = {
             name: Column(values[rows] if self._is_whole(name, values) else values[rows, :width], known[rows])
             for name, (values, known) in self.columns.items()
@@ -130,6 +131,7 @@ class RolloutBuffer:
         """
         column = self.columns.get("from_reference")
         of_reference = torch.zeros(len(self.mask), dtype=torch.bool) if column is None else column.values
+        # A column that no row has is not checked here: the objective itself refuses a batch without the field.
         for name in sorted(self.columns):
             if name in samples:
                 self._require(name, ~of_reference)
@@ -167,6 +169,7 @@ class RolloutBuffer:
         if self.trees and None not in preferences:
             tensors["preference"] = torch.tensor([v for row in preferences for v in row or ()], dtype=torch.float64)
         for name, (values, known) in self.columns.items():
+            # Copied, because safetensors refuses tensors that share memory.
             tensors |= {f"values of {name}": values.contiguous().clone(), f"known of {name}": known.clone()}
         save_file(tensors, file, metadata={"places": json.dumps([tree.place for tree in self.trees])})
 
@@ -215,7 +218,7 @@ class RolloutBuffer:
 
 
 def padded(rows: Sequence[Sequence[float]]) -> Shaped[Tensor, "N T"]:
-    """Return numbers per token of N completions as float64, like Python's, with 0 after the end of each."""
+    """Return one number per token of N completions, as float64 like Python's, with 0 after the end of each."""
     return pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], batch_first=True)
 
 
@@ -228,12 +231,13 @@ def _joined(name: str, buffers: Sequence[RolloutBuffer], width: int) -> Column:
         if name in each.columns:
             own = each.columns[name]
             room = width - own.values.shape[1] if per_token else 0
+            # Padding is 0 after the end of known rows, and unknown rows are NaN throughout.
             blank = torch.nn.functional.pad(own.values, (0, room)) if room else own.values
             values.append(blank.masked_fill(~own.known[:, None], torch.nan) if room else blank)
             known.append(own.known)
         else:
             shape = (number, width) if per_token else (number, *found[0].shape[1:])
-            fill = torch.nan if found[0].is_floating_point() else False
+            fill = torch.nan if found[0].is_floating_point() else False  # masks have no NaN
             values.append(torch.full(shape, fill, dtype=found[0].dtype))
             known.append(torch.zeros(number, dtype=torch.bool))
     dtype = reduce(torch.promote_types, [each.dtype for each in found])
@@ -241,6 +245,7 @@ def _joined(name: str, buffers: Sequence[RolloutBuffer], width: int) -> Column:
 
 
 def _ragged(name: str, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Return rows of different lengths as one tensor of all values, and their lengths."""
     return {
         name: torch.tensor(list(chain.from_iterable(rows)), dtype=torch.long),
         f"lengths of {name}": torch.tensor([len(row) for row in rows], dtype=torch.long),

@@ -28,11 +28,11 @@ class Decoding:
         model: A causal language model in evaluation mode, with or without adapters.
         prompts: Token ids of each prompt; read in one pass.
         owners: The prompt of each row to continue, as an index into `prompts`.
-        room: Largest number of tokens that will be appended.
-        pad_token_id: Id of the filling of short prompts; any valid id.
+        room: Maximum number of tokens that will be appended.
+        pad_token_id: Id that pads short prompts; any valid id.
 
     Raises:
-        RolloutError: The model keeps no cache of keys and values.
+        RolloutError: The model returns no cache of keys and values.
     """
 
     logits: Float[Tensor, "B V"]
@@ -52,6 +52,7 @@ class Decoding:
         filled = [[pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self._mask = torch.ones(len(prompts), longest + room, dtype=torch.long, device=device)
+        # Positions in each prompt; negative where it is padded.
         columns = torch.arange(longest, device=device) - (longest - lengths)[:, None]
         self._mask[:, :longest] = columns >= 0
         self._width, self._positions = longest, lengths

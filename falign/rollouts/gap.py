@@ -73,7 +73,7 @@ class Canary:
             raise EngineError(
                 f"Version {version}: the sampler's log-probabilities of {gap.num_tokens} tokens are {gap.mean:.2g} "
                 f"nats off on average and {gap.max:.2g} at most, and {self.bound:.2g} is allowed on average: it does "
-                "not sample these weights. Restart the server and resume by --resume; if the error comes back, see "
+                "not sample these weights. Restart the server and resume the run; if the error comes back, see "
                 "docs/vllm.md."
             )
 
@@ -143,6 +143,7 @@ def _changes(policy: PreTrainedModel | PeftModel) -> Iterator[tuple[Tensor, floa
         for layer in lora_layers(policy, name).values():
             down, up = adapter_matrix(layer.lora_A, name).detach(), adapter_matrix(layer.lora_B, name)
             std = _std(layer)
+            # ΔW = scaling · B A sums r products per entry, so noise of std s in B gives one of s · size in ΔW.
             size = layer.scaling[name] * layer.r[name] ** 0.5 * float(down.float().std())
             yield up, _SHARE * std / max(size, 1e-8)
         return

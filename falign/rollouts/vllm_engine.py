@@ -227,5 +227,5 @@ class VLLMEngine(Engine):
         return EngineError(
             f"{self.client.url}: there has been no vLLM server for wait={self.wait:g} seconds"
             + (f"; published are {sorted(self._published)}" if self._published else "")
-            + ". Start it (scripts/vllm_server.sh MODEL), and start the run, or resume it by --resume."
+            + ". Start it (scripts/vllm_server.sh MODEL), and start or resume the run."
         )

@@ -18,8 +18,8 @@ class Published:
 
     Attributes:
         version: The run's number for it.
-        name: The server's name for it, never reused.
-        folder: The folder of its weights, written once.
+        name: The server's name for it; never reused.
+        folder: The folder of its weights; written once.
     """
 
     version: int
@@ -40,7 +40,7 @@ class Sync(Protocol):
     exclusive: bool
 
     def write(self, model: nn.Module, folder: Path) -> None:
-        """Write the present weights of a model to a folder, which appears only when it is complete."""
+        """Write the current weights of a model to a folder, which appears only when it is complete."""
         ...
 
     def bring(self, versions: Collection[Published]) -> None:
