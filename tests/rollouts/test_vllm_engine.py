@@ -354,9 +354,8 @@ def test_a_server_that_stays_away_is_an_error_that_says_how_to_go_on(serve, conn
     engine.publish(policy_of(server), 3)
     server.stop()
     start = time.monotonic()
-    with pytest.raises(
-        EngineError, match=r"no vLLM server for wait=0\.5 seconds; published are \[3\].*start or resume the run"
-    ):
+    message = r"no vLLM server for wait=0\.5 seconds; published are \[3\].*start or resume the run"
+    with pytest.raises(EngineError, match=message):
         sample(engine, 3)
     assert time.monotonic() - start > 0.5
 

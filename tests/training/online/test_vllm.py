@@ -86,7 +86,7 @@ def test_a_run_whose_server_stays_away_ends_with_a_checkpoint_from_which_it_equa
     whole = start("whole", training={"max_steps": 4})
     served = len(server.calls("/v1/completions")) // 2
     server.change(die_after=server.asked + served)
-    with pytest.raises(EngineError, match="--resume"):
+    with pytest.raises(EngineError, match="start or resume the run"):
         start("broken", training={"max_steps": 4}, engine={"wait": 0.5})
     server.stop()
     server.start()
@@ -227,7 +227,7 @@ def test_a_server_that_goes_away_while_it_samples_ahead_costs_nothing(start, ser
 def test_a_server_that_stays_away_while_it_samples_ahead_leaves_a_run_that_goes_on(start, server):
     ahead(start, "whole", training={"max_steps": 4})
     server.change(die_after=server.asked + asked_until_ahead(server) + 4)
-    with pytest.raises(EngineError, match="--resume"):
+    with pytest.raises(EngineError, match="start or resume the run"):
         ahead(start, "broken", engine={"wait": 0.5})
     server.stop()
     server.start()
