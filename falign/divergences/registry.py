@@ -141,6 +141,7 @@ def get(name: str, *, field: str | None = None, **parameters: float) -> Divergen
 def _parameters(
     family: Callable[..., Divergence], place: str, key: str, argument: str | None, given: dict[str, float]
 ) -> dict[str, float]:
+    # A family has at most one parameter that a name can hold: its first.
     known = inspect.signature(family).parameters
     if argument is None and not given and all(each.default is not each.empty for each in known.values()):
         return {}

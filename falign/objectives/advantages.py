@@ -124,6 +124,7 @@ def group_centred(rewards: Shaped[Tensor, " N"], prompt_index: Int[Tensor, " N"]
         tensor([-3., -1.,  4.])
     """
     groups, rewards = groups_of(prompt_index), numbers(rewards, "rewards")
+    # As in leave_one_out: equal rewards become exact zeros.
     above = rewards - smallest(rewards, groups)
     return above - total(above, groups) / groups.size
 
@@ -236,8 +237,9 @@ def generalized_advantages(
     """
     values = numbers(values, "values").detach().masked_fill(~mask, 0.0)
     rewards_at_end = numbers(rewards_at_end, "rewards_at_end").detach()
-    remaining = mask.flip(-1).cumsum(dim=-1).flip(-1)
+    remaining = mask.flip(-1).cumsum(dim=-1).flip(-1)  # tokens from here to the end: 1 at the last one
     rewards = torch.where(mask & (remaining == 1), rewards_at_end[:, None], torch.zeros_like(values))
+    # δ_t; the value after the last token is 0.
     advantages = (rewards + gamma * F.pad(values, (0, 1))[:, 1:] - values).masked_fill(~mask, 0.0)
     # A_t = δ_t + γλ A_{t+1}: each round doubles the number of δ in the sum, so log₂ T rounds suffice.
     reach, decay = 1, gamma * lam

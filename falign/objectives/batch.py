@@ -221,6 +221,7 @@ class CompletionBatch:
         found: dict[str, Tensor] = {}
         for each in fields(self):
             value: Any = getattr(self, each.name)
+            # A mapping has one tensor per key, an absent field none, and any other field is one tensor.
             parts = {f"{each.name}.{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {}
             found |= parts if isinstance(value, Mapping) else {} if value is None else {each.name: value}
         found.pop("references.reference", None)

@@ -118,6 +118,7 @@ class DistributionMatching(BaseObjective):
                 f"needs others: draw two or more, or choose {'none' if one_group else 'constant'!r}."
             )
         slope, known = self._slope(batch), self._known(batch)
+        # The mean over those others whose Z is known: unknown slopes are 0, and `share` counts the known ones.
         share = mean_of_others(known.to(slope.dtype), groups)
         mean = mean_of_others(-slope, groups) / torch.where(share > 0, share, torch.ones_like(share))
         return replace(batch, baseline=mean)
@@ -150,9 +151,8 @@ class DistributionMatching(BaseObjective):
         )
 
     def _known(self, batch: CompletionBatch) -> Bool[Tensor, " N"]:
-        return (
-            batch.require("log_partition") != -math.inf
-        )  # only -inf means missing; NaN is an error and must be reported
+        # Only -inf means missing; NaN is an error and must be reported.
+        return batch.require("log_partition") != -math.inf
 
     @torch.no_grad()
     def _importance_weight(self, batch: CompletionBatch) -> Float[Tensor, " N"]:

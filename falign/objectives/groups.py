@@ -62,6 +62,7 @@ def groups_of(prompt_index: Int[Tensor, " N"]) -> Groups:
         tensor([2, 1, 2])
     """
     _, row, counts = torch.unique(prompt_index, return_inverse=True, return_counts=True)
+    # Sorted by group, a completion's column is its position minus that of the first of its group.
     order = torch.argsort(row, stable=True)
     first = counts.cumsum(0) - counts
     places = torch.arange(len(row), device=row.device) - first[row[order]]
@@ -86,6 +87,7 @@ def mean_of_others(values: Shaped[Tensor, " N"], groups: Groups) -> Float[Tensor
     The completion's own value is left out of the sum, not subtracted from it: rounding cannot leave a trace of it.
     """
     table = groups.table(values, 0.0)
+    # Sums over the columns before and after each one: shift by one column, then accumulate from that side.
     before = F.pad(table, (1, 0))[:, :-1].cumsum(dim=-1)
     after = F.pad(table, (0, 1))[:, 1:].flip(-1).cumsum(dim=-1).flip(-1)
     return (before + after)[groups.row, groups.column] / (groups.size - 1).clamp(min=1)
@@ -94,6 +96,7 @@ def mean_of_others(values: Shaped[Tensor, " N"], groups: Groups) -> Float[Tensor
 def logsumexp_of_others(values: Shaped[Tensor, " N"], groups: Groups) -> Float[Tensor, " N"]:
     """Return, for each completion, ``log Σ exp`` over the others of its group, or -inf if there are no others."""
     table = groups.table(values, -torch.inf)
+    # As in mean_of_others, from both sides, because a difference of sums would lose small terms beside a large one.
     before = F.pad(table, (1, 0), value=-torch.inf)[:, :-1].logcumsumexp(dim=-1)
     after = F.pad(table, (0, 1), value=-torch.inf)[:, 1:].flip(-1).logcumsumexp(dim=-1).flip(-1)
     return torch.logaddexp(before, after)[groups.row, groups.column]
@@ -155,7 +158,7 @@ def completion_term(
     return Term(per_token, weights, scale, name)
 
 
-ROUNDING = 1e-6
+ROUNDING = 1e-6  # relative size up to which a margin counts as a tie
 
 
 def pairs_of(

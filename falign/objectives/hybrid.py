@@ -94,6 +94,7 @@ class Hybrid(BaseObjective):
         fresh = ~batch.require("from_reference")
         own = self.policy_gradient.prepare(batch.select(fresh))
 
+        # Values of fresh rows go back to their places; rehearsal rows get 0, which no term reads.
         def in_place(rows: Tensor | None) -> Tensor | None:
             if rows is None:
                 return None

@@ -104,10 +104,11 @@ class Listwise(BaseObjective):
         worse = torch.zeros(len(rewards), len(rewards), dtype=torch.bool, device=rewards.device)
         worse[chosen, rejected] = True
         per_completion = _not_first(rewards, worse)
-        prompts = batch.prompt_index[chosen].unique()
+        prompts = batch.prompt_index[chosen].unique()  # a prompt with ties only has no pair
         members = prompts[:, None] == batch.prompt_index[None, :]
         losses = _sum_over(members, per_completion)
         with torch.no_grad():
+            # No one is better than the best (a column of `worse`), and no one worse than the worst (a row).
             best, worst = members & ~worse.any(dim=0), members & ~worse.any(dim=1)
             metrics = {
                 f"{name}/{side}": _sum_over(those, values) / those.sum(dim=-1)

@@ -102,6 +102,7 @@ def squared(margin: Shaped[Tensor, " B"]) -> Float[Tensor, " B"]:
         tensor([0., 1.])
     """
     margin = numbers(margin, "margin")
+    # Huber's loss is half the square up to delta, and its tangent beyond.
     return 2 * F.huber_loss(margin, torch.full_like(margin, 0.5), reduction="none", delta=1e6)
 
 

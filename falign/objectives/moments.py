@@ -62,6 +62,7 @@ def fit_moments(
         )
     low, high = phi.amin(dim=0), phi.amax(dim=0)
     span = high - low
+    # A feature with one value in all samples needs no λ if that value is μ.
     fixed = (span == 0) & ((mu - low).abs() <= tolerance * low.abs().clamp(min=1.0))
     if (outside := ~fixed & ~((low < mu) & (mu < high))).any():
         raise ValueError(_unreachable(outside, mu, low, high, len(phi)))
@@ -75,6 +76,7 @@ def fit_moments(
             return lam / span.where(span > 0, torch.ones_like(span))
         if (x @ lam).max() < 0:  # every sample lies on one side of μ: the dual has no minimum
             break
+        # The dual's Hessian is the weighted covariance; singular if features depend on each other, hence pinv.
         curvature = (x - slope).T @ (weights[:, None] * (x - slope))
         step = torch.linalg.pinv(curvature, hermitian=True) @ slope
         lam = _descend(base, x, lam, step, slope)
@@ -97,7 +99,7 @@ def _in_the_way(x: Tensor, lam: Tensor) -> Tensor:
     """Mark the features that λ needs to separate the samples from the moments; all if λ does not separate them."""
     for k in lam.abs().argsort().tolist():
         without = lam.index_fill(0, torch.tensor([k], device=lam.device), 0.0)
-        if (x @ without).max() < 0:
+        if (x @ without).max() < 0:  # the others alone still separate them
             lam = without
     return lam != 0
 

@@ -81,13 +81,14 @@ class RunningPartition:
         """
         if len(keys) != len(log_weights):
             raise ValueError(f"{len(keys)} keys for {len(log_weights)} log_weights; one for each sample is needed.")
-        rows = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+        rows = {key: row for row, key in enumerate(dict.fromkeys(keys))}  # groups are numbers, keys may be anything
         weights = log_weights.detach().double().cpu()
         earlier = [self._sums.get(key, (-math.inf, 0)) for key in keys]
         log_sum = torch.tensor([log_sum for log_sum, _ in earlier], dtype=torch.float64)
         count = torch.tensor([count for _, count in earlier], dtype=torch.float64)
         index = torch.tensor([rows[key] for key in keys], dtype=torch.long)
         estimates = log_partition(weights, index, earlier_log_sum=log_sum, earlier_count=count)
+        # Only now, because the estimates leave out each sample itself but count the others of this step.
         for key, row in rows.items():
             own = weights[index == row]
             before, so_far = self._sums.get(key, (-math.inf, 0))

@@ -205,6 +205,7 @@ class PolicyGradient(BaseObjective):
         metrics = self._metrics(batch, surrogate)
         if self.advantage == "gae":
             assert self.value_coefficient is not None
+            # A_t + V_t: the λ-return, which the values learn to predict.
             target = batch.require("advantages") + batch.require("old_values")
             errors = batch.sequence_sum((batch.require("values") - target).square() / 2)
             terms.append(completion_term(errors, batch.num_tokens, "token_mean", self.value_coefficient, name="values"))

@@ -111,9 +111,8 @@ class MomentConstraints:
             Shape (N,), nats.
         """
         phi = _columns(self, features)
-        return (phi * phi.new_tensor(self.lambdas)).sum(
-            dim=-1
-        )  # not a matrix product, which autocast would compute in low precision
+        # Not a matrix product, which autocast would compute in low precision.
+        return (phi * phi.new_tensor(self.lambdas)).sum(dim=-1)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ class Cached(Reference):
         key: CacheKey,
         origin: dict[str, Any] | None = None,
     ) -> None:
+        # A reference may not know its hash; then the caller answers for the key.
         weights = None if reference is None else reference.identity().get("weights")
         if weights not in (None, key.weights):
             raise ConfigError(f"The cache key has the weights {key.weights!r}, but its reference has {weights!r}.")
@@ -128,7 +129,7 @@ class Cached(Reference):
         Returns:
             Number of trees with missing values.
         """
-        missing = {digests: tree for tree in trees if (digests := self._missing(tree))}
+        missing = {digests: tree for tree in trees if (digests := self._missing(tree))}  # equal trees are scored once
         ordered = sorted(missing.values(), key=lambda tree: tree.longest_path, reverse=True)
         computed: dict[bytes, Tensor] = {}
         for start in range(0, len(ordered), batch_size):

@@ -82,6 +82,7 @@ class FrozenModel(Reference):
         from falign.models.heads import cut_head
         from falign.models.tokenizers import check_same_tokens
 
+        # Without it, the tokens have been compared already.
         if self.tokenizer is not None:
             check_same_tokens(tokenizer, self.tokenizer, "The policy and its reference")
         return cut_head(cast("PreTrainedModel", self.model), vocabulary)

@@ -23,7 +23,7 @@ from falign.errors import ConfigError, DataError
 
 __all__ = ["CacheKey", "LogprobStore", "entry_digest"]
 
-_FORMAT = 2
+_FORMAT = 2  # in the index; a store of another format is refused
 _CHECKSUM_BYTES = 8
 
 
@@ -102,7 +102,7 @@ class LogprobStore:
 
     def read(self, digests: Sequence[bytes]) -> list[Float[Tensor, " _"]]:
         """Return the values of entries in the store, in float32 and in the requested order."""
-        by_shard: dict[Path, list[bytes]] = defaultdict(list)
+        by_shard: dict[Path, list[bytes]] = defaultdict(list)  # so that each file is opened once
         for digest in digests:
             by_shard[self._spans[digest].shard].append(digest)
         values: dict[bytes, Tensor] = {}
@@ -127,6 +127,7 @@ class LogprobStore:
             "checksums": torch.tensor(checksums, dtype=torch.uint8),
             "logprobs": torch.cat([*rows.values()]),
         }
+        # Named by its entries: the same entries, written again or by another process, replace the same file.
         shard = self.directory / f"shard-{hashlib.sha256(digests).hexdigest()[:24]}.safetensors"
         write_whole(shard, save(tensors))
         self._register(shard)
