@@ -38,8 +38,8 @@ class ClassifierReward:
         output: ``score``: the head's raw value; ``logprob`` and ``probability``: of the label, or of the logistic
             function if the head has one score.
         label: Name or index of the label; needed if there are several.
-        max_length: Most tokens, by default what tokenizer and model allow; what is longer is cut on the tokenizer's
-            ``truncation_side``, which :func:`load_classifier` makes the left.
+        max_length: Maximum number of tokens, by default that of tokenizer and model; longer inputs are cut on the
+            tokenizer's ``truncation_side``, which :func:`load_classifier` makes the left.
         tokens_per_batch: Tokens computed at once, padding included.
 
     Raises:

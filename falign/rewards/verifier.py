@@ -130,6 +130,6 @@ class Verifier:
 
 
 def _fields(template: str) -> list[str]:
-    """Return the columns that a template names, without what follows a dot or a bracket."""
+    """Return the columns that a template names, without attributes and indices (``{row.name}``, ``{row[0]}``)."""
     names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     return [name.partition(".")[0].partition("[")[0] for name in names]
