@@ -3,7 +3,7 @@
 from falign.evaluation.completion_scorer import CompletionScorer, choose_common_layout
 from falign.evaluation.item_scorer import SCORERS, ComparedScores, ItemScorer, ReferenceFreeScores
 from falign.evaluation.item_stream import ItemStream, ItemTree, read_items
-from falign.evaluation.reward_summary import scores_with_intervals, summarise_scorer
+from falign.evaluation.reward_summary import scores_with_intervals, summarize_scorer
 from falign.evaluation.score_file import ScoreTotals, TreeStream, batches_in_order, score_trees
 from falign.evaluation.score_items import ItemRow, score_items
 from falign.evaluation.score_output import ScoreOutput, check_output
@@ -29,5 +29,5 @@ __all__ = [
     "score_items",
     "score_trees",
     "scores_with_intervals",
-    "summarise_scorer",
+    "summarize_scorer",
 ]

@@ -324,7 +324,7 @@ class RewardEvaluation:
         names: tuple[str, ...],
         record: dict[str, Any],
     ) -> RewardSummary:
-        from falign.evaluation import summarise_scorer
+        from falign.evaluation import summarize_scorer
         from falign.evaluation.benchmarks import missing_subsets
 
         reference = self.compared.reference if scored.reference is None else scored.reference.identity()["kind"]
@@ -345,7 +345,7 @@ class RewardEvaluation:
             "subsets": dict(Counter(subsets)),
             "missing_subsets": list(missing_subsets(self.benchmark, subsets)),
             "scorers": {
-                name: summarise_scorer(rows, self.benchmark, name, num_resamples=self.num_resamples, seed=self.seed)
+                name: summarize_scorer(rows, self.benchmark, name, num_resamples=self.num_resamples, seed=self.seed)
                 for name in names
             },
             "record": record,

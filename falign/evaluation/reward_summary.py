@@ -12,13 +12,13 @@ from falign.evaluation.benchmarks import Benchmark
 from falign.evaluation.score_items import ItemRow
 from falign.metrics import bootstrap
 
-__all__ = ["CALIBRATED", "scores_with_intervals", "summarise_scorer"]
+__all__ = ["CALIBRATED", "scores_with_intervals", "summarize_scorer"]
 
 CALIBRATED = ("implicit_reward", "length_normalised", "classifier")
 """Scorers whose differences are log-odds of a preference."""
 
 
-def summarise_scorer(
+def summarize_scorer(
     rows: Sequence[ItemRow], benchmark: Benchmark, name: str, *, num_resamples: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
     """Return the scores of one scorer with their intervals, and its calibration.
@@ -57,11 +57,11 @@ def scores_with_intervals(
     units = _units(rows)
     subsets = [row["subset"] for row in rows]
     outcomes = [row["outcome"][name] for row in rows]
-    names = list(benchmark.summarise(subsets, outcomes))
+    names = list(benchmark.summarize(subsets, outcomes))
 
     def statistic(drawn: NDArray[np.int64]) -> NDArray[np.float64]:
         chosen = [i for unit in drawn for i in units[unit]]
-        summary = benchmark.summarise([subsets[i] for i in chosen], [outcomes[i] for i in chosen])
+        summary = benchmark.summarize([subsets[i] for i in chosen], [outcomes[i] for i in chosen])
         return np.array([summary[name] for name in names])
 
     # Units of one subset and size are alike, so that nothing that the aggregation needs is missing from a resample.

@@ -143,7 +143,7 @@ def benchmark_rows() -> dict[str, list[dict[str, Any]]]:
 
 
 def benchmark_files(folder: Path) -> Attempt:
-    """Files of reward benchmarks, read, tokenised and summarised under made-up scores."""
+    """Files of reward benchmarks, read, tokenized and summarized under made-up scores."""
     from falign.data import BadRows, Window
     from falign.evaluation import ItemStream, benchmarks, read_items
 
@@ -172,6 +172,6 @@ def benchmark_files(folder: Path) -> Attempt:
             benchmark.outcome(item, [random.choice((0.0, 1.0, -2.0)) for _ in item.completions]) for item in scored
         ]
         if scored:
-            benchmark.summarise([item.subset for item in scored], outcomes)
+            benchmark.summarize([item.subset for item in scored], outcomes)
 
     return attempt

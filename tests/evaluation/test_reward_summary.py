@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from falign.evaluation import benchmarks, scores_with_intervals, summarise_scorer
+from falign.evaluation import benchmarks, scores_with_intervals, summarize_scorer
 
 
 def row(correct, *, subset="Natural", group="", scores=(0.5, -0.5), preference=(1.0, 0.0), name="implicit_reward"):
@@ -26,7 +26,7 @@ ROWS = [row(i % 4 > 0, subset="Natural") for i in range(40)] + [row(i % 2, subse
 def test_values_are_the_benchmarks_and_intervals_those_of_the_bootstrap_within_subsets():
     scores = scores_with_intervals(ROWS, LLMBAR, "implicit_reward", seed=3)
     outcomes = [each["outcome"]["implicit_reward"] for each in ROWS]
-    summary = LLMBAR.summarise([each["subset"] for each in ROWS], outcomes)
+    summary = LLMBAR.summarize([each["subset"] for each in ROWS], outcomes)
     assert {name: score["value"] for name, score in scores.items()} == pytest.approx(summary)
     assert scores["Natural"]["value"] == 0.75
     # The share of a subset is a binomial one, as its number of items is the same in every resample.
@@ -55,7 +55,7 @@ def test_calibration_is_that_of_the_logistic_function_of_every_pairs_margin():
         row(0, scores=(-1.0, 0.0)),
         row(0.5, scores=(1.0, 0.5, 3.0), preference=(2.0, 1.0, 2.0)),
     ]
-    summary = summarise_scorer(rows, LLMBAR, "implicit_reward")["calibration"]
+    summary = summarize_scorer(rows, LLMBAR, "implicit_reward")["calibration"]
     p = 1 / (1 + np.exp(-np.array([2.0, -1.0, 0.5, 2.5])))
     assert summary["brier"] == pytest.approx(np.mean((1 - p) ** 2))
     assert sum(each["count"] for each in summary["bins"]) == 4
@@ -65,4 +65,4 @@ def test_calibration_is_that_of_the_logistic_function_of_every_pairs_margin():
 
 @pytest.mark.parametrize("name", ["log_ratio", "logprob", "length", "random"])
 def test_scorers_whose_differences_are_no_log_odds_have_no_calibration(name):
-    assert summarise_scorer([row(1, name=name)], LLMBAR, name)["calibration"] is None
+    assert summarize_scorer([row(1, name=name)], LLMBAR, name)["calibration"] is None

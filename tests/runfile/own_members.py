@@ -126,7 +126,7 @@ class TwoWords:
     def outcome(self, item, scores):
         return {"correct": float(scores[0] > scores[1])}
 
-    def summarise(self, subsets, outcomes):
+    def summarize(self, subsets, outcomes):
         accuracy = sum(outcome["correct"] for outcome in outcomes) / len(outcomes)
         return {"score": accuracy, "accuracy": accuracy}
 

@@ -96,7 +96,7 @@ class Benchmark(Protocol):
         """
         ...
 
-    def summarise(self, subsets: Sequence[str], outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
+    def summarize(self, subsets: Sequence[str], outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
         """Return the published aggregation, as fractions of 1.
 
         Args:

@@ -57,7 +57,7 @@ class LLMBar:
         right = item.preference.index(1.0)
         return {"correct": larger(scores[right], scores[1 - right], tie=0.5)}
 
-    def summarise(self, subsets: Sequence[str], outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
+    def summarize(self, subsets: Sequence[str], outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
         """Return the score, the adversarial mean, the subsets and the plain accuracy."""
         means = subset_means(by_subset(subsets, outcomes, self.subsets))
         means.pop("", None)  # rows of no subset are in the accuracy alone

@@ -77,7 +77,7 @@ class Preferences:
         best = (preference[top] == preference.max()).double().mean()
         return {"correct": right.mean().item(), "pairs": float(len(chosen)), "best": best.item()}
 
-    def summarise(self, subsets: Sequence[str], outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
+    def summarize(self, subsets: Sequence[str], outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
         """Return the score, ``best``, and the mean of the rows' own accuracies."""
         pairs = sum(outcome["pairs"] for outcome in outcomes)
         return {

@@ -87,7 +87,7 @@ class RewardBench:
         chosen, rejected = scores
         return {"correct": larger(chosen, rejected, tie=0.0)}
 
-    def summarise(self, subsets: Sequence[str], outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
+    def summarize(self, subsets: Sequence[str], outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
         """Return the score, the sections, the subsets and the plain accuracy."""
         means = subset_means(by_subset(subsets, outcomes, (*self.subsets, *PRIOR_SETS)))
         sections = {

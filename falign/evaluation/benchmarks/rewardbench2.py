@@ -59,7 +59,7 @@ class RewardBench2:
         best = max(scores)
         return {"correct": right.count(best) / (right.count(best) + wrong.count(best))}
 
-    def summarise(self, subsets: Sequence[str], outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
+    def summarize(self, subsets: Sequence[str], outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
         """Return the score, the subsets, the terms of Ties and the plain accuracy."""
         groups = by_subset(subsets, outcomes, self.subsets)
         terms = _ties(groups[TIES]) if TIES in groups else {}

@@ -65,7 +65,7 @@ class RMBench:
         named = {f"matrix/{STYLES[i]}/{STYLES[j]}": cells[i][j] for i in n for j in n}
         return {"correct": mean(levels.values()), **levels, **named}
 
-    def summarise(self, subsets: Sequence[str], outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
+    def summarize(self, subsets: Sequence[str], outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
         """Return the score, its levels, the domains and subsets with theirs and their matrices, and the accuracy."""
         groups = by_subset(subsets, outcomes, SUBSETS)
         parts = {

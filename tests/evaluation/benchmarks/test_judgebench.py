@@ -29,7 +29,7 @@ def test_the_score_is_the_mean_over_all_pairs_in_either_order(tmp_path):
     items = read(write(tmp_path / "pairs.jsonl", rows))
     scores = rng.normal(size=(60, 2))
     outcomes = [JudgeBench().outcome(item, pair.tolist()) for item, pair in zip(items, scores, strict=True)]
-    summary = JudgeBench().summarise([item.subset for item in items], outcomes)
+    summary = JudgeBench().summarize([item.subset for item in items], outcomes)
 
     right = (scores[:, 0] > scores[:, 1]) == a_is_right
     of = np.array([SOURCES[source] for source in sources])
@@ -63,7 +63,7 @@ def test_a_missing_category_leaves_out_the_score_and_other_sources_are_kept(tmp_
     subsets = [item.subset for item in items]
     assert subsets == ["Math", "my-own"]
     assert missing_subsets(JudgeBench(), subsets) == ("Knowledge", "Reasoning", "Coding")
-    summary = JudgeBench().summarise(subsets, [{"correct": 1.0}, {"correct": 0.0}])
+    summary = JudgeBench().summarize(subsets, [{"correct": 1.0}, {"correct": 0.0}])
     assert summary == {"Math": 1.0, "my-own": 0.0, "accuracy": 0.5}
 
 

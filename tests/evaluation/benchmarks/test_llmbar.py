@@ -24,7 +24,7 @@ def test_the_score_is_the_mean_of_five_subsets(tmp_path):
     items = read(write(tmp_path / "rows.jsonl", rows))
     scores = rng.normal(size=(len(of), 2))
     outcomes = [LLMBar().outcome(item, pair.tolist()) for item, pair in zip(items, scores, strict=True)]
-    summary = LLMBar().summarise([item.subset for item in items], outcomes)
+    summary = LLMBar().summarize([item.subset for item in items], outcomes)
 
     right = np.argmax(scores, axis=1) + 1 == labels
     means = {subset: right[of == subset].mean() for subset in COUNTS}
@@ -49,7 +49,7 @@ def test_the_folder_of_the_repository_tells_the_subsets(tmp_path):
     assert Counter(item.subset for item in items) == dict.fromkeys(folders.values(), 2)
     assert [item.subset for item in read(tmp_path / "Adversarial/Neighbor/dataset.json")] == ["Neighbor", "Neighbor"]
     assert missing_subsets(LLMBar(), [item.subset for item in items]) == ("GPTOut", "Manual")
-    summary = LLMBar().summarise([item.subset for item in items], [{"correct": 1.0}] * len(items))
+    summary = LLMBar().summarize([item.subset for item in items], [{"correct": 1.0}] * len(items))
     assert not summary.keys() & {"score", "Adversarial"}
 
 
@@ -78,4 +78,4 @@ def test_the_real_files_are_read_whole(shared_data):
     human = read(shared_data("llmbar/mt_bench_human.jsonl.gz"))
     assert len(human) == 200
     assert {item.subset for item in human} == {""}
-    assert LLMBar().summarise([""], [{"correct": 1.0}]) == {"accuracy": 1.0}
+    assert LLMBar().summarize([""], [{"correct": 1.0}]) == {"accuracy": 1.0}

@@ -29,7 +29,7 @@ def test_the_score_is_the_share_of_right_pairs_in_all_lists(tmp_path):
     items = read(write(tmp_path / "lists.jsonl", rows))
     scores = [rng.integers(0, 5, size=len(row)).astype(float) for row in ranks]
     outcomes = [Preferences().outcome(item, row.tolist()) for item, row in zip(items, scores, strict=True)]
-    summary = Preferences().summarise([""] * len(items), outcomes)
+    summary = Preferences().summarize([""] * len(items), outcomes)
 
     right, top = [], []
     for row, values in zip(ranks, scores, strict=True):
@@ -55,7 +55,7 @@ def test_the_score_of_pairs_is_the_accuracy_that_training_logs(tmp_path):
         preference=torch.tensor([1.0, 0.0] * 8),
     )
     logged = Pairwise(ReverseKL(), beta=1.0)(batch).metrics["rewards/accuracies"]
-    assert Preferences().summarise([""] * 8, outcomes)["score"] == pytest.approx(4.5 / 8)
+    assert Preferences().summarize([""] * 8, outcomes)["score"] == pytest.approx(4.5 / 8)
     assert logged.mean().item() == pytest.approx(4.5 / 8)
 
 

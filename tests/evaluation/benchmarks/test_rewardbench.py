@@ -42,7 +42,7 @@ def test_sections_weigh_subsets_with_the_published_counts(tmp_path):
     assert RewardBench().subsets == tuple(subsets)
     items = sample(tmp_path, subsets)
     scores = np.random.default_rng(0).normal(size=(len(items), 2))
-    summary = RewardBench().summarise([item.subset for item in items], outcomes_of(items, scores))
+    summary = RewardBench().summarize([item.subset for item in items], outcomes_of(items, scores))
 
     right = scores[:, 0] > scores[:, 1]
     of = np.array([item.subset for item in items])
@@ -62,14 +62,14 @@ def test_code_and_mathematics_weigh_the_same():
     names, counts = PARTS["Reasoning"]
     subsets = [name for name in names for _ in range(2)]
     outcomes = [{"correct": float(subset == "math-prm")} for subset in subsets]
-    assert RewardBench().summarise(subsets, outcomes)["Reasoning"] == pytest.approx(0.5)
+    assert RewardBench().summarize(subsets, outcomes)["Reasoning"] == pytest.approx(0.5)
     assert counts[0] == counts[1:].sum()
 
 
 def test_prior_sets_have_half_the_weight(tmp_path):
     subsets = [subset for names, _ in PARTS.values() for subset in names]
     outcomes = [{"correct": 1.0}] * len(subsets) + [{"correct": value} for value in (0.0, 0.0, 0.5, 0.1)]
-    summary = RewardBench().summarise([*subsets, *PRIOR], outcomes)
+    summary = RewardBench().summarize([*subsets, *PRIOR], outcomes)
     assert summary["score"] == 1.0
     assert summary["Prior Sets"] == pytest.approx(0.15)
     assert summary["score_with_prior_sets"] == pytest.approx((4 + 0.5 * 0.15) / 4.5)
@@ -77,7 +77,7 @@ def test_prior_sets_have_half_the_weight(tmp_path):
 
 def test_a_missing_subset_leaves_out_its_section_and_the_score(tmp_path):
     subsets = [subset for names, _ in PARTS.values() for subset in names if subset != "donotanswer"]
-    summary = RewardBench().summarise(subsets, [{"correct": 1.0}] * len(subsets))
+    summary = RewardBench().summarize(subsets, [{"correct": 1.0}] * len(subsets))
     assert missing_subsets(RewardBench(), subsets) == ("donotanswer",)
     assert not summary.keys() & {"score", "Safety", "donotanswer"}
     assert summary["Chat"] == summary["accuracy"] == summary["xstest-should-refuse"] == 1.0

@@ -20,7 +20,7 @@ def summary_of(items, scores):
     outcomes = [
         benchmark.outcome(item, [float(score) for score in row]) for item, row in zip(items, scores, strict=True)
     ]
-    return benchmark.summarise([item.subset for item in items], outcomes)
+    return benchmark.summarize([item.subset for item in items], outcomes)
 
 
 def ties_rows(rng, prompts):
