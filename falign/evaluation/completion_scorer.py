@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from falign.errors import ConfigError, ModelError
-from falign.evaluation.score_rows import ScoreRow, plain_floats
 from falign.models.tokenizers import check_token_rows
 from falign.objectives import BaseObjective
 from falign.references import Reference, objective_inputs
@@ -25,7 +25,39 @@ from falign.scoring import (
 )
 from falign.scoring.batch import token_rows
 
-__all__ = ["CompletionScorer", "check_finite", "choose_common_layout"]
+__all__ = ["CompletionScorer", "ScoreRow", "check_finite", "check_rows", "choose_common_layout", "plain_floats"]
+
+
+class ScoreRow(TypedDict):
+    """The scores of one completion; lists have one value per token, logs are in nats.
+
+    Attributes:
+        place: The row of the source.
+        completion: Index of the completion within the row, from 0.
+        preference: Larger is preferred within the row; None where the source has none.
+        num_tokens: Tokens of the completion, its stop token included.
+        token_ids: Their ids.
+        logprobs: log π.
+        reference_logprobs: log π_ref.
+        log_ratios: log π - log π_ref.
+        log_ratio: Their sum.
+        implicit_reward: What the objective takes for the completion's reward.
+        entropy: Entropy of the policy's distribution.
+        token_divergence: D_f of the policy's distribution from the reference's, where the objective has one per token.
+    """
+
+    place: str
+    completion: int
+    preference: float | None
+    num_tokens: int
+    token_ids: list[int]
+    logprobs: list[float]
+    reference_logprobs: list[float]
+    log_ratios: list[float]
+    log_ratio: float
+    implicit_reward: float
+    entropy: list[float]
+    token_divergence: NotRequired[list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,3 +201,14 @@ def check_finite(values: Tensor, batch: TokenBatch, name: str) -> None:
             f"{batch.place[row]}: {name} is {values[row, column].item()} (completion token {column + 1}). Check the "
             "weights and the dtype of policy and reference, or remove the row; scores of earlier rows are kept."
         )
+
+
+def plain_floats(values: Tensor) -> list[float]:
+    """Return a vector's values with nine digits, which tell any two 32-bit numbers apart.
+
+    Example:
+        >>> import torch
+        >>> plain_floats(torch.tensor([0.1]))
+        [0.100000001]
+    """
+    return [float(f"{value:.9g}") for value in values.tolist()]

@@ -1,22 +1,19 @@
-"""Reward against divergence: trained policies, and the frontiers estimated from samples of the reference."""
+"""Frontiers of reward against divergence, estimated from samples of the reference: ideal policies and best of n."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
+from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
 from falign.divergences import Divergence, optimal_weights
-from falign.durable import writing
-from falign.errors import ConfigError
-from falign.evaluation.best_of_n import best_of_n_divergence
-from falign.evaluation.sample_rows import SampleRow
+from falign.evaluation.sample_scorer import SampleRow
 from falign.metrics.intervals import Interval
 from falign.rewards.groups import best_of_n
 
@@ -25,16 +22,17 @@ __all__ = [
     "BestOfN",
     "Ideal",
     "Limit",
+    "best_of_n_divergence",
     "best_of_n_frontier",
     "betas",
-    "check_picture",
     "frontier_point",
     "frontier_summary",
     "ideal_frontier",
-    "plot_frontier",
     "sample_limit",
 ]
 
+IDEALS = ("reverse_kl", "forward_kl", "jensen_shannon", "pearson_chi2")
+"""The divergences whose ideal frontiers are always there."""
 
 WIDEST, NARROWEST = 5.0, -9.0  # log2 of β, in standard deviations of a prompt's rewards
 
@@ -164,111 +162,6 @@ def _mean_divergence(divergence: Divergence, weights: Float[Tensor, "P M"]) -> f
     return torch.where(given_up, at_zero, values).mean().item()
 
 
-POLICY, BEST, LIMIT = "#c8553d", "#3d405b", "0.55"
-LINES = ("#0b7a75", "#5b8e7d", "#b08968", "#7d5ba6", "#4d7ea8", "#8a817c")
-STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1)))
-ROOM = 1.15
-FEW = 5.0  # samples of a prompt that share the weight of an ideal; below, its line is faint
-
-
-def plot_frontier(data: Mapping[str, Any], path: Path) -> None:
-    """Draw policies as dots with their intervals, the best of n, and the ideal of each divergence.
-
-    Args:
-        data: As :func:`falign.evaluation.frontier.frontier_summary` returns it.
-        path: The picture; its suffix says which kind.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7.6, 5.0), layout="constrained")
-    for i, (name, line) in enumerate(data["ideal"].items()):
-        color, style = LINES[i % len(LINES)], STYLES[i % len(STYLES)]
-        known = [point for point in line if point["effective_samples"] >= FEW]
-        # The last point that is known belongs to both parts.
-        for part, alpha in ((known, 1.0), (line[max(len(known) - 1, 0) :], 0.3)):
-            xs, ys = ([point[key] for point in part] for key in ("divergence", "reward"))
-            label = f"ideal of {_spoken(name)}" if part is known else None
-            axis.plot(xs, ys, color=color, linestyle=style, linewidth=1.6, alpha=alpha, label=label)
-    if best := data["best_of_n"]:
-        xs, ys = ([point[key] for point in best] for key in ("divergence", "reward"))
-        axis.plot(xs, ys, color=BEST, linewidth=1.0, marker="o", markersize=3.5, label="best of n (bound)")
-        for point in best:
-            axis.annotate(
-                str(point["n"]), (point["divergence"], point["reward"]), (3, -9), textcoords="offset points",
-                fontsize=7, color=BEST,
-            )  # fmt: skip
-    _draw_limit(axis, data)
-    runs: defaultdict[str, list[Any]] = defaultdict(list)
-    for point in data["points"]:
-        runs[point.get("run", point["label"])].append(point)
-    for number, points in enumerate(runs.values()):
-        xs, ys = ([point[key] for point in points] for key in ("divergence", "reward"))
-        axis.plot(xs, ys, color=POLICY, linewidth=1.0, alpha=0.6)
-        for point in points:
-            x, y = point["divergence"], point["reward"]
-            spans = [[[v - low], [high - v]] for v, (low, high) in
-                     ((x, point["divergence_interval"]), (y, point["reward_interval"]))]  # fmt: skip
-            axis.errorbar([x], [y], xerr=spans[0], yerr=spans[1], color=POLICY, marker="D", markersize=5, linewidth=0.9)
-            axis.annotate(
-                point["label"], (x, y), (7, (5, -12)[number % 2]), textcoords="offset points", fontsize=8, color=POLICY
-            )
-    axis.set_xlim(left=0)
-    axis.set_xlabel(f"{_spoken(data['divergence'])} to the reference (nats)")
-    axis.set_title("mean reward", fontsize=10, loc="left")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
-    if axis.get_legend_handles_labels()[1]:
-        figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
-    with writing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
-    plt.close(figure)
-
-
-def check_picture(path: Path) -> None:
-    """Refuse a picture that cannot be written, before anything is computed.
-
-    Raises:
-        ConfigError: The suffix is not that of a picture, or the folder does not exist.
-    """
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
-    if path.suffix.lstrip(".").lower() not in kinds or not path.absolute().parent.is_dir():
-        raise ConfigError(
-            f"out={path}: give a file in an existing folder with one of the suffixes json, {', '.join(kinds)}."
-        )
-
-
-def _spoken(name: str) -> str:
-    return name.replace("_", " ").replace(" kl", " KL")
-
-
-def _draw_limit(axis: Any, data: Mapping[str, Any]) -> None:
-    """Mark the limit of the samples of the reference, where the lines end."""
-    limit = data["limit"]
-    if limit is None:
-        return
-    axis.axhline(limit["reward"], color=LIMIT, linewidth=0.8, linestyle=(0, (2, 3)))
-    axis.annotate(
-        f"best of {limit['num_samples']} reference samples: the lines end here",
-        (0.01, limit["reward"]), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-        fontsize=7, color="0.4",
-    )  # fmt: skip
-    far = [point["divergence"] for point in data["points"]]
-    ends = [line[-1]["divergence"] for line in data["ideal"].values() if line]
-    # As β falls, the ideal line is unbounded for a divergence that penalizes lost support.
-    shown = max([limit["divergence"] or 0.0, *far, *(point["divergence"] for point in data["best_of_n"])])
-    if max(ends, default=0.0) > ROOM * shown > 0:
-        axis.set_xlim(right=ROOM * shown)
-
-
-IDEALS = ("reverse_kl", "forward_kl", "jensen_shannon", "pearson_chi2")
-"""The divergences whose ideal frontiers are always there."""
-
-
 def frontier_point(label: str, metrics: Mapping[str, Interval], axis: str) -> dict[str, Any]:
     """Return the point of a policy.
 
@@ -324,3 +217,93 @@ def frontier_summary(
 def _drawn(point: Any) -> bool:
     """Return whether a point is finite; some divergences are infinite if the policy drops completions."""
     return math.isfinite(point.divergence)
+
+
+NODES = 100
+EXACT_TO = 30.0  # nats below 1 to which the divergences compute f exactly
+HUGE = 1e6  # of u f(u) at the end: f grows faster than 1/u, and has left what a float64 of it holds
+BORDER = 1e-9  # of 1 - (n-1) p below which the power p is too near to 1/(n-1) to tell the integral from an infinite one
+TELLING = 1e-5
+LOGARITHM = 1e-8  # a power below this is what the terms of the size of u leave of a logarithm
+
+
+def best_of_n_divergence(divergence: Divergence, n: int) -> float:
+    """Return ``∫₀¹ f(n t^{n-1}) dt``: the divergence of the best of n from the reference where no two rewards tie.
+
+    It is an upper bound where they may tie: the sample with its rank among n is at this distance, and to forget the
+    rank can only bring it nearer. For the reverse KL it is ``log n - (n-1)/n``.
+
+    Args:
+        divergence: f.
+        n: Samples that the best is taken of.
+
+    Returns:
+        Nats, or what f is measured in; inf where f grows too fast towards u = 0.
+
+    Raises:
+        ValueError: ``n`` is less than 1, or f grows towards u = 0 neither as a power nor as a logarithm, or as a power
+            so near to ``u^{-1/(n-1)}`` that its integral is not known to 0.1 %.
+
+    Source:
+        Beirami et al. (arXiv:2401.01879), Theorem 1 for the reverse KL; the bound for all f by data processing.
+
+    Example:
+        >>> from falign.divergences import get
+        >>> print(f"{best_of_n_divergence(get('reverse_kl'), 4):.6f} {math.log(4) - 3 / 4:.6f}")
+        0.636294 0.636294
+    """
+    if n < 1:
+        raise ValueError(f"n={n}: the best is taken of 1 sample or more.")
+    if n == 1:
+        return 0.0
+
+    # With t = e^{-s} and log u = log n - (n-1) s, from the largest u through u = 1, where f may have a kink, to 0.
+    def f(s: torch.Tensor) -> torch.Tensor:
+        return divergence.f(math.log(n) - (n - 1) * s)
+
+    at_one, end = math.log(n) / (n - 1), (math.log(n) + EXACT_TO) / (n - 1)
+    total = 0.0
+    nodes, weights = _legendre()
+    for start, stop in ((0.0, at_one), (at_one, end)):
+        s = start + (stop - start) * (nodes + 1) / 2
+        total += (weights * f(s) * torch.exp(-s)).sum().item() * (stop - start) / 2
+    return total + _tail(divergence, n, math.exp(-end), before=total)
+
+
+def _tail(divergence: Divergence, n: int, weight: float, *, before: float) -> float:
+    """``∫ e^{-s} f ds`` where ``x = -log u`` goes on from EXACT_TO to infinity, by ``n - 1`` for each s.
+
+    There ``df/dx = -u f'(u)`` is a pure exponential ``e^{px}`` of x up to terms of the size of u: p is positive where
+    f grows as a power of 1/u, 0 where it grows as a logarithm, and negative where it has a limit.
+    """
+    x = torch.tensor([EXACT_TO - 12, EXACT_TO - 6, EXACT_TO], dtype=torch.float64)
+    growth = (-(-x).exp() * divergence.f_prime(-x)).tolist()
+    value = divergence.f(-x)[-1].item()
+    if value * math.exp(-EXACT_TO) > HUGE:
+        return math.inf
+    if growth[-1] <= 0:
+        return weight * value
+    earlier, power = math.log(growth[1] / growth[0]) / 6, math.log(growth[2] / growth[1]) / 6
+    power = 0.0 if abs(power) < LOGARITHM else power
+    decay, bend = 1 - power * (n - 1), abs(power - earlier) * (n - 1)
+    if decay <= n * BORDER and bend <= 0.01:
+        return math.inf
+    if decay < TELLING:
+        raise ValueError(
+            f"{divergence.name} grows towards u = 0 as u^-{power:.3g} or nearly so: how far the best of {n} is "
+            "cannot be computed to 0.1 %."
+        )
+    rest = growth[-1] * (n - 1) / decay
+    total = before + weight * (value + rest)
+    if weight * rest * min(1.0, bend / decay) > 5e-4 * total:
+        raise ValueError(
+            f"{divergence.name} grows towards u = 0 neither as a power nor as a logarithm: how far the best of {n} is "
+            "cannot be computed to 0.1 %."
+        )
+    return weight * (value + rest)
+
+
+@lru_cache
+def _legendre() -> tuple[torch.Tensor, torch.Tensor]:
+    nodes, weights = leggauss(NODES)
+    return torch.from_numpy(nodes), torch.from_numpy(weights)

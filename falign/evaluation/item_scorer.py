@@ -14,9 +14,8 @@ from torch import nn
 
 from falign.errors import RewardError
 from falign.evaluation.benchmarks import BenchmarkItem
-from falign.evaluation.completion_scorer import CompletionScorer, check_finite, check_rows
+from falign.evaluation.completion_scorer import CompletionScorer, ScoreRow, check_finite, check_rows
 from falign.evaluation.item_stream import ItemTree
-from falign.evaluation.score_rows import ScoreRow
 from falign.objectives.link import Link
 from falign.scoring import PromptTree, Scorer
 from falign.seeds import mixed

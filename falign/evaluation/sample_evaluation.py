@@ -23,8 +23,7 @@ from falign.evaluation.frontier import IDEALS, frontier_point, frontier_summary
 from falign.evaluation.loading import Scored, held_out_prompts, load_alone, load_run, positions_of
 from falign.evaluation.sample_metrics import divergence_metrics, sample_metrics
 from falign.evaluation.sample_prompts import sample_prompts
-from falign.evaluation.sample_rows import SampleRow
-from falign.evaluation.sample_scorer import ReferenceEngine, SampleScorer, ScoredReward
+from falign.evaluation.sample_scorer import ReferenceEngine, SampleRow, SampleScorer, ScoredReward
 from falign.evaluation.score_output import reopen
 from falign.evaluation.summaries import SampleSummary, write_summary
 from falign.models import base_of, load_model, load_tokenizer, model_identity, stop_token_ids

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from falign.divergences import Divergence, estimators
-from falign.evaluation.sample_rows import SampleRow
+from falign.evaluation.sample_scorer import SampleRow
 from falign.metrics.intervals import Interval, bootstrap
 from falign.rewards.groups import pass_rates
 from falign.training.online.metrics import draw_values

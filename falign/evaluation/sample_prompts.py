@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from falign.data import PromptRow
-from falign.evaluation.sample_rows import SampleRow, sample_identity
-from falign.evaluation.sample_scorer import SampleScorer
+from falign.evaluation.sample_scorer import SampleRow, SampleScorer, sample_identity
 from falign.evaluation.score_output import ScoreOutput
 from falign.training.online.groups import Draw, GroupSampler
 

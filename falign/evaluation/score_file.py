@@ -12,9 +12,8 @@ import torch
 from falign.data import BadRowPolicy, BadRows, DataSource, Window, read_tokenized
 from falign.data.chat_template import Tokenizer
 from falign.errors import DataError
-from falign.evaluation.completion_scorer import CompletionScorer
+from falign.evaluation.completion_scorer import CompletionScorer, ScoreRow
 from falign.evaluation.score_output import ScoreOutput
-from falign.evaluation.score_rows import ScoreRow
 from falign.objectives import pairs_of
 from falign.objectives.groups import accuracies
 from falign.scoring import PromptTree

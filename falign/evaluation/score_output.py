@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from falign.durable import checksum, lock, refuse_link, sync_folder, write_whole, writing
 from falign.errors import ConfigError, without_passwords
-from falign.evaluation.score_rows import ScoreRow
+from falign.evaluation.completion_scorer import ScoreRow
 from falign.scoring import PromptTree
 
 __all__ = ["ScoreOutput", "check_output", "reopen"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from falign import divergences
-from falign.evaluation.best_of_n import best_of_n_divergence
+from falign.evaluation.frontier import best_of_n_divergence
 
 GENERATORS = {
     "reverse_kl": lambda u: u * mpmath.log(u) - u + 1,

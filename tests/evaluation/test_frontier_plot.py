@@ -4,7 +4,8 @@ from matplotlib.figure import Figure
 
 from falign import divergences
 from falign.errors import ConfigError
-from falign.evaluation.frontier import check_picture, frontier_point, frontier_summary, plot_frontier
+from falign.evaluation.frontier import frontier_point, frontier_summary
+from falign.evaluation.frontier_run import check_picture, plot_frontier
 from falign.metrics import Interval
 
 METRICS = {
