@@ -96,7 +96,8 @@ def samples(
     trust_code: TrustCode = False,
 ) -> None:
     """Sample completions and measure reward, divergence, diversity and pass@k; a stopped call goes on if repeated."""
-    from falign.evaluation.sample_evaluation import evaluate_samples, samples_folder
+    from falign.evaluation.sample_evaluation import evaluate_samples
+    from falign.evaluation.sample_options import samples_folder
 
     summary = evaluate_samples(
         model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
-from falign.divergences import Divergence, optimal_weights
+from falign.divergences import Divergence, get, optimal_weights
 from falign.evaluation.sample_scorer import SampleRow
 from falign.metrics.intervals import Interval
 from falign.rewards.groups import best_of_n
@@ -29,10 +29,14 @@ __all__ = [
     "frontier_summary",
     "ideal_frontier",
     "sample_limit",
+    "with_ideals",
 ]
 
 IDEALS = ("reverse_kl", "forward_kl", "jensen_shannon", "pearson_chi2")
-"""The divergences whose ideal frontiers are always there."""
+"""The divergences whose ideal frontiers are always drawn."""
+
+NOT_IDEAL = ("total_variation",)
+"""Divergences without a line: f' has two values, so the optimal weights are 0, 1, or all that is left for the best."""
 
 WIDEST, NARROWEST = 5.0, -9.0  # log2 of β, in standard deviations of a prompt's rewards
 
@@ -160,6 +164,12 @@ def _mean_divergence(divergence: Divergence, weights: Float[Tensor, "P M"]) -> f
     values = divergence.f(weights.masked_fill(given_up, 1.0).log())
     at_zero = divergence.dual().f_prime_at_infinity  # f(0)
     return torch.where(given_up, at_zero, values).mean().item()
+
+
+def with_ideals(further: Iterable[Divergence]) -> dict[str, Divergence]:
+    """Return the divergences whose ideal frontiers are drawn, by name: the default ones and further ones."""
+    found = {divergence.name: divergence for divergence in (*map(get, IDEALS), *further)}
+    return {name: divergence for name, divergence in found.items() if name not in NOT_IDEAL}
 
 
 def frontier_point(label: str, metrics: Mapping[str, Interval], axis: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from falign import divergences
 from falign.durable import write_whole, writing
 from falign.errors import ConfigError
-from falign.evaluation.frontier import IDEALS, frontier_point, frontier_summary
+from falign.evaluation.frontier import frontier_point, frontier_summary, with_ideals
 from falign.evaluation.sample_metrics import divergence_metrics, sample_metrics
 from falign.evaluation.summaries import Frontier, SampleSummary, check_file, damaged, read_summary
 from falign.json_lines import split_lines
@@ -78,7 +78,7 @@ def evaluate_frontier(
     if any(":" in named for named in (divergence, *own)):
         import_from(Path.cwd())
     axis = divergences.get(divergence, field="divergence")
-    ideals = {each.name: each for each in map(divergences.get, (*IDEALS, *own)) if each.name != "total_variation"}
+    ideals = with_ideals(map(divergences.get, own))
     _require_alike(found)
     points, anchors = [], None
     for each in found:

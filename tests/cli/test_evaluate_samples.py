@@ -214,7 +214,7 @@ def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_bytes(fal
 def test_an_offline_run_answers_its_held_out_prompts_under_its_own_implicit_reward(falign, folder):
     run = folder / "offline"
     status, _, err = falign("evaluate", "samples", run)
-    assert (status, "learnt from preferences and has no rewards: give --rewards" in err) == (2, True)
+    assert (status, "was trained on preferences and has no rewards: give --rewards" in err) == (2, True)
     status, _, err = falign(
         "evaluate", "samples", run, "--rewards", run, "--num-completions", 2, "--max-new-tokens", 5, "--name", "own"
     )
@@ -288,10 +288,10 @@ def test_what_is_measured_otherwise_is_not_drawn_together(falign, folder, evalua
     ("arguments", "message"),
     [
         (("tiny",), "so it has no place for results: give --out DIR"),
-        (("tiny", "--out", "out"), "is not a run folder and has no prompts: give --prompts FILE"),
+        (("tiny", "--out", "out"), "is not a run folder and has no prompts of its own: give --prompts FILE"),
         (("tiny", "--out", "out", "--prompts", "prompts.jsonl"), "is not a run folder and has no rewards"),
-        (("tiny", "--out", "out", "--checkpoint", 3), "--checkpoint applies to runs"),
-        (("online", "--template", "{prompt}"), "--template belongs to --prompts"),
+        (("tiny", "--out", "out", "--checkpoint", 3), "--checkpoint applies only to runs"),
+        (("online", "--template", "{prompt}"), "--template applies only to --prompts"),
         (("online", "--dtype", "float32"), "is a run, which has its own"),
         (("online", "--name", "a/b"), "must be the name of a folder"),
         (("online", "--name", "x", "--pass-reward", "nan"), "--pass-reward nan"),

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from falign.errors import ConfigError
-from falign.evaluation.loading import held_out_prompts
+from falign.evaluation.sample_inputs import held_out_prompts
 from falign.runfile import parse_run
 from falign.runs import RunFolder
 from falign.training import train
@@ -47,7 +47,7 @@ def run(request, runs):
     def held_out():
         told = []
         return [
-            row.prompt for row in held_out_prompts(RunFolder(folder / request.param), config, tell=told.append)
+            row.prompt for row in held_out_prompts(RunFolder(folder / request.param), config, notify=told.append)
         ], told
 
     yield held_out, rows, replace
@@ -90,6 +90,6 @@ def test_a_prompt_that_was_trained_on_too_is_left_out(runs, tmp_path):
     config = parse_run({**configs["offline"], "data": data, "output_dir": str(tmp_path / "run")})
     train(config, console=Console(quiet=True))
     told = []
-    (row,) = held_out_prompts(RunFolder(tmp_path / "run"), config, tell=told.append)
+    (row,) = held_out_prompts(RunFolder(tmp_path / "run"), config, notify=told.append)
     assert row.prompt == "x: "
     assert told == ["1 of 2 held-out prompts were trained on too: left out"]
