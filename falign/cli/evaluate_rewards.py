@@ -96,7 +96,7 @@ def rewards(
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many items, the first ones.")] = None,
     trust_code: TrustCode = False,
 ) -> None:
-    """Score a benchmark under all rewards that a model defines; a stopped call goes on if repeated."""
+    """Score a benchmark under all rewards that a model defines; a stopped call continues if repeated."""
     from falign.evaluation.reward_evaluation import evaluate_rewards
 
     summary = evaluate_rewards(

@@ -95,7 +95,7 @@ def samples(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing samples, complete or not.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
-    """Sample completions and measure reward, divergence, diversity and pass@k; a stopped call goes on if repeated."""
+    """Sample completions and measure reward, divergence, diversity and pass@k; a stopped call continues if repeated."""
     from falign.evaluation.sample_evaluation import evaluate_samples
     from falign.evaluation.sample_options import samples_folder
 

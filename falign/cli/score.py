@@ -53,7 +53,7 @@ def score(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing scores, complete or not.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
-    """Write log-probs per token, log-ratios and implicit rewards of completions; a stopped call goes on if repeated."""
+    """Write log-probs per token, log-ratios and implicit rewards; a stopped call continues if repeated."""
     from falign.cli.data import column_mapping
     from falign.evaluation.score_run import score as write
 

@@ -14,6 +14,7 @@ from falign.data.rendering import require_chat_choice
 from falign.data.windows import fit
 from falign.errors import DataError
 from falign.evaluation.benchmarks import Benchmark, BenchmarkItem
+from falign.evaluation.score_file import counts_message
 from falign.scoring import PromptTree
 
 __all__ = ["ItemStream", "ItemTree", "LongItems", "read_items"]
@@ -92,6 +93,10 @@ class ItemStream:
         counts = {"bad row": self.bad_rows.count, **dict(sorted(self._skipped.items()))}
         return {reason: count for reason, count in counts.items() if count}
 
+    def skipped_message(self) -> str:
+        """Return these counts as text, with the first bad row; ``""`` if all items are scored."""
+        return counts_message(self.skipped().items(), self.bad_rows)
+
     def _encoded(self, item: BenchmarkItem) -> PromptTree:
         for i, text in enumerate(item.completions, start=1):
             if not text.strip():
@@ -144,14 +149,14 @@ def read_items(
         bad_rows: Takes the rows that cannot be used; by default the first one raises.
 
     Raises:
-        DataError: The source cannot be read, has another schema, lacks a subset, or has no row that can be used.
+        DataError: The source cannot be read, has another schema, lacks a subset, or has no usable row.
     """
     bad_rows = BadRows() if bad_rows is None else bad_rows
     source = path or benchmark.hub_name or benchmark.name
     items = list(benchmark.read(path, split=split, bad_rows=bad_rows))
     if not items:
         reason = f" The first bad row: {bad_rows.messages[0]}" if bad_rows.messages else ""
-        raise DataError(f"{source}: it has no row that can be used.{reason}")
+        raise DataError(f"{source}: it has no usable row.{reason}")
     there = sorted({item.subset for item in items})
     for subset in subsets:
         if subset not in there:

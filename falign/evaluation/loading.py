@@ -170,21 +170,21 @@ def load_run(
 
 
 def load_compared(
-    path: str, *, reference: str, divergence: str, beta: float, dtype: str, max_length: int | None
+    path: str, *, reference: str, divergence: str | None, beta: float | None, dtype: str, max_length: int | None
 ) -> Scored:
-    """Load two models, one to be scored and one to compare it with, under f-DPO's implicit reward.
+    """Load two models, one to score and one to compare it with, under f-DPO's implicit reward.
 
     Args:
         path: The policy.
-        reference: The model that it is compared with.
-        divergence: Name of f.
-        beta: β.
-        dtype: Of both models.
-        max_length: The window; 1024 where None.
+        reference: The model to compare it with.
+        divergence: Name of f; ``reverse_kl`` if None.
+        beta: β; 0.1 if None.
+        dtype: Data type of both models.
+        max_length: The window; 1024 if None.
 
     Raises:
-        ConfigError: f or β defines no implicit reward, or the two models' tokens differ.
-        ModelError: A model is not there.
+        ConfigError: f or β defines no implicit reward, or the two models have different tokens.
+        ModelError: A model is missing.
     """
     from falign.data import Window
     from falign.models import load_model, load_tokenizer, model_identity
@@ -194,6 +194,7 @@ def load_compared(
     from falign.references import FrozenModel
     from falign.scoring import DEFAULT_CHUNK_TOKENS
 
+    divergence, beta = "reverse_kl" if divergence is None else divergence, 0.1 if beta is None else beta
     try:
         objective = FDPO(divergence, beta)
     except ValueError as error:
@@ -222,11 +223,11 @@ def load_alone(path: str, *, dtype: str, max_length: int | None) -> Scored:
 
     Args:
         path: The policy.
-        dtype: Of the model.
-        max_length: The window; 1024 where None.
+        dtype: Data type of the model.
+        max_length: The window; 1024 if None.
 
     Raises:
-        ModelError: The model is not there.
+        ModelError: The model is missing.
     """
     from falign.data import Window
     from falign.models import load_model, load_tokenizer, model_identity

@@ -1,21 +1,72 @@
-"""Summary of the rows of a benchmark: the published aggregation with its intervals, and calibration."""
+"""Summary of a reward evaluation: the benchmark's published figures with their intervals, and calibration."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from falign.evaluation.benchmarks import Benchmark
+from falign.evaluation.benchmarks import Benchmark, missing_subsets
+from falign.evaluation.loading import Scored
+from falign.evaluation.reward_options import RewardOptions
 from falign.evaluation.score_items import ItemRow
+from falign.evaluation.summaries import RewardSummary
 from falign.metrics import bootstrap
 
-__all__ = ["CALIBRATED", "scores_with_intervals", "summarize_scorer"]
+__all__ = ["CALIBRATED", "reward_summary", "scores_with_intervals", "summarize_scorer"]
 
 CALIBRATED = ("implicit_reward", "length_normalised", "classifier")
 """Scorers whose differences are log-odds of a preference."""
+
+
+def reward_summary(
+    options: RewardOptions,
+    scored: Scored,
+    rows: Sequence[ItemRow],
+    names: Sequence[str],
+    *,
+    skipped: Mapping[str, int],
+    record: Mapping[str, Any],
+) -> RewardSummary:
+    """Return the summary of an evaluation, without the checksums of its files.
+
+    Args:
+        options: All options.
+        scored: The policy, its reference and its objective.
+        rows: One per item.
+        names: Names of the scorers.
+        skipped: Number of items that were not scored, by reason.
+        record: All inputs that the scores depend on.
+    """
+    of_run = None if scored.reference is None else scored.reference.identity()["kind"]
+    objective: Any = scored.objective if scored.rewarding else None
+    divergence = getattr(objective, "divergence", None)
+    subsets = [row["subset"] for row in rows]
+    found = {
+        "kind": "rewards",
+        "name": options.out.name,
+        "benchmark": options.benchmark.name,
+        "source": options.source,
+        "model": options.model,
+        "reference": options.comparison.reference or of_run,
+        "divergence": None if divergence is None else divergence.name,
+        "beta": getattr(objective, "beta", None),
+        "num_items": len(rows),
+        "skipped": skipped,
+        "subsets": dict(Counter(subsets)),
+        "missing_subsets": list(missing_subsets(options.benchmark, subsets)),
+        "scorers": {
+            name: summarize_scorer(
+                rows, options.benchmark, name, num_resamples=options.num_resamples, seed=options.seed
+            )
+            for name in names
+        },
+        "record": record,
+    }
+    return RewardSummary.model_validate(found)
 
 
 def summarize_scorer(
@@ -24,15 +75,15 @@ def summarize_scorer(
     """Return the scores of one scorer with their intervals, and its calibration.
 
     Args:
-        rows: Of all items.
-        benchmark: How they are aggregated.
-        name: The scorer.
-        num_resamples: Of the bootstrap.
-        seed: Of the resampling.
+        rows: One per item.
+        benchmark: Aggregates them.
+        name: Name of the scorer.
+        num_resamples: Number of bootstrap resamples.
+        seed: Seed of the resampling.
 
     Returns:
-        ``scores``, each with ``value``, ``low`` and ``high``, and ``calibration``: None for a scorer whose differences
-        are no log-odds.
+        ``scores``, each with ``value``, ``low`` and ``high``; and ``calibration``, None for a scorer whose differences
+        are not log-odds.
     """
     return {
         "scores": scores_with_intervals(rows, benchmark, name, num_resamples=num_resamples, seed=seed),
@@ -48,11 +99,11 @@ def scores_with_intervals(
     Items are resampled within their subsets, those of one group together.
 
     Args:
-        rows: Of all items.
-        benchmark: How they are aggregated.
-        name: The scorer.
-        num_resamples: Of the bootstrap.
-        seed: Of the resampling.
+        rows: One per item.
+        benchmark: Aggregates them.
+        name: Name of the scorer.
+        num_resamples: Number of bootstrap resamples.
+        seed: Seed of the resampling.
     """
     units = _units(rows)
     subsets = [row["subset"] for row in rows]
@@ -64,7 +115,7 @@ def scores_with_intervals(
         summary = benchmark.summarize([subsets[i] for i in chosen], [outcomes[i] for i in chosen])
         return np.array([summary[name] for name in names])
 
-    # Units of one subset and size are alike, so that nothing that the aggregation needs is missing from a resample.
+    # Stratified by subset and size of group, so that no resample lacks a subset that the aggregation needs.
     strata = [(subsets[unit[0]], len(unit)) for unit in units]
     values, low, high = bootstrap(statistic, len(units), strata=strata, num_resamples=num_resamples, seed=seed)
     return {
@@ -73,7 +124,7 @@ def scores_with_intervals(
 
 
 def _units(rows: Sequence[ItemRow]) -> list[list[int]]:
-    """Return the rows that are drawn together."""
+    """Return the indices of rows that are resampled together: those of one group, or a single row."""
     units: dict[Any, list[int]] = {}
     for i, row in enumerate(rows):
         units.setdefault((row["subset"], row["group"]) if row["group"] else i, []).append(i)
@@ -81,7 +132,7 @@ def _units(rows: Sequence[ItemRow]) -> list[list[int]]:
 
 
 def _calibration(rows: Sequence[ItemRow], name: str) -> dict[str, Any]:
-    """Return what the logistic function of a pair's margin is worth as the probability of its preference."""
+    """Return the calibration of σ(margin) as the probability of each pair's preference."""
     from falign.metrics.calibration import calibration
 
     margins = [

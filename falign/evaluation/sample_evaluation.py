@@ -72,7 +72,7 @@ def evaluate_samples(
     trust_code: bool = False,
     console: Console | None = None,
 ) -> SampleSummary:
-    """Sample completions and measure reward, divergence, diversity and pass@k; a stopped call continues when repeated.
+    """Sample completions and measure reward, divergence, diversity and pass@k; a stopped call continues if repeated.
 
     Args:
         model: A run, or any model.

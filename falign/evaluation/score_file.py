@@ -165,9 +165,26 @@ class TreeStream:
             yield tokenized.tree
 
     def counts(self) -> list[tuple[str, int]]:
-        """Return label and count of what is not scored as it stands in the source, where there is any."""
+        """Return the number of rows that are dropped or cut, by label, without zeros."""
         counts = [("bad rows", self.bad_rows.count), *sorted(self._counts.items())]
         return [(label, count) for label, count in counts if count]
+
+    def message(self) -> str:
+        """Return these counts as text, with the first bad row; ``""`` if all rows are scored whole."""
+        return counts_message(self.counts(), self.bad_rows)
+
+
+def counts_message(counts: Iterable[tuple[str, int]], bad_rows: BadRows) -> str:
+    """Return counts of rows as text, with the message of the first bad row.
+
+    Example:
+        >>> bad_rows = BadRows("skip")
+        >>> bad_rows.add(DataError("pairs.jsonl:3: 'chosen' is empty"))
+        >>> counts_message([("bad rows", 1), ("prompts cut", 2)], bad_rows)
+        "bad rows 1; prompts cut 2 (the first bad row: pairs.jsonl:3: 'chosen' is empty)"
+    """
+    first = f" (the first bad row: {bad_rows.messages[0]})" if bad_rows.messages else ""
+    return "; ".join(f"{label} {count}" for label, count in counts) + first
 
 
 def batches_in_order(trees: Iterable[TreeT], *, max_tokens: int) -> Iterator[list[TreeT]]:

@@ -1,4 +1,4 @@
-"""Scores of a file of completions, from arguments to the finished file."""
+"""Scores of a file of completions, from the arguments to the finished file."""
 
 from __future__ import annotations
 
@@ -46,29 +46,29 @@ def score(
     trust_code: bool = False,
     console: Console | None = None,
 ) -> ScoreTotals:
-    """Write log-probs per token, log-ratios and implicit rewards of completions; a stopped call goes on if repeated.
+    """Write log-probs per token, log-ratios and implicit rewards of completions; a stopped call continues if repeated.
 
     Args:
         model: A run, scored by its own objective; or any model.
         data: Pairs, lists or single completions: rows, the path of a file, or a source with its fields, such as
-            ``dict(rows=..., chat=True)``. Without ``chat`` its plain texts are read as the run read its own.
-        out: The scores: ``.jsonl`` or ``.parquet``.
-        reference: What a model is compared with; a run has its own.
-        divergence: f of a model's implicit reward, ``reverse_kl`` if left out; a run has its own.
-        beta: β of a model's implicit reward, 0.1 if left out; a run has its own.
-        max_length: The window, prompt and completion together; a run's own, else 1024.
-        tokens_per_batch: Tokens scored at once: memory against speed.
-        bad_rows: ``error`` stops at a row that cannot be used, ``skip`` counts it.
-        layout: ``tree``, ``padded``, or ``auto``: trees where the models read them.
-        dtype: Of both models, the checkpoint's if left out; a run has its own.
-        overwrite: Replace existing scores, complete or not.
+            ``dict(rows=..., chat=True)``. Without ``chat`` plain texts are read as the run read its own.
+        out: File for the scores: ``.jsonl`` or ``.parquet``.
+        reference: A model to compare a model with; a run has its own reference.
+        divergence: f of a model's implicit reward, by default ``reverse_kl``; a run has its own.
+        beta: β of a model's implicit reward, by default 0.1; a run has its own.
+        max_length: Maximum length of a prompt with its completion, in tokens; by default the run's own, or 1024.
+        tokens_per_batch: Number of tokens scored at once; affects memory and speed.
+        bad_rows: ``error`` stops at the first unusable row, ``skip`` counts and skips them.
+        layout: ``tree``, ``padded``, or ``auto`` for trees if the models can read them.
+        dtype: Data type of both models, by default that of their files; a run has its own.
+        overwrite: Replace existing scores, whether complete or not.
         trust_code: Whether code that the run folder names may run.
-        console: Where progress is shown; standard error by default.
+        console: Shows progress; standard error by default.
 
     Raises:
-        ConfigError: Arguments that contradict each other, the model or what is there.
-        DataError: A row cannot be used, or none can.
-        ModelError: A model is not there, or a value is not finite.
+        ConfigError: The arguments contradict each other, the model or an existing file.
+        DataError: A row is unusable, or all are.
+        ModelError: A model is missing, or a value is NaN or infinite.
     """
     source, out = parse_source(data, place="data"), Path(out)
     path, given, trust_code = named(model, trust_code=trust_code)
@@ -76,26 +76,23 @@ def score(
     require_choice("bad_rows", bad_rows, ["error", "skip"])
     check_output(out, overwrite=overwrite)
     if out.resolve() == Path(source.path).resolve():
-        raise ConfigError(f"{out} is the file that is scored: give the scores another name.")
+        raise ConfigError(f"{out} is the file to be scored: give the scores another name.")
     own = {"reference": reference, "divergence": divergence, "beta": beta, "dtype": dtype}
-    trained = is_run(path)
-    _check(path, trained=trained, own={name: value for name, value in own.items() if value is not None})
+    _check_comparison(path, {name: value for name, value in own.items() if value is not None})
     if source.chat is None:
         source = source.with_chat(chat_of_run(path))
     policy: Any = bad_rows
-    if next(read_examples(source, bad_rows=BadRows(policy, skip_by="bad_rows=skip")), None) is None:
-        raise DataError(f"{source.path} has no row that can be used: give a file with at least one.")
+    _require_rows(source, BadRows(policy, skip_by="bad_rows=skip"))
     console = console or Terminal(stderr=True, highlight=False, soft_wrap=True)
     with console.status(f"loading {escape(path)}"):
-        if trained:
+        if reference is None:
             scored = load_run(path, max_length=max_length, given=given, trust_code=trust_code)
         else:
-            assert reference is not None
             scored = load_compared(
                 path,
                 reference=reference,
-                divergence="reverse_kl" if divergence is None else divergence,
-                beta=0.1 if beta is None else beta,
+                divergence=divergence,
+                beta=beta,
                 dtype="auto" if dtype is None else dtype,
                 max_length=max_length,
             )
@@ -111,7 +108,7 @@ def score(
     rows = iter(trees)
     first = list(islice(rows, PROBED_TREES))
     if not first:
-        raise DataError(f"{source.path}: none of its rows can be scored: {_told(trees) or 'there are none'}.")
+        raise DataError(f"{source.path}: no row can be scored: {trees.message()}.")
     scorer, choice = scored.scorer(first, layout=layout)
     console.print(f"layout: {choice.layout}, {choice.reason}", style=None if choice.as_asked else "yellow")
     record = {
@@ -119,7 +116,7 @@ def score(
         "tokenizer": tokenizer_fingerprint(scored.tokenizer),
         "stop_token_ids": sorted(stops),
         "layout": choice.layout,
-        **_of_data(source, scored),
+        **_record_of_data(source, scored),
     }
     with ScoreOutput(out, record=record, overwrite=overwrite) as output, progress(console, "completions") as show:
         totals = score_trees(
@@ -129,29 +126,41 @@ def score(
             tokens_per_batch=tokens_per_batch,
             on_batch=lambda totals: show(totals.completions),
         )
-    # In the form that `sha256sum --check` reads.
+    # In the format that `sha256sum --check` reads.
     write_whole(out.with_name(f"{out.name}.sha256"), f"{checksum(out)}  {out.name}\n")
-    if told := _told(trees):
-        console.print(f"not as in the file: {told}", style="yellow", markup=False)
+    if message := trees.message():
+        console.print(f"left out or cut: {message}", style="yellow", markup=False)
     return totals
 
 
-def _check(model: str, *, trained: bool, own: Mapping[str, Any]) -> None:
-    if trained and own:
-        named = ", ".join(f"`{name}`" for name in own)
+def _check_comparison(model: str, own: Mapping[str, Any]) -> None:
+    """Reject a run with a definition of the implicit reward, and a model without a reference.
+
+    Args:
+        model: A run folder or a model.
+        own: The arguments that define a model's implicit reward, as far as they are given.
+    """
+    if is_run(model) and own:
+        given = ", ".join(f"`{name}`" for name in own)
         raise ConfigError(
-            f"{model} is a run, which is scored as it was trained; {named} would make it another one. Leave it out, or "
-            "export the run (falign export --format merged) and score that with reference=MODEL."
+            f"{model} is a run, which is scored as it was trained, and {given} would change its rewards: leave it out, "
+            "or export the run as a merged model and score that with reference=MODEL."
         )
-    if not trained and "reference" not in own:
+    if not is_run(model) and "reference" not in own:
         raise ConfigError(
-            f"{model} is not a run folder, so there is nothing to compare it with: give reference=MODEL, for example "
-            "the model that it was trained from."
+            f"{model} is not a run folder, so it has no reference: give reference=MODEL, such as the model that it was "
+            "trained from."
         )
 
 
-def _of_data(source: DataSource, scored: Scored) -> dict[str, Any]:
-    """Return the settings that decide the order and the tokens of the rows."""
+def _require_rows(source: DataSource, bad_rows: BadRows) -> None:
+    """Refuse a source without a usable row, before a model is loaded."""
+    if next(read_examples(source, bad_rows=bad_rows), None) is None:
+        raise DataError(f"{source.path} has no usable row: give a file with at least one.")
+
+
+def _record_of_data(source: DataSource, scored: Scored) -> dict[str, Any]:
+    """Return the settings that determine the order and the tokens of the rows."""
     local = Path(source.path)
     return {
         "source": str(local.absolute()) if local.exists() else source.path,
@@ -161,8 +170,3 @@ def _of_data(source: DataSource, scored: Scored) -> dict[str, Any]:
         "chat": source.chat,
         **asdict(scored.window),
     }
-
-
-def _told(trees: TreeStream) -> str:
-    message = f" (the first: {trees.bad_rows.messages[0]})" if trees.bad_rows.messages else ""
-    return "; ".join(f"{label} {count}" for label, count in trees.counts()) + message

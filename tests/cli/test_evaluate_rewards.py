@@ -248,7 +248,7 @@ def test_long_items_are_cut_or_an_error_when_asked_for(evaluate, tmp_path):
     assert summary_of(tmp_path / "out")["num_items"] == 6
     status, _, err = evaluate("--max-length", 8, out=tmp_path / "other")
     assert status == 2
-    assert "none of its items can be scored: longer than the window 6" in err
+    assert "no item can be scored: longer than the window 6" in err
     assert not (tmp_path / "other").exists()
 
 
@@ -307,10 +307,10 @@ def test_a_classifier_scores_beside_the_policy(evaluate, rm_bench, tmp_path):
         (("--subset", "cod"), {}, "did you mean 'code'"),
         (("--scorers", "lenght"), {}, "did you mean 'length'"),
         (("--scorers", "classifier"), {}, "give --classifier MODEL"),
-        (("--scorers", " , "), {}, "--scorers names none: give some of implicit_reward"),
+        (("--scorers", " , "), {}, "--scorers is empty: give some of implicit_reward"),
         (("--beta", "inf"), {"model": "tiny"}, "--beta inf must be positive and finite"),
         ((), {"reference": None}, "give --reference MODEL"),
-        (("--classifier-label", "good"), {}, "belong to --classifier"),
+        (("--classifier-label", "good"), {}, "--classifier-text and --classifier-label need --classifier"),
         (("--seed", -1), {}, "greater than or equal to 0"),
         (("--reference-free",), {}, "--reference-free excludes --reference"),
         ((), {"out": None}, "give --out DIR"),
@@ -337,7 +337,7 @@ def test_a_run_is_scored_as_it_was_trained(falign, train, pairs):
     options = ("--divergence", "js", "--reference", "base", "--reference-free")
     status, _, err = falign("evaluate", "rewards", run, "preferences", pairs, *FEW, *options)
     assert status == 2
-    assert "--reference, --divergence, --reference-free would make it another one" in err
+    assert "--reference, --divergence, --reference-free would change its" in err
 
 
 def test_results_are_replaced_only_when_asked_for_and_other_settings_do_not_go_on(evaluate, tmp_path, monkeypatch):
@@ -363,7 +363,7 @@ def test_results_are_replaced_only_when_asked_for_and_other_settings_do_not_go_o
     assert "seed (0 there, 3 now)" in err
     status, _, err = evaluate("--tokens-per-batch", 2)
     assert status == 0, err
-    assert "going on after 2 items of an earlier call" in err
+    assert "continuing after 2 items of an earlier call" in err
     whole = (out / "items.jsonl").read_bytes()
     status, _, err = evaluate()
     assert status == 2

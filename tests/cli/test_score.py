@@ -253,7 +253,7 @@ def test_a_run_is_scored_as_it_was_trained(falign, trained, pairs, tmp_path):
     options = ("--divergence", "js", "--beta", "0.2", "--reference", "base", "--dtype", "float32")
     status, _, err = falign("score", run, pairs, "--out", tmp_path / "scores.jsonl", *options)
     assert status == 2
-    assert "--reference, --divergence, --beta, --dtype would make it another one" in err
+    assert "--reference, --divergence, --beta, --dtype would change its rewards" in err
     shutil.rmtree(run / "adapter")
     status, _, err = falign("score", run, pairs, "--out", tmp_path / "scores.jsonl")
     assert status == 2
