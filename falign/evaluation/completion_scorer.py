@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NotRequired
 
 import torch
@@ -12,8 +12,8 @@ from typing_extensions import TypedDict
 
 from falign.errors import ConfigError, ModelError
 from falign.models.tokenizers import check_token_rows
-from falign.objectives import BaseObjective
-from falign.references import Reference, objective_inputs
+from falign.objectives import BaseObjective, reference_names
+from falign.references import REFERENCE, Reference, objective_inputs
 from falign.scoring import (
     LayoutChoice,
     PromptTree,
@@ -68,13 +68,31 @@ class CompletionScorer:
         policy: The model, on the device to compute on.
         reference: The reference that it is compared with.
         objective: The objective that defines the implicit reward, and the measure ``divergence`` if there is one.
-        scorer: A scorer with a layout that the policy and the reference's model can read.
+        scorer: A scorer with a layout that the policy and the references' models can read.
+        references: Further references, by the names under which the objective reads them.
+
+    Raises:
+        ConfigError: The objective reads a reference that is missing.
     """
 
     policy: nn.Module
     reference: Reference
     objective: BaseObjective
     scorer: Scorer
+    references: Mapping[str, Reference] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        given = {REFERENCE, *self.references}
+        if missing := sorted(self._read - given):
+            raise ConfigError(
+                f"The objective or its measures read the reference {missing[0]!r}, and the scorer has "
+                f"{', '.join(sorted(given))}: give it under this name in `references`."
+            )
+
+    @property
+    def _read(self) -> frozenset[str]:
+        """The names of the references that the objective and its measures read."""
+        return reference_names(self.objective.needs, self.objective.measures)
 
     def score(self, trees: Sequence[PromptTree]) -> list[list[ScoreRow]]:
         """Return the rows of each tree, one per completion.
@@ -83,19 +101,23 @@ class CompletionScorer:
             trees: The trees of one batch.
 
         Raises:
-            ModelError: A value is not finite.
+            ModelError: A value is NaN or infinite, or a token id has no row in the policy's embeddings.
         """
         check_rows(self.policy, trees)
         # Preferences change no score, and a batch may lack some: they go from the trees into the rows directly.
         bare = [replace(tree, preference=None) for tree in trees]
         batch = self.scorer.lay_out(bare, model=self.policy)
         with torch.no_grad(), evaluation_mode(self.policy):
+            known = {}
+            if REFERENCE not in self._read:  # the rows have its log-probabilities, whatever the objective reads
+                known["reference_logprobs"] = self.reference.logprobs(self.policy, batch)
             completions, entropy = objective_inputs(
                 self.policy,
                 batch,
-                references={"reference": self.reference},
+                references={**self.references, REFERENCE: self.reference},
                 objective=self.objective,
                 chunk_tokens=self.scorer.chunk_tokens,
+                columns=known,
             )
             log_ratios = completions.log_ratio
             per_token = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,11 +31,12 @@ class Scored(NamedTuple):
         policy: The model, on the device to compute on.
         tokenizer: The policy's tokenizer.
         reference: The reference that the policy is compared with; None if it is scored alone.
-        objective: The objective that defines the implicit reward.
-        rewarding: Whether that is the policy's own objective, not a substitute for one without implicit reward.
+        objective: The objective that defines the implicit reward; a substitute if the run's own defines none.
         window: Maximum lengths, and the handling of longer rows.
         chunk_tokens: Positions whose logits are computed at once.
         record: Values that identify these, by name.
+        rewarding: Whether the objective is the run's own, and not a substitute.
+        references: Further references that the objective reads, by name.
     """
 
     policy: PreTrainedModel | PeftModel
@@ -46,11 +47,13 @@ class Scored(NamedTuple):
     chunk_tokens: int
     record: dict[str, Any]
     rewarding: bool = True
+    references: Mapping[str, Reference] = {}
 
     def models(self) -> list[Any]:
-        """Return the policy, and the reference's model where that is another one."""
-        other = None if self.reference is None else self.reference.own_model
-        return [self.policy, *([] if other is None else [other])]
+        """Return the policy, and the models of those references that have their own."""
+        references = [*([] if self.reference is None else [self.reference]), *self.references.values()]
+        own = [model for each in references if (model := each.own_model) is not None]
+        return [self.policy, *own]
 
     def scorer(self, trees: Sequence[PromptTree], *, layout: Any) -> tuple[CompletionScorer, LayoutChoice]:
         """Check the models on the first trees, and return what scores them and the others.
@@ -68,7 +71,11 @@ class Scored(NamedTuple):
         scorer, choice = self.choose_scorer(trees, layout=layout)
         assert self.reference is not None
         compared = CompletionScorer(
-            policy=self.policy, reference=self.reference, objective=self.objective, scorer=scorer
+            policy=self.policy,
+            reference=self.reference,
+            objective=self.objective,
+            scorer=scorer,
+            references=self.references,
         )
         return compared, choice
 
@@ -113,6 +120,7 @@ def load_run(
     *,
     max_length: int | None,
     any_objective: bool = False,
+    references: Collection[str] | None = None,
     checkpoint: int | None = None,
     given: Given | None = None,
     trust_code: bool = False,
@@ -122,50 +130,68 @@ def load_run(
     Args:
         path: The run folder.
         max_length: The window, if not the run's own.
-        any_objective: Take a run whose objective defines no implicit reward too, with log-ratios for rewards.
+        any_objective: Accept a run whose objective defines no implicit reward; log-ratios take its place.
+        references: Names of the references to load; by default ``reference`` and those that the objective reads.
         checkpoint: The step of a checkpoint to load instead of the last weights.
         given: Objects that replace sections of the run file.
         trust_code: Whether code that the run folder names may run.
 
     Raises:
-        ConfigError: The run is not finished, names code that is not trusted, or its objective defines no implicit
-            reward and needs to.
-        ModelError: A model is not there, or not the one that was trained.
+        ConfigError: The run is not finished, names code that is not trusted, has no reference of a needed name, or its
+            objective defines no implicit reward although one is needed.
+        ModelError: A model is missing, or not the one of the training.
     """
     from falign.models import model_identity, weights_hash
-    from falign.objectives import FDPO
+    from falign.objectives import FDPO, reference_names
+    from falign.references import REFERENCE
     from falign.runs import RunFolder
     from falign.runs.loading import checkpoint_folder, load_trained
-    from falign.training.references import rebuild_reference
+    from falign.training.references import rebuild_references
+    from falign.training.trainer import state_folder
 
     folder = RunFolder.open(path)
     objective = run_objective(path, given=given, trust_code=trust_code)
     if not objective.rewarding and not any_objective:
         kind = folder.read_settings()["objective"]["kind"]
         raise ConfigError(
-            f"{path}: objective.kind={kind} defines no implicit reward to score by. Export the run "
-            "(falign export --format merged), and score that with reference=MODEL and a divergence of your choice."
+            f"{path}: objective.kind={kind} defines no implicit reward to score by: export the run as a merged model, "
+            "and score that with reference=MODEL and a divergence of your choice."
         )
+    objective, rewarding = (objective, True) if objective.rewarding else (FDPO("reverse_kl", 1.0), False)
+    if references is None:
+        references = {REFERENCE, *reference_names(objective.needs, objective.measures)}
     policy, tokenizer, config = load_trained(folder, checkpoint, given=given, trust_code=trust_code)
     config = config if given is None else given.in_place(config, path=folder.path)
     policy.to(_device())  # pyright: ignore[reportArgumentType]
-    reference = rebuild_reference(config, policy, tokenizer, folder, device=_device())
+    if REFERENCE in references and REFERENCE not in (sections := config.reference_sections()):
+        raise ConfigError(
+            f"{path} has no reference named {REFERENCE!r} to compare the policy with; {folder.run_file} names "
+            f"{', '.join(sorted(sections))} under references: export the run as a merged model, and score that with "
+            "reference=MODEL."
+        )
+    rebuilt = rebuild_references(config, policy, tokenizer, folder, device=_device(), names=references)
     if checkpoint is not None:
-        reference.load(checkpoint_folder(folder, checkpoint), policy)
+        for name, each in rebuilt.items():
+            each.load(state_folder(checkpoint_folder(folder, checkpoint), name), policy)
     window = _window(config)
     if config.adapter is None:
         identity = model_identity(policy)
     else:
         identity = {**model_identity(policy), "adapter": weights_hash(policy, adapter="default")}
+    reference = rebuilt.pop(REFERENCE, None)
+    record = _record(identity, reference, config.objective.model_dump(mode="json"))
+    for name, each in sorted(rebuilt.items()):
+        record |= {f"references.{name}.{key}": value for key, value in each.identity().items()}
     return Scored(
         policy,
         tokenizer,
         reference,
-        objective if objective.rewarding else FDPO("reverse_kl", 1.0),
+        objective,
         window if max_length is None else replace(window, max_length=max_length),
         config.training.chunk_tokens,
-        _record(identity, reference, config.objective.model_dump(mode="json")),
-        objective.rewarding,
+        record,
+        rewarding,
+        rebuilt,
     )
 
 

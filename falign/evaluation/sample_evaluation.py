@@ -142,7 +142,7 @@ def run_sample_evaluation(options: SampleOptions, console: Console) -> SampleSum
     with console.status("loading rewards"):
         loaded = load_rewards(options, config)
     with console.status(f"loading {escape(options.model)}"):
-        scored = load_policy(options)
+        scored = load_policy(options, config)
     check_tokens(options.model, scored.tokenizer, loaded)
     rewards = loaded.rewards
     prompts, source = prompts_to_sample(options, config, scored, rewards, console)

@@ -21,7 +21,7 @@ from falign.evaluation.sample_scorer import ScoredReward
 from falign.models import load_model, load_tokenizer, model_identity
 from falign.models.heads import share_head
 from falign.models.tokenizers import check_same_tokens, pad_token_id
-from falign.references import FrozenModel
+from falign.references import REFERENCE, FrozenModel
 from falign.rewards import RewardSum, WeightedReward
 from falign.rewards.combination import row_check
 from falign.rewards.identity import reward_identities
@@ -117,6 +117,7 @@ def _rewards_of_run(path: str, *, trust_code: bool) -> LoadedRewards:
         reference=scored.reference,
         objective=scored.objective,
         scorer=Scorer(pad_token_id=pad_token_id(scored.tokenizer), chunk_tokens=scored.chunk_tokens),
+        references=scored.references,
     )
     rewards = RewardSum((WeightedReward("implicit", ScoredReward(scorer)),))
     return LoadedRewards(rewards, scored.record, {path: scored.tokenizer})
@@ -154,18 +155,25 @@ def check_tokens(model: str, tokenizer: Any, rewards: LoadedRewards) -> None:
         check_same_tokens(tokenizer, other, f"{model} and {path}")
 
 
-def load_policy(options: SampleOptions) -> Scored:
-    """Return the policy with the reference to compare it with: the requested model, or the run's own.
+def load_policy(options: SampleOptions, config: RunConfig | None) -> Scored:
+    """Return the policy with the reference to compare it with: the requested model, or the run's own if it has one.
+
+    Args:
+        options: All options.
+        config: The run; None for a model.
 
     Raises:
         FalignError: A model is missing, or the reference has other tokens than the policy.
     """
     other, dtype = options.comparison.reference, options.dtype or "auto"
-    if is_run(options.model):
+    if config is not None:
+        # Samples are scored by log-probabilities alone, so the other references that the objective reads are left out.
+        own = REFERENCE in config.reference_sections() and other is None
         scored = load_run(
             options.model,
             max_length=None,
             any_objective=True,
+            references=[REFERENCE] if own else [],
             checkpoint=options.checkpoint,
             given=options.given,
             trust_code=options.trust_code,

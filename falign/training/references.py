@@ -21,7 +21,15 @@ from falign.runfile.reference_config import BuildContext
 from falign.runs.folder import RunFolder
 from falign.scoring import PromptTree, Scorer
 
-__all__ = ["build_references", "cached", "fit_references", "identities", "keep_moved", "rebuild_reference"]
+__all__ = [
+    "build_references",
+    "cached",
+    "fit_references",
+    "identities",
+    "keep_moved",
+    "rebuild_reference",
+    "rebuild_references",
+]
 
 
 def build_references(
@@ -117,10 +125,36 @@ def rebuild_reference(
         ConfigError: The run is not finished, or has no such reference.
         ModelError: The weights or the configuration of the reference have changed since the run.
     """
-    if name not in (sections := config.reference_sections()):
-        raise ConfigError(f"{folder.path} has no reference named {name!r}; it has {', '.join(sorted(sections))}.")
+    return rebuild_references(config, policy, tokenizer, folder, device=device, names=[name])[name]
+
+
+def rebuild_references(
+    config: RunConfig,
+    policy: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: RunFolder,
+    *,
+    device: torch.device,
+    names: Collection[str],
+) -> dict[str, Reference]:
+    """Return several references of a finished run by name, as :func:`rebuild_reference` returns one.
+
+    They are built together, so that all heads are cut to the same token ids.
+    """
+    sections = config.reference_sections()
+    if missing := sorted({*names} - sections.keys()):
+        raise ConfigError(f"{folder.path} has no reference named {missing[0]!r}; it has {', '.join(sorted(sections))}.")
+    found = build_references(config, policy, tokenizer, device=device, names=names)
+    for name, reference in found.items():
+        _restore(reference, name, config, policy, folder)
+    return found
+
+
+def _restore(
+    reference: Reference, name: str, config: RunConfig, policy: PreTrainedModel | PeftModel, folder: RunFolder
+) -> None:
+    """Check a reference against the run's manifest, and load the last state of one that moves."""
     field = config.section_of(name)
-    reference = build_references(config, policy, tokenizer, device=device, names=[name])[name]
     manifest, found = folder.read_manifest(), reference.identity()
     recorded = manifest[REFERENCE] if name == REFERENCE else manifest["references"][name]
     if None not in (configs := (recorded.get("config"), found.get("config"))) and configs[0] != configs[1]:
@@ -139,7 +173,6 @@ def rebuild_reference(
             f"The {name} of {folder.path} ({found['kind']}) holds other weights now than when the run was trained: "
             f"restore what {folder.run_file} names under model and {field}."
         )
-    return reference
 
 
 def cached(

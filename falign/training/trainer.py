@@ -153,7 +153,7 @@ class AlignmentTrainer(ResumableTrainer):
     def write_state(self, folder: Path) -> None:
         if self.args.should_save:
             for name, reference in self._moving.items():
-                (state := _state_folder(folder, name)).mkdir(parents=True, exist_ok=True)
+                (state := state_folder(folder, name)).mkdir(parents=True, exist_ok=True)
                 reference.save(state, self.policy)
         super().write_state(folder)
 
@@ -161,7 +161,7 @@ class AlignmentTrainer(ResumableTrainer):
     def read_state(self, folder: Path) -> None:
         super().read_state(folder)
         for name, reference in self._moving.items():
-            reference.load(_state_folder(folder, name), self.policy)
+            reference.load(state_folder(folder, name), self.policy)
 
     @override
     def compute_loss(
@@ -302,7 +302,7 @@ def _require_shardable(references: Mapping[str, Reference]) -> None:
             )
 
 
-def _state_folder(checkpoint: Path, name: str) -> Path:
+def state_folder(checkpoint: Path, name: str) -> Path:
     """Return where a checkpoint has the state of a reference that moves; the one named ``reference`` has no folder."""
     return checkpoint if name == REFERENCE else checkpoint / "references" / name
 

@@ -11,6 +11,7 @@ from falign.evaluation import choose_common_layout
 from falign.objectives import Listwise, Pairwise
 from falign.references import objective_inputs
 from falign.scoring import pad
+from tests.evaluation.own_objective import NearTeacher
 from tests.evaluation.scoring import TREES, dense, policy_and_reference, tiny_scorer
 from tests.models.tiny import tiny_model
 
@@ -119,3 +120,8 @@ def test_a_layout_is_common_only_if_every_model_reads_it(monkeypatch):
     assert (choice.layout, choice.reason, choice.as_asked) == ("padded", "it cannot", False)
     with pytest.raises(ConfigError, match="layout='tree' is not possible"):
         choose_common_layout(models, TREES, pad_token_id=1, wanted="tree")
+
+
+def test_a_reference_that_the_objective_reads_and_the_scorer_lacks_is_named():
+    with pytest.raises(ConfigError, match="read the reference 'teacher', and the scorer has reference: give it under"):
+        tiny_scorer(NearTeacher(beta=0.5))
