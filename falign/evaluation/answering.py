@@ -1,4 +1,4 @@
-"""Answers of a run or a model to prompts."""
+"""Completions of single prompts by a run or a model, to inspect what it has learned."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def load_named(
 
     Args:
         model: A run, or any model.
-        dtype: Of a model; a run has its own.
+        dtype: Data type of a model; a run has its own.
         trust_code: Whether code that a run folder names may run.
 
     Raises:
-        FalignError: It is not there, or damaged.
+        FalignError: The run or model is missing or damaged.
     """
     import torch
 
@@ -57,21 +57,21 @@ def sample(
     dtype: str = "auto",
     trust_code: bool = False,
 ) -> list[str]:
-    """Return one completion of each prompt.
+    """Return one completion per prompt.
 
     Args:
         model: A run, or any model.
         prompts: One text, or a list of texts and conversations (lists of turns).
-        chat: Whether plain texts are a user's turns; as the run read its own, else where there is a chat template.
-        max_new_tokens: Most tokens of a completion.
+        chat: Whether plain texts are a user's turns; by default as in the run, or if there is a chat template.
+        max_new_tokens: Maximum length of a completion, in tokens.
         temperature: 0 decodes greedily.
-        seed: Of sampling.
-        dtype: Of a model; a run has its own.
+        seed: Seed of the sampling.
+        dtype: Data type of a model; a run has its own.
         trust_code: Whether code that a run folder names may run.
 
     Raises:
         ConfigError: There is no prompt, or no such run.
-        ModelError: The model is not there, or damaged.
+        ModelError: The model is missing or damaged.
         RolloutError: A prompt leaves no room for a completion.
     """
     from falign.models import base_of, stop_token_ids
@@ -94,10 +94,10 @@ def sample(
 
 
 def read_prompts(file: Path) -> list[Text]:
-    """Return the prompts of a file: a line each (.txt), or rows with ``prompt``, text or turns.
+    """Return the prompts of a file: one per line (.txt), or rows whose ``prompt`` is text or turns.
 
     Raises:
-        DataError: The file is not there, or a row has no prompt.
+        DataError: The file is missing, or a row has no prompt.
     """
     if file.suffix != ".txt":
         return [_prompt_of(row) for row in read_rows(file)]
@@ -114,7 +114,7 @@ def _prompt_of(row: Row) -> Text:
     value: Any = row.fields.get("prompt")
     system = row.fields.get("system")
     if value is None or not isinstance(system, str | None):
-        problem = "there is no 'prompt'" if value is None else f"`system` must be text, got {system!r:.60}"
+        problem = "'prompt' is missing" if value is None else f"`system` must be text, got {system!r:.60}"
         raise DataError(f"{row.place}: {problem}; columns: {sorted(row.fields)}.")
     prompt = read_text(value, place=row.place, field="prompt")
     return prompt if isinstance(prompt, str) and system is None else prompt_turns(prompt, system, row.place)

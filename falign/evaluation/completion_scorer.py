@@ -29,21 +29,21 @@ __all__ = ["CompletionScorer", "ScoreRow", "check_finite", "check_rows", "choose
 
 
 class ScoreRow(TypedDict):
-    """The scores of one completion; lists have one value per token, logs are in nats.
+    """The scores of one completion, as plain values; lists have one value per token, logs are in nats.
 
     Attributes:
-        place: The row of the source.
+        place: The row of the source, as in ``pairs.jsonl:12``.
         completion: Index of the completion within the row, from 0.
-        preference: Larger is preferred within the row; None where the source has none.
+        preference: Larger is preferred within the row; None if the source has none.
         num_tokens: Tokens of the completion, its stop token included.
         token_ids: Their ids.
         logprobs: log π.
         reference_logprobs: log π_ref.
         log_ratios: log π - log π_ref.
         log_ratio: Their sum.
-        implicit_reward: What the objective takes for the completion's reward.
+        implicit_reward: The reward that the objective defines.
         entropy: Entropy of the policy's distribution.
-        token_divergence: D_f of the policy's distribution from the reference's, where the objective has one per token.
+        token_divergence: D_f between the policy's and the reference's distributions, for token-level objectives.
     """
 
     place: str
@@ -62,7 +62,7 @@ class ScoreRow(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionScorer:
-    """A scorer of completions, without gradient and dropout.
+    """Scores completions under a policy, its references and its objective, without gradient and dropout.
 
     Attributes:
         policy: The model, on the device to compute on.
@@ -104,7 +104,7 @@ class CompletionScorer:
             ModelError: A value is NaN or infinite, or a token id has no row in the policy's embeddings.
         """
         check_rows(self.policy, trees)
-        # Preferences change no score, and a batch may lack some: they go from the trees into the rows directly.
+        # A batch needs preferences for all trees or none. They affect no score, so they are copied from trees to rows.
         bare = [replace(tree, preference=None) for tree in trees]
         batch = self.scorer.lay_out(bare, model=self.policy)
         with torch.no_grad(), evaluation_mode(self.policy):
@@ -165,16 +165,16 @@ def choose_common_layout(
     pad_token_id: int,
     wanted: Literal["auto", "tree", "padded"] = "auto",
 ) -> LayoutChoice:
-    """Return the layout that all models can read, tried on the two longest trees with several completions.
+    """Return a layout that all models can read, after a test on the two longest trees with several completions.
 
     Args:
-        models: The policy, and the reference where it is a model of its own.
-        trees: Some of those that will be scored.
+        models: The policy, and the references' own models.
+        trees: Some of the trees to score.
         pad_token_id: Any valid id.
-        wanted: As for :func:`falign.scoring.choose_layout`.
+        wanted: See :func:`falign.scoring.choose_layout`.
 
     Raises:
-        ConfigError: ``wanted="tree"``, and a model cannot read trees.
+        ConfigError: Trees are wanted, and a model cannot read them.
     """
     longest = sorted(trees, key=lambda tree: (len(tree.completion_ids) > 1, tree.num_tokens))[-2:]
     bare = [replace(tree, preference=None) for tree in longest]
@@ -186,10 +186,10 @@ def choose_common_layout(
 
 
 def check_rows(model: nn.Module, trees: Sequence[PromptTree]) -> None:
-    """Refuse token ids for which a model has no row in its embeddings.
+    """Refuse token ids that have no row in the model's embeddings.
 
     Raises:
-        ModelError: With the first such token and its place.
+        ModelError: The message has the first such token and its place.
     """
     language_model: Any = without_wrapper(model)
     check_token_rows(
@@ -211,10 +211,15 @@ def _numbers(values: Tensor, batch: TokenBatch, name: str) -> list[float]:
 
 
 def check_finite(values: Tensor, batch: TokenBatch, name: str) -> None:
-    """Refuse scores that are NaN or infinite, and name the row.
+    """Refuse scores that are NaN or infinite.
+
+    Args:
+        values: Shape (N, T).
+        batch: Has the place of each row.
+        name: Name of the scores in the message.
 
     Raises:
-        ModelError: A value of shape (N, T) is not finite.
+        ModelError: A value is NaN or infinite; the message has its row and token.
     """
     bad = ~values.isfinite()
     if bad.any():
@@ -226,7 +231,7 @@ def check_finite(values: Tensor, batch: TokenBatch, name: str) -> None:
 
 
 def plain_floats(values: Tensor) -> list[float]:
-    """Return a vector's values with nine digits, which tell any two 32-bit numbers apart.
+    """Return the values of a vector, rounded to nine digits: enough to restore any 32-bit float exactly.
 
     Example:
         >>> import torch

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 IDEALS = ("reverse_kl", "forward_kl", "jensen_shannon", "pearson_chi2")
-"""The divergences whose ideal frontiers are always drawn."""
+"""Divergences whose ideal frontiers are always drawn."""
 
 NOT_IDEAL = ("total_variation",)
 """Divergences without a line: f' has two values, so the optimal weights are 0, 1, or all that is left for the best."""
@@ -47,7 +47,7 @@ class Ideal(NamedTuple):
     Attributes:
         beta: β.
         divergence: Divergence of the axis from the reference to the optimum; may be infinite.
-        own: The same in the divergence of which it is the optimum.
+        own: The same in the divergence whose optimum it is.
         reward: Mean reward of the optimum.
         effective_samples: Effective number of samples per prompt, ``M/mean(w²)``; if it is small, the point is noisy.
     """
@@ -78,8 +78,8 @@ class Limit(NamedTuple):
 
     Attributes:
         num_samples: M.
-        divergence: Of these weights; ``log M`` under the reverse KL where one sample is the best.
-        reward: Mean of the largest rewards.
+        divergence: Divergence of these weights; ``log M`` for the reverse KL without ties.
+        reward: Mean of the largest reward of each prompt.
     """
 
     num_samples: int
@@ -92,18 +92,18 @@ def ideal_frontier(
 ) -> list[Ideal]:
     """Return the optima of ``E_π[r] - β D_f(π‖π_ref)`` on samples of the reference, as β falls.
 
-    With M samples per prompt, the objective's value is too low on average, never too high (the mean of a minimum over
-    λ is no more than the minimum of the mean), and no reward is above that of the best sample: see
+    With M samples per prompt, the objective's value is on average too low, never too high, because the mean of a
+    minimum over λ is at most the minimum of the mean. No reward exceeds that of the best sample, see
     :func:`sample_limit`.
 
     Args:
-        rewards: Of M samples of the reference for each of P prompts.
+        rewards: Rewards of M samples of the reference for each of P prompts, shape (P, M).
         divergence: f.
-        betas: Each is shared by all prompts.
-        axis: What divergences are measured in; f where left out.
+        betas: Values of β; each is shared by all prompts.
+        axis: Divergence to report; f by default.
 
     Source:
-        ``π*/π_ref = (f')⁻¹((r - λ)/β)``: :func:`falign.divergences.optimal_weights`, an average over prompts.
+        ``π*/π_ref = (f')⁻¹((r - λ)/β)`` for each prompt: :func:`falign.divergences.optimal_weights`.
     """
     points = []
     for beta in sorted(betas, reverse=True):
@@ -122,12 +122,12 @@ def ideal_frontier(
 
 
 def betas(rewards: Float[Tensor, "P M"], divergence: Divergence, *, num: int = 57) -> list[float]:
-    """Return values of β, evenly spaced in the logarithm, from no change to all weight on the best samples.
+    """Return values of β, evenly spaced in log β, from almost no change to all weight on the best samples.
 
     Args:
-        rewards: As for :func:`ideal_frontier`; their spread within prompts is the unit.
-        divergence: f; its curvature at 1 is the unit of its strength.
-        num: How many.
+        rewards: As for :func:`ideal_frontier`; β is in units of their standard deviation within a prompt.
+        divergence: f; β is divided by its curvature at 1, on which the optimum near the reference depends.
+        num: Number of values.
     """
     spread = rewards.double().var(dim=-1, correction=0).mean().sqrt().item() or 1.0
     curvature = divergence.second_derivative_at_one
@@ -136,11 +136,11 @@ def betas(rewards: Float[Tensor, "P M"], divergence: Divergence, *, num: int = 5
 
 
 def best_of_n_frontier(rewards: Float[Tensor, "P M"], axis: Divergence) -> list[BestOfN]:
-    """Return the best of n = 1, 2, 4 ... M samples of the reference.
+    """Return the points of the best of n samples of the reference, for n = 1, 2, 4 ... M.
 
     Args:
-        rewards: Of M samples of the reference for each of P prompts.
-        axis: What divergences are measured in.
+        rewards: Rewards of M samples of the reference for each of P prompts, shape (P, M).
+        axis: Divergence to report.
     """
     size = rewards.shape[1]
     sizes = sorted({size, *(2**i for i in range(size.bit_length()) if 2**i <= size)})
@@ -148,11 +148,11 @@ def best_of_n_frontier(rewards: Float[Tensor, "P M"], axis: Divergence) -> list[
 
 
 def sample_limit(rewards: Float[Tensor, "P M"], axis: Divergence) -> Limit:
-    """Return the point at which every ideal frontier on these samples ends, with equal weights on tied best samples.
+    """Return the point at which every ideal frontier on these samples ends; tied best samples share the weight.
 
     Args:
-        rewards: Of M samples of the reference for each of P prompts.
-        axis: What divergences are measured in.
+        rewards: Rewards of M samples of the reference for each of P prompts, shape (P, M).
+        axis: Divergence to report.
     """
     best = (rewards == rewards.amax(dim=1, keepdim=True)).double()
     weights = best / best.mean(dim=1, keepdim=True)
@@ -160,10 +160,9 @@ def sample_limit(rewards: Float[Tensor, "P M"], axis: Divergence) -> Limit:
 
 
 def _mean_divergence(divergence: Divergence, weights: Float[Tensor, "P M"]) -> float:
-    given_up = weights == 0
-    values = divergence.f(weights.masked_fill(given_up, 1.0).log())
-    at_zero = divergence.dual().f_prime_at_infinity  # f(0)
-    return torch.where(given_up, at_zero, values).mean().item()
+    dropped = weights == 0  # log u = -∞ there; f(0) is the slope of the dual at infinity
+    values = divergence.f(weights.masked_fill(dropped, 1.0).log())
+    return torch.where(dropped, divergence.dual().f_prime_at_infinity, values).mean().item()
 
 
 def with_ideals(further: Iterable[Divergence]) -> dict[str, Divergence]:
@@ -175,13 +174,13 @@ def with_ideals(further: Iterable[Divergence]) -> dict[str, Divergence]:
 def frontier_point(label: str, metrics: Mapping[str, Interval], axis: str) -> dict[str, Any]:
     """Return the point of a policy.
 
-    Of the estimates of a divergence the one that varies least is taken: for the two KL divergences that of the whole
-    vocabulary, else that of the policy's own completions.
+    It takes the estimate of the divergence with the least variance: for the two KL divergences the one over the whole
+    vocabulary, for others the one from the policy's own completions.
 
     Args:
-        label: What it is called.
+        label: Name of the policy.
         metrics: Its ``reward`` and divergences.
-        axis: Name of the divergence on the axis.
+        axis: Name of the divergence on the horizontal axis.
     """
     distance = metrics.get(f"divergence/{axis}/vocabulary", metrics.get(f"divergence/{axis}"))
     assert distance is not None, axis
@@ -202,13 +201,13 @@ def frontier_summary(
     axis: tuple[str, Divergence],
     ideals: Mapping[str, Divergence],
 ) -> dict[str, Any]:
-    """Return points, and the lines estimated from samples of the reference.
+    """Return the points of policies, and the lines estimated from samples of the reference.
 
     Args:
-        points: Of policies.
-        reference_groups: Completions of the reference, equally many of each prompt; None leaves the lines out.
-        axis: Name of the divergence that is measured, and the divergence.
-        ideals: Those whose closed-form optima are drawn, by name.
+        points: The policies, see :func:`frontier_point`.
+        reference_groups: Completions of the reference, equally many for each prompt; None leaves the lines out.
+        axis: Name of the divergence on the horizontal axis, and the divergence.
+        ideals: Divergences whose ideal frontiers are drawn, by name.
     """
     name, divergence = axis
     found: dict[str, Any] = {"divergence": name, "points": list(points), "best_of_n": [], "ideal": {}, "limit": None}
@@ -225,34 +224,36 @@ def frontier_summary(
 
 
 def _drawn(point: Any) -> bool:
-    """Return whether a point is finite; some divergences are infinite if the policy drops completions."""
+    """Return whether a point is finite; some divergences are infinite if a completion has weight 0."""
     return math.isfinite(point.divergence)
 
 
 NODES = 100
-EXACT_TO = 30.0  # nats below 1 to which the divergences compute f exactly
-HUGE = 1e6  # of u f(u) at the end: f grows faster than 1/u, and has left what a float64 of it holds
-BORDER = 1e-9  # of 1 - (n-1) p below which the power p is too near to 1/(n-1) to tell the integral from an infinite one
-TELLING = 1e-5
-LOGARITHM = 1e-8  # a power below this is what the terms of the size of u leave of a logarithm
+EXACT_TO = 30.0  # the divergences compute f exactly for -log u up to this
+# A power p of 1/u is estimated from three values of f', and the integral is infinite from p = 1/(n-1) on. With the
+# decay 1 - (n-1) p of the integrand's tail, near 0 at that border:
+HUGE = 1e6  # u f(u) above this at EXACT_TO: f grows faster than 1/u, so the integral is infinite for any n
+INFINITE = 1e-9  # per n, a decay up to this counts as 0 and the integral as infinite
+UNCERTAIN = 1e-5  # a decay below this is too small for a relative accuracy of 0.1 % of the tail
+LOGARITHM = 1e-8  # a power below this comes from the terms of the size of u, so f grows as a logarithm
 
 
 def best_of_n_divergence(divergence: Divergence, n: int) -> float:
-    """Return ``∫₀¹ f(n t^{n-1}) dt``: the divergence of the best of n from the reference where no two rewards tie.
+    """Return ``∫₀¹ f(n t^{n-1}) dt``: the divergence of the best of n samples from the reference, for any f.
 
-    It is an upper bound where they may tie: the sample with its rank among n is at this distance, and to forget the
-    rank can only bring it nearer. For the reverse KL it is ``log n - (n-1)/n``.
+    It is exact if no two rewards tie, and an upper bound otherwise: the pair of a sample and its rank among n has this
+    divergence, and leaving out the rank cannot increase it. For the reverse KL it is ``log n - (n-1)/n``.
 
     Args:
         divergence: f.
-        n: Samples that the best is taken of.
+        n: Number of samples that the best is chosen from.
 
     Returns:
-        Nats, or what f is measured in; inf where f grows too fast towards u = 0.
+        The divergence, in nats for the KL divergences; inf if f grows too fast toward u = 0.
 
     Raises:
-        ValueError: ``n`` is less than 1, or f grows towards u = 0 neither as a power nor as a logarithm, or as a power
-            so near to ``u^{-1/(n-1)}`` that its integral is not known to 0.1 %.
+        ValueError: ``n`` is less than 1, or the integral is not known to 0.1 %: f grows toward u = 0 neither as a power
+            nor as a logarithm, or as a power too close to ``u^{-1/(n-1)}``.
 
     Source:
         Beirami et al. (arXiv:2401.01879), Theorem 1 for the reverse KL; the bound for all f by data processing.
@@ -263,11 +264,11 @@ def best_of_n_divergence(divergence: Divergence, n: int) -> float:
         0.636294 0.636294
     """
     if n < 1:
-        raise ValueError(f"n={n}: the best is taken of 1 sample or more.")
+        raise ValueError(f"n={n} must be at least 1: the best is chosen from n samples.")
     if n == 1:
         return 0.0
 
-    # With t = e^{-s} and log u = log n - (n-1) s, from the largest u through u = 1, where f may have a kink, to 0.
+    # Substitute t = e^{-s}, so that log u = log n - (n-1) s. The integral is split at u = 1, where f may have a kink.
     def f(s: torch.Tensor) -> torch.Tensor:
         return divergence.f(math.log(n) - (n - 1) * s)
 
@@ -281,10 +282,16 @@ def best_of_n_divergence(divergence: Divergence, n: int) -> float:
 
 
 def _tail(divergence: Divergence, n: int, weight: float, *, before: float) -> float:
-    """``∫ e^{-s} f ds`` where ``x = -log u`` goes on from EXACT_TO to infinity, by ``n - 1`` for each s.
+    """Return ``∫ e^{-s} f ds`` over ``x = -log u`` from EXACT_TO to infinity, where dx = (n-1) ds.
 
-    There ``df/dx = -u f'(u)`` is a pure exponential ``e^{px}`` of x up to terms of the size of u: p is positive where
-    f grows as a power of 1/u, 0 where it grows as a logarithm, and negative where it has a limit.
+    There ``df/dx = -u f'(u)`` is proportional to ``e^{px}``, up to terms of the size of u: p is positive if f grows as
+    a power of 1/u, 0 if it grows as a logarithm, and negative if it has a limit.
+
+    Args:
+        divergence: f.
+        n: Number of samples.
+        weight: ``e^{-s}`` at the beginning of the tail.
+        before: The integral up to there, which the tail's error is compared with.
     """
     x = torch.tensor([EXACT_TO - 12, EXACT_TO - 6, EXACT_TO], dtype=torch.float64)
     growth = (-(-x).exp() * divergence.f_prime(-x)).tolist()
@@ -293,22 +300,23 @@ def _tail(divergence: Divergence, n: int, weight: float, *, before: float) -> fl
         return math.inf
     if growth[-1] <= 0:
         return weight * value
+    # Two estimates of p, from intervals of 6 nats; if they differ, growth is not a power.
     earlier, power = math.log(growth[1] / growth[0]) / 6, math.log(growth[2] / growth[1]) / 6
     power = 0.0 if abs(power) < LOGARITHM else power
     decay, bend = 1 - power * (n - 1), abs(power - earlier) * (n - 1)
-    if decay <= n * BORDER and bend <= 0.01:
+    if decay <= n * INFINITE and bend <= 0.01:
         return math.inf
-    if decay < TELLING:
+    if decay < UNCERTAIN:
         raise ValueError(
-            f"{divergence.name} grows towards u = 0 as u^-{power:.3g} or nearly so: how far the best of {n} is "
+            f"{divergence.name} grows toward u = 0 about as u^-{power:.3g}: the divergence of the best of {n} "
             "cannot be computed to 0.1 %."
         )
     rest = growth[-1] * (n - 1) / decay
     total = before + weight * (value + rest)
     if weight * rest * min(1.0, bend / decay) > 5e-4 * total:
         raise ValueError(
-            f"{divergence.name} grows towards u = 0 neither as a power nor as a logarithm: how far the best of {n} is "
-            "cannot be computed to 0.1 %."
+            f"{divergence.name} grows toward u = 0 neither as a power nor as a logarithm: the divergence of the best "
+            f"of {n} cannot be computed to 0.1 %."
         )
     return weight * (value + rest)
 

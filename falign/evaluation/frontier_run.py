@@ -1,4 +1,4 @@
-"""Reward against divergence: finished evaluations of samples as a picture or as JSON."""
+"""Plots of reward against divergence, from finished sample evaluations."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from falign.runs.named_code import import_from, require_trust
 __all__ = ["Evaluated", "check_picture", "evaluate_frontier", "plot_frontier"]
 
 SAME = ("prompts", "rewards", "max_new_tokens", "temperature", "tokenizer")
-"""Settings, besides the reference, that must agree for two evaluations to share a picture."""
+"""Settings, besides the reference, that must be equal in all evaluations of one plot."""
 
 
 class Evaluated(NamedTuple):
-    """One evaluation, as its folder has it."""
+    """A finished sample evaluation, read from its folder."""
 
     folder: Path
     summary: SampleSummary
 
     def rows(self, name: str) -> list[list[Any]] | None:
-        """Return the rows of a file by prompt; None where there is no file."""
+        """Return the rows of a file, grouped by prompt; None if the summary names no such file."""
         file = check_file(self.folder, name, self.summary)
         if file is None:
             return None
@@ -41,7 +41,7 @@ class Evaluated(NamedTuple):
             raise damaged(file, str(error)) from error
         size, left = divmod(len(rows), self.summary.num_prompts)
         if left or not rows:
-            raise damaged(file, f"{len(rows)} rows of {self.summary.num_prompts} prompts")
+            raise damaged(file, f"{len(rows)} rows for {self.summary.num_prompts} prompts")
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
@@ -53,17 +53,17 @@ def evaluate_frontier(
     divergence: str = "reverse_kl",
     trust_code: bool = False,
 ) -> Frontier:
-    """Draw reward against divergence, beside the best of n and what each divergence ideally allows.
+    """Plot reward against divergence, with the best of n and the ideal frontier of each divergence for comparison.
 
     Args:
-        runs: Run folders, or folders of evaluations of samples.
-        out: A picture (``.png``, ``.svg``, ``.pdf``), or ``.json``.
-        name: Which evaluation of the runs; all that sampled, if left out.
-        divergence: On the horizontal axis.
-        trust_code: Whether divergences of a user's own that the evaluations name may be imported.
+        runs: Run folders, or folders of sample evaluations.
+        out: A plot (``.png``, ``.svg``, ``.pdf``), or its data (``.json``).
+        name: Name of the runs' evaluation; by default all sample evaluations.
+        divergence: Divergence on the horizontal axis.
+        trust_code: Whether code that the evaluations name as their divergence may be imported.
 
     Raises:
-        ConfigError: There is no such evaluation, one is damaged, or two are of different things.
+        ConfigError: There is no such evaluation, one is damaged, or two cannot be compared.
     """
     target = Path(out)
     if target.suffix != ".json":
@@ -79,7 +79,7 @@ def evaluate_frontier(
         import_from(Path.cwd())
     axis = divergences.get(divergence, field="divergence")
     ideals = with_ideals(map(divergences.get, own))
-    _require_alike(found)
+    _require_comparable(found)
     points, anchors = [], None
     for each in found:
         groups, of_reference = each.rows("samples.jsonl"), each.rows("reference_samples.jsonl")
@@ -98,7 +98,7 @@ def evaluate_frontier(
 
 
 def _evaluations(run: str, name: str | None) -> list[Evaluated]:
-    """The evaluations of a run that sampled, in the order of their checkpoints, or the one of a folder."""
+    """Return the sample evaluations of a run, in the order of their checkpoints, or the one of a folder."""
     folders = sorted(Path(run).glob(f"evaluation/{name or '*'}")) if is_run(run) else [Path(run)]
     found = []
     for folder in folders:
@@ -113,24 +113,23 @@ def _evaluations(run: str, name: str | None) -> list[Evaluated]:
                 )
             found.append(Evaluated(folder, summary))
     if not found:
-        command = f"falign evaluate samples {run}"
-        raise ConfigError(f"{run} has no finished evaluation{f' {name}' if name else ''} of samples: run `{command}`.")
+        named = f" named {name}" if name else ""
+        raise ConfigError(f"{run} has no finished evaluation of samples{named}: evaluate its samples first.")
     return sorted(found, key=lambda each: (each.summary.checkpoint is None, each.summary.checkpoint or 0))
 
 
-def _require_alike(found: Sequence[Evaluated]) -> None:
+def _require_comparable(found: Sequence[Evaluated]) -> None:
     first = found[0]
     for other in found[1:]:
-        records = [_compared(each.summary.record) for each in (first, other)]
+        records = [_settings_to_compare(each.summary.record) for each in (first, other)]
         if different := [key for key in records[0] if records[0][key] != records[1].get(key)]:
             raise ConfigError(
                 f"{first.folder} and {other.folder} differ in {', '.join(different)}, so their rewards or divergences "
-                "are of different things: evaluate both with the same prompts, rewards, limit, "
-                "max_new_tokens and reference."
+                "cannot be compared: evaluate both with the same prompts, rewards, limit, max_new_tokens and reference."
             )
 
 
-def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
+def _settings_to_compare(record: Mapping[str, Any]) -> dict[str, Any]:
     reference = record.get("reference.weights", {k: v for k, v in record.items() if k.startswith("reference.")})
     return {**{key: record[key] for key in SAME}, "reference": reference}
 
@@ -138,16 +137,16 @@ def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
 POLICY, BEST, LIMIT = "#c8553d", "#3d405b", "0.55"
 LINES = ("#0b7a75", "#5b8e7d", "#b08968", "#7d5ba6", "#4d7ea8", "#8a817c")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1)))
-ROOM = 1.15
-FEW = 5.0  # samples of a prompt that share the weight of an ideal; below, its line is faint
+ROOM = 1.15  # width of the plot, relative to the points that it must show
+FEW = 5.0  # effective samples per prompt; where an ideal has fewer, its line is faint
 
 
 def plot_frontier(data: Mapping[str, Any], path: Path) -> None:
-    """Draw policies as dots with their intervals, the best of n, and the ideal of each divergence.
+    """Draw policies as points with intervals, the best of n, and the ideal frontier of each divergence.
 
     Args:
-        data: As :func:`falign.evaluation.frontier.frontier_summary` returns it.
-        path: The picture; its suffix says which kind.
+        data: See :func:`falign.evaluation.frontier.frontier_summary`.
+        path: File of the plot; its suffix determines the format.
     """
     import matplotlib
 
@@ -157,11 +156,11 @@ def plot_frontier(data: Mapping[str, Any], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7.6, 5.0), layout="constrained")
     for i, (name, line) in enumerate(data["ideal"].items()):
         color, style = LINES[i % len(LINES)], STYLES[i % len(STYLES)]
-        known = [point for point in line if point["effective_samples"] >= FEW]
-        # The last point that is known belongs to both parts.
-        for part, alpha in ((known, 1.0), (line[max(len(known) - 1, 0) :], 0.3)):
+        reliable = [point for point in line if point["effective_samples"] >= FEW]
+        # The last reliable point belongs to both parts, so that the line has no gap.
+        for part, alpha in ((reliable, 1.0), (line[max(len(reliable) - 1, 0) :], 0.3)):
             xs, ys = ([point[key] for point in part] for key in ("divergence", "reward"))
-            label = f"ideal of {_spoken(name)}" if part is known else None
+            label = f"ideal of {_readable(name)}" if part is reliable else None
             axis.plot(xs, ys, color=color, linestyle=style, linewidth=1.6, alpha=alpha, label=label)
     if best := data["best_of_n"]:
         xs, ys = ([point[key] for point in best] for key in ("divergence", "reward"))
@@ -187,7 +186,7 @@ def plot_frontier(data: Mapping[str, Any], path: Path) -> None:
                 point["label"], (x, y), (7, (5, -12)[number % 2]), textcoords="offset points", fontsize=8, color=POLICY
             )
     axis.set_xlim(left=0)
-    axis.set_xlabel(f"{_spoken(data['divergence'])} to the reference (nats)")
+    axis.set_xlabel(f"{_readable(data['divergence'])} to the reference (nats)")
     axis.set_title("mean reward", fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
@@ -199,26 +198,26 @@ def plot_frontier(data: Mapping[str, Any], path: Path) -> None:
 
 
 def check_picture(path: Path) -> None:
-    """Refuse a picture that cannot be written, before anything is computed.
+    """Refuse a plot that cannot be written, before anything is computed.
 
     Raises:
-        ConfigError: The suffix is not that of a picture, or the folder does not exist.
+        ConfigError: The suffix names no format of plots, or the folder does not exist.
     """
     from matplotlib.backend_bases import FigureCanvasBase
 
     kinds = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix.lstrip(".").lower() not in kinds or not path.absolute().parent.is_dir():
         raise ConfigError(
-            f"out={path}: give a file in an existing folder with one of the suffixes json, {', '.join(kinds)}."
+            f"out={path}: give a file in an existing folder, with one of the suffixes json, {', '.join(kinds)}."
         )
 
 
-def _spoken(name: str) -> str:
+def _readable(name: str) -> str:
     return name.replace("_", " ").replace(" kl", " KL")
 
 
 def _draw_limit(axis: Any, data: Mapping[str, Any]) -> None:
-    """Mark the limit of the samples of the reference, where the lines end."""
+    """Mark the reward of the best samples of the reference, where the lines end."""
     limit = data["limit"]
     if limit is None:
         return
@@ -230,7 +229,7 @@ def _draw_limit(axis: Any, data: Mapping[str, Any]) -> None:
     )  # fmt: skip
     far = [point["divergence"] for point in data["points"]]
     ends = [line[-1]["divergence"] for line in data["ideal"].values() if line]
-    # As β falls, the ideal line is unbounded for a divergence that penalizes lost support.
+    # An ideal line can lead far to the right if f punishes dropped completions; do not let it squeeze the points.
     shown = max([limit["divergence"] or 0.0, *far, *(point["divergence"] for point in data["best_of_n"])])
     if max(ends, default=0.0) > ROOM * shown > 0:
         axis.set_xlim(right=ROOM * shown)

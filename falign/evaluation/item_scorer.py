@@ -23,19 +23,19 @@ from falign.seeds import mixed
 __all__ = ["BASELINES", "OF_POLICY", "OF_REWARD", "SCORERS", "ComparedScores", "ItemScorer", "ReferenceFreeScores"]
 
 OF_REWARD = ("implicit_reward", "length_normalised")
-"""Scorers that need a reference and an objective."""
+"""Scorers that need a reference and an objective with an implicit reward."""
 
 OF_POLICY = ("logprob", "mean_logprob")
-"""Scorers that need the policy alone."""
+"""Scorers that need only the policy."""
 
 BASELINES = ("length", "random")
-"""Scorers that do not read the completions."""
+"""Scorers that need no model."""
 
 SCORERS = (*OF_REWARD, "log_ratio", *OF_POLICY, "classifier", *BASELINES)
-"""All of them, in the order of tables."""
+"""All scorers, in the order of tables."""
 
 TreeScores = Callable[[Sequence[PromptTree]], list[list[dict[str, float]]]]
-"""From trees to the scores of each completion of each tree, by name."""
+"""Function from trees to the scores of each of their completions, by name."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class ComparedScores:
     """Scores of completions under a policy and its reference.
 
     Attributes:
-        scorer: Policy, reference and objective.
-        rewarding: Whether the objective is the policy's own, so that its implicit reward means something.
+        scorer: Scores completions under the policy, its references and its objective.
+        rewarding: False if the objective is a substitute for one without implicit reward.
     """
 
     scorer: CompletionScorer
@@ -74,8 +74,8 @@ class ComparedScores:
         means = [log_ratio / count for log_ratio, count in zip(log_ratios, counts, strict=True)]
         compared = means if link.length_norm == "token" else log_ratios
         return {
-            "implicit_reward": _rising(_linked(link, compared), compared),
-            "length_normalised": _rising(_linked(link, means), means),
+            "implicit_reward": _in_order_of(_linked(link, compared), compared),
+            "length_normalised": _in_order_of(_linked(link, means), means),
         }
 
 
@@ -83,11 +83,11 @@ def _linked(link: Link, log_ratios: list[float]) -> list[float]:
     return link.reward(torch.tensor(log_ratios, dtype=torch.float64)).tolist()
 
 
-def _rising(rewards: list[float], log_ratios: list[float]) -> list[float]:
-    """Return rewards in the strict order of what they are a rising function of.
+def _in_order_of(rewards: list[float], log_ratios: list[float]) -> list[float]:
+    """Return rewards in the strict order of the log-ratios, of which they are an increasing function.
 
-    Where f' is bounded its numbers become equal, in float32 from 17 nats on, and a benchmark would see ties that the
-    method does not have.
+    If f' is bounded, its values round to equal numbers far from the reference, in float32 from 17 nats on. A benchmark
+    would see ties that the method does not have, so equal rewards are raised to the next larger numbers.
     """
     ordered = list(rewards)
     places = sorted(range(len(rewards)), key=log_ratios.__getitem__)
@@ -101,11 +101,11 @@ def _rising(rewards: list[float], log_ratios: list[float]) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceFreeScores:
-    """Scores of completions under a policy alone.
+    """Scores of completions under a policy without a reference.
 
     Attributes:
         policy: The model, on the device to compute on.
-        scorer: Its layout is one that the policy can read.
+        scorer: A scorer with a layout that the policy can read.
     """
 
     policy: nn.Module
@@ -119,8 +119,8 @@ class ReferenceFreeScores:
         check_finite(logprobs, batch, "logprobs")
         values = zip(logprobs.double().sum(dim=-1).tolist(), batch.completion_mask.sum(dim=-1).tolist(), strict=True)
         scores = [{"logprob": logprob, "mean_logprob": logprob / count} for logprob, count in values]
-        taken = iter(scores)
-        return [[next(taken) for _ in tree.completion_ids] for tree in trees]
+        remaining = iter(scores)
+        return [[next(remaining) for _ in tree.completion_ids] for tree in trees]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +128,10 @@ class ItemScorer:
     """Scores items under several scorers in one pass.
 
     Attributes:
-        names: Which of ``SCORERS``, in the order of the results.
-        of_trees: What computes the policy's scores; None where none of the names is one of them.
-        classifier: A reward called with prompts and completions as text; needed for ``classifier``.
-        seed: Of ``random``, which depends on it and on the item alone.
+        names: Names of ``SCORERS``, in the order of the results.
+        of_trees: Computes the scores that need the policy; None if no name is one of them.
+        classifier: A reward of prompts and completions as text, for the scorer ``classifier``.
+        seed: Seed of the scorer ``random``, which depends only on it and the item.
     """
 
     names: tuple[str, ...]
@@ -143,11 +143,11 @@ class ItemScorer:
         """Return for each item one score per completion under each scorer; larger is better.
 
         Args:
-            items: What is scored at once.
+            items: The items of one batch.
 
         Raises:
-            ModelError: A value is not finite.
-            RewardError: The classifier has no value for a completion.
+            ModelError: A value is NaN or infinite.
+            RewardError: The classifier gives a completion no value, or one that is NaN or infinite.
         """
         trees = [item.tree for item in items]
         by_tree = [[]] * len(items) if self.of_trees is None else self.of_trees(trees)
@@ -169,14 +169,17 @@ class ItemScorer:
         )
         for (item, _), value in zip(flat, values, strict=True):
             if value is None:
-                raise RewardError(f"{item.place}: the classifier has no value for a completion; leave it out.")
+                raise RewardError(
+                    f"{item.place}: the classifier gives no value to a completion: remove the row, or leave the "
+                    "classifier out."
+                )
             if not math.isfinite(value):
                 raise RewardError(
-                    f"{item.place}: the classifier says {value} of a completion. Check its weights and its dtype, or "
-                    "remove the row; what was scored before it is kept."
+                    f"{item.place}: the classifier gives a completion the value {value}: check its weights and dtype, "
+                    "or remove the row. Scores of earlier rows are kept."
                 )
-        taken = iter(values)
-        return [[float(next(taken) or 0.0) for _ in item.completions] for item, _ in items]
+        remaining = iter(values)
+        return [[float(next(remaining) or 0.0) for _ in item.completions] for item, _ in items]
 
     def _random(self, item: BenchmarkItem) -> list[float]:
         generator = Random(mixed(self.seed, item.subset, item.id))

@@ -23,7 +23,7 @@ LongItems = Literal["skip", "cut", "error"]
 
 
 class ItemTree(NamedTuple):
-    """An item as text and as token ids."""
+    """An item as text, and as token ids."""
 
     item: BenchmarkItem
     tree: PromptTree
@@ -49,7 +49,7 @@ class ItemStream:
         limit: Maximum number of items that can be scored.
 
     Attributes:
-        bad_rows: The count of items that could not be used, those that the benchmark did not read included.
+        bad_rows: Counts unusable items, including rows that the benchmark could not read.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class ItemStream:
     def _encoded(self, item: BenchmarkItem) -> PromptTree:
         for i, text in enumerate(item.completions, start=1):
             if not text.strip():
-                raise DataError(f"{item.place}: completion {i} is empty, so there is nothing to score: remove the row.")
+                raise DataError(f"{item.place}: completion {i} is empty: remove the row, or fill it in.")
         return encode(self._example(item), self._tokenizer, stop_token_ids=self._stops)[0]
 
     def _fitted(self, item: BenchmarkItem, tree: PromptTree) -> PromptTree | None:
@@ -109,8 +109,8 @@ class ItemStream:
             return tree
         if self._long_items == "error":
             raise DataError(
-                f"{item.place}: prompt and longest completion have {longest} tokens, and the window "
-                f"{self._window.max_length}: raise max_length, or leave such items out by long_items=skip."
+                f"{item.place}: prompt and longest completion have {longest} tokens, more than max_length="
+                f"{self._window.max_length}: raise it, or leave such items out by long_items=skip."
             )
         if self._long_items == "skip":
             self._skipped["longer than the window"] += 1
@@ -142,11 +142,11 @@ def read_items(
     """Return the items of a benchmark, or of some of its subsets.
 
     Args:
-        benchmark: What reads them.
+        benchmark: The benchmark.
         path: A file or folder; None reads the Hub's data set.
-        split: As the benchmark takes it.
+        split: See :meth:`Benchmark.read`.
         subsets: Subsets to keep; all if empty.
-        bad_rows: Takes the rows that cannot be used; by default the first one raises.
+        bad_rows: Collects unusable rows; by default the first one is an error.
 
     Raises:
         DataError: The source cannot be read, has another schema, lacks a subset, or has no usable row.
@@ -157,12 +157,12 @@ def read_items(
     if not items:
         reason = f" The first bad row: {bad_rows.messages[0]}" if bad_rows.messages else ""
         raise DataError(f"{source}: it has no usable row.{reason}")
-    there = sorted({item.subset for item in items})
+    present = sorted({item.subset for item in items})
     for subset in subsets:
-        if subset not in there:
-            guess = nearest(subset, there)
+        if subset not in present:
+            guess = nearest(subset, present)
             hint = f"did you mean {guess!r}? There are" if guess else "there are"
             raise DataError(
-                f"{source}: no row is of the subset {subset!r}; {hint} {', '.join(there) or 'one part only'}."
+                f"{source}: no row belongs to the subset {subset!r}; {hint} {', '.join(present) or 'no subsets'}."
             )
     return [item for item in items if not subsets or item.subset in subsets]

@@ -1,4 +1,4 @@
-"""Loading a run with its reference and objective for scoring, or two models to compare."""
+"""Loading of what completions are scored by: a run with its references and objective, or one or two models."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ class Scored(NamedTuple):
         return [self.policy, *own]
 
     def scorer(self, trees: Sequence[PromptTree], *, layout: Any) -> tuple[CompletionScorer, LayoutChoice]:
-        """Check the models on the first trees, and return what scores them and the others.
+        """Check the models on the first trees, and return a scorer with a layout that they can read.
 
         Args:
-            trees: The first ones of the source.
+            trees: The first trees of the source.
             layout: ``auto``, ``tree`` or ``padded``.
 
         Raises:
-            ConfigError: The window is too long, or a model cannot read the layout.
-            ModelError: Scores are not those of the model's own logits.
+            ConfigError: The window is longer than a model's positions, or a model cannot read the layout.
+            ModelError: The scores differ from those of the model's own logits.
         """
         from falign.evaluation import CompletionScorer
 
@@ -80,15 +80,15 @@ class Scored(NamedTuple):
         return compared, choice
 
     def choose_scorer(self, trees: Sequence[PromptTree], *, layout: Any) -> tuple[Scorer, LayoutChoice]:
-        """Check the models on the first trees, and return a scorer whose layout they can read, and why it is that one.
+        """Check the models on the first trees, and return a scorer of log-probabilities and the reason for its layout.
 
         Args:
-            trees: The first ones of the source.
+            trees: The first trees of the source.
             layout: ``auto``, ``tree`` or ``padded``.
 
         Raises:
-            ConfigError: The window is too long, or a model cannot read the layout.
-            ModelError: Scores are not those of the model's own logits.
+            ConfigError: The window is longer than a model's positions, or a model cannot read the layout.
+            ModelError: The scores differ from those of the model's own logits.
         """
         from falign.evaluation import choose_common_layout
         from falign.evaluation.completion_scorer import check_rows
@@ -275,12 +275,12 @@ def load_alone(path: str, *, dtype: str, max_length: int | None) -> Scored:
 
 
 def run_objective(path: str, *, given: Given | None = None, trust_code: bool = False) -> BaseObjective:
-    """Return the objective of a run, without what is fitted on samples.
+    """Return the objective of a run as its run file defines it, without values that training fits on samples.
 
     Args:
         path: The run folder.
-        given: Objects that stand for what the run file only records.
-        trust_code: Whether a divergence or a reference that the run folder names (module:Name) may be imported.
+        given: Objects in memory that replace sections of the run file.
+        trust_code: Whether code that the run folder names (module:Name) may be imported.
 
     Raises:
         ConfigError: The run is missing, its run file is damaged, or it names code that is not trusted or has changed.
@@ -298,14 +298,14 @@ def run_objective(path: str, *, given: Given | None = None, trust_code: bool = F
         if any(recorded.get(name) != hashes for name, hashes in own_code(config, {*uses}).items()):
             field, value = next(iter(code.items()))
             raise ConfigError(
-                f"{path} was trained with other code of {field}={value}, so its rewards would be others: restore the "
-                "module that it names, and start in the module's folder."
+                f"{path} was trained with another version of {field}={value}, so its rewards would change: restore the "
+                "module, and start in its folder."
             )
     return complete((config if given is None else given.in_place(config, path=folder.path)).check())
 
 
 def positions_of(model: Any) -> int | None:
-    """Return how many positions a model has; None where it does not say."""
+    """Return the number of positions of a model; None if its configuration names none."""
     from falign.models import base_of
 
     positions = getattr(base_of(model).config, "max_position_embeddings", None)
@@ -313,7 +313,7 @@ def positions_of(model: Any) -> int | None:
 
 
 def _window(config: RunConfig) -> Window:
-    """Return the window of a run's completions, whether it read or sampled them."""
+    """Return the window of a run's completions: that of its data, or that of its rollouts."""
     from falign.data import Window
 
     data = config.data

@@ -1,4 +1,4 @@
-"""``falign sample --verifier``: the pre-sampling of DPH-RL, from prompts to those to rehearse and those to explore."""
+"""Pre-sampling of DPH-RL: prompts are divided into those to rehearse and those to explore."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class PresamplingSummary(BaseModel):
 
 @dataclass
 class Presampling:
-    """One pre-sampling, from its options to its files.
+    """One pre-sampling: its options, and the run from a file of prompts to the outputs.
 
     Attributes:
         model: Its path or name.
@@ -100,16 +100,16 @@ class Presampling:
 
         require_choice("bad_rows", self.bad_rows, BadRowPolicy)
         if not 1 <= self.threshold <= self.num_completions:
-            raise ConfigError(f"threshold={self.threshold} must be from 1 to `num_completions`.")
+            raise ConfigError(f"threshold={self.threshold} must be from 1 to num_completions={self.num_completions}.")
         if self.out.exists() and not self.out.is_dir():
-            raise ConfigError(f"{self.out} is a file: give `out` a folder.")
+            raise ConfigError(f"{self.out} is a file: give a folder.")
         found = [self.out / name for name in OUTPUTS if (self.out / name).exists()]
-        # Outputs with a journal beside them belong to a stopped call, which is continued.
+        # Outputs with a journal beside them belong to a stopped call, which this one continues.
         if found and not self.overwrite and not self._journal.exists():
             raise ConfigError(f"{found[0]} exists: name another file, or give overwrite=True to sample again.")
         for path in found:
             refuse_link(path)
-        if ":" in self.verifier:  # a function of one's own
+        if ":" in self.verifier:  # the user's own function
             import_from(Path.cwd())
         self.reward = RewardSum((WeightedReward("verifier", load_reward(self.verifier)),))
 

@@ -1,4 +1,4 @@
-"""Metrics of sampled completions, with intervals that resample prompts."""
+"""Metrics of sampled completions, with bootstrap intervals over prompts."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ __all__ = ["divergence_metrics", "sample_metrics"]
 
 Groups = Sequence[Sequence[SampleRow]]
 Shares = dict[str, list[tuple[float, float]]]
-"""By metric for each prompt a numerator and a denominator; the metric is the ratio of their sums."""
+"""A numerator and a denominator of each prompt, by metric; a metric is the ratio of their sums."""
 
 
 def sample_metrics(
     groups: Groups, *, pass_reward: float | None = None, outcome: str | None = None, seed: int = 0
 ) -> dict[str, Interval]:
-    """Return rewards, passes, diversity, entropy and lengths; means over prompts but where it says otherwise.
+    """Return rewards, pass rates, diversity, entropy and lengths: means over prompts unless stated otherwise.
 
     =====================  ==================================================================================
     ``reward``             and ``reward/NAME`` of each part, over the completions to which it applies
     ``reward/best_of_k``   the best of k of the policy's own samples, unbiased, for k = 1, 2, 4 ... up to all
-    ``pass@k``             where a passing reward is given; unbiased
+    ``pass@k``             if a passing reward is given; unbiased
     ``entropy``            per token, over all tokens of all completions
     ``distinct-1``, ``-2``  different tokens and pairs of tokens among the completions of one prompt
-    ``self_bleu``          of each completion against the others of its prompt, where there are others
+    ``self_bleu``          of each completion against the others of its prompt, if there are several
     ``unique``             share of different completions
-    ``length``             tokens; ``clipped``, the share of completions without an end
+    ``length``             tokens; ``clipped``, the share of completions that hit the limit
     =====================  ==================================================================================
 
     Args:
-        groups: The rows of each prompt, equally many.
-        pass_reward: What a completion needs to pass; None leaves ``pass@k`` out.
-        outcome: Name of the part that decides it, where one that does not apply does not pass; None for the sum.
-        seed: Of the resampling.
+        groups: The rows of each prompt, the same number for all.
+        pass_reward: The least reward of a completion that passes; None leaves ``pass@k`` out.
+        outcome: Name of the reward that decides; a completion to which it does not apply fails. None for the sum.
+        seed: Seed of the resampling.
     """
     from falign.metrics.self_bleu import self_bleu
 
@@ -79,22 +79,22 @@ def sample_metrics(
 def divergence_metrics(
     groups: Groups, names: Mapping[str, Divergence], *, reference_groups: Groups | None = None, seed: int = 0
 ) -> dict[str, Interval]:
-    """Return estimates of divergences between whole completions of policy and reference, nats.
+    """Return estimates of divergences between policy and reference, over whole completions, in nats.
 
     ======================================  ==================================================================
     ``divergence/F``                        mean of f(u)/u over the policy's completions
-    ``divergence/F/reference_samples``      mean of f(u) over the reference's
-    ``divergence/reverse_kl/vocabulary``    over the policy's, the whole distributions at each token, summed
-    ``divergence/reverse_kl/log_ratio``     over the policy's, mean of log u
-    ``divergence/forward_kl/vocabulary``    over the reference's, the whole distributions at each token, summed
+    ``divergence/F/reference_samples``      mean of f(u) over the reference's completions
+    ``divergence/reverse_kl/vocabulary``    summed over tokens from whole distributions, policy's completions
+    ``divergence/reverse_kl/log_ratio``     mean of log u over the policy's completions
+    ``divergence/forward_kl/vocabulary``    summed over tokens from whole distributions, reference's completions
     ======================================  ==================================================================
 
     Args:
         groups: The policy's completions, sampled at temperature 1 from the whole vocabulary, with log-probabilities of
             policy and reference.
-        names: f by name.
-        reference_groups: The reference's completions, if there are any.
-        seed: Of the resampling.
+        names: Divergences by name.
+        reference_groups: The reference's completions; None leaves their metrics out.
+        seed: Seed of the resampling.
     """
     log_ratio = _log_ratios(groups)
     values = {
@@ -128,7 +128,8 @@ def _means(groups: Groups, value: Callable[[SampleRow], Any]) -> list[float]:
 
 
 def _intervals(shares: Shares, seed: int) -> dict[str, Interval]:
-    """Resample prompts; those that have nothing of a metric are no samples of it."""
+    """Return each metric with its interval; a prompt is resampled only for metrics that it has values for."""
+    # Metrics of the same prompts share their resamples.
     alike: defaultdict[tuple[int, ...], list[str]] = defaultdict(list)
     for name, values in shares.items():
         alike[tuple(i for i, (_, denominator) in enumerate(values) if denominator)].append(name)

@@ -25,22 +25,22 @@ __all__ = ["ReferenceEngine", "SampleRow", "SampleScorer", "ScoredReward", "samp
 
 
 class SampleRow(TypedDict):
-    """Scores and metadata of one sampled completion; logs are in nats, and sums are over its tokens.
+    """Scores and metadata of one sampled completion, as plain values; log-probabilities are sums over tokens, nats.
 
     Attributes:
-        place: The row that its prompt came from.
+        place: The row of its prompt.
         prompt: Text or turns.
         completion: Its text, without special tokens.
-        finish_reason: ``stop``, or ``length`` where it was clipped.
-        reward: What it is worth.
-        parts: The rewards that this was combined of; None where one does not apply.
-        logprob: log π, whatever the completion was sampled from.
+        finish_reason: ``stop``, or ``length`` if it was clipped.
+        reward: The combined reward.
+        parts: The single rewards by name; None if one does not apply.
+        logprob: log π, whichever model the completion was sampled from.
         reference_logprob: log π_ref; None without a reference.
-        token_divergence: Summed divergence between policy and reference over the whole vocabulary at each token: the
-            reverse KL in a completion of the policy, the forward KL in one of the reference.
-        num_tokens: Its tokens, the stop token included.
-        token_ids: Their ids.
-        entropy: Mean entropy of the policy's distribution at its tokens.
+        token_divergence: Divergence between the distributions of policy and reference at each token, summed: the
+            reverse KL for a completion of the policy, the forward KL for one of the reference; None without one.
+        num_tokens: Number of tokens, including the stop token.
+        token_ids: The tokens' ids.
+        entropy: Entropy of the policy's distribution, mean over tokens.
     """
 
     place: str
@@ -63,9 +63,9 @@ class SampleScorer:
 
     Attributes:
         policy: The model, on the device to compute on.
-        reference: What it is compared with; None scores it alone.
-        scorer: Its layout is one that both can read.
-        tokens_per_batch: Tokens that are scored at once, a larger group excepted.
+        reference: The reference to compare it with; None for none.
+        scorer: A scorer with a layout that both can read.
+        tokens_per_batch: Maximum number of tokens scored at once; a larger group is scored alone.
     """
 
     policy: nn.Module
@@ -78,10 +78,10 @@ class SampleScorer:
 
         Args:
             groups: Prompts with their completions.
-            of_reference: Whether the reference has written these, and not the policy.
+            of_reference: Whether the completions were sampled from the reference rather than the policy.
 
         Raises:
-            ModelError: A value is not finite.
+            ModelError: A value is NaN or infinite.
         """
         trees = [
             PromptTree(
@@ -89,8 +89,8 @@ class SampleScorer:
             )
             for group in groups
         ]
-        # The mean of the full divergence at each token is that of whole completions for these two alone: log u of a
-        # completion is the sum of its tokens'.
+        # Only for the two KL divergences is the expected sum over tokens the divergence of whole completions, because
+        # log u of a completion is the sum of log u of its tokens.
         divergence = DivergenceTo(ForwardKL() if of_reference else ReverseKL())
         scores = self.scorer.in_batches(
             trees, lambda batch: self._scores(batch, divergence), max_tokens=self.tokens_per_batch
@@ -122,14 +122,14 @@ def _sums(values: Float[Tensor, "N T"] | None, batch: TokenBatch, name: str) -> 
     if bad.any():
         n = int(bad.nonzero()[0])
         raise ModelError(
-            f"{batch.place[n]}: {name} of a sampled completion is {sums[n].item()}. Check the weights and the dtype of "
-            "policy and reference; what was sampled before it is kept."
+            f"{batch.place[n]}: {name} of a sampled completion is {sums[n].item()}: check the weights and the dtype of "
+            "policy and reference. Earlier samples are kept."
         )
     return plain_floats(sums)
 
 
 def sample_identity(place: str, prompt: Any) -> dict[str, Any]:
-    """Return what rows of a prompt have whatever is sampled."""
+    """Return the fields of a row that are known before sampling."""
     return {"place": place, "prompt": prompt}
 
 
@@ -138,7 +138,7 @@ def sample_rows(group: Group, scores: Sequence[dict[str, Any]]) -> list[SampleRo
 
     Args:
         group: The completions and their rewards.
-        scores: For each the fields that policy and reference give.
+        scores: For each completion, the fields that :class:`SampleScorer` computes.
     """
     rows: list[Any] = [
         {
@@ -157,12 +157,14 @@ def sample_rows(group: Group, scores: Sequence[dict[str, Any]]) -> list[SampleRo
 
 
 class ReferenceEngine(Engine):
-    """Samples from a reference, which acts for as long as a call lasts and no longer.
+    """Samples from a reference.
+
+    A reference inside the policy switches its adapters during each call, and restores them afterwards.
 
     Args:
-        reference: What samples.
-        policy: The model that some references are a part of.
-        pad_token_id: As for :class:`falign.rollouts.TransformersEngine`.
+        reference: The reference to sample from.
+        policy: The policy, which contains some references.
+        pad_token_id: See :class:`falign.rollouts.TransformersEngine`.
     """
 
     def __init__(self, reference: Reference, policy: nn.Module, *, pad_token_id: int) -> None:
@@ -170,7 +172,7 @@ class ReferenceEngine(Engine):
 
     @override
     def publish(self, model: nn.Module, version: int) -> None:
-        """Do nothing: the reference is what it is."""
+        """Do nothing: the reference does not follow the policy."""
 
     @override
     def sample(
@@ -190,7 +192,7 @@ class ReferenceEngine(Engine):
 
     @override
     def retire(self, version: int) -> None:
-        """Do nothing: the reference is what it is."""
+        """Do nothing: the reference has one version."""
 
     @override
     def capabilities(self) -> EngineCapabilities:
@@ -199,18 +201,18 @@ class ReferenceEngine(Engine):
 
     @override
     def close(self) -> None:
-        """Do nothing: whoever made the models keeps them."""
+        """Do nothing: the engine does not own the models."""
 
 
 @dataclass(frozen=True)
 class ScoredReward:
-    """The implicit reward of a completion under the run's own objective.
+    """The implicit reward of completions under a run's own objective.
 
-    It reads the columns ``prompt_ids`` and ``completion_ids``, so its models must have the policy's tokens.
+    It reads the columns ``prompt_ids`` and ``completion_ids``, so the run must have the tokens of the sampled policy.
 
     Attributes:
-        scorer: The run's policy, reference and objective.
-        tokens_per_batch: Tokens that are scored at once, a larger group excepted.
+        scorer: Scores completions under the run's policy, references and objective.
+        tokens_per_batch: Maximum number of tokens scored at once; a larger group is scored alone.
     """
 
     scorer: CompletionScorer

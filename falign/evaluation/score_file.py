@@ -1,4 +1,4 @@
-"""A stream of trees scored into a file, and totals over its completions."""
+"""Trees of a source, scored batch by batch into a file, with totals over their completions."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class ScoreTotals:
     """Sums over the completions so far.
 
     Attributes:
-        completions: How many there are.
-        resumed: How many of them an earlier call had scored.
-        tokens: Their tokens.
+        completions: Number of completions.
+        resumed: Number of completions that an earlier call had scored.
+        tokens: Number of their tokens.
         log_ratio: Sum of their log-ratios.
         implicit_reward: Sum of their implicit rewards.
-        pairs: How many pairs of completions of one row have different preference.
-        right_pairs: In how many of them the preferred one has the larger reward; a tie counts half.
+        pairs: Number of pairs of completions of one row with different preferences.
+        right_pairs: Number of pairs in which the preferred completion has the larger reward; a tie counts half.
     """
 
     completions: int = 0
@@ -68,7 +68,7 @@ class ScoreTotals:
 
     @property
     def reward_accuracy(self) -> float | None:
-        """Share of pairs in which the preferred one has the larger reward; None where there are no pairs."""
+        """Share of pairs in which the preferred completion has the larger reward; None without pairs."""
         return self.right_pairs / self.pairs if self.pairs else None
 
 
@@ -80,37 +80,39 @@ def score_trees(
     tokens_per_batch: int,
     on_batch: Callable[[ScoreTotals], None] | None = None,
 ) -> ScoreTotals:
-    """Score trees in their order, and give the output its name when all are scored.
+    """Score trees in order, and finish the output when all are scored.
 
-    Batches are those of a run that was never stopped: where one was left half written it is scored again as a whole,
-    and what was missing of it is written.
+    Batches are the same as in a call that was never stopped: a batch of which some rows are missing is scored again as
+    a whole, and only the missing rows are written. So the last digits, which depend on the batch, are the same too.
 
     Args:
-        trees: Read as they are needed.
-        scorer: Policy, reference and objective.
-        output: Where rows go, and where those of an earlier call are.
-        tokens_per_batch: Most tokens that are scored at once, a larger tree excepted.
-        on_batch: Called with the totals so far after each batch.
+        trees: The trees, read one at a time.
+        scorer: Scores completions under policy, references and objective.
+        output: Receives the rows, and has those of an earlier call.
+        tokens_per_batch: Maximum number of tokens scored at once; a larger tree is scored alone.
+        on_batch: Called after each batch with the totals so far.
 
     Raises:
-        ConfigError: The source is not the one of the rows that are there.
+        ConfigError: The output has rows of another source.
         DataError: There is no tree.
-        ModelError: A value is not finite.
+        ModelError: A value is NaN or infinite.
     """
     totals = ScoreTotals()
     for batch in batches_in_order(trees, max_tokens=tokens_per_batch):
-        there = [rows for tree in batch if (rows := output.take(tree)) is not None]
+        finished = [rows for tree in batch if (rows := output.take(tree)) is not None]
         new: list[list[ScoreRow]] = []
-        if len(there) < len(batch):
-            new = scorer.score(batch)[len(there) :]
+        if len(finished) < len(batch):
+            new = scorer.score(batch)[len(finished) :]
             output.append(row for rows in new for row in rows)
-        totals.resumed += sum(map(len, there))
-        for rows in (*there, *new):
+        totals.resumed += sum(map(len, finished))
+        for rows in (*finished, *new):
             totals.add(rows)
         if on_batch is not None:
             on_batch(totals)
     if not totals.completions:
-        raise DataError("No completion was left to score: see the counts of rows, and fix or lengthen them.")
+        raise DataError(
+            "No completion is left to score: see the counts of dropped rows, and fix them or raise max_length."
+        )
     output.finish()
     return totals
 
@@ -125,18 +127,18 @@ TreeT = TypeVar("TreeT", bound=_Sized)
 
 
 class TreeStream:
-    """The trees of a source, each read and tokenized when it is needed, and counts of changed and dropped rows.
+    """The trees of a source, read and tokenized one at a time, and counts of rows that are cut or dropped.
 
     Args:
-        source: Where the rows are.
-        tokenizer: The policy's.
+        source: The rows.
+        tokenizer: The policy's tokenizer.
         stop_token_ids: All tokens at which the model's generation ends.
-        window: Lengths, and what happens to what is longer.
-        bad_rows: ``"error"`` stops at a row that cannot be used, ``"skip"`` leaves it out and counts it.
-        skip_by: How the user asks for ``"skip"``, for messages.
+        window: Maximum lengths, and the handling of longer rows.
+        bad_rows: ``"error"`` stops at the first unusable row, ``"skip"`` counts and skips them.
+        skip_by: The user's way to ask for ``"skip"``, for messages.
 
     Attributes:
-        bad_rows: The count of bad rows so far, and the first messages.
+        bad_rows: The number of bad rows so far, and the first messages.
     """
 
     def __init__(
@@ -188,11 +190,11 @@ def counts_message(counts: Iterable[tuple[str, int]], bad_rows: BadRows) -> str:
 
 
 def batches_in_order(trees: Iterable[TreeT], *, max_tokens: int) -> Iterator[list[TreeT]]:
-    """Yield trees in their order, in batches of at most so many tokens.
+    """Yield trees in order, in batches with a maximum number of tokens.
 
     Args:
-        trees: Any number of trees, or of what holds one and has its ``num_tokens``, read as they are needed.
-        max_tokens: The budget; a tree of more tokens is a batch of its own.
+        trees: Trees, or other objects with ``num_tokens``, read one at a time.
+        max_tokens: Maximum number of tokens of a batch; a larger tree is a batch of its own.
 
     Example:
         >>> trees = [PromptTree((5,), ((6,) * n,)) for n in (1, 2, 9, 1)]

@@ -1,4 +1,4 @@
-"""A stream of items scored into a file, one row per item."""
+"""Items of a benchmark, scored batch by batch into a file, one row per item."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["ItemRow", "score_items"]
 
 
 class ItemRow(TypedDict):
-    """The scores of one item, and what they say.
+    """The scores of one item, and their outcomes.
 
     Attributes:
         place: The row of the source.
         id: The row's own id, or its number.
-        subset: The part of the benchmark.
-        group: Items of one subset and group belong together; ``""`` for one that stands alone.
+        subset: Subset of the benchmark.
+        group: Items of one subset and group belong together; ``""`` for a single item.
         preference: One value per completion, larger is preferred.
-        num_tokens: Of each completion, its stop token included.
-        scores: One value per completion under each scorer; larger is better.
-        outcome: What the benchmark makes of them, under each scorer.
+        num_tokens: Tokens of each completion, including the stop token.
+        scores: By scorer, one value per completion; larger is better.
+        outcome: By scorer, the benchmark's verdict on the scores.
     """
 
     place: str
@@ -50,47 +50,47 @@ def score_items(
     tokens_per_batch: int,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[ItemRow]:
-    """Score items in their order, and return the rows of all; the output gets its name from the caller.
+    """Score items in order, and return the rows of all; the caller finishes the output.
 
-    Batches are those of an evaluation that was never stopped: where one was left half written it is scored again as a
-    whole, and what was missing of it is written.
+    Batches are the same as in a call that was never stopped, as in :func:`falign.evaluation.score_file.score_trees`.
 
     Args:
-        items: Read as they are needed.
-        scorer: What scores them.
-        benchmark: What makes outcomes of scores.
-        output: Where rows go, and where those of an earlier call are.
-        tokens_per_batch: Most tokens that are scored at once, a larger item excepted.
-        on_batch: Called after each batch with the items so far, and how many of them an earlier call had scored.
+        items: The items, read one at a time.
+        scorer: Scores them.
+        benchmark: Derives outcomes from scores.
+        output: Receives the rows, and has those of an earlier call.
+        tokens_per_batch: Maximum number of tokens scored at once; a larger item is scored alone.
+        on_batch: Called after each batch with the number of items so far, and how many of them an earlier call had
+            scored.
 
     Raises:
-        ConfigError: The source is not the one of the rows that are there.
+        ConfigError: The output has rows of another source.
         DataError: There is no item.
-        ModelError: A value is not finite.
+        ModelError: A value is NaN or infinite.
     """
     rows: list[ItemRow] = []
     resumed = 0
     for batch in batches_in_order(items, max_tokens=tokens_per_batch):
         taken = [output.take_rows([_identity(item)], form=ItemRow) for item in batch]
-        there: list[Any] = [rows[0] for rows in taken if rows is not None]
+        finished: list[Any] = [rows[0] for rows in taken if rows is not None]
         new: list[ItemRow] = []
-        if len(there) < len(batch):
+        if len(finished) < len(batch):
             scores = scorer.score(batch)
             new = [
-                _row(item, benchmark, values) for item, values in list(zip(batch, scores, strict=True))[len(there) :]
+                _row(item, benchmark, values) for item, values in list(zip(batch, scores, strict=True))[len(finished) :]
             ]
             output.append(new)
-        resumed += len(there)
-        rows += [*there, *new]
+        resumed += len(finished)
+        rows += [*finished, *new]
         if on_batch is not None:
             on_batch(len(rows), resumed)
     if not rows:
-        raise DataError("No item was left to score: see what became of them, and raise max_length, or fix the rows.")
+        raise DataError("No item is left to score: see the counts of skipped items; fix them, or raise max_length.")
     return rows
 
 
 def _identity(item: ItemTree) -> dict[str, Any]:
-    """Return the fields that the rows of an item have under every scorer."""
+    """Return the fields of a row that are known before scoring."""
     return {
         "place": item.item.place,
         "id": item.item.id,

@@ -1,7 +1,7 @@
-"""The file of scores: it appears whole or not at all, and a run that was stopped goes on where it was.
+"""A file of rows that appears only when it is complete; a stopped call can be continued.
 
-Rows go to ``.NAME.partial.jsonl`` beside the output, their checksums to ``.NAME.partial.sha256``, and what they depend
-on to ``.NAME.partial.json``. All three are gone once the output is there.
+Rows are written to ``.NAME.partial.jsonl`` beside the output, their checksums to ``.NAME.partial.sha256``, and a record
+of the inputs that they depend on to ``.NAME.partial.json``. All three are removed when the output is complete.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
 
     Args:
         path: The output.
-        overwrite: Whether an existing file may go.
+        overwrite: Whether an existing file may be replaced.
 
     Raises:
-        ConfigError: Its suffix is unknown, it exists, or its folder does not.
+        ConfigError: Its suffix is unknown, it exists, or its folder is missing.
     """
     if path.suffix not in SUFFIXES:
-        raise ConfigError(f"{path}: the suffix {path.suffix!r} is not written; name it .jsonl or .parquet.")
+        raise ConfigError(f"{path}: the suffix {path.suffix!r} is unknown; name it .jsonl or .parquet.")
     if path.is_dir():
         raise ConfigError(f"{path} is a folder: name a file.")
     if path.exists() and not overwrite:
@@ -50,20 +50,20 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
 
 
 class ScoreOutput:
-    """Takes rows tree by tree, in the order of the source, and knows those that an earlier call has left.
+    """Writes rows in the order of the source, after returning those that a stopped call has written.
 
-    Used in a ``with`` block: first :meth:`take` of every tree until it returns None, then :meth:`append`, at last
-    :meth:`finish`. Leaving the block without it keeps the rows for the next call, if there are any.
+    Use it in a ``with`` block: call :meth:`take` for each tree until it returns None, then :meth:`append`, and finally
+    :meth:`finish`. If the block ends without :meth:`finish`, the rows are kept for the next call.
 
     Args:
         path: ``.jsonl`` or ``.parquet``.
-        record: What the rows depend on, by name; plain values.
-        overwrite: Replace an existing output once the new one is whole. Rows that an earlier call has left are taken up
-            where they depend on the same, and else dropped.
+        record: The inputs that the rows depend on, by name, as plain values.
+        overwrite: Replace an existing output when the new one is complete. Rows of a stopped call are used if they have
+            the same record, and dropped otherwise.
 
     Raises:
-        ConfigError: The output cannot be written, another process writes it, or an earlier call has left rows that
-            depend on something else.
+        ConfigError: The output cannot be written, another process is writing it, or a stopped call has left rows with
+            another record.
     """
 
     def __init__(self, path: Path, *, record: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -103,13 +103,13 @@ class ScoreOutput:
         self._file.close()
 
     def take(self, tree: PromptTree) -> list[ScoreRow] | None:
-        """Return the rows of the next tree if they are there already.
+        """Return the rows of the next tree if a stopped call has written them.
 
         Args:
-            tree: The next one of the source.
+            tree: The next tree of the source.
 
         Raises:
-            ConfigError: The rows are of another tree, so the source has changed since.
+            ConfigError: The rows belong to another tree, so the source has changed.
         """
         expected = [
             {"place": tree.place, "completion": i, "token_ids": list(ids)} for i, ids in enumerate(tree.completion_ids)
@@ -117,16 +117,16 @@ class ScoreOutput:
         return self.take_rows(expected, form=ScoreRow)  # pyright: ignore[reportReturnType]
 
     def take_rows(self, expected: Sequence[Mapping[str, Any]], *, form: Any) -> list[dict[str, Any]] | None:
-        """Return the next rows, of which all or none are needed, if they are there already.
+        """Return the next rows if a stopped call has written all of them.
 
-        Where not all are there, what there is of them is cut off, and nothing is there from then on.
+        If some are missing, the others are removed, and this and all later calls return None.
 
         Args:
-            expected: What each of the rows must have, by name, its ``place`` among it.
-            form: The ``TypedDict`` that each of them is.
+            expected: Fields that each row must have, with their values; ``place`` is one of them.
+            form: The ``TypedDict`` of a row.
 
         Raises:
-            ConfigError: The rows have something else, so the source has changed since, or one is damaged.
+            ConfigError: A row has another value, so the source has changed, or a row is damaged.
         """
         if not self._reading:
             return None
@@ -141,36 +141,36 @@ class ScoreOutput:
                 TypeAdapter(form).validate_python(row)
             except ValidationError as error:
                 raise ConfigError(
-                    f"{self.rows_file}: a row, where the source has {wanted['place']}, is damaged "
-                    f"({error.errors()[0]['msg']}): give overwrite=True to start again."
+                    f"{self.rows_file}: the row of {wanted['place']} is damaged ({error.errors()[0]['msg']}): give "
+                    "overwrite=True to start again."
                 ) from error
             if any(row.get(name) != value for name, value in wanted.items()):
-                raise self._changed(f"it goes on with {row.get('place')}, where the source now has {wanted['place']}")
+                raise self._changed(f"its next row is {row.get('place')}, and the source has {wanted['place']} there")
             rows.append(row)
         return rows
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write rows behind those that are there; they survive the process from here on."""
+        """Append rows to the file; from here on they survive the end of the process."""
         assert not self._reading
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass") for row in rows]
         self._file.write(b"".join(line + b"\n" for line in lines))
         self._file.flush()
-        # Behind the rows: one without its checksum is not taken.
+        # After the rows: a row whose checksum is missing is not used.
         self._sums.write(b"".join(_sum(line) + b"\n" for line in lines))
         self._sums.flush()
 
     def checksum(self) -> str:
-        """Return the SHA-256 of all rows so far; after the last row, it is the JSONL file's."""
+        """Return the SHA-256 of all rows so far; after the last row, it is that of the JSONL output."""
         return checksum(self.rows_file)
 
     def finish(self) -> None:
-        """Give the output its name.
+        """Give the complete output its name, and remove the partial files.
 
         Raises:
-            ConfigError: Rows are left of a source that was longer.
+            ConfigError: A stopped call has left rows after the last one of the source.
         """
         if self._reading and self._file.readline():
-            raise self._changed("it has rows behind the last one of the source")
+            raise self._changed("it has rows after the last one of the source")
         os.fsync(self._file.fileno())
         if self.path.suffix == ".parquet":
             with writing(self.path) as temporary:
@@ -195,7 +195,7 @@ class ScoreOutput:
         return json.loads(line.decode("utf-8", "surrogatepass"))
 
     def _cut(self, start: int, num_rows: int) -> None:
-        """Drop all rows from a place on."""
+        """Remove all rows from an offset of the file on, and stop returning rows."""
         self._file.seek(start)
         self._file.truncate()
         self._sums.seek(num_rows * (_SUM_LENGTH + 1))
@@ -203,7 +203,7 @@ class ScoreOutput:
         self._reading = False
 
     def _claim(self, record: dict[str, Any], *, begun: bool, overwrite: bool) -> None:
-        """Take up the rows of an earlier call that depend on the same, or begin."""
+        """Continue with the rows of a stopped call if they have the same record, or start an empty file."""
         if begun and self._file.seek(0, os.SEEK_END) > 0:
             found = None
             try:
@@ -215,8 +215,8 @@ class ScoreOutput:
             if found is not None and names and not overwrite:
                 shown = ", ".join(f"{name} ({found.get(name)!r} there, {record.get(name)!r} now)" for name in names)
                 raise ConfigError(
-                    f"{self.rows_file} holds the beginning of other scores: {shown}. Go on with the same settings, "
-                    "name another file, or give overwrite=True to start again."
+                    f"{self.rows_file} belongs to a stopped call with other settings: {shown}. Continue with the same "
+                    "settings, name another file, or give overwrite=True to start again."
                 )
             if found is not None and not names:
                 self._file.seek(0)
@@ -231,23 +231,25 @@ class ScoreOutput:
             return dict(json.loads(self.record_file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(
-                f"{self.record_file}, which says what {self.rows_file} depends on, cannot be read ({error}): give "
-                "overwrite=True to start again."
+                f"{self.record_file}, the record of {self.rows_file}, cannot be read ({error}): give overwrite=True to "
+                "start again."
             ) from error
 
     def _changed(self, what: str) -> ConfigError:
         return ConfigError(
-            f"{self.rows_file} is of a source that has changed since: {what}. Restore the source, or give "
+            f"{self.rows_file} belongs to a source that has changed: {what}. Restore the source, or give "
             "overwrite=True to start again."
         )
 
 
 def reopen(path: Path, *, sibling: Path) -> None:
-    """Take its name from a ``.jsonl`` that got it before another output of the same record, if that has none yet.
+    """Turn a finished ``.jsonl`` back into a partial file if the call stopped before its sibling was finished.
+
+    Both outputs of a call have the same record, so that the next call can continue with both.
 
     Args:
-        path: What was finished first.
-        sibling: What was to be finished after it.
+        path: The output that is finished first.
+        sibling: The output that is finished after it.
     """
     if path.exists() and not sibling.exists() and _record_file(sibling).exists():
         write_whole(_record_file(path), _record_file(sibling).read_text(encoding="utf-8"))
@@ -277,7 +279,7 @@ def _sum(line: bytes) -> bytes:
 
 
 def _write_parquet(rows_file: Path, path: Path) -> None:
-    """Convert a file of rows group by group; numbers are 32-bit as they were computed, but for preferences."""
+    """Convert a file of rows to Parquet in groups of rows; numbers are 32-bit, as computed, except preferences."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -104,9 +104,9 @@ class RewardSummary(_Form):
     """Missing subsets, without which there is no score."""
     scorers: dict[str, Scorer]
     record: dict[str, Any] = {}
-    """All that the numbers depend on."""
+    """All inputs that the numbers depend on."""
     files: dict[str, str] = {}
-    """SHA-256 of the files of rows beside the summary."""
+    """SHA-256 of each file of rows beside the summary."""
 
     @property
     def main_scorer(self) -> str:
@@ -140,14 +140,14 @@ class Ideal(_Form):
     beta: float
     divergence: float | None
     own: float | None = None
-    """In the divergence that it is the optimum of."""
+    """The same in the divergence whose optimum it is."""
     reward: float | None
     effective_samples: float | None = None
-    """The effective number of samples per prompt; if it is small, the estimate is unreliable."""
+    """Effective number of samples per prompt; if it is small, the estimate is unreliable."""
 
 
 class Limit(_Form):
-    """The end of what samples of the reference can say."""
+    """The point where all frontiers on samples of the reference end: the best sample of each prompt."""
 
     num_samples: int
     divergence: float | None
@@ -184,15 +184,15 @@ class SampleSummary(_Form):
     metrics: dict[str, Estimated]
     frontier: Frontier | None = None
     record: dict[str, Any] = {}
-    """All that the numbers depend on."""
+    """All inputs that the numbers depend on."""
     files: dict[str, str] = {}
-    """SHA-256 of the files of rows beside the summary."""
+    """SHA-256 of each file of rows beside the summary."""
 
     @property
     def measured_on(self) -> str:
         """The key of comparable evaluations: prompts, rewards, and the maximum length of samples."""
-        told = [self.record.get(name) for name in ("prompts", "rewards", "max_new_tokens")]
-        return json.dumps(told, sort_keys=True) if self.record else self.source or self.name
+        inputs = [self.record.get(name) for name in ("prompts", "rewards", "max_new_tokens")]
+        return json.dumps(inputs, sort_keys=True) if self.record else self.source or self.name
 
 
 _ANY = TypeAdapter[RewardSummary | SampleSummary](Annotated[RewardSummary | SampleSummary, Field(discriminator="kind")])
@@ -209,7 +209,7 @@ def read_evaluations(folder: Path) -> tuple[RewardSummary | SampleSummary, ...]:
 
 
 def read_summary(file: Path) -> RewardSummary | SampleSummary | None:
-    """Return a summary; None if it was deleted after its folder was listed.
+    """Return a summary; None if the file is missing, as when it was deleted after its folder was listed.
 
     Raises:
         ConfigError: It has another form.
@@ -233,8 +233,8 @@ def write_summary(folder: Path, summary: RewardSummary | SampleSummary) -> None:
     """Write ``summary.json``, whole or not at all.
 
     Args:
-        folder: Of the evaluation.
-        summary: ``files`` has the SHA-256 of each file of rows that belongs to it.
+        folder: The evaluation's folder.
+        summary: Its ``files`` has the SHA-256 of each file of rows.
     """
     text = without_passwords(json.dumps(summary.model_dump(mode="json"), indent=1, ensure_ascii=False))
     write_whole(folder / "summary.json", text + "\n")
@@ -244,12 +244,12 @@ def check_file(folder: Path, name: str, summary: RewardSummary | SampleSummary) 
     """Return a file of rows that belongs to a summary; None if the summary does not name it.
 
     Args:
-        folder: Of the evaluation.
-        name: Of the file.
-        summary: As its ``summary.json`` has it.
+        folder: The evaluation's folder.
+        name: Name of the file.
+        summary: The evaluation's summary.
 
     Raises:
-        ConfigError: The file has other content than when the summary was written, or the summary has no checksums.
+        ConfigError: The file is missing or has changed since the summary was written, or the summary has no checksums.
     """
     if not summary.files:
         raise damaged(folder / "summary.json", "it has no checksums")
@@ -264,5 +264,5 @@ def check_file(folder: Path, name: str, summary: RewardSummary | SampleSummary) 
 
 
 def damaged(file: Path, reason: str) -> ConfigError:
-    """Return the error of a file of an evaluation that is not as it was written."""
+    """Return the error for a file of an evaluation that has changed since it was written."""
     return ConfigError(f"{file} is damaged ({reason}): repeat its evaluation with overwrite=True.")

@@ -288,7 +288,7 @@ def test_a_run_whose_own_divergence_has_changed_is_not_scored(falign, trained, p
     module.write_text(module.read_text().replace("reverse_kl", "jensen_shannon"))
     status, _, err = falign("score", run, pairs, "--out", out, "--trust-code")
     assert (status, out.exists()) == (2, False)
-    assert "was trained with other code of objective.divergence=of_this_run:divergence" in err
+    assert "was trained with another version of objective.divergence=of_this_run:divergence" in err
     assert "restore the module" in err
 
 

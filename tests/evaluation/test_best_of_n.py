@@ -50,7 +50,7 @@ def test_alpha_near_one_and_far_from_it_by_its_closed_form(a, n):
 
 def test_what_grows_neither_as_a_power_nor_as_a_logarithm_is_refused():
     own = divergences.from_generator(lambda u: torch.relu(-u.log()).square() + (u - 1) ** 2, name="own")
-    with pytest.raises(ValueError, match="own grows towards u = 0"):
+    with pytest.raises(ValueError, match="own grows toward u = 0"):
         best_of_n_divergence(own, 64)
 
 

@@ -7,7 +7,7 @@ from falign import FDPO, TDPO
 from falign.errors import RewardError
 from falign.evaluation import ComparedScores, ItemScorer, ItemTree, ReferenceFreeScores
 from falign.evaluation.benchmarks import BenchmarkItem
-from falign.evaluation.item_scorer import _rising
+from falign.evaluation.item_scorer import _in_order_of
 from falign.objectives import Listwise
 from falign.scoring import Scorer
 from tests.evaluation.scoring import TREES, dense, policy_and_reference, tiny_scorer
@@ -78,7 +78,7 @@ def test_the_reward_of_tdpo_is_its_own_and_normalised_by_the_length():
 
 def test_rewards_that_saturate_keep_the_order_of_their_log_ratios():
     bound = 0.5 * math.log(2)
-    rewards = _rising([bound, 0.1, bound, bound, bound], [90.0, 0.3, 70.0, 80.0, 80.0])
+    rewards = _in_order_of([bound, 0.1, bound, bound, bound], [90.0, 0.3, 70.0, 80.0, 80.0])
     assert rewards[1] < rewards[2] < rewards[3] == rewards[4] < rewards[0]
     assert rewards == pytest.approx([bound, 0.1, bound, bound, bound], rel=1e-15)
 
@@ -122,7 +122,7 @@ def test_a_classifier_without_a_value_is_named_with_its_row():
     scorer = ItemScorer(
         names=("classifier",), of_trees=None, classifier=lambda prompts, texts, **_: [None] * len(texts)
     )
-    with pytest.raises(RewardError, match=r"rows.jsonl:1: the classifier has no value"):
+    with pytest.raises(RewardError, match=r"rows.jsonl:1: the classifier gives no value"):
         scorer.score(items())
 
 
@@ -131,5 +131,5 @@ def test_a_classifier_whose_value_is_no_number_is_named_with_its_row(value):
     scorer = ItemScorer(
         names=("classifier",), of_trees=None, classifier=lambda prompts, texts, **_: [0.0, 1.0, value, 2.0, 3.0]
     )
-    with pytest.raises(RewardError, match=rf"rows.jsonl:2: the classifier says {value} of a completion"):
+    with pytest.raises(RewardError, match=rf"rows.jsonl:2: the classifier gives a completion the value {value}"):
         scorer.score(items()[:2])

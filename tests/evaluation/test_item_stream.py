@@ -59,7 +59,7 @@ def test_long_items_are_counted_cut_or_an_error():
     assert max(len(tree.prompt_ids) + len(ids) for ids in tree.completion_ids) == 48
     assert cutting.skipped() == {}
     with pytest.raises(
-        DataError, match=r"rows.jsonl:2: prompt and longest completion have 69 tokens, and the window 48"
+        DataError, match=r"rows.jsonl:2: prompt and longest completion have 69 tokens, more than max_length=48"
     ):
         list(stream(LONG, long_items="error"))
 
@@ -88,7 +88,7 @@ def test_subsets_that_are_asked_for_must_be_there(tmp_path):
     assert len(read_items(llmbar, str(file))) == 3
     assert [item.subset for item in read_items(llmbar, str(file), subsets=["Manual"])] == ["Manual"]
     with pytest.raises(
-        DataError, match=r"no row is of the subset 'natural'; did you mean 'Natural'\? There are Manual, Natural"
+        DataError, match=r"no row belongs to the subset 'natural'; did you mean 'Natural'\? There are Manual, Natural"
     ):
         read_items(llmbar, str(file), subsets=["natural"])
 

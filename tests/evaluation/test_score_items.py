@@ -81,11 +81,11 @@ def test_items_that_have_changed_since_are_refused(tmp_path, monkeypatch):
             scored(path, pair_items())
     first, *others = pair_items()
     swapped = first._replace(item=others[0].item)
-    with pytest.raises(ConfigError, match=r"goes on with rows.jsonl:1, where the source now has rows.jsonl:2"):
+    with pytest.raises(ConfigError, match=r"its next row is rows.jsonl:1, and the source has rows.jsonl:2 there"):
         scored(path, [swapped, *others])
 
 
 def test_no_item_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="No item was left"):
+    with pytest.raises(DataError, match="No item is left"):
         scored(tmp_path / "items.jsonl", [])
     assert not list(tmp_path.iterdir())

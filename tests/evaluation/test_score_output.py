@@ -192,8 +192,8 @@ def test_other_settings_are_refused_by_name_and_overwrite_starts_anew(tmp_path, 
 @pytest.mark.parametrize(
     ("trees", "message"),
     [
-        ([TREES[1], *TREES], "goes on with rows.jsonl:1, where the source now has rows.jsonl:2"),
-        ([TREES[0]], "rows behind the last one"),
+        ([TREES[1], *TREES], "its next row is rows.jsonl:1, and the source has rows.jsonl:2 there"),
+        ([TREES[0]], "rows after the last one"),
     ],
 )
 def test_a_source_that_has_changed_is_refused(tmp_path, monkeypatch, trees, message):

@@ -1,4 +1,4 @@
-"""The protocol of a reward benchmark (items, the outcome of one, the summary of all), and means of outcomes."""
+"""The interface of a reward benchmark: its items, the outcome of each, the summary of all; and means of outcomes."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ __all__ = [
 
 @dataclass(frozen=True)
 class BenchmarkItem:
-    """One prompt and the completions that a reward is asked to tell apart.
+    """One prompt with the completions that a reward must rank.
 
     Attributes:
-        place: The row it came from, for messages.
-        id: The row's own id where it has one, unique within its subset; the row's number otherwise.
-        subset: The part of the benchmark that it belongs to; ``""`` where there is one part only.
+        place: The row of the source, for messages.
+        id: The row's own id if it has one, unique within its subset; otherwise the row's number.
+        subset: The subset of the benchmark; ``""`` if it has no subsets.
         prompt: Plain text, or the turns before the answer.
         completions: The texts to score.
-        preference: One value per completion, larger is preferred; equal values are of equal worth.
-        group: Items of one subset and group are scored together, so that an interval resamples them together; ``""``
-            for an item that stands alone.
-        plain: Whether a plain prompt is continued as it is, like a file's plain pairs in training; otherwise it is a
-            user's turn and the completions are the assistant's. None: nobody has said so, and it is refused where the
-            policy has a chat template.
+        preference: One value per completion, larger is preferred; equal values are equally good.
+        group: Items of one subset and group contribute to one figure, so intervals resample them together; ``""`` for a
+            single item.
+        plain: True if a plain prompt is continued as it is, as plain pairs are in training; False if it is a user's
+            turn and the completions are the assistant's. None if nothing says which: then it is refused if the policy
+            has a chat template.
     """
 
     place: str
@@ -56,42 +56,42 @@ class Benchmark(Protocol):
 
     @property
     def name(self) -> str:
-        """The name that falign knows it by."""
+        """Its name in falign."""
         ...
 
     @property
     def hub_name(self) -> str | None:
-        """Its data set on the Hub; None where it has none."""
+        """Its data set on the Hub; None if it has none."""
         ...
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits of the Hub's data set, the one that is read by default first."""
+        """The splits of the Hub's data set; the first is the default."""
         ...
 
     @property
     def subsets(self) -> tuple[str, ...]:
-        """All subsets that its published score is made of; empty where any will do."""
+        """The subsets that its published score needs; empty if it needs no particular ones."""
         ...
 
     def read(self, path: str | None = None, *, split: str | None = None, bad_rows: BadRows) -> Iterator[BenchmarkItem]:
-        """Yield the items in their order.
+        """Yield the items in order.
 
         Args:
             path: A file or folder in the published schema; None reads the Hub's data set.
-            split: One of ``splits``, or of the folder's; None takes the first.
-            bad_rows: Takes the rows that cannot be used.
+            split: One of ``splits``, or a split of the folder; None for the first.
+            bad_rows: Collects unusable rows.
 
         Raises:
-            DataError: The source cannot be read, its rows have another schema, or a row cannot be used.
+            DataError: The source cannot be read, its rows have another schema, or a row is unusable.
         """
         ...
 
     def outcome(self, item: BenchmarkItem, scores: Sequence[float]) -> dict[str, float]:
-        """Return what one item's scores say, ``correct`` first: 1, 0, or between for a tie or several comparisons.
+        """Return the verdict on the scores of one item, ``correct`` first: 1, 0, or between for ties or several pairs.
 
         Args:
-            item: As read.
+            item: The item.
             scores: One per completion, larger is better.
         """
         ...
@@ -100,45 +100,45 @@ class Benchmark(Protocol):
         """Return the published aggregation, as fractions of 1.
 
         Args:
-            subsets: Of each item.
-            outcomes: Of each item, in the same order; an item that is drawn twice occurs twice.
+            subsets: The subset of each item.
+            outcomes: The outcome of each item, in the same order; a bootstrap resample may repeat items.
 
         Returns:
-            ``score`` first, the published figure; it and each section are left out where one of their subsets is
-            missing. Then sections and subsets, and ``accuracy``, the plain mean of ``correct``, which is always there.
+            ``score`` first, the published figure, then sections and subsets; the score and a section are left out if
+            one of their subsets is missing. Last ``accuracy``, the plain mean of ``correct``, which is always present.
         """
         ...
 
 
 @runtime_checkable
 class OwnTexts(Protocol):
-    """A benchmark of the user's own texts: plain ones are continued as they are or rendered as turns, as the user says.
+    """A benchmark of the user's own texts, for which the user decides whether plain texts are turns.
 
     Attributes:
-        chat: As :attr:`falign.data.DataSource.chat`.
+        chat: See :attr:`falign.data.DataSource.chat`.
     """
 
     @property
     def chat(self) -> bool | None: ...
 
     def with_chat(self, chat: bool | None) -> Benchmark:
-        """Return the benchmark that reads plain texts as ``chat`` says."""
+        """Return the benchmark with another ``chat``."""
         ...
 
 
 def missing_subsets(benchmark: Benchmark, subsets: Sequence[str]) -> tuple[str, ...]:
-    """Return the published subsets of which no item is there, so that what they belong to has no score.
+    """Return the published subsets without any item; figures that need them are left out.
 
     Args:
-        benchmark: Whose subsets.
-        subsets: Of the items that are there.
+        benchmark: The benchmark.
+        subsets: The subset of each item.
     """
-    there = set(subsets)
-    return tuple(subset for subset in benchmark.subsets if subset not in there)
+    present = set(subsets)
+    return tuple(subset for subset in benchmark.subsets if subset not in present)
 
 
 def larger(first: float, second: float, *, tie: float) -> float:
-    """Return 1 where the first score is larger, 0 where the second is, and ``tie`` where they are equal.
+    """Return 1 if the first score is larger, 0 if the second is, and ``tie`` if they are equal.
 
     Example:
         >>> larger(2.0, 1.0, tie=0.5), larger(1.0, 1.0, tie=0.5), larger(0.0, 1.0, tie=0.5)
@@ -168,9 +168,9 @@ def means_of_keys(outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
 def by_subset(
     subsets: Sequence[str], outcomes: Sequence[dict[str, float]], order: Sequence[str] = ()
 ) -> dict[str, list[dict[str, float]]]:
-    """Return the outcomes of each subset: those of ``order`` first, then the others as they occur."""
-    there = set(subsets)
-    groups: dict[str, list[dict[str, float]]] = {subset: [] for subset in order if subset in there}
+    """Return the outcomes of each subset: the subsets of ``order`` first, then the others as they occur."""
+    present = set(subsets)
+    groups: dict[str, list[dict[str, float]]] = {subset: [] for subset in order if subset in present}
     for subset, outcome in zip(subsets, outcomes, strict=True):
         groups.setdefault(subset, []).append(outcome)
     return groups
@@ -182,5 +182,5 @@ def subset_means(groups: Mapping[str, Sequence[dict[str, float]]]) -> dict[str, 
 
 
 def mean_of_all(values: Mapping[str, float], names: Sequence[str]) -> float | None:
-    """Return the plain mean of named values; None where one of them is missing."""
+    """Return the plain mean of named values; None if one of them is missing."""
     return mean(values[name] for name in names) if all(name in values for name in names) else None

@@ -26,8 +26,8 @@ PREFERENCES = {"A>B": (1.0, 0.0), "B>A": (0.0, 1.0)}
 class JudgeBench:
     """Which of two answers has the larger score.
 
-    A judge is asked twice, in both orders; a score of each answer says the same in both, so that one comparison is the
-    published figure, and a tie counts half. The score is the mean over all pairs of one split.
+    The published protocol asks a judge twice, in both orders. A score does not depend on the order, so one comparison
+    gives the published figure, and a tie counts half. ``score`` is the mean over all pairs of one split.
 
     Source:
         Tan et al., JudgeBench (arXiv:2410.12784), section 4; ScalerLab/JudgeBench.
@@ -39,7 +39,7 @@ class JudgeBench:
     subsets = tuple(CATEGORIES.values())
 
     def read(self, path: str | None = None, *, split: str | None = None, bad_rows: BadRows) -> Iterator[BenchmarkItem]:
-        """Yield the items of one split: ``gpt`` and ``claude`` say whose answers they are."""
+        """Yield the items of one split, ``gpt`` or ``claude``, named after the model that wrote the answers."""
         split = split or self.splits[0]
         if path is None and split not in self.splits:
             raise ConfigError(f"split={split!r} is unknown; {self.name} has {list(self.splits)}.")

@@ -1,4 +1,4 @@
-"""LLMBar: which of two outputs follows the instruction, where the other may look better."""
+"""LLMBar: pairs of outputs, of which one follows the instruction and the other may look better."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LLMBar:
     def read(self, path: str | None = None, *, split: str | None = None, bad_rows: BadRows) -> Iterator[BenchmarkItem]:
         """Yield the items of a file, or of the folder ``Dataset/LLMBar`` of its repository.
 
-        The subset is in the column ``subset``, or it is the name of the folder that a file ``dataset.json`` is in.
+        The subset is in the column ``subset``, or it is the name of the folder of a file ``dataset.json``.
         """
         if path is None:
             raise DataError(
@@ -60,7 +60,7 @@ class LLMBar:
     def summarize(self, subsets: Sequence[str], outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
         """Return the score, the adversarial mean, the subsets and the plain accuracy."""
         means = subset_means(by_subset(subsets, outcomes, self.subsets))
-        means.pop("", None)  # rows of no subset are in the accuracy alone
+        means.pop("", None)  # rows without a subset count only in the accuracy
         found = {"score": mean_of_all(means, self.subsets), ADVERSARIAL_NAME: mean_of_all(means, ADVERSARIAL)}
         summary = {key: value for key, value in found.items() if value is not None}
         return summary | means | {"accuracy": mean(outcome["correct"] for outcome in outcomes)}

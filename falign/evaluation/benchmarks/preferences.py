@@ -1,4 +1,4 @@
-"""Your own preference data as a benchmark: any file of pairs or lists that training reads."""
+"""A benchmark from the user's own preference data: any pairs or lists that training reads."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["Preferences"]
 class Preferences:
     """Accuracy on preference rows: the preferred of two completions has the larger score, for all pairs in a row.
 
-    The score is ``rewards/accuracies`` of training: the mean over all pairs, a tie, up to rounding, counting half.
+    The score is ``rewards/accuracies`` of training: the mean over all pairs, where a tie, up to rounding, counts half.
     ``best`` is the share of rows in which one of the most preferred completions has the largest score.
 
     Attributes:
-        format: As :attr:`falign.data.DataSource.format`.
-        columns: As :attr:`falign.data.DataSource.columns`.
-        chat: As :attr:`falign.data.DataSource.chat`.
+        format: See :attr:`falign.data.DataSource.format`.
+        columns: See :attr:`falign.data.DataSource.columns`.
+        chat: See :attr:`falign.data.DataSource.chat`.
     """
 
     format: str = "auto"
@@ -46,12 +46,12 @@ class Preferences:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Of the data set that is given; ``"train"`` by default, as in training."""
+        """Empty: any split of the given data set; ``"train"`` by default, as in training."""
         return ()
 
     @property
     def subsets(self) -> tuple[str, ...]:
-        """None are published."""
+        """Empty: none are published."""
         return ()
 
     def with_chat(self, chat: bool | None) -> Benchmark:
@@ -61,14 +61,14 @@ class Preferences:
     def read(self, path: str | None = None, *, split: str | None = None, bad_rows: BadRows) -> Iterator[BenchmarkItem]:
         """Yield the items; plain texts are left plain unless ``chat`` is true."""
         if path is None:
-            raise DataError("preferences: no source is given; name a file, a folder or a data set on the Hub.")
+            raise DataError("preferences: the source is missing; name a file, a folder or a data set on the Hub.")
         source = DataSource(path, split or "train", self.format, self.columns, self.chat)
         reader = RowReader.of(source)
         rows = read_rows(source.path, split=source.split, bad_rows=bad_rows)
         yield from items_of(rows, lambda row: _item(row, reader.read(row), self.chat), source=path, bad_rows=bad_rows)
 
     def outcome(self, item: BenchmarkItem, scores: Sequence[float]) -> dict[str, float]:
-        """Return ``correct``, the share of right pairs, with how many there are, and ``best``."""
+        """Return ``correct``, the share of right pairs, their number ``pairs``, and ``best``."""
         preference, values = (torch.tensor(list(x), dtype=torch.float64) for x in (item.preference, scores))
         chosen, rejected = pairs_of(preference, torch.zeros(len(preference), dtype=torch.long))
         size = torch.maximum(values[chosen].abs(), values[rejected].abs())
@@ -90,8 +90,8 @@ class Preferences:
 def _item(row: Row, example: Example, chat: bool | None) -> BenchmarkItem:
     if example.preference is None or len(example.completions) < 2:
         raise DataError(
-            f"{row.place}: the row has {len(example.completions)} completion and nothing to compare it with; "
-            "give pairs or lists."
+            f"{row.place}: the row has {len(example.completions)} completion and no other to compare it with: give "
+            "pairs or lists."
         )
     return BenchmarkItem(
         place=row.place,

@@ -1,4 +1,4 @@
-"""Benchmarks by name."""
+"""The registry of benchmarks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> Benchmark:
-    """Return a benchmark by name, or one of your own by ``module:Class``, which is called without arguments.
+    """Return a benchmark by name; a class of the user's own, ``module:Class``, is called without arguments.
 
     Raises:
         ConfigError: No benchmark has that name, or the class is not a :class:`Benchmark`.

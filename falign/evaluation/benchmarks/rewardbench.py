@@ -58,7 +58,7 @@ class RewardBench:
     """Which of two completions has the larger score; a tie counts as wrong, as on the leaderboard.
 
     A section is the mean of its subsets, weighted with the published numbers of examples; the score is the plain mean
-    of the four sections. The four prior sets, where they are there, make a fifth section of their plain mean, and
+    of the four sections. If the four prior sets are present, their plain mean is a fifth section, and
     ``score_with_prior_sets`` gives it half the weight of the others.
 
     Source:
@@ -71,7 +71,7 @@ class RewardBench:
     subsets = tuple(subset for section in SECTIONS.values() for subset in section)
 
     def read(self, path: str | None = None, *, split: str | None = None, bad_rows: BadRows) -> Iterator[BenchmarkItem]:
-        """Yield the items; the splits that are called like a prior set are those of its own Hub data set."""
+        """Yield the items; splits named after a prior set come from a Hub data set of their own."""
         split = split or self.splits[0]
         if path is None and split not in self.splits:
             raise ConfigError(f"split={split!r} is unknown; {self.name} has {list(self.splits)}.")

@@ -21,7 +21,7 @@ TIED, REFERENCE = "tied", "ref"
 class RewardBench2:
     """Accuracy of the largest score among all completions; the total is the plain mean of the six subsets.
 
-    Where several completions share the largest score, the outcome is the share of right ones among them. In the subset
+    If several completions share the largest score, the outcome is the share of right ones among them. In the subset
     Ties a prompt (``tied:7``) has several right answers, and a reference prompt (``ref:7``) asks the same with one.
     With the gap, worst right minus best wrong score, and the spread, best minus worst right score, of the tied prompt,
     the subset's score is 0.3 · share of reference prompts with a positive gap + 0.3 · the same of tied prompts +
@@ -44,7 +44,7 @@ class RewardBench2:
         yield from items_of(rows, _item, source=source, bad_rows=bad_rows)
 
     def outcome(self, item: BenchmarkItem, scores: Sequence[float]) -> dict[str, float]:
-        """Return ``correct``; of Ties also which prompt it is, its gap and its spread."""
+        """Return ``correct``; for Ties also the kind and group of the prompt, its gap and its spread."""
         right = [score for score, value in zip(scores, item.preference, strict=True) if value > 0]
         wrong = [score for score, value in zip(scores, item.preference, strict=True) if value == 0]
         if item.subset == TIES:
@@ -93,14 +93,14 @@ def _group(row: Row) -> str:
     kind, _, number = str(row.fields["id"]).partition(":")
     if kind not in (TIED, REFERENCE) or not number.isdecimal():
         raise DataError(
-            f"{row.place}: the id {shown(row.fields['id'])} is not one of Ties; it must be 'tied:N' or 'ref:N', "
+            f"{row.place}: the id {shown(row.fields['id'])} does not fit Ties; it must be 'tied:N' or 'ref:N', "
             "with the same N for a prompt and its reference: fix the row or remove it."
         )
     return number
 
 
 def _ties(outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the subset's score and its terms; nothing of what needs a kind of prompt that is missing."""
+    """Return the score of Ties and its terms, without those that need a missing kind of prompt."""
     tied, reference = ([outcome for outcome in outcomes if bool(outcome["tied"]) == kind] for kind in (True, False))
     kinds = {"ref": reference, "tied": tied}
     terms = {f"{TIES}/{name}": mean(outcome["correct"] for outcome in kind) for name, kind in kinds.items() if kind}
@@ -119,7 +119,7 @@ def _ties(outcomes: Sequence[dict[str, float]]) -> dict[str, float]:
 def _paired(
     tied: Sequence[dict[str, float]], reference: Sequence[dict[str, float]]
 ) -> list[tuple[dict[str, float], dict[str, float]]]:
-    # In a resample a prompt may occur several times, and its reference as often.
+    # A resample may repeat a prompt; its reference is then repeated as often.
     references: dict[float, list[dict[str, float]]] = defaultdict(list)
     for outcome in reference:
         references[outcome["group"]].append(outcome)

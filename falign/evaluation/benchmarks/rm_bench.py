@@ -28,7 +28,7 @@ _FILE = re.compile(rf"({'|'.join(SUBSETS)})_filtered\.")
 
 
 class RMBench:
-    """A 3×3 matrix of who wins: rows are the styles of the right answer, columns those of the wrong one.
+    """A 3×3 matrix of comparisons: rows are the styles of the right answer, columns those of the wrong one.
 
     Styles are concise, detailed plain text, detailed with markdown. ``easy`` is the mean of the three cells below the
     diagonal (the right answer has the richer style), ``normal`` of those on it, ``hard`` of those above it; a tie
@@ -95,7 +95,7 @@ def _item(row: Row, subset: str | None) -> BenchmarkItem:
     if not isinstance(subset, str) or subset not in SUBSETS:
         raise DataError(
             f"{row.place}: the domain is {shown(subset)}; a column 'domain', or a file name like code_filtered.jsonl, "
-            f"must say one of {list(SUBSETS)}."
+            f"must give one of {list(SUBSETS)}."
         )
     sides = {side: texts(row, side) for side in ("chosen", "rejected")}
     for side, completions in sides.items():

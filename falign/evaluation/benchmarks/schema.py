@@ -1,4 +1,4 @@
-"""The published columns of each benchmark, and what is wrong with a row that lacks some."""
+"""The published columns of each benchmark, and checked access to a row's fields."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ COLUMNS: dict[str, frozenset[str]] = {
 """Columns that a row needs, by the name of the benchmark."""
 
 PAIR_COLUMNS: frozenset[str] = frozenset({"prompt", "chosen", "rejected"})
-"""Columns of RewardBench's prior sets: each set is a split of its own, without a column that names it."""
+"""Columns of RewardBench's prior sets; each set is a split of its own, and no column names it."""
 
-_TELL = "fix the row or remove it"
+_REMEDY = "fix the row or remove it"
 
 
 def read_published(
     name: str, path: str, *, split: str, bad_rows: BadRows, columns: frozenset[str] | None = None
 ) -> Iterator[Row]:
-    """Yield the rows of a benchmark's source; the first one must be of that benchmark.
+    """Yield the rows of a benchmark's source; the first one must have the benchmark's schema.
 
     Args:
         name: A name of ``COLUMNS``.
         path: A file, a folder or a Hub data set.
-        split: Of a folder or of the Hub's data set.
-        bad_rows: Takes lines that are no rows, and later rows that lack a column.
-        columns: What is needed in place of ``COLUMNS[name]``.
+        split: Split of a folder or of the Hub's data set.
+        bad_rows: Collects lines that are not rows, and later rows that lack a column.
+        columns: Required columns, if they are not ``COLUMNS[name]``.
 
     Raises:
         DataError: The source cannot be read, or it has another schema.
@@ -49,7 +49,7 @@ def read_published(
         error = _wrong_schema(row, name, columns)
         if error is None:
             yield row
-        elif first:  # a source of another kind has no good row: to skip all of them would say nothing
+        elif first:  # all rows of another kind of source are bad, and skipping them would hide the reason
             raise error
         else:
             bad_rows.add(error)
@@ -62,13 +62,13 @@ def items_of(
     """Yield the items of rows.
 
     Args:
-        rows: Of one source.
-        item: Makes one of a row.
-        source: Where they are, for messages.
-        bad_rows: Takes the rows of which none can be made.
+        rows: The rows of one source.
+        item: Function from a row to its item.
+        source: The source's name, for messages.
+        bad_rows: Collects rows for which `item` raises DataError.
 
     Raises:
-        DataError: There is no item at all.
+        DataError: No row gives an item.
     """
     empty, first = True, ""
     for row in rows:
@@ -87,11 +87,11 @@ def items_of(
 def _wrong_schema(row: Row, name: str, columns: frozenset[str]) -> DataError | None:
     missing = sorted(columns - row.fields.keys())
     found = _looks_like(row)
-    # What RewardBench 2 has, RM-Bench has too, and a list of answers is called like one answer: by its columns alone
-    # a file of one would pass for another.
+    # Columns alone do not identify a benchmark: RewardBench 2 has all those of RM-Bench, and a list of answers has the
+    # column names of a single one.
     if not missing and (found == name or found not in COLUMNS):
         return None
-    problem = f"{name} needs the columns {missing} too" if missing else f"this is not a row of {name}"
+    problem = f"{name} also needs the columns {missing}" if missing else f"this is not a row of {name}"
     message = f"{row.place}: {problem}; the row has {sorted(row.fields)}."
     if found is not None and found != name:
         return DataError(f"{message} It looks like {found}: name that benchmark, or give another file.")
@@ -109,7 +109,7 @@ def _looks_like(row: Row) -> str | None:
 
 
 def identifier(row: Row, column: str) -> str:
-    """Return a row's own id; where it has none, its place within the source (``"12"`` of ``"pairs.jsonl:12"``)."""
+    """Return a row's own id, or else its place within the source (``"12"`` for ``"pairs.jsonl:12"``)."""
     value = row.fields.get(column)
     return row.place.replace(":", " ").rsplit(" ", 1)[-1] if value is None else str(value)
 
@@ -118,7 +118,7 @@ def string(row: Row, column: str) -> str:
     """Return a column's text.
 
     Raises:
-        DataError: It is no text, or it is empty.
+        DataError: It is not text, or it is empty.
     """
     return _text(row.fields[column], row.place, column)
 
@@ -127,11 +127,11 @@ def texts(row: Row, column: str) -> tuple[str, ...]:
     """Return a column's list of texts.
 
     Raises:
-        DataError: It is no list, or one of its texts is empty.
+        DataError: It is not a list of texts, or one of them is empty.
     """
     value = row.fields[column]
     if not isinstance(value, list | tuple) or not value:
-        raise DataError(f"{row.place}: {column!r} is {shown(value)}; it must be a list of texts: {_TELL}.")
+        raise DataError(f"{row.place}: {column!r} is {shown(value)}; it must be a list of texts: {_REMEDY}.")
     return tuple(_text(text, row.place, f"{column}[{i}]") for i, text in enumerate(value))
 
 
@@ -148,19 +148,19 @@ def prompt_of(row: Row, column: str = "prompt") -> Text:
     for turn in turns:
         _require_unicode(turn["content"], row.place, column)
     if not turns or not turns[-1]["content"].strip():
-        raise DataError(f"{row.place}: {column!r} is {shown(value)}; its last turn must contain text: {_TELL}.")
+        raise DataError(f"{row.place}: {column!r} is {shown(value)}; its last turn must contain text: {_REMEDY}.")
     return turns
 
 
 def _text(value: Any, place: str, field: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{place}: {field!r} is {shown(value)}; it must be text: {_TELL}.")
+        raise DataError(f"{place}: {field!r} is {shown(value)}; it must be text: {_REMEDY}.")
     if not value.strip():
-        raise DataError(f"{place}: {field!r} is empty ({shown(value)}); it must contain text: {_TELL}.")
+        raise DataError(f"{place}: {field!r} is empty ({shown(value)}); it must contain text: {_REMEDY}.")
     _require_unicode(value, place, field)
     return value
 
 
 def _require_unicode(text: str, place: str, field: str) -> None:
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(f"{place}: {field!r} has half a surrogate pair ({shown(text)}); it must be Unicode: {_TELL}.")
+        raise DataError(f"{place}: {field!r} has half a surrogate pair ({shown(text)}); it must be Unicode: {_REMEDY}.")

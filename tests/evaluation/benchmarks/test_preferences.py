@@ -83,11 +83,11 @@ def test_columns_may_have_other_names(tmp_path):
 
 def test_rows_with_nothing_to_compare_are_bad_rows(tmp_path):
     single = write(tmp_path / "single.jsonl", [{"prompt": "Hi.", "completion": "A.", "label": True}])
-    with pytest.raises(DataError, match="the row has 1 completion and nothing to compare it with"):
+    with pytest.raises(DataError, match="the row has 1 completion and no other to compare it with"):
         read(single)
     with pytest.raises(DataError, match=r"none of its rows is an item of the benchmark\. The first bad row"):
         read(single, policy="skip")
-    with pytest.raises(DataError, match="no source is given"):
+    with pytest.raises(DataError, match="the source is missing"):
         read(None)
 
 

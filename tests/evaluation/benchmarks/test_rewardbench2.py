@@ -120,7 +120,7 @@ def test_what_is_missing_leaves_out_the_score(tmp_path):
 def test_bad_rows_say_what_is_wrong(tmp_path):
     with pytest.raises(DataError, match=r"num_correct is 2 and there are 1 chosen"):
         read(tmp_path, [rewardbench2_row("Math", "1", num_correct=2)])
-    with pytest.raises(DataError, match=r"the id 'about:7' is not one of Ties; it must be 'tied:N' or 'ref:N'"):
+    with pytest.raises(DataError, match=r"the id 'about:7' does not fit Ties; it must be 'tied:N' or 'ref:N'"):
         read(tmp_path, [rewardbench2_row("Ties", "about:7")])
     with pytest.raises(DataError, match=r"'chosen' is \[\]; it must be a list of texts"):
         read(tmp_path, [rewardbench2_row("Math", "1", chosen=[])])

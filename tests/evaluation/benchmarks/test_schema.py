@@ -38,7 +38,9 @@ def read(name, path, policy: BadRowPolicy = "error"):
 def test_a_row_lacking_a_column_says_which_it_lacks_and_has(name, tmp_path):
     column = PROMPTS.get(name, "prompt")
     path = write(tmp_path / "rows.jsonl", [{key: value for key, value in ROWS[name].items() if key != column}])
-    with pytest.raises(DataError, match=rf"rows\.jsonl:1: {name} needs the columns \['{column}'\] too; the row has \["):
+    with pytest.raises(
+        DataError, match=rf"rows\.jsonl:1: {name} also needs the columns \['{column}'\]; the row has \["
+    ):
         read(name, path, "skip")
 
 
@@ -79,7 +81,7 @@ def test_a_later_row_without_a_column_is_a_bad_row(name, tmp_path):
     path = write(tmp_path / "rows.jsonl", [ROWS[name], {"id": "1"}])
     items, bad_rows = read(name, path, "skip")
     assert (len(items), bad_rows.count) == (1, 1)
-    assert f"{name} needs the columns" in bad_rows.messages[0]
+    assert f"{name} also needs the columns" in bad_rows.messages[0]
 
 
 @pytest.mark.parametrize("name", ROWS)
