@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from falign.objectives import BaseObjective
     from falign.references import Reference
     from falign.runfile import RunConfig
+    from falign.runs import RunFolder
     from falign.runs.loading import Given
     from falign.scoring import LayoutChoice, PromptTree, Scorer
 
@@ -56,15 +57,9 @@ class Scored(NamedTuple):
         return [self.policy, *own]
 
     def scorer(self, trees: Sequence[PromptTree], *, layout: Any) -> tuple[CompletionScorer, LayoutChoice]:
-        """Check the models on the first trees, and return a scorer with a layout that they can read.
+        """Check the models on the first trees, and return a scorer under policy, references and objective.
 
-        Args:
-            trees: The first trees of the source.
-            layout: ``auto``, ``tree`` or ``padded``.
-
-        Raises:
-            ConfigError: The window is longer than a model's positions, or a model cannot read the layout.
-            ModelError: The scores differ from those of the model's own logits.
+        Arguments and errors are those of :meth:`choose_scorer`.
         """
         from falign.evaluation import CompletionScorer
 
@@ -160,15 +155,10 @@ def load_run(
     objective, rewarding = (objective, True) if objective.rewarding else (FDPO("reverse_kl", 1.0), False)
     if references is None:
         references = {REFERENCE, *reference_names(objective.needs, objective.measures)}
+    _require_main_reference(folder, references)
     policy, tokenizer, config = load_trained(folder, checkpoint, given=given, trust_code=trust_code)
     config = config if given is None else given.in_place(config, path=folder.path)
     policy.to(_device())  # pyright: ignore[reportArgumentType]
-    if REFERENCE in references and REFERENCE not in (sections := config.reference_sections()):
-        raise ConfigError(
-            f"{path} has no reference named {REFERENCE!r} to compare the policy with; {folder.run_file} names "
-            f"{', '.join(sorted(sections))} under references: export the run as a merged model, and score that with "
-            "reference=MODEL."
-        )
     rebuilt = rebuild_references(config, policy, tokenizer, folder, device=_device(), names=references)
     if checkpoint is not None:
         for name, each in rebuilt.items():
@@ -193,6 +183,20 @@ def load_run(
         rewarding,
         rebuilt,
     )
+
+
+def _require_main_reference(folder: RunFolder, references: Collection[str]) -> None:
+    """Refuse a run that has references of other names only, if the one named ``reference`` is needed."""
+    from falign.references import REFERENCE
+    from falign.runs.named_code import read_run
+
+    sections = read_run(folder, uses=[], trust_code=False).reference_sections()
+    if REFERENCE in references and REFERENCE not in sections:
+        raise ConfigError(
+            f"{folder.path} has no reference named {REFERENCE!r} to compare the policy with; {folder.run_file} names "
+            f"{', '.join(sorted(sections))} under references: export the run as a merged model, and score that with "
+            "reference=MODEL."
+        )
 
 
 def load_compared(
