@@ -40,7 +40,7 @@ class ItemStream:
     A plain prompt is a user's turn, unless the item is plain or the tokenizer has no chat template.
 
     Args:
-        items: As a benchmark reads them.
+        items: Items of a benchmark, see :func:`read_items`.
         tokenizer: The policy's tokenizer.
         stop_token_ids: All tokens at which the model's generation ends.
         window: Maximum number of tokens of a prompt with its longest completion; for ``cut`` also how to cut.

@@ -24,7 +24,7 @@ PREFERENCES = {"A>B": (1.0, 0.0), "B>A": (0.0, 1.0)}
 
 
 class JudgeBench:
-    """Which of two answers has the larger score.
+    """Accuracy on pairs of answers.
 
     The published protocol asks a judge twice, in both orders. A score does not depend on the order, so one comparison
     gives the published figure, and a tie counts half. ``score`` is the mean over all pairs of one split.

@@ -23,7 +23,7 @@ _PREFIX = re.compile(rf"{ADVERSARIAL_NAME}[_/]")
 
 
 class LLMBar:
-    """Which of two outputs has the larger score; a tie counts half.
+    """Accuracy on pairs of outputs; a tie counts half.
 
     ``Adversarial`` is the plain mean of the four adversarial subsets, and the score the plain mean of all five subsets.
 

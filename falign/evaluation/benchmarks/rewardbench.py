@@ -55,7 +55,7 @@ PRIOR_SETS_HUB_NAME = "allenai/preference-test-sets"
 
 
 class RewardBench:
-    """Which of two completions has the larger score; a tie counts as wrong, as on the leaderboard.
+    """Accuracy on pairs of completions; a tie counts as wrong, as on the leaderboard.
 
     A section is the mean of its subsets, weighted with the published numbers of examples; the score is the plain mean
     of the four sections. If the four prior sets are present, their plain mean is a fifth section, and
