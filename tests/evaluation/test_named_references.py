@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import torch
 from rich.console import Console
 
 import falign
 from falign.errors import ConfigError
+from falign.models import load_model, load_tokenizer
 from falign.runfile import parse_run
 from falign.training import train
+from tests.evaluation.scoring import dense
 from tests.models.tiny import save_tiny
 from tests.training.pairs import run_data, write_pairs
 
@@ -37,7 +40,7 @@ def run(tiny, pairs, tmp_path):
     return start
 
 
-def test_a_reward_that_reads_another_reference_is_that_of_the_training(run, pairs, tmp_path):
+def test_a_reward_that_reads_another_reference_is_that_of_the_training(run, pairs, tiny, tmp_path):
     path = run({"kind": "tests.evaluation.own_objective:NearTeacher", "beta": 0.5}, "reference")
     logged = falign.load(path).summary.after
     totals = falign.score(path, pairs, tmp_path / "scores.jsonl", trust_code=True, console=QUIET)
@@ -46,8 +49,10 @@ def test_a_reward_that_reads_another_reference_is_that_of_the_training(run, pair
     for side, preference in (("chosen", 1.0), ("rejected", 0.0)):
         rewards = [row["implicit_reward"] for row in rows if row["preference"] == preference]
         assert sum(rewards) / len(rewards) == pytest.approx(logged[f"rewards/{side}"], abs=2e-5)
-    # Log-ratios are those to the reference, the policy before its two steps, and not to the teacher.
-    assert max(abs(row["log_ratio"]) for row in rows) < 5 < min(abs(row["implicit_reward"]) for row in rows)
+    # Log-ratios are to the main reference, here the model before its training, and not to the teacher.
+    prompt_ids, ids = load_tokenizer(tiny)("question 0: ")["input_ids"], rows[0]["token_ids"]
+    base = dense(load_model(tiny), prompt_ids, ids).gather(1, torch.tensor(ids)[:, None]).flatten().tolist()
+    assert rows[0]["reference_logprobs"] == pytest.approx(base, abs=1e-4)
 
     options = {"trust_code": True, "console": QUIET}
     summary = falign.evaluate_rewards(path, "preferences", str(pairs), num_resamples=5, **options)
@@ -70,7 +75,7 @@ def test_a_run_without_a_main_reference_is_compared_with_a_given_model_only(run,
         falign.evaluate_rewards(path, "preferences", str(pairs), console=QUIET)
     (tmp_path / "rewards.yaml").write_text("- {kind: words, words: [e]}\n")
     options = {"prompts": str(pairs), "chat": False, "rewards": str(tmp_path / "rewards.yaml"), "limit": 1}
-    options |= {"num_completions": 2, "max_new_tokens": 2, "console": QUIET}
+    options |= {"num_completions": 1, "max_new_tokens": 2, "anchors": False, "console": QUIET}
     alone = falign.evaluate_samples(path, name="alone", **options)
     assert (alone.reference, alone.frontier) == (None, None)
     assert not any(name.startswith("divergence") for name in alone.metrics)

@@ -261,7 +261,7 @@ def test_rows_whose_record_is_lost_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "scores.jsonl"
     stopped(path, monkeypatch)
     (tmp_path / ".scores.jsonl.partial.json").unlink()
-    with pytest.raises(ConfigError, match=r"partial.json, which says.*overwrite=True"):
+    with pytest.raises(ConfigError, match=r"partial.json, the record of.*overwrite=True"):
         scored(path)
 
 
@@ -270,7 +270,7 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path):
     existing.write_text("mine")
     for path, message in {
         existing: "overwrite=True",
-        tmp_path / "scores.csv": r"'.csv' is not written",
+        tmp_path / "scores.csv": r"'.csv' is unknown",
         tmp_path / "no" / "scores.jsonl": "does not exist",
     }.items():
         with pytest.raises(ConfigError, match=message):
