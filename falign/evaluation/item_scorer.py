@@ -1,9 +1,9 @@
-"""The scores of a benchmark's completions under several scorers."""
+"""Scores of a benchmark's items under several scorers, written to a file batch by batch, one row per item."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
@@ -11,16 +11,29 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import TypedDict
 
-from falign.errors import RewardError
-from falign.evaluation.benchmarks import BenchmarkItem
+from falign.errors import DataError, RewardError
+from falign.evaluation.benchmarks import Benchmark, BenchmarkItem
 from falign.evaluation.completion_scorer import CompletionScorer, ScoreRow, check_finite, check_rows
 from falign.evaluation.item_stream import ItemTree
+from falign.evaluation.score_file import batches_in_order
+from falign.evaluation.score_output import ScoreOutput
 from falign.objectives.link import Link
 from falign.scoring import PromptTree, Scorer
 from falign.seeds import mixed
 
-__all__ = ["BASELINES", "OF_POLICY", "OF_REWARD", "SCORERS", "ComparedScores", "ItemScorer", "ReferenceFreeScores"]
+__all__ = [
+    "BASELINES",
+    "OF_POLICY",
+    "OF_REWARD",
+    "SCORERS",
+    "ComparedScores",
+    "ItemRow",
+    "ItemScorer",
+    "ReferenceFreeScores",
+    "score_items",
+]
 
 OF_REWARD = ("implicit_reward", "length_normalised")
 """Scorers that need a reference and an objective with an implicit reward."""
@@ -184,3 +197,93 @@ class ItemScorer:
     def _random(self, item: BenchmarkItem) -> list[float]:
         generator = Random(mixed(self.seed, item.subset, item.id))
         return [generator.random() for _ in item.completions]
+
+
+class ItemRow(TypedDict):
+    """The scores of one item, and their outcomes.
+
+    Attributes:
+        place: The row of the source.
+        id: The row's own id, or its number.
+        subset: Subset of the benchmark.
+        group: Items of one subset and group belong together; ``""`` for a single item.
+        preference: One value per completion, larger is preferred.
+        num_tokens: Tokens of each completion, including the stop token.
+        scores: By scorer, one value per completion; larger is better.
+        outcome: By scorer, the benchmark's verdict on the scores.
+    """
+
+    place: str
+    id: str
+    subset: str
+    group: str
+    preference: list[float]
+    num_tokens: list[int]
+    scores: dict[str, list[float]]
+    outcome: dict[str, dict[str, float]]
+
+
+def score_items(
+    items: Iterable[ItemTree],
+    scorer: ItemScorer,
+    benchmark: Benchmark,
+    output: ScoreOutput,
+    *,
+    tokens_per_batch: int,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[ItemRow]:
+    """Score items in order, and return the rows of all; the caller finishes the output.
+
+    Batches are the same as in a call that was never stopped, as in :func:`falign.evaluation.score_file.score_trees`.
+
+    Args:
+        items: The items, read one at a time.
+        scorer: Scores them.
+        benchmark: Derives outcomes from scores.
+        output: Receives the rows, and has those of an earlier call.
+        tokens_per_batch: Maximum number of tokens scored at once; a larger item is scored alone.
+        on_batch: Called after each batch with the number of items so far, and how many of them an earlier call had
+            scored.
+
+    Raises:
+        ConfigError: The output has rows of another source.
+        DataError: There is no item.
+        ModelError: A value is NaN or infinite.
+    """
+    rows: list[ItemRow] = []
+    resumed = 0
+    for batch in batches_in_order(items, max_tokens=tokens_per_batch):
+        taken = [output.take_rows([_identity(item)], form=ItemRow) for item in batch]
+        finished: list[Any] = [rows[0] for rows in taken if rows is not None]
+        new: list[ItemRow] = []
+        if len(finished) < len(batch):
+            scores = scorer.score(batch)
+            new = [
+                _row(item, benchmark, values) for item, values in list(zip(batch, scores, strict=True))[len(finished) :]
+            ]
+            output.append(new)
+        resumed += len(finished)
+        rows += [*finished, *new]
+        if on_batch is not None:
+            on_batch(len(rows), resumed)
+    if not rows:
+        raise DataError("No item is left to score: see the counts of skipped items; fix them, or raise max_length.")
+    return rows
+
+
+def _identity(item: ItemTree) -> dict[str, Any]:
+    """Return the fields of a row that are known before scoring."""
+    return {
+        "place": item.item.place,
+        "id": item.item.id,
+        "subset": item.item.subset,
+        "group": item.item.group,
+        "preference": list(item.item.preference),
+        "num_tokens": [len(ids) for ids in item.tree.completion_ids],
+    }
+
+
+def _row(item: ItemTree, benchmark: Benchmark, scores: dict[str, list[float]]) -> ItemRow:
+    outcome = {name: benchmark.outcome(item.item, values) for name, values in scores.items()}
+    row: Any = {**_identity(item), "scores": scores, "outcome": outcome}
+    return row

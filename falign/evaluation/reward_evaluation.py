@@ -18,12 +18,11 @@ from falign.data import BadRows, Window
 from falign.errors import ConfigError, DataError
 from falign.evaluation import benchmarks
 from falign.evaluation.benchmarks import Benchmark, OwnTexts
-from falign.evaluation.item_scorer import BASELINES, ComparedScores, ItemScorer, ReferenceFreeScores
+from falign.evaluation.item_scorer import BASELINES, ComparedScores, ItemScorer, ReferenceFreeScores, score_items
 from falign.evaluation.item_stream import ItemStream, ItemTree, read_items
 from falign.evaluation.loading import Scored, load_alone, load_compared, load_run, positions_of, run_objective
 from falign.evaluation.reward_options import ITEMS_FILE, ClassifierOptions, ComparisonOptions, RewardOptions
 from falign.evaluation.reward_summary import reward_summary
-from falign.evaluation.score_items import score_items
 from falign.evaluation.score_output import ScoreOutput
 from falign.evaluation.summaries import RewardSummary, write_summary
 from falign.models import base_of, model_identity, stop_token_ids

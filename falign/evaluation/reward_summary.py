@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from falign.evaluation.benchmarks import Benchmark, missing_subsets
+from falign.evaluation.item_scorer import ItemRow
 from falign.evaluation.loading import Scored
 from falign.evaluation.reward_options import RewardOptions
-from falign.evaluation.score_items import ItemRow
 from falign.evaluation.summaries import RewardSummary
 from falign.metrics import bootstrap
 
