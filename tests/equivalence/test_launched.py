@@ -34,11 +34,17 @@ PAIRS = {
     "f-dpo": {"objective": {"divergence": "jensen_shannon", "beta": 0.5}},
     "f-dpo by tokens": {"training": {"tokens_per_batch": 90}},
     "tdpo": {"objective": {"kind": "token_pairwise", "alpha": 0.2}},
+    "references": {
+        "references": {"reference": {}, "teacher": {"kind": "frozen", "path": "FOLDER/teacher"}},
+        "measures": {"away": "divergence_to(forward_kl, teacher)"},
+        "training": {"max_steps": 5},
+    },
     "full": {"adapter": None, "training": {"max_steps": 5, "learning_rate": 0.05}},
 }
 COMPARED = [
     *((name, kind) for name in ("f-dpo", "tdpo", "policy gradient", "full") for kind in KINDS),
     ("f-dpo by tokens", "ddp"),
+    ("references", "fsdp2"),
 ]
 SAVING = {"training": {"max_steps": 10, "save_steps": 5, "optim": "adamw_torch", "learning_rate": 0.01}}
 QUANTIZED = {"model": {"quantization": "nf4", "dtype": "bfloat16"}, "training": {"max_steps": 5}}
@@ -50,6 +56,7 @@ def offline(folder, name, batch_size, changes):
         "train": [{"path": str(folder / "pairs.jsonl"), "chat": False}],
         "eval": [{"path": str(folder / "held-out.jsonl"), "chat": False}],
     }
+    changes = json.loads(json.dumps(changes).replace("FOLDER", str(folder)))
     changes = {**changes, "training": {**training, "eval_steps": 10, **changes.get("training", {})}}
     return run_data(folder / "tiny", None, folder / name, **changes, data={**data, "eval_size": 0})
 
@@ -72,6 +79,7 @@ def folder(tmp_path_factory):
     """The run folders of all runs; those of one process take as many rows at once as the two processes together."""
     path = tmp_path_factory.mktemp("launched")
     save_tiny(path / "tiny")
+    save_tiny(path / "teacher", seed=3)
     write_pairs(path / "pairs.jsonl", n=9)
     write_pairs(path / "held-out.jsonl", n=9)
     write_prompts(path / "prompts.jsonl", n=12)
@@ -127,7 +135,7 @@ def test_two_processes_have_the_losses_metrics_and_weights_of_one(folder, name, 
             tolerance = 1e-5 if metric == "loss" else 5e-5
             assert a[metric] == pytest.approx(b[metric], rel=1e-5, abs=tolerance), (metric, b["step"])
     losses = [log["loss"] for log in logs(one) if "loss" in log]
-    assert len(losses) == (5 if name == "full" else 20)
+    assert len(losses) == (5 if name in ("full", "references") else 20)
     assert max(losses) - min(losses) > 0.01
 
 
