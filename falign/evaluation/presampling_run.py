@@ -102,7 +102,7 @@ class Presampling:
         if not 1 <= self.threshold <= self.num_completions:
             raise ConfigError(f"threshold={self.threshold} must be from 1 to num_completions={self.num_completions}.")
         if self.out.exists() and not self.out.is_dir():
-            raise ConfigError(f"{self.out} is a file: give a folder.")
+            raise ConfigError(f"out={self.out} is a file: give a folder.")
         found = [self.out / name for name in OUTPUTS if (self.out / name).exists()]
         # Outputs with a journal beside them belong to a stopped call, which this one continues.
         if found and not self.overwrite and not self._journal.exists():

@@ -252,7 +252,7 @@ def test_prompts_without_room_are_left_out_and_counted(presample, prompts, tmp_p
         ((), {"verifier": "nothing"}, "reward 'nothing' is unknown"),
         ((), {"verifier": "my_verifier:odd"}, "my_verifier:odd"),
         ((), {"file": "missing.jsonl"}, "missing.jsonl"),
-        ((), {"out": "prompts.jsonl"}, "prompts.jsonl is a file: give --out a folder"),
+        ((), {"out": "prompts.jsonl"}, "--out prompts.jsonl is a file: give a folder"),
         (("--template", "{nothing}"), {}, "prompts.jsonl:1"),
         (("--bad-rows", "ignore"), {}, "'skip'"),
     ],
