@@ -1,4 +1,4 @@
-"""``falign data``."""
+"""``falign data``: check data before training on it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "check", "column_mapping"]
 
-app = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
+app = typer.Typer(help="Check data before training on it.", no_args_is_help=True)
 
 
 @app.callback()
 def group() -> None:
-    """Look at data before training on it."""
+    """Check data before training on it."""
 
 
 @app.command("check")
@@ -33,40 +33,51 @@ def check(
         str,
         typer.Argument(
             metavar="FILE",
-            help="A file, folder, Hub name, or demo:polite-preference; or a run file (.yaml), whose data are checked "
-            "as falign train reads them, under its objective.",
+            help="A file, a folder, a Hub dataset or demo:polite-preference; or a run file (.yaml), whose data are "
+            "checked under its objective, as falign train reads them.",
         ),
     ],
-    model: Annotated[str | None, typer.Option(help="Count in this model's tokens; words when left out.")] = None,
-    chat_template: Annotated[str | None, typer.Option(help="A Jinja template, or a file with one.")] = None,
-    format: Annotated[str, typer.Option(help="Layout; auto tells it from the columns.")] = "auto",
-    split: Annotated[str, typer.Option()] = "train",
+    model: Annotated[str | None, typer.Option(help="Count lengths in this model's tokens. Default: in words.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="Chat template: Jinja, or a file that contains it.")] = None,
+    format: Annotated[str, typer.Option(help="Format of the rows; auto detects it from the columns.")] = "auto",
+    split: Annotated[str, typer.Option(help="Split of a folder or a Hub dataset.")] = "train",
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="The window, prompt and completion together; 1024 when left out.")
+        int | None, typer.Option(min=2, help="Maximum tokens of prompt and completion together. Default: 1024.")
     ] = None,
-    max_completion_length: Annotated[int | None, typer.Option(min=1)] = None,
+    max_completion_length: Annotated[
+        int | None, typer.Option(min=1, help="Maximum tokens of a completion. Default: no separate limit.")
+    ] = None,
     long_prompt: Annotated[
-        str | None, typer.Option(help="error, cut or drop, as in the run file; error when left out.")
+        str | None, typer.Option(help="For a prompt that is too long: error, cut or drop. Default: error.")
     ] = None,
-    long_completion: Annotated[str | None, typer.Option(help="cut, drop or error; cut when left out.")] = None,
-    columns: Annotated[str, typer.Option(help="What the file calls falign's columns: '{prompt: question}'.")] = "{}",
+    long_completion: Annotated[
+        str | None, typer.Option(help="For a completion that is too long: cut, drop or error. Default: cut.")
+    ] = None,
+    columns: Annotated[str, typer.Option(help="The file's name for each column: '{prompt: question}'.")] = "{}",
     chat: Annotated[
         bool | None,
         typer.Option(
-            "--chat/--plain", help="Whether plain texts are turns; needed where the model has a chat template."
+            "--chat/--plain",
+            help="Read plain texts as chat turns, or as they are; required if the model has a chat template.",
         ),
     ] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option(help="A column that looks like a part of the prompt and is not one; repeatable.")
+        list[str] | None,
+        typer.Option(help="A column to ignore although it looks like part of the prompt; may be repeated."),
     ] = None,
     max_drift: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Refuse a larger share of prompts that drift; a run only warns."),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Highest allowed share of rows whose last prompt tokens change when a completion follows. Default: "
+            "only warn.",
+        ),
     ] = None,
-    keep: Annotated[int, typer.Option(min=0, help="How many bad rows to show.")] = 10,
+    keep: Annotated[int, typer.Option(min=0, help="Number of bad rows to show.")] = 10,
     trust_code: TrustCode = False,
 ) -> None:
-    """Count rows, lengths, cuts, duplicates and bad rows; exit status 2 if a run would not start."""
+    """Count rows, lengths, cuts, duplicates and bad rows. Exit with status 2 if a run would not start."""
     from falign.training.data_check import check_data, is_run_file
 
     options = {
@@ -85,20 +96,21 @@ def check(
         "keep": keep,
         "trust_code": trust_code,
     }
-    # Fields of a run file have the names of options, so messages about it name only options that were given.
-    usual = inspect.signature(check_data).parameters
-    given = [name for name, value in options.items() if value != usual[name].default]
+    # Fields of a run file have names like those of options. So in a message about a run file, only the options that
+    # were given are written as options.
+    parameters = inspect.signature(check_data).parameters
+    given = [name for name, value in options.items() if value != parameters[name].default]
 
     @with_options_named(names=["trust_code", *given] if is_run_file(file) else options)
     def run() -> None:
-        found = check_data(file, **options)
+        result = check_data(file, **options)
         console = Terminal(highlight=False)
-        for report in found.sources:
+        for report in result.sources:
             _show(report, console)
-        for notice in found.notices:
+        for notice in result.notices:
             style = "yellow" if notice.is_warning else None
             console.print(notice.text, style=style, markup=False, soft_wrap=True)
-        found.require_ok()
+        result.require_ok()
 
     run()
 
@@ -120,7 +132,7 @@ def _show(report: DataReport, console: Terminal) -> None:
 
 
 def column_mapping(text: str) -> dict[str, str]:
-    """Return what the option --columns says."""
+    """Parse the option ``--columns``: a YAML mapping from falign's column names to the file's."""
     value = plain_yaml(text, place=f"--columns {text!r}")
     if not isinstance(value, dict) or not all(isinstance(name, str) for pair in value.items() for name in pair):
         raise ConfigError(f"--columns {text!r} must be a mapping of names, as in '{{prompt: question}}'.")

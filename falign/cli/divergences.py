@@ -1,4 +1,4 @@
-"""``falign divergences``: the table of all families, and a picture of f and f′."""
+"""``falign divergences``: a table of the families, and a plot of f and f′."""
 
 from __future__ import annotations
 
@@ -25,10 +25,14 @@ EXAMPLES = {"alpha": "alpha(0.5)", "generalized_js": "generalized_js(0.3)"}
 
 
 def divergences(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME ...]", help="All families when left out.")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw f and f′ of those named.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME ...]", help="Divergences to show. Default: all families.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Also plot f and f′ to this file.")
+    ] = None,
 ) -> None:
-    """Print the table of divergences: limits of f′, local strength, and whether f-DPO can use them."""
+    """Show divergences: the limits of f′, f″(1), whether f-DPO can use them, and the dual."""
     from falign.divergences import get
     from falign.divergences import names as all_names
 
@@ -38,7 +42,7 @@ def divergences(
         raise ConfigError(str(error)) from error
     if plot is not None:
         plot_divergences(chosen, plot)
-    # No frame, so that 80 columns hold the longest name twice.
+    # No frame: the longest name stands twice in a row, and the table must fit 80 columns.
     name, dual = Column("name", no_wrap=True), Column("dual", no_wrap=True)
     table = Table(name, "f′(0⁺)", "f′(∞)", "f″(1)", "f-DPO", dual, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for divergence in chosen:
@@ -57,7 +61,7 @@ def divergences(
             console.print(f"\n{divergence.name}", style="bold")
             console.print(inspect.getdoc(divergence) or "", markup=False)
     else:
-        console.print("`falign divergences NAME ...` prints formulas and sources; u = π/π_ref.")
+        console.print("u = π/π_ref. `falign divergences NAME ...` also prints formulas and sources.")
     if plot is not None:
         console.print(f"wrote [bold]{plot}[/]")
 
@@ -69,14 +73,14 @@ def _number(value: float) -> str:
 
 
 def plot_divergences(divergences: Sequence[Divergence], path: Path) -> None:
-    """Draw f and f′ over the density ratio u on a logarithmic axis.
+    """Plot f and f′ over the density ratio u on a logarithmic axis.
 
     Args:
         divergences: One line each.
-        path: The picture; its suffix (.png, .svg, .pdf) says which kind.
+        path: The image file; its suffix (.png, .svg, .pdf) selects the format.
 
     Raises:
-        ConfigError: The suffix is not one of a picture, or the folder is not there.
+        ConfigError: The suffix is no image format, or the folder does not exist.
     """
     import matplotlib
     import torch
@@ -100,7 +104,7 @@ def plot_divergences(divergences: Sequence[Divergence], path: Path) -> None:
         left.plot(log_u.exp(), divergence.f(log_u), **look)
         right.plot(log_u.exp(), divergence.f_prime(log_u), **look)
     for axis, title, limits in (
-        (left, "f(u): what a ratio costs", (0, 4)),
+        (left, "f(u): cost of a ratio", (0, 4)),
         (right, "f′(u): implicit reward over β", (-5, 5)),
     ):
         axis.set(xscale="log", ylim=limits, xlabel="u = π/π_ref")

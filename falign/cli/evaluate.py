@@ -1,4 +1,4 @@
-"""``falign evaluate``: what a model is worth, measured in the same way for every method."""
+"""``falign evaluate``: benchmarks of rewards, samples, and the frontier of reward against divergence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["app"]
 
 app = typer.Typer(
     name="evaluate",
-    help="Measure a run or a model: reward benchmarks, samples, the frontier.",
+    help="Evaluate a run or a model: reward benchmarks, samples, reward against divergence.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )

@@ -1,4 +1,4 @@
-"""``falign evaluate frontier``: reward against divergence, of what ``falign evaluate samples`` has measured."""
+"""``falign evaluate frontier``: reward against divergence, from results of ``falign evaluate samples``."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ __all__ = ["frontier"]
 @with_options_named
 def frontier(
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN ...", help="Run folders, or folders of `falign evaluate samples`.")
+        list[str],
+        typer.Argument(metavar="RUN ...", help="Run folders, or output folders of `falign evaluate samples`."),
     ],
-    out: Annotated[Path, typer.Option("--out", help="A picture (.png, .svg, .pdf), or .json.")],
+    out: Annotated[Path, typer.Option("--out", help="Output file: an image (.png, .svg, .pdf) or .json.")],
     name: Annotated[
-        str | None, typer.Option(help="Which evaluation of the runs; all that sampled, if left out.")
+        str | None, typer.Option(help="Name of the evaluation in each run. Default: all with samples.")
     ] = None,
-    divergence: Annotated[str, typer.Option(help="On the horizontal axis.")] = "reverse_kl",
+    divergence: Annotated[str, typer.Option(help="Divergence on the horizontal axis.")] = "reverse_kl",
     trust_code: TrustCode = False,
 ) -> None:
-    """Draw reward against divergence, beside the best of n and what each divergence ideally allows."""
+    """Plot reward against divergence, with best-of-n and the optimum of each divergence for comparison."""
     from falign.evaluation.frontier_run import evaluate_frontier
 
     _show(evaluate_frontier(runs, out, name=name, divergence=divergence, trust_code=trust_code), out)

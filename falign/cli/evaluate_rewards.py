@@ -1,4 +1,4 @@
-"""``falign evaluate rewards``."""
+"""``falign evaluate rewards``: a reward benchmark under all scorers of a model."""
 
 from __future__ import annotations
 
@@ -19,84 +19,90 @@ if TYPE_CHECKING:
 
 __all__ = ["rewards"]
 
-MOST_COLUMNS = 6
+MAX_PARTS = 6
+"""The most parts of a score in the table."""
 
 
 @with_options_named
 def rewards(
     model: Annotated[
-        str, typer.Argument(metavar="RUN|MODEL", help="A run folder, scored by its own objective; or any model.")
+        str, typer.Argument(metavar="RUN|MODEL", help="A run folder, scored by its own objective, or any model.")
     ],
     benchmark: Annotated[
         str,
         typer.Argument(
             metavar="BENCHMARK",
-            help="rewardbench, rewardbench2, rm_bench, judgebench, llmbar; preferences: any file of pairs or lists; or "
-            "module:Class of your own.",
+            help="rewardbench, rewardbench2, rm_bench, judgebench or llmbar; preferences, for a file of pairs or "
+            "lists; or your own module:Class.",
         ),
     ],
     file: Annotated[
-        str | None, typer.Argument(metavar="[FILE]", help="Its file or folder; from the Hub if left out.")
+        str | None, typer.Argument(metavar="[FILE]", help="File or folder of the benchmark. Default: from the Hub.")
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Results go to RUN/evaluation/NAME; the benchmark's name if left out.")
+        str | None, typer.Option(help="Write results to RUN/evaluation/NAME. Default: the benchmark's name.")
     ] = None,
-    subset: Annotated[
-        list[str] | None, typer.Option(help="Only this part of the benchmark; may be given several times.")
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Of the Hub's data set or a folder.")] = None,
+    subset: Annotated[list[str] | None, typer.Option(help="Only this part of the benchmark; may be repeated.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a folder or the Hub dataset.")] = None,
     reference: Annotated[
-        str | None, typer.Option(help="What a model is compared with; refused for a run, which has its own.")
+        str | None, typer.Option(help="Reference for a model. Not for a run, which has its own.")
     ] = None,
     divergence: Annotated[
-        str | None, typer.Option(help="f of a model's implicit reward, reverse_kl if left out; refused for a run.")
+        str | None, typer.Option(help="Divergence of the implicit reward. Default: reverse_kl. Not for a run.")
     ] = None,
-    beta: Annotated[
-        float | None, typer.Option(help="β of a model's implicit reward, 0.1 if left out; refused for a run.")
-    ] = None,
+    beta: Annotated[float | None, typer.Option(help="β of the implicit reward. Default: 0.1. Not for a run.")] = None,
     reference_free: Annotated[
-        bool, typer.Option("--reference-free", help="Score a model without reference, by its log-probabilities.")
+        bool, typer.Option("--reference-free", help="Score a model without a reference, by its log-probabilities.")
     ] = False,
     max_length: Annotated[
         int | None,
         typer.Option(
             min=2,
-            help="The window, prompt and longest completion together. If left out, the run's own for preferences, else "
-            "what the model allows, at most 4096.",
+            help="Maximum tokens of prompt and longest completion together. Default: the run's for preferences, "
+            "otherwise the model's limit, at most 4096.",
         ),
     ] = None,
     long_items: Annotated[
-        str, typer.Option(help="What is longer: skip leaves it out and counts it, cut as in training, error.")
+        str, typer.Option(help="For longer items: skip leaves them out and counts them; cut, as in training; error.")
     ] = "skip",
-    tokens_per_batch: Annotated[int, typer.Option(min=2, help="Tokens scored at once: memory against speed.")] = 4096,
+    tokens_per_batch: Annotated[
+        int, typer.Option(min=2, help="Tokens per forward pass; fewer need less memory.")
+    ] = 4096,
     bad_rows: Annotated[
-        str, typer.Option(help="skip leaves out rows that cannot be used and counts them, error stops at one.")
+        str, typer.Option(help="At a bad row: skip leaves it out and counts it, error stops.")
     ] = "skip",
-    layout: Annotated[str, typer.Option(help="tree, padded, or auto: trees where the models read them.")] = "auto",
+    layout: Annotated[str, typer.Option(help="tree, padded, or auto (trees if the models support them).")] = "auto",
     dtype: Annotated[
-        str | None, typer.Option(help="Of both models, the checkpoint's if left out; refused for a run.")
+        str | None, typer.Option(help="Dtype of model and reference. Default: the checkpoint's. Not for a run.")
     ] = None,
-    scorers: Annotated[str | None, typer.Option(help="Some of them, separated by commas; all if left out.")] = None,
+    scorers: Annotated[str | None, typer.Option(help="Names of scorers, separated by commas. Default: all.")] = None,
     classifier: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="A sequence classifier, which becomes another scorer.")
+        str | None, typer.Option(metavar="MODEL", help="A sequence classifier to add as a scorer.")
     ] = None,
     classifier_text: Annotated[
-        str | None, typer.Option(help="What it reads: chat, joined, pair or completion; chat where it has a template.")
+        str | None,
+        typer.Option(
+            help="Input of the classifier: chat, joined, pair or completion. Default: chat with a chat template, else "
+            "joined."
+        ),
     ] = None,
-    classifier_label: Annotated[str | None, typer.Option(help="Name of its label, where it has several.")] = None,
+    classifier_label: Annotated[
+        str | None, typer.Option(help="Label of the classifier to use, if it has several.")
+    ] = None,
     chat: Annotated[
-        bool | None, typer.Option("--chat/--plain", help="Whether a file's plain texts are turns; as the run's were.")
+        bool | None,
+        typer.Option("--chat/--plain", help="Read plain texts as chat turns, or as they are. Default: as the run did."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the scorer random and of the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the scorer random and of the intervals.")] = 0,
     num_resamples: Annotated[
-        int, typer.Option("--resamples", min=1, help="Of the bootstrap that the intervals come from.")
+        int, typer.Option("--resamples", min=1, help="Bootstrap resamples for the intervals.")
     ] = 1000,
-    out: Annotated[Path | None, typer.Option("--out", help="A folder for the results, needed for a model.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing scores, complete or not.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many items, the first ones.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results; required for a model.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, and replace existing scores.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N items.")] = None,
     trust_code: TrustCode = False,
 ) -> None:
-    """Score a benchmark under all rewards that a model defines; a stopped call continues if repeated."""
+    """Score a benchmark under all rewards that a model defines. If stopped, continues when run again."""
     from falign.evaluation.reward_evaluation import evaluate_rewards
 
     summary = evaluate_rewards(
@@ -132,11 +138,11 @@ def rewards(
 
 
 def _show(summary: RewardSummary, folder: Path) -> None:
-    """Print a column for each scorer: the score, its interval, the parts that it is made of, and calibration.
+    """Print one column per scorer: its score, interval, parts and calibration.
 
     Args:
         summary: The results.
-        folder: Where it lies.
+        folder: The folder that holds them.
     """
     console = Terminal(highlight=False)
     scorers = summary.scorers
@@ -151,7 +157,9 @@ def _show(summary: RewardSummary, folder: Path) -> None:
         padding=(0, 1, 0, 0),
     )
     for name in scorers:
-        table.add_column(name.replace("_", "\n"), justify="right", vertical="bottom")  # seven of them fit 80 columns
+        table.add_column(
+            name.replace("_", "\n"), justify="right", vertical="bottom"
+        )  # one word per line: seven scorers fit 80 columns
     table.add_row(whole, *(f"[bold]{_percent(each.scores[whole].value)}[/]" for each in scorers.values()))
     table.add_row("95%", *(_interval(each.scores[whole]) for each in scorers.values()))
     for part in parts:
@@ -161,7 +169,9 @@ def _show(summary: RewardSummary, folder: Path) -> None:
         table.add_row("ECE", *(_percent(error.ece.value) if error else "" for error in errors))
     console.print(table)
     if missing := summary.missing_subsets:
-        console.print(f"the benchmark has no score without {', '.join(missing)}; the first row is the plain mean.")
+        console.print(
+            f"the score needs all subsets ({', '.join(missing)} missing), so the first row is the plain accuracy."
+        )
     console.print(f"results {escape(str(folder))}", soft_wrap=True)
 
 
@@ -174,14 +184,14 @@ def _interval(score: Estimate) -> str:
 
 
 def _headline(scores: Mapping[str, Any], subsets: Mapping[str, int]) -> list[str]:
-    """Return the rows of a table: the score (or the plain mean without one) and its parts.
+    """Return the names of the table's rows: the score (or the plain accuracy if there is none), then its parts.
 
     Args:
-        scores: By name, a part's details as ``part/detail``.
-        subsets: Numbers of items by name.
+        scores: Scores by name; details of a part are named ``part/detail``, and are left out.
+        subsets: Number of items by subset. If there are too many parts, those that are subsets are left out.
     """
     whole = "score" if "score" in scores else "accuracy"
     parts = [name for name in scores if name not in ("score", "accuracy") and "/" not in name]
-    if len(parts) > MOST_COLUMNS:
+    if len(parts) > MAX_PARTS:
         parts = [name for name in parts if name not in subsets]
-    return [whole, *parts[:MOST_COLUMNS]]
+    return [whole, *parts[:MAX_PARTS]]

@@ -1,4 +1,4 @@
-"""``falign evaluate samples``."""
+"""``falign evaluate samples``: reward, divergence, diversity and pass@k of sampled completions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["samples"]
 
 SHARES = ("pass@", "clipped", "unique")
+"""Prefixes of metrics that are shown in percent."""
+
 PROMPTS, LINES = "Prompts and rewards", "Divergences and frontier"
+"""Headings of the help."""
 
 
 @with_options_named
@@ -27,75 +30,84 @@ def samples(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="A file, folder or Hub name, as in a run file; if left out, the run's own held-out prompts.",
+            help="File, folder or Hub dataset. Default: the run's held-out prompts.",
             rich_help_panel=PROMPTS,
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="Of --prompts.", rich_help_panel=PROMPTS)] = "train",
+    split: Annotated[str, typer.Option(help="Split of --prompts.", rich_help_panel=PROMPTS)] = "train",
     template: Annotated[
         str | None,
-        typer.Option(help="The prompt, with a row's columns in braces: '{question}'.", rich_help_panel=PROMPTS),
+        typer.Option(help="The prompt, with columns in braces: '{question}'.", rich_help_panel=PROMPTS),
     ] = None,
     chat: Annotated[
         bool | None,
         typer.Option(
             "--chat/--plain",
-            help="Whether a plain prompt of --prompts is a user's turn. Default: the run's; else with a template.",
+            help="Read plain prompts as a user's turn, or as they are. Default: as the run did; for a model, as a turn "
+            "if it has a chat template.",
             rich_help_panel=PROMPTS,
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only so many prompts, the first ones.", rich_help_panel=PROMPTS)
+        int | None, typer.Option(min=1, help="Use only the first N prompts.", rich_help_panel=PROMPTS)
     ] = None,
     rewards: Annotated[
         str | None,
         typer.Option(
-            help="A YAML file with the section rewards of a run file, or a run: an online run's rewards, an offline "
-            "run's implicit reward. If left out, the run's own.",
+            help="A YAML file with the section rewards of a run file; or a run, for the rewards of an online run or "
+            "the implicit reward of an offline one. Default: the run's own.",
             rich_help_panel=PROMPTS,
         ),
     ] = None,
     pass_reward: Annotated[
         float | None,
         typer.Option(
-            help="What a completion needs to pass, for pass@k; an online run has its own.", rich_help_panel=PROMPTS
+            help="Reward from which a completion passes, for pass@k. Default: the online run's.",
+            rich_help_panel=PROMPTS,
         ),
     ] = None,
     num_completions: Annotated[
-        int | None, typer.Option(min=1, help="Per prompt; if left out, as the run evaluates, or 8.")
+        int | None, typer.Option(min=1, help="Completions per prompt. Default: as the run evaluates, or 8.")
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="If left out, the run's own, or 128.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily; divergences need 1.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of sampling and intervals.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum tokens per completion. Default: the run's, or 128.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily; divergences require 1.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and intervals.")] = 0,
     reference: Annotated[
         str | None,
-        typer.Option(help="What the policy is compared with; if left out, the run's own.", rich_help_panel=LINES),
+        typer.Option(help="Reference of the divergences. Default: the run's.", rich_help_panel=LINES),
     ] = None,
     divergence: Annotated[
         list[str] | None,
-        typer.Option(help="Measured besides the usual ones; may be given several times.", rich_help_panel=LINES),
+        typer.Option(help="Also measure this divergence; may be repeated.", rich_help_panel=LINES),
     ] = None,
     anchors: Annotated[
-        bool, typer.Option(help="Also sample the reference, for the frontier's lines.", rich_help_panel=LINES)
+        bool,
+        typer.Option(
+            help="Also sample the reference, for the comparison lines of the frontier.", rich_help_panel=LINES
+        ),
     ] = True,
     num_reference_completions: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Of the reference per prompt; if left out, as many as the policy's.", rich_help_panel=LINES
+            min=2, help="Reference completions per prompt. Default: as for the policy.", rich_help_panel=LINES
         ),
     ] = None,
-    checkpoint: Annotated[int | None, typer.Option(help="Of a run, the step of a checkpoint.")] = None,
-    prompts_per_batch: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 8,
-    dtype: Annotated[str | None, typer.Option(help="Of a model, the checkpoint's if left out.")] = None,
+    checkpoint: Annotated[
+        int | None, typer.Option(help="Step of the run's checkpoint to evaluate. Default: the trained model.")
+    ] = None,
+    prompts_per_batch: Annotated[int, typer.Option(min=1, help="Prompts sampled at once; fewer need less memory.")] = 8,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of a model. Default: the checkpoint's.")] = None,
     name: Annotated[
         str | None,
-        typer.Option(help="Results go to RUN/evaluation/NAME; samples, or samples-STEP, if left out."),
+        typer.Option(help="Write results to RUN/evaluation/NAME. Default: samples, or samples-STEP."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="A folder for the results, needed for a model.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing samples, complete or not.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results; required for a model.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, and replace existing samples.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
-    """Sample completions and measure reward, divergence, diversity and pass@k; a stopped call continues if repeated."""
+    """Sample completions; measure reward, divergence, diversity, pass@k. If stopped, continues when run again."""
     from falign.evaluation.sample_evaluation import evaluate_samples
     from falign.evaluation.sample_options import samples_folder
 
@@ -129,11 +141,11 @@ def samples(
 
 
 def _show(summary: SampleSummary, folder: Path) -> None:
-    """Print each metric with its interval, and beside it what the reference has.
+    """Print each metric with its interval, next to the reference's value.
 
     Args:
         summary: The results.
-        folder: Where it lies.
+        folder: The folder that holds them.
     """
     console, metrics = Terminal(highlight=False), summary.metrics
     title = f"{summary.num_prompts:,} prompts, {summary.num_completions} completions each"

@@ -1,4 +1,4 @@
-"""Output of libraries: silenced where falign says it itself, else without secrets and harmless to a terminal."""
+"""Output of other libraries: silenced where falign reports the same, else without secrets and control characters."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = ["clean", "cleaned_output", "quiet"]
 
 
 def clean(text: str) -> str:
-    """Return a text without secrets, in which no character commands a terminal."""
+    """Return a text without secrets and terminal control characters."""
     return harmless(without_secrets(text))
 
 
 @contextmanager
 def cleaned_output() -> Iterator[None]:
-    """Clean the log records, the warnings, and the exceptions of threads and finalizers while the block runs."""
+    """Clean log records, warnings, and tracebacks from threads and finalizers while the block runs."""
     make_record, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
     in_thread, in_finalizer = threading.excepthook, sys.unraisablehook
 
@@ -38,8 +38,8 @@ def cleaned_output() -> Iterator[None]:
     def warning(*args: Any, **options: Any) -> str:
         return clean(format_warning(*args, **options))
 
-    def exception(found: Any) -> None:
-        lines = traceback.format_exception(found.exc_type, found.exc_value, found.exc_traceback)
+    def exception(failure: Any) -> None:
+        lines = traceback.format_exception(failure.exc_type, failure.exc_value, failure.exc_traceback)
         print(clean("".join(lines)), end="", file=sys.stderr)
 
     logging.setLogRecordFactory(record)
@@ -56,7 +56,7 @@ def cleaned_output() -> Iterator[None]:
 def _clean_record(record: logging.LogRecord) -> logging.LogRecord:
     try:
         text = record.getMessage()
-    except (TypeError, ValueError):  # arguments that do not fit the format, which are the caller's mistake
+    except (TypeError, ValueError):  # the caller's arguments do not fit its format
         text = f"{record.msg} {record.args}"
     record.msg, record.args = clean(text), ()
     if record.exc_info and record.exc_info[0]:
@@ -65,14 +65,14 @@ def _clean_record(record: logging.LogRecord) -> logging.LogRecord:
 
 
 def quiet() -> None:
-    """Silence notices and progress bars of the libraries; call it before they are imported."""
+    """Silence notices and progress bars of other libraries; call this before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own bars follow it too
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # The conversion of GGUF files asks for a bar by itself. tqdm reads its own variable, TQDM_DISABLE, when it is
-    # imported, which torch has done by now.
+    # transformers shows a bar when it converts GGUF files, whatever its settings. TQDM_DISABLE would come too late:
+    # tqdm reads it at import, which torch has done by now.
     bar: Any = tqdm
     bar.__init__ = partialmethod(bar.__init__, disable=True)
-    # Reports kernels of a package that is optional, at import and once per process.
+    # At import it reports that an optional package of kernels is missing.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")

@@ -1,4 +1,4 @@
-"""Starting a command in several processes (``--launch``), and the first of their errors."""
+"""A command in several processes (``--launch``), whose first error is shown once."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ __all__ = ["FAILURES", "LAUNCHER", "Launch", "end_quietly", "first_failure", "la
 
 
 NO_ZERO = (
-    "DeepSpeed is not part of falign's tests, and no run under it has been shown to equal one process. --launch fsdp2 "
-    "spreads weights, gradients and optimizer state in the same way as ZeRO-3; where a model fits each GPU, --launch "
-    "ddp is faster."
+    "falign is not tested with DeepSpeed, and no run under it has been shown to match a single process. --launch fsdp2 "
+    "shards weights, gradients and optimizer state as ZeRO-3 does; if the model fits on each GPU, --launch ddp is "
+    "faster."
 )
 
 
@@ -39,21 +39,21 @@ FLAGS = {Launch.ddp: ["--multi_gpu"], Launch.fsdp2: ["--use_fsdp", "--fsdp_versi
 
 
 def launch(kind: Launch, processes: int | None, command: Sequence[str]) -> None:
-    """Run ``falign`` with some arguments in several processes of this machine, and exit as they do.
+    """Run a ``falign`` command in several processes on this machine.
 
-    An error is shown once: that of the process which failed first. Its exit status becomes this process's.
+    If processes fail, only the error of the first one is shown, and this process exits with its status.
 
     Args:
-        kind: How they share the work.
-        processes: How many; by default one for each GPU.
-        command: The arguments.
+        kind: How the processes share the work.
+        processes: Their number; None starts one per GPU.
+        command: The arguments of ``falign``.
 
     Raises:
-        ConfigError: A kind that is not supported, or a number of processes that cannot be.
+        ConfigError: The kind is not supported, or the number of processes is too small or larger than that of GPUs.
     """
     if kind not in FLAGS:
         raise ConfigError(f"--launch {kind.value} is not supported: {NO_ZERO}")
-    import torch  # not above: the command line shows its help without it
+    import torch  # imported here, because it is slow and the help does not need it
 
     gpus = torch.cuda.device_count()
     count = processes or gpus
@@ -68,7 +68,7 @@ def launch(kind: Launch, processes: int | None, command: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # Its own account of a failure is a traceback of the launcher.
+    # On a failure the launcher would log its own traceback, which says nothing about the error.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
     options = [*FLAGS[kind], "--num_processes", str(count), "--num_machines", "1", "--main_process_port", "0"]
@@ -88,10 +88,10 @@ def launch(kind: Launch, processes: int | None, command: Sequence[str]) -> None:
 
 
 FAILURES = "FALIGN_FAILURES"
-"""Names the folder of these files."""
+"""Environment variable: the folder in which failed processes leave their reports."""
 
 LAUNCHER = "FALIGN_LAUNCHER"
-"""The launcher's process."""
+"""Environment variable: the process id of the launcher."""
 
 
 def leave_failure(text: str) -> bool:
@@ -99,6 +99,7 @@ def leave_failure(text: str) -> bool:
     folder = os.environ.get(FAILURES)
     if folder is None or "RANK" not in os.environ:
         return False
+    # The name starts with the time, so that the first file in alphabetical order is the first failure.
     (Path(folder) / f"{time.time_ns():020}-{os.environ['RANK']}").write_text(text, encoding="utf-8")
     return True
 
@@ -110,9 +111,9 @@ def first_failure(folder: Path) -> str:
 
 
 def end_quietly() -> None:
-    """Let a process that a launcher ends leave by an exit, which cleans up, and not by a report.
+    """Let a process of a launch exit with cleanup and without an error report when the launcher ends it.
 
-    One whose launcher is killed ends, too: it would go on training, and write, with nobody to stop it.
+    It also ends when its launcher is killed; otherwise it would keep training and writing with nobody to stop it.
     """
     if "RANK" not in os.environ:
         return

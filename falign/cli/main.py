@@ -1,4 +1,4 @@
-"""``falign``: one command per job; errors that a user can fix end with a message and exit status 2."""
+"""``falign``: the commands, and the exit status and message of an error."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from falign.terminal import Terminal
 
 __all__ = ["app", "main"]
 
-# The class of click, or of the copy of click that newer releases of typer contain.
+# From click, or from the copy of click inside newer releases of typer: taken from typer, it is the right one.
 UsageError: Any = typer.BadParameter.__base__
 
 INTERRUPTED = 130
+"""Exit status after Ctrl-C: 128 plus the number of SIGINT."""
 
 app = typer.Typer(
     name="falign",
@@ -44,7 +45,7 @@ app.add_typer(evaluate.app, name="evaluate")
 
 
 def main() -> None:
-    """Run the command line; errors that a user can fix go to standard error, without a traceback."""
+    """Run the command line; report an error that the user can fix without a traceback, with exit status 2."""
     quiet()
     end_quietly()
     with cleaned_output():
@@ -56,13 +57,13 @@ def main() -> None:
         except typer.Abort:
             status = INTERRUPTED
         except BaseException as error:  # a panic in a Rust library is not an Exception
-            status = _tell(error)
+            status = _report_error(error)
     sys.exit(status or 0)
 
 
-def _tell(error: BaseException) -> int:
+def _report_error(error: BaseException) -> int:
     """Print an error, or leave it to the launcher; return the exit status."""
-    message = _mendable(error)
+    message = _user_message(error)
     if message is None:
         report = clean("".join(traceback.format_exception(error)))
         if not leave_failure(report):
@@ -75,21 +76,23 @@ def _tell(error: BaseException) -> int:
     return error.exit_status if isinstance(error, FalignError) else 2
 
 
-def _mendable(error: BaseException) -> str | None:
-    """Return the message of an error that a user can fix; None for all others."""
+def _user_message(error: BaseException) -> str | None:
+    """Return the message of an error that the user can fix; None for other errors, which need their traceback."""
     if isinstance(error, FalignError):
         return str(error)
     if isinstance(error, UsageError):
-        return _usage(error)
+        return _usage_message(error)
     if is_full_disk(error):
         place = getattr(error, "filename", None) or "a file could not be written"
-        return f"{place}: the disk is full. Free some space, or choose a folder on another disk; what is whole stays."
-    # An operating system's error (no permission, a file where a folder should be) names its path itself.
+        return (
+            f"{place}: the disk is full. Free some space, or choose a folder on another disk; complete files are kept."
+        )
+    # Other errors of the operating system (no permission, a file in place of a folder) name their path themselves.
     return str(error) if isinstance(error, OSError) else None
 
 
-def _usage(error: Any) -> str:
-    """Return what is wrong with a command line; nothing where its help has been shown instead."""
+def _usage_message(error: Any) -> str:
+    """Return the message of a wrong command line; ``""`` if its help was shown instead."""
     if error.ctx is None or not error.format_message():
         return error.format_message()
     message = error.format_message()

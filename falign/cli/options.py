@@ -1,4 +1,4 @@
-"""Options that commands share, and messages of the library in the words of the command line."""
+"""Shared options, and the translation of the library's messages to option names."""
 
 from __future__ import annotations
 
@@ -20,39 +20,41 @@ __all__ = ["CommandTerminal", "TrustCode", "with_options_named"]
 TrustCode = Annotated[
     bool,
     typer.Option(
-        "--trust-code", help="Run code that the run folder names: functions, divergences, its model's own code."
+        "--trust-code", help="Run code that the run folder names: functions, divergences, the model's own code."
     ),
 ]
-"""The option of every command that builds what a run folder names."""
+"""The option of every command that builds the members a run folder names."""
 
-OF_OTHERS = ("reference", "temperature", "prompts")
-"""Options of other commands, which messages name as well."""
+ALWAYS_KNOWN = ("base_name_or_path", "prompts", "reference", "resume", "temperature")
+"""Arguments that messages name even under a command without the option."""
 
-OTHER_NAMES = {"chat=False": "--plain", "num_resamples": "--resamples"}
+SPECIAL_NAMES = {"base_name_or_path": "--base", "chat=False": "--plain", "num_resamples": "--resamples"}
+"""Options that are not called like their argument."""
 
 
 def with_options_named(
     command: Callable[..., None] | None = None, *, names: Collection[str] | None = None
 ) -> Callable[..., Any]:
-    """Let errors of the library name the command's options.
+    """Decorate a command so that the library's errors name its options instead of the library's arguments.
 
-    ``max_length=64`` becomes ``--max-length 64``, and a name in backquotes, `` `max_length` ``, ``--max-length``.
+    In a message, ``max_length=64`` becomes ``--max-length 64``, and `` `max_length` `` becomes ``--max-length``.
 
     Args:
-        command: Its parameters have the names of the library function's arguments.
-        names: Options to name; by default all of the command's and the usual ones of other commands. A command that
-            reads run files names its own alone, since their fields have such names, too.
+        command: The command; its parameters are named like the library function's arguments.
+        names: The arguments to translate; by default all of the command's and some common ones. A command that reads
+            run files must restrict them to its own options, because fields of the run file have the same names.
     """
     if command is None:
         return partial(with_options_named, names=names)
-    known = {*inspect.signature(command).parameters, *OF_OTHERS} if names is None else names
-    any_name = "|".join(sorted(known, key=len, reverse=True))
+    known = {*inspect.signature(command).parameters, *ALWAYS_KNOWN} if names is None else names
+    any_name = "|".join(sorted(known, key=len, reverse=True))  # longest first: a regex takes the first that fits
+    # Either `name`, or name=value where the name is not part of a longer word, a dotted field or an option.
     argument = re.compile(rf"`({any_name})`|(?<![\w.\"'`-])({any_name})=(True\b|False\b)?")
 
     def option(match: re.Match[str]) -> str:
         name = match[1] or match[2]
-        told = OTHER_NAMES.get(match[0], OTHER_NAMES.get(name, f"--{name.replace('_', '-')}"))
-        return told if match[1] or match[3] else f"{told} "
+        flag = SPECIAL_NAMES.get(match[0], SPECIAL_NAMES.get(name, f"--{name.replace('_', '-')}"))
+        return flag if match[1] or match[3] else f"{flag} "  # the value follows, unless it is True or False
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -69,8 +71,8 @@ CHAT = re.compile(r"\bchat=(True|False)\b")
 
 
 class CommandTerminal(Terminal):
-    """A console for notices of the library, in which ``chat=True`` is ``--chat`` and ``chat=False`` is ``--plain``."""
+    """A console for the library's notices: writes ``chat=True`` as ``--chat`` and ``chat=False`` as ``--plain``."""
 
     @override
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(CHAT.sub(lambda match: OTHER_NAMES.get(match[0], "--chat"), text), **options)
+        return super().render_str(CHAT.sub(lambda match: SPECIAL_NAMES.get(match[0], "--chat"), text), **options)

@@ -1,4 +1,4 @@
-"""``falign report``: what became better in the terminal, and all of it in one page that a person reads."""
+"""``falign report``: the results of runs in the terminal, and a report in HTML."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from falign.cli.options import with_options_named
 from falign.cli.run_summary import show
 from falign.terminal import Terminal
 
 __all__ = ["report"]
 
 
+@with_options_named
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN ...", help="Run folders.")],
     out: Annotated[
@@ -21,11 +23,11 @@ def report(
         typer.Option(
             "--out",
             metavar="DIR|FILE.html",
-            help="Where the report goes; the folder of a single run, or this folder, when left out.",
+            help="Target folder or file. Default: the run's folder; for several runs, the current folder.",
         ),
     ] = None,
 ) -> None:
-    """Show what runs achieved, and write a page of it: one HTML file, and its plots as PNG files beside it."""
+    """Show the results of runs, and write a report: one HTML page, with its plots also as PNG files."""
     console = Terminal()
     with console.status("drawing"):
         from falign.report import write_report
@@ -37,7 +39,7 @@ def report(
             show(RunSummary(run.folder, run.before, run.after, run.samples), console)
             continue
         command = f"falign train {shlex.quote(str(run.folder.run_file))} --resume"
-        text = f"{run.folder.path} has not ended; what was stopped goes on by: {command}"
+        text = f"{run.folder.path} has not ended. If it was stopped, resume it by: {command}"
         console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
     console.print("report", Text(str(written.page), style="bold"), f" {len(written.pictures)} PNG files in", end=" ")
     console.print(Text(str(written.figures), style="bold"), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The results of a run in the terminal: the table of held-out values, and answers before and after."""
+"""The results of a run in the terminal: held-out metrics, and answers before and after training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = ["show"]
 
-MUCH_LESS_LIKELY = 5.0  # nats of a whole completion
+MUCH_LESS_LIKELY = 5.0
+"""Fall of the log-probability of chosen completions, in nats per completion, from which a note is shown."""
 
 
 def show(summary: RunSummary, console: Console) -> None:
-    """Print held-out metrics and answers before and after."""
+    """Print held-out metrics and answers before and after training, and where the files are."""
     from falign.report import HELD_OUT
 
     if summary.before:
@@ -31,8 +32,9 @@ def show(summary: RunSummary, console: Console) -> None:
         if summary.after.get("logratios/chosen", 0.0) < -MUCH_LESS_LIKELY:
             fall = -summary.after["logratios/chosen"]
             console.print(
-                f"[yellow]note:[/] chosen completions became less likely too, by {fall:.1f} nats: only the margin is "
-                "trained. A larger beta or a lower learning rate holds them; see docs/which-divergence.md."
+                f"[yellow]note:[/] chosen completions became less likely too, by {fall:.1f} nats, because the loss "
+                "sees only the margin. A larger beta or a lower learning rate limits this: see "
+                "docs/which-divergence.md."
             )
     for sample in summary.samples:
         answers = Table.grid(padding=(0, 2))

@@ -1,4 +1,4 @@
-"""``falign sample``."""
+"""``falign sample``: answer prompts, or sort them by whether the model solves them (``--verifier``)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from falign.terminal import Terminal, json_line
 
 if TYPE_CHECKING:
     from falign.data import Text
-    from falign.evaluation.presampling_run import PresamplingSummary
+    from falign.evaluation.presampling_run import Presampling, PresamplingSummary
 
 __all__ = ["sample"]
 
@@ -28,108 +28,136 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--file", "-f", help="A line each (.txt), or rows with `prompt`, text or turns (.jsonl ...)."),
+        typer.Option("--file", "-f", help="A file of prompts: one per line (.txt), or a column `prompt` (.jsonl ...)."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per completion.")] = 128,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="0 decodes greedily. Default: 0, or 1 with --verifier.")
     ] = None,
-    seed: Annotated[int, typer.Option()] = 0,
-    dtype: Annotated[str, typer.Option(help="For a model; a run has its own.")] = "auto",
-    json_lines: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Dtype of a model; a run has its own.")] = "auto",
+    json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
     verifier: Annotated[
         str | None,
         typer.Option(
-            help="Split the prompts of --file by what the model solves: module:function or a built-in reward, 1 where "
-            "a completion is correct.",
+            help="Sort the prompts of --file by whether the model solves them. A built-in reward or module:function "
+            "that gives 1 to correct completions.",
             rich_help_panel=PRESAMPLING,
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of exploration.jsonl and rehearsal.jsonl.", rich_help_panel=PRESAMPLING),
+        typer.Option(help="Target folder of exploration.jsonl and rehearsal.jsonl.", rich_help_panel=PRESAMPLING),
     ] = None,
     num_completions: Annotated[
-        int | None, typer.Option(min=1, help="Per prompt. Default: 8.", rich_help_panel=PRESAMPLING)
+        int | None, typer.Option(min=1, help="Completions per prompt. Default: 8.", rich_help_panel=PRESAMPLING)
     ] = None,
     threshold: Annotated[
         int | None,
         typer.Option(
-            min=1, help="How many must be correct to be rehearsed. Default: all of them.", rich_help_panel=PRESAMPLING
+            min=1,
+            help="Correct completions that a prompt needs to go to rehearsal. Default: all of them.",
+            rich_help_panel=PRESAMPLING,
         ),
     ] = None,
     template: Annotated[
         str | None,
-        typer.Option(help="The prompt, with a row's columns in braces: '{question}'.", rich_help_panel=PRESAMPLING),
+        typer.Option(help="The prompt, with columns in braces: '{question}'.", rich_help_panel=PRESAMPLING),
     ] = None,
     chat: Annotated[
         bool | None,
         typer.Option(
             "--chat/--plain",
-            help="Whether a plain prompt is a user's turn. Default: with a chat template.",
+            help="Read plain prompts as a user's turn, or as they are. Default: as a turn if there is a chat template.",
             rich_help_panel=PRESAMPLING,
         ),
     ] = None,
     bad_rows: Annotated[
-        str | None, typer.Option(help="error stops at the first, skip counts them.", rich_help_panel=PRESAMPLING)
+        str | None,
+        typer.Option(help="At a bad row: error stops, skip leaves it out and counts it.", rich_help_panel=PRESAMPLING),
     ] = None,
     overwrite: Annotated[
-        bool | None, typer.Option("--overwrite", help="Replace existing outputs.", rich_help_panel=PRESAMPLING)
+        bool | None,
+        typer.Option("--overwrite", help="Start over, and replace existing outputs.", rich_help_panel=PRESAMPLING),
     ] = None,
     trust_code: TrustCode = False,
 ) -> None:
-    """Answer prompts with a trained run or any model, or sort them by what it solves (--verifier)."""
-    from falign.evaluation.answering import load_named, read_prompts
-    from falign.evaluation.answering import sample as answer
-
+    """Answer prompts with a trained run or any model; or sort prompts by whether it solves them (--verifier)."""
     given = {
         "--out": out, "--num-completions": num_completions, "--threshold": threshold, "--template": template,
         "--chat": chat, "--bad-rows": bad_rows, "--overwrite": overwrite,
     }  # fmt: skip
-    if verifier is not None:
-        if file is None or out is None or prompt or json_lines or temperature not in (None, 1.0):
-            raise ConfigError(
-                "--verifier needs --file and --out, and samples from the model itself: leave out --prompt, --json and "
-                "any --temperature but 1."
-            )
-        from falign.evaluation.presampling_run import Presampling
-
-        count = 8 if num_completions is None else num_completions
-        presampling = Presampling(
-            model=model,
-            file=file,
-            out=out,
-            verifier=verifier,
-            num_completions=count,
-            threshold=count if threshold is None else threshold,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            template=template,
-            chat=chat,
-            bad_rows="error" if bad_rows is None else bad_rows,
-            overwrite=bool(overwrite),
-            console=CommandTerminal(stderr=True, highlight=False, soft_wrap=True),
-        )
-        with Terminal(stderr=True).status(f"loading {escape(model)}"):
-            policy, tokenizer = load_named(model, dtype=dtype, trust_code=trust_code)
-        show(presampling.run(policy, tokenizer), out)
-        return
-    if alone := [name for name, value in given.items() if value is not None]:
-        raise ConfigError(f"{', '.join(alone)} belongs to --verifier: give a verifier, or leave it out.")
-    prompts: list[Text] = [*(prompt or []), *(read_prompts(file) if file else [])]
-    if not prompts:
-        raise ConfigError("no prompt is given: use --prompt TEXT or --file FILE.")
-    console = Terminal()
-    with Terminal(stderr=True).status(f"loading {escape(model)}"):
-        answers = answer(
+    if verifier is None:
+        if without_effect := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(f"{', '.join(without_effect)}: this has no effect without --verifier.")
+        _answer(
             model,
-            prompts,
+            prompt or [],
+            file,
+            json_lines=json_lines,
             max_new_tokens=max_new_tokens,
             temperature=temperature or 0.0,
             seed=seed,
             dtype=dtype,
             trust_code=trust_code,
         )
+        return
+    if file is None or out is None or prompt or json_lines or temperature not in (None, 1.0):
+        raise ConfigError(
+            "--verifier needs --file and --out, and samples at temperature 1: leave out --prompt, --json and "
+            "--temperature."
+        )
+    from falign.evaluation.presampling_run import Presampling
+
+    count = 8 if num_completions is None else num_completions
+    presampling = Presampling(
+        model=model,
+        file=file,
+        out=out,
+        verifier=verifier,
+        num_completions=count,
+        threshold=count if threshold is None else threshold,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        template=template,
+        chat=chat,
+        bad_rows="error" if bad_rows is None else bad_rows,
+        overwrite=bool(overwrite),
+        console=CommandTerminal(stderr=True, highlight=False, soft_wrap=True),
+    )
+    _presample(presampling, dtype=dtype, trust_code=trust_code)
+
+
+def _answer(
+    model: str,
+    prompt: list[str],
+    file: Path | None,
+    *,
+    json_lines: bool,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    dtype: str,
+    trust_code: bool,
+) -> None:
+    """Print the answers to prompts from the command line and from a file."""
+    from falign.evaluation.answering import read_prompts
+    from falign.evaluation.answering import sample as answer
+
+    prompts: list[Text] = [*prompt, *(read_prompts(file) if file else [])]
+    if not prompts:
+        raise ConfigError("no prompt is given: use --prompt TEXT or --file FILE.")
+    with Terminal(stderr=True).status(f"loading {escape(model)}"):
+        answers = answer(
+            model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            dtype=dtype,
+            trust_code=trust_code,
+        )
+    console = Terminal()
     for text, reply in zip(prompts, answers, strict=True):
         if json_lines:
             typer.echo(json_line({"prompt": text, "completion": reply}))
@@ -139,12 +167,20 @@ def sample(
             console.print(reply + "\n", markup=False, highlight=False)
 
 
-def show(summary: PresamplingSummary, out: Path) -> None:
-    """Print what became of the prompts."""
+def _presample(presampling: Presampling, *, dtype: str, trust_code: bool) -> None:
+    from falign.evaluation.answering import load_named
+
+    with Terminal(stderr=True).status(f"loading {escape(presampling.model)}"):
+        policy, tokenizer = load_named(presampling.model, dtype=dtype, trust_code=trust_code)
+    _show(presampling.run(policy, tokenizer), presampling.out)
+
+
+def _show(summary: PresamplingSummary, out: Path) -> None:
+    """Print how many prompts went where."""
     table = Table("", "", title=str(out), title_justify="left", show_header=False)
     for name, value in summary.counts().items():
         if value or name in {"prompts", "rehearsal", "exploration"}:
             table.add_row(name, f"{value:.1%}" if isinstance(value, float) else f"{value:,}")
     if summary.resumed:
-        table.add_row("of the prompts sampled by an earlier call", f"{summary.resumed:,}")
+        table.add_row("prompts sampled by an earlier call", f"{summary.resumed:,}")
     Terminal(highlight=False).print(table)

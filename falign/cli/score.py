@@ -1,4 +1,4 @@
-"""``falign score``."""
+"""``falign score``: write the scores of completions to a file."""
 
 from __future__ import annotations
 
@@ -21,39 +21,42 @@ __all__ = ["score"]
 @with_options_named
 def score(
     model: Annotated[
-        str, typer.Argument(metavar="RUN|MODEL", help="A run folder, scored by its own objective; or any model.")
+        str, typer.Argument(metavar="RUN|MODEL", help="A run folder, scored by its own objective, or any model.")
     ],
-    file: Annotated[str, typer.Argument(metavar="FILE", help="Pairs, lists or single completions, as train reads.")],
-    out: Annotated[Path, typer.Option("--out", help="The scores: .jsonl or .parquet.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Preference pairs, lists or single completions.")],
+    out: Annotated[Path, typer.Option("--out", help="Output file: .jsonl or .parquet.")],
     reference: Annotated[
-        str | None, typer.Option(help="What a model is compared with; refused for a run, which has its own.")
+        str | None, typer.Option(help="Reference for a model. Not for a run, which has its own.")
     ] = None,
     divergence: Annotated[
-        str | None, typer.Option(help="f of a model's implicit reward, reverse_kl if left out; refused for a run.")
+        str | None, typer.Option(help="Divergence of the implicit reward. Default: reverse_kl. Not for a run.")
     ] = None,
-    beta: Annotated[
-        float | None, typer.Option(help="β of a model's implicit reward, 0.1 if left out; refused for a run.")
-    ] = None,
-    format: Annotated[str, typer.Option(help="Layout of the file; auto tells it from the columns.")] = "auto",
-    columns: Annotated[str, typer.Option(help="What the file calls falign's columns: '{prompt: question}'.")] = "{}",
-    split: Annotated[str, typer.Option()] = "train",
+    beta: Annotated[float | None, typer.Option(help="β of the implicit reward. Default: 0.1. Not for a run.")] = None,
+    format: Annotated[str, typer.Option(help="Format of the rows; auto detects it from the columns.")] = "auto",
+    columns: Annotated[str, typer.Option(help="The file's name for each column: '{prompt: question}'.")] = "{}",
+    split: Annotated[str, typer.Option(help="Split of a folder or a Hub dataset.")] = "train",
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--plain", help="Whether the file's plain texts are turns; a run's own if left out."),
+        typer.Option("--chat/--plain", help="Read plain texts as chat turns, or as they are. Default: as the run did."),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="The window, prompt and completion together; a run's own, else 1024.")
+        int | None,
+        typer.Option(min=2, help="Maximum tokens of prompt and completion together. Default: the run's, or 1024."),
     ] = None,
-    tokens_per_batch: Annotated[int, typer.Option(min=2, help="Tokens scored at once: memory against speed.")] = 4096,
-    bad_rows: Annotated[str, typer.Option(help="error stops at a row that cannot be used, skip counts it.")] = "error",
-    layout: Annotated[str, typer.Option(help="tree, padded, or auto: trees where the models read them.")] = "auto",
+    tokens_per_batch: Annotated[
+        int, typer.Option(min=2, help="Tokens per forward pass; fewer need less memory.")
+    ] = 4096,
+    bad_rows: Annotated[
+        str, typer.Option(help="At a bad row: error stops, skip leaves it out and counts it.")
+    ] = "error",
+    layout: Annotated[str, typer.Option(help="tree, padded, or auto (trees if the models support them).")] = "auto",
     dtype: Annotated[
-        str | None, typer.Option(help="Of both models, the checkpoint's if left out; refused for a run.")
+        str | None, typer.Option(help="Dtype of model and reference. Default: the checkpoint's. Not for a run.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing scores, complete or not.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, and replace existing scores.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
-    """Write log-probs per token, log-ratios and implicit rewards; a stopped call continues if repeated."""
+    """Score completions: token log-probs, log-ratios, implicit rewards. If stopped, continues when run again."""
     from falign.cli.data import column_mapping
     from falign.evaluation.score_run import score as write
 
@@ -79,7 +82,7 @@ def _show(totals: ScoreTotals, out: Path) -> None:
     table = Table("", "", title=escape(str(out)), title_justify="left", show_header=False)
     table.add_row("completions", f"{totals.completions:,}")
     if totals.resumed:
-        table.add_row("of them scored by an earlier call", f"{totals.resumed:,}")
+        table.add_row("scored by an earlier call", f"{totals.resumed:,}")
     table.add_row("tokens", f"{totals.tokens:,}")
     table.add_row("mean log-ratio", f"{totals.mean_log_ratio:+.4f}")
     table.add_row("mean implicit reward", f"{totals.mean_implicit_reward:+.4f}")

@@ -1,4 +1,4 @@
-"""``falign soup``."""
+"""``falign soup``: average models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["SoupCommand", "soup"]
 
 
 class SoupCommand(TyperCommand):
-    """Takes ``--weights 0.5 0.5`` as well as ``--weights 0.5 --weights 0.5``: an option of click has one value."""
+    """Accepts ``--weights 0.5 0.5``, which click knows only as ``--weights 0.5 --weights 0.5``."""
 
     @override
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -38,16 +38,19 @@ class SoupCommand(TyperCommand):
 @with_options_named
 def soup(
     paths: Annotated[
-        list[str], typer.Argument(metavar="A B [C ...]", help="Adapters, checkpoints, or runs that have trained such.")
+        list[str],
+        typer.Argument(
+            metavar="A B [C ...]", help="Adapters of one base, whole checkpoints, or the runs that trained them."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Target folder.")],
     weights: Annotated[
-        list[float] | None, typer.Option("--weights", help="One share each, together 1; equal ones when left out.")
+        list[float] | None, typer.Option("--weights", help="One weight for each, with sum 1. Default: equal weights.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of averaged checkpoints: auto is the first one's.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Dtype of averaged checkpoints; auto: that of the first.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target folder.")] = False,
 ) -> None:
-    """Average adapters over one base, exactly, or whole checkpoints; a reference (SALSA) or a model of its own."""
+    """Average adapters of one base (exactly) or whole checkpoints, for use as a reference (SALSA) or a model."""
     from falign.runs.export import soup as average
 
     with Terminal(stderr=True).status(f"averaging {escape(', '.join(paths))}"):

@@ -73,7 +73,7 @@ def test_labels_without_a_run_file_are_told_of(falign, run_file, tmp_path):
 def test_options_that_the_run_file_has_itself_are_refused(falign, run_file, options):
     status, _, err = falign("data", "check", run_file(rows(8)), *options)
     assert status == 2
-    assert "run.yaml is a run file, which has this itself; leave it out" in err
+    assert "run.yaml is a run file, which sets this itself; leave it out" in err
 
 
 def test_a_run_file_with_prompts_is_refused(falign, folder, tmp_path):
@@ -101,9 +101,9 @@ def test_messages_name_options_but_the_fields_of_a_run_file(falign, folder, run_
     options = ("--plain", "--model", folder / "tiny", "--max-length", 8, "--long-prompt", "drop")
     status, _, err = falign("data", "check", tmp_path / "long.jsonl", *options)
     assert status == 2
-    assert "raise --max-length, or cut what is too long (--long-prompt cut, --long-completion cut)." in err
+    assert "raise --max-length, or cut long texts (--long-prompt cut, --long-completion cut)." in err
     status, _, err = falign("data", "check", tmp_path / "long.jsonl", "--max-length", 8)
-    assert (status, "--max-length is about tokens: give --model." in err) == (2, True)
+    assert (status, "--max-length needs a tokenizer: give --model." in err) == (2, True)
     status, _, err = falign("data", "check", run_file(long, data={"max_length": 4, "long_prompt": "drop"}))
     assert (status, "raise `data.max_length`, or" in err) == (2, True)
     status, _, err = falign("data", "check", run_file(rows(8)), "--max-length", 8)

@@ -235,7 +235,7 @@ def test_rows_and_summary_have_what_the_page_says(evaluate, tmp_path, rm_bench):
         "num_items": 5,
     }
     assert summary["missing_subsets"] == ["chat", "math", "safety-refuse", "safety-response"]
-    assert "the benchmark has no score without chat, math" in table
+    assert "the score needs all subsets (chat, math, " in table
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"items.jsonl", "summary.json"}
 
 

@@ -316,7 +316,7 @@ def test_full_fine_tuning_is_exported(falign, run_file, tmp_path):
     assert falign("train", run_file(adapter=None, training={"learning_rate": 1e-3}))[0] == 0
     status, out, err = falign("export", tmp_path / "run", "--format", "merged")
     assert status == 0, err
-    assert "change against the base model" in out
+    assert "difference from the base model" in out
     status, _, err = falign("export", tmp_path / "run", "--format", "adapter")
     assert status == 2
     assert "has no adapter" in err
@@ -328,9 +328,9 @@ def test_the_export_of_a_4_bit_run_says_what_is_rounding_of_its_base(falign, run
     status, out, err = falign("export", tmp_path / "run", "--format", "merged")
     assert status == 0, err
     rows = [line.strip("│ ").split("│")[0].strip() for line in out.splitlines() if "│" in line]
-    assert rows.index("of this by the export itself") + 1 == rows.index("accepted by the export itself")
-    assert "accepted" not in rows
-    assert "note: the trained model has a 4-bit base, the export its original weights" in " ".join(out.split())
+    assert rows.index("difference caused by the export") + 1 == rows.index("tolerance of the export")
+    assert "tolerance" not in rows
+    assert "note: the trained model has a 4-bit base, and the export has the original weights" in " ".join(out.split())
 
 
 def test_a_base_that_has_changed_since_is_refused(falign, run_file, tiny, tmp_path):
@@ -450,7 +450,7 @@ def test_data_check_says_when_the_window_drops_every_row(falign, tmp_path, tiny)
 def test_data_check_refuses_options_about_tokens_without_a_model(falign, tmp_path, option):
     status, _, err = falign("data", "check", write_pairs(tmp_path / "pairs.jsonl"), *option)
     assert status == 2
-    assert f"{option[0]} is about tokens: give --model" in err
+    assert f"{option[0]} needs a tokenizer: give --model" in err
 
 
 def test_messages_of_data_check_are_not_wrapped(falign, tmp_path):

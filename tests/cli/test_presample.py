@@ -132,7 +132,7 @@ def test_a_killed_call_goes_on_to_the_same_files(presample, tiny, prompts, tmp_p
     assert "seed (0 there, 1 now)" in err
     status, table, err = presample()
     assert status == 0, err
-    assert "of the prompts sampled by an earlier call" in table
+    assert "prompts sampled by an earlier call" in table
     for name in ("exploration.jsonl", "rehearsal.jsonl", "summary.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -247,7 +247,7 @@ def test_prompts_without_room_are_left_out_and_counted(presample, prompts, tmp_p
     ("arguments", "options", "message"),
     [
         (("--threshold", 9), {}, "--threshold 9 must be from 1 to --num-completions"),
-        (("--temperature", 0.5), {}, "leave out --prompt, --json and any --temperature but 1"),
+        (("--temperature", 0.5), {}, "leave out --prompt, --json and --temperature"),
         (("--max-new-tokens", 2048), {}, "leaves no room for a prompt in the 2048 positions"),
         ((), {"verifier": "nothing"}, "reward 'nothing' is unknown"),
         ((), {"verifier": "my_verifier:odd"}, "my_verifier:odd"),
@@ -269,7 +269,7 @@ def test_a_mistake_ends_with_status_2_and_a_remedy(presample, tmp_path, argument
 def test_options_of_the_pre_sampling_need_a_verifier(falign, tiny):
     status, _, err = falign("sample", tiny, "--prompt", "hi", "--num-completions", 2, "--overwrite")
     assert status == 2
-    assert "--num-completions, --overwrite belongs to --verifier" in err
+    assert "--num-completions, --overwrite: this has no effect without --verifier" in err
 
 
 def test_rows_that_the_verifier_cannot_judge_are_found_before_sampling(presample, tmp_path):
@@ -317,7 +317,7 @@ def test_what_is_rehearsed_is_tied_to_its_file_and_to_the_model_that_sampled_it(
             read_rehearsal(str(file), num_tokens=len(tokenizer))
     summary.write_text(json.dumps(written))
     file.write_text(file.read_text().replace('"logprobs": [-', '"logprobs": [-1', 1))
-    with pytest.raises(DataError, match=r"rehearsal\.jsonl is not as it was sampled .* give it another name"):
+    with pytest.raises(DataError, match=r"rehearsal\.jsonl was changed after sampling .* give it another name"):
         read_rehearsal(str(file), num_tokens=len(tokenizer))
     assert presample("--overwrite").status == 0  # as the message says
     read_rehearsal(str(file), num_tokens=len(tokenizer))
