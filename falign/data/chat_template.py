@@ -1,4 +1,4 @@
-"""Chat templates: programs written by others, which may fail, hang, or write without end."""
+"""Chat templates: programs by others, which may fail, hang, or write without end."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from falign.errors import ConfigError, DataError
 __all__ = ["Tokenizer", "apply_template", "template_source"]
 
 SECONDS = 10.0
-"""The time limit for rendering one conversation; real templates need a thousandth of it."""
+"""Time limit for rendering one conversation; real templates need a thousandth of it."""
+
 CHARACTERS = 1_000_000
-"""The most characters that a template may add to the turns."""
+"""Largest number of characters that a template may add to the turns."""
 
 _tried: set[tuple[str, bool, frozenset[str]]] = set()
-"""Templates that have terminated, by kind of conversation: whether it is answered, its roles, its keys."""
+"""Templates that have terminated on a kind of conversation: whether it is answered, and its roles and keys."""
 
 if TYPE_CHECKING:
 
@@ -46,7 +47,7 @@ def apply_template(turns: Sequence[Message], tokenizer: Tokenizer, place: str, *
 
     Args:
         turns: The conversation.
-        tokenizer: Has a chat template.
+        tokenizer: A tokenizer with a chat template.
         place: The row, for messages.
         answered: Whether the last turn is the answer; otherwise the generation prompt comes last.
 
@@ -63,7 +64,7 @@ def apply_template(turns: Sequence[Message], tokenizer: Tokenizer, place: str, *
     except TemplateSyntaxError as error:
         raise ConfigError(
             f"{_named(tokenizer)} is not valid Jinja (line {error.lineno}: {error.message}); correct it, or set "
-            "model.chat_template to another."
+            "model.chat_template to another one."
         ) from error
     except LateError as error:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Names of columns: what each says about its column, columns under other names, and columns inside columns."""
+"""Names of columns: guesses from a name, columns under other names, and columns inside columns."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def looks_like_prompt(name: str) -> bool:
 
 
 def guess_columns(fields: Mapping[str, Any], wanted: Collection[str]) -> dict[str, str]:
-    """Return the columns of a row that are probably meant by the wanted names: falign's name to the file's.
+    """Guess which columns of a row hold what falign reads: falign's name to the file's.
 
     Args:
         fields: The row.
@@ -150,9 +150,9 @@ def renamed(row: Row, columns: Mapping[str, str], *, ignore: Collection[str] = (
     """Return a row with other column names.
 
     Args:
-        row: As it stands in the source.
-        columns: New name to the row's; ``outer.inner`` is the entry ``inner`` of the column ``outer``.
-        ignore: Columns that are left out, and keys that turns lose.
+        row: The row of the source.
+        columns: New name to the row's name; ``outer.inner`` is the entry ``inner`` of the column ``outer``.
+        ignore: Columns to leave out, and keys to remove from turns.
 
     Raises:
         DataError: The row lacks the column, or already has a column with the new name.
@@ -164,8 +164,8 @@ def renamed(row: Row, columns: Mapping[str, str], *, ignore: Collection[str] = (
         if name not in left_out and not is_blank(lost) and lost != value:
             raise DataError(
                 f"{row.place}: columns={as_mapping({name: columns[name]})} would replace the column {name!r} "
-                f"({shown(lost)}), which the row has, too; name that in ignore ({as_list([name])}) to leave it out, or "
-                "in columns under another name."
+                f"({shown(lost)}), which the row also has; add it to ignore ({as_list([name])}) to leave it out, or to "
+                "columns under another name."
             )
     kept = {name: value for name, value in row.fields.items() if name not in left_out}
     fields = kept | taken

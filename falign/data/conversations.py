@@ -1,4 +1,4 @@
-"""Conversations: lists of turns as the ecosystem's layouts write them, also where a file holds them as text."""
+"""Conversations: lists of turns in the layouts in use, also if a file holds them as text."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read_text(value: Any, *, place: str, field: str) -> Text:
         field: The column, for messages.
 
     Raises:
-        DataError: The value is neither.
+        DataError: The value is neither text nor a conversation.
     """
     value = parsed_conversation(value, place=place, field=field)
     return value if isinstance(value, str) else read_messages(value, place=place, field=field)
@@ -219,7 +219,7 @@ def _parsed(text: str) -> Any:
         pass  # may be Python syntax
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about unknown backslash escapes
+            warnings.simplefilter("ignore")  # unknown backslash escapes
             return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return None

@@ -13,7 +13,7 @@ from falign.errors import DataError
 
 __all__ = ["Example", "build_example", "prompt_key", "prompt_turns", "require_preference"]
 
-_TELL = "correct the row or remove it"
+_REMEDY = "correct the row or remove it"
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Example:
 
     Attributes:
         prompt: Plain text, or the turns before the answer.
-        completions: Plain texts, or each a list with the one assistant turn.
+        completions: Plain texts, or lists with one assistant turn each.
         preference: One value per completion, larger is preferred (a pair: 1 and 0; an unpaired label: 1 or 0);
             None if the data has no preference.
         place: The row it came from, for messages.
@@ -56,8 +56,8 @@ def build_example(
         completions: Text or turns; turns may repeat the prompt's before the answer.
         preference: One value per completion, or None.
         fields: The column of each completion, for messages.
-        system: The value of a ``system`` column where there is one (it may be empty): it makes the row a
-            conversation, because plain text has no place for it.
+        system: The value of the ``system`` column, if there is one. Even if empty, it makes the row a conversation,
+            because plain text has no place for it.
 
     Raises:
         DataError: The row cannot be trained on; the message says why.
@@ -137,7 +137,7 @@ def _at_the_last_turn(
     if whole is None:
         raise DataError(
             f"{place}: {fields[0]!r} has {len(answers[0])} turns after the common prompt, and does not begin with it "
-            f"({shown(prompt[-1]['content'])}); give the dialogue alone, or only its answer: {_TELL}."
+            f"({shown(prompt[-1]['content'])}); give the dialogue alone, or only its answer: {_REMEDY}."
         )
     return whole, [turns[-1:] for turns in answers]
 
@@ -175,7 +175,7 @@ def _check_prompt_turns(prompt: list[Message], place: str) -> None:
     if prompt and prompt[-1]["role"] == "assistant":
         raise DataError(
             f"{place}: the last turn of the prompt is the assistant's, {shown(prompt[-1]['content'])}; "
-            f"the answer must follow another role's turn: {_TELL}."
+            f"the answer must follow another role's turn: {_REMEDY}."
         )
 
 
@@ -183,12 +183,12 @@ def _check_answer(turns: Text, field: str, place: str) -> None:
     assert not isinstance(turns, str)
     if turns and turns[-1]["role"] != "assistant":
         raise DataError(
-            f"{place}: the last turn of {field!r} is by {turns[-1]['role']!r}; it must be the assistant's: {_TELL}."
+            f"{place}: the last turn of {field!r} is by {turns[-1]['role']!r}; it must be the assistant's: {_REMEDY}."
         )
     if len(turns) > 1:
         raise DataError(
             f"{place}: {field!r} has {len(turns)} turns after the common prompt, so the completions differ "
-            f"before the last turn; only the last assistant turn may differ: {_TELL}."
+            f"before the last turn; only the last assistant turn may differ: {_REMEDY}."
         )
 
 
@@ -203,14 +203,14 @@ def _check_whole_texts(prompt: Text, completions: Sequence[Text], fields: Sequen
     if not isinstance(prompt, str) or not completions:
         return
     # An answer may well begin with the same single word as the prompt.
-    asked = prompt.strip()
+    stripped = prompt.strip()
     plain = [text.strip() for text in completions if isinstance(text, str)]
-    repeated = [text for text in plain if text.startswith(asked) and len(text) > len(asked)]
-    if len(asked.split()) > 1 and len(repeated) == len(completions):
+    repeated = [text for text in plain if text.startswith(stripped) and len(text) > len(stripped)]
+    if len(stripped.split()) > 1 and len(repeated) == len(completions):
         named = f"{fields[0]!r} begins" if len(fields) == 1 else f"all completions, such as {fields[0]!r}, begin"
         raise DataError(
             f"{place}: {named} with the whole prompt ({shown(prompt)}), which would then occur twice; remove "
-            f"it from the completions: {_TELL}."
+            f"it from the completions: {_REMEDY}."
         )
 
 
@@ -219,15 +219,15 @@ def _check_texts(place: str, prompt: Text, completions: Sequence[Text], fields: 
         for part in (text,) if isinstance(text, str) else [turn["content"] for turn in text]:
             if any("\ud800" <= character <= "\udfff" for character in part):
                 raise DataError(
-                    f"{place}: {field!r} has half a surrogate pair ({shown(part)}); it must be Unicode: {_TELL}."
+                    f"{place}: {field!r} has half a surrogate pair ({shown(part)}); it must be Unicode: {_REMEDY}."
                 )
     if not _content(prompt).strip():
-        raise DataError(f"{place}: the prompt is empty ({shown(prompt)}); it must contain text: {_TELL}.")
+        raise DataError(f"{place}: the prompt is empty ({shown(prompt)}); it must contain text: {_REMEDY}.")
     if not completions:
-        raise DataError(f"{place}: there are no completions; a row needs at least one: {_TELL}.")
+        raise DataError(f"{place}: there are no completions; a row needs at least one: {_REMEDY}.")
     for text, field in zip(completions, fields, strict=True):
         if not _content(text).strip():
-            raise DataError(f"{place}: {field!r} is empty ({shown(text)}); it must contain text: {_TELL}.")
+            raise DataError(f"{place}: {field!r} is empty ({shown(text)}); it must contain text: {_REMEDY}.")
 
 
 def _check_preference(
@@ -236,15 +236,15 @@ def _check_preference(
     if preference is None:
         return
     if not all(math.isfinite(value) for value in preference):
-        raise DataError(f"{place}: the preference is {shown(list(preference))}; it must be finite numbers: {_TELL}.")
+        raise DataError(f"{place}: the preference is {shown(list(preference))}; it must be finite numbers: {_REMEDY}.")
     if len(preference) > 1 and len(set(preference)) == 1:
         raise DataError(
-            f"{place}: all {len(preference)} completions have the same score; nothing is preferred: {_TELL}."
+            f"{place}: all {len(preference)} completions have the same score; nothing is preferred: {_REMEDY}."
         )
     for i, (text, value) in enumerate(zip(completions, preference, strict=True)):
         for j in range(i):
             if completions[j] == text and preference[j] != value:
                 raise DataError(
                     f"{place}: {fields[j]!r} and {fields[i]!r} are equal ({shown(_content(text))}), "
-                    f"so neither can be preferred: {_TELL}."
+                    f"so neither can be preferred: {_REMEDY}."
                 )

@@ -19,14 +19,14 @@ _REMEDY = "correct the row, or set model.chat_template to a template that writes
 _PRIVATE = "".join(map(chr, (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))))
 """Code points for private use, which rarely occur in texts."""
 
-_PRIVATE_SET = frozenset(_PRIVATE)  # a set: the check then costs only the characters of a row
+_PRIVATE_SET = frozenset(_PRIVATE)  # so that looking for them takes time only for the characters of a row
 
 
 class Written(NamedTuple):
     """A rendered conversation.
 
     Attributes:
-        text: As the template wrote it.
+        text: The text that the template wrote.
         spans: Start and end of each turn's content in ``compact(text)``.
     """
 
@@ -52,7 +52,7 @@ def write(
 
     Args:
         turns: The conversation.
-        tokenizer: Has a chat template.
+        tokenizer: A tokenizer with a chat template.
         place: The row, for messages.
         answered: Whether the last turn is the answer; otherwise the generation prompt comes last.
         like: The same conversation with another answer, already checked. If the two differ only in the answer, the
@@ -74,7 +74,7 @@ def write(
 
 def _spans_beside(like: Written, small: str, answer: Message) -> tuple[tuple[int, int], ...] | None:
     other = compact(like.text)
-    # The known conversation with its answer exchanged must be exactly this text; then its spans hold here, too.
+    # If this text is the other one with only the answer exchanged, the spans before the answer are the same.
     start, end = like.spans[-1]
     content = compact(answer["content"])
     if small != other[:start] + content + other[end:]:
@@ -215,7 +215,7 @@ def check_decoded(text: str, ids: Sequence[int], decode: Callable[[list[int]], s
     Case, accents, compatible characters and white space may differ: tokenizers normalize them.
 
     Raises:
-        DataError: Names the characters that are lost.
+        DataError: The decoded text differs; the message shows where.
     """
     decoded = str(decode(list(ids)))
     if decoded == text or compact(decoded) == compact(text):

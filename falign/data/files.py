@@ -45,7 +45,7 @@ def read_file(path: Path, *, bad_rows: BadRows, name: str | None = None) -> Iter
 
     Args:
         path: An existing file.
-        bad_rows: Takes lines that are not rows.
+        bad_rows: Receives lines that are not rows.
         name: The name of the file in messages; default: the path.
 
     Raises:
@@ -54,7 +54,7 @@ def read_file(path: Path, *, bad_rows: BadRows, name: str | None = None) -> Iter
     name = name or str(path)
     suffix = data_suffix(path)
     if suffix not in _READERS or (path.suffix.lower() == ".gz" and suffix not in {".json", ".jsonl"}):
-        raise DataError(f"{name}: the file type {path.suffix!r} is not read; use one of {FILE_SUFFIXES}.")
+        raise DataError(f"{name}: the file type {path.suffix!r} is not supported; use one of {FILE_SUFFIXES}.")
     try:
         yield from _READERS[suffix](path, name, bad_rows)
     except UnicodeDecodeError as error:

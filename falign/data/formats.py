@@ -1,4 +1,4 @@
-"""The ecosystem's data layouts, each converted to an ``Example``."""
+"""The data layouts in use, each converted to an ``Example``."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _common_words(chosen: str, rejected: str, place: str) -> str:
     match = re.match(r"(.*\S)\s", chosen[:length], flags=re.DOTALL)
     if not match:
         raise DataError(
-            f"{place}: 'chosen' and 'rejected' begin with no common words, so there is no prompt; "
+            f"{place}: 'chosen' and 'rejected' have no words in common at their beginning, so there is no prompt; "
             "add a column 'prompt'."
         )
     return match.group(1)
@@ -211,7 +211,7 @@ FORMATS: Mapping[str, Callable[[Row], Example]] = {
     "unpaired": _unpaired,
     "completion": lambda row: _single(row, None),
 }
-"""Layout name to reader."""
+"""Readers by layout."""
 
 _READ: Mapping[str, frozenset[str]] = {
     "preference": frozenset({"prompt", *PAIR, "system"}),

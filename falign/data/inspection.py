@@ -1,4 +1,4 @@
-"""Inspection of a data source before a run: counts, lengths, and the reasons for bad rows."""
+"""Check of a data source before a run: counts, lengths, and the reasons for bad rows."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["DataReport", "Lengths", "check"]
 
 @dataclass(frozen=True)
 class Lengths:
-    """Percentiles (nearest rank) of one kind of text's lengths.
+    """Percentiles (nearest rank) of the lengths of one kind of text.
 
     Attributes:
         name: ``"prompt"``, ``"chosen"`` or ``"rejected"``.
-        count: How many texts there are.
+        count: Number of texts.
         median: The 50th percentile.
         p90: The 90th percentile.
         p99: The 99th percentile.
@@ -81,14 +81,14 @@ class DataReport:
         Args:
             skips: Whether the run leaves bad rows out.
             section: Stands before the names of arguments in messages, such as ``data.`` of a run file.
-            skip_by: How the user asks for bad rows to be left out, for messages; the argument itself by default.
-            max_drift: The largest share of rows whose prompt may change once a completion follows.
+            skip_by: Setting with which a user leaves bad rows out, for messages; by default the argument's name.
+            max_drift: Highest allowed share of rows whose last prompt tokens change when a completion follows.
         """
         source = self.source
         if not source.read:
             return DataError(f"{source.path} has no rows: give a file with at least one.")
         if source.bad and not (skips and source.kept):
-            # To leave them out is a remedy only where others are left.
+            # Skipping bad rows helps only if good ones remain.
             skip_by = f"{section}bad_rows=skip" if skip_by is None else skip_by
             remedy = f"fix the file, or set {skip_by} to leave them out" if source.kept else "fix the file"
             return DataError(f"{source.path}: {source.bad} bad {'row' if source.bad == 1 else 'rows'}; {remedy}.")
@@ -96,13 +96,13 @@ class DataReport:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in source.dropped.items())
             return DataError(
                 f"{source.path}: the window drops all {source.read} rows ({reasons}): raise `{section}max_length`, or "
-                f"cut what is too long ({section}long_prompt=cut, {section}long_completion=cut)."
+                f"cut long texts ({section}long_prompt=cut, {section}long_completion=cut)."
             )
         if max_drift is not None and source.drift_share > max_drift:
             return DataError(
-                f"{source.path}: in {source.drift_share:.1%} of the rows the last prompt tokens change once a "
-                f"completion follows (at most {max_drift:.1%} pass): end prompts with a line break or a template's "
-                "header."
+                f"{source.path}: in {source.drift_share:.1%} of the rows the last prompt tokens change when a "
+                f"completion follows (at most {max_drift:.1%} are allowed): end prompts with a line break or a "
+                "template's header."
             )
         return None
 
@@ -127,15 +127,16 @@ def check(
     """Read a source as a run would, and report on all its rows instead of stopping at a bad one.
 
     Args:
-        source: A path, or a path with options.
-        tokenizer: The model's; without it lengths are in words, and boundaries and the window are not checked.
+        source: A path, or a source with options.
+        tokenizer: The model's tokenizer; without it, lengths are in words, and boundaries and the window are not
+            checked.
         stop_token_ids: As in ``load_preferences``.
         window: The run's lengths and policies; a row at which they would stop the run is a bad row.
         preferences: Whether a row must prefer one of its completions to another, as pairwise objectives need.
-        keep: How many messages on bad rows are kept.
+        keep: Number of messages about bad rows to keep.
 
     Raises:
-        ConfigError: An option that cannot work, such as conversations without a chat template.
+        ConfigError: An option cannot work, such as conversations without a chat template.
         DataError: The source cannot be read.
     """
     source = DataSource(source) if isinstance(source, str) else source

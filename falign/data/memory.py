@@ -24,7 +24,7 @@ class InMemory:
         values: A ``Dataset``, a ``DataFrame``, or a sequence of mappings from column to value.
 
     Raises:
-        DataError: Another object; the message says how to make rows of it.
+        DataError: ``values`` is another object; the message says how to make rows of it.
 
     Example:
         >>> list(InMemory([{"prompt": "2 + 2 ="}]).read())
@@ -33,11 +33,11 @@ class InMemory:
 
     def __init__(self, values: Any) -> None:
         self.path = f"{PYTHON}{type(values).__name__}"
-        """Stands for the rows where a file's path would."""
+        """Stands for the rows in place of a file's path."""
         self._values = _table(values, self.path)
 
     def read(self, *, bad_rows: BadRows | None = None) -> Iterator[Row]:
-        """Yield the rows; ``bad_rows`` takes what is not a mapping of columns, and raises by default."""
+        """Yield the rows; ``bad_rows`` receives those that are not mappings, and raises by default."""
         bad_rows = bad_rows or BadRows()
         for number, fields in enumerate(self._values, start=1):
             place = f"{self.path} row {number}"

@@ -46,20 +46,20 @@ class LoadReport:
         sources = (*self.sources, *self.eval_sources)
         parts = [f"{self.num_train} rows to train on, {self.num_eval} held out"]
         for source in sources:
-            told = (
+            problems = (
                 pair for pair in source.counts()[1:] if pair[1] and pair[0] not in ("rows kept", "distinct prompts")
             )
-            parts += [f"{label} {count}" for label, count in told]
-        found = [Notice("data: " + "; ".join(parts), is_warning=False)]
-        found += [Notice(f"data: {source.path}: {remark}") for source in sources for remark in source.remarks()]
+            parts += [f"{label} {count}" for label, count in problems]
+        notices = [Notice("data: " + "; ".join(parts), is_warning=False)]
+        notices += [Notice(f"data: {source.path}: {remark}") for source in sources for remark in source.remarks()]
         if self.shared_prompts:
-            found.append(
+            notices.append(
                 Notice(
                     f"warning: {self.shared_prompts} held-out prompts also occur in training, so held-out values are "
                     "too optimistic."
                 )
             )
-        return found
+        return notices
 
 
 class PreferenceData(NamedTuple):
@@ -101,24 +101,24 @@ def load_preferences(
     Args:
         sources: One source, or a mixture. Without weights they are concatenated; with weights, rows are drawn so
             that each source has its share, as many as possible without taking a row twice.
-        tokenizer: The model's.
-        stop_token_ids: All tokens at which the model's generation ends; the tokenizer's EOS counts always.
+        tokenizer: The model's tokenizer.
+        stop_token_ids: All tokens at which the model's generation ends, besides the tokenizer's EOS.
         window: Maximum lengths, and the policies for longer rows.
         preferences: Whether a row must prefer one of its completions to another, as pairwise objectives need.
         bad_rows: ``"error"`` stops at the first row that cannot be used; ``"skip"`` leaves such rows out and
             counts them.
-        skip_by: How the user asks for ``bad_rows="skip"``, for messages.
-        eval_sources: Separate evaluation data; or
-        eval_fraction: the share of prompts held out; or
-        eval_size: how many rows are held out. All rows of one prompt land on the same side.
-        seed: For drawing and splitting.
+        skip_by: How the user sets ``bad_rows="skip"``, for messages.
+        eval_sources: Separate evaluation data.
+        eval_fraction: In place of those, the share of prompts to hold out.
+        eval_size: Or the number of rows to hold out. All rows of a prompt go to the same side.
+        seed: Seed of drawing and splitting.
 
     Raises:
-        ConfigError: Options that contradict each other or leave one side empty.
-        DataError: A source or a row that cannot be used.
+        ConfigError: Options contradict each other, or leave one side empty.
+        DataError: A source or a row cannot be used.
     """
     if not sources:
-        raise ConfigError("no data source is given; name at least one file, folder or Hub data set.")
+        raise ConfigError("no data source is given; name at least one file, folder or Hub dataset.")
     if eval_sources and (eval_fraction or eval_size):
         raise ConfigError("eval_sources excludes eval_fraction and eval_size; choose one way to evaluate.")
     _require_weights_for_all_or_none(sources)
@@ -157,7 +157,9 @@ def load_preferences(
 def _require_weights_for_all_or_none(sources: Sequence[DataSource]) -> None:
     without = [source.path for source in sources if source.weight is None]
     if without and len(without) < len(sources):
-        raise ConfigError(f"some sources have a weight and {without} have none; give all of them one, or none.")
+        raise ConfigError(
+            f"some sources have a weight and {without} have none; give a weight to all of them or to none."
+        )
 
 
 def _load(
@@ -215,8 +217,8 @@ class Demonstrations(NamedTuple):
 
     Attributes:
         data: The completions to imitate.
-        rejected: How many completions were left out, because another of their row is preferred.
-        undesirable: How many rows were left out, because their label is false.
+        rejected: Number of completions left out because another one of their row is preferred.
+        undesirable: Number of rows left out because their label is false.
     """
 
     data: PreferenceData

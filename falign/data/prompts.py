@@ -34,18 +34,18 @@ class PromptSource:
 
     Attributes:
         path: As :attr:`falign.data.DataSource.path`.
-        texts: Prompts themselves, in place of a path.
+        texts: The prompts themselves, in place of a path.
         split: As :attr:`falign.data.DataSource.split`.
         template: The prompt with the row's columns in braces (``"{question}\nAnswer:"``); None uses
             the column ``prompt``, or ``messages`` up to the last turn that is not the assistant's.
-        columns: Other names for columns, of the prompt or for rewards: new name to the file's, where ``"outer.inner"``
-            is an entry of a column of objects (``{"answer": "reward_model.ground_truth"}``).
+        columns: New names for columns, of the prompt or for rewards: new name to the file's, where ``"outer.inner"`` is
+            an entry of a column of objects (``{"answer": "reward_model.ground_truth"}``).
         chat: Whether a plain prompt is a user turn, to be rendered by the chat template. With None a plain prompt is
             refused if the tokenizer has a chat template.
-        system: A system turn before every prompt; makes it a conversation. A column ``system`` is the row's own.
+        system: A system turn for every prompt, which makes it a conversation. A column ``system`` gives a row its own.
         ignore: As :attr:`falign.data.DataSource.ignore`.
         limit: Keep at most this many, the first usable ones.
-        rows: As :attr:`falign.data.DataSource.rows`, beside the path that stands for them.
+        rows: As :attr:`falign.data.DataSource.rows`; ``path`` is then their name.
     """
 
     path: str | None = None
@@ -129,19 +129,19 @@ def load_prompts(
 
     Args:
         sources: One or more; their rows are concatenated.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         max_length: Maximum number of tokens of a prompt.
         long_prompt: A longer one stops the run, is cut from the left, or drops the row.
         bad_rows: ``"error"`` stops at the first row that cannot be used; ``"skip"`` counts such rows.
-        skip_by: How the user asks for ``bad_rows="skip"``, for messages; None if it is not possible.
-        eval_sources: Separate evaluation prompts; or
-        eval_size: how many rows are held out. All rows of one prompt land on the same side.
-        seed: For splitting.
+        skip_by: How the user sets ``bad_rows="skip"``, for messages; None if it is not possible.
+        eval_sources: Separate evaluation prompts.
+        eval_size: In place of those, the number of rows to hold out. All rows of a prompt go to the same side.
+        seed: Seed of the split.
         check: Finds further rows that cannot be used, which count as bad.
 
     Raises:
-        ConfigError: Options that contradict each other or leave one side empty.
-        DataError: A source or a row that cannot be used.
+        ConfigError: Options contradict each other, or leave one side empty.
+        DataError: A source or a row cannot be used.
     """
     if eval_sources and eval_size:
         raise ConfigError("eval_sources excludes eval_size; choose one way to evaluate.")
@@ -166,14 +166,14 @@ def load_prompts(
 
 
 def _num_shared(train: Sequence[PromptRow], held_out: Sequence[PromptRow]) -> int:
-    """Return how many held-out prompts are trained on: as the same text, or as the same row in another template."""
+    """Count held-out prompts that also occur in training, as the same text or as the same row in another template."""
     texts = {_last_text(row.prompt) for row in train}
     rows = {_row_key(row) for row in train} - {None}
     return sum(_last_text(row.prompt) in texts or _row_key(row) in rows for row in held_out)
 
 
 def _last_text(prompt: Text) -> str:
-    # A system turn, or plain text instead of a turn, does not make it another question.
+    # Two prompts that differ only in a system turn, or in being text or a turn, are the same question.
     if isinstance(prompt, str):
         return prompt_key(prompt)
     return prompt_key("\n".join(turn["content"] for turn in prompt if turn["role"] != "system"))
@@ -286,7 +286,7 @@ def _system(row: Row, source: PromptSource) -> str | None:
 
 
 class _Filled(string.Formatter):
-    """Fills a template with a row's columns; refuses lists, objects and nulls."""
+    """Fill a template with a row's columns; refuse lists, objects and nulls."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
         value, first = super().get_field(field_name, args, kwargs)

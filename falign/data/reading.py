@@ -1,4 +1,4 @@
-"""Sources read and tokenized row by row."""
+"""Reading and tokenization of a source, row by row."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def read_tokenized(
 
     Args:
         source: Location and layout of the rows (the caller applies ``source.limit``).
-        tokenizer: The model's.
-        stop_token_ids: All tokens at which the model's generation ends; the tokenizer's EOS counts always.
+        tokenizer: The model's tokenizer.
+        stop_token_ids: All tokens at which the model's generation ends, besides the tokenizer's EOS.
         window: Maximum lengths, and the policies for longer rows; a dropped row is yielded without a tree.
         preferences: Whether a row must prefer one of its completions to another.
         reader: As for ``read_examples``.
-        bad_rows: Takes the rows that cannot be used; by default the first one raises.
+        bad_rows: Receives the rows that cannot be used; by default the first one raises.
 
     Raises:
         ConfigError: A required chat template or stop token is missing; or plain texts need ``chat`` to be set.

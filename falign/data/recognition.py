@@ -28,8 +28,8 @@ def recognize(row: Row) -> str:
     """
     columns = row.fields.keys()
     if columns >= {"chosen", "rejected"}:
-        asked = {"prompt": "preference", "conversations": "sharegpt", "instruction": "alpaca"}
-        return next((layout for name, layout in asked.items() if name in columns), None) or _without_prompt(row)
+        by_prompt = {"prompt": "preference", "conversations": "sharegpt", "instruction": "alpaca"}
+        return next((layout for name, layout in by_prompt.items() if name in columns), None) or _without_prompt(row)
     if columns >= {"prompt", "completions"} and columns & {"scores", "ranks"}:
         return "ranked"
     if columns >= {"prompt", "completion"} or "messages" in columns:
@@ -47,7 +47,7 @@ def recognize(row: Row) -> str:
 
 
 def _demonstration(row: Row) -> dict[str, str]:
-    """Return the columns that make a demonstration of a row; empty if they cannot be inferred."""
+    """Guess the ``columns`` that make a row a demonstration; empty if they cannot be inferred."""
     if "conversations" in row.fields:
         return {"messages": "conversations"}
     wanted = ("completion",) if row.fields.keys() & {"prompt", "instruction"} else ("prompt", "completion")
@@ -77,11 +77,11 @@ def _without_prompt(row: Row) -> str:
 
 
 class RowReader:
-    """Reads the rows of one source, all in the same layout.
+    """Read the rows of one source, all in the same layout.
 
     Args:
         format: A name of ``FORMATS``, or ``"auto"``: the layout of the first row that has one.
-        columns: falign's column name to the file's.
+        columns: The file's column name by falign's.
         chat: As :attr:`falign.data.DataSource.chat`; None leaves plain texts plain.
         ignore: As :attr:`falign.data.DataSource.ignore`.
 
@@ -160,9 +160,9 @@ def refuse_unread_prompts(
     present: Mapping[str, Any],
     rewarded: bool = False,
 ) -> None:
-    """Refuse a row that has its prompt, or a part of it, in an unread column.
+    """Refuse a row with its prompt, or a part of it, in a column that was not read.
 
-    A column that only repeats text that was read is fine.
+    A column that only repeats text that was read is accepted.
 
     Args:
         unread: The columns that were not read.
@@ -173,18 +173,18 @@ def refuse_unread_prompts(
             conversation are refused.
 
     Raises:
-        DataError: Names the column and the field to set.
+        DataError: There is such a column; the message names it and the field to set.
     """
     # Compared without white space: a column may repeat the text with other line breaks.
-    said = "".join("".join(_contents(text)) for text in read)
-    said = "".join(said.split())
+    all_read = "".join("".join(_contents(text)) for text in read)
+    all_read = "".join(all_read.split())
     for name, value in unread.items():
         kind = "system" if looks_like_system(name) else "prompt" if looks_like_prompt(name) else None
         if kind is None or is_blank(value) or isinstance(value, bool | int | float):
             continue
         if rewarded and kind == "prompt" and not isinstance(value, list):
             continue
-        missing = next((text for text in _contents(value) if "".join(text.split()) not in said), None)
+        missing = next((text for text in _contents(value) if "".join(text.split()) not in all_read), None)
         if missing is not None:
             part = "a system turn" if kind == "system" else "the prompt, or a part of it,"
             remedy = f"columns={as_mapping({kind: name})}"
@@ -218,8 +218,8 @@ def read_examples(
 
     Args:
         source: Location and layout of the rows (the caller applies ``source.limit``).
-        reader: Default: the reader of the source. Its ``format`` is then the layout that was found.
-        bad_rows: Takes the rows that cannot be used; by default the first one raises.
+        reader: By default the reader of the source; its ``format`` tells the layout afterwards.
+        bad_rows: Receives the rows that cannot be used; by default the first one raises.
     """
     reader = reader or RowReader.of(source)
     bad_rows = bad_rows or BadRows()

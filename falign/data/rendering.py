@@ -1,4 +1,4 @@
-"""Rendered examples: the exact texts that a tokenizer sees."""
+"""Rendered examples: the exact texts that a tokenizer reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Rendered", "render", "render_prompt", "require_chat_choice"]
 
 
 class Rendered(NamedTuple):
-    """Texts of one example.
+    """The rendered texts of one example.
 
     Attributes:
         prompt: The prompt alone, up to where the answer begins.
@@ -29,7 +29,7 @@ def render(example: Example, tokenizer: Tokenizer) -> Rendered:
     """Render the prompt alone and with each completion: by the chat template, or concatenated.
 
     Raises:
-        ConfigError: A conversation, and no usable chat template.
+        ConfigError: The prompt is a conversation, and there is no usable chat template.
         DataError: The template refuses this conversation, or changes its text.
     """
     prompt, completions, place = example.prompt, example.completions, example.place
@@ -45,8 +45,8 @@ def render(example: Example, tokenizer: Tokenizer) -> Rendered:
         end = whole[-1].spans[-2][1]
         if compact(opening)[:end] != compact(whole[-1].text)[:end]:
             raise DataError(
-                f"{place}: the chat template changes the prompt once an answer follows, so training "
-                "and sampling would use different prompts; set model.chat_template to another."
+                f"{place}: the chat template changes the prompt when an answer follows, so training and sampling would "
+                "use different prompts; set model.chat_template to another one."
             )
     return Rendered(opening, tuple(written.text for written in whole))
 
@@ -55,20 +55,18 @@ def require_chat_choice(prompt: Text, tokenizer: Tokenizer, chat: bool | None, p
     """Refuse plain text if the tokenizer has a chat template and ``chat`` does not say whether to use it.
 
     Args:
-        prompt: As it will be rendered.
-        tokenizer: The model's.
-        chat: As :attr:`falign.data.DataSource.chat`.
-        place: The row, for messages.
+        prompt: The prompt.
+        tokenizer: The model's tokenizer.
+        chat: The choice of the source, :attr:`falign.data.DataSource.chat`.
+        place: File and row, for messages.
 
     Raises:
-        ConfigError: ``chat`` is None, and the row may be read either way.
+        ConfigError: ``chat`` is None, and the row can be read in both ways.
     """
     if chat is None and isinstance(prompt, str) and tokenizer.chat_template:
         raise ConfigError(
-            f"{place}: the row is plain text, and the model has a chat template. Set chat on the source "
-            "(in a command, --chat or --plain): "
-            "true makes the prompt a user turn and a completion an assistant turn, as in a chat; "
-            "false continues the text without the template."
+            f"{place}: the row is plain text, and the model has a chat template, so say how to read it: chat=True "
+            "(prompts are user turns, completions assistant turns) or chat=False (plain text without the template)."
         )
 
 
@@ -76,7 +74,7 @@ def render_prompt(prompt: Text, tokenizer: Tokenizer, place: str) -> str:
     """Render a prompt alone, up to where the answer begins.
 
     Raises:
-        ConfigError: A conversation, and no usable chat template.
+        ConfigError: The prompt is a conversation, and there is no usable chat template.
         DataError: The template refuses this conversation, or changes its text.
     """
     if isinstance(prompt, str):

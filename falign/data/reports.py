@@ -17,7 +17,7 @@ __all__ = ["BadRowPolicy", "BadRows", "Notice", "SourceReport", "Tally"]
 
 
 DRIFT = 0.05
-"""A warning is printed if the prompt of a larger share of rows changes before an answer."""
+"""Share of rows whose prompt changes when an answer follows, above which a warning is printed."""
 
 
 class Notice(NamedTuple):
@@ -38,8 +38,8 @@ class SourceReport:
 
     Attributes:
         path: The source.
-        format: The layout it was read as.
-        read: All rows that were read, bad ones included.
+        format: The layout in which it was read.
+        read: All rows, bad ones included.
         bad: Rows that cannot be used.
         kept: Rows that are left to train on.
         dropped: Rows left out by a length policy, by reason.
@@ -72,7 +72,7 @@ class SourceReport:
 
     @property
     def drift_share(self) -> float:
-        """Share of kept rows in which the prompt changes once a completion follows."""
+        """Share of kept rows in which the prompt changes when a completion follows."""
         return (self.drifting + self.reopened) / self.kept if self.kept else 0.0
 
     def remarks(self) -> list[str]:
@@ -105,7 +105,7 @@ class SourceReport:
             ("prompts cut", self.prompts_cut),
             ("completions cut", self.completions_cut),
             ("prompts that merge with an answer", self.drifting),
-            ("answers opened otherwise than prompted", self.reopened),
+            ("answers opened differently from the prompt", self.reopened),
             ("distinct prompts", self.prompts),
             ("duplicate rows", self.duplicates),
             ("contradicting rows", self.contradictions),
@@ -113,7 +113,7 @@ class SourceReport:
 
 
 class Tally:
-    """Counts rows as they pass, for a ``SourceReport``.
+    """Count rows as they are read, for a ``SourceReport``.
 
     Args:
         bad_rows: Holds the count of bad rows.
@@ -185,12 +185,12 @@ BadRowPolicy = Literal["error", "skip"]
 
 
 class BadRows:
-    """Takes the error of each bad row: raises it, or counts it and keeps the first messages.
+    """Receive the error of each bad row: raise it, or count it and keep the first messages.
 
     Args:
         policy: ``"error"`` raises; ``"skip"`` counts and continues.
-        keep: How many messages are kept.
-        skip_by: How the user asks for ``"skip"``, for messages; None if it is not possible.
+        keep: Number of messages to keep.
+        skip_by: How the user sets ``"skip"``, for messages; None if it is not possible.
 
     Attributes:
         count: Bad rows so far.

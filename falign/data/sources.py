@@ -1,4 +1,4 @@
-"""Sources of rows: a file, a folder, a data set on the Hub, or a sample inside the package."""
+"""Sources of rows: a file, a folder, a dataset on the Hub, or a sample inside the package."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ DEMOS: dict[str, Path] = {
     "demo:polite-preference": Path(__file__).parent / "embedded" / "polite-preference.jsonl.gz",
     "demo:one-digit-arithmetic": Path(__file__).parent / "embedded" / "one-digit-arithmetic",
 }
-"""Data sets inside the package, by the path that names them: a file, or a folder with a file per split."""
+"""Datasets inside the package, by the path that names them: a file, or a folder with a file per split."""
 
-_SHARD = re.compile(r"[-_.]\d+(-of-\d+)?(-[0-9a-f]{16})?$")  # of a table in several files
+_SHARD = re.compile(r"[-_.]\d+(-of-\d+)?(-[0-9a-f]{16})?$")  # suffix of one file of a table in several files
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -33,18 +33,18 @@ class DataSource:
     """One source of preference data.
 
     Attributes:
-        path: A file, a folder, a Hub data set (``"org/name"``), or a sample inside the package:
+        path: A file, a folder, a Hub dataset (``"org/name"``), or a sample inside the package:
             ``"demo:polite-preference"`` (pairs) or ``"demo:one-digit-arithmetic"`` (questions with answers).
-        split: The split of a Hub data set or of a folder with several; the arithmetic has ``train`` and ``test``.
+        split: The split of a Hub dataset or of a folder with several; the arithmetic has ``train`` and ``test``.
         format: A name of ``falign.data.FORMATS``, or ``"auto"`` to infer it from the columns.
-        columns: falign's column names to the file's, for example ``{"prompt": "question"}``; ``"outer.inner"`` is an
+        columns: The file's column names by falign's, for example ``{"prompt": "question"}``; ``"outer.inner"`` is an
             entry of a column of objects.
         chat: Whether plain texts are turns, the prompt a user's, to be rendered by the chat template. With None plain
             texts are refused if the tokenizer has a chat template.
         ignore: Columns, and keys of turns, that look like a part of the prompt but are not.
-        weight: Share of this source in a mixture; all sources of a mixture have one, or none has.
+        weight: Share of this source in a mixture; either all sources have a weight or none.
         limit: Keep at most this many examples, the first usable ones.
-        rows: The rows themselves, in place of what ``path`` names.
+        rows: The rows themselves; ``path`` is then only their name.
     """
 
     path: str
@@ -74,7 +74,7 @@ def read_rows(path: str | Path, *, split: str = "train", bad_rows: BadRows | Non
     Args:
         path: As ``DataSource.path``.
         split: As ``DataSource.split``; a single file has no splits.
-        bad_rows: Takes lines that are not rows; by default the first one raises.
+        bad_rows: Receives lines that are not rows; by default the first one raises.
 
     Raises:
         DataError: The source does not exist or cannot be read.
@@ -102,7 +102,7 @@ def require_source(path: str | Path) -> None:
         path: As ``DataSource.path``.
 
     Raises:
-        DataError: With the nearest name that is there.
+        DataError: The source is missing; the message suggests the nearest name.
     """
     name, local = str(path), Path(path)
     if name.startswith(PYTHON):
@@ -122,7 +122,7 @@ def require_source(path: str | Path) -> None:
 def rows_of(
     path: str | Path, rows: InMemory | None, *, split: str = "train", bad_rows: BadRows | None = None
 ) -> Iterator[Row]:
-    """Yield the rows of a source: those in memory where there are some, else those that its path names.
+    """Yield the rows of a source: those in memory if there are any, otherwise those of its path.
 
     Args:
         path: As ``DataSource.path``.
@@ -131,7 +131,7 @@ def rows_of(
         bad_rows: As for :func:`read_rows`.
 
     Raises:
-        DataError: The source is not there, cannot be read, or has no such split.
+        DataError: The source is missing, cannot be read, or has no such split.
     """
     if rows is not None:
         return rows.read(bad_rows=bad_rows)
@@ -176,7 +176,7 @@ def _not_found(path: Path) -> str:
     if guess:
         return f"{path}: no such file or folder; did you mean {path.parent / guess}?"
     if path.parent.is_dir():
-        return f"{path}: no such file or folder, nor a Hub data set (written org/name); check the path."
+        return f"{path}: no such file or folder, nor a Hub dataset (written org/name); check the path."
     return f"{path}: no such file or folder; {path.parent} does not exist either. Check the path."
 
 
@@ -232,10 +232,10 @@ def _load_from_hub(name: str, split: str) -> Any:
     except ConnectionError as error:
         raise DataError(
             f"{name}: there is no such local path, and the Hub cannot be reached ({error}); "
-            "check the path or the network, or download the data set first and give its folder."
+            "check the path or the network, or download the dataset first and give its folder."
         ) from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{name}: the Hub data set cannot be loaded, split {split!r} ({error}); check both.") from error
+        raise DataError(f"{name}: the Hub dataset cannot be loaded, split {split!r} ({error}); check both.") from error
 
 
 def _numbered(rows: Any, name: str) -> Iterator[Row]:

@@ -1,7 +1,7 @@
 """Choices by hash: the rows that a mixture draws and the prompts that are held out.
 
-A hash depends on the row and the seed alone, so the choice is the same on every machine, and more rows in a file
-do not reshuffle those that were there.
+A hash depends only on the row and the seed. So the choice is the same on every machine, and rows added to a file do not
+change the choice among the others.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def held_out_prompts(prompts: Sequence[str], *, fraction: float = 0.0, size: int
     Args:
         prompts: The prompt of each row.
         fraction: Expected share of prompts that is held out.
-        size: Or the number of rows held out; a few less if a prompt with several rows does not fit.
+        size: In place of that, the number of rows held out; slightly fewer if a prompt with several rows does not fit.
         seed: Another seed holds out other prompts.
 
     Raises:
@@ -61,19 +61,19 @@ def held_out_prompts(prompts: Sequence[str], *, fraction: float = 0.0, size: int
     counts = Counter(prompts)
     by_hash = sorted(counts, key=lambda prompt: _hash(seed, prompt))
     if fraction:
-        # A threshold on each hash: rows added to a file do not move the prompts that were there.
+        # A threshold on each hash, so that rows added to a file do not move other prompts.
         chosen = {prompt for prompt in by_hash if _hash(seed, prompt) < fraction * 2**64}
     else:
         chosen, room = set(), size
-        for prompt in by_hash:  # all rows of a prompt go to one side, so a prompt with too many rows is passed over
+        for prompt in by_hash:  # a prompt with more rows than there is room for is skipped
             if counts[prompt] <= room:
                 chosen.add(prompt)
                 room -= counts[prompt]
     if not 0 < len(chosen) < len(counts):
         side = "evaluation" if not chosen else "training"
         raise ConfigError(
-            f"eval_fraction={fraction}, eval_size={size} of {len(prompts)} rows with {len(counts)} different "
-            f"prompts leaves nothing for {side}; choose another value, or name an evaluation source."
+            f"eval_fraction={fraction}, eval_size={size} leaves nothing for {side}: there are {len(prompts)} rows with "
+            f"{len(counts)} different prompts. Choose another value, or name an evaluation source."
         )
     return frozenset(chosen)
 

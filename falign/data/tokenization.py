@@ -24,8 +24,8 @@ class Encoded(NamedTuple):
 
     Attributes:
         tree: Prompt and completions.
-        drifting_tokens: Number of last prompt tokens that change once a completion follows. They belong to the
-            completions, or to neither side if the template writes them only in the prompt.
+        drifting_tokens: Number of tokens at the end of the prompt that change when a completion follows. They belong to
+            the completions, or to neither side if the template writes them only in the prompt.
         reopened: Whether they change because the template opens an answer differently from its generation prompt;
             otherwise they merge with the first characters of an answer.
     """
@@ -40,12 +40,12 @@ class Tokenized:
     """An example in token ids that fits the window, with the cuts that were made.
 
     Attributes:
-        tree: Prompt and completions; None when the row was dropped.
+        tree: Prompt and completions; None if the row was dropped.
         drifting_tokens: As in ``Encoded``.
         reopened: As in ``Encoded``.
         prompt_tokens_cut: Number of tokens cut from the prompt.
         completions_cut: Number of completions that were cut.
-        dropped: Why the row was dropped, or None.
+        dropped: Reason why the row was dropped, or None.
     """
 
     tree: PromptTree | None
@@ -61,8 +61,8 @@ def tokenize(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collecti
 
     Args:
         example: Prompt and completions as text.
-        tokenizer: The model's.
-        stop_token_ids: All tokens at which the model's generation ends; the tokenizer's EOS counts always.
+        tokenizer: The model's tokenizer.
+        stop_token_ids: All tokens at which the model's generation ends, besides the tokenizer's EOS.
         window: Maximum lengths, and the policies for longer rows.
 
     Raises:
@@ -104,7 +104,7 @@ def encode(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collection
     bos = [] if example.conversational else _leading_bos(tokenizer)
     prompt_ids = _ids(rendered.prompt, tokenizer, bos, example.place)
     full_ids = [_ids(text, tokenizer, bos, example.place) for text in rendered.full]
-    # Without its last token each text leaves its completion at least one token.
+    # The last token of each text is left out here, so that every completion keeps at least one token.
     boundary = _common_length([prompt_ids, *(ids[:-1] for ids in full_ids)])
     if boundary == 0:
         raise DataError(
@@ -131,8 +131,8 @@ def _check_distinct(tree: PromptTree) -> None:
         other = seen.setdefault(ids, number)
         if tree.preference[other] != tree.preference[number]:
             raise DataError(
-                f"{tree.place}: completions {other + 1} and {number + 1} are the same tokens, because they differ in "
-                "white space alone, which is trimmed; neither can be preferred: correct the row or remove it."
+                f"{tree.place}: completions {other + 1} and {number + 1} are the same tokens, because they differ only "
+                "in white space, which is trimmed; neither can be preferred: correct the row or remove it."
             )
 
 
@@ -140,7 +140,7 @@ def encode_prompt(prompt: Text, tokenizer: Tokenizer, place: str) -> tuple[int, 
     """Return the token ids of a prompt without a completion.
 
     Raises:
-        ConfigError: A conversation, and no usable chat template.
+        ConfigError: The prompt is a conversation, and there is no usable chat template.
         DataError: The template refuses it, or no token is left.
     """
     bos = _leading_bos(tokenizer) if isinstance(prompt, str) else []

@@ -55,7 +55,7 @@ class Window:
 
 
 class Fitted(NamedTuple):
-    """A tree that fits, and the cuts; for a dropped row ``tree`` is None and ``dropped`` is the reason."""
+    """A tree that fits, and the cuts; if the row is dropped, ``tree`` is None and ``dropped`` is the reason."""
 
     tree: PromptTree | None
     prompt_tokens_cut: int = 0
@@ -67,9 +67,9 @@ def fit(tree: PromptTree, window: Window, *, bos_token_id: int | None) -> Fitted
     """Cut or drop a tree that is longer than the window; all completions keep the same prompt.
 
     Args:
-        tree: Of any length.
+        tree: The tree, of any length.
         window: The lengths and policies.
-        bos_token_id: Kept at the start when a prompt that begins with it is cut.
+        bos_token_id: A BOS token that stays first when a prompt that begins with it is cut.
 
     Raises:
         DataError: A prompt or completion is too long, and its policy is ``"error"``.

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 __all__ = ["DataCheck", "check_data", "is_run_file"]
 
 WITHOUT_PREFERENCES = ("unpaired", "completion")
-"""Layouts whose rows do not prefer one completion to another."""
+"""Formats whose rows have no preferences."""
 
 NO_PREFERENCES = Notice(
-    "No row of this layout prefers a completion to another, which pairwise, listwise and token_pairwise objectives "
-    "refuse. Give the run file in place of the data to check it under its objective."
+    "Rows of this format have no preferences, which pairwise, listwise and token_pairwise objectives need. Give the "
+    "run file in place of the data to check it under its objective."
 )
 
 
@@ -32,7 +32,7 @@ class DataCheck:
 
     Attributes:
         sources: The report of each source: counts, lengths, the first bad rows, likely mistakes.
-        notices: What else is worth knowing; of a run file, what its run prints about the data.
+        notices: Further remarks; for a run file, those that its run prints about the data.
         refusal: Why a run would not start on the data; None if it would.
     """
 
@@ -74,37 +74,39 @@ def check_data(
     keep: int = 10,
     trust_code: bool = False,
 ) -> DataCheck:
-    """Read data as a run would, and report on all rows instead of stopping at a bad one. Nothing is printed.
+    """Read data as a run would, and report on all rows instead of stopping at a bad one; print nothing.
 
     Args:
         data: Pairs, lists or single completions: rows, the path of a file, or a source with its fields, such as
             ``dict(rows=..., chat=True)``. Or a run: the path of its file (``.yaml``) or its settings; its data are
-            checked as it reads them, under its model and its objective, and no further option applies.
-        model: Count in the tokens of this model, by name or loaded; words if left out.
-        tokenizer: Of a loaded model; by default the one where it was loaded from.
-        chat_template: A Jinja template or a file with one, instead of that of a named model.
+            checked under its model and its objective, as it reads them, and only the last three options apply.
+        model: Count lengths in the tokens of this model, given by its name or loaded; by default in words.
+        tokenizer: Tokenizer of a loaded model; by default the one in the folder that it was loaded from.
+        chat_template: A Jinja template or a file that contains one, in place of that of a model given by its name.
         format: As :attr:`falign.data.DataSource.format`.
         split: As :attr:`falign.data.DataSource.split`.
         columns: As :attr:`falign.data.DataSource.columns`.
         chat: As :attr:`falign.data.DataSource.chat`.
         ignore: As :attr:`falign.data.DataSource.ignore`.
-        max_length: The window, prompt and completion together; 1024 if left out.
+        max_length: Maximum tokens of prompt and completion together; by default 1024.
         max_completion_length: As :attr:`falign.data.Window.max_completion_length`.
-        long_prompt: ``error``, ``cut`` or ``drop``; ``error`` if left out.
-        long_completion: The same; ``cut`` if left out.
-        max_drift: The largest share of rows whose prompt may change once a completion follows; a run only warns.
-        keep: How many messages about bad rows each report has.
-        trust_code: Whether code may run that the ``run.yaml`` of a run folder names.
+        long_prompt: ``error``, ``cut`` or ``drop`` for prompts that are too long; by default ``error``.
+        long_completion: The same for completions; by default ``cut``.
+        max_drift: Highest allowed share of rows whose last prompt tokens change when a completion follows; by default
+            this is only a remark.
+        keep: Maximum number of messages about bad rows in each report.
+        trust_code: Whether code that the ``run.yaml`` of a run folder names may run.
 
     Raises:
-        ConfigError: An option that cannot work or does not apply, a mistake in the run file, or plain texts and a model
-            with a chat template without ``chat``.
+        ConfigError: An option is invalid or does not apply; the run file is invalid; or ``chat`` is missing for plain
+            texts and a model with a chat template.
         DataError: A source cannot be read.
         ModelError: The model has no tokenizer.
     """
     if max_drift is not None and not 0 <= max_drift <= 1:
         raise ConfigError(f"max_drift={max_drift} must be a share, from 0 to 1.")
-    ignore = ignore if isinstance(ignore, str) else list(ignore)  # a text is refused below, not taken as letters
+    # list() would split a text into its letters; a text is refused below.
+    ignore = ignore if isinstance(ignore, str) else list(ignore)
     fields = {"format": format, "split": split, "columns": dict(columns or {}), "chat": chat, "ignore": ignore}
     fields = {name: value for name, value in fields.items() if value != SourceConfig.model_fields[name].default}
     lengths: dict[str, Any] = {
@@ -114,12 +116,12 @@ def check_data(
         "long_completion": long_completion,
     }
     lengths = {name: value for name, value in lengths.items() if value is not None}
-    of_model = {"tokenizer": tokenizer, "chat_template": chat_template}
-    about_tokens = [*lengths, *(name for name, value in of_model.items() if value is not None)]
+    model_options = {"tokenizer": tokenizer, "chat_template": chat_template}
+    token_options = [*lengths, *(name for name, value in model_options.items() if value is not None)]
     if is_run_file(data):
-        given = [*([] if model is None else ["model"]), *about_tokens, *fields]
+        given = [*([] if model is None else ["model"]), *token_options, *fields]
         if given:
-            raise ConfigError(f"`{given[0]}`: {_name(data)} is a run file, which has this itself; leave it out.")
+            raise ConfigError(f"`{given[0]}`: {_name(data)} is a run file, which sets this itself; leave it out.")
         return _check_run(data, max_drift=max_drift, keep=keep, trust_code=trust_code)
     source, options = parse_source(data, place="data", beside=fields), {}
     if model is not None:
@@ -130,15 +132,15 @@ def check_data(
             "stop_token_ids": section.stop_token_ids(tokenizer),
             "window": Window(**{"max_length": DataConfig.model_fields["max_length"].default, **lengths}),
         }
-    elif about_tokens:
-        raise ConfigError(f"`{about_tokens[0]}` is about tokens: give `model`.")
+    elif token_options:
+        raise ConfigError(f"`{token_options[0]}` needs a tokenizer: give `model`.")
     report = check(source, keep=keep, **options)
     notices = [NO_PREFERENCES] if report.source.format in WITHOUT_PREFERENCES else []
     return DataCheck((report,), tuple(notices), report.refusal(skip_by="data.bad_rows=skip", max_drift=max_drift))
 
 
 def is_run_file(data: Any) -> bool:
-    """Return whether data are given as a run: the path of its file, or its settings."""
+    """Return whether the data are those of a run, given by the path of its file or by its settings."""
     return isinstance(data, RunConfig) or (isinstance(data, str | Path) and Path(data).suffix in (".yaml", ".yml"))
 
 
@@ -154,7 +156,7 @@ def _model(
 
 
 def _check_run(run: str | Path | RunConfig, *, max_drift: float | None, keep: int, trust_code: bool) -> DataCheck:
-    """Check all rows of each source, then everything that a run refuses before it loads weights."""
+    """Check all rows of each source, then everything else that a run checks before it loads weights."""
     from falign.runs.named_code import load_own_run_file
     from falign.training.offline import read_data
     from falign.training.parts import load_language
@@ -163,7 +165,8 @@ def _check_run(run: str | Path | RunConfig, *, max_drift: float | None, keep: in
     objective = config.check()
     if config.data is None:
         raise ConfigError(
-            f"{_name(run)} has prompts and no data: falign train checks prompts before it loads any weights."
+            f"{_name(run)} has prompts and no data, so there is nothing to check here: falign train checks prompts "
+            "before it loads weights."
         )
     language = load_language(config)
     reports = tuple(
@@ -183,7 +186,7 @@ def _check_run(run: str | Path | RunConfig, *, max_drift: float | None, keep: in
     if refusal is None:
         try:
             read_data(config, language, objective, tell=notices.append)
-        except FalignError as error:  # a finding of the check, next to those before it
+        except FalignError as error:  # returned with the reports rather than raised
             refusal = error
     return DataCheck(reports, tuple(notices), refusal)
 

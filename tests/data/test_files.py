@@ -89,7 +89,7 @@ def test_line_that_is_not_json_names_line_problem_and_remedy(tmp_path):
         ("x.jsonl.gz", b"plain", "damaged gzip file"),
         ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-12], "damaged gzip file"),
         ("x.parquet", b"plain text", "not a readable Parquet file"),
-        ("x.txt", b"plain", r"the file type '.txt' is not read; use one of \('.json',"),
+        ("x.txt", b"plain", r"the file type '.txt' is not supported; use one of \('.json',"),
         ("x.csv.gz", gzip.compress(b"a\n1\n", mtime=0), "the file type '.gz' is not read"),
     ],
 )

@@ -175,7 +175,7 @@ TURNS = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assista
             {**TURNS, "tools": [{"name": "f"}]},
             "column 'tools' is not supported, and leaving it out would change the prompt",
         ),
-        ({"chosen": "alpha", "rejected": "beta"}, "begin with no common words, so there is no prompt"),
+        ({"chosen": "alpha", "rejected": "beta"}, "have no words in common at their beginning, so there is no prompt"),
         ({"chosen": "a b", "rejected": [assistant("b")]}, "one of 'chosen' and 'rejected' is text, the other"),
         ({"prompt": "q", "completions": ["a", "b"], "scores": [1]}, r"'scores' is \[1\]; it must be 2 numbers"),
         ({"prompt": "q", "completions": ["a", "b"], "ranks": ["1", "2"]}, "'ranks' is .*; it must be 2 numbers"),

@@ -55,7 +55,7 @@ def test_rows_add_up_and_counts_are_those_of_the_rows():
         ("prompts cut", 1),
         ("completions cut", 2),
         ("prompts that merge with an answer", 1),
-        ("answers opened otherwise than prompted", 0),
+        ("answers opened differently from the prompt", 0),
         ("distinct prompts", 4),
         ("duplicate rows", 0),
         ("contradicting rows", 0),

@@ -19,7 +19,7 @@ def test_missing_file_suggests_the_near_miss(write_rows, tmp_path):
     wrong = path.replace("train_pairs", "train-pair")
     with pytest.raises(DataError, match=r"no such file or folder; did you mean .*train_pairs.jsonl\?"):
         list(read_rows(wrong))
-    with pytest.raises(DataError, match="no such file or folder, nor a Hub data set"):
+    with pytest.raises(DataError, match="no such file or folder, nor a Hub dataset"):
         list(read_rows(tmp_path / "nothing-like-it.jsonl"))
     with pytest.raises(DataError, match=r"nowhere does not exist either\. Check the path"):
         list(read_rows(tmp_path / "nowhere" / "x.jsonl"))

@@ -51,7 +51,7 @@ def test_nothing_is_held_out_unless_asked():
         ({"fraction": 1.0}, r"eval_fraction=1.0 must be in \[0, 1\)"),
         ({"fraction": 0.1, "size": 2}, "and one of them 0"),
         ({"size": -1}, "eval_size=-1 at least 0"),
-        ({"size": 1000}, "1000 rows with 1000 different prompts leaves nothing for training"),
+        ({"size": 1000}, "leaves nothing for training: there are 1000 rows with 1000 different prompts"),
         ({"fraction": 1e-9}, "leaves nothing for evaluation"),
     ],
 )

@@ -66,7 +66,7 @@ OPENS_OTHERWISE = TEMPLATE + "{% if add_generation_prompt %}>{% endif %}"
 def test_drift_is_refused_only_where_a_limit_is_given(model):
     options = {"model": model, "chat_template": OPENS_OTHERWISE, "chat": True}
     assert falign.check_data(PAIRS, **options).ok
-    with pytest.raises(DataError, match=r"in 100\.0% of the rows .* \(at most 5\.0% pass\)"):
+    with pytest.raises(DataError, match=r"in 100\.0% of the rows .* \(at most 5\.0% are allowed\)"):
         falign.check_data(PAIRS, **options, max_drift=0.05).require_ok()
 
 
@@ -75,9 +75,7 @@ def test_rows_without_preferences_are_told_of():
         [{"question": "q", "answer": "a"}], columns={"prompt": "question", "completion": "answer"}
     )
     assert found.ok
-    assert [notice.text.partition(",")[0] for notice in found.notices] == [
-        "No row of this layout prefers a completion to another"
-    ]
+    assert [notice.text.partition(",")[0] for notice in found.notices] == ["Rows of this format have no preferences"]
 
 
 def test_a_run_is_checked_as_its_file(run_file):
@@ -98,14 +96,14 @@ def test_a_run_is_checked_as_its_file(run_file):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 9}, "`max_length` is about tokens: give `model`"),
-        ({"chat_template": "x"}, "`chat_template` is about tokens"),
+        ({"max_length": 9}, "`max_length` needs a tokenizer: give `model`"),
+        ({"chat_template": "x"}, "`chat_template` needs a tokenizer"),
         ({"max_drift": 2.0}, "max_drift=2.0 must be a share"),
         ({"format": "hhh"}, "format='hhh' is unknown.* did you mean 'hh'"),
         ({"data": {"rows": PAIRS, "chat": False}, "chat": True}, "`chat`: data is a section, which has this itself"),
         ({"data": {"rows": PAIRS, "chta": False}}, "data: chta: "),
         ({"ignore": "id"}, "data: ignore: Input should be a valid list"),
-        ({"data": "run.yaml", "format": "hh"}, r"`format`: run\.yaml is a run file, which has this itself"),
+        ({"data": "run.yaml", "format": "hh"}, r"`format`: run\.yaml is a run file, which sets this itself"),
         ({"data": "run.yaml", "model": "x", "chat": True}, r"`model`: run\.yaml is a run file"),
         ({"data": "run.yaml"}, r"No run file at run\.yaml"),
     ],
