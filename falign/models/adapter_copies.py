@@ -1,4 +1,4 @@
-"""Frozen adapters that follow the trained one: as its copy, or as an average over its past."""
+"""Frozen adapters that follow the trained one: a copy of it, or an average over its past."""
 
 import copy
 
@@ -26,10 +26,10 @@ def add_copy(model: PeftModel, *, source: str = "default", name: str = "ref") ->
 
 
 def add_average(model: PeftModel, *, rank: int, source: str = "default", name: str = "ref") -> None:
-    """Add a frozen adapter with the updates of another and room for ``rank`` columns.
+    """Add a frozen adapter of rank ``rank`` with the same updates as another adapter of at most this rank.
 
     Raises:
-        ConfigError: The adapter itself has more columns.
+        ConfigError: The other adapter has a higher rank.
         ModelError: The name is in use, or the adapter is more than LoRA matrices.
     """
     check_plain_lora(model, source)

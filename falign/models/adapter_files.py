@@ -1,4 +1,4 @@
-"""The files of an adapter: read with every value checked, written with a digest and the record of their base."""
+"""The files of an adapter: every value is checked when they are read; a digest and the base are recorded."""
 
 import dataclasses
 import hashlib
@@ -49,7 +49,7 @@ class AdapterFiles(NamedTuple):
 
 
 def read_adapter_files(folder: Path) -> AdapterFiles:
-    """Read and check a LoRA adapter in safetensors.
+    """Read a LoRA adapter in safetensors, and check it.
 
     Raises:
         ModelError: No adapter there, another type of adapter, one that changes its base, pickled or damaged weights, an
@@ -73,13 +73,13 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
         if not tensor.is_floating_point() or tensor.numel() == 0 or not bool(tensor.isfinite().all()):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise damaged(weights, f"{name}, {kind} of shape {[*tensor.shape]}, is empty, NaN, infinite or an integer")
-    if not settings.get("target_parameters"):  # experts have the ranks of all of them in one matrix
+    if not settings.get("target_parameters"):  # those of experts stack several ranks in one matrix
         _check_ranks(folder, settings, tensors)
     if "adapter" in record and record["adapter"] != _digest(settings, tensors, record):
         raise ModelError(
-            f"{folder}: {_CONFIG} and {_WEIGHTS} are not as they were written: a setting that changes the update (r, "
-            "lora_alpha, use_rslora, target_modules ...) or a weight differs. Restore both files from one copy; to "
-            "change an adapter on purpose, load it with PEFT and save it again."
+            f"{folder}: {_CONFIG} or {_WEIGHTS} has changed since it was written: a weight, or a setting that changes "
+            "the update (r, lora_alpha, use_rslora, target_modules ...). Restore both files from one copy; to change "
+            "an adapter on purpose, load it with PEFT and save it again."
         )
     base = RecordedBase(
         settings.get("base_model_name_or_path"), settings.get("revision"), record.get("base"), record.get("storage")
@@ -149,7 +149,7 @@ def _maps_to(valid: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: value is None or (isinstance(value, dict) and all(valid(each) for each in value.values()))
 
 
-# Settings that PEFT does not check, or at which it fails without the file's name. The first two are required.
+# Settings that PEFT does not check, or for which its error does not name the file. The first two are required.
 _SETTINGS: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (_is_rank, "the rank is an integer of at least 1"),
     "lora_alpha": (_is_number, "the scale is a finite number"),
@@ -175,7 +175,7 @@ _SETTINGS: dict[str, tuple[Callable[[object], bool], str]] = {
         for flag in ("use_rslora", "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "inference_mode")
     },
 }
-_MISSING: dict[str, Any] = {"bias": "none", "lora_dropout": 0.0}
+_MISSING: dict[str, Any] = {"bias": "none", "lora_dropout": 0.0}  # PEFT's defaults
 
 
 def _check_ranks(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

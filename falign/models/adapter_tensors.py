@@ -1,4 +1,4 @@
-"""Adapters outside a model: configuration and matrices, under the names of PEFT's files."""
+"""Adapters outside of a model: configuration and matrices, with the names in PEFT's files."""
 
 import copy
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ class AdapterTensors(NamedTuple):
     Attributes:
         config: PEFT's configuration.
         tensors: Its matrices, on the CPU.
-        base: The base it was made for, as far as it is recorded.
+        base: The recorded base that it was made for.
     """
 
     config: LoraConfig
@@ -106,7 +106,7 @@ def read_adapter(folder: Path) -> AdapterTensors:
 
 
 def adapter_of(factors: Mapping[str, Factors], *, base: str | None, transposed: bool) -> AdapterTensors:
-    """Return the adapter with these updates: ``alpha = r``, so that they are not scaled again.
+    """Return the adapter with these updates, with ``alpha = r``, so that PEFT does not scale them again.
 
     Args:
         factors: Updates by the names of their layers in the base; ranks may differ.
@@ -135,7 +135,7 @@ def adapter_of(factors: Mapping[str, Factors], *, base: str | None, transposed: 
 
 
 def install_adapter(model: PeftModel, adapter: AdapterTensors, *, name: str) -> None:
-    """Add a frozen, inactive adapter to a model that has others, and leave those unchanged.
+    """Add a frozen, inactive adapter to a model, and leave its other adapters unchanged.
 
     Raises:
         ModelError: The name is in use, or the adapter is for another base.
@@ -145,6 +145,7 @@ def install_adapter(model: PeftModel, adapter: AdapterTensors, *, name: str) -> 
     base = model.get_base_model()
     assert isinstance(base, PreTrainedModel)
     _check_shapes(adapter, base)
+    # PEFT changes which parameters train when it adds an adapter; this is undone below.
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     config = copy.deepcopy(adapter.config)
     config.inference_mode = True

@@ -55,25 +55,25 @@ def add_lora(
     rslora: bool = False,
     revision: str | None = None,
 ) -> PeftModel:
-    """Freeze ``model`` and give it a trainable adapter named ``default``, with float32 weights.
+    """Freeze ``model``, and add a trainable adapter named ``default`` with float32 weights.
 
-    The adapter changes nothing at first (B = 0). A depends only on ``seed`` and the shapes: not on the device, on
-    the base's type or quantization, nor on the global random state, which is left as it was. A quantized base needs
-    no further preparation: it is not converted to float32.
+    The adapter changes nothing at first (B = 0). A depends only on ``seed`` and the shapes, and not on the device, the
+    base's dtype or quantization, or the global random state, which is left as it was. A quantized base needs no further
+    preparation: it is not converted to float32.
 
     Args:
-        model: the base, changed in place.
-        r: rank.
-        alpha: scale; the update is ``alpha / r · B A``, or ``alpha / √r · B A`` with ``rslora``.
-        seed: seed of A.
-        dropout: on the adapter's input, while training.
+        model: The base, changed in place.
+        r: Rank.
+        alpha: Scale; the update is ``alpha / r · B A``, or ``alpha / √r · B A`` with ``rslora``.
+        seed: Seed of A.
+        dropout: Dropout probability of the adapter's input, in training.
         target_modules: ``all-linear`` (all linear layers but the output head), or endings of module names. Experts that
             are stacked in one parameter, and their router, are not linear layers and get no adapter.
-        rslora: scale by 1/√r.
-        revision: the base's revision on the hub, recorded in the adapter's configuration.
+        rslora: Scale by 1/√r.
+        revision: The base's revision on the hub, recorded in the adapter's configuration.
 
     Raises:
-        ConfigError: a target that is not a linear layer of this model.
+        ConfigError: A target that is not a linear layer of this model.
     """
     linear = linear_modules(model)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
@@ -82,13 +82,13 @@ def add_lora(
         targets = _linear_beside_experts(model, linear)
     elif taken := _taken_for_experts(targets, model):
         raise ConfigError(
-            f"target_modules={targets!r}: PEFT takes {sorted(taken)} for the experts of a {type(model).__name__}, "
+            f"target_modules={targets!r}: PEFT applies {sorted(taken)} to the experts of a {type(model).__name__}, "
             "which are not linear layers: leave them out."
         )
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=r,
-        # PEFT declares an integer, and applies and stores any number.
+        # Declared as an integer in PEFT, which works with any number.
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=dropout,
         target_modules=targets,
@@ -125,14 +125,14 @@ def load_adapter(
     the name of its base; a warning says if the names differ.
 
     Args:
-        model: the base, or a model that has other adapters.
-        path: the adapter's folder.
-        trainable: whether it takes gradients.
-        name: its name in the model.
-        base_hash: ``weights_hash`` of the base, if it is known already.
+        model: The base, or a model that has other adapters.
+        path: The adapter's folder.
+        trainable: Whether it takes gradients.
+        name: Its name in the model.
+        base_hash: Hash of the base by ``weights_hash``, if it is known already.
 
     Raises:
-        ModelError: no adapter there, invalid settings, pickled, damaged or changed weights, a used name, an adapter
+        ModelError: No adapter there, invalid settings, pickled, damaged or changed weights, a used name, an adapter
             that changes its base, or one for another base.
     """
     folder = Path(path).expanduser()
@@ -161,7 +161,7 @@ def load_adapter(
 
 
 def transplant_adapter(source: PeftModel, target: PreTrainedModel, *, adapter: str = "default") -> PeftModel:
-    """Give ``target``, another copy of the base, a copy of ``source``'s adapter, in memory and frozen."""
+    """Add a frozen copy of ``source``'s adapter to ``target``, another copy of the base."""
     config = copy.deepcopy(source.peft_config[adapter])
     config.inference_mode = True
     config.base_model_name_or_path = None
@@ -268,16 +268,16 @@ def _unfit(folder: Path, reason: str) -> ModelError:
 def start_from_adapter(
     model: PreTrainedModel, path: str | Path, *, dropout: float = 0.0, revision: str | None = None
 ) -> PeftModel:
-    """Give ``model`` a trainable copy of an adapter, named ``default``, with the same rank, scale and targets.
+    """Add a trainable copy of an adapter to ``model``, named ``default``, with the same rank, scale and targets.
 
     Args:
-        model: the base, changed in place.
-        path: the adapter's folder, or a run that has trained one; nothing is written there.
-        dropout: on the adapter's input, while training.
-        revision: the base's revision on the hub, recorded in the adapter's configuration.
+        model: The base, changed in place.
+        path: The adapter's folder, or a run that has trained one; nothing is written there.
+        dropout: Dropout probability of the adapter's input, in training.
+        revision: The base's revision on the hub, recorded in the adapter's configuration.
 
     Raises:
-        ModelError: no adapter there, one for another base, or one that is more than LoRA matrices, which could not
+        ModelError: No adapter there, one for another base, or one that is more than LoRA matrices, which could not
             be exported again.
     """
     adapted = load_adapter(model, adapter_folder(path), trainable=True)

@@ -74,7 +74,7 @@ def check_quantized_from(original: PreTrainedModel, model: PreTrainedModel | Pef
     """Raise unless the 4-bit weights of a base are the rounded weights of another model.
 
     Raises:
-        ModelError: Names the first weight that is not.
+        ModelError: A weight is not; the message names the first one.
     """
     stored = {name: each for name, each in base_parameters(model).items() if "quant_state" in vars(each)}
     if not stored:
@@ -100,7 +100,7 @@ def check_base_intact(model: nn.Module) -> None:
     """Raise if adapters have changed the base's own weights.
 
     Raises:
-        ModelError: Names the adapter and how it changed them.
+        ModelError: An adapter has; the message names it and the change.
     """
     if not isinstance(model, PeftModel):
         return
@@ -146,8 +146,8 @@ BEYOND_PLAIN_LORA = {
 }
 """Settings of PEFT's LoRA that make an adapter more than one pair of matrices per linear layer, with descriptions."""
 
-# They initialize A and B and leave the base unchanged. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract the start
-# ``s B₀ A₀`` from the base's weights, and PEFT does so again whenever such an adapter is added to a model.
+# Initializations of A and B that leave the base unchanged. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract the initial
+# update ``s B₀ A₀`` from the base's weights, and PEFT does so again whenever such an adapter is added to a model.
 _HARMLESS_STARTS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 
 
@@ -159,7 +159,7 @@ def base_change(settings: Mapping[str, Any]) -> str | None:
     """
     start = settings.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in _HARMLESS_STARTS:
-        return f"init_lora_weights={start!r} subtracts the adapter's start from the base's weights"
+        return f"init_lora_weights={start!r} subtracts the adapter's initial update from the base's weights"
     if (bias := settings.get("bias", "none")) != "none":
         return f"bias={bias!r} replaces the base's own biases"
     if settings.get("layer_replication"):

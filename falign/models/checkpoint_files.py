@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint, and the files beside them."""
+"""The weight files of a checkpoint, and its configuration and tokenizer files."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ class CheckpointFiles:
 
     Args:
         folder: A checkpoint in one file or in shards.
-        stack: Closes the files.
+        stack: Closes the files on exit.
 
     Raises:
         ModelError: No weights there, pickled ones, or a damaged file.

@@ -1,4 +1,4 @@
-"""The weighted average of checkpoints, tensor by tensor: memory never holds a whole model."""
+"""The weighted average of checkpoints, computed tensor by tensor, so that memory never holds a whole model."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ _NOT_THE_ARCHITECTURE = frozenset(
     {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
     | {"bos_token_id", "eos_token_id", "pad_token_id"}
 )
-_TIED_HEADS = frozenset({"lm_head.weight", "embed_out.weight"})  # some programs write them, others leave them out
+_TIED_HEADS = frozenset({"lm_head.weight", "embed_out.weight"})  # written by some programs and left out by others
 
 
 def write_checkpoint_soup(
@@ -31,13 +31,13 @@ def write_checkpoint_soup(
 ) -> None:
     """Write ``θ = Σ w_i θ_i`` with the configuration, generation settings and tokenizer of the first member.
 
-    Each tensor is read from one member after the other, summed in float32, rounded once and kept until its file is
-    full. So memory holds at most one file of the result.
+    Each tensor is read from one member after another, summed in float32, rounded once, and kept until its file is full.
+    So memory holds at most one file of the result.
 
     Args:
         members: Folders of checkpoints with their weights.
         folder: An empty folder.
-        dtype: Of the result; default: each tensor has the dtype of the first member.
+        dtype: Dtype of the result; by default each tensor has that of the first member.
         max_shard_bytes: Maximum size of a file.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Execution of a model: device, dtype, attention, dropout, gradient checkpointing."""
+"""How a model runs: device, dtype, attention, dropout, gradient checkpointing."""
 
 import torch
 from peft import PeftModel
@@ -44,12 +44,12 @@ DTYPES = ("auto", *_NAMED, "fastest")
 
 
 def resolve_dtype(dtype: str, *, device: torch.device) -> torch.dtype | None:
-    """Return the dtype of a name on ``device``; None for ``auto``, the checkpoint's own.
+    """Return the dtype that a name means on ``device``; None for ``auto``, the checkpoint's own.
 
-    ``fastest`` is bfloat16 where the device multiplies it natively and float32 elsewhere.
+    ``fastest`` is bfloat16 if the device multiplies it natively, and float32 otherwise.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: An unknown name.
     """
     if dtype == "auto":
         return None
@@ -119,8 +119,8 @@ def disable_dropout(model: nn.Module) -> None:
 def enable_gradient_checkpointing(model: PreTrainedModel | PeftModel, *, reentrant: bool = False) -> None:
     """Recompute each layer's activations in the backward pass instead of keeping them.
 
-    ``reentrant`` is for DeepSpeed ZeRO-3 only; with DDP it marks parameters ready twice. It alone needs inputs that
-    require a gradient, which would otherwise extend the graph down to the frozen embeddings for nothing.
+    ``reentrant`` is only for DeepSpeed ZeRO-3; under DDP it marks parameters as ready twice. It needs inputs that
+    require a gradient; without it they do not, so that no graph reaches down to the frozen embeddings.
     """
     base = base_of(model)
     base.activation_checkpointing_enable({"use_reentrant": reentrant})

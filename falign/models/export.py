@@ -37,16 +37,16 @@ def export_adapter(
     """Write one adapter, the tokenizer and its chat template, and nothing else, to ``out_dir``.
 
     Args:
-        model: the trained model; its other adapters, such as a frozen ``ref``, are not written.
-        tokenizer: the tokenizer it was trained with.
-        out_dir: appears complete or not at all.
-        adapter: which adapter; never ``ref``.
-        base_name_or_path: the base to record, if not the one it was loaded from.
-        base: the content of the base to record, if it is known already; it is read if left out.
-        overwrite: replace a folder that is not empty.
+        model: The trained model; its other adapters, such as a frozen ``ref``, are not written.
+        tokenizer: The tokenizer it was trained with.
+        out_dir: The folder to write; it appears complete or not at all.
+        adapter: Name of the adapter; never ``ref``.
+        base_name_or_path: The base to record, if that is not the one it was loaded from.
+        base: The record of the base's content; None reads the weights to make it.
+        overwrite: Replace a folder that is not empty.
 
     Raises:
-        ModelError: an adapter that is not plain LoRA, an occupied folder, or a full disk.
+        ModelError: An adapter that is not plain LoRA, an occupied folder, or a full disk.
     """
     if adapter == "ref":
         raise ModelError("Adapter 'ref' is the frozen reference: export the trained one, 'default'.")
@@ -87,19 +87,19 @@ def export_merged(
     stops: ``generation_config`` names every stop token, the tokenizer's EOS included.
 
     Args:
-        model: the trained model; it is not changed.
-        tokenizer: the tokenizer it was trained with.
-        out_dir: appears complete or not at all.
-        base_name_or_path: the base to fold into, if not the one it was loaded from; needed where that is stored in 4
+        model: The trained model; it is not changed.
+        tokenizer: The tokenizer it was trained with.
+        out_dir: The folder to write; it appears complete or not at all.
+        base_name_or_path: The base to fold into, if not the one it was loaded from; needed where that is stored in 4
             bits, and compared with it.
-        dtype: of the written weights; ``auto`` is the base checkpoint's own.
-        adapter: which adapter.
-        revision: the base's revision on the hub.
-        trust_remote_code: run code that the base's repository brings along.
-        overwrite: replace a folder that is not empty.
+        dtype: Dtype of the written weights; ``auto`` is that of the base checkpoint.
+        adapter: Name of the adapter.
+        revision: The base's revision on the hub.
+        trust_remote_code: Run code that the base's repository brings along.
+        overwrite: Replace a folder that is not empty.
 
     Raises:
-        ModelError: weights that cannot be merged, a base that is not the one that was quantized, an occupied folder, or
+        ModelError: Weights that cannot be merged, a base that is not the one that was quantized, an occupied folder, or
             a full disk.
     """
     if isinstance(model, PeftModel):
@@ -108,9 +108,8 @@ def export_merged(
     name = base_name(model) if base_name_or_path is None else base_name_or_path
     if (stored := stored_quantization(name, revision=revision)) is not None:
         raise ModelError(
-            f"{name} is stored in 4 bits ({stored}), into which an adapter cannot be merged without rounding it away: "
-            "give the 16-bit model that it was made from (base_name_or_path; falign export --base), or export the "
-            "adapter."
+            f"{name} is stored in 4 bits ({stored}); an adapter merged into those would be rounded away: "
+            "give the 16-bit model that it was made from (`base_name_or_path`), or export the adapter."
         )
     merged = load_model(name, revision=revision, trust_remote_code=trust_remote_code, device="cpu")
     if base_name_or_path is not None:

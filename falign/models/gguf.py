@@ -1,4 +1,4 @@
-"""GGUF files, dequantized once and kept as plain checkpoints that every other tool can open."""
+"""GGUF files, dequantized once and cached as plain checkpoints that any other tool can open."""
 
 import hashlib
 import os
@@ -40,10 +40,10 @@ def cache_folder() -> Path:
 def plain_checkpoint(gguf_path: Path) -> Path:
     """Return a folder with the float32 weights, tokenizer and chat template of a GGUF file.
 
-    The folder is named after the file and its content, written on the first call and found again afterwards.
+    The first call writes the folder; its name contains a hash of the file's content.
 
     Raises:
-        ModelError: the file does not exist or is not a GGUF file, the package ``gguf`` is missing, or the folder that
+        ModelError: The file does not exist or is not a GGUF file, the package ``gguf`` is missing, or the folder that
             was found has other content than was written.
     """
     if not gguf_path.is_file():
@@ -56,7 +56,7 @@ def plain_checkpoint(gguf_path: Path) -> Path:
         _read_model(gguf_path).save_pretrained(staging)
         _read_tokenizer(gguf_path).save_pretrained(staging)
 
-    # Four bytes per weight, from about 4.5 bits.
+    # 4 bytes per weight in place of about 4.5 bits.
     return kept_folder(folder, write, needed_bytes=7 * gguf_path.stat().st_size)
 
 
@@ -71,8 +71,7 @@ def _content_hash(path: Path) -> str:
 
 
 def _read_model(path: Path) -> PreTrainedModel:
-    # `dequantize=True` also removes the quantization entry from the configuration, so that nothing later believes
-    # that these plain weights are quantized.
+    # `dequantize=True` also removes the quantization from the configuration, which would otherwise be wrong.
     return AutoModelForCausalLM.from_pretrained(
         path.parent,
         gguf_file=path.name,

@@ -1,4 +1,4 @@
-"""Heads: the ids that two models share, and a value head."""
+"""Heads: language-model heads cut to the ids that two models share, and value heads."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["ValueHead", "cut_head", "head_rows", "left_out_rows", "share_head"]
 def share_head(policy: PreTrainedModel | PeftModel, other: PreTrainedModel | PeftModel) -> int:
     """Restrict two models to distributions over their shared ids, and return the number of these ids.
 
-    Checkpoints pad their vocabulary to round sizes. The rows behind the last token stand for no token, but they take
-    part in the softmax. If one model has more rows than the other, both keep the ids that both have: logits of the
-    others are dropped wherever a model computes logits, in scores, whole distributions and samples. The weights do not
-    change, so an export, or a server of the same checkpoint, has logits for all rows.
+    Many checkpoints pad their vocabulary to a round size. The rows after the last token belong to no token but take
+    part in the softmax. If one model has more rows than the other, both keep only the ids that both have: the logits of
+    other ids are dropped in scores, whole distributions and samples. The weights do not change, so an export, or a
+    server of the same checkpoint, has logits for all rows.
 
     Args:
         policy: One model.
@@ -83,7 +83,7 @@ def _rows(head: nn.Module) -> int:
 class ValueHead(nn.Module):
     """``V(s) = w·h(s) + b``, zero at first.
 
-    It is trained on hidden states whose gradient ends there, so that its loss does not move the policy.
+    It reads detached hidden states, so that its loss does not move the policy.
     """
 
     def __init__(self, hidden_size: int) -> None:

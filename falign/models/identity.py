@@ -29,9 +29,9 @@ __all__ = [
 ]
 
 
-# The fields of a configuration that do not change logits, at every level of it. All others count, those that falign
-# does not know included. The weights' types are a part of `weights_hash`; how attention is computed is recorded
-# beside the hashes. bitsandbytes holds the same bytes in storage of either type.
+# Fields of a configuration, at any depth, that do not change logits. All other fields count, including unknown ones.
+# The dtypes of weights are part of `weights_hash`, and the attention implementation is recorded separately. The storage
+# dtype of bitsandbytes does not change its bytes.
 _NOT_COMPUTED_WITH = frozenset(
     {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "use_cache"}
     | {"dtype", "torch_dtype", "_attn_implementation", "_experts_implementation", "attn_implementation"}
@@ -43,16 +43,16 @@ _NOT_COMPUTED_WITH = frozenset(
 def weights_hash(model: PreTrainedModel | PeftModel, *, adapter: str | None = None) -> str:
     """Return the SHA-256 of the base weights, adapters excluded, or of one adapter.
 
-    Names, shapes, types and bytes count, and for 4-bit weights the scales. The hash of a base is the same with and
-    without adapters over it; an adapter's is independent of the name under which it is loaded, and covers the scale
-    that multiplies it.
+    It covers names, shapes, dtypes and bytes, and the scales of 4-bit weights. The hash of a base is the same with and
+    without adapters over it. The hash of an adapter does not depend on the name under which it is loaded, and covers
+    its scaling.
 
     Args:
-        model: the model; its weights are read one by one, so that no copy of them is held.
-        adapter: the adapter to hash instead of the base.
+        model: The model; its weights are read one by one, so that no copy of them is held.
+        adapter: The adapter to hash instead of the base.
 
     Raises:
-        ModelError: no such adapter, a base that an adapter has changed, or 4-bit weights that an inference kernel has
+        ModelError: No such adapter, a base that an adapter has changed, or 4-bit weights that an inference kernel has
             repacked.
     """
     entries = _base_entries(model) if adapter is None else _adapter_entries(model, adapter)
@@ -65,8 +65,8 @@ def weights_hash(model: PreTrainedModel | PeftModel, *, adapter: str | None = No
 def add_tensor(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
     """Add a tensor to a digest: its name, shape, type and bytes."""
     digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-    # A copy, because FSDP2 could not free again what numpy has seen. Viewed as bytes because numpy has no bfloat16;
-    # flat because a scalar cannot be viewed.
+    # A copy, because FSDP2 cannot free memory that numpy has seen. Viewed as bytes, because numpy has no bfloat16;
+    # flat, because a scalar cannot be viewed as another dtype.
     raw = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1).view(torch.uint8)
     digest.update(raw.numpy().data)
 
@@ -111,7 +111,7 @@ def _computed_with(value: Any) -> Any:
         return sorted(map(str, value))
     if isinstance(value, list | tuple):
         return [_computed_with(each) for each in value]
-    # The name of a repository's code includes the repository if it is loaded from the hub, but not in a local copy.
+    # Loaded from the hub, a class of remote code is named "repository--module.Class"; in a local copy "module.Class".
     return value.rpartition("--")[2] if isinstance(value, str) else value
 
 

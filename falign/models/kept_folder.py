@@ -1,4 +1,4 @@
-"""Cached folders, such as converted models and averages, verified by checksum when they are found again."""
+"""Cached folders, such as converted models and averages, verified by checksum when they are used again."""
 
 import json
 from collections.abc import Callable
@@ -15,10 +15,10 @@ _SEAL = "kept.json"
 
 
 def kept_folder(folder: Path, write: Callable[[Path], None], *, needed_bytes: int | None = None) -> Path:
-    """Return a folder of the cache, which the first call writes and later calls find.
+    """Return a folder of the cache; the first call writes it.
 
-    ``kept.json`` names each of its files with a checksum. They are compared when the folder is found, once per process
-    as long as the files' sizes and times stay as they are.
+    ``kept.json`` holds a checksum of each file. Later calls compare them, once per process unless the size or time of a
+    file changes.
 
     Args:
         folder: The folder; its name identifies everything that its content depends on.
@@ -46,10 +46,7 @@ def _check(folder: Path, files: tuple[tuple[str, int, int], ...]) -> None:
     found = {name for name, _, _ in files} - {_SEAL}
     for name in sorted(found | sums.keys()):
         if name not in found or checksum(folder / name) != sums.get(name):
-            raise ModelError(
-                f"{folder / name} is missing or has other content than was written: delete {folder}, and it is made "
-                "again."
-            )
+            raise ModelError(f"{folder / name} is missing or damaged: delete {folder}, and it is made again.")
 
 
 def _unreadable(folder: Path, error: Exception) -> ModelError:

@@ -27,7 +27,7 @@ from falign.models.staging import reading
 
 __all__ = ["load_model", "load_tokenizer", "stored_quantization", "vocabulary_size"]
 
-# Names for the number of layers in configurations. Only numbers above those of any real model are compared.
+# Names of the number of layers in configurations. Only numbers larger than in any real model are compared.
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 _USUAL_LAYERS = 1000
 
@@ -39,18 +39,18 @@ def load_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; one without a padding token pads with EOS.
+    """Load a tokenizer; without a padding token, EOS pads.
 
     Masks must never be derived from token values: padding and a real EOS are often the same id.
 
     Args:
-        name_or_path: anything that ``load_model`` takes, or an adapter's folder that has a tokenizer.
-        chat_template: a Jinja template, or the path of a file that holds one, to use instead of its own.
-        revision: branch, tag or commit on the hub.
-        trust_remote_code: run code that the repository brings along.
+        name_or_path: As for ``load_model``, or the folder of an adapter with a tokenizer.
+        chat_template: A Jinja template, or the path of a file with one, to use instead of the tokenizer's own.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run code that the repository brings along.
 
     Raises:
-        ModelError: no tokenizer there, or one without EOS.
+        ModelError: No tokenizer there, or one without EOS.
         ConfigError: ``chat_template`` is neither a template nor a file.
     """
     folder = Path(name_or_path).expanduser()
@@ -70,11 +70,11 @@ def load_tokenizer(
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, *, place: str) -> None:
-    """Let a tokenizer without a padding token pad with EOS, in place.
+    """Make EOS the padding token of a tokenizer that has none, in place.
 
     Args:
-        tokenizer: As transformers has loaded it.
-        place: Where from, for messages.
+        tokenizer: The tokenizer, as transformers loads it.
+        place: The name of its model, for messages.
 
     Raises:
         ModelError: It has no EOS.
@@ -89,10 +89,10 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, *, place: str) -> None
 def vocabulary_size(
     name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> int | None:
-    """Return the number of embedding rows from the configuration alone; None if it does not give it.
+    """Return the number of embedding rows from the configuration alone; None if it is not given there.
 
     Raises:
-        ModelError: no model there.
+        ModelError: No model there.
     """
     name = resolve(name_or_path)
     with reading(lambda error: _unloadable("configuration of", name, error)):
@@ -114,21 +114,21 @@ def load_model(
     """Load a causal language model, in evaluation mode.
 
     Args:
-        name_or_path: a hub name, a folder, a ``.gguf`` file, or ``demo:smollm2-135m-instruct``.
+        name_or_path: A hub name, a folder, a ``.gguf`` file, or ``demo:smollm2-135m-instruct``.
         dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16``, ``float16``, or ``fastest`` (bfloat16
             where the device multiplies it natively, else float32). With ``quantization``, of the other weights.
         quantization: ``nf4`` for 4-bit NormalFloat with double quantization and bfloat16 arithmetic. A checkpoint that
             is stored in 4 bits by bitsandbytes is loaded as it is stored.
         attn_implementation: ``sdpa``, ``eager``, ``flex_attention`` or ``flash_attention_2`` to ``4``; the last ones
             need a GPU.
-        revision: branch, tag or commit on the hub.
-        trust_remote_code: run code that the repository brings along.
-        device: where to put it. By default quantized weights go to this process's GPU, if there is one, because
-            they cannot be moved by a trainer, and all others to the CPU.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run code that the repository brings along.
+        device: Device of the weights. By default, quantized weights go to this process's GPU, if there is one, because
+            a trainer cannot move them; all others go to the CPU.
 
     Raises:
-        ModelError: no model there, or incomplete or pickled weights, or a model that needs remote code.
-        ConfigError: an unknown ``dtype``, ``quantization`` or ``device``, or an ``attn_implementation`` that cannot
+        ModelError: No model there, or incomplete or pickled weights, or a model that needs remote code.
+        ConfigError: An unknown ``dtype``, ``quantization`` or ``device``, or an ``attn_implementation`` that cannot
             work here.
     """
     check_attention(attn_implementation)
@@ -173,7 +173,7 @@ def stored_quantization(name_or_path: str | Path, *, revision: str | None = None
     """Return the stored quantization: ``nf4`` or ``fp4`` by bitsandbytes, or None for weights of 16 or 32 bits.
 
     Raises:
-        ModelError: no configuration there, or another quantization, which falign does not support.
+        ModelError: No configuration there, or another quantization, which falign does not support.
     """
     name = resolve(name_or_path)
     with reading(lambda error: _unloadable("model", name, error)):
@@ -219,8 +219,8 @@ def _nf4() -> BitsAndBytesConfig:
 
 
 def _keep_weights(model: PreTrainedModel) -> None:
-    # bitsandbytes changes its layers at their first forward pass. These changes are made, or prevented, here, so that
-    # using a model does not change it.
+    # bitsandbytes changes its layers at their first forward pass. These changes are made or prevented here, so that a
+    # forward pass does not change the model, or its hash.
     from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
@@ -278,7 +278,7 @@ def _unloadable(what: str, name: str, error: Exception) -> ModelError:
     elif isinstance(error, SafetensorError):
         remedy = "A file of its weights is damaged: restore it from a copy."
     elif Path(name).is_dir() or not isinstance(error, OSError):
-        remedy = ""  # the other library's message has to suffice
+        remedy = ""  # the message of the other library must suffice
     elif is_offline_mode():
         remedy = (
             "It is not in the local hub cache and offline mode is on (HF_HUB_OFFLINE): unset it, or give a local "

@@ -26,8 +26,8 @@ class Factors(NamedTuple):
 
 class _Cut(NamedTuple):
     factors: Factors
-    discarded: Float[Tensor, ""]  # squared Frobenius norm of what was cut off
-    total: Float[Tensor, ""]  # squared Frobenius norm before
+    discarded: Float[Tensor, ""]  # squared Frobenius norm of the part that was cut off
+    total: Float[Tensor, ""]  # squared Frobenius norm before the cut
 
 
 def factors_of(model: PeftModel, adapter: str) -> dict[str, Factors]:
@@ -84,13 +84,13 @@ def fold_adapter(base: PreTrainedModel, adapted: PeftModel, *, adapter: str = "d
     adapter does not act on the embeddings.
 
     Args:
-        base: the 16- or 32-bit base, loaded from disk. For QLoRA these are not the 4-bit weights: a merge into those
+        base: The 16- or 32-bit base, loaded from disk. For QLoRA these are not the 4-bit weights: a merge into those
             would have to be quantized again.
-        adapted: the trained model.
-        adapter: which of its adapters.
+        adapted: The trained model.
+        adapter: Name of the adapter.
 
     Raises:
-        ModelError: anything but plain LoRA, or another architecture.
+        ModelError: Anything but plain LoRA, or another architecture.
     """
     check_plain_lora(adapted, adapter)
     embeddings = base.get_input_embeddings().weight
@@ -123,7 +123,7 @@ def check_plain_lora(adapted: PeftModel, adapter: str) -> None:
     """Raise unless ``adapter`` consists only of LoRA matrices, which merging and vLLM support.
 
     Raises:
-        ModelError: no such adapter, or one with more than such matrices, or one that changes its base.
+        ModelError: No such adapter, or one with more than such matrices, or one that changes its base.
     """
     layers = lora_layers(adapted, adapter)
     if not layers:

@@ -1,4 +1,4 @@
-"""Tests of foreign regular expressions in a child process, because some take exponential time."""
+"""Trial of regular expressions from files, in a child process with a deadline, because some take exponential time."""
 
 import json
 import re
@@ -20,7 +20,7 @@ DEADLINE = 20.0
 _PLAIN = re.compile(r"[\w.\-]*")
 # Nested repetitions, or a choice in a repetition, can take time exponential in the length of the text.
 _REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{\d*,\d*\})")
-_LENGTH = 48
+_LENGTH = 48  # long enough that exponential time shows, short enough that polynomial time does not
 
 
 def check_adapter_patterns(config: Mapping[str, Any], names: Sequence[str], *, file: Path) -> None:
@@ -65,6 +65,7 @@ def check_tokenizer_patterns(tokenizer: PreTrainedTokenizerBase, *, name: str) -
     for pattern in _patterns(rules):
         if not _REPEATED_GROUP.search(pattern):
             continue
+        # A minimal tokenizer with only the rules that contain patterns, so that nothing else takes time.
         whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None}
         whole |= {"decoder": None, "model": {"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "x"}}
         whole |= {"normalizer": rules.get("normalizer"), "pre_tokenizer": rules.get("pre_tokenizer")}

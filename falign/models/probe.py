@@ -1,4 +1,4 @@
-"""Sentences for comparing two models."""
+"""Sentences on which two models are compared."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -31,8 +31,8 @@ _ADAPTER_BOUND = 1e-5
 _MERGE_BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1.25e-1}
 
 
-# The stop tokens are compared on their own. The ids that begin and fill sequences are the trainer's, which copies the
-# tokenizer's into the model that it trains.
+# The stop tokens are compared separately. The ids of BOS and padding are set by transformers' trainer, which copies
+# them from the tokenizer to the model.
 _NOT_COMPARED = frozenset(
     {"eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
 )
@@ -49,7 +49,7 @@ class ExportProof:
     max_abs_logit_difference: float  # exported and trained model, as they are
     max_abs_export_error: float  # without the base's quantization and the rounding to the trained model's type
     max_abs_change_against_base: float
-    bound: float  # for max_abs_export_error / max_abs_logit
+    bound: float  # accepted max_abs_export_error / max_abs_logit
 
 
 def verify_export(
@@ -79,21 +79,21 @@ def verify_export(
     those of its base, row by row, and weights trained without an adapter are compared one by one.
 
     Args:
-        trained_model: the model in memory; back in its mode (training or evaluation) afterwards.
-        exported_dir: what ``export_adapter`` or ``export_merged`` wrote.
-        tokenizer: the one that was exported.
-        kind: which of the two it is.
-        probe: token ids of a few sentences; by default ``probe_ids(tokenizer)``.
-        bound: largest accepted error as a share of the largest |logit|; the default depends on kind and type.
-        adapter: the name of the exported adapter in ``trained_model``.
-        base_name_or_path: the model before training, or the one that its adapter was merged into, if not the one it was
-            loaded from.
-        revision: of that base on the hub; with an adapter over the base that it was loaded with, the one that its
-            config records counts.
-        trust_remote_code: run code that the base's repository brings along.
+        trained_model: The model in memory; its mode (training or evaluation) is restored.
+        exported_dir: The folder that ``export_adapter`` or ``export_merged`` wrote.
+        tokenizer: The tokenizer that was exported.
+        kind: The kind of export.
+        probe: Token ids of a few sentences; by default ``probe_ids(tokenizer)``.
+        bound: Largest accepted error as a share of the largest |logit|; the default depends on kind and dtype.
+        adapter: The name of the exported adapter in ``trained_model``.
+        base_name_or_path: The model before training, or the one that its adapter was merged into, if that is not the
+            one it was loaded from.
+        revision: Revision of that base on the hub; for an adapter over the base it was loaded with, the revision in its
+            configuration is used instead.
+        trust_remote_code: Run code that the base's repository brings along.
 
     Raises:
-        ModelError: a difference above the bound, a model equal to its base, another chat template, vocabulary, stop
+        ModelError: A difference above the bound, a model equal to its base, another chat template, vocabulary, stop
             token or generation setting, or adapter weights that are empty, NaN or infinite, or not LoRA.
     """
     folder = Path(exported_dir)
@@ -221,7 +221,8 @@ def _judge(proof: ExportProof, folder: Path, trained_model: PreTrainedModel | Pe
     differences = [(proof.max_abs_export_error, proof.dtype, proof.bound)]
     base = base_of(trained_model)
     if describe(base).quantization is None:
-        # Nothing but rounding lies between the export and the model in memory, whatever was read from disk since.
+        # Without quantization only rounding separates the export from the model in memory, so these two are compared as
+        # well: the base on disk, which the other comparison uses, may have changed since training.
         coarser = _coarser(base.dtype, getattr(torch, proof.dtype))
         bound = max(proof.bound, _default_bound(proof.kind, coarser))
         differences.append((proof.max_abs_logit_difference, _name(coarser), bound))
@@ -230,8 +231,8 @@ def _judge(proof: ExportProof, folder: Path, trained_model: PreTrainedModel | Pe
         if not share <= bound:  # a NaN must fail too
             raise ModelError(
                 f"{folder} is not the trained model: its logits differ by up to {difference:.4g}, {share:.2g} of the "
-                f"largest, where {dtype} explains {bound:.2g}. Do not use it; check that the base on disk is the one "
-                "that was trained."
+                f"largest, and rounding to {dtype} explains at most {bound:.2g}. Do not use it; check that the base on "
+                "disk is the one that was trained."
             )
 
 
@@ -251,9 +252,13 @@ def _load_plain(
 def _compare_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     exported = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if exported.chat_template != tokenizer.chat_template:
-        raise ModelError(f"{folder}: its chat template is not the training one: export again with that tokenizer.")
+        raise ModelError(
+            f"{folder}: its chat template differs from that of the training: export again with that tokenizer."
+        )
     if exported.get_vocab() != tokenizer.get_vocab() or exported.eos_token_id != tokenizer.eos_token_id:
-        raise ModelError(f"{folder}: its tokenizer is not the training one: export again with that tokenizer.")
+        raise ModelError(
+            f"{folder}: its tokenizer differs from that of the training: export again with that tokenizer."
+        )
 
 
 def _compare_generation(trained: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -305,7 +310,7 @@ def _compare_parameters(trained: PreTrainedModel, exported: PreTrainedModel, fol
 def _check_adapter_weights(folder: Path) -> None:
     weights = load_file(folder / "adapter_model.safetensors")
     if not weights:
-        raise ModelError(f"{folder}: its adapter has no weights at all: export again.")
+        raise ModelError(f"{folder}: its adapter has no weights: export again.")
     for name, tensor in weights.items():
         if not name.endswith((".lora_A.weight", ".lora_B.weight")):
             raise ModelError(

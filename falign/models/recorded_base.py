@@ -20,9 +20,9 @@ class RecordedBase(NamedTuple):
 
     Attributes:
         name: A folder or hub name; None if it is not recorded.
-        revision: On the hub.
-        weights: Content hash; None for adapters that falign did not write.
-        storage: The types in which those weights were hashed: one base in other types has another hash.
+        revision: Its revision on the hub.
+        weights: Content hash of its weights; None for adapters that falign did not write.
+        storage: The dtypes in which those weights were hashed; the same base in other dtypes has another hash.
     """
 
     name: str | None = None
@@ -53,9 +53,9 @@ def check_recorded_base(
     """Raise if an adapter was made for other weights than a model has, and warn if only the names differ.
 
     Args:
-        recorded: The adapter's base.
-        model: The model that the adapter is put over.
-        folder: The adapter's, for messages.
+        recorded: The base that the adapter was made for.
+        model: The model that the adapter is to be loaded over.
+        folder: The folder of the adapter, for messages.
         weights: Content hash of the model's base, if it is known already.
 
     Raises:
@@ -71,8 +71,8 @@ def check_recorded_base(
             )
     elif None not in (name, recorded.name) and _place(str(name)) != _place(str(recorded.name)):
         warnings.warn(
-            f"{folder} was made for {recorded} by its adapter_config.json, and is put over {name}. Only the names can "
-            "be compared: make sure that both have the same weights.",
+            f"{folder} was made for {recorded} according to its adapter_config.json, and is loaded over {name}. Only "
+            "the names can be compared: make sure that both have the same weights.",
             stacklevel=3,
         )
 

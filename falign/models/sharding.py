@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from falign.errors import ModelError
 from falign.models.structure import base_of
 
-__all__ = ["fill_shards", "is_sharded", "shard", "weights_at_hand"]
+__all__ = ["fill_shards", "gathered_weights", "is_sharded", "shard"]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -26,30 +26,33 @@ def shard(model: PreTrainedModel | PeftModel, *, device: torch.device) -> None:
     """Shard a model's weights over all processes, in place.
 
     Args:
-        model: the whole model, the same on every process, with all the adapters that it will have.
-        device: device of the shards; they are moved layer by layer, so it need not hold the whole model.
+        model: The whole model, the same on every process, with all the adapters that it will have.
+        device: Device of the shards; they are moved layer by layer, so it need not hold the whole model.
 
     Raises:
-        ModelError: the model does not name its layers, or its weights are 4-bit.
+        ModelError: The model does not name its layers, or its weights are 4-bit.
     """
     base = base_of(model)
     layers = [each for each in base.modules() if type(each).__name__ in set(base._no_split_modules or ())]
     if not layers:
-        raise ModelError(f"{type(base).__name__} does not say what its layers are, which FSDP2 gathers one by one.")
+        raise ModelError(
+            f"{type(base).__name__} does not name its layers (_no_split_modules), which FSDP2 gathers one by one: "
+            "train it with DDP."
+        )
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    # The first forward pass must be one of the whole model: FSDP2 then registers the layers as its parts.
+    # FSDP2 sets itself up in the first forward pass. That must be one of the whole model, which then owns the layers.
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
 
 
 @contextmanager
-def weights_at_hand(model: nn.Module) -> Iterator[None]:
-    """Hold the whole weights in each process within the context, so that no pass waits for another process.
+def gathered_weights(model: nn.Module) -> Iterator[None]:
+    """Gather all weights in each process while the block runs, so that no forward pass waits for another process.
 
-    All processes must enter it. Models that are not sharded are unchanged.
+    All processes must enter it. A model that is not sharded is left as it is.
     """
     parts = [each for each in model.modules() if isinstance(each, FSDPModule)]
     for each in parts:
@@ -66,7 +69,7 @@ def weights_at_hand(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def fill_shards(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors, by the names of parameters, into the shards of each process."""
+    """Copy whole tensors into the sharded parameters of the same names."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         parameter = parameters[name]

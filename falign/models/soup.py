@@ -1,4 +1,4 @@
-"""Soups on disk: a folder of averaged weights, with a record of its members."""
+"""Soups as folders: averaged weights, with a record of the members."""
 
 import hashlib
 import json
@@ -32,19 +32,20 @@ def write_soup(
 ) -> Path:
     """Write the weighted average of adapters, or of whole checkpoints, to ``out_dir``.
 
-    Adapters give one adapter in PEFT's layout, exactly; checkpoints a checkpoint. Tokenizer, configuration and
-    generation settings are the first one's. ``soup.json`` records paths, weights and content hashes.
+    The average of adapters is an adapter in PEFT's layout, and exact; the average of checkpoints is a checkpoint.
+    Tokenizer, configuration and generation settings come from the first member. ``soup.json`` records paths, weights
+    and content hashes.
 
     Args:
-        paths: Two folders or more of one kind; run folders stand for what they have trained.
-        out_dir: appears complete or not at all.
-        weights: one share each, together 1; default: equal shares.
-        dtype: of an average of checkpoints; ``auto`` is the first one's.
-        overwrite: replace a folder that is not empty.
+        paths: Two or more folders of one kind; a run folder stands for the model it has trained.
+        out_dir: The folder to write; it appears complete or not at all.
+        weights: One weight each, with sum 1; equal weights by default.
+        dtype: Dtype of an average of checkpoints; ``auto`` is that of the first member.
+        overwrite: Replace a folder that is not empty.
 
     Raises:
-        ConfigError: weights that are not shares of 1, or an unknown ``dtype``.
-        ModelError: members that have no average (the first mismatch is named), an occupied folder, or a full disk.
+        ConfigError: A weight is negative, the sum is not 1, or ``dtype`` is unknown.
+        ModelError: Members that have no average (the first mismatch is named), an occupied folder, or a full disk.
     """
     members, target = soup_members(paths, weights), Path(out_dir)
     written = resolve_dtype(dtype, device=torch.device("cpu"))
@@ -62,7 +63,7 @@ def write_soup(
 
 
 def cached_checkpoint_soup(members: Sequence[SoupMember]) -> Path:
-    """Return the folder of an average of checkpoints, written on the first call and found again afterwards.
+    """Return the folder of an average of checkpoints, which the first call writes into the cache.
 
     Raises:
         ModelError: As `write_checkpoint_soup` and `kept_folder`.

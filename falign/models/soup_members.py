@@ -24,7 +24,7 @@ class SoupMember:
 
     Attributes:
         folder: The folder of its weights.
-        weight: Its share.
+        weight: Its weight in the average.
         kind: An adapter, or a whole checkpoint.
     """
 
@@ -34,24 +34,24 @@ class SoupMember:
 
 
 def check_weights(weights: Sequence[float], *, members: int) -> None:
-    """Raise unless there is one share for each member, each at least 0, together 1.
+    """Raise unless there is one weight for each member, none is negative, and their sum is 1.
 
     Raises:
-        ConfigError: Names the wrong weight.
+        ConfigError: The weights break one of these rules.
     """
     if members < 2:
         raise ConfigError(f"a soup of {members}: give at least two adapters or checkpoints.")
     if len(weights) != members:
-        raise ConfigError(f"{len(weights)} weights for {members} members: give one for each, or none for equal shares.")
+        raise ConfigError(
+            f"{len(weights)} weights for {members} members: give one for each, or none for equal weights."
+        )
     for weight in weights:
         if not (math.isfinite(weight) and weight >= 0):
-            raise ConfigError(
-                f"weights={[*weights]}: a share of an average is a number of at least 0, and {weight} is not."
-            )
+            raise ConfigError(f"weights={[*weights]}: {weight} is not a finite number of at least 0.")
     if abs(math.fsum(weights) - 1) > 1e-6:
         raise ConfigError(
-            f"weights={[*weights]} sum to {math.fsum(weights):g}: an average has shares that sum to 1; divide them by "
-            "their sum."
+            f"weights={[*weights]} sum to {math.fsum(weights):g}, and an average needs a sum of 1: divide them by that "
+            "sum."
         )
 
 
@@ -60,11 +60,11 @@ def soup_members(paths: Sequence[str | Path], weights: Sequence[float] | None = 
 
     Args:
         paths: Folders of adapters or of checkpoints, or run folders, which stand for their results.
-        weights: One share each; default: equal shares.
+        weights: One weight each, with sum 1; equal weights by default.
 
     Raises:
-        ConfigError: The weights are not shares of 1.
-        ModelError: A folder holds neither, or the folders are of two kinds.
+        ConfigError: A weight is negative, or their sum is not 1.
+        ModelError: A folder holds neither an adapter nor a checkpoint, or the folders are of two kinds.
     """
     shares = [1 / len(paths)] * len(paths) if weights is None and paths else [*(weights or ())]
     check_weights(shares, members=len(paths))
@@ -73,7 +73,7 @@ def soup_members(paths: Sequence[str | Path], weights: Sequence[float] | None = 
         if member.kind != members[0].kind:
             raise ModelError(
                 f"{members[0].folder} is of kind {members[0].kind} and {member.folder} of kind {member.kind}: a soup "
-                "is of one kind; merge the adapters first (`falign export --format merged`)."
+                "needs one kind; merge the adapters into their base models first."
             )
     return members
 
@@ -84,14 +84,14 @@ def check_one_tokenizer(members: Sequence[SoupMember]) -> None:
     An adapter without a tokenizer in its folder was trained with its base's tokenizer.
 
     Raises:
-        ConfigError: Names the first token that differs.
+        ConfigError: A token has different ids; the message names the first one.
     """
-    beside = [
+    with_tokenizer = [
         each for each in members if each.kind == "checkpoint" or (each.folder / "tokenizer_config.json").is_file()
     ]
-    for member in beside[1:]:
-        first, other = load_tokenizer(beside[0].folder), load_tokenizer(member.folder)
-        check_same_tokens(first, other, f"{beside[0].folder} and {member.folder}")
+    for member in with_tokenizer[1:]:
+        first, other = load_tokenizer(with_tokenizer[0].folder), load_tokenizer(member.folder)
+        check_same_tokens(first, other, f"{with_tokenizer[0].folder} and {member.folder}")
 
 
 def content_hash(folder: Path) -> str:
@@ -108,9 +108,9 @@ def _member(path: str | Path, weight: float) -> SoupMember:
         return _run_member(folder, weight)
     if (folder / "adapter_config.json").is_file():
         return SoupMember(folder=folder.resolve(), weight=weight, kind="adapter")
-    plain = Path(resolve(path))  # also a GGUF file, and refusals that name the nearest folder
+    plain = Path(resolve(path))  # converts a GGUF file; a path that does not exist is refused with the nearest name
     if not plain.is_dir():
-        raise ModelError(f"{path} is not a local folder, and a soup is made of local ones: download it first.")
+        raise ModelError(f"{path} is not a local folder, which a soup needs: download it first.")
     return SoupMember(folder=plain, weight=weight, kind="checkpoint")
 
 
@@ -119,4 +119,4 @@ def _run_member(run: Path, weight: float) -> SoupMember:
         return SoupMember(folder=(run / "adapter").resolve(), weight=weight, kind="adapter")
     if (run / "model").is_dir():
         return SoupMember(folder=(run / "model").resolve(), weight=weight, kind="checkpoint")
-    raise ModelError(f"{run} is a run that has no result yet: finish it by `falign train ... --resume`.")
+    raise ModelError(f"{run} is a run without a trained model yet: resume it to its end.")

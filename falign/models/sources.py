@@ -1,4 +1,4 @@
-"""Model names: hub names, folders, GGUF files, and the demonstration model."""
+"""Names of models: hub names, folders, GGUF files, and the demonstration model."""
 
 import json
 from importlib.util import find_spec
@@ -23,13 +23,13 @@ __all__ = [
 
 
 def resolve(name_or_path: str | Path) -> str:
-    """Return the plain checkpoint folder, or the hub name, that a model name stands for.
+    """Return the checkpoint folder or the hub name that a model name stands for.
 
     A GGUF file and a ``demo:`` model are converted once; everything that reads or records the model (PEFT's
     ``base_model_name_or_path`` included) then has a folder that any other tool can open.
 
     Raises:
-        ModelError: a local path that holds no model.
+        ModelError: A local path that holds no model.
     """
     from falign.models.gguf import plain_checkpoint
 
@@ -40,7 +40,7 @@ def resolve(name_or_path: str | Path) -> str:
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         return str(plain_checkpoint(path))
-    # Absolute, because adapters record it and may be opened from other folders.
+    # Absolute, because adapters record the path and may be loaded from another working directory.
     return str(path.resolve()) if path.is_dir() else name
 
 
@@ -48,7 +48,7 @@ def require_model(name_or_path: str | Path) -> None:
     """Refuse a model that is known to be missing before anything is loaded.
 
     Raises:
-        ModelError: a local path that holds no model, or a demonstration model that is not installed.
+        ModelError: A local path that holds no model, or a demonstration model that is not installed.
     """
     name = str(name_or_path)
     path = Path(name).expanduser()
@@ -69,7 +69,7 @@ def require_path(name: str) -> None:
     """Refuse a local path that does not exist.
 
     Raises:
-        ModelError: Suggests the nearest existing name.
+        ModelError: The path does not exist; the message suggests the nearest name.
     """
     path = Path(name).expanduser()
     if not path.exists() and _looks_local(name, path):
@@ -80,7 +80,7 @@ def adapter_folder(path: str | Path) -> Path:
     """Return the folder of an adapter; for a run, of its trained adapter.
 
     Raises:
-        ModelError: a run without adapter.
+        ModelError: A run without adapter.
     """
     folder = Path(path).expanduser()
     if not (folder / "run.yaml").is_file():
@@ -94,7 +94,7 @@ def check_weights(folder: Path) -> None:
     """Raise unless a model folder has safetensors weights.
 
     Raises:
-        ModelError: no weights, or only pickled ones, which can run code when they are read.
+        ModelError: No weights, or only pickled ones, which can run code when they are read.
     """
     if any(folder.glob("*.safetensors")):
         return
@@ -110,7 +110,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     """Return the settings in an adapter folder.
 
     Raises:
-        ModelError: the file is not a JSON object.
+        ModelError: The file is not a JSON object.
     """
     file = folder / "adapter_config.json"
     with reading(lambda error: damaged(file, error)):
@@ -164,7 +164,7 @@ def demo_gguf(name: str) -> Path:
     """Return the GGUF file of a demonstration model.
 
     Raises:
-        ModelError: no such demonstration model, or its package is not installed.
+        ModelError: No such demonstration model, or its package is not installed.
     """
     if name not in _FILES:
         raise ModelError(f"{name!r} is not a demonstration model; choose one of {sorted(_FILES)}.")

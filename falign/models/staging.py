@@ -1,4 +1,4 @@
-"""Folders and files of models: written whole or not at all, and read with errors that name the file."""
+"""Folders and files of models: written completely or not at all, and read with errors that name the file."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ __all__ = ["reading", "refuse_other_folder", "save_tensors", "staged_folder"]
 
 
 MODEL_MARKS = ("config.json", "adapter_config.json")
+"""Files that show that a folder holds a model or an adapter."""
 
 
 @contextmanager
@@ -34,10 +35,10 @@ def staged_folder(
     Before that, all files are synced to disk, so the folder is complete even after a power cut.
 
     Args:
-        target: the final folder; its parents are made.
-        existing: meaning of a non-empty ``target``: an error, a folder to replace, or (``keep``) that another
-            process was faster with the same content, so that this copy is dropped.
-        needed_bytes: the expected size, for the message when the disk is full.
+        target: The final folder; its parents are made.
+        existing: What to do if ``target`` is not empty: ``refuse`` raises, ``replace`` replaces it, ``keep`` drops
+            the new folder, because another process has written the same content.
+        needed_bytes: The expected size, for the message when the disk is full.
 
     Raises:
         ModelError: ``target`` is occupied and ``existing="refuse"``, or the disk is full.
@@ -55,8 +56,8 @@ def staged_folder(
             raise
         needed = "" if needed_bytes is None else f", about {_megabytes(needed_bytes)} needed"
         raise ModelError(
-            f"{target}: the disk is full ({_megabytes(free_bytes)} free before writing{needed}). Nothing was "
-            "left there; free some space or choose a folder on another disk."
+            f"{target}: the disk is full ({_megabytes(free_bytes)} free before writing{needed}). Nothing was written "
+            "there; free some space, or choose a folder on another disk."
         ) from error
 
 
@@ -78,11 +79,11 @@ def _refuse_occupied(target: Path, existing: str) -> None:
     if target.exists() and not target.is_dir():
         raise ModelError(f"{target} is a file, but a folder must be written there: choose another name.")
     if existing == "refuse" and _occupied(target):
-        raise ModelError(f"{target} exists and is not empty: choose another folder, or ask to overwrite it.")
+        raise ModelError(f"{target} exists and is not empty: choose another folder, or give `overwrite` to replace it.")
 
 
 def _make_readable(folder: Path) -> None:
-    # safetensors makes its files readable only by their owner; the folder has the mode of the user's umask.
+    # safetensors makes its files readable only by their owner. They get the permissions of the folder, from the umask.
     mode = folder.stat().st_mode & 0o666
     for file in folder.iterdir():
         file.chmod(mode)
@@ -111,7 +112,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(metadata.items()))
-        # The format allows spaces after the header, which fill it up to the library's length.
+        # The length of the header must stay, because the tensors follow it; the format allows spaces at its end.
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         assert len(text) <= size
         file.seek(8)
@@ -122,9 +123,9 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping
 def reading(explain: Callable[[Exception], FalignError]) -> Iterator[None]:
     """Convert any error to the one that ``explain`` returns, with the original as its cause.
 
-    Pickle, safetensors, tokenizers, PEFT and transformers raise almost every type of error on a damaged file. Errors
-    that are not due to the file pass unchanged: out of memory, a full disk, and falign's own errors. A panic of Rust
-    code is not an ``Exception`` in Python, and is recognized by its name.
+    On a damaged file, pickle, safetensors, tokenizers, PEFT and transformers raise almost every type of error. Errors
+    that are not due to the file pass unchanged: out of memory, a full disk, and falign's own errors. A panic in Rust
+    code is no ``Exception`` in Python; it is recognized by its name.
     """
     try:
         yield

@@ -47,11 +47,11 @@ def base_name(model: PreTrainedModel | PeftModel) -> str:
     """Return the name or folder that the base was loaded from.
 
     Raises:
-        ModelError: a model that was built in memory.
+        ModelError: A model that was built in memory.
     """
     name = base_of(model).name_or_path
     if not name:
-        raise ModelError("The base model was not loaded from anywhere: save it, load it from there, and train that.")
+        raise ModelError("The base model was built in memory: save it, load it from there, and train that.")
     return name
 
 

@@ -37,7 +37,7 @@ def fix_date(tokenizer: PreTrainedTokenizerBase, date: datetime) -> None:
 
     The tokenizer's files do not change.
     """
-    # All codes are formatted in Python now; the macro below only replaces them in the template's format string.
+    # All codes of strftime are formatted here; the macro below only replaces them in the template's format string.
     codes = {code: date.strftime(code) for letter in _DATE_CODES for code in (f"%{letter}", f"%-{letter}")}
     macro = _STRFTIME_NOW.replace("CODES", json.dumps(list(codes.items())))
     tokenizer.get_chat_template = partial(_with_date, tokenizer.get_chat_template, macro)
@@ -73,21 +73,20 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedToken
     The other one may have more tokens. Padding tokens are not compared, because no model reads them.
 
     Args:
-        tokenizer: The policy's.
-        other: The other model's.
-        models: The names of the two in messages.
+        tokenizer: The policy's tokenizer.
+        other: The other model's tokenizer.
+        models: Names of both models, for messages.
 
     Raises:
-        ConfigError: Names the first token that differs.
+        ConfigError: A token has different ids; the message names the first one.
     """
     ids, other_ids = tokenizer.get_vocab(), other.get_vocab()
     ids = {token: id_ for token, id_ in ids.items() if token != tokenizer.pad_token or token == tokenizer.eos_token}
     token = next((token for token in sorted(ids, key=ids.__getitem__) if other_ids.get(token) != ids[token]), None)
     if token is not None:
         raise ConfigError(
-            f"{models} have different tokens: {token!r} is {ids[token]} in the one and "
-            f"{other_ids.get(token, 'missing')} in the other, so one id has two meanings. Give models with one "
-            "tokenizer."
+            f"{models} have different tokens: {token!r} has the id {ids[token]} in the first and "
+            f"{other_ids.get(token, 'none')} in the second. Give models with the same tokenizer."
         )
 
 
@@ -107,7 +106,7 @@ def check_token_rows(
         tokenizer: The tokenizer of the ids, if available, for messages.
 
     Raises:
-        ModelError: Names the first such token.
+        ModelError: A token has no row; the message names the first one.
     """
     for place, ids in rows:
         largest = max(ids, default=0)
@@ -128,12 +127,12 @@ def stop_token_ids(
     *,
     revision: str | None = None,
 ) -> frozenset[int]:
-    """Return every id that ends a completion: the generation config's (one or several) and the tokenizer's EOS.
+    """Return the ids that end a completion: those of the generation config, and the tokenizer's EOS.
 
     Args:
-        source: a model, its generation config, or a model name; of a name only ``generation_config.json`` is read.
-        tokenizer: the model's tokenizer.
-        revision: branch, tag or commit on the hub, if ``source`` is a name.
+        source: A model, its generation config, or a model name; of a name only ``generation_config.json`` is read.
+        tokenizer: The model's tokenizer.
+        revision: Branch, tag or commit on the hub, if ``source`` is a name.
     """
     if isinstance(source, str | Path):
         config = _generation_config(resolve(source), revision)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from falign.errors import RolloutError
-from falign.models.sharding import weights_at_hand
+from falign.models.sharding import gathered_weights
 from falign.rollouts.base import (
     Engine,
     EngineCapabilities,
@@ -85,7 +85,7 @@ class TransformersEngine(Engine):
             max_batch_tokens=self.max_batch_tokens,
         )
         completions: dict[int, _Completion] = {}
-        with torch.no_grad(), evaluation_mode(self.model), weights_at_hand(self.model):
+        with torch.no_grad(), evaluation_mode(self.model), gathered_weights(self.model):
             for rows in batches:
                 prompts = list(dict.fromkeys(row // n for row in rows))
                 decoding = Decoding(

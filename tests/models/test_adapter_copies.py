@@ -16,7 +16,7 @@ def policy_of(rank=3, **options):
 
 
 def retrained(policy, seed):
-    """Stand in for optimiser steps: both factors elsewhere."""
+    """Stand in for optimizer steps: both factors elsewhere."""
     generator = torch.Generator().manual_seed(seed)
     for matrix in matrices_of(policy, "default").values():
         matrix.data = 0.1 * torch.randn(matrix.shape, generator=generator)

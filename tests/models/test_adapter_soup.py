@@ -65,7 +65,7 @@ def test_adapters_trained_with_other_token_ids_are_refused(three, tmp_path):
     swap_tokens(three[1], "a", "b")
     for members in (three[:2], [three[1], three[2]]):
         with pytest.raises(
-            ConfigError, match=r"a\d and .*a\d have different tokens: '[ab]' is 68 in the one and 69 in"
+            ConfigError, match=r"a\d and .*a\d have different tokens: '[ab]' has the id 68 in the first and 69 in"
         ):
             write_soup(members, tmp_path / "soup")
     (three[1] / "tokenizer_config.json").unlink()  # as PEFT saves an adapter, without the tokenizer of its base
@@ -135,7 +135,9 @@ def test_an_installed_soup_is_frozen_and_leaves_the_policy_as_it_was(tiny, three
 
 def test_an_adapter_over_a_16_bit_base_stays_float32(tmp_path, three):
     base = save_tiny(tmp_path / "half", dtype=torch.bfloat16)
-    with pytest.warns(UserWarning, match=r"a0 was made for .*tiny by its adapter_config.json, and is put over .*half"):
+    with pytest.warns(
+        UserWarning, match=r"a0 was made for .*tiny according to its adapter_config.json, and is loaded over .*half"
+    ):
         policy = load_adapter(load_model(base), three[0], trainable=True)
     install_adapter(policy, read_adapter(three[1]), name="ref")
     stored = load_file(three[1] / "adapter_model.safetensors")
@@ -162,7 +164,7 @@ def rewrite_config(source, target, **fields):
         ({"use_dora": True}, "changed is DoRA: only plain LoRA"),
         ({"modules_to_save": ["lm_head"]}, r"fully trained modules \(modules_to_save\)"),
         ({"bias": "all"}, "replaces the base's own biases"),
-        ({"init_lora_weights": "pissa"}, r"changed/adapter_config.json: .*subtracts the adapter's start"),
+        ({"init_lora_weights": "pissa"}, r"changed/adapter_config.json: .*subtracts the adapter's initial update"),
         ({"target_parameters": ["experts.down_proj"]}, r"\(target_parameters\)"),
         ({"base_model_name_or_path": "another/base"}, r"different bases \(base .*tiny and another/base\)"),
         ({"revision": "v2"}, r"different bases \(base .*tiny and .*tiny at v2\)"),
@@ -216,7 +218,7 @@ def test_a_run_that_has_not_ended_has_no_adapter(three, tmp_path):
     (tmp_path / "begun").mkdir()
     for name in ("run.yaml", "manifest.json"):
         (tmp_path / "begun" / name).write_text("{}")
-    with pytest.raises(ModelError, match="has no result yet"):
+    with pytest.raises(ModelError, match="is a run without a trained model yet"):
         soup_members([three[0], tmp_path / "begun"])
 
 

@@ -77,7 +77,7 @@ def test_a_mixture_of_experts_keeps_its_hash_under_pefts_adapter_and_under_ours(
 
 
 def test_targets_that_peft_takes_for_experts_are_refused_by_name():
-    with pytest.raises(ConfigError, match=r"PEFT takes \['down_proj', 'gate_proj', 'up_proj'\] for the experts"):
+    with pytest.raises(ConfigError, match=r"PEFT applies \['down_proj', 'gate_proj', 'up_proj'\] to the experts"):
         add_lora(moe("qwen3_moe"), r=2, alpha=4, seed=0, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
 
 
@@ -92,7 +92,7 @@ def test_a_base_that_an_adapter_has_changed_is_refused_by_all_who_ask_for_it(sta
         lambda: AdapterOff().logprobs(policy, BATCH),
         lambda: AdapterReference(adapter="default").logprobs(policy, BATCH),
     ):
-        with pytest.raises(ModelError, match=f"init_lora_weights='{start}' subtracts the adapter's start"):
+        with pytest.raises(ModelError, match=f"init_lora_weights='{start}' subtracts the adapter's initial update"):
             ask()
     with pytest.raises(ModelError, match="changes its base"):
         add_copy(policy)

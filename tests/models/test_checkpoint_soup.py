@@ -146,7 +146,9 @@ def test_another_vocabulary_is_refused_with_its_first_token(three, tmp_path):
         write_soup([three[1], three[0]], tmp_path / "soup")
     write_soup(three[:2], tmp_path / "soup")  # the first has all of its tokens in the second, and gives the tokenizer
     swap_tokens(three[2], "a", "b")
-    with pytest.raises(ConfigError, match=r"c0 and .*c2 have different tokens: 'a' is 68 in the one and 69 in the"):
+    with pytest.raises(
+        ConfigError, match=r"c0 and .*c2 have different tokens: 'a' has the id 68 in the first and 69 in the"
+    ):
         write_soup([three[0], three[2]], tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

@@ -210,7 +210,9 @@ def test_an_adapter_over_it_is_merged_into_the_sixteen_bit_model_that_is_named(f
     source, folder = four_bits
     tokenizer = load_tokenizer(folder)
     policy = fill_adapter(add_lora(load_model(folder), r=2, alpha=4, seed=0))
-    with pytest.raises(ModelError, match=r"is stored in 4 bits \(nf4\).*give the 16-bit model.*falign export --base"):
+    with pytest.raises(
+        ModelError, match=r"is stored in 4 bits \(nf4\).*give the 16-bit model.*\(`base_name_or_path`\)"
+    ):
         export_merged(policy, tokenizer, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     export_merged(policy, tokenizer, tmp_path / "merged", base_name_or_path=source)
