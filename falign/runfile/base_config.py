@@ -56,7 +56,7 @@ class PythonObject(FrozenModel):
 
         Args:
             value: The object.
-            hashed: What its ``code`` is the hash of, by default the object.
+            hashed: The object whose hash is ``code``; by default ``value``.
             fields: Further fields of the section.
         """
         named = value if inspect.isroutine(value) or inspect.isclass(value) else type(value)
@@ -66,8 +66,8 @@ class PythonObject(FrozenModel):
         return section
 
     @property
-    def is_at_hand(self) -> bool:
-        """True if the object is there, and not only its record."""
+    def is_in_memory(self) -> bool:
+        """True if the object is in memory, and not only its record."""
         return self._object is not None
 
     def given(self, section: str) -> Any:
@@ -110,7 +110,7 @@ class ObjectiveSection(FrozenModel):
 
     @property
     def num_rewards(self) -> int | None:
-        """The number of rewards that it reads separately, before weights; None if it reads their weighted sum."""
+        """Number of rewards that it reads separately, before weights; None if it reads their weighted sum."""
         return None
 
     @property
@@ -132,12 +132,12 @@ class ObjectiveSection(FrozenModel):
         """Return the objective.
 
         Raises:
-            ConfigError: A name is unknown, two fields contradict each other, or theory rules it out; the message
+            ConfigError: A name is unknown, fields contradict each other, or the combination is impossible; the message
                 has the reason.
         """
 
     def build_on(self, features: Tensor) -> Objective:
-        """Return the objective, fitted where :attr:`needs_samples`.
+        """Return the objective, fitted to samples if :attr:`needs_samples`.
 
         Args:
             features: Rewards of M samples of the reference, shape (M, K).

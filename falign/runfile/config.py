@@ -111,7 +111,8 @@ class ModelConfig(FrozenModel):
         )
 
 
-_OF_THE_ADAPTER = frozenset({"r", "alpha", "target_modules"})
+_FIXED_BY_INIT = frozenset({"r", "alpha", "target_modules"})
+"""Fields that an adapter given as ``init`` already has."""
 
 
 class AdapterConfig(FrozenModel):
@@ -127,13 +128,15 @@ class AdapterConfig(FrozenModel):
 
     @model_validator(mode="after")
     def _one_origin(self) -> AdapterConfig:
-        if self.init is not None and (given := sorted(self.model_fields_set & _OF_THE_ADAPTER)):
-            raise ValueError(f"{', '.join(given)} cannot be set beside init, whose adapter has its own; leave it out")
+        if self.init is not None and (given := sorted(self.model_fields_set & _FIXED_BY_INIT)):
+            raise ValueError(
+                f"{', '.join(given)} cannot be set together with init, whose adapter has its own: leave it out"
+            )
         return self
 
     @model_serializer(mode="wrap")
-    def _without_what_init_has(self, handler: Any) -> dict[str, Any]:
-        dropped = frozenset[str]() if self.init is None else _OF_THE_ADAPTER
+    def _without_fields_of_init(self, handler: Any) -> dict[str, Any]:
+        dropped = frozenset[str]() if self.init is None else _FIXED_BY_INIT
         return {name: value for name, value in handler(self).items() if name not in dropped}
 
     def build(self, model: PreTrainedModel, *, seed: int, revision: str | None = None) -> PeftModel:
@@ -303,11 +306,12 @@ class TrainingConfig(FrozenModel):
         Args:
             output_dir: The run folder.
             seed: Seed of the run.
-            gradient_accumulation_steps: In place of the field, in online runs, where it follows from other fields.
-            steps_per_epoch: There, what turns ``num_train_epochs`` into steps.
+            gradient_accumulation_steps: In online runs, where it follows from other fields: replaces the field.
+            steps_per_epoch: In online runs: steps per pass over the prompts, to convert ``num_train_epochs``.
         """
         from transformers import TrainingArguments
 
+        # Fields that transformers does not have, or that are translated below.
         own = {"eval_steps", "save_steps", "tokens_per_batch", "layout", "chunk_tokens", "gradient_checkpointing"}
         own.add("skip_bad")
         arguments: dict[str, Any] = {
@@ -329,7 +333,7 @@ class TrainingConfig(FrozenModel):
         if gradient_accumulation_steps is not None:
             arguments["gradient_accumulation_steps"] = gradient_accumulation_steps
         if steps_per_epoch is not None:
-            arguments["ignore_data_skip"] = True  # there are no data to skip: the checkpoint has the position
+            arguments["ignore_data_skip"] = True  # the checkpoint has the position in the prompts
             if self.max_steps <= 0:
                 arguments["max_steps"] = math.ceil(self.num_train_epochs * steps_per_epoch)
         try:
@@ -366,7 +370,7 @@ class PythonMeasureConfig(PythonObject):
             field: The measure in messages.
 
         Raises:
-            ConfigError: It is not at hand.
+            ConfigError: The object is not in memory.
         """
         return self.given(field)
 
@@ -398,8 +402,8 @@ def _built_measure(value: str | PythonMeasureConfig, field: str) -> Measure:
     return get_measure(value, field=field) if isinstance(value, str) else value.build(field)
 
 
-def _is_at_hand(value: str | PythonMeasureConfig) -> bool:
-    return not own_names_in(value) if isinstance(value, str) else value.is_at_hand
+def _is_known(value: str | PythonMeasureConfig) -> bool:
+    return not own_names_in(value) if isinstance(value, str) else value.is_in_memory
 
 
 REFERENCE = "reference"  # falign.references.REFERENCE; importing it would load the model libraries
@@ -514,7 +518,7 @@ class RunConfig(FrozenModel):
     def _known_measures(self) -> dict[str, Measure]:
         """Return the measures that can be built without importing a user's code."""
         fields = {f"measures.{name}": value for name, value in self.measures.items()}
-        known = {field: value for field, value in fields.items() if _is_at_hand(value)}
+        known = {field: value for field, value in fields.items() if _is_known(value)}
         return {field: _built_measure(value, field) for field, value in known.items()}
 
     def models_that_read_ids(self) -> Iterator[tuple[str, str]]:
@@ -564,7 +568,7 @@ class RunConfig(FrozenModel):
                 f"`references: {{{', '.join(f'{name}: {{kind: ...}}' for name in sorted({*given, *read}))}}}`."
             )
         unread = sorted(given - read - {REFERENCE})
-        if unread and len(measures) == len(self.measures):  # of the others it is not known what they read
+        if unread and len(measures) == len(self.measures):  # a measure of the user's own may read it
             raise ConfigError(
                 f"references.{unread[0]}: neither objective.kind={self.objective.kind} nor a measure reads a reference "
                 f"of this name (they read {', '.join(sorted(read)) or 'none'}): leave it out."
@@ -572,12 +576,15 @@ class RunConfig(FrozenModel):
 
     def _check_offline(self, objective: Objective) -> None:
         if self.data is None:
-            raise ConfigError("data is missing: name data.train, or prompts.train for a run that samples its own.")
-        fields = type(
-            self
-        ).model_fields  # a resolved run file has all sections, with default values where they do not apply
+            raise ConfigError(
+                "data is missing: set data.train, or prompts.train for a run that samples its completions."
+            )
+        # A resolved run file has all sections, so a section counts as given if it differs from its default.
+        fields = type(self).model_fields
         if online := [name for name in ONLINE_SECTIONS if getattr(self, name) != fields[name].default]:
-            raise ConfigError(f"{online[0]} is a section of runs that sample their own completions: add prompts.train.")
+            raise ConfigError(
+                f"{online[0]} is a section of online runs, which sample their completions: add prompts.train."
+            )
         if missing := sorted(name for name in objective.needs if field_of(name) not in OFFLINE):
             raise ConfigError(
                 f"objective.kind={self.objective.kind} reads {', '.join(missing)} of each completion, which come from "
@@ -589,18 +596,20 @@ class RunConfig(FrozenModel):
     def _check_online(self, objective: Objective) -> None:
         assert self.prompts is not None
         if self.data is not None:
-            raise ConfigError("data and prompts exclude each other: a run learns from completions of one source.")
+            raise ConfigError(
+                "data and prompts exclude each other: a run learns from given or from sampled completions."
+            )
         if not self.rewards:
             raise ConfigError("rewards is empty: an online run needs at least one reward.")
         wanted = self.objective.num_rewards
         if wanted not in (None, len(self.rewards)):
             raise ConfigError(
-                f"objective.target reads {wanted} rewards, one after the other, and {len(self.rewards)} are given."
+                f"objective.target reads {wanted} rewards, one after the other, and rewards has {len(self.rewards)}."
             )
         if self.training.tokens_per_batch is not None or self.training.gradient_accumulation_steps != 1:
             raise ConfigError(
-                "training.tokens_per_batch and training.gradient_accumulation_steps are of offline runs: here an "
-                "update takes rollout.prompts / rollout.minibatches prompts, per_device_train_batch_size at a time."
+                "training.tokens_per_batch and training.gradient_accumulation_steps apply only to offline runs: here "
+                "an update takes rollout.prompts / rollout.minibatches prompts, per_device_train_batch_size at a time."
             )
         if self.rollout.minibatches > self.rollout.prompts:
             raise ConfigError(
@@ -612,8 +621,8 @@ class RunConfig(FrozenModel):
             section.check_rollouts(field=self.section_of(name), updates=self.rollout.num_updates)
             if section.cache is not None:
                 raise ConfigError(
-                    f"{self.section_of(name)}.cache: every completion of an online run is new, so nothing is found "
-                    "again."
+                    f"{self.section_of(name)}.cache: every completion of an online run is new, so nothing could "
+                    "be reused: leave it out."
                 )
         if ("from_reference" in objective.needs) != (self.rehearsal is not None):
             raise ConfigError("rehearsal belongs to objective.kind=hybrid, which needs it: give both or neither.")

@@ -1,4 +1,4 @@
-"""The section of the run file for the engine that samples: one model per kind, told apart by ``kind``."""
+"""The section of the run file for the engine that samples: one model per kind, distinguished by ``kind``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class EngineSection(FrozenModel):
 
     @property
     def samples_beside_training(self) -> bool:
-        """True unless it is known, before the engine is made, that ``rollout.ahead`` is impossible."""
+        """False if ``rollout.ahead`` is known to be impossible before the engine is made."""
         return True
 
     def check_processes(self, number: int) -> None:
@@ -55,8 +55,8 @@ class EngineSection(FrozenModel):
         engine = ENGINES.get(self.kind, field="rollout.engine.kind")
         if number > 1 and not engine.many_processes:
             raise ConfigError(
-                f"rollout.engine.kind={self.kind} with {number} processes: one that loses the engine would leave the "
-                "others waiting. Train in one process, or sample in process (kind: transformers)."
+                f"rollout.engine.kind={self.kind} with {number} processes: if one loses the engine, the others would "
+                "wait forever. Train in one process, or sample in process (kind: transformers)."
             )
 
     @abstractmethod
@@ -64,8 +64,8 @@ class EngineSection(FrozenModel):
         """Return the engine, ready to sample and checked against the policy.
 
         Args:
-            setup: The run.
-            console: For progress and notes.
+            setup: What the run needs of the engine.
+            console: Shows progress and notes.
 
         Raises:
             FalignError: The engine is unavailable, or does not sample as the run needs.

@@ -1,8 +1,8 @@
 """Sections of the members of a family: a field's union of kinds, and sections made from a signature.
 
-A section of a family is told apart by ``kind``: the name of a built-in member, or ``module:Name`` of a user's own. An
-own member gets the section's other keys as arguments, checked against its signature when it is built: it is imported
-only then, after :mod:`falign.runs.named_code` has decided whether it may.
+The field ``kind`` of a section names its member: a built-in one, or ``module:Name`` of a user's own. An own member
+gets the other keys of the section as arguments, which are checked against its signature when it is built. It is
+imported only then, after :mod:`falign.runs.named_code` has decided whether it may be.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OWN = "module:Name"
 class OwnSection(FrozenModel, extra="allow"):
     """A member of your own; its other keys are the arguments of ``module:Name``.
 
-    A subclass that has another base, too, says ``extra="allow"`` itself, because pydantic takes that from the last.
+    A subclass with a further base must set ``extra="allow"`` itself, because pydantic takes this from the last base.
     """
 
     kind: str = OWN
@@ -39,9 +39,9 @@ class OwnSection(FrozenModel, extra="allow"):
         """Import the member and call it with the section's settings.
 
         Args:
-            registry: Its family.
+            registry: The family.
             place: The path of the section, for messages.
-            protocol: What the member must make.
+            protocol: The class that the result must have.
             given: Arguments that the run adds; a member gets those that its signature names.
 
         Raises:
@@ -88,7 +88,8 @@ def section_of(member: Callable[..., Any], *, kind: str, base: type[BaseModel], 
     """Return the section of a built-in member, made from its signature and docstring.
 
     Args:
-        member: What the section calls; its parameters are the fields, its ``Args`` their documentation.
+        member: The function or class that the section calls; its parameters become the fields, and its ``Args`` their
+            documentation.
         kind: The name in the run file.
         base: The class of the section.
         fields: Further fields as for ``pydantic.create_model``, or other annotations of parameters.
@@ -115,14 +116,14 @@ def call_with_settings(
 ) -> Any:
     """Call an own member with settings of a run file, after checking them against its signature.
 
-    A pydantic model is validated as it is, and its ``build`` is called with what the run adds.
+    If the member is a pydantic model, the settings are its fields, and its ``build`` gets the arguments of the run.
 
     Args:
         member: A class or function.
         settings: The section's keys without ``kind``.
         name: The member's name in messages.
         place: The path of the section, for messages.
-        given: Arguments that the run adds, where the signature names them.
+        given: Arguments that the run adds if the signature names them.
 
     Raises:
         ConfigError: A setting is unknown, missing or of another type, or the member refuses it.
@@ -159,7 +160,7 @@ _LOOSE: Any = {"arbitrary_types_allowed": True, "allow_inf_nan": False, "protect
 def _parameters(member: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     function = member.__init__ if inspect.isclass(member) else inspect.unwrap(member)
     names = vars(sys.modules[function.__module__])
-    # Without the return annotation, which may exist for type checkers only.
+    # Not the return annotation: its names may be imported for type checkers only.
     return {
         name: each.replace(annotation=eval(each.annotation, names)) if isinstance(each.annotation, str) else each
         for name, each in inspect.signature(member).parameters.items()
@@ -201,11 +202,11 @@ def _validated(model: type[BaseModel], settings: Mapping[str, Any], *, name: str
         return model.model_validate(dict(settings))
     except ValidationError as error:
         known = list(model.model_fields)
-        told = [_told(detail, known, name=name, place=place) for detail in error.errors(include_url=False)]
-        raise ConfigError("\n  ".join(told)) from error
+        messages = [_message(detail, known, name=name, place=place) for detail in error.errors(include_url=False)]
+        raise ConfigError("\n  ".join(messages)) from error
 
 
-def _told(detail: Any, known: Collection[str], *, name: str, place: str) -> str:
+def _message(detail: Any, known: Collection[str], *, name: str, place: str) -> str:
     path = ".".join([place, *(str(step) for step in detail["loc"])])
     if detail["type"] == "extra_forbidden":
         close = nearest(str(detail["loc"][-1]), known)

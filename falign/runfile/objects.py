@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 SOURCE = frozenset({"path", "rows", "texts"})
-"""Keys that tell a source of data from a row: a source has one of them."""
+"""Keys of a source of data, by which it differs from a row: a source has one of them."""
 
 
 def is_section(value: Any) -> bool:
@@ -53,8 +53,8 @@ def is_section(value: Any) -> bool:
 class LoadedModelConfig(ModelConfig):
     """A model that a program has loaded, recorded by the place it was loaded from.
 
-    Its weights are used where they are, and never changed: an adapter goes into modules of the run's own, and a run
-    that trains all weights begins with a copy.
+    Its weights are not copied and never changed: an adapter is added to other modules over the same weights, and a run
+    that trains all weights trains a copy.
     """
 
     _model: Any = PrivateAttr(default=None)
@@ -66,10 +66,10 @@ class LoadedModelConfig(ModelConfig):
 
         Args:
             model: A causal language model of transformers, without an adapter.
-            tokenizer: Its own; by default the one where the model was loaded from.
+            tokenizer: Its tokenizer; by default loaded from where the model was.
 
         Raises:
-            ConfigError: The object is no such model, or it has no tokenizer.
+            ConfigError: The object is not such a model, or it has no tokenizer.
         """
         from transformers import PreTrainedModel
 
@@ -141,7 +141,7 @@ def objective_section(objective: Objective) -> Any:
             "beta=0.1), or the section of a run file as a mapping."
         )
     if dataclasses.is_dataclass(objective):
-        fields = {field.name: _written(getattr(objective, field.name)) for field in dataclasses.fields(objective)}
+        fields = {field.name: _as_setting(getattr(objective, field.name)) for field in dataclasses.fields(objective)}
         for section in _kinds():
             if section.model_fields.keys() - {"kind"} == fields.keys():
                 try:
@@ -157,7 +157,7 @@ def _kinds() -> list[Any]:
     return [get_args(kind)[0] for kind in get_args(get_args(ObjectiveConfig)[0])]
 
 
-def _written(value: Any) -> Any:
+def _as_setting(value: Any) -> Any:
     """Return a field of an objective in the form of a run file."""
     if isinstance(value, Divergence):
         return value.name
@@ -171,7 +171,7 @@ def _written(value: Any) -> Any:
 
 
 def _with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Return modules of their own over the same weights in memory."""
+    """Return new modules over the same weights in memory."""
     from torch import nn
 
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
@@ -196,7 +196,7 @@ def model_section(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
 
 
 def with_sources(data: Any, *, texts: bool = False) -> Any:
-    """Return the section of data or prompts; ``texts``: where a list of texts is a source, and not paths."""
+    """Return the section of data or prompts; with ``texts``, a list of strings is a list of prompts, not of paths."""
     if isinstance(data, FrozenModel):
         return data
     if not isinstance(data, Mapping):
@@ -234,9 +234,9 @@ def parse_source(data: Any, *, place: str, beside: Mapping[str, Any] | None = No
     try:
         return SourceConfig.model_validate(section).build()
     except ValidationError as error:
-        told = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors(include_url=False)]
+        messages = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors(include_url=False)]
         known = ", ".join(SourceConfig.model_fields)
-        raise ConfigError(f"{place}: {'; '.join(told)}. A source has rows or a path, and {known}.") from error
+        raise ConfigError(f"{place}: {'; '.join(messages)}. A source has rows or a path, and {known}.") from error
 
 
 def source_section(value: Any) -> Any:

@@ -75,12 +75,12 @@ def _check_effects(
         )
     if rollout.fit_samples != fields["fit_samples"].default and not chosen.needs_samples:
         raise ConfigError(
-            f"rollout.fit_samples={rollout.fit_samples}: nothing is fitted here; it belongs to "
-            "objective.target.moments without lambdas."
+            f"rollout.fit_samples={rollout.fit_samples} has no effect, because nothing is fitted: leave it out. It "
+            "applies to objective.target.moments without lambdas."
         )
     weighted = [i for i, reward in enumerate(rewards) if reward.weight != 1]
     if chosen.num_rewards is not None and weighted:
         raise ConfigError(
             f"rewards.{weighted[0]}.weight={rewards[weighted[0]].weight:g}: a target reads each reward by "
-            "itself, before weights; leave it out, and say in objective.target what it counts."
+            "itself, before weights: leave it out, and set its influence in objective.target."
         )

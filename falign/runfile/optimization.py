@@ -21,7 +21,7 @@ from falign.errors import ConfigError
 __all__ = ["check_names", "check_optimizer", "check_schedule", "same_learning_rates"]
 
 
-_BY_MODULES = "it changes chosen modules only, which a run file cannot name"
+_BY_MODULES = "it trains only chosen modules, which a run file cannot name"
 _BY_METRIC = "it follows a metric instead of the steps, and gets no metric here"
 _OWN_BACKWARD = "it updates weights within the backward pass, before the loss and gradient of the step are checked"
 _TWO_WEIGHTS = "it trains other weights than it evaluates, and checkpoints would hold the trained ones"
@@ -33,14 +33,15 @@ REFUSED_OPTIMIZERS = {
     "adalomo": _OWN_BACKWARD,
     "schedule_free": _TWO_WEIGHTS,
 }
-"""By the beginnings of their names."""
+"""Reasons by the beginning of the optimizer's name."""
+
 REFUSED_SCHEDULES = {"reduce_lr_on_plateau": _BY_METRIC, "greedy": _BY_METRIC}
 WITHOUT_OPTIONS = ("constant", "constant_with_warmup", "linear")
-"""The first two would drop them without a word."""
+"""Schedules without options; transformers would ignore options of the first two in silence."""
 
-TRIAL_SHAPE = (64, 128)  # optimizers of 8 bits leave tensors of fewer than 4,096 values in 32
+TRIAL_SHAPE = (64, 128)  # large enough: 8-bit optimizers keep tensors of fewer than 4,096 values in 32 bits
 TRIAL_LEARNING_RATE = 1e-2  # the run's rate may be below the rounding of the trial weight
-MANY_STEPS = 1_000_000  # if the number follows from epochs, which is known only once data are read
+MANY_STEPS = 1_000_000  # stands in for a number of steps that follows from epochs, known only when data are read
 
 
 def check_names(optimizer: str, schedule: str) -> None:
@@ -58,7 +59,7 @@ def check_names(optimizer: str, schedule: str) -> None:
     for beginning, reason in REFUSED_OPTIMIZERS.items():
         if optimizer.startswith(beginning):
             raise ConfigError(
-                f"training.optim={optimizer!r} is not supported: {reason}; choose another, as adamw_torch."
+                f"training.optim={optimizer!r} is not supported: {reason}; choose another, such as adamw_torch."
             )
     if schedule in REFUSED_SCHEDULES:
         raise ConfigError(f"training.lr_scheduler_type={schedule!r} is not supported: {REFUSED_SCHEDULES[schedule]}.")

@@ -101,7 +101,7 @@ class DifficultyConfig(FrozenModel):
     """Smallest share of a prompt's completions that pass."""
     high: float = Field(default=0.9, ge=0, le=1)
     max_rounds: int = Field(default=3, ge=1)
-    """Maximum number of draws of prompts per rollout; then rejected prompts fill it up."""
+    """Maximum number of draws of prompts per rollout; afterwards rejected prompts fill it up."""
 
     @model_validator(mode="after")
     def _is_a_range(self) -> DifficultyConfig:
@@ -122,7 +122,7 @@ class EvaluationConfig(FrozenModel):
 class RolloutConfig(FrozenModel):
     """Sampling of completions, and the number of updates on each.
 
-    Sampling is from the whole vocabulary: what top-k or top-p leave out, no importance weight brings back.
+    Sampling is from the whole vocabulary: no importance weight can correct for tokens that top-k or top-p leave out.
     """
 
     prompts: int = Field(default=8, ge=1)
@@ -155,17 +155,16 @@ class RolloutConfig(FrozenModel):
     """The engine that samples: ``{kind: transformers}``, ``{kind: vllm, shared_dir: ...}`` or your own,
     ``{kind: module:Name, ...}``."""
     ahead: bool = False
-    """Sample the next rollout while the policy learns from the present one; it is weighted by ``π/π_sampler``."""
+    """Sample the next rollout while the policy learns from the current one; it is weighted by ``π/π_sampler``."""
     correction: CorrectionConfig | None = None
-    """``{cap: 2}`` weights by the sampler's log-probabilities in place of π_old's, with bounded weights; for policy
-    gradients."""
+    """``{cap: 2}``: importance weights π/π_sampler, bounded by ``cap``, in place of π/π_old; for policy gradients."""
 
     @model_validator(mode="after")
     def _samples_beside_training(self) -> RolloutConfig:
         if self.ahead and not self.engine.samples_beside_training:
             raise ValueError(
-                "ahead=true: the process that trains cannot sample at the same time; give it an engine of kind vllm, "
-                "or leave ahead out"
+                "ahead=true: the training process cannot sample at the same time; use an engine of kind vllm, or leave "
+                "ahead out"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Reading a run file with its overrides; messages name the path of every mistake and the nearest valid one."""
+"""Reading of a run file with its overrides; messages name the path of every mistake and the nearest valid path."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from falign.runfile.trl_names import FOREIGN_NAMES, near_foreign_name
 __all__ = ["load_reward_list", "load_run_file", "parse_run", "valid_paths"]
 
 MOST_MISTAKES = 20
+"""Mistakes that one message lists."""
+
 NAME = "NAME"  # placeholder for names that a user gives to sections
 NAMED = [name for name, field in RunConfig.model_fields.items() if get_origin(field.annotation) is dict]
 
@@ -30,7 +32,7 @@ NAMED = [name for name, field in RunConfig.model_fields.items() if get_origin(fi
 def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the settings of a run from a YAML file.
 
-    The run file in a run folder describes the run of that folder, wherever the folder was when it was written.
+    The output_dir of a run folder's own run file is that folder, even if it has been moved.
 
     Args:
         path: The run file.
@@ -64,7 +66,7 @@ def parse_run(data: dict[str, Any], *, place: str = "run") -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{place}: {_told(error)}") from error
+        raise ConfigError(f"{place}: {_message(error)}") from error
 
 
 def load_reward_list(path: str | Path) -> list[RewardConfig]:
@@ -83,11 +85,11 @@ def load_reward_list(path: str | Path) -> list[RewardConfig]:
     try:
         return _RewardList.model_validate({"rewards": section}).rewards
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_told(error)}") from error
+        raise ConfigError(f"{path}: {_message(error)}") from error
 
 
-def _told(error: ValidationError) -> str:
-    """Return one line for each of the first mistakes."""
+def _message(error: ValidationError) -> str:
+    """Return one line per mistake, up to ``MOST_MISTAKES``."""
     details = error.errors(include_url=False)
     more = [f"and {len(details) - MOST_MISTAKES} more."] if len(details) > MOST_MISTAKES else []
     return "\n  ".join([*map(_explain, details[:MOST_MISTAKES]), *more])
@@ -98,7 +100,7 @@ class _RewardList(FrozenModel):
 
 
 def valid_paths(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Yield ``section.field`` of every field of the run file, of all kinds of a section."""
+    """Yield ``section.field`` for every field of the run file, for all kinds of each section."""
     for name, field in model.model_fields.items():
         yield prefix + name
         inside = {list: "0.", dict: f"{NAME}."}.get(get_origin(field.annotation) or type, "")
@@ -176,11 +178,11 @@ def _explain(detail: Any) -> str:
         return f"{place.path}.kind is required: choose one of {', '.join(place.kinds)}."
     if detail["type"] in ("model_type", "model_attributes_type"):
         return f"{place.path}={shown(detail['input'])}: this is a section{_example(place)}."
-    told = detail["msg"].removeprefix("Value error, ")
-    return f"{place.path}={shown(detail['input'])}: {told}{_as_written(detail)}."
+    reason = detail["msg"].removeprefix("Value error, ")
+    return f"{place.path}={shown(detail['input'])}: {reason}{_yaml_advice(detail)}."
 
 
-def _as_written(detail: Any) -> str:
+def _yaml_advice(detail: Any) -> str:
     """Return advice on writing a value of the wrong type in YAML; empty if there is none."""
     given = detail["input"]
     if detail["type"] == "string_type" and isinstance(given, bool | int | float | date):
@@ -231,7 +233,7 @@ def _near(place: _Place) -> str:
     """Return a hint with the known key nearest to an unknown one; empty if none is near."""
     section, _, last = place.path.rpartition(".")
     if last in FOREIGN_NAMES:
-        return f": {FOREIGN_NAMES[last].told()}"
+        return f": {FOREIGN_NAMES[last].message()}"
     if place.kind is not None and (owners := _owners(place, place.path)):
         own = ", ".join(place.kinds[place.kind].model_fields)
         return f": {section}.kind={place.kind} has no such field, {owners} has. Its fields are {own}."
@@ -245,8 +247,8 @@ def _near(place: _Place) -> str:
     anywhere = {path.rpartition(".")[2]: path for path in fields}
     siblings = _siblings(place.path)
     if foreign := near_foreign_name(last, [*siblings, *anywhere]):
-        told = FOREIGN_NAMES[foreign].told()
-        return f": did you mean {foreign}? {told[0].upper()}{told[1:]}"
+        message = FOREIGN_NAMES[foreign].message()
+        return f": did you mean {foreign}? {message[0].upper()}{message[1:]}"
     close = [known[key] for known in (siblings, anywhere) if (key := similar(last, known)) is not None]
     if not close:
         return ""

@@ -98,8 +98,8 @@ class FrozenReferenceConfig(ReferenceSection):
         if self.path is None and (self.dtype != "auto" or self.quantization is not None):
             name = "dtype" if self.dtype != "auto" else "quantization"
             raise ValueError(
-                f"{name} is for a reference with a path of its own; without one the reference is the model that is "
-                "trained, loaded as the policy is: give path, or leave it out"
+                f"{name} applies only to a reference with its own path; without a path the reference is the model in "
+                "training, loaded like the policy: give path, or leave it out"
             )
         return self
 
@@ -184,7 +184,7 @@ class SoupConfig(ReferenceSection):
     paths: list[str]
     """Two or more adapters or checkpoints, or runs that trained them; all of one kind."""
     weights: list[float] | None = None
-    """One share for each, with sum 1; equal shares by default."""
+    """One weight for each, with sum 1; equal weights by default."""
 
     @override
     def model_paths(self) -> Iterator[str]:
@@ -244,7 +244,7 @@ class _MovingConfig(ReferenceSection):
     @classmethod
     def _refuse_cache(cls, value: Any) -> None:
         if value is not None:
-            raise ValueError("a moving reference gives other log-probabilities after every move; leave the cache out")
+            raise ValueError("the log-probabilities of a moving reference change at every move; leave the cache out")
 
     @override
     def check_rollouts(self, *, field: str, updates: int) -> None:
@@ -257,8 +257,8 @@ class _MovingConfig(ReferenceSection):
         from falign.references import MovingReference
 
         raise ConfigError(
-            f"{field}.kind={self.kind} under FSDP2: {MovingReference.cannot_shard}. Start with --launch ddp, or take a "
-            "reference that does not move."
+            f"{field}.kind={self.kind} under FSDP2: {MovingReference.cannot_shard}. Train with DDP (--launch ddp), or "
+            "use a reference that does not move."
         )
 
     @override
@@ -266,7 +266,7 @@ class _MovingConfig(ReferenceSection):
         return True
 
     def rule(self) -> references.MovingRule:
-        """Return the way in which it follows the policy."""
+        """Return the rule by which it follows the policy."""
         raise NotImplementedError
 
     @override
@@ -349,15 +349,15 @@ class PythonReferenceConfig(PythonObject, ReferenceSection):
         ``Reference.identity()``.
 
         Raises:
-            ConfigError: The object is neither, or is a reference that moves.
+            ConfigError: The object is neither, or a reference that moves.
         """
         from falign.references import Reference
 
         if isinstance(value, Reference):
             if value.moves:
                 raise ConfigError(
-                    f"reference is a {type(value).__name__}, which moves during training, so that the object would not "
-                    "be the same for a run that goes on: give a function f(policy) that makes it."
+                    f"reference is a {type(value).__name__}, which moves during training, so a resumed run would "
+                    "get another object: give a function f(policy) that makes it."
                 )
             plain = {name: each for name, each in vars(value).items() if isinstance(each, PLAIN)}
             hashed = functools.partial(type(value), **plain)
@@ -386,8 +386,8 @@ class PythonReferenceConfig(PythonObject, ReferenceSection):
         if model is not None:
             if record.get("weights", record.get("start")) is None:
                 raise ConfigError(
-                    f"{context.field}: the identity of the {type(made).__name__} has no weights, so nothing would tell "
-                    "whether its model is the same in a run that goes on: make it as FrozenModel(model, "
+                    f"{context.field}: the identity of the {type(made).__name__} has no weights, so a resumed run "
+                    "could not check that its model is the same: make it as FrozenModel(model, "
                     "**falign.models.model_identity(model))."
                 )
             model.to(context.device)

@@ -20,7 +20,7 @@ __all__ = ["BuildContext", "ReferenceSection"]
 
 
 class BuildContext(NamedTuple):
-    """The surroundings in which a reference is built.
+    """The context in which a reference is built.
 
     Attributes:
         config: The run.

@@ -60,7 +60,7 @@ class RewardSection(FrozenModel):
         """
 
     def build_at(self, date: datetime | None) -> Reward:
-        """Return the reward as of a date; None is today."""
+        """Return the reward, with the date that its chat template writes; None is today."""
         reward = self.build()
         if date is not None and isinstance(reward, DatedReward):
             reward.fix_date(date)
@@ -121,7 +121,7 @@ class FunctionConfig(RewardSection):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_what_a_timeout_allows(self, handler: Any) -> dict[str, Any]:
+    def _without_timeout_fields(self, handler: Any) -> dict[str, Any]:
         dropped = frozenset[str]() if self.timeout is not None else frozenset({"failed", "errors"})
         return {name: value for name, value in handler(self).items() if name not in dropped}
 
@@ -190,7 +190,7 @@ else:
         default="function",
         own=OwnRewardConfig,
     )
-"""One reward of the list ``rewards``; ``kind`` names one of these, by default the first."""
+"""One reward of the list ``rewards``; ``kind`` names one of these, and the first is the default."""
 
 
 def build_rewards(
@@ -204,7 +204,7 @@ def build_rewards(
         outcome: Name of the reward that decides what passes; see :class:`falign.rewards.RewardSum`.
 
     Raises:
-        ConfigError: It is empty, two have one name, or one cannot be built.
+        ConfigError: The list is empty, two rewards have the same name, or one cannot be built.
     """
     return RewardSum(
         tuple(

@@ -71,8 +71,8 @@ class TargetSection(FrozenModel):
             features: Rewards of M samples of the reference, to fit missing λ on.
 
         Raises:
-            ConfigError: λ and moments are not equally many, λ have to be fitted and there are no samples, or the
-                moments cannot be reached.
+            ConfigError: The numbers of λ and moments differ, λ must be fitted and there are no samples, or the moments
+                cannot be reached.
         """
 
 
@@ -200,8 +200,8 @@ def _fit(
 ) -> tuple[float, ...]:
     if features is None:
         raise ConfigError(
-            f"objective.target.moments={list(moments)!r} have to be fitted on samples of the reference, and there are "
-            "none; give lambdas."
+            f"objective.target.moments={list(moments)!r} must be fitted on samples of the reference, and there are "
+            "none: give lambdas."
         )
     try:
         return tuple(fit_moments(features, list(moments), log_weights=log_weights).tolist())

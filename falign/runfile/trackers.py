@@ -16,7 +16,7 @@ PACKAGES = {
     "dagshub": "dagshub mlflow",
     "flyte": "flytekit flytekitplugins-deck-standard",
 }
-"""Packages of trackers with another name than their package."""
+"""Packages to install, for trackers that are not called like their package."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -35,11 +35,11 @@ def check_trackers(names: Sequence[str]) -> None:
 
     known = {NONE, ALL, *INTEGRATION_TO_CALLBACK}
     if unknown := sorted(set(names) - known):
-        raise ConfigError(f"training.report_to={unknown[0]!r} is unknown: choose of {', '.join(sorted(known))}.")
+        raise ConfigError(f"training.report_to={unknown[0]!r} is unknown: choose from {', '.join(sorted(known))}.")
     if len(names) > 1 and (alone := {NONE, ALL} & set(names)):
-        raise ConfigError(f"training.report_to={list(names)}: {min(alone)} stands alone; leave out the others.")
+        raise ConfigError(f"training.report_to={list(names)}: {min(alone)} excludes other trackers; leave them out.")
     available = {NONE, ALL, *get_available_reporting_integrations()}
-    if is_flytekit_available():  # which that list leaves out
+    if is_flytekit_available():  # missing from the list of transformers
         available.add("flyte")
     for name in sorted(set(names) - available):
         raise ConfigError(f"training.report_to={name!r}: {_reason(name)}, or leave it out.")
@@ -48,10 +48,10 @@ def check_trackers(names: Sequence[str]) -> None:
 def _reason(name: str) -> str:
     """Return why a tracker cannot work, and the remedy."""
     if name == "kubeflow":
-        return "no Kubeflow trainer is at work (KUBEFLOW_TRAINER_SERVER_URL is not set). Start the run as its job"
+        return "no Kubeflow trainer is running (KUBEFLOW_TRAINER_SERVER_URL is not set). Start the run as its job"
     from transformers.integrations.integration_utils import is_azureml_available
 
     if name == "azure_ml" and is_azureml_available():
-        return "the package mlflow is installed, which reports to Azure in its place. Name mlflow"
+        return "the package mlflow is installed, which reports to Azure instead. Use mlflow"
     packages = PACKAGES.get(name, name)
     return f"it needs {' and '.join(packages.split())}. Install what is missing (pip install {packages})"

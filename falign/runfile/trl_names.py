@@ -11,7 +11,7 @@ __all__ = ["FOREIGN_NAMES", "ForeignName", "near_foreign_name"]
 
 
 class ForeignName(NamedTuple):
-    """The answer to a setting of another library.
+    """The counterpart of another library's setting.
 
     Attributes:
         fields: Paths of the run file; empty if falign has no such setting.
@@ -21,7 +21,7 @@ class ForeignName(NamedTuple):
     fields: tuple[str, ...]
     note: str = ""
 
-    def told(self) -> str:
+    def message(self) -> str:
         """Return the last part of a message about the name."""
         if not self.fields:
             return f"falign has no such setting, because {self.note}."
@@ -29,7 +29,7 @@ class ForeignName(NamedTuple):
 
 
 def near_foreign_name(name: str, rivals: Iterable[str]) -> str | None:
-    """Return the name of another library that a misspelled one is nearer to than to any of the rivals."""
+    """Return the foreign name that is nearest to a misspelled one; None if a rival is nearer, or none is near."""
     own = set(rivals)
     close = similar(name, [*own, *FOREIGN_NAMES], cutoff=0.8)
     return close if close not in own else None
@@ -287,4 +287,4 @@ FOREIGN_NAMES: dict[str, ForeignName] = {
     **_none("completion_only_loss assistant_only_loss", "the loss always counts the tokens of completions only"),
     **_none("center_rewards_coefficient", "falign uses reward models and does not train them"),
 }
-"""Names that are a field of the run file under the same name, and mean the same there, are not in it."""
+"""Names of other libraries; a name that the run file has in the same place and meaning is left out."""

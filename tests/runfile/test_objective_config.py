@@ -120,7 +120,7 @@ def test_moments_are_fitted_on_samples_of_the_reference():
     section = config(kind="distribution_matching", target={"kind": "moments", "moments": [0.5]})
     assert section.needs_samples
     section.unfitted().build()
-    with pytest.raises(ConfigError, match="have to be fitted on samples of the reference"):
+    with pytest.raises(ConfigError, match="must be fitted on samples of the reference"):
         section.build()
     objective = section.build_on(torch.tensor([[0.0], [0.0], [0.0], [1.0]]))
     assert isinstance(objective, DistributionMatching)

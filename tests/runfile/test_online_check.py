@@ -32,7 +32,7 @@ def check(**changes):
             "objective.advantage=batch_mean, which compares",
         ),
         ({"rollout": {"ranked": "all"}}, "rollout.ranked=all applies only to preference objectives"),
-        ({"objective": BINARY, "rollout": {"fit_samples": 64}}, "nothing is fitted here"),
+        ({"objective": BINARY, "rollout": {"fit_samples": 64}}, "nothing is fitted"),
         (
             {"objective": BINARY, "rewards": [{"kind": "words", "words": ["a"], "weight": 0.5}]},
             "rewards.0.weight=0.5: a target reads each reward by itself",

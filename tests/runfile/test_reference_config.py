@@ -102,7 +102,7 @@ def test_what_an_initial_adapter_has_of_its_own_cannot_be_set_beside_it():
     assert run.model_dump()["adapter"] == {"init": "sft", "dropout": 0.1}
     assert parse_run(run.model_dump(mode="json")) == run
     assert parse_run(LEAST).model_dump()["adapter"]["r"] == 16
-    with pytest.raises(ConfigError, match="alpha, r cannot be set beside init, whose adapter has its own"):
+    with pytest.raises(ConfigError, match="alpha, r cannot be set together with init, whose adapter has its own"):
         parse_run({**LEAST, "adapter": {"init": "sft", "r": 16, "alpha": 8}})
 
 

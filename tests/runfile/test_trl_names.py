@@ -80,7 +80,7 @@ def test_every_setting_has_an_answer(config):
             with pytest.raises(ConfigError, match=f"sampling.{name} is a secret by its name"):
                 parse_run({**LEAST, "sampling": {name: 1}})
         elif name in FOREIGN_NAMES:
-            assert answer(name).endswith(FOREIGN_NAMES[name].told())
+            assert answer(name).endswith(FOREIGN_NAMES[name].message())
         elif name in SAME:
             assert answer(name, "unknown").endswith(f": did you mean {SAME[name]}?")
         else:
@@ -147,7 +147,7 @@ def test_whatever_a_reason_names_exists():
 
 
 def test_launching_is_answered_with_the_kinds_that_work():
-    told = FOREIGN_NAMES["deepspeed"].told()
+    told = FOREIGN_NAMES["deepspeed"].message()
     assert {kind for kind in Launch if kind.value in told} == set(FLAGS)
 
 
@@ -167,7 +167,7 @@ def test_the_trainer_is_set_as_the_reasons_say(tmp_path):
 def test_optimizers_that_need_target_modules_are_refused():
     for name in OptimizerNames:
         if name.value.startswith(("galore", "apollo")):
-            with pytest.raises(ConfigError, match="it changes chosen modules only"):
+            with pytest.raises(ConfigError, match="it trains only chosen modules"):
                 check_names(name.value, "linear")
 
 
