@@ -1,4 +1,4 @@
-"""Completions laid out in rows of tokens: the trees, the two layouts, and the batch that they become."""
+"""Prompt trees, and the two layouts that turn them into a batch of token rows."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class TreeSpan:
 class TokenBatch:
     """N completions in R rows of L tokens; T is the longest completion.
 
-    Nothing is inferred from token values: the filling may be the end-of-sequence token.
+    Nothing is inferred from token values, so the filling may be the end-of-sequence token.
 
     Attributes:
         input_ids: Prompts, completions and filling, shape (R, L).
@@ -215,7 +215,7 @@ def lay_out(
         span = TreeSpan(row, filled[row], len(tree.prompt_ids), tuple(map(len, tree.completion_ids)))
         spans.append(span)
         filled[row] += span.length
-    width = max(filled) + -max(filled) % pad_to_multiple_of
+    width = max(filled) + -max(filled) % pad_to_multiple_of  # -n % m is what n lacks to a multiple of m
     longest = max(max(span.completion_lengths) for span in spans)
 
     input_ids = torch.full((len(filled), width), pad_token_id)

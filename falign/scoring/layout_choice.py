@@ -1,4 +1,4 @@
-"""Trials on a model before it is used: the head that was read gives its own logits, and the layout that it can read."""
+"""Checks on a model before it is used: that its head is read correctly, and which layout it can read."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ __all__ = ["LayoutChoice", "check_head", "choose_layout", "why_not_trees"]
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
-# Largest and mean difference of a token's log-probability, nats. Two 16-bit runs of one model in batches of different
-# shapes differ by about a fifth of this; a wrong mask or position causes differences several times larger.
+# Accepted difference of a token's log-probability, largest and mean, in nats; the key says whether all weights have 32
+# bits or more. Two 16-bit runs of one model in batches of different shapes differ by about a fifth of this; a wrong
+# mask or position causes differences several times larger.
 _TOLERANCE = {True: (1e-4, 1e-4), False: (1.0, 0.1)}
 
 
@@ -32,12 +33,12 @@ class LayoutChoice(NamedTuple):
     Attributes:
         layout: ``"tree"`` or ``"padded"``.
         reason: The reason for the choice, for the user.
-        as_asked: False if trees were wanted but the model cannot read them.
+        as_requested: False if trees were wanted but the model cannot read them.
     """
 
     layout: Layout
     reason: str
-    as_asked: bool = True
+    as_requested: bool = True
 
 
 def choose_layout(
@@ -65,14 +66,14 @@ def choose_layout(
         ModelError: The model cannot read padded rows either.
     """
     if wanted == "padded":
-        return LayoutChoice("padded", "as asked for")
+        return LayoutChoice("padded", "as requested")
     why_not = why_not_trees(model)
     if why_not is not None and wanted == "tree":
         raise ValueError(f"layout='tree' is not possible for this model: {why_not}. Use 'padded'.")
     if why_not is not None:
-        return LayoutChoice("padded", why_not, as_asked=False)
+        return LayoutChoice("padded", why_not, as_requested=False)
     if wanted == "tree":
-        return LayoutChoice("tree", "as asked for")
+        return LayoutChoice("tree", "as requested")
     name = type(without_wrapper(model)).__name__
 
     def logprobs(layout: Layout) -> Float[Tensor, "N T"]:
@@ -85,19 +86,19 @@ def choose_layout(
         with architecture_errors("it cannot read trees", ""):
             packed = logprobs("tree")
     except ModelError as error:
-        return LayoutChoice("padded", str(error), as_asked=False)
+        return LayoutChoice("padded", str(error), as_requested=False)
     difference = (packed - padded).abs()
     largest, mean = difference.max().item(), difference.sum().item() / difference.count_nonzero().clamp(min=1).item()
     exact = all(p.dtype.itemsize >= 4 for p in model.parameters() if p.is_floating_point())
     allowed, allowed_mean = _TOLERANCE[exact]
-    # The comparison is false for NaN, which then falls back to padded rows.
+    # False for NaN: then the layout is padded.
     if largest <= allowed and mean <= allowed_mean:
         rounding = "" if exact else f" at most and {mean:.1g} on average, the rounding of 16 bits"
         return LayoutChoice("tree", f"its log-probabilities equal those of padded rows to {largest:.1g} nats{rounding}")
     return LayoutChoice(
         "padded",
         f"trees change its log-probabilities by {largest:.3g} nats (mean {mean:.3g}), so it misreads them",
-        as_asked=False,
+        as_requested=False,
     )
 
 
@@ -115,7 +116,7 @@ def why_not_trees(model: nn.Module) -> str | None:
     if attention not in ("sdpa", "eager"):
         return f"its attention is {attention!r}, and trees need 'sdpa' or 'eager'"
     if others := sorted(set(layer_types(config)) - _LAYER_TYPES):
-        return f"it has layers of type {others[0]!r}, which see beyond a tree's paths"
+        return f"it has layers of type {others[0]!r}, in which completions of a prompt would see each other"
     if any(_attention_dropout(module) for module in model.modules()):
         return "its attention has dropout, which would differ between copies of a prompt"
     return None
@@ -150,7 +151,7 @@ def check_head(model: nn.Module, token_ids: Sequence[int], *, tolerance: float |
     """
     ids, name = tuple(token_ids[:_NUM_TOKENS]), type(without_wrapper(model)).__name__
     batch = pad([PromptTree(ids[:1], (ids[1:],))], pad_token_id=ids[0]).to(next(model.parameters()).device)
-    half = (len(ids) + 1) // 2
+    half = (len(ids) + 1) // 2  # the second half is changed below; a causal model gives the same logits before it
     with torch.no_grad(), evaluation_mode(model):
         with architecture_errors(f"{name} cannot be run", other_attention(model)):
             inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}

@@ -64,7 +64,7 @@ def without_wrapper(model: nn.Module) -> nn.Module:
     if not isinstance(model, Adapted):
         return model
     inner = model.get_base_model()
-    if inner is getattr(model, "base_model", None):
+    if inner is getattr(model, "base_model", None):  # no wrapper of layers between: PEFT's prompt learning
         raise ModelError(
             f"{type(model).__name__} holds a learned prompt, which would have no effect on scores: use an "
             "adapter inside the layers, such as LoRA."
@@ -86,13 +86,12 @@ def read_backbone(model: nn.Module) -> nn.Module:
     """
     language_model = without_wrapper(model)
     backbone = getattr(language_model, "base_model", language_model)
-    if (
-        backbone is language_model
-    ):  # for text models that keep the prefix of their multimodal variant, such as Llama 4's
+    if backbone is language_model:
+        # Text models with the prefix of their multimodal variant, such as Llama 4's: their base_model is themselves.
         backbone = getattr(language_model, "model", language_model)
     if not isinstance(backbone, nn.Module) or backbone is language_model:
         raise ModelError(
-            f"{type(language_model).__name__} has no backbone apart from its head: scoring needs a causal "
+            f"{type(language_model).__name__} has no backbone separate from its head: scoring needs a causal "
             "language model with a `base_model` that returns hidden states."
         )
     return backbone
@@ -147,21 +146,21 @@ def run_backbone(model: nn.Module, **inputs: Any) -> Any:
         The output, hidden states first.
 
     Raises:
-        ModelError: If the model has no backbone apart from its head.
+        ModelError: If the model has no backbone separate from its head.
     """
     backbone = read_backbone(model)
     from torch.distributed.fsdp import FSDPModule  # takes a second to import; reading run files does not need it
 
     if not isinstance(model, DistributedDataParallel | FSDPModule):
         return backbone(**inputs)
-    caught = []
-    hook = backbone.register_forward_hook(lambda module, args, output: caught.append(output))
-    nowhere = torch.empty(0, dtype=torch.long, device=inputs["input_ids"].device)
+    outputs = []
+    hook = backbone.register_forward_hook(lambda module, args, output: outputs.append(output))
+    no_positions = torch.empty(0, dtype=torch.long, device=inputs["input_ids"].device)
     try:
-        model(**inputs, logits_to_keep=nowhere)
+        model(**inputs, logits_to_keep=no_positions)
     finally:
         hook.remove()
-    return caught[0]
+    return outputs[0]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Batches by number of tokens instead of rows: as many trees of similar length as fit a budget."""
+"""Batches limited by tokens instead of rows: as many trees of similar length as a budget allows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from falign.seeds import mixed
 
 __all__ = ["TokenBudgetBatches"]
 
-_WINDOW = 16  # window size, in batches, within which trees are sorted by length
+_WINDOW = 16  # batches per window; trees are sorted by length within a window
 
 
 class TokenBudgetBatches:

@@ -64,7 +64,7 @@ class _Family:
     down: str
 
     def misses(self, layer: nn.Module) -> bool:
-        """Return True if a layer is built differently: a module is missing, or there are others."""
+        """Return True if a layer is built differently: it lacks a module of the family or has others."""
         children = dict(layer.named_children())
         if set(children) != {self.attention, "mlp", *self.norms}:
             return True

@@ -1,4 +1,4 @@
-"""Attention within prompt trees: the rule for which token sees which, and the ways to compute it."""
+"""Attention within prompt trees: which token sees which, and how it is computed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from falign.scoring.model_parts import without_wrapper
 
 __all__ = ["Places", "TreeMask", "layer_types", "text_config", "tree_masks", "visible", "visible_in"]
 
-LONG_COMPLETION = 64  # for a completion of this length, attention costs more than a separate call and its copies
+LONG_COMPLETION = 64
+"""Tokens of a completion from which attention costs more than the overhead of a call of its own."""
 
 Once = Callable[[Any, Callable[[], Tensor]], Tensor]
+"""A cache: from a key and a function that makes the value to the value."""
 
 
 class Places(NamedTuple):
@@ -75,7 +77,7 @@ def visible(query: Places, key: Places, window: int | None) -> Bool[Tensor, ...]
 
 
 def visible_in(span: TreeSpan, window: int | None) -> Bool[Tensor, "S S"]:
-    """Return the rule for all pairs of tokens of one tree, query first."""
+    """Return which of the S tokens of one tree (first axis) sees which (second axis)."""
     alone = Places.of([replace(span, row=0, start=0)], shape=(1, span.length)).at(0)
     return visible(alone.at(slice(None), None), alone.at(None), window)
 
@@ -121,7 +123,7 @@ def layer_types(config: Any) -> list[str]:
 
 
 class TreeMask(Tensor):
-    """The mask of a batch of trees, accepted by SDPA as `attn_mask` without ever being materialized.
+    """The mask of a batch of trees, which SDPA accepts as `attn_mask` and which is never materialized.
 
     To a model it is a boolean tensor of shape (R, 1, L, L). `scaled_dot_product_attention` called with it attends
     tree by tree, so that the cost is the sum over trees and not the square of the row: on a GPU by FlexAttention with
@@ -185,6 +187,7 @@ class TreeMask(Tensor):
         places = Places.of(self.spans, shape=(self.shape[0], self.columns))
         query, key = places.at(slice(None), slice(None), None), places.at(slice(None), None)
         seen = visible(query, key, self.window) & (query.tree >= 0)
+        # Filling sees itself, because a softmax over no key at all would be NaN.
         return (seen | torch.eye(self.columns, dtype=torch.bool))[:, None].to(self.device)
 
     def additive(self, dtype: torch.dtype) -> Float[Tensor, "R 1 L L"]:
@@ -216,6 +219,7 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Float[Tensor, "R H L E"]:
+    # The parameters are those of scaled_dot_product_attention, in its order.
     assert isinstance(attn_mask, TreeMask)
     assert not is_causal
     if dropout_p:
@@ -241,6 +245,7 @@ def _row(
     sizes = [span.length for span in spans]
     filling = mask.columns - sum(sizes)
     parts = [tensor.split([*sizes, filling], dim=2) for tensor in (query, key, value)]
+    # strict=False: the parts end with the filling, which belongs to no span.
     for span, q, k, v in zip(spans, *parts, strict=False):
         yield from attend_in_tree(span, q, k, v, window=mask.window, once=mask.once, options=options)
     if filling:
@@ -251,11 +256,12 @@ def _row(
 def _flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
+    # dynamic: one compilation for all batch shapes, which differ at every step.
     return torch.compile(flex_attention, dynamic=True)
 
 
 def _block_mask(mask: TreeMask) -> Any:
-    """The rule of `visible` as a block mask for FlexAttention."""
+    """Return the rule of `visible` as a block mask for FlexAttention."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     rows, columns = mask.shape[0], mask.columns
@@ -349,11 +355,12 @@ def _one_by_one(
             yield scaled_dot_product_attention(query, key, value, is_causal=True, **options)[:, :, p:]
         else:
             alone = replace(span, completion_lengths=(length,))
+            # The bias depends only on both lengths, so all completions and trees of equal lengths share it.
             bias = once((p, length, q.dtype), lambda alone=alone: _bias(alone, q, first=p))
             yield scaled_dot_product_attention(q[:, :, own], key, value, bias, **options)
 
 
 def _bias(span: TreeSpan, like: Tensor, *, first: int = 0, window: int | None = None) -> Float[Tensor, "1 1 Q S"]:
-    # Float, because SDPA would convert a boolean mask again in every layer.
+    # A float bias, because SDPA would convert a boolean mask again in every layer.
     seen = visible_in(span, window)[first:]
     return torch.zeros(seen.shape, dtype=like.dtype).masked_fill(~seen, -torch.inf)[None, None].to(like.device)

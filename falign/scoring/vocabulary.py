@@ -180,7 +180,7 @@ class _Visit:
             slope = self.head.slope(logits) if gradients else 1.0
             logprobs, probabilities, log_normalizer = _normalize(logits)
             of_target = logprobs.gather(-1, target)[:, 0]
-            # Clamped, because a logit of -inf must contribute p log p = 0, and 0 · -inf would be NaN.
+            # Clamped: a logit of -inf must contribute p log p = 0, but 0 · -inf is NaN.
             entropy = -torch.linalg.vecdot(probabilities, logprobs.clamp_(min=torch.finfo(logprobs.dtype).min))
             references = {
                 name: _normalize(head.logits(other[rows]))[0]
@@ -208,7 +208,7 @@ class _Visit:
 
 def _normalize(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-probabilities, probabilities and ``logsumexp``; the logits are overwritten."""
-    # In place, because each [chunk, vocabulary] tensor counts; logsumexp and softmax would each allocate one more.
+    # In place, because a [chunk, vocabulary] tensor is large; logsumexp and softmax would each allocate another one.
     largest = logits.amax(dim=-1, keepdim=True)
     logits.sub_(largest)
     probabilities = logits.exp()
@@ -250,7 +250,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, visit: _Visit, *reference_hidden: Tensor) -> tuple:
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # outputs without a gradient give None in backward, not zeros
         references_raw = visit.references_raw(reference_hidden)
         if not ctx.needs_input_grad[0]:
             return visit.values(visit.head.embeddings(hidden), targets, references_raw)
@@ -260,7 +260,7 @@ class _FrozenHead(torch.autograd.Function):
             leaf = hidden.detach().requires_grad_()
             raw = visit.head.embeddings(leaf)
         values, gradients = visit.values_and_gradients(raw.detach(), targets, references_raw)
-        last = len(gradients) - 1
+        last = len(gradients) - 1  # the graph of the embeddings is kept until the last of its uses
         slopes = [
             torch.autograd.grad(raw, leaf, gradient, retain_graph=k < last)[0] for k, gradient in enumerate(gradients)
         ]
@@ -279,7 +279,7 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def _incoming(grads: Sequence[Tensor | None], slopes: Sequence[Tensor]) -> list[tuple[Tensor | None, Tensor]]:
-    """Pair the incoming gradients of the log-probability and of each measure with their slopes; skip the entropy."""
+    """Pair the incoming gradients of log-probability and measures with their slopes; skip output 1, the entropy."""
     return list(zip((grads[0], *grads[2 : 1 + len(slopes)]), slopes, strict=True))
 
 

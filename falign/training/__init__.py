@@ -1,4 +1,4 @@
-"""Runs: from a run file to a trained adapter. The trainer is for loops around ``transformers.Trainer``."""
+"""Training: a run from its run file to the trained model, and the trainer for use on its own."""
 
 from typing import TYPE_CHECKING
 

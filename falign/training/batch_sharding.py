@@ -1,4 +1,4 @@
-"""Rows of the micro-batches of each process."""
+"""Division of training rows into micro-batches, and of micro-batches among processes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class RowBatches:
     """A batch sampler with a fixed number of rows per batch.
 
     Args:
-        num_rows: Rows in all.
+        num_rows: Total number of rows.
         size: Rows per batch; the last batch may be smaller.
-        seed: Seed of the order, mixed with the number of the epoch.
+        seed: Seed of the order; each epoch has its own order.
         shuffle: False keeps the given order.
 
     Example:
@@ -32,7 +32,7 @@ class RowBatches:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the order of this epoch from here on."""
+        """Use the order of this epoch from now on."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -52,9 +52,9 @@ Batches = RowBatches | TokenBudgetBatches
 class Share:
     """One process's part of the batches: every n-th of them.
 
-    The batches that n processes compute at once are neighbors in the order, so a step takes the rows that one process
-    would take in n times as many micro-batches. No row comes twice. If the batches run out before every process has
-    one, the remaining processes get an empty one, so that all have the same number.
+    The n processes compute n consecutive batches at once, so a step of n processes takes the same rows as a step of one
+    process with n times as many micro-batches. No row is repeated. If the number of batches is not divisible by n, the
+    last processes get an empty batch, so that all have the same number.
 
     Args:
         batches: The batches of all processes together.
@@ -67,11 +67,11 @@ class Share:
     """
 
     def __init__(self, batches: Batches, *, rank: int, processes: int) -> None:
-        self.batch_sampler = batches  # under this name transformers looks for what has epochs
+        self.batch_sampler = batches  # transformers calls set_epoch on an attribute of this name
         self.rank, self.processes = rank, processes
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the order of this epoch from here on."""
+        """Use the order of this epoch from now on."""
         self.batch_sampler.set_epoch(epoch)
 
     def __len__(self) -> int:

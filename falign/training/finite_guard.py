@@ -14,17 +14,20 @@ from falign.objectives import CompletionBatch, Objective, ObjectiveOutput, compl
 __all__ = ["FiniteGuard", "describe_loss"]
 
 MOST_IN_A_ROW = 10
-"""Steps skipped in a row beyond which the policy itself is considered broken."""
+"""Steps skipped in a row, beyond which the policy itself counts as broken."""
+
 ROWS_NAMED = 8
+"""Rows that a message names."""
+
 ADVICE = (
     "Look at these rows (`falign data check`) and at logratios/* of the steps before; a lower learning rate or a "
-    "larger beta keeps the policy nearer. Checkpoints written so far are intact; --resume --skip-bad goes on from the "
-    "last of them and leaves such steps out."
+    "larger beta keeps the policy nearer to the reference. The checkpoints are intact: `resume` continues from the "
+    "last one, and with training.skip_bad=true it skips such steps."
 )
 
 
 class FiniteGuard:
-    """Checks the loss and the gradient of each step, and keeps count of the steps that were skipped.
+    """Check the loss and the gradient of each step, and count the steps that are skipped.
 
     Args:
         skip: Skip and count a step that is NaN or infinite; otherwise it stops the run.
@@ -42,7 +45,7 @@ class FiniteGuard:
         self._places: dict[str, None] = {}
 
     def begin_step(self) -> None:
-        """Forget the rows of the step before."""
+        """Forget the rows of the previous step."""
         self._found, self._places = None, {}
 
     def check_loss(self, loss: Tensor, *, step: int, places: Sequence[str], describe: Callable[[], str]) -> bool:
@@ -75,7 +78,8 @@ class FiniteGuard:
             TrainingError: The gradient is NaN or infinite, and such steps are not skipped; or too many were skipped.
         """
         self._steps += 1
-        # A loss that is not finite makes the gradient so on all processes; only the process that has it knows the rows.
+        # The gradient is reduced over processes, so a bad loss in one process shows in the norm of all; `_found` is set
+        # only in the process whose loss it was, which knows the rows.
         finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)).all())
         if finite and self._found is None:
             self._in_a_row = 0
@@ -99,20 +103,23 @@ class FiniteGuard:
         self._in_a_row += 1
         if self._in_a_row > MOST_IN_A_ROW:
             raise TrainingError(
-                f"{message} That is the step number {self._in_a_row} in a row that is NaN or infinite: the policy is "
-                "broken, and not the data. Resume from an earlier checkpoint with a lower learning rate."
+                f"{message} This is the {self._in_a_row}th step in a row that is NaN or infinite, so not the data but "
+                "the policy is broken. Resume from an earlier checkpoint with a lower learning rate."
             )
-        self.tell(f"{message} It is left out (training.skip_bad); {self.skipped} so far.")
+        self.tell(f"{message} Skipped (training.skip_bad); {self.skipped} so far.")
 
     def mean_over_taken(self, loss: float) -> float | None:
-        """Return the mean over the steps that were taken since the last log, given that over all; None without any."""
-        # The trainer divides by all steps, and a skipped one has added 0 to its sum.
+        """Return the mean loss of the steps taken since the last log; None if all were skipped.
+
+        Args:
+            loss: The trainer's mean, which counts each skipped step as a loss of 0.
+        """
         steps, taken = self._steps, self._steps - self._untaken
         self._steps = self._untaken = 0
         return loss * steps / taken if taken else None
 
     def state_dict(self) -> dict[str, int]:
-        """Return plain values that :meth:`load_state_dict` takes."""
+        """Return the counts as plain values."""
         return {
             "skipped": self.skipped,
             "in_a_row": self._in_a_row,
@@ -121,7 +128,7 @@ class FiniteGuard:
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on counting from a state."""
+        """Restore the counts."""
         self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
         self._steps, self._untaken = state["steps"], state["untaken"]
 
@@ -142,16 +149,16 @@ def describe_loss(objective: Objective, batch: CompletionBatch, output: Objectiv
     """
     sums = [(term.losses * term.weights).detach().sum() for term in output.terms]
     bad = [k for k, total in enumerate(sums) if not torch.isfinite(total)]
-    terms = ", ".join(output.terms[k].name for k in bad) or "all together"
+    terms = ", ".join(output.terms[k].name for k in bad) or "all together"  # each sum is finite, and their total is not
     rows = _rows(objective, batch, places, bad) or list(dict.fromkeys(places))
     value = sums[bad[0]].item() if bad else float("inf")
     causes = _not_finite(objective, batch)
-    why = f"; not finite before: {', '.join(causes)}" if causes else ""
+    why = f"; NaN or infinite in the input: {', '.join(causes)}" if causes else ""
     return f"the loss is {value} on {_listed(rows)} (term {terms}{why})."
 
 
 def _rows(objective: Objective, batch: CompletionBatch, places: Sequence[str], bad: Sequence[int]) -> list[str]:
-    """Return the rows that are NaN or infinite when the objective is given the completions of their prompt alone."""
+    """Return the rows whose bad terms are NaN or infinite also if the objective gets the completions of one prompt."""
     plain = batch.map(Tensor.detach)
     found: dict[str, None] = {}
     for prompt in batch.prompt_index.unique():
@@ -163,7 +170,7 @@ def _rows(objective: Objective, batch: CompletionBatch, places: Sequence[str], b
 
 
 def _not_finite(objective: Objective, batch: CompletionBatch) -> list[str]:
-    """Return the fields that are NaN or infinite in a row of which the objective reads them."""
+    """Return the fields with a value that is NaN or infinite where the objective reads it."""
     found = []
     for name, value in batch.tensors().items():
         if value.is_floating_point():
@@ -174,7 +181,7 @@ def _not_finite(objective: Objective, batch: CompletionBatch) -> list[str]:
 
 
 def _read(objective: Objective, batch: CompletionBatch, name: str) -> Tensor:
-    """Return the rows of which a field is read: of stored samples an objective may read others than of fresh ones."""
+    """Return the rows in which the objective reads a field: stored and fresh samples may have different fields."""
     every = torch.ones_like(batch.prompt_index, dtype=torch.bool)
     if batch.from_reference is None or name not in objective.needs:
         return every

@@ -26,10 +26,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopAtStepEnd(TrainerCallback):
-    """Ends training with the step in which the first signal comes; a second signal ends the process at once.
+    """Stop training after the step in which a signal arrives; a second signal ends the process at once.
 
-    Several processes end with the same step, whichever of them got the signal. Each then ignores a second one: a
-    launcher passes on a signal that its processes may have had themselves, and kills those that do not end in time.
+    Several processes stop after the same step, even if only one of them got the signal, and then ignore a second one:
+    a launcher passes on the signal, which its processes may already have, and kills those that do not end in time.
 
     Args:
         tell: Called with a message when the run is about to stop.
@@ -41,7 +41,7 @@ class StopAtStepEnd(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Wait for signals; only the main thread can, in others nothing changes."""
+        """Catch signals while the block runs; only in the main thread, because Python allows it nowhere else."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -69,16 +69,16 @@ class StopAtStepEnd(TrainerCallback):
 
 
 def prepare_trackers(trainer: Trainer, folder: Path, *, evaluates: bool) -> None:
-    """Let trackers have all that ``metrics.jsonl`` has, and let TensorBoard's files lie in the run folder.
+    """Make trackers record the same logs as ``metrics.jsonl``, and put TensorBoard's files into the run folder.
 
     Args:
-        trainer: Not yet trained or evaluated.
-        folder: Of the run.
+        trainer: The trainer, before its first step and evaluation.
+        folder: The run folder.
         evaluates: Whether there is held-out data.
     """
     trackers = [each for each in trainer.callback_handler.callbacks if type(each) in INTEGRATION_TO_CALLBACK.values()]
     for tracker in trackers:
-        # It learns its folder when training begins, and would write the evaluation before that elsewhere.
+        # It sets its folder when training begins, too late for the evaluation before the first step.
         if isinstance(tracker, TensorBoardCallback) and tracker.logging_dir is None:
             tracker.logging_dir = str(folder / "tensorboard")
     if trackers and evaluates:
@@ -86,7 +86,7 @@ def prepare_trackers(trainer: Trainer, folder: Path, *, evaluates: bool) -> None
 
 
 class _LastEvaluation(TrainerCallback):
-    """Evaluate the last step within training: trackers close when it ends, and would miss what comes after."""
+    """Evaluate at the last step, before training ends: trackers close with it and would miss a later evaluation."""
 
     @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""The contract of objectives, checked at every step: one that breaks it is stopped with the rule."""
+"""The contract of objectives, checked at every step; a violation stops the run with the rule that was broken."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from falign.objectives import ObjectiveOutput, Term
 __all__ = ["PLANNED_TERMS", "ObjectiveContract", "PlannedTerms"]
 
 PLANNED_TERMS = "planned_terms"
-"""The field of a micro-batch that holds the names and weights of its terms as they were summed."""
+"""The field of a micro-batch with the names and weights of its terms, as they entered the step's sums."""
 
 PlannedTerms = tuple[list[str], list[Tensor]]
-"""Names and weights of the terms of a micro-batch. A plain tuple, which the trainer below moves between devices."""
+"""Names and weights of the terms of a micro-batch; a plain tuple, because transformers moves those between devices."""
 
 WEIGHTS_RULE = (
-    "The weights of a term must not depend on log-probabilities, values or measures of the policy: their sum over "
-    "the step is what the losses are divided by, and it is taken before the forward pass. Multiply the losses by what "
-    "depends on the policy, and make weights of masks, preferences and other given fields alone."
+    "The weights of a term must not depend on log-probabilities, values or measures of the policy: the losses are "
+    "divided by their sum over the step, which is computed before the forward pass. Multiply the losses by factors "
+    "that depend on the policy, and compute weights only from masks, preferences and other given fields."
 )
-TERMS_RULE = "An objective must return the same terms, by number, name and order, at every call."
+TERMS_RULE = "An objective must return the same terms in the same order at every call."
 METRICS_RULE = (
-    "A metric must be a detached tensor of one dimension with one value per pair, list, completion or token, not their "
-    "mean: then the mean over micro-batches and processes is exact."
+    "A metric must be a detached tensor of one dimension, with one value per pair, list, completion or token and not "
+    "their mean: then the mean over micro-batches and processes is exact."
 )
 
 
 class ObjectiveContract:
-    """Compares what an objective returns with what it must return.
+    """The rules that an objective's terms and metrics must follow.
 
     Attributes:
-        names: Of its terms, in order; empty before the first call.
+        names: Names of its terms, in order; empty before the first call.
     """
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
 
     def plan(self, terms: Sequence[Term], *, step: int) -> PlannedTerms:
-        """Return what :meth:`check` compares with, of an objective called without log-probabilities.
+        """Return the names and weights of a micro-batch's terms before its forward pass, for :meth:`check`.
 
         Args:
-            terms: The objective's terms for the micro-batch.
+            terms: The objective's terms, computed with zeros in place of log-probabilities.
             step: Number of the step, for messages.
 
         Raises:
-            TrainingError: A weight is negative, or the terms are not those of the calls before.
+            TrainingError: A weight is negative, or the terms differ from those of earlier calls.
         """
         names = tuple(term.name for term in terms)
         if not self.names:
@@ -62,18 +62,18 @@ class ObjectiveContract:
         for number, term in enumerate(terms):
             if (term.weights.detach() < 0).any():
                 raise TrainingError(
-                    f"Step {step}: term {self.called(number)} has a negative weight. Weights are how much losses count "
-                    "in a mean: give the sign to the losses, or to the term's scale."
+                    f"Step {step}: term {self.called(number)} has a negative weight. A weight says how much a loss "
+                    "counts in a mean: put the sign into the losses, or into the term's scale."
                 )
         return list(names), [term.weights.detach() for term in terms]
 
     def check(self, planned: PlannedTerms, output: ObjectiveOutput, *, step: int) -> None:
-        """Refuse a micro-batch whose terms are not the planned ones, or whose metrics are not metrics.
+        """Refuse a micro-batch whose terms differ from the planned ones, or whose metrics break the rule.
 
         Args:
-            planned: The micro-batch's :meth:`plan`.
-            output: What the objective returned for it.
-            step: Which step, for messages.
+            planned: The result of :meth:`plan` for the micro-batch.
+            output: The objective's output after the forward pass.
+            step: Number of the step, for messages.
 
         Raises:
             TrainingError: A name, shape or weight differs; a weight carries a gradient; no loss carries one; or a
@@ -105,17 +105,18 @@ class ObjectiveContract:
                 raise TrainingError(f"Step {step}: the metric {name!r} of the objective {found}. {METRICS_RULE}")
 
     def called(self, number: int) -> str:
-        """Return the name of a term, with its number where several have it."""
+        """Return the name of a term, with its number if several terms share the name."""
         name = self.names[number]
         return name if Counter(self.names)[name] == 1 else f"{name} (number {number + 1} of {len(self.names)})"
 
 
 def _difference(before: Tensor, weights: Tensor) -> str | None:
-    """Say how weights differ from those before the forward pass."""
+    """Describe how weights differ from those before the forward pass; None if they do not."""
     if weights.requires_grad:
         return "carry a gradient"
     if before.shape != weights.shape:
         return f"have shape {tuple(weights.shape)}, and {tuple(before.shape)} before the forward pass"
+    # Only relative: weights may be tiny. NaN equals NaN here, because the finite guard reports it.
     if not torch.allclose(before.double(), weights.double(), rtol=1e-5, atol=0.0, equal_nan=True):
         gap = (before.double() - weights.double()).abs().max().item()
         return f"differ by up to {gap:.3g} from those before the forward pass"

@@ -1,4 +1,4 @@
-"""Runs on given completions: pairs, lists, demonstrations."""
+"""Assembly of offline runs, on given completions: pairs, lists, demonstrations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def offline_trainer(
     callbacks: Sequence[TrainerCallback],
     console: Console,
 ) -> tuple[AlignmentTrainer, PreferenceData]:
-    """Load the data, the models and the trainer; data come first, so that a bad row is found before weights load.
+    """Load everything for an offline run, data first: a bad row is found before any weight is loaded.
 
     Raises:
         FalignError: The data, the models or the settings do not fit together, or one of them is missing or invalid.
@@ -43,6 +43,8 @@ def offline_trainer(
     with console.status("reading data"):
         data = read_data(config, language, objective, tell=tell)
     args = config.training.build(config.output_dir, seed=config.seed)
+    # Two ordinary trees, and the two longest with several completions: these reveal a mask with which one completion
+    # sees another.
     probes = [*data.train[:2], *sorted(data.train, key=lambda tree: (len(tree.completion_ids) > 1, tree.num_tokens))]
     parts = load_parts(
         config,
@@ -100,12 +102,12 @@ def read_data(
     for notice in data.report.notices():
         tell(notice)
     if "preference" not in objective.needs:
-        data = _imitated(data, tell)
+        data = _without_rejected(data, tell)
     _check_budget(config, data)
     return data
 
 
-def _imitated(data: PreferenceData, tell: Callable[[Notice], None]) -> PreferenceData:
+def _without_rejected(data: PreferenceData, tell: Callable[[Notice], None]) -> PreferenceData:
     """Drop the completions that are not preferred, for an objective without preferences, and report it."""
     found = demonstrations(data)
     left_out = [
@@ -143,8 +145,8 @@ def _with_caches(
     data: PreferenceData,
     console: Console,
 ) -> dict[str, Reference]:
-    """Return the references; those with a cache have their log-probabilities computed and need no model."""
-    found = dict(parts.references)
+    """Return the references; those with a cache compute their log-probabilities now and then need no model."""
+    references = dict(parts.references)
     for name, section in config.reference_sections().items():
         if section.cache is None:
             continue
@@ -156,7 +158,7 @@ def _with_caches(
             )
             continue
         with progress(console, f"prompts scored by {name}") as show:
-            found[name] = cached(
+            references[name] = cached(
                 parts.references[name],
                 parts.policy,
                 language.tokenizer,
@@ -164,6 +166,7 @@ def _with_caches(
                 directory=section.cache,
                 batch_size=config.training.per_device_eval_batch_size,
                 scorer=parts.scorer,
+                # The default binds `show` of this iteration.
                 progress=lambda done, total, show=show: show(done, total=total),
             )
-    return found
+    return references

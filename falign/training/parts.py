@@ -72,7 +72,7 @@ class Parts(NamedTuple):
 
 
 def load_language(config: RunConfig, *, date: datetime | None = None) -> Language:
-    """Load what data need; weights come later, so that a bad row is found before they do.
+    """Load the tokenizer, which reading the data needs; weights follow later, after the data are checked.
 
     Args:
         config: The run.
@@ -98,7 +98,7 @@ def load_parts(
     longest: int,
     console: Console,
 ) -> Parts:
-    """Load policy and references, choose the layout, and check both on a few prompt trees.
+    """Load policy and references, choose the layout, and check all of them on a few prompt trees.
 
     Args:
         config: The run.
@@ -116,8 +116,8 @@ def load_parts(
     """
     if args.n_gpu > 1:
         raise ConfigError(
-            f"{args.n_gpu} GPUs are visible and one process uses one: set CUDA_VISIBLE_DEVICES=0, or start a process "
-            f"for each of them by --launch ddp --processes {args.n_gpu}."
+            f"{args.n_gpu} GPUs are visible, and a process uses one: set CUDA_VISIBLE_DEVICES=0, or start one process "
+            f"per GPU (falign train RUN.yaml --launch ddp --processes {args.n_gpu})."
         )
     with console.status(f"loading {config.model.path}"):
         policy: PreTrainedModel | PeftModel = config.model.build(trains=config.adapter is None)
@@ -151,8 +151,8 @@ def load_parts(
                     shard(model, device=args.device)  # pyright: ignore[reportArgumentType]
         probes = make_probes(policy)
         check_head(policy, probes[0].prompt_ids + probes[0].completion_ids[0])
-        _tell_experts(policy, console)
-        _tell_left_out_rows(policy, console)
+        _report_experts(policy, console)
+        _report_left_out_rows(policy, console)
     scorer = _scorer(config, policy, probes, language.pad_token_id, console)
     batch = scorer.lay_out(probes[:2], model=policy)
     for reference in references.values():
@@ -164,7 +164,7 @@ def load_parts(
     return Parts(policy, references, scorer, record)
 
 
-def _tell_experts(policy: PreTrainedModel | PeftModel, console: Console) -> None:
+def _report_experts(policy: PreTrainedModel | PeftModel, console: Console) -> None:
     if isinstance(policy, PeftModel) and (experts := expert_modules(base_of(policy))):
         console.print(
             f"adapter: {len(experts)} modules hold experts (first: {experts[0]}). They and their routers are not "
@@ -175,7 +175,7 @@ def _tell_experts(policy: PreTrainedModel | PeftModel, console: Console) -> None
         )
 
 
-def _tell_left_out_rows(policy: PreTrainedModel | PeftModel, console: Console) -> None:
+def _report_left_out_rows(policy: PreTrainedModel | PeftModel, console: Console) -> None:
     if left_out := left_out_rows(policy):
         rows = head_rows(policy)
         console.print(
@@ -215,7 +215,7 @@ def _scorer(
         raise ConfigError(f"training.{error}") from error
     console.print(
         f"layout: {choice.layout}, {choice.reason}",
-        style=None if choice.as_asked else "yellow",
+        style=None if choice.as_requested else "yellow",
         highlight=False,
         soft_wrap=True,
     )

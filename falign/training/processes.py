@@ -1,4 +1,4 @@
-"""The processes of a run: launched together, each with a share of the work, one of them the writer."""
+"""The processes of a run: each computes its share, and one of them, the writer, writes the run folder."""
 
 from __future__ import annotations
 
@@ -36,37 +36,38 @@ __all__ = [
 T = TypeVar("T")
 
 SHARDS = "FALIGN_SHARDS"
+"""Environment variable: whether weights are sharded over the processes (FSDP2)."""
 
 STANDS_IN = "stands_in"
-"""Marks a micro-batch that does not count: what a process computes while the others have one batch more.
+"""The field that marks a micro-batch which does not count, computed by a process that has one batch less than others.
 
-Where gradients or weights are exchanged between processes, each pass of the model is joint work, and a process without
-rows would leave the others waiting.
+If processes exchange gradients or weights, they must run every pass of the model together: a process that left one out
+would make the others wait forever.
 """
 
 
 def join() -> None:
-    """Take this process's place among those that a launcher started; one that was started alone is the only one."""
+    """Join the processes of a launch, as its environment variables say; without them, this process is the only one."""
     on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
     if on_cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # Accelerate takes a process without a device to be alone
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # without a device, Accelerate would assume a single process
     if os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ConfigError("ZeRO (DeepSpeed) is not supported: take configs/accelerate/fsdp2.yaml, or ddp.yaml.")
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
         if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise ConfigError("FSDP is meant in its second version here: set fsdp_config.fsdp_version=2.")
-        # Taken over: the model is sharded before anything is computed, and on CPUs, where Accelerate does not.
+            raise ConfigError("FSDP is supported only in version 2: set fsdp_config.fsdp_version=2.")
+        # falign shards models itself: Accelerate would do it too late, after hashes and probes, and not on CPUs.
         os.environ[SHARDS] = "true"
     PartialState(cpu=on_cpu)
 
 
 def shards() -> bool:
-    """Return whether the processes share the weights of models (FSDP2); else each has them whole (DDP)."""
+    """Return whether weights are sharded over the processes (FSDP2); otherwise each process has all of them."""
     return num_processes() > 1 and os.environ.get(SHARDS) == "true"
 
 
 def num_processes() -> int:
-    """Return how many processes the run has."""
+    """Return the number of processes of the run."""
     return PartialState().num_processes
 
 
@@ -81,17 +82,17 @@ def is_writer() -> bool:
 
 
 def wait() -> None:
-    """Wait until all processes have come here."""
+    """Wait until all processes have reached this call."""
     PartialState().wait_for_everyone()
 
 
 def gathered(items: list[T]) -> list[T]:
-    """Return the items of all processes, those of the first process first; all of them have to call it."""
+    """Return the items of all processes, in the order of processes; all processes must call it."""
     return gather_object(items) if num_processes() > 1 else items
 
 
 def highest(number: int) -> int:
-    """Return the highest of the numbers of all processes; all of them have to call it."""
+    """Return the largest number of any process; all processes must call it."""
     if num_processes() == 1:
         return number
     found = torch.tensor(number, device=PartialState().device)
@@ -100,52 +101,52 @@ def highest(number: int) -> int:
 
 
 def part(items: Sequence[T], number: int, parts: int) -> Sequence[T]:
-    """Return one of several parts of a sequence, in its order, whose sizes differ by at most one."""
+    """Return one of several consecutive parts of a sequence; their sizes differ by at most one."""
     return items[len(items) * number // parts : len(items) * (number + 1) // parts]
 
 
 def own_batches(items: Sequence[T], size: int) -> Iterator[tuple[Sequence[T], bool]]:
-    """Yield this process's part of a sequence in batches, and as many batches as every other process has.
+    """Yield the batches of this process's part of a sequence, each with True; all processes yield the same number.
 
-    Where the weights are spread over the processes a pass of the model is a joint work, and none may stay away: a
-    process with fewer batches yields the first item again, with False, which says that it does not count.
+    Processes must run the model together if its weights are sharded. A process that has fewer batches than others
+    yields the first item again, with False: its result does not count.
     """
     count = num_processes()
-    own, most = part(items, rank(), count), -(-len(items) // count)  # the ceiling: rows of the largest part
+    own, most = part(items, rank(), count), -(-len(items) // count)  # rounded up: the size of the largest part
     for start in range(0, most, size):
         batch = own[start : start + size]
         yield (batch, True) if batch else (items[:1], False)
 
 
 def stand_in(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a micro-batch of the same rows that does not count."""
+    """Return the micro-batch, marked as one that does not count."""
     return {**inputs, STANDS_IN: True}
 
 
 def counts(inputs: Mapping[str, Any]) -> bool:
-    """Return whether a micro-batch counts, in losses, weights and metrics."""
+    """Return whether a micro-batch counts in losses, weights and metrics."""
     return STANDS_IN not in inputs
 
 
 def stand_in_loss(batch: CompletionBatch) -> Tensor:
-    """Return 0, with a graph that gives every trained parameter a gradient of 0."""
+    """Return 0, connected to every trained parameter, so that the reduction of gradients includes this process."""
     loss = 0.0 * batch.logprobs.sum()
     return loss if batch.values is None else loss + 0.0 * batch.values.sum()
 
 
 LARGEST = "_max"
-"""Ending of the names of metrics of which the largest value is asked for, not the mean."""
+"""Suffix of metrics that are logged as their largest value, not their mean."""
 
 
 class Means:
-    """Sums and counts of metrics that come as one value per item, until they are taken."""
+    """Running means of metrics, exact over batches and processes, because each metric has one value per item."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Add one batch; each tensor holds one value per item, and those without any are left out."""
+        """Add the metrics of one batch, each with one value per item; empty ones are ignored."""
         for name, given in metrics.items():
             if not given.numel():
                 continue
@@ -160,7 +161,7 @@ class Means:
                 self._counts[name] = self._counts.get(name, 0) + values.numel()
 
     def take(self) -> dict[str, float]:
-        """Return the means of all processes since the last call, and start again; all of them have to call it."""
+        """Return the means over all processes since the last call, and reset them; all processes must call it."""
         own = [(name, total.item(), self._counts[name]) for name, total in self._sums.items()]
         self._sums, self._counts = {}, {}
         sums: dict[str, float] = {}
@@ -173,11 +174,11 @@ class Means:
         return {name: total / counts[name] for name, total in sums.items()}
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Return plain values that :meth:`load_state_dict` takes: sum and count of each metric."""
+        """Return sum and count of each metric as plain values."""
         return {name: [total.item(), float(self._counts[name])] for name, total in self._sums.items()}
 
     def load_state_dict(self, state: Mapping[str, Sequence[float]], device: torch.device) -> None:
-        """Go on from a state."""
+        """Restore sums and counts."""
         self._sums = {
             name: torch.tensor(total, dtype=torch.double, device=device) for name, (total, _) in state.items()
         }

@@ -52,15 +52,15 @@ def build_references(
     Raises:
         FalignError: A model or adapter is missing, or does not fit the policy.
     """
-    found = {
+    references = {
         name: section.build(
             BuildContext(config, policy, field=config.section_of(name), adapter=adapter_name(name), device=device)
         )
         for name, section in config.reference_sections().items()
         if names is None or name in names
     }
-    fit_references(found, policy, tokenizer)
-    return found
+    fit_references(references, policy, tokenizer)
+    return references
 
 
 def adapter_name(reference: str) -> str:
@@ -111,7 +111,7 @@ def rebuild_reference(
     device: torch.device,
     name: str = REFERENCE,
 ) -> Reference:
-    """Return a reference of a finished run in its state at the last step.
+    """Return a reference of a finished run, in its state at the last step.
 
     Args:
         config: The run.
@@ -157,10 +157,11 @@ def _restore(
     field = config.section_of(name)
     manifest, found = folder.read_manifest(), reference.identity()
     recorded = manifest[REFERENCE] if name == REFERENCE else manifest["references"][name]
+    # None: the reference has no model of its own, or the run is older than this record.
     if None not in (configs := (recorded.get("config"), found.get("config"))) and configs[0] != configs[1]:
         raise ModelError(
             f"The configuration of the {name} of {folder.path} ({found['kind']}) differs from when the run "
-            f"was trained: restore config.json of what {folder.run_file} names under model and {field}."
+            f"was trained: restore config.json of the models that {folder.run_file} names under model and {field}."
         )
     if reference.moves:
         if not folder.reference_state(name).is_dir():
@@ -171,7 +172,7 @@ def _restore(
     elif recorded.get("weights") != found.get("weights"):
         raise ModelError(
             f"The {name} of {folder.path} ({found['kind']}) holds other weights now than when the run was trained: "
-            f"restore what {folder.run_file} names under model and {field}."
+            f"restore the models that {folder.run_file} names under model and {field}."
         )
 
 
@@ -186,11 +187,11 @@ def cached(
     scorer: Scorer,
     progress: Callable[[int, int], None],
 ) -> Cached:
-    """Compute the reference's log-probabilities of all trees once, and return them as a reference without a model.
+    """Compute the reference's log-probabilities of all trees once; return them as a reference that needs no model.
 
     Args:
         reference: The reference that computes them.
-        policy: The policy, which some references share their weights with.
+        policy: The policy; some references are computed from its weights.
         tokenizer: Its fingerprint is part of the key.
         trees: All trees that the run will score.
         directory: The cache, which runs may share; each key has its own folder in it.
@@ -204,8 +205,8 @@ def cached(
     identity = reference.identity()
     if (weights := identity.get("weights")) is None:
         raise ConfigError(
-            f"cache: the reference {identity} records no hash of its weights, so cached values could not be checked "
-            "against it: leave the cache out, or let its identity() have weights."
+            f"cache: the reference {identity} has no hash of its weights, so cached values could not be checked "
+            "against it: leave the cache out, or add weights to its identity()."
         )
     base = reference.own_model or base_of(policy)
     assert isinstance(base, PreTrainedModel)

@@ -1,8 +1,8 @@
-"""The part of a trainer that keeps a run alive: checkpoints, resuming, sharded weights, the work of several processes.
+"""The layer between ``transformers.Trainer`` and falign's trainer: checkpoints, resuming, sharding, several processes.
 
-The private names of ``transformers.Trainer`` that falign overrides or reads are used here alone and listed in
-:data:`PRIVATE_NAMES`. They are no interface and may change with any release: ``pyproject.toml`` therefore bounds the
-releases of transformers from above, and a test compares the list with this file and with the installed release.
+falign overrides or reads private names of ``transformers.Trainer`` only here, and lists them in :data:`PRIVATE_NAMES`.
+They may change with any release, so ``pyproject.toml`` sets an upper bound on the release of transformers, and a test
+compares the list with this file and with the installed release.
 """
 
 from __future__ import annotations
@@ -62,24 +62,25 @@ PRIVATE_NAMES = (
     "loss_is_scaled_for_ga",
     "set_initial_training_values",
 )
-"""Private names of ``transformers.Trainer`` that are overridden or read here, and undocumented public ones."""
+"""Private and undocumented names of ``transformers.Trainer`` that are overridden or read here."""
 
 UNLOGGED = "unlogged.json"
+"""File of a checkpoint with the sums since the last log."""
 
 
 class ResumableTrainer(Trainer, ABC):
-    """Checkpoints and resuming, and the denominators of a step's loss (:meth:`step_weights`).
+    """A trainer whose runs can be resumed exactly, with the denominators of a step's loss (:meth:`step_weights`).
 
     Args:
         model: The policy.
         args: Arguments of the underlying trainer.
-        collate: Makes a micro-batch of trees; of none where another process has one batch more.
+        collate: Makes a micro-batch from trees; the list is empty if another process has one batch more.
         train_trees: Prompts with their completions; online, the range of micro-batch indices, since trees do not exist
             yet.
         eval_trees: Held-out ones; may be empty.
         tokens_per_batch: Token limit of a micro-batch, which takes as many trees as fit; replaces
             ``args.per_device_train_batch_size``.
-        skip_bad: Leave out and count steps whose loss or gradient is NaN or infinite, in place of stopping.
+        skip_bad: Skip and count steps whose loss or gradient is NaN or infinite, instead of stopping.
         advise: Called with messages for the user.
         **kwargs: Passed on to ``transformers.Trainer``.
     """
@@ -98,6 +99,7 @@ class ResumableTrainer(Trainer, ABC):
         **kwargs: Any,
     ) -> None:
         if is_sharded(model):
+            # FSDP2 would otherwise skip the reduction of gradients until the last micro-batch and keep them unsharded.
             accelerator_config: Any = args.accelerator_config
             accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
         super().__init__(
@@ -111,15 +113,15 @@ class ResumableTrainer(Trainer, ABC):
         self.policy = model
         self.run_dir = Path(str(args.output_dir))
         self.tokens_per_batch = tokens_per_batch
-        self.record: dict[str, Any] = {}  # of the model, for the run folder
-        self.run_id = ""  # which its checkpoints bear
+        self.record: dict[str, Any] = {}  # description and hashes of the model, for the manifest
+        self.run_id = ""  # the run's identifier, written into its checkpoints
         self.means = Means()
         self.guard = FiniteGuard(skip=skip_bad, tell=advise)
-        self.loss_is_scaled_for_ga = True  # every term is divided by its weights over the whole step
+        self.loss_is_scaled_for_ga = True  # falign divides each term by its weights over the whole step
         self._loss_before = torch.zeros(())
         self._staging: Path | None = None
         self._initial_global_step = 0
-        # What transformers calls sharded at load time owns its placement and the reduction of its gradients.
+        # With True, transformers leaves placement and the reduction of gradients to the model.
         self.is_distributed_loading_by_transformers = is_sharded(model)
 
     @abstractmethod
@@ -128,7 +130,7 @@ class ResumableTrainer(Trainer, ABC):
 
     @abstractmethod
     def accepts_gradient(self, norm: Any) -> bool:
-        """Return whether the step may be taken whose gradient has this norm."""
+        """Return whether to take a step, given the norm of its gradient."""
 
     def prepare(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Bring a micro-batch to the model's device."""
@@ -150,34 +152,34 @@ class ResumableTrainer(Trainer, ABC):
             TrainingError: The checkpoint cannot be read.
         """
         with reading_checkpoint(checkpoint):
-            for name in (OPTIMIZER_NAME, SCHEDULER_NAME):  # what is missing would start afresh in silence
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME):  # transformers ignores missing ones, and would start anew
                 (checkpoint / name).stat()
             return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def require_same_schedule(self, began: TrainerState) -> None:
-        """Refuse to go on to another number of steps where that changes a step that was taken.
+        """Refuse to resume with another number of steps if that would change a step already taken.
 
         Args:
-            began: The state of the checkpoint from which the run goes on.
+            began: The state of the checkpoint to resume from.
 
         Raises:
-            ConfigError: Past learning rates would differ, or the run is already past this step.
+            ConfigError: Past learning rates would differ, or more steps than the new number are already taken.
         """
         steps, taken = self.num_steps, began.global_step
         if steps == began.max_steps:
             return
         if steps < taken:
-            raise ConfigError(f"The run has taken {taken} steps, and would end after {steps} now: raise max_steps.")
+            raise ConfigError(f"The run has taken {taken} steps and would now end after {steps}: raise max_steps.")
         if not same_learning_rates(self.args, began.max_steps, steps, until=taken):
             raise ConfigError(
-                f"training.max_steps or num_train_epochs: the run began with {began.max_steps} steps, and with {steps} "
-                f"lr_scheduler_type={self.args.lr_scheduler_type} gives the {taken} steps that were taken other "
-                "learning rates. Set it as it was; or train on from what the run has trained, in a new run with "
+                f"training.max_steps or num_train_epochs: the run began with {began.max_steps} steps. With {steps}, "
+                f"lr_scheduler_type={self.args.lr_scheduler_type} would have given the {taken} steps already taken "
+                "other learning rates. Set it as it was; or continue from the trained model in a new run, with "
                 "adapter.init=RUN (without adapter, model.path=RUN/model)."
             )
 
-    def take_up(self, checkpoint: Path) -> None:
-        """Load weights and state of the last checkpoint of a run, and end the training as the loop does."""
+    def load_finished(self, checkpoint: Path) -> None:
+        """Load the last checkpoint of a run that has taken all its steps, and end training as the loop would."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = self.state_at(checkpoint)
         # The training loop sets these fields before its first step, and _finalize_training reads them.
@@ -197,18 +199,18 @@ class ResumableTrainer(Trainer, ABC):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
-        # The evaluation before the first step is in the history, which the loop would start again.
+        # super() resets the history, which already has the evaluation before the first step.
         history = self.state.log_history
         progress = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        self.state.compute_steps(self.args, max_steps)  # a checkpoint's may differ
+        self.state.compute_steps(self.args, max_steps)  # the checkpoint may come from a run of another length
         self.state.log_history = self.state.log_history or history
         return progress
 
     @override
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if not is_sharded(model):  # shards are where they belong
+        if not is_sharded(model):  # a sharded model is already on its devices
             super()._move_model_to_device(model, device)
 
     @override
@@ -255,7 +257,7 @@ class ResumableTrainer(Trainer, ABC):
                 self._read_unlogged(Path(checkpoint))
 
     def _read_unlogged(self, checkpoint: Path) -> None:
-        """Restore the sums that were not logged yet at a checkpoint and belong to the next log."""
+        """Restore the sums since the last log before a checkpoint, which the next log includes."""
         state = json.loads((checkpoint / UNLOGGED).read_text(encoding="utf-8"))[rank()]
         self._loss_before = self._tr_loss.fill_(state["loss"]).clone()
         self._total_loss_scalar = state["logged"]
@@ -284,7 +286,7 @@ class ResumableTrainer(Trainer, ABC):
         return self._loader(trees, batches)
 
     def _loader(self, trees: Any, batches: Batches) -> DataLoader:
-        # Accelerate's own division among processes repeats rows to make all parts equally long.
+        # Accelerate would repeat rows to give all processes the same number.
         share = Share(batches, rank=rank(), processes=num_processes())
         return DataLoader(
             trees,
@@ -299,7 +301,7 @@ class ResumableTrainer(Trainer, ABC):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def close(self) -> None:
-        """Release what lies outside this process; a subclass may have something there."""
+        """Release resources outside this process; there are none here."""
 
     def remarks(self) -> list[str]:
         """Return messages for the user at the end of the run."""
@@ -313,7 +315,7 @@ class ResumableTrainer(Trainer, ABC):
         self._loss_before = self._tr_loss.clone()
 
     def _evaluation_is_missing(self) -> bool:
-        """True if a checkpoint was written because its step's evaluation failed, so that a resume evaluates again."""
+        """True if the run resumes from a checkpoint whose step has no evaluation, because that failed."""
         step, every = self.state.global_step, self.state.eval_steps
         if step == 0 or step != self._initial_global_step or self.args.eval_strategy != "steps" or step % every:
             return False
@@ -324,7 +326,7 @@ class ResumableTrainer(Trainer, ABC):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.accepts_gradient(norm):
             return norm
-        # Without gradients the optimizer changes neither weights nor moments, and the loss of the step is taken back.
+        # Without gradients the optimizer changes neither weights nor moments. The loss of the step is subtracted again.
         assert isinstance(self.optimizer, torch.optim.Optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         self._tr_loss.copy_(self._loss_before)
@@ -343,7 +345,7 @@ class ResumableTrainer(Trainer, ABC):
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "train_loss" in logs:  # of the whole run, whatever part of it this process has done
+        if "train_loss" in logs:  # of the whole run, not only since the last resume
             logs = {**logs, "train_loss": self._total_loss_scalar / max(self.state.global_step, 1)}
         super().log(logs, start_time)
 
@@ -354,7 +356,7 @@ class ResumableTrainer(Trainer, ABC):
         if not is_writer():
             return
         super()._save(output_dir, state_dict)
-        # PEFT writes all adapters, the frozen ones of references into folders of their own.
+        # PEFT writes every adapter; those of references, which are frozen, go into subfolders.
         written = Path(str(self.args.output_dir if output_dir is None else output_dir))
         for name in self.policy.peft_config if isinstance(self.policy, PeftModel) else ():
             if (written / name).is_dir():
@@ -376,7 +378,7 @@ class ResumableTrainer(Trainer, ABC):
         if num_processes() == 1:
             super()._save_rng_state(output_dir)
             return
-        # Each process writes its own state, and only the writer has the staged folder: it collects them.
+        # Each process has its own random state, but only the writer has the staged folder, so it collects them all.
         with TemporaryDirectory() as own:
             super()._save_rng_state(own)
             states = gathered([(file.name, file.read_bytes()) for file in Path(own).iterdir()])
@@ -386,12 +388,13 @@ class ResumableTrainer(Trainer, ABC):
     @override
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         target = self.run_dir / f"checkpoint-{self.state.global_step}"
-        if not is_writer():  # it takes part in what is gathered, and writes nothing
+        if not is_writer():  # takes part in gathering weights and states, but writes nothing
             super()._save_checkpoint(model, trial)
             self.write_state(target)
             return
         # transformers writes to _get_output_dir()/checkpoint-N; its files are moved up into the staged folder, which
-        # gets its name only once all are on the disk. The seal comes last: a folder without it is never resumed from.
+        # gets its final name only once all files are on the disk. The seal is written last: a folder without a seal is
+        # never resumed from. The logs are synced first: a checkpoint must not outlive the logs of its steps.
         marks = sync_logs(self.run_dir)
         with staged_folder(target, existing="replace") as self._staging:
             super()._save_checkpoint(model, trial)
@@ -411,12 +414,11 @@ class ResumableTrainer(Trainer, ABC):
 
 @contextmanager
 def reading_checkpoint(checkpoint: str | Path | None) -> Iterator[None]:
-    """Name a checkpoint that cannot be read: pickles, safetensors and JSON each fail in their own way."""
+    """Turn errors of reading a checkpoint into a TrainingError: pickle, safetensors and JSON each raise their own."""
     with reading(
         lambda error: TrainingError(
-            f"{checkpoint} is as it was written and cannot be read ({one_line(error)}, "
-            f"{type(error).__name__}): resume with the versions in manifest.json; or remove that folder, and --resume "
-            "goes on from the checkpoint before it."
+            f"{checkpoint} is undamaged but cannot be read ({one_line(error)}, {type(error).__name__}): resume with "
+            "the versions in manifest.json, or remove that folder to resume from the checkpoint before it."
         )
     ):
         yield

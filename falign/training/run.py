@@ -1,4 +1,4 @@
-"""A training run, from the run file to the trained adapter."""
+"""A training run, from the run file to the trained model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from falign.data import PreferenceData, PromptData
 from falign.errors import ConfigError, StoppedError
 from falign.models import export_adapter, export_merged
 from falign.models.recorded_base import RecordedBase
-from falign.models.sharding import is_sharded, weights_at_hand
+from falign.models.sharding import gathered_weights, is_sharded
 from falign.models.tokenizers import tokenizer_fingerprint
 from falign.objectives import Objective
 from falign.references import REFERENCE
@@ -45,7 +45,7 @@ __all__ = ["train"]
 
 
 class Origin(NamedTuple):
-    """Properties that a run gets when it begins and keeps across resumes.
+    """Properties that a run gets when it begins, and keeps when it resumes.
 
     Attributes:
         run: The identifier in all its checkpoints.
@@ -79,7 +79,7 @@ def train(
     new_rewards: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> RunSummary:
-    """Run what a run file describes.
+    """Train as a run file says.
 
     Args:
         config: The run.
@@ -132,7 +132,7 @@ def _begin(
     new_rewards: bool,
     callbacks: Sequence[TrainerCallback],
 ) -> RunSummary:
-    """Load everything, and train."""
+    """Load everything, check that a resumed run is the same run, and train."""
     if shards():
         for name, section in config.reference_sections().items():
             section.check_sharding(field=config.section_of(name))
@@ -151,9 +151,9 @@ def _begin(
         if resume and checkpoints(folder.path):
             folder.require_same_inputs(rows, inputs, new_rewards=new_rewards)
             if changed := folder.other_versions():
-                _tell(console)(
+                _printer(console)(
                     f"warning: versions have changed since the run was last started: {changed}. The next steps may "
-                    "differ from those under the former versions; install these to avoid that."
+                    "differ from those with the old versions; install the old versions to avoid that."
                 )
         record = {**origin.record, "hashes": inputs.hashes, "rows": rows.digest, "changes": changes}
         return _train(config, trainer, data, language, folder, bar, rows, record, console=console, resume=resume)
@@ -179,12 +179,12 @@ def _train(
     began = None if checkpoint is None else trainer.state_at(checkpoint)
     if began is not None:
         trainer.require_same_schedule(began)
-    wait()  # until here all processes must see the same folder
+    wait()  # the writer changes the folder only after all processes have read it
     if checkpoint is not None and began is not None and is_writer():
-        folder.restore_logs(checkpoint, began.log_history, _tell(console))
+        folder.restore_logs(checkpoint, began.log_history, _printer(console))
         if began.global_step < trainer.num_steps:
             folder.reopen()
-    folder.claim(config)  # only now, when everything has loaded and been checked
+    folder.claim(config)  # not earlier: a run that cannot start must leave no folder behind
     folder.write_rows(rows)
     _record(folder, config, trainer, data, record)
 
@@ -199,14 +199,14 @@ def _train(
     before = folder.read_json("before.json")
     try:
         if checkpoint is not None and began is not None and began.global_step >= trainer.num_steps:
-            trainer.take_up(checkpoint)
+            trainer.load_finished(checkpoint)
         else:
             _until_stopped(trainer, checkpoint, folder, config, console)
     finally:
         bar.close()
     summary = _finish(folder, config, trainer, language, before)
     for remark in trainer.remarks():
-        _tell(console)(remark)
+        _printer(console)(remark)
     return summary
 
 
@@ -218,7 +218,7 @@ def _until_stopped(
     Raises:
         StoppedError: The user stopped the run; it can be resumed from its last checkpoint.
     """
-    stop = StopAtStepEnd(_tell(console))
+    stop = StopAtStepEnd(_printer(console))
     trainer.add_callback(stop)
     with stop.listening():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -247,7 +247,7 @@ def _finish(
         )
     ]
     summary = RunSummary(folder, before["metrics"], after, samples)
-    with weights_at_hand(trainer.policy):
+    with gathered_weights(trainer.policy):
         if is_writer():
             _write_model(folder, config, trainer, language)
     if is_writer():
@@ -263,9 +263,11 @@ def _finish(
 
 def _checkpoint(folder: RunFolder, console: Console) -> Path | None:
     """Return the checkpoint to resume from; None if the run was killed before its first one and begins again."""
-    tell = _tell(console)
+    tell = _printer(console)
+    # Each process waits once: the others before they look, and the writer after it has cleaned up. So they see only
+    # undamaged checkpoints.
     if not is_writer():
-        wait()  # until the writer has renamed damaged ones
+        wait()
     checkpoint = folder.last_checkpoint(tell)
     if checkpoint is not None:
         _require_as_many_processes(checkpoint)
@@ -278,20 +280,21 @@ def _checkpoint(folder: RunFolder, console: Console) -> Path | None:
     return checkpoint
 
 
-def _tell(console: Console) -> Callable[[str], None]:
+def _printer(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _require_as_many_processes(checkpoint: Path) -> None:
     """Refuse to resume with another number of processes, because each has its own random states."""
+    # A single process writes rng_state.pth, several write rng_state_0.pth, rng_state_1.pth and so on.
     written = max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
     if written != num_processes():
         raise ConfigError(
             f"{checkpoint} was written by {written} process{'es' * (written > 1)}, and this run has {num_processes()}: "
             + (
-                f"resume with --launch ddp or fsdp2, as it began, and --processes {written}."
+                f"resume with as many (falign train ... --launch ddp or fsdp2, as it began, --processes {written})."
                 if written > 1
-                else "resume without --launch."
+                else "resume with one process, without --launch."
             )
         )
 
@@ -305,7 +308,7 @@ def _evaluate(trainer: AlignmentTrainer) -> dict[str, float]:
             break
     else:
         log = trainer.evaluate()
-    # Sorted, because they may come from the state of a checkpoint, which is sorted.
+    # Sorted, because the state of a checkpoint sorts them, and a resumed run must write the same file.
     return {name.removeprefix("eval_"): value for name, value in sorted(log.items()) if name.startswith("eval_")}
 
 
@@ -323,7 +326,7 @@ def _answers(config: RunConfig, trainer: AlignmentTrainer, language: Language) -
 
 
 def _inputs(config: RunConfig, trainer: AlignmentTrainer, language: Language) -> RunInputs:
-    """Hash everything that decides the steps of a run besides its rows and settings."""
+    """Return the hashes of everything that decides the steps of a run besides its rows and settings."""
     return RunInputs(
         {
             "chat_template": text_hash(str(language.tokenizer.chat_template)),
@@ -331,15 +334,15 @@ def _inputs(config: RunConfig, trainer: AlignmentTrainer, language: Language) ->
             "stop_tokens": sorted(language.stop_tokens),
             "base_weights": trainer.record["base_weights"],
             "base_config": trainer.record["base_config"],
-            **_of_references(trainer),
+            **_reference_hashes(trainer),
             "objective_code": own_code(config),
             "rewards": reward_identities(trainer.rewards) if isinstance(trainer, OnlineTrainer) else {},
         }
     )
 
 
-def _of_references(trainer: AlignmentTrainer) -> dict[str, Any]:
-    """Hash the references: the one named ``reference``, and the others by name."""
+def _reference_hashes(trainer: AlignmentTrainer) -> dict[str, Any]:
+    """Return the hashes of the references: of the one named ``reference``, and of the others by name."""
     found, record = _without_paths(identities(trainer.references)), trainer.record
     found[REFERENCE] |= {"config": record["reference_config"]}
     for name, config in record.get("reference_configs", {}).items():

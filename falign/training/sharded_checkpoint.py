@@ -1,4 +1,4 @@
-"""Checkpoints of models whose weights are spread over processes: whole, so that they look like any other."""
+"""Checkpoints of sharded models, written whole: the same files as without sharding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from falign.models.sharding import fill_shards, weights_at_hand
+from falign.models.sharding import fill_shards, gathered_weights
 
 __all__ = ["read_optimizer", "read_weights", "whole_optimizer", "whole_weights"]
 
@@ -24,9 +24,9 @@ WEIGHTS = ("adapter_model*.safetensors", "model*.safetensors")
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return what a checkpoint keeps of a model, its adapters or all of it; all processes have to call it."""
+    """Return the weights that a checkpoint stores: adapters, or all weights; all processes must call it."""
     adapted = isinstance(model, PeftModel)
-    with weights_at_hand(model):
+    with gathered_weights(model):
         return {
             name: parameter.detach().cpu().clone()
             for name, parameter in model.named_parameters()
@@ -35,28 +35,28 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def read_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Load what a checkpoint has of the weights that are trained.
+    """Load the trained weights of a checkpoint.
 
     Raises:
-        KeyError: One of them is not in it.
+        KeyError: The checkpoint lacks one of them.
     """
     files = [file for pattern in WEIGHTS for file in checkpoint.glob(pattern)]
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    # PEFT leaves the adapter's name out.
+    # PEFT writes names without that of the adapter, "default".
     fill_shards(model, {name: tensors[name.replace(".default.", ".")] for name in trained})
 
 
 def whole_optimizer(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Return the optimizer's state by the names of parameters; all processes have to call it."""
+    """Return the optimizer's state by parameter name; all processes must call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_optimizer_state_dict(model, _own(optimizer), options=options)
 
 
 def read_optimizer(model: nn.Module, optimizer: Any, file: Path) -> None:
-    """Load what :func:`whole_optimizer` returned."""
+    """Load a state that :func:`whole_optimizer` returned."""
     state = torch.load(file, weights_only=True)
-    if not state["state"]:  # plain gradient descent remembers nothing
+    if not state["state"]:  # plain SGD has no state
         return
     set_optimizer_state_dict(model, _own(optimizer), state, options=StateDictOptions(full_state_dict=True))
 

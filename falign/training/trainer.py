@@ -1,4 +1,4 @@
-"""The trainer: scoring, reference and objective make the loss; what keeps a run alive is in ``resumable``."""
+"""The trainer: the loss from scoring, references and objective. Checkpoints and resuming are in ``resumable``."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ __all__ = ["AlignmentTrainer"]
 
 
 class AlignmentTrainer(ResumableTrainer):
-    """Minimizes any objective against any reference.
+    """Minimize any objective against any reference.
 
     Args:
         model: The policy.
-        reference: The reference; it supplies ``reference_logprobs`` where the objective needs them.
-        references: In its place, several of them by name; the one named ``reference`` is what metrics compare with.
-        objective: The objective that is minimized.
+        reference: The reference; it gives ``reference_logprobs`` if the objective needs them.
+        references: Several references by name, in place of ``reference``; metrics compare with the one named
+            ``reference``.
+        objective: The objective to minimize.
         args: Arguments of the underlying trainer.
         train_trees: Prompts with their completions; online, the range of micro-batch indices, since trees do not exist
             yet.
-        eval_trees: Held-out ones; may be empty.
-        scorer: Lays trees out, in a way that the model can read.
+        eval_trees: Held-out prompts with their completions; may be empty.
+        scorer: Scorer with a layout that the model can read.
         tokens_per_batch: Token limit of a micro-batch, which takes as many trees as fit; replaces
             ``args.per_device_train_batch_size``.
-        measures: Quantities of whole next-token distributions to log as ``measures/NAME``, besides those that the
-            objective reads.
-        skip_bad: Skip and count steps whose loss or gradient is NaN or infinite, in place of stopping.
+        measures: Measures to log as ``measures/NAME``, besides those that the objective reads.
+        skip_bad: Skip and count steps whose loss or gradient is NaN or infinite, instead of stopping.
         advise: Called with messages for the user.
         **kwargs: Passed on to ``transformers.Trainer`` (``processing_class``, ``callbacks``, ``optimizers``).
     """
@@ -80,18 +80,20 @@ class AlignmentTrainer(ResumableTrainer):
     ) -> None:
         objective = complete(objective)
         if unknown := sorted(name for name in objective.needs if field_of(name) not in self.supplied):
-            raise ConfigError(f"This objective reads {unknown} of a batch, and {type(self).__name__} supplies none.")
+            raise ConfigError(
+                f"This objective reads {unknown} of a batch, which {type(self).__name__} does not supply."
+            )
         self.references = _by_name(reference, references)
         if is_sharded(model):
             _require_shardable(self.references)
         self.objective, self.measures = objective, dict(measures or {})
         if twice := sorted(self.measures.keys() & objective.measures.keys()):
             raise ConfigError(f"measures.{twice[0]}: the objective has a measure of this name; give another name.")
-        asked = {**self.measures, **objective.measures}
-        if missing := sorted(reference_names(objective.needs, asked) - self.references.keys()):
+        all_measures = {**self.measures, **objective.measures}
+        if missing := sorted(reference_names(objective.needs, all_measures) - self.references.keys()):
             raise ConfigError(
-                f"The objective or a measure reads the reference {missing[0]!r}, and the references are "
-                f"{', '.join(self.references) or 'none'}: add it under this name."
+                f"The objective or a measure reads the reference {missing[0]!r}, which is not among the references "
+                f"({', '.join(self.references) or 'none'}): add it under this name."
             )
         self.scorer = scorer
 
@@ -125,12 +127,12 @@ class AlignmentTrainer(ResumableTrainer):
 
     @property
     def evaluates(self) -> bool:
-        """True if there are held-out data."""
+        """True if there is held-out data."""
         return bool(self.eval_dataset)
 
     @property
     def rows(self) -> dict[str, Sequence[Any]]:
-        """All that is trained on and held out, by the sections of the run file."""
+        """Training rows and held-out rows, by section of the run file."""
         train, held_out = self.train_dataset, self.eval_dataset
         return {"data.train": train, "data.eval": held_out}  # pyright: ignore[reportReturnType]
 
@@ -145,7 +147,7 @@ class AlignmentTrainer(ResumableTrainer):
         self.move_references(step=self.state.global_step)
 
     def move_references(self, *, step: int) -> None:
-        """Let references follow the policy where it is time to."""
+        """Update the references that follow the policy, if they are due at this step."""
         for reference in self.references.values():
             reference.move(self.policy, step, self.optimizer)
 
@@ -187,11 +189,11 @@ class AlignmentTrainer(ResumableTrainer):
         ):
             self.means.add(output.metrics)
         else:
-            loss = loss * torch.nan  # so that the gradients of all processes say so too
-        return loss * num_processes()  # gradients are averaged over processes
+            loss = loss * torch.nan  # so that the reduced gradient is NaN in all processes, which then skip together
+        return loss * num_processes()  # gradients are averaged over processes, and each term needs their sum
 
     def score(self, model: nn.Module, inputs: dict[str, Any]) -> ObjectiveInputs:
-        """Score a batch under references and policy, as far as the objective needs it."""
+        """Return the scores of a batch under policy and references that the objective needs."""
         batch, columns = split_columns(inputs)
         return objective_inputs(
             self.policy,
@@ -206,17 +208,17 @@ class AlignmentTrainer(ResumableTrainer):
         )
 
     def evaluate_objective(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> ObjectiveOutput:
-        """Return the objective's terms for a scored batch, and all of its metrics."""
+        """Return the objective's output for a scored batch, with further metrics added."""
         output = self.objective(scored.completions)
         return output._replace(metrics={**output.metrics, **self.scored_metrics(scored, inputs)})
 
     def scored_metrics(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the metrics of a scored micro-batch besides those of the objective."""
+        """Return the metrics of a scored micro-batch that do not come from the objective."""
         mask = scored.completions.completion_mask
         return {"entropy": scored.entropy[mask].detach(), **self.measured(scored, mask)}
 
     def measured(self, scored: ObjectiveInputs, counted: Tensor) -> dict[str, Tensor]:
-        """Return the values of the measures to log, at the tokens that a mask names."""
+        """Return the values of the logged measures at the tokens where a mask is True."""
         measures = scored.completions.measures
         return {f"measures/{name}": measures[name][counted].detach() for name in self.measures}
 
@@ -229,8 +231,8 @@ class AlignmentTrainer(ResumableTrainer):
 
     @override
     def term_weights(self, inputs: dict[str, Any]) -> Tensor:
-        # The loss is divided by the weights of the whole step, which are needed before its first forward pass. They
-        # depend on masks and on given fields alone, so zeros in place of log-probabilities give them.
+        # The loss is divided by the weights of the whole step, which are needed before its first forward pass. Weights
+        # depend only on masks and given fields, so the objective gives them with zeros in place of log-probabilities.
         batch, columns = split_columns(inputs)
         zeros = torch.zeros(batch.completion_mask.shape, device=batch.completion_mask.device)
         terms = self.objective(completion_batch(batch, zeros, {**self._unknown(zeros), **columns})).terms
@@ -239,7 +241,7 @@ class AlignmentTrainer(ResumableTrainer):
         return weights if counts(inputs) else torch.zeros_like(weights)
 
     def _unknown(self, zeros: Tensor) -> dict[str, Tensor]:
-        """Return zeros for what the objective reads and only the forward pass computes."""
+        """Return zeros for the fields that the objective reads and only the forward pass computes."""
         needs = [name if field_of(name) == "references" else field_of(name) for name in self.objective.needs]
         measures = [f"measures.{name}" for name in self.objective.measures]
         return dict.fromkeys({*needs, *measures} - {"preference"}, zeros)
@@ -250,7 +252,7 @@ class AlignmentTrainer(ResumableTrainer):
     ) -> dict[str, float]:
         """Return and log the exact means over all held-out completions, each counted once."""
         means, totals = Means(), []
-        # Iterating a loader draws from the CPU's generator; without the fork, dropout in training would change.
+        # Iterating a loader draws from the CPU's generator; without the fork, dropout in later steps would change.
         with torch.no_grad(), evaluation_mode(self.policy), torch.random.fork_rng(devices=[]):
             for inputs in self.get_eval_dataloader(eval_dataset):
                 batch = self.prepare(inputs)
@@ -271,7 +273,7 @@ class AlignmentTrainer(ResumableTrainer):
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # Training logs come with a loss; the metrics since the last one go with it.
+        # Only training logs have a loss; they take the metrics since the last one.
         moved = {
             f"{name}/{metric}": value
             for name, reference in self.references.items()
@@ -289,7 +291,7 @@ def _by_name(reference: Reference | None, references: Mapping[str, Reference] | 
     if reference is None:
         return dict(references or {})
     if references is not None:
-        raise ConfigError("reference and references exclude each other: give {'reference': ..., ...} as references.")
+        raise ConfigError("reference and references exclude each other: give references={'reference': ..., ...}.")
     return {REFERENCE: reference}
 
 
@@ -297,18 +299,18 @@ def _require_shardable(references: Mapping[str, Reference]) -> None:
     for name, reference in references.items():
         if not reference.can_shard:
             raise ConfigError(
-                f"{name} ({type(reference).__name__}) under FSDP2: {reference.cannot_shard}. Start with --launch ddp, "
-                "or take another reference."
+                f"{name} ({type(reference).__name__}) under FSDP2: {reference.cannot_shard}. Train with DDP (--launch "
+                "ddp), or use another reference."
             )
 
 
 def state_folder(checkpoint: Path, name: str) -> Path:
-    """Return where a checkpoint has the state of a reference that moves; the one named ``reference`` has no folder."""
+    """Return the folder of a moving reference's state: the checkpoint itself for the one named ``reference``."""
     return checkpoint if name == REFERENCE else checkpoint / "references" / name
 
 
 def split_columns(inputs: dict[str, Any]) -> tuple[TokenBatch, dict[str, Tensor]]:
-    """Return the rows of a micro-batch, and what is known of its completions besides."""
+    """Split a micro-batch into its rows of tokens and the further fields of its completions."""
     rows = {name: value for name, value in inputs.items() if name not in ("columns", STANDS_IN, PLANNED_TERMS)}
     known = {field.name for field in fields(CompletionBatch)}
     columns = inputs.get("columns", {})

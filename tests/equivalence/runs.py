@@ -20,7 +20,7 @@ CHUNK = 7
 
 
 def trees(number: int, *, seed: int = 0) -> list[PromptTree]:
-    """Pairs whose completions are from 1 to 24 tokens long, neighbours and the two of a pair very differently so."""
+    """Pairs whose completions are from 1 to 24 tokens long, neighbors and the two of a pair very differently so."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(length: int) -> tuple[int, ...]:
@@ -99,7 +99,7 @@ def alignment_trainer(
 
 
 class Gradients(TrainerCallback):
-    """The gradient of every trainable parameter, as the optimiser gets it, at each step."""
+    """The gradient of every trainable parameter, as the optimizer gets it, at each step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Tensor]] = []

@@ -29,7 +29,7 @@ KINDS = ("ddp", "fsdp2")
 # Rows are as many as no number of processes divides. Plain gradient descent, because Adam makes a step of full size
 # of a gradient that is nothing but rounding.
 STEPS = {"max_steps": 20, "learning_rate": 0.5, "optim": "sgd", "lr_scheduler_type": "constant", "logging_steps": 1}
-PENALISED = {"kind": "policy_gradient", "divergence": "reverse_kl", "beta": 0.05, "advantage": "leave_one_out"}
+PENALIZED = {"kind": "policy_gradient", "divergence": "reverse_kl", "beta": 0.05, "advantage": "leave_one_out"}
 PAIRS = {
     "f-dpo": {"objective": {"divergence": "jensen_shannon", "beta": 0.5}},
     "f-dpo by tokens": {"training": {"tokens_per_batch": 90}},
@@ -67,7 +67,7 @@ def online(folder, name, batch_size):
         folder / "tiny",
         prompts,
         folder / name,
-        objective=PENALISED,
+        objective=PENALIZED,
         prompts={"train": [{"path": prompts, "chat": False}], "eval_size": 3},
         rollout={"prompts": 9, "max_new_tokens": 6, "evaluation": {"completions": 4}},
         training={**STEPS, "learning_rate": 0.1, "per_device_train_batch_size": batch_size},

@@ -131,8 +131,8 @@ def test_gradient_checkpointing_of_the_model_changes_no_gradient(use_reentrant, 
 @pytest.mark.parametrize("lay_out", [pack, pad], ids=["tree", "padded"])
 def test_adapters_over_a_four_bit_base_are_scored_and_trained(tmp_path, lay_out):
     tiny_model(hidden_size=64, intermediate_size=64, head_dim=32).save_pretrained(tmp_path)
-    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantisation)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
     assert base.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
     model = with_lora(base, trained=True).train()
     batch = lay_out(TREES[:1], pad_token_id=2)
@@ -151,7 +151,7 @@ def test_a_learned_prompt_is_refused_because_it_would_not_act():
 
 
 def test_a_model_without_separate_head_is_refused():
-    with pytest.raises(ModelError, match="LlamaModel has no backbone apart"):
+    with pytest.raises(ModelError, match="LlamaModel has no backbone separate"):
         read_backbone(tiny_model().model)
 
 

@@ -11,7 +11,7 @@ def test_every_family_reads_trees(family):
     model = tiny_model(family, **({"attn_pdrop": 0.0} if family == "gpt2" else {})).train()
     choice = choose_layout(model, TREES, pad_token_id=2)
     assert choice.layout == "tree", choice.reason
-    assert choice.as_asked
+    assert choice.as_requested
     assert model.training
 
 
@@ -36,7 +36,7 @@ def test_a_model_that_reads_trees_wrongly_gets_padded_rows():
 
     model.model.rotary_emb = CountsColumns(model.model.rotary_emb)
     choice = choose_layout(model, TREES, pad_token_id=2)
-    assert (choice.layout, choice.as_asked) == ("padded", False)
+    assert (choice.layout, choice.as_requested) == ("padded", False)
     assert "misreads them" in choice.reason
 
 

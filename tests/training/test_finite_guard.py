@@ -10,7 +10,7 @@ from falign import divergences
 from falign.errors import NonFiniteRewardError, TrainingError
 from falign.objectives import CompletionBatch, Hybrid, Pairwise, PolicyGradient, Rehearsal
 from falign.runfile import parse_run
-from falign.runs.checkpoints import newest_whole
+from falign.runs.checkpoints import newest_undamaged
 from falign.training import train
 from falign.training.finite_guard import FiniteGuard, describe_loss
 from tests.training.pairs import run_data, write_pairs
@@ -75,9 +75,11 @@ def test_the_first_loss_or_gradient_that_is_no_number_stops_with_step_rows_and_t
     start, breaking, tmp_path, what, named
 ):
     breaking(3, what=what)
-    with pytest.raises(TrainingError, match=rf"Step 3: {named}.*pairs.jsonl:\d+.*\(term pairwise.*--skip-bad"):
+    with pytest.raises(
+        TrainingError, match=rf"Step 3: {named}.*pairs.jsonl:\d+.*\(term pairwise.*training\.skip_bad=true"
+    ):
         start()
-    assert newest_whole(tmp_path / "run", tell=print).name == "checkpoint-2"
+    assert newest_undamaged(tmp_path / "run", tell=print).name == "checkpoint-2"
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -94,7 +96,7 @@ def test_a_step_that_is_skipped_changes_no_weight_and_is_counted_and_said(start,
     assert [log["skipped_steps"] for log in logs] == [0, 0, 1, 1]
     assert ["loss" in log for log in logs] == [True, True, False, True]
     assert all(math.isfinite(value) for log in logs for value in log.values())
-    assert "It is left out (training.skip_bad); 1 so far." in output.getvalue()
+    assert "Skipped (training.skip_bad); 1 so far." in output.getvalue()
 
 
 def test_a_run_that_stopped_goes_on_with_skip_bad_as_one_that_had_it_from_the_start(start, breaking):
@@ -130,9 +132,11 @@ def run_online(tiny, tmp_path, console, **training):
 
 
 def test_a_reward_that_is_no_number_stops_with_step_row_and_reward(tiny, tmp_path):
-    with pytest.raises(NonFiniteRewardError, match=r"Step 2: reward .*prompts.jsonl:\d+: the value is inf.*--skip-bad"):
+    with pytest.raises(
+        NonFiniteRewardError, match=r"Step 2: reward .*prompts.jsonl:\d+: the value is inf.*training\.skip_bad=true"
+    ):
         run_online(tiny, tmp_path, Console(quiet=True))
-    assert newest_whole(tmp_path / "run", tell=print).name == "checkpoint-1"
+    assert newest_undamaged(tmp_path / "run", tell=print).name == "checkpoint-1"
 
 
 def test_a_rollout_with_such_a_reward_is_left_out_and_counted_with_skip_bad(tiny, tmp_path):
@@ -159,7 +163,7 @@ def test_too_many_in_a_row_stop_whatever_was_asked_for():
     assert guard.check_gradient(1.0, step=10, terms=("Pairwise",))
     for step in range(11, 21):
         bad_step(step)
-    with pytest.raises(TrainingError, match="number 11 in a row"):
+    with pytest.raises(TrainingError, match="11th step in a row"):
         bad_step(21)
     assert guard.skipped == 21
 
@@ -186,4 +190,4 @@ def test_the_term_and_the_rows_of_it_and_the_cause_are_named():
     reference[3, 1] = math.nan
     batch = hybrid_batch(reference_logprobs=reference)
     message = describe_loss(hybrid, batch, hybrid(batch), ["a:1", "a:1", "b:1", "b:2"])
-    assert message == "the loss is nan on b:2 (term rehearsal; not finite before: reference_logprobs)."
+    assert message == "the loss is nan on b:2 (term rehearsal; NaN or infinite in the input: reference_logprobs)."

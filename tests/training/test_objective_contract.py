@@ -28,7 +28,7 @@ class Weighted:
         weights = {
             "constant": torch.ones_like(losses),
             "boolean": batch.require("preference") > 0.5,
-            "self-normalised": log_ratio.exp() / log_ratio.exp().mean(),
+            "self-normalized": log_ratio.exp() / log_ratio.exp().mean(),
             "detached": log_ratio.detach().exp(),
             "attached, of the same value": torch.ones_like(losses) + 0.0 * losses,
             "softmax": log_ratio.detach().softmax(dim=0),
@@ -82,7 +82,9 @@ def test_a_reference_that_is_not_there_is_named_before_training(tmp_path):
     class OfTeacher(Broken):
         needs = frozenset({"references.teacher"})
 
-    with pytest.raises(ConfigError, match="reads the reference 'teacher', and the references are reference"):
+    with pytest.raises(
+        ConfigError, match=r"reads the reference 'teacher', which is not among the references \(reference\)"
+    ):
         run(tmp_path, lora_policy(), AdapterOff(), OfTeacher("none"), train=trees(4), max_steps=1)
 
 
@@ -102,7 +104,7 @@ def test_weights_of_what_is_given_are_trained_on(tmp_path, kind):
 @pytest.mark.parametrize(
     ("kind", "found"),
     [
-        ("self-normalised", "carry a gradient"),
+        ("self-normalized", "carry a gradient"),
         ("attached, of the same value", "carry a gradient"),
         ("detached", r"differ by up to [\d.]+ from those before"),
         ("softmax", r"differ by up to 0\.\d+ from"),

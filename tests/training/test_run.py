@@ -92,7 +92,7 @@ def test_a_model_without_the_activations_of_the_mapo_mask_is_refused_before_trai
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
-def test_ranked_lists_with_ties_are_learnt_from_a_file_in_one_tree_each(tiny, tmp_path):
+def test_ranked_lists_with_ties_are_learned_from_a_file_in_one_tree_each(tiny, tmp_path):
     rows = [
         {"prompt": f"question {i}: ", "completions": ["kindly", "thanks", "so so", "go away"], "ranks": [1, 1, 2, 3]}
         for i in range(24)
@@ -366,18 +366,21 @@ def test_a_damaged_line_within_the_metrics_is_named(tmp_path):
     [
         ({"training": {"lr_scheduler_type": "cosin"}}, "training.lr_scheduler_type='cosin' is unknown.* mean 'cosine'"),
         ({"training": {"optim": "adamw"}}, "training.optim='adamw' is unknown; choose one of .*; did you mean"),
-        ({"training": {"report_to": ["nowhere"]}}, "'nowhere' is unknown: choose of .*wandb"),
+        ({"training": {"report_to": ["nowhere"]}}, "'nowhere' is unknown: choose from .*wandb"),
         (
             {"training": {"report_to": "comet_ml"}},
             r"it needs comet-ml. Install .*\(pip install comet-ml\)",
         ),
         ({"training": {"report_to": "dagshub"}}, "it needs dagshub and mlflow"),
         ({"training": {"report_to": "kubeflow"}}, "KUBEFLOW_TRAINER_SERVER_URL is not set"),
-        ({"training": {"optim": "galore_adamw"}}, "training.optim='galore_adamw' is not supported: it changes chosen"),
+        (
+            {"training": {"optim": "galore_adamw"}},
+            "training.optim='galore_adamw' is not supported: it trains only chosen",
+        ),
         ({"training": {"lr_scheduler_type": "greedy"}}, "'greedy' is not supported: it follows a metric"),
         ({"training": {"lr_scheduler_type": "cosine_with_min_lr"}}, "does not work: ValueError: .*min_lr"),
         ({"training": {"max_steps": 0}}, "training.max_steps=0: a run takes at least one optimizer step; leave it out"),
-        ({"training": {"report_to": ["none", "wandb"]}}, "none stands alone"),
+        ({"training": {"report_to": ["none", "wandb"]}}, "none excludes other trackers"),
         ({"data": {"max_length": 4096}}, "2048 positions"),
         ({"adapter": None, "model": {"dtype": "bfloat16"}}, "model.dtype=float32"),
     ],

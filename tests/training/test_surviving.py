@@ -87,7 +87,7 @@ def test_where_no_checkpoint_is_whole_the_run_says_so_and_changes_nothing(start,
         start("offline", "run", dies_at=2)
     (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").write_text("{")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(TrainingError, match=r"no whole checkpoint \(checkpoint-2: trainer_state.json has 1 of"):
+    with pytest.raises(TrainingError, match=r"no undamaged checkpoint \(checkpoint-2: trainer_state.json has 1 of"):
         start("offline", "run", resume=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
@@ -206,7 +206,7 @@ def test_a_reward_that_fails_leaves_a_checkpoint_and_a_mended_one_goes_on(tiny, 
     with pytest.raises(FalignError, match="no such word"):
         run("broken", 4)
     assert [path.name for path in (tmp_path / "broken").glob("checkpoint-*")] == ["checkpoint-2"]
-    with pytest.raises(ConfigError, match=r"reward judge differs from when the run began: .* --new-rewards"):
+    with pytest.raises(ConfigError, match=r"reward judge differs from when the run began: .* `new_rewards`"):
         run("broken", 0, resume=True)
     resumed = run("broken", 0, resume=True, new_rewards=True)
     assert_same(resumed, whole)

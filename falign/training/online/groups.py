@@ -130,7 +130,7 @@ def rollout_buffer(groups: Sequence[Group], *, compared: bool = False) -> Rollou
 
 
 class GroupSampler:
-    """Samples completions and computes their rewards.
+    """Sample completions, and compute their rewards.
 
     Args:
         engine: The engine that samples.
@@ -206,7 +206,7 @@ class GroupSampler:
 def judged(
     rewards: RewardSum, rows: Sequence[PromptRow], rollouts: Sequence[SampledCompletion], tokenizer: Tokenizer
 ) -> tuple[list[str], Rewards]:
-    """Return completions as texts without special tokens, and their rewards.
+    """Return completions as text without special tokens, and their rewards.
 
     Args:
         rewards: The rewards.
@@ -225,7 +225,7 @@ def judged(
 
 
 class DividedSampler:
-    """Divides the prompts among the processes and returns all groups in each of them.
+    """Divide the prompts among the processes, and return all groups in each of them.
 
     The random numbers of a completion depend on its index in the whole rollout, so the rollout does not depend on the
     number of processes.
@@ -273,9 +273,11 @@ class DividedSampler:
         """Return one group per prompt, in order; all processes must call it with the same arguments."""
         places = part(range(len(rows)), rank(), num_processes())
         own = [rows[place] for place in places]
-        if not own:  # with sharded weights every process must take part
+        if not own:  # with sharded weights, every process must take part in the forward passes of the others
             self.sampler.sample(rows[:1], version=version, number=number)
         draws = [self.sampler.sample(own, version=version, number=number, first=places[0])] if own else []
+        # gathered() keeps the order of the processes, and each has a consecutive part of the prompts: the groups stay
+        # in order.
         whole = Draw([], 0)
         for draw in gathered(draws):
             whole += draw

@@ -52,6 +52,7 @@ def rollout_metrics(draw: Draw, *, pass_reward: float, outcome: str | None = Non
         metrics[f"reward/{name}"] = torch.tensor(values)
     values = draw_values(rewards, [list(map(_ids, group.rollouts)) for group in groups], passed=passed)
     metrics |= {"completions/unique" if name == "unique" else name: each for name, each in values.items()}
+    # A reward that gave no value to any completion has no mean, so it is left out.
     return {name: values.double() for name, values in metrics.items() if values.numel()}
 
 

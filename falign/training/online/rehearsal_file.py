@@ -25,7 +25,7 @@ COMPARED = {
     "config": "configuration (config.json) is not that of the reference",
     "tokenizer": "tokenizer or chat template is not that of the run",
 }
-"""Message for each part of the sampler's identity that differs."""
+"""The message if a part of the sampling model's identity differs."""
 
 
 class _Summary(TypedDict, total=False):
@@ -44,7 +44,7 @@ class _SampledBy(TypedDict):
 _SUMMARY = TypeAdapter(_Summary)
 
 ROUNDING = 1e-3
-"""Largest value of a log-probability, above 0 to allow for rounding."""
+"""Upper bound of a stored log-probability; rounding may put it slightly above 0."""
 
 
 def read_rehearsal(path: str, *, num_tokens: int) -> RolloutBuffer:
@@ -61,7 +61,9 @@ def read_rehearsal(path: str, *, num_tokens: int) -> RolloutBuffer:
     _check_unedited(path)
     found = [_stored(row, num_tokens) for row in read_rows(path)]
     if not found:
-        raise DataError(f"{path} has no stored completion: lower the threshold of `falign sample`, or leave it out.")
+        raise DataError(
+            f"{path} has no stored completions: lower the threshold of `falign sample`, or leave out rehearsal."
+        )
     trees, logprobs = zip(*found, strict=True)
     columns = {
         "reference_logprobs": padded(logprobs),
@@ -90,12 +92,13 @@ def other_origin(path: str, **expected: str) -> str | None:
     found = dict(origin)
     if "adapter" in origin:
         found["weights"] = text_hash(f"{origin['weights']} {origin['adapter']}")
+    # A hash that the summary lacks (older versions wrote fewer) counts as equal.
     what = next((what for name, what in COMPARED.items() if found.get(name, expected[name]) != expected[name]), None)
     return None if what is None else f"{path} was sampled from {origin['model']}, whose {what}"
 
 
 def _check_unedited(path: str) -> None:
-    """Refuse a file that was changed after sampling; without a checksum in a summary, `falign sample` did not write it.
+    """Refuse a file that was changed after ``falign sample`` wrote it with a checksum; other files are accepted.
 
     Raises:
         DataError: The file was edited or damaged, or the summary is damaged.
@@ -104,8 +107,8 @@ def _check_unedited(path: str) -> None:
     written = _summary(path).get("sha256", {}).get(file.name)
     if written is not None and hashlib.sha256(file.read_bytes()).hexdigest() != written:
         raise DataError(
-            f"{path} is not as it was sampled (its checksum is not that of {file.with_name(SUMMARY)}): restore it, or "
-            "sample it again by `falign sample ... --overwrite`. To use it as it is, give it another name."
+            f"{path} was changed after sampling (its checksum is not that in {file.with_name(SUMMARY)}): restore it, "
+            "or sample it again by `falign sample ... --overwrite`. To use it as it is, give it another name."
         )
 
 
@@ -126,13 +129,13 @@ def _summary(path: str) -> _Summary:
 def _stored(row: Row, num_tokens: int) -> tuple[PromptTree, list[float]]:
     prompt, completion = (tuple(map(int, _numbers(row, name, int))) for name in ("prompt_ids", "completion_ids"))
     logprobs = list(map(float, _numbers(row, "logprobs", float)))
-    if strange := [id_ for id_ in prompt + completion if not 0 <= id_ < num_tokens]:
+    if invalid := [id_ for id_ in prompt + completion if not 0 <= id_ < num_tokens]:
         raise DataError(
-            f"{row.place}: there is no token {strange[0]} among the tokenizer's {num_tokens}: sample with this model."
+            f"{row.place}: token id {invalid[0]} is not among the tokenizer's {num_tokens}: sample with this model."
         )
-    if strange := [value for value in logprobs if not -math.inf < value < ROUNDING]:
+    if invalid := [value for value in logprobs if not -math.inf < value < ROUNDING]:
         raise DataError(
-            f"{row.place}: {strange[0]} in 'logprobs' is not the logarithm of a probability; sample it again."
+            f"{row.place}: {invalid[0]} in 'logprobs' is not the logarithm of a probability; sample it again."
         )
     if len(logprobs) != len(completion):
         raise DataError(f"{row.place}: {len(logprobs)} logprobs for {len(completion)} completion_ids; sample it again.")
@@ -149,4 +152,5 @@ def _numbers(row: Row, name: str, kind: type[int] | type[float]) -> list[Any]:
 
 
 def _is_number(value: Any, kind: type[int] | type[float]) -> bool:
+    # In Python, True is an int; and JSON writes a float such as -2.0 as -2 in some programs.
     return isinstance(value, int | kind) and not isinstance(value, bool)

@@ -36,12 +36,12 @@ OF_GROUPS: dict[str, Callable[[Sequence[Group]], Tensor]] = {
     "from_reference": lambda groups: torch.zeros(sum(len(group.rollouts) for group in groups), dtype=torch.bool),
     "features": lambda groups: _numbers([features for group in groups for features in group.features()]),
 }
-"""Fields of a batch of sampled completions that are known before scoring."""
+"""Fields of sampled completions that need no model."""
 
 
 @dataclass
 class RolloutScorer:
-    """Turns groups into the rollout that updates read.
+    """Turn groups into the rollout that the updates read.
 
     Attributes:
         policy: The policy before the first update.
@@ -68,7 +68,7 @@ class RolloutScorer:
         rollout, metrics = self._scored(self._sampled(groups)), dict[str, Tensor]()
         if self.rollout.correction is not None:
             level = self._answers.correction_level
-            assert level is not None, "the run file is checked for that"
+            assert level is not None, "RunConfig.check refuses a correction that the objective does not support"
             old, cut = correct(
                 rollout.values("old_logprobs"),
                 rollout.values("sampler_logprobs"),
@@ -99,12 +99,12 @@ class RolloutScorer:
         # References with measures run at each update anyway, and give their log-probabilities in the same pass.
         later = references_of(self.objective.measures.values())
         before = reference_names(self._answers.needs_of_samples, {}) - {*later}
-        unread = (
-            reference_names(self.objective.needs, {}) - before - {*later}
-        )  # only for fresh samples: stored ones bring theirs
-        # If so, importance weights are relative to the sampler's own distribution, which it recorded.
+        # References that the objective reads only for stored samples, which come with their log-probabilities.
+        unread = reference_names(self.objective.needs, {}) - before - {*later}
+        # If the samples are not from the current policy's distribution, importance weights are relative to the
+        # sampler's, which it recorded.
         elsewhere = self.rollout.temperature != 1.0 or self.rollout.ahead
-        # With a single update per rollout, the policy is still the one that sampled.
+        # With a single update per rollout, the policy is still the one that sampled: importance weights are 1.
         wants_policy = (
             self.rollout.correction is not None
             or "old_values" in needs
@@ -188,12 +188,12 @@ def require_gap(log_ratio: Float[Tensor, " M"], bound: float, *, step: int) -> N
         EngineError: The mean gap is above the bound.
     """
     gap = log_ratio.detach().abs()
-    if not gap.mean() <= bound:
+    if not gap.mean() <= bound:  # written so that NaN is refused too
         raise EngineError(
             f"Step {step}: log-probabilities of sampler and trainer differ by {gap.mean():.2g} nats on average over "
             f"{gap.numel()} tokens, {gap.max():.2g} at most, and {bound:.2g} is allowed (rollout.engine.max_gap): the "
-            "sampler does not have these weights. Nothing was learned from these samples; restart the server and "
-            "go on by --resume."
+            "sampler does not have these weights. Nothing was learned from these samples; restart the server, then "
+            "resume the run."
         )
 
 
@@ -228,5 +228,5 @@ def correct(
     else:
         whole = (log_weight.sum(dim=-1) - math.log(cap)).clamp(min=0)
         cut = whole > 0
-        excess = (whole / completion_mask.sum(dim=-1))[:, None]
+        excess = (whole / completion_mask.sum(dim=-1))[:, None]  # spread evenly: only the sum over tokens matters
     return Corrected((sampler + excess).masked_fill(~completion_mask, 0.0), cut.double())

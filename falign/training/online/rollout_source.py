@@ -25,12 +25,15 @@ from falign.training.online.groups import DividedSampler, Draw, Group, rollout_b
 __all__ = ["Drawn", "PromptOrder", "RolloutAhead", "RolloutSource", "sample_within"]
 
 
-MOST_DRAWS = 8  # rounds of sampling to find completions that differ in reward
+MOST_DRAWS = 8
+"""Rounds of sampling to find completions that differ in reward."""
+
 AHEAD = "rollout_ahead.safetensors"
+"""File of a checkpoint with the rollout that was sampled ahead."""
 
 
 class RolloutSource:
-    """Draws one rollout after another, each from the policy at its turn or, if sampled ahead, at the turn before.
+    """Draw rollouts, each from the current policy or, if sampling ahead, from the policy one rollout earlier.
 
     Args:
         sampler: The sampler.
@@ -38,7 +41,7 @@ class RolloutSource:
         rollout: Sizes of rollouts.
         compares: True if completions of a prompt are compared, so that groups of equal rewards are useless.
         seed: Seed of the order of prompts.
-        keep: Called with draws in which there was nothing to compare.
+        keep: Called with the step and draws without completions to compare, before the error.
     """
 
     def __init__(
@@ -53,8 +56,10 @@ class RolloutSource:
     ) -> None:
         self.sampler, self.prompts, self.rollout, self.compares, self.keep = sampler, prompts, rollout, compares, keep
         self.order, self.ahead = PromptOrder(len(prompts), seed=seed), RolloutAhead()
-        self.number = 0  # number of the next rollout to take
-        self.position = 0  # index in the order of prompts up to which rollouts were taken
+        self.number = 0  # of the next rollout
+        # Prompts used by the rollouts taken so far. A rollout that fails or is sampled ahead has moved order.position
+        # further; this number is what a retry or a resume goes back to.
+        self.position = 0
 
     def take(self, policy: nn.Module, step: int, *, goes_on: bool) -> Drawn:
         """Return the next rollout; if sampling ahead, start sampling the one after it.
@@ -73,9 +78,11 @@ class RolloutSource:
         try:
             drawn = self.ahead.take() or self._publish(policy, step)()
         except EngineError:
+            # The next call samples the same prompts under the same number, so it gives the same rollout.
             self.order.position = self.position
             raise
         except NonFiniteRewardError:
+            # Move on to the next prompts: these would give the same bad reward again.
             self.sampler.engine.retire(self.number)
             self.number, self.position = self.number + 1, self.order.position
             raise
@@ -158,7 +165,7 @@ class RolloutSource:
 
 
 class PromptOrder:
-    """Prompts in an order that is shuffled for each pass; it depends only on the seed and the number of the pass."""
+    """The order of prompts, shuffled anew for each epoch; it depends only on the seed and the number of the epoch."""
 
     def __init__(self, num_prompts: int, *, seed: int) -> None:
         self.num_prompts, self.seed = num_prompts, seed
@@ -187,9 +194,9 @@ def sample_within(
     version: int,
     number: int,
 ) -> Draw:
-    """Return groups with a share of passes within a range; groups outside are replaced by those of other prompts.
+    """Return groups whose pass rate is within a range; groups outside it are replaced by groups of other prompts.
 
-    After ``difficulty.max_rounds`` rounds the remainder comes from the groups outside, the nearest to the range first.
+    If there are too few after ``difficulty.max_rounds`` rounds, the groups nearest to the range fill the rest.
     """
     fit: list[Group] = []
     unfit: list[tuple[float, Group]] = []
@@ -213,7 +220,7 @@ def sample_within(
 
 
 PART = "part "
-"""Prefix of the columns with single rewards, before they were combined."""
+"""Prefix of the columns with the single rewards before they were combined."""
 
 
 class Drawn(NamedTuple):
@@ -241,6 +248,7 @@ class Drawn(NamedTuple):
         Returns:
             The remaining state, as plain values.
         """
+        # Rows hold mappings, so they cannot be keys themselves.
         groups, places = self.draw.groups, {id(row): place for place, row in enumerate(prompts)}
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         columns = {
@@ -276,14 +284,14 @@ class Drawn(NamedTuple):
                 SampledCompletion(tree.prompt_ids, ids, tuple(logprobs[n][: len(ids)]), reasons[n], versions[n])
                 for n, ids in zip(own, tree.completion_ids, strict=True)
             )
-            of_parts = {name: tuple(values[n] for n in own) for name, values in parts.items()}
-            texts, worth = tuple(rest["texts"][n] for n in own), tuple(rewards[n] for n in own)
-            groups.append(Group(prompts[row], rollouts, texts, worth, of_parts))
+            own_parts = {name: tuple(values[n] for n in own) for name, values in parts.items()}
+            own_texts, own_rewards = tuple(rest["texts"][n] for n in own), tuple(rewards[n] for n in own)
+            groups.append(Group(prompts[row], rollouts, own_texts, own_rewards, own_parts))
         return cls(**{**state, "draw": Draw(**{**state["draw"], "groups": groups})})
 
 
 class RolloutAhead:
-    """At most one rollout, sampled in a thread; other users of the engine wait for it first."""
+    """At most one rollout, sampled in a thread; other users of the engine must wait for it."""
 
     def __init__(self) -> None:
         self._underway: Future[Drawn] | None = None
@@ -308,9 +316,8 @@ class RolloutAhead:
                 future.set_exception(error)
 
         self._underway = future
-        Thread(
-            target=work, name="rollout ahead", daemon=True
-        ).start()  # a daemon thread, so that stopping a run does not wait for it
+        # A daemon thread, so that a run that is stopped does not wait for it.
+        Thread(target=work, name="rollout ahead", daemon=True).start()
 
     def take(self) -> Drawn | None:
         """Wait for the rollout and return it, or None if none was started; errors of the thread are raised here."""
@@ -336,6 +343,7 @@ class RolloutAhead:
 
 
 def _column(values: Sequence[float | None]) -> Column:
+    # A tensor cannot hold None: NaN takes its place, and `known` marks it.
     known = torch.tensor([value is not None for value in values])
     return Column(torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64), known)
 

@@ -35,7 +35,10 @@ from falign.training.processes import is_writer, num_processes
 __all__ = ["online_trainer"]
 
 PROBE_TOKENS = 16
-FIT_VERSION = -(10**9)  # distinct from the seeds of training and evaluation
+"""Tokens of the completions on which layouts and references are checked."""
+
+FIT_VERSION = -(10**9)
+"""Version and rollout number of samples before training; distinct from those of training and evaluation."""
 
 
 def online_trainer(
@@ -69,8 +72,8 @@ def online_trainer(
         )
         prompts = [(row.place, row.prompt_ids) for row in (*data.train, *data.eval)]
         config.check_token_rows(language.tokenizer, [*prompts, *token_rows(rehearsal.trees)])
-    _tell(data, console)
-    _tell_rehearsed(rehearsal, data, console)
+    _print_counts(data, console)
+    _warn_if_rehearsed(rehearsal, data, console)
     per_update = -(-rollout.prompts // rollout.minibatches)
     steps_per_epoch = -(-len(data.train) // rollout.prompts) * rollout.num_updates
     args = config.training.build(
@@ -171,7 +174,7 @@ def _fitted(
     return fitted
 
 
-def _tell(data: PromptData, console: Console) -> None:
+def _print_counts(data: PromptData, console: Console) -> None:
     report = data.report
     parts = [f"{report.num_train} prompts to train on, {report.num_eval} held out"]
     for label, count in (("cut", report.cut), ("too long", report.dropped), ("bad rows", report.bad)):
@@ -180,18 +183,19 @@ def _tell(data: PromptData, console: Console) -> None:
     if report.shared_prompts:
         console.print(
             f"warning: {report.shared_prompts} of {report.num_eval} held-out prompts also occur in training, so "
-            "held-out values flatter.",
+            "held-out values are too optimistic.",
             style="yellow",
             soft_wrap=True,
         )
 
 
-def _tell_rehearsed(rehearsal: RolloutBuffer, data: PromptData, console: Console) -> None:
+def _warn_if_rehearsed(rehearsal: RolloutBuffer, data: PromptData, console: Console) -> None:
     """Warn if held-out prompts are among the rehearsed ones."""
     stored = {tree.prompt_ids for tree in rehearsal.trees}
     if shared := sum(row.prompt_ids in stored for row in data.eval):
         console.print(
-            f"warning: {shared} of {len(data.eval)} held-out prompts are also rehearsed, so held-out values flatter.",
+            f"warning: {shared} of {len(data.eval)} held-out prompts are also rehearsed, so held-out values are too "
+            "optimistic.",
             style="yellow",
             soft_wrap=True,
         )
@@ -208,8 +212,8 @@ def _tell_origin(stored: str, parts: Parts, language: Language, console: Console
     )
     if differs is not None:
         console.print(
-            f"rehearsal: {differs}: the log-probabilities in it are not the reference's. Sample it again if that is "
-            "not meant.",
+            f"rehearsal: {differs}: the log-probabilities in it are not the reference's. Sample it again, "
+            "unless this is intended.",
             style="yellow",
             highlight=False,
             markup=False,

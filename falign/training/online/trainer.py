@@ -147,7 +147,7 @@ class OnlineTrainer(AlignmentTrainer):
             value_head=value_head,
         )
         if value_head is not None and num_processes() > 1:
-            for parameter in value_head.parameters():  # outside the model that is wrapped
+            for parameter in value_head.parameters():  # DDP averages only the gradients of the model that it wraps
                 parameter.register_post_accumulate_grad_hook(_average)
 
     @property
@@ -169,17 +169,18 @@ class OnlineTrainer(AlignmentTrainer):
     @override
     def require_same_schedule(self, began: TrainerState) -> None:
         super().require_same_schedule(began)
-        # A longer run samples ahead after this rollout; at the end of a run, nothing is sampled ahead.
+        # At its last rollout a run samples nothing ahead. A longer run would have sampled ahead there, from weights
+        # that are gone.
         last = began.max_steps - self.rollout.num_updates
         if self.rollout.ahead and self.num_steps > began.max_steps and began.global_step > last:
             raise ConfigError(
-                f"training.max_steps: with rollout.ahead the rollout after step {began.max_steps} is drawn before it, "
-                f"and the run of {began.max_steps} steps has not drawn it. Set max_steps as it was."
+                f"training.max_steps: with rollout.ahead, the rollout after step {began.max_steps} is sampled before "
+                f"that step, which the run of {began.max_steps} steps did not do. Set max_steps as it was."
             )
 
     @override
     def get_train_dataloader(self) -> Any:
-        # This only counts steps; their batches are sampled in get_batch_samples.
+        # The loop only counts steps with this; get_batch_samples makes the batches.
         return self.train_dataset
 
     @override
@@ -202,7 +203,7 @@ class OnlineTrainer(AlignmentTrainer):
         chosen = self.buffer.part(update % self.rollout.minibatches, self.rollout.minibatches)
         rehearsed = self.rehearsal.select(self.rehearsal_order.take(self.rehearsal_size))
         count, batches = num_batches * num_processes(), []
-        for number in range(rank(), count, num_processes()):  # what processes do at once are neighbours
+        for number in range(rank(), count, num_processes()):  # processes compute neighboring parts at once
             rows = RolloutBuffer.concat([chosen.part(number, count), rehearsed.part(number, count)])
             batches.append(self._inputs(rows) if len(rows) else stand_in(self._inputs(chosen.select([0]))))
         return batches, self.step_weights(batches, device)
@@ -219,8 +220,10 @@ class OnlineTrainer(AlignmentTrainer):
                 return self._roll_out()
             except NonFiniteRewardError as error:
                 message = f"Step {self.state.global_step + 1}: {error}"
-                if not self.guard.skip or num_processes() > 1:  # other processes would wait for this one's part
-                    raise NonFiniteRewardError(f"{message} --resume --skip-bad leaves such rollouts out.") from error
+                if not self.guard.skip or num_processes() > 1:  # with several, the others would wait for this one
+                    raise NonFiniteRewardError(
+                        f"{message} `resume` with training.skip_bad=true skips such rollouts."
+                    ) from error
                 self.guard.count(message)
 
     def _roll_out(self) -> RolloutBuffer:
@@ -263,7 +266,7 @@ class OnlineTrainer(AlignmentTrainer):
     def _keep(self) -> None:
         """Write a checkpoint between two steps, to resume once the engine or the reward is repaired."""
         self.write_checkpoint()
-        self.advise(f"checkpoint-{self.state.global_step} is written: --resume goes on from there.")
+        self.advise(f"checkpoint-{self.state.global_step} is written: resume from there.")
 
     def close(self) -> None:
         """Release the engine's resources."""
@@ -330,7 +333,7 @@ class OnlineTrainer(AlignmentTrainer):
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # The loop counts steps, of this process alone; what passes over the prompts there were is known here.
+        # The loop derives epochs from its own steps since the last resume; the source knows the prompts used.
         self.state.epoch = self.source.position / len(self.source.prompts)
         super().log(logs, start_time)
 
@@ -346,7 +349,7 @@ class OnlineTrainer(AlignmentTrainer):
         if not is_writer():
             return
         (folder / ROLLOUT_STATE).write_text(json.dumps(state), encoding="utf-8")
-        if self.state.global_step % self.rollout.num_updates:  # else nothing of the last rollout is needed any more
+        if self.state.global_step % self.rollout.num_updates:  # otherwise the last rollout is used up
             self.buffer.save(folder / ROLLOUT)
         if self.value_head is not None:
             save_file(self.value_head.state_dict(), folder / VALUE_HEAD)
@@ -357,9 +360,8 @@ class OnlineTrainer(AlignmentTrainer):
         state = json.loads((folder / ROLLOUT_STATE).read_text(encoding="utf-8"))
         if "buffer" in state and (state["buffer"] or state["source"]["ahead"]):
             raise TrainingError(
-                f"{folder} holds an unfinished rollout as an earlier release of falign wrote it, and this one does not "
-                "read it: finish the run with that release, or remove this checkpoint, and --resume goes on from the "
-                "one before it."
+                f"{folder} holds an unfinished rollout of an earlier release of falign, which this release does not "
+                "read: finish the run with that release, or remove this checkpoint to resume from the one before it."
             )
         self.source.load(state["source"], folder)
         self.rehearsal_order.position = state["rehearsal_order"]
@@ -372,7 +374,7 @@ class OnlineTrainer(AlignmentTrainer):
 
 
 def _average(parameter: Tensor) -> None:
-    """Average an accumulated gradient over processes; gradients that were averaged before stay unchanged."""
+    """Average an accumulated gradient over processes; parts that were averaged before stay as they are."""
     assert parameter.grad is not None
     torch.distributed.all_reduce(parameter.grad)
     parameter.grad /= num_processes()

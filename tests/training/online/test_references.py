@@ -14,7 +14,7 @@ from tests.training.prompts import online_data, write_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 
-PENALISED = {"kind": "policy_gradient", "divergence": "reverse_kl", "beta": 0.05, "advantage": "leave_one_out"}
+PENALIZED = {"kind": "policy_gradient", "divergence": "reverse_kl", "beta": 0.05, "advantage": "leave_one_out"}
 AVERAGE = {"kind": "moving_average", "alpha": 0.4, "every": 2}
 RESET = {"kind": "periodic_reset", "every": 2, "reset_optimizer": True}
 
@@ -33,7 +33,7 @@ def start(tiny, tmp_path):
     data = write_prompts(tmp_path / "prompts.jsonl")
 
     def run(name="run", resume=False, init=None, **changes):
-        run = online_data(tiny, data, tmp_path / name, objective=PENALISED, **changes)
+        run = online_data(tiny, data, tmp_path / name, objective=PENALIZED, **changes)
         if init is not None:
             run["adapter"] = {"init": init}
         return train(parse_run(run), console=Console(quiet=True), resume=resume)

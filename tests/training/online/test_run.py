@@ -18,7 +18,7 @@ from tests.training.prompts import online_data, write_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 
-PENALISED = {"kind": "policy_gradient", "divergence": "reverse_kl", "beta": 0.05, "advantage": "leave_one_out"}
+PENALIZED = {"kind": "policy_gradient", "divergence": "reverse_kl", "beta": 0.05, "advantage": "leave_one_out"}
 
 
 @pytest.fixture
@@ -48,9 +48,9 @@ def training_logs(summary):
     "objective",
     [
         {"kind": "policy_gradient", "advantage": "leave_one_out"},
-        PENALISED,
-        {**PENALISED, "divergence": "jensen_shannon", "advantage": "group_centred", "level": "token"},
-        {**PENALISED, "divergence": "forward_kl", "level": "vocabulary", "advantage": "group_normalised"},
+        PENALIZED,
+        {**PENALIZED, "divergence": "jensen_shannon", "advantage": "group_centred", "level": "token"},
+        {**PENALIZED, "divergence": "forward_kl", "level": "vocabulary", "advantage": "group_normalised"},
         {"kind": "pairwise", "divergence": "reverse_kl", "beta": 0.1},
         {"kind": "token_pairwise", "divergence": "jensen_shannon", "beta": 0.1},
     ],
@@ -64,7 +64,7 @@ def test_every_objective_learns_from_its_own_samples(start, objective):
 
 
 def test_several_updates_on_each_rollout_are_weighted_by_their_importance(start):
-    objective = {**PENALISED, "clip_low": 0.2, "clip_high": 0.28, "importance": "token"}
+    objective = {**PENALIZED, "clip_low": 0.2, "clip_high": 0.28, "importance": "token"}
     summary = start(objective=objective, rollout={"updates": 2, "minibatches": 2}, training={"max_steps": 16})
     assert summary.after["reward"] > summary.before["reward"]
     # Four updates on each rollout: a new one is sampled at the first of them alone.
@@ -72,27 +72,27 @@ def test_several_updates_on_each_rollout_are_weighted_by_their_importance(start)
 
 
 def test_micro_batches_change_nothing_but_rounding(start):
-    whole = start("whole", objective=PENALISED, training={"per_device_train_batch_size": 4})
-    cut = start("cut", objective=PENALISED, training={"per_device_train_batch_size": 1})
+    whole = start("whole", objective=PENALIZED, training={"per_device_train_batch_size": 4})
+    cut = start("cut", objective=PENALIZED, training={"per_device_train_batch_size": 1})
     for name, value in adapter(whole).items():
         torch.testing.assert_close(adapter(cut)[name], value, rtol=2e-3, atol=2e-5)
 
 
 def test_a_policy_that_is_its_reference_yet_has_no_penalty_to_pay_not_even_a_baseline(start):
-    summary = start(objective=PENALISED, rollout={"ignore_stop": True}, training={"max_steps": 1})
+    summary = start(objective=PENALIZED, rollout={"ignore_stop": True}, training={"max_steps": 1})
     # Advantages of completions of one length sum to 0, and log u is 0 for all of them.
     assert training_logs(summary)[0]["loss"] == pytest.approx(0.0, abs=1e-4)
 
 
 def test_the_first_update_finds_the_sampler_and_the_trainer_in_agreement(start):
-    summary = start(objective=PENALISED)
+    summary = start(objective=PENALIZED)
     for log in training_logs(summary):
         assert log["sampler/logprob_gap"] < 1e-5
         assert log["sampler/logprob_gap"] < log["sampler/logprob_gap_max"] < 1e-4
 
 
 def test_a_temperature_is_corrected_for_by_importance_weights(start):
-    summary = start(objective=PENALISED, rollout={"temperature": 1.2, "completions": 8}, training={"max_steps": 12})
+    summary = start(objective=PENALIZED, rollout={"temperature": 1.2, "completions": 8}, training={"max_steps": 12})
     logs = training_logs(summary)
     assert all(log["sampler/logprob_gap"] > 0.01 for log in logs)
     assert summary.after["reward"] > summary.before["reward"]
@@ -101,7 +101,7 @@ def test_a_temperature_is_corrected_for_by_importance_weights(start):
 @pytest.mark.parametrize("stopped_at", [2, 3])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit_also_within_a_rollout(start, stopped_at):
     options = {
-        "objective": PENALISED,
+        "objective": PENALIZED,
         "rollout": {"updates": 2},
         "training": {"save_steps": 1, "save_total_limit": None},
     }
@@ -141,7 +141,7 @@ def test_a_damaged_state_of_rollouts_is_named(start, content):
         file.write_text(content)
     # Written so, and not damaged later, which the seal would tell.
     seal(file.parent, run=folder.read_inputs()["run"], step=2, logs=logs)
-    with pytest.raises(TrainingError, match="checkpoint-2 is as it was written and cannot be read"):
+    with pytest.raises(TrainingError, match="checkpoint-2 is undamaged but cannot be read"):
         start(resume=True, **options)
 
 
@@ -157,7 +157,7 @@ def test_epochs_are_passes_over_the_prompts_also_after_a_resume(start):
 
 def test_prompts_outside_the_difficulty_range_are_replaced_and_counted(start):
     difficulty = {"low": 0.25, "high": 0.75, "max_rounds": 3}
-    summary = start(reward="short", rollout={"difficulty": difficulty, "completions": 4}, objective=PENALISED)
+    summary = start(reward="short", rollout={"difficulty": difficulty, "completions": 4}, objective=PENALIZED)
     logs = training_logs(summary)
     assert any(log["rollout/prompts_sampled"] > 4 for log in logs)
     for log in logs:
@@ -263,7 +263,7 @@ def test_where_all_rewards_are_equal_nothing_can_be_compared(start):
     [
         ({"rewards": []}, "rewards is empty"),
         ({"data": {"train": [{"path": "x.jsonl"}]}}, "data and prompts exclude each other"),
-        ({"training": {"gradient_accumulation_steps": 2}}, "are of offline runs"),
+        ({"training": {"gradient_accumulation_steps": 2}}, "apply only to offline runs"),
         ({"rollout": {"minibatches": 5}}, "rollout.minibatches=5 is more than rollout.prompts=4"),
         ({"reference": {"cache": "somewhere"}}, "every completion of an online run is new"),
         ({"prompts": {"eval_size": 0}, "training": {"eval_steps": 2}}, "training.eval_steps needs prompts.eval"),
@@ -340,7 +340,7 @@ def test_a_target_that_nothing_satisfies_is_counted_and_moves_nothing(start, tin
 
 
 def test_ppo_learns_values_and_a_resumed_run_has_them_too(start):
-    objective = {**PENALISED, "advantage": "gae", "importance": "token", "clip_low": 0.2, "clip_high": 0.2}
+    objective = {**PENALIZED, "advantage": "gae", "importance": "token", "clip_low": 0.2, "clip_high": 0.2}
     options = {
         "objective": objective,
         "rollout": {"updates": 2},
@@ -409,7 +409,7 @@ def test_supervised_tuning_is_an_offline_run_and_its_adapter_starts_another(star
     }
     tuned = train(parse_run(plain), console=Console(quiet=True))
     assert tuned.after["loss"] < tuned.before["loss"] - 0.5
-    config = online_data(tiny, write_prompts(tmp_path / "p.jsonl"), tmp_path / "online", objective=PENALISED)
+    config = online_data(tiny, write_prompts(tmp_path / "p.jsonl"), tmp_path / "online", objective=PENALIZED)
     config["adapter"] = {"init": str(tuned.folder.path)}
     summary = train(parse_run(config), console=Console(quiet=True))
     assert summary.before["reward"] > 0.2
@@ -439,5 +439,5 @@ def test_an_unfinished_rollout_of_an_earlier_release_is_refused_by_name(start):
     state = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**state, "buffer": [{"tree": {}, "columns": {"rewards": [1.0]}}]}), encoding="utf-8")
     seal(file.parent, run=folder.read_inputs()["run"], step=1, logs=marks)
-    with pytest.raises(TrainingError, match="checkpoint-1 holds an unfinished rollout as an earlier release"):
+    with pytest.raises(TrainingError, match="checkpoint-1 holds an unfinished rollout of an earlier release"):
         start(resume=True, **options)
