@@ -1,4 +1,4 @@
-"""Reports for people: one HTML file of one or more runs, and its plots as PNG files.
+"""Reports: one HTML page on one or more runs, and its plots as PNG files.
 
 The package can be called: ``falign.report(["runs/a", "runs/b"], "comparison.html")`` is :func:`write_report`.
 """
@@ -18,7 +18,7 @@ __all__ = ["HELD_OUT", "ReportedRun", "WrittenReport", "read_runs", "report_path
 
 
 class _Report(ModuleType):
-    """A module that writes a report when it is called."""
+    """The type of this module, which makes it callable."""
 
     def __call__(self, runs: Sequence[str | Path] | str | Path, out: str | Path | None = None) -> WrittenReport:
         return write_report([runs] if isinstance(runs, str | Path) else runs, out)

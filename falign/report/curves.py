@@ -1,4 +1,4 @@
-"""Curves over the steps of training: training as lines, held-out values as marks."""
+"""Curves over the optimizer steps: training as lines, held-out values as marks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from falign.report.runs import ReportedRun
 __all__ = ["curve_plots"]
 
 SMOOTHED_FROM = 60
-"""A curve with at least this many points gets a running mean."""
+"""Number of points from which a curve gets a running mean."""
+
 WINDOW = 20
-"""The window of the running mean is this fraction of all points, 1/N."""
+"""The window of the running mean holds 1/WINDOW of all points."""
+
 MOST_POINTS, MOST_MARKS = 1000, 200
 """Maximum number of parts of a curve; a longer curve is drawn by the extremes and means of its parts."""
 
@@ -23,12 +25,13 @@ class Panel(NamedTuple):
     """Metrics that share a plot.
 
     Attributes:
-        name: Of the PNG file.
-        title: What they are.
-        unit: Of the second axis.
-        solid: Metric whose line is solid.
-        dashed: Metric whose line is dashed, and what the two are called.
-        shares: Values lie between 0 and 1.
+        name: Name of the PNG file.
+        title: Title of the plot.
+        unit: Unit of the vertical axis.
+        solid: Metric of the solid line.
+        dashed: Metric of the dashed line; None for none.
+        called: Labels of both lines.
+        shares: Whether values lie between 0 and 1.
     """
 
     name: str
@@ -70,7 +73,7 @@ PANELS = (
 
 
 def curve_plots(runs: Sequence[ReportedRun]) -> list[Plot]:
-    """Return a plot for each panel with values of any run; each divergence has its own."""
+    """Return the plots of all panels for which a run has values; each divergence has its own panel."""
     panels = [*PANELS[:8], *_divergences(runs), *PANELS[8:]]
     return [plot for panel in panels if (plot := _plot(panel, runs)) is not None]
 
@@ -118,8 +121,8 @@ def _series(run: ReportedRun, metric: str, line: Line, label: str) -> Iterator[S
         yield _curve(label or "training", points, color, line=line)
     held_out = [part[-1] for part in _parts(_points(run, f"eval_{metric}"), MOST_MARKS)]
     if held_out:
-        told = f"{label}, held out" if label else "held out"
-        yield _curve(told, held_out, color, line=None if points else SOLID, marker=run.marker)
+        name = f"{label}, held out" if label else "held out"
+        yield _curve(name, held_out, color, line=None if points else SOLID, marker=run.marker)
 
 
 Point: TypeAlias = tuple[Number, Number]
@@ -135,7 +138,7 @@ def _points(run: ReportedRun, metric: str) -> list[Point]:
 
 
 def _parts(points: Sequence[Point], most: int) -> list[Sequence[Point]]:
-    """Split a curve into at most this many parts of equal length."""
+    """Split a curve into at most ``most`` parts of equal length."""
     size = max(1, -(-len(points) // most))
     return [points[start : start + size] for start in range(0, len(points), size)]
 
@@ -146,7 +149,7 @@ def _extremes(part: Sequence[Point]) -> Sequence[Point]:
 
 
 def _running_means(parts: Sequence[Sequence[Point]]) -> list[Point]:
-    """The mean over a window around each part, at the part's middle."""
+    """Return the mean over a window around each part, at the step in the part's middle."""
     half = max(1, len(parts) // WINDOW // 2)
     sums, counts = [sum(value for _, value in part) for part in parts], [len(part) for part in parts]
     windows = [slice(max(0, i - half), i + half + 1) for i in range(len(parts))]

@@ -1,4 +1,4 @@
-"""Plots, each drawn twice: for the page, in its colors and fonts, and as a self-contained PNG."""
+"""Plots, each drawn twice: as SVG in the colors and fonts of the page, and as a self-contained PNG."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DASHED: Line = (4, 2)
 DOTTED: Line = (1, 1.5)
 
 PNG_MARK = "falign report"
-"""Metadata of pictures drawn by falign, which it may overwrite."""
+"""Metadata of falign's own images, which it may overwrite."""
 
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -54,15 +54,15 @@ class Series:
     """Points of one kind.
 
     Attributes:
-        label: In the PNG's legend and in the alternative text; empty for none.
-        x: First coordinates.
-        y: Second ones.
+        label: Name in the PNG's legend and in the alternative text; empty for none.
+        x: Horizontal coordinates.
+        y: Vertical coordinates.
         color: One of the palette's light colors.
-        line: How it is drawn; None for marks alone.
-        marker: matplotlib's marker; empty for none.
+        line: Style of the line; None draws only marks.
+        marker: The marker, in the notation of matplotlib; empty for none.
         low: Lower ends of intervals.
-        high: Upper ends.
-        faint: Drawn thin and pale, as what lies behind another series.
+        high: Upper ends of intervals.
+        faint: Whether to draw it thin and pale, behind another series.
     """
 
     label: str
@@ -81,18 +81,18 @@ class Plot:
     """The contents of a plot.
 
     Attributes:
-        name: Of the PNG file, without suffix; letters, digits and hyphens.
-        title: What it shows.
-        x_label: Of the first axis.
-        y_label: Of the second axis.
-        series: What is in it.
-        caption: How to read it.
-        categories: Names in place of the numbers 0, 1, 2 ... of the second axis; intervals then lie along the first.
-        powers: The first axis counts doublings.
-        whole: The first axis has whole numbers.
-        unit: The second axis shows shares, from 0 to 1.
-        key: The page says which series is which, if colors and markers of the runs do not.
-        size: In inches.
+        name: Name of the PNG file, without suffix: letters, digits and hyphens.
+        title: Title.
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis.
+        series: The series.
+        caption: Explanation of lines and marks.
+        categories: Names in place of 0, 1, 2 ... on the vertical axis; intervals are then horizontal.
+        powers: Whether the horizontal axis is logarithmic with base 2.
+        whole: Whether the horizontal axis has whole numbers.
+        unit: Whether the vertical axis shows shares, from 0 to 1.
+        key: Whether the page needs a legend, because colors and markers of runs do not identify the series.
+        size: Width and height in inches.
     """
 
     name: str
@@ -113,9 +113,9 @@ class Picture(NamedTuple):
     """A drawn plot.
 
     Attributes:
-        name: Of the PNG file.
-        figure: For the page.
-        png: For everywhere else.
+        name: Name of the PNG file.
+        figure: The element for the page.
+        png: Content of the PNG file.
     """
 
     name: str
@@ -237,7 +237,7 @@ def _svg(figure: Figure, plot: Plot) -> Html:
     opening, body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL).split(">", 1)
     box = re.search(r'viewBox="([^"]*)"', opening)
     assert box is not None
-    # Nothing is drawn outside of the axes, so clip paths are not needed.
+    # Nothing is drawn outside of the axes, so clip paths have no effect.
     body = re.sub(r'<clipPath.*?</clipPath>| clip-path="[^"]*"', "", body, flags=re.DOTALL)
     # Ids are unique only within a plot. Only those of the markers are referenced; the others are removed.
     body = re.sub(r' id="(?!m[0-9a-f]{10}")[^"]*"', "", body)

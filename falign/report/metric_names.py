@@ -27,7 +27,7 @@ HELD_OUT = {
     "log-ratio of rejected": ("logratios/rejected", "{:+.2f}"),
     "entropy per token": ("entropy", "{:.3f}"),
 }
-"""Label to name and format: the rows of the table of held-out values, in the terminal and in the report."""
+"""Metric and format by label: the rows of the table of held-out values, in the terminal and in the report."""
 
 
 SPOKEN = {

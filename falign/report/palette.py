@@ -1,4 +1,4 @@
-"""The colors of the report, for pages in both modes and for pictures; one color and one marker per run."""
+"""The colors of the report, for light and dark pages and for PNG files; one color and one marker per run."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = [
 
 
 class Color(NamedTuple):
-    """One role in both modes.
+    """One color in both modes.
 
     Attributes:
-        name: Of the CSS variable, without its dashes.
-        light: On a light page, and in the PNG files.
-        dark: On a dark page.
+        name: Name of the CSS variable, without its dashes.
+        light: The color on a light page and in PNG files.
+        dark: The color on a dark page.
     """
 
     name: str
@@ -60,11 +60,11 @@ MARKERS = {
     "X": "M11 1l3 3 3-3 2 2-3 3 3 3-2 2-3-3-3 3-2-2 3-3-3-3z",
     "p": "M14 1l5 4-2 6h-6l-2-6z",
 }
-"""Markers by their matplotlib names, each with a path for the page, centered in 28 by 12."""
+"""Markers by their matplotlib names, each as an SVG path centered in a box of 28 by 12."""
 
 
 def run_color(index: int) -> Color:
-    """Return the color of the run at an index; from the ninth on colors repeat with other markers."""
+    """Return the color of the run at an index; from the ninth run on, colors repeat with other markers."""
     return RUNS[index % len(RUNS)]
 
 

@@ -26,17 +26,17 @@ class ReportedRun:
     """The contents of a report for one run.
 
     Attributes:
-        label: The shortest end of its path that no other run of the report has.
+        label: The shortest end of its path that is unique in the report.
         index: Its index in the report, which determines its color and marker.
-        folder: Where it lies.
+        folder: The run folder.
         run_file: The resolved settings that the run began with.
-        manifest: Versions, model, reference, data.
+        manifest: The manifest: versions, model, reference, data.
         logs: The lines of ``metrics.jsonl``.
         before: Held-out values before training; empty without held-out data.
         after: The same after training; empty until the run has ended.
         samples: Prompts of the run file, answered before and after.
-        evaluations: What ``falign evaluate`` has measured.
-        ended: Whether it had trained all its steps when it was read.
+        evaluations: Results of ``falign evaluate``.
+        ended: Whether it was finished when it was read.
     """
 
     label: str
@@ -59,12 +59,12 @@ class ReportedRun:
 
     @property
     def color(self) -> Color:
-        """Its color, the same everywhere."""
+        """The color of the run in all plots and tables."""
         return run_color(self.index)
 
     @property
     def marker(self) -> str:
-        """Its marker, the same everywhere."""
+        """The marker of the run in all plots and tables."""
         return marker_of(self.index)
 
     @property
@@ -143,7 +143,7 @@ class Answers(NamedTuple):
         prompt: The prompt; turns of a conversation have a line each.
         before: Before training.
         after: After training, or at the last step so far.
-        when: What the two are called.
+        when: Labels of both.
     """
 
     prompt: str
@@ -166,7 +166,7 @@ def _online(run: ReportedRun) -> Iterator[Answers]:
     steps: dict[bool, list[int]] = {True: [], False: []}
     for row in _rows(run):
         steps[row["held_out"]].append(row["step"])
-    held_out = len(set(steps[True])) > 1  # samples from before training alone give no comparison
+    held_out = len(set(steps[True])) > 1  # only samples of several steps give a comparison
     found = steps[held_out]
     if not found or min(found) == max(found):
         return

@@ -19,15 +19,15 @@ BEFORE = "before"
 PASS = re.compile(r"pass@(\d+)")
 IDEAL_LINES: tuple[Line, ...] = (DOTTED, (5, 2), (3, 1.5, 1, 1.5), (8, 2), (2, 2), (5, 1.5, 1, 1.5, 1, 1.5))
 FEW = 5.0
-"""Minimum effective number of samples per prompt; below it the line of an ideal is pale."""
+"""Effective number of samples per prompt below which the line of an optimum is pale."""
 
 
 def pass_plot(title: str, found: Sequence[tuple[ReportedRun, Mapping[str, Estimate], str]]) -> Plot | None:
     """Return pass@k over k.
 
     Args:
-        title: Of the plot.
-        found: Run, metrics, and when these were measured; those of ``before`` are dashed.
+        title: Title of the plot.
+        found: Runs with metrics and the time of measurement; lines of ``before`` are dashed.
     """
     series = tuple(line for run, metrics, when in found for line in _passes(run, metrics, when))
     if not series:
@@ -56,11 +56,11 @@ def _passes(run: ReportedRun, metrics: Mapping[str, Estimate], when: str) -> Ite
 
 
 def frontier_plot(name: str, found: Sequence[tuple[ReportedRun, SampleSummary, Frontier]]) -> Plot:
-    """Return reward against divergence: runs as marks, best of n and the ideal of each divergence as lines.
+    """Return reward against divergence: runs as marks, best of n and the optimum of each divergence as lines.
 
     Args:
-        name: What the samples answer.
-        found: Runs with their evaluations, of one axis; several of one run are its checkpoints.
+        name: Name of the evaluation.
+        found: Runs with evaluations on the same axis; several ones of a run are its checkpoints.
     """
     with_anchors = [(run, frontier) for run, _, frontier in found if frontier.best_of_n or frontier.ideal]
     own = {summary.divergence: run.color.light for run, summary, _ in reversed(found)}
@@ -100,18 +100,18 @@ def _anchors(frontier: Frontier, own: Mapping[str | None, str]) -> Iterator[Seri
 
 
 def _line(points: Iterable[tuple[Number | None, Number | None]]) -> tuple[list[Number], list[Number]]:
-    """Return the points from left to right, without infinite ones."""
+    """Return the coordinates of the finite points, from left to right."""
     there = sorted((x, y) for x, y in points if x is not None and y is not None and math.isfinite(x + y))
     return [x for x, _ in there], [y for _, y in there]
 
 
 BASELINES = ("length", "random")
 FEW_BARS = 10
-"""Minimum number of items in a bin; bins with fewer are pale."""
+"""Number of items in a bin below which it is pale."""
 
 
 def score_plot(name: str, found: Sequence[tuple[ReportedRun, RewardSummary]]) -> Plot | None:
-    """Return the benchmark's score of each run, and of the baselines, which do not depend on the run."""
+    """Return the benchmark's score of each run and of the baselines."""
     rows = list(_rows(found))
     if not rows:
         return None

@@ -1,4 +1,4 @@
-"""Markup that is safe by construction, and tables of it."""
+"""HTML that is escaped by construction, and tables made of it."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def table(
     """Return a table; the first cell of each row is its heading.
 
     Args:
-        caption: What it shows, for the eye and for who does not see it.
-        columns: Headings, that of the first column among them.
-        rows: Texts or markup.
-        groups: Headings over several columns, each with their number, after the first column.
-        text: The cells hold texts, not numbers; what is the same in all columns stands once.
-        stacked: Intervals lie below their values, not beside them.
-        quiet: The caption is not shown, because a heading above says as much.
+        caption: The caption, which screen readers use too.
+        columns: Headings of all columns.
+        rows: Cells, as text or markup.
+        groups: Headings over several columns, with their number of columns, after the first column.
+        text: Whether cells hold text, not numbers; a text that is the same in all columns is written once.
+        stacked: Whether intervals are below their values, not beside them.
+        quiet: Whether to hide the caption, because a heading above says the same.
     """
     head = []
     if groups:

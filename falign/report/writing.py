@@ -1,4 +1,4 @@
-"""Reports on disk: the page, and its pictures beside it."""
+"""Writing of a report: the page, and its images beside it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ NAME = "report.html"
 
 
 class WrittenReport(NamedTuple):
-    """The place of a report.
+    """A report on disk.
 
     Attributes:
         page: The HTML file.
         figures: The folder of the PNG files.
         pictures: The PNG files.
-        runs: What the page says of each run.
+        runs: The runs, as the page shows them.
     """
 
     page: Path
@@ -44,8 +44,8 @@ def report_path(runs: Sequence[str | Path], out: str | Path | None) -> Path:
     """Return the file of a report.
 
     Args:
-        runs: What it is of.
-        out: A folder, or a file with the suffix ``.html``; left out, the folder of a single run, or this folder.
+        runs: The run folders.
+        out: A folder, or a file with the suffix ``.html``; by default the folder of a single run, else the current one.
 
     Raises:
         ConfigError: The path is a link, or a file that is not a report.
@@ -57,7 +57,7 @@ def report_path(runs: Sequence[str | Path], out: str | Path | None) -> Path:
         path = path if path.suffix.lower() in (".html", ".htm") and not path.is_dir() else path / NAME
     refuse_link(path)
     if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        raise ConfigError(f"{path} exists and is not a report of falign: choose another --out.")
+        raise ConfigError(f"{path} exists and is not a report of falign: choose another `out`.")
     return path
 
 
@@ -72,8 +72,8 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> W
         The page and its pictures, which lie in the folder ``NAME-figures`` beside ``NAME.html``.
 
     Raises:
-        ConfigError: A folder is not a run, a file in one is damaged, or another file or a link lies where the report
-            or one of its pictures would.
+        ConfigError: A path is not a run folder, a file in one is damaged, or another file or a link is in the place of
+            the report or of an image.
     """
     path = report_path(runs, out)
     with _naming_the_runs(runs):
@@ -98,7 +98,7 @@ def made_of(section: Callable[[Sequence[ReportedRun]], Section], runs: Sequence[
 
     Args:
         section: One of ``SECTIONS``.
-        runs: Of the report.
+        runs: The runs of the report.
 
     Raises:
         ConfigError: A file of a run does not have the form that runs write.
@@ -109,7 +109,7 @@ def made_of(section: Callable[[Sequence[ReportedRun]], Section], runs: Sequence[
 
 def _refuse_foreign(picture: Path) -> None:
     if picture.exists() and PNG_MARK.encode() not in picture.read_bytes():
-        raise ConfigError(f"{picture} exists and was not drawn by falign report: move it, or choose another --out.")
+        raise ConfigError(f"{picture} exists and was not drawn by falign: move it, or choose another `out`.")
 
 
 @contextmanager
@@ -127,11 +127,11 @@ def _naming_the_runs(runs: Sequence[str | Path]) -> Iterator[None]:
 
 
 MARK = '<meta name="generator" content="falign report">'
-"""Marks a file as a report, which may be overwritten."""
+"""Marks a file as a report, which falign may overwrite."""
 
 
 def page(runs: Sequence[ReportedRun], sections: Sequence[Section]) -> str:
-    """Return the page of some runs."""
+    """Return the page as HTML."""
     names = ", ".join(run.label for run in runs)
     title = f"{names} · falign report"
     contents = [

@@ -1,4 +1,4 @@
-"""Run folders: what a run writes, how it is found again, and what proves that it is the same run."""
+"""Run folders: their files, checkpoints and results, and the check that a resumed run is the same run."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,8 @@
-"""Checkpoints sealed with checksums; a run resumes from the newest one that matches its seal.
+"""Checkpoints with a seal of checksums; a run resumes from the newest checkpoint that matches its seal.
 
 ``checksums.json`` names the run and the step, every file of the checkpoint with its size and SHA-256, and the state of
-the run's logs. It is written last, and the folder gets its name only afterwards, so a kill, a bad disk or a copy cannot
-leave an incomplete checkpoint that looks complete.
+the run's logs. It is written last, and only then does the folder get its final name. So a kill, a bad disk or an
+incomplete copy cannot leave a checkpoint that looks complete but is not.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
     "checkpoints",
     "holds",
     "log_marks",
-    "newest_whole",
+    "newest_undamaged",
     "remove_leftovers",
     "rotate",
     "seal",
@@ -93,7 +93,7 @@ def why_damaged(
         folder: The checkpoint.
         run: The identifier of the run that it must belong to; None accepts any run.
         contents: Compare the contents of all files, not only their sizes.
-        unread: Files of which only the size is compared in any case.
+        unread: Files of which only the size is compared, even with ``contents``.
     """
     try:
         sealed = _Seal.model_validate_json((folder / SEAL).read_bytes())
@@ -108,8 +108,8 @@ def why_damaged(
 
 def _first_damaged(folder: Path, files: Mapping[str, _Sum], *, unread: Collection[str]) -> str | None:
     there = _files(folder)
-    if unnamed := sorted(there.keys() - files.keys()):
-        return f"{unnamed[0]} is not in {SEAL}"
+    if unlisted := sorted(there.keys() - files.keys()):
+        return f"{unlisted[0]} is not in {SEAL}"
     for name, written in files.items():
         if name not in there:
             return f"{name} is missing"
@@ -117,12 +117,12 @@ def _first_damaged(folder: Path, files: Mapping[str, _Sum], *, unread: Collectio
         if size != written.bytes:
             return f"{name} has {size:,} of {written.bytes:,} bytes"
         if name not in unread and checksum(there[name]) != written.sha256:
-            return f"{name} has other content than was written"
+            return f"{name} has changed since it was written"
     return None
 
 
 def weight_sums(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of weights in a folder."""
+    """Return the SHA-256 of each weight file in a folder."""
     return {name: checksum(file) for name, file in _files(folder).items() if file.suffix in WEIGHTS}
 
 
@@ -132,10 +132,10 @@ def log_marks(checkpoint: Path) -> dict[str, LogMark]:
     return {name: LogMark(mark.bytes, mark.sha256) for name, mark in sealed.logs.items()}
 
 
-def newest_whole(folder: Path, *, run: str | None = None, tell: Callable[[str], None]) -> Path | None:
+def newest_undamaged(folder: Path, *, run: str | None = None, tell: Callable[[str], None]) -> Path | None:
     """Return the newest undamaged checkpoint; newer, damaged ones are renamed and reported.
 
-    They are not removed: ``damaged-checkpoint-6`` is never resumed from, counted or deleted.
+    They are kept: ``damaged-checkpoint-6`` is never resumed from, counted or deleted.
 
     Args:
         folder: The run folder.
@@ -160,7 +160,7 @@ def newest_whole(folder: Path, *, run: str | None = None, tell: Callable[[str], 
     if damaged:
         listed = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
         raise TrainingError(
-            f"{folder} has no whole checkpoint ({listed}): restore one, or start the run again in another folder."
+            f"{folder} has no undamaged checkpoint ({listed}): restore one, or start the run again in another folder."
         )
     return None
 
@@ -177,7 +177,7 @@ def rotate(folder: Path, *, run: str, keep: int | None) -> None:
         return
     there = checkpoints(folder)
     removable, kept = there[:-keep], there[-keep:]
-    # If all kept ones are damaged, the newest undamaged one may be among those to remove.
+    # If all of the newest ones are damaged, the newest undamaged one may be among those to remove.
     if all(why_damaged(checkpoint, run=run, contents=False) for checkpoint in reversed(kept)):
         return
     for checkpoint in removable:
@@ -201,7 +201,7 @@ def remove_leftovers(folder: Path) -> None:
 def sync_logs(folder: Path) -> dict[str, LogMark]:
     """Flush the logs of a run to the disk and return their state.
 
-    A checkpoint must never be on the disk before the logs of its steps.
+    A checkpoint must not reach the disk before the logs of its steps, which a resume would truncate to the marks.
     """
     marks = {}
     for name in LOGS:

@@ -30,7 +30,7 @@ class Exported(NamedTuple):
         path: Its folder.
         proof: Difference between its logits and the trained model's.
         four_bit_base: Whether the trained model has a 4-bit base and the export its original weights.
-        served: Sentence on how vLLM serves an adapter, or why it does not; ``""`` for merged weights.
+        served: How vLLM serves the adapter, or why it cannot; ``""`` for merged weights.
     """
 
     path: Path
@@ -54,8 +54,8 @@ def export(
     Args:
         run: The run, or its folder.
         format: ``adapter``, in PEFT's layout, or ``merged`` weights.
-        out: Target folder; ``RUN/export/FORMAT`` when left out.
-        dtype: Of merged weights; ``auto`` takes the base checkpoint's.
+        out: Target folder; by default ``RUN/export/FORMAT``.
+        dtype: Dtype of merged weights; ``auto`` is that of the base checkpoint.
         base: The 16-bit model to merge into, if the run's base is stored in 4 bits.
         overwrite: Replace the target folder.
         trust_code: Whether code that the run folder names may run.
@@ -99,7 +99,7 @@ def export(
             trust_remote_code=trusted,
         )
     except FalignError:
-        shutil.rmtree(target)
+        shutil.rmtree(target)  # nobody may use an export that differs from the trained model
         raise
     four_bit = format == "merged" and describe(model).quantization is not None
     return Exported(target, proof, four_bit, _serving(run) if format == "adapter" else "")
@@ -128,13 +128,13 @@ def soup(
     dtype: str = "auto",
     overwrite: bool = False,
 ) -> SoupRecord:
-    """Average adapters over one base, exactly, or whole checkpoints, for use as a reference (SALSA) or a model.
+    """Average adapters of one base (exactly) or whole checkpoints, for use as a reference (SALSA) or a model.
 
     Args:
         models: Adapters, checkpoints, or runs that have trained one.
         out: Target folder.
-        weights: One share for each model, with sum 1; equal shares by default.
-        dtype: Of averaged checkpoints; ``auto`` takes the first one's.
+        weights: One weight for each model, with sum 1; equal weights by default.
+        dtype: Dtype of averaged checkpoints; ``auto`` is that of the first.
         overwrite: Replace the target folder.
 
     Raises:
@@ -155,6 +155,6 @@ def _serving(run: OpenRun) -> str:
     if (rank := next((rank for rank, reason in reasons.items() if reason is None), None)) is not None:
         return f"vLLM serves it over the base model with --enable-lora --max-lora-rank {rank}"
     return (
-        f"vLLM does not serve it ({reasons[VLLM_RANKS[-1]]}): falign export {run.path} --format merged has whole "
-        "weights"
+        f"vLLM does not serve it ({reasons[VLLM_RANKS[-1]]}): use merged weights (falign export {run.path} --format "
+        "merged)"
     )

@@ -22,20 +22,20 @@ from falign.json_lines import read_journal
 from falign.plain_yaml import plain_yaml
 from falign.references import REFERENCE
 from falign.runfile.config import RunConfig
-from falign.runs.checkpoints import checkpoints, holds, log_marks, newest_whole, step_of, weight_sums, why_damaged
+from falign.runs.checkpoints import checkpoints, holds, log_marks, newest_undamaged, step_of, weight_sums, why_damaged
 from falign.runs.inputs import RunInputs, RunRows
 from falign.runs.lock import LOCK, RunLock
 
 __all__ = ["RunFolder", "is_held_out", "log_line", "versions"]
 
 PATHS = frozenset({"path", "paths", "chat_template", "cache", "root", "init", "shared_dir"})
-"""Fields of the run file that may hold a path on the disk."""
+"""Fields of the run file that may hold a local path."""
 
 MODELS = frozenset({"path", "paths", "init"})
 """Fields that name a model or an adapter."""
 
-SERVER = frozenset(f"rollout.engine.{name}" for name in ("url", "shared_dir", "timeout", "wait"))
-OBSERVERS = frozenset(
+SERVER_FIELDS = frozenset(f"rollout.engine.{name}" for name in ("url", "shared_dir", "timeout", "wait"))
+OBSERVER_FIELDS = frozenset(
     f"training.{name}"
     for name in ("save_steps", "save_total_limit", "logging_steps", "eval_steps", "report_to", "skip_bad")
 )
@@ -45,23 +45,23 @@ BY_CONTENT = re.compile(
 )
 """Settings that are locations: the content there is hashed instead (:class:`RunInputs`, :class:`RunRows`)."""
 
-LENGTH = frozenset({"training.max_steps", "training.num_train_epochs"})
-MAY_DIFFER = frozenset({"output_dir"}) | OBSERVERS | LENGTH | SERVER
-"""Settings that may differ when a run resumes, because they change no step that was taken: its folder may have moved,
+LENGTH_FIELDS = frozenset({"training.max_steps", "training.num_train_epochs"})
+MAY_DIFFER = frozenset({"output_dir"}) | OBSERVER_FIELDS | LENGTH_FIELDS | SERVER_FIELDS
+"""Settings that may differ when a run resumes, because they change no step already taken: the folder may have moved,
 other steps may be logged, saved and evaluated, bad steps may be skipped, and another server may serve the same model.
-The length of a run only decides its learning rates, which are compared themselves."""
+The length of a run only decides its learning rates, which are compared on their own."""
 
-BEGUN = ("run.yaml", "manifest.json", "rows.txt", "metrics.jsonl", "completions.jsonl", "before.json")
+FIRST_FILES = ("run.yaml", "manifest.json", "rows.txt", "metrics.jsonl", "completions.jsonl", "before.json")
 """Files that a run writes before its first step."""
 
 FINISHED = ("summary.json", "samples.json")
 """Files that mark a run as finished."""
 
-LEFT = frozenset({LOCK})
-"""Files left by a run that was killed before it wrote its first file."""
+LEFTOVERS = frozenset({LOCK})
+"""Files that a run leaves if it is killed before it writes its first file."""
 
-NO_WEIGHTS = frozenset({"optimizer.pt", "scheduler.pt"})
-"""Files of a checkpoint that its model does not need."""
+TRAINING_ONLY = frozenset({"optimizer.pt", "scheduler.pt"})
+"""Files of a checkpoint that only further training needs."""
 
 PACKAGES = ("falign", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "trl")
 
@@ -152,12 +152,12 @@ class RunFolder:
         if self.run_file.is_file():
             self.lock.require_free()
             raise ConfigError(
-                f"output_dir={self.path} holds another run: choose another folder, remove it, or resume that run "
-                "by --resume."
+                f"output_dir={self.path} holds another run: choose another folder, remove this one, or resume the run "
+                f"by `{self.resume_command}`."
             )
         remove_leftovers(self.run_file)
         if self.path.exists() and (
-            not self.path.is_dir() or any(each.name not in LEFT for each in self.path.iterdir())
+            not self.path.is_dir() or any(each.name not in LEFTOVERS for each in self.path.iterdir())
         ):
             raise ConfigError(f"output_dir={self.path} exists and is not an empty folder: choose another.")
 
@@ -206,7 +206,7 @@ class RunFolder:
             raise ConfigError(f"{self.run_file} was edited after the run began: {changed}. Set them as they were.")
 
     def _changed_settings(self, config: RunConfig, *, new_rewards: bool = False) -> str:
-        """Name the first settings that would change steps of the run, with both values; ``""`` if none would."""
+        """List up to five settings that would change steps of the run, with both values; ``""`` if there are none."""
         old, new = _flat(self.read_settings()), _flat(self.settings(config))
         keys = [
             key
@@ -218,7 +218,7 @@ class RunFolder:
         return ", ".join(f"{key} ({old.get(key)!r} when it began, {new.get(key)!r} now)" for key in keys[:5])
 
     def read_settings(self) -> dict[str, Any]:
-        """Return the resolved settings that the run began with, even if its run file was edited since."""
+        """Return the resolved settings that the run began with, even if its run file has been edited since."""
         return self.read_inputs()["settings"] if self.began else self.read_run_file()
 
     def require_same_inputs(self, rows: RunRows, inputs: RunInputs, *, new_rewards: bool = False) -> None:
@@ -233,6 +233,7 @@ class RunFolder:
             ConfigError: An input has changed; the message names the first one and the remedy.
         """
         recorded = self.read_inputs()
+        # With `new_rewards`, the present hash takes the place of the recorded one, so that it cannot differ.
         allowed = {"rewards": inputs.hashes["rewards"]} if new_rewards else {}
         changed = inputs.difference({**recorded["hashes"], **allowed})
         if changed is None and (changed := self.read_rows().difference(rows)) is not None:
@@ -244,7 +245,7 @@ class RunFolder:
             )
 
     def changes(self, inputs: RunInputs, *, new_rewards: bool) -> list[dict[str, Any]]:
-        """Return the recorded changes of rewards and versions between steps, and add the change at this resume."""
+        """Return the recorded changes of rewards and versions, and add the change at this resume, if there is one."""
         recorded, there = self.read_inputs(), checkpoints(self.path)
         if not there:
             return recorded["changes"]
@@ -260,14 +261,14 @@ class RunFolder:
         return self.read_manifest().get("versions", {})
 
     def other_versions(self) -> str:
-        """Name the versions that have changed since the run was last started; ``""`` if none has."""
+        """List the versions that have changed since the last start of the run; ``""`` if there are none."""
         old, new = self.read_versions(), versions()
         changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
         return ", ".join(f"{name} ({old.get(name)} then, {new.get(name)} now)" for name in changed)
 
     @staticmethod
     def settings(config: RunConfig) -> dict[str, Any]:
-        """Return the resolved run file as it reads back from the manifest."""
+        """Return the resolved run file in the form that the manifest stores."""
         return json.loads(_json(_plain(config)))
 
     @property
@@ -321,7 +322,7 @@ class RunFolder:
         """Undo :meth:`claim` of a run that ended before its first step, so that its folder can be claimed again."""
         if not self.writes:
             return
-        for name in BEGUN:
+        for name in FIRST_FILES:
             (self.path / name).unlink(missing_ok=True)
 
     def read_run_file(self) -> dict[str, Any]:
@@ -343,7 +344,7 @@ class RunFolder:
         self._write("rows.txt", rows.text)
 
     def record_model(self, trained: Path) -> None:
-        """Record the checksums of the trained weights, the last entry of the manifest."""
+        """Add the checksums of the trained weights to the manifest."""
         self.write_json("manifest.json", {**self.read_json("manifest.json"), "trained": weight_sums(trained)})
 
     def require_own_model(self, trained: Path) -> None:
@@ -357,7 +358,7 @@ class RunFolder:
         """
         if trained in checkpoints(self.path):
             run = self.read_inputs()["run"]
-            if (reason := why_damaged(trained, run=run, unread=NO_WEIGHTS)) is not None:
+            if (reason := why_damaged(trained, run=run, unread=TRAINING_ONLY)) is not None:
                 raise ModelError(f"{trained} is damaged ({reason}): restore it, or name another checkpoint.")
             return
         recorded = self.read_manifest().get("trained")
@@ -400,11 +401,11 @@ class RunFolder:
         """
         file = self.path / name
         if not file.is_file():
-            raise ConfigError(f"{file} is missing: the run has not written it yet. Resume it by --resume.")
+            raise ConfigError(f"{file} is missing: finish the run, which then writes it, by `{self.resume_command}`.")
         try:
             return json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ConfigError(f"{file} is damaged ({error}): resume the run by --resume to write it again.") from error
+            raise ConfigError(f"{file} is damaged ({error}): `{self.resume_command}` writes it again.") from error
 
     def read_manifest(self) -> dict[str, Any]:
         """Return the run's manifest.
@@ -416,7 +417,7 @@ class RunFolder:
         needed = {"base_weights", "base_config"}
         if not isinstance(found, dict) or not isinstance(found.get("reference"), dict) or not needed <= found.keys():
             raise ConfigError(
-                f"{self.path / 'manifest.json'} is damaged (a part is missing): restore it, or start a new run."
+                f"{self.path / 'manifest.json'} is damaged (an entry is missing): restore it, or start a new run."
             )
         return found
 
@@ -444,8 +445,8 @@ class RunFolder:
         if completions is not None and not holds(self.completions_file, completions):
             if self.completions_file.exists():
                 raise TrainingError(
-                    f"{self.completions_file} has lost or changed lines that were in it at {checkpoint.name}: restore "
-                    "it, or remove it, and the run begins a new one."
+                    f"{self.completions_file} has lost or changed lines since {checkpoint.name}: restore it, or remove "
+                    "it, and the run begins a new one."
                 )
             tell(f"{self.completions_file} is missing: a new one begins at {checkpoint.name}.")
             completions = None
@@ -457,8 +458,8 @@ class RunFolder:
                 sync_file(file)
             else:
                 tell(
-                    f"{file} has lost or changed lines that were in it at {checkpoint.name}: it is written again from "
-                    "the logs in the checkpoint."
+                    f"{file} has lost or changed lines since {checkpoint.name}: it is written again from the logs in "
+                    "the checkpoint."
                 )
                 self._write(file.name, "".join(log_line(log) for log in history))
 
@@ -479,7 +480,7 @@ class RunFolder:
         if not checkpoints(self.path):
             found = None
         else:
-            found = newest_whole(self.path, run=self.read_inputs()["run"], tell=tell)
+            found = newest_undamaged(self.path, run=self.read_inputs()["run"], tell=tell)
         if found is None and (self.path / "summary.json").is_file():
             raise TrainingError(
                 f"{self.path} is finished and has no checkpoint to resume from: start it again in another folder."
@@ -514,9 +515,11 @@ def _with_whole_paths(value: Any, field: str) -> Any:
         return {name: _with_whole_paths(inner, name) for name, inner in value.items()}
     if isinstance(value, list):
         return [_with_whole_paths(inner, field) for inner in value]
+    # Longer texts cannot be paths, and Path.exists raises an error for them.
     if not isinstance(value, str) or field not in PATHS or len(value) >= 4096:
         return value
     path = Path(value).expanduser()
+    # A value that does not exist as a path may be a name on the Hub; `cache` and `shared_dir` are always folders.
     return str(path.absolute()) if path.exists() or field in ("cache", "shared_dir") else value
 
 

@@ -29,7 +29,7 @@ REMEDIES = {
     "reference": "restore the model or adapter that the section reference names",
     "references": "restore the model or adapter that its section under references names",
     "objective_code": "restore that module",
-    "rewards": "restore its code and its files, or give --new-rewards to continue with it as it is, which is recorded",
+    "rewards": "restore its code and files, or continue with it by `new_rewards`, which the manifest records",
 }
 """The remedy for each input that has changed."""
 
@@ -76,6 +76,7 @@ class RunRows:
     def read(cls, text: str) -> RunRows:
         """Read :attr:`text` back; a damaged text gives rows with a different :attr:`digest`."""
         rows: dict[str, list[tuple[str, str]]] = {}
+        # Not splitlines(), which would also split at other characters of a damaged file and give an equal digest.
         for line in text.split("\n")[:-1]:
             section, _, digests = line.partition(" ")
             prompt, _, row = digests.partition(" ")
@@ -120,7 +121,9 @@ class RunInputs:
     hashes: Mapping[str, Any]
 
     def difference(self, recorded: Mapping[str, Any]) -> str | None:
-        """Name the first input that differs from the record, with the remedy; None if none differs."""
+        """Name the first input that differs from the record, with the remedy; None if none does."""
+        # In the order of REMEDIES: causes come before what follows from them. Another template changes the tokenizer's
+        # fingerprint too, and the template is what the user must restore.
         for name, remedy in REMEDIES.items():
             then, now = _plain(recorded.get(name)), _plain(self.hashes.get(name))
             if then == now:
@@ -133,6 +136,7 @@ class RunInputs:
 
 def _digests(row: PromptTree | PromptRow | RolloutBuffer) -> tuple[str, str]:
     ids, rest = _contents(row)
+    # The row's digest includes its prompt, so that equal completions of different prompts differ.
     return prompt_digest(ids), text_hash(f"{_hash(ids)} {rest}")
 
 
@@ -148,6 +152,7 @@ def _contents(row: PromptTree | PromptRow | RolloutBuffer) -> tuple[Sequence[int
 
 
 def _hash(ids: Sequence[int]) -> str:
+    # Eight bytes per id: with a separator-free text, [1, 23] and [12, 3] would have the same hash.
     return hashlib.sha256(array("q", ids).tobytes()).hexdigest()
 
 

@@ -68,10 +68,10 @@ class Given:
         return cls(sections)
 
     def in_place(self, config: RunConfig, *, path: Path) -> RunConfig:
-        """Return a run with the objects in their sections.
+        """Return the settings of a run with the objects in their sections.
 
         Raises:
-            ConfigError: The objective or a reference differs from the one of the training.
+            ConfigError: The objective or a reference differs from the one that the run was trained with.
         """
         named = self.sections.get("references", {})
         recorded = {
@@ -83,7 +83,7 @@ class Given:
         for field in recorded.keys() & given.keys():
             before = recorded[field]
             if before is None or given[field].model_dump() != before.model_dump():
-                raise ConfigError(f"{field} differs from the one that {path} was trained with: give that one.")
+                raise ConfigError(f"{field} differs from the one that {path} was trained with: give the same one.")
         merged = {"references": {**config.references, **named}} if named else {}
         return config.model_copy(update={**self.sections, **merged})
 
@@ -140,7 +140,7 @@ class OpenRun:
 
         Raises:
             ConfigError: The run is not finished, or names code that is not trusted.
-            ModelError: The base is not the one that was trained, or a file is damaged.
+            ModelError: The base differs from the one in training, or a file is damaged.
         """
         return load_trained(self.folder, given=self.given, trust_code=self.trust_code)
 
@@ -224,7 +224,7 @@ def result_folder(model: str, name: str, out: Path | None) -> Path:
         ConfigError: The name is a path, or the results are a model's and no folder is given.
     """
     if Path(name).name != name or name in {"", "..", "."}:
-        raise ConfigError(f"name={name} must be the name of a folder, without a path; out takes a path.")
+        raise ConfigError(f"name={name} must be the name of a folder, not a path; out takes a path.")
     if out is not None:
         return out
     if not is_run(model):
@@ -264,7 +264,7 @@ def load_trained(
     if checkpoint is not None:
         source = checkpoint_folder(folder, checkpoint)
     if not source.is_dir():
-        raise ConfigError(f"{folder.path} has no trained model yet: finish it by `falign train ... --resume`.")
+        raise ConfigError(f"{folder.path} has no trained model yet: finish it by `{folder.resume_command}`.")
     folder.require_own_model(source)
     if config.adapter is None:
         model = load_model(

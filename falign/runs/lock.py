@@ -38,7 +38,7 @@ class RunLock:
             self._held.acquire(timeout=0)
         except Timeout as error:
             raise ConfigError(
-                f"{self.folder} belongs to a run that is going on in another process ({LOCK} in it is locked): wait "
+                f"{self.folder} belongs to a run that is in progress in another process ({LOCK} in it is locked): wait "
                 "for it, stop it, or choose another output_dir."
             ) from error
 

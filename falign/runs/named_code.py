@@ -1,7 +1,7 @@
-"""Code that a run file names, and the rule that decides if it may run.
+"""Code that a run file names, and the decision whether it may run.
 
-A run file that a user gives is the user's own: code that it names is imported. A run folder, with its ``run.yaml``, may
-come from someone else: code that it names runs only if the user says so, as with ``trust_remote_code``.
+A run file that a user gives is the user's own, so the code that it names is imported. A run folder, with its
+``run.yaml``, may come from someone else: code that it names runs only if the user trusts it (``trust_code``).
 """
 
 from __future__ import annotations
@@ -148,5 +148,5 @@ def _is_code(name: str, value: Any, *, is_own: bool) -> bool:
     if not isinstance(value, str):
         return False
     if name == "attn_implementation":
-        return "/" in value  # transformers fetches compiled kernels from a repository
+        return "/" in value  # a repository, from which transformers fetches compiled kernels
     return name == "function" or (":" in value and name in MEMBERS) or (is_own and own_names_in(value) != [])

@@ -19,11 +19,11 @@ __all__ = ["MetricsFile", "ProgressBar", "plot_curves"]
 
 
 FAILURES = {
-    f"{prefix}reward/{name}": f"{told}reward {name}"
-    for prefix, told in (("", ""), ("eval_", "held-out "))
+    f"{prefix}reward/{name}": f"{label}reward {name}"
+    for prefix, label in (("", ""), ("eval_", "held-out "))
     for name in ("errors", "timeouts")
 }
-"""Counts of failed calls of rewards, shown only if there are any."""
+"""Counts of failed reward calls, shown only if there are any."""
 
 SHOWN = {
     "loss": "loss",
@@ -91,12 +91,12 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         new = {SHOWN[name]: value for name, value in (logs or {}).items() if name in SHOWN}
         self.latest.update(new)
-        told = {name: value for name, value in self.latest.items() if value or name not in FAILURES.values()}
-        shown = "  ".join(f"{name} {value:.3g}" for name, value in told.items())
+        parts = {name: value for name, value in self.latest.items() if value or name not in FAILURES.values()}
+        shown = "  ".join(f"{name} {value:.3g}" for name, value in parts.items())
         if self.task is not None:
             self.progress.update(self.task, metrics=shown)
         if state.is_world_process_zero and not self.console.is_terminal and new:
-            # The trainer counts the steps when training begins.
+            # max_steps is 0 until training begins.
             place = f"step {state.global_step}/{state.max_steps}" if state.max_steps else "before training"
             self.console.print(f"{place}  {shown}", highlight=False, soft_wrap=True)
 
@@ -132,7 +132,7 @@ ONLINE = {
 
 
 def plot_curves(logs: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Draw training as lines and held-out values as dots.
+    """Plot training metrics as lines and held-out values as dots.
 
     Args:
         logs: The lines of ``metrics.jsonl``.

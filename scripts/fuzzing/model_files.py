@@ -109,7 +109,7 @@ def tokenizer_settings(folder: Path) -> Attempt:
 
 def checksums(folder: Path) -> Attempt:
     """A spoilt ``checksums.json`` beside a flipped bit: the checkpoint is never taken for whole."""
-    from falign.runs.checkpoints import newest_whole
+    from falign.runs.checkpoints import newest_undamaged
 
     run, _ = trained_run(folder, 0, save_steps=2, save_total_limit=1)
     checkpoint = max(run.glob("checkpoint-*"))
@@ -122,7 +122,7 @@ def checksums(folder: Path) -> Attempt:
             content = bytearray(file.read_bytes())
             content[random.randrange(len(content))] ^= 1 << random.randrange(8)
             file.write_bytes(content)
-        taken = newest_whole(copy.parent, tell=lambda text: None)
+        taken = newest_undamaged(copy.parent, tell=lambda text: None)
         if taken is not None and file.name != "checksums.json":
             raise SilentChangeError(f"{file.name} has a flipped bit, and the checkpoint was taken for whole")
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from falign.errors import TrainingError
-from falign.runs.checkpoints import checkpoints, newest_whole, remove_leftovers, rotate, seal, why_damaged
+from falign.runs.checkpoints import checkpoints, newest_undamaged, remove_leftovers, rotate, seal, why_damaged
 
 RUN = "0123abcd"
 
@@ -24,7 +24,7 @@ def names(run):
 
 
 def whole(run, told=None):
-    return newest_whole(run, run=RUN, tell=(told if told is not None else []).append)
+    return newest_undamaged(run, run=RUN, tell=(told if told is not None else []).append)
 
 
 def truncate(folder):
@@ -81,7 +81,7 @@ SEALS = (
 )
 DAMAGES = {
     truncate: "optimizer.pt has 3 of 7 bytes",
-    change: "other content",
+    change: "has changed since",
     remove: "missing",
     unname: "optimizer.pt is not in checksums.json",
     give_to_another_run: "it belongs to another run",
@@ -106,7 +106,9 @@ def test_a_damaged_newest_checkpoint_is_put_aside_with_its_reason_and_the_one_be
 def test_all_damaged_is_an_error_that_names_each_and_moves_none(tmp_path):
     truncate(checkpoint(tmp_path, 1))
     remove(checkpoint(tmp_path, 2))
-    with pytest.raises(TrainingError, match=r"no whole checkpoint \(checkpoint-2: .*missing; checkpoint-1: .*3 of 7"):
+    with pytest.raises(
+        TrainingError, match=r"no undamaged checkpoint \(checkpoint-2: .*missing; checkpoint-1: .*3 of 7"
+    ):
         whole(tmp_path)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
 
@@ -171,4 +173,4 @@ def test_a_seal_names_every_file_in_every_folder(tmp_path):
     sealed = json.loads((folder / "checksums.json").read_text())["files"]
     assert set(sealed) == {"adapter_model.safetensors", "optimizer.pt", "shards/0.safetensors"}
     (folder / "shards" / "0.safetensors").write_text("y")
-    assert why_damaged(folder) == "shards/0.safetensors has other content than was written"
+    assert why_damaged(folder) == "shards/0.safetensors has changed since it was written"

@@ -51,11 +51,11 @@ def _about(found: Found) -> Html:
     lines = []
     for _, summary in found:
         skipped = ", ".join(f"{count} {reason}" for reason, count in summary.skipped.items() if count)
-        told = [f"{summary.num_items} items of {summary.source or summary.benchmark}"]
-        told += [f"left out: {skipped}"] if skipped else []
+        parts = [f"{summary.num_items} items of {summary.source or summary.benchmark}"]
+        parts += [f"left out: {skipped}"] if skipped else []
         absent = ", ".join(summary.missing_subsets)
-        told += [f"no score, because {absent} are missing; the plain mean replaces it"] if absent else []
-        lines.append("; ".join(told))
+        parts += [f"no score, because {absent} are missing; the plain mean replaces it"] if absent else []
+        lines.append("; ".join(parts))
     if len(set(lines)) == 1:
         return tag("p", f"{lines[0]}.", attributes={"class": "note"})
     items = [tag("li", run_name(run), f": {line}") for (run, _), line in zip(found, lines, strict=True)]

@@ -55,12 +55,12 @@ def diversity(runs: Sequence[ReportedRun]) -> Section:
 def _about(found: Found) -> Html:
     """Describe the samples, once if they are the same for all runs."""
     sources = {summary.source for _, summary in found if summary.source is not None}
-    told = list(dict.fromkeys(_told(summary) for _, summary in found))
+    descriptions = list(dict.fromkeys(_description(summary) for _, summary in found))
     source = f", from {sources.pop()}" if len(sources) == 1 else ""
-    return tag("p", "; ".join(told), f"{source}.", attributes={"class": "note"})
+    return tag("p", "; ".join(descriptions), f"{source}.", attributes={"class": "note"})
 
 
-def _told(summary: SampleSummary) -> str:
+def _description(summary: SampleSummary) -> str:
     settings = [
         f"{name.replace('_', ' ')} {summary.sampling[name]}"
         for name in ("temperature", "max_new_tokens")
