@@ -66,7 +66,7 @@ def given(page, folder):
         write_scores(folder)
     if page.name != "data.md":
         return {}
-    rows = [{"prompt": f"Name colour {i}.\n", "chosen": "Blue, gladly.", "rejected": "Blue."} for i in range(60)]
+    rows = [{"prompt": f"Name color {i}.\n", "chosen": "Blue, gladly.", "rejected": "Blue."} for i in range(60)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"tokenizer": byte_tokenizer()}
 
