@@ -92,17 +92,17 @@ def failure(function: Callable[..., object], *arguments: Any, seconds: float) ->
         _call_and_exit(function, arguments, writer, parent)
     os.close(writer)
     try:
-        told = _read_to_end(reader, seconds)
+        message = _read_to_end(reader, seconds)
     finally:
         os.close(reader)
         os.kill(child, signal.SIGKILL)  # no effect if it has ended
         _, status = os.waitpid(child, 0)
-    if told is None:
+    if message is None:
         return f"is not done after {seconds:g} s"
     code = os.waitstatus_to_exitcode(status)
-    if not told and code == 0:
+    if not message and code == 0:
         return None
-    return f"fails ({told or f'exit status {code}'})"
+    return f"fails ({message or f'exit status {code}'})"
 
 
 def _call_and_exit(function: Callable[..., object], arguments: tuple[Any, ...], writer: int, parent: int) -> NoReturn:
@@ -115,13 +115,13 @@ def _call_and_exit(function: Callable[..., object], arguments: tuple[Any, ...], 
             os.dup2(nowhere, stream)
         _limit_memory()
         function(*arguments)
-        told = ""
+        message = ""
     except MemoryError:
-        told = f"it needs more than {MEMORY_BYTES >> 30} GB of memory"
+        message = f"it needs more than {MEMORY_BYTES >> 30} GB of memory"
     except BaseException as error:  # a panic in a Rust library is not an Exception
-        told = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {error}"
     try:
-        os.write(writer, told.encode("utf-8", "backslashreplace"))
+        os.write(writer, message.encode("utf-8", "backslashreplace"))
     finally:
         os._exit(0)
 

@@ -101,15 +101,15 @@ def progress(console: Console, unit: str, *, total: int | None = None, done: int
         A function of the number done so far, and of anything more to say on a line (``more=``); a ``total=`` that was
         not known before may come with it.
     """
-    told = time.monotonic()
+    last_line = time.monotonic()
     with Progress(*BAR, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(unit, total=total, completed=done)
 
         def update(done: int, *, total: int | None = total, more: str = "") -> None:
-            nonlocal told
+            nonlocal last_line
             bar.update(task, completed=done, total=total)
-            if not console.is_terminal and time.monotonic() - told > SECONDS_BETWEEN_LINES:
-                told = time.monotonic()
+            if not console.is_terminal and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
                 console.print(f"{done:,}{'' if total is None else f' of {total:,}'} {unit}{more}", highlight=False)
 
         yield update

@@ -209,7 +209,7 @@ def with_adapter(args: argparse.Namespace):
 
 
 class Clock:
-    """Seconds of each optimiser step, and the most memory since the first one began."""
+    """Seconds of each optimizer step, and the most memory since the first one began."""
 
     def __init__(self, device: str) -> None:
         self.device, self.seconds = device, []

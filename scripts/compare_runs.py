@@ -63,7 +63,7 @@ def draw(runs: dict[str, RunFolder], metrics: list[str], *, pass_at_k: bool, smo
             points = series(folder.metrics(), metric, 1 if metric.startswith("eval_") else smooth)
             axis.plot(*points, color=color, label=name, linewidth=1.8)
         axis.set_title(metric.replace("eval_", "held-out "), fontsize=10, loc="left")
-        axis.set_xlabel("optimiser step")
+        axis.set_xlabel("optimizer step")
     if pass_at_k:
         draw_pass_at_k(axes[0][-1], runs)
     for axis in axes[0]:

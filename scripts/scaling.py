@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 GIB, MIB = 2**30, 2**20
 FLOAT32, BFLOAT16 = 4, 2
-# One byte of scale per 64 weights and one float32 per 256 of these scales (double quantisation), besides four bits.
+# One byte of scale per 64 weights and one float32 per 256 of these scales (double quantization), besides four bits.
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
@@ -41,7 +41,7 @@ class Shape:
         return [(h, h), (h, kv), (h, kv), (h, h), (h, i), (h, i), (i, h)]
 
     def linear_parameters(self) -> int:
-        """Weights of all blocks' linear layers, which NF4 quantises and LoRA adapts."""
+        """Weights of all blocks' linear layers, which NF4 quantizes and LoRA adapts."""
         return self.layers * sum(n * m for n, m in self.linears())
 
     def other_parameters(self) -> int:
@@ -87,7 +87,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step of one GPU: prompts with completions each, and how they are computed."""
+    """One optimizer step of one GPU: prompts with completions each, and how they are computed."""
 
     prompts: int = 1
     completions: int = 2
@@ -206,7 +206,7 @@ def step_operations(shape: Shape, step: Step, *, rank: int) -> float:
 
 
 def cost(
-    shape: Shape, gpu: Gpu, step: Step, *, nf4: bool, rank: int, num_gpus: int, sharded: bool, utilisation: float
+    shape: Shape, gpu: Gpu, step: Step, *, nf4: bool, rank: int, num_gpus: int, sharded: bool, utilization: float
 ) -> Cost:
     """Return what a step costs each GPU.
 
@@ -218,7 +218,7 @@ def cost(
         rank: Of the adapter.
         num_gpus: In machines of 8.
         sharded: FSDP2, each GPU holding its share, or DDP, each holding all.
-        utilisation: Share of the published operations that matrix products reach, an assumption.
+        utilization: Share of the published operations that matrix products reach, an assumption.
     """
     whole, trained = weight_bytes(shape, nf4=nf4), adapter_bytes(shape, rank)
     shares = num_gpus if sharded else 1
@@ -235,7 +235,7 @@ def cost(
         adapter=trained / shares,
         activations=activation_bytes(shape, step),
         head=head_bytes(shape, step),
-        compute=step_operations(shape, step, rank=rank) / (gpu.operations * utilisation),
+        compute=step_operations(shape, step, rank=rank) / (gpu.operations * utilization),
         unpacking=unpacked / gpu.bandwidth,
         exchange=(reduced + gathered) / link,
     )
@@ -252,7 +252,7 @@ def main() -> None:
     add("--prompt-tokens", type=int, default=512)
     add("--completion-tokens", type=int, default=512)
     add("--rank", type=int, default=16)
-    add("--utilisation", type=float, default=0.4, help="share of the published operations per second, an assumption")
+    add("--utilization", type=float, default=0.4, help="share of the published operations per second, an assumption")
     add("--check", action="store_true", help="the model beside what was measured on a CPU")
     args = parser.parse_args()
     if args.check:
@@ -268,7 +268,7 @@ def main() -> None:
             for num_gpus in args.gpus:
                 for sharded in (False, True) if num_gpus > 1 else (False,):
                     how = {"nf4": nf4, "rank": args.rank, "num_gpus": num_gpus, "sharded": sharded}
-                    print(table_row(model, GPUS[args.gpu], step, padded, how, args.utilisation))
+                    print(table_row(model, GPUS[args.gpu], step, padded, how, args.utilization))
 
 
 COLUMNS = (
@@ -292,9 +292,9 @@ def row(*cells: object) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def table_row(model: str, gpu: Gpu, step: Step, padded: Step, how: dict, utilisation: float) -> str:
+def table_row(model: str, gpu: Gpu, step: Step, padded: Step, how: dict, utilization: float) -> str:
     """Return what a step costs each GPU, in GiB and seconds; seconds also without trees."""
-    each, other = (cost(SHAPES[model], gpu, which, **how, utilisation=utilisation) for which in (step, padded))
+    each, other = (cost(SHAPES[model], gpu, which, **how, utilization=utilization) for which in (step, padded))
     parts = (each.weights + each.gathered, each.adapter, each.activations, each.head, each.memory)
     return row(
         *(model, "NF4" if how["nf4"] else "16 bits", how["num_gpus"]),

@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("name", ["..", ".", "", "../other", "a/b", "/tmp"])
 def test_a_name_cannot_lead_out_of_the_run_folder(folder, name):
-    with pytest.raises(ConfigError, match="must be the name of a folder, without a path"):
+    with pytest.raises(ConfigError, match="must be the name of a folder, not a path"):
         result_folder(str(folder), name, None)
 
 

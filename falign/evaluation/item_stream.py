@@ -143,7 +143,7 @@ def read_items(
 
     Args:
         benchmark: The benchmark.
-        path: A file or folder; None reads the Hub's data set.
+        path: A file or folder; None reads the Hub's dataset.
         split: See :meth:`Benchmark.read`.
         subsets: Subsets to keep; all if empty.
         bad_rows: Collects unusable rows; by default the first one is an error.

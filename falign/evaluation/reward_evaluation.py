@@ -80,7 +80,7 @@ def evaluate_rewards(
         file: Its file or folder; by default it is read from the Hub.
         name: Results go to ``RUN/evaluation/NAME``; by default the benchmark's name.
         subset: Subsets of the benchmark to score; all if empty.
-        split: Split of a folder or of the Hub's data set.
+        split: Split of a folder or of the Hub's dataset.
         reference: A model to compare a model with; a run has its own reference.
         divergence: f of a model's implicit reward, by default ``reverse_kl``; a run has its own.
         beta: β of a model's implicit reward, by default 0.1; a run has its own.

@@ -109,7 +109,7 @@ class RewardOptions:
 
     @property
     def source(self) -> str:
-        """The items' place: a path, or the name of a data set on the Hub."""
+        """The items' place: a path, or the name of a dataset on the Hub."""
         return self.file or self.benchmark.hub_name or self.benchmark.name
 
     def check(self) -> None:

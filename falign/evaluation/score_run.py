@@ -110,7 +110,7 @@ def score(
     if not first:
         raise DataError(f"{source.path}: no row can be scored: {trees.message()}.")
     scorer, choice = scored.scorer(first, layout=layout)
-    console.print(f"layout: {choice.layout}, {choice.reason}", style=None if choice.as_asked else "yellow")
+    console.print(f"layout: {choice.layout}, {choice.reason}", style=None if choice.as_requested else "yellow")
     record = {
         **scored.record,
         "tokenizer": tokenizer_fingerprint(scored.tokenizer),

@@ -237,7 +237,7 @@ def check_interval(every: int | None, *, place: str, updates: int) -> None:
         )
     if every % updates:
         raise ConfigError(
-            f"{place}.every={every} is not a multiple of the {updates} optimizer steps on a rollout (updates times "
+            f"{place}.every={every} is not a multiple of the {updates} optimizer steps per rollout (updates times "
             "minibatches), so the reference would move between them: choose a multiple."
         )
 

@@ -117,7 +117,7 @@ def test_a_layout_is_common_only_if_every_model_reads_it(monkeypatch):
         "falign.scoring.layout_choice.why_not_trees", lambda model: "it cannot" if model is models[1] else None
     )
     choice = choose_common_layout(models, TREES, pad_token_id=1)
-    assert (choice.layout, choice.reason, choice.as_asked) == ("padded", "it cannot", False)
+    assert (choice.layout, choice.reason, choice.as_requested) == ("padded", "it cannot", False)
     with pytest.raises(ConfigError, match="layout='tree' is not possible"):
         choose_common_layout(models, TREES, pad_token_id=1, wanted="tree")
 

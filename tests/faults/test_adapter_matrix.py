@@ -67,8 +67,8 @@ TRAINED = {
     "4-bit base": ("nf4", None),
 }
 REFUSED = {
-    "PiSSA": ("llama", {**QV, "init_lora_weights": "pissa"}, "subtracts the adapter's start"),
-    "OLoRA": ("llama", {**QV, "init_lora_weights": "olora"}, "subtracts the adapter's start"),
+    "PiSSA": ("llama", {**QV, "init_lora_weights": "pissa"}, "subtracts the adapter's initial update"),
+    "OLoRA": ("llama", {**QV, "init_lora_weights": "olora"}, "subtracts the adapter's initial update"),
     "DoRA": ("llama", {**QV, "use_dora": True}, "DoRA"),
     "embeddings": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, "on an embedding|lora_embedding_A"),
     "tokens": ("llama", {**QV, "trainable_token_indices": [5, 7]}, "trained tokens"),
@@ -284,7 +284,7 @@ def test_export_merged(world, kind, tmp_path):
     _, folder = world.run(kind)
     base = TRAINED[kind][0]
     if base == "nf4":
-        with pytest.raises(ModelError, match=r"is stored in 4 bits \(nf4\).*falign export --base"):
+        with pytest.raises(ModelError, match=r"is stored in 4 bits \(nf4\).*\(--base\)"):
             export(str(folder.path), Format.merged, tmp_path / "out")
         base = "llama"  # what was quantized
         export(str(folder.path), Format.merged, tmp_path / "out", base=str(world.base(base)))
@@ -396,7 +396,9 @@ def test_an_adapter_made_for_another_base_is_refused(world, tmp_path):
         with pytest.raises(ModelError, match=r"adapter was made for .*llama with the weights .* and .*other has"):
             train(parse_run(values), console=Console(quiet=True))
     saved = world.saved("rsLoRA", "llama", TRAINED["rsLoRA"][1])  # by PEFT, which records a name alone
-    with pytest.warns(UserWarning, match=r"rsLoRA-1 was made for .*llama by its adapter_config.json, .*over .*other"):
+    with pytest.warns(
+        UserWarning, match=r"rsLoRA-1 was made for .*llama according to its adapter_config.json, .*over .*other"
+    ):
         load_adapter(load_model(other), saved, trainable=False)
 
 

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from falign.cli.installed import COMPARED, require_supported_releases
+from falign.cli.installed import CHECKED, require_supported_releases
 from falign.errors import InstallationError
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
 
 def test_what_is_installed_here_and_other_builds_of_it_are_taken(tmp_path, monkeypatch):
     require_supported_releases()
-    assert {"transformers", "peft"} == set(COMPARED)
+    assert {"transformers", "peft"} == set(CHECKED)
     install(tmp_path, transformers=f"{version('transformers')}+local", peft="0.22.0.dev0")
     monkeypatch.syspath_prepend(tmp_path)
     require_supported_releases()

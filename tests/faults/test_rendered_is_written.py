@@ -285,7 +285,7 @@ def test_short_and_common_contents_are_seen_to_be_left_out(tokenizer_of):
 def test_a_prompt_that_an_answer_changes_is_a_bad_row(tokenizer_of):
     template = "{% if not add_generation_prompt %}{{ 'ANSWERED ' }}{% endif %}" + each(TURN)
     example = RowReader().read(Row("x:1", {"prompt": [user("q")], "chosen": "a", "rejected": "b"}))
-    with pytest.raises(DataError, match="changes the prompt once an answer follows"):
+    with pytest.raises(DataError, match="changes the prompt when an answer follows"):
         encode(example, tokenizer_of(template), stop_token_ids={1})
 
 
@@ -310,7 +310,7 @@ def test_each_count_has_one_cause(tokenizer_of, write):
     spaced = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant(" a ")]}
     found = check(DataSource(write(spaced)), tokenizer=tokenizer_of(trimming), stop_token_ids={1}, window=WIDE).source
     assert (found.bad, dict(found.dropped)) == (1, {})
-    assert "are the same tokens, because they differ in white space alone" in found.messages[0]
+    assert "are the same tokens, because they differ only in white space" in found.messages[0]
 
 
 # A6
@@ -440,7 +440,7 @@ def test_a_system_column_of_prompts_is_their_system_turn(tokenizer_of, write):
 def test_plain_text_on_a_chat_model_asks(tokenizer_of, write):
     pairs = {"prompt": "q", "chosen": "a", "rejected": "b"}
     path, tokenizer = write(pairs), tokenizer_of()
-    message = r"\.jsonl:1: the row is plain text, and the model has a chat template. Set chat"
+    message = r"\.jsonl:1: the row is plain text, and the model has a chat template, so say how"
     for refused in (
         lambda: load(tokenizer, DataSource(path), bad_rows="skip"),
         lambda: check(path, tokenizer=tokenizer, stop_token_ids={1}),

@@ -58,7 +58,7 @@ def logits() -> Tensor:
 
 
 def law_of(target: str) -> Tensor:
-    """p, normalised by its sum."""
+    """p, normalized by its sum."""
     mass = sequence_logprobs(REFERENCE).exp() * TARGETS[target][2]
     return mass / mass.sum()
 

@@ -1,4 +1,4 @@
-"""f-DPO's promise: the population minimiser is ``π_ref(y) (f')⁻¹((r(y) - λ)/β)``.
+"""f-DPO's promise: the population minimizer is ``π_ref(y) (f')⁻¹((r(y) - λ)/β)``.
 
 Under Bradley-Terry labels for pairs, under Plackett-Luce rankings for lists.
 """
@@ -47,7 +47,7 @@ def optimum(divergence, reward: Tensor) -> Tensor:
 
 
 def population_loss(objective, logits: Tensor, reward: Tensor) -> Tensor:
-    """All ordered pairs, weighted by how often they are drawn and labelled so."""
+    """All ordered pairs, weighted by how often they are drawn and labeled so."""
     log_ref, total = sequence_logprobs(REFERENCE), torch.zeros((), dtype=torch.float64)
     for order in (torch.arange(N, dtype=torch.float64), -torch.arange(N, dtype=torch.float64)):
         batch = CompletionBatch(
@@ -71,12 +71,12 @@ def test_minimising_the_population_loss_recovers_the_optimum(name):
     expected = optimum(divergence, reward)
     assert expected.exp().sum().item() == pytest.approx(1.0, abs=1e-9)
     assert (expected - sequence_logprobs(REFERENCE)).abs().max() > 0.2  # the optimum is a different policy
-    logits = minimise(lambda x: population_loss(objective, x, reward), REFERENCE.clone())
+    logits = minimize(lambda x: population_loss(objective, x, reward), REFERENCE.clone())
     torch.testing.assert_close(sequence_logprobs(logits), expected, rtol=0, atol=1e-7)
 
 
 def population_loss_of_lists(objective, logits: Tensor, reward: Tensor) -> Tensor:
-    """Lists of three neighbours, which connect all completions, weighted by the Plackett-Luce law of their rankings."""
+    """Lists of three neighbors, which connect all completions, weighted by the Plackett-Luce law of their rankings."""
     total = torch.zeros((), dtype=torch.float64)
     for order in itertools.permutations(range(3)):
         ranked = (torch.arange(N)[:, None] + torch.tensor(order)) % N  # best first, shape (lists, 3)
@@ -98,11 +98,11 @@ def population_loss_of_lists(objective, logits: Tensor, reward: Tensor) -> Tenso
 def test_minimising_the_population_loss_of_ranked_lists_recovers_the_optimum(name):
     divergence = divergences.get(name)
     objective, reward = Listwise(divergence, beta=BETA), rewards()
-    logits = minimise(lambda x: population_loss_of_lists(objective, x, reward), REFERENCE.clone())
+    logits = minimize(lambda x: population_loss_of_lists(objective, x, reward), REFERENCE.clone())
     torch.testing.assert_close(sequence_logprobs(logits), optimum(divergence, reward), rtol=0, atol=1e-7)
 
 
-def minimise(loss, start: Tensor) -> Tensor:
+def minimize(loss, start: Tensor) -> Tensor:
     """Newton's method; logits have one free constant per prefix, hence the pseudo-inverse."""
     x = start.flatten()
     flat = lambda v: loss(v.view_as(start))  # noqa: E731

@@ -16,7 +16,7 @@ SIZES = {
     "max_position_embeddings": 64,
     "initializer_range": 0.5,
 }
-PROMPTS = ["Name a colour: "] * 4
+PROMPTS = ["Name a color: "] * 4
 COMPLETIONS = ["blue.", "", "a long answer with many words", "red"]
 
 

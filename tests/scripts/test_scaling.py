@@ -111,7 +111,7 @@ def test_products_alone_take_less_than_the_measured_step_and_more_than_half_of_i
 
 
 def test_sharding_divides_what_is_held_and_costs_exchange():
-    step, how = scaling["Step"](), {"nf4": False, "rank": 16, "num_gpus": 8, "utilisation": 0.4}
+    step, how = scaling["Step"](), {"nf4": False, "rank": 16, "num_gpus": 8, "utilization": 0.4}
     shape, gpu = SHAPES["8b"], scaling["GPUS"]["h100"]
     whole, share = (scaling["cost"](shape, gpu, step, sharded=sharded, **how) for sharded in (False, True))
     assert share.weights * 8 == whole.weights == 2 * shape.parameters()

@@ -61,12 +61,12 @@ class Benchmark(Protocol):
 
     @property
     def hub_name(self) -> str | None:
-        """Its data set on the Hub; None if it has none."""
+        """Its dataset on the Hub; None if it has none."""
         ...
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits of the Hub's data set; the first is the default."""
+        """The splits of the Hub's dataset; the first is the default."""
         ...
 
     @property
@@ -78,7 +78,7 @@ class Benchmark(Protocol):
         """Yield the items in order.
 
         Args:
-            path: A file or folder in the published schema; None reads the Hub's data set.
+            path: A file or folder in the published schema; None reads the Hub's dataset.
             split: One of ``splits``, or a split of the folder; None for the first.
             bad_rows: Collects unusable rows.
 

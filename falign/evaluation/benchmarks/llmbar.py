@@ -32,7 +32,7 @@ class LLMBar:
     """
 
     name = "llmbar"
-    hub_name: str | None = None  # its data set there is a script, which `datasets` does not run
+    hub_name: str | None = None  # its dataset there is a script, which `datasets` does not run
     splits: tuple[str, ...] = ()
     subsets = (NATURAL, *ADVERSARIAL)
 
@@ -43,7 +43,7 @@ class LLMBar:
         """
         if path is None:
             raise DataError(
-                "llmbar: its Hub data set is a script, which `datasets` does not run; give a file, or the folder "
+                "llmbar: its Hub dataset is a script, which `datasets` does not run; give a file, or the folder "
                 "Dataset/LLMBar of github.com/princeton-nlp/LLMBar."
             )
         for source in _sources(path):

@@ -41,12 +41,12 @@ class Preferences:
 
     @property
     def hub_name(self) -> str | None:
-        """None: the path may be that of any data set on the Hub."""
+        """None: the path may be that of any dataset on the Hub."""
         return None
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Empty: any split of the given data set; ``"train"`` by default, as in training."""
+        """Empty: any split of the given dataset; ``"train"`` by default, as in training."""
         return ()
 
     @property
@@ -61,7 +61,7 @@ class Preferences:
     def read(self, path: str | None = None, *, split: str | None = None, bad_rows: BadRows) -> Iterator[BenchmarkItem]:
         """Yield the items; plain texts are left plain unless ``chat`` is true."""
         if path is None:
-            raise DataError("preferences: the source is missing; name a file, a folder or a data set on the Hub.")
+            raise DataError("preferences: the source is missing; name a file, a folder or a dataset on the Hub.")
         source = DataSource(path, split or "train", self.format, self.columns, self.chat)
         reader = RowReader.of(source)
         rows = read_rows(source.path, split=source.split, bad_rows=bad_rows)

@@ -71,7 +71,7 @@ class RewardBench:
     subsets = tuple(subset for section in SECTIONS.values() for subset in section)
 
     def read(self, path: str | None = None, *, split: str | None = None, bad_rows: BadRows) -> Iterator[BenchmarkItem]:
-        """Yield the items; splits named after a prior set come from a Hub data set of their own."""
+        """Yield the items; splits named after a prior set come from a Hub dataset of their own."""
         split = split or self.splits[0]
         if path is None and split not in self.splits:
             raise ConfigError(f"split={split!r} is unknown; {self.name} has {list(self.splits)}.")

@@ -35,8 +35,8 @@ def read_published(
 
     Args:
         name: A name of ``COLUMNS``.
-        path: A file, a folder or a Hub data set.
-        split: Split of a folder or of the Hub's data set.
+        path: A file, a folder or a Hub dataset.
+        split: Split of a folder or of the Hub's dataset.
         bad_rows: Collects lines that are not rows, and later rows that lack a column.
         columns: Required columns, if they are not ``COLUMNS[name]``.
 

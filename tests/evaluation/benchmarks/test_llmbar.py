@@ -65,7 +65,7 @@ def test_other_labels_are_refused(label, tmp_path):
 
 
 def test_without_a_file_the_error_says_where_they_are():
-    with pytest.raises(DataError, match=r"its Hub data set is a script.*Dataset/LLMBar of github"):
+    with pytest.raises(DataError, match=r"its Hub dataset is a script.*Dataset/LLMBar of github"):
         list(LLMBar().read(bad_rows=BadRows()))
 
 

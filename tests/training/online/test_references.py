@@ -96,7 +96,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(start, monkeypat
 
 
 def test_a_reference_that_would_move_within_a_rollout_is_refused(start):
-    with pytest.raises(ConfigError, match=r"reference.every=2 is not a multiple of the 4 optimizer steps on a rollout"):
+    with pytest.raises(ConfigError, match=r"reference.every=2 is not a multiple of the 4 optimizer steps per rollout"):
         start(reference=AVERAGE, rollout={"updates": 2, "minibatches": 2})
     start(reference={**AVERAGE, "every": 4}, rollout={"updates": 2, "minibatches": 2}, training={"max_steps": 5})
 
@@ -104,7 +104,7 @@ def test_a_reference_that_would_move_within_a_rollout_is_refused(start):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"every": 3}, r"reference.every=3 is not a multiple of the 2 optimizer steps on a rollout"),
+        ({"every": 3}, r"reference.every=3 is not a multiple of the 2 optimizer steps per rollout"),
         ({}, r"reference moves during training at an unknown interval.*set its attribute `every`"),
     ],
     ids=["between two updates", "unknown"],
