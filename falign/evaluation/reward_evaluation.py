@@ -285,7 +285,7 @@ def _scorer(
     else:
         compared, choice = scored.scorer(trees, layout=options.layout)
         of_trees = ComparedScores(compared, rewarding=scored.rewarding)
-    console.print(f"layout: {choice.layout}, {choice.reason}", style=None if choice.as_asked else "yellow")
+    console.print(f"layout: {choice.layout}, {choice.reason}", style=None if choice.as_requested else "yellow")
     if {*names} <= {"classifier", *BASELINES}:
         of_trees = None  # no scorer reads the policy, so it need not run
     scorer = ItemScorer(names=names, of_trees=of_trees, classifier=classifier, seed=options.seed)

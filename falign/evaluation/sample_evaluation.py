@@ -230,7 +230,7 @@ def _scorer(scored: Scored, sampler: GroupSampler, prompts: Sequence[PromptRow],
         for i, row in enumerate(longest)
     ]
     scorer, choice = scored.choose_scorer(probes, layout="auto")
-    console.print(f"layout: {choice.layout}, {choice.reason}", style=None if choice.as_asked else "yellow")
+    console.print(f"layout: {choice.layout}, {choice.reason}", style=None if choice.as_requested else "yellow")
     return SampleScorer(policy=scored.policy, reference=scored.reference, scorer=scorer)
 
 

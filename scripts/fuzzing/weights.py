@@ -204,7 +204,7 @@ def checkpoints(folder: Path) -> Attempt:
             only=("adapter*", "optimizer*", "scheduler*", "rng*", "trainer_state*", "rollout*", "value*", "reference*"),
         )
         trainer.state_at(copy)
-        trainer.take_up(copy)
+        trainer.load_finished(copy)
         trainer._load_optimizer_and_scheduler(str(copy))
         trainer._load_rng_state(str(copy))
 
