@@ -90,7 +90,7 @@ def test_line_that_is_not_json_names_line_problem_and_remedy(tmp_path):
         ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-12], "damaged gzip file"),
         ("x.parquet", b"plain text", "not a readable Parquet file"),
         ("x.txt", b"plain", r"the file type '.txt' is not supported; use one of \('.json',"),
-        ("x.csv.gz", gzip.compress(b"a\n1\n", mtime=0), "the file type '.gz' is not read"),
+        ("x.csv.gz", gzip.compress(b"a\n1\n", mtime=0), "the file type '.gz' is not supported"),
     ],
 )
 def test_file_that_cannot_be_read_is_named_with_the_reason(tmp_path, name, data, message):
