@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from falign.api import Lora, Run, load, train
     from falign.evaluation.answering import sample
     from falign.evaluation.frontier_run import evaluate_frontier
+    from falign.evaluation.presampling_run import presample
     from falign.evaluation.reward_evaluation import evaluate_rewards
     from falign.evaluation.sample_evaluation import evaluate_samples
     from falign.evaluation.score_run import score
@@ -27,6 +28,7 @@ else:
             "falign.divergences": (),
             "falign.evaluation.answering": ("sample",),
             "falign.evaluation.frontier_run": ("evaluate_frontier",),
+            "falign.evaluation.presampling_run": ("presample",),
             "falign.evaluation.reward_evaluation": ("evaluate_rewards",),
             "falign.evaluation.sample_evaluation": ("evaluate_samples",),
             "falign.evaluation.score_run": ("score",),
@@ -59,6 +61,7 @@ __all__ = [
     "export",
     "load",
     "objectives",
+    "presample",
     "report",
     "sample",
     "score",

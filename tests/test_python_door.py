@@ -353,6 +353,24 @@ def test_rows_in_memory_are_scored_as_those_of_the_file(run, pairs, folder):
         run.score({"path": str(pairs), "chta": False}, folder / "other.jsonl")
 
 
+def vowel(prompts, completions):
+    return [float(any(letter in text for letter in "aeiou")) for text in completions]
+
+
+def test_a_run_sorts_prompts_in_memory_as_from_its_folder(run, folder):
+    prompts = [{"prompt": f"question {i}: "} for i in range(4)]
+    options = {"verifier": vowel, "num_completions": 2, "threshold": 1, "max_new_tokens": 4}
+    summary = falign.presample(run, prompts, folder / "sorted", **options)
+    assert summary == falign.presample(run.path, prompts, folder / "sorted-of-path", **options, chat=False)
+    assert summary.prompts == 4
+    found, of_path = (
+        json.loads((folder / name / "summary.json").read_text())["sampled_by"] for name in ("sorted", "sorted-of-path")
+    )
+    assert {"adapter", "weights", "tokenizer"} <= found.keys()
+    assert (found["model"], found["verifier"]) == (str(run.path), "vowel")
+    assert found["prompts"] == of_path["prompts"], "the run read its texts without the chat template"
+
+
 def test_an_objective_of_ones_own_that_defines_no_reward_is_told_from_one_that_is_not_at_hand(model, pairs, folder):
     with pytest.raises(ConfigError, match=r"objective was an object in a program \(Mine\)"):
         falign.load(folder / "mine").score(pairs, folder / "mine.jsonl")

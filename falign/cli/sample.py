@@ -15,7 +15,7 @@ from falign.terminal import Terminal, json_line
 
 if TYPE_CHECKING:
     from falign.data import Text
-    from falign.evaluation.presampling_run import Presampling, PresamplingSummary
+    from falign.evaluation.presampling_run import PresamplingSummary
 
 __all__ = ["sample"]
 
@@ -68,7 +68,7 @@ def sample(
         bool | None,
         typer.Option(
             "--chat/--plain",
-            help="Read plain prompts as a user's turn, or as they are. Default: as a turn if there is a chat template.",
+            help="Read plain prompts as a user's turn, or as they are. Default: as the run; else by template.",
             rich_help_panel=PRESAMPLING,
         ),
     ] = None,
@@ -84,12 +84,19 @@ def sample(
 ) -> None:
     """Answer prompts with a trained run or any model; or sort prompts by whether it solves them (--verifier)."""
     given = {
-        "--out": out, "--num-completions": num_completions, "--threshold": threshold, "--template": template,
-        "--chat": chat, "--bad-rows": bad_rows, "--overwrite": overwrite,
-    }  # fmt: skip
+        "out": out,
+        "num_completions": num_completions,
+        "threshold": threshold,
+        "template": template,
+        "chat": chat,
+        "bad_rows": bad_rows,
+        "overwrite": overwrite,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
     if verifier is None:
-        if without_effect := [name for name, value in given.items() if value is not None]:
-            raise ConfigError(f"{', '.join(without_effect)}: this has no effect without --verifier.")
+        if given:
+            without_effect = ", ".join(f"`{name}`" for name in given)
+            raise ConfigError(f"{without_effect}: this has no effect without --verifier.")
         _answer(
             model,
             prompt or [],
@@ -107,25 +114,20 @@ def sample(
             "--verifier needs --file and --out, and samples at temperature 1: leave out --prompt, --json and "
             "--temperature."
         )
-    from falign.evaluation.presampling_run import Presampling
+    from falign.evaluation.presampling_run import presample
 
-    count = 8 if num_completions is None else num_completions
-    presampling = Presampling(
-        model=model,
-        file=file,
-        out=out,
+    summary = presample(
+        model,
+        file,
         verifier=verifier,
-        num_completions=count,
-        threshold=count if threshold is None else threshold,
         max_new_tokens=max_new_tokens,
         seed=seed,
-        template=template,
-        chat=chat,
-        bad_rows="error" if bad_rows is None else bad_rows,
-        overwrite=bool(overwrite),
+        dtype=dtype,
+        trust_code=trust_code,
         console=CommandTerminal(stderr=True, highlight=False, soft_wrap=True),
+        **given,
     )
-    _presample(presampling, dtype=dtype, trust_code=trust_code)
+    _show(summary, out)
 
 
 def _answer(
@@ -165,14 +167,6 @@ def _answer(
             shown = text if isinstance(text, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in text)
             console.print(shown, style="bold", markup=False, highlight=False)
             console.print(reply + "\n", markup=False, highlight=False)
-
-
-def _presample(presampling: Presampling, *, dtype: str, trust_code: bool) -> None:
-    from falign.evaluation.answering import load_named
-
-    with Terminal(stderr=True).status(f"loading {escape(presampling.model)}"):
-        policy, tokenizer = load_named(presampling.model, dtype=dtype, trust_code=trust_code)
-    _show(presampling.run(policy, tokenizer), presampling.out)
 
 
 def _show(summary: PresamplingSummary, out: Path) -> None:

@@ -1,45 +1,59 @@
-"""Pre-sampling of DPH-RL: prompts are divided into those to rehearse and those to explore."""
+"""Pre-sampling of DPH-RL, ``falign.presample``: prompts that a model solves are rehearsed, the others explored."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from hashlib import sha256
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from peft import PeftModel
+from pydantic import AliasGenerator, BaseModel, ConfigDict, Field
 from rich.console import Console
+from rich.markup import escape
+from transformers import PreTrainedTokenizerBase
 
-from falign.durable import claimed, refuse_link, write_whole
+from falign.choices import require_choice, shown
+from falign.data import BadRowPolicy, BadRows, InMemory, PromptReport, PromptRow, PromptSource, load_prompts
+from falign.data.sources import require_source, rows_of
+from falign.durable import checksum, claimed, refuse_link, write_whole
 from falign.errors import ConfigError
-from falign.runs.loading import chosen_chat
+from falign.evaluation.answering import load_named
+from falign.evaluation.sample_inputs import prompts_digest
+from falign.models import base_of, model_identity, stop_token_ids, weights_hash
+from falign.models.tokenizers import pad_token_id, tokenizer_fingerprint
+from falign.rewards import RewardSum, WeightedReward, load_reward
+from falign.rewards.combination import row_check
+from falign.rewards.groups import passes
+from falign.rewards.identity import reward_identity
+from falign.rollouts import SampledCompletion, SamplingParams, TransformersEngine
+from falign.rollouts.presampling import presampled_chunks
+from falign.rollouts.presampling_journal import Finding, PresamplingJournal
+from falign.runfile.objects import reward_section
+from falign.runs.loading import Named, chat_of_run, chosen_chat, named
+from falign.runs.named_code import import_from
 from falign.terminal import Terminal, progress
+from falign.training.online.groups import judged
 
-if TYPE_CHECKING:
-    from falign.data import PromptData, PromptRow
-    from falign.rewards import RewardSum
-    from falign.rollouts import Engine, SampledCompletion
-    from falign.rollouts.presampling_journal import Finding
-
-__all__ = ["Presampling", "PresamplingSummary"]
+__all__ = ["PresamplingSummary", "presample"]
 
 CHUNK_SIZE = 32
-OUTPUTS = ("exploration.jsonl", "rehearsal.jsonl", "summary.json")
+EXPLORATION, REHEARSAL, SUMMARY = "exploration.jsonl", "rehearsal.jsonl", "summary.json"
 
 
 class PresamplingSummary(BaseModel):
     """Counts of pre-sampled prompts; ``summary.json`` has them under the same names, with spaces."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", alias_generator=lambda name: name.replace("_", " "))
+    model_config = ConfigDict(
+        frozen=True, alias_generator=AliasGenerator(serialization_alias=lambda name: name.replace("_", " "))
+    )
 
     prompts: int
     rehearsal: int
     exploration: int
-    further_completion_wrong: int = Field(alias="solved, and the further completion is wrong")
+    further_completion_wrong: int = Field(serialization_alias="solved, and the further completion is wrong")
     never_solved: int
     correct_completions: float
     """Share of all completions."""
@@ -47,7 +61,7 @@ class PresamplingSummary(BaseModel):
     bad_rows: int
     timeouts: int
     errors: int
-    resumed: int = Field(default=0, exclude=True)
+    resumed: int = Field(exclude=True)
     """Prompts that an earlier call had sampled."""
 
     def counts(self) -> dict[str, int | float]:
@@ -55,204 +69,267 @@ class PresamplingSummary(BaseModel):
         return self.model_dump(by_alias=True)
 
 
-@dataclass
-class Presampling:
-    """One pre-sampling: its options, and the run from a file of prompts to the outputs.
+def presample(
+    model: Named,
+    prompts: Any,
+    out: str | Path,
+    *,
+    verifier: Any,
+    num_completions: int = 8,
+    threshold: int | None = None,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    template: str | None = None,
+    chat: bool | None = None,
+    bad_rows: str = "error",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    trust_code: bool = False,
+    console: Console | None = None,
+) -> PresamplingSummary:
+    """Sort prompts by whether a model solves them; a stopped call goes on if repeated.
 
-    Attributes:
-        model: Its path or name.
-        file: Rows with prompts.
-        out: The folder of the outputs.
-        verifier: Name of a reward that is 1 for correct completions.
+    A prompt with `threshold` correct completions is solved if one further completion is correct, too. It goes to
+    ``rehearsal.jsonl`` with that completion, its token ids and log-probabilities; all others go to
+    ``exploration.jsonl``. ``summary.json`` has the counts and what the model is. All completions are sampled from the
+    model itself, at temperature 1.
+
+    Args:
+        model: A run, or any model.
+        prompts: Rows, or a file, folder or Hub name.
+        out: The folder of the three files.
+        verifier: A function ``f(prompts, completions, **columns) -> list[float]`` or another reward, or the name of
+            one, ``module:function`` or built in, such as ``number(answer='label')``. 1 is correct.
         num_completions: Completions per prompt.
-        threshold: Number of them that must be correct.
-        max_new_tokens: Tokens of the longest completion.
-        seed: Seed of the sampling.
-        template: The prompt, with the row's columns in braces.
-        chat: Whether a plain prompt is a user's turn; None: if the tokenizer has a chat template.
-        bad_rows: ``error`` or ``skip``.
-        overwrite: Whether outputs of an earlier call may be replaced.
-        console: Where notices and progress are shown.
-    """
+        threshold: How many of them must be correct; all if left out.
+        max_new_tokens: Most tokens of a completion.
+        seed: Of sampling.
+        template: The prompt, with a row's columns in braces: ``"{question}"``.
+        chat: Whether a plain prompt is a user's turn; as the run read its own, else where there is a chat template, if
+            left out.
+        bad_rows: ``error`` stops at a row that cannot be used, ``skip`` counts it.
+        dtype: Of a model; a run has its own.
+        overwrite: Replace existing outputs once the new ones are complete.
+        trust_code: Whether code that the run folder names may run.
+        console: Where progress is shown; standard error by default.
 
-    model: str
-    file: Path
-    out: Path
-    verifier: str
+    Raises:
+        ConfigError: An argument cannot work, outputs are there, or a stopped call had other arguments.
+        DataError: A row cannot be used, or none can.
+        ModelError: The model is not there, or damaged.
+        RewardError: The verifier failed.
+
+    Source:
+        The pre-sampling of DPH-RL (arXiv:2509.07430).
+    """
+    console = console or Terminal(stderr=True, highlight=False, soft_wrap=True)
+    threshold = num_completions if threshold is None else threshold
+    settings = _Settings(num_completions, threshold, max_new_tokens, seed, template, chat, bad_rows)
+    settings.check()
+    outputs = _Outputs(Path(out))
+    outputs.check(overwrite=overwrite)
+    reward, source = _reward(verifier), _source(prompts, template)
+    name = named(model)[0]
+    with console.status(f"loading {escape(name)}"):
+        policy, tokenizer = load_named(model, dtype=dtype, trust_code=trust_code)
+    engine = TransformersEngine(policy, pad_token_id=pad_token_id(tokenizer))
+    engine.publish(policy, version=0)
+    room = _room_of_prompts(engine.capabilities().max_length, max_new_tokens, model=name)
+    chat_of_prompts = chosen_chat(chat_of_run(name) if chat is None else chat, tokenizer, console)
+    data = load_prompts(
+        [replace(source, chat=chat_of_prompts)],
+        tokenizer,
+        max_length=room,
+        long_prompt="drop",
+        bad_rows=settings.bad_rows,
+        check=row_check(reward),
+    )
+    record = {
+        **_identity(policy, tokenizer),
+        "prompts": prompts_digest(data.train),
+        "verifier": verifier if isinstance(verifier, str) else reward_section(verifier).name,
+        "identity of the verifier": reward_identity(reward.rewards[0].reward),
+        **settings._asdict(),
+    }
+    judge = _Judge(reward, data.train, tokenizer)
+    outputs.folder.mkdir(parents=True, exist_ok=True)
+    with claimed(outputs.lock):
+        journal = PresamplingJournal(
+            outputs.journal, record=record, chunk_size=CHUNK_SIZE, num_prompts=len(data.train), overwrite=overwrite
+        )
+        resumed = len(journal.findings)
+        chunks = presampled_chunks(
+            engine,
+            [row.prompt_ids for row in data.train],
+            judge,
+            num_completions=num_completions,
+            threshold=threshold,
+            params=SamplingParams(max_new_tokens, stop_token_ids=stop_token_ids(base_of(policy), tokenizer)),
+            seed=seed,
+            start=resumed,
+            chunk_size=CHUNK_SIZE,
+        )
+        with progress(console, "prompts", total=len(data.train), done=resumed) as show:
+            for chunk in chunks:
+                journal.append(chunk)
+                show(len(journal.findings))
+        summary = _summary(journal.findings, data.report, judge, settings, resumed=resumed)
+        outputs.write(
+            _rows_as_given(source, data.train, settings.bad_rows),
+            journal.findings,
+            summary,
+            sampled_by={"model": name, **record},
+        )
+    return summary
+
+
+class _Settings(NamedTuple):
+    """Arguments that decide what is found, by name."""
+
     num_completions: int
     threshold: int
     max_new_tokens: int
     seed: int
-    template: str | None = None
-    chat: bool | None = None
-    bad_rows: str = "error"
-    overwrite: bool = False
-    console: Console = field(default_factory=partial(Terminal, stderr=True, highlight=False, soft_wrap=True))
-    reward: RewardSum = field(init=False)
-    timeouts: int = 0
-    errors: int = 0
+    template: str | None
+    chat: bool | None
+    bad_rows: Any
 
-    def __post_init__(self) -> None:
-        from falign.choices import require_choice
-        from falign.data.reports import BadRowPolicy
-        from falign.rewards import RewardSum, WeightedReward, load_reward
-        from falign.runs.named_code import import_from
-
+    def check(self) -> None:
+        """Refuse values that cannot work."""
         require_choice("bad_rows", self.bad_rows, BadRowPolicy)
         if not 1 <= self.threshold <= self.num_completions:
             raise ConfigError(f"threshold={self.threshold} must be from 1 to num_completions={self.num_completions}.")
-        if self.out.exists() and not self.out.is_dir():
-            raise ConfigError(f"out={self.out} is a file: give a folder.")
-        found = [self.out / name for name in OUTPUTS if (self.out / name).exists()]
-        # Outputs with a journal beside them belong to a stopped call, which this one continues.
-        if found and not self.overwrite and not self._journal.exists():
-            raise ConfigError(f"{found[0]} exists: name another file, or give overwrite=True to sample again.")
-        for path in found:
-            refuse_link(path)
-        if ":" in self.verifier:  # the user's own function
-            import_from(Path.cwd())
-        self.reward = RewardSum((WeightedReward("verifier", load_reward(self.verifier)),))
 
-    def run(self, policy: Any, tokenizer: Any) -> PresamplingSummary:
-        """Sample, write the outputs, and return the counts of prompts."""
-        from falign.models import base_of, stop_token_ids
-        from falign.models.tokenizers import pad_token_id
-        from falign.rollouts import TransformersEngine
 
-        engine = TransformersEngine(policy, pad_token_id=pad_token_id(tokenizer))
-        engine.publish(policy, version=0)
-        data = self._prompts(tokenizer, engine.capabilities().max_length)
-        record = self._record(policy, tokenizer)
-        self.out.mkdir(parents=True, exist_ok=True)
-        with claimed(self.out / ".presampling.lock"):
-            return self._sample(engine, data, record, tokenizer, stops=stop_token_ids(base_of(policy), tokenizer))
+@dataclass(frozen=True)
+class _Outputs:
+    """The files of one pre-sampling, in one folder."""
 
-    def _sample(
-        self, engine: Engine, data: PromptData, record: Mapping[str, Any], tokenizer: Any, *, stops: frozenset[int]
-    ) -> PresamplingSummary:
-        """Continue from an earlier, stopped call to the end."""
-        from falign.rollouts import SamplingParams
-        from falign.rollouts.presampling import presample
-        from falign.rollouts.presampling_journal import PresamplingJournal
-
-        rows = data.train
-        journal = PresamplingJournal(
-            self._journal, record=record, chunk_size=CHUNK_SIZE, num_prompts=len(rows), restart=self.overwrite
-        )
-        resumed = len(journal.findings)
-
-        def verify(prompts: list[int], rollouts: list[SampledCompletion]) -> list[bool]:
-            return self._correct([rows[i] for i in prompts], rollouts, tokenizer)
-
-        results = presample(
-            engine,
-            [row.prompt_ids for row in rows],
-            verify,
-            num_completions=self.num_completions,
-            threshold=self.threshold,
-            params=SamplingParams(self.max_new_tokens, stop_token_ids=stops),
-            seed=self.seed,
-            start=resumed,
-            chunk_size=CHUNK_SIZE,
-        )
-        with progress(self.console, "prompts", total=len(rows), done=resumed) as show:
-            for chunk in results:
-                journal.append(chunk)
-                show(len(journal.findings))
-        return self._finish(data, journal.findings, resumed, sampled_by={"model": self.model, **record})
+    folder: Path
 
     @property
-    def _journal(self) -> Path:
-        return self.out / ".presampling.jsonl"
+    def journal(self) -> Path:
+        """What is found, until the files are written."""
+        return self.folder / ".presampling.jsonl"
 
-    def _prompts(self, tokenizer: Any, positions: int | None) -> PromptData:
-        from falign.data import PromptSource, load_prompts
-        from falign.rewards.combination import row_check
+    @property
+    def lock(self) -> Path:
+        """Held by the process that writes."""
+        return self.folder / ".presampling.lock"
 
-        room = sys.maxsize if positions is None else positions - self.max_new_tokens
-        if room < 1:
-            raise ConfigError(
-                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in the {positions} positions of "
-                f"{self.model}: lower it."
-            )
-        chat = chosen_chat(self.chat, tokenizer, self.console)
-        source = PromptSource(str(self.file), template=self.template, chat=chat)
-        bad_rows: Any = self.bad_rows
-        return load_prompts(
-            [source],
-            tokenizer,
-            max_length=room,
-            long_prompt="drop",
-            bad_rows=bad_rows,
-            skip_by="bad_rows=skip",
-            check=row_check(self.reward),
-        )
+    def check(self, *, overwrite: bool) -> None:
+        """Refuse a folder whose files would be lost."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"out={self.folder} is a file: give a folder.")
+        found = [self.folder / name for name in (EXPLORATION, REHEARSAL, SUMMARY) if (self.folder / name).exists()]
+        # Outputs with a journal beside them belong to a stopped call, which is continued.
+        if found and not overwrite and not self.journal.exists():
+            raise ConfigError(f"{found[0]} exists: name another folder, or give overwrite=True to sample again.")
+        for path in found:
+            refuse_link(path)
 
-    def _record(self, policy: Any, tokenizer: Any) -> dict[str, Any]:
-        """Return all inputs that the findings depend on."""
-        from peft import PeftModel
+    def write(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        findings: Sequence[Finding],
+        summary: PresamplingSummary,
+        *,
+        sampled_by: Mapping[str, Any],
+    ) -> None:
+        """Write prompts to explore as they were given, and prompts to rehearse with their completions."""
+        pairs = list(zip(rows, findings, strict=True))
+        explored = [row for row, finding in pairs if finding.rehearsal is None]
+        rehearsed = [{**row, **finding.rehearsal} for row, finding in pairs if finding.rehearsal is not None]
+        for name, chosen in ((EXPLORATION, explored), (REHEARSAL, rehearsed)):
+            lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in chosen)
+            write_whole(self.folder / name, lines)
+        sums = {REHEARSAL: checksum(self.folder / REHEARSAL)}
+        content = {**summary.counts(), "sampled_by": sampled_by, "sha256": sums}
+        write_whole(self.folder / SUMMARY, json.dumps(content, indent=1))
+        self.journal.unlink()  # last: until then the same call continues
 
-        from falign.data import DEMOS
-        from falign.models import model_identity, weights_hash
-        from falign.models.tokenizers import tokenizer_fingerprint
-        from falign.rewards.identity import reward_identity
 
-        path = DEMOS.get(str(self.file), self.file)
-        files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
-        adapter = {"adapter": weights_hash(policy, adapter="default")} if isinstance(policy, PeftModel) else {}
-        return {
-            **model_identity(policy),
-            **adapter,
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-            "content of the file": sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
-            **{
-                name: getattr(self, name)
-                for name in ("verifier", "num_completions", "threshold", "max_new_tokens", "seed", "template", "chat")
-            },
-            "bad_rows": self.bad_rows,
-            "identity of the verifier": reward_identity(self.reward.rewards[0].reward),
-        }
+@dataclass
+class _Judge:
+    """Tells which completions are correct, and counts the verifier's failures."""
 
-    def _correct(self, rows: list[PromptRow], rollouts: list[SampledCompletion], tokenizer: Any) -> list[bool]:
-        from falign.rewards.groups import passes
-        from falign.training.online.groups import judged
+    reward: RewardSum
+    rows: Sequence[PromptRow]
+    tokenizer: Any
+    timeouts: int = 0
+    errors: int = 0
 
-        _, scores = judged(self.reward, rows, rollouts, tokenizer)
+    def __call__(self, prompts: list[int], completions: list[SampledCompletion]) -> list[bool]:
+        _, scores = judged(self.reward, [self.rows[i] for i in prompts], completions, self.tokenizer)
         self.timeouts += scores.timeouts
         self.errors += scores.errors
         return [passes(value) for value in scores.total]
 
-    def _finish(
-        self, data: PromptData, findings: list[Finding], resumed: int, *, sampled_by: Mapping[str, Any]
-    ) -> PresamplingSummary:
-        """Write prompts to explore unchanged, and prompts to rehearse with their completions."""
-        from falign.data import BadRows, read_rows
 
-        bad_rows: Any = self.bad_rows
-        fields = {row.place: row.fields for row in read_rows(self.file, bad_rows=BadRows(bad_rows))}
-        found = [(fields[row.place], finding) for row, finding in zip(data.train, findings, strict=True)]
-        explored = [row for row, finding in found if finding.rehearsal is None]
-        rehearsed = [{**row, **finding.rehearsal} for row, finding in found if finding.rehearsal is not None]
-        total = len(findings) * self.num_completions
-        summary = {
-            "prompts": len(findings),
-            "rehearsal": len(rehearsed),
-            "exploration": len(explored),
-            "solved, and the further completion is wrong": sum(
-                finding.num_correct >= self.threshold and finding.rehearsal is None for finding in findings
-            ),
-            "never solved": sum(finding.num_correct == 0 for finding in findings),
-            "correct completions": sum(finding.num_correct for finding in findings) / total,
-            "too long": data.report.dropped,
-            "bad rows": data.report.bad,
-            "timeouts": self.timeouts,
-            "errors": self.errors,
-        }
-        for name, rows in (("exploration.jsonl", explored), ("rehearsal.jsonl", rehearsed)):
-            write_whole(self.out / name, (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
-        sums = {"rehearsal.jsonl": sha256((self.out / "rehearsal.jsonl").read_bytes()).hexdigest()}
-        write_whole(
-            self.out / "summary.json", json.dumps({**summary, "sampled_by": sampled_by, "sha256": sums}, indent=1)
+def _reward(verifier: Any) -> RewardSum:
+    if isinstance(verifier, str):
+        if ":" in verifier:  # a function of one's own
+            import_from(Path.cwd())
+        reward = load_reward(verifier)
+    elif callable(verifier):
+        reward = reward_section(verifier).build()
+    else:
+        raise ConfigError(
+            f"`verifier` is {shown(verifier)}: give a function f(prompts, completions, **columns) -> list[float], "
+            "another reward, or the name of one."
         )
-        self._journal.unlink()  # last: until then the same command continues
-        return PresamplingSummary.model_validate({**summary, "resumed": resumed})
+    return RewardSum((WeightedReward("verifier", reward),))
+
+
+def _source(prompts: Any, template: str | None) -> PromptSource:
+    if not isinstance(prompts, str | Path):
+        rows = InMemory(prompts)
+        return PromptSource(rows.path, template=template, rows=rows)
+    require_source(prompts)
+    return PromptSource(str(prompts), template=template)
+
+
+def _room_of_prompts(positions: int | None, max_new_tokens: int, *, model: str) -> int:
+    """Return the most tokens of a prompt that leave room for its completion."""
+    room = sys.maxsize if positions is None else positions - max_new_tokens
+    if room < 1:
+        raise ConfigError(
+            f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the {positions} positions of {model}: "
+            "lower it."
+        )
+    return room
+
+
+def _identity(policy: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return hashes of the model that samples, by name."""
+    adapter = {"adapter": weights_hash(policy, adapter="default")} if isinstance(policy, PeftModel) else {}
+    return {**model_identity(policy), **adapter, "tokenizer": tokenizer_fingerprint(tokenizer)}
+
+
+def _rows_as_given(source: PromptSource, prompts: Sequence[PromptRow], bad_rows: Any) -> list[Mapping[str, Any]]:
+    """Return the row of each prompt with all its columns."""
+    assert source.path is not None
+    rows = rows_of(source.path, source.rows, split=source.split, bad_rows=BadRows(bad_rows))
+    fields = {row.place: row.fields for row in rows}
+    return [fields[prompt.place] for prompt in prompts]
+
+
+def _summary(
+    findings: Sequence[Finding], report: PromptReport, judge: _Judge, settings: _Settings, *, resumed: int
+) -> PresamplingSummary:
+    rehearsed = sum(finding.rehearsal is not None for finding in findings)
+    solved = sum(finding.num_correct >= settings.threshold for finding in findings)
+    num_correct = sum(finding.num_correct for finding in findings)
+    return PresamplingSummary(
+        prompts=len(findings),
+        rehearsal=rehearsed,
+        exploration=len(findings) - rehearsed,
+        further_completion_wrong=solved - rehearsed,
+        never_solved=sum(finding.num_correct == 0 for finding in findings),
+        correct_completions=num_correct / (len(findings) * settings.num_completions),
+        too_long=report.dropped,
+        bad_rows=report.bad,
+        timeouts=judge.timeouts,
+        errors=judge.errors,
+        resumed=resumed,
+    )

@@ -9,7 +9,7 @@ from falign.errors import RolloutError
 from falign.rollouts.base import Engine, SampledCompletion, SamplingParams
 from falign.seeds import mixed
 
-__all__ = ["Presampled", "Verify", "presample"]
+__all__ = ["Presampled", "Verify", "presampled_chunks"]
 
 Verify = Callable[[list[int], list[SampledCompletion]], list[bool]]
 """Function from the prompt index of each completion, and the completions, to True for each correct one."""
@@ -27,7 +27,7 @@ class Presampled(NamedTuple):
     rehearsal: SampledCompletion | None
 
 
-def presample(
+def presampled_chunks(
     engine: Engine,
     prompt_ids: Sequence[Sequence[int]],
     verify: Verify,

@@ -47,14 +47,14 @@ class PresamplingJournal:
         record: Inputs of the findings, by name; plain values.
         chunk_size: Number of findings per chunk; incomplete chunks are ignored.
         num_prompts: Total number of findings; the last chunk may be smaller if it reaches this number.
-        restart: Start again if the file is damaged or has other inputs.
+        overwrite: Start again if the file is damaged or has other inputs.
 
     Raises:
         ConfigError: The file is damaged, has other inputs, or is a link.
     """
 
     def __init__(
-        self, path: Path, *, record: Mapping[str, Any], chunk_size: int, num_prompts: int, restart: bool = False
+        self, path: Path, *, record: Mapping[str, Any], chunk_size: int, num_prompts: int, overwrite: bool = False
     ) -> None:
         refuse_link(path)
         self.path, self._record = path, json.loads(json.dumps(record))
@@ -64,7 +64,7 @@ class PresamplingJournal:
         try:
             self._take_up()
         except ConfigError:
-            if not restart:
+            if not overwrite:
                 raise
             self.findings, self._size = [], 0
 
@@ -97,8 +97,8 @@ class PresamplingJournal:
         except (ValueError, RecursionError) as error:  # pydantic's errors are ValueErrors
             reason = one_line(error)
             raise ConfigError(
-                f"{self.path}:{number} is damaged ({reason}): remove the file, or give --overwrite, and pre-sampling "
-                "starts again."
+                f"{self.path}:{number} is damaged ({reason}): remove the file, or give overwrite=True, and "
+                "pre-sampling starts again."
             ) from error
 
     def _claim(self, found: Mapping[str, Any]) -> None:
@@ -107,7 +107,7 @@ class PresamplingJournal:
             shown = ", ".join(f"{name} ({found.get(name)!r} there, {self._record.get(name)!r} now)" for name in names)
             raise ConfigError(
                 f"{self.path} holds the beginning of another pre-sampling: {shown}. Use the same settings, name "
-                "another folder, or start again with --overwrite."
+                "another folder, or start again with overwrite=True."
             )
 
 

@@ -3,7 +3,7 @@ import pytest
 from falign.errors import ConfigError, RolloutError
 from falign.json_lines import unsealed
 from falign.rollouts import SamplingParams, TransformersEngine
-from falign.rollouts.presampling import presample
+from falign.rollouts.presampling import presampled_chunks
 from falign.rollouts.presampling_journal import PresamplingJournal
 from tests.models.tiny import tiny_model
 
@@ -26,7 +26,7 @@ def engine():
 
 def run(engine, *, verify=verify, **changes):
     options = {"num_completions": 4, "threshold": 3, "params": PARAMS, "seed": 3, "chunk_size": 4, **changes}
-    return list(presample(engine, PROMPTS, verify, **options))
+    return list(presampled_chunks(engine, PROMPTS, verify, **options))
 
 
 def test_prompts_are_split_by_their_correct_completions_and_one_more(engine):

@@ -36,7 +36,7 @@ def test_findings_of_an_earlier_call_are_taken_up(tmp_path):
     ],
 )
 def test_a_damaged_journal_is_refused_with_the_way_out(tmp_path, lines):
-    with pytest.raises(ConfigError, match=r"journal.jsonl:\d is damaged .*: remove the file, or give --overwrite"):
+    with pytest.raises(ConfigError, match=r"journal.jsonl:\d is damaged .*: remove the file, or give overwrite=True"):
         journal(tmp_path, *lines)
 
 
@@ -44,7 +44,7 @@ def test_nothing_of_a_damaged_journal_is_removed_before_there_is_something_new(t
     path = tmp_path / "journal.jsonl"
     path.write_bytes(sealed({"policy": "y"}).encode() + sealed(MISSED).encode())
     before = path.read_bytes()
-    restarted = PresamplingJournal(path, record=RECORD, chunk_size=1, num_prompts=9, restart=True)
+    restarted = PresamplingJournal(path, record=RECORD, chunk_size=1, num_prompts=9, overwrite=True)
     assert (restarted.findings, path.read_bytes()) == ([], before)
     restarted.append([Presampled(0, None)])
     assert PresamplingJournal(path, record=RECORD, chunk_size=1, num_prompts=9).findings == [Finding(**MISSED)]
@@ -54,7 +54,7 @@ def test_a_journal_that_is_a_link_is_refused(tmp_path):
     (tmp_path / "elsewhere").write_text("mine")
     (tmp_path / "journal.jsonl").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="is a link"):
-        PresamplingJournal(tmp_path / "journal.jsonl", record=RECORD, chunk_size=1, num_prompts=9, restart=True)
+        PresamplingJournal(tmp_path / "journal.jsonl", record=RECORD, chunk_size=1, num_prompts=9, overwrite=True)
 
 
 @pytest.mark.parametrize(("lines", "taken"), [(2, 0), (3, 3), (4, 3), (5, 5)])
