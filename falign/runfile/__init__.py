@@ -1,14 +1,6 @@
 """Run files: the sections of a run as frozen models, and how a file becomes one."""
 
-from falign.runfile.config import (
-    AdapterConfig,
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    SamplingConfig,
-    SourceConfig,
-    TrainingConfig,
-)
+from falign.runfile.config import DataConfig, RunConfig, SamplingConfig, SourceConfig
 from falign.runfile.objective_config import ListwiseConfig, ObjectiveConfig, PairwiseConfig, TokenPairwiseConfig
 from falign.runfile.online_objective_config import (
     DistributionMatchingConfig,
@@ -17,6 +9,7 @@ from falign.runfile.online_objective_config import (
     RehearsalConfig,
     SupervisedConfig,
 )
+from falign.runfile.policy_config import AdapterConfig, ModelConfig
 from falign.runfile.reading import load_run_file, parse_run
 from falign.runfile.reference_config import (
     AdapterOffConfig,
@@ -30,6 +23,7 @@ from falign.runfile.reference_config import (
     SoupConfig,
 )
 from falign.runfile.reference_section import BuildContext, ReferenceSection
+from falign.runfile.training_config import TrainingConfig
 
 __all__ = [
     "AdapterConfig",

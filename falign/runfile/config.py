@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     Field,
     PrivateAttr,
     SerializeAsAny,
     WrapValidator,
-    field_validator,
     model_serializer,
     model_validator,
 )
@@ -30,130 +26,17 @@ from falign.registry import own_names_in
 from falign.runfile.base_config import FrozenModel, PythonObject, refusals
 from falign.runfile.objective_config import ObjectiveConfig, PairwiseConfig
 from falign.runfile.online_check import check_samples
+from falign.runfile.policy_config import AdapterConfig, ModelConfig
 from falign.runfile.prompts_config import PromptsConfig, RehearsalDataConfig, RolloutConfig, with_rows
 from falign.runfile.reference_config import AutoReferenceConfig, ReferenceConfig
 from falign.runfile.reference_section import ReferenceSection
 from falign.runfile.reward_config import RewardConfig
-from falign.runfile.trackers import check_trackers
-from falign.scoring import DEFAULT_CHUNK_TOKENS
+from falign.runfile.training_config import TrainingConfig
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "AdapterConfig",
-    "DataConfig",
-    "ModelConfig",
-    "PythonMeasureConfig",
-    "RunConfig",
-    "SamplingConfig",
-    "SourceConfig",
-    "TrainingConfig",
-]
-
-
-class ModelConfig(FrozenModel):
-    """The model that is aligned."""
-
-    path: str
-    """Hub name, folder, ``.gguf`` file, or ``demo:smollm2-135m-instruct``."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"
-    """``auto`` is the checkpoint's; ``fastest`` is bfloat16 if the device multiplies it natively, else float32."""
-    quantization: Literal["nf4"] | None = None
-    """``nf4``: 4-bit weights with double quantization and bfloat16 compute; needs an adapter."""
-    attn_implementation: str = "sdpa"
-    """``sdpa``, ``eager``, ``flex_attention`` or ``flash_attention_2`` to ``4``; the last ones need a GPU."""
-    chat_template: str | None = None
-    """A Jinja template or a file with one, instead of the tokenizer's."""
-    revision: str | None = None
-    trust_remote_code: bool = False
-    """Run code from the model's repository."""
-
-    def build_tokenizer(self, *, date: datetime | None = None) -> PreTrainedTokenizerBase:
-        """Load the tokenizer; templates that write a date write the given one, by default today."""
-        from falign.models import load_tokenizer
-        from falign.models.tokenizers import fix_date
-
-        tokenizer = load_tokenizer(
-            self.path,
-            chat_template=self.chat_template,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-        )
-        if date is not None:
-            fix_date(tokenizer, date)
-        return tokenizer
-
-    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-        """Return all ids that end a completion, without loading weights."""
-        from falign.models import stop_token_ids
-
-        return stop_token_ids(self.path, tokenizer, revision=self.revision)
-
-    def vocabulary_size(self) -> int | None:
-        """Return the number of rows of the embeddings, without loading weights; None if it is unknown."""
-        from falign.models.loading import vocabulary_size
-
-        return vocabulary_size(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
-
-    def build(self, *, trains: bool = False) -> PreTrainedModel:
-        """Load the weights; ``trains``: all of them will be trained."""
-        from falign.models import load_model
-
-        return load_model(
-            self.path,
-            dtype=self.dtype,
-            quantization=self.quantization,
-            attn_implementation=self.attn_implementation,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-        )
-
-
-_FIXED_BY_INIT = frozenset({"r", "alpha", "target_modules"})
-"""Fields that an adapter given as ``init`` already has."""
-
-
-class AdapterConfig(FrozenModel):
-    """A LoRA adapter; ``adapter: null`` trains all weights."""
-
-    r: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32.0, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: str | list[str] = "all-linear"
-    """``all-linear`` or names of linear modules."""
-    init: str | None = None
-    """Start from this adapter, a folder or a run that trained one, with its own r, alpha and target_modules."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> AdapterConfig:
-        if self.init is not None and (given := sorted(self.model_fields_set & _FIXED_BY_INIT)):
-            raise ValueError(
-                f"{', '.join(given)} cannot be set together with init, whose adapter has its own: leave it out"
-            )
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_fields_of_init(self, handler: Any) -> dict[str, Any]:
-        dropped = frozenset[str]() if self.init is None else _FIXED_BY_INIT
-        return {name: value for name, value in handler(self).items() if name not in dropped}
-
-    def build(self, model: PreTrainedModel, *, seed: int, revision: str | None = None) -> PeftModel:
-        """Add the adapter to a model; the base's revision is recorded with it."""
-        from falign.models import add_lora, start_from_adapter
-
-        if self.init is not None:
-            return start_from_adapter(model, self.init, dropout=self.dropout, revision=revision)
-        return add_lora(
-            model,
-            r=self.r,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            target_modules=self.target_modules,
-            seed=seed,
-            revision=revision,
-        )
+__all__ = ["DataConfig", "PythonMeasureConfig", "RunConfig", "SamplingConfig", "SourceConfig"]
 
 
 class SourceConfig(FrozenModel):
@@ -226,122 +109,6 @@ class DataConfig(FrozenModel):
         )
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-class TrainingConfig(FrozenModel):
-    """Optimization settings; the names are those of ``transformers.TrainingArguments``."""
-
-    learning_rate: float = Field(default=5e-6, gt=0)
-    per_device_train_batch_size: int = Field(default=4, ge=1)
-    """Prompts per micro-batch, each with all its completions."""
-    per_device_eval_batch_size: int = Field(default=8, ge=1)
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    num_train_epochs: float = Field(default=1.0, gt=0)
-    max_steps: int = -1
-    """Optimizer steps, instead of ``num_train_epochs``; -1 by default."""
-    optim: str = "adamw_torch"
-    weight_decay: float = Field(default=0.0, ge=0)
-    adam_beta2: float = Field(default=0.999, gt=0, lt=1)
-    max_grad_norm: float = Field(default=1.0, ge=0)
-    lr_scheduler_type: str = "linear"
-    lr_scheduler_kwargs: dict[str, Any] = {}
-    """Options of the schedule: ``{min_lr_rate: 0.1}`` for ``cosine_with_min_lr``."""
-    warmup_steps: float = Field(default=0.0, ge=0)
-    """Steps, or a share of all steps if below 1."""
-    gradient_checkpointing: bool = False
-    logging_steps: int = Field(default=10, ge=1)
-    eval_steps: int | None = Field(default=None, ge=1)
-    """Steps between evaluations; with evaluation data, one always comes before the first and after the last step."""
-    save_steps: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; none by default."""
-    save_total_limit: int | None = Field(default=2, ge=1)
-    report_to: Annotated[list[str], BeforeValidator(_as_list)] = []
-    """Trackers besides ``metrics.jsonl``: ``trackio``, ``wandb``, ``tensorboard`` ...; one, or a list."""
-    tokens_per_batch: int | None = Field(default=None, ge=2)
-    """Limit of tokens per micro-batch, completions included, instead of a fixed number of prompts."""
-    layout: Literal["auto", "tree", "padded"] = "auto"
-    """``tree``: each prompt is computed once for all its completions; ``padded``: once for each; ``auto``: ``tree`` if
-    a test before training shows that the model gives the same values."""
-    chunk_tokens: int = Field(default=DEFAULT_CHUNK_TOKENS, ge=1)
-    """Positions whose logits are computed at once; changes memory and speed, not results."""
-    skip_bad: bool = False
-    """Skip and count steps whose loss, gradient or reward is NaN or infinite, which otherwise stop the run."""
-
-    @field_validator("max_steps")
-    @classmethod
-    def _takes_steps(cls, value: int) -> int:
-        if value < 1 and value != -1:
-            raise ValueError(
-                "a run takes at least one optimizer step; leave it out (-1) to train for num_train_epochs. "
-                "falign evaluate and falign score need no training"
-            )
-        return value
-
-    def check(self) -> None:
-        """Refuse trackers, an optimizer or a schedule that do not work on this machine.
-
-        Raises:
-            ConfigError: One does not work; the message has the field and the reason.
-        """
-        from falign.runfile.optimization import check_names, check_optimizer, check_schedule
-
-        check_trackers(self.report_to)
-        check_names(self.optim, self.lr_scheduler_type)
-        args = self.build(Path("run"), seed=0)
-        check_optimizer(args)
-        check_schedule(args)
-
-    def build(
-        self,
-        output_dir: Path,
-        *,
-        seed: int,
-        gradient_accumulation_steps: int | None = None,
-        steps_per_epoch: int | None = None,
-    ) -> TrainingArguments:
-        """Return the arguments of the transformers trainer.
-
-        Args:
-            output_dir: The run folder.
-            seed: Seed of the run.
-            gradient_accumulation_steps: In online runs, where it follows from other fields: replaces the field.
-            steps_per_epoch: In online runs: steps per pass over the prompts, to convert ``num_train_epochs``.
-        """
-        from transformers import TrainingArguments
-
-        # Fields that transformers does not have, or that are translated below.
-        own = {"eval_steps", "save_steps", "tokens_per_batch", "layout", "chunk_tokens", "gradient_checkpointing"}
-        own.add("skip_bad")
-        arguments: dict[str, Any] = {
-            **self.model_dump(exclude=own),
-            "lr_scheduler_kwargs": dict(self.lr_scheduler_kwargs) or None,
-            "output_dir": str(output_dir),
-            "seed": seed,
-            "save_strategy": "steps" if self.save_steps else "no",
-            "save_steps": self.save_steps or 500,
-            "eval_strategy": "steps" if self.eval_steps else "no",
-            "eval_steps": self.eval_steps,
-            "remove_unused_columns": False,
-            "label_names": [],
-            "logging_nan_inf_filter": False,
-            "ddp_find_unused_parameters": False,  # every trained parameter is used in every batch
-            "log_level_replica": "error",  # as for the first process
-            "disable_tqdm": True,  # falign.runs.progress draws its own bar
-        }
-        if gradient_accumulation_steps is not None:
-            arguments["gradient_accumulation_steps"] = gradient_accumulation_steps
-        if steps_per_epoch is not None:
-            arguments["ignore_data_skip"] = True  # the checkpoint has the position in the prompts
-            if self.max_steps <= 0:
-                arguments["max_steps"] = math.ceil(self.num_train_epochs * steps_per_epoch)
-        try:
-            return TrainingArguments(**arguments)
-        except ValueError as error:
-            raise ConfigError(f"training: {error}") from error
-
-
 class SamplingConfig(FrozenModel):
     """Prompts answered before and after training, in ``samples.json``."""
 
@@ -349,15 +116,6 @@ class SamplingConfig(FrozenModel):
     max_new_tokens: int = Field(default=64, ge=1)
     temperature: float = Field(default=0.0, ge=0)
     """0 decodes greedily."""
-
-
-def _check_attention(name: str) -> None:
-    from falign.models.execution import check_attention
-
-    try:
-        check_attention(name)
-    except ConfigError as error:
-        raise ConfigError(f"model.{error}") from error
 
 
 class PythonMeasureConfig(PythonObject):
@@ -471,7 +229,7 @@ class RunConfig(FrozenModel):
         """
         if self.adapter is None and self.model.quantization is not None:
             raise ConfigError("model.quantization=nf4 with adapter=null: 4-bit weights do not train; add an adapter.")
-        _check_attention(self.model.attn_implementation)
+        self.model.check()
         objective = self.objective.unfitted().build()
         self._check_references(objective)
         if self.prompts is None:

@@ -18,8 +18,9 @@ from falign.divergences import Divergence
 from falign.errors import ConfigError
 from falign.objectives import Measure
 from falign.runfile.base_config import FrozenModel
-from falign.runfile.config import ModelConfig, PythonMeasureConfig, SourceConfig
+from falign.runfile.config import PythonMeasureConfig, SourceConfig
 from falign.runfile.objective_config import ObjectiveConfig, PythonObjectiveConfig
+from falign.runfile.policy_config import ModelConfig
 from falign.runfile.reference_config import PythonReferenceConfig
 from falign.runfile.reward_config import PythonRewardConfig
 

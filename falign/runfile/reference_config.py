@@ -13,11 +13,10 @@ from falign.errors import ConfigError
 from falign.registry import Registry
 from falign.runfile.base_config import PythonObject
 from falign.runfile.members import OwnSection, union_of_kinds
-from falign.runfile.reference_section import BuildContext, ReferenceSection
+from falign.runfile.reference_section import BuildContext, PolicySections, ReferenceSection
 
 if TYPE_CHECKING:
     from falign import references
-    from falign.runfile.config import RunConfig
 
 __all__ = [
     "AdapterOffConfig",
@@ -39,7 +38,7 @@ class AutoReferenceConfig(ReferenceSection):
     kind: Literal["auto"] = "auto"
 
     @override
-    def resolved(self, config: RunConfig) -> ReferenceSection:
+    def resolved(self, config: PolicySections) -> ReferenceSection:
         if config.adapter is None:
             return FrozenReferenceConfig(cache=self.cache)
         if config.adapter.init is None:
@@ -57,7 +56,7 @@ class AdapterOffConfig(ReferenceSection):
         _require_adapter(self.kind, field=field, adapter=adapter)
 
     @override
-    def starts_as_policy(self, config: RunConfig) -> bool:
+    def starts_as_policy(self, config: PolicySections) -> bool:
         return config.adapter is None or config.adapter.init is None
 
     @override
@@ -104,7 +103,7 @@ class FrozenReferenceConfig(ReferenceSection):
         return self
 
     @override
-    def starts_as_policy(self, config: RunConfig) -> bool:
+    def starts_as_policy(self, config: PolicySections) -> bool:
         own = (config.model.path, config.model.dtype, config.model.quantization)
         given = (self.path, self.dtype, self.quantization)
         return (config.adapter is None or config.adapter.init is None) and (self.path is None or given == own)
@@ -153,7 +152,7 @@ class AdapterReferenceConfig(ReferenceSection):
         _require_adapter(self.kind, field=field, adapter=adapter)
 
     @override
-    def starts_as_policy(self, config: RunConfig) -> bool:
+    def starts_as_policy(self, config: PolicySections) -> bool:
         from falign.models.sources import adapter_folder
 
         init = None if config.adapter is None else config.adapter.init
@@ -262,7 +261,7 @@ class _MovingConfig(ReferenceSection):
         )
 
     @override
-    def starts_as_policy(self, config: RunConfig) -> bool:
+    def starts_as_policy(self, config: PolicySections) -> bool:
         return True
 
     def rule(self) -> references.MovingRule:

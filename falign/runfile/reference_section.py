@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from falign.runfile.base_config import FrozenModel
+from falign.runfile.policy_config import AdapterConfig, ModelConfig
+from falign.runfile.training_config import TrainingConfig
 
 if TYPE_CHECKING:
     import torch
@@ -14,9 +16,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from falign.references import Reference
-    from falign.runfile.config import RunConfig
 
-__all__ = ["BuildContext", "ReferenceSection"]
+__all__ = ["BuildContext", "PolicySections", "ReferenceSection"]
+
+
+@runtime_checkable
+class PolicySections(Protocol):
+    """The sections of a run that a reference depends on."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model that is aligned."""
+        ...
+
+    @property
+    def adapter(self) -> AdapterConfig | None:
+        """Its adapter; None if all weights train."""
+        ...
+
+    @property
+    def training(self) -> TrainingConfig:
+        """How it is trained and scored."""
+        ...
 
 
 class BuildContext(NamedTuple):
@@ -30,7 +51,7 @@ class BuildContext(NamedTuple):
         device: The device for a separate model.
     """
 
-    config: RunConfig
+    config: PolicySections
     policy: PreTrainedModel | PeftModel
     field: str = "reference"
     adapter: str = "ref"
@@ -88,11 +109,11 @@ class ReferenceSection(FrozenModel):
         """
         yield from ()
 
-    def resolved(self, config: RunConfig) -> ReferenceSection:
+    def resolved(self, config: PolicySections) -> ReferenceSection:
         """Return the section after ``auto`` is resolved."""
         return self
 
-    def starts_as_policy(self, config: RunConfig) -> bool:
+    def starts_as_policy(self, config: PolicySections) -> bool:
         """Return whether policy and reference are the same model before the first step."""
         return False
 

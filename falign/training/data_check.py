@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from falign.data import DataReport, Notice, Window, check
 from falign.errors import ConfigError, FalignError
-from falign.runfile.config import DataConfig, ModelConfig, RunConfig, SourceConfig
+from falign.runfile.config import DataConfig, RunConfig, SourceConfig
 from falign.runfile.objects import model_section, parse_source
+from falign.runfile.policy_config import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

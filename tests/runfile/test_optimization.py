@@ -11,9 +11,8 @@ from transformers.training_args import OptimizerNames
 
 from falign.errors import ConfigError
 from falign.runfile import parse_run
-from falign.runfile.config import TrainingConfig
 from falign.runfile.optimization import REFUSED_OPTIMIZERS, REFUSED_SCHEDULES
-from falign.runfile.trackers import check_trackers
+from falign.runfile.training_config import TrainingConfig, check_trackers
 from falign.training import train
 from tests.models.tiny import save_tiny
 from tests.training.pairs import run_data, write_pairs

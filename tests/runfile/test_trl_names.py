@@ -21,10 +21,11 @@ from falign.models.execution import disable_dropout
 from falign.models.loading import _nf4
 from falign.objectives.margins import get_margin_loss
 from falign.runfile import parse_run
-from falign.runfile.config import AdapterConfig, TrainingConfig
-from falign.runfile.config import ModelConfig as FalignModel
 from falign.runfile.optimization import check_names
+from falign.runfile.policy_config import AdapterConfig
+from falign.runfile.policy_config import ModelConfig as FalignModel
 from falign.runfile.reading import valid_paths
+from falign.runfile.training_config import TrainingConfig
 from falign.runfile.trl_names import FOREIGN_NAMES
 
 LEAST = {"output_dir": "run", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}}
