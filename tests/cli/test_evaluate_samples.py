@@ -319,7 +319,7 @@ def test_a_reward_model_that_reads_other_token_ids_is_refused(falign, folder, tm
     options = ("--rewards", tmp_path / "rewards.yaml", "--out", tmp_path / "out")
     status, _, err = falign("evaluate", "samples", folder / "online", *options)
     assert status == 2
-    assert "other have different tokens: 'a' is" in err
+    assert "other have different tokens: 'a' has the id" in err
 
 
 def test_rows_that_rewards_cannot_judge_are_found_before_sampling(falign, folder, tmp_path, monkeypatch):

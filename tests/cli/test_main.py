@@ -79,7 +79,7 @@ def test_conversations_and_a_system_column_are_sampled(falign, tiny, tmp_path):
     status, out, err = falign("sample", tiny, "--file", tmp_path / "p.jsonl", "--max-new-tokens", 2)
     assert "system: Be brief." in out
     for row, message in (
-        ({"x": 1}, "no 'prompt'"),
+        ({"x": 1}, "'prompt' is missing"),
         ({"prompt": "a", "system": 3}, "`system`"),
         ({"prompt": turns}, ""),
     ):

@@ -237,7 +237,7 @@ def test_a_picture_of_somebody_else_is_kept(runs):
     page = (run / "report.html").read_bytes()
     picture.write_bytes(b"\x89PNG mine")
     (run / "summary.json").unlink()  # the page would be another one now
-    with pytest.raises(ConfigError, match=rf"{picture.name} exists and was not drawn by falign report"):
+    with pytest.raises(ConfigError, match=rf"{picture.name} exists and was not drawn by falign"):
         write_report([run])
     assert picture.read_bytes() == b"\x89PNG mine"
     assert (run / "report.html").read_bytes() == page

@@ -59,7 +59,7 @@ def test_every_kind_is_read_with_its_fields_and_survives_being_written(fields, c
         ({"kind": "moving_average", "alpha": 0.5}, "reference.every is required"),
         (
             {"kind": "moving_average", "alpha": 0.5, "every": 4, "cache": "c"},
-            "reference.cache='c': .*a moving reference gives other log-probabilities after every move",
+            "reference.cache='c': .*the log-probabilities of a moving reference change at every move",
         ),
         ({"kind": "periodic_reset", "every": 4, "cache": "c"}, "reference.cache='c': .*leave the cache out"),
         ({"ref_model_mixup_alpha": 0.5}, r"here it is reference.alpha \(with reference.kind=moving_average\)"),

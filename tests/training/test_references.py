@@ -258,7 +258,9 @@ def test_a_reference_with_other_token_ids_is_refused_with_the_first_of_them(star
     for other in others:
         swap_tokens(other, "a", "b")
     where = {"frozen": {"path": str(others[0])}, "soup": {"paths": [str(other) for other in others]}}[kind]
-    with pytest.raises(ConfigError, match=r"reference\.paths?=.*other.* have different tokens: 'a' is 68 .* and 69"):
+    with pytest.raises(
+        ConfigError, match=r"reference\.paths?=.*other.* have different tokens: 'a' has the id 68 .* and 69"
+    ):
         start(reference={"kind": kind, **where})
 
 
@@ -330,7 +332,7 @@ def test_a_reference_has_its_own_type_and_quantization(start, tiny, tmp_path):
     assert kind(reference_of({"dtype": "float16"}, reference={**own, "dtype": "float32"})) == ("torch.float32", None)
     assert kind(reference_of({}, reference={**own, "quantization": "nf4"}))[1] == "nf4"
     assert kind(reference_of({"quantization": "nf4"}, reference={"kind": "frozen"}))[1] == "nf4"
-    with pytest.raises(ConfigError, match=r"quantization is for a reference with a path of its own"):
+    with pytest.raises(ConfigError, match=r"quantization applies only to a reference with its own path"):
         reference_of({}, reference={"kind": "frozen", "quantization": "nf4"})
     # The same checkpoint in another type is no longer the policy before its first step.
     config = run_data(tiny, "none.jsonl", tmp_path / "r", reference={**own, "path": str(tiny), "dtype": "bfloat16"})

@@ -251,7 +251,7 @@ def another_process_in(folder):
 
 
 def test_two_processes_do_not_write_to_one_run_folder(start, tmp_path):
-    with another_process_in(tmp_path / "begun"), pytest.raises(ConfigError, match="going on in another process"):
+    with another_process_in(tmp_path / "begun"), pytest.raises(ConfigError, match="in progress in another process"):
         start("offline", "begun")
     assert {path.name for path in (tmp_path / "begun").iterdir()} == {"run.lock"}
     assert start("offline", "begun").folder.path == tmp_path / "begun"  # the other one was killed
@@ -260,9 +260,9 @@ def test_two_processes_do_not_write_to_one_run_folder(start, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         start("offline", "stopped", dies_at=3)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "stopped").iterdir()}
-    with another_process_in(tmp_path / "stopped"), pytest.raises(ConfigError, match="going on in another process"):
+    with another_process_in(tmp_path / "stopped"), pytest.raises(ConfigError, match="in progress in another process"):
         start("offline", "stopped", resume=True)
-    with another_process_in(tmp_path / "stopped"), pytest.raises(ConfigError, match="going on in another process"):
+    with another_process_in(tmp_path / "stopped"), pytest.raises(ConfigError, match="in progress in another process"):
         start("offline", "stopped")
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "stopped").iterdir()}
     assert after.keys() == before.keys() | {"run.lock"}

@@ -244,5 +244,5 @@ def test_pairs_are_drawn_ahead_too(start):
 
 def test_nothing_is_drawn_ahead_in_process(tiny, tmp_path):
     data = write_prompts(tmp_path / "prompts.jsonl")
-    with pytest.raises(ConfigError, match="give it an engine of kind vllm"):
+    with pytest.raises(ConfigError, match="use an engine of kind vllm"):
         parse_run(online_data(tiny, data, tmp_path / "run", rollout={"ahead": True}))
