@@ -9,8 +9,11 @@ import inspect
 import json
 import re
 import sys
+import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, Literal
 
@@ -33,19 +36,20 @@ SILENT = frozenset(
 def code_identity(value: Any) -> str:
     """Return the SHA-256 of a function, or of an object's class and values.
 
-    The hash covers its code, the functions and classes of its module that it uses, default values, closures and
-    plain values of the module. It does not cover comments and docstrings (see :func:`plain_code`), installed libraries
-    or files that it reads. The hash of a lambda, and of code without a source file, depends on the version of Python.
+    The hash covers its code with decorators and base classes, the functions, classes and objects of its module that it
+    uses, default values, closures, and its values: functions, tensors and arrays among them with all that they hold. It
+    does not cover comments and docstrings (see :func:`plain_code`), installed libraries, other modules, or files that
+    it reads. The hash of a lambda, and of code without a source file, depends on the version of Python.
 
     Args:
         value: A function, a class, or an object.
     """
-    found: dict[str, str] = {}
-    _collect(value, found, "read")
-    if reads_docstrings(found.values()):
-        found = {}
-        _collect(value, found, "all")
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+    collected = _Collected("read")
+    collected.add(value)
+    if reads_docstrings(collected.found.values()):
+        collected = _Collected("all")
+        collected.add(value)
+    return hashlib.sha256(json.dumps(collected.found, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def plain_code(source: str | bytes, *, docstrings: Kept = "read") -> str:
@@ -106,32 +110,183 @@ def _is_text(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
-def _collect(value: Any, found: dict[str, str], docstrings: Kept) -> None:
-    while isinstance(value, functools.partial):
-        found[f"arguments of {value.func!r:.80}".partition(" at ")[0]] = _plain((value.args, value.keywords))
-        value = value.func
-    if inspect.ismethod(value):
-        _collect(value.__self__, found, docstrings)
-    if not (inspect.isroutine(value) or inspect.isclass(value)):
-        found[f"values of {type(value).__qualname__}"] = _plain(value)
-        value = type(value)
-    value = inspect.unwrap(value)
-    source = _source(value, docstrings)
-    name = f"{value.__module__}.{value.__qualname__}"
-    name += f" {source}" if _is_lambda(value) else ""  # all lambdas of a scope have one name
-    if name in found:
-        return
-    found[name] = source
-    for function in _functions(value):
-        found[f"{name} {function.__qualname__} defaults"] = _plain((function.__defaults__, function.__kwdefaults__))
-        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+class _Collected:
+    """The code and the values that an object is made of, as text by name.
+
+    Args:
+        docstrings: The docstrings to keep.
+    """
+
+    def __init__(self, docstrings: Kept) -> None:
+        self.docstrings: Kept = docstrings
+        self.found: dict[str, str] = {}
+        self._kept: dict[int, Any] = {}  # what has been collected; kept alive, so that no id is used twice
+        self._open: set[int] = set()
+
+    def add(self, value: Any) -> None:
+        """Collect a function with what it uses, or an object with its class."""
+        while isinstance(value, functools.partial):
+            label = f"arguments of {value.func!r:.80}".partition(" at ")[0]
+            self.found[label] = self.text((value.args, value.keywords))
+            value = value.func
+        if inspect.ismethod(value):
+            self.add(value.__self__)
+        if not (inspect.isroutine(value) or inspect.isclass(value)):
+            self.found[f"values of {type(value).__qualname__}"] = self.text(value)
+            value = type(value)
+        self._add_code(value)
+
+    def _add_code(self, value: Any) -> None:
+        for wrapper in _wrappers(value):
+            if wrapper.__globals__.get("__name__") == value.__module__:
+                code = inspect.getsource(wrapper.__code__) if _is_readable(wrapper.__code__) else ""
+                self.found[f"{value.__module__}.{value.__qualname__} in {wrapper.__code__.co_name}"] = plain_code(
+                    f"if True:\n{code}" if code[:1].isspace() else code, docstrings=self.docstrings
+                ) or _compiled(wrapper.__code__, self.docstrings)
+                self._add_used(f"{value.__qualname__} in {wrapper.__code__.co_name}", wrapper)
+        value = inspect.unwrap(value)
+        if id(value) in self._kept:
+            return
+        source = _source(value, self.docstrings)
+        name = f"{value.__module__}.{value.__qualname__}"
+        name += f" {source}" if _is_lambda(value) else ""  # all lambdas of a scope have one name
+        while name in self.found:  # made by the same code, with other values
+            name += "'"
+        self._kept[id(value)] = value
+        self.found[name] = source
+        for base in value.__mro__[1:] if inspect.isclass(value) else ():
+            if base.__module__ == value.__module__:
+                self._add_code(base)
+        for function in _functions(value):
+            defaults = self.text((function.__defaults__, function.__kwdefaults__))
+            self.found[f"{name} {function.__qualname__} defaults"] = defaults
+            self._add_used(name, function)
+
+    def _add_used(self, name: str, function: FunctionType) -> None:
+        cells = []
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # not assigned yet
+                cells.append(cell.cell_contents)
         named = {each: function.__globals__.get(each) for each in _names(function.__code__)}
+        module = function.__globals__.get("__name__")
         for label, inner in [*enumerate(cells), *named.items()]:
-            if inspect.isfunction(inner) or inspect.isclass(inner):
-                if inner.__module__ == function.__module__:
-                    _collect(inner, found, docstrings)
-            elif isinstance(inner, int | float | str | bytes | tuple | frozenset | dict | list):
-                found[f"{name} {label}"] = _plain(inner)
+            code = inspect.unwrap(inner) if isinstance(inner, CALLED) else inner
+            if inspect.isfunction(code) or inspect.isclass(code):
+                if code.__module__ == module or (isinstance(label, int) and _is_own(code)):
+                    self._add_code(inner)
+            elif isinstance(inner, DATA) or _content(inner) is not None or is_dataclass(inner) or _is_own(type(inner)):
+                self.found[f"{name} {label}"] = self.text(inner)
+
+    def text(self, value: Any) -> str:
+        """Return a value as text that does not depend on the process, and collect the code in it."""
+        if id(value) in self._open:
+            return "itself"
+        self._open.add(id(value))
+        try:
+            return self._text(value)
+        finally:
+            self._open.discard(id(value))
+
+    def _text(self, value: Any) -> str:
+        if isinstance(value, Mapping):
+            return str({str(key): self.text(inner) for key, inner in value.items()})
+        if isinstance(value, set | frozenset):
+            return str(sorted(map(self.text, value)))
+        if isinstance(value, list | tuple):
+            return str([self.text(inner) for inner in value])
+        if isinstance(value, functools.partial):
+            return self.text((value.func, value.args, value.keywords))
+        if inspect.isroutine(value) or inspect.isclass(value):
+            return self._text_of_code(value)
+        return self._text_of_object(value)
+
+    def _text_of_code(self, value: Any) -> str:
+        if inspect.ismethod(value):
+            return f"{value.__qualname__} {self.text(value.__self__)}"
+        code = inspect.unwrap(value)
+        if not (_is_own(code) and (inspect.isfunction(code) or inspect.isclass(code))):
+            return value.__qualname__
+        self._add_code(value)
+        return f"{value.__qualname__} {_source(code, self.docstrings)}"
+
+    def _text_of_object(self, value: Any) -> str:
+        name = type(value).__qualname__
+        if _is_own(type(value)):
+            self._add_code(type(value))
+        if (content := _content(value)) is not None:
+            return content
+        # Not its repr, which has only the names of functions among the fields. Fields left out of == may be caches.
+        if is_dataclass(value):
+            compared = {each.name: getattr(value, each.name, None) for each in fields(value) if each.compare}
+            return f"{name} {self.text(compared)}"
+        if type(value).__repr__ is object.__repr__:
+            return f"{name} {self.text(_attributes(value))}"
+        return ADDRESS.sub("", repr(value))
+
+
+DATA = (int, float, str, bytes, tuple, frozenset, set, dict, list, functools.partial)
+"""Values of a module that count if a function names them."""
+
+CALLED = (FunctionType, type(functools.lru_cache(lambda: None)))
+"""Functions, and functions with a cache."""
+
+NOT_OWN = frozenset({"falign", "builtins", "torch", "numpy", "transformers", "__future__"})
+
+
+def _is_own(member: Any) -> bool:
+    """Return whether a function or class is the user's: neither of falign nor of an installed library."""
+    outermost = str(getattr(member, "__module__", None) or "builtins").partition(".")[0]
+    if outermost in NOT_OWN or outermost in sys.stdlib_module_names - {"__main__"}:
+        return False
+    file = getattr(sys.modules.get(outermost), "__file__", None)
+    return file is None or not any(Path(file).is_relative_to(place) for place in _INSTALLED)
+
+
+_INSTALLED = frozenset(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
+def _content(value: Any) -> str | None:
+    """Return the whole content of a tensor, an array or a torch module, whose texts leave out most of it."""
+    torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
+    if torch is not None and isinstance(value, torch.nn.Module):
+        parts = {name: _content(each) or ADDRESS.sub("", repr(each)) for name, each in value.state_dict().items()}
+        return f"{ADDRESS.sub('', repr(value))} {parts}"
+    if torch is not None and isinstance(value, torch.Tensor):
+        plain = value.detach().cpu().contiguous()
+        content = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+        return f"{plain.dtype} {tuple(plain.shape)} {hashlib.sha256(content).hexdigest()}"
+    if numpy is not None and isinstance(value, numpy.ndarray) and not value.dtype.hasobject:
+        return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    return None
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Return the values of an object; those that it computes at first use and keeps are not its own."""
+    slots = [name for each in type(value).__mro__ for name in _listed(vars(each).get("__slots__", ()))]
+    found = {name: getattr(value, name) for name in slots if hasattr(value, name) and not name.startswith("__")}
+    found |= vars(value) if hasattr(value, "__dict__") else {}
+    computed = functools.cached_property
+    return {k: v for k, v in found.items() if not isinstance(inspect.getattr_static(type(value), k, None), computed)}
+
+
+def _listed(names: str | Iterable[str]) -> Iterable[str]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _wrappers(value: Any) -> Iterator[FunctionType]:
+    """Yield the functions that decorators have put around a function."""
+    while hasattr(value, "__wrapped__") and not inspect.isclass(value):
+        if isinstance(value, FunctionType):
+            yield value
+        value = value.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _is_readable(code: CodeType) -> bool:
+    with suppress(OSError, TypeError, SyntaxError):
+        source = inspect.getsource(code)
+        ast.parse(f"if True:\n{source}" if source[:1].isspace() else source)
+        return True
+    return False
 
 
 def _source(value: Any, docstrings: Kept) -> str:
@@ -152,7 +307,12 @@ def _functions(value: Any) -> Iterator[FunctionType]:
     if isinstance(value, FunctionType):
         yield value
     elif inspect.isclass(value):
-        yield from (each for each in vars(value).values() if isinstance(each, FunctionType))
+        for member in vars(value).values():
+            inner = (member.fget, member.fset) if isinstance(member, property) else (member,)
+            for each in inner:
+                plain = getattr(each, "__func__", None) or getattr(each, "func", None) or each
+                if isinstance(plain, FunctionType):
+                    yield plain
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -166,7 +326,7 @@ def _compiled(code: CodeType, docstrings: Kept) -> str:
     constants = code.co_consts
     if docstrings != "all" and _has_docstring(code):
         constants = (None, *constants[1:])
-    inner = [_compiled(each, docstrings) if isinstance(each, CodeType) else _plain(each) for each in constants]
+    inner = [_compiled(each, docstrings) if isinstance(each, CodeType) else _constant(each) for each in constants]
     # Names of arguments count, because rewards are called by them.
     return f"{code.co_code.hex()} {code.co_names} {code.co_varnames} {code.co_freevars} {inner}"
 
@@ -179,16 +339,8 @@ def _has_docstring(code: CodeType) -> bool:
     return not code.co_name.startswith("<") and isinstance(next(iter(code.co_consts), None), str)
 
 
-def _plain(value: Any) -> str:
-    """Return an object's values as text that does not depend on the process."""
-    if isinstance(value, Mapping):
-        return str({str(key): _plain(inner) for key, inner in value.items()})
-    if isinstance(value, set | frozenset):
-        return str(sorted(map(_plain, value)))
-    if isinstance(value, list | tuple):
-        return str([_plain(inner) for inner in value])
-    if inspect.isroutine(value) or inspect.isclass(value):
-        return value.__qualname__
-    if type(value).__repr__ is object.__repr__:
-        return f"{type(value).__qualname__} {_plain(vars(value)) if '__dict__' in dir(value) else ''}"
-    return ADDRESS.sub("", repr(value))
+def _constant(value: Any) -> str:
+    """Return a constant of compiled code as text that does not depend on the process."""
+    if isinstance(value, frozenset):
+        return str(sorted(map(_constant, value)))
+    return str([_constant(each) for each in value]) if isinstance(value, tuple) else repr(value)

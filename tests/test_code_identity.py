@@ -1,12 +1,15 @@
 """Identities of code: what it does counts, what is written about it does not."""
 
+import functools
 import importlib
 import linecache
 import sys
 
 import pytest
+import torch
 
 from falign.code_identity import code_identity, plain_code
+from falign.divergences import from_generator
 from falign.rewards import reward_identity
 
 CODE = '''"""Rewards of a project."""
@@ -153,3 +156,134 @@ def test_docstrings_count_where_the_code_reads_them(load):
     reading = ("return abs(a - b) < LIMIT", "return len(score.__doc__) < LIMIT")
     before, after = identities(load(reading)), identities(load(reading, ("Score lengths.", "Score.")))
     assert all(a != b for a, b in zip(before, after, strict=True))
+
+
+USED = """
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+FACTOR, KNOWN, WEIGHTS = 2.0, {"a", "b"}, torch.tensor([1.0, 2.0])
+
+
+def twice(function):
+    @functools.wraps(function)
+    def called(texts):
+        return [2 * value for value in function(texts)]
+
+    return called
+
+
+def scaled(text):
+    return FACTOR * len(text)
+
+
+@functools.lru_cache
+def looked_up(text):
+    return 3 * len(text)
+
+
+class Base:
+    def __call__(self, texts):
+        return [1.0 for _ in texts]
+
+
+class Judge(Base):
+    def __init__(self, least=2):
+        self.least = least
+
+    @staticmethod
+    def one(text):
+        return scaled(text)
+
+    @property
+    def most(self):
+        return looked_up("most")
+
+
+JUDGE = Judge()
+
+
+@twice
+def decorated(texts):
+    return [1.0 for _ in texts]
+
+
+def of_objects(texts):
+    return [float(text in KNOWN) + WEIGHTS.sum().item() + JUDGE.least for text in texts]
+
+
+@dataclass(frozen=True)
+class Holds:
+    inner: Any
+
+
+class Plain:
+    def __init__(self, inner):
+        self.inner = inner
+
+
+def closure(inner, default=None):
+    def called(texts, default=default):
+        return inner
+
+    return called
+"""
+
+
+def test_all_that_code_uses_counts(load, monkeypatch):
+    monkeypatch.setitem(globals(), "CODE", USED)
+
+    def counts(take, *change):
+        return code_identity(take(load())) != code_identity(take(load(change)))
+
+    judge = lambda project: project.Judge()  # noqa: E731
+    assert counts(judge, "return [1.0 for", "return [3.0 for")  # of a base class
+    assert counts(judge, "FACTOR * len", "FACTOR + len")  # through a static method
+    assert counts(judge, "FACTOR, KNOWN, WEIGHTS = 2.0", "FACTOR, KNOWN, WEIGHTS = 3.0")
+    assert counts(judge, "3 * len", "4 * len")  # through a property, and behind a cache
+    assert counts(lambda project: project.decorated, "2 * value", "3 * value")
+    for change in (('"b"}', '"c"}'), ("[1.0, 2.0]", "[1.0, 2.00001]"), ("JUDGE = Judge()", "JUDGE = Judge(3)")):
+        assert counts(lambda project: project.of_objects, *change)
+    assert code_identity(load().of_objects) == code_identity(load().of_objects)
+
+
+def test_functions_tensors_and_arrays_among_the_values_of_an_object_count(load, monkeypatch):
+    monkeypatch.setitem(globals(), "CODE", USED)
+    project = load()
+    many = torch.zeros(5000)
+    other = many.index_fill(0, torch.tensor(2500), 1.0)
+    layer = torch.nn.Linear(2, 2)
+    pairs = [
+        (lambda x: x, lambda x: 2 * x),
+        (many, other),  # of which repr leaves out the middle
+        (many.numpy(), other.numpy()),
+        (torch.tensor(1.00001), torch.tensor(1.00002)),
+        (layer, torch.nn.Linear(2, 2)),
+        (project.Judge(1), project.Judge(2)),
+        (from_generator(lambda u: u * torch.log(u), name="own"), from_generator(lambda u: (u - 1) ** 2, name="own")),
+    ]
+    wraps = [
+        project.Holds,
+        project.Plain,
+        project.closure,
+        lambda value: project.Holds([value, {"inner": value}]),
+        lambda value: project.closure(None, default=value),
+        lambda value: functools.partial(project.closure, value),
+    ]
+    for wrap in wraps:
+        for first, second in pairs:
+            assert code_identity(wrap(first)) != code_identity(wrap(second)), (wrap, first)
+            assert code_identity(wrap(first)) == code_identity(wrap(first))
+    closures = [project.closure(2), project.closure(3)], [project.closure(2), project.closure(4)]
+    assert code_identity(project.Holds(closures[0])) != code_identity(project.Holds(closures[1]))
+
+
+def test_an_object_that_holds_itself_has_an_identity(load, monkeypatch):
+    monkeypatch.setitem(globals(), "CODE", USED)
+    project = load()
+    first, second = project.Plain(1), project.Plain(1)
+    first.inner, second.inner = first, [second]
+    assert code_identity(first) != code_identity(second)
