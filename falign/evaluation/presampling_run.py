@@ -184,7 +184,7 @@ def presample(
 
 
 class _Settings(NamedTuple):
-    """Arguments that decide what is found, by name."""
+    """Arguments on which the findings depend."""
 
     num_completions: int
     threshold: int
@@ -209,7 +209,7 @@ class _Outputs:
 
     @property
     def journal(self) -> Path:
-        """What is found, until the files are written."""
+        """The findings so far; removed when the files are written."""
         return self.folder / ".presampling.jsonl"
 
     @property
