@@ -427,3 +427,40 @@ def test_evaluations_are_typed_and_read_again(run, pairs, folder):
     assert falign.report([run.path], folder / "pages").page.is_file()
     with pytest.raises(ConfigError, match="scorers='lenght' is unknown"):
         falign.evaluate_rewards(run, "preferences", str(pairs), name="again", scorers=["lenght"])
+
+
+def test_functions_of_several_runs_take_runs_folders_or_a_single_one(run, folder):
+    for given in (run, str(run.path), [run], [run.path]):
+        assert [each.folder.path for each in falign.report(given, folder / "runs.html").runs] == [run.path]
+        with pytest.raises(ConfigError, match=f"{run.path} has no finished evaluation of samples"):
+            falign.evaluate_frontier(given, folder / "frontier.json", name="none")
+        with pytest.raises(ConfigError, match="a soup of 1: give at least two"):
+            falign.soup(given, folder / "soup-of-one")
+
+
+def test_code_that_is_trusted_in_a_call_is_trusted_though_the_run_was_opened_without(model, pairs, folder, monkeypatch):
+    (folder / "trusted_links.py").write_text("from falign.divergences import get\n\ndef js():\n    return get('js')\n")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.chdir(folder)
+    objective = {"divergence": "trusted_links:js", "beta": 0.5}
+    out = folder / "own-code"
+    falign.train(str(model), output_dir=out, **arguments(pairs, objective=objective))
+    opened = falign.load(out)
+    with pytest.raises(ConfigError, match="give trust_code=True"):
+        falign.score(opened, pairs, out / "scores.jsonl")
+    assert falign.score(opened, pairs, out / "scores.jsonl", trust_code=True).completions
+    assert opened.trust_code is False
+
+
+def test_prompts_to_sample_are_texts_and_conversations(run):
+    conversation = [{"role": "user", "content": "ab"}]
+    assert run.sample([conversation], max_new_tokens=2) == run.sample(["ab"], chat=True, max_new_tokens=2)
+
+
+def test_options_of_models_by_name_are_refused_for_runs(run, folder):
+    with pytest.raises(ConfigError, match=r"`dtype`: .* is a run, which has its own"):
+        falign.sample(run, ["ab"], dtype="bfloat16")
+    with pytest.raises(ConfigError, match=r"`dtype`: .* is a run, which has its own"):
+        falign.presample(run, [{"prompt": "ab"}], folder / "typed", verifier="number(answer='n')", dtype="bfloat16")
+    with pytest.raises(ConfigError, match="tokenizer applies only to a loaded model: give `model` too"):
+        falign.load(run.path, tokenizer=tiny_tokenizer())

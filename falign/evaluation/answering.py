@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from falign.data.conversations import read_text
 from falign.data.examples import prompt_turns
 from falign.errors import ConfigError, DataError
 from falign.json_lines import split_lines
-from falign.runs.loading import Named, OpenRun, chat_of_run, is_run, named
+from falign.runs.loading import Named, chat_of_run, is_run, named, opened
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,7 +40,9 @@ def load_named(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = named(model)[0]
     if is_run(name):
-        run = model if isinstance(model, OpenRun) else OpenRun(name, trust_code=trust_code)
+        if dtype != "auto":
+            raise ConfigError(f"`dtype`: {name} is a run, which has its own (model.dtype): leave it out.")
+        run = opened(model, trust_code=trust_code)
         run.policy.to(device)  # pyright: ignore[reportArgumentType]
         return run.policy, run.tokenizer
     return load_model(name, dtype=dtype, device=device), load_tokenizer(name)
@@ -70,7 +72,8 @@ def sample(
         trust_code: Whether code that a run folder names may run.
 
     Raises:
-        ConfigError: There is no prompt, or no such run.
+        ConfigError: There is no prompt, no such run, or `dtype` is given for a run.
+        DataError: A prompt is neither text nor a conversation.
         ModelError: The model is missing or damaged.
         RolloutError: A prompt leaves no room for a completion.
     """
@@ -79,18 +82,31 @@ def sample(
 
     if not prompts:
         raise ConfigError("prompts is empty: give at least one.")
+    prompts = [prompts] if isinstance(prompts, str) else _read(prompts)
     policy, tokenizer = load_named(model, dtype=dtype, trust_code=trust_code)
     chat = chat_of_run(named(model)[0]) if chat is None else chat
     return answer(
         policy,
         tokenizer,
-        [prompts] if isinstance(prompts, str) else prompts,
+        prompts,
         chat=chat is not False,
         stop_token_ids=stop_token_ids(base_of(policy), tokenizer),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
     )
+
+
+def _read(prompts: Any) -> list[Text]:
+    """Return prompts of a program: texts, and conversations as rows of data have them."""
+    if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Sequence):
+        raise ConfigError(f"prompts is a {type(prompts).__name__}: give a text, or a list of texts and conversations.")
+    if any(isinstance(each, Mapping) for each in prompts):
+        raise ConfigError(
+            "prompts has a mapping: give a list of texts and conversations, each of which is a list of turns: "
+            "[[{'role': 'user', 'content': ...}]]."
+        )
+    return [read_text(each, place=f"prompt {number}", field="prompt") for number, each in enumerate(prompts)]
 
 
 def read_prompts(file: Path) -> list[Text]:

@@ -15,7 +15,7 @@ from falign.evaluation.frontier import frontier_point, frontier_summary, with_id
 from falign.evaluation.sample_metrics import divergence_metrics, sample_metrics
 from falign.evaluation.summaries import Frontier, SampleSummary, check_file, damaged, read_summary
 from falign.json_lines import split_lines
-from falign.runs.loading import is_run
+from falign.runs.loading import Named, each_named, is_run
 from falign.runs.named_code import import_from, require_trust
 
 __all__ = ["Evaluated", "check_picture", "evaluate_frontier", "plot_frontier"]
@@ -46,7 +46,7 @@ class Evaluated(NamedTuple):
 
 
 def evaluate_frontier(
-    runs: Sequence[str | Path],
+    runs: Named | Sequence[Named],
     out: str | Path,
     *,
     name: str | None = None,
@@ -56,7 +56,7 @@ def evaluate_frontier(
     """Plot reward against divergence, with the best of n and the ideal frontier of each divergence for comparison.
 
     Args:
-        runs: Run folders, or folders of sample evaluations.
+        runs: Runs, their folders, or folders of sample evaluations.
         out: A plot (``.png``, ``.svg``, ``.pdf``), or its data (``.json``).
         name: Name of the runs' evaluation; by default all sample evaluations.
         divergence: Divergence on the horizontal axis.
@@ -70,7 +70,7 @@ def evaluate_frontier(
         check_picture(target)
     elif not target.parent.is_dir():
         raise ConfigError(f"out={target}: the folder {target.parent} does not exist; create it.")
-    found = [each for run in runs for each in _evaluations(str(run), name)]
+    found = [each for run in each_named(runs, field="runs") for each in _evaluations(run, name)]
     own = {str(each.summary.divergence): each.folder for each in found if each.summary.divergence}
     for named, folder in own.items():
         code = {"summary.divergence": named} if ":" in named else {}

@@ -13,6 +13,7 @@ from types import ModuleType
 from falign.report.metric_names import HELD_OUT
 from falign.report.runs import ReportedRun, read_runs
 from falign.report.writing import WrittenReport, report_path, write_report
+from falign.runs.loading import Named, each_named
 
 __all__ = ["HELD_OUT", "ReportedRun", "WrittenReport", "read_runs", "report_path", "write_report"]
 
@@ -20,8 +21,8 @@ __all__ = ["HELD_OUT", "ReportedRun", "WrittenReport", "read_runs", "report_path
 class _Report(ModuleType):
     """The type of this module, which makes it callable."""
 
-    def __call__(self, runs: Sequence[str | Path] | str | Path, out: str | Path | None = None) -> WrittenReport:
-        return write_report([runs] if isinstance(runs, str | Path) else runs, out)
+    def __call__(self, runs: Named | Sequence[Named], out: str | Path | None = None) -> WrittenReport:
+        return write_report(each_named(runs, field="runs"), out)
 
 
 sys.modules[__name__].__class__ = _Report

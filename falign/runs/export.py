@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from falign.errors import ConfigError, FalignError
 from falign.models import describe, export_adapter, export_merged, verify_export, write_soup
 from falign.models.staging import refuse_other_folder
-from falign.runs.loading import Named, OpenRun, check_own_models, named
+from falign.runs.loading import Named, OpenRun, check_own_models, each_named, opened
 
 if TYPE_CHECKING:
     from falign.models.proof import ExportProof
@@ -68,7 +68,7 @@ def export(
         raise ConfigError(f"format={format!r} is unknown: choose adapter or merged.")
     if base is not None and format == "adapter":
         raise ConfigError(f"base={base} applies only to merged weights: give format=merged, or leave it out.")
-    run = run if isinstance(run, OpenRun) else OpenRun(run, trust_code=trust_code)
+    run = opened(run, trust_code=trust_code)
     target = run.path / "export" / format if out is None else Path(out)
     refuse_other_folder(target, what="an export")
     model, tokenizer, config = run.trained
@@ -121,7 +121,7 @@ class SoupRecord(BaseModel):
 
 
 def soup(
-    models: Sequence[Named],
+    models: Named | Sequence[Named],
     out: str | Path,
     *,
     weights: Sequence[float] | None = None,
@@ -141,7 +141,7 @@ def soup(
         ConfigError: The weights do not sum to 1, or the target holds something else.
         ModelError: The models cannot be averaged, or the trained weights of a run are damaged.
     """
-    target, paths = Path(out), [named(each)[0] for each in models]
+    target, paths = Path(out), each_named(models, field="models")
     refuse_other_folder(target, what="a model")
     check_own_models(paths)
     write_soup(paths, target, weights=weights, dtype=dtype, overwrite=overwrite)

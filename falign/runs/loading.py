@@ -29,9 +29,11 @@ __all__ = [
     "check_own_models",
     "checkpoint_folder",
     "chosen_chat",
+    "each_named",
     "is_run",
     "load_trained",
     "named",
+    "opened",
     "result_folder",
 ]
 
@@ -58,6 +60,8 @@ class Given:
         """Return the sections of a model in memory, an objective and references."""
         from falign.runfile.objects import LoadedModelConfig, objective_section, reference_section
 
+        if model is None and tokenizer is not None:
+            raise ConfigError("tokenizer applies only to a loaded model: give `model` too, or leave it out.")
         sections: dict[str, Any] = {} if model is None else {"model": LoadedModelConfig.of(model, tokenizer)}
         if objective is not None:
             sections["objective"] = objective_section(objective)
@@ -164,11 +168,46 @@ Named = str | Path | OpenRun
 """A run, the path of a run folder, or the path or name of any model."""
 
 
-def named(model: Named, *, trust_code: bool = False) -> tuple[str, Given | None, bool]:
-    """Return the path or name of a run or a model, the objects given with it, and whether its code is trusted."""
+def named(model: Named, *, trust_code: bool = False, field: str = "model") -> tuple[str, Given | None, bool]:
+    """Return the path or name of a run or a model, the objects given with it, and whether its code is trusted.
+
+    Args:
+        model: The run or model.
+        trust_code: Whether code that a run folder names may run.
+        field: The argument's name in messages.
+
+    Raises:
+        ConfigError: It is another object, such as a loaded model.
+    """
     if isinstance(model, OpenRun):
-        return str(model.path), model.given, model.trust_code
+        return str(model.path), model.given, trust_code or model.trust_code
+    if not isinstance(model, str | Path):
+        raise ConfigError(
+            f"{field} is a {type(model).__name__}: give a run, or the path or name of one or of a model; save a loaded "
+            "model and its tokenizer to a folder first."
+        )
     return str(model), None, trust_code
+
+
+def each_named(models: Named | Sequence[Named], *, field: str) -> list[str]:
+    """Return the paths or names of several runs or models, or of a single one.
+
+    Raises:
+        ConfigError: One is another object.
+    """
+    several = models if isinstance(models, Sequence) and not isinstance(models, str) else [models]
+    return [named(each, field=field)[0] for each in several]
+
+
+def opened(run: str | Path | OpenRun, *, trust_code: bool = False) -> OpenRun:
+    """Return a run that can be loaded: of its folder, or one that is open.
+
+    Raises:
+        ConfigError: The path is not a run folder.
+    """
+    if not isinstance(run, OpenRun):
+        return OpenRun(run, trust_code=trust_code)
+    return OpenRun(run.path, given=run.given, trust_code=True) if trust_code and not run.trust_code else run
 
 
 def is_run(path: str) -> bool:

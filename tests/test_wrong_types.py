@@ -1,0 +1,56 @@
+"""Objects of a wrong type, given from Python: each is named with its remedy, not only where types are checked."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.models.tiny import save_tiny
+
+CALLS = {
+    "falign.sample(model, 'a')": "model is a LlamaForCausalLM: give a run, or the path or name",
+    "falign.score(model, [], 'scores.jsonl')": "model is a LlamaForCausalLM: give a run",
+    "falign.presample(model, [], 'sorted', verifier=\"number(answer='n')\")": "model is a LlamaForCausalLM: give a run",
+    "falign.evaluate_samples(model, [])": "model is a LlamaForCausalLM: give a run",
+    "falign.evaluate_rewards(model, 'preferences')": "model is a LlamaForCausalLM: give a run",
+    "falign.soup([model, model], 'soup')": "models is a LlamaForCausalLM: give a run",
+    "falign.sample(folder, 7)": "prompts is a int: give a text, or a list",
+    "falign.sample(folder, {'role': 'user'})": "prompts is a dict: give a text, or a list",
+    "falign.sample(folder, [{'role': 'user', 'content': 'a'}])": "prompts has a mapping: give a list of texts and",
+    "falign.sample(folder, [[{}]])": "prompt 0: 'prompt[0]' is {}; a turn must have role and content",
+    "falign.sample(folder, [7])": "prompt 0: 'prompt' is 7; it must be text or a list of turns",
+}
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import falign
+from falign.errors import FalignError
+from falign.models import load_model
+
+folder, said = sys.argv[1], {}
+model = load_model(folder)
+for call in json.loads(sys.argv[2]):
+    try:
+        eval(call)
+        said[call] = "no error"
+    except FalignError as error:
+        said[call] = str(error)
+    except BaseException as error:
+        said[call] = repr(error)
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("types")
+    # Tests check types at each call, so a program of its own shows what a user sees.
+    command = [sys.executable, "-c", PROGRAM, str(save_tiny(folder / "tiny")), json.dumps(list(CALLS))]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_an_object_of_a_wrong_type_is_named_with_its_remedy(said, call):
+    assert CALLS[call] in said[call]
