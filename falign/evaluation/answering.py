@@ -31,7 +31,7 @@ def load_named(
         trust_code: Whether code that a run folder names may run.
 
     Raises:
-        FalignError: The run or model is missing or damaged.
+        FalignError: The run or model is missing or damaged, or ``dtype`` is given for a run.
     """
     import torch
 

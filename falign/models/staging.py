@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,9 @@ __all__ = ["reading", "refuse_other_folder", "save_tensors", "staged_folder"]
 
 MODEL_MARKS = ("config.json", "adapter_config.json")
 """Files that show that a folder holds a model or an adapter."""
+
+RUN_PART = re.compile(r"(?:adapter|model|references?|checkpoint-\d+)$")
+"""Folders with models that a run keeps, beside its ``manifest.json``."""
 
 
 @contextmanager
@@ -61,16 +65,24 @@ def staged_folder(
         ) from error
 
 
-def refuse_other_folder(target: Path, *, what: str) -> None:
+def refuse_other_folder(target: Path, *, what: str, sources: Iterable[str | Path] = ()) -> None:
     """Keep overwriting from replacing a run, a home folder, or anything else that is not a model.
 
     Args:
         target: The folder that is to be written.
         what: Noun for messages.
+        sources: Models that it is made from or compared with.
 
     Raises:
-        ConfigError: The folder holds other files.
+        ConfigError: The folder holds other files, or one of the sources.
     """
+    for source in map(Path, sources):
+        if source.exists() and source.resolve().is_relative_to(target.resolve()):
+            raise ConfigError(f"out={target} would replace {source}, which {what} is made from: choose another folder.")
+    place = target.resolve()
+    for folder in place.parents if place.is_dir() else ():
+        if (folder / "manifest.json").is_file() and RUN_PART.match(place.relative_to(folder).parts[0]):
+            raise ConfigError(f"out={target} is a part of the run {folder}: choose another folder.")
     if target.is_dir() and any(target.iterdir()) and not any((target / mark).is_file() for mark in MODEL_MARKS):
         raise ConfigError(f"out={target} holds something other than {what}: choose another folder.")
 

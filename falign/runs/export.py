@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ from falign.runs.loading import Named, OpenRun, check_own_models, each_named, op
 
 if TYPE_CHECKING:
     from falign.models.proof import ExportProof
+    from falign.runfile import RunConfig
 
 __all__ = ["Exported", "SoupMember", "SoupRecord", "export", "soup"]
 
@@ -66,11 +67,12 @@ def export(
     """
     if format not in ("adapter", "merged"):
         raise ConfigError(f"format={format!r} is unknown: choose adapter or merged.")
-    if base is not None and format == "adapter":
-        raise ConfigError(f"base={base} applies only to merged weights: give format=merged, or leave it out.")
+    for name, value, default in (("base", base, None), ("dtype", dtype, "auto")):
+        if format == "adapter" and value != default:
+            raise ConfigError(f"{name}={value} applies only to merged weights: give format=merged, or leave it out.")
     run = opened(run, trust_code=trust_code)
     target = run.path / "export" / format if out is None else Path(out)
-    refuse_other_folder(target, what="an export")
+    refuse_other_folder(target, what="an export", sources=_sources(run.config, base))
     model, tokenizer, config = run.trained
     revision, trusted = config.model.revision if base is None else None, config.model.trust_remote_code
     if format == "adapter":
@@ -142,10 +144,17 @@ def soup(
         ModelError: The models cannot be averaged, or the trained weights of a run are damaged.
     """
     target, paths = Path(out), each_named(models, field="models")
-    refuse_other_folder(target, what="a model")
+    refuse_other_folder(target, what="a model", sources=paths)
     check_own_models(paths)
     write_soup(paths, target, weights=weights, dtype=dtype, overwrite=overwrite)
     return SoupRecord.model_validate_json((target / "soup.json").read_text(encoding="utf-8"))
+
+
+def _sources(config: RunConfig, base: str | None) -> Iterator[str | Path]:
+    """Return the paths of all models that a run is made from."""
+    yield from (path for path in (base, config.model.path, config.adapter and config.adapter.init) if path)
+    for part in (*config.reference_sections().values(), *config.rewards):
+        yield from part.model_paths()
 
 
 def _serving(run: OpenRun) -> str:

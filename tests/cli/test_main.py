@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -359,6 +360,26 @@ def test_overwrite_does_not_replace_what_is_no_export(falign, run_file, tmp_path
     assert status == 2
     assert "something other than an export" in err
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("target", ["base", "run/adapter", "run/checkpoint-2", "."])
+def test_overwrite_does_not_replace_the_base_or_a_part_of_the_run(falign, run_file, tiny, tmp_path, target):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    training = {"max_steps": 2, "save_steps": 2}
+    assert falign("train", run_file(model={"path": str(base)}, training=training))[0] == 0
+    kept = sorted(tmp_path.rglob("*"))
+    status, _, err = falign("export", tmp_path / "run", "--format", "merged", "--out", tmp_path / target, "--overwrite")
+    assert (status, sorted(tmp_path.rglob("*"))) == (2, kept)
+    assert "choose another folder" in err
+
+
+def test_a_dtype_without_effect_is_refused(falign, run_file, tmp_path):
+    assert falign("train", run_file())[0] == 0
+    run = tmp_path / "run"
+    status, _, err = falign("export", run, "--format", "adapter", "--dtype", "float16")
+    assert (status, "--dtype float16 applies only to merged weights: give --format merged" in err) == (2, True)
+    status, _, err = falign("sample", run, "--prompt", "a", "--dtype", "bfloat16")
+    assert (status, f"--dtype: {run} is a run, which has its own (model.dtype): leave it out." in err) == (2, True)
 
 
 def test_brackets_in_prompts_and_answers_are_text(falign, run_file):

@@ -71,6 +71,8 @@ def test_only_models_are_replaced(soup, three, tmp_path):
     status, _, err = soup(*three[:2], "--out", tmp_path / "other", "--overwrite")
     assert status == 2
     assert "something other than a model" in err
+    status, _, err = soup(*three[:2], "--out", three[1], "--overwrite")
+    assert (status, f"--out {three[1]} would replace {three[1]}, which a model is made from" in err) == (2, True)
     assert soup(*three[:2], "--out", tmp_path / "soup")[0] == 0
     status, _, err = soup(*three[1:], "--out", tmp_path / "soup")
     assert status == 2
