@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,6 +22,7 @@ from falign.data.memory import PYTHON
 from falign.errors import ConfigError
 from falign.objectives import Measure, Objective, complete, field_of, get_measure, reference_names
 from falign.objectives.batch import OFFLINE
+from falign.objectives.measures import references_of
 from falign.registry import own_names_in
 from falign.runfile.base_config import FrozenModel, PythonObject, refusals
 from falign.runfile.objective_config import ObjectiveConfig, PairwiseConfig
@@ -221,8 +222,11 @@ class RunConfig(FrozenModel):
         """The fields that only record a Python object, which a run file cannot hold."""
         return list(_objects(self.model_dump(mode="json")))
 
-    def check(self) -> Objective:
+    def check(self, *, own_measures: bool = False) -> Objective:
         """Refuse settings that cannot work, before anything is loaded, and return the objective.
+
+        Args:
+            own_measures: Also import the measures of the user's own, which only training needs.
 
         Raises:
             ConfigError: Fields contradict each other; the message names them.
@@ -231,7 +235,7 @@ class RunConfig(FrozenModel):
             raise ConfigError("model.quantization=nf4 with adapter=null: 4-bit weights do not train; add an adapter.")
         self.model.check()
         objective = self.objective.unfitted().build()
-        self._check_references(objective)
+        self._check_references(objective, self._measures(own=own_measures))
         if self.prompts is None:
             self._check_offline(objective)
         else:
@@ -270,14 +274,13 @@ class RunConfig(FrozenModel):
         Raises:
             ConfigError: A name is unknown, or a user's measure cannot be imported or is invalid.
         """
-        with refusals("measures"):
-            return {name: _built_measure(value, f"measures.{name}") for name, value in self.measures.items()}
+        return {field.removeprefix("measures."): measure for field, measure in self._measures(own=True).items()}
 
-    def _known_measures(self) -> dict[str, Measure]:
-        """Return the measures that can be built without importing a user's code."""
-        fields = {f"measures.{name}": value for name, value in self.measures.items()}
-        known = {field: value for field, value in fields.items() if _is_known(value)}
-        return {field: _built_measure(value, field) for field, value in known.items()}
+    def _measures(self, *, own: bool) -> dict[str, Measure]:
+        """Return the measures by their fields; without ``own``, only those that need no import of a user's code."""
+        fields = {f"measures.{name}": value for name, value in self.measures.items() if own or _is_known(value)}
+        with refusals("measures"):
+            return {field: _built_measure(value, field) for field, value in fields.items()}
 
     def models_that_read_ids(self) -> Iterator[tuple[str, str]]:
         """Return the field and path of each other model that reads the policy's token ids."""
@@ -304,7 +307,7 @@ class RunConfig(FrozenModel):
             if size is not None:
                 check_token_rows(rows, num_rows=size, model=path, tokenizer=tokenizer)
 
-    def _check_references(self, objective: Objective) -> None:
+    def _check_references(self, objective: Objective, measures: Mapping[str, Measure]) -> None:
         """Refuse references that contradict each other or do not fit the objective."""
         if self.references and "reference" in self.model_fields_set:
             raise ConfigError(
@@ -317,12 +320,15 @@ class RunConfig(FrozenModel):
                     f"references.{name}: a name is a lower-case letter, then letters, digits and underscores."
                 )
             section.check(field=self.section_of(name), adapter=self.adapter is not None)
-        whole, measures = complete(objective), self._known_measures()
+        whole = complete(objective)
         given, read = self.reference_sections().keys(), reference_names(whole.needs, {**whole.measures, **measures})
         if missing := sorted(read - given):
+            readers = (field for field, measure in measures.items() if missing[0] in references_of([measure]))
+            by_objective = missing[0] in reference_names(whole.needs, whole.measures)
+            reader = f"objective.kind={self.objective.kind}" if by_objective else next(readers)
             raise ConfigError(
-                f"objective.kind={self.objective.kind} or a measure reads the reference {missing[0]!r}, and the run "
-                f"has {', '.join(sorted(given))}: add it under references, as "
+                f"{reader} reads the reference {missing[0]!r}, and the run has "
+                f"{', '.join(sorted(given))}: add it under references, as "
                 f"`references: {{{', '.join(f'{name}: {{kind: ...}}' for name in sorted({*given, *read}))}}}`."
             )
         unread = sorted(given - read - {REFERENCE})

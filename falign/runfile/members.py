@@ -50,9 +50,11 @@ class OwnSection(FrozenModel, extra="allow"):
         member = registry.get(self.kind, field=f"{place}.kind")
         made = call_with_settings(member, self.model_extra or {}, name=self.kind, place=place, given=given)
         if not isinstance(made, protocol):
+            needed = ", ".join(sorted(getattr(protocol, "__abstractmethods__", None) or _members(protocol)))
+            base = f"it must be a subclass of falign's {protocol.__name__} that defines"
             raise ConfigError(
                 f"{place}.kind={self.kind!r} makes a {type(made).__name__}, which is not a falign {protocol.__name__}: "
-                f"it needs {', '.join(sorted(_members(protocol)))}."
+                f"{base if inspect.isabstract(protocol) else 'it needs'} {needed}."
             )
         return made
 
@@ -159,7 +161,9 @@ _LOOSE: Any = {"arbitrary_types_allowed": True, "allow_inf_nan": False, "protect
 
 def _parameters(member: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     function = member.__init__ if inspect.isclass(member) else inspect.unwrap(member)
-    names = vars(sys.modules[function.__module__])
+    # A class without __init__ has that of object, which has no module.
+    module = getattr(function, "__module__", None) or member.__module__
+    names = vars(sys.modules[module])
     # Not the return annotation: its names may be imported for type checkers only.
     return {
         name: each.replace(annotation=eval(each.annotation, names)) if isinstance(each.annotation, str) else each

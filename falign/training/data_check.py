@@ -163,7 +163,7 @@ def _check_run(run: str | Path | RunConfig, *, max_drift: float | None, keep: in
     from falign.training.parts import load_language
 
     config = load_own_run_file(str(run), trust_code=trust_code) if isinstance(run, str | Path) else run
-    objective = config.check()
+    objective = config.check(own_measures=True)
     if config.data is None:
         raise ConfigError(
             f"{_name(run)} has prompts and no data, so there is nothing to check here: falign train checks prompts "

@@ -95,7 +95,7 @@ def train(
     """
     join()
     console = (console or Terminal(stderr=True)) if is_writer() else Terminal(quiet=True)
-    objective, folder = config.check(), RunFolder(config.output_dir, writes=is_writer())
+    objective, folder = config.check(own_measures=True), RunFolder(config.output_dir, writes=is_writer())
     config.training.check()
     origin = Origin.new()
     if resume:

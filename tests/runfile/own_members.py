@@ -19,6 +19,19 @@ def skewed(a: float = 0.5) -> Divergence:
     return from_generator(lambda u: a * (u * torch.log(u) - u + 1) + (1 - a) * (u - 1) ** 2, name=f"skewed({a})")
 
 
+class Bare:
+    """Nothing, and no ``__init__``."""
+
+
+class OfTeacher:
+    """A measure that reads a second reference."""
+
+    references = frozenset({"teacher"})
+
+    def __call__(self, at):
+        return at.reference("teacher")[:, 0]
+
+
 def centred(rewards, prompt_index):
     """An advantage: minus the mean of the rollout."""
     return rewards.float() - rewards.float().mean()

@@ -102,6 +102,7 @@ def test_an_own_target_is_matched(online):
             {"kind": f"{OWN}:nothing"},
             r"makes a dict, which is not a falign Objective: it needs __call__, meas",
         ),
+        ({"kind": f"{OWN}:Bare"}, r"makes a Bare, which is not a falign Objective: it needs __call__, meas"),
         ({"kind": "pairwise", "divergence": f"{OWN}:centred"}, r"objective\.divergence=.*: .*takes 0|missing|needs"),
         ({"kind": "pairwse"}, r"objective\.kind='pairwse' is unknown: did you mean pairwise\?.*module:Name"),
     ],
@@ -151,6 +152,8 @@ def test_a_divergence_within_a_measure_is_code_too(tiny, tmp_path):
     elsewhere.check()  # a command that does not log measures imports none
     with pytest.raises(ConfigError, match="No module named 'no_such_module'"):
         elsewhere.build_measures()
+    with pytest.raises(ConfigError, match=r"^measures\.gap='divergence_to\(no_such_module:f\)': .*No module named"):
+        train(elsewhere, console=Console(quiet=True))  # before it looks for the data, which are not there
 
 
 @pytest.mark.parametrize(

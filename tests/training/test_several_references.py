@@ -114,7 +114,10 @@ TEACHER = {"references": {"reference": {}, "teacher": {"kind": "frozen", "path":
     [
         ({**TEACHER, "reference": {"kind": "auto"}}, "reference and references exclude each other: write the one"),
         (TEACHER, r"references.teacher: neither objective.kind=pairwise nor a measure reads a reference of this name"),
-        (MEASURES, r"a measure reads the reference 'teacher', and the run has reference: add it under references, as"),
+        (
+            MEASURES,
+            r"^measures\.\w+ reads the reference 'teacher', and the run has reference: add it under references, as",
+        ),
         ({"references": {"teacher": {}}, **MEASURES}, "reads the reference 'reference', and the run has teacher"),
         ({"references": {"My teacher": {}}}, r"references\.My teacher: a name is a lower-case letter"),
         ({"references": {"reference": {"kind": "soup", "paths": ["a"]}}}, "references.reference: a soup of 1"),
@@ -128,6 +131,21 @@ TEACHER = {"references": {"reference": {}, "teacher": {"kind": "frozen", "path":
 def test_references_that_contradict_each_other_or_the_objective_are_refused_with_the_remedy(run_file, changes, message):
     with pytest.raises(ConfigError, match=message):
         parse_run(run_file("run", **changes)).check()
+
+
+def test_a_measure_of_ones_own_that_reads_a_missing_reference_is_refused_before_anything_is_loaded(run_file):
+    config = parse_run(
+        run_file("run", model={"path": "nowhere"}, measures={"t": "tests.runfile.own_members:OfTeacher"})
+    )
+    with pytest.raises(
+        ConfigError, match=r"^measures\.t reads the reference 'teacher', and the run has reference: add"
+    ):
+        train(config, console=Console(quiet=True))
+
+
+def test_an_own_reference_that_is_none_is_told_what_it_must_define(run_file):
+    with pytest.raises(ConfigError, match=r"subclass of falign's Reference that defines identity, logprobs, states\."):
+        start(run_file("run", reference={"kind": "tests.runfile.own_members:Bare"}))
 
 
 def test_an_objective_that_reads_no_reference_needs_none_of_that_name(run_file, tmp_path):
