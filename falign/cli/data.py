@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from falign.cli.options import TrustCode, with_options_named
+from falign.cli.options import TrustCode, options_named, with_options_named
 from falign.errors import ConfigError
 from falign.plain_yaml import plain_yaml
 from falign.terminal import Terminal
@@ -100,13 +101,14 @@ def check(
     # were given are written as options.
     parameters = inspect.signature(check_data).parameters
     given = [name for name, value in options.items() if value != parameters[name].default]
+    names = ["trust_code", *given] if is_run_file(file) else list(options)
 
-    @with_options_named(names=["trust_code", *given] if is_run_file(file) else options)
+    @with_options_named(names=names)
     def run() -> None:
         result = check_data(file, **options)
         console = Terminal(highlight=False)
         for report in result.sources:
-            _show(report, console)
+            _show(report, console, names)
         for notice in result.notices:
             style = "yellow" if notice.is_warning else None
             console.print(notice.text, style=style, markup=False, soft_wrap=True)
@@ -115,7 +117,7 @@ def check(
     run()
 
 
-def _show(report: DataReport, console: Terminal) -> None:
+def _show(report: DataReport, console: Terminal, names: Collection[str]) -> None:
     title = escape(f"{report.source.path} ({report.source.format})")
     counts = Table("", "rows", title=title, title_justify="left")
     for label, count in report.counts():
@@ -126,9 +128,9 @@ def _show(report: DataReport, console: Terminal) -> None:
         lengths.add_row(name, *(f"{number:,}" for number in numbers))
     console.print(lengths)
     for message in report.source.messages:
-        console.print(message, style="red", markup=False, soft_wrap=True)
+        console.print(options_named(message, names), style="red", markup=False, soft_wrap=True)
     for remark in report.source.remarks():
-        console.print(remark, style="yellow", markup=False, soft_wrap=True)
+        console.print(options_named(remark, names), style="yellow", markup=False, soft_wrap=True)
 
 
 def column_mapping(text: str) -> dict[str, str]:

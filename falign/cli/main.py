@@ -95,6 +95,6 @@ def _usage_message(error: Any) -> str:
     """Return the message of a wrong command line; ``""`` if its help was shown instead."""
     if error.ctx is None or not error.format_message():
         return error.format_message()
-    message = error.format_message()
+    message = error.format_message().replace("Value error, ", "")  # the prefix of pydantic
     end = "" if message.endswith((".", "?")) else "."
     return f"{message}{end} See {error.ctx.command_path} --help."

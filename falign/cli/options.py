@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 from collections.abc import Callable, Collection
 from functools import partial, wraps
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from typing_extensions import override
 from falign.errors import FalignError
 from falign.terminal import Terminal
 
-__all__ = ["CommandTerminal", "TrustCode", "with_options_named"]
+__all__ = ["CommandTerminal", "TrustCode", "options_named", "with_options_named"]
 
 TrustCode = Annotated[
     bool,
@@ -28,8 +29,13 @@ TrustCode = Annotated[
 ALWAYS_KNOWN = ("base_name_or_path", "prompts", "reference", "resume", "temperature")
 """Arguments that messages name even under a command without the option."""
 
-SPECIAL_NAMES = {"base_name_or_path": "--base", "chat=False": "--plain", "num_resamples": "--resamples"}
-"""Options that are not called like their argument."""
+SPECIAL_NAMES = {
+    "benchmark": "BENCHMARK",
+    "base_name_or_path": "--base",
+    "chat=False": "--plain",
+    "num_resamples": "--resamples",
+}
+"""Options and positional arguments that are not called like the library's argument."""
 
 
 def with_options_named(
@@ -47,24 +53,41 @@ def with_options_named(
     if command is None:
         return partial(with_options_named, names=names)
     known = {*inspect.signature(command).parameters, *ALWAYS_KNOWN} if names is None else names
-    any_name = "|".join(sorted(known, key=len, reverse=True))  # longest first: a regex takes the first that fits
-    # Either `name`, or name=value where the name is not part of a longer word, a dotted field or an option.
-    argument = re.compile(rf"`({any_name})`|(?<![\w.\"'`-])({any_name})=(True\b|False\b)?")
-
-    def option(match: re.Match[str]) -> str:
-        name = match[1] or match[2]
-        flag = SPECIAL_NAMES.get(match[0], SPECIAL_NAMES.get(name, f"--{name.replace('_', '-')}"))
-        return flag if match[1] or match[3] else f"{flag} "  # the value follows, unless it is True or False
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
         except FalignError as error:
-            error.args = tuple(argument.sub(option, each) if isinstance(each, str) else each for each in error.args)
+            error.args = tuple(options_named(each, known) if isinstance(each, str) else each for each in error.args)
             raise
 
     return run
+
+
+def options_named(text: str, names: Collection[str]) -> str:
+    """Return a message in which the library's arguments are written as a user types them in a shell.
+
+    Example:
+        >>> options_named("set columns={prompt: question} or ignore=[a, b]; raise `max_length`", {"columns", "ignore"})
+        "set --columns '{prompt: question}' or --ignore a --ignore b; raise `max_length`"
+    """
+    any_name = "|".join(sorted(names, key=len, reverse=True))  # longest first: a regex takes the first that fits
+    # Either `name`, or name=value where the name is not part of a longer word, a dotted field or an option.
+    value = r"True\b|False\b|\{[^{}]*\}|\[[\w., -]+\]"
+    return re.sub(rf"`({any_name})`|(?<![\w.\"'`-])({any_name})=({value})?", _option, text)
+
+
+def _option(match: re.Match[str]) -> str:
+    name, value = match[1] or match[2], match[3]
+    flag = SPECIAL_NAMES.get(match[0], SPECIAL_NAMES.get(name, f"--{name.replace('_', '-')}"))
+    if match[1] or value in {"True", "False"}:
+        return flag
+    if value is None:
+        return f"{flag} "  # the value follows
+    if value.startswith("{"):
+        return f"{flag} {shlex.quote(value)}"
+    return " ".join(f"{flag} {shlex.quote(each)}" for each in value[1:-1].split(", "))
 
 
 CHAT = re.compile(r"\bchat=(True|False)\b")

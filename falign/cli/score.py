@@ -39,6 +39,10 @@ def score(
         bool | None,
         typer.Option("--chat/--plain", help="Read plain texts as chat turns, or as they are. Default: as the run did."),
     ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="A column to ignore although it looks like part of the prompt; may be repeated."),
+    ] = None,
     max_length: Annotated[
         int | None,
         typer.Option(min=2, help="Maximum tokens of prompt and completion together. Default: the run's, or 1024."),
@@ -62,7 +66,8 @@ def score(
 
     totals = write(
         model,
-        {"path": file, "split": split, "format": format, "columns": column_mapping(columns), "chat": chat},
+        {"path": file, "split": split, "format": format, "columns": column_mapping(columns), "chat": chat}
+        | {"ignore": list(ignore or ())},
         out,
         reference=reference,
         divergence=divergence,

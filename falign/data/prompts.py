@@ -237,7 +237,7 @@ class _Reader:
             if self.long_prompt == "error":
                 raise DataError(
                     f"{row.place}: the prompt has {len(ids)} tokens, and max_length={self.max_length}. "
-                    "Raise it, or set long_prompt to cut (from the left) or drop."
+                    "Raise it, or set `long_prompt` to cut (from the left) or drop."
                 )
             if self.long_prompt == "drop":
                 self.dropped += 1

@@ -39,7 +39,7 @@ def recognize(row: Row) -> str:
     demonstration = _demonstration(row)
     if columns & set(PAIR) or not (columns & COLUMNS or demonstration):
         raise missing_column(row, "rejected" if "chosen" in columns else "chosen")
-    remedy = f"set columns={as_mapping(demonstration)}" if demonstration else "set columns"
+    remedy = f"set columns={as_mapping(demonstration)}" if demonstration else "set `columns`"
     raise DataError(
         f"{row.place}: the columns {sorted(columns)} are not a layout that falign knows. A pair needs prompt, chosen "
         f"and rejected; a demonstration needs prompt and completion, or messages: {remedy}, or rename them in the file."
@@ -107,8 +107,8 @@ class RowReader:
         for name in self._columns:
             if name not in COLUMNS:
                 raise ConfigError(
-                    f"columns={self._columns}: {name!r} is not a column that falign reads. The left side is "
-                    f"falign's name, one of {sorted(COLUMNS)}; the right side is the file's."
+                    f"columns={as_mapping(self._columns)}: {name!r} is not a column that falign reads. The left side "
+                    f"is falign's name, one of {sorted(COLUMNS)}; the right side is the file's."
                 )
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -183,6 +184,9 @@ class Tally:
 
 BadRowPolicy = Literal["error", "skip"]
 
+LENGTHS = re.compile(r"(?<![\w.])(?:max|long)_(?:length|completion_length|prompt|completion)(?=[=`])")
+"""Names of a window's settings in messages; in a run file they stand in the same section as ``bad_rows``."""
+
 
 class BadRows:
     """Receive the error of each bad row: raise it, or count it and keep the first messages.
@@ -214,7 +218,9 @@ class BadRows:
         if self.policy == "error":
             if self._skip_by is None:
                 raise error
-            raise DataError(f"{error} ({self._skip_by} leaves such rows out and counts them.)") from error
+            section = self._skip_by.partition("bad_rows")[0]
+            message = LENGTHS.sub(lambda name: section + name[0], str(error))
+            raise DataError(f"{message} ({self._skip_by} leaves such rows out and counts them.)") from error
         self.count += 1
         if len(self.messages) < self.keep:
             self.messages.append(str(error))

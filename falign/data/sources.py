@@ -165,7 +165,7 @@ def check_split(path: str, split: str) -> None:
     named = re.search(rf"(?<![A-Za-z0-9]){re.escape(split)}(?![A-Za-z0-9])", file.name)
     if split != "train" and not named and file.is_file():
         raise DataError(
-            f"{path}: split={split!r} cannot be chosen: this is one file, which has no splits; leave split out, "
+            f"{path}: split={split!r} cannot be chosen: this is one file, which has no splits; leave it out, "
             "or give the file of that split."
         )
 

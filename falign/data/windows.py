@@ -80,8 +80,8 @@ def fit(tree: PromptTree, window: Window, *, bos_token_id: int | None) -> Fitted
     if prompt_excess and window.long_prompt == "error":
         raise DataError(
             f"{tree.place}: the prompt has {len(tree.prompt_ids)} tokens and the longest completion {longest}; "
-            f"in max_length={window.max_length} the prompt may have {prompt_room}. Raise max_length, "
-            "lower max_completion_length, or set long_prompt to cut (from the left) or drop."
+            f"in max_length={window.max_length} the prompt may have {prompt_room}. Raise `max_length`; "
+            "a run can also lower `max_completion_length`, or set `long_prompt` to cut (from the left) or drop."
         )
     if prompt_excess and window.long_prompt == "drop":
         return Fitted(None, dropped="long prompt")
@@ -92,8 +92,8 @@ def fit(tree: PromptTree, window: Window, *, bos_token_id: int | None) -> Fitted
     if completions_cut and window.long_completion == "error":
         raise DataError(
             f"{tree.place}: the longest completion has {longest} tokens, and after a prompt of {len(prompt_ids)} "
-            f"there is room for {completion_room}. Raise max_length or max_completion_length, "
-            "or set long_completion to cut or drop."
+            f"there is room for {completion_room}. Raise `max_length`; "
+            "a run can also raise `max_completion_length`, or set `long_completion` to cut or drop."
         )
     if completions_cut and window.long_completion == "drop":
         return Fitted(None, dropped="long completion")

@@ -51,7 +51,7 @@ class ComparisonOptions(NamedTuple):
                     "rewards: leave it out, choose some `scorers`, or export the run as a merged model and score that."
                 )
         elif self.reference_free and (others := [each for each in given if each not in WITHOUT_REFERENCE]):
-            raise ConfigError(f"`reference_free` excludes {', '.join(others)}, which need a reference: leave one out.")
+            raise ConfigError(f"`reference_free` excludes what needs a reference, {', '.join(others)}: leave one out.")
         elif self.reference is None and not self.reference_free:
             raise ConfigError(
                 f"{model} is not a run folder, so it has no reference: give reference=MODEL, such as the model that it "

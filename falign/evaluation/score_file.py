@@ -183,10 +183,10 @@ def counts_message(counts: Iterable[tuple[str, int]], bad_rows: BadRows) -> str:
         >>> bad_rows = BadRows("skip")
         >>> bad_rows.add(DataError("pairs.jsonl:3: 'chosen' is empty"))
         >>> counts_message([("bad rows", 1), ("prompts cut", 2)], bad_rows)
-        "bad rows 1; prompts cut 2 (the first bad row: pairs.jsonl:3: 'chosen' is empty)"
+        "bad rows: 1; prompts cut: 2 (the first bad row: pairs.jsonl:3: 'chosen' is empty)"
     """
     first = f" (the first bad row: {bad_rows.messages[0]})" if bad_rows.messages else ""
-    return "; ".join(f"{label} {count}" for label, count in counts) + first
+    return "; ".join(f"{label}: {count}" for label, count in counts) + first
 
 
 def batches_in_order(trees: Iterable[TreeT], *, max_tokens: int) -> Iterator[list[TreeT]]:

@@ -168,5 +168,6 @@ def _record_of_data(source: DataSource, scored: Scored) -> dict[str, Any]:
         "format": source.format,
         "columns": dict(source.columns),
         "chat": source.chat,
+        "ignore": sorted(source.ignore),
         **asdict(scored.window),
     }

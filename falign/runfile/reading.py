@@ -78,7 +78,7 @@ def load_reward_list(path: str | Path) -> list[RewardConfig]:
     Raises:
         ConfigError: The file is missing or has no such section, or a key or value is wrong.
     """
-    data = _read_yaml(path)
+    data = _read_yaml(path, what="file of rewards")
     section = data.get("rewards") if isinstance(data, dict) else data
     if not isinstance(section, list) or not section:
         raise ConfigError(f"{path} has no list of rewards: write `rewards: [{{kind: ...}}]`, as in a run file.")
@@ -109,11 +109,11 @@ def valid_paths(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
         yield from dict.fromkeys(paths)
 
 
-def _read_yaml(path: str | Path) -> Any:
+def _read_yaml(path: str | Path, *, what: str = "run file") -> Any:
     file = Path(path)
     if not file.is_file():
         near = nearest(file.name, [p.name for p in file.absolute().parent.glob("*.y*ml")])
-        raise ConfigError(f"No run file at {file}.{f' Did you mean {file.with_name(near)}?' if near else ''}")
+        raise ConfigError(f"No {what} at {file}.{f' Did you mean {file.with_name(near)}?' if near else ''}")
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -263,7 +263,7 @@ def result_folder(model: str, name: str, out: Path | None) -> Path:
         ConfigError: The name is a path, or the results are a model's and no folder is given.
     """
     if Path(name).name != name or name in {"", "..", "."}:
-        raise ConfigError(f"name={name} must be the name of a folder, not a path; out takes a path.")
+        raise ConfigError(f"name={name} must be the name of a folder, not a path; `out` takes a path.")
     if out is not None:
         return out
     if not is_run(model):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import SchedulerType
 from typing_extensions import override
 
 from falign.errors import ConfigError, TrainingError, one_line
@@ -169,12 +170,15 @@ class ResumableTrainer(Trainer, ABC):
         if steps == began.max_steps:
             return
         if steps < taken:
-            raise ConfigError(f"The run has taken {taken} steps and would now end after {steps}: raise max_steps.")
+            raise ConfigError(
+                f"The run has taken {taken} steps and would now end after {steps}: raise training.max_steps."
+            )
         if not same_learning_rates(self.args, began.max_steps, steps, until=taken):
+            schedule = SchedulerType(self.args.lr_scheduler_type).value
             raise ConfigError(
                 f"training.max_steps or num_train_epochs: the run began with {began.max_steps} steps. With {steps}, "
-                f"lr_scheduler_type={self.args.lr_scheduler_type} would have given the {taken} steps already taken "
-                "other learning rates. Set it as it was; or continue from the trained model in a new run, with "
+                f"training.lr_scheduler_type={schedule} would have given the {taken} steps already taken other "
+                "learning rates. Set it as it was; or continue from the trained model in a new run, with "
                 "adapter.init=RUN (without adapter, model.path=RUN/model)."
             )
 

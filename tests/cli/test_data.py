@@ -1,6 +1,8 @@
 """``falign data check`` as a user types it."""
 
 import json
+import re
+import shlex
 
 import pytest
 
@@ -102,6 +104,11 @@ def test_messages_name_options_but_the_fields_of_a_run_file(falign, folder, run_
     status, _, err = falign("data", "check", tmp_path / "long.jsonl", *options)
     assert status == 2
     assert "raise --max-length, or cut long texts (--long-prompt cut, --long-completion cut)." in err
+    status, out, _ = falign("data", "check", tmp_path / "long.jsonl", *options[:-2])
+    assert (
+        status,
+        "Raise --max-length; a run can also lower --max-completion-length, or set --long-prompt" in out,
+    ) == (2, True)
     status, _, err = falign("data", "check", tmp_path / "long.jsonl", "--max-length", 8)
     assert (status, "--max-length needs a tokenizer: give --model." in err) == (2, True)
     status, _, err = falign("data", "check", run_file(long, data={"max_length": 4, "long_prompt": "drop"}))
@@ -115,3 +122,18 @@ def test_messages_name_options_but_the_fields_of_a_run_file(falign, folder, run_
     (tmp_path / "manifest.json").write_text("{}")
     status, _, err = falign("data", "check", path)
     assert (status, "objective.divergence=my_own:Divergence" in err, "give --trust-code" in err) == (2, True, True)
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"question": "a b", "good": "b", "bad": "c"}, r"set (--columns '.*?\}')"),
+        ({**PAIR, "history": "we talked of ships"}, r"or set (--ignore history)"),
+    ],
+)
+def test_a_remedy_for_columns_works_as_it_is_typed(falign, tmp_path, row, found):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    status, out, _ = falign("data", "check", path)
+    assert status == 2
+    assert falign("data", "check", path, *shlex.split(re.search(found, out)[1]))[0] == 0

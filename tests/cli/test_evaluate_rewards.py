@@ -209,7 +209,7 @@ def test_rows_and_summary_have_what_the_page_says(evaluate, tmp_path, rm_bench):
     rows, summary = rows_of(tmp_path / "out"), summary_of(tmp_path / "out")
     assert [row["id"] for row in rows] == ["0", "1", "2", "3", "5"]
     assert summary["skipped"] == {"longer than the window": 1}
-    assert "longer than the window 1" in err
+    assert "longer than the window: 1" in err
     row = rows[0]
     assert [*row] == ["place", "id", "subset", "group", "preference", "num_tokens", "scores", "outcome"]
     assert row["place"].endswith("code_filtered.jsonl:1")
@@ -248,7 +248,7 @@ def test_long_items_are_cut_or_an_error_when_asked_for(evaluate, tmp_path):
     assert summary_of(tmp_path / "out")["num_items"] == 6
     status, _, err = evaluate("--max-length", 8, out=tmp_path / "other")
     assert status == 2
-    assert "no item can be scored: longer than the window 6" in err
+    assert "no item can be scored: longer than the window: 6" in err
     assert not (tmp_path / "other").exists()
 
 
@@ -312,7 +312,7 @@ def test_a_classifier_scores_beside_the_policy(evaluate, rm_bench, tmp_path):
         ((), {"reference": None}, "give --reference MODEL"),
         (("--classifier-label", "good"), {}, "--classifier-text and --classifier-label need --classifier"),
         (("--seed", -1), {}, "greater than or equal to 0"),
-        (("--reference-free",), {}, "--reference-free excludes --reference"),
+        (("--reference-free",), {}, "--reference-free excludes what needs a reference, --reference: leave one out"),
         ((), {"out": None}, "give --out DIR"),
         (("--name", "a/b"), {"out": None}, "--name a/b must be the name of a folder"),
         (("--long-items", "keep"), {}, "'skip'"),

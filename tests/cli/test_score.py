@@ -158,7 +158,7 @@ def test_bad_rows_can_be_left_out_and_are_counted(score, pairs, tmp_path):
     break_row(pairs, chosen=" ")
     status, _, err = score("--bad-rows", "skip")
     assert status == 0, err
-    assert "bad rows 1" in err
+    assert "bad rows: 1" in err
     assert "pairs.jsonl:20" in err
     assert len(rows_of(tmp_path / "scores.jsonl")) == 46
 
@@ -311,3 +311,17 @@ def test_a_killed_call_leaves_nothing_under_the_final_name_and_goes_on(score, ti
     assert "scored by an earlier call" in table
     assert score("--tokens-per-batch", 100, out=tmp_path / "whole.jsonl")[0] == 0
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_column_that_looks_like_the_prompt_can_be_ignored(score, tmp_path):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "history": "we talked of ships"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    status, _, err = score(file=tmp_path / "rows.jsonl")
+    assert (status, "or set --ignore history if it is not part of the prompt" in err) == (2, True)
+    status, _, err = score("--ignore", "history", file=tmp_path / "rows.jsonl")
+    assert status == 0, err
+
+
+def test_a_prompt_that_is_too_long_names_the_options_that_there_are(score):
+    _, _, err = score("--max-length", "8")
+    assert "Raise --max-length; a run can also lower `max_completion_length`" in err

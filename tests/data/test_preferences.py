@@ -118,8 +118,11 @@ def test_long_prompt_stops_by_default_and_is_a_bad_row_when_skipping(tokenizer, 
     good = {"prompt": "q\n", "chosen": "a", "rejected": "b"}
     path = write_rows(good, {**good, "prompt": "z" * 50})
     window = Window(max_length=20)
-    with pytest.raises(DataError, match=r"rows.jsonl:2: the prompt has 50 tokens .*set long_prompt to cut"):
+    with pytest.raises(DataError, match=r"rows.jsonl:2: the prompt has 50 tokens .*set `long_prompt` to cut"):
         load(tokenizer, DataSource(path, chat=False), window=window)
+    of_a_run = r"in data.max_length=20 .* Raise `data.max_length`; a run can also lower `data.max_completion_length`"
+    with pytest.raises(DataError, match=of_a_run):
+        load(tokenizer, DataSource(path, chat=False), window=window, skip_by="data.bad_rows=skip")
     assert load(tokenizer, DataSource(path, chat=False), window=window, bad_rows="skip").report.sources[0].bad == 1
     cut = load(tokenizer, DataSource(path, chat=False), window=Window(20, long_prompt="cut")).report.sources[0]
     assert (cut.kept, cut.prompts_cut) == (2, 1)

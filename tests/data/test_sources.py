@@ -73,7 +73,7 @@ def test_files_of_several_names_are_not_joined_into_one_split(tmp_path):
 def test_a_split_of_a_file_that_has_none_is_refused(write_rows):
     path = write_rows(*ROWS, name="pairs.jsonl")
     for source in (path, "demo:polite-preference"):
-        with pytest.raises(DataError, match=r": split='test' cannot be chosen: this is one file, .*leave split out"):
+        with pytest.raises(DataError, match=r": split='test' cannot be chosen: this is one file, .*leave it out"):
             list(read_examples(DataSource(source, split="test")))
         with pytest.raises(DataError, match="split='test' cannot be chosen"):
             load_prompts([PromptSource(source, split="test")], tiny_tokenizer(), max_length=99)

@@ -21,7 +21,8 @@ def test_what_fits_is_returned_as_it_is():
 def test_prompt_over_its_budget_stops_by_default_with_numbers_and_options():
     message = (
         "x:7: the prompt has 20 tokens and the longest completion 12; in max_length=24 the prompt may have 12. "
-        "Raise max_length, lower max_completion_length, or set long_prompt to cut (from the left) or drop."
+        "Raise `max_length`; a run can also lower `max_completion_length`, or set `long_prompt` to cut (from the left) "
+        "or drop."
     )
     with pytest.raises(DataError) as caught:
         fit(LONG, Window(max_length=24), bos_token_id=None)
