@@ -6,16 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from falign.choices import shown
+from falign.errors import ConfigError
 from falign.runfile import AdapterConfig as Lora
 from falign.runfile import parse_run
 from falign.runfile.base_config import FrozenModel
 from falign.runfile.objects import (
+    each_section,
     is_section,
     measure_section,
     model_section,
     objective_section,
     reference_section,
-    reward_section,
+    reward_sections,
     with_sources,
 )
 from falign.runs.loading import Given, OpenRun
@@ -137,12 +140,12 @@ def train(
     measures: Mapping[str, Measure | str] | None = None,
     adapter: Section | str | None = "lora",
     training: Section | None = None,
-    rewards: Sequence[Callable[..., Any] | Section] | Callable[..., Any] = (),
+    rewards: Sequence[Callable[..., Any] | Section] | Callable[..., Any] | Section = (),
     rollout: Section | None = None,
     rehearsal: Section | None = None,
     sampling: Section | None = None,
     seed: int = 0,
-    callbacks: Sequence[TrainerCallback] = (),
+    callbacks: Sequence[TrainerCallback] | TrainerCallback = (),
     resume: bool = False,
     new_rewards: bool = False,
     console: Console | None = None,
@@ -195,10 +198,10 @@ def train(
         "prompts": None if prompts is None else with_sources(prompts, texts=True),
         "objective": _objective(objective),
         "reference": None if reference is None else reference_section(reference),
-        "references": _each(reference_section, references),
-        "measures": _each(measure_section, measures),
+        "references": None if references is None else each_section("references", reference_section, references),
+        "measures": None if measures is None else each_section("measures", measure_section, measures),
         "training": training,
-        "rewards": [reward_section(each) for each in ([rewards] if callable(rewards) else rewards)],
+        "rewards": reward_sections(rewards),
         "rollout": rollout,
         "rehearsal": rehearsal,
         "sampling": sampling,
@@ -209,6 +212,9 @@ def train(
         if value is not None or name == "adapter"
     }
     config = parse_run(given, place="falign.train")
+    if new_rewards and not resume:
+        raise ConfigError("`new_rewards` has no effect without `resume`: a new run uses its rewards as they are.")
+    callbacks = _each_callback(callbacks)
     run(config, console=console, resume=resume, new_rewards=new_rewards, callbacks=callbacks)
     held = {name: getattr(config, name) for name in ("model", "objective", "data", "prompts", "rewards")}
     if config.reference.kind == "python":
@@ -218,9 +224,16 @@ def train(
     return Run(config.output_dir, given=Given(held), trust_code=True)
 
 
+def _each_callback(given: Any) -> Sequence[Any]:
+    """Return a list of callbacks, or of the single one that is given."""
+    from transformers import TrainerCallback
+
+    several = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    for each in several:
+        if not (issubclass(each, TrainerCallback) if isinstance(each, type) else isinstance(each, TrainerCallback)):
+            raise ConfigError(f"callbacks has {shown(each)}: give transformers.TrainerCallback objects.")
+    return several
+
+
 def _objective(value: Any) -> Any:
     return value if value is None or is_section(value) else objective_section(value)
-
-
-def _each(section: Callable[[Any], Any], values: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if values is None else {name: section(value) for name, value in values.items()}

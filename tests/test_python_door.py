@@ -464,3 +464,21 @@ def test_options_of_models_by_name_are_refused_for_runs(run, folder):
         falign.presample(run, [{"prompt": "ab"}], folder / "typed", verifier="number(answer='n')", dtype="bfloat16")
     with pytest.raises(ConfigError, match="tokenizer applies only to a loaded model: give `model` too"):
         falign.load(run.path, tokenizer=tiny_tokenizer())
+
+
+def test_one_source_or_callback_or_reward_needs_no_list(model, pairs, folder):
+    class Steps(TrainerCallback):
+        seen = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.seen += 1
+
+    steps = Steps()
+    source = {"rows": rows(pairs), "chat": False}
+    settings = arguments(pairs, data=source, training={"max_steps": 1, "per_device_train_batch_size": 4})
+    one = falign.train(str(model), output_dir=folder / "one", callbacks=steps, **settings)
+    assert steps.seen == 1
+    listed = falign.train(str(model), output_dir=folder / "listed", **{**settings, "data": {"train": [source]}})
+    assert all(torch.equal(tensor, adapter(listed)[name]) for name, tensor in adapter(one).items())
+    with pytest.raises(ConfigError, match="rewards is a section of online runs"):
+        falign.train(str(model), output_dir=folder / "refused", rewards={"kind": "math", "answer": "a"}, **settings)

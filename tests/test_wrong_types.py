@@ -20,16 +20,40 @@ CALLS = {
     "falign.sample(folder, [{'role': 'user', 'content': 'a'}])": "prompts has a mapping: give a list of texts and",
     "falign.sample(folder, [[{}]])": "prompt 0: 'prompt[0]' is {}; a turn must have role and content",
     "falign.sample(folder, [7])": "prompt 0: 'prompt' is 7; it must be text or a list of turns",
+    "train(reference=model)": "reference is a LlamaForCausalLM: give FrozenModel(model, **falign.models.model_iden",
+    "train(references=['reference'])": "references is ['reference']: give a mapping from a name to each",
+    "train(measures=['entropy'])": "measures is ['entropy']: give a mapping",
+    "train(measures='entropy')": "measures is 'entropy': give a mapping from a name to each",
+    "train(rewards='math')": "rewards has 'math': give functions f(prompts, completions, **columns)",
+    "train(rewards=['math'])": "rewards has 'math': give functions",
+    "train(rewards=7)": "rewards has 7: give functions",
+    "train(rewards=dict(kind='maths'))": "rewards.0.kind='maths' is unknown",
+    "train(rewards=dict(function=len, wieght=2))": "unknown key 'wieght' beside a function, which takes name",
+    "train(rewards=dict(function=len, kind='math'))": "unknown key 'kind' beside a function",
+    "train(rewards=dict(function=len, weight='x'))": "rewards: weight='x': Input should be a valid number",
+    "train(callbacks=['wandb'])": "callbacks has 'wandb': give transformers.TrainerCallback objects",
+    "train(callbacks=lambda: None)": "callbacks has <function <lambda>",
+    "train(new_rewards=True)": "`new_rewards` has no effect without `resume`",
+    "train(data=DatasetDict(train=table, test=table))": "splits ['train', 'test']: give one of them, or dict(",
 }
 PROGRAM = """
 import json, sys
 from pathlib import Path
 import falign
+from datasets import Dataset, DatasetDict
 from falign.errors import FalignError
 from falign.models import load_model
 
 folder, said = sys.argv[1], {}
+rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+table = Dataset.from_list(rows)
 model = load_model(folder)
+
+
+def train(**arguments):
+    return falign.train(folder, **{"output_dir": "run", "data": rows, **arguments})
+
+
 for call in json.loads(sys.argv[2]):
     try:
         eval(call)

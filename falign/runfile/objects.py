@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import PrivateAttr, ValidationError
 from typing_extensions import override
 
+from falign.choices import shown
 from falign.data import DataSource, InMemory
 from falign.divergences import Divergence
 from falign.errors import ConfigError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LoadedModelConfig",
+    "each_section",
     "is_section",
     "measure_section",
     "model_section",
@@ -38,12 +40,20 @@ __all__ = [
     "parse_source",
     "reference_section",
     "reward_section",
+    "reward_sections",
     "source_section",
     "with_sources",
 ]
 
 SOURCE = frozenset({"path", "rows", "texts"})
 """Keys of a source of data, by which it differs from a row: a source has one of them."""
+
+
+WITH_FUNCTION = ("name", "weight", "form")
+"""Keys of a reward that may stand beside its function."""
+
+FUNCTION_KIND = ("kind", "function")
+"""The kind of such a reward, which need not be given."""
 
 
 def is_section(value: Any) -> bool:
@@ -202,6 +212,13 @@ def with_sources(data: Any, *, texts: bool = False) -> Any:
         return data
     if not isinstance(data, Mapping):
         return {"train": _sources(data, texts)}
+    if SOURCE & data.keys() and "train" not in data:
+        return {"train": [source_section(data)]}
+    if type(data).__name__ == "DatasetDict" and (others := sorted(set(data) - {"train", "eval"})):
+        raise ConfigError(
+            f"the DatasetDict has the splits {shown(list(data))}: give one of them, or "
+            f"dict(train=splits['train'], eval=splits[{others[0]!r}])."
+        )
     return {name: _sources(value, texts) if name in ("train", "eval") else value for name, value in data.items()}
 
 
@@ -254,9 +271,52 @@ def source_section(value: Any) -> Any:
 def reward_section(value: Any) -> Any:
     """Return the section of a reward: of a function, another object, or the section itself."""
     if isinstance(value, Mapping) and callable(value.get("function")):
-        fields = dict(value)
-        return PythonRewardConfig.of(fields.pop("function"), **fields)
+        fields = {name: each for name, each in value.items() if name != "function" and (name, each) != FUNCTION_KIND}
+        if wrong := sorted(map(str, fields.keys() - WITH_FUNCTION)):
+            known = ", ".join(WITH_FUNCTION)
+            raise ConfigError(f"rewards: unknown key {wrong[0]!r} beside a function, which takes {known}.")
+        try:
+            return PythonRewardConfig.of(value["function"], **fields)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise ConfigError(f"rewards: {first['loc'][0]}={shown(first['input'])}: {first['msg']}.") from error
     return value if is_section(value) else PythonRewardConfig.of(value)
+
+
+def reward_sections(value: Any) -> list[Any]:
+    """Return the sections of a list of rewards, or of a single one.
+
+    Raises:
+        ConfigError: A reward is neither a function, another object that can be called, nor a section.
+    """
+    several = [value] if callable(value) or is_section(value) else value
+    wrong = [each for each in several if not (callable(each) or is_section(each))] if _is_list(several) else [several]
+    if wrong:
+        raise ConfigError(
+            f"rewards has {shown(wrong[0])}: give functions f(prompts, completions, **columns) -> list[float], other "
+            "rewards, or sections of a run file as mappings, such as dict(kind='math', answer='answer')."
+        )
+    return [reward_section(each) for each in several]
+
+
+def each_section(name: str, section: Callable[[Any], Any], values: Any) -> dict[str, Any]:
+    """Return sections by name, as ``references`` and ``measures`` have them.
+
+    Args:
+        name: Of the argument.
+        section: Makes the section of one value.
+        values: By name.
+
+    Raises:
+        ConfigError: They are not a mapping.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{name} is {shown(values)}: give a mapping from a name to each.")
+    return {key: section(value) for key, value in values.items()}
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def reference_section(value: Any) -> Any:

@@ -350,6 +350,8 @@ class PythonReferenceConfig(PythonObject, ReferenceSection):
         Raises:
             ConfigError: The object is neither, or a reference that moves.
         """
+        from torch import nn
+
         from falign.references import Reference
 
         if isinstance(value, Reference):
@@ -360,6 +362,11 @@ class PythonReferenceConfig(PythonObject, ReferenceSection):
                 )
             plain = {name: each for name, each in vars(value).items() if isinstance(each, PLAIN)}
             hashed = functools.partial(type(value), **plain)
+        elif isinstance(value, nn.Module):
+            raise ConfigError(
+                f"reference is a {type(value).__name__}: give FrozenModel(model, "
+                "**falign.models.model_identity(model)) of it, or the section dict(kind='frozen', path=...)."
+            )
         elif not callable(value):
             raise ConfigError(
                 f"reference is a {type(value).__name__}: give a falign.references.Reference, a function f(policy) that "

@@ -58,7 +58,7 @@ class Given:
         references: Mapping[str, Any] | None = None,
     ) -> Given:
         """Return the sections of a model in memory, an objective and references."""
-        from falign.runfile.objects import LoadedModelConfig, objective_section, reference_section
+        from falign.runfile.objects import LoadedModelConfig, each_section, objective_section, reference_section
 
         if model is None and tokenizer is not None:
             raise ConfigError("tokenizer applies only to a loaded model: give `model` too, or leave it out.")
@@ -68,7 +68,7 @@ class Given:
         if reference is not None:
             sections["reference"] = reference_section(reference)
         if references:
-            sections["references"] = {name: reference_section(each) for name, each in references.items()}
+            sections["references"] = each_section("references", reference_section, references)
         return cls(sections)
 
     def in_place(self, config: RunConfig, *, path: Path) -> RunConfig:
