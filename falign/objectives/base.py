@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
@@ -284,17 +284,19 @@ def complete(objective: Objective) -> BaseObjective:
         The objective itself if it is a :class:`BaseObjective`; otherwise one with its losses and the defaults.
 
     Raises:
-        TypeError: A required member is missing, or it defines an optional one without inheriting from
-            ``BaseObjective``, so that the member would never be called.
+        TypeError: A required member is missing or of another type, or the objective defines an optional one without
+            inheriting from ``BaseObjective``, so that the member would never be called.
+        ValueError: A name in ``needs`` has a key that its field does not take.
 
     Example:
         >>> from falign.objectives import FDPO
         >>> complete(FDPO()) == FDPO()
         True
     """
-    if isinstance(objective, BaseObjective):
-        return objective
     name = type(objective).__name__
+    if isinstance(objective, BaseObjective):
+        _check_members(objective, name)
+        return objective
     if not isinstance(objective, Objective):
         missing = [member for member in ("needs", "measures", "__call__") if member not in dir(objective)]
         raise TypeError(
@@ -306,7 +308,35 @@ def complete(objective: Objective) -> BaseObjective:
             f"{name} defines {', '.join(unasked)}, which would never be called: inherit from "
             "falign.objectives.BaseObjective."
         )
+    _check_members(objective, name)
     return _Completed(objective)
+
+
+def _check_members(objective: Objective, name: str) -> None:
+    """Refuse ``needs`` and ``measures`` that would be misread."""
+    needs, measures = objective.needs, objective.measures
+    if not isinstance(needs, Set) or not all(isinstance(each, str) for each in needs):
+        raise TypeError(
+            f"{name}.needs is {needs!r}; it must be a frozenset of names, as in frozenset({{'preference'}})."
+        )
+    if not isinstance(measures, Mapping):
+        raise TypeError(f"{name}.measures is {measures!r}; it must be a mapping from names to measures, {{}} for none.")
+    for key, measure in measures.items():
+        if isinstance(measure, type) or not isinstance(measure, Measure):
+            raise TypeError(
+                f"{name}.measures[{key!r}] is {measure!r}; it must be a measure: an object with references (a "
+                "frozenset of names) and a call, such as falign.objectives.Entropy()."
+            )
+    for each in sorted(needs):
+        field, dot, key = each.partition(".")
+        if each == "references.reference":
+            raise ValueError(f"{name}.needs has {each!r}: the reference of this name is called 'reference_logprobs'.")
+        if (field == "references" and not key) or (dot and field not in ("references", "token_weights")):
+            raise ValueError(
+                f"{name}.needs has {each!r}: give a field of CompletionBatch, 'references.NAME' or "
+                "'token_weights.SOURCE'; measures belong in measures."
+            )
+    token_weighting(frozenset(needs))
 
 
 def reference_names(needs: frozenset[str], measures: Mapping[str, Measure]) -> frozenset[str]:

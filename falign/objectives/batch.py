@@ -207,7 +207,8 @@ class CompletionBatch:
         if value is None:
             place, how = (f"{whole}[{key!r}]", "missing") if key else (name, "None")
             raise ValueError(
-                f"This objective reads CompletionBatch.{place}, which is {how}; set it when building the batch."
+                f"This objective reads CompletionBatch.{place}, which is {how}: name it in the objective's needs, or "
+                "set it when building the batch."
             )
         return value
 

@@ -320,7 +320,10 @@ class RunConfig(FrozenModel):
                     f"references.{name}: a name is a lower-case letter, then letters, digits and underscores."
                 )
             section.check(field=self.section_of(name), adapter=self.adapter is not None)
-        whole = complete(objective)
+        try:
+            whole = complete(objective)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"objective.kind={self.objective.kind}: {error}") from error
         given, read = self.reference_sections().keys(), reference_names(whole.needs, {**whole.measures, **measures})
         if missing := sorted(read - given):
             readers = (field for field, measure in measures.items() if missing[0] in references_of([measure]))

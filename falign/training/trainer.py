@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from typing_extensions import override
 
-from falign.errors import ConfigError
+from falign.errors import ConfigError, TrainingError
 from falign.models.sharding import is_sharded
 from falign.objectives import (
     CompletionBatch,
@@ -78,7 +78,10 @@ class AlignmentTrainer(ResumableTrainer):
         advise: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
-        objective = complete(objective)
+        try:
+            objective = complete(objective)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"objective: {error}") from error
         if unknown := sorted(name for name in objective.needs if field_of(name) not in self.supplied):
             raise ConfigError(
                 f"This objective reads {unknown} of a batch, which {type(self).__name__} does not supply."
@@ -209,8 +212,15 @@ class AlignmentTrainer(ResumableTrainer):
 
     def evaluate_objective(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> ObjectiveOutput:
         """Return the objective's output for a scored batch, with further metrics added."""
-        output = self.objective(scored.completions)
-        return output._replace(metrics={**output.metrics, **self.scored_metrics(scored, inputs)})
+        step = self.state.global_step + 1
+        output = self.contract.read(self.objective(scored.completions), step=step)
+        further = self.scored_metrics(scored, inputs)
+        if twice := sorted(output.metrics.keys() & further.keys()):
+            raise TrainingError(
+                f"Step {step}: the objective returned a metric named {twice[0]!r}, which the trainer logs itself: "
+                "rename it."
+            )
+        return output._replace(metrics={**output.metrics, **further})
 
     def scored_metrics(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Return the metrics of a scored micro-batch that do not come from the objective."""
@@ -235,8 +245,10 @@ class AlignmentTrainer(ResumableTrainer):
         # depend only on masks and given fields, so the objective gives them with zeros in place of log-probabilities.
         batch, columns = split_columns(inputs)
         zeros = torch.zeros(batch.completion_mask.shape, device=batch.completion_mask.device)
-        terms = self.objective(completion_batch(batch, zeros, {**self._unknown(zeros), **columns})).terms
-        inputs[PLANNED_TERMS] = self.contract.plan(terms, step=self.state.global_step + 1)
+        step = self.state.global_step + 1
+        planned = self.objective(completion_batch(batch, zeros, {**self._unknown(zeros), **columns}))
+        terms = self.contract.read(planned, step=step).terms
+        inputs[PLANNED_TERMS] = self.contract.plan(terms, step=step)
         weights = total_weights(terms)
         return weights if counts(inputs) else torch.zeros_like(weights)
 

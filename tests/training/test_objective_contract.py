@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import pytest
 import torch
+from typing_extensions import override
 
 from falign.errors import ConfigError, TrainingError
-from falign.objectives import FDPO, CompletionBatch, Measure, Objective, ObjectiveOutput, Term
+from falign.objectives import FDPO, BaseObjective, CompletionBatch, Entropy, Measure, Objective, ObjectiveOutput, Term
 from falign.references import AdapterOff
 from tests.equivalence.runs import lora_policy, run, trees
 
@@ -76,6 +77,91 @@ def test_a_broken_contract_is_stopped_with_the_rule(tmp_path, kind, found):
     settings = {"per_device_train_batch_size": 2, "max_steps": 1}
     with pytest.raises(TrainingError, match=rf"Step 1: .*{found}"):
         run(tmp_path, lora_policy(trained=True), AdapterOff(), Broken(kind), train=trees(4), **settings)
+
+
+@dataclass(frozen=True)
+class Returns(BaseObjective):
+    """f-DPO whose output is changed, as named."""
+
+    kind: str
+
+    @property
+    @override
+    def needs(self):
+        return frozenset({"reference_logprobs", "preference"})
+
+    @override
+    def __call__(self, batch):
+        output = FDPO()(batch)
+        (term,) = output.terms
+        mean = term.losses.detach().mean()
+        return {
+            "a tensor": term.losses.mean(),
+            "a pair": (output.terms, output.metrics),
+            "one term": output._replace(terms=term),
+            "no terms": output._replace(terms=()),
+            "pairs": output._replace(terms=(tuple(term)[:2],)),
+            "no weights": output._replace(terms=(term._replace(weights=None),)),
+            "complex": output._replace(terms=(term._replace(losses=term.losses + 0j),)),
+            "scale of the batch": output._replace(terms=(term._replace(scale=mean),)),
+            "scale for each": output._replace(terms=(term._replace(scale=torch.ones(len(term.losses))),)),
+            "scale of the policy": output._replace(terms=(term._replace(scale=mean.item()),)),
+            "scale of the rows": output._replace(terms=(term._replace(scale=float(batch.completion_mask.sum())),)),
+            "no metrics": output._replace(metrics=None),
+            "a number": output._replace(metrics={"margin": 1.0}),
+            "loss": output._replace(metrics={"loss": term.losses.detach()}),
+            "entropy": output._replace(metrics={"entropy": term.losses.detach()}),
+        }[self.kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ("a tensor", "the objective returned a Tensor. An objective must return ObjectiveOutput"),
+        ("a pair", "the objective returned a tuple. An objective must return ObjectiveOutput"),
+        ("one term", "the objective returned a Term in place of a tuple of terms"),
+        ("no terms", "the objective returned no terms"),
+        ("pairs", "the objective returned a tuple among the terms"),
+        ("no weights", "the objective returned weights of term pairwise as a NoneType; they must be a real tensor"),
+        ("complex", "the objective returned losses of term pairwise of torch.complex64"),
+        (
+            "scale of the batch",
+            "term pairwise with a Tensor as its scale. A scale is a factor of the mean over the whole",
+        ),
+        ("scale for each", "term pairwise with a Tensor as its scale"),
+        ("scale of the policy", r"the scales of the terms are \[.*\], and \[.*\] before the forward pass. A scale"),
+        ("scale of the rows", r"the scales of the terms are \[.*\], and \[.*\] in another micro-batch of the step. A"),
+        ("no metrics", "the objective returned a NoneType in place of metrics"),
+        ("a number", "the objective returned the metric 'margin' as a float"),
+        ("loss", "the objective returned a metric named 'loss', which the trainer logs itself: rename it"),
+        ("entropy", "the objective returned a metric named 'entropy', which the trainer logs itself: rename it"),
+    ],
+)
+def test_what_an_objective_returns_is_read_or_refused_with_the_rule(tmp_path, kind, found):
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
+    with pytest.raises(TrainingError, match=f"Step 1: .*{found}"):
+        run(tmp_path, lora_policy(trained=True), AdapterOff(), Returns(kind), train=trees(8), **settings)
+
+
+@pytest.mark.parametrize(
+    ("members", "found"),
+    [
+        ({"needs": "preference"}, "needs is 'preference'; it must be a frozenset of names"),
+        ({"needs": None}, "needs is None; it must be a frozenset"),
+        ({"needs": frozenset({"references"})}, "needs has 'references': give a field"),
+        ({"needs": frozenset({"preference.chosen"})}, "needs has 'preference.chosen': give a field"),
+        ({"needs": frozenset({"measures.entropy"})}, "needs has 'measures.entropy': .*measures belong in measures"),
+        ({"needs": frozenset({"references.reference"})}, "the reference of this name is called 'reference_logprobs'"),
+        ({"needs": frozenset({"token_weights.own"})}, "token_weights from own: name one of activations, mapo"),
+        ({"measures": None}, "measures is None; it must be a mapping"),
+        ({"measures": {"entropy": "entropy"}}, r"measures\['entropy'\] is 'entropy'; it must be a measure"),
+        ({"measures": {"entropy": Entropy}}, r"measures\['entropy'\] is <class .*; it must be a measure"),
+    ],
+)
+def test_needs_and_measures_that_would_be_misread_are_refused_before_training(tmp_path, members, found):
+    objective = type("Own", (Broken,), members)("none")
+    with pytest.raises(ConfigError, match=f"objective: .*{found}"):
+        run(tmp_path, lora_policy(), AdapterOff(), objective, train=trees(4), max_steps=1)
 
 
 def test_a_reference_that_is_not_there_is_named_before_training(tmp_path):
