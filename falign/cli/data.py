@@ -43,10 +43,11 @@ def check(
     format: Annotated[str, typer.Option(help="Format of the rows; auto detects it from the columns.")] = "auto",
     split: Annotated[str, typer.Option(help="Split of a folder or a Hub dataset.")] = "train",
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="Maximum tokens of prompt and completion together. Default: 1024.")
+        int | None,
+        typer.Option(metavar="N", min=2, help="Maximum tokens of prompt and completion together. Default: 1024."),
     ] = None,
     max_completion_length: Annotated[
-        int | None, typer.Option(min=1, help="Maximum tokens of a completion. Default: no separate limit.")
+        int | None, typer.Option(metavar="N", min=1, help="Maximum tokens of a completion. Default: no separate limit.")
     ] = None,
     long_prompt: Annotated[
         str | None, typer.Option(help="For a prompt that is too long: error, cut or drop. Default: error.")
@@ -69,13 +70,14 @@ def check(
     max_drift: Annotated[
         float | None,
         typer.Option(
+            metavar="P",
             min=0,
             max=1,
             help="Highest allowed share of rows whose last prompt tokens change when a completion follows. Default: "
             "only warn.",
         ),
     ] = None,
-    keep: Annotated[int, typer.Option(min=0, help="Number of bad rows to show.")] = 10,
+    keep: Annotated[int, typer.Option(metavar="N", min=0, help="Number of bad rows to show.")] = 10,
     trust_code: TrustCode = False,
 ) -> None:
     """Count rows, lengths, cuts, duplicates and bad rows. Exit with status 2 if a run would not start."""

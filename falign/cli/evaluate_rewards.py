@@ -57,6 +57,7 @@ def rewards(
     max_length: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             min=2,
             help="Maximum tokens of prompt and longest completion together. Default: the run's for preferences, "
             "otherwise the model's limit, at most 4096.",
@@ -66,7 +67,7 @@ def rewards(
         str, typer.Option(help="For longer items: skip leaves them out and counts them; cut, as in training; error.")
     ] = "skip",
     tokens_per_batch: Annotated[
-        int, typer.Option(min=2, help="Tokens per forward pass; fewer need less memory.")
+        int, typer.Option(metavar="N", min=2, help="Tokens per forward pass; fewer need less memory.")
     ] = 4096,
     bad_rows: Annotated[
         str, typer.Option(help="At a bad row: skip leaves it out and counts it, error stops.")
@@ -93,13 +94,13 @@ def rewards(
         bool | None,
         typer.Option("--chat/--plain", help="Read plain texts as chat turns, or as they are. Default: as the run did."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the scorer random and of the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the scorer random and of the intervals.")] = 0,
     num_resamples: Annotated[
-        int, typer.Option("--resamples", min=1, help="Bootstrap resamples for the intervals.")
+        int, typer.Option("--resamples", metavar="N", min=1, help="Bootstrap resamples for the intervals.")
     ] = 1000,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the results; required for a model.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, and replace existing scores.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N items.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use only the first N items.")] = None,
     trust_code: TrustCode = False,
 ) -> None:
     """Score a benchmark under all rewards that a model defines. If stopped, continues when run again."""

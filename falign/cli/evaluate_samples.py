@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from falign.cli.options import CommandTerminal, TrustCode, with_options_named
 from falign.terminal import Terminal
@@ -49,7 +49,7 @@ def samples(
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use only the first N prompts.", rich_help_panel=PROMPTS)
+        int | None, typer.Option(metavar="N", min=1, help="Use only the first N prompts.", rich_help_panel=PROMPTS)
     ] = None,
     rewards: Annotated[
         str | None,
@@ -67,13 +67,16 @@ def samples(
         ),
     ] = None,
     num_completions: Annotated[
-        int | None, typer.Option(min=1, help="Completions per prompt. Default: as the run evaluates, or 8.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Completions per prompt. Default: as the run evaluates, or 8."),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Maximum tokens per completion. Default: the run's, or 128.")
+        int | None, typer.Option(metavar="N", min=1, help="Maximum tokens per completion. Default: the run's, or 128.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily; divergences require 1.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and intervals.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", min=0.0, help="0 decodes greedily; divergences require 1.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of sampling and intervals.")] = 0,
     reference: Annotated[
         str | None,
         typer.Option(help="Reference of the divergences. Default: the run's.", rich_help_panel=LINES),
@@ -84,20 +87,23 @@ def samples(
     ] = None,
     anchors: Annotated[
         bool,
-        typer.Option(
-            help="Also sample the reference, for the comparison lines of the frontier.", rich_help_panel=LINES
-        ),
+        typer.Option(help="Also sample the reference, for the comparison lines of the frontier."),
     ] = True,
     num_reference_completions: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Reference completions per prompt. Default: as for the policy.", rich_help_panel=LINES
+            metavar="N",
+            min=2,
+            help="Reference completions per prompt. Default: as for the policy.",
+            rich_help_panel=LINES,
         ),
     ] = None,
     checkpoint: Annotated[
         int | None, typer.Option(help="Step of the run's checkpoint to evaluate. Default: the trained model.")
     ] = None,
-    prompts_per_batch: Annotated[int, typer.Option(min=1, help="Prompts sampled at once; fewer need less memory.")] = 8,
+    prompts_per_batch: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Prompts sampled at once; fewer need less memory.")
+    ] = 8,
     dtype: Annotated[str | None, typer.Option(help="Dtype of a model. Default: the checkpoint's.")] = None,
     name: Annotated[
         str | None,
@@ -149,7 +155,7 @@ def _show(summary: SampleSummary, folder: Path) -> None:
     """
     console, metrics = Terminal(highlight=False), summary.metrics
     title = f"{summary.num_prompts:,} prompts, {summary.num_completions} completions each"
-    table = Table("", title=title, title_justify="left")
+    table = Table(Column(overflow="fold"), title=title, title_justify="left")
     table.add_column("policy", justify="right")
     with_reference = any(name.startswith("reference/") for name in metrics)
     if with_reference:

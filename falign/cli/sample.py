@@ -30,9 +30,9 @@ def sample(
         Path | None,
         typer.Option("--file", "-f", help="A file of prompts: one per line (.txt), or a column `prompt` (.jsonl ...)."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per completion.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Maximum tokens per completion.")] = 128,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0 decodes greedily. Default: 0, or 1 with --verifier.")
+        float | None, typer.Option(metavar="T", min=0.0, help="0 decodes greedily. Default: 0, or 1 with --verifier.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help="Dtype of a model; a run has its own.")] = "auto",
@@ -50,11 +50,13 @@ def sample(
         typer.Option(help="Target folder of exploration.jsonl and rehearsal.jsonl.", rich_help_panel=PRESAMPLING),
     ] = None,
     num_completions: Annotated[
-        int | None, typer.Option(min=1, help="Completions per prompt. Default: 8.", rich_help_panel=PRESAMPLING)
+        int | None,
+        typer.Option(metavar="N", min=1, help="Completions per prompt. Default: 8.", rich_help_panel=PRESAMPLING),
     ] = None,
     threshold: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             min=1,
             help="Correct completions that a prompt needs to go to rehearsal. Default: all of them.",
             rich_help_panel=PRESAMPLING,

@@ -45,10 +45,12 @@ def score(
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(min=2, help="Maximum tokens of prompt and completion together. Default: the run's, or 1024."),
+        typer.Option(
+            metavar="N", min=2, help="Maximum tokens of prompt and completion together. Default: the run's, or 1024."
+        ),
     ] = None,
     tokens_per_batch: Annotated[
-        int, typer.Option(min=2, help="Tokens per forward pass; fewer need less memory.")
+        int, typer.Option(metavar="N", min=2, help="Tokens per forward pass; fewer need less memory.")
     ] = 4096,
     bad_rows: Annotated[
         str, typer.Option(help="At a bad row: error stops, skip leaves it out and counts it.")

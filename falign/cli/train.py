@@ -37,7 +37,10 @@ def train(
         typer.Option("--launch", help="Train in several processes: ddp, or fsdp2 for models too large for one GPU."),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option("--processes", min=1, help="Number of processes, with --launch. Default: one per GPU.")
+        int | None,
+        typer.Option(
+            "--processes", metavar="N", min=1, help="Number of processes, with --launch. Default: one per GPU."
+        ),
     ] = None,
     trust_code: Annotated[
         bool,

@@ -236,6 +236,18 @@ def test_divergences_shows_whole_names_in_a_narrow_terminal(falign):
     assert "generalized_js(0.7)" in out
 
 
+COMMANDS = [
+    "train", "report", "sample", "score", "export", "soup", "divergences",
+    "data check", "evaluate rewards", "evaluate samples", "evaluate frontier",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_whole_names_of_options_in_80_columns(falign, command):
+    status, out, _ = falign(*command.split(), "--help", columns=80)
+    assert (status, "…" in out) == (0, False)
+
+
 @pytest.mark.parametrize("name", ["F.PNG", "f.Svg"])
 def test_the_suffix_of_a_picture_may_be_in_capitals(falign, tmp_path, name):
     status, _, err = falign("divergences", "js", "--plot", tmp_path / name)
