@@ -68,10 +68,10 @@ class Vocabulary:
             Shape (M, V), a constant.
 
         Raises:
-            ValueError: The measure does not list it.
+            ConfigError: The measure does not list it.
         """
         if name not in self.references:
-            raise ValueError(
+            raise ConfigError(
                 f"A measure reads the distribution of the reference {name!r} but does not list it: its `references` "
                 f"must be frozenset({{{name!r}}})."
             )

@@ -15,7 +15,7 @@ depends on the incoming one, so the logits are recomputed in the backward pass.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from falign.errors import ConfigError
 from falign.objectives.measures import Measure, Vocabulary, references_of
 from falign.scoring.model_parts import Head
 
@@ -90,8 +91,9 @@ def token_scores(
         where it trains, its head.
 
     Raises:
-        ValueError: If `chunk_tokens` is not positive, there is nothing to score, a reference that a measure reads is
-            missing, or a measure does not return one value per position.
+        ValueError: If `chunk_tokens` is not positive, there is nothing to score, or a reference that a measure reads is
+            missing.
+        ConfigError: A measure does not return one real number per position.
 
     Source:
         The formulas at the top of this module.
@@ -147,6 +149,13 @@ class _Visit:
     head: Head
     measures: Mapping[str, Measure]
     reference_heads: Mapping[str, Head]
+    live: set[str] = field(default_factory=set)
+    """Measures that had a gradient in a block since this was last cleared."""
+
+    def of_constants(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Return those outputs that carry no gradient: entropy, constant measures, log-probs of references."""
+        constant = [values[2 + k] for k, name in enumerate(self.measures) if name not in self.live]
+        return [values[1], *constant, *values[2 + len(self.measures) :]]
 
     def references_raw(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         with torch.no_grad():
@@ -196,6 +205,10 @@ class _Visit:
             for name, measure in self.measures.items():
                 value, by_logits = _measured(name, measure, at, probabilities, gradients=gradients)
                 measured.append(value)
+                if gradients and by_logits is None:
+                    by_logits = torch.zeros_like(logprobs)
+                elif gradients:
+                    self.live.add(name)
                 if by_logits is not None:
                     slopes.append(by_logits.mul_(slope))
             if gradients:
@@ -220,7 +233,7 @@ def _normalize(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _measured(
     name: str, measure: Measure, at: Vocabulary, probabilities: Tensor, *, gradients: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the value of a measure at each position, and its gradient by the logits."""
+    """Return the value of a measure at each position, and its gradient by the logits; None for a constant."""
     if not gradients:
         return _of_positions(name, measure(at), at), None
     assert at.log_normalizer is not None
@@ -228,7 +241,7 @@ def _measured(
         leaves = at.logprobs.detach().requires_grad_(), at.log_normalizer.detach().requires_grad_()
         value = _of_positions(name, measure(replace(at, logprobs=leaves[0], log_normalizer=leaves[1])), at)
         if not value.requires_grad:
-            return value, torch.zeros_like(leaves[0])
+            return value, None
         by_logprobs, by_normalizer = torch.autograd.grad(value.sum(), leaves, allow_unused=True, materialize_grads=True)
     # The chain rule of the module's docstring: h_v - p_v (Σ_w h_w - s).
     excess = by_logprobs.sum(dim=-1, keepdim=True).sub_(by_normalizer)
@@ -236,9 +249,12 @@ def _measured(
     return value.detach(), by_logprobs.contiguous().sub_(probabilities * excess)
 
 
-def _of_positions(name: str, value: Tensor, at: Vocabulary) -> Tensor:
+def _of_positions(name: str, value: Any, at: Vocabulary) -> Tensor:
+    if not isinstance(value, Tensor) or value.is_complex():
+        found = f"dtype {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ConfigError(f"measure {name!r} returned {found}; it must return a tensor of real numbers.")
     if value.shape != at.targets.shape:
-        raise ValueError(
+        raise ConfigError(
             f"measure {name!r} returned shape {tuple(value.shape)} for {len(at.targets)} positions; it must return one "
             f"value for each: {tuple(at.targets.shape)}."
         )
@@ -259,6 +275,7 @@ class _FrozenHead(torch.autograd.Function):
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
             raw = visit.head.embeddings(leaf)
+        visit.live.clear()
         values, gradients = visit.values_and_gradients(raw.detach(), targets, references_raw)
         last = len(gradients) - 1  # the graph of the embeddings is kept until the last of its uses
         slopes = [
@@ -266,7 +283,7 @@ class _FrozenHead(torch.autograd.Function):
         ]
         ctx.num_references = len(reference_hidden)
         ctx.save_for_backward(*slopes)
-        ctx.mark_non_differentiable(values[1], *values[1 + len(slopes) :])
+        ctx.mark_non_differentiable(*visit.of_constants(values))
         return values
 
     @staticmethod
@@ -303,6 +320,7 @@ class _FromLogits(torch.autograd.Function):
         # count them and find the recomputed number different.
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             values = visit.values(raw, targets, references_raw)
+        # Which measures are constants is known only in the backward pass, where their gradients are zeros.
         ctx.mark_non_differentiable(values[1], *values[2 + len(visit.measures) :])
         return values
 

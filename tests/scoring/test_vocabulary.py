@@ -1,11 +1,13 @@
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import log_softmax
 
 from falign import divergences
+from falign.errors import ConfigError
 from falign.objectives import DivergenceTo, Entropy
 from falign.scoring import Distribution, Head, token_scores
 from tests.scoring.test_model_parts import LargestTensor
@@ -270,3 +272,55 @@ def test_a_closed_form():
     entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
     assert scores.measures["divergence"].item() == pytest.approx(math.log(2) - entropy, abs=1e-6)
     assert scores.references["reference"].item() == pytest.approx(math.log(0.25), abs=1e-6)
+
+
+@dataclass(frozen=True)
+class Own:
+    """A measure that returns what a function gives."""
+
+    function: Any
+    references = frozenset()
+
+    def __call__(self, at):
+        return self.function(at)
+
+
+def test_a_measure_that_is_a_constant_carries_no_gradient():
+    layers, (hidden, _), targets = world()
+    layers[0].requires_grad_(False)
+    measures = {
+        "constant": Own(lambda at: at.logprobs[:, 3].detach()),
+        "counts": Own(lambda at: (at.logprobs > -2).sum(-1)),
+        "live": Own(lambda at: at.logprobs[:, 3]),
+    }
+    policy = Distribution(hidden.requires_grad_(), Head(embeddings=layers[0]))
+    found = token_scores(policy, targets, measures=measures, chunk_tokens=3).measures
+    assert {name: value.requires_grad for name, value in found.items()} == {
+        "constant": False,
+        "counts": False,
+        "live": True,
+    }
+    gradient = torch.autograd.grad((found["live"] + found["constant"]).sum(), hidden)
+    alone = token_scores(policy, targets, measures={"live": measures["live"]}).measures["live"]
+    torch.testing.assert_close(gradient, torch.autograd.grad(alone.sum(), hidden))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda at: 1.0, "measure 'own' returned a float; it must return a tensor of real numbers"),
+        (lambda at: at.logprobs[:, 0] + 0j, "measure 'own' returned dtype torch.complex128"),
+        (lambda at: at.logprobs.mean(), r"measure 'own' returned shape \(\) for 7 positions"),
+        (
+            lambda at: at.reference("teacher")[:, 0],
+            "reads the distribution of the reference 'teacher' but does not list",
+        ),
+    ],
+)
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_a_measure_that_returns_no_number_per_position_is_refused(returned, message, trained_head):
+    layers, (hidden, _), targets = world()
+    layers[0].requires_grad_(trained_head)
+    policy = Distribution(hidden.requires_grad_(), Head(embeddings=layers[0]))
+    with pytest.raises(ConfigError, match=message):
+        token_scores(policy, targets, measures={"own": Own(returned)})
