@@ -482,3 +482,32 @@ def test_one_source_or_callback_or_reward_needs_no_list(model, pairs, folder):
     assert all(torch.equal(tensor, adapter(listed)[name]) for name, tensor in adapter(one).items())
     with pytest.raises(ConfigError, match="rewards is a section of online runs"):
         falign.train(str(model), output_dir=folder / "refused", rewards={"kind": "math", "answer": "a"}, **settings)
+
+
+def test_samples_are_judged_by_functions_and_by_runs(model, run, folder):
+    def short(prompts, completions, **columns):
+        return [-float(len(each)) for each in completions]
+
+    prompts = [{"prompt": "ab"}, {"prompt": "c"}]
+    found = falign.train(
+        str(model),
+        output_dir=folder / "judged",
+        prompts={"train": {"rows": prompts, "chat": False}},
+        rewards=short,
+        objective={"kind": "policy_gradient"},
+        training={"learning_rate": 0.01, "max_steps": 1},
+        rollout={"prompts": 2, "completions": 2, "max_new_tokens": 3},
+    )
+    sampling = {"num_completions": 2, "max_new_tokens": 3, "overwrite": True}
+    own = falign.evaluate_samples(found, prompts, **sampling)
+    later = falign.load(found.path)
+    with pytest.raises(ConfigError, match=r"rewards that were objects in a program \(short\).*: give `rewards`"):
+        falign.evaluate_samples(later, prompts, **sampling)
+    for rewards in (short, [short], [{"function": short}], found):
+        judged = falign.evaluate_samples(later, prompts, rewards=rewards, **sampling)
+        assert judged.metrics["reward"] == own.metrics["reward"]
+    half = falign.evaluate_samples(later, prompts, rewards={"function": short, "weight": 0.5}, **sampling)
+    assert half.metrics["reward"].value == 0.5 * own.metrics["reward"].value
+    implicit = falign.evaluate_samples(found, prompts, rewards=run, divergence="jeffreys", **sampling)
+    named = falign.evaluate_samples(found, prompts, rewards=str(run.path), divergence=["jeffreys"], **sampling)
+    assert implicit.metrics == named.metrics

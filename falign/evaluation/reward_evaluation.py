@@ -30,7 +30,7 @@ from falign.models.tokenizers import tokenizer_fingerprint
 from falign.registry import is_own_name
 from falign.rewards import Reward
 from falign.rewards.classifier import ClassifierReward, load_classifier
-from falign.runs.loading import Named, chat_of_run, is_run, named, result_folder
+from falign.runs.loading import Named, chat_of_run, is_run, named, reference_name, result_folder, texts_of
 from falign.runs.named_code import import_from
 from falign.terminal import Terminal, progress
 
@@ -43,12 +43,12 @@ LONGEST_DEFAULT = 4096  # tokens of a window that the user has not set
 def evaluate_rewards(
     model: Named,
     benchmark: str,
-    file: str | None = None,
+    file: str | Path | None = None,
     *,
     name: str | None = None,
-    subset: Sequence[str] = (),
+    subset: str | Sequence[str] = (),
     split: str | None = None,
-    reference: str | None = None,
+    reference: str | Path | None = None,
     divergence: str | None = None,
     beta: float | None = None,
     reference_free: bool = False,
@@ -58,7 +58,7 @@ def evaluate_rewards(
     bad_rows: str = "skip",
     layout: str = "auto",
     dtype: str | None = None,
-    scorers: Sequence[str] | None = None,
+    scorers: str | Sequence[str] | None = None,
     classifier: str | None = None,
     classifier_text: str | None = None,
     classifier_label: str | None = None,
@@ -115,13 +115,13 @@ def evaluate_rewards(
     found = _benchmark(path, benchmark, chat)
     options = RewardOptions(
         model=path,
-        comparison=ComparisonOptions(reference, divergence, beta, dtype, reference_free),
+        comparison=ComparisonOptions(reference_name(reference), divergence, beta, dtype, reference_free),
         benchmark=found,
-        file=file,
+        file=None if file is None else str(file),
         split=split,
-        subsets=tuple(subset),
+        subsets=texts_of(subset),
         limit=limit,
-        scorers=None if scorers is None else tuple(scorers),
+        scorers=None if scorers is None else texts_of(scorers),
         classifier=None if classifier is None else ClassifierOptions(classifier, classifier_text, classifier_label),
         max_length=max_length,
         long_items=long_items,

@@ -34,7 +34,7 @@ from falign.models.tokenizers import pad_token_id, tokenizer_fingerprint
 from falign.rewards import RewardSum
 from falign.rollouts import Engine, SamplingParams, TransformersEngine
 from falign.runfile import RunConfig
-from falign.runs.loading import Named, named
+from falign.runs.loading import Named, named, reference_name, texts_of
 from falign.scoring import PromptTree
 from falign.seeds import mixed
 from falign.terminal import Terminal
@@ -53,14 +53,14 @@ def evaluate_samples(
     template: str | None = None,
     chat: bool | None = None,
     limit: int | None = None,
-    rewards: str | None = None,
+    rewards: Any = None,
     pass_reward: float | None = None,
     num_completions: int | None = None,
     max_new_tokens: int | None = None,
     temperature: float = 1.0,
     seed: int = 0,
-    reference: str | None = None,
-    divergence: Sequence[str] = (),
+    reference: str | Path | None = None,
+    divergence: str | Sequence[str] = (),
     anchors: bool = True,
     num_reference_completions: int | None = None,
     checkpoint: int | None = None,
@@ -81,15 +81,16 @@ def evaluate_samples(
         template: The prompt, with a row's columns in braces: ``"{question}"``.
         chat: Whether a plain prompt is a user's turn; by default as in the run, or if the model has a chat template.
         limit: Maximum number of prompts; the first ones are used.
-        rewards: A YAML file with the section ``rewards`` of a run file, or a run: the rewards of an online run, the
-            implicit reward of an offline run. By default the run's own.
+        rewards: Functions or sections, as for ``falign.train``; a YAML file with the section ``rewards`` of a run
+            file; or a run: the rewards of an online run, the implicit reward of an offline run. By default the run's
+            own.
         pass_reward: The least reward of a completion that passes, for pass@k; an online run has its own.
         num_completions: Completions per prompt; by default as the run evaluates itself, or 8.
         max_new_tokens: Maximum length of a completion; by default the run's own, or 128.
         temperature: 0 decodes greedily; divergences need 1.
         seed: Seed of the samples and the intervals.
         reference: A model to compare the policy with; by default the run's own reference.
-        divergence: Names of divergences to measure in addition to the default ones.
+        divergence: Names of divergences, or one, to measure in addition to the default ones.
         anchors: Also sample the reference, for the lines of the frontier.
         num_reference_completions: Completions of the reference per prompt; by default as many as the policy's.
         checkpoint: The step of a checkpoint of the run.
@@ -114,7 +115,9 @@ def evaluate_samples(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        comparison=ComparisonOptions(reference, tuple(divergence), anchors, num_reference_completions),
+        comparison=ComparisonOptions(
+            reference_name(reference), texts_of(divergence), anchors, num_reference_completions
+        ),
         checkpoint=checkpoint,
         prompts_per_batch=prompts_per_batch,
         dtype=dtype,

@@ -26,12 +26,14 @@ from falign.rewards import RewardSum, WeightedReward
 from falign.rewards.combination import row_check
 from falign.rewards.identity import reward_identities
 from falign.runfile import RunConfig
+from falign.runfile.base_config import PythonObject
 from falign.runfile.config import DataConfig
-from falign.runfile.reading import load_reward_list
+from falign.runfile.objects import reward_sections
+from falign.runfile.reading import load_reward_list, parse_rewards
 from falign.runfile.reward_config import RewardConfig, build_rewards
 from falign.runs import RunFolder
 from falign.runs.inputs import prompt_digest
-from falign.runs.loading import chosen_chat, is_run
+from falign.runs.loading import Named, OpenRun, chosen_chat, is_run, named
 from falign.runs.named_code import code_of_rewards, import_from, is_recorded, named_code, read_run, require_trust
 from falign.scoring import Scorer
 from falign.training.parts import Language, load_language
@@ -82,7 +84,7 @@ def load_rewards(options: SampleOptions, config: RunConfig | None) -> LoadedRewa
     """Return the rewards of a file or a run, or the run's own.
 
     Args:
-        options: Its `rewards` names a YAML file or a run.
+        options: Its `rewards` are a YAML file, a run, or rewards in memory.
         config: The evaluated run; None for a model.
 
     Raises:
@@ -95,22 +97,34 @@ def load_rewards(options: SampleOptions, config: RunConfig | None) -> LoadedRewa
                 f"{options.model} {reason} and has no rewards: give `rewards`, a YAML file with a list of them, or a "
                 "run whose implicit reward to use."
             )
+        if lost := [
+            str(each.name) for each in config.rewards if isinstance(each, PythonObject) and not each.is_in_memory
+        ]:
+            raise ConfigError(
+                f"{options.model} was trained with rewards that were objects in a program ({', '.join(lost)}), which "
+                "its folder cannot hold: give `rewards`."
+            )
         return _built(config.rewards, config.rollout.outcome)
-    if is_run(options.rewards):
-        return _rewards_of_run(options.rewards, trust_code=options.trust_code)
-    return _rewards_of_file(Path(options.rewards), trust_code=options.trust_code)
+    given = options.rewards
+    if not isinstance(given, str | Path | OpenRun):
+        return _built(parse_rewards(reward_sections(given), place="rewards"))
+    if isinstance(given, OpenRun) or is_run(str(given)):
+        return _rewards_of_run(given, trust_code=options.trust_code)
+    return _rewards_of_file(Path(given), trust_code=options.trust_code)
 
 
-def _rewards_of_run(path: str, *, trust_code: bool) -> LoadedRewards:
+def _rewards_of_run(run: Named, *, trust_code: bool) -> LoadedRewards:
     """Return the rewards of an online run, or the implicit reward of an offline run."""
+    path, given, trust_code = named(run, trust_code=trust_code)
     folder = RunFolder.open(path)
     config = read_run(folder, uses=[], trust_code=False)
     if config.prompts is not None:
         config = read_run(folder, uses=["rewards"], trust_code=trust_code)
         if named_code(config, ["rewards"]):
             import_from(Path.cwd())
-        return _built(config.rewards, config.rollout.outcome)
-    scored = load_run(path, max_length=None, trust_code=trust_code)
+        rewards = config.rewards if given is None else given.sections.get("rewards", config.rewards)
+        return _built(rewards, config.rollout.outcome)
+    scored = load_run(path, max_length=None, given=given, trust_code=trust_code)
     assert scored.reference is not None
     scorer = CompletionScorer(
         policy=scored.policy,

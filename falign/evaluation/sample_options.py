@@ -72,7 +72,7 @@ class SampleOptions:
 
     model: str
     prompts: PromptOptions
-    rewards: str | None
+    rewards: Any
     pass_reward: float | None
     num_completions: int | None
     max_new_tokens: int | None

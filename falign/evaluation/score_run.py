@@ -21,7 +21,7 @@ from falign.evaluation.score_output import ScoreOutput, check_output
 from falign.models import base_of, stop_token_ids
 from falign.models.tokenizers import tokenizer_fingerprint
 from falign.runfile.objects import parse_source
-from falign.runs.loading import Named, chat_of_run, is_run, named
+from falign.runs.loading import Named, chat_of_run, is_run, named, reference_name
 from falign.terminal import Terminal, progress
 
 __all__ = ["score"]
@@ -34,7 +34,7 @@ def score(
     data: Any,
     out: str | Path,
     *,
-    reference: str | None = None,
+    reference: str | Path | None = None,
     divergence: str | None = None,
     beta: float | None = None,
     max_length: int | None = None,
@@ -77,6 +77,7 @@ def score(
     check_output(out, overwrite=overwrite)
     if out.resolve() == Path(source.path).resolve():
         raise ConfigError(f"{out} is the file to be scored: give the scores another name.")
+    reference = reference_name(reference)
     own = {"reference": reference, "divergence": divergence, "beta": beta, "dtype": dtype}
     _check_comparison(path, {name: value for name, value in own.items() if value is not None})
     if source.chat is None:

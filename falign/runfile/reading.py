@@ -82,10 +82,23 @@ def load_reward_list(path: str | Path) -> list[RewardConfig]:
     section = data.get("rewards") if isinstance(data, dict) else data
     if not isinstance(section, list) or not section:
         raise ConfigError(f"{path} has no list of rewards: write `rewards: [{{kind: ...}}]`, as in a run file.")
+    return parse_rewards(section, place=str(path))
+
+
+def parse_rewards(sections: list[Any], *, place: str) -> list[RewardConfig]:
+    """Return the section ``rewards`` of values in memory.
+
+    Args:
+        sections: One mapping or section per reward.
+        place: Where they come from, for messages.
+
+    Raises:
+        ConfigError: A key or value is wrong.
+    """
     try:
-        return _RewardList.model_validate({"rewards": section}).rewards
+        return _RewardList.model_validate({"rewards": sections}).rewards
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_message(error)}") from error
+        raise ConfigError(f"{place}: {_message(error)}") from error
 
 
 def _message(error: ValidationError) -> str:

@@ -34,7 +34,9 @@ __all__ = [
     "load_trained",
     "named",
     "opened",
+    "reference_name",
     "result_folder",
+    "texts_of",
 ]
 
 
@@ -197,6 +199,20 @@ def each_named(models: Named | Sequence[Named], *, field: str) -> list[str]:
     """
     several = models if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     return [named(each, field=field)[0] for each in several]
+
+
+def reference_name(reference: str | Path | None) -> str | None:
+    """Return the path or name of a model to compare with, if there is one.
+
+    Raises:
+        ConfigError: It is another object.
+    """
+    return None if reference is None else named(reference, field="reference")[0]
+
+
+def texts_of(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Return several names, of which a single one may be given without a list."""
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def opened(run: str | Path | OpenRun, *, trust_code: bool = False) -> OpenRun:
