@@ -32,6 +32,7 @@ ALWAYS_KNOWN = ("base_name_or_path", "prompts", "reference", "resume", "temperat
 SPECIAL_NAMES = {
     "benchmark": "BENCHMARK",
     "base_name_or_path": "--base",
+    "anchors=False": "--no-anchors",
     "chat=False": "--plain",
     "num_resamples": "--resamples",
 }

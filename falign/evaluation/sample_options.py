@@ -106,6 +106,8 @@ class SampleOptions:
         """
         if self.checkpoint is not None and not is_run(self.model):
             raise ConfigError(f"`checkpoint` applies only to runs, and {self.model} is not a run folder: leave it out.")
+        if self.comparison.num_completions is not None and not self.comparison.anchors:
+            raise ConfigError("`num_reference_completions` has no effect with anchors=False: leave one of them out.")
         if self.dtype is not None and is_run(self.model):
             raise ConfigError(f"`dtype`: {self.model} is a run, which has its own (model.dtype): leave it out.")
         self._check_prompts()

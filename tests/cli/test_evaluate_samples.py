@@ -293,6 +293,7 @@ def test_what_is_measured_otherwise_is_not_drawn_together(falign, folder, evalua
         (("tiny", "--out", "out", "--checkpoint", 3), "--checkpoint applies only to runs"),
         (("online", "--template", "{prompt}"), "--template applies only to --prompts"),
         (("online", "--dtype", "float32"), "is a run, which has its own"),
+        (("online", "--no-anchors", "--num-reference-completions", 4), "has no effect with --no-anchors: leave one"),
         (("online", "--name", "a/b"), "must be the name of a folder"),
         (("online", "--name", "x", "--pass-reward", "nan"), "--pass-reward nan"),
         (("online", "--name", ".."), "must be the name of a folder"),
