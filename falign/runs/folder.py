@@ -188,9 +188,11 @@ class RunFolder:
             RunFolder.open(self.path)
         self.refuse_links()
         if changed := self._changed_settings(config, new_rewards=new_rewards):
+            only_rewards = not self._changed_settings(config, new_rewards=True)
+            accept = ", accept the changed rewards with `new_rewards`," if only_rewards else ","
             raise ConfigError(
-                f"{self.path} holds a run with other settings: {changed}. Set them as they were, or start a new run in "
-                "another output_dir."
+                f"{self.path} holds a run with other settings: {changed}. Set them as they were{accept} or start a new "
+                "run in another output_dir."
             )
 
     def require_unedited(self, config: RunConfig) -> None:

@@ -192,12 +192,12 @@ def judge(prompts, completions, **columns):
 def test_a_reward_that_fails_leaves_a_checkpoint_and_a_mended_one_goes_on(tiny, tmp_path, monkeypatch, eval_steps):
     monkeypatch.syspath_prepend(tmp_path)
 
-    def run(name, fails, **options):
+    def run(name, fails, weight=1.0, **options):
         (tmp_path / "judges.py").write_text(REWARD.replace("FAILS", str(fails)))
         sys.modules.pop("judges", None)
         importlib.invalidate_caches()
         data = online_data(tiny, write_prompts(tmp_path / "prompts.jsonl"), tmp_path / name)
-        data["rewards"] = [{"kind": "function", "function": "judges:judge"}]
+        data["rewards"] = [{"kind": "function", "function": "judges:judge", "weight": weight}]
         data["training"] = {**data["training"], "max_steps": 4, "eval_steps": eval_steps}
         return train(parse_run(data), console=Console(quiet=True), **options)
 
@@ -208,6 +208,8 @@ def test_a_reward_that_fails_leaves_a_checkpoint_and_a_mended_one_goes_on(tiny, 
     assert [path.name for path in (tmp_path / "broken").glob("checkpoint-*")] == ["checkpoint-2"]
     with pytest.raises(ConfigError, match=r"reward judge differs from when the run began: .* `new_rewards`"):
         run("broken", 0, resume=True)
+    with pytest.raises(ConfigError, match=r"rewards\.0\.weight .* accept the changed rewards with `new_rewards`, or"):
+        run("broken", 0, weight=2.0, resume=True)
     resumed = run("broken", 0, resume=True, new_rewards=True)
     assert_same(resumed, whole)
     (change,) = resumed.folder.read_inputs()["changes"]
