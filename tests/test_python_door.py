@@ -239,7 +239,7 @@ def test_a_reference_that_is_an_object_gives_the_run_of_its_section_and_goes_on_
             falign.train(
                 str(model), output_dir=folder / "held", **arguments(pairs, **{**changes, **other}, resume=True)
             )
-    with pytest.raises(ConfigError, match=r"reference was an object in a program \(FrozenModel\)"):
+    with pytest.raises(ConfigError, match=r"measures\.js was an object in a program \(DivergenceTo\)"):
         train_file(load_run_file(folder / "held" / "run.yaml"), resume=True)
     again = {**changes, "reference": frozen(model)}
     held = falign.train(str(model), output_dir=folder / "held", **arguments(pairs, **again, resume=True))

@@ -15,6 +15,7 @@ from random import Random
 import pytest
 import yaml
 
+from falign.cli.options import options_named
 from falign.data import chat_template
 from falign.errors import FalignError
 from tests.models.tiny import save_tiny
@@ -24,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from fuzzing import chat_templates
 
 ROWS, TEMPLATES, COMMANDS = 40, 40, 8
+OPTIONS = ("chat", "columns", "ignore", "long_completion", "long_prompt", "max_length")
+"""Arguments that messages write as options where a file is checked, and as fields of a run file where a run is."""
 
 
 def test_check_and_train_agree_on_every_row_under_every_template(tmp_path):
@@ -131,10 +134,10 @@ def test_the_commands_say_the_same_of_mutated_rows_under_real_templates(falign_p
         of_file, of_run = (falign_printed("data", "check", *each) for each in ((data, *options), (run_file,)))
         trained = falign_printed("train", run_file)
         assert of_file.status == of_run.status == trained.status, (rows, of_file, of_run, trained)
-        told, again = (
+        typed, told = (
             [line for line in each.out.splitlines() if line.startswith(f"{data}:")] for each in (of_file, of_run)
         )
-        assert told == again
+        assert typed == [options_named(line, OPTIONS) for line in told]
         refused += trained.status == 2
         if trained.status == 2:
             first = told[0] if told else of_run.err.removeprefix("error: ").strip()
