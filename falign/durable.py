@@ -271,8 +271,11 @@ def _lock(path: Path) -> int:
 
 
 def _abandoned(path: Path) -> bool:
-    """Return whether the process that made a temporary has ended."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Return whether the process that made a temporary has ended without renaming or removing it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:  # a writer may finish at any time, and its temporary takes its final name
+        return False
     try:
         return _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,17 @@ def test_one_process_at_a_time(tmp_path):
     with claimed(tmp_path / ".lock"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    file = tmp_path / "index.json"
+
+    def write(number):
+        for _ in range(50):
+            write_whole(file, str(number) * 1000)
+
+    with ThreadPoolExecutor(8) as threads:
+        for writer in [threads.submit(write, number) for number in range(8)]:
+            writer.result()
+    assert len(set(file.read_text())) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
