@@ -87,36 +87,37 @@ def presample(
     trust_code: bool = False,
     console: Console | None = None,
 ) -> PresamplingSummary:
-    """Sort prompts by whether a model solves them; a stopped call goes on if repeated.
+    """Sort prompts by whether a model solves them; repeat a stopped call to continue it.
 
-    A prompt with `threshold` correct completions is solved if one further completion is correct, too. It goes to
-    ``rehearsal.jsonl`` with that completion, its token ids and log-probabilities; all others go to
-    ``exploration.jsonl``. ``summary.json`` has the counts and what the model is. All completions are sampled from the
-    model itself, at temperature 1.
+    The model answers each prompt `num_completions` times at temperature 1. If `threshold` of these completions are
+    correct, it answers once more. If that completion is correct too, the prompt is solved and goes to
+    ``rehearsal.jsonl``, together with that completion, its token ids and its log-probabilities in nats. All other
+    prompts go to ``exploration.jsonl``. ``summary.json`` records the counts and the identity of the model.
 
     Args:
-        model: A run, or any model.
-        prompts: Rows, or a file, folder or Hub name.
-        out: The folder of the three files.
-        verifier: A function ``f(prompts, completions, **columns) -> list[float]`` or another reward, or the name of
-            one, ``module:function`` or built in, such as ``number(answer='label')``. 1 is correct.
+        model: A run or a model.
+        prompts: Rows in memory, a file, a folder, or a dataset on the Hub.
+        out: The folder for the three files.
+        verifier: A reward that gives 1 to correct completions: a function ``f(prompts, completions, **columns) ->
+            list[float]``, another reward, or a name: ``module:function`` or a built-in reward such as
+            ``number(answer='label')``.
         num_completions: Completions per prompt.
-        threshold: How many of them must be correct; all if left out.
-        max_new_tokens: Most tokens of a completion.
-        seed: Of sampling.
-        template: The prompt, with a row's columns in braces: ``"{question}"``.
-        chat: Whether a plain prompt is a user's turn; as the run read its own, else where there is a chat template, if
-            left out.
-        bad_rows: ``error`` stops at a row that cannot be used, ``skip`` counts it.
-        dtype: Of a model; a run has its own.
+        threshold: Number of completions that must be correct; by default all of them.
+        max_new_tokens: Maximum tokens of a completion.
+        seed: Seed of the sampling.
+        template: The prompt, with columns of the row in braces: ``"{question}"``.
+        chat: Whether a plain prompt is a user's turn. By default as in the run; for a model, whether it has a chat
+            template.
+        bad_rows: ``error`` stops at a row that cannot be used; ``skip`` counts it and continues.
+        dtype: Data type of a model; a run has its own.
         overwrite: Replace existing outputs once the new ones are complete.
         trust_code: Whether code that the run folder names may run.
-        console: Where progress is shown; standard error by default.
+        console: Where progress is shown; by default standard error.
 
     Raises:
-        ConfigError: An argument cannot work, outputs are there, or a stopped call had other arguments.
-        DataError: A row cannot be used, or none can.
-        ModelError: The model is not there, or damaged.
+        ConfigError: An argument is invalid, outputs exist, or a stopped call had other arguments.
+        DataError: A row cannot be used, or no row can.
+        ModelError: The model is missing or damaged.
         RewardError: The verifier failed.
 
     Source:
@@ -268,7 +269,7 @@ class _Judge:
 
 def _reward(verifier: Any) -> RewardSum:
     if isinstance(verifier, str):
-        if ":" in verifier:  # a function of one's own
+        if ":" in verifier:  # a custom function
             import_from(Path.cwd())
         reward = load_reward(verifier)
     elif callable(verifier):
