@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from falign.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from falign import divergences, objectives
+    from falign import divergences, methods, objectives
     from falign.api import Lora, Run, load, train
     from falign.evaluation.answering import sample
     from falign.evaluation.frontier_run import evaluate_frontier
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from falign.evaluation.reward_evaluation import evaluate_rewards
     from falign.evaluation.sample_evaluation import evaluate_samples
     from falign.evaluation.score_run import score
-    from falign.objectives import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO, CompletionBatch
+    from falign.methods import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO
+    from falign.objectives import CompletionBatch
     from falign.report import write_report as report
     from falign.runs.export import export, soup
     from falign.training.data_check import check_data
@@ -32,9 +33,10 @@ else:
             "falign.evaluation.reward_evaluation": ("evaluate_rewards",),
             "falign.evaluation.sample_evaluation": ("evaluate_samples",),
             "falign.evaluation.score_run": ("score",),
+            "falign.methods": (),
             "falign.objectives": (),
             "falign.objectives.batch": ("CompletionBatch",),
-            "falign.objectives.methods": ("DPHRL", "FDPG", "FDPO", "SALSA", "SALSARLOO", "TDPO"),
+            "falign.methods.core": ("DPHRL", "FDPG", "FDPO", "SALSA", "SALSARLOO", "TDPO"),
             "falign.report": (),  # a package that can be called
             "falign.runs.export": ("export", "soup"),
             "falign.training.data_check": ("check_data",),
@@ -60,6 +62,7 @@ __all__ = [
     "evaluate_samples",
     "export",
     "load",
+    "methods",
     "objectives",
     "presample",
     "report",

@@ -303,7 +303,7 @@ def run_trl(args, model, tokenizer, trees, pad_token_id, clock, folder) -> list[
 
 def parts(args, model, trees, pad_token_id, folder) -> tuple:
     """falign's reference, objective and scorer."""
-    from falign.objectives import FDPO, TDPO
+    from falign.methods import FDPO, TDPO
     from falign.references import AdapterOff, Cached, CacheKey
     from falign.scoring import Scorer, choose_layout
 

@@ -234,7 +234,8 @@ def ddp(args: argparse.Namespace) -> tuple[list[Check], dict]:
     from torch import distributed
     from torch.nn.parallel import DistributedDataParallel
 
-    from falign.objectives import FDPO, reduce_terms, total_weights
+    from falign.methods import FDPO
+    from falign.objectives import reduce_terms, total_weights
     from falign.references import AdapterOff, objective_inputs
     from falign.scoring import LAYOUTS, PromptTree
 

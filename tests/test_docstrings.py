@@ -9,9 +9,9 @@ from falign.divergences import Divergence
 
 MODULES = [
     *("falign.divergences", "falign.divergences.estimators", "falign.divergences.powers"),
-    *("falign.objectives", "falign.objectives.margins", "falign.scoring"),
+    *("falign.objectives", "falign.objectives.margins", "falign.methods", "falign.scoring"),
 ]
-FROM_A_PAPER = ("falign.divergences.estimators", "falign.objectives.margins")
+FROM_A_PAPER = ("falign.divergences.estimators", "falign.methods", "falign.objectives.margins")
 
 
 def public(module_name):

@@ -15,6 +15,7 @@ BELOW_RUNS = ("divergences", "objectives", "scoring", "data", "models", "referen
 ALLOWED = {
     "divergences": set(),
     "objectives": {"divergences"},
+    "methods": {"divergences", "objectives"},
     "scoring": {"divergences", "objectives"},
     "data": {"scoring"},
     "models": {"scoring"},
@@ -25,7 +26,7 @@ ALLOWED = {
     "runfile": {*BELOW_RUNS},
     "runs": {*BELOW_RUNS, "runfile"},
     "training": {*BELOW_RUNS, "metrics", "runfile", "runs"},
-    "evaluation": {*BELOW_RUNS, "metrics", "runfile", "runs", "training"},
+    "evaluation": {*BELOW_RUNS, "methods", "metrics", "runfile", "runs", "training"},
     "report": {*BELOW_RUNS, "metrics", "runfile", "runs", "training", "evaluation"},
     "cli": {*BELOW_RUNS, "metrics", "runfile", "runs", "training", "evaluation", "report", "api"},
 }
@@ -47,7 +48,7 @@ SHARED = {
     ),
     "terminal",
 }
-LIGHT = {"divergences", "objectives", "scoring"}
+LIGHT = {"divergences", "objectives", "methods", "scoring"}
 HEAVY = ("transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "numpy", "pydantic", "vllm")
 
 

@@ -9,7 +9,7 @@ from falign.divergences.generator import GeneratorDivergence, from_generator
 from falign.divergences.jensen_shannon import GeneralizedJS, JensenShannon
 from falign.divergences.kullback_leibler import ForwardKL, Jeffreys, ReverseKL
 from falign.divergences.optimal import optimal_weights
-from falign.divergences.registry import get, names
+from falign.divergences.registry import get, names, resolve
 
 __all__ = [
     "Alpha",
@@ -33,4 +33,5 @@ __all__ = [
     "get",
     "names",
     "optimal_weights",
+    "resolve",
 ]

@@ -16,7 +16,7 @@ from falign.divergences.kullback_leibler import ForwardKL, Jeffreys, ReverseKL
 from falign.errors import ConfigError
 from falign.registry import Registry, is_own_name
 
-__all__ = ["DIVERGENCES", "get", "names"]
+__all__ = ["DIVERGENCES", "get", "names", "resolve"]
 
 FAMILIES: dict[str, Callable[..., Divergence]] = {
     "reverse_kl": ReverseKL,
@@ -160,3 +160,22 @@ def _parameters(
         extra = f", got {sorted(given)}" if given else ""
         raise ConfigError(f"{place}: {key} needs its parameter {parameter}{extra}; write {key}(0.5).")
     return given
+
+
+def resolve(divergence: Divergence | str) -> Divergence:
+    """Return a divergence that is given as an object or by its name.
+
+    Args:
+        divergence: f, or its name.
+
+    Returns:
+        The divergence.
+
+    Raises:
+        ConfigError: The name is unknown.
+
+    Example:
+        >>> resolve("alpha(0.5)") == resolve(Alpha(0.5))
+        True
+    """
+    return get(divergence) if isinstance(divergence, str) else divergence

@@ -136,8 +136,9 @@ def load_run(
             objective defines no implicit reward although one is needed.
         ModelError: A model is missing, or not the one of the training.
     """
+    from falign.methods import FDPO
     from falign.models import model_identity, weights_hash
-    from falign.objectives import FDPO, reference_names
+    from falign.objectives import reference_names
     from falign.references import REFERENCE
     from falign.runs import RunFolder
     from falign.runs.loading import checkpoint_folder, load_trained
@@ -217,10 +218,10 @@ def load_compared(
         ModelError: A model is missing.
     """
     from falign.data import Window
+    from falign.methods import FDPO
     from falign.models import load_model, load_tokenizer, model_identity
     from falign.models.heads import share_head
     from falign.models.tokenizers import check_same_tokens
-    from falign.objectives import FDPO
     from falign.references import FrozenModel
     from falign.scoring import DEFAULT_CHUNK_TOKENS
 
@@ -260,8 +261,8 @@ def load_alone(path: str, *, dtype: str, max_length: int | None) -> Scored:
         ModelError: The model is missing.
     """
     from falign.data import Window
+    from falign.methods import FDPO
     from falign.models import load_model, load_tokenizer, model_identity
-    from falign.objectives import FDPO
     from falign.scoring import DEFAULT_CHUNK_TOKENS
 
     tokenizer = load_tokenizer(path)

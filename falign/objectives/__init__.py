@@ -18,7 +18,7 @@ from falign.objectives.base import (
 from falign.objectives.batch import field_of
 from falign.objectives.distribution_matching import DistributionMatching
 from falign.objectives.groups import CompletionMean, completion_term, pairs_of
-from falign.objectives.hybrid import Hybrid
+from falign.objectives.hybrid import Hybrid, dph_rl_coefficient
 from falign.objectives.listwise import Listwise
 from falign.objectives.margins import IPO, Exo, MarginLoss, Robust, get_margin_loss, hinge, logistic, squared
 from falign.objectives.measures import (
@@ -29,7 +29,6 @@ from falign.objectives.measures import (
     get_measure,
     references_of,
 )
-from falign.objectives.methods import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO, dph_rl_coefficient
 from falign.objectives.moments import fit_moments
 from falign.objectives.pairwise import Pairwise
 from falign.objectives.partition import RunningPartition, log_partition
@@ -41,13 +40,7 @@ from falign.objectives.targets import BinaryConstraint, ExponentialReward, Momen
 from falign.objectives.token_pairwise import TokenPairwise
 
 __all__ = [
-    "DPHRL",
-    "FDPG",
-    "FDPO",
     "IPO",
-    "SALSA",
-    "SALSARLOO",
-    "TDPO",
     "Advantage",
     "BaseObjective",
     "BinaryConstraint",

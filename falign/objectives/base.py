@@ -289,8 +289,8 @@ def complete(objective: Objective) -> BaseObjective:
         ValueError: A name in ``needs`` has a key that its field does not take.
 
     Example:
-        >>> from falign.objectives import FDPO
-        >>> complete(FDPO()) == FDPO()
+        >>> from falign.objectives import Supervised
+        >>> complete(Supervised()) == Supervised()
         True
     """
     name = type(objective).__name__

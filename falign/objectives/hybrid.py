@@ -9,12 +9,18 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from typing_extensions import override
 
+from falign.divergences import Alpha, Divergence, ForwardKL, JensenShannon
 from falign.objectives.base import BaseObjective, CompletionBatch, Importance, ObjectiveOutput
 from falign.objectives.measures import Measure
 from falign.objectives.policy_gradient import PolicyGradient
 from falign.objectives.rehearsal import Rehearsal
 
-__all__ = ["Hybrid"]
+__all__ = ["Hybrid", "dph_rl_coefficient"]
+
+# The paper's η is the weight in one mean over all rows, with 8 fresh rows per row of the reference: 8 times the weight
+# between two means. For Jensen-Shannon η is from the paper's tables; for the forward KL and α only the range 0.01 to
+# 0.05 is published, and this is its upper end.
+DPH_RL_COEFFICIENTS: dict[type[Divergence], float] = {JensenShannon: 0.2 / 8, ForwardKL: 0.05 / 8, Alpha: 0.05 / 8}
 
 
 @dataclass(frozen=True)
@@ -128,3 +134,31 @@ class Hybrid(BaseObjective):
         scaled = tuple(term._replace(scale=self.coefficient * term.scale) for term in kept.terms)
         metrics = {**explored.metrics, **{f"rehearsal/{name}": values for name, values in kept.metrics.items()}}
         return ObjectiveOutput(explored.terms + scaled, {k: v for k, v in metrics.items() if len(v) > 0})
+
+
+def dph_rl_coefficient(divergence: Divergence) -> float:
+    """Return the published weight of DPH-RL's rehearsal for a divergence, as a weight between two means.
+
+    Args:
+        divergence: f of the rehearsal: Jensen-Shannon, the forward KL, or an α-divergence.
+
+    Returns:
+        An eighth of their η.
+
+    Raises:
+        ValueError: No weight is published for this divergence.
+
+    Source:
+        Li et al., DPH-RL (arXiv:2509.07430): η of the tables for Jensen-Shannon, 0.2; the upper end of the range in
+        the authors' code for the forward KL and α, 0.01 to 0.05.
+
+    Example:
+        >>> dph_rl_coefficient(JensenShannon()), dph_rl_coefficient(ForwardKL())
+        (0.025, 0.00625)
+    """
+    if type(divergence) not in DPH_RL_COEFFICIENTS:
+        raise ValueError(
+            f"no coefficient is published for DPH-RL under {divergence.name}: set coefficient. For comparison, it is "
+            "0.025 for jensen_shannon, where f''(1) = 0.5, and 0.00625 for forward_kl, where f''(1) = 1."
+        )
+    return DPH_RL_COEFFICIENTS[type(divergence)]

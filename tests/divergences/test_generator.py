@@ -7,7 +7,8 @@ from mpmath import mp, mpf, sqrt
 
 from falign import divergences
 from falign.divergences import estimators, from_generator, optimal_weights
-from falign.objectives import FDPO, TDPO, CompletionBatch
+from falign.methods import FDPO, TDPO
+from falign.objectives import CompletionBatch
 
 mp.dps = 60
 

@@ -6,7 +6,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from falign.objectives import FDPO, CompletionBatch, Measure, ObjectiveOutput, Pairwise, Term
+from falign.methods import FDPO
+from falign.objectives import CompletionBatch, Measure, ObjectiveOutput, Pairwise, Term
 from falign.references import AdapterOff
 from falign.scoring import completion_scores, pack
 from tests.equivalence.runs import PAD, alignment_trainer, difference, lora_policy, lora_weights, run, trees

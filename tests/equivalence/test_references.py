@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from falign.errors import DataError
-from falign.objectives import FDPO, TokenWeighting
+from falign.methods import FDPO
+from falign.objectives import TokenWeighting
 from falign.references import AdapterOff, Cached, CacheKey, FrozenModel, Reference
 from falign.scoring import CompletionStates, Scorer, TokenBatch
 from tests.equivalence.runs import CHUNK, PAD, alignment_trainer, lora_policy, run, trees

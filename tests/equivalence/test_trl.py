@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from falign import divergences
+from falign.methods import FDPO
 from falign.models import add_lora
-from falign.objectives import FDPO, IPO, CompletionBatch, Exo, Pairwise, Robust, hinge, logistic
+from falign.objectives import IPO, CompletionBatch, Exo, Pairwise, Robust, hinge, logistic
 from falign.references import AdapterOff, FrozenModel, Reference
 from falign.scoring import PromptTree, TokenBatch, TokenScores, completion_scores, pad
 

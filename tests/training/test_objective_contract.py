@@ -10,7 +10,8 @@ import torch
 from typing_extensions import override
 
 from falign.errors import ConfigError, TrainingError
-from falign.objectives import FDPO, BaseObjective, CompletionBatch, Entropy, Measure, Objective, ObjectiveOutput, Term
+from falign.methods import FDPO
+from falign.objectives import BaseObjective, CompletionBatch, Entropy, Measure, Objective, ObjectiveOutput, Term
 from falign.references import AdapterOff
 from tests.equivalence.runs import lora_policy, run, trees
 

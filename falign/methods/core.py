@@ -1,15 +1,15 @@
-"""Published methods under the names of their papers, each a composition of existing objectives."""
+"""The five core methods under the names of their papers, each a composition of objectives."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from falign.divergences import Alpha, Divergence, ForwardKL, JensenShannon, get
+from falign.divergences import Divergence, resolve
 from falign.objectives.advantages import Advantage
 from falign.objectives.base import TokenWeighting
 from falign.objectives.distribution_matching import DistributionMatching
 from falign.objectives.groups import CompletionMean
-from falign.objectives.hybrid import Hybrid
+from falign.objectives.hybrid import Hybrid, dph_rl_coefficient
 from falign.objectives.margins import MarginLoss, logistic
 from falign.objectives.pairwise import Pairwise
 from falign.objectives.penalty import Level
@@ -18,12 +18,7 @@ from falign.objectives.rehearsal import Rehearsal
 from falign.objectives.targets import Target
 from falign.objectives.token_pairwise import TokenPairwise
 
-__all__ = ["DPHRL", "FDPG", "FDPO", "SALSA", "SALSARLOO", "TDPO", "dph_rl_coefficient"]
-
-# The paper's η is the weight in one mean over all rows, with 8 fresh rows per row of the reference: 8 times the weight
-# between two means. For Jensen-Shannon η is from the paper's tables; for the forward KL and α only the range 0.01 to
-# 0.05 is published, and this is its upper end.
-DPH_RL_COEFFICIENTS: dict[type[Divergence], float] = {JensenShannon: 0.2 / 8, ForwardKL: 0.05 / 8, Alpha: 0.05 / 8}
+__all__ = ["DPHRL", "FDPG", "FDPO", "SALSA", "SALSARLOO", "TDPO"]
 
 
 def FDPO(  # noqa: N802 - the paper's name
@@ -54,7 +49,7 @@ def FDPO(  # noqa: N802 - the paper's name
         >>> FDPO("jensen_shannon", beta=0.3).divergence.name
         'jensen_shannon'
     """
-    return Pairwise(_resolve(divergence), margin_loss, beta, length_norm)
+    return Pairwise(resolve(divergence), margin_loss, beta, length_norm)
 
 
 def TDPO(  # noqa: N802 - the paper's name
@@ -87,7 +82,7 @@ def TDPO(  # noqa: N802 - the paper's name
         >>> TDPO("jensen_shannon", beta=0.3).alpha
         0.5
     """
-    return TokenPairwise(_resolve(divergence), beta, alpha, variant, weighting)
+    return TokenPairwise(resolve(divergence), beta, alpha, variant, weighting)
 
 
 def FDPG(  # noqa: N802 - the paper's name
@@ -119,35 +114,7 @@ def FDPG(  # noqa: N802 - the paper's name
         ... }
         True
     """
-    return DistributionMatching(_resolve(divergence), target, baseline)
-
-
-def dph_rl_coefficient(divergence: Divergence) -> float:
-    """Return the published weight of DPH-RL's rehearsal for a divergence, as a weight between two means.
-
-    Args:
-        divergence: f of the rehearsal: Jensen-Shannon, the forward KL, or an α-divergence.
-
-    Returns:
-        An eighth of their η.
-
-    Raises:
-        ValueError: No weight is published for this divergence.
-
-    Source:
-        Li et al., DPH-RL (arXiv:2509.07430): η of the tables for Jensen-Shannon, 0.2; the upper end of the range in
-        the authors' code for the forward KL and α, 0.01 to 0.05.
-
-    Example:
-        >>> dph_rl_coefficient(get("jensen_shannon")), dph_rl_coefficient(get("forward_kl"))
-        (0.025, 0.00625)
-    """
-    if type(divergence) not in DPH_RL_COEFFICIENTS:
-        raise ValueError(
-            f"no coefficient is published for DPH-RL under {divergence.name}: set coefficient. For comparison, it is "
-            "0.025 for jensen_shannon, where f''(1) = 0.5, and 0.00625 for forward_kl, where f''(1) = 1."
-        )
-    return DPH_RL_COEFFICIENTS[type(divergence)]
+    return DistributionMatching(resolve(divergence), target, baseline)
 
 
 def DPHRL(  # noqa: N802 - the paper's name
@@ -185,7 +152,7 @@ def DPHRL(  # noqa: N802 - the paper's name
     exploration = PolicyGradient(
         advantage=advantage, clip_low=clip_low, clip_high=clip_high, importance="token", reduction=reduction
     )
-    rehearsal = Rehearsal(_resolve(divergence))
+    rehearsal = Rehearsal(resolve(divergence))
     weight = dph_rl_coefficient(rehearsal.divergence) if coefficient is None else coefficient
     return Hybrid(exploration, rehearsal, weight)
 
@@ -226,7 +193,7 @@ def SALSA(  # noqa: N802 - the paper's name
         ['old_logprobs', 'old_values', 'reference_logprobs', 'rewards', 'values']
     """
     return PolicyGradient(
-        _resolve(divergence),
+        resolve(divergence),
         beta,
         "gae",
         clip_low=clip_low,
@@ -266,8 +233,4 @@ def SALSARLOO(  # noqa: N802 - after the paper's name
         >>> sorted(SALSARLOO(0.1).needs)
         ['old_logprobs', 'reference_logprobs', 'rewards']
     """
-    return PolicyGradient(_resolve(divergence), beta, advantage, level=level)
-
-
-def _resolve(divergence: Divergence | str) -> Divergence:
-    return get(divergence) if isinstance(divergence, str) else divergence
+    return PolicyGradient(resolve(divergence), beta, advantage, level=level)
