@@ -26,7 +26,7 @@ from falign.objectives import (
 from falign.scoring import (
     DEFAULT_CHUNK_TOKENS,
     CompletionStates,
-    Distribution,
+    Predictions,
     TokenBatch,
     completion_scores,
     completion_states,
@@ -356,7 +356,7 @@ def objective_inputs(
             f"{', '.join(sorted(references)) or 'none'}: add it under this name."
         )
     # References first, so that the memory of their passes is free before the policy's graph is kept.
-    distributions: dict[str, Distribution] = {}
+    distributions: dict[str, Predictions] = {}
     for name in (name for name in references if name in needed):
         weighted = weighting if name == REFERENCE else "none"
         if name in references_of(asked.values()) or weighted != "none":

@@ -2,12 +2,13 @@
 
 from falign.scoring.batch import LAYOUTS, Layout, PromptTree, TokenBatch, TreeSpan, pack, pad
 from falign.scoring.completions import CompletionStates, completion_scores, completion_states
+from falign.scoring.distributions import Distribution, Predictions, Reading, Source, TopTokens
 from falign.scoring.layout_choice import LayoutChoice, check_head, choose_layout, why_not_trees
 from falign.scoring.model_parts import Adapted, Head, read_backbone, read_head, run_backbone, without_wrapper
 from falign.scoring.scorer import Scorer, detached_scores, evaluation_mode
 from falign.scoring.token_budget import TokenBudgetBatches
 from falign.scoring.tree_attention import TreeMask, tree_masks
-from falign.scoring.vocabulary import DEFAULT_CHUNK_TOKENS, Distribution, TokenScores, token_scores
+from falign.scoring.vocabulary import DEFAULT_CHUNK_TOKENS, TokenScores, token_scores
 
 __all__ = [
     "DEFAULT_CHUNK_TOKENS",
@@ -18,11 +19,15 @@ __all__ = [
     "Head",
     "Layout",
     "LayoutChoice",
+    "Predictions",
     "PromptTree",
+    "Reading",
     "Scorer",
+    "Source",
     "TokenBatch",
     "TokenBudgetBatches",
     "TokenScores",
+    "TopTokens",
     "TreeMask",
     "TreeSpan",
     "check_head",

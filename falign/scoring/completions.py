@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from falign.objectives import TokenWeighting
 from falign.objectives.measures import Measure
 from falign.scoring.batch import TokenBatch
+from falign.scoring.distributions import Distribution, Predictions
 from falign.scoring.model_parts import read_head, run_backbone
 from falign.scoring.token_weights import MapoMask, activation_weights
 from falign.scoring.tree_attention import tree_masks
-from falign.scoring.vocabulary import DEFAULT_CHUNK_TOKENS, Distribution, TokenScores, token_scores
+from falign.scoring.vocabulary import DEFAULT_CHUNK_TOKENS, TokenScores, token_scores
 
 __all__ = ["CompletionStates", "completion_scores", "completion_states"]
 
@@ -75,7 +76,7 @@ def completion_scores(
     batch: TokenBatch,
     *,
     measures: Mapping[str, Measure] | None = None,
-    references: Mapping[str, Distribution] | None = None,
+    references: Mapping[str, Predictions] | None = None,
     value_head: nn.Module | None = None,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
 ) -> TokenScores:
@@ -88,7 +89,7 @@ def completion_scores(
             the batch.
         batch: The rows to score, in either layout.
         measures: Functionals of the whole distribution at each position, by name.
-        references: Each reference's states for the same batch, by name, for the references that the measures read.
+        references: Each reference's distributions for the same batch, by name, for those that the measures read.
         value_head: From hidden states, shape (M, H), to values, shape (M, 1); its gradient stops at the hidden states.
         chunk_tokens: Number of positions that reach the head at once; affects only memory and speed.
 

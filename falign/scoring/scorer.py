@@ -13,7 +13,8 @@ from torch import nn
 from falign.objectives.measures import Measure
 from falign.scoring.batch import LAYOUTS, Layout, PromptTree, TokenBatch
 from falign.scoring.completions import completion_scores
-from falign.scoring.vocabulary import DEFAULT_CHUNK_TOKENS, Distribution, TokenScores
+from falign.scoring.distributions import Predictions
+from falign.scoring.vocabulary import DEFAULT_CHUNK_TOKENS, TokenScores
 
 __all__ = ["Scorer", "detached_scores", "evaluation_mode"]
 
@@ -69,7 +70,7 @@ class Scorer:
         batch: TokenBatch,
         *,
         measures: Mapping[str, Measure] | None = None,
-        references: Mapping[str, Distribution] | None = None,
+        references: Mapping[str, Predictions] | None = None,
         value_head: nn.Module | None = None,
     ) -> TokenScores:
         """Score each completion token without gradient and without dropout.
@@ -135,7 +136,7 @@ def detached_scores(
     batch: TokenBatch,
     *,
     measures: Mapping[str, Measure] | None = None,
-    references: Mapping[str, Distribution] | None = None,
+    references: Mapping[str, Predictions] | None = None,
     value_head: nn.Module | None = None,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
 ) -> TokenScores:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from falign.errors import ModelError
 from falign.scoring.batch import TokenBatch
+from falign.scoring.distributions import Distribution
 from falign.scoring.model_parts import read_backbone, without_wrapper
-from falign.scoring.vocabulary import Distribution
 
 __all__ = ["MapoMask", "activation_weights"]
 

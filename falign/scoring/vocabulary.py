@@ -14,6 +14,7 @@ depends on the incoming one, so the logits are recomputed in the backward pass.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -26,9 +27,10 @@ from torch.utils.checkpoint import checkpoint
 
 from falign.errors import ConfigError
 from falign.objectives.measures import Measure, Vocabulary, references_of
+from falign.scoring.distributions import Distribution, Predictions, VisitedReferences, normalize
 from falign.scoring.model_parts import Head
 
-__all__ = ["DEFAULT_CHUNK_TOKENS", "Distribution", "TokenScores", "token_scores"]
+__all__ = ["DEFAULT_CHUNK_TOKENS", "TokenScores", "token_scores"]
 
 # A float32 tile of 256 tokens over a vocabulary of 128k is 128 MiB; with a divergence four of them are in memory.
 DEFAULT_CHUNK_TOKENS = 256
@@ -54,24 +56,12 @@ class TokenScores(NamedTuple):
     values: Float[Tensor, "*shape"] | None = None
 
 
-class Distribution(NamedTuple):
-    """Next-token distributions of a model: its last hidden states and its head.
-
-    Attributes:
-        hidden: Last hidden states, shape (M, H).
-        head: Map from a hidden state to logits.
-    """
-
-    hidden: Float[Tensor, "M H"]
-    head: Head
-
-
 def token_scores(
     policy: Distribution,
     targets: Int[Tensor, " M"],
     *,
     measures: Mapping[str, Measure] | None = None,
-    references: Mapping[str, Distribution] | None = None,
+    references: Mapping[str, Predictions] | None = None,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
 ) -> TokenScores:
     """Return log π of each target token, the entropy of the distribution it comes from, and measures of it.
@@ -109,11 +99,11 @@ def token_scores(
     for name in references_of(measures.values()):
         if name not in references:
             raise ValueError(f"A measure reads the reference {name!r}, which is missing from references: add it.")
-    visit = _Visit(policy.head, measures, {name: each.head for name, each in references.items()})
-    others = [each.hidden.detach().split(chunk_tokens) for each in references.values()]
-    chunks = zip(policy.hidden.split(chunk_tokens), targets.split(chunk_tokens), *others, strict=True)
+    visit = _Visit(policy.head, measures, VisitedReferences(references))
+    own = zip(policy.hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+    others = visit.references.chunks(chunk_tokens) if references else itertools.repeat([])
     parts = []
-    for hidden, ids, *of_references in chunks:
+    for (hidden, ids), of_references in zip(own, others, strict=bool(references)):
         if policy.head.trains:
             # checkpoint restores the random state (its default), so dropout in an adapter on the head is repeated.
             parts.append(checkpoint(_with_trained_head, hidden, ids, visit, *of_references, use_reentrant=False))
@@ -148,7 +138,7 @@ class _Visit:
 
     head: Head
     measures: Mapping[str, Measure]
-    reference_heads: Mapping[str, Head]
+    references: VisitedReferences
     live: set[str] = field(default_factory=set)
     """Measures that had a gradient in a block since this was last cleared."""
 
@@ -157,45 +147,37 @@ class _Visit:
         constant = [values[2 + k] for k, name in enumerate(self.measures) if name not in self.live]
         return [values[1], *constant, *values[2 + len(self.measures) :]]
 
-    def references_raw(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        with torch.no_grad():
-            return [head.embeddings(each) for head, each in zip(self.reference_heads.values(), hidden, strict=True)]
-
-    def values(self, raw: Tensor, targets: Tensor, references_raw: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        blocks = [block.values for block in self.blocks(raw, targets, references_raw, gradients=False)]
+    def values(self, raw: Tensor, targets: Tensor, prepared: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        blocks = [block.values for block in self.blocks(raw, targets, prepared, gradients=False)]
         return tuple(torch.cat(column) for column in zip(*blocks, strict=True))
 
     def values_and_gradients(
-        self, raw: Tensor, targets: Tensor, references_raw: Sequence[Tensor]
+        self, raw: Tensor, targets: Tensor, prepared: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """Return the values, and the gradients by `raw`, each of the shape and type of `raw`."""
         gradients = [torch.empty_like(raw) for _ in range(1 + len(self.measures))]
         blocks = []
-        for rows, values, of_block in self.blocks(raw, targets, references_raw, gradients=True):
+        for rows, values, of_block in self.blocks(raw, targets, prepared, gradients=True):
             blocks.append(values)
             for whole, part in zip(gradients, of_block, strict=True):
                 whole[rows] = part
         return tuple(torch.cat(column) for column in zip(*blocks, strict=True)), gradients
 
     @torch.no_grad()
-    def blocks(
-        self, raw: Tensor, targets: Tensor, references_raw: Sequence[Tensor], *, gradients: bool
-    ) -> Iterator[_Block]:
+    def blocks(self, raw: Tensor, targets: Tensor, prepared: Sequence[Tensor], *, gradients: bool) -> Iterator[_Block]:
         size = len(raw) if raw.device.type != "cpu" else max(1, _CACHED_LOGITS // raw.shape[-1])
         for start in range(0, len(raw), size):
             rows = slice(start, start + size)
             target = targets[rows, None]
             logits = self.head.logits(raw[rows])
             slope = self.head.slope(logits) if gradients else 1.0
-            logprobs, probabilities, log_normalizer = _normalize(logits)
+            logprobs, probabilities, log_normalizer = normalize(logits)
             of_target = logprobs.gather(-1, target)[:, 0]
             # Clamped: a logit of -inf must contribute p log p = 0, but 0 · -inf is NaN.
             entropy = -torch.linalg.vecdot(probabilities, logprobs.clamp_(min=torch.finfo(logprobs.dtype).min))
-            references = {
-                name: _normalize(head.logits(other[rows]))[0]
-                for (name, head), other in zip(self.reference_heads.items(), references_raw, strict=True)
-            }
-            of_references = [each.gather(-1, target)[:, 0] for each in references.values()]
+            readings = self.references.read(prepared, rows, target[:, 0])
+            references = {name: each.logprobs for name, each in readings.items() if each.logprobs is not None}
+            of_references = [each.of_targets for each in readings.values()]
             matrix = self.head.matrix
             if matrix is not None:
                 matrix = matrix[: logprobs.shape[-1]]  # a padded head has rows for ids that are left out
@@ -217,17 +199,6 @@ class _Visit:
                 of_logprob.scatter_add_(-1, target, torch.ones_like(target, dtype=of_logprob.dtype))
                 slopes.insert(0, of_logprob.mul_(slope))
             yield _Block(rows, (of_target, entropy, *measured, *of_references), tuple(slopes))
-
-
-def _normalize(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probabilities, probabilities and ``logsumexp``; the logits are overwritten."""
-    # In place, because a [chunk, vocabulary] tensor is large; logsumexp and softmax would each allocate another one.
-    largest = logits.amax(dim=-1, keepdim=True)
-    logits.sub_(largest)
-    probabilities = logits.exp()
-    total = probabilities.sum(dim=-1, keepdim=True)
-    log_total = total.log()
-    return logits.sub_(log_total), probabilities.div_(total), largest.add_(log_total)
 
 
 def _measured(
@@ -265,23 +236,23 @@ class _FrozenHead(torch.autograd.Function):
     """Values of one chunk under a frozen head; the forward pass also computes gradients by the hidden states."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, visit: _Visit, *reference_hidden: Tensor) -> tuple:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, visit: _Visit, *of_references: Tensor) -> tuple:
         ctx.set_materialize_grads(False)  # outputs without a gradient give None in backward, not zeros
-        references_raw = visit.references_raw(reference_hidden)
+        prepared = visit.references.prepare(of_references)
         if not ctx.needs_input_grad[0]:
-            return visit.values(visit.head.embeddings(hidden), targets, references_raw)
+            return visit.values(visit.head.embeddings(hidden), targets, prepared)
         # A small graph of the embeddings alone: it takes gradients by the logits back to the hidden states, also
         # through adapters and quantized layers.
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
             raw = visit.head.embeddings(leaf)
         visit.live.clear()
-        values, gradients = visit.values_and_gradients(raw.detach(), targets, references_raw)
+        values, gradients = visit.values_and_gradients(raw.detach(), targets, prepared)
         last = len(gradients) - 1  # the graph of the embeddings is kept until the last of its uses
         slopes = [
             torch.autograd.grad(raw, leaf, gradient, retain_graph=k < last)[0] for k, gradient in enumerate(gradients)
         ]
-        ctx.num_references = len(reference_hidden)
+        ctx.num_inputs = len(of_references)
         ctx.save_for_backward(*slopes)
         ctx.mark_non_differentiable(*visit.of_constants(values))
         return values
@@ -292,7 +263,7 @@ class _FrozenHead(torch.autograd.Function):
         slopes = ctx.saved_tensors
         terms = [grad[:, None] * slope for grad, slope in _incoming(grads, slopes) if grad is not None]
         total = torch.stack(terms).sum(dim=0).to(slopes[0].dtype) if terms else None
-        return (total, None, None, *[None] * ctx.num_references)
+        return (total, None, None, *[None] * ctx.num_inputs)
 
 
 def _incoming(grads: Sequence[Tensor | None], slopes: Sequence[Tensor]) -> list[tuple[Tensor | None, Tensor]]:
@@ -300,8 +271,8 @@ def _incoming(grads: Sequence[Tensor | None], slopes: Sequence[Tensor]) -> list[
     return list(zip((grads[0], *grads[2 : 1 + len(slopes)]), slopes, strict=True))
 
 
-def _with_trained_head(hidden: Tensor, targets: Tensor, visit: _Visit, *reference_hidden: Tensor) -> tuple:
-    return _FromLogits.apply(visit.head.embeddings(hidden), targets, visit, *visit.references_raw(reference_hidden))
+def _with_trained_head(hidden: Tensor, targets: Tensor, visit: _Visit, *of_references: Tensor) -> tuple:
+    return _FromLogits.apply(visit.head.embeddings(hidden), targets, visit, *visit.references.prepare(of_references))
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -312,14 +283,14 @@ class _FromLogits(torch.autograd.Function):
     """Values of one chunk of logits under a trained head; the backward pass recomputes what it needs."""
 
     @staticmethod
-    def forward(ctx: Any, raw: Tensor, targets: Tensor, visit: _Visit, *references_raw: Tensor) -> tuple:
+    def forward(ctx: Any, raw: Tensor, targets: Tensor, visit: _Visit, *prepared: Tensor) -> tuple:
         ctx.set_materialize_grads(False)
         ctx.visit = visit
-        ctx.save_for_backward(raw, targets, *references_raw)
+        ctx.save_for_backward(raw, targets, *prepared)
         # A custom measure may use autograd inside. Identity hooks hide its tensors from the checkpoint, which would
         # count them and find the recomputed number different.
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            values = visit.values(raw, targets, references_raw)
+            values = visit.values(raw, targets, prepared)
         # Which measures are constants is known only in the backward pass, where their gradients are zeros.
         ctx.mark_non_differentiable(values[1], *values[2 + len(visit.measures) :])
         return values
@@ -327,7 +298,7 @@ class _FromLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
-        raw, targets, *references_raw = ctx.saved_tensors
-        _, slopes = ctx.visit.values_and_gradients(raw, targets, references_raw)
+        raw, targets, *prepared = ctx.saved_tensors
+        _, slopes = ctx.visit.values_and_gradients(raw, targets, prepared)
         terms = [slope.mul_(grad[:, None]) for grad, slope in _incoming(grads, slopes) if grad is not None]
-        return ((sum(terms) if terms else None), None, None, *[None] * len(references_raw))
+        return ((sum(terms) if terms else None), None, None, *[None] * len(prepared))
