@@ -38,6 +38,16 @@ from falign.objectives.rehearsal import Rehearsal
 from falign.objectives.supervised import Supervised
 from falign.objectives.targets import BinaryConstraint, ExponentialReward, MomentConstraints, ProductTarget, Target
 from falign.objectives.token_pairwise import TokenPairwise
+from falign.objectives.weights import (
+    PassRateKernel,
+    TokenWeight,
+    completion_factor,
+    get_weight,
+    measures_of_weights,
+    merge_measures,
+    needs_of_weights,
+    token_factor,
+)
 
 __all__ = [
     "IPO",
@@ -60,6 +70,7 @@ __all__ = [
     "Objective",
     "ObjectiveOutput",
     "Pairwise",
+    "PassRateKernel",
     "Penalty",
     "PolicyGradient",
     "ProductTarget",
@@ -71,9 +82,11 @@ __all__ = [
     "Target",
     "Term",
     "TokenPairwise",
+    "TokenWeight",
     "TokenWeighting",
     "Vocabulary",
     "complete",
+    "completion_factor",
     "completion_term",
     "dph_rl_coefficient",
     "field_of",
@@ -82,14 +95,19 @@ __all__ = [
     "get_advantage",
     "get_margin_loss",
     "get_measure",
+    "get_weight",
     "hinge",
     "log_partition",
     "logistic",
+    "measures_of_weights",
+    "merge_measures",
+    "needs_of_weights",
     "pairs_of",
     "reduce_terms",
     "reference_names",
     "references_of",
     "squared",
+    "token_factor",
     "token_weighting",
     "total_weights",
 ]
