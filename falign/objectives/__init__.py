@@ -39,7 +39,7 @@ from falign.objectives.supervised import Supervised
 from falign.objectives.targets import BinaryConstraint, ExponentialReward, MomentConstraints, ProductTarget, Target
 from falign.objectives.token_pairwise import TokenPairwise
 from falign.objectives.weights import (
-    PassRateKernel,
+    DifficultyKernel,
     TokenWeight,
     completion_factor,
     get_weight,
@@ -56,6 +56,7 @@ __all__ = [
     "BinaryConstraint",
     "CompletionBatch",
     "CompletionMean",
+    "DifficultyKernel",
     "DistributionMatching",
     "DivergenceTo",
     "Entropy",
@@ -70,7 +71,6 @@ __all__ = [
     "Objective",
     "ObjectiveOutput",
     "Pairwise",
-    "PassRateKernel",
     "Penalty",
     "PolicyGradient",
     "ProductTarget",

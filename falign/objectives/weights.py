@@ -20,7 +20,7 @@ from falign.registry import Registry
 
 __all__ = [
     "WEIGHTS",
-    "PassRateKernel",
+    "DifficultyKernel",
     "TokenWeight",
     "completion_factor",
     "get_weight",
@@ -77,7 +77,7 @@ def needs_of_weights(weights: Sequence[TokenWeight]) -> frozenset[str]:
         The union of their ``needs``.
 
     Example:
-        >>> sorted(needs_of_weights([PassRateKernel()]))
+        >>> sorted(needs_of_weights([DifficultyKernel()]))
         ['rewards']
     """
     return frozenset[str]().union(*(weight.needs for weight in weights))
@@ -96,7 +96,7 @@ def measures_of_weights(weights: Sequence[TokenWeight]) -> dict[str, Measure]:
         ValueError: One name stands for two different measures.
 
     Example:
-        >>> measures_of_weights([PassRateKernel()])
+        >>> measures_of_weights([DifficultyKernel()])
         {}
     """
     return merge_measures(*(weight.measures for weight in weights))
@@ -146,7 +146,7 @@ def token_factor(weights: Sequence[TokenWeight], batch: CompletionBatch) -> Floa
         ...     prompt_index=torch.tensor([0, 0]),
         ...     rewards=torch.tensor([1.0, 0.0]),
         ... )
-        >>> token_factor([PassRateKernel()], batch)
+        >>> token_factor([DifficultyKernel()], batch)
         tensor([[0.2500],
                 [0.2500]])
     """
@@ -198,14 +198,14 @@ def completion_factor(weights: Sequence[TokenWeight], batch: CompletionBatch) ->
         ...     prompt_index=torch.tensor([0, 0]),
         ...     rewards=torch.tensor([1.0, 0.0]),
         ... )
-        >>> completion_factor([PassRateKernel()], batch)
+        >>> completion_factor([DifficultyKernel()], batch)
         tensor([0.2500, 0.2500])
     """
     return token_factor(weights, batch).sum(dim=-1) / batch.num_tokens
 
 
 @dataclass(frozen=True)
-class PassRateKernel:
+class DifficultyKernel:
     """``p^a (1 - p)^b`` for every token of a prompt's completions, p the share of its completions that pass.
 
     With positive a and b it is 0 for prompts that always or never pass, and largest at ``p = a/(a + b)``. ``a = b = 0``
@@ -230,9 +230,9 @@ class PassRateKernel:
     def __post_init__(self) -> None:
         for name, value in {"a": self.a, "b": self.b}.items():
             if not 0 <= value < math.inf:
-                raise ValueError(f"pass_rate_kernel: {name}={value!r} must be finite and not negative.")
+                raise ValueError(f"difficulty_kernel: {name}={value!r} must be finite and not negative.")
         if not math.isfinite(self.pass_reward):
-            raise ValueError(f"pass_rate_kernel: pass_reward={self.pass_reward!r} must be finite.")
+            raise ValueError(f"difficulty_kernel: pass_reward={self.pass_reward!r} must be finite.")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -262,7 +262,7 @@ class PassRateKernel:
 
 WEIGHTS: Registry[Any] = Registry(
     "token weight",
-    {"pass_rate_kernel": PassRateKernel},
+    {"difficulty_kernel": DifficultyKernel},
     wanted="token weight: an object with needs, measures and __call__(batch), or a function that returns one",
 )
 
@@ -271,8 +271,8 @@ def get_weight(name: str, *, field: str | None = None, **settings: Any) -> Token
     """Return a token weight by name.
 
     Args:
-        name: ``pass_rate_kernel``; or a custom ``module:Name``, which is called with the settings unless it is a weight
-            itself.
+        name: ``difficulty_kernel``; or a custom ``module:Name``, which is called with the settings unless it is a
+            weight itself.
         field: The run-file field that holds the name, for messages.
         **settings: Arguments of the weight.
 
@@ -284,8 +284,8 @@ def get_weight(name: str, *, field: str | None = None, **settings: Any) -> Token
         ValueError: A setting is out of range.
 
     Example:
-        >>> get_weight("pass_rate_kernel", a=2.0)
-        PassRateKernel(a=2.0, b=1.0, pass_reward=1.0)
+        >>> get_weight("difficulty_kernel", a=2.0)
+        DifficultyKernel(a=2.0, b=1.0, pass_reward=1.0)
     """
     member = WEIGHTS.get(name, field=field)
     if isinstance(member, TokenWeight) and not isinstance(member, type) and not settings:

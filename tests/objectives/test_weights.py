@@ -7,7 +7,7 @@ from falign.divergences import ReverseKL
 from falign.errors import ConfigError
 from falign.objectives import CompletionBatch, DivergenceTo, Entropy, Measure
 from falign.objectives.weights import (
-    PassRateKernel,
+    DifficultyKernel,
     TokenWeight,
     completion_factor,
     get_weight,
@@ -38,23 +38,23 @@ def batch_of(rewards=(1.0, 0.0, 0.0, 1.0, 1.0), prompts=(0, 0, 0, 1, 1)):
     )
 
 
-def test_the_pass_rate_kernel_is_a_function_of_each_prompts_share_of_passes():
-    kernel = PassRateKernel(a=2.0, b=1.5)(batch_of())
+def test_the_difficulty_kernel_is_a_function_of_each_prompts_share_of_passes():
+    kernel = DifficultyKernel(a=2.0, b=1.5)(batch_of())
     expected = (1 / 3) ** 2 * (2 / 3) ** 1.5
     assert kernel[:, 0].tolist() == pytest.approx([expected] * 3 + [0.0, 0.0], abs=1e-15)
     # Rewards that are not 0 and 1: the threshold decides.
     graded = batch_of(rewards=(0.5, 0.2, 0.7, 0.1, 0.9))
-    assert PassRateKernel(1.0, 1.0, pass_reward=0.5)(graded)[:, 0].tolist() == pytest.approx([2 / 9] * 3 + [0.25] * 2)
+    assert DifficultyKernel(1.0, 1.0, pass_reward=0.5)(graded)[:, 0].tolist() == pytest.approx([2 / 9] * 3 + [0.25] * 2)
 
 
 def test_zero_exponents_give_weights_of_exactly_one_even_where_nothing_passes():
-    assert PassRateKernel(0.0, 0.0)(batch_of(rewards=(0, 0, 0, 1, 1))).eq(1).all()
+    assert DifficultyKernel(0.0, 0.0)(batch_of(rewards=(0, 0, 0, 1, 1))).eq(1).all()
 
 
 def test_a_list_is_a_product_that_is_constant_and_zero_outside_the_mask():
     values = torch.full((5, 3), 3.0, dtype=torch.float64, requires_grad=True)
     batch = batch_of()
-    factor = token_factor([PassRateKernel(), Constant(values)], batch)
+    factor = token_factor([DifficultyKernel(), Constant(values)], batch)
     assert not factor.requires_grad
     assert factor[0].tolist() == pytest.approx([2 / 3, 2 / 3, 0.0])
     assert token_factor([], batch).equal(batch.completion_mask.double())
@@ -62,7 +62,7 @@ def test_a_list_is_a_product_that_is_constant_and_zero_outside_the_mask():
 
 
 def test_needs_and_measures_are_unions_and_two_meanings_of_one_name_are_refused():
-    weights = [PassRateKernel(), Constant(torch.zeros(5, 3))]
+    weights = [DifficultyKernel(), Constant(torch.zeros(5, 3))]
     assert needs_of_weights(weights) == {"rewards", "reference_logprobs"}
     assert measures_of_weights(weights) == {"entropy": Entropy()}
     with pytest.raises(ValueError, match=r"'entropy'.*rename one"):
@@ -89,13 +89,13 @@ def test_values_outside_the_mask_are_not_read():
 
 
 def test_weights_are_found_by_name_and_their_settings_checked():
-    assert get_weight("pass_rate_kernel", b=2.0) == PassRateKernel(1.0, 2.0)
-    assert isinstance(get_weight("pass_rate_kernel"), TokenWeight)
-    with pytest.raises(ConfigError, match="did you mean 'pass_rate_kernel'"):
-        get_weight("pass_rate_kernl")
+    assert get_weight("difficulty_kernel", b=2.0) == DifficultyKernel(1.0, 2.0)
+    assert isinstance(get_weight("difficulty_kernel"), TokenWeight)
+    with pytest.raises(ConfigError, match="did you mean 'difficulty_kernel'"):
+        get_weight("difficulty_kernl")
     with pytest.raises(ValueError, match=r"a=-1\.0 must be finite and not negative"):
-        get_weight("pass_rate_kernel", a=-1.0)
+        get_weight("difficulty_kernel", a=-1.0)
     with pytest.raises(ConfigError, match="lacks needs"):
         get_weight("builtins:dict", a=1)
     with pytest.raises(ConfigError, match="unexpected keyword argument 'c'"):
-        get_weight("pass_rate_kernel", c=1)
+        get_weight("difficulty_kernel", c=1)
