@@ -25,6 +25,7 @@ from falign.objectives.measures import (
     DivergenceTo,
     Entropy,
     Measure,
+    TopTokens,
     Vocabulary,
     get_measure,
     references_of,
@@ -38,6 +39,7 @@ from falign.objectives.rehearsal import Rehearsal
 from falign.objectives.supervised import Supervised
 from falign.objectives.targets import BinaryConstraint, ExponentialReward, MomentConstraints, ProductTarget, Target
 from falign.objectives.token_pairwise import TokenPairwise
+from falign.objectives.top_k import TopK
 from falign.objectives.weights import (
     DifficultyKernel,
     TokenWeight,
@@ -84,6 +86,8 @@ __all__ = [
     "TokenPairwise",
     "TokenWeight",
     "TokenWeighting",
+    "TopK",
+    "TopTokens",
     "Vocabulary",
     "complete",
     "completion_factor",

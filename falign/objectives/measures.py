@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +18,29 @@ from falign.divergences.estimators import full_vocabulary
 from falign.errors import ConfigError
 from falign.registry import Registry, is_own_name
 
-__all__ = ["MEASURES", "DivergenceTo", "Entropy", "Measure", "Vocabulary", "get_measure", "references_of"]
+__all__ = [
+    "MEASURES",
+    "DivergenceTo",
+    "Entropy",
+    "Measure",
+    "TopTokens",
+    "Vocabulary",
+    "get_measure",
+    "log_rest",
+    "references_of",
+]
+
+
+class TopTokens(NamedTuple):
+    """The K most likely tokens at each position.
+
+    Attributes:
+        logprobs: Their log-probabilities, the largest first, shape (M, K), nats.
+        ids: Their ids, shape (M, K).
+    """
+
+    logprobs: Float[Tensor, "M K"]
+    ids: Int[Tensor, "M K"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +54,7 @@ class Vocabulary:
         targets: The token at each position, shape (M,).
         references: ``log π_k`` over the same vocabulary for each reference that the measures name, shape (M, V),
             constants.
+        tops: Most likely tokens of each reference of which nothing else is known, by its name.
         log_normalizer: ``logsumexp`` of the logits, shape (M, 1); carries a gradient like ``logprobs``.
         embeddings: The policy's output embeddings, shape (V, H), a constant; None if its head is not one matrix.
 
@@ -46,6 +69,7 @@ class Vocabulary:
     references: Mapping[str, Float[Tensor, "M V"]] = field(default_factory=dict)
     log_normalizer: Float[Tensor, "M 1"] | None = None
     embeddings: Float[Tensor, "V H"] | None = None
+    tops: Mapping[str, TopTokens] = field(default_factory=dict)
 
     @property
     def logits(self) -> Float[Tensor, "M V"]:
@@ -68,14 +92,68 @@ class Vocabulary:
             Shape (M, V), a constant.
 
         Raises:
-            ConfigError: The measure does not list it.
+            ConfigError: The measure does not list it, or only its most likely tokens are known.
         """
+        if name in self.tops:
+            raise ConfigError(
+                f"A measure reads the whole distribution of the reference {name!r}, of which only the "
+                f"{self.tops[name].ids.shape[-1]} most likely tokens are known: use a measure of these, such as top_k, "
+                "or a reference that computes whole distributions."
+            )
         if name not in self.references:
             raise ConfigError(
                 f"A measure reads the distribution of the reference {name!r} but does not list it: its `references` "
                 f"must be frozenset({{{name!r}}})."
             )
         return self.references[name]
+
+    def top(self, name: str, k: int) -> TopTokens:
+        """Return the k most likely tokens of a reference; all of them if the vocabulary is smaller.
+
+        Args:
+            name: As in :meth:`reference`. Of this reference no more than these tokens need to be known.
+            k: Number of tokens, at least 1.
+
+        Returns:
+            Shape (M, K), constants.
+
+        Raises:
+            ConfigError: The measure does not list the reference, or fewer of its tokens are known.
+
+        Example:
+            >>> teacher = torch.tensor([[0.2, 0.5, 0.3]]).log()
+            >>> at = Vocabulary(torch.zeros(1, 3), torch.tensor([0]), {"teacher": teacher})
+            >>> at.top("teacher", 2).ids
+            tensor([[1, 2]])
+        """
+        k = min(k, self.logprobs.shape[-1])
+        if name not in self.tops:
+            return TopTokens(*self.reference(name).topk(k, dim=-1))
+        known = self.tops[name]
+        if known.ids.shape[-1] < k:
+            raise ConfigError(
+                f"A measure reads the {k} most likely tokens of the reference {name!r}, of which "
+                f"{known.ids.shape[-1]} are known: lower k of the measure, or store more tokens of the reference."
+            )
+        return TopTokens(known.logprobs[:, :k], known.ids[:, :k])
+
+    def rest(self, name: str, k: int) -> Float[Tensor, " M"]:
+        """Return the log-probability of all tokens of a reference outside :meth:`top`; meaningless if these are all.
+
+        Args:
+            name: As in :meth:`top`.
+            k: As in :meth:`top`.
+
+        Returns:
+            Shape (M,), a constant. If only the K most likely tokens are known, ``log(1 - Σ p)`` of these, no smaller
+            than the rounding error of 1, enters it.
+        """
+        if name not in self.tops:
+            return log_rest(self.reference(name), self.top(name, k).ids)
+        known = self.tops[name].logprobs
+        total = known.logsumexp(dim=-1).clamp(max=-torch.finfo(known.dtype).eps)
+        unknown = torch.log(-torch.expm1(total))
+        return torch.logaddexp(unknown, known[:, k:].logsumexp(dim=-1)) if known.shape[-1] > k else unknown
 
 
 @runtime_checkable
@@ -101,6 +179,24 @@ class Measure(Protocol):
             Shape (M,). Differentiable unless the measure is meant as a constant.
         """
         ...
+
+
+def log_rest(logprobs: Float[Tensor, "M V"], ids: Int[Tensor, "M K"]) -> Float[Tensor, " M"]:
+    """Return ``log Σ_{v ∉ ids} p(v)`` at each position, differentiable.
+
+    Args:
+        logprobs: ``log p``, shape (M, V).
+        ids: The tokens to leave out, shape (M, K), fewer than V.
+
+    Returns:
+        Shape (M,). At least about -10⁴, so that it is finite and keeps a gradient where p is very small.
+
+    Example:
+        >>> log_rest(torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0]])).exp()
+        tensor([0.5000])
+    """
+    # A sum over the others, not 1 - Σ p(ids): the difference loses all digits where the rest is small.
+    return logprobs.scatter(-1, ids, -1e4).logsumexp(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -189,7 +285,11 @@ def divergence_to(divergence: str, reference: str = "reference", temperature: st
 
 MEASURES: Registry[Any] = Registry(
     "measure",
-    {"divergence_to": divergence_to, "entropy": Entropy},
+    {
+        "divergence_to": divergence_to,
+        "entropy": Entropy,
+        "top_k": "falign.objectives.top_k:top_k",
+    },
     wanted="measure: an object with references and __call__(at), or a function that returns one",
 )
 

@@ -14,21 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from falign.objectives.measures import TopTokens
 from falign.scoring.model_parts import Head
 
-__all__ = ["Distribution", "Predictions", "Reading", "Source", "TopTokens", "VisitedReferences", "normalize"]
-
-
-class TopTokens(NamedTuple):
-    """The K most likely tokens at each position.
-
-    Attributes:
-        logprobs: Their log-probabilities, the largest first, shape (M, K), nats.
-        ids: Their ids, shape (M, K).
-    """
-
-    logprobs: Float[Tensor, "M K"]
-    ids: Int[Tensor, "M K"]
+__all__ = ["Distribution", "Predictions", "Reading", "Source", "VisitedReferences", "normalize"]
 
 
 class Reading(NamedTuple):

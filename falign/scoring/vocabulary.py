@@ -177,11 +177,12 @@ class _Visit:
             entropy = -torch.linalg.vecdot(probabilities, logprobs.clamp_(min=torch.finfo(logprobs.dtype).min))
             readings = self.references.read(prepared, rows, target[:, 0])
             references = {name: each.logprobs for name, each in readings.items() if each.logprobs is not None}
+            tops = {name: each.top for name, each in readings.items() if each.top is not None}
             of_references = [each.of_targets for each in readings.values()]
             matrix = self.head.matrix
             if matrix is not None:
                 matrix = matrix[: logprobs.shape[-1]]  # a padded head has rows for ids that are left out
-            at = Vocabulary(logprobs, target[:, 0], references, log_normalizer, matrix)
+            at = Vocabulary(logprobs, target[:, 0], references, log_normalizer, matrix, tops)
             # `slope` takes each gradient from the capped and scaled logits back to the output of the embeddings.
             measured, slopes = [], []
             for name, measure in self.measures.items():
