@@ -36,6 +36,7 @@ from falign.objectives.partition import RunningPartition, log_partition
 from falign.objectives.penalty import Penalty, Surrogate
 from falign.objectives.policy_gradient import PolicyGradient
 from falign.objectives.rehearsal import Rehearsal
+from falign.objectives.schedules import Cosine, Linear, Schedule, Scheduled, Stairs, Steps
 from falign.objectives.supervised import Supervised
 from falign.objectives.targets import BinaryConstraint, ExponentialReward, MomentConstraints, ProductTarget, Target
 from falign.objectives.token_pairwise import TokenPairwise
@@ -58,6 +59,7 @@ __all__ = [
     "BinaryConstraint",
     "CompletionBatch",
     "CompletionMean",
+    "Cosine",
     "DifficultyKernel",
     "DistributionMatching",
     "DivergenceTo",
@@ -66,6 +68,7 @@ __all__ = [
     "ExponentialReward",
     "Hybrid",
     "Importance",
+    "Linear",
     "Listwise",
     "MarginLoss",
     "Measure",
@@ -79,6 +82,10 @@ __all__ = [
     "Rehearsal",
     "Robust",
     "RunningPartition",
+    "Schedule",
+    "Scheduled",
+    "Stairs",
+    "Steps",
     "Supervised",
     "Surrogate",
     "Target",

@@ -200,6 +200,24 @@ class BaseObjective(ABC):
         """
         return batch
 
+    def at(self, step: int) -> BaseObjective:
+        """Return the objective with the coefficients of a step as plain numbers; itself if none has a schedule.
+
+        An objective of several parts returns the same of its parts.
+
+        Args:
+            step: Number of optimizer steps taken before; online, before the rollout was sampled.
+        """
+        return self
+
+    def coefficients(self, step: int) -> Mapping[str, float]:
+        """Return the values at a step of the coefficients that change, by path, for the log; empty by default.
+
+        Args:
+            step: As for :meth:`at`.
+        """
+        return {}
+
     def log_weights(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
         """Return the samples' log-weights from which ``log_partition`` is estimated, if the objective needs it.
 

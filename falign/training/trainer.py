@@ -16,6 +16,7 @@ from typing_extensions import override
 from falign.errors import ConfigError, TrainingError
 from falign.models.sharding import is_sharded
 from falign.objectives import (
+    BaseObjective,
     CompletionBatch,
     Measure,
     Objective,
@@ -118,11 +119,22 @@ class AlignmentTrainer(ResumableTrainer):
         )
         self.contract = ObjectiveContract()
         self.value_head: nn.Module | None = None
+        self._coefficients: Mapping[str, float] = {}
 
     @property
     def reference(self) -> Reference | None:
         """The reference that metrics compare with, if there is one."""
         return self.references.get(REFERENCE)
+
+    @property
+    def schedule_step(self) -> int:
+        """The step whose coefficients the objective has now."""
+        return self.state.global_step
+
+    @property
+    def current(self) -> BaseObjective:
+        """The objective with the coefficients of the step under way."""
+        return self.objective.at(self.schedule_step)
 
     @property
     def _moving(self) -> dict[str, Reference]:
@@ -147,6 +159,7 @@ class AlignmentTrainer(ResumableTrainer):
     @override
     def begin_step(self) -> None:
         super().begin_step()
+        self._coefficients = self.objective.coefficients(self.schedule_step)
         self.move_references(step=self.state.global_step)
 
     def move_references(self, *, step: int) -> None:
@@ -188,7 +201,7 @@ class AlignmentTrainer(ResumableTrainer):
             loss,
             step=self.state.global_step + 1,
             places=inputs["place"],
-            describe=lambda: describe_loss(self.objective, scored.completions, output, inputs["place"]),
+            describe=lambda: describe_loss(self.current, scored.completions, output, inputs["place"]),
         ):
             self.means.add(output.metrics)
         else:
@@ -202,7 +215,7 @@ class AlignmentTrainer(ResumableTrainer):
             self.policy,
             batch,
             references=self.references,
-            objective=self.objective,
+            objective=self.current,
             measures=self.measures,
             chunk_tokens=self.scorer.chunk_tokens,
             wrapped=model,
@@ -213,7 +226,7 @@ class AlignmentTrainer(ResumableTrainer):
     def evaluate_objective(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> ObjectiveOutput:
         """Return the objective's output for a scored batch, with further metrics added."""
         step = self.state.global_step + 1
-        output = self.contract.read(self.objective(scored.completions), step=step)
+        output = self.contract.read(self.current(scored.completions), step=step)
         further = self.scored_metrics(scored, inputs)
         if twice := sorted(output.metrics.keys() & further.keys()):
             raise TrainingError(
@@ -246,7 +259,7 @@ class AlignmentTrainer(ResumableTrainer):
         batch, columns = split_columns(inputs)
         zeros = torch.zeros(batch.completion_mask.shape, device=batch.completion_mask.device)
         step = self.state.global_step + 1
-        planned = self.objective(completion_batch(batch, zeros, {**self._unknown(zeros), **columns}))
+        planned = self.current(completion_batch(batch, zeros, {**self._unknown(zeros), **columns}))
         terms = self.contract.read(planned, step=step).terms
         inputs[PLANNED_TERMS] = self.contract.plan(terms, step=step)
         weights = total_weights(terms)
@@ -254,8 +267,8 @@ class AlignmentTrainer(ResumableTrainer):
 
     def _unknown(self, zeros: Tensor) -> dict[str, Tensor]:
         """Return zeros for the fields that the objective reads and only the forward pass computes."""
-        needs = [name if field_of(name) == "references" else field_of(name) for name in self.objective.needs]
-        measures = [f"measures.{name}" for name in self.objective.measures]
+        needs = [name if field_of(name) == "references" else field_of(name) for name in self.current.needs]
+        measures = [f"measures.{name}" for name in self.current.measures]
         return dict.fromkeys({*needs, *measures} - {"preference"}, zeros)
 
     @override
@@ -292,7 +305,9 @@ class AlignmentTrainer(ResumableTrainer):
             for metric, value in reference.metrics().items()
         }
         if "loss" in logs:
-            logs = {**logs, **self.means.take(), **moved}
+            # Those of the last step, not means: a schedule is read off the log.
+            coefficients = {f"coefficients/{path}": value for path, value in self._coefficients.items()}
+            logs = {**logs, **self.means.take(), **moved, **coefficients}
             if self.guard.skip:
                 loss = self.guard.mean_over_taken(logs.pop("loss"))
                 logs = {**({} if loss is None else {"loss": loss}), **logs, "skipped_steps": self.guard.skipped}

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from falign.errors import EngineError
 from falign.objectives import (
     BaseObjective,
-    Objective,
     RunningPartition,
-    complete,
     reference_names,
     references_of,
 )
@@ -46,7 +44,7 @@ class RolloutScorer:
     Attributes:
         policy: The policy before the first update.
         references: References by name.
-        objective: Its needs determine what is computed.
+        current: Returns the objective with the coefficients of the rollout; its needs determine what is computed.
         rollout: Sizes of rollouts.
         batch_size: Prompts per forward pass.
         scorer: Scorer with a layout that the model can read.
@@ -56,7 +54,7 @@ class RolloutScorer:
 
     policy: nn.Module
     references: Mapping[str, Reference]
-    objective: Objective
+    current: Callable[[], BaseObjective]
     rollout: RolloutConfig
     batch_size: int
     scorer: Scorer
@@ -77,16 +75,16 @@ class RolloutScorer:
                 cap=self.rollout.correction.cap,
             )
             rollout, metrics["sampler/truncated"] = rollout.with_columns({"old_logprobs": old}), cut
-        if "log_partition" in self.objective.needs:
+        if "log_partition" in self._answers.needs:
             rollout = self._with_partition(rollout)
         return _prepared(rollout, self._answers), metrics
 
     @property
     def _answers(self) -> BaseObjective:
-        return complete(self.objective)
+        return self.current()
 
     def _sampled(self, groups: Sequence[Group]) -> RolloutBuffer:
-        needs = self.objective.needs
+        needs = self._answers.needs
         compares = "preference" in needs
         if compares and self.rollout.ranked == "best_worst":
             groups = [group.best_and_worst() for group in groups]
@@ -95,12 +93,12 @@ class RolloutScorer:
 
     def _scored(self, rollout: RolloutBuffer) -> RolloutBuffer:
         """Add the scores of policy and references that are needed before the first update."""
-        needs = self.objective.needs
+        needs = self._answers.needs
         # References with measures run at each update anyway, and give their log-probabilities in the same pass.
-        later = references_of(self.objective.measures.values())
+        later = references_of(self._answers.measures.values())
         before = reference_names(self._answers.needs_of_samples, {}) - {*later}
         # References that the objective reads only for stored samples, which come with their log-probabilities.
-        unread = reference_names(self.objective.needs, {}) - before - {*later}
+        unread = reference_names(self._answers.needs, {}) - before - {*later}
         # If the samples are not from the current policy's distribution, importance weights are relative to the
         # sampler's, which it recorded.
         elsewhere = self.rollout.temperature != 1.0 or self.rollout.ahead

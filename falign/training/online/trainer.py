@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from falign.data import PromptRow
 from falign.errors import ConfigError, EngineError, NonFiniteRewardError, RewardError, TrainingError
-from falign.objectives import Objective, complete
+from falign.objectives import Objective
 from falign.objectives.batch import ONLINE
 from falign.references import REFERENCE, ObjectiveInputs, Reference
 from falign.rewards import RewardSum
@@ -140,7 +140,7 @@ class OnlineTrainer(AlignmentTrainer):
         self.rollout_scorer = RolloutScorer(
             self.policy,
             self.references,
-            self.objective,
+            lambda: self.current,
             rollout,
             batch_size=args.per_device_train_batch_size,
             scorer=scorer,
@@ -160,6 +160,12 @@ class OnlineTrainer(AlignmentTrainer):
     def rows(self) -> dict[str, Sequence[Any]]:
         rehearsal = [self.rehearsal.select([i]) for i in range(len(self.rehearsal))]
         return {"prompts.train": self.source.prompts, "prompts.eval": self.eval_prompts, "rehearsal": rehearsal}
+
+    @property
+    @override
+    def schedule_step(self) -> int:
+        # All updates on a rollout have the coefficients with which it was scored and prepared.
+        return self.state.global_step - self.state.global_step % self.rollout.num_updates
 
     @property
     def rewards(self) -> RewardSum:
@@ -209,7 +215,7 @@ class OnlineTrainer(AlignmentTrainer):
         return batches, self.step_weights(batches, device)
 
     def _inputs(self, rows: RolloutBuffer) -> dict[str, Any]:
-        answers = complete(self.objective)
+        answers = self.current
         rows.require(samples=answers.needs_of_samples, stored=answers.needs_of_stored)
         return rows.inputs(self.scorer)
 
