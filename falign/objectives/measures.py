@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
@@ -23,8 +23,10 @@ __all__ = [
     "DivergenceTo",
     "Entropy",
     "Measure",
+    "MixingMeasure",
     "TopTokens",
     "Vocabulary",
+    "block_of",
     "get_measure",
     "log_rest",
     "references_of",
@@ -107,6 +109,24 @@ class Vocabulary:
             )
         return self.references[name]
 
+    def rows(self, rows: slice) -> Vocabulary:
+        """Return the distributions at some of the positions.
+
+        Args:
+            rows: The positions.
+
+        Returns:
+            Views of these rows.
+        """
+        return replace(
+            self,
+            logprobs=self.logprobs[rows],
+            targets=self.targets[rows],
+            references={name: each[rows] for name, each in self.references.items()},
+            log_normalizer=None if self.log_normalizer is None else self.log_normalizer[rows],
+            tops={name: TopTokens(each.logprobs[rows], each.ids[rows]) for name, each in self.tops.items()},
+        )
+
     def top(self, name: str, k: int) -> TopTokens:
         """Return the k most likely tokens of a reference; all of them if the vocabulary is smaller.
 
@@ -173,12 +193,54 @@ class Measure(Protocol):
         """Return the value at each position.
 
         Args:
-            at: M positions; each value may depend only on its own position.
+            at: M positions; each value may depend only on its own position, unless the measure is a
+                :class:`MixingMeasure`. Scoring compares values with those of single positions, and refuses a
+                measure that mixes positions without saying so.
 
         Returns:
-            Shape (M,). Differentiable unless the measure is meant as a constant.
+            Shape (M,), not NaN where the distributions are not. Differentiable unless the measure is meant as a
+            constant.
         """
         ...
+
+
+@runtime_checkable
+class MixingMeasure(Measure, Protocol):
+    """Interface of a measure whose values depend on several positions together: a third member says on how many.
+
+    The completion tokens of a micro-batch, one completion after the other, are split into blocks of this many
+    positions. The last block has what remains. So the values depend on the composition of the micro-batches, and
+    accumulation over smaller ones is not the same as one large batch.
+
+    Attributes:
+        block: Number of positions in a block, at least 2. So many positions reach the head at once.
+    """
+
+    @property
+    def block(self) -> int: ...
+
+
+def block_of(measure: Measure) -> int:
+    """Return the number of positions that a measure reads together: 1 unless it is a :class:`MixingMeasure`.
+
+    Args:
+        measure: Any measure.
+
+    Returns:
+        At least 1.
+
+    Raises:
+        ValueError: Its ``block`` is not a positive integer.
+
+    Example:
+        >>> block_of(Entropy())
+        1
+    """
+    if not isinstance(measure, MixingMeasure):
+        return 1
+    if not isinstance(measure.block, int) or measure.block < 1:
+        raise ValueError(f"{type(measure).__name__}.block is {measure.block!r}; it must be a positive integer.")
+    return measure.block
 
 
 def log_rest(logprobs: Float[Tensor, "M V"], ids: Int[Tensor, "M K"]) -> Float[Tensor, " M"]:

@@ -9,14 +9,18 @@ log p and possibly log Z::
 Each is one number per token, and its gradient is one vector per token. So if the head is frozen, the forward pass,
 which has the logits, also computes the gradients by the hidden states, and the backward pass only multiplies them by
 the incoming gradient: the vocabulary is visited once, for all measures together. If the head trains, its gradient
-depends on the incoming one, so the logits are recomputed in the backward pass.
+depends on the incoming one, so the logits are recomputed in the backward pass. So they are if a measure mixes
+positions, because its gradient at one position depends on the incoming gradients of others.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from falign.errors import ConfigError
-from falign.objectives.measures import Measure, Vocabulary, references_of
+from falign.objectives.measures import Measure, Vocabulary, block_of, references_of
 from falign.scoring.distributions import Distribution, Predictions, VisitedReferences, normalize
 from falign.scoring.model_parts import Head
 
@@ -83,7 +87,8 @@ def token_scores(
     Raises:
         ValueError: If `chunk_tokens` is not positive, there is nothing to score, or a reference that a measure reads is
             missing.
-        ConfigError: A measure does not return one real number per position.
+        ConfigError: A measure does not return one real number per position, returns NaN, or mixes positions without
+            saying so.
 
     Source:
         The formulas at the top of this module.
@@ -99,23 +104,60 @@ def token_scores(
     for name in references_of(measures.values()):
         if name not in references:
             raise ValueError(f"A measure reads the reference {name!r}, which is missing from references: add it.")
-    visit = _Visit(policy.head, measures, VisitedReferences(references))
+    first_names = _first_names(measures)
+    visit = _Visit(policy.head, {name: measures[name] for name in first_names.values()}, VisitedReferences(references))
+    chunk_tokens = visit.whole_blocks(chunk_tokens)
     own = zip(policy.hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
     others = visit.references.chunks(chunk_tokens) if references else itertools.repeat([])
     parts = []
     for (hidden, ids), of_references in zip(own, others, strict=bool(references)):
-        if policy.head.trains:
+        if policy.head.trains or visit.mixes:
             # checkpoint restores the random state (its default), so dropout in an adapter on the head is repeated.
-            parts.append(checkpoint(_with_trained_head, hidden, ids, visit, *of_references, use_reentrant=False))
+            parts.append(checkpoint(_recomputed, hidden, ids, visit, *of_references, use_reentrant=False))
         else:
             parts.append(_FrozenHead.apply(hidden, ids, visit, *of_references))
     logprobs, entropy, *more = (torch.cat(column) for column in zip(*parts, strict=True))
-    return TokenScores(
-        logprobs,
-        entropy,
-        dict(zip(measures, more[: len(measures)], strict=True)),
-        dict(zip(references, more[len(measures) :], strict=True)),
-    )
+    measured = dict(zip(visit.measures, more[: len(visit.measures)], strict=True))
+    of_references = dict(zip(references, more[len(visit.measures) :], strict=True))
+    _refuse_nan(measured, [logprobs, *of_references.values()])
+    return TokenScores(logprobs, entropy, {name: measured[first_names[name]] for name in measures}, of_references)
+
+
+def _first_names(measures: Mapping[str, Measure]) -> dict[str, str]:
+    """Return for each name the first name of an equal measure, so that equal measures are computed once."""
+    first: dict[Any, str] = {}
+    return {name: first.setdefault(_key(measure), name) for name, measure in measures.items()}
+
+
+def _key(measure: Measure) -> Any:
+    try:
+        hash(measure)
+    except TypeError:  # a measure that cannot be hashed, such as a dataclass with a list, equals only itself
+        return id(measure)
+    return type(measure), measure
+
+
+def _refuse_nan(measured: Mapping[str, Tensor], given: Sequence[Tensor]) -> None:
+    """Refuse a measure that is NaN where the policy's and the references' log-probabilities are not."""
+    if not measured:
+        return
+    sound = ~torch.stack([each.detach().isnan() for each in given]).any(dim=0)
+    counts = torch.stack([(each.detach().isnan() & sound).sum() for each in measured.values()])
+    for name, count in zip(measured, counts.tolist(), strict=True):
+        if count:
+            raise ConfigError(
+                f"measure {name!r} returned NaN at {count} of {len(sound)} positions where all distributions are "
+                "numbers: avoid 0 · -inf and -inf + inf, for example with masked_fill in place of a product, or with "
+                "log-probabilities clamped from below."
+            )
+
+
+class _Wanted(Enum):
+    """What a visit to a block computes of the measures."""
+
+    VALUES = "values"
+    LIVE = "values, and whether they carry a gradient"
+    GRADIENTS = "values, and their gradients by the logits"
 
 
 class _Block(NamedTuple):
@@ -141,14 +183,29 @@ class _Visit:
     references: VisitedReferences
     live: set[str] = field(default_factory=set)
     """Measures that had a gradient in a block since this was last cleared."""
+    checked: set[str] = field(default_factory=set)
+    """Measures that were found not to mix positions."""
+
+    @property
+    def mixes(self) -> bool:
+        """True if a measure reads several positions together."""
+        return any(block_of(measure) > 1 for measure in self.measures.values())
+
+    def whole_blocks(self, size: int) -> int:
+        """Return a number of positions near `size` that splits no block of a measure that mixes positions."""
+        step = math.lcm(*(block_of(measure) for measure in self.measures.values()))
+        return step * max(1, size // step)
 
     def of_constants(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Return those outputs that carry no gradient: entropy, constant measures, log-probs of references."""
         constant = [values[2 + k] for k, name in enumerate(self.measures) if name not in self.live]
         return [values[1], *constant, *values[2 + len(self.measures) :]]
 
-    def values(self, raw: Tensor, targets: Tensor, prepared: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        blocks = [block.values for block in self.blocks(raw, targets, prepared, gradients=False)]
+    def values(
+        self, raw: Tensor, targets: Tensor, prepared: Sequence[Tensor], *, find_live: bool = False
+    ) -> tuple[Tensor, ...]:
+        wanted = _Wanted.LIVE if find_live else _Wanted.VALUES
+        blocks = [block.values for block in self.blocks(raw, targets, prepared, wanted)]
         return tuple(torch.cat(column) for column in zip(*blocks, strict=True))
 
     def values_and_gradients(
@@ -157,15 +214,44 @@ class _Visit:
         """Return the values, and the gradients by `raw`, each of the shape and type of `raw`."""
         gradients = [torch.empty_like(raw) for _ in range(1 + len(self.measures))]
         blocks = []
-        for rows, values, of_block in self.blocks(raw, targets, prepared, gradients=True):
+        for rows, values, of_block in self.blocks(raw, targets, prepared, _Wanted.GRADIENTS):
             blocks.append(values)
             for whole, part in zip(gradients, of_block, strict=True):
                 whole[rows] = part
         return tuple(torch.cat(column) for column in zip(*blocks, strict=True)), gradients
 
+    def gradient(
+        self, raw: Tensor, targets: Tensor, prepared: Sequence[Tensor], incoming: Sequence[Tensor | None]
+    ) -> Tensor | None:
+        """Return the gradient by `raw`, given those by the log-probability and each measure; None for no gradient."""
+        if all(each is None for each in incoming):
+            return None
+        whole = torch.empty_like(raw)
+        for rows, _, parts in self.blocks(raw, targets, prepared, _Wanted.GRADIENTS, incoming):
+            whole[rows] = functools.reduce(Tensor.add_, parts)
+        return whole
+
     @torch.no_grad()
-    def blocks(self, raw: Tensor, targets: Tensor, prepared: Sequence[Tensor], *, gradients: bool) -> Iterator[_Block]:
-        size = len(raw) if raw.device.type != "cpu" else max(1, _CACHED_LOGITS // raw.shape[-1])
+    def blocks(
+        self,
+        raw: Tensor,
+        targets: Tensor,
+        prepared: Sequence[Tensor],
+        wanted: _Wanted,
+        incoming: Sequence[Tensor | None] | None = None,
+    ) -> Iterator[_Block]:
+        """Visit one block of positions after another.
+
+        Args:
+            raw: Output of the head's embeddings at the chunk's positions.
+            targets: The token at each of them.
+            prepared: What the references have prepared for the chunk.
+            wanted: What to compute of the measures.
+            incoming: Gradients by the log-probability and by each measure, by which theirs are multiplied; those that
+                are None are left out. By default each gradient is that of the sum over positions.
+        """
+        gradients = wanted is _Wanted.GRADIENTS
+        size = len(raw) if raw.device.type != "cpu" else self.whole_blocks(_CACHED_LOGITS // raw.shape[-1])
         for start in range(0, len(raw), size):
             rows = slice(start, start + size)
             target = targets[rows, None]
@@ -185,40 +271,78 @@ class _Visit:
             at = Vocabulary(logprobs, target[:, 0], references, log_normalizer, matrix, tops)
             # `slope` takes each gradient from the capped and scaled logits back to the output of the embeddings.
             measured, slopes = [], []
-            for name, measure in self.measures.items():
-                value, by_logits = _measured(name, measure, at, probabilities, gradients=gradients)
+            weights = [None if each is None else each[rows] for each in incoming or [None] * (1 + len(self.measures))]
+            for (name, measure), weight in zip(self.measures.items(), weights[1:], strict=True):
+                if incoming is not None and weight is None:
+                    continue
+                value, live, by_logits = _measured(name, measure, at, probabilities, wanted, weight)
                 measured.append(value)
-                if gradients and by_logits is None:
-                    by_logits = torch.zeros_like(logprobs)
-                elif gradients:
+                if live:
                     self.live.add(name)
-                if by_logits is not None:
+                if gradients:
+                    by_logits = torch.zeros_like(logprobs) if by_logits is None else by_logits
                     slopes.append(by_logits.mul_(slope))
-            if gradients:
+                if name not in self.checked and len(value) > 1:
+                    _refuse_mixing(name, measure, at, value)
+                    self.checked.add(name)
+            if gradients and (incoming is None or weights[0] is not None):
                 # ∂ log p(y)/∂z = [v = y] - p_v, in place: nothing reads the probabilities after this.
                 of_logprob = probabilities.neg_()
                 of_logprob.scatter_add_(-1, target, torch.ones_like(target, dtype=of_logprob.dtype))
-                slopes.insert(0, of_logprob.mul_(slope))
+                of_logprob.mul_(slope)
+                slopes.insert(0, of_logprob if weights[0] is None else of_logprob.mul_(weights[0][:, None]))
             yield _Block(rows, (of_target, entropy, *measured, *of_references), tuple(slopes))
 
 
 def _measured(
-    name: str, measure: Measure, at: Vocabulary, probabilities: Tensor, *, gradients: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return the value of a measure at each position, and its gradient by the logits; None for a constant."""
-    if not gradients:
-        return _of_positions(name, measure(at), at), None
+    name: str, measure: Measure, at: Vocabulary, probabilities: Tensor, wanted: _Wanted, weight: Tensor | None
+) -> tuple[Tensor, bool, Tensor | None]:
+    """Return the value of a measure at each position, whether it carries a gradient, and its gradient by the logits."""
+    if wanted is _Wanted.VALUES:
+        return _evaluated(name, measure, at), False, None
     assert at.log_normalizer is not None
     with torch.enable_grad():
         leaves = at.logprobs.detach().requires_grad_(), at.log_normalizer.detach().requires_grad_()
-        value = _of_positions(name, measure(replace(at, logprobs=leaves[0], log_normalizer=leaves[1])), at)
-        if not value.requires_grad:
-            return value, None
-        by_logprobs, by_normalizer = torch.autograd.grad(value.sum(), leaves, allow_unused=True, materialize_grads=True)
+        value = _evaluated(name, measure, replace(at, logprobs=leaves[0], log_normalizer=leaves[1]))
+        if wanted is _Wanted.LIVE or not value.requires_grad:
+            return value.detach(), value.requires_grad, None
+        total = value.sum() if weight is None else torch.dot(value, weight)
+        by_logprobs, by_normalizer = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
     # The chain rule of the module's docstring: h_v - p_v (Σ_w h_w - s).
     excess = by_logprobs.sum(dim=-1, keepdim=True).sub_(by_normalizer)
     # Autograd may return a constant gradient as an expanded tensor, which cannot be written to in place.
-    return value.detach(), by_logprobs.contiguous().sub_(probabilities * excess)
+    return value.detach(), True, by_logprobs.contiguous().sub_(probabilities * excess)
+
+
+def _evaluated(name: str, measure: Measure, at: Vocabulary) -> Tensor:
+    """Return the values of a measure; one that mixes positions is called once for each of its blocks."""
+    size, block = len(at.targets), block_of(measure)
+    if block == 1 or block >= size:
+        return _of_positions(name, measure(at), at)
+    parts = (at.rows(slice(start, start + block)) for start in range(0, size, block))
+    return torch.cat([_of_positions(name, measure(part), part) for part in parts])
+
+
+def _refuse_mixing(name: str, measure: Measure, at: Vocabulary, values: Tensor) -> None:
+    """Refuse a measure whose value at a position changes if the position is alone, unless it says that it mixes."""
+    if block_of(measure) > 1:
+        return
+    last = len(values) - 1
+    # Both ends: a sum over earlier positions leaves the first one unchanged, a sum over later ones the last one.
+    alone = torch.cat([_evaluated(name, measure, at.rows(slice(k, k + 1))) for k in (0, last)])
+    together = values[[0, last]]
+    if values.is_floating_point():
+        eps = torch.finfo(values.dtype).eps
+        same = torch.isclose(alone, together, rtol=4 * eps**0.5, atol=eps**0.75, equal_nan=True).tolist()
+    else:
+        same = (alone == together).tolist()
+    if not all(same):
+        row = same.index(False)
+        raise ConfigError(
+            f"measure {name!r} mixes positions: at one of them it is {together[row].item():.6g} among {len(values)} "
+            f"positions and {alone[row].item():.6g} alone. Give it an attribute `block`, the number of positions that "
+            "it reads together, or let each value depend on its own position only."
+        )
 
 
 def _of_positions(name: str, value: Any, at: Vocabulary) -> Tensor:
@@ -262,17 +386,13 @@ class _FrozenHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         slopes = ctx.saved_tensors
-        terms = [grad[:, None] * slope for grad, slope in _incoming(grads, slopes) if grad is not None]
+        incoming = (grads[0], *grads[2 : 1 + len(slopes)])  # output 1 is the entropy
+        terms = [grad[:, None] * slope for grad, slope in zip(incoming, slopes, strict=True) if grad is not None]
         total = torch.stack(terms).sum(dim=0).to(slopes[0].dtype) if terms else None
         return (total, None, None, *[None] * ctx.num_inputs)
 
 
-def _incoming(grads: Sequence[Tensor | None], slopes: Sequence[Tensor]) -> list[tuple[Tensor | None, Tensor]]:
-    """Pair the incoming gradients of log-probability and measures with their slopes; skip output 1, the entropy."""
-    return list(zip((grads[0], *grads[2 : 1 + len(slopes)]), slopes, strict=True))
-
-
-def _with_trained_head(hidden: Tensor, targets: Tensor, visit: _Visit, *of_references: Tensor) -> tuple:
+def _recomputed(hidden: Tensor, targets: Tensor, visit: _Visit, *of_references: Tensor) -> tuple:
     return _FromLogits.apply(visit.head.embeddings(hidden), targets, visit, *visit.references.prepare(of_references))
 
 
@@ -281,25 +401,24 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 class _FromLogits(torch.autograd.Function):
-    """Values of one chunk of logits under a trained head; the backward pass recomputes what it needs."""
+    """Values of one chunk of logits; the backward pass recomputes what it needs."""
 
     @staticmethod
     def forward(ctx: Any, raw: Tensor, targets: Tensor, visit: _Visit, *prepared: Tensor) -> tuple:
         ctx.set_materialize_grads(False)
         ctx.visit = visit
         ctx.save_for_backward(raw, targets, *prepared)
+        visit.live.clear()
         # A custom measure may use autograd inside. Identity hooks hide its tensors from the checkpoint, which would
         # count them and find the recomputed number different.
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            values = visit.values(raw, targets, prepared)
-        # Which measures are constants is known only in the backward pass, where their gradients are zeros.
-        ctx.mark_non_differentiable(values[1], *values[2 + len(visit.measures) :])
+            values = visit.values(raw, targets, prepared, find_live=ctx.needs_input_grad[0])
+        ctx.mark_non_differentiable(*visit.of_constants(values))
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         raw, targets, *prepared = ctx.saved_tensors
-        _, slopes = ctx.visit.values_and_gradients(raw, targets, prepared)
-        terms = [slope.mul_(grad[:, None]) for grad, slope in _incoming(grads, slopes) if grad is not None]
-        return ((sum(terms) if terms else None), None, None, *[None] * len(prepared))
+        incoming = (grads[0], *grads[2 : 2 + len(ctx.visit.measures)])  # output 1 is the entropy
+        return (ctx.visit.gradient(raw, targets, prepared, incoming), None, None, *[None] * len(prepared))

@@ -285,9 +285,10 @@ class Own:
         return self.function(at)
 
 
-def test_a_measure_that_is_a_constant_carries_no_gradient():
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_a_measure_that_is_a_constant_carries_no_gradient(trained_head):
     layers, (hidden, _), targets = world()
-    layers[0].requires_grad_(False)
+    layers[0].requires_grad_(trained_head)
     measures = {
         "constant": Own(lambda at: at.logprobs[:, 3].detach()),
         "counts": Own(lambda at: (at.logprobs > -2).sum(-1)),
@@ -312,6 +313,13 @@ def test_a_measure_that_is_a_constant_carries_no_gradient():
         (lambda at: at.logprobs[:, 0] + 0j, "measure 'own' returned dtype torch.complex128"),
         (lambda at: at.logprobs.mean(), r"measure 'own' returned shape \(\) for 7 positions"),
         (
+            lambda at: torch.where(at.targets == 5, at.logprobs[:, 0], torch.nan),
+            r"measure 'own' returned NaN at \d of 7 positions where all distributions are numbers: avoid",
+        ),
+        (lambda at: at.logprobs[:, 0] - at.logprobs[:, 0].mean(), "measure 'own' mixes positions"),
+        (lambda at: at.logprobs[:, 0].cumsum(0), "measure 'own' mixes positions"),
+        (lambda at: at.logprobs[:, 0].flip(0).cumsum(0).flip(0), "measure 'own' mixes positions"),
+        (
             lambda at: at.reference("teacher")[:, 0],
             "reads the distribution of the reference 'teacher' but does not list",
         ),
@@ -324,3 +332,88 @@ def test_a_measure_that_returns_no_number_per_position_is_refused(returned, mess
     policy = Distribution(hidden.requires_grad_(), Head(embeddings=layers[0]))
     with pytest.raises(ConfigError, match=message):
         token_scores(policy, targets, measures={"own": Own(returned)})
+
+
+@dataclass(frozen=True)
+class Centered:
+    """``log p(0)`` minus its mean over a block of positions."""
+
+    block: int
+    references = frozenset()
+
+    def __call__(self, at):
+        return at.logprobs[:, 0] - at.logprobs[:, 0].mean()
+
+
+@pytest.mark.parametrize("cached_rows", [1, 100])
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 5, 100])
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_a_measure_that_mixes_positions_gets_whole_blocks(trained_head, chunk_tokens, cached_rows, monkeypatch):
+    monkeypatch.setattr("falign.scoring.vocabulary._CACHED_LOGITS", cached_rows * V)
+    layers, (hidden, _), targets = world()
+    layers[0].requires_grad_(trained_head)
+    leaves = [hidden.requires_grad_(), *(layers[0].parameters() if trained_head else ())]
+    weights = torch.randn(2, M, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    scores = token_scores(
+        Distribution(hidden, Head(embeddings=layers[0])),
+        targets,
+        measures={"two": Centered(2), "three": Centered(3), "entropy": Entropy()},
+        chunk_tokens=chunk_tokens,
+    )
+    first = log_softmax(layers[0](hidden), -1)[:, 0]
+    wanted = {
+        name: torch.cat([part - part.mean() for part in first.split(block)])
+        for name, block in (("two", 2), ("three", 3))
+    }
+    for name, value in wanted.items():
+        torch.testing.assert_close(scores.measures[name], value, rtol=0, atol=1e-12)
+    losses = [(weights[0] * each["two"] + weights[1] * each["three"]).sum() for each in (scores.measures, wanted)]
+    found, expected = (torch.autograd.grad(loss, leaves) for loss in losses)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_block_without_positions_is_refused():
+    policy = Distribution(torch.zeros(2, 4), Head(embeddings=torch.nn.Identity()))
+    with pytest.raises(ValueError, match=r"Centered.block is 0; it must be a positive integer"):
+        token_scores(policy, torch.tensor([0, 1]), measures={"own": Centered(0)})
+
+
+def test_equal_measures_are_computed_once():
+    calls = []
+
+    @dataclass(frozen=True)
+    class Counted:
+        power: int
+        references = frozenset()
+
+        def __call__(self, at):
+            if len(at.targets) > 1:  # not the comparison with single positions
+                calls.append(self.power)
+            return at.logprobs[:, 0] ** self.power
+
+    layers, (hidden, _), targets = world()
+    layers[0].requires_grad_(False)
+    measures = {"a": Counted(1), "b": Counted(2), "c": Counted(1)}
+    policy = Distribution(hidden.requires_grad_(), Head(embeddings=layers[0]))
+    scores = token_scores(policy, targets, measures=measures)
+    assert calls == [1, 2]
+    assert list(scores.measures) == ["a", "b", "c"]
+    torch.testing.assert_close(scores.measures["a"], scores.measures["c"])
+    alone = token_scores(policy, targets, measures={"a": Counted(1)}).measures["a"]
+    both = torch.autograd.grad((scores.measures["a"] + scores.measures["c"]).sum(), hidden)
+    torch.testing.assert_close(both, torch.autograd.grad(2 * alone.sum(), hidden))
+
+
+def test_a_measure_that_cannot_be_hashed_is_computed():
+    @dataclass
+    class Chosen:
+        ids: list
+        references = frozenset()
+
+        def __call__(self, at):
+            return at.logprobs[:, self.ids].logsumexp(-1)
+
+    layers, (hidden, _), targets = world()
+    policy = Distribution(hidden, Head(embeddings=layers[0]))
+    found = token_scores(policy, targets, measures={"a": Chosen([1, 2]), "b": Chosen([1, 2])}).measures
+    torch.testing.assert_close(found["a"], found["b"])
