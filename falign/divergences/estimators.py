@@ -120,6 +120,7 @@ def penalty_from_policy(
     level: Literal["sequence", "token"] = "sequence",
     credit: Literal["fixed_prefix", "returns"] = "fixed_prefix",
     importance_log_ratio: Shaped[Tensor, "N T"] | None = None,
+    importance: Literal["sequence", "token"] = "sequence",
     baseline: Shaped[Tensor, " N"] | None = None,
 ) -> Float[Tensor, "N T"]:
     """Return the weight ``c_t`` of each token such that ``E[Σ_t c_t ∇log π(y_t|s_t)]`` is the divergence's gradient.
@@ -137,6 +138,9 @@ def penalty_from_policy(
             under π.
         importance_log_ratio: ``log π - log π_old`` of each token if the samples come from π_old, shape (N, T). Its
             weights ``π/π_old`` continue as their tangent line beyond 30 nats, as the divergences do.
+        importance: ``"sequence"``: the weight of token t is the product over the prefix up to and including t, which
+            is exact. ``"token"``: at token level, the token's own ratio; it ignores that π and π_old differ in the
+            distribution of prefixes, and its variance does not grow with the length.
         baseline: Subtracted from ``f'``, shape (N,); it must not depend on the completion's own tokens. It changes
             only the variance.
 
@@ -144,7 +148,8 @@ def penalty_from_policy(
         ``c_t``, shape (N, T), zero outside the mask, without gradient; products of huge weights are capped at 1e30.
 
     Raises:
-        ValueError: ``credit="returns"`` at sequence level, where it has no meaning, or an unknown level or credit.
+        ValueError: ``credit="returns"`` at sequence level, where it has no meaning; an unknown level or credit; or
+            ``importance="token"`` where whole prefixes are weighted: at sequence level and for returns.
 
     Source:
         ``∇E_π[g] = E_π[g ∇log π] + E_π[∇g]`` applied to ``f(u)/u``, which sums to ``f'(u) ∇log π``; at token level the
@@ -160,11 +165,12 @@ def penalty_from_policy(
     """
     log_ratio = numbers(log_ratio, "log_ratio").detach().masked_fill(~mask, 0.0)
     free = torch.zeros_like(log_ratio[:, :1]) if baseline is None else numbers(baseline, "baseline").detach()[:, None]
-    # π/π_old over the prefix up to and including t.
+    _check_importance(importance, level, credit)
+    # π/π_old over the prefix up to and including t, or of the token alone.
     importance_weight = torch.ones_like(log_ratio)
     if importance_log_ratio is not None:
-        importance_log_ratio = numbers(importance_log_ratio, "importance_log_ratio").detach()
-        importance_weight = power(importance_log_ratio.masked_fill(~mask, 0.0).cumsum(dim=-1))
+        ratios = numbers(importance_log_ratio, "importance_log_ratio").detach().masked_fill(~mask, 0.0)
+        importance_weight = power(ratios if importance == "token" else ratios.cumsum(dim=-1))
     if level == "sequence":
         if credit != "fixed_prefix":
             raise ValueError(f"credit={credit!r} needs level='token'; a whole completion has no later prefixes.")
@@ -193,7 +199,9 @@ def loss_from_policy(
     level: Literal["sequence", "token"] = "sequence",
     credit: Literal["fixed_prefix", "returns"] = "fixed_prefix",
     old_logprobs: Shaped[Tensor, "N T"] | None = None,
+    importance: Literal["sequence", "token"] = "sequence",
     baseline: Shaped[Tensor, " N"] | None = None,
+    token_weights: Shaped[Tensor, "N T"] | None = None,
 ) -> Float[Tensor, " N"]:
     """Return ``Σ_t sg(c_t) log π(y_t|s_t)``: on policy samples its mean *gradient* is that of the divergence.
 
@@ -205,11 +213,17 @@ def loss_from_policy(
         level: See :func:`penalty_from_policy`.
         credit: See :func:`penalty_from_policy`.
         old_logprobs: ``log π_old`` of the same tokens if the samples come from π_old, shape (N, T).
+        importance: See :func:`penalty_from_policy`.
         baseline: See :func:`penalty_from_policy`.
+        token_weights: Constant factor of each token's divergence, a function of its prefix, shape (N, T); only at
+            token level with fixed prefixes.
 
     Returns:
         One surrogate per completion, shape (N,). Only its gradient is meaningful; for the value use
         :func:`value_from_policy`.
+
+    Raises:
+        ValueError: As for :func:`penalty_from_policy`, or token weights at another level or with returns.
 
     Source:
         See :func:`penalty_from_policy`.
@@ -229,8 +243,13 @@ def loss_from_policy(
         level=level,
         credit=credit,
         importance_log_ratio=None if old_logprobs is None else logprobs - numbers(old_logprobs, "old_logprobs"),
+        importance=importance,
         baseline=baseline,
     )
+    if token_weights is not None:
+        if (level, credit) != ("token", "fixed_prefix"):
+            raise ValueError(f"token_weights need level='token' with fixed prefixes, not level={level!r}, {credit!r}.")
+        penalty = _weighted(penalty, token_weights, mask)
     return (penalty * logprobs.masked_fill(~mask, 0.0)).sum(dim=-1)
 
 
@@ -241,6 +260,8 @@ def loss_from_vocabulary(
     *,
     credit: Literal["fixed_prefix", "returns"] = "fixed_prefix",
     old_logprobs: Shaped[Tensor, "N T"] | None = None,
+    importance: Literal["sequence", "token"] = "sequence",
+    token_weights: Shaped[Tensor, "N T"] | None = None,
 ) -> Float[Tensor, " N"]:
     """Return ``Σ_t w_t D_f(π(·|s_t)‖π_ref(·|s_t))`` of policy samples, ``w_t = π/π_old`` of the prefix ``s_t``.
 
@@ -253,12 +274,15 @@ def loss_from_vocabulary(
         credit: ``"fixed_prefix"`` holds the distribution of prefixes fixed, so ``w_t`` is a constant; ``"returns"``
             differentiates it, too: the gradient of the mean under π.
         old_logprobs: ``log π_old`` of the sampled tokens if they come from π_old, shape (N, T).
+        importance: ``"sequence"`` as above, which is exact; ``"token"``: all ``w_t = 1``, which ignores that π and
+            π_old differ in the distribution of prefixes (the sampled token itself plays no part here).
+        token_weights: Constant factor of each token's divergence, a function of its prefix, shape (N, T).
 
     Returns:
         One loss per completion, shape (N,).
 
     Raises:
-        ValueError: The credit is unknown.
+        ValueError: The credit is unknown, or ``importance="token"`` with returns.
 
     Source:
         ``∇E_old[w D] = E_old[w ∇D] + E_old[w D ∇log w]``, with ``w_t`` the product over the tokens before t.
@@ -272,13 +296,35 @@ def loss_from_vocabulary(
     """
     if credit not in ("fixed_prefix", "returns"):
         raise ValueError(f"credit={credit!r}: choose 'fixed_prefix' or 'returns'.")
+    _check_importance(importance, "vocabulary", credit)
     logprobs, token_divergence = numbers(logprobs, "logprobs"), numbers(token_divergence, "token_divergence")
+    token_divergence = token_divergence.masked_fill(~mask, 0.0)
+    if token_weights is not None:
+        token_divergence = _weighted(token_divergence, token_weights, mask)
+    if importance == "token":
+        return token_divergence.sum(dim=-1)
     old = logprobs if old_logprobs is None else numbers(old_logprobs, "old_logprobs")
     importance_log_ratio = (logprobs - old.detach()).masked_fill(~mask, 0.0)
     # log w_t sums the tokens before t: shift the ratios right by one token, then sum from the left.
     before = F.pad(importance_log_ratio, (1, 0))[:, :-1].cumsum(dim=-1)
     weight = power(before if credit == "returns" else before.detach())
-    return (weight * token_divergence.masked_fill(~mask, 0.0)).sum(dim=-1)
+    return (weight * token_divergence).sum(dim=-1)
+
+
+def _check_importance(importance: str, level: str, credit: str) -> None:
+    if importance not in ("sequence", "token"):
+        raise ValueError(f"importance={importance!r}: choose 'sequence' or 'token'.")
+    if importance == "token" and (level == "sequence" or credit == "returns"):
+        raise ValueError(
+            f"importance='token' with level={level!r}, credit={credit!r}: whole prefixes are weighted there; leave "
+            "importance out, or set level='token' or 'vocabulary' with credit='fixed_prefix'."
+        )
+
+
+def _weighted(per_token: Tensor, token_weights: Tensor, mask: Tensor) -> Tensor:
+    weights = numbers(token_weights, "token_weights").detach().masked_fill(~mask, 0.0)
+    # Where the weight is 0 the value is masked first, because 0 · inf would be NaN.
+    return weights * per_token.masked_fill(weights == 0, 0.0)
 
 
 def full_vocabulary(

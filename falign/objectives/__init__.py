@@ -15,7 +15,8 @@ from falign.objectives.base import (
     token_weighting,
     total_weights,
 )
-from falign.objectives.batch import field_of
+from falign.objectives.batch import field_of, field_of_reference
+from falign.objectives.distillation import Distillation
 from falign.objectives.distribution_matching import DistributionMatching
 from falign.objectives.groups import CompletionMean, completion_term, pairs_of
 from falign.objectives.hybrid import Hybrid, dph_rl_coefficient
@@ -39,6 +40,7 @@ from falign.objectives.penalty import Penalty, Surrogate
 from falign.objectives.policy_gradient import PolicyGradient
 from falign.objectives.rehearsal import Rehearsal
 from falign.objectives.schedules import Cosine, Linear, Schedule, Scheduled, Stairs, Steps
+from falign.objectives.sum import Selected, Sum
 from falign.objectives.supervised import Supervised
 from falign.objectives.targets import BinaryConstraint, ExponentialReward, MomentConstraints, ProductTarget, Target
 from falign.objectives.token_pairwise import TokenPairwise
@@ -63,6 +65,7 @@ __all__ = [
     "CompletionMean",
     "Cosine",
     "DifficultyKernel",
+    "Distillation",
     "DistributionMatching",
     "DivergenceTo",
     "Entropy",
@@ -87,8 +90,10 @@ __all__ = [
     "RunningPartition",
     "Schedule",
     "Scheduled",
+    "Selected",
     "Stairs",
     "Steps",
+    "Sum",
     "Supervised",
     "Surrogate",
     "Target",
@@ -105,6 +110,7 @@ __all__ = [
     "completion_term",
     "dph_rl_coefficient",
     "field_of",
+    "field_of_reference",
     "fit_moments",
     "generalized_advantages",
     "get_advantage",

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from falign.divergences.base import numbers
-from falign.objectives.batch import CompletionBatch, field_of
+from falign.objectives.batch import WORTH, CompletionBatch, field_of
 from falign.objectives.link import Link
 from falign.objectives.measures import Measure
 
@@ -180,6 +180,16 @@ class BaseObjective(ABC):
     def needs_of_stored(self) -> frozenset[str]:
         """Fields that it reads from stored samples of the reference, which are mixed into a rollout."""
         return self.needs
+
+    @property
+    def learns_from_samples(self) -> bool:
+        """True if it learns something from fresh samples of the policy: by default if it reads their worth."""
+        return bool(self.needs & WORTH)
+
+    @property
+    def imitates(self) -> bool:
+        """True if it makes all its completions more likely, so that rejected ones must be left out."""
+        return False
 
     @property
     def correction_level(self) -> Importance | None:

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from falign.divergences.base import numbers
 
-__all__ = ["OFFLINE", "ONLINE", "WORTH", "CompletionBatch", "field_of"]
+__all__ = ["OFFLINE", "ONLINE", "REFERENCE", "WORTH", "CompletionBatch", "field_of", "field_of_reference"]
+
+REFERENCE = "reference"
+"""Name of the main reference: it supplies ``reference_logprobs`` and the activations for token weights, and metrics and
+evaluation compare with it."""
+
 
 PER_TOKEN = frozenset(
     {
@@ -20,6 +25,7 @@ PER_TOKEN = frozenset(
         *("token_weights", "values", "old_values", "advantages"),
     }
 )
+PREPARED = "prepared"
 MASKS = frozenset({"completion_mask", "from_reference"})
 CARRY_GRADIENT = frozenset({"logprobs", "measures", "values"})
 
@@ -40,16 +46,33 @@ def field_of(name: str) -> str:
     """Return the field of :class:`CompletionBatch` that a name in :attr:`Objective.needs` refers to.
 
     Args:
-        name: A field, or ``FIELD.KEY``.
+        name: A field, or ``FIELD.KEY``; ``prepared.TERM.NAME`` refers to the field of NAME.
 
     Returns:
         The part before the dot.
 
     Example:
-        >>> field_of("references.teacher")
-        'references'
+        >>> field_of("references.teacher"), field_of("prepared.grpo.advantages")
+        ('references', 'advantages')
     """
-    return name.partition(".")[0]
+    field, _, rest = name.partition(".")
+    return field_of(rest.partition(".")[2]) if field == PREPARED and "." in rest else field
+
+
+def field_of_reference(name: str) -> str:
+    """Return the name of a reference's log-probabilities in :meth:`CompletionBatch.tensors`.
+
+    Args:
+        name: Name of the reference.
+
+    Returns:
+        A name that :meth:`CompletionBatch.require` takes.
+
+    Example:
+        >>> field_of_reference("reference"), field_of_reference("teacher")
+        ('reference_logprobs', 'references.teacher')
+    """
+    return "reference_logprobs" if name == REFERENCE else f"references.{name}"
 
 
 class _ByReference(dict[str, Tensor]):
@@ -88,6 +111,9 @@ class CompletionBatch:
         baseline: Subtracted from each completion's pseudo-reward or penalty, shape (N,); constants, set by
             :meth:`BaseObjective.prepare`.
 
+        prepared: Fields that :meth:`BaseObjective.prepare` of a term of a :class:`Sum` has set, by ``TERM.NAME``;
+            constants. :meth:`term` gives them to the term.
+
     Raises:
         ValueError: Two shapes disagree (broadcasting would be silently wrong), or ``reference`` is given twice.
         TypeError: A mask is not boolean, ``prompt_index`` is not integer, or a field is complex or not a tensor.
@@ -123,22 +149,21 @@ class CompletionBatch:
     # Shapes are checked in __post_init__: `dataclasses.replace` passes in the old batch's `reference` entry too.
     references: Mapping[str, Tensor] = field(default_factory=dict)
     measures: Mapping[str, Shaped[Tensor, "N T"]] = field(default_factory=dict)
+    prepared: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._name_reference()
         for each in fields(self):
             value = getattr(self, each.name)
             if value is not None:
-                object.__setattr__(
-                    self, each.name, _each(value, lambda tensor, name=each.name: _of_field(name, tensor))
-                )
+                object.__setattr__(self, each.name, _each(each.name, value, _of_field))
         repeated = {} if self.reference_logprobs is None else {"reference": self.reference_logprobs}
         object.__setattr__(self, "references", _ByReference({**self.references, **repeated}))
         if self.logprobs.ndim != 2:
             raise ValueError(f"logprobs has shape {tuple(self.logprobs.shape)}; it must be (completions, tokens).")
         for name, value in self.tensors().items():
             expected = self.logprobs.shape if field_of(name) in PER_TOKEN else self.logprobs.shape[:1]
-            if name == "features":
+            if field_of(name) == "features":
                 expected = (*expected, *value.shape[-1:])
             if value.shape != expected:
                 raise ValueError(
@@ -173,7 +198,22 @@ class CompletionBatch:
         Raises:
             ValueError: ``reference_logprobs`` is None.
         """
-        return (self.logprobs - self.require("reference_logprobs")).masked_fill(~self.completion_mask, 0.0)
+        return self.log_ratio_to(REFERENCE)
+
+    def log_ratio_to(self, reference: str) -> Float[Tensor, "N T"]:
+        """Return ``log π - log π_k`` of each token for the reference of a name; otherwise as :attr:`log_ratio`.
+
+        Args:
+            reference: Name of the reference π_k.
+
+        Returns:
+            Shape (N, T); carries the gradient.
+
+        Raises:
+            ValueError: Its log-probabilities are missing.
+        """
+        of_reference = self.require(field_of_reference(reference))
+        return (self.logprobs - of_reference).masked_fill(~self.completion_mask, 0.0)
 
     @property
     def sampling_logprobs(self) -> Float[Tensor, "N T"]:
@@ -269,23 +309,62 @@ class CompletionBatch:
         """
         return self.map(lambda tensor: tensor[rows])
 
+    def term(self, name: str) -> CompletionBatch:
+        """Return the batch that a term of a :class:`Sum` reads: with its own measures and prepared fields.
 
-def _each(value: Tensor | Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to a tensor, or to each value of a mapping."""
+        Args:
+            name: The term.
+
+        Returns:
+            The same completions.
+        """
+        own: dict[str, Tensor] = {}
+        for key, value in self.tensors().items():
+            whole, _, rest = key.partition(".")
+            if whole not in (PREPARED, "measures"):
+                own.setdefault(key, value)  # a field that the term has prepared takes precedence
+            elif rest.startswith(f"{name}."):
+                of_term = rest.removeprefix(f"{name}.")
+                own[of_term if whole == PREPARED else f"measures.{of_term}"] = value
+        return CompletionBatch.of(own)
+
+    def new_in(self, prepared: CompletionBatch, rows: Bool[Tensor, " N"] | None = None) -> dict[str, Tensor]:
+        """Return the tensors of a prepared selection that this batch lacks, with 0 in all other rows.
+
+        Args:
+            prepared: The completions that ``rows`` selects, in order, with further fields.
+            rows: True on its completions, shape (N,); None if it has them all.
+
+        Returns:
+            Tensors by name, with N rows.
+        """
+        known = self.tensors()
+        new = {name: value for name, value in prepared.tensors().items() if name not in known}
+        if rows is None:
+            return new
+        places = (rows.nonzero().squeeze(-1),)
+        return {
+            name: value.new_zeros(len(rows), *value.shape[1:]).index_put(places, value) for name, value in new.items()
+        }
+
+
+def _each(name: str, value: Tensor | Mapping[str, Tensor], change: Callable[[str, Tensor], Tensor]) -> Any:
+    """Apply a function to a named tensor, or to each value of a mapping."""
     if isinstance(value, Mapping):
-        return {name: change(each) for name, each in value.items()}
-    return change(value)
+        return {key: change(f"{name}.{key}", each) for key, each in value.items()}
+    return change(name, value)
 
 
 def _of_field(name: str, value: Tensor) -> Tensor:
     """Check and convert the value of a field."""
-    if name in MASKS:
+    field = field_of(name)
+    if field in MASKS:
         if value.dtype != torch.bool:
             raise TypeError(f"{name} has dtype {value.dtype}; it must be bool: pass {name}.bool().")
         return value
-    if name == "prompt_index":
+    if field == "prompt_index":
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} has dtype {value.dtype}; it must be an integer that numbers the prompts.")
         return value
     value = numbers(value, name)
-    return value if name in CARRY_GRADIENT else value.detach()
+    return value if name.partition(".")[0] in CARRY_GRADIENT else value.detach()

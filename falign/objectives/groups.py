@@ -19,6 +19,7 @@ __all__ = [
     "check_completion_mean",
     "completion_term",
     "groups_of",
+    "largest",
     "logsumexp_of_others",
     "mean_of_others",
     "pairs_in",
@@ -79,6 +80,11 @@ def smallest(values: Shaped[Tensor, " N"], groups: Groups) -> Float[Tensor, " N"
     if len(values) == 0:
         return numbers(values, "values")
     return groups.table(values, torch.inf).amin(dim=-1)[groups.row]
+
+
+def largest(values: Shaped[Tensor, " N"], groups: Groups) -> Float[Tensor, " N"]:
+    """Return, for each completion, the largest value in its group."""
+    return -smallest(-numbers(values, "values"), groups)
 
 
 def mean_of_others(values: Shaped[Tensor, " N"], groups: Groups) -> Float[Tensor, " N"]:

@@ -1,4 +1,7 @@
-"""The two parts of a policy gradient: the surrogate of its advantages, and the penalty ``β D_f(π‖π_ref)``."""
+"""The two parts of a policy gradient: the surrogate of its advantages, and the penalty ``β D_f(π‖π_ref)``.
+
+The penalty alone, with a teacher as its reference, is distillation on the policy's own samples.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from falign.divergences import Divergence
 from falign.divergences.estimators import loss_from_policy, loss_from_vocabulary, value_from_policy
 from falign.divergences.powers import power
 from falign.objectives.base import CompletionBatch, Importance
+from falign.objectives.batch import REFERENCE, field_of_reference
 from falign.objectives.groups import groups_of, mean_of_others
 from falign.objectives.measures import DivergenceTo, Measure
 
@@ -29,28 +33,35 @@ class Penalty:
     """A divergence penalty on samples of the policy, or of π_old with importance weights; never clipped.
 
     Attributes:
-        divergence: f.
+        divergence: f; at level ``"vocabulary"`` also any :class:`Measure`, in place of D_f.
         level: ``"sequence"``: ``D_f`` of whole completions. ``"token"``: ``Σ_t D_f(π(·|s_t)‖π_ref(·|s_t))`` on the
             policy's own prefixes, from the sampled tokens. ``"vocabulary"``: the same, with each summand computed
             over the full vocabulary. Sequence and token level agree only for the reverse KL.
         credit: Below sequence level, ``"fixed_prefix"`` treats the distribution of prefixes as fixed; ``"returns"``
             adds a token's effect on later prefixes.
+        reference: Name of π_ref.
+        temperature: At level ``"vocabulary"``, both distributions are computed from ``logits/T``.
+        importance: ``"sequence"``: weights ``π/π_old`` of whole prefixes, exact. ``"token"``: of single tokens, below
+            sequence level with fixed prefixes.
 
     Raises:
-        ValueError: A choice is unknown, or ``credit="returns"`` at sequence level.
+        ValueError: A choice is unknown, or has no effect or no meaning at this level.
 
     Source:
         :mod:`falign.divergences.estimators`.
 
     Example:
         >>> from falign import divergences
-        >>> Penalty(divergences.get("jensen_shannon"), "token").needs
-        frozenset({'reference_logprobs'})
+        >>> Penalty(divergences.get("jensen_shannon"), "token", reference="teacher").needs
+        frozenset({'references.teacher'})
     """
 
-    divergence: Divergence
+    divergence: Divergence | Measure
     level: Level = "sequence"
     credit: Credit = "fixed_prefix"
+    reference: str = REFERENCE
+    temperature: float = 1.0
+    importance: Importance = "sequence"
 
     def __post_init__(self) -> None:
         if self.level not in ("sequence", "token", "vocabulary"):
@@ -62,16 +73,48 @@ class Penalty:
                 "credit='returns' at level='sequence': a whole completion has no later prefixes; leave credit out, or "
                 "set level='token' or 'vocabulary'."
             )
+        if self.importance not in ("sequence", "token"):
+            raise ValueError(f"importance={self.importance!r}: choose 'sequence' or 'token'.")
+        if self.importance == "token" and (self.level == "sequence" or self.credit == "returns"):
+            raise ValueError(
+                f"importance='token' at level={self.level!r} with credit={self.credit!r}: whole prefixes are weighted "
+                "there; leave importance out, or set level='token' or 'vocabulary' with credit='fixed_prefix'."
+            )
+        of_vocabulary = {"a measure": self._is_measure, f"temperature={self.temperature!r}": self.temperature != 1.0}
+        for name, given in of_vocabulary.items():
+            if given and self.level != "vocabulary":
+                raise ValueError(
+                    f"{name} at level={self.level!r}: it reads whole next-token distributions; set level='vocabulary'."
+                )
+        if self._is_measure and (self.reference != REFERENCE or self.temperature != 1.0):
+            raise ValueError(
+                f"reference={self.reference!r}, temperature={self.temperature!r} with a measure, which has its own: "
+                "give them to the measure."
+            )
+        _ = self.measures  # validates the temperature
+
+    @property
+    def _is_measure(self) -> bool:
+        return isinstance(self.divergence, Measure)
 
     @property
     def needs(self) -> frozenset[str]:
-        """The reference's log-probabilities."""
-        return frozenset({"reference_logprobs"})
+        """The reference's log-probabilities; none with a measure. Level ``"vocabulary"`` only logs them."""
+        return frozenset() if self._is_measure else frozenset({field_of_reference(self.reference)})
 
     @property
     def measures(self) -> dict[str, Measure]:
         """The divergence over the vocabulary at each token, at level ``"vocabulary"``; else empty."""
-        return {"divergence": DivergenceTo(self.divergence)} if self.level == "vocabulary" else {}
+        if self.level != "vocabulary":
+            return {}
+        own = self.divergence
+        measure = own if isinstance(own, Measure) else DivergenceTo(own, self.reference, self.temperature)
+        return {"divergence": measure}
+
+    @property
+    def metric(self) -> str:
+        """Name of :meth:`value` in metrics: ``divergence/NAME``, or ``measure``."""
+        return "measure" if isinstance(self.divergence, Measure) else f"divergence/{self.divergence.name}"
 
     def baseline(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
         """Return, for each completion, the mean of ``f'(u)`` over the others of its prompt, 0 if there are none.
@@ -79,20 +122,21 @@ class Penalty:
         Most of ``f'(u)`` is common to all completions of a prompt; subtracting it reduces the variance.
 
         Args:
-            batch: The rollout, with ``reference_logprobs``.
+            batch: The rollout, with the reference's log-probabilities.
 
         Returns:
             Shape (N,), without gradient.
         """
-        log_ratio = batch.sequence_sum(batch.log_ratio).detach()
-        return mean_of_others(self.divergence.f_prime(log_ratio), groups_of(batch.prompt_index))
+        log_ratio = batch.sequence_sum(batch.log_ratio_to(self.reference)).detach()
+        return mean_of_others(self._f.f_prime(log_ratio), groups_of(batch.prompt_index))
 
-    def loss(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
+    def loss(self, batch: CompletionBatch, token_weights: Float[Tensor, "N T"] | None = None) -> Float[Tensor, " N"]:
         """Return a surrogate whose gradient is ``∇D_f`` in expectation; its value means nothing.
 
         Args:
             batch: Completions with :attr:`needs` and :attr:`measures`, ``old_logprobs`` if they were sampled from
                 π_old, and optionally ``baseline``.
+            token_weights: Constant factor of each token's divergence, a function of its prefix, shape (N, T).
 
         Returns:
             One surrogate per completion, shape (N,).
@@ -104,21 +148,25 @@ class Penalty:
                 batch.completion_mask,
                 credit=self.credit,
                 old_logprobs=batch.old_logprobs,
+                importance=self.importance,
+                token_weights=token_weights,
             )
         return loss_from_policy(
-            self.divergence,
+            self._f,
             batch.logprobs,
-            batch.require("reference_logprobs"),
+            batch.require(field_of_reference(self.reference)),
             batch.completion_mask,
             level=self.level,
             credit=self.credit,
             old_logprobs=batch.old_logprobs,
+            importance=self.importance,
             baseline=batch.baseline,
+            token_weights=token_weights,
         )
 
     @torch.no_grad()
     def value(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
-        """Return an estimate of the divergence, one value per completion; never negative.
+        """Return an estimate of the divergence, one value per completion; never negative, unlike some measures.
 
         Args:
             batch: As for :meth:`loss`.
@@ -129,13 +177,19 @@ class Penalty:
         if self.level == "vocabulary":
             return self.loss(batch)
         # Token t is weighted by π/π_old of its prefix, itself included; a whole completion by that of its last token.
-        log_ratio, importance = batch.log_ratio, batch.importance_log_ratio.cumsum(dim=-1)
+        log_ratio, importance = batch.log_ratio_to(self.reference), batch.importance_log_ratio
+        importance = importance if self.importance == "token" else importance.cumsum(dim=-1)
         if self.level == "sequence":
             log_ratio, importance = log_ratio.sum(dim=-1, keepdim=True), importance[:, -1:]
         # A product of two huge values overflows to infinity, which would make a mean over the batch useless. The bound
         # is small enough that even a sum over all tokens of the batch stays finite.
         largest = torch.finfo(log_ratio.dtype).max / max(log_ratio.numel(), 1)
-        return (value_from_policy(self.divergence, log_ratio) * power(importance)).clamp(max=largest).sum(dim=-1)
+        return (value_from_policy(self._f, log_ratio) * power(importance)).clamp(max=largest).sum(dim=-1)
+
+    @property
+    def _f(self) -> Divergence:
+        assert not isinstance(self.divergence, Measure), "a measure has no f; __post_init__ refuses it at this level"
+        return self.divergence
 
 
 class SurrogateOutput(NamedTuple):

@@ -232,6 +232,6 @@ class PolicyGradient(BaseObjective):
         if self.clip_high is not None:
             metrics["clip_ratio/high"] = mean_over_tokens(surrogate.clipped_high)
         if self.penalty is not None:
-            metrics[f"divergence/{self.penalty.divergence.name}"] = self.penalty.value(batch)
+            metrics[self.penalty.metric] = self.penalty.value(batch)
             metrics["logratios/policy"] = batch.sequence_sum(batch.log_ratio)
         return {name: value.detach() for name, value in metrics.items()}

@@ -11,6 +11,7 @@ from typing_extensions import override
 from falign.divergences import Divergence
 from falign.divergences.estimators import loss_from_reference, value_from_reference
 from falign.objectives.base import BaseObjective, CompletionBatch, ObjectiveOutput
+from falign.objectives.batch import REFERENCE, field_of_reference
 from falign.objectives.groups import CompletionMean, check_completion_mean, completion_term
 
 __all__ = ["Rehearsal"]
@@ -29,6 +30,7 @@ class Rehearsal(BaseObjective):
             prefixes. ``"sequence"``: ``f(u)`` of whole completions.
         reduction: At token level, see :func:`completion_term`; None means ``"token_mean"``. At sequence level there is
             one loss per completion, and the reduction must be None or ``"sequence_sum"``.
+        reference: Name of the reference, such as that of a teacher whose samples are the data.
 
     Raises:
         ValueError: A choice is unknown, or the reduction divides by tokens at sequence level.
@@ -52,6 +54,7 @@ class Rehearsal(BaseObjective):
     divergence: Divergence
     level: Literal["sequence", "token"] = "token"
     reduction: CompletionMean | None = None
+    reference: str = REFERENCE
 
     def __post_init__(self) -> None:
         if self.level not in ("sequence", "token"):
@@ -69,24 +72,24 @@ class Rehearsal(BaseObjective):
     @property
     @override
     def needs(self) -> frozenset[str]:
-        return frozenset({"reference_logprobs"})
+        return frozenset({field_of_reference(self.reference)})
 
     @override
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
         """Return one loss per completion.
 
         Args:
-            batch: Samples of the reference with ``reference_logprobs``.
+            batch: Samples of the reference with its log-probabilities.
 
         Returns:
             One term of shape (N,), and the metrics ``divergence/<name>`` (the sum over the completion) and
             ``logratios/reference_samples`` (``log u`` of the whole) of each.
 
         Raises:
-            ValueError: ``reference_logprobs`` is None.
+            ValueError: The reference's log-probabilities are missing.
         """
         assert self.reduction is not None
-        log_ratio = batch.log_ratio
+        log_ratio = batch.log_ratio_to(self.reference)
         whole = log_ratio.sum(dim=-1, keepdim=True)
         compared = log_ratio if self.level == "token" else whole
         losses = loss_from_reference(self.divergence, compared).sum(dim=-1)

@@ -317,6 +317,16 @@ class Scheduled(BaseObjective):
 
     @property
     @override
+    def learns_from_samples(self) -> bool:
+        return all(stage.learns_from_samples for stage in self._stages)
+
+    @property
+    @override
+    def imitates(self) -> bool:
+        return any(stage.imitates for stage in self._stages)
+
+    @property
+    @override
     def correction_level(self) -> Importance | None:
         return self._stages[0].correction_level
 

@@ -78,6 +78,11 @@ class Supervised(BaseObjective):
     def needs(self) -> frozenset[str]:
         return frozenset() if self.divergence is None else frozenset({"reference_logprobs"})
 
+    @property
+    @override
+    def imitates(self) -> bool:
+        return True
+
     @override
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
         """Return the loss of each completion, to be averaged over tokens.

@@ -23,6 +23,7 @@ from falign.objectives import (
     references_of,
     token_weighting,
 )
+from falign.objectives.batch import REFERENCE, field_of_reference
 from falign.scoring import (
     DEFAULT_CHUNK_TOKENS,
     CompletionStates,
@@ -51,11 +52,6 @@ __all__ = [
     "field_of_reference",
     "objective_inputs",
 ]
-
-
-REFERENCE = "reference"
-"""Name of the main reference: it supplies ``reference_logprobs`` and the activations for token weights, and metrics and
-evaluation compare with it."""
 
 
 @runtime_checkable
@@ -387,11 +383,6 @@ def objective_inputs(
         if name in objective.needs and name not in found and value is not None
     }
     return ObjectiveInputs(completion_batch(batch, scores.logprobs, found), scores.entropy)
-
-
-def field_of_reference(name: str) -> str:
-    """Return the name of a reference's log-probabilities in :meth:`CompletionBatch.tensors`."""
-    return "reference_logprobs" if name == REFERENCE else f"references.{name}"
 
 
 def completion_batch(

@@ -13,6 +13,8 @@ from falign import CompletionBatch, divergences
 from falign.objectives import (
     BaseObjective,
     BinaryConstraint,
+    DifficultyKernel,
+    Distillation,
     DistributionMatching,
     DivergenceTo,
     Entropy,
@@ -25,6 +27,8 @@ from falign.objectives import (
     Pairwise,
     PolicyGradient,
     Rehearsal,
+    Selected,
+    Sum,
     Supervised,
     Term,
     TokenPairwise,
@@ -54,6 +58,7 @@ class OfTeacher:
 
 
 JS, KL = divergences.get("jensen_shannon"), divergences.get("forward_kl")
+RLOO = PolicyGradient(KL, 0.2)
 ROWS = {
     "f-DPO": Pairwise(JS, beta=0.3),
     "IPO": Pairwise(divergences.get("reverse_kl"), "ipo", beta=0.3),
@@ -61,7 +66,7 @@ ROWS = {
     "Plackett-Luce": Listwise(divergences.get("alpha(0.4)"), beta=0.3),
     "TDPO1": TokenPairwise(KL, beta=0.3, variant=1, weighting="mapo"),
     "TDPO2": TokenPairwise(JS, beta=0.3),
-    "RLOO": PolicyGradient(KL, 0.2),
+    "RLOO": RLOO,
     "GRPO": PolicyGradient(JS, 0.2, "group_normalised", 0.2, 0.3, "token", "token", "returns", "sequence_mean"),
     "PPO": PolicyGradient(JS, 0.2, "gae", 0.2, 0.3, "token", reduction="token_mean"),
     "vocabulary": PolicyGradient(divergences.get("pearson_chi2"), 0.2, level="vocabulary", credit="returns"),
@@ -72,6 +77,29 @@ ROWS = {
     "DPH-RL": Hybrid(PolicyGradient(JS, 0.1, "gae", importance="token"), Rehearsal(KL), 0.5),
     "SFT": Supervised(),
     "f-SFT": Supervised(divergences.get("pearson_chi2"), 0.5),
+    "distillation": Distillation(JS),
+    "distillation, returns": Distillation(KL, "tutor", credit="returns", temperature=2.0, reduction="sequence_mean"),
+    "distillation, tokens": Distillation(
+        KL, level="token", importance="token", weights=(DifficultyKernel(pass_reward=0.5),)
+    ),
+    "distillation, sequences": Distillation(JS, level="sequence"),
+    "distillation, measure": Distillation(Entropy()),
+    "chosen alone": Selected(Supervised(), "chosen"),
+    "rejected alone": Selected(Distillation(JS, level="token", credit="returns"), "rejected"),
+    "f-DPO + SFT": Sum({"dpo": Pairwise(JS, beta=0.3), "sft": (Selected(Supervised(), "chosen"), 0.2)}),
+    "GRPO + distillation": Sum(
+        {
+            "grpo": PolicyGradient(JS, 0.2, "group_normalised", 0.2, 0.3, "token"),
+            "teacher": (Distillation(KL, level="sequence"), 0.5),
+            "entropy": (Distillation(Entropy()), -0.1),
+        }
+    ),
+    "sum of sums": Sum(
+        {
+            "online": (Sum({"ppo": PolicyGradient(JS, 0.2, "gae"), "old": Hybrid(RLOO, Rehearsal(KL), 0.5)}), 2.0),
+            "fdpg": DistributionMatching(JS, ExponentialReward(0.5)),
+        }
+    ),
     "own": OfTeacher(),
 }
 PROMPTS = torch.tensor([0, 0, 1, 1, 1, 2, 2])
@@ -103,6 +131,7 @@ def batch_for(objective: Objective, *, far: float = 1.0) -> CompletionBatch:
     fields = {
         "reference_logprobs": -draw(7, 5, scale=far) * signs(7, 5),
         "references.teacher": -draw(7, 5, scale=far),
+        "references.tutor": -draw(7, 5, scale=far),
         "old_logprobs": -draw(7, 5, scale=far) * signs(7, 5),
         "preference": torch.tensor([1.0, 0.0, 2.0, 0.0, 1.0, 0.0, 1.0]).double(),
         "rewards": draw(7),
@@ -113,7 +142,7 @@ def batch_for(objective: Objective, *, far: float = 1.0) -> CompletionBatch:
         "values": draw(7, 5).requires_grad_(),
         "old_values": draw(7, 5),
     }
-    needs = {"references.teacher" if name.startswith("references") else field_of(name) for name in objective.needs}
+    needs = {name if name.startswith("references.") else field_of(name) for name in objective.needs}
     logprobs = (-draw(7, 5, scale=far) * signs(7, 5)).requires_grad_()
     measures = {f"measures.{name}": draw(7, 5, scale=far).requires_grad_() for name in objective.measures}
     always = {"logprobs": logprobs, "completion_mask": mask, "prompt_index": PROMPTS}
@@ -138,6 +167,9 @@ def test_every_row_is_an_objective_with_terms_of_different_names_whose_gradient_
     assert len({term.name for term in output.terms}) == len(output.terms)
     assert all(term.losses.shape == term.weights.shape for term in output.terms)
     slopes = gradients(output.mean(), moving(batch))
+    of_measures = {name: slope for name, slope in slopes.items() if name.startswith("measures.")}
+    if objective in (ROWS["distillation"], ROWS["distillation, measure"]):  # they are means of a measure
+        slopes = of_measures
     assert all(slope.abs().max() > 0 for slope in slopes.values())
 
 
