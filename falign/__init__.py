@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from falign.api import Lora, Run, load, train
     from falign.evaluation.answering import sample
     from falign.evaluation.frontier_run import evaluate_frontier
+    from falign.evaluation.pairs_run import pairs
     from falign.evaluation.presampling_run import presample
     from falign.evaluation.reward_evaluation import evaluate_rewards
     from falign.evaluation.sample_evaluation import evaluate_samples
+    from falign.evaluation.sampling_run import write_samples
     from falign.evaluation.score_run import score
     from falign.methods import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO
     from falign.objectives import CompletionBatch
@@ -31,7 +33,9 @@ else:
             "falign.evaluation.frontier_run": ("evaluate_frontier",),
             "falign.evaluation.presampling_run": ("presample",),
             "falign.evaluation.reward_evaluation": ("evaluate_rewards",),
+            "falign.evaluation.pairs_run": ("pairs",),
             "falign.evaluation.sample_evaluation": ("evaluate_samples",),
+            "falign.evaluation.sampling_run": ("write_samples",),
             "falign.evaluation.score_run": ("score",),
             "falign.methods": (),
             "falign.objectives": (),
@@ -64,10 +68,12 @@ __all__ = [
     "load",
     "methods",
     "objectives",
+    "pairs",
     "presample",
     "report",
     "sample",
     "score",
     "soup",
     "train",
+    "write_samples",
 ]

@@ -55,6 +55,7 @@ class Run(OpenRun):
         prompts: str | Sequence[Text],
         *,
         chat: bool | None = None,
+        num_completions: int = 1,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         seed: int = 0,
@@ -62,7 +63,15 @@ class Run(OpenRun):
         """Return completions of prompts: ``falign.sample``."""
         from falign.evaluation.answering import sample
 
-        return sample(self, prompts, chat=chat, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return sample(
+            self,
+            prompts,
+            chat=chat,
+            num_completions=num_completions,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
 
     def score(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from falign.cli import data, divergences, evaluate, export, report, sample, score, soup, train
+from falign.cli import data, divergences, evaluate, export, pairs, report, sample, score, soup, train
 from falign.cli.foreign_output import clean, cleaned_output, quiet
 from falign.cli.installed import require_supported_releases
 from falign.cli.launch import end_quietly, leave_failure
@@ -37,6 +37,7 @@ app.command("train")(train.train)
 app.command("report")(report.report)
 app.command("sample")(sample.sample)
 app.command("score")(score.score)
+app.command("pairs")(pairs.pairs)
 app.command("export")(export.export)
 app.command("soup", cls=soup.SoupCommand)(soup.soup)
 app.command("divergences")(divergences.divergences)

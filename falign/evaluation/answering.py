@@ -53,18 +53,22 @@ def sample(
     prompts: str | Sequence[Text],
     *,
     chat: bool | None = None,
+    num_completions: int = 1,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
     dtype: str = "auto",
     trust_code: bool = False,
 ) -> list[str]:
-    """Return one completion per prompt.
+    """Return completions of prompts, those of a prompt one after another.
+
+    To write them to a file, with rewards, use :func:`falign.write_samples`.
 
     Args:
         model: A run, or any model.
         prompts: One text, or a list of texts and conversations (lists of turns).
         chat: Whether plain texts are a user's turns; by default as in the run, or if there is a chat template.
+        num_completions: Completions per prompt; several need a temperature above 0.
         max_new_tokens: Maximum length of a completion, in tokens.
         temperature: 0 decodes greedily.
         seed: Seed of the sampling.
@@ -72,14 +76,15 @@ def sample(
         trust_code: Whether code that a run folder names may run.
 
     Raises:
-        ConfigError: There is no prompt, no such run, or `dtype` is given for a run.
+        ConfigError: There is no prompt, no such run, `dtype` is given for a run, or several completions would be equal.
         DataError: A prompt is neither text nor a conversation.
         ModelError: The model is missing or damaged.
         RolloutError: A prompt leaves no room for a completion.
     """
     from falign.models import base_of, stop_token_ids
-    from falign.rollouts.answers import answer
+    from falign.rollouts.answers import answer, require_random
 
+    require_random(num_completions, temperature)
     if not prompts:
         raise ConfigError("prompts is empty: give at least one.")
     prompts = [prompts] if isinstance(prompts, str) else _read(prompts)
@@ -91,6 +96,7 @@ def sample(
         prompts,
         chat=chat is not False,
         stop_token_ids=stop_token_ids(base_of(policy), tokenizer),
+        num_completions=num_completions,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,

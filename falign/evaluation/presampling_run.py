@@ -37,7 +37,7 @@ from falign.runs.named_code import import_from
 from falign.terminal import Terminal, progress
 from falign.training.online.groups import judged
 
-__all__ = ["PresamplingSummary", "presample"]
+__all__ = ["PresamplingSummary", "presample", "prompt_source", "room_of_prompts"]
 
 CHUNK_SIZE = 32
 EXPLORATION, REHEARSAL, SUMMARY = "exploration.jsonl", "rehearsal.jsonl", "summary.json"
@@ -129,13 +129,13 @@ def presample(
     settings.check()
     outputs = _Outputs(Path(out))
     outputs.check(overwrite=overwrite)
-    reward, source = _reward(verifier), _source(prompts, template)
+    reward, source = _reward(verifier), prompt_source(prompts, template)
     name = named(model)[0]
     with console.status(f"loading {escape(name)}"):
         policy, tokenizer = load_named(model, dtype=dtype, trust_code=trust_code)
     engine = TransformersEngine(policy, pad_token_id=pad_token_id(tokenizer))
     engine.publish(policy, version=0)
-    room = _room_of_prompts(engine.capabilities().max_length, max_new_tokens, model=name)
+    room = room_of_prompts(engine.capabilities().max_length, max_new_tokens, model=name)
     chat_of_prompts = chosen_chat(chat_of_run(name) if chat is None else chat, tokenizer, console)
     data = load_prompts(
         [replace(source, chat=chat_of_prompts)],
@@ -282,7 +282,8 @@ def _reward(verifier: Any) -> RewardSum:
     return RewardSum((WeightedReward("verifier", reward),))
 
 
-def _source(prompts: Any, template: str | None) -> PromptSource:
+def prompt_source(prompts: Any, template: str | None) -> PromptSource:
+    """Return the source of prompts: rows in memory, a file, a folder, or a dataset on the Hub."""
     if not isinstance(prompts, str | Path):
         rows = InMemory(prompts)
         return PromptSource(rows.path, template=template, rows=rows)
@@ -290,7 +291,7 @@ def _source(prompts: Any, template: str | None) -> PromptSource:
     return PromptSource(str(prompts), template=template)
 
 
-def _room_of_prompts(positions: int | None, max_new_tokens: int, *, model: str) -> int:
+def room_of_prompts(positions: int | None, max_new_tokens: int, *, model: str) -> int:
     """Return the most tokens of a prompt that leave room for its completion."""
     room = sys.maxsize if positions is None else positions - max_new_tokens
     if room < 1:

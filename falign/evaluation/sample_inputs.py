@@ -41,6 +41,7 @@ from falign.training.parts import Language, load_language
 __all__ = [
     "LoadedRewards",
     "check_tokens",
+    "given_rewards",
     "held_out_prompts",
     "load_policy",
     "load_rewards",
@@ -105,12 +106,24 @@ def load_rewards(options: SampleOptions, config: RunConfig | None) -> LoadedRewa
                 "its folder cannot hold: give `rewards`."
             )
         return _built(config.rewards, config.rollout.outcome)
-    given = options.rewards
+    return given_rewards(options.rewards, trust_code=options.trust_code)
+
+
+def given_rewards(given: Any, *, trust_code: bool = False) -> LoadedRewards:
+    """Return the rewards that are named or in memory.
+
+    Args:
+        given: A YAML file with a list of them, a run, or rewards in memory.
+        trust_code: Whether code that a run folder names may run.
+
+    Raises:
+        FalignError: One of them cannot be loaded.
+    """
     if not isinstance(given, str | Path | OpenRun):
         return _built(parse_rewards(reward_sections(given), place="rewards"))
     if isinstance(given, OpenRun) or is_run(str(given)):
-        return _rewards_of_run(given, trust_code=options.trust_code)
-    return _rewards_of_file(Path(given), trust_code=options.trust_code)
+        return _rewards_of_run(given, trust_code=trust_code)
+    return _rewards_of_file(Path(given), trust_code=trust_code)
 
 
 def _rewards_of_run(run: Named, *, trust_code: bool) -> LoadedRewards:

@@ -247,7 +247,7 @@ def test_prompts_without_room_are_left_out_and_counted(presample, prompts, tmp_p
     ("arguments", "options", "message"),
     [
         (("--threshold", 9), {}, "--threshold 9 must be from 1 to --num-completions"),
-        (("--temperature", 0.5), {}, "leave out --prompt, --json and --temperature"),
+        (("--temperature", 0.5), {}, "leave out --prompt, --json, --rewards and --temperature"),
         (("--max-new-tokens", 2048), {}, "leaves no room for a prompt in the 2048 positions"),
         ((), {"verifier": "nothing"}, "reward 'nothing' is unknown"),
         ((), {"verifier": "my_verifier:odd"}, "my_verifier:odd"),

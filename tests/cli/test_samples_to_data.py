@@ -1,0 +1,166 @@
+"""``falign sample --out`` and ``falign pairs`` as a user types them, from prompts to a trained run."""
+
+import json
+
+import pytest
+import yaml
+
+import falign as package
+
+REWARDS = {"rewards": [{"kind": "words", "words": ["e", "a", "o", "s", "t", "1"], "mode": "share"}]}
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return write(tmp_path / "prompts.jsonl", [{"prompt": f"question {i}", "label": f"é{i}"} for i in range(6)])
+
+
+@pytest.fixture
+def sampled(falign, tiny, prompts, tmp_path):
+    def run(name, *arguments):
+        out = tmp_path / name
+        status, table, err = falign(
+            "sample", tiny, "--file", prompts, "--out", out, "--num-completions", 4, "--max-new-tokens", 6, *arguments
+        )
+        assert status == 0, err
+        return out, table
+
+    return run
+
+
+def test_samples_have_the_prompt_as_read_and_do_not_depend_on_other_prompts(sampled, falign, tiny, tmp_path):
+    file, table = sampled("samples.jsonl", "--seed", 3)
+    rows = rows_of(file)
+    assert len(rows) == 24
+    assert [row["sample"] for row in rows[:5]] == [0, 1, 2, 3, 0]
+    assert rows[0]["prompt"] == [{"role": "user", "content": "question 0"}]
+    assert rows[4]["columns"] == {"label": "é1"}
+    assert "24" in table
+    one = write(tmp_path / "one.jsonl", [{"prompt": "question 5"}])
+    found = package.write_samples(
+        str(tiny), str(one), tmp_path / "again.jsonl", num_completions=4, max_new_tokens=6, seed=3
+    )
+    assert [row["completion"] for row in rows_of(tmp_path / "again.jsonl")] == [row["completion"] for row in rows[20:]]
+    assert (found.prompts, found.completions) == (1, 4)
+    assert found.truncated == sum(row["finish_reason"] == "length" for row in rows[20:])
+
+
+def test_several_completions_are_printed_or_returned_in_order(falign, tiny):
+    status, out, err = falign(
+        "sample", tiny, "-p", "one", "-p", "two", "--num-completions", 2, "--temperature", 1, "--json",
+        "--max-new-tokens", 4,
+    )  # fmt: skip
+    assert status == 0, err
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["one", "one", "two", "two"]
+    texts = package.sample(str(tiny), ["one", "two"], num_completions=2, temperature=1.0, max_new_tokens=4)
+    assert texts == [line["completion"] for line in lines]
+
+
+def test_rewards_are_written_and_pairs_are_made_of_them(sampled, falign, tiny, tmp_path):
+    rewards = tmp_path / "rewards.yaml"
+    rewards.write_text(yaml.safe_dump(REWARDS))
+    file, table = sampled("samples.jsonl", "--rewards", rewards)
+    rows = rows_of(file)
+    assert all(isinstance(row["reward"], float) for row in rows)
+    assert "mean reward" in table
+    status, out, err = falign("pairs", file, "--out", tmp_path / "pairs.jsonl", "--keep-truncated")
+    assert status == 0, err
+    made = rows_of(tmp_path / "pairs.jsonl")
+    by_prompt = {json.dumps(row["prompt"]): [] for row in rows}
+    for row in rows:
+        by_prompt[json.dumps(row["prompt"])].append(row["reward"] if row["completion"].strip() else None)
+    for row in made:
+        known = [value for value in by_prompt[json.dumps(row["prompt"])] if value is not None]
+        assert (row["chosen_reward"], row["rejected_reward"]) == (max(known), min(known))
+    # The same rewards, computed again by name instead of read from the column.
+    again = tmp_path / "again.jsonl"
+    summary = package.pairs(file, out=again, rewards=rewards, keep_truncated=True)
+    assert rows_of(again) == made
+    assert summary.rows == len(made)
+    assert f"{summary.rows:,}" in out
+
+
+def test_scores_of_a_run_rank_its_samples(sampled, falign, tiny, tmp_path):
+    file, _ = sampled("samples.jsonl")
+    scores = tmp_path / "scores.jsonl"
+    status, _, err = falign("score", tiny, file, "--reference", tiny, "--out", scores, "--bad-rows", "skip")
+    assert status == 0, err
+    status, _, err = falign("pairs", file, "--rewards", scores, "--out", tmp_path / "p.jsonl", "--keep-truncated")
+    assert status == 2
+    assert "prompts with a tie" in err  # a model has no implicit reward over itself
+    rows = rows_of(scores)
+    write(scores, [{**row, "implicit_reward": float(row["num_tokens"])} for row in rows])
+    lengths = {row["place"].rpartition(":")[2]: float(row["num_tokens"]) for row in rows}
+    package.pairs(file, out=tmp_path / "ranked.jsonl", rewards=[scores], layout="ranked", keep_truncated=True)
+    for row in rows_of(tmp_path / "ranked.jsonl"):
+        assert set(row["scores"]) <= set(lengths.values())
+    write(scores, rows_of(scores)[1:])
+    with pytest.raises(package.errors.DataError, match=r"samples.jsonl:1: .*scores.jsonl has no score"):
+        package.pairs(file, out=tmp_path / "x.jsonl", rewards=scores)
+    with pytest.raises(package.errors.DataError, match="there is no column 'place', so this is not a file of"):
+        package.pairs(file, out=tmp_path / "x.jsonl", rewards=file)
+
+
+def test_pairs_of_two_models_train_a_run_as_they_are(sampled, falign, tiny, tmp_path):
+    ours, theirs = sampled("ours.jsonl")[0], sampled("theirs.jsonl", "--seed", 1, "--temperature", 2)[0]
+    status, _, err = falign("pairs", ours, theirs, "--out", tmp_path / "pairs.jsonl", "--keep-truncated")
+    assert status == 0, err
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(
+        yaml.safe_dump(
+            {
+                "output_dir": str(tmp_path / "run"),
+                "model": {"path": str(tiny)},
+                "data": {"train": [{"path": str(tmp_path / "pairs.jsonl")}]},
+                "objective": {"divergence": "jensen_shannon", "beta": 0.1},
+                "training": {"learning_rate": 1e-4, "max_steps": 1, "per_device_train_batch_size": 2},
+            }
+        )
+    )
+    status, _, err = falign("train", run_file)
+    assert status == 0, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-completions", 2, "-p", "x"], "--num-completions 2 with --temperature 0"),
+        (["-p", "x", "--rewards", "r.yaml"], "--rewards: this has no effect without --out"),
+        (["-p", "x", "--threshold", 1], "--threshold: this has no effect without --verifier"),
+        (["-p", "x", "--out", "x.jsonl"], "--out writes the samples of --file"),
+        (["--file", "prompts.jsonl", "--out", "x.csv"], "the suffix '.csv' is unknown"),
+    ],
+)
+def test_options_without_effect_are_refused(falign, tiny, arguments, message):
+    status, _, err = falign("sample", tiny, *arguments)
+    assert (status, message in err) == (2, True), err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layout", "best", "--min-margin", 1], "--min-margin 1.0 has no effect with --layout best"),
+        (["b.jsonl", "--layout", "ranked"], "--layout ranked compares completions of one file: leave the second out"),
+        (["--allow-unmatched"], "--allow-unmatched has no effect without a second file"),
+        (["--layout", "triples"], "--layout 'triples' is unknown"),
+        (["--out", "a.jsonl", "--overwrite"], "is a file of samples"),
+        ([], "a.jsonl:1: the completion has no reward"),
+    ],
+)
+def test_wrong_pairs_are_refused(falign, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "x"}, {"prompt": "p", "completion": "y"}])
+    write(tmp_path / "b.jsonl", [{"prompt": "p", "completion": "z"}])
+    out = [] if "--out" in arguments else ["--out", "out.jsonl"]
+    status, _, err = falign("pairs", "a.jsonl", *arguments, *out)
+    assert (status, message in err) == (2, True), err
