@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -340,17 +341,12 @@ class Entropy:
         return (logprobs.exp() * -logprobs).sum(dim=-1).clamp(min=0.0)
 
 
-def divergence_to(divergence: str, reference: str = "reference", temperature: str = "1") -> DivergenceTo:
-    """Build :class:`DivergenceTo` from names and numbers given as text."""
-    return DivergenceTo(divergences.get(divergence), reference, float(temperature))
-
-
 MEASURES: Registry[Any] = Registry(
     "measure",
     {
-        "divergence_to": divergence_to,
+        "divergence_to": DivergenceTo,
         "entropy": Entropy,
-        "top_k": "falign.objectives.top_k:top_k",
+        "top_k": "falign.objectives.top_k:TopK",
     },
     wanted="measure: an object with references and __call__(at), or a function that returns one",
 )
@@ -360,8 +356,9 @@ def get_measure(name: str, *, field: str | None = None) -> Measure:
     """Return a measure by name, with its arguments in parentheses.
 
     Args:
-        name: ``"entropy"``, or ``"divergence_to(DIVERGENCE)"``, also with the name of a reference and a temperature:
-            ``"divergence_to(jensen_shannon, teacher, 2)"``; or a custom ``module:Name``.
+        name: ``"entropy"``, ``"divergence_to(DIVERGENCE)"`` or another of :data:`MEASURES`. Arguments are those of the
+            measure's class, in its order or by name: ``"divergence_to(jensen_shannon, teacher, temperature=2)"``. Or
+            a custom ``module:Name``, without arguments.
         field: The run-file field that holds the name, for messages.
 
     Returns:
@@ -380,9 +377,8 @@ def get_measure(name: str, *, field: str | None = None) -> Measure:
     member: Any = MEASURES.get(key, field=field)
     if isinstance(member, Measure) and not isinstance(member, type):
         return member
-    arguments = [argument.strip() for argument in text.split(",")] if text.strip() else []
     try:
-        made = cast("Callable[..., Any]", member)(*arguments)
+        made = member(**_settings(cast("Callable[..., Any]", member), text))
     except TypeError as error:
         raise ConfigError(f"{place}: {error}; write it as in 'divergence_to(jensen_shannon, teacher)'.") from error
     except ValueError as error:
@@ -390,6 +386,44 @@ def get_measure(name: str, *, field: str | None = None) -> Measure:
     if not isinstance(made, Measure):
         raise ConfigError(f"{place} gives a {type(made).__name__}, which has no references or cannot be called.")
     return made
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "Divergence": divergences.get,
+    "Measure": get_measure,
+    "float": float,
+    "int": int,
+    "int | None": int,
+}
+"""Readers of arguments that are given as text, by the annotations of built-in measures; any other is a name."""
+
+
+def _settings(member: Callable[..., Any], text: str) -> dict[str, Any]:
+    """Return the arguments of a measure from the text in its parentheses."""
+    signature = inspect.signature(member)
+    positional, named = [], {}
+    for argument in _arguments(text):
+        match = re.fullmatch(r"(\w+)\s*=\s*(.*)", argument)
+        if match is None and named:
+            raise ValueError(f"{argument!r} follows an argument with a name: give it a name too.")
+        if match is None:
+            positional.append(argument)
+        else:
+            named[match[1]] = match[2]
+    given = signature.bind(*positional, **named).arguments
+    return {name: _READERS.get(signature.parameters[name].annotation, str)(value) for name, value in given.items()}
+
+
+def _arguments(text: str) -> list[str]:
+    """Split at the commas outside parentheses."""
+    found, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += character
+    return [each.strip() for each in found] if text.strip() else []
 
 
 def references_of(measures: Iterable[Measure]) -> tuple[str, ...]:

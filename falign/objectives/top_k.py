@@ -10,12 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from falign import divergences
 from falign.divergences import Divergence
 from falign.divergences.estimators import full_vocabulary
 from falign.objectives.measures import TopTokens, Vocabulary, log_rest
 
-__all__ = ["Tail", "TopK", "top_k"]
+__all__ = ["Tail", "TopK"]
 
 Tail = Literal["bucket", "none", "renormalized"]
 """How :class:`TopK` treats the tokens outside the top: as one event, not at all, or as impossible."""
@@ -60,6 +59,7 @@ class TopK:
         distillation (arXiv:2602.03022), with k = 100 and λ = 10.
 
     Example:
+        >>> from falign import divergences
         >>> p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.1, 0.6, 0.3]])
         >>> at = Vocabulary(p.log(), targets=torch.tensor([0]), references={"teacher": q.log()})
         >>> TopK(divergences.get("total_variation"), k=1, reference="teacher")(at)  # (0.3, 0.7) and (0.6, 0.4)
@@ -140,26 +140,3 @@ class TopK:
 
 def _appended(logprobs: Tensor, rest: Tensor) -> Tensor:
     return torch.cat([logprobs, rest[:, None]], dim=-1)
-
-
-def top_k(
-    divergence: str,
-    k: str,
-    reference: str = "reference",
-    tail: Tail = "bucket",
-) -> TopK:
-    """Build :class:`TopK` from names and a number given as text.
-
-    Args:
-        divergence: Name of f.
-        k: Number of tokens.
-        reference: Name of the reference.
-        tail: The treatment of all other tokens.
-
-    Returns:
-        The measure.
-
-    Raises:
-        ValueError: ``k`` is not a whole number, or a value is out of range.
-    """
-    return TopK(divergences.get(divergence), int(k), reference, tail)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     Field,
     PrivateAttr,
-    SerializeAsAny,
-    WrapValidator,
     model_serializer,
     model_validator,
 )
@@ -20,11 +17,11 @@ from pydantic import (
 from falign.data import DataSource, InMemory, LengthPolicy, PreferenceData, Window, load_preferences
 from falign.data.memory import PYTHON
 from falign.errors import ConfigError
-from falign.objectives import Measure, Objective, complete, field_of, get_measure, reference_names
+from falign.objectives import Measure, Objective, complete, field_of, reference_names
 from falign.objectives.batch import OFFLINE
 from falign.objectives.measures import references_of
-from falign.registry import own_names_in
-from falign.runfile.base_config import FrozenModel, PythonObject, refusals
+from falign.runfile.base_config import FrozenModel, refusals
+from falign.runfile.measure_config import MeasureConfig, build_measure, is_known_measure
 from falign.runfile.objective_config import ObjectiveConfig, PairwiseConfig
 from falign.runfile.online_check import check_samples
 from falign.runfile.policy_config import AdapterConfig, ModelConfig
@@ -37,7 +34,7 @@ from falign.runfile.training_config import TrainingConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DataConfig", "PythonMeasureConfig", "RunConfig", "SamplingConfig", "SourceConfig"]
+__all__ = ["DataConfig", "RunConfig", "SamplingConfig", "SourceConfig"]
 
 
 class SourceConfig(FrozenModel):
@@ -119,34 +116,6 @@ class SamplingConfig(FrozenModel):
     """0 decodes greedily."""
 
 
-class PythonMeasureConfig(PythonObject):
-    """A measure that a program gave as an object."""
-
-    def build(self, field: str) -> Measure:
-        """Return the measure.
-
-        Args:
-            field: The measure in messages.
-
-        Raises:
-            ConfigError: The object is not in memory.
-        """
-        return self.given(field)
-
-
-def _measure(value: Any, validate: Callable[[Any], Any]) -> Any:
-    if isinstance(value, BaseModel) or (isinstance(value, dict) and value.get("kind") == "python"):
-        return PythonMeasureConfig.model_validate(value)
-    return validate(value)
-
-
-if TYPE_CHECKING:
-    MeasureConfig = str | PythonMeasureConfig
-else:
-    MeasureConfig = Annotated[SerializeAsAny[str], WrapValidator(_measure)]
-"""A measure by its name, or the record of an object."""
-
-
 def _objects(value: Any, place: str = "") -> Iterator[str]:
     if isinstance(value, dict) and value.get("kind") == "python":
         yield place.strip(".")
@@ -155,14 +124,6 @@ def _objects(value: Any, place: str = "") -> Iterator[str]:
         yield from (found for name, inner in items for found in _objects(inner, f"{place}.{name}"))
     elif isinstance(value, str) and value.startswith(PYTHON) and place.endswith(".path"):
         yield place.removesuffix(".path").strip(".")
-
-
-def _built_measure(value: str | PythonMeasureConfig, field: str) -> Measure:
-    return get_measure(value, field=field) if isinstance(value, str) else value.build(field)
-
-
-def _is_known(value: str | PythonMeasureConfig) -> bool:
-    return not own_names_in(value) if isinstance(value, str) else value.is_in_memory
 
 
 REFERENCE = "reference"  # falign.references.REFERENCE; importing it would load the model libraries
@@ -278,9 +239,9 @@ class RunConfig(FrozenModel):
 
     def _measures(self, *, own: bool) -> dict[str, Measure]:
         """Return the measures by their fields; without ``own``, only those that need no import of a user's code."""
-        fields = {f"measures.{name}": value for name, value in self.measures.items() if own or _is_known(value)}
+        fields = {f"measures.{name}": value for name, value in self.measures.items() if own or is_known_measure(value)}
         with refusals("measures"):
-            return {field: _built_measure(value, field) for field, value in fields.items()}
+            return {field: build_measure(value, field) for field, value in fields.items()}
 
     def models_that_read_ids(self) -> Iterator[tuple[str, str]]:
         """Return the field and path of each other model that reads the policy's token ids."""

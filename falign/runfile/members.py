@@ -63,16 +63,25 @@ def _members(protocol: type[Any]) -> set[str]:
     return {name for name in vars(protocol) if not name.startswith("_")} | {"__call__"} & set(vars(protocol))
 
 
-def union_of_kinds(sections: Mapping[str, type[BaseModel]], *, default: str | None = None, own: Any = None) -> Any:
+TEXT = "text"
+"""The tag of a value that is a text in place of a section."""
+
+
+def union_of_kinds(
+    sections: Mapping[str, type[BaseModel]], *, default: str | None = None, own: Any = None, text: bool = False
+) -> Any:
     """Return the annotation of a field that holds one of several sections.
 
     Args:
         sections: Each kind with its section.
         default: The kind of a section without ``kind``; None if it is required.
         own: The section of users' members, a subclass of :class:`OwnSection`; None if the family allows none.
+        text: Whether a text is a valid value, too; the field then holds the text.
     """
 
     def kind_of(value: Any) -> str | None:
+        if text and isinstance(value, str):
+            return TEXT
         if isinstance(value, dict):
             if "kind" not in value:
                 return default
@@ -83,6 +92,7 @@ def union_of_kinds(sections: Mapping[str, type[BaseModel]], *, default: str | No
 
     members = [Annotated[section, Tag(kind)] for kind, section in sections.items()]
     members += [] if own is None else [Annotated[own, Tag(OWN)]]
+    members += [Annotated[str, Tag(TEXT)]] if text else []
     return Annotated[Union[tuple(members)], Discriminator(kind_of)]  # noqa: UP007
 
 

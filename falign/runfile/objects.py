@@ -19,7 +19,8 @@ from falign.divergences import Divergence
 from falign.errors import ConfigError
 from falign.objectives import Measure
 from falign.runfile.base_config import FrozenModel
-from falign.runfile.config import PythonMeasureConfig, SourceConfig
+from falign.runfile.config import SourceConfig
+from falign.runfile.measure_config import PythonMeasureConfig
 from falign.runfile.objective_config import ObjectiveConfig, PythonObjectiveConfig
 from falign.runfile.policy_config import ModelConfig
 from falign.runfile.reference_config import PythonReferenceConfig

@@ -33,7 +33,7 @@ __all__ = [
 HASHED = frozenset({"objective", "reference", "references", "measures", "rollout"})
 """Sections whose members decide the steps of a run."""
 
-MEMBERS = frozenset({"kind", "divergence", "advantage"})
+MEMBERS = frozenset({"kind", "divergence", "advantage", "measure"})
 """Fields that name a member of a family, which may be a user's own."""
 
 
@@ -135,7 +135,9 @@ def _code_in(value: Any, prefix: str = "", *, is_own: bool = False) -> Iterator[
     In the section of a user's own member and among measures, any value may name code, even inside parentheses.
     """
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    is_own = is_own or prefix == "measures." or (isinstance(value, dict) and is_own_name(str(value.get("kind"))))
+    is_own = (
+        is_own or prefix.startswith("measures.") or (isinstance(value, dict) and is_own_name(str(value.get("kind"))))
+    )
     for name, inner in items:
         if _is_code(str(name), inner, is_own=is_own):
             yield f"{prefix}{name}", str(inner)

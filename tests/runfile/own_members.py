@@ -32,6 +32,19 @@ class OfTeacher:
         return at.reference("teacher")[:, 0]
 
 
+@dataclass(frozen=True)
+class MassOn:
+    """A measure with settings: probability of some tokens, times a factor."""
+
+    ids: list[int]
+    factor: float = 1.0
+
+    references = frozenset()
+
+    def __call__(self, at):
+        return self.factor * at.logprobs[:, self.ids].exp().sum(-1)
+
+
 def centred(rewards, prompt_index):
     """An advantage: minus the mean of the rollout."""
     return rewards.float() - rewards.float().mean()

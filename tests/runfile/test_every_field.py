@@ -44,6 +44,7 @@ NOTHING_TO_BUILD = {
     **dict.fromkeys(
         (
             *(f"PythonObjectiveConfig.{field}" for field in ("kind", "name", "code")),
+            *(f"PythonMeasureConfig.{field}" for field in ("kind", "name", "code")),
             *(f"PythonReferenceConfig.{field}" for field in ("kind", "name", "code", "cache")),
             *(f"PythonRewardConfig.{field}" for field in ("kind", "name", "code", "weight", "form")),
         ),
@@ -147,6 +148,25 @@ BUILT_ALONE = {
 }
 VERIFIER = {"timeout": 5.0, "failed": None}
 PART = {"name": "other", "weight": 0.5}
+MEASURES = {
+    "DivergenceToConfig": Changes(
+        {"divergence": "forward_kl"}, divergence="jensen_shannon", reference="teacher", temperature=2.0
+    ),
+    "TopKConfig": Changes(
+        {"divergence": "forward_kl", "k": 4},
+        divergence="jensen_shannon",
+        k=5,
+        reference="teacher",
+        tail="none",
+        linear=With(1.0, tail="none"),
+        stray=2.0,
+        stray_top=With(3, stray=2.0),
+        temperature=2.0,
+    ),
+    "EntropyConfig": Changes({}),
+    "OwnMeasureConfig": Changes({"kind": "tests.runfile.own_members:MassOn", "ids": [3]}),
+}
+
 REWARDS = {
     "OwnRewardConfig": Changes({"kind": "tests.runfile.own_members:Length", "wanted": 5}, **PART),
     "FunctionConfig": Changes(
@@ -498,6 +518,9 @@ def write_words(folder):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+ALONE = BUILT_ALONE | MEASURES | REWARDS
+
+
 def changed_fields(table):
     return [(section, field) for section, changes in table.items() for field in changes]
 
@@ -507,8 +530,8 @@ RUNS = {name: changes for name, (_, changes) in OF_A_RUN.items()}
 
 def test_every_field_of_every_section_has_a_change_or_a_reason():
     expected = {f"{name}.{field}" for name, model in SECTIONS.items() for field in model.model_fields}
-    by_variant = {f"{name}.kind" for name in BUILT_ALONE | REWARDS}
-    changed = {f"{name}.{field}" for name, field in changed_fields(BUILT_ALONE | REWARDS | RUNS)}
+    by_variant = {f"{name}.kind" for name in ALONE}
+    changed = {f"{name}.{field}" for name, field in changed_fields(ALONE | RUNS)}
     assert changed | by_variant | NOTHING_TO_BUILD.keys() == expected
     assert not changed & NOTHING_TO_BUILD.keys()
 
@@ -527,7 +550,9 @@ def test_every_kind_builds_something_else(union, files):
 
 
 def alone(section, **changes):
-    config: Any = SECTIONS[section].model_validate({**(BUILT_ALONE | REWARDS)[section].base, **changes})
+    config: Any = SECTIONS[section].model_validate({**ALONE[section].base, **changes})
+    if section in MEASURES:
+        return describe(config.build("measures.mine"))
     if section in REWARDS:
         return describe(reward_config.build_rewards([config]))
     if section == "MomentsConfig":
@@ -535,11 +560,11 @@ def alone(section, **changes):
     return describe(config.build())
 
 
-@pytest.mark.parametrize(("section", "field"), changed_fields(BUILT_ALONE | REWARDS))
+@pytest.mark.parametrize(("section", "field"), changed_fields(ALONE))
 def test_a_field_of_an_objective_or_a_reward_changes_what_is_built(section, field, files):
     write_words(files)
     write_models(files, {"classifier", "classifier2"} if section == "ClassifierConfig" else {})
-    change = (BUILT_ALONE | REWARDS)[section][field]
+    change = ALONE[section][field]
     change = change if isinstance(change, With) else With(change)
     before = alone(section, **change.beside)
     assert before == alone(section, **change.beside)

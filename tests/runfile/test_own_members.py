@@ -6,11 +6,14 @@ import re
 import pytest
 from rich.console import Console
 
+from falign import divergences
 from falign.errors import ConfigError
 from falign.evaluation import benchmarks
+from falign.objectives import TopK
 from falign.runfile import parse_run
 from falign.runs.named_code import named_code, own_code
 from falign.training import train
+from tests.runfile import own_members
 from tests.runfile.own_members import CountingEngine
 from tests.training.pairs import run_data, write_pairs
 from tests.training.prompts import online_data, write_prompts
@@ -170,6 +173,53 @@ def test_a_measure_with_wrong_arguments_is_named_by_its_field(tiny, tmp_path, va
     for build in (config.check, config.build_measures):
         with pytest.raises(ConfigError, match=rf"^measures\.gap='{re.escape(value)}': .*(?:{reason})"):
             build()
+
+
+def test_a_measure_with_settings_is_a_section(tiny, tmp_path):
+    sections = {
+        "mass": {"kind": f"{OWN}:MassOn", "ids": [3, 5], "factor": 2},
+        "skewed": {"kind": "divergence_to", "divergence": f"{OWN}:skewed", "temperature": 2},
+        "drift": {"kind": "top_k", "divergence": "jensen_shannon", "k": 8},
+        "entropy": {"kind": "entropy"},
+        "named": "top_k(jensen_shannon, 8)",
+    }
+    content = run_data(tiny, tmp_path / "pairs.jsonl", tmp_path / "run") | {"measures": sections}
+    config = parse_run(content)
+    measures = config.build_measures()
+    assert measures["mass"] == own_members.MassOn([3, 5], 2.0)
+    assert measures["drift"] == measures["named"] == TopK(divergences.get("jensen_shannon"), 8)
+    assert measures["skewed"].temperature == 2
+    assert parse_run(json.loads(config.model_dump_json())).build_measures()["mass"] == measures["mass"]
+    assert named_code(config) == {
+        "measures.mass.kind": f"{OWN}:MassOn",
+        "measures.skewed.divergence": f"{OWN}:skewed",
+    }
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {"kind": f"{OWN}:MassOn", "ids": [3], "factr": 2},
+            r"unknown key 'measures\.mine\.factr'; did you mean factor",
+        ),
+        ({"kind": f"{OWN}:MassOn"}, r"measures\.mine\.ids is required by .*MassOn"),
+        (
+            {"kind": f"{OWN}:Bare"},
+            r"measures\.mine\.kind=.*makes a Bare, which is not a falign Measure: it needs __call__",
+        ),
+        ({"kind": "top_k", "divergence": "jensen_shannon", "k": 0}, r"^measures\.mine: k=0 must be at least 1"),
+        ({"kind": "top_k", "divergence": "jensen", "k": 3}, r"^measures\.mine\.divergence='jensen' is unknown"),
+        ({"kind": "top_q"}, r"measures\.mine\.kind='top_q' is unknown: did you mean top_k\?"),
+        ({"kind": "top_k", "k": 3}, r"measures\.mine\.divergence is required"),
+        ({"kind": "top_k", "divergence": "le_cam", "k": 3, "tails": "none"}, r"measures\.mine\.tails'.*did you mean"),
+        (3, r"measures\.mine=3: this is a section"),
+    ],
+)
+def test_a_wrong_section_of_a_measure_is_refused_by_its_path(tiny, tmp_path, section, message):
+    content = run_data(tiny, tmp_path / "pairs.jsonl", tmp_path / "run") | {"measures": {"mine": section}}
+    with pytest.raises(ConfigError, match=message):
+        parse_run(content).build_measures()
 
 
 def test_a_divergence_within_another_is_code_too(offline):
