@@ -146,9 +146,7 @@ def _with_rewards(samples: Sequence[Sample], rewards: Any, *, trust_code: bool) 
         return _scored(samples, several)
     if named and len(several) > 1:
         raise ConfigError("rewards: several names are files of scores (.jsonl, .parquet); give one other source.")
-    return _judged(
-        samples, given_rewards(several[0] if named else rewards, trust_code=trust_code).rewards
-    )
+    return _judged(samples, given_rewards(several[0] if named else rewards, trust_code=trust_code).rewards)
 
 
 def _scored(samples: Sequence[Sample], files: Sequence[str | Path]) -> list[Sample]:

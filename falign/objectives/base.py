@@ -196,6 +196,11 @@ class BaseObjective(ABC):
         """Unit of its importance weights ``π/π_old``, which a sampler correction bounds; None without weights."""
         return None
 
+    @property
+    def accepts_unnormalized(self) -> bool:
+        """True if a factor per prompt in the references' probabilities of completions changes nothing."""
+        return False
+
     def prepare(self, batch: CompletionBatch) -> CompletionBatch:
         """Return a whole rollout with the fields that are computed once from all of it; unchanged by default.
 

@@ -79,6 +79,11 @@ class DistributionMatching(BaseObjective):
     def needs(self) -> frozenset[str]:
         return frozenset({"features", "reference_logprobs", "old_logprobs", "log_partition"})
 
+    @property
+    @override
+    def accepts_unnormalized(self) -> bool:
+        return True  # log_partition estimates the normalizer of each prompt
+
     @override
     def log_weights(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
         """Return ``log P/π_old`` of each sample, from which ``log Z`` is estimated.

@@ -15,8 +15,10 @@ from falign.references.base import (
     objective_inputs,
 )
 from falign.references.cached import Cached
+from falign.references.combinations import Combination, Geometric, Mixture
 from falign.references.frozen_model import FrozenModel
 from falign.references.moving import MovingAverage, MovingReference, PeriodicReset
+from falign.references.scores import ReferenceScores, read_whole, with_members
 from falign.references.soup import Soup
 from falign.references.store import CacheKey, LogprobStore, entry_digest
 
@@ -26,14 +28,18 @@ __all__ = [
     "AdapterReference",
     "CacheKey",
     "Cached",
+    "Combination",
     "FrozenModel",
+    "Geometric",
     "LogprobStore",
+    "Mixture",
     "MovingAverage",
     "MovingReference",
     "MovingRule",
     "ObjectiveInputs",
     "PeriodicReset",
     "Reference",
+    "ReferenceScores",
     "Soup",
     "check_interval",
     "check_same_at_start",
@@ -43,4 +49,6 @@ __all__ = [
     "entry_digest",
     "field_of_reference",
     "objective_inputs",
+    "read_whole",
+    "with_members",
 ]

@@ -26,6 +26,7 @@ from falign.scoring import (
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from falign.scoring import Distribution
 
 __all__ = ["AdapterOff", "AdapterReference", "adapter_acting"]
 
@@ -60,8 +61,8 @@ class AdapterOff(Reference):
         with self.acting(policy_model):
             states = detached_states(policy_model, batch, weighting=weighting)
         # The head is applied later, when the adapter is on again, so it is wrapped to switch the adapter off.
-        head = _without_adapter(states.distribution.head)
-        return states._replace(distribution=states.distribution._replace(head=head))
+        own = cast("Distribution", states.distribution)
+        return states._replace(distribution=own._replace(head=_without_adapter(own.head)))
 
     @override
     @contextmanager
@@ -113,9 +114,9 @@ class AdapterReference(Reference):
         with self.acting(policy_model):
             states = detached_states(policy_model, batch, weighting=weighting)
         # The head is applied later, when the policy's adapter is active again, so it is wrapped to switch adapters.
-        head = states.distribution.head
-        head = replace(head, embeddings=_HeadUnder(head, self.adapter))
-        return states._replace(distribution=states.distribution._replace(head=head))
+        own = cast("Distribution", states.distribution)
+        head = replace(own.head, embeddings=_HeadUnder(own.head, self.adapter))
+        return states._replace(distribution=own._replace(head=head))
 
     @override
     @contextmanager

@@ -18,12 +18,14 @@ from falign.objectives import (
     Measure,
     Objective,
     TokenWeighting,
+    complete,
     field_of,
     reference_names,
     references_of,
     token_weighting,
 )
 from falign.objectives.batch import REFERENCE, field_of_reference
+from falign.references.scores import ReferenceScores, read_whole
 from falign.scoring import (
     DEFAULT_CHUNK_TOKENS,
     CompletionStates,
@@ -141,6 +143,49 @@ class Reference(ABC):
         Returns:
             The states that predict each completion token, without gradient and dropout.
         """
+
+    @property
+    def members(self) -> Mapping[str, Reference]:
+        """The references that this one is computed from, by name; empty for a model of its own.
+
+        A trainer moves, saves and checks them under their own names, so each must be one of its references.
+        """
+        return {}
+
+    @property
+    def reads_whole(self) -> bool:
+        """True if the log-probabilities of single tokens need the members' whole distributions."""
+        return False
+
+    @property
+    def normalized(self) -> bool:
+        """False if its probabilities are known only up to a factor per prompt."""
+        return True
+
+    def with_members(self, members: Mapping[str, Reference]) -> Reference:
+        """Return this reference with other members of the same names; itself if it has none.
+
+        Args:
+            members: By name; others may be among them.
+        """
+        return self
+
+    def logprobs_in(self, scores: ReferenceScores) -> Float[Tensor, "N T"]:
+        """Return `logprobs` of a batch under several references; a combination takes its members' from there.
+
+        Args:
+            scores: The batch, and the scores of the references that ran so far.
+        """
+        return self.logprobs(scores.policy_model, scores.batch)
+
+    def states_in(self, scores: ReferenceScores, *, weighting: TokenWeighting = "none") -> CompletionStates:
+        """Return `states` of a batch under several references; a combination takes its members' from there.
+
+        Args:
+            scores: The batch, and the scores of the references that ran so far.
+            weighting: As for `states`.
+        """
+        return self.states(scores.policy_model, scores.batch, weighting=weighting)
 
     def acting(self, policy_model: nn.Module) -> AbstractContextManager[nn.Module]:
         """Return a context that gives this reference as a model: its own, or the policy with adapters switched.
@@ -340,6 +385,7 @@ def objective_inputs(
 
     Raises:
         ValueError: The objective or a measure reads a reference that is missing.
+        ConfigError: A reference is known only up to a factor, and the objective needs its probabilities.
     """
     found = dict(columns or {})
     asked = {**(measures or {}), **objective.measures}
@@ -351,15 +397,20 @@ def objective_inputs(
             f"The objective or a measure reads the reference {missing[0]!r}, and the references are "
             f"{', '.join(sorted(references)) or 'none'}: add it under this name."
         )
+    read = {name: references[name] for name in references if name in needed}
+    if REFERENCE in read and weighting != "none":  # first, because the weights come with its first pass
+        read = {REFERENCE: read.pop(REFERENCE), **read}
+    _require_normalized(read, objective)
     # References first, so that the memory of their passes is free before the policy's graph is kept.
+    of_references = ReferenceScores(policy_model, batch, chunk_tokens=chunk_tokens)
     distributions: dict[str, Predictions] = {}
-    for name in (name for name in references if name in needed):
+    whole = read_whole(read, references_of(asked.values())) | ({REFERENCE} if weighting != "none" else set())
+    for name in (name for name in read if name in whole):
         weighted = weighting if name == REFERENCE else "none"
-        if name in references_of(asked.values()) or weighted != "none":
-            distributions[name], weights = references[name].states(policy_model, batch, weighting=weighted)
-            found |= {} if weights is None else {"token_weights": weights}
-        else:
-            found[field_of_reference(name)] = references[name].logprobs(policy_model, batch)
+        distributions[name], weights = of_references.states(read[name], weighting=weighted)
+        found |= {} if weights is None else {"token_weights": weights}
+    others = {name: each for name, each in read.items() if name not in whole}
+    found |= {field_of_reference(name): values for name, values in of_references.all_logprobs(others).items()}
     scores = completion_scores(
         policy_model if wrapped is None else wrapped,
         batch,
@@ -383,6 +434,15 @@ def objective_inputs(
         if name in objective.needs and name not in found and value is not None
     }
     return ObjectiveInputs(completion_batch(batch, scores.logprobs, found), scores.entropy)
+
+
+def _require_normalized(references: Mapping[str, Reference], objective: Objective) -> None:
+    for name, reference in references.items():
+        if not reference.normalized and not complete(objective).accepts_unnormalized:
+            raise ConfigError(
+                f"{type(objective).__name__} reads the probabilities of the reference {name!r}, which is known only up "
+                "to a factor per prompt (level sequence): set its level to 'token'."
+            )
 
 
 def completion_batch(

@@ -57,7 +57,7 @@ class Cached(Reference):
         weights = None if reference is None else reference.identity().get("weights")
         if weights not in (None, key.weights):
             raise ConfigError(f"The cache key has the weights {key.weights!r}, but its reference has {weights!r}.")
-        if reference is not None and reference.moves:
+        if reference is not None and _moves(reference):
             raise ConfigError(
                 "A moving reference gives other log-probabilities after every move: use a fixed one, or leave "
                 "the cache out."
@@ -166,3 +166,7 @@ class Cached(Reference):
             )
         mask = batch.completion_mask.cpu()
         return {digests[n]: logprobs[n][mask[n]] for n in missing}
+
+
+def _moves(reference: Reference) -> bool:
+    return reference.moves or any(map(_moves, reference.members.values()))

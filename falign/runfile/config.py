@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ from pydantic import (
 from falign.data import DataSource, InMemory, LengthPolicy, PreferenceData, Window, load_preferences
 from falign.data.memory import PYTHON
 from falign.errors import ConfigError
-from falign.objectives import Measure, Objective, complete, field_of, reference_names
+from falign.objectives import BaseObjective, Measure, Objective, complete, field_of, reference_names
 from falign.objectives.batch import OFFLINE
 from falign.objectives.measures import references_of
 from falign.runfile.base_config import FrozenModel, refusals
@@ -126,6 +126,15 @@ def _objects(value: Any, place: str = "") -> Iterator[str]:
         yield place.removesuffix(".path").strip(".")
 
 
+def _refuse_cycle(sections: Mapping[str, ReferenceSection], path: Sequence[str]) -> None:
+    for member in sections[path[-1]].members if path[-1] in sections else ():
+        if member == path[0]:
+            cycle = " -> ".join(f"references.{name}" for name in (*path, member))
+            raise ConfigError(f"{cycle}: a combination that contains itself has no distribution: remove one member.")
+        if member not in path:
+            _refuse_cycle(sections, [*path, member])
+
+
 REFERENCE = "reference"  # falign.references.REFERENCE; importing it would load the model libraries
 REFERENCE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -166,6 +175,15 @@ class RunConfig(FrozenModel):
         """Return the sections of the references by name, with ``auto`` resolved."""
         given = self.references or {REFERENCE: self.reference}
         return {name: section.resolved(self) for name, section in given.items()}
+
+    def with_members(self, names: Collection[str]) -> frozenset[str]:
+        """Return names of references, and those of all references that they are computed from."""
+        sections, found, left = self.reference_sections(), set[str](), [*names]
+        while left:
+            if (name := left.pop()) not in found:
+                found.add(name)
+                left += sections[name].members
+        return frozenset(found)
 
     def section_of(self, reference: str) -> str:
         """Return the section of a reference in the run file."""
@@ -286,6 +304,7 @@ class RunConfig(FrozenModel):
         except (TypeError, ValueError) as error:
             raise ConfigError(f"objective.kind={self.objective.kind}: {error}") from error
         given, read = self.reference_sections().keys(), reference_names(whole.needs, {**whole.measures, **measures})
+        self._check_members(whole)
         if missing := sorted(read - given):
             readers = (field for field, measure in measures.items() if missing[0] in references_of([measure]))
             by_objective = missing[0] in reference_names(whole.needs, whole.measures)
@@ -295,12 +314,35 @@ class RunConfig(FrozenModel):
                 f"{', '.join(sorted(given))}: add it under references, as "
                 f"`references: {{{', '.join(f'{name}: {{kind: ...}}' for name in sorted({*given, *read}))}}}`."
             )
-        unread = sorted(given - read - {REFERENCE})
+        unread = sorted(given - self.with_members({*read, REFERENCE} & given))
         if unread and len(measures) == len(self.measures):  # a measure of the user's own may read it
             raise ConfigError(
                 f"references.{unread[0]}: neither objective.kind={self.objective.kind} nor a measure reads a reference "
                 f"of this name (they read {', '.join(sorted(read)) or 'none'}): leave it out."
             )
+
+    def _check_members(self, objective: BaseObjective) -> None:
+        """Refuse combinations of references that are missing, contain themselves, or lack what their reader needs."""
+        sections = self.reference_sections()
+        for name, section in sections.items():
+            for member in section.members:
+                if member not in sections:
+                    raise ConfigError(
+                        f"{self.section_of(name)}.weights names the reference {member!r}, and the run has "
+                        f"{', '.join(sorted(sections))}: add it under references, as "
+                        f"`references: {{{name}: {{kind: {section.kind}, ...}}, {member}: {{kind: ...}}}}`."
+                    )
+                if section.normalized and not sections[member].normalized:
+                    raise ConfigError(
+                        f"{self.section_of(member)} is known only up to a factor per prompt (level: sequence), and "
+                        f"{self.section_of(name)} needs its probabilities: set its level to token."
+                    )
+            _refuse_cycle(sections, [name])
+            if not section.normalized and not objective.accepts_unnormalized:
+                raise ConfigError(
+                    f"{self.section_of(name)}.level=sequence: this reference is known only up to a factor per prompt, "
+                    f"and objective.kind={self.objective.kind} needs its probabilities: set level to token."
+                )
 
     def _check_offline(self, objective: Objective) -> None:
         if self.data is None:

@@ -23,6 +23,8 @@ __all__ = [
     "AdapterReferenceConfig",
     "AutoReferenceConfig",
     "FrozenReferenceConfig",
+    "GeometricConfig",
+    "MixtureConfig",
     "MovingAverageConfig",
     "OwnReferenceConfig",
     "PeriodicResetConfig",
@@ -323,6 +325,69 @@ class PeriodicResetConfig(_MovingConfig):
         return PeriodicReset(every=self.every, reset_optimizer=self.reset_optimizer)
 
 
+class _CombinationConfig(ReferenceSection):
+    weights: dict[str, float] = Field(min_length=1)
+    """The weight of each member, by its name under ``references``; they sum to 1."""
+    cache: None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Not possible here; the members may have one."""
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _refuse_cache(cls, value: Any) -> None:
+        if value is not None:
+            raise ValueError("a combination is computed from its members: give those a cache, or leave it out")
+
+    @property
+    @override
+    def members(self) -> tuple[str, ...]:
+        return tuple(self.weights)
+
+
+class MixtureConfig(_CombinationConfig):
+    """The mixture Σ w p of the next-token distributions of other references."""
+
+    kind: Literal["mixture"] = "mixture"
+
+    @override
+    def check(self, *, field: str, adapter: bool) -> None:
+        from falign.references.combinations import check_mixture
+
+        check_mixture(self.weights, place=field)
+
+    @override
+    def build(self, context: BuildContext) -> references.Reference:
+        from falign.references import Mixture
+
+        return Mixture(context.members, self.weights, chunk_tokens=context.config.training.chunk_tokens)
+
+
+class GeometricConfig(_CombinationConfig):
+    """The geometric combination Π pʷ of other references; a negative weight extrapolates away from its member."""
+
+    kind: Literal["geometric"] = "geometric"
+    level: Literal["token", "sequence"] = "token"
+    """``token``: normalized over the vocabulary at each token, which needs the members' whole distributions;
+    ``sequence``: of whole completions, known up to a factor per prompt, for objectives that estimate it (f-DPG)."""
+
+    @property
+    @override
+    def normalized(self) -> bool:
+        return self.level == "token"
+
+    @override
+    def check(self, *, field: str, adapter: bool) -> None:
+        from falign.references.combinations import check_geometric
+
+        check_geometric(self.weights, place=field)
+
+    @override
+    def build(self, context: BuildContext) -> references.Reference:
+        from falign.references import Geometric
+
+        chunk_tokens = context.config.training.chunk_tokens
+        return Geometric(context.members, self.weights, level=self.level, chunk_tokens=chunk_tokens)
+
+
 class OwnReferenceConfig(OwnSection, ReferenceSection, extra="allow"):
     """A reference of your own: ``module:Name``, a subclass of :class:`falign.references.Reference`.
 
@@ -418,6 +483,8 @@ else:
             "soup": SoupConfig,
             "moving_average": MovingAverageConfig,
             "periodic_reset": PeriodicResetConfig,
+            "mixture": MixtureConfig,
+            "geometric": GeometricConfig,
             "python": PythonReferenceConfig,
         },
         default="auto",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -49,6 +49,7 @@ class BuildContext(NamedTuple):
         field: The reference's section in messages.
         adapter: Name of that adapter.
         device: The device for a separate model.
+        members: The references that it is computed from, by name.
     """
 
     config: PolicySections
@@ -56,6 +57,7 @@ class BuildContext(NamedTuple):
     field: str = "reference"
     adapter: str = "ref"
     device: torch.device | str = "cpu"
+    members: Mapping[str, Reference] = {}
 
 
 class ReferenceSection(FrozenModel):
@@ -64,6 +66,16 @@ class ReferenceSection(FrozenModel):
     kind: Any
     cache: Path | None = None
     """Folder of log-probabilities computed once before training; shared by all runs with the same reference."""
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names of the references that this one is computed from."""
+        return ()
+
+    @property
+    def normalized(self) -> bool:
+        """False if its probabilities are known only up to a factor per prompt."""
+        return True
 
     def check(self, *, field: str, adapter: bool) -> None:
         """Refuse settings that cannot work, before anything is loaded.

@@ -22,15 +22,15 @@ __all__ = ["CompletionStates", "completion_scores", "completion_states"]
 
 
 class CompletionStates(NamedTuple):
-    """A model's states for a batch, before its head.
+    """Next-token distributions for a batch: of a model, before its head, or of a combination of models.
 
     Attributes:
-        distribution: The prediction of each completion token, in the order of the mask's True entries, shape (M, H).
+        distribution: The prediction of each completion token, in the order of the mask's True entries.
         token_weights: Weights from the model's activations at the position that predicts each token, shape (N, T), 0
             where masked; None unless requested.
     """
 
-    distribution: Distribution
+    distribution: Predictions
     token_weights: Float[Tensor, "N T"] | None = None
 
 
@@ -51,6 +51,12 @@ def completion_states(model: nn.Module, batch: TokenBatch, *, weighting: TokenWe
     Raises:
         ModelError: The model has no separate backbone and head, or no activations that ``"mapo"`` can read.
     """
+    return CompletionStates(*_model_states(model, batch, weighting))
+
+
+def _model_states(
+    model: nn.Module, batch: TokenBatch, weighting: TokenWeighting
+) -> tuple[Distribution, Float[Tensor, "N T"] | None]:
     mask = tree_masks(model, batch) if batch.attention_mask is None else batch.attention_mask
     mapo = MapoMask(model, batch) if weighting == "mapo" else None
     with nullcontext() if mapo is None else mapo.recording():
@@ -65,10 +71,10 @@ def completion_states(model: nn.Module, batch: TokenBatch, *, weighting: TokenWe
     predictor = batch.predictor[batch.completion_mask]
     distribution = Distribution(outputs[0].flatten(0, 1)[predictor], read_head(model))
     if mapo is not None:
-        return CompletionStates(distribution, mapo.weights(distribution, chunk_tokens=DEFAULT_CHUNK_TOKENS))
+        return distribution, mapo.weights(distribution, chunk_tokens=DEFAULT_CHUNK_TOKENS)
     if weighting == "activations":
-        return CompletionStates(distribution, activation_weights(outputs.hidden_states, batch))
-    return CompletionStates(distribution)
+        return distribution, activation_weights(outputs.hidden_states, batch)
+    return distribution, None
 
 
 def completion_scores(
@@ -101,7 +107,7 @@ def completion_scores(
     Raises:
         ModelError: If the model has no separate backbone and head.
     """
-    distribution = completion_states(model, batch).distribution
+    distribution, _ = _model_states(model, batch, "none")
     scores = token_scores(
         distribution,
         batch.completion_ids[batch.completion_mask],

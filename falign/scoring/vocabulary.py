@@ -34,7 +34,7 @@ from falign.objectives.measures import Measure, Vocabulary, block_of, references
 from falign.scoring.distributions import Distribution, Predictions, VisitedReferences, normalize
 from falign.scoring.model_parts import Head
 
-__all__ = ["DEFAULT_CHUNK_TOKENS", "TokenScores", "token_scores"]
+__all__ = ["DEFAULT_CHUNK_TOKENS", "TokenScores", "target_logprobs", "token_scores"]
 
 # A float32 tile of 256 tokens over a vocabulary of 128k is 128 MiB; with a divergence four of them are in memory.
 DEFAULT_CHUNK_TOKENS = 256
@@ -158,6 +158,40 @@ class _Wanted(Enum):
     VALUES = "values"
     LIVE = "values, and whether they carry a gradient"
     GRADIENTS = "values, and their gradients by the logits"
+
+
+@torch.no_grad()
+def target_logprobs(
+    references: Mapping[str, Predictions], targets: Int[Tensor, " M"], *, chunk_tokens: int
+) -> dict[str, Float[Tensor, " M"]]:
+    """Return the log-probability of each target token under each reference, in one visit and without a policy.
+
+    Args:
+        references: Distributions that predict the targets, by name.
+        targets: Token ids, shape (M,).
+        chunk_tokens: Number of positions that are prepared at once.
+
+    Returns:
+        Shape (M,) for each reference, nats.
+
+    Example:
+        >>> uniform = Distribution(torch.zeros(1, 4), Head(embeddings=torch.nn.Identity()))
+        >>> target_logprobs({"reference": uniform}, torch.tensor([3]), chunk_tokens=256)
+        {'reference': tensor([-1.3863])}
+    """
+    visited, found = VisitedReferences(references), []
+    for inputs, ids in zip(visited.chunks(chunk_tokens), targets.split(chunk_tokens), strict=True):
+        prepared = visited.prepare(inputs)
+        size = len(ids) if ids.device.type != "cpu" else min(_rows_in_cache(each) for each in prepared)
+        for start in range(0, len(ids), size):
+            rows = slice(start, start + size)
+            readings = visited.read(prepared, rows, ids[rows])
+            found.append([readings[name].of_targets for name in references])
+    return dict(zip(references, (torch.cat(column) for column in zip(*found, strict=True)), strict=True))
+
+
+def _rows_in_cache(tensor: Tensor) -> int:
+    return max(1, _CACHED_LOGITS * len(tensor) // tensor.numel())
 
 
 class _Block(NamedTuple):

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from falign.data import Notice, PreferenceData, demonstrations
 from falign.errors import ConfigError
 from falign.objectives import Measure, Objective, references_of
-from falign.references import Reference
+from falign.references import Reference, read_whole, with_members
 from falign.runfile.config import RunConfig
 from falign.scoring.batch import token_rows
 from falign.terminal import progress
@@ -147,13 +147,14 @@ def _with_caches(
 ) -> dict[str, Reference]:
     """Return the references; those with a cache compute their log-probabilities now and then need no model."""
     references = dict(parts.references)
+    whole = read_whole(references, references_of(measures.values()))
     for name, section in config.reference_sections().items():
         if section.cache is None:
             continue
-        if name in references_of(measures.values()):
+        if name in whole:
             console.print(
-                f"{config.section_of(name)}.cache is not used: the objective or a measure needs the reference's "
-                "whole distributions, computed live.",
+                f"{config.section_of(name)}.cache is not used: the objective, a measure or a combination needs "
+                "the reference's whole distributions, computed live.",
                 style="yellow",
             )
             continue
@@ -169,4 +170,4 @@ def _with_caches(
                 # The default binds `show` of this iteration.
                 progress=lambda done, total, show=show: show(done, total=total),
             )
-    return references
+    return with_members(references)

@@ -47,18 +47,24 @@ def build_references(
         policy: The policy; each reference that is an adapter is added to it.
         tokenizer: The policy's tokenizer.
         device: The device for references with their own model.
-        names: Those to build; all by default.
+        names: Those to build, besides their members; all by default.
 
     Raises:
         FalignError: A model or adapter is missing, or does not fit the policy.
     """
-    references = {
-        name: section.build(
-            BuildContext(config, policy, field=config.section_of(name), adapter=adapter_name(name), device=device)
-        )
-        for name, section in config.reference_sections().items()
-        if names is None or name in names
-    }
+    sections, references = config.reference_sections(), dict[str, Reference]()
+
+    def build(name: str) -> Reference:
+        if name not in references:
+            members = {member: build(member) for member in sections[name].members}
+            field, adapter = config.section_of(name), adapter_name(name)
+            context = BuildContext(config, policy, field, adapter, device=device, members=members)
+            references[name] = sections[name].build(context)
+        return references[name]
+
+    for name in sections:
+        if names is None or name in config.with_members(names):
+            build(name)
     fit_references(references, policy, tokenizer)
     return references
 

@@ -88,6 +88,7 @@ class AlignmentTrainer(ResumableTrainer):
                 f"This objective reads {unknown} of a batch, which {type(self).__name__} does not supply."
             )
         self.references = _by_name(reference, references)
+        _require_members(self.references)
         if is_sharded(model):
             _require_shardable(self.references)
         self.objective, self.measures = objective, dict(measures or {})
@@ -320,6 +321,18 @@ def _by_name(reference: Reference | None, references: Mapping[str, Reference] | 
     if references is not None:
         raise ConfigError("reference and references exclude each other: give references={'reference': ..., ...}.")
     return {REFERENCE: reference}
+
+
+def _require_members(references: Mapping[str, Reference]) -> None:
+    """Refuse a combination of references that the run would neither move nor save nor check."""
+    known = {id(reference) for reference in references.values()}
+    for name, reference in references.items():
+        for member, each in reference.members.items():
+            if id(each) not in known:
+                raise ConfigError(
+                    f"{name} ({type(reference).__name__}) has the member {member!r}, which is not among the references "
+                    "itself, so it would not be moved, saved or checked: add the same object under a name."
+                )
 
 
 def _require_shardable(references: Mapping[str, Reference]) -> None:

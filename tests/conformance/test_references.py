@@ -18,6 +18,8 @@ from falign.references import (
     Cached,
     CacheKey,
     FrozenModel,
+    Geometric,
+    Mixture,
     MovingAverage,
     MovingReference,
     PeriodicReset,
@@ -27,6 +29,7 @@ from falign.references import (
 )
 from falign.runfile import OwnReferenceConfig, ReferenceSection
 from falign.scoring import completion_scores, pack, pad
+from falign.scoring.vocabulary import target_logprobs
 from falign.training.trainer import _require_shardable
 from tests.models.tiny import fill_adapter, tiny_tokenizer
 from tests.references.spy import ForwardSpy
@@ -46,6 +49,10 @@ def beside(policy: Any) -> Any:
 def adapter(policy: Any, folder: Any) -> AdapterReference:
     beside(policy)
     return AdapterReference(weights="w", path="sft")
+
+
+def members(policy: Any) -> dict[str, Reference]:
+    return {"a": FrozenModel(tiny_model(seed=5), weights="w"), "b": AdapterOff(weights="w")}
 
 
 class Kind(NamedTuple):
@@ -78,6 +85,8 @@ KINDS = {
         lambda p, folder: MovingReference(FrozenModel(copy.deepcopy(p), weights="w"), rule=AVERAGE), True, True, True
     ),
     "periodic_reset": Kind(lambda p, folder: MovingReference.beside(p, rule=RESET, weights="w"), True, True),
+    "mixture": Kind(lambda policy, folder: Mixture(members(policy), {"a": 0.7, "b": 0.3}), writes=False),
+    "geometric": Kind(lambda policy, folder: Geometric(members(policy), {"a": 1.25, "b": -0.25}), writes=False),
     "cached": Kind(
         lambda policy, folder: Cached(AdapterOff(weights="w"), directory=folder / "cache", key=KEY), writes=False
     ),
@@ -145,10 +154,8 @@ def test_whole_distributions_have_the_log_probabilities_of_the_tokens_also_once_
     expected = reference.logprobs(policy, BATCH)[BATCH.completion_mask]
     distribution, _ = reference.states(policy, BATCH)
     trained(policy)  # the head is applied later
-    head = distribution.head
-    logprobs = head.logits(head.embeddings(distribution.hidden)).log_softmax(-1)
     tokens = torch.tensor([token for _, completion in BATCH.token_ids() for token in completion])
-    found = logprobs.gather(-1, tokens[:, None])[:, 0]
+    found = target_logprobs({"reference": distribution}, tokens, chunk_tokens=4)["reference"]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 

@@ -37,6 +37,8 @@ NOTHING_TO_BUILD = {
             "TransformersEngineConfig.kind",
             "MovingAverageConfig.kind",
             "PeriodicResetConfig.kind",
+            "MixtureConfig.kind",
+            "GeometricConfig.kind",
             "OwnReferenceConfig.kind",
         ),
         "the name of the variant; the other variants' kinds are changed, and RunConfig.reference",
@@ -52,7 +54,7 @@ NOTHING_TO_BUILD = {
     ),
     "ClassifierConfig.revision": "of a repository on the Hub: a folder has one revision, and there is no network here",
     **dict.fromkeys(
-        ("MovingAverageConfig.cache", "PeriodicResetConfig.cache"),
+        tuple(f"{kind}Config.cache" for kind in ("MovingAverage", "PeriodicReset", "Mixture", "Geometric")),
         "there to say why it is refused: it can only be null",
     ),
 }
@@ -228,6 +230,8 @@ COLDER = {"prompts": 4, "completions": 4, "max_new_tokens": 8, "temperature": 0.
 MOVING = {"every": 4}
 LONG = {"path": "long.jsonl", "chat": False}
 REHEARSES = {"objective": {"kind": "hybrid"}, "rehearsal": {"path": "rehearsal.jsonl", "completions": 2}}
+MEMBERS = {"references": {"a": {"kind": "frozen"}, "b": {"kind": "frozen", "path": "tiny2"}}}
+TARGETED = {"kind": "distribution_matching", "target": {"kind": "exponential", "beta": 1.0}}
 MOMENTS = {"kind": "distribution_matching", "target": {"kind": "moments", "moments": [0.5]}}
 OF_A_RUN: dict[str, tuple[str, Changes]] = {
     "RunConfig": (
@@ -304,6 +308,20 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             {"kind": "periodic_reset", **MOVING},
             every=2,
             reset_optimizer=True,
+        ),
+    ),
+    "MixtureConfig": (
+        "references.reference",
+        Changes(
+            {"kind": "mixture", "weights": {"a": 0.5, "b": 0.5}}, weights=With({"a": 0.25, "b": 0.75}, run=MEMBERS)
+        ),
+    ),
+    "GeometricConfig": (
+        "references.reference",
+        Changes(
+            {"kind": "geometric", "weights": {"a": 1.5, "b": -0.5}},
+            weights=With({"a": 1.25, "b": -0.25}, run=MEMBERS),
+            level=With("sequence", run={**MEMBERS, "objective": TARGETED}, online=True),
         ),
     ),
     "DataConfig": (

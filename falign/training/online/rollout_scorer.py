@@ -18,7 +18,7 @@ from falign.objectives import (
     reference_names,
     references_of,
 )
-from falign.references import Reference, field_of_reference
+from falign.references import Reference, ReferenceScores, field_of_reference
 from falign.rollouts.buffer import RolloutBuffer
 from falign.runfile.prompts_config import RolloutConfig
 from falign.scoring import Scorer
@@ -121,11 +121,9 @@ class RolloutScorer:
     def _with_scores(self, rollout: RolloutBuffer, before: Collection[str], *, wants_policy: bool) -> RolloutBuffer:
         """Add log-probabilities of references and of the policy."""
         batch = self.scorer.lay_out(rollout.trees, model=self.policy)
-        found = {
-            field_of_reference(name): reference.logprobs(self.policy, batch)
-            for name, reference in self.references.items()
-            if name in before
-        }
+        read = {name: reference for name, reference in self.references.items() if name in before}
+        scores = ReferenceScores(self.policy, batch, chunk_tokens=self.scorer.chunk_tokens)
+        found = {field_of_reference(name): logprobs for name, logprobs in scores.all_logprobs(read).items()}
         if wants_policy:
             scores = self.scorer.scores(self.policy, batch, value_head=self.value_head)
             found["old_logprobs"] = scores.logprobs

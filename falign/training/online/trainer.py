@@ -324,7 +324,7 @@ class OnlineTrainer(AlignmentTrainer):
         means = evaluation_metrics(
             draw,
             policy=self.policy,
-            reference=self.reference,
+            reference=self.reference if self.reference is not None and self.reference.normalized else None,
             pass_reward=self.rollout.pass_reward,
             outcome=self.evaluation_sampler.outcome,
             temperature=self.rollout.evaluation.temperature,
