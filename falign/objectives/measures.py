@@ -347,6 +347,14 @@ MEASURES: Registry[Any] = Registry(
         "divergence_to": DivergenceTo,
         "entropy": Entropy,
         "top_k": "falign.objectives.top_k:TopK",
+        "rank_top_k": "falign.objectives.ranking:RankTopK",
+        "expected": "falign.objectives.expected:Expected",
+        "expected_cost": "falign.objectives.expected:ExpectedCost",
+        "surprisal": "falign.objectives.expected:Surprisal",
+        "balanced": "falign.objectives.expected:Balanced",
+        "standardized": "falign.objectives.teacher_transforms:Standardized",
+        "target_split": "falign.objectives.teacher_transforms:TargetSplit",
+        "sinkhorn": "falign.objectives.sinkhorn:Sinkhorn",
     },
     wanted="measure: an object with references and __call__(at), or a function that returns one",
 )
@@ -388,12 +396,20 @@ def get_measure(name: str, *, field: str | None = None) -> Measure:
     return made
 
 
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"{text!r} must be true or false.")
+    return text.lower() == "true"
+
+
 _READERS: dict[str, Callable[[str], Any]] = {
     "Divergence": divergences.get,
     "Measure": get_measure,
     "float": float,
     "int": int,
     "int | None": int,
+    "float | None": float,
+    "bool": _truth,
 }
 """Readers of arguments that are given as text, by the annotations of built-in measures; any other is a name."""
 

@@ -48,11 +48,9 @@ class _BuiltInMeasure(MeasureSection):
     @override
     def build(self, field: str) -> Measure:
         fields = {name: getattr(self, name) for name in type(self).model_fields.keys() - {"kind"}}
-        for name, read in {"divergence": named_divergence, "measure": get_measure}.items():
-            if name in fields:
-                fields[name] = read(fields[name], field=f"{field}.{name}")
+        made = {name: read(fields[name], field=f"{field}.{name}") for name, read in _named(type(self).member).items()}
         with refusals(field):
-            return type(self).member(**fields)
+            return type(self).member(**(fields | made))
 
 
 class OwnMeasureConfig(OwnSection, MeasureSection, extra="allow"):
@@ -76,12 +74,19 @@ class PythonMeasureConfig(PythonObject, MeasureSection):
         return self.given(field)
 
 
+_READERS: dict[Any, Callable[..., Any]] = {"Divergence": named_divergence, "Measure": get_measure}
+"""Readers of names, by the annotations of the arguments that they stand for."""
+
+
+def _named(member: Callable[..., Measure]) -> dict[str, Callable[..., Any]]:
+    """Return the reader of each argument that a run file gives by its name, to be made when the measure is built."""
+    parameters = inspect.signature(member).parameters
+    return {name: _READERS[each.annotation] for name, each in parameters.items() if each.annotation in _READERS}
+
+
 def _section(kind: str) -> type[_BuiltInMeasure]:
     member = MEASURES.get(kind)
-    # In a run file these are names, whose members are made when the measure is built.
-    names: dict[str, Any] = {
-        name: (str, ...) for name in ("divergence", "measure") if name in inspect.signature(member).parameters
-    }
+    names: dict[str, Any] = {name: (str, ...) for name in _named(member)}
     section = section_of(member, kind=kind, base=_BuiltInMeasure, **names)
     section.member = staticmethod(member)
     return section

@@ -33,7 +33,7 @@ __all__ = [
 HASHED = frozenset({"objective", "reference", "references", "measures", "rollout"})
 """Sections whose members decide the steps of a run."""
 
-MEMBERS = frozenset({"kind", "divergence", "advantage", "measure"})
+MEMBERS = frozenset({"kind", "divergence", "advantage", "measure", "first", "second"})
 """Fields that name a member of a family, which may be a user's own."""
 
 

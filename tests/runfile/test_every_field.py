@@ -87,7 +87,7 @@ SECTIONS = reached(RunConfig)
 class Changes(dict):
     """Of one section: how it is built, from what, and a change for each of its fields."""
 
-    def __init__(self, base: dict[str, Any], **changes: Any) -> None:
+    def __init__(self, base: dict[str, Any], /, **changes: Any) -> None:
         super().__init__(changes)
         self.base = base
 
@@ -166,6 +166,26 @@ MEASURES = {
         temperature=2.0,
     ),
     "EntropyConfig": Changes({}),
+    "RankTopKConfig": Changes({"k": 4}, k=5, reference="teacher", weights="reference", target_first=True, whole=True),
+    "ExpectedConfig": Changes({"reference": "teacher"}, reference="other", base="initial", smallest=0.1, k=3),
+    "ExpectedCostConfig": Changes({}, plus_target=True),
+    "SurprisalConfig": Changes({}),
+    "BalancedConfig": Changes(
+        {"first": "surprisal", "second": "expected_cost"}, first="entropy", second="surprisal", largest=3.0
+    ),
+    "StandardizedConfig": Changes({"measure": "entropy"}, measure="surprisal", temperature=2.0),
+    "TargetSplitConfig": Changes(
+        {"divergence": "forward_kl"},
+        divergence="jensen_shannon",
+        reference="teacher",
+        target_weight=0.5,
+        others_weight=8.0,
+        temperature=2.0,
+        target_part="likelihood",
+    ),
+    "SinkhornConfig": Changes(
+        {"block": 4}, block=5, reference="teacher", epsilon=0.2, iterations=5, temperature=2.0, plan="constant"
+    ),
     "OwnMeasureConfig": Changes({"kind": "tests.runfile.own_members:MassOn", "ids": [3]}),
 }
 
