@@ -123,6 +123,7 @@ def write_samples(
         policy, tokenizer = load_named(model, dtype=dtype, trust_code=trust_code)
     if loaded is not None:
         check_tokens(name, tokenizer, loaded)
+        loaded.rewards.require_group(num_completions, field="num_completions")
     engine = TransformersEngine(policy, pad_token_id=pad_token_id(tokenizer))
     engine.publish(policy, version=0)
     data = load_prompts(
@@ -131,7 +132,7 @@ def write_samples(
         max_length=room_of_prompts(engine.capabilities().max_length, max_new_tokens, model=name),
         long_prompt="drop",
         bad_rows=policy_of_bad_rows,
-        check=None if loaded is None else row_check(loaded.rewards),
+        check=None if loaded is None else row_check(loaded.rewards.without_transforms()),
     )
     params = SamplingParams(max_new_tokens, temperature, stop_token_ids=stop_token_ids(base_of(policy), tokenizer))
     samples: list[Sample] = []
@@ -145,7 +146,7 @@ def write_samples(
                 texts, values = [_text(rollout, tokenizer) for rollout in rollouts], [None] * len(rollouts)
                 parts += [{} for _ in rollouts]
             else:
-                texts, found = judged(loaded.rewards, owners, rollouts, tokenizer)
+                texts, found = judged(loaded.rewards.without_transforms(), owners, rollouts, tokenizer)
                 values, timeouts, errors = found.total, timeouts + found.timeouts, errors + found.errors
                 parts += [{f"{REWARD}/{name}": own[i] for name, own in found.parts.items()} for i in range(len(texts))]
             samples += [

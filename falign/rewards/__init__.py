@@ -11,20 +11,27 @@ from falign.rewards.combination import Rewards, RewardSum, WeightedReward
 from falign.rewards.groups import GroupShares, best_of_n, calibrate, group_shares, keep, pass_at_k, pass_rates
 from falign.rewards.identity import Identified, Identity, reward_identities, reward_identity
 from falign.rewards.lexicon import Lexicon, Words, fit_lexicon, read_labeled, read_lexicon
+from falign.rewards.oracle import OracleReward, PreferenceOracle
 from falign.rewards.own_function import OwnFunction, TimedFunction
+from falign.rewards.transforms import Calibrated, Calibration, RewardTransform, inference_transform
 from falign.rewards.verifier import Verifier
 
 __all__ = [
+    "Calibrated",
+    "Calibration",
     "Call",
     "ChildPool",
     "GroupShares",
     "Identified",
     "Identity",
     "Lexicon",
+    "OracleReward",
     "Outcome",
     "OwnFunction",
+    "PreferenceOracle",
     "Reward",
     "RewardSum",
+    "RewardTransform",
     "Rewards",
     "RowReward",
     "Scores",
@@ -40,6 +47,7 @@ __all__ = [
     "choice",
     "fit_lexicon",
     "group_shares",
+    "inference_transform",
     "keep",
     "load_reward",
     "mathematics",

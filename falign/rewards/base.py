@@ -15,6 +15,7 @@ from falign.raised import code_lines, completion_at_fault, raised_message
 
 __all__ = [
     "ARGUMENTS",
+    "ComparingReward",
     "DatedReward",
     "LoadsModel",
     "Prompt",
@@ -90,12 +91,24 @@ class Scores(NamedTuple):
         timeouts: Calls that were stopped at their deadline.
         errors: Calls that raised.
         message: Message of the first error, with its place; ``""`` if there is none.
+        measured: Further values to log as ``reward/NAME/KEY``, by key.
     """
 
     values: list[float | None]
     timeouts: int = 0
     errors: int = 0
     message: str = ""
+    measured: Mapping[str, list[float]] = {}
+
+
+@runtime_checkable
+class ComparingReward(Protocol):
+    """A reward that may compare the completions of a prompt with each other."""
+
+    @property
+    def compares(self) -> bool:
+        """True if it needs two or more completions of a prompt in one call."""
+        ...
 
 
 @runtime_checkable

@@ -27,6 +27,7 @@ from falign.rewards.verifier import Verifier
 if TYPE_CHECKING:
     from falign.rewards.classifier import ClassifierReward
     from falign.rewards.implicit import ImplicitReward
+    from falign.rewards.oracle import OracleReward
 
 __all__ = [
     "REWARDS",
@@ -37,6 +38,7 @@ __all__ = [
     "load_reward",
     "mathematics",
     "number",
+    "oracle",
     "regex",
     "sections",
     "sentiment",
@@ -349,6 +351,26 @@ def implicit(
     return ImplicitReward(model, reference_model, f, beta, Scorer(layout), tokens_per_batch=tokens_per_batch)
 
 
+def oracle(
+    function: str, *, both_orders: bool = True, samples: Annotated[Path | str | None, ReadsFile()] = None
+) -> OracleReward:
+    """The win rate over the other completions of the prompt, by a judge of pairs.
+
+    Args:
+        function: ``module:function``, called as ``oracle(prompts, first, second, **columns)``, which returns the
+            probability that the first completion is preferred, one per pair; it may be ``async``.
+        both_orders: Ask for both orders of a pair and take the mean, so that no position is preferred; ``asymmetry`` is
+            logged. False asks once.
+        samples: A file of samples (`falign sample --out`), whose completions are the opponents in place of the others.
+
+    Raises:
+        ConfigError: It cannot be imported, or is not an oracle.
+    """
+    from falign.rewards.oracle import OracleReward
+
+    return OracleReward.named(function, both_orders=both_orders, samples=samples)
+
+
 REWARDS: Registry[Callable[..., Reward]] = Registry(
     "reward",
     {
@@ -363,6 +385,7 @@ REWARDS: Registry[Callable[..., Reward]] = Registry(
         "sentiment": sentiment,
         "classifier": classifier,
         "implicit": implicit,
+        "oracle": oracle,
     },
     wanted="class or function that makes a reward",
 )

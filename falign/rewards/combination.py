@@ -6,11 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from falign.data import PromptRow
 from falign.errors import ConfigError, NonFiniteRewardError, RewardError
-from falign.rewards.base import ARGUMENTS, Reward, RowReward, call_reward, place_of
+from falign.rewards.base import ARGUMENTS, ComparingReward, Reward, RowReward, call_reward, place_of
+
+if TYPE_CHECKING:
+    from falign.rewards.transforms import RewardTransform
 
 __all__ = ["RewardSum", "Rewards", "WeightedReward", "reward_columns", "row_check"]
 
@@ -22,11 +25,13 @@ class WeightedReward(NamedTuple):
         name: Name in the logs, ``reward/<name>``.
         reward: Any callable of :class:`falign.rewards.Reward`.
         weight: Its factor; 0 only logs it.
+        transform: Applied to its values before the factor; None leaves them.
     """
 
     name: str
     reward: Reward
     weight: float = 1.0
+    transform: RewardTransform | None = None
 
 
 class Rewards(NamedTuple):
@@ -34,11 +39,12 @@ class Rewards(NamedTuple):
 
     Attributes:
         total: One per completion.
-        parts: By name, before weights; None where a part does not apply.
+        parts: By name, before transforms and weights; None where a part does not apply.
         timeouts: Calls that were stopped at their deadline, over all parts.
         errors: Calls that raised and were counted, over all parts.
         message: Message of the first error; ``""`` if there is none.
         failed: Number of calls of each part that were stopped or raised, by name.
+        measured: Further values to log, by ``NAME/KEY``.
     """
 
     total: list[float]
@@ -47,10 +53,12 @@ class Rewards(NamedTuple):
     errors: int = 0
     message: str = ""
     failed: Mapping[str, int] = {}
+    measured: Mapping[str, list[float]] = {}
 
     def metrics(self) -> dict[str, float]:
         """Return ``reward`` and ``reward/<name>``, means over the completions that have one, and the two counts."""
-        means = {"reward": self.total, **{f"reward/{name}": values for name, values in self.parts.items()}}
+        parts = {**self.parts, **self.measured}
+        means = {"reward": self.total, **{f"reward/{name}": values for name, values in parts.items()}}
         found = {name: [value for value in values if value is not None] for name, values in means.items()}
         averages = {name: math.fsum(values) / len(values) for name, values in found.items() if values}
         return {**averages, "reward/timeouts": float(self.timeouts), "reward/errors": float(self.errors)}
@@ -58,7 +66,7 @@ class Rewards(NamedTuple):
 
 @dataclass(frozen=True)
 class RewardSum:
-    """``Σ_k w_k r_k`` over the rewards that apply to a completion.
+    """``Σ_k w_k Φ_k(r_k)`` over the rewards that apply to a completion; Φ_k is the transform of a part, if it has one.
 
     A part that does not apply (None) is left out and the other weights stay, so that completions of one prompt, to
     which the same parts apply, are compared on one scale.
@@ -66,7 +74,8 @@ class RewardSum:
     Attributes:
         rewards: One or more, with different names.
         outcome: Name of the reward that decides whether a completion passes, for pass@k and difficulty. By default the
-            sum if only one reward has a weight, else the first with a weight.
+            sum if only one reward has a weight and no transform, else the first with a weight. It decides by its values
+            before the transform.
 
     Raises:
         ConfigError: The sum is empty, a name comes twice, a weight is not finite, or the outcome is unknown.
@@ -94,8 +103,13 @@ class RewardSum:
     @property
     def passing(self) -> str | None:
         """Name of the reward that decides whether a completion passes; None for the sum."""
-        counting = [reward.name for reward in self.rewards if reward.weight != 0]
-        return self.outcome or (counting[0] if len(counting) > 1 else None)
+        counting = [reward for reward in self.rewards if reward.weight != 0]
+        is_plain = len(counting) < 2 and all(reward.transform is None for reward in counting)
+        return self.outcome or (None if is_plain else counting[0].name)
+
+    def without_transforms(self) -> RewardSum:
+        """Return the sum of the rewards themselves."""
+        return RewardSum(tuple(reward._replace(transform=None) for reward in self.rewards), self.outcome)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> Rewards:
         """Call every reward.
@@ -113,8 +127,12 @@ class RewardSum:
         scores = [
             call_reward(part.reward, list(prompts), list(completions), lists, name=part.name) for part in self.rewards
         ]
+        counted = [
+            score.values if part.transform is None else part.transform(score.values, list(prompts), **lists)
+            for part, score in zip(self.rewards, scores, strict=True)
+        ]
         total = [
-            self._sum([score.values[i] for score in scores], place_of(lists.get("place"), i))
+            self._sum([values[i] for values in counted], place_of(lists.get("place"), i))
             for i in range(len(completions))
         ]
         return Rewards(
@@ -124,7 +142,29 @@ class RewardSum:
             errors=sum(score.errors for score in scores),
             message=next((score.message for score in scores if score.message), ""),
             failed={part.name: s.timeouts + s.errors for part, s in zip(self.rewards, scores, strict=True)},
+            measured={
+                f"{part.name}/{key}": values
+                for part, score in zip(self.rewards, scores, strict=True)
+                for key, values in score.measured.items()
+            },
         )
+
+    def require_group(self, completions: int, *, field: str) -> None:
+        """Refuse a number of completions per prompt that a reward cannot compare.
+
+        Args:
+            completions: Completions per prompt.
+            field: Where it is set, for the message.
+
+        Raises:
+            ConfigError: A reward compares completions, and there is only one.
+        """
+        for part in self.rewards:
+            if completions < 2 and isinstance(part.reward, ComparingReward) and part.reward.compares:
+                raise ConfigError(
+                    f"{field}={completions}: the reward {part.name!r} compares completions of one prompt: sample two "
+                    "or more, or give it the samples of another model to compare with."
+                )
 
     def row_errors(self, prompts: Sequence[Any], **columns: Sequence[Any]) -> list[str | None]:
         """Return for each row why a reward cannot judge it; None if all can.
@@ -139,9 +179,10 @@ class RewardSum:
         found: list[str | None] = [None] * len(prompts)
         lists = {name: list(values) for name, values in columns.items()}
         for part in self.rewards:
-            if isinstance(part.reward, RowReward):
-                reasons = part.reward.row_errors(list(prompts), **lists)
-                for i, reason in enumerate(reasons):
+            for checked in (part.reward, part.transform):
+                if not isinstance(checked, RowReward):
+                    continue
+                for i, reason in enumerate(checked.row_errors(list(prompts), **lists)):
                     if found[i] is None and reason is not None:
                         found[i] = f"reward {part.name}: {reason}"
         return found

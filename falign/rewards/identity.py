@@ -45,12 +45,17 @@ class Identified(Protocol):
 
 
 def reward_identities(rewards: RewardSum) -> dict[str, str]:
-    """Return the identity of each reward of a sum by its name; weights are not part of it.
+    """Return the identity of each reward of a sum by its name, with its transform; weights are not part of it.
 
     Args:
         rewards: Named rewards.
     """
-    return {part.name: reward_identity(part.reward) for part in rewards.rewards}
+    found = {part.name: reward_identity(part.reward) for part in rewards.rewards}
+    for part in rewards.rewards:
+        if part.transform is not None:
+            both = f"{found[part.name]} {reward_identity(part.transform)}"
+            found[part.name] = hashlib.sha256(both.encode()).hexdigest()
+    return found
 
 
 def reward_identity(reward: Any) -> str:
@@ -63,7 +68,7 @@ def reward_identity(reward: Any) -> str:
     place of the files changes the hash.
 
     Args:
-        reward: A function, or any object of :class:`falign.rewards.Reward`.
+        reward: A function, any object of :class:`falign.rewards.Reward`, or a transform.
     """
     identity = reward.identity() if isinstance(reward, Identified) else _of_callable(reward)
     parts = {"settings": dict(identity.settings), "module": identity.module, "code": source_hashes(identity.module)}

@@ -78,6 +78,12 @@ def _check_effects(
             f"rollout.fit_samples={rollout.fit_samples} has no effect, because nothing is fitted: leave it out. It "
             "applies to objective.target.moments without lambdas."
         )
+    transformed = [i for i, reward in enumerate(rewards) if reward.transform is not None]
+    if chosen.num_rewards is not None and transformed:
+        raise ConfigError(
+            f"rewards.{transformed[0]}.transform has no effect: a target reads each reward by itself, before "
+            "transforms. Leave it out."
+        )
     weighted = [i for i, reward in enumerate(rewards) if reward.weight != 1]
     if chosen.num_rewards is not None and weighted:
         raise ConfigError(

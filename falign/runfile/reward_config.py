@@ -16,13 +16,81 @@ from pydantic import Field, model_serializer, model_validator
 from typing_extensions import override
 
 from falign.errors import ConfigError
+from falign.registry import Registry
 from falign.rewards import OwnFunction, Reward, RewardSum, TimedFunction, WeightedReward
 from falign.rewards.base import DatedReward, LoadsModel, ReadsFile
 from falign.rewards.built_in import REWARDS
+from falign.rewards.transforms import TRANSFORMS, RewardTransform
 from falign.runfile.base_config import FrozenModel, PythonObject, refusals
 from falign.runfile.members import OwnSection, section_of, union_of_kinds
 
 __all__ = ["FunctionConfig", "OwnRewardConfig", "PythonRewardConfig", "RewardConfig", "build_rewards"]
+
+
+class TransformSection(FrozenModel):
+    """A transform of a reward: the arguments of its function."""
+
+    kind: Any  # each section narrows it to its own name
+
+    def data_paths(self) -> Iterator[Path]:
+        """Return the paths of the files that it reads."""
+        yield from _marked_paths(self)
+
+    @abstractmethod
+    def build(self) -> RewardTransform:
+        """Return the transform.
+
+        Raises:
+            FalignError: A file is missing or has no rewards, or a value is out of its range.
+        """
+
+
+class BuiltInTransform(TransformSection):
+    """A built-in transform."""
+
+    member: ClassVar[Callable[..., RewardTransform]]
+
+    @override
+    def build(self) -> RewardTransform:
+        names = type(self).model_fields.keys() - TransformSection.model_fields.keys()
+        with refusals("rewards"):
+            return type(self).member(**{name: getattr(self, name) for name in names})
+
+
+class OwnTransformConfig(OwnSection, TransformSection, extra="allow"):
+    """A transform of your own: ``module:Name``, called with the other keys of the section."""
+
+    @override
+    def build(self) -> RewardTransform:
+        return self.make(TRANSFORMS, place="rewards.transform", protocol=RewardTransform)
+
+
+def _made_section(registry: Registry[Any], kind: str, base: type[Any]) -> type[Any]:
+    section = section_of(registry.get(kind), kind=kind, base=base)
+    section.member = staticmethod(registry.get(kind))
+    if issubclass(section, TransformSection):  # kinds of other families have the same names
+        section.__name__ = section.__qualname__ = section.__name__.replace("Config", "TransformConfig")
+    return section
+
+
+def _marked(section: FrozenModel, marker: type[Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, mark and value of the arguments that have a mark."""
+    for name, field in type(section).model_fields.items():
+        yield from ((name, mark, getattr(section, name)) for mark in field.metadata if isinstance(mark, marker))
+
+
+def _marked_paths(section: FrozenModel) -> Iterator[Path]:
+    yield from (Path(path) for _, _, path in _marked(section, ReadsFile) if path is not None)
+
+
+if TYPE_CHECKING:
+    TransformConfig = TransformSection
+else:
+    TransformConfig = union_of_kinds(
+        {kind: _made_section(TRANSFORMS, kind, BuiltInTransform) for kind in TRANSFORMS.names()},
+        own=OwnTransformConfig,
+    )
+"""The transform of a reward; ``kind`` names one of these."""
 
 
 class RewardSection(FrozenModel):
@@ -33,6 +101,8 @@ class RewardSection(FrozenModel):
     """Logged as ``reward/<name>``; by default the kind, or the function's name."""
     weight: float = 1.0
     """Factor in the sum; 0 only logs it."""
+    transform: TransformConfig | None = None
+    """A function of the reward, calibrated on samples of the reference, that counts in its place."""
 
     @property
     def default_name(self) -> str:
@@ -48,8 +118,9 @@ class RewardSection(FrozenModel):
         yield from ()
 
     def data_paths(self) -> Iterator[Path]:
-        """Return the paths of the files that it reads."""
-        yield from ()
+        """Return the paths of the files that it and its transform read."""
+        if self.transform is not None:
+            yield from self.transform.data_paths()
 
     @abstractmethod
     def build(self) -> Reward:
@@ -72,22 +143,18 @@ class BuiltInSection(RewardSection):
 
     member: ClassVar[Callable[..., Reward]]
 
-    def _marked(self, marker: type[Any]) -> Iterator[tuple[str, Any, Any]]:
-        """Yield name, mark and value of the arguments that have a mark."""
-        for name, field in type(self).model_fields.items():
-            yield from ((name, mark, getattr(self, name)) for mark in field.metadata if isinstance(mark, marker))
-
     @override
     def models_that_read_ids(self) -> Iterator[tuple[str, str]]:
-        yield from ((name, path) for name, mark, path in self._marked(LoadsModel) if mark.reads_policy_ids)
+        yield from ((name, path) for name, mark, path in _marked(self, LoadsModel) if mark.reads_policy_ids)
 
     @override
     def model_paths(self) -> Iterator[str]:
-        yield from (path for _, _, path in self._marked(LoadsModel))
+        yield from (path for _, _, path in _marked(self, LoadsModel))
 
     @override
     def data_paths(self) -> Iterator[Path]:
-        yield from (Path(path) for _, _, path in self._marked(ReadsFile))
+        yield from super().data_paths()
+        yield from _marked_paths(self)
 
     @override
     def build(self) -> Reward:
@@ -172,19 +239,13 @@ class PythonRewardConfig(PythonObject, RewardSection):
         return OwnFunction(self.name, self.form, given) if inspect.isroutine(given) else given
 
 
-def _section(kind: str) -> type[BuiltInSection]:
-    section = section_of(REWARDS.get(kind), kind=kind, base=BuiltInSection)
-    section.member = staticmethod(REWARDS.get(kind))
-    return section
-
-
 if TYPE_CHECKING:
     RewardConfig = RewardSection
 else:
     RewardConfig = union_of_kinds(
         {
             "function": FunctionConfig,
-            **{kind: _section(kind) for kind in REWARDS.names()},
+            **{kind: _made_section(REWARDS, kind, BuiltInSection) for kind in REWARDS.names()},
             "python": PythonRewardConfig,
         },
         default="function",
@@ -208,7 +269,12 @@ def build_rewards(
     """
     return RewardSum(
         tuple(
-            WeightedReward(config.name or config.default_name, config.build_at(date), config.weight)
+            WeightedReward(
+                config.name or config.default_name,
+                config.build_at(date),
+                config.weight,
+                None if config.transform is None else config.transform.build(),
+            )
             for config in configs
         ),
         outcome,

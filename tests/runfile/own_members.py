@@ -11,6 +11,7 @@ from typing_extensions import override
 from falign.divergences import Divergence, from_generator
 from falign.evaluation.benchmarks import BenchmarkItem
 from falign.objectives import Measure, ObjectiveOutput, Term, pairs_of
+from falign.rewards import Identity
 from falign.rollouts import Engine, EngineSetup, TransformersEngine
 
 
@@ -160,3 +161,19 @@ class TwoWords:
 def nothing(**settings):
     """Makes no member of any family."""
     return settings
+
+
+class Times:
+    """A transform of a reward."""
+
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def __call__(self, values, prompts, **columns):
+        return [None if value is None else self.factor * value for value in values]
+
+    def row_errors(self, prompts, **columns):
+        return [None for _ in prompts]
+
+    def identity(self):
+        return Identity(__name__, {"factor": self.factor})

@@ -48,7 +48,7 @@ NOTHING_TO_BUILD = {
             *(f"PythonObjectiveConfig.{field}" for field in ("kind", "name", "code")),
             *(f"PythonMeasureConfig.{field}" for field in ("kind", "name", "code")),
             *(f"PythonReferenceConfig.{field}" for field in ("kind", "name", "code", "cache")),
-            *(f"PythonRewardConfig.{field}" for field in ("kind", "name", "code", "weight", "form")),
+            *(f"PythonRewardConfig.{field}" for field in ("kind", "name", "code", "weight", "form", "transform")),
         ),
         "the record of an object, from which nothing is built without the object: tests/test_python_door.py",
     ),
@@ -149,7 +149,16 @@ BUILT_ALONE = {
     "SupervisedConfig": Changes({"divergence": "pearson_chi2", "beta": 0.1}, divergence="chi2_kl", beta=0.3),
 }
 VERIFIER = {"timeout": 5.0, "failed": None}
-PART = {"name": "other", "weight": 0.5}
+SAMPLES = {"samples": "reference.jsonl"}
+OF_TRANSFORM = {"samples": "reference2.jsonl", "column": "grade"}
+PART = {"name": "other", "weight": 0.5, "transform": {"kind": "calibrated", **SAMPLES}}
+BUILT_ALONE |= {
+    "CalibratedTransformConfig": Changes(SAMPLES, **OF_TRANSFORM),
+    "ExponentialTransformConfig": Changes({**SAMPLES, "t": 2.0}, **OF_TRANSFORM, t=-2.0),
+    "BestOfNTransformConfig": Changes({**SAMPLES, "n": 2, "beta": 0.5}, **OF_TRANSFORM, n=3, beta=0.7),
+    "WorstOfNTransformConfig": Changes({**SAMPLES, "n": 2, "beta": 0.5}, **OF_TRANSFORM, n=3, beta=0.7),
+    "OwnTransformConfig": Changes({"kind": "tests.runfile.own_members:Times", "factor": 2.0}),
+}
 MEASURES = {
     "DivergenceToConfig": Changes(
         {"divergence": "forward_kl"}, divergence="jensen_shannon", reference="teacher", temperature=2.0
@@ -231,6 +240,13 @@ REWARDS = {
         tokens_per_batch=64,
         dtype="bfloat16",
         device="nowhere",
+    ),
+    "OracleConfig": Changes(
+        {"function": "tests.rewards.judges:longer"},
+        **PART,
+        function="tests.rewards.judges:more_vowels",
+        both_orders=False,
+        samples="reference.jsonl",
     ),
     "ImplicitConfig": Changes(
         {"path": "tiny", "reference": "tiny2"},
@@ -552,11 +568,17 @@ def write_models(folder, names):
 def write_words(folder):
     for name, words in (("a", "good\t2\nbad\t-1\n"), ("b", "good\t3\n")):
         (folder / f"{name}.txt").write_text(words)
+        write_samples(folder / f"reference{'' if name == 'a' else 2}.jsonl", best=len(words))
         rows = [{"text": f"{name} fine", "label": "good"}, {"text": "poor thing", "label": "bad"}]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 ALONE = BUILT_ALONE | MEASURES | REWARDS
+
+
+def write_samples(path, best):
+    rows = [{"prompt": "p", "completion": str(i), "reward": i * best, "grade": -i} for i in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def changed_fields(table):
@@ -576,8 +598,13 @@ def test_every_field_of_every_section_has_a_change_or_a_reason():
 
 @pytest.mark.parametrize(
     "union",
-    [objective_config.ObjectiveConfig, target_config.TargetConfig, reward_config.RewardConfig],
-    ids=["objective", "target", "reward"],
+    [
+        objective_config.ObjectiveConfig,
+        target_config.TargetConfig,
+        reward_config.RewardConfig,
+        reward_config.TransformConfig,
+    ],
+    ids=["objective", "target", "reward", "transform"],
 )
 def test_every_kind_builds_something_else(union, files):
     write_words(files)

@@ -86,6 +86,7 @@ class Draw(NamedTuple):
         errors: Number of reward calls that raised and were counted.
         message: Message of the first of these errors; ``""`` without errors.
         failed: Number of calls that were stopped or raised, by the name of the reward.
+        measured: Further values of rewards to log, by ``NAME/KEY``.
     """
 
     groups: list[Group]
@@ -95,6 +96,7 @@ class Draw(NamedTuple):
     errors: int = 0
     message: str = ""
     failed: Mapping[str, int] = {}
+    measured: Mapping[str, list[float]] = {}
 
     def __add__(self, other: Draw) -> Draw:  # pyright: ignore[reportIncompatibleMethodOverride] - not a tuple's
         """Return both draws together."""
@@ -106,6 +108,10 @@ class Draw(NamedTuple):
             self.errors + other.errors,
             self.message or other.message,
             dict(Counter(self.failed) + Counter(other.failed)),
+            {
+                name: [*self.measured.get(name, ()), *other.measured.get(name, ())]
+                for name in dict.fromkeys([*self.measured, *other.measured])
+            },
         )
 
 
@@ -200,7 +206,15 @@ class GroupSampler:
                     {name: tuple(values[part]) for name, values in rewards.parts.items()},
                 )
             )
-        return Draw(groups, len(rows), 0, rewards.timeouts, rewards.errors, rewards.message, rewards.failed)
+        return Draw(
+            groups,
+            len(rows),
+            timeouts=rewards.timeouts,
+            errors=rewards.errors,
+            message=rewards.message,
+            failed=rewards.failed,
+            measured=rewards.measured,
+        )
 
 
 def judged(

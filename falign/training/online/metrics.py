@@ -50,6 +50,7 @@ def rollout_metrics(draw: Draw, *, pass_reward: float, outcome: str | None = Non
     for name in groups[0].parts:
         values = [value for group in groups for value in group.parts[name] if value is not None]
         metrics[f"reward/{name}"] = torch.tensor(values)
+    metrics |= {f"reward/{name}": torch.tensor(found) for name, found in draw.measured.items()}
     values = draw_values(rewards, [list(map(_ids, group.rollouts)) for group in groups], passed=passed)
     metrics |= {"completions/unique" if name == "unique" else name: each for name, each in values.items()}
     # A reward that gave no value to any completion has no mean, so it is left out.

@@ -64,6 +64,8 @@ def online_trainer(
     rollout = config.rollout
     with console.status("reading prompts"):
         rewards = build_rewards(config.rewards, date=language.date, outcome=rollout.outcome)
+        rewards.require_group(rollout.completions, field="rollout.completions")
+        rewards.require_group(rollout.evaluation.completions, field="rollout.evaluation.completions")
         data = config.prompts.build(language.tokenizer, seed=config.seed, check=row_check(rewards))
         rehearsal = (
             RolloutBuffer()
