@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from falign.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from falign import divergences, methods, objectives
+    from falign import audit, divergences, methods, objectives
     from falign.api import Lora, Run, load, train
     from falign.evaluation.answering import sample
     from falign.evaluation.frontier_run import evaluate_frontier
@@ -28,6 +28,7 @@ else:
         __name__,
         {
             "falign.api": ("Lora", "Run", "load", "train"),
+            "falign.audit": (),  # a package that can be called
             "falign.divergences": (),
             "falign.evaluation.answering": ("sample",),
             "falign.evaluation.frontier_run": ("evaluate_frontier",),
@@ -59,6 +60,7 @@ __all__ = [
     "CompletionBatch",
     "Lora",
     "Run",
+    "audit",
     "check_data",
     "divergences",
     "evaluate_frontier",

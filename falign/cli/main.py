@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from falign.cli import data, divergences, evaluate, export, pairs, report, sample, score, soup, train
+from falign.cli import audit, data, divergences, evaluate, export, pairs, report, sample, score, soup, train
 from falign.cli.foreign_output import clean, cleaned_output, quiet
 from falign.cli.installed import require_supported_releases
 from falign.cli.launch import end_quietly, leave_failure
@@ -40,6 +40,7 @@ app.command("score")(score.score)
 app.command("pairs")(pairs.pairs)
 app.command("export")(export.export)
 app.command("soup", cls=soup.SoupCommand)(soup.soup)
+app.command("audit")(audit.audit)
 app.command("divergences")(divergences.divergences)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="evaluate")

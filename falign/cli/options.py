@@ -31,6 +31,7 @@ ALWAYS_KNOWN = ("base_name_or_path", "prompts", "reference", "resume", "temperat
 
 SPECIAL_NAMES = {
     "benchmark": "BENCHMARK",
+    "loss": "LOSS",
     "base_name_or_path": "--base",
     "anchors=False": "--no-anchors",
     "chat=False": "--plain",
