@@ -11,9 +11,7 @@ from types import ModuleType
 from falign.audit.auditing import audit
 from falign.audit.cases import CASES, Case
 from falign.audit.comparison import Comparison
-from falign.audit.functions import Credit, LossLevel, Use
 from falign.audit.result import AuditResult
-from falign.audit.samples import Samples
 from falign.divergences import Divergence
 
 __all__ = ["CASES", "AuditResult", "Case", "Comparison", "audit"]
@@ -27,10 +25,10 @@ class _Audit(ModuleType):
         loss: object,
         divergence: Divergence | str | None = None,
         *,
-        samples: Samples | None = None,
-        level: LossLevel | None = None,
-        use: Use | None = None,
-        credit: Credit | None = None,
+        samples: str | None = None,
+        level: str | None = None,
+        use: str | None = None,
+        credit: str | None = None,
         reference: str | None = None,
         name: str | None = None,
     ) -> AuditResult:

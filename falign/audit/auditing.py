@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from falign import divergences
@@ -29,10 +30,10 @@ def audit(
     loss: object,
     divergence: Divergence | str | None = None,
     *,
-    samples: Samples | None = None,
-    level: LossLevel | None = None,
-    use: Use | None = None,
-    credit: Credit | None = None,
+    samples: str | None = None,
+    level: str | None = None,
+    use: str | None = None,
+    credit: str | None = None,
     reference: str | None = None,
     name: str | None = None,
 ) -> AuditResult:
@@ -73,7 +74,7 @@ def audit(
         ...     return log_ratio.exp() - 1 - log_ratio
         >>> print(audit(k3, "reverse_kl").verdict)
         On samples of the policy, what k3 minimizes has the gradient of the forward KL by token on fixed prefixes
-        (cosine 1.000, ratio 1), not of the reverse KL (0.857).
+        (cosine 1.000, ratio 1), not of the reverse KL (0.900).
     """
     case = CASES.get(loss) if isinstance(loss, str) else None
     if case is not None:
@@ -83,29 +84,27 @@ def audit(
     else:
         built = _member(loss) if isinstance(loss, str) else loss
         name = name or (loss if isinstance(loss, str) else _name_of(loss))
-    for option, value, choices in (
-        ("samples", samples, Samples),
-        ("level", level, LossLevel),
-        ("use", use, Use),
-        ("credit", credit, Credit),
-    ):
-        if value is not None:
-            require_choice(option, value, choices)
-    subject = _subject(built, name, level, use, credit)
+    source: Samples | None = _chosen("samples", samples, Samples)
+    subject = _subject(
+        built, name, _chosen("level", level, LossLevel), _chosen("use", use, Use), _chosen("credit", credit, Credit)
+    )
     chosen = divergences.get(divergence, field="divergence") if isinstance(divergence, str) else divergence
-    if samples is None and subject.of_pairs:
-        samples = "pairs"
-    if samples == "pairs":
+    if source == "pairs" or (source is None and subject.of_pairs):
         if not subject.of_pairs:
             raise ConfigError(f"samples='pairs': {name} reads no pairs; choose 'policy', 'reference' or 'old'.")
         return _of_pairs(subject, chosen)
     if subject.of_pairs:
         raise ConfigError(f"samples={samples!r}: {name} is a loss of pairs; set samples='pairs'.")
-    result = _of_samples(subject, chosen, samples or "policy", reference)
-    if samples is None and result.finding != "exact":
-        notes = (*result.notes, *_elsewhere(subject, chosen, reference))
-        result = AuditResult(**{**vars(result), "notes": notes})
+    result = _of_samples(subject, chosen, source or "policy", reference)
+    if source is None and result.finding != "exact":
+        result = replace(result, notes=(*result.notes, *_elsewhere(subject, chosen, reference)))
     return result
+
+
+def _chosen(option: str, value: str | None, choices: Any) -> Any:
+    if value is not None:
+        require_choice(option, value, choices)
+    return value
 
 
 def _member(name: str) -> object:

@@ -80,10 +80,10 @@ def audit(
         result = run_audit(
             loss,
             divergence,
-            samples=samples,  # pyright: ignore[reportArgumentType] - checked there
-            level=level,  # pyright: ignore[reportArgumentType]
-            use=use,  # pyright: ignore[reportArgumentType]
-            credit=credit,  # pyright: ignore[reportArgumentType]
+            samples=samples,
+            level=level,
+            use=use,
+            credit=credit,
             reference=reference,
         )
     if result.table:
