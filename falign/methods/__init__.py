@@ -1,5 +1,19 @@
 """Published methods under the names of their papers, each a short composition of objectives, measures and weights."""
 
 from falign.methods.core import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO
+from falign.methods.measures import EMO, LSKD, NKD, PLD, STARCKD, SinKD
 
-__all__ = ["DPHRL", "FDPG", "FDPO", "SALSA", "SALSARLOO", "TDPO"]
+__all__ = [
+    "DPHRL",
+    "EMO",
+    "FDPG",
+    "FDPO",
+    "LSKD",
+    "NKD",
+    "PLD",
+    "SALSA",
+    "SALSARLOO",
+    "STARCKD",
+    "TDPO",
+    "SinKD",
+]
