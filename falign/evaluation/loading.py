@@ -306,7 +306,12 @@ def run_objective(path: str, *, given: Given | None = None, trust_code: bool = F
                 f"{path} was trained with another version of {field}={value}, so its rewards would change: restore the "
                 "module, and start in its folder."
             )
-    return complete((config if given is None else given.in_place(config, path=folder.path)).check())
+    objective = complete((config if given is None else given.in_place(config, path=folder.path)).check())
+    # With the coefficients that the trained model has come to.
+    logs = folder.metrics()
+    names = {f"coefficients/{path}": path for path in objective.controllers}
+    last = {path: log[name] for log in logs for name, path in names.items() if name in log}
+    return objective.controlled(last).at(max((log["step"] for log in logs), default=0))
 
 
 def positions_of(model: Any) -> int | None:

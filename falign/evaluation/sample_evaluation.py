@@ -34,6 +34,7 @@ from falign.models.tokenizers import pad_token_id, tokenizer_fingerprint
 from falign.rewards import RewardSum
 from falign.rollouts import Engine, SamplingParams, TransformersEngine
 from falign.runfile import RunConfig
+from falign.runfile.schedule_config import last_of
 from falign.runs.loading import Named, named, reference_name, texts_of
 from falign.scoring import PromptTree
 from falign.seeds import mixed
@@ -270,8 +271,8 @@ def _summary(
         "label": options.label,
         "checkpoint": options.checkpoint,
         "reference": options.comparison.reference or of_run,
-        "divergence": objective.get("divergence"),
-        "beta": objective.get("beta"),
+        "divergence": last_of(objective.get("divergence")),
+        "beta": last_of(objective.get("beta")),
         "num_prompts": len(own),
         "num_completions": len(own[0]),
         "pass_reward": pass_reward,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from falign.divergences import Divergence, get
 from falign.errors import ConfigError
 from falign.runfile import RunConfig
+from falign.runfile.schedule_config import last_of
 from falign.runs.loading import Given, is_run, result_folder
 from falign.runs.named_code import import_from
 
@@ -150,7 +151,7 @@ class SampleOptions:
         Args:
             config: The run; None for a model.
         """
-        own = None if config is None else config.objective.model_dump().get("divergence")
+        own = None if config is None else last_of(config.objective.model_dump().get("divergence"))
         if any(":" in name for name in self.comparison.divergences):
             import_from(Path.cwd())
         fields = {name: "objective.divergence" for name in filter(None, [own])}

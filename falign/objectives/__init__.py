@@ -16,6 +16,7 @@ from falign.objectives.base import (
     total_weights,
 )
 from falign.objectives.batch import field_of, field_of_reference
+from falign.objectives.controllers import Controller, RootDivergence, TargetDivergence
 from falign.objectives.distillation import Distillation
 from falign.objectives.distribution_matching import DistributionMatching
 from falign.objectives.groups import CompletionMean, completion_term, pairs_of
@@ -63,6 +64,7 @@ __all__ = [
     "BinaryConstraint",
     "CompletionBatch",
     "CompletionMean",
+    "Controller",
     "Cosine",
     "DifficultyKernel",
     "Distillation",
@@ -87,6 +89,7 @@ __all__ = [
     "ProductTarget",
     "Rehearsal",
     "Robust",
+    "RootDivergence",
     "RunningPartition",
     "Schedule",
     "Scheduled",
@@ -97,6 +100,7 @@ __all__ = [
     "Supervised",
     "Surrogate",
     "Target",
+    "TargetDivergence",
     "Term",
     "TokenPairwise",
     "TokenWeight",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,9 @@ from falign.divergences.base import numbers
 from falign.objectives.batch import WORTH, CompletionBatch, field_of
 from falign.objectives.link import Link
 from falign.objectives.measures import Measure
+
+if TYPE_CHECKING:
+    from falign.objectives.controllers import Controller
 
 __all__ = [
     "BaseObjective",
@@ -225,11 +228,40 @@ class BaseObjective(ABC):
         """
         return self
 
+    @property
+    def knots(self) -> tuple[int, ...]:
+        """The steps where the course of a coefficient changes, in order; empty by default."""
+        return ()
+
     def coefficients(self, step: int) -> Mapping[str, float]:
         """Return the values at a step of the coefficients that change, by path, for the log; empty by default.
 
         Args:
             step: As for :meth:`at`.
+        """
+        return {}
+
+    @property
+    def controllers(self) -> Mapping[str, Controller]:
+        """The coefficients that follow a metric of the objective, by path; empty by default."""
+        return {}
+
+    def controlled(self, values: Mapping[str, float]) -> BaseObjective:
+        """Return the objective with values in place of its controllers; itself if there are none.
+
+        Args:
+            values: By path, as in :attr:`controllers`.
+        """
+        return self
+
+    def observed(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """Return what the controllers follow, by their paths, without those whose metric is missing.
+
+        Args:
+            metrics: Means of the objective's metrics.
+
+        Raises:
+            ValueError: It is not clear which metric a controller follows, or its mean is NaN or infinite.
         """
         return {}
 

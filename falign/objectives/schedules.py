@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
@@ -17,6 +17,9 @@ from falign.divergences import Divergence, get
 from falign.objectives.base import BaseObjective, CompletionBatch, Importance, Objective, ObjectiveOutput, complete
 from falign.objectives.link import Link
 from falign.objectives.measures import Measure
+
+if TYPE_CHECKING:
+    from falign.objectives.controllers import Controller
 
 __all__ = ["Cosine", "Linear", "Schedule", "Scheduled", "Stairs", "Steps"]
 
@@ -36,6 +39,16 @@ class Schedule(ABC):
         Args:
             step: Number of optimizer steps taken before; not negative.
         """
+
+    @property
+    def bounds(self) -> tuple[Any, ...]:
+        """Further values that it may take, besides those at its knots; empty by default."""
+        return ()
+
+    @property
+    def controller(self) -> Controller | None:
+        """Itself if its value depends on what is measured during training; None by default."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -213,8 +226,8 @@ class Scheduled(BaseObjective):
 
     Attributes:
         objective: Any objective.
-        schedules: The schedule of each coefficient, by its path: the field ``"beta"``, or ``"rehearsal.divergence"``
-            of a part. A divergence may be given by its name.
+        schedules: The schedule or controller of each coefficient, by its path: the field ``"beta"``, or
+            ``"rehearsal.divergence"`` of a part. A divergence may be given by its name.
         remake: Returns the objective with other values at these paths; by default the fields there are replaced.
 
     Raises:
@@ -237,8 +250,8 @@ class Scheduled(BaseObjective):
         _ = self._stages
 
     @property
+    @override
     def knots(self) -> tuple[int, ...]:
-        """The steps where the course of a coefficient changes, in order."""
         return tuple(sorted({0, *(knot for schedule in self.schedules.values() for knot in schedule.knots)}))
 
     def values(self, step: int) -> dict[str, Any]:
@@ -253,9 +266,29 @@ class Scheduled(BaseObjective):
     def at(self, step: int) -> BaseObjective:
         return self._with(self.values(step), step)
 
+    @property
+    @override
+    def controllers(self) -> Mapping[str, Controller]:
+        own = {path: found for path, each in self.schedules.items() if (found := each.controller) is not None}
+        return {**complete(self.objective).controllers, **own}
+
+    @override
+    def controlled(self, values: Mapping[str, float]) -> BaseObjective:
+        inner = complete(self.objective)
+        own = {path: Steps({0: values[path]}) for path in self.schedules if path in values}
+        rest = {path: value for path, value in values.items() if path in inner.controllers}
+        return replace(self, objective=inner.controlled(rest), schedules={**self.schedules, **own})
+
+    @override
+    def observed(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        own = {path: each.controller for path, each in self.schedules.items()}
+        found = {path: None if each is None else each.measured(metrics) for path, each in own.items()}
+        inner = complete(self.objective).observed(metrics)
+        return {**inner, **{path: value for path, value in found.items() if value is not None}}
+
     @override
     def coefficients(self, step: int) -> Mapping[str, float]:
-        inner = self.at(step).coefficients(step)
+        inner = complete(self.objective).coefficients(step)
         return {**inner, **{k: float(v) for k, v in self.values(step).items() if isinstance(v, int | float)}}
 
     def _with(self, values: Mapping[str, Any], step: int) -> BaseObjective:
@@ -278,7 +311,13 @@ class Scheduled(BaseObjective):
     def _stages(self) -> tuple[BaseObjective, ...]:
         """The objectives at all knots and between them: those that a run meets, up to numbers between two others."""
         between = [(first + last) // 2 for first, last in pairwise(self.knots)]
-        stages = tuple(self.at(step) for step in sorted({*self.knots, *between}))
+        extremes = [
+            {**self.values(0), path: bound} for path, schedule in self.schedules.items() for bound in schedule.bounds
+        ]
+        stages = (
+            *(self.at(step) for step in sorted({*self.knots, *between})),
+            *(self._with(values, 0) for values in extremes),
+        )
         if len(levels := {stage.correction_level for stage in stages}) > 1:
             raise ValueError(f"the unit of importance weights must not change during training, and it is {levels}.")
         if any("log_partition" in stage.needs for stage in stages):
@@ -327,6 +366,11 @@ class Scheduled(BaseObjective):
 
     @property
     @override
+    def accepts_unnormalized(self) -> bool:
+        return all(stage.accepts_unnormalized for stage in self._stages)
+
+    @property
+    @override
     def correction_level(self) -> Importance | None:
         return self._stages[0].correction_level
 
@@ -343,14 +387,18 @@ class Scheduled(BaseObjective):
         )
 
     @property
+    def _last_stage(self) -> BaseObjective:
+        return self.at(self.knots[-1])
+
+    @property
     @override
     def link(self) -> Link | None:
-        return self._stages[-1].link
+        return self._last_stage.link
 
     @property
     @override
     def rewarding(self) -> bool:
-        return self._stages[-1].rewarding
+        return self._last_stage.rewarding
 
     @override
     def completion_rewards(self, batch: CompletionBatch) -> Any:
@@ -362,7 +410,7 @@ class Scheduled(BaseObjective):
         Raises:
             TypeError: The objective defines no implicit reward.
         """
-        return self._stages[-1].completion_rewards(batch)
+        return self._last_stage.completion_rewards(batch)
 
 
 def _replaced(target: Any, values: Mapping[str, Any], place: str = "") -> Any:

@@ -22,6 +22,7 @@ from falign.objectives.base import (
     ObjectiveOutput,
     complete,
 )
+from falign.objectives.controllers import Controller
 from falign.objectives.groups import groups_of, largest
 from falign.objectives.link import Link
 from falign.objectives.measures import Measure
@@ -103,6 +104,24 @@ class Selected(BaseObjective):
     @override
     def coefficients(self, step: int) -> Mapping[str, float]:
         return self._whole.coefficients(step)
+
+    @property
+    @override
+    def knots(self) -> tuple[int, ...]:
+        return self._whole.knots
+
+    @property
+    @override
+    def controllers(self) -> Mapping[str, Controller]:
+        return self._whole.controllers
+
+    @override
+    def controlled(self, values: Mapping[str, float]) -> BaseObjective:
+        return Selected(self._whole.controlled(values), self.completions) if values else self
+
+    @override
+    def observed(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        return self._whole.observed(metrics)
 
     def rows(self, batch: CompletionBatch) -> Bool[Tensor, " N"]:
         """Return which completions the objective reads.
@@ -277,6 +296,29 @@ class Sum(BaseObjective):
         found = {name: each.coefficients(step) for name, each in self.objectives.items()}
         return {f"{name}.{path}": value for name, values in found.items() for path, value in values.items()}
 
+    @property
+    @override
+    def knots(self) -> tuple[int, ...]:
+        return tuple(sorted({knot for each in self.objectives.values() for knot in each.knots}))
+
+    @property
+    @override
+    def controllers(self) -> Mapping[str, Controller]:
+        found = {name: each.controllers for name, each in self.objectives.items()}
+        return {f"{name}.{path}": each for name, own in found.items() for path, each in own.items()}
+
+    @override
+    def controlled(self, values: Mapping[str, float]) -> BaseObjective:
+        if not values:
+            return self
+        own = {name: each.controlled(_inside(values, f"{name}.")) for name, each in self.objectives.items()}
+        return Sum({name: (each, self.weights[name]) for name, each in own.items()})
+
+    @override
+    def observed(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        found = {name: each.observed(_inside(metrics, f"{name}/")) for name, each in self.objectives.items()}
+        return {f"{name}.{path}": value for name, own in found.items() for path, value in own.items()}
+
     @override
     def prepare(self, batch: CompletionBatch) -> CompletionBatch:
         """Return the rollout with what each term computes from all of it, kept apart as ``prepared``.
@@ -364,3 +406,8 @@ class Sum(BaseObjective):
             raise TypeError(f"Sum defines an implicit reward if exactly one of its terms does; here {found}.")
         (name,) = self._rewarding
         return self.objectives[name].completion_rewards(batch.term(name))
+
+
+def _inside(values: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """Return the values whose names have a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import BaseModel, ConfigDict, PrivateAttr, model_serializer
+from typing_extensions import override
 
 from falign.code_identity import code_identity
 from falign.errors import ConfigError
@@ -17,9 +18,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from falign.divergences import Divergence
-    from falign.objectives import Objective
+    from falign.objectives import Objective, Schedule
 
-__all__ = ["FrozenModel", "ObjectiveSection", "PythonObject", "named_divergence", "refusals"]
+__all__ = [
+    "FieldPath",
+    "FrozenModel",
+    "GivenSchedule",
+    "ObjectiveSection",
+    "PythonObject",
+    "named_divergence",
+    "refusals",
+    "with_value",
+]
 
 
 class FrozenModel(BaseModel):
@@ -87,6 +97,54 @@ class PythonObject(FrozenModel):
         return self._object
 
 
+FieldPath = tuple[str | int, ...]
+"""Keys of mappings and numbers of items that lead to a value inside a section."""
+
+
+class GivenSchedule(NamedTuple):
+    """A schedule and its form in the run file.
+
+    Attributes:
+        form: As the run file has it.
+        build: Returns the schedule, given the path of the field. A user's own controller is imported only then.
+        plain: The value with which the section is validated, at a step.
+        knots: The steps where its course changes.
+        bounds: Further values that it may take.
+    """
+
+    form: Mapping[Any, Any]
+    build: Callable[[str], Schedule]
+    plain: Callable[[int], Any]
+    knots: tuple[int, ...] = (0,)
+    bounds: tuple[Any, ...] = ()
+
+    @override
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GivenSchedule) and self.form == other.form
+
+    @override
+    def __hash__(self) -> int:
+        return hash(str(self.form))
+
+
+def with_value(section: Any, path: FieldPath, value: Any) -> Any:
+    """Return a section with another value inside of it, as a mapping of its keys.
+
+    Args:
+        section: A section, a mapping or a list.
+        path: Where the value is.
+        value: The value.
+    """
+    if not path:
+        return value
+    name, *rest = path
+    if isinstance(section, list):
+        return [with_value(item, (*rest,), value) if number == name else item for number, item in enumerate(section)]
+    # Shallow: sections inside stay as they are, with the objects in memory that they may hold.
+    keys = dict(section)
+    return {**keys, name: with_value(keys[name], (*rest,), value)}
+
+
 class ObjectiveSection(FrozenModel):
     """An objective of the run file, with the properties that a run needs before the objective is built."""
 
@@ -97,6 +155,49 @@ class ObjectiveSection(FrozenModel):
     """True for objectives of preference data, which an online run makes by ranking samples."""
     is_surrogate: ClassVar[bool] = False
     """True if the gradient of the loss has a meaning, and its value has none."""
+
+    _schedules: Mapping[FieldPath, GivenSchedule] = PrivateAttr(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _with_forms(self, handler: Any) -> Any:
+        dumped = handler(self)
+        for path, given in self._schedules.items():
+            dumped = with_value(dumped, path, dict(given.form))
+        return dumped
+
+    def scheduled(self, schedules: Mapping[FieldPath, GivenSchedule]) -> ObjectiveSection:
+        """Return the section with schedules in place of some of its values."""
+        section = self.model_copy()
+        section._schedules = schedules
+        return section
+
+    def objective(self, features: Tensor | None = None) -> Objective:
+        """Return the objective, with the schedules of its coefficients.
+
+        Args:
+            features: As for :meth:`build_on`; None for placeholders of fitted values.
+
+        Raises:
+            ConfigError: As for :meth:`build`.
+        """
+        if not self._schedules:
+            return self._plain(features)
+        from falign.objectives import Scheduled
+
+        paths = {".".join(map(str, path)): path for path in self._schedules}
+
+        def remake(values: Mapping[str, Any]) -> Objective:
+            section: Any = self
+            for name, value in values.items():
+                section = with_value(section, paths[name], value)
+            return type(self).model_validate(section)._plain(features)
+
+        with refusals():
+            schedules = {name: self._schedules[path].build(f"objective.{name}") for name, path in paths.items()}
+            return Scheduled(self.scheduled({})._plain(features), schedules, remake)
+
+    def _plain(self, features: Tensor | None) -> Objective:
+        return self.unfitted().build() if features is None else self.build_on(features)
 
     @property
     def title(self) -> str:

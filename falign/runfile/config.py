@@ -213,7 +213,7 @@ class RunConfig(FrozenModel):
         if self.adapter is None and self.model.quantization is not None:
             raise ConfigError("model.quantization=nf4 with adapter=null: 4-bit weights do not train; add an adapter.")
         self.model.check()
-        objective = self.objective.unfitted().build()
+        objective = self.objective.objective()
         self._check_references(objective, self._measures(own=own_measures))
         if self.prompts is None:
             self._check_offline(objective)

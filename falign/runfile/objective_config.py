@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, WrapValidator
 from typing_extensions import override
 
 from falign.objectives import Listwise, Objective, Pairwise, TokenPairwise, TokenWeighting
@@ -12,6 +12,7 @@ from falign.registry import Registry
 from falign.runfile.base_config import ObjectiveSection, PythonObject, named_divergence, refusals
 from falign.runfile.members import OwnSection, union_of_kinds
 from falign.runfile.online_objective_config import FURTHER_OBJECTIVES
+from falign.runfile.schedule_config import with_schedules
 
 __all__ = [
     "OBJECTIVES",
@@ -127,5 +128,7 @@ OBJECTIVES: Registry[Any] = Registry(
 if TYPE_CHECKING:
     ObjectiveConfig = ObjectiveSection
 else:
-    ObjectiveConfig = union_of_kinds(OBJECTIVES.members, default="pairwise", own=OwnObjectiveConfig)
+    ObjectiveConfig = Annotated[
+        union_of_kinds(OBJECTIVES.members, default="pairwise", own=OwnObjectiveConfig), WrapValidator(with_schedules)
+    ]
 """The objective: ``kind`` names one of these; the first is the default."""

@@ -18,6 +18,7 @@ from falign.plain_yaml import plain_yaml
 from falign.runfile.base_config import FrozenModel, PythonObject
 from falign.runfile.config import RunConfig
 from falign.runfile.reward_config import RewardConfig
+from falign.runfile.schedule_config import REFUSED
 from falign.runfile.trl_names import FOREIGN_NAMES, near_foreign_name
 
 __all__ = ["load_reward_list", "load_run_file", "parse_run", "valid_paths"]
@@ -180,8 +181,9 @@ def _explain(detail: Any) -> str:
     place = _place(detail["loc"])
     if detail["type"] == "extra_forbidden":
         return _unknown(place, detail["input"])
-    if detail["type"] == "missing":
-        return f"{place.path} is required."
+    if detail["type"] in ("missing", REFUSED):
+        # The message about a schedule has its path within the section, and the value.
+        return f"{place.path} is required." if detail["type"] == "missing" else f"{place.path}.{detail['msg']}."
     if detail["type"] == "union_tag_invalid":
         given = detail["input"]["kind"]
         close = nearest(str(given), place.kinds)

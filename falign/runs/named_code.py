@@ -33,8 +33,8 @@ __all__ = [
 HASHED = frozenset({"objective", "reference", "references", "measures", "rollout"})
 """Sections whose members decide the steps of a run."""
 
-MEMBERS = frozenset({"kind", "divergence", "advantage", "measure", "first", "second"})
-"""Fields that name a member of a family, which may be a user's own."""
+MEMBERS = frozenset({"kind", "divergence", "advantage", "measure", "first", "second", "controller"})
+"""Fields that name a member of a family, which may be a user's own; so may the items of a list or schedule there."""
 
 
 def read_run(folder: RunFolder, *, uses: Collection[str], trust_code: bool) -> RunConfig:
@@ -138,8 +138,9 @@ def _code_in(value: Any, prefix: str = "", *, is_own: bool = False) -> Iterator[
     is_own = (
         is_own or prefix.startswith("measures.") or (isinstance(value, dict) and is_own_name(str(value.get("kind"))))
     )
+    section = prefix.rstrip(".").rpartition(".")[2]
     for name, inner in items:
-        if _is_code(str(name), inner, is_own=is_own):
+        if _is_code(section if str(name).isdigit() else str(name), inner, is_own=is_own):
             yield f"{prefix}{name}", str(inner)
         yield from _code_in(inner, f"{prefix}{name}.", is_own=is_own)
 

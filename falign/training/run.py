@@ -179,6 +179,11 @@ def _train(
     began = None if checkpoint is None else trainer.state_at(checkpoint)
     if began is not None:
         trainer.require_same_schedule(began)
+    if late := [knot for knot in trainer.objective.knots if knot > trainer.num_steps]:
+        _printer(console)(
+            f"warning: a schedule of the objective changes until step {max(late)}, and the run has "
+            f"{trainer.num_steps} steps, so that it does not reach its last value."
+        )
     wait()  # the writer changes the folder only after all processes have read it
     if checkpoint is not None and began is not None and is_writer():
         folder.restore_logs(checkpoint, began.log_history, _printer(console))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
@@ -30,12 +31,16 @@ from falign.objectives import (
 from falign.objectives.batch import OFFLINE
 from falign.references import REFERENCE, ObjectiveInputs, Reference, completion_batch, objective_inputs
 from falign.scoring import PromptTree, Scorer, TokenBatch, evaluation_mode
+from falign.training.controls import Controls
 from falign.training.finite_guard import describe_loss
 from falign.training.objective_contract import PLANNED_TERMS, ObjectiveContract
 from falign.training.processes import STANDS_IN, Means, counts, gathered, num_processes, stand_in, stand_in_loss
 from falign.training.resumable import ResumableTrainer
 
 __all__ = ["AlignmentTrainer"]
+
+CONTROLS = "controllers.json"
+"""File of a checkpoint with the states of controllers, for objectives that have some."""
 
 
 class AlignmentTrainer(ResumableTrainer):
@@ -120,6 +125,7 @@ class AlignmentTrainer(ResumableTrainer):
         )
         self.contract = ObjectiveContract()
         self.value_head: nn.Module | None = None
+        self.controls = Controls(self.objective)
         self._coefficients: Mapping[str, float] = {}
 
     @property
@@ -135,7 +141,7 @@ class AlignmentTrainer(ResumableTrainer):
     @property
     def current(self) -> BaseObjective:
         """The objective with the coefficients of the step under way."""
-        return self.objective.at(self.schedule_step)
+        return self.controls.objective.at(self.schedule_step)
 
     @property
     def _moving(self) -> dict[str, Reference]:
@@ -160,7 +166,9 @@ class AlignmentTrainer(ResumableTrainer):
     @override
     def begin_step(self) -> None:
         super().begin_step()
-        self._coefficients = self.objective.coefficients(self.schedule_step)
+        if self.schedule_step == self.state.global_step:
+            self.controls.advance(step=self.state.global_step + 1)
+        self._coefficients = self.controls.objective.coefficients(self.schedule_step)
         self.move_references(step=self.state.global_step)
 
     def move_references(self, *, step: int) -> None:
@@ -174,6 +182,10 @@ class AlignmentTrainer(ResumableTrainer):
             for name, reference in self._moving.items():
                 (state := state_folder(folder, name)).mkdir(parents=True, exist_ok=True)
                 reference.save(state, self.policy)
+        if self.controls.states:
+            controls = json.dumps(self.controls.state_dict())
+            if self.args.should_save:
+                (folder / CONTROLS).write_text(controls, encoding="utf-8")
         super().write_state(folder)
 
     @override
@@ -181,6 +193,9 @@ class AlignmentTrainer(ResumableTrainer):
         super().read_state(folder)
         for name, reference in self._moving.items():
             reference.load(state_folder(folder, name), self.policy)
+        if self.controls.states:
+            controls = json.loads((folder / CONTROLS).read_text(encoding="utf-8"))
+            self.controls.load_state_dict(controls, self.args.device)
 
     @override
     def compute_loss(
@@ -205,6 +220,7 @@ class AlignmentTrainer(ResumableTrainer):
             describe=lambda: describe_loss(self.current, scored.completions, output, inputs["place"]),
         ):
             self.means.add(output.metrics)
+            self.controls.add(output.metrics)
         else:
             loss = loss * torch.nan  # so that the reduced gradient is NaN in all processes, which then skip together
         return loss * num_processes()  # gradients are averaged over processes, and each term needs their sum

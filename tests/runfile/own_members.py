@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from falign.divergences import Divergence, from_generator
 from falign.evaluation.benchmarks import BenchmarkItem
-from falign.objectives import Measure, ObjectiveOutput, Term, pairs_of
+from falign.objectives import Controller, Measure, ObjectiveOutput, Term, pairs_of
 from falign.rewards import Identity
 from falign.rollouts import Engine, EngineSetup, TransformersEngine
 
@@ -177,3 +177,20 @@ class Times:
 
     def identity(self):
         return Identity(__name__, {"factor": self.factor})
+
+
+@dataclass(frozen=True)
+class Follow(Controller):
+    """The start plus the last measured value."""
+
+    start: float
+    metric: str
+
+    def start_state(self):
+        return {"value": self.start}
+
+    def value(self, state):
+        return state["value"]
+
+    def after(self, state, measured):
+        return {"value": self.start + measured}

@@ -11,6 +11,7 @@ from falign.report.metric_names import NOTHING, divergence_label, number
 from falign.report.runs import ReportedRun
 from falign.report.sections.base import Section, path_of
 from falign.report.tables import Html, code, details, joined, run_name, table, tag
+from falign.runfile.schedule_config import in_words, is_schedule
 
 __all__ = ["trained"]
 
@@ -67,6 +68,8 @@ def _said(value: Any) -> str:
     """Return a value as it is written in the run file."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if is_schedule(value):
+        return in_words(value)
     return ", ".join(map(_said, value)) if isinstance(value, list) else str(value)
 
 
@@ -78,11 +81,11 @@ def _method(run: ReportedRun) -> str:
 
 def _divergence(run: ReportedRun) -> str:
     name = run.run_file["objective"].get("divergence")
-    return NOTHING if name is None else divergence_label(name)
+    return NOTHING if name is None else in_words(name, divergence_label)
 
 
 def _beta(run: ReportedRun) -> str:
-    return number(run.run_file["objective"].get("beta"))
+    return in_words(run.run_file["objective"].get("beta"), number)
 
 
 def _target(run: ReportedRun) -> str:

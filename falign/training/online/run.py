@@ -14,7 +14,7 @@ from falign.data import PromptData, PromptRow
 from falign.errors import ConfigError
 from falign.models.heads import ValueHead
 from falign.models.tokenizers import tokenizer_fingerprint
-from falign.objectives import Objective
+from falign.objectives import Objective, complete
 from falign.references import REFERENCE
 from falign.rewards.combination import row_check
 from falign.rollouts import EngineSetup, SamplingParams, TransformersEngine
@@ -166,10 +166,10 @@ def _fitted(
     sampler.engine.retire(FIT_VERSION)
     values = [features for group in draw.groups for features in group.features()]
     features = torch.tensor(values, dtype=torch.float64)
-    fitted = config.objective.build_on(features)
+    fitted = config.objective.objective(features)
     means = ", ".join(f"{mean:.3f}" for mean in features.mean(dim=0).tolist())
     console.print(
-        f"target: means {means} under the reference; {fitted.target}",  # pyright: ignore[reportAttributeAccessIssue]
+        f"target: means {means} under the reference; {complete(fitted).at(0).target}",  # pyright: ignore[reportAttributeAccessIssue]
         highlight=False,
         soft_wrap=True,
     )
