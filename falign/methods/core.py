@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from falign.divergences import Divergence, resolve
-from falign.objectives.advantages import Advantage
+from falign.objectives.advantage_list import AdvantageEntry
 from falign.objectives.base import TokenWeighting
 from falign.objectives.distribution_matching import DistributionMatching
 from falign.objectives.groups import CompletionMean
@@ -121,7 +122,7 @@ def DPHRL(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "jensen_shannon",
     coefficient: float | None = None,
     *,
-    advantage: Advantage | str = "group_normalised",
+    advantage: AdvantageEntry | Sequence[AdvantageEntry] = "group_normalised",
     clip_low: float | None = 0.2,
     clip_high: float | None = 0.28,
     reduction: CompletionMean = "token_mean",
@@ -208,7 +209,7 @@ def SALSARLOO(  # noqa: N802 - after the paper's name
     beta: float = 0.05,
     divergence: Divergence | str = "reverse_kl",
     *,
-    advantage: Advantage | str = "leave_one_out",
+    advantage: AdvantageEntry | Sequence[AdvantageEntry] = "leave_one_out",
     level: Level = "sequence",
 ) -> PolicyGradient:
     """Return SALSA's penalty with RLOO in place of PPO: no value head, no clipping.

@@ -1,5 +1,14 @@
 """Objectives: from log-probabilities of completions to losses. They import torch and the divergences, nothing else."""
 
+from falign.objectives.advantage_list import (
+    AdvantageEntry,
+    AdvantageList,
+    AdvantageTransform,
+    BatchAdvantage,
+    ace,
+    get_transform,
+    stcr,
+)
 from falign.objectives.advantages import Advantage, generalized_advantages, get_advantage
 from falign.objectives.base import (
     BaseObjective,
@@ -17,6 +26,7 @@ from falign.objectives.base import (
 )
 from falign.objectives.batch import field_of, field_of_reference
 from falign.objectives.controllers import Controller, RootDivergence, TargetDivergence
+from falign.objectives.difficulty import Dads, DifficultyKernel
 from falign.objectives.distillation import Distillation
 from falign.objectives.distribution_matching import DistributionMatching
 from falign.objectives.groups import CompletionMean, completion_term, pairs_of
@@ -44,10 +54,18 @@ from falign.objectives.schedules import Cosine, Linear, Schedule, Scheduled, Sta
 from falign.objectives.sum import Selected, Sum
 from falign.objectives.supervised import Supervised
 from falign.objectives.targets import BinaryConstraint, ExponentialReward, MomentConstraints, ProductTarget, Target
+from falign.objectives.token_gates import (
+    DivergenceBetween,
+    EntropyGap,
+    EntropyGate,
+    EntropyPrefix,
+    QuantileFilter,
+    ReferenceEntropy,
+    quantile_filter,
+)
 from falign.objectives.token_pairwise import TokenPairwise
 from falign.objectives.top_k import TopK
 from falign.objectives.weights import (
-    DifficultyKernel,
     TokenWeight,
     completion_factor,
     get_weight,
@@ -60,17 +78,26 @@ from falign.objectives.weights import (
 __all__ = [
     "IPO",
     "Advantage",
+    "AdvantageEntry",
+    "AdvantageList",
+    "AdvantageTransform",
     "BaseObjective",
+    "BatchAdvantage",
     "BinaryConstraint",
     "CompletionBatch",
     "CompletionMean",
     "Controller",
     "Cosine",
+    "Dads",
     "DifficultyKernel",
     "Distillation",
     "DistributionMatching",
+    "DivergenceBetween",
     "DivergenceTo",
     "Entropy",
+    "EntropyGap",
+    "EntropyGate",
+    "EntropyPrefix",
     "Exo",
     "ExponentialReward",
     "Hybrid",
@@ -87,6 +114,8 @@ __all__ = [
     "Penalty",
     "PolicyGradient",
     "ProductTarget",
+    "QuantileFilter",
+    "ReferenceEntropy",
     "Rehearsal",
     "Robust",
     "RootDivergence",
@@ -108,6 +137,7 @@ __all__ = [
     "TopK",
     "TopTokens",
     "Vocabulary",
+    "ace",
     "block_of",
     "complete",
     "completion_factor",
@@ -120,6 +150,7 @@ __all__ = [
     "get_advantage",
     "get_margin_loss",
     "get_measure",
+    "get_transform",
     "get_weight",
     "hinge",
     "log_partition",
@@ -128,10 +159,12 @@ __all__ = [
     "merge_measures",
     "needs_of_weights",
     "pairs_of",
+    "quantile_filter",
     "reduce_terms",
     "reference_names",
     "references_of",
     "squared",
+    "stcr",
     "token_factor",
     "token_weighting",
     "total_weights",

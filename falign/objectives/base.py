@@ -195,6 +195,11 @@ class BaseObjective(ABC):
         return False
 
     @property
+    def needs_to_prepare(self) -> frozenset[str]:
+        """Fields of :attr:`needs` that :meth:`prepare` reads, although :attr:`measures` give them later anyway."""
+        return frozenset()
+
+    @property
     def correction_level(self) -> Importance | None:
         """Unit of its importance weights ``π/π_old``, which a sampler correction bounds; None without weights."""
         return None

@@ -81,6 +81,11 @@ class Hybrid(BaseObjective):
 
     @property
     @override
+    def needs_to_prepare(self) -> frozenset[str]:
+        return self.policy_gradient.needs_to_prepare
+
+    @property
+    @override
     def correction_level(self) -> Importance | None:
         return self.policy_gradient.correction_level
 

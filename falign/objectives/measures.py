@@ -346,6 +346,8 @@ MEASURES: Registry[Any] = Registry(
     {
         "divergence_to": DivergenceTo,
         "entropy": Entropy,
+        "entropy_of": "falign.objectives.token_gates:ReferenceEntropy",
+        "divergence_between": "falign.objectives.token_gates:DivergenceBetween",
         "top_k": "falign.objectives.top_k:TopK",
         "rank_top_k": "falign.objectives.ranking:RankTopK",
         "expected": "falign.objectives.expected:Expected",

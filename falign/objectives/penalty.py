@@ -210,20 +210,24 @@ class SurrogateOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Surrogate:
-    """``min(w A, clip(w, 1 - ε_low, 1 + ε_high) A)`` at each token, with ``w = π/π_old``.
+    """``min(w A, clip(w, 1 - ε_low, 1 + ε_high) A)`` at each token, with ``w = π/π_old``, or another ratio.
 
     Attributes:
         importance: ``"sequence"``: w is the product over the completion's tokens: unbiased on samples of π_old.
             ``"token"``: w is the token's own ratio, as in PPO; it ignores the change in the distribution of prefixes.
         clip_low: ``ε_low``, in (0, 1]; None means no lower bound.
         clip_high: ``ε_high``, positive; None means no upper bound.
+        importance_reference: Name of a reference T that π is compared with too: ``w = π/(π_old^a T^(1-a))``.
+        old_exponent: a, in [0, 1]; 1 is ``π/π_old``, and T is then not read.
 
     Raises:
-        ValueError: A choice is unknown or a bound is out of range.
+        ValueError: A choice is unknown or a number is out of range, or ``old_exponent`` is given without
+            ``importance_reference``.
 
     Source:
-        Schulman et al., PPO (arXiv:1707.06347), Eq. 7; two bounds: Yu et al., DAPO (arXiv:2503.14476), Eq. 10. Beyond
-        30 nats ``π/π_old`` continues as its tangent line, so that an overflow cannot turn into NaN.
+        Schulman et al., PPO (arXiv:1707.06347), Eq. 7; two bounds: Yu et al., DAPO (arXiv:2503.14476), Eq. 10; ratio
+        to T: Zhang et al., RLAD (arXiv:2602.22495). Beyond 30 nats w continues as its tangent line, so that an overflow
+        cannot turn into NaN.
 
     Example:
         >>> batch = CompletionBatch(
@@ -240,6 +244,8 @@ class Surrogate:
     importance: Importance = "sequence"
     clip_low: float | None = None
     clip_high: float | None = None
+    importance_reference: str | None = None
+    old_exponent: float = 1.0
 
     def __post_init__(self) -> None:
         if self.importance not in ("sequence", "token"):
@@ -250,6 +256,34 @@ class Surrogate:
             raise ValueError(
                 f"clip_high={self.clip_high!r} must be positive and finite: π/π_old is kept below 1 + clip_high."
             )
+        if not 0 <= self.old_exponent <= 1:
+            raise ValueError(f"old_exponent={self.old_exponent!r} must be between 0 and 1.")
+        if self.importance_reference is None and self.old_exponent != 1:
+            raise ValueError(
+                f"old_exponent={self.old_exponent!r} without importance_reference: set that to the name of a reference, "
+                "or leave old_exponent out."
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Its log-probabilities, if they are read."""
+        if self.importance_reference is None or self.old_exponent == 1:
+            return frozenset()
+        return frozenset(
+            {
+                "reference_logprobs"
+                if self.importance_reference == "reference"
+                else f"references.{self.importance_reference}"
+            }
+        )
+
+    def log_ratio(self, batch: CompletionBatch) -> Float[Tensor, "N T"]:
+        """Return ``log w = log π - a log π_old - (1 - a) log T`` of each token, 0 outside the mask."""
+        log_ratio = batch.importance_log_ratio
+        for name in self.needs:  # at most one
+            gap = (batch.sampling_logprobs - batch.require(name)).masked_fill(~batch.completion_mask, 0.0)
+            log_ratio = log_ratio + (1 - self.old_exponent) * gap
+        return log_ratio
 
     @property
     def clips(self) -> bool:
@@ -275,7 +309,7 @@ class Surrogate:
                 "clips out."
             )
         mask, advantages = batch.completion_mask, batch.require("advantages").masked_fill(~batch.completion_mask, 0.0)
-        log_ratio = batch.importance_log_ratio
+        log_ratio = self.log_ratio(batch)
         if self.importance == "token":
             weight = power(log_ratio)
         else:

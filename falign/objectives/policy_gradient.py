@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,11 +12,20 @@ from torch import Tensor
 from typing_extensions import override
 
 from falign.divergences import Divergence
-from falign.objectives.advantages import Advantage, generalized_advantages, get_advantage, group_deviation
+from falign.objectives.advantage_list import AdvantageEntry, AdvantageList, entries_of
+from falign.objectives.advantages import generalized_advantages, group_deviation
 from falign.objectives.base import BaseObjective, CompletionBatch, Importance, ObjectiveOutput
 from falign.objectives.groups import CompletionMean, check_completion_mean, completion_term, groups_of
 from falign.objectives.measures import Measure
 from falign.objectives.penalty import Credit, Level, Penalty, Surrogate, SurrogateOutput
+from falign.objectives.weights import (
+    TokenWeight,
+    completion_factor,
+    measures_of_weights,
+    merge_measures,
+    needs_of_weights,
+    token_factor,
+)
 
 __all__ = ["PolicyGradient"]
 
@@ -37,7 +46,8 @@ class PolicyGradient(BaseObjective):
         divergence: f; None for no penalty.
         beta: β, nats of reward; 0 for no penalty, which then needs no reference.
         advantage: A name (see :func:`falign.objectives.get_advantage`), a function of rewards and prompt index, or
-            ``"gae"`` with a value head.
+            ``"gae"`` with a value head; or a list that begins with one of these, the others being transforms such as
+            :func:`falign.objectives.ace`.
         clip_low: Lower clip of ``π/π_old`` at ``1 - clip_low`` where the advantage is negative; None for no bound.
         clip_high: Upper clip of ``π/π_old`` at ``1 + clip_high`` where the advantage is positive; None for no bound.
         importance: ``"sequence"``: ``π/π_old`` of whole completions, exact. ``"token"``: of single tokens, as in PPO.
@@ -48,6 +58,11 @@ class PolicyGradient(BaseObjective):
         value_coefficient: Scale of the value head's loss; only with ``"gae"``, where None means 0.1.
         gamma: Discount per token; only with ``"gae"``, where None means 1.
         lam: λ of GAE; only with ``"gae"``, where None means 0.95.
+        weights: Token weights that multiply the first part, after clipping; a list is a product.
+        penalty_weights: Token weights that multiply the penalty. At sequence level and with ``credit="returns"`` they
+            must weight whole completions, and no baseline is subtracted from the penalty.
+        importance_reference: Name of a reference T: the first part has ``π/(π_old^a T^(1-a))`` in place of ``π/π_old``.
+        old_exponent: a, in [0, 1]; 1 does not read T.
 
     Raises:
         ValueError: A choice is unknown or out of range, or a field has no effect with the others.
@@ -74,7 +89,7 @@ class PolicyGradient(BaseObjective):
 
     divergence: Divergence | None = None
     beta: float = 0.0
-    advantage: Advantage | str = "leave_one_out"
+    advantage: AdvantageEntry | Sequence[AdvantageEntry] = "leave_one_out"
     clip_low: float | None = None
     clip_high: float | None = None
     importance: Importance = "sequence"
@@ -84,9 +99,18 @@ class PolicyGradient(BaseObjective):
     value_coefficient: float | None = None
     gamma: float | None = None
     lam: float | None = None
+    weights: Sequence[TokenWeight] = ()
+    penalty_weights: Sequence[TokenWeight] = ()
+    importance_reference: str | None = None
+    old_exponent: float = 1.0
 
     def __post_init__(self) -> None:
         check_completion_mean(self.reduction)
+        if not isinstance(self.advantage, str):
+            first, *others = entries_of(self.advantage)
+            object.__setattr__(self, "advantage", (first, *others) if others else first)
+        object.__setattr__(self, "weights", tuple(self.weights))
+        object.__setattr__(self, "penalty_weights", tuple(self.penalty_weights))
         _ = self._surrogate  # validates its fields
         if not 0 <= self.beta < math.inf:
             raise ValueError(
@@ -99,10 +123,12 @@ class PolicyGradient(BaseObjective):
                 f"beta={self.beta!r}, level={self.level!r}, credit={self.credit!r} without a divergence: they "
                 "configure its penalty; set the divergence, or leave them out."
             )
-        _ = self._advantage_of_rewards  # an unknown name is refused
+        _ = self._advantages, self.measures  # unknown names and names with two meanings are refused
+        if self.penalty_weights and self.penalty is None:
+            raise ValueError("penalty_weights without a penalty: set divergence and beta, or leave them out.")
         for name, default in {"value_coefficient": 0.1, "gamma": 1.0, "lam": 0.95}.items():
             given = getattr(self, name)
-            if self.advantage == "gae":
+            if self._has_values:
                 object.__setattr__(self, name, default if given is None else given)
             elif given is not None:
                 raise ValueError(
@@ -115,15 +141,17 @@ class PolicyGradient(BaseObjective):
             raise ValueError(f"value_coefficient={self.value_coefficient!r} must be positive and finite.")
 
     @cached_property
-    def _advantage_of_rewards(self) -> Advantage | None:
-        """The function of rewards, looked up once; None where a value head gives the advantages."""
-        if self.advantage == "gae":
-            return None
-        return get_advantage(self.advantage) if isinstance(self.advantage, str) else self.advantage
+    def _advantages(self) -> AdvantageList:
+        """The list of advantages, looked up once; without a source where a value head gives the advantages."""
+        return AdvantageList.of(self.advantage)
+
+    @property
+    def _has_values(self) -> bool:
+        return self._advantages.source is None
 
     @property
     def _surrogate(self) -> Surrogate:
-        return Surrogate(self.importance, self.clip_low, self.clip_high)
+        return Surrogate(self.importance, self.clip_low, self.clip_high, self.importance_reference, self.old_exponent)
 
     @property
     def penalty(self) -> Penalty | None:
@@ -135,15 +163,22 @@ class PolicyGradient(BaseObjective):
     @property
     @override
     def needs(self) -> frozenset[str]:
-        fields = frozenset({"rewards", "old_logprobs"})
-        if self.advantage == "gae":
+        fields = frozenset({"rewards", "old_logprobs"}) | self._advantages.needs | self._surrogate.needs
+        if self._has_values:
             fields |= {"values", "old_values"}
+        fields |= needs_of_weights([*self.weights, *self.penalty_weights])
         return fields if self.penalty is None else fields | self.penalty.needs
 
     @property
     @override
     def measures(self) -> Mapping[str, Measure]:
-        return {} if self.penalty is None else self.penalty.measures
+        of_weights = measures_of_weights([*self.weights, *self.penalty_weights])
+        return merge_measures({} if self.penalty is None else self.penalty.measures, of_weights)
+
+    @property
+    @override
+    def needs_to_prepare(self) -> frozenset[str]:
+        return self._advantages.needs
 
     @property
     @override
@@ -164,17 +199,17 @@ class PolicyGradient(BaseObjective):
             ValueError: A needed field is None, or a prompt has no second completion to compare with.
         """
         rewards, mask = batch.require("rewards"), batch.completion_mask
-        of_rewards = self._advantage_of_rewards
-        if of_rewards is None:
+        if self._has_values:
             assert self.gamma is not None
             assert self.lam is not None
             values = batch.require("values" if batch.old_values is None else "old_values").detach()
             advantages = generalized_advantages(rewards, values, mask, self.gamma, self.lam)
+            advantages = self._advantages.transformed(advantages, batch)
             batch = replace(batch, old_values=values)
         else:
-            per_completion = of_rewards(rewards, batch.prompt_index)
-            advantages = per_completion[:, None].expand(mask.shape).masked_fill(~mask, 0.0)
-        if self.penalty is not None and self.level == "sequence" and self.advantage != "none":
+            advantages = self._advantages(batch)
+        plain = entries_of(self.advantage)[0] == "none" or self.penalty_weights
+        if self.penalty is not None and self.level == "sequence" and not plain:
             batch = replace(batch, baseline=self.penalty.baseline(batch))
         return replace(batch, advantages=advantages)
 
@@ -198,12 +233,13 @@ class PolicyGradient(BaseObjective):
         if batch.advantages is None:
             batch = self.prepare(batch)
         surrogate = self._surrogate(batch)
-        losses = -batch.sequence_sum(surrogate.gains)
+        gains = surrogate.gains * token_factor(self.weights, batch) if self.weights else surrogate.gains
+        losses = -batch.sequence_sum(gains)
         if self.penalty is not None:
-            losses = losses + self.beta * self.penalty.loss(batch)
+            losses = losses + self.beta * self._weighted(self.penalty, batch)
         terms = [completion_term(losses, batch.num_tokens, self.reduction, name="policy_gradient")]
         metrics = self._metrics(batch, surrogate)
-        if self.advantage == "gae":
+        if self._has_values:
             assert self.value_coefficient is not None
             # A_t + V_t: the λ-return, which the values learn to predict.
             target = batch.require("advantages") + batch.require("old_values")
@@ -211,6 +247,13 @@ class PolicyGradient(BaseObjective):
             terms.append(completion_term(errors, batch.num_tokens, "token_mean", self.value_coefficient, name="values"))
             metrics["value_loss"] = errors.detach() / batch.num_tokens
         return ObjectiveOutput(tuple(terms), metrics)
+
+    def _weighted(self, penalty: Penalty, batch: CompletionBatch) -> Tensor:
+        if not self.penalty_weights:
+            return penalty.loss(batch)
+        if self.level == "sequence" or self.credit == "returns":  # a completion's loss is not a sum over its tokens
+            return penalty.loss(batch) * completion_factor(self.penalty_weights, batch)
+        return penalty.loss(batch, token_factor(self.penalty_weights, batch))
 
     @torch.no_grad()
     def _metrics(self, batch: CompletionBatch, surrogate: SurrogateOutput) -> dict[str, Tensor]:

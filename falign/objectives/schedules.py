@@ -371,6 +371,11 @@ class Scheduled(BaseObjective):
 
     @property
     @override
+    def needs_to_prepare(self) -> frozenset[str]:
+        return frozenset().union(*(stage.needs_to_prepare for stage in self._stages))
+
+    @property
+    @override
     def correction_level(self) -> Importance | None:
         return self._stages[0].correction_level
 

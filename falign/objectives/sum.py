@@ -93,6 +93,11 @@ class Selected(BaseObjective):
 
     @property
     @override
+    def needs_to_prepare(self) -> frozenset[str]:
+        return self._whole.needs_to_prepare
+
+    @property
+    @override
     def correction_level(self) -> Importance | None:
         return self._whole.correction_level
 
@@ -260,6 +265,11 @@ class Sum(BaseObjective):
     def needs_of_stored(self) -> frozenset[str]:
         readers = [each for each in self.objectives.values() if "from_reference" in each.needs]
         return frozenset().union(*(each.needs_of_stored for each in readers or self.objectives.values()))
+
+    @property
+    @override
+    def needs_to_prepare(self) -> frozenset[str]:
+        return frozenset().union(*(each.needs_to_prepare for each in self.objectives.values()))
 
     @property
     @override

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -14,13 +13,11 @@ from torch import Tensor
 from falign.divergences.base import numbers
 from falign.errors import ConfigError
 from falign.objectives.base import CompletionBatch
-from falign.objectives.groups import groups_of, total
 from falign.objectives.measures import Measure
 from falign.registry import Registry
 
 __all__ = [
     "WEIGHTS",
-    "DifficultyKernel",
     "TokenWeight",
     "completion_factor",
     "get_weight",
@@ -77,6 +74,7 @@ def needs_of_weights(weights: Sequence[TokenWeight]) -> frozenset[str]:
         The union of their ``needs``.
 
     Example:
+        >>> from falign.objectives import DifficultyKernel
         >>> sorted(needs_of_weights([DifficultyKernel()]))
         ['rewards']
     """
@@ -96,6 +94,7 @@ def measures_of_weights(weights: Sequence[TokenWeight]) -> dict[str, Measure]:
         ValueError: One name stands for two different measures.
 
     Example:
+        >>> from falign.objectives import DifficultyKernel
         >>> measures_of_weights([DifficultyKernel()])
         {}
     """
@@ -140,6 +139,7 @@ def token_factor(weights: Sequence[TokenWeight], batch: CompletionBatch) -> Floa
         ValueError: A weight has the wrong shape, or is NaN, infinite or negative at a token.
 
     Example:
+        >>> from falign.objectives import DifficultyKernel
         >>> batch = CompletionBatch(
         ...     logprobs=torch.zeros(2, 1),
         ...     completion_mask=torch.ones(2, 1, dtype=torch.bool),
@@ -179,19 +179,20 @@ def _checked(weight: TokenWeight, factor: Tensor, batch: CompletionBatch) -> Ten
 
 
 def completion_factor(weights: Sequence[TokenWeight], batch: CompletionBatch) -> Float[Tensor, " N"]:
-    """Return the product of weights for whole completions: its mean over their tokens, a constant.
+    """Return the product of weights of whole completions, a constant.
 
     Args:
         weights: Any number of weights.
         batch: Completions with what the weights read.
 
     Returns:
-        Shape (N,), detached. A weight that is the same at all tokens of a completion keeps its value.
+        Shape (N,), detached.
 
     Raises:
-        ValueError: As :func:`token_factor`.
+        ValueError: As :func:`token_factor`; or the product differs between the tokens of a completion.
 
     Example:
+        >>> from falign.objectives import DifficultyKernel
         >>> batch = CompletionBatch(
         ...     logprobs=torch.zeros(2, 1),
         ...     completion_mask=torch.ones(2, 1, dtype=torch.bool),
@@ -201,68 +202,30 @@ def completion_factor(weights: Sequence[TokenWeight], batch: CompletionBatch) ->
         >>> completion_factor([DifficultyKernel()], batch)
         tensor([0.2500, 0.2500])
     """
-    return token_factor(weights, batch).sum(dim=-1) / batch.num_tokens
-
-
-@dataclass(frozen=True)
-class DifficultyKernel:
-    """``p^a (1 - p)^b`` for every token of a prompt's completions, p the share of its completions that pass.
-
-    With positive a and b it is 0 for prompts that always or never pass, and largest at ``p = a/(a + b)``. ``a = b = 0``
-    is 1 everywhere.
-
-    Attributes:
-        a: Exponent of p, not negative.
-        b: Exponent of 1 - p, not negative.
-        pass_reward: A completion with at least this reward passes.
-
-    Raises:
-        ValueError: An exponent is negative or infinite, or ``pass_reward`` is not finite.
-
-    Source:
-        Xu et al., PACED (arXiv:2603.11178), with the current rollout's pass rate; ``a = b = 1`` is its default.
-    """
-
-    a: float = 1.0
-    b: float = 1.0
-    pass_reward: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, value in {"a": self.a, "b": self.b}.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"difficulty_kernel: {name}={value!r} must be finite and not negative.")
-        if not math.isfinite(self.pass_reward):
-            raise ValueError(f"difficulty_kernel: pass_reward={self.pass_reward!r} must be finite.")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """The rewards."""
-        return frozenset({"rewards"})
-
-    @property
-    def measures(self) -> Mapping[str, Measure]:
-        """Empty."""
-        return {}
-
-    def __call__(self, batch: CompletionBatch) -> Float[Tensor, "N T"]:
-        """Return the kernel of each prompt's pass rate.
-
-        Args:
-            batch: All completions of each prompt, with ``rewards``.
-
-        Returns:
-            Shape (N, T), within [0, 1].
-        """
-        groups = groups_of(batch.prompt_index)
-        rewards = batch.require("rewards")
-        passed = (rewards >= self.pass_reward).to(rewards.dtype)
-        rate = total(passed, groups) / groups.size
-        return (rate**self.a * (1 - rate) ** self.b)[:, None].expand(batch.logprobs.shape)
+    factor, mask = token_factor(weights, batch), batch.completion_mask
+    whole = factor.amax(dim=-1)
+    uneven = (factor != whole[:, None]) & mask
+    if uneven.any():
+        row, token = uneven.nonzero()[0].tolist()
+        names = ", ".join(type(weight).__name__ for weight in weights)
+        raise ValueError(
+            f"The weights {names} differ between the tokens of completion {row} ({factor[row, token].item():g} and "
+            f"{whole[row].item():g}), where a whole completion is weighted: use them where the loss is a sum over "
+            "tokens."
+        )
+    return whole
 
 
 WEIGHTS: Registry[Any] = Registry(
     "token weight",
-    {"difficulty_kernel": DifficultyKernel},
+    {
+        "difficulty_kernel": "falign.objectives.difficulty:DifficultyKernel",
+        "dads": "falign.objectives.difficulty:Dads",
+        "entropy_gate": "falign.objectives.token_gates:EntropyGate",
+        "entropy_gap": "falign.objectives.token_gates:EntropyGap",
+        "entropy_prefix": "falign.objectives.token_gates:EntropyPrefix",
+        "quantile_filter": "falign.objectives.token_gates:quantile_filter",
+    },
     wanted="token weight: an object with needs, measures and __call__(batch), or a function that returns one",
 )
 
@@ -271,8 +234,9 @@ def get_weight(name: str, *, field: str | None = None, **settings: Any) -> Token
     """Return a token weight by name.
 
     Args:
-        name: ``difficulty_kernel``; or a custom ``module:Name``, which is called with the settings unless it is a
-            weight itself.
+        name: ``difficulty_kernel``, ``dads``, ``entropy_gate``, ``entropy_gap``, ``entropy_prefix``,
+            ``quantile_filter``; or a custom ``module:Name``, which is called with the settings unless it is a weight
+            itself.
         field: The run-file field that holds the name, for messages.
         **settings: Arguments of the weight.
 

@@ -11,7 +11,6 @@ from typing_extensions import override
 
 from falign.divergences import Divergence
 from falign.objectives import (
-    Advantage,
     CompletionMean,
     DistributionMatching,
     Hybrid,
@@ -21,11 +20,11 @@ from falign.objectives import (
     Supervised,
     Target,
     dph_rl_coefficient,
-    get_advantage,
 )
-from falign.registry import is_own_name
+from falign.runfile.advantage_config import AdvantageConfig, built_advantage, compared_by
 from falign.runfile.base_config import ObjectiveSection, named_divergence, refusals
 from falign.runfile.target_config import TargetConfig
+from falign.runfile.weight_config import TokenWeightConfig, build_weights
 
 __all__ = [
     "FURTHER_OBJECTIVES",
@@ -47,9 +46,10 @@ class PolicyGradientConfig(ObjectiveSection):
     """As under ``pairwise``, without restriction; by default nothing is penalized."""
     beta: float = Field(default=0.0, ge=0)
     """Strength of the divergence, in units of reward; 0 penalizes nothing and needs no reference."""
-    advantage: str = "leave_one_out"
+    advantage: AdvantageConfig = "leave_one_out"
     """``none``, ``batch_mean``, ``leave_one_out`` (RLOO), ``group_centred``, ``group_normalised`` (GRPO), ``gae``; or
-    ``module:function`` of your own, called with rewards and prompt_index, both of shape (N,)."""
+    ``module:function`` of your own, called with rewards and prompt_index, both of shape (N,). Or a list that begins
+    with one of these and goes on with transforms: ``[group_normalised, {kind: ace, alpha: 1.0}]``."""
     clip_low: float | None = Field(default=None, gt=0, le=1)
     """Lower clip 1 - clip_low of π/π_old at negative advantages; none by default."""
     clip_high: float | None = Field(default=None, gt=0)
@@ -68,6 +68,14 @@ class PolicyGradientConfig(ObjectiveSection):
     """Only with ``gae``: discount per token, 1 by default."""
     lam: float | None = Field(default=None, ge=0, le=1)
     """Only with ``gae``: λ, 0.95 by default."""
+    weights: tuple[TokenWeightConfig, ...] = ()
+    """Token weights of the policy gradient without its penalty; a list is a product."""
+    penalty_weights: tuple[TokenWeightConfig, ...] = ()
+    """Token weights of the penalty, such as ``dads``; at sequence level they must weight whole completions."""
+    importance_reference: str | None = None
+    """Name of a reference T: π is compared with π_old^a T^(1-a) in place of π_old, before clipping (RLAD)."""
+    old_exponent: float = Field(default=1.0, ge=0, le=1)
+    """Only with ``importance_reference``: a, which is the exponent of π_old; 1 does not read T."""
 
     @property
     @override
@@ -82,13 +90,14 @@ class PolicyGradientConfig(ObjectiveSection):
     @property
     @override
     def compares(self) -> tuple[Literal["group", "rollout"], str] | None:
-        return _compares(self.advantage)
+        return compared_by(self.advantage)
 
     @override
     def build(self) -> Objective:
         fields = self.model_dump(exclude={"kind", "divergence"})
         with refusals():
-            fields["advantage"] = _advantage(self.advantage)
+            fields["advantage"] = built_advantage(self.advantage)
+            fields["weights"], fields["penalty_weights"] = map(build_weights, (self.weights, self.penalty_weights))
             return PolicyGradient(None if self.divergence is None else named_divergence(self.divergence), **fields)
 
 
@@ -150,7 +159,7 @@ class HybridConfig(ObjectiveSection):
     the published one: 0.025 for Jensen-Shannon, 0.00625 for the forward KL and α; required for any other divergence."""
     level: Literal["sequence", "token"] = "token"
     """Level of the rehearsal: the divergence of whole completions, or of their tokens."""
-    advantage: str = "group_normalised"
+    advantage: AdvantageConfig = "group_normalised"
     """As under ``policy_gradient``."""
     clip_low: float | None = Field(default=0.2, gt=0, le=1)
     clip_high: float | None = Field(default=0.28, gt=0)
@@ -173,7 +182,7 @@ class HybridConfig(ObjectiveSection):
     @property
     @override
     def compares(self) -> tuple[Literal["group", "rollout"], str] | None:
-        return _compares(self.advantage)
+        return compared_by(self.advantage)
 
     def _weight(self, divergence: Divergence) -> float:
         return dph_rl_coefficient(divergence) if self.coefficient is None else self.coefficient
@@ -182,7 +191,7 @@ class HybridConfig(ObjectiveSection):
     def build(self) -> Objective:
         with refusals():
             exploration = PolicyGradient(
-                advantage=_advantage(self.advantage),
+                advantage=built_advantage(self.advantage),
                 clip_low=self.clip_low,
                 clip_high=self.clip_high,
                 importance=self.importance,
@@ -244,18 +253,3 @@ FURTHER_OBJECTIVES: dict[str, type[ObjectiveSection]] = {
     "supervised": SupervisedConfig,
 }
 """The rows of these sections in :data:`falign.runfile.objective_config.OBJECTIVES`."""
-
-
-def _advantage(name: str) -> Advantage | str:
-    """Check the name, and return the function if it is a user's own."""
-    if name == "gae":
-        return name
-    found = get_advantage(name, field="objective.advantage")
-    return found if is_own_name(name) else name
-
-
-def _compares(advantage: str) -> tuple[Literal["group", "rollout"], str] | None:
-    field = f"objective.advantage={advantage}"
-    if advantage in ("leave_one_out", "group_centred", "group_normalised"):
-        return "group", field
-    return ("rollout", field) if advantage == "batch_mean" else None

@@ -1,3 +1,4 @@
+import math
 from dataclasses import dataclass, field
 
 import pytest
@@ -6,8 +7,8 @@ import torch
 from falign.divergences import ReverseKL
 from falign.errors import ConfigError
 from falign.objectives import CompletionBatch, DivergenceTo, Entropy, Measure
+from falign.objectives.difficulty import Dads, DifficultyKernel
 from falign.objectives.weights import (
-    DifficultyKernel,
     TokenWeight,
     completion_factor,
     get_weight,
@@ -47,6 +48,11 @@ def test_the_difficulty_kernel_is_a_function_of_each_prompts_share_of_passes():
     assert DifficultyKernel(1.0, 1.0, pass_reward=0.5)(graded)[:, 0].tolist() == pytest.approx([2 / 9] * 3 + [0.25] * 2)
 
 
+def test_dads_weights_right_answers_of_prompts_that_sometimes_pass():
+    weights = Dads()(batch_of())[:, 1].tolist()
+    assert weights == pytest.approx([1 - math.exp(-math.e / 3), 1.0, 1.0, 1.0, 1.0], abs=1e-15)
+
+
 def test_zero_exponents_give_weights_of_exactly_one_even_where_nothing_passes():
     assert DifficultyKernel(0.0, 0.0)(batch_of(rewards=(0, 0, 0, 1, 1))).eq(1).all()
 
@@ -59,6 +65,9 @@ def test_a_list_is_a_product_that_is_constant_and_zero_outside_the_mask():
     assert factor[0].tolist() == pytest.approx([2 / 3, 2 / 3, 0.0])
     assert token_factor([], batch).equal(batch.completion_mask.double())
     assert completion_factor([Constant(values * 2)], batch).tolist() == [6.0] * 5
+    uneven = torch.tensor([[1.0, 2.0, 0.0]] * 5)
+    with pytest.raises(ValueError, match=r"Constant differ between the tokens of completion 0 \(1 and 2\)"):
+        completion_factor([Constant(uneven)], batch)
 
 
 def test_needs_and_measures_are_unions_and_two_meanings_of_one_name_are_refused():

@@ -77,6 +77,19 @@ class Margin:
         return ObjectiveOutput((Term(losses, torch.ones_like(losses)),), {"margin_loss": losses.detach()})
 
 
+@dataclass(frozen=True)
+class Half:
+    """A token weight: one number everywhere."""
+
+    share: float
+
+    needs = frozenset()
+    measures: ClassVar[dict[str, Measure]] = {}
+
+    def __call__(self, batch):
+        return torch.full_like(batch.logprobs, self.share)
+
+
 class CountingEngine(Engine):
     """An engine: the model in this process, with its calls counted."""
 

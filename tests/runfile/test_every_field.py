@@ -47,6 +47,7 @@ NOTHING_TO_BUILD = {
         (
             *(f"PythonObjectiveConfig.{field}" for field in ("kind", "name", "code")),
             *(f"PythonMeasureConfig.{field}" for field in ("kind", "name", "code")),
+            *(f"PythonWeightConfig.{field}" for field in ("kind", "name", "code")),
             *(f"PythonReferenceConfig.{field}" for field in ("kind", "name", "code", "cache")),
             *(f"PythonRewardConfig.{field}" for field in ("kind", "name", "code", "weight", "form", "transform")),
         ),
@@ -101,6 +102,7 @@ class With:
         self.value, self.run, self.online, self.beside = value, run or {}, online, beside
 
 
+ADVANTAGES = ("None", "BatchMean", "LeaveOneOut", "GroupCentred", "GroupNormalised", "Gae")
 BUILT_ALONE = {
     "PairwiseConfig": Changes({}, divergence="jensen_shannon", beta=0.3, margin_loss="hinge", length_norm="token"),
     "ListwiseConfig": Changes({}, divergence="jensen_shannon", beta=0.3, length_norm="token"),
@@ -108,7 +110,7 @@ BUILT_ALONE = {
         {}, divergence="jensen_shannon", beta=0.3, alpha=0.2, variant=1, weighting="activations"
     ),
     "PolicyGradientConfig": Changes(
-        {"divergence": "reverse_kl", "beta": 0.1},
+        {"divergence": "reverse_kl", "beta": 0.1, "importance_reference": "teacher", "old_exponent": 0.5},
         divergence="forward_kl",
         beta=0.3,
         advantage="group_normalised",
@@ -121,7 +123,24 @@ BUILT_ALONE = {
         value_coefficient=With(0.5, advantage="gae"),
         gamma=With(0.5, advantage="gae"),
         lam=With(0.5, advantage="gae"),
+        weights=["difficulty_kernel"],
+        penalty_weights=["dads"],
+        importance_reference="draft",
+        old_exponent=0.7,
     ),
+    **{f"{name}Config": Changes({}) for name in ADVANTAGES},
+    "AceConfig": Changes({}, alpha=0.5, length_norm="none", kernel="relu", cap=2.0),
+    "StcrConfig": Changes({}, rate=0.1, pass_reward=0.5),
+    "OwnAdvantageConfig": Changes({"kind": "tests.runfile.own_members:centred"}),
+    "DifficultyKernelConfig": Changes({}, a=2.0, b=3.0, pass_reward=0.5),
+    "DadsConfig": Changes({}, pass_reward=0.5),
+    "EntropyGateConfig": Changes({"higher": "policy"}, higher="reference", reference="draft", other=0.5),
+    "EntropyGapConfig": Changes({}, reference="draft"),
+    "EntropyPrefixConfig": Changes({}, share=0.2),
+    "QuantileFilterConfig": Changes(
+        {"measure": "entropy", "keep": 0.5}, measure="entropy_of(teacher)", keep=0.2, minus="entropy", name="other"
+    ),
+    "OwnWeightConfig": Changes({"kind": "tests.runfile.own_members:Half", "share": 0.5}),
     "DistributionMatchingConfig": Changes(
         {"target": {"kind": "exponential", "beta": 1.0}},
         divergence="squared_hellinger",
@@ -178,6 +197,10 @@ MEASURES = {
     "RankTopKConfig": Changes({"k": 4}, k=5, reference="teacher", weights="reference", target_first=True, whole=True),
     "ExpectedConfig": Changes({"reference": "teacher"}, reference="other", base="initial", smallest=0.1, k=3),
     "ExpectedCostConfig": Changes({}, plus_target=True),
+    "EntropyOfConfig": Changes({}, reference="teacher"),
+    "DivergenceBetweenConfig": Changes(
+        {"divergence": "forward_kl", "of": "draft", "to": "teacher"}, divergence="reverse_kl", of="other", to="another"
+    ),
     "SurprisalConfig": Changes({}),
     "BalancedConfig": Changes(
         {"first": "surprisal", "second": "expected_cost"}, first="entropy", second="surprisal", largest=3.0

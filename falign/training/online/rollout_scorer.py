@@ -96,7 +96,8 @@ class RolloutScorer:
         needs = self._answers.needs
         # References with measures run at each update anyway, and give their log-probabilities in the same pass.
         later = references_of(self._answers.measures.values())
-        before = reference_names(self._answers.needs_of_samples, {}) - {*later}
+        prepared = reference_names(self._answers.needs_to_prepare, {})
+        before = (reference_names(self._answers.needs_of_samples, {}) - {*later}) | prepared
         # References that the objective reads only for stored samples, which come with their log-probabilities.
         unread = reference_names(self._answers.needs, {}) - before - {*later}
         # If the samples are not from the current policy's distribution, importance weights are relative to the
