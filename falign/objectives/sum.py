@@ -230,7 +230,7 @@ class Sum(BaseObjective):
             if each.imitates and "preference" in self.needs and "preference" not in each.needs:
                 raise ValueError(
                     f"term {name} makes all its completions more likely, the rejected ones among them, which another "
-                    f"term reads: select the chosen ones, as Selected({type(each).__name__}(...), 'chosen')."
+                    f"term reads: give it only some, as Selected({type(each).__name__}(...), completions='chosen')."
                 )
 
     @cached_property
@@ -284,15 +284,10 @@ class Sum(BaseObjective):
     @property
     @override
     def correction_level(self) -> Importance | None:
-        levels = {name: each.correction_level for name, each in self.objectives.items()}
-        found: list[Importance] = [level for level in ("sequence", "token") if level in levels.values()]
-        if len(found) > 1:
-            listed = ", ".join(f"{name}: {level}" for name, level in levels.items() if level is not None)
-            raise ValueError(
-                f"the terms have importance weights of different units ({listed}), and a sampler correction bounds "
-                "one: give all terms the same importance."
-            )
-        return found[0] if found else None
+        # A correction bounds weights of one unit; for terms of both there is none.
+        levels = [each.correction_level for each in self.objectives.values()]
+        found: list[Importance] = [level for level in ("sequence", "token") if level in levels]
+        return found[0] if len(found) == 1 else None
 
     @override
     def at(self, step: int) -> BaseObjective:

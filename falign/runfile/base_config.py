@@ -151,10 +151,16 @@ class ObjectiveSection(FrozenModel):
     kind: Any  # each section narrows it to its own name
     method: ClassVar[str] = ""
     """Name of the method in reports; ``""`` for the kind."""
-    learns_from_preferences: ClassVar[bool] = False
-    """True for objectives of preference data, which an online run makes by ranking samples."""
-    is_surrogate: ClassVar[bool] = False
-    """True if the gradient of the loss has a meaning, and its value has none."""
+
+    @property
+    def learns_from_preferences(self) -> bool:
+        """True for objectives of preference data, which an online run makes by ranking samples."""
+        return False
+
+    @property
+    def is_surrogate(self) -> bool:
+        """True if the gradient of the loss has a meaning, and its value has none."""
+        return False
 
     _schedules: Mapping[FieldPath, GivenSchedule] = PrivateAttr(default_factory=dict)
 
@@ -213,11 +219,6 @@ class ObjectiveSection(FrozenModel):
     def num_rewards(self) -> int | None:
         """Number of rewards that it reads separately, before weights; None if it reads their weighted sum."""
         return None
-
-    @property
-    def weights_gradients(self) -> bool:
-        """True if ``rollout.correction`` applies: for policy gradients, whose samples importance weights correct."""
-        return False
 
     @property
     def compares(self) -> tuple[Literal["group", "rollout"], str] | None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from jaxtyping import Float
 from pydantic import Field, WrapValidator
+from torch import Tensor
 from typing_extensions import override
 
-from falign.objectives import Listwise, Objective, Pairwise, TokenPairwise, TokenWeighting
+from falign.errors import ConfigError
+from falign.objectives import Listwise, Objective, Pairwise, Sum, TokenPairwise, TokenWeighting
 from falign.registry import Registry
 from falign.runfile.base_config import ObjectiveSection, PythonObject, named_divergence, refusals
+from falign.runfile.distillation_config import DistillationConfig
 from falign.runfile.members import OwnSection, union_of_kinds
 from falign.runfile.online_objective_config import FURTHER_OBJECTIVES
 from falign.runfile.schedule_config import with_schedules
@@ -21,6 +27,7 @@ __all__ = [
     "OwnObjectiveConfig",
     "PairwiseConfig",
     "PythonObjectiveConfig",
+    "SumConfig",
     "TokenPairwiseConfig",
 ]
 
@@ -28,10 +35,14 @@ __all__ = [
 class _RegularizedSection(ObjectiveSection):
     """An objective on preferences, with a divergence and its strength."""
 
-    learns_from_preferences = True
     divergence: str = "reverse_kl"
     """A name (``falign divergences`` lists them), or ``module:attribute`` with a divergence of your own."""
     beta: float = Field(default=0.1, gt=0)
+
+    @property
+    @override
+    def learns_from_preferences(self) -> bool:
+        return True
 
     @property
     @override
@@ -112,13 +123,94 @@ class OwnObjectiveConfig(OwnSection, ObjectiveSection, extra="allow"):
             return self.make(OBJECTIVES, place="objective", protocol=Objective)
 
 
+TERMS: dict[str, type[ObjectiveSection]] = {
+    "pairwise": PairwiseConfig,
+    "listwise": ListwiseConfig,
+    "token_pairwise": TokenPairwiseConfig,
+    **FURTHER_OBJECTIVES,
+    "distillation": DistillationConfig,
+}
+
+if TYPE_CHECKING:
+    TermConfig = ObjectiveSection
+else:
+    TermConfig = union_of_kinds(TERMS, own=OwnObjectiveConfig)
+
+
+class SumConfig(ObjectiveSection):
+    """A weighted sum of objectives on the same completions; each keeps its own denominators."""
+
+    kind: Literal["sum"] = "sum"
+    method = "sum of objectives"
+    terms: dict[str, TermConfig] = Field(min_length=1)
+    """Objectives by names of your choice, which metrics begin with: ``{dpo: {kind: pairwise}, sft: {kind: supervised,
+    completions: chosen}}``."""
+    weights: dict[str, float] = {}
+    """Factors of terms, 1 by default; a negative one maximizes."""
+
+    @property
+    @override
+    def title(self) -> str:
+        return " + ".join(f"{self.weights.get(name, 1.0):g} × {term.title}" for name, term in self.terms.items())
+
+    @property
+    @override
+    def learns_from_preferences(self) -> bool:
+        return any(term.learns_from_preferences for term in self.terms.values())
+
+    @property
+    @override
+    def is_surrogate(self) -> bool:
+        return any(term.is_surrogate for term in self.terms.values())
+
+    @property
+    @override
+    def needs_samples(self) -> bool:
+        return any(term.needs_samples for term in self.terms.values())
+
+    @property
+    @override
+    def num_rewards(self) -> int | None:
+        return next((term.num_rewards for term in self.terms.values() if term.num_rewards is not None), None)
+
+    @property
+    @override
+    def compares(self) -> tuple[Literal["group", "rollout"], str] | None:
+        return next((term.compares for term in self.terms.values() if term.compares is not None), None)
+
+    @override
+    def unfitted(self) -> ObjectiveSection:
+        return self.model_copy(update={"terms": {name: term.unfitted() for name, term in self.terms.items()}})
+
+    @override
+    def build(self) -> Objective:
+        return self._of({name: term.build for name, term in self.terms.items()})
+
+    @override
+    def build_on(self, features: Float[Tensor, "M K"]) -> Objective:
+        return self._of({name: partial(term.build_on, features) for name, term in self.terms.items()})
+
+    def _of(self, terms: Mapping[str, Callable[[], Objective]]) -> Objective:
+        if unknown := sorted(self.weights.keys() - self.terms.keys()):
+            raise ConfigError(
+                f"objective.weights.{unknown[0]}: the terms are {', '.join(self.terms)}; name one of them."
+            )
+        built: dict[str, tuple[Objective, float]] = {}
+        for name, build in terms.items():
+            try:
+                built[name] = (build(), self.weights.get(name, 1.0))
+            except ConfigError as error:  # a section names its fields as if it were the whole objective
+                message = str(error).removeprefix("objective")
+                raise ConfigError(f"objective.terms.{name}{message}") from error
+        with refusals():
+            return Sum(built)
+
+
 OBJECTIVES: Registry[Any] = Registry(
     "objective",
     {
-        "pairwise": PairwiseConfig,
-        "listwise": ListwiseConfig,
-        "token_pairwise": TokenPairwiseConfig,
-        **FURTHER_OBJECTIVES,
+        **TERMS,
+        "sum": SumConfig,
         "python": PythonObjectiveConfig,
     },
     wanted="class or function",

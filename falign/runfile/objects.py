@@ -155,13 +155,13 @@ def objective_section(objective: Objective) -> Any:
     if dataclasses.is_dataclass(objective):
         fields = {field.name: _as_setting(getattr(objective, field.name)) for field in dataclasses.fields(objective)}
         for section in _kinds():
-            if section.model_fields.keys() - {"kind"} == fields.keys():
+            if section.model_fields.keys() >= fields.keys():
                 try:
                     found = section(**fields)
                     if found.build() == objective:
                         return found
                 except (ValidationError, ValueError):  # a value without a name, such as a user's divergence
-                    break
+                    continue
     return PythonObjectiveConfig.of(objective)
 
 

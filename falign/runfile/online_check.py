@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from falign.errors import ConfigError
-from falign.objectives import Objective
-from falign.objectives.batch import WORTH
+from falign.objectives import BaseObjective, Objective, complete
 from falign.runfile.objective_config import ObjectiveConfig
 from falign.runfile.prompts_config import RolloutConfig
 from falign.runfile.reward_config import RewardConfig
@@ -17,25 +16,27 @@ __all__ = ["check_samples"]
 def check_samples(
     rollout: RolloutConfig, chosen: ObjectiveConfig, rewards: Sequence[RewardConfig], objective: Objective
 ) -> None:
-    """Refuse an objective that does not learn from rewards, groups that it cannot compare, and fields without effect.
+    """Refuse an objective that learns nothing from samples, groups that it cannot compare, and fields without effect.
 
     Raises:
         ConfigError: One of these is found; the message names the fields.
     """
-    if not objective.needs & WORTH:
+    whole = complete(objective)
+    if not whole.learns_from_samples:
         raise ConfigError(
             f"objective.kind={chosen.kind} reads no reward, and would learn from the policy's own samples "
             "as they are: give data in place of prompts, rollout and rewards."
         )
     _check_groups(rollout, chosen, objective)
-    _check_correction(rollout, chosen)
+    _check_correction(rollout, chosen, whole)
     _check_effects(rollout, chosen, rewards, objective)
 
 
-def _check_correction(rollout: RolloutConfig, chosen: ObjectiveConfig) -> None:
-    if rollout.correction is not None and not chosen.weights_gradients:
+def _check_correction(rollout: RolloutConfig, chosen: ObjectiveConfig, objective: BaseObjective) -> None:
+    if rollout.correction is not None and objective.correction_level is None:
         raise ConfigError(
-            f"rollout.correction weights policy gradients, and objective.kind={chosen.kind} is not one: leave it out."
+            f"rollout.correction bounds importance weights π/π_old, and objective.kind={chosen.kind} has none of a "
+            "single unit: leave it out, or give all terms of a sum the same importance."
         )
 
 

@@ -23,6 +23,7 @@ from falign.objectives import (
 )
 from falign.runfile.advantage_config import AdvantageConfig, built_advantage, compared_by
 from falign.runfile.base_config import ObjectiveSection, named_divergence, refusals
+from falign.runfile.distillation_config import Completions, selected
 from falign.runfile.target_config import TargetConfig
 from falign.runfile.weight_config import TokenWeightConfig, build_weights
 
@@ -41,7 +42,6 @@ class PolicyGradientConfig(ObjectiveSection):
 
     kind: Literal["policy_gradient"] = "policy_gradient"
     method = "policy gradient"
-    is_surrogate = True
     divergence: str | None = None
     """As under ``pairwise``, without restriction; by default nothing is penalized."""
     beta: float = Field(default=0.0, ge=0)
@@ -79,13 +79,13 @@ class PolicyGradientConfig(ObjectiveSection):
 
     @property
     @override
-    def title(self) -> str:
-        return "reward alone" if self.divergence is None else f"{self.divergence}, β = {self.beta:g}"
+    def is_surrogate(self) -> bool:
+        return True
 
     @property
     @override
-    def weights_gradients(self) -> bool:
-        return True
+    def title(self) -> str:
+        return "reward alone" if self.divergence is None else f"{self.divergence}, β = {self.beta:g}"
 
     @property
     @override
@@ -106,13 +106,17 @@ class DistributionMatchingConfig(ObjectiveSection):
 
     kind: Literal["distribution_matching"] = "distribution_matching"
     method = "f-DPG"
-    is_surrogate = True
     divergence: str = "jensen_shannon"
     """As under ``pairwise``, without restriction; if the target has zeros, f'(∞) must be finite."""
     target: TargetConfig
     """``{kind: binary}``, ``{kind: moments, moments: [0.5]}``, ``{kind: exponential, beta: 0.1}``, or a product."""
     baseline: Literal["leave_one_out", "constant", "none"] = "leave_one_out"
     """Mean pseudo-reward of the other samples of the prompt, or of all others of the rollout."""
+
+    @property
+    @override
+    def is_surrogate(self) -> bool:
+        return True
 
     @property
     @override
@@ -151,7 +155,6 @@ class HybridConfig(ObjectiveSection):
 
     kind: Literal["hybrid"] = "hybrid"
     method = "DPH-RL"
-    is_surrogate = True
     divergence: str = "jensen_shannon"
     """Divergence of the rehearsal; as under ``pairwise``, without restriction."""
     coefficient: float | None = Field(default=None, ge=0)
@@ -169,15 +172,15 @@ class HybridConfig(ObjectiveSection):
 
     @property
     @override
+    def is_surrogate(self) -> bool:
+        return True
+
+    @property
+    @override
     def title(self) -> str:
         return (
             f"reward, and {self._weight(named_divergence(self.divergence)):g} × {self.divergence} on reference samples"
         )
-
-    @property
-    @override
-    def weights_gradients(self) -> bool:
-        return True
 
     @property
     @override
@@ -212,6 +215,8 @@ class RehearsalConfig(ObjectiveSection):
     """The divergence of whole completions, or of their tokens."""
     reduction: CompletionMean | None = None
     """At token level, as under ``policy_gradient``; ``token_mean`` by default."""
+    reference: str = "reference"
+    """Name of the reference under ``references``, such as that of a teacher whose samples are the data."""
 
     @property
     @override
@@ -221,7 +226,7 @@ class RehearsalConfig(ObjectiveSection):
     @override
     def build(self) -> Objective:
         with refusals():
-            return Rehearsal(named_divergence(self.divergence), self.level, self.reduction)
+            return Rehearsal(named_divergence(self.divergence), self.level, self.reduction, self.reference)
 
 
 class SupervisedConfig(ObjectiveSection):
@@ -233,6 +238,9 @@ class SupervisedConfig(ObjectiveSection):
     """A divergence with infinite f'(∞), such as ``pearson_chi2``; by default plain fine-tuning."""
     beta: float | None = Field(default=None, gt=0)
     """Required with a divergence."""
+    completions: Completions | None = None
+    """Of preference data, as under ``distillation``; by default the chosen ones. Required beside terms of a sum that
+    compare completions."""
 
     @property
     @override
@@ -242,7 +250,8 @@ class SupervisedConfig(ObjectiveSection):
     @override
     def build(self) -> Objective:
         with refusals():
-            return Supervised(None if self.divergence is None else named_divergence(self.divergence), self.beta)
+            divergence = None if self.divergence is None else named_divergence(self.divergence)
+            return selected(Supervised(divergence, self.beta), self.completions)
 
 
 FURTHER_OBJECTIVES: dict[str, type[ObjectiveSection]] = {

@@ -27,7 +27,6 @@ MOST_MISTAKES = 20
 """Mistakes that one message lists."""
 
 NAME = "NAME"  # placeholder for names that a user gives to sections
-NAMED = [name for name, field in RunConfig.model_fields.items() if get_origin(field.annotation) is dict]
 
 
 def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -239,7 +238,8 @@ def _siblings(path: str) -> dict[str, str]:
     """Return the keys of the section of a path, and their paths as a user would write them."""
     section = path.rpartition(".")[0]
     plain = ".".join("0" if part.isdigit() else part for part in section.split("."))
-    plain = re.sub(rf"^({'|'.join(NAMED)})\.[^.]+", rf"\1.{NAME}", plain)
+    before_name = {path.partition(f".{NAME}.")[0] for path in valid_paths() if f".{NAME}." in path}
+    plain = re.sub(rf"^({'|'.join(map(re.escape, before_name))})\.[^.]+", rf"\1.{NAME}", plain)
     keys = [known.rpartition(".")[2] for known in valid_paths() if known.rpartition(".")[0] == plain]
     return {key: f"{section}.{key}".strip(".") for key in keys}
 

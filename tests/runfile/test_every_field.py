@@ -162,10 +162,30 @@ BUILT_ALONE = {
         importance="sequence",
         reduction="sequence_mean",
     ),
-    "RehearsalConfig": Changes({}, divergence="forward_kl", level="sequence", reduction="sequence_mean"),
+    "RehearsalConfig": Changes(
+        {}, divergence="forward_kl", level="sequence", reduction="sequence_mean", reference="teacher"
+    ),
+    "DistillationConfig": Changes(
+        {},
+        divergence="jensen_shannon",
+        measure="entropy",
+        weights=["difficulty_kernel"],
+        reference="tutor",
+        level="token",
+        credit="returns",
+        temperature=2.0,
+        importance="token",
+        reduction="sequence_mean",
+        completions="all",
+    ),
+    "SumConfig": Changes(
+        {"terms": {"first": {"kind": "pairwise"}}}, terms={"first": {"kind": "listwise"}}, weights={"first": 0.5}
+    ),
     "OwnObjectiveConfig": Changes({"kind": "tests.runfile.own_members:Margin", "wanted": 1.0}),
     "OwnTargetConfig": Changes({"kind": "tests.runfile.own_members:Tilted", "strength": 0.5}),
-    "SupervisedConfig": Changes({"divergence": "pearson_chi2", "beta": 0.1}, divergence="chi2_kl", beta=0.3),
+    "SupervisedConfig": Changes(
+        {"divergence": "pearson_chi2", "beta": 0.1}, divergence="chi2_kl", beta=0.3, completions="chosen"
+    ),
 }
 VERIFIER = {"timeout": 5.0, "failed": None}
 SAMPLES = {"samples": "reference.jsonl"}

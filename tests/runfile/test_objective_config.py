@@ -1,17 +1,20 @@
 import pytest
 import torch
 
-from falign import DPHRL, FDPG, SALSA, SALSARLOO
+from falign import DPHRL, FDPG, FDPO, SALSA, SALSARLOO
 from falign.divergences import get
 from falign.errors import ConfigError
 from falign.objectives import (
     BinaryConstraint,
+    Distillation,
     DistributionMatching,
     ExponentialReward,
     MomentConstraints,
     PolicyGradient,
     ProductTarget,
     Rehearsal,
+    Selected,
+    Sum,
     Supervised,
 )
 from falign.runfile import parse_run
@@ -22,6 +25,76 @@ LEAST = {"output_dir": "run", "model": {"path": "m"}, "data": {"train": [{"path"
 
 def config(**fields):
     return parse_run({**LEAST, "objective": fields}).objective
+
+
+SFT = {"kind": "supervised", "completions": "chosen"}
+DPO = {"kind": "pairwise", "beta": 0.3}
+
+
+def test_a_sum_of_sections_is_the_sum_of_what_they_build():
+    teacher = {"kind": "distillation", "divergence": "js", "temperature": 2.0, "completions": "all"}
+    found = config(kind="sum", terms={"dpo": DPO, "sft": SFT, "kd": teacher}, weights={"sft": 0.2, "kd": -3})
+    assert found.build() == Sum(
+        {
+            "dpo": FDPO("reverse_kl", 0.3),
+            "sft": (Selected(Supervised(), "chosen"), 0.2),
+            "kd": (Selected(Distillation(get("js"), temperature=2.0), "all"), -3.0),
+        }
+    )
+    assert found.learns_from_preferences
+    assert not found.is_surrogate
+    assert found.title.startswith("1 × reverse_kl, β = 0.3 + 0.2 × fine-tuning")
+    fitted = {"kind": "distribution_matching", "target": {"kind": "moments", "moments": [0.5]}}
+    both = config(kind="sum", terms={"fdpg": fitted, "kd": {"kind": "distillation", "measure": "entropy"}})
+    assert both.needs_samples
+    assert both.num_rewards == 1
+    assert both.is_surrogate
+    features = torch.tensor([[0.0], [1.0], [0.0]])
+    (term,) = [each for name, (each, _) in both.build_on(features).terms.items() if name == "fdpg"]
+    assert term == config(**fitted).build_on(features)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"terms": {"dpo": {"kind": "pairwise", "bata": 1}}},
+            "objective.terms.dpo.bata.*did you mean objective.terms.dpo.beta",
+        ),
+        (
+            {"terms": {"dpo": {"kind": "pairwize"}}},
+            "objective.terms.dpo.kind='pairwize' is unknown: did you mean pairwise",
+        ),
+        ({"terms": {"dpo": {"beta": 1}}}, "objective.terms.dpo.kind is required"),
+        ({"terms": {"a": {"kind": "sum", "terms": {"b": DPO}}}}, "objective.terms.a.kind='sum' is unknown"),
+        (
+            {"terms": {"dpo": {"kind": "pairwise", "divergence": "le_cam"}}},
+            "^objective.terms.dpo: f-DPO has no closed form",
+        ),
+        ({"terms": {"dpo": {"kind": "pairwise", "divergence": "kl"}}}, "^objective.terms.dpo.divergence='kl'"),
+        ({"terms": {"dpo": DPO, "sft": {"kind": "supervised"}}}, "term sft.*rejected.*completions='chosen'"),
+        ({"terms": {"dpo": DPO}, "weights": {"spt": 1.0}}, "objective.weights.spt: the terms are dpo"),
+        ({"terms": {"dpo": DPO}, "weights": {"dpo": 0.0}}, "weight 0.0"),
+        ({"terms": {}}, "objective.terms"),
+    ],
+)
+def test_sums_that_cannot_be_meant_are_refused_with_the_path_of_the_term(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        config(kind="sum", **fields).build()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"divergence": "js", "measure": "entropy"}, "divergence=js beside objective.measure, which takes its place"),
+        ({"measure": "entrpy"}, "objective.measure='entrpy'"),
+        ({"measure": "entropy", "reference": "teacher"}, "a measure, which names its own"),
+        ({"divergence": "js", "level": "token", "temperature": 2.0}, "objective: temperature=2.0 at level='token'"),
+    ],
+)
+def test_distillation_without_effect_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        config(kind="distillation", **fields).build()
 
 
 def test_every_built_in_objective_names_its_method_for_reports():

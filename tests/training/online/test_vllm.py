@@ -123,7 +123,7 @@ def test_a_correction_is_counted_and_needs_a_policy_gradient(start):
     for log in training_logs(summary):
         assert 0 < log["sampler/truncated"] < 1
         assert log["importance_weight"] <= 1.2 + 1e-6
-    with pytest.raises(ConfigError, match=r"rollout.correction weights policy gradients"):
+    with pytest.raises(ConfigError, match=r"rollout.correction bounds importance weights"):
         start("pairs", objective={"kind": "pairwise", "beta": 0.1}, rollout={"correction": {"cap": 2.0}})
 
 
