@@ -21,6 +21,7 @@ from falign.evaluation.sample_scorer import ScoredReward
 from falign.models import load_model, load_tokenizer, model_identity
 from falign.models.heads import share_head
 from falign.models.tokenizers import check_same_tokens, pad_token_id
+from falign.objectives import complete
 from falign.references import REFERENCE, FrozenModel
 from falign.rewards import RewardSum, WeightedReward
 from falign.rewards.combination import row_check
@@ -314,7 +315,7 @@ def held_out_prompts(folder: RunFolder, config: RunConfig, *, notify: Callable[[
 
 def _prompts_of_preferences(config: RunConfig, data: DataConfig, language: Language) -> list[PromptRow]:
     """Return each prompt of preference data once, under the place of its first row."""
-    preferences = "preference" in config.check().needs
+    preferences = "pairs" in complete(config.check()).preference_kinds
     loaded = data.build(
         language.tokenizer, stop_token_ids=language.stop_tokens, seed=config.seed, preferences=preferences
     )

@@ -2,12 +2,14 @@
 
 from falign.methods.core import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO
 from falign.methods.measures import EMO, LSKD, NKD, PLD, STARCKD, SinKD
+from falign.methods.unpaired import KTO
 
 __all__ = [
     "DPHRL",
     "EMO",
     "FDPG",
     "FDPO",
+    "KTO",
     "LSKD",
     "NKD",
     "PLD",

@@ -16,6 +16,7 @@ from falign.objectives.base import (
     Importance,
     Objective,
     ObjectiveOutput,
+    PreferenceKind,
     Term,
     TokenWeighting,
     complete,
@@ -34,6 +35,7 @@ from falign.objectives.hybrid import Hybrid, dph_rl_coefficient
 from falign.objectives.listwise import Listwise
 from falign.objectives.margins import IPO, Exo, MarginLoss, Robust, get_margin_loss, hinge, logistic, squared
 from falign.objectives.measures import (
+    Constant,
     DivergenceTo,
     Entropy,
     Measure,
@@ -51,6 +53,7 @@ from falign.objectives.penalty import Penalty, Surrogate
 from falign.objectives.policy_gradient import PolicyGradient
 from falign.objectives.rehearsal import Rehearsal
 from falign.objectives.schedules import Cosine, Linear, Schedule, Scheduled, Stairs, Steps
+from falign.objectives.step_means import StepMean
 from falign.objectives.sum import Selected, Sum
 from falign.objectives.supervised import Supervised
 from falign.objectives.targets import BinaryConstraint, ExponentialReward, MomentConstraints, ProductTarget, Target
@@ -65,6 +68,7 @@ from falign.objectives.token_gates import (
 )
 from falign.objectives.token_pairwise import TokenPairwise
 from falign.objectives.top_k import TopK
+from falign.objectives.unpaired import Unpaired
 from falign.objectives.weights import (
     TokenWeight,
     completion_factor,
@@ -86,6 +90,7 @@ __all__ = [
     "BinaryConstraint",
     "CompletionBatch",
     "CompletionMean",
+    "Constant",
     "Controller",
     "Cosine",
     "Dads",
@@ -113,6 +118,7 @@ __all__ = [
     "Pairwise",
     "Penalty",
     "PolicyGradient",
+    "PreferenceKind",
     "ProductTarget",
     "QuantileFilter",
     "ReferenceEntropy",
@@ -124,6 +130,7 @@ __all__ = [
     "Scheduled",
     "Selected",
     "Stairs",
+    "StepMean",
     "Steps",
     "Sum",
     "Supervised",
@@ -136,6 +143,7 @@ __all__ = [
     "TokenWeighting",
     "TopK",
     "TopTokens",
+    "Unpaired",
     "Vocabulary",
     "ace",
     "block_of",

@@ -16,6 +16,7 @@ from falign.divergences.base import numbers
 from falign.objectives.batch import WORTH, CompletionBatch, field_of
 from falign.objectives.link import Link
 from falign.objectives.measures import Measure
+from falign.objectives.step_means import StepMean
 
 if TYPE_CHECKING:
     from falign.objectives.controllers import Controller
@@ -26,6 +27,7 @@ __all__ = [
     "Importance",
     "Objective",
     "ObjectiveOutput",
+    "PreferenceKind",
     "Term",
     "TokenWeighting",
     "complete",
@@ -96,6 +98,9 @@ TokenWeighting = Literal["none", "activations", "mapo"]
 
 Importance = Literal["sequence", "token"]
 """The unit of an importance weight ``π/π_old``: a whole completion, or a single token."""
+
+PreferenceKind = Literal["pairs", "labels"]
+"""How an objective reads ``preference``: by comparing completions of a prompt, or as a label of each completion."""
 
 
 @runtime_checkable
@@ -173,6 +178,23 @@ class BaseObjective(ABC):
     @abstractmethod
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
         """See :class:`Objective`."""
+
+    @property
+    def step_means(self) -> Mapping[str, StepMean]:
+        """Means over all completions of an optimizer step, by their name in ``CompletionBatch.step_means``.
+
+        The trainer computes them before the step's first loss, in an extra pass without gradient; empty by default.
+        """
+        return {}
+
+    @property
+    def preference_kinds(self) -> frozenset[PreferenceKind]:
+        """How it reads ``preference``, which decides what a row of data must have; empty if it does not."""
+        return frozenset({"pairs"}) if "preference" in self.needs else frozenset()
+
+    def label_remark(self, desirable: int, undesirable: int) -> str | None:
+        """Return a remark on the numbers of labels in the training data, or None; for objectives that read labels."""
+        return None
 
     @property
     def needs_of_samples(self) -> frozenset[str]:

@@ -26,6 +26,7 @@ PER_TOKEN = frozenset(
     }
 )
 PREPARED = "prepared"
+OF_TERMS = ("measures", "step_means")  # fields of a sum in which each term has its own entries, NAME.KEY
 MASKS = frozenset({"completion_mask", "from_reference"})
 CARRY_GRADIENT = frozenset({"logprobs", "measures", "values"})
 
@@ -104,6 +105,7 @@ class CompletionBatch:
             it in their ``needs`` read it.
         features: Features of each completion that a target reads, shape (N, K); a single reward is K = 1.
         log_partition: Estimate of ``log Z(x)`` for each completion, made without its own term, shape (N,).
+        step_means: Means over the whole optimizer step, by name, each repeated for every row, shape (N,); constants.
         values: A value head's estimate of the future reward at each token, shape (N, T); carries the gradient.
         old_values: The same before the first update on this rollout, shape (N, T); constants.
         advantages: Weight of each token's log-probability, shape (N, T); constants, set by
@@ -150,6 +152,7 @@ class CompletionBatch:
     references: Mapping[str, Tensor] = field(default_factory=dict)
     measures: Mapping[str, Shaped[Tensor, "N T"]] = field(default_factory=dict)
     prepared: Mapping[str, Tensor] = field(default_factory=dict)
+    step_means: Mapping[str, Shaped[Tensor, " N"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._name_reference()
@@ -310,7 +313,7 @@ class CompletionBatch:
         return self.map(lambda tensor: tensor[rows])
 
     def term(self, name: str) -> CompletionBatch:
-        """Return the batch that a term of a :class:`Sum` reads: with its own measures and prepared fields.
+        """Return the batch that a term of a :class:`Sum` reads: with its own measures, step means and prepared fields.
 
         Args:
             name: The term.
@@ -321,11 +324,11 @@ class CompletionBatch:
         own: dict[str, Tensor] = {}
         for key, value in self.tensors().items():
             whole, _, rest = key.partition(".")
-            if whole not in (PREPARED, "measures"):
+            if whole not in (PREPARED, *OF_TERMS):
                 own.setdefault(key, value)  # a field that the term has prepared takes precedence
             elif rest.startswith(f"{name}."):
                 of_term = rest.removeprefix(f"{name}.")
-                own[of_term if whole == PREPARED else f"measures.{of_term}"] = value
+                own[of_term if whole == PREPARED else f"{whole}.{of_term}"] = value
         return CompletionBatch.of(own)
 
     def new_in(self, prepared: CompletionBatch, rows: Bool[Tensor, " N"] | None = None) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from falign.registry import Registry, is_own_name
 
 __all__ = [
     "MEASURES",
+    "Constant",
     "DivergenceTo",
     "Entropy",
     "Measure",
@@ -311,6 +312,39 @@ class DivergenceTo:
         if self.temperature != 1.0:
             policy, reference = (each.div(self.temperature).log_softmax(dim=-1) for each in (policy, reference))
         return full_vocabulary(self.divergence, policy, reference)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Another measure without its gradient, which needs less memory.
+
+    Attributes:
+        measure: Any measure.
+
+    Example:
+        >>> at = Vocabulary(torch.tensor([[0.5, 0.5]]).log().requires_grad_(), targets=torch.tensor([0]))
+        >>> Constant(Entropy())(at)
+        tensor([0.6931])
+    """
+
+    measure: Measure
+
+    @property
+    def references(self) -> frozenset[str]:
+        """Those of the measure."""
+        return self.measure.references
+
+    @torch.no_grad()
+    def __call__(self, at: Vocabulary) -> Float[Tensor, " M"]:
+        """Return the value at each position, a constant.
+
+        Args:
+            at: M positions.
+
+        Returns:
+            Shape (M,).
+        """
+        return self.measure(at)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,18 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from falign.divergences import Divergence, get
-from falign.objectives.base import BaseObjective, CompletionBatch, Importance, Objective, ObjectiveOutput, complete
+from falign.objectives.base import (
+    BaseObjective,
+    CompletionBatch,
+    Importance,
+    Objective,
+    ObjectiveOutput,
+    PreferenceKind,
+    complete,
+)
 from falign.objectives.link import Link
 from falign.objectives.measures import Measure
+from falign.objectives.step_means import StepMean
 
 if TYPE_CHECKING:
     from falign.objectives.controllers import Controller
@@ -343,6 +352,21 @@ class Scheduled(BaseObjective):
                 if measure not in found.values():
                     found[name if name not in found else f"{name} of stage {number}"] = measure
         return found
+
+    @property
+    @override
+    def step_means(self) -> Mapping[str, StepMean]:
+        """Those of the first step; a trainer asks the objective of each step for its own."""
+        return self._stages[0].step_means
+
+    @property
+    @override
+    def preference_kinds(self) -> frozenset[PreferenceKind]:
+        return frozenset().union(*(stage.preference_kinds for stage in self._stages))
+
+    @override
+    def label_remark(self, desirable: int, undesirable: int) -> str | None:
+        return self._stages[0].label_remark(desirable, undesirable)
 
     @property
     @override

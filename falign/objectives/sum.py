@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -20,12 +20,14 @@ from falign.objectives.base import (
     Importance,
     Objective,
     ObjectiveOutput,
+    PreferenceKind,
     complete,
 )
 from falign.objectives.controllers import Controller
 from falign.objectives.groups import groups_of, largest
 from falign.objectives.link import Link
 from falign.objectives.measures import Measure
+from falign.objectives.step_means import StepMean, StepRows, Weighted
 
 __all__ = ["Selected", "Sum"]
 
@@ -80,6 +82,23 @@ class Selected(BaseObjective):
     @override
     def measures(self) -> Mapping[str, Measure]:
         return self._whole.measures
+
+    @property
+    @override
+    def step_means(self) -> Mapping[str, StepMean]:
+        return {
+            name: _MeanOfRows(mean, lambda batch: batch.select(self.rows(batch)), frozenset({"preference"}))
+            for name, mean in self._whole.step_means.items()
+        }
+
+    @property
+    @override
+    def preference_kinds(self) -> frozenset[PreferenceKind]:
+        return self._whole.preference_kinds or super().preference_kinds
+
+    @override
+    def label_remark(self, desirable: int, undesirable: int) -> str | None:
+        return self._whole.label_remark(desirable, undesirable)
 
     @property
     @override
@@ -257,6 +276,25 @@ class Sum(BaseObjective):
 
     @property
     @override
+    def step_means(self) -> Mapping[str, StepMean]:
+        return {
+            f"{name}.{key}": _MeanOfRows(mean, partial(self._completions_of, name), self.needs & {"from_reference"})
+            for name, each in self.objectives.items()
+            for key, mean in each.step_means.items()
+        }
+
+    @property
+    @override
+    def preference_kinds(self) -> frozenset[PreferenceKind]:
+        return frozenset().union(*(each.preference_kinds for each in self.objectives.values()))
+
+    @override
+    def label_remark(self, desirable: int, undesirable: int) -> str | None:
+        remarks = {name: each.label_remark(desirable, undesirable) for name, each in self.objectives.items()}
+        return "; ".join(f"{name}: {remark}" for name, remark in remarks.items() if remark is not None) or None
+
+    @property
+    @override
     def needs_of_samples(self) -> frozenset[str]:
         return frozenset().union(*(each.needs_of_samples for each in self.objectives.values()))
 
@@ -359,10 +397,14 @@ class Sum(BaseObjective):
         for name in self.measures:
             batch.require(f"measures.{name}")  # by its whole name: the objective knows only its own part
         for name, each in self.objectives.items():
-            output, weight = each(self._of_term(name, batch)[0]), self.weights[name]
+            output, weight = each(self._completions_of(name, batch)), self.weights[name]
             terms += [term._replace(name=f"{name}.{term.name}", scale=weight * term.scale) for term in output.terms]
             metrics |= {f"{name}/{key}": values for key, values in output.metrics.items() if len(values)}
         return ObjectiveOutput(tuple(terms), metrics)
+
+    def _completions_of(self, name: str, batch: CompletionBatch) -> CompletionBatch:
+        """Return the batch of a term."""
+        return self._of_term(name, batch)[0]
 
     def _of_term(self, name: str, batch: CompletionBatch) -> tuple[CompletionBatch, Bool[Tensor, " N"] | None]:
         """Return the batch of a term, and which completions it has; None for all."""
@@ -416,3 +458,29 @@ class Sum(BaseObjective):
 def _inside(values: Mapping[str, float], prefix: str) -> dict[str, float]:
     """Return the values whose names have a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+@dataclass(frozen=True)
+class _MeanOfRows:
+    """A step mean over the rows that a part of an objective reads.
+
+    Attributes:
+        mean: The part's step mean.
+        selection: From a batch to the part's rows.
+        reads: Fields that the selection reads.
+    """
+
+    mean: StepMean
+    selection: Callable[[CompletionBatch], CompletionBatch]
+    reads: frozenset[str]
+
+    @property
+    def rows(self) -> StepRows:
+        return self.mean.rows
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.mean.needs | self.reads if self.rows == "own" else self.mean.needs
+
+    def __call__(self, batch: CompletionBatch) -> Weighted:
+        return self.mean(self.selection(batch) if self.rows == "own" else batch)

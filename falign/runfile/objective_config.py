@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from falign.errors import ConfigError
-from falign.objectives import Listwise, Objective, Pairwise, Sum, TokenPairwise, TokenWeighting
+from falign.objectives import Listwise, Objective, Pairwise, Sum, TokenPairwise, TokenWeighting, Unpaired
 from falign.registry import Registry
 from falign.runfile.base_config import ObjectiveSection, PythonObject, named_divergence, refusals
 from falign.runfile.distillation_config import DistillationConfig
@@ -29,6 +29,7 @@ __all__ = [
     "PythonObjectiveConfig",
     "SumConfig",
     "TokenPairwiseConfig",
+    "UnpairedConfig",
 ]
 
 
@@ -78,6 +79,31 @@ class ListwiseConfig(_RegularizedSection):
     def build(self) -> Objective:
         with refusals():
             return Listwise(named_divergence(self.divergence), self.beta, self.length_norm)
+
+
+class UnpairedConfig(_RegularizedSection):
+    """KTO with any divergence: single completions with a label, or pairs as two labeled completions."""
+
+    kind: Literal["unpaired"] = "unpaired"
+    method = "KTO on labels"
+    desirable_weight: float = Field(default=1.0, gt=0)
+    """Weight of desirable completions; balance the labels with one of the two weights."""
+    undesirable_weight: float = Field(default=1.0, gt=0)
+    reference_point: Literal["mismatched", "samples", "vocabulary", "zero"] = "mismatched"
+    """Reward that is neither gain nor loss: estimated as published, from prompts with the completions of other rows,
+    over a whole step; the mean over a step's own ``samples``, for online runs; the divergence over the full
+    ``vocabulary`` along each completion; or ``zero``."""
+
+    @override
+    def build(self) -> Objective:
+        with refusals():
+            return Unpaired(
+                named_divergence(self.divergence),
+                self.beta,
+                self.desirable_weight,
+                self.undesirable_weight,
+                self.reference_point,
+            )
 
 
 class TokenPairwiseConfig(_RegularizedSection):
@@ -211,6 +237,11 @@ OBJECTIVES: Registry[Any] = Registry(
     {
         **TERMS,
         "sum": SumConfig,
+        "pairwise": PairwiseConfig,
+        "listwise": ListwiseConfig,
+        "unpaired": UnpairedConfig,
+        "token_pairwise": TokenPairwiseConfig,
+        **FURTHER_OBJECTIVES,
         "python": PythonObjectiveConfig,
     },
     wanted="class or function",

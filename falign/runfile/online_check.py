@@ -27,6 +27,11 @@ def check_samples(
             f"objective.kind={chosen.kind} reads no reward, and would learn from the policy's own samples "
             "as they are: give data in place of prompts, rollout and rewards."
         )
+    if any(mean.rows == "mismatched" for mean in whole.step_means.values()):
+        raise ConfigError(
+            f"objective.kind={chosen.kind} estimates its reference point from prompts with the completions of other "
+            "rows of data, and here completions are sampled: set objective.reference_point=samples."
+        )
     _check_groups(rollout, chosen, objective)
     _check_correction(rollout, chosen, whole)
     _check_effects(rollout, chosen, rewards, objective)
@@ -43,7 +48,7 @@ def _check_correction(rollout: RolloutConfig, chosen: ObjectiveConfig, objective
 def _check_groups(rollout: RolloutConfig, chosen: ObjectiveConfig, objective: Objective) -> None:
     if rollout.completions > 1:
         return
-    if "preference" in objective.needs:
+    if "pairs" in complete(objective).preference_kinds:
         raise ConfigError(
             f"rollout.completions=1 with objective.kind={chosen.kind}, which compares completions of one prompt: "
             "sample two or more."
@@ -63,7 +68,7 @@ def _check_effects(
 ) -> None:
     # A resolved run file has all fields, so a field counts as given if it differs from its default.
     fields = RolloutConfig.model_fields
-    if rollout.ranked != fields["ranked"].default and "preference" not in objective.needs:
+    if rollout.ranked != fields["ranked"].default and "pairs" not in complete(objective).preference_kinds:
         raise ConfigError(
             f"rollout.ranked={rollout.ranked} applies only to preference objectives, and objective.kind="
             f"{chosen.kind} learns from rewards: leave it out."

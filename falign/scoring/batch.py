@@ -33,6 +33,7 @@ class PromptTree:
         completion_ids: Token ids of each completion, at least one token each.
         preference: One value per completion, larger is preferred (a pair: 1 and 0); None without preferences.
         place: File and row of the example, for messages (``"pairs.jsonl:12"``).
+        mismatched_ids: Token ids of completions of another prompt, for estimates that read them.
 
     Raises:
         ValueError: If the prompt or a completion is empty, or preferences and completions differ in number.
@@ -47,6 +48,12 @@ class PromptTree:
     completion_ids: tuple[tuple[int, ...], ...]
     preference: tuple[float, ...] | None = None
     place: str = ""
+    mismatched_ids: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def mismatched(self) -> PromptTree:
+        """The prompt with the completions of another prompt in place of its own, without preferences."""
+        return PromptTree(self.prompt_ids, self.mismatched_ids, place=self.place)
 
     @property
     def num_tokens(self) -> int:

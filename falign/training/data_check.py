@@ -158,6 +158,7 @@ def _model(
 
 def _check_run(run: str | Path | RunConfig, *, max_drift: float | None, keep: int, trust_code: bool) -> DataCheck:
     """Check all rows of each source, then everything else that a run checks before it loads weights."""
+    from falign.objectives import complete
     from falign.runs.named_code import load_own_run_file
     from falign.training.offline import read_data
     from falign.training.parts import load_language
@@ -176,7 +177,7 @@ def _check_run(run: str | Path | RunConfig, *, max_drift: float | None, keep: in
             tokenizer=language.tokenizer,
             stop_token_ids=language.stop_tokens,
             window=config.data.window,
-            preferences="preference" in objective.needs,
+            preferences="pairs" in complete(objective).preference_kinds,
             keep=keep,
         )
         for source in (*config.data.train, *config.data.eval)

@@ -8,14 +8,16 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from falign.data import Notice, PreferenceData, demonstrations
+from falign.data.labels import label_counts
 from falign.errors import ConfigError
-from falign.objectives import Measure, Objective, references_of
+from falign.objectives import Measure, Objective, complete, references_of
 from falign.references import Reference, read_whole, with_members
 from falign.runfile.config import RunConfig
-from falign.scoring.batch import token_rows
+from falign.scoring.batch import PromptTree, token_rows
 from falign.terminal import progress
 from falign.training.parts import Language, Parts, load_parts
 from falign.training.references import cached
+from falign.training.step_means import with_mismatched
 from falign.training.trainer import AlignmentTrainer
 
 __all__ = ["offline_trainer", "read_data"]
@@ -58,7 +60,14 @@ def offline_trainer(
     measures = config.build_measures()
     trainer = AlignmentTrainer(
         parts.policy,
-        references=_with_caches(config, parts, language, {**objective.measures, **measures}, data, console),
+        references=_with_caches(
+            config,
+            parts,
+            language,
+            {**objective.measures, **measures},
+            [*data.train, *data.eval, *_mismatched(objective, data)],
+            console,
+        ),
         objective=objective,
         args=args,
         train_trees=data.train,
@@ -96,13 +105,18 @@ def read_data(
         language.tokenizer,
         stop_token_ids=language.stop_tokens,
         seed=config.seed,
-        preferences="preference" in objective.needs,
+        preferences="pairs" in complete(objective).preference_kinds,
     )
     config.check_token_rows(language.tokenizer, [*token_rows([*data.train, *data.eval])])
     for notice in data.report.notices():
         tell(notice)
     if "preference" not in objective.needs:
         data = _without_rejected(data, tell)
+    elif "labels" in complete(objective).preference_kinds:
+        counts, _ = label_counts(data.train), label_counts(data.eval)
+        if (remark := complete(objective).label_remark(*counts)) is not None:
+            tell(Notice(f"warning: data: {remark}"))
+        _mismatched(objective, data)  # refuses rows that cannot be paired, before any weight is loaded
     _check_budget(config, data)
     return data
 
@@ -137,12 +151,19 @@ def _check_budget(config: RunConfig, data: PreferenceData) -> None:
         )
 
 
+def _mismatched(objective: Objective, data: PreferenceData) -> list[PromptTree]:
+    """Return the prompts with the completions of other prompts, where the objective scores them."""
+    answers = complete(objective)
+    rows = [*with_mismatched(answers, data.train), *with_mismatched(answers, data.eval, then=data.train)]
+    return [tree.mismatched for tree in rows if tree.mismatched_ids]
+
+
 def _with_caches(
     config: RunConfig,
     parts: Parts,
     language: Language,
     measures: Mapping[str, Measure],
-    data: PreferenceData,
+    trees: Sequence[PromptTree],
     console: Console,
 ) -> dict[str, Reference]:
     """Return the references; those with a cache compute their log-probabilities now and then need no model."""
@@ -163,7 +184,7 @@ def _with_caches(
                 parts.references[name],
                 parts.policy,
                 language.tokenizer,
-                [*data.train, *data.eval],
+                trees,
                 directory=section.cache,
                 batch_size=config.training.per_device_eval_batch_size,
                 scorer=parts.scorer,

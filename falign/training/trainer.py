@@ -36,6 +36,7 @@ from falign.training.finite_guard import describe_loss
 from falign.training.objective_contract import PLANNED_TERMS, ObjectiveContract
 from falign.training.processes import STANDS_IN, Means, counts, gathered, num_processes, stand_in, stand_in_loss
 from falign.training.resumable import ResumableTrainer
+from falign.training.step_means import MISMATCHED, add_step_means, with_mismatched
 
 __all__ = ["AlignmentTrainer"]
 
@@ -106,11 +107,16 @@ class AlignmentTrainer(ResumableTrainer):
                 f"({', '.join(self.references) or 'none'}): add it under this name."
             )
         self.scorer = scorer
+        if not isinstance(train_trees, range):
+            eval_trees = with_mismatched(objective, eval_trees, then=train_trees)
+            train_trees = with_mismatched(objective, train_trees)
 
         def collate(trees: list[PromptTree]) -> dict[str, Any]:
-            if not trees:  # another process has one batch more
-                return stand_in(vars(scorer.lay_out([self._shortest])))
-            return vars(scorer.lay_out(trees))
+            rows = trees or [self._shortest]
+            inputs = dict(vars(scorer.lay_out(rows)))
+            if rows[0].mismatched_ids:
+                inputs[MISMATCHED] = vars(scorer.lay_out([tree.mismatched for tree in rows]))
+            return inputs if trees else stand_in(inputs)  # empty if another process has one batch more
 
         super().__init__(
             model,
@@ -225,15 +231,15 @@ class AlignmentTrainer(ResumableTrainer):
             loss = loss * torch.nan  # so that the reduced gradient is NaN in all processes, which then skip together
         return loss * num_processes()  # gradients are averaged over processes, and each term needs their sum
 
-    def score(self, model: nn.Module, inputs: dict[str, Any]) -> ObjectiveInputs:
-        """Return the scores of a batch under policy and references that the objective needs."""
+    def score(self, model: nn.Module, inputs: dict[str, Any], fields: Objective | None = None) -> ObjectiveInputs:
+        """Return the scores of a batch under policy and references that the objective needs, or ``fields`` alone."""
         batch, columns = split_columns(inputs)
         return objective_inputs(
             self.policy,
             batch,
             references=self.references,
-            objective=self.current,
-            measures=self.measures,
+            objective=self.current if fields is None else fields,
+            measures=self.measures if fields is None else {},
             chunk_tokens=self.scorer.chunk_tokens,
             wrapped=model,
             columns=columns,
@@ -270,6 +276,24 @@ class AlignmentTrainer(ResumableTrainer):
         return self.guard.check_gradient(norm, step=self.state.global_step + 1, terms=self.contract.names)
 
     @override
+    def step_weights(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
+        self._add_step_means(batch_samples)
+        return super().step_weights(batch_samples, device)
+
+    def _add_step_means(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Give all micro-batches the means over them that the objective reads."""
+        if not (means := self.current.step_means):
+            return
+        with evaluation_mode(self.policy):
+            add_step_means(
+                batches,
+                means,
+                score=lambda inputs, fields: self.score(self.policy, self.prepare(inputs), fields).completions,
+                counts=counts,
+                add_up=lambda sums: self.accelerator.reduce(sums.to(self.args.device), reduction="sum"),  # pyright: ignore[reportArgumentType, reportReturnType]
+            )
+
+    @override
     def term_weights(self, inputs: dict[str, Any]) -> Tensor:
         # The loss is divided by the weights of the whole step, which are needed before its first forward pass. Weights
         # depend only on masks and given fields, so the objective gives them with zeros in place of log-probabilities.
@@ -296,7 +320,10 @@ class AlignmentTrainer(ResumableTrainer):
         means, totals = Means(), []
         # Iterating a loader draws from the CPU's generator; without the fork, dropout in later steps would change.
         with torch.no_grad(), evaluation_mode(self.policy), torch.random.fork_rng(devices=[]):
-            for inputs in self.get_eval_dataloader(eval_dataset):
+            loader = self.get_eval_dataloader(eval_dataset)
+            if self.current.step_means:
+                self._add_step_means(loader := list(loader))
+            for inputs in loader:
                 batch = self.prepare(inputs)
                 scored = self.score(self.policy, batch)
                 if not counts(inputs):
@@ -365,9 +392,13 @@ def state_folder(checkpoint: Path, name: str) -> Path:
     return checkpoint if name == REFERENCE else checkpoint / "references" / name
 
 
+BESIDE = frozenset({"columns", MISMATCHED, STANDS_IN, PLANNED_TERMS})
+"""Fields of a micro-batch besides its rows of tokens."""
+
+
 def split_columns(inputs: dict[str, Any]) -> tuple[TokenBatch, dict[str, Tensor]]:
     """Split a micro-batch into its rows of tokens and the further fields of its completions."""
-    rows = {name: value for name, value in inputs.items() if name not in ("columns", STANDS_IN, PLANNED_TERMS)}
+    rows = {name: value for name, value in inputs.items() if name not in BESIDE}
     known = {field.name for field in fields(CompletionBatch)}
     columns = inputs.get("columns", {})
     return TokenBatch(**rows), {name: value for name, value in columns.items() if field_of(name) in known}

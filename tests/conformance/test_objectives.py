@@ -13,6 +13,7 @@ from falign import CompletionBatch, divergences
 from falign.objectives import (
     BaseObjective,
     BinaryConstraint,
+    Constant,
     Dads,
     DifficultyKernel,
     Distillation,
@@ -34,6 +35,7 @@ from falign.objectives import (
     Supervised,
     Term,
     TokenPairwise,
+    Unpaired,
     ace,
     complete,
     field_of,
@@ -69,6 +71,9 @@ ROWS = {
     "IPO": Pairwise(divergences.get("reverse_kl"), "ipo", beta=0.3),
     "robust, by token": Pairwise(divergences.get("chi2_kl"), "robust(0.1)", 0.1, "token"),
     "Plackett-Luce": Listwise(divergences.get("alpha(0.4)"), beta=0.3),
+    "KTO": Unpaired(divergences.get("reverse_kl"), 0.3, 1.5, 0.5),
+    "KTO, samples": Unpaired(JS, 0.3, 1.5, 0.5, "samples"),
+    "KTO, vocabulary": Unpaired(divergences.get("chi2_kl"), 0.3, reference_point="vocabulary"),
     "TDPO1": TokenPairwise(KL, beta=0.3, variant=1, weighting="mapo"),
     "TDPO2": TokenPairwise(JS, beta=0.3),
     "RLOO": RLOO,
@@ -160,7 +165,12 @@ def batch_for(objective: Objective, *, far: float = 1.0) -> CompletionBatch:
     }
     needs = {name if name.startswith("references.") else field_of(name) for name in objective.needs}
     logprobs = (-draw(7, 5, scale=far) * signs(7, 5)).requires_grad_()
-    measures = {f"measures.{name}": draw(7, 5, scale=far).requires_grad_() for name in objective.measures}
+    measures = {
+        f"measures.{name}": draw(7, 5, scale=far).requires_grad_(not isinstance(measure, Constant))
+        for name, measure in objective.measures.items()
+    }
+    fields |= {f"step_means.{name}": torch.full((7,), 0.4).double() for name in complete(objective).step_means}
+    needs |= {name for name in fields if name.startswith("step_means")}
     always = {"logprobs": logprobs, "completion_mask": mask, "prompt_index": PROMPTS}
     return CompletionBatch.of({**always, **{name: fields[name] for name in needs}, **measures})
 
@@ -272,6 +282,8 @@ def test_losses_gradients_and_metrics_are_finite_to_ten_thousand_nats(objective,
 def test_a_field_or_measure_that_is_missing_is_named(objective):
     batch = batch_for(objective)
     without_meaning = {"old_logprobs", "old_values", "log_partition"}  # where they are None, they are π's, or estimated
+    own = (name for name, mean in objective.step_means.items() if mean.rows == "own")
+    without_meaning |= {f"step_means.{name}" for name in own}  # then the batch is the step
     for name in batch.tensors().keys() - {"logprobs", "completion_mask", "prompt_index"} - without_meaning:
         rest = {other: value for other, value in batch.tensors().items() if other != name}
         place = name.partition(".")[2] or name

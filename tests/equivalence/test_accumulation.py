@@ -1,13 +1,13 @@
 """How a step is cut into micro-batches, and held-out data into batches, changes nothing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
 import torch
 
-from falign.methods import FDPO
-from falign.objectives import CompletionBatch, Measure, ObjectiveOutput, Pairwise, Term
+from falign.methods import FDPO, KTO
+from falign.objectives import CompletionBatch, Measure, ObjectiveOutput, Pairwise, Term, complete
 from falign.references import AdapterOff
 from falign.scoring import completion_scores, pack
 from tests.equivalence.runs import PAD, alignment_trainer, difference, lora_policy, lora_weights, run, trees
@@ -32,23 +32,36 @@ OBJECTIVES = {
     "forward_kl_robust": FDPO("forward_kl", 0.05, margin_loss="robust(0.1)"),
     "jensen_shannon_per_token": FDPO("jensen_shannon", 2.0, length_norm="token"),
     "pairs_and_tokens": PairsAndTokens(FDPO("reverse_kl", 0.3)),
+    "kto": KTO("jensen_shannon", 0.5, undesirable_weight=1.5),
 }
 
 
 def whole_batch(objective, rows, dtype):
     """The loss, metrics and gradient of all rows at once, with no trainer."""
     policy = lora_policy(trained=True).to(dtype)
-    batch = pack(rows, pad_token_id=PAD)
-    scores = completion_scores(policy, batch)
-    output = objective(
-        CompletionBatch(
+
+    def completions(rows):
+        batch = pack(rows, pad_token_id=PAD)
+        scores = completion_scores(policy, batch)
+        found = CompletionBatch(
             logprobs=scores.logprobs,
             completion_mask=batch.completion_mask,
             prompt_index=batch.prompt_index,
             reference_logprobs=AdapterOff().logprobs(policy, batch),
             preference=batch.preference,
         )
-    )
+        return batch, scores, found
+
+    batch, scores, found = completions(rows)
+    for name, mean in complete(objective).step_means.items():
+        longest = max(len(row.prompt_ids) + max(map(len, row.completion_ids)) for row in rows)
+        pairs = [
+            replace(row, completion_ids=tuple(ids[: longest - len(row.prompt_ids)] for ids in other.completion_ids))
+            for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)
+        ]
+        values = mean(completions(pairs)[2]).values
+        found = replace(found, step_means={name: values.mean().expand(len(found.logprobs))})
+    output = objective(found)
     output.mean().backward()
     metrics = {name: values.mean().item() for name, values in output.metrics.items()}
     metrics["entropy"] = scores.entropy[batch.completion_mask].mean().item()

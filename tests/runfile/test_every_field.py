@@ -106,6 +106,14 @@ ADVANTAGES = ("None", "BatchMean", "LeaveOneOut", "GroupCentred", "GroupNormalis
 BUILT_ALONE = {
     "PairwiseConfig": Changes({}, divergence="jensen_shannon", beta=0.3, margin_loss="hinge", length_norm="token"),
     "ListwiseConfig": Changes({}, divergence="jensen_shannon", beta=0.3, length_norm="token"),
+    "UnpairedConfig": Changes(
+        {},
+        divergence="jensen_shannon",
+        beta=0.3,
+        desirable_weight=2.0,
+        undesirable_weight=2.0,
+        reference_point="zero",
+    ),
     "TokenPairwiseConfig": Changes(
         {}, divergence="jensen_shannon", beta=0.3, alpha=0.2, variant=1, weighting="activations"
     ),

@@ -85,10 +85,9 @@ class RolloutScorer:
 
     def _sampled(self, groups: Sequence[Group]) -> RolloutBuffer:
         needs = self._answers.needs
-        compares = "preference" in needs
-        if compares and self.rollout.ranked == "best_worst":
+        if "pairs" in self._answers.preference_kinds and self.rollout.ranked == "best_worst":
             groups = [group.best_and_worst() for group in groups]
-        rollout = rollout_buffer(groups, compared=compares)
+        rollout = rollout_buffer(groups, compared="preference" in needs)
         return rollout.with_columns({name: of(groups) for name, of in OF_GROUPS.items() if name in needs})
 
     def _scored(self, rollout: RolloutBuffer) -> RolloutBuffer:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from falign.data import PromptRow
 from falign.errors import ConfigError, EngineError, NonFiniteRewardError, RewardError, TrainingError
-from falign.objectives import Objective
+from falign.objectives import Objective, complete
 from falign.objectives.batch import ONLINE
 from falign.references import REFERENCE, ObjectiveInputs, Reference
 from falign.rewards import RewardSum
@@ -113,7 +113,7 @@ class OnlineTrainer(AlignmentTrainer):
     ) -> None:
         self.rollout, self.evaluation_sampler, self.eval_prompts = rollout, evaluation_sampler, eval_prompts
         self.table, self.advise = table, advise
-        compares = "preference" in objective.needs
+        compares = "pairs" in complete(objective).preference_kinds
         self.source = RolloutSource(sampler, prompts, rollout, compares=compares, seed=args.seed, keep=table.write)
         self.rehearsal, self.rehearsal_size = rehearsal or RolloutBuffer(), rehearsal_size
         self.rehearsal_order = PromptOrder(len(self.rehearsal), seed=mixed(args.seed, "rehearsal"))
