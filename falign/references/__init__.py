@@ -20,6 +20,7 @@ from falign.references.frozen_model import FrozenModel
 from falign.references.moving import MovingAverage, MovingReference, PeriodicReset
 from falign.references.scores import ReferenceScores, read_whole, with_members
 from falign.references.soup import Soup
+from falign.references.stalling import ResetOnStall, StallReset
 from falign.references.store import CacheKey, LogprobStore, entry_digest
 
 __all__ = [
@@ -40,7 +41,9 @@ __all__ = [
     "PeriodicReset",
     "Reference",
     "ReferenceScores",
+    "ResetOnStall",
     "Soup",
+    "StallReset",
     "check_interval",
     "check_same_at_start",
     "completion_batch",

@@ -242,6 +242,16 @@ class Reference(ABC):
             optimizer: The policy's optimizer; a reset may clear its moments.
         """
 
+    def observe(self, metrics: Mapping[str, float]) -> None:  # noqa: B027 - most references ignore them
+        """Take note of a held-out evaluation, on which the next move may depend.
+
+        Args:
+            metrics: Means over the held-out data, as logged without ``eval_``.
+
+        Raises:
+            ConfigError: The metric that the reference depends on is not among them.
+        """
+
     def save(self, folder: Path, policy_model: nn.Module) -> None:  # noqa: B027 - a fixed reference has no state
         """Write the state of a moving reference into an existing folder."""
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["MovingAverage", "MovingReference", "PeriodicReset"]
+__all__ = ["CopyRule", "MovingAverage", "MovingReference", "PeriodicReset"]
 
 _FILE = "reference.safetensors"
 _ROOM = 4  # default rank of the average's adapter, as a multiple of the policy's
@@ -90,25 +90,8 @@ class MovingAverage:
         return {}
 
 
-@dataclass(frozen=True)
-class PeriodicReset:
-    """``π_ref ← π``, every `every` optimizer steps (TR-DPO's hard update; ProRL's reset).
-
-    Attributes:
-        every: Optimizer steps between two resets.
-        reset_optimizer: Also clear the optimizer's moments, as ProRL does.
-
-    Source:
-        Gorbatovski et al., TR-DPO (arXiv:2404.09656), hard update. Liu et al., ProRL (arXiv:2505.24864), which
-        resets when validation stalls; here the interval is fixed.
-    """
-
-    kind: ClassVar[str] = "periodic_reset"
-    every: int
-    reset_optimizer: bool = False
-
-    def __post_init__(self) -> None:
-        _check_every(self.every)
+class CopyRule:
+    """How a reference becomes a copy of the policy; a base of the rules that say when."""
 
     def add_adapter(self, policy_model: PeftModel, name: str) -> None:
         """Add the adapter that will be set to the policy's, initially equal to it."""
@@ -129,6 +112,27 @@ class PeriodicReset:
         for old, new in _pairs(reference_model, policy_model).values():
             old.copy_(new)
         return {}
+
+
+@dataclass(frozen=True)
+class PeriodicReset(CopyRule):
+    """``π_ref ← π``, every `every` optimizer steps (TR-DPO's hard update; ProRL's reset).
+
+    Attributes:
+        every: Optimizer steps between two resets.
+        reset_optimizer: Also clear the optimizer's moments, as ProRL does.
+
+    Source:
+        Gorbatovski et al., TR-DPO (arXiv:2404.09656), hard update. Liu et al., ProRL (arXiv:2505.24864), which
+        resets when validation stalls: see :class:`ResetOnStall`.
+    """
+
+    kind: ClassVar[str] = "periodic_reset"
+    every: int
+    reset_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        _check_every(self.every)
 
 
 class MovingReference(Reference):

@@ -299,6 +299,7 @@ class RunConfig(FrozenModel):
                     f"references.{name}: a name is a lower-case letter, then letters, digits and underscores."
                 )
             section.check(field=self.section_of(name), adapter=self.adapter is not None)
+            section.check_evaluation(field=self.section_of(name), every=self.training.eval_steps)
         try:
             whole = complete(objective)
         except (TypeError, ValueError) as error:

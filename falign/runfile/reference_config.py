@@ -30,6 +30,7 @@ __all__ = [
     "PeriodicResetConfig",
     "PythonReferenceConfig",
     "ReferenceConfig",
+    "ResetOnStallConfig",
     "SoupConfig",
 ]
 
@@ -235,9 +236,9 @@ class SoupConfig(ReferenceSection):
         )
 
 
-class _MovingConfig(ReferenceSection):
-    every: int = Field(ge=1)
-    """Optimizer steps between two moves. Logs of a step are measured before the move."""
+class _FollowingConfig(ReferenceSection):
+    """A reference that follows the policy."""
+
     cache: None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """Not possible here."""
 
@@ -246,12 +247,6 @@ class _MovingConfig(ReferenceSection):
     def _refuse_cache(cls, value: Any) -> None:
         if value is not None:
             raise ValueError("the log-probabilities of a moving reference change at every move; leave the cache out")
-
-    @override
-    def check_rollouts(self, *, field: str, updates: int) -> None:
-        from falign.references import check_interval
-
-        check_interval(self.every, place=field, updates=updates)
 
     @override
     def check_sharding(self, *, field: str) -> None:
@@ -266,27 +261,46 @@ class _MovingConfig(ReferenceSection):
     def starts_as_policy(self, config: PolicySections) -> bool:
         return True
 
-    def rule(self) -> references.MovingRule:
+    def rule(self) -> Any:
         """Return the rule by which it follows the policy."""
         raise NotImplementedError
+
+    @property
+    def made(self) -> type[references.MovingReference]:
+        """The class of the reference."""
+        from falign.references import MovingReference
+
+        return MovingReference
 
     @override
     def build(self, context: BuildContext) -> references.Reference:
         from peft import PeftModel
 
         from falign.models import adapted_weights_hash
-        from falign.references import MovingReference
 
         policy = context.policy
         if not isinstance(policy, PeftModel):
-            return MovingReference(FrozenReferenceConfig().build(context), rule=self.rule())
-        return MovingReference.beside(
+            return self.made(FrozenReferenceConfig().build(context), rule=self.rule())
+        return self.made.beside(
             policy,
             rule=self.rule(),
             adapter=context.adapter,
             weights=adapted_weights_hash(policy, adapter="default"),
             chunk_tokens=context.config.training.chunk_tokens,
         )
+
+
+class _MovingConfig(_FollowingConfig):
+    """A reference that follows the policy at intervals."""
+
+    every: int = Field(ge=1)
+    """Optimizer steps between two moves. Logs of a step are measured before the move."""
+
+    @override
+    def check_rollouts(self, *, field: str, updates: int) -> None:
+        from falign.references import check_interval
+
+        check_interval(self.every, place=field, updates=updates)
 
 
 class MovingAverageConfig(_MovingConfig):
@@ -323,6 +337,43 @@ class PeriodicResetConfig(_MovingConfig):
         from falign.references import PeriodicReset
 
         return PeriodicReset(every=self.every, reset_optimizer=self.reset_optimizer)
+
+
+class ResetOnStallConfig(_FollowingConfig):
+    """The policy as it was when a held-out metric last stopped improving (ProRL)."""
+
+    kind: Literal["reset_on_stall"] = "reset_on_stall"
+    patience: int = Field(ge=1)
+    """Evaluations in a row without improvement, after which the reference is set to the policy."""
+    metric: str = "reward"
+    """A held-out metric, as in the log without ``eval_``: ``reward``, ``pass@1``, ``loss``."""
+    min_improvement: float = Field(default=0.0, ge=0)
+    """An evaluation improves if it is better than the best one by more than this."""
+    larger_is_better: bool = True
+    """``false`` for a loss."""
+    reset_optimizer: bool = True
+    """Forget the optimizer's moments too."""
+
+    @override
+    def check_evaluation(self, *, field: str, every: int | None) -> None:
+        if every is None:
+            raise ConfigError(
+                f"{field}.kind=reset_on_stall waits for evaluations, and training.eval_steps is not set: give the "
+                "steps between two of them."
+            )
+
+    @property
+    @override
+    def made(self) -> type[references.MovingReference]:
+        from falign.references import StallReset
+
+        return StallReset
+
+    @override
+    def rule(self) -> references.MovingRule:
+        from falign.references import ResetOnStall
+
+        return ResetOnStall(**self.model_dump(exclude={"kind", "cache"}))
 
 
 class _CombinationConfig(ReferenceSection):
@@ -483,6 +534,7 @@ else:
             "soup": SoupConfig,
             "moving_average": MovingAverageConfig,
             "periodic_reset": PeriodicResetConfig,
+            "reset_on_stall": ResetOnStallConfig,
             "mixture": MixtureConfig,
             "geometric": GeometricConfig,
             "python": PythonReferenceConfig,

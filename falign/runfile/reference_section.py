@@ -101,6 +101,17 @@ class ReferenceSection(FrozenModel):
             ConfigError: The interval is not a multiple of the updates.
         """
 
+    def check_evaluation(self, *, field: str, every: int | None) -> None:
+        """Refuse a reference that waits for evaluations which do not come.
+
+        Args:
+            field: The section in messages.
+            every: Steps between two evaluations; None for none during training.
+
+        Raises:
+            ConfigError: It needs evaluations.
+        """
+
     def check_sharding(self, *, field: str) -> None:
         """Refuse settings that do not work with sharded weights (FSDP2), before anything is loaded.
 

@@ -177,6 +177,11 @@ class AlignmentTrainer(ResumableTrainer):
         self._coefficients = self.controls.objective.coefficients(self.schedule_step)
         self.move_references(step=self.state.global_step)
 
+    def observe_evaluation(self, means: Mapping[str, float]) -> None:
+        """Tell the references the held-out means, by names without prefix: some move when these stall."""
+        for reference in self.references.values():
+            reference.observe(means)
+
     def move_references(self, *, step: int) -> None:
         """Update the references that follow the policy, if they are due at this step."""
         for reference in self.references.values():
@@ -335,7 +340,9 @@ class AlignmentTrainer(ResumableTrainer):
         # Each term is divided by its own weights, summed over all batches and processes: shape (2, K).
         loss_sums, weight_sums = torch.stack(gathered(totals)).sum(dim=0)
         loss = (loss_sums / weight_sums).sum().item()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in {"loss": loss, **means.take()}.items()}
+        found = {"loss": loss, **means.take()}
+        self.observe_evaluation(found)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -24,7 +24,9 @@ from falign.references import (
     MovingReference,
     PeriodicReset,
     Reference,
+    ResetOnStall,
     Soup,
+    StallReset,
     check_same_at_start,
 )
 from falign.runfile import OwnReferenceConfig, ReferenceSection
@@ -62,6 +64,7 @@ class Kind(NamedTuple):
         build: Makes it for a policy, which may get an adapter more, with a folder for its files.
         starts_as_policy: Whether it is the policy as :func:`policy` makes it.
         moves: Whether it follows the policy.
+        stalls: Whether it does so when evaluations stall, and not at intervals.
         whole: Whether the policy is a whole model, without adapter.
         writes: Whether it is a model that can be sampled from.
     """
@@ -69,6 +72,7 @@ class Kind(NamedTuple):
     build: Callable[[Any, Any], Reference]
     starts_as_policy: bool = False
     moves: bool = False
+    stalls: bool = False
     whole: bool = False
     writes: bool = True
 
@@ -82,9 +86,15 @@ KINDS = {
     "soup": Kind(lambda policy, folder: Soup(adapter(policy, folder), record={"members": [{"path": "a"}]})),
     "moving_average": Kind(lambda p, folder: MovingReference.beside(p, rule=AVERAGE, weights="w"), True, True),
     "moving_average_full": Kind(
-        lambda p, folder: MovingReference(FrozenModel(copy.deepcopy(p), weights="w"), rule=AVERAGE), True, True, True
+        lambda p, folder: MovingReference(FrozenModel(copy.deepcopy(p), weights="w"), rule=AVERAGE),
+        True,
+        True,
+        whole=True,
     ),
     "periodic_reset": Kind(lambda p, folder: MovingReference.beside(p, rule=RESET, weights="w"), True, True),
+    "reset_on_stall": Kind(
+        lambda p, folder: StallReset.beside(p, rule=ResetOnStall(patience=1), weights="w"), True, True, stalls=True
+    ),
     "mixture": Kind(lambda policy, folder: Mixture(members(policy), {"a": 0.7, "b": 0.3}), writes=False),
     "geometric": Kind(lambda policy, folder: Geometric(members(policy), {"a": 1.25, "b": -0.25}), writes=False),
     "cached": Kind(
@@ -177,8 +187,10 @@ def test_it_stays_until_it_moves_and_moves_when_it_is_due(kind, built):
     before = reference.logprobs(policy, BATCH)
     trained(policy)
     for step in (0, 1):
+        reference.observe({"reward": 1.0 + step})
         reference.move(policy, step, optimizer)
         assert torch.equal(reference.logprobs(policy, BATCH), before)
+    reference.observe({"reward": 2.0})
     reference.move(policy, 2, optimizer)
     assert torch.equal(reference.logprobs(policy, BATCH), before) != kind.moves
     assert (reference.metrics().get("moves") == 1.0) == kind.moves
@@ -188,7 +200,7 @@ def test_it_does_not_move_between_the_updates_on_a_rollout(kind, built):
     _, reference = built
     for updates in (1, 2):
         reference.check_rollouts(place="reference", updates=updates)
-    if kind.moves:
+    if kind.moves and not kind.stalls:
         with pytest.raises(ConfigError, match=r"reference\.every=2 is not a multiple of the 4 optimizer steps"):
             reference.check_rollouts(place="reference", updates=4)
     else:
@@ -199,6 +211,8 @@ def test_what_is_saved_is_gone_on_from_bit_for_bit(kind, built, tmp_path):
     policy, reference = built
     (state := tmp_path / "state").mkdir()
     trained(policy)
+    for _ in range(2):
+        reference.observe({"reward": 1.0})
     reference.move(policy, 2, torch.optim.SGD(policy.parameters()))
     reference.save(state, policy)
     assert any(state.iterdir()) == kind.moves, "what does not move has nothing to save"
@@ -249,5 +263,7 @@ def test_sharded_weights_are_read_or_refused_with_the_reason(built):
     if reference.can_shard:
         _require_shardable({"reference": reference})
     else:
-        with pytest.raises(ConfigError, match=r"teacher \(MovingReference\) under FSDP2: the reference moves by"):
+        with pytest.raises(
+            ConfigError, match=r"teacher \((MovingReference|StallReset)\) under FSDP2: the reference moves by"
+        ):
             _require_shardable({"teacher": reference})

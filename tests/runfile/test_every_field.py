@@ -37,6 +37,7 @@ NOTHING_TO_BUILD = {
             "TransformersEngineConfig.kind",
             "MovingAverageConfig.kind",
             "PeriodicResetConfig.kind",
+            "ResetOnStallConfig.kind",
             "MixtureConfig.kind",
             "GeometricConfig.kind",
             "OwnReferenceConfig.kind",
@@ -55,7 +56,9 @@ NOTHING_TO_BUILD = {
     ),
     "ClassifierConfig.revision": "of a repository on the Hub: a folder has one revision, and there is no network here",
     **dict.fromkeys(
-        tuple(f"{kind}Config.cache" for kind in ("MovingAverage", "PeriodicReset", "Mixture", "Geometric")),
+        tuple(
+            f"{kind}Config.cache" for kind in ("MovingAverage", "PeriodicReset", "ResetOnStall", "Mixture", "Geometric")
+        ),
         "there to say why it is refused: it can only be null",
     ),
 }
@@ -315,6 +318,7 @@ REWARDS = {
 URL, OTHER_URL = "a server", "another server"
 COLDER = {"prompts": 4, "completions": 4, "max_new_tokens": 8, "temperature": 0.5}
 MOVING = {"every": 4}
+EVALUATED = {"training": {"max_steps": 4, "learning_rate": 0.01, "eval_steps": 2}}
 LONG = {"path": "long.jsonl", "chat": False}
 REHEARSES = {"objective": {"kind": "hybrid"}, "rehearsal": {"path": "rehearsal.jsonl", "completions": 2}}
 MEMBERS = {"references": {"a": {"kind": "frozen"}, "b": {"kind": "frozen", "path": "tiny2"}}}
@@ -395,6 +399,17 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             {"kind": "periodic_reset", **MOVING},
             every=2,
             reset_optimizer=True,
+        ),
+    ),
+    "ResetOnStallConfig": (
+        "reference",
+        Changes(
+            {"kind": "reset_on_stall", "patience": 3, "metric": "loss"},
+            patience=With(2, run=EVALUATED),
+            metric=With("rewards/margins", run=EVALUATED),
+            min_improvement=With(0.5, run=EVALUATED),
+            larger_is_better=With(False, run=EVALUATED),
+            reset_optimizer=With(False, run=EVALUATED),
         ),
     ),
     "MixtureConfig": (

@@ -207,3 +207,35 @@ def test_a_controller_that_measures_nothing_known_stops_the_run_with_the_names(s
 def test_a_schedule_that_cannot_work_is_refused_before_anything_is_loaded(objective, message):
     with pytest.raises(ConfigError, match=message):
         parse_run(run_data("nowhere", "nothing.jsonl", "run", objective=objective)).check()
+
+
+def test_a_reference_reset_on_stall_resumes_bit_for_bit_and_moves_between_rollouts_only(start):
+    options = {
+        "online": True,
+        "objective": {**PENALIZED, "beta": 2.0},
+        "reference": {"kind": "reset_on_stall", "patience": 1, "metric": "reward", "min_improvement": 0.2},
+        "rollout": {"updates": 2},
+        "training": {**EVERY_STEP, "max_steps": 6, "eval_steps": 1},
+    }
+    whole, broken = start("whole", **options), start("broken", **options)
+    moves = [log["reference/moves"] for log in logs(whole)]
+    assert moves[-1] >= 1
+    assert moves[::2] == moves[1::2]
+    # After a move, the first update on a rollout finds the policy at its reference.
+    for step in range(2, 6, 2):
+        moved = moves[step] > moves[step - 1]
+        assert (abs(logs(whole)[step]["logratios/policy"]) < 1e-4) == moved
+    remove_after(broken, 3)
+    resumed = start("broken", resume=True, **options)
+    assert same(whole, resumed)
+    assert logs(resumed) == logs(whole)
+
+
+def test_a_reset_on_stall_needs_evaluations_with_its_metric(start):
+    reference = {"kind": "reset_on_stall", "patience": 2}
+    with pytest.raises(
+        ConfigError, match=r"reference.kind=reset_on_stall waits for evaluations, and training.eval_steps"
+    ):
+        start("run", reference=reference)
+    with pytest.raises(ConfigError, match=r"when 'reward' stalls, and the held-out metrics are .*loss"):
+        start("run", reference=reference, training={"eval_steps": 2})

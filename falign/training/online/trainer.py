@@ -198,6 +198,12 @@ class OnlineTrainer(AlignmentTrainer):
         return optimizer
 
     @override
+    def move_references(self, *, step: int) -> None:
+        # The updates on a rollout, which is scored once, have one reference.
+        if step % self.rollout.num_updates == 0:
+            super().move_references(step=step)
+
+    @override
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Return the micro-batches of the next update, sampling when the last rollout is used up."""
         self.begin_step()
@@ -332,6 +338,7 @@ class OnlineTrainer(AlignmentTrainer):
             scorer=self.scorer,
         )
         self.table.write(self.state.global_step, draw, held_out=True)
+        self.observe_evaluation(means)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
