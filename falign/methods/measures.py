@@ -56,7 +56,7 @@ def EMO(  # noqa: N802 - the paper's name
 def PLD(  # noqa: N802 - the paper's name
     k: int = 100, reference: str = TEACHER, *, reduction: CompletionMean = "token_mean"
 ) -> Distillation:
-    """Return PLD: ``Σ_i T(σ_i) [logsumexp_{j≥i} z(σ_j) - z(σ_i)]``; σ is the token of the data, then the teacher's order.
+    """Return PLD: ``Σ_i T(σ_i) [logsumexp_{j≥i} z(σ_j) - z(σ_i)]``: σ is the data's token, then the teacher's order.
 
     Args:
         k: Number of the teacher's tokens that are ranked; all others count as ranked after them. V is the paper's.
