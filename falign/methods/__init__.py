@@ -3,8 +3,12 @@
 from falign.methods.core import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO
 from falign.methods.measures import EMO, LSKD, NKD, PLD, STARCKD, SinKD
 from falign.methods.unpaired import KTO
+from falign.methods.weighted import ACE, APO, BDKD, PACED, RLAD, TSDKD, AdaSPEC, SparsePO
 
 __all__ = [
+    "ACE",
+    "APO",
+    "BDKD",
     "DPHRL",
     "EMO",
     "FDPG",
@@ -12,10 +16,15 @@ __all__ = [
     "KTO",
     "LSKD",
     "NKD",
+    "PACED",
     "PLD",
+    "RLAD",
     "SALSA",
     "SALSARLOO",
     "STARCKD",
     "TDPO",
+    "TSDKD",
+    "AdaSPEC",
     "SinKD",
+    "SparsePO",
 ]

@@ -260,8 +260,8 @@ class Surrogate:
             raise ValueError(f"old_exponent={self.old_exponent!r} must be between 0 and 1.")
         if self.importance_reference is None and self.old_exponent != 1:
             raise ValueError(
-                f"old_exponent={self.old_exponent!r} without importance_reference: set that to the name of a reference, "
-                "or leave old_exponent out."
+                f"old_exponent={self.old_exponent!r} without importance_reference: set that to a reference, or leave "
+                "old_exponent out."
             )
 
     @property

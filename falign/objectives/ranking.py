@@ -36,14 +36,16 @@ class RankTopK:
         target_first: Put the token of the data first, before the others in the reference's order.
         whole: Rank the k tokens before all others of the vocabulary, too: these are in every sum. Without it only the
             order among the k tokens matters, and with k = 1 nothing does.
+        candidates: Whose k most likely tokens are ranked: ``"reference"``, or ``"policy"``; the order is always the
+            reference's.
 
     Raises:
         ValueError: A number or choice is out of range.
 
     Source:
         Plackett–Luce: Luce, Individual Choice Behavior (1959). PLD (arXiv:2506.12542) has ``k = V``, the true label
-        first and the reference's weights. TSD-KD (arXiv:2603.13260) ranks a top 10 with equal weights; its published
-        code has prefix sums.
+        first and the reference's weights. TSD-KD (arXiv:2603.13260) ranks the student's top 10 with equal weights; its
+        published code has prefix sums.
 
     Example:
         >>> p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.1, 0.6, 0.3]])
@@ -57,12 +59,15 @@ class RankTopK:
     weights: RankWeights = "equal"
     target_first: bool = False
     whole: bool = False
+    candidates: Literal["reference", "policy"] = "reference"
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"k={self.k!r} must be at least 1.")
         if self.weights not in get_args(RankWeights):
             raise ValueError(f"weights={self.weights!r}: choose one of {', '.join(get_args(RankWeights))}.")
+        if self.candidates not in ("reference", "policy"):
+            raise ValueError(f"candidates={self.candidates!r}: choose 'reference' or 'policy'.")
         if self.k == 1 and not (self.whole or self.target_first):
             raise ValueError("k=1 ranks one token among itself: raise k, or set whole or target_first.")
 
@@ -95,8 +100,7 @@ class RankTopK:
 
     def _order(self, at: Vocabulary) -> tuple[Tensor, Tensor]:
         """Return the ids in the wanted order, and the weights of the choices, each of shape (M, K)."""
-        top = at.top(self.reference, self.k)
-        ids, weights = top.ids, top.logprobs.exp()
+        ids, weights = self._candidates(at)
         if self.target_first:
             # From the whole distribution, because the target may not be among the top.
             first = at.targets[:, None]
@@ -104,3 +108,12 @@ class RankTopK:
             if self.weights == "reference":
                 weights = torch.cat([at.reference(self.reference).gather(-1, first).exp(), weights], dim=-1)
         return ids, weights if self.weights == "reference" else torch.ones_like(ids, dtype=at.logprobs.dtype)
+
+    def _candidates(self, at: Vocabulary) -> tuple[Tensor, Tensor]:
+        """Return the ids to rank, best first, and the reference's probabilities of them."""
+        if self.candidates == "reference":
+            top = at.top(self.reference, self.k)
+            return top.ids, top.logprobs.exp()
+        own = at.logprobs.detach().topk(self.k, dim=-1).indices
+        ranked = at.reference(self.reference).gather(-1, own).sort(dim=-1, descending=True, stable=True)
+        return own.gather(-1, ranked.indices), ranked.values.exp()

@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -105,3 +106,17 @@ def test_names_and_refusals():
         RankTopK(1)
     with pytest.raises(ValueError, match=r"rank_top_k\(3, whole=maybe\)'.*'maybe' must be true or false"):
         get_measure("rank_top_k(3, whole=maybe)")
+
+
+def test_the_policys_candidates_are_ranked_in_the_references_order():
+    generator = torch.Generator().manual_seed(3)
+    policy, teacher = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64).log_softmax(dim=-1)
+    at = Vocabulary(policy, targets=torch.zeros(5, dtype=torch.long), references={"teacher": teacher})
+    values = RankTopK(3, "teacher", candidates="policy")(at)
+    for row in range(5):
+        own = sorted(sorted(range(8), key=lambda v: -policy[row, v])[:3], key=lambda v: -teacher[row, v])
+        probability = 1.0
+        for i in range(3):
+            remaining = sum(math.exp(policy[row, v]) for v in own[i:])
+            probability *= math.exp(policy[row, own[i]]) / remaining
+        assert values[row].item() == pytest.approx(-math.log(probability), abs=1e-13)
