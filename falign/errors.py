@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 __all__ = [
+    "CheckError",
     "ConfigError",
     "DataError",
     "EngineError",
@@ -65,6 +66,10 @@ class FalignError(Exception):
 
 class ConfigError(FalignError, ValueError):
     """A run file, an option or a combination of options that cannot work."""
+
+
+class CheckError(FalignError, AssertionError):
+    """A divergence, objective, measure or reward that breaks its contract, as :mod:`falign.testing` found."""
 
 
 class InstallationError(FalignError):

@@ -26,6 +26,7 @@ ALLOWED = {
     "metrics": {"divergences", "objectives", "rewards"},
     "runfile": {*BELOW_RUNS},
     "runs": {*BELOW_RUNS, "runfile"},
+    "testing": {"audit", *BELOW_RUNS, "training"},
     "training": {*BELOW_RUNS, "metrics", "runfile", "runs"},
     "evaluation": {*BELOW_RUNS, "methods", "metrics", "runfile", "runs", "training"},
     "report": {*BELOW_RUNS, "metrics", "runfile", "runs", "training", "evaluation"},
