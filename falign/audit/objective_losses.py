@@ -82,7 +82,7 @@ class ObjectiveLoss:
     @property
     def of_pairs(self) -> bool:
         """See :class:`falign.audit.samples.Subject`."""
-        return "preference" in self.objective.needs
+        return bool(self.objective.preference_kinds)
 
     def mean_gradient(self, world: World, samples: Samples) -> MeanGradient:
         """See :class:`falign.audit.samples.Subject`.
@@ -111,6 +111,11 @@ class ObjectiveLoss:
         Raises:
             ConfigError: The objective cannot be enumerated.
         """
+        if "pairs" not in self.objective.preference_kinds:
+            raise ConfigError(
+                f"{self.name} reads {', '.join(sorted(self.objective.preference_kinds))}, not pairs: the gradient of a "
+                "loss of one completion fits every divergence with some strength, so that there is nothing to compare."
+            )
         rows = torch.stack([CHOSEN, REJECTED], dim=-1).flatten()
         units = torch.arange(len(CHOSEN)).repeat_interleave(2)
         preference = torch.tensor([1.0, 0.0], dtype=torch.float64).repeat(len(CHOSEN))

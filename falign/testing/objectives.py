@@ -83,6 +83,8 @@ def example_batch(
         if key not in known:
             raise CheckError(f"{type(objective).__name__} needs {name!r}, which has no example: give it in fields.")
         found[key] = known[key]
+    for name in complete(objective).step_means:
+        found[f"step_means.{name}"] = torch.full((7,), 0.4, dtype=torch.float64)
     for name in objective.measures:
         found[f"measures.{name}"] = draw(7, 5, scale=far).requires_grad_()
     return CompletionBatch.of(found)
@@ -244,7 +246,9 @@ def finite(objective: BaseObjective, batch: CompletionBatch) -> None:
 def missing_fields(objective: BaseObjective, batch: CompletionBatch) -> None:
     """A field of ``needs`` that is missing is named in an error, not replaced."""
     always = {"logprobs", "completion_mask", "prompt_index"}
-    for name in batch.tensors().keys() - always - MAY_BE_MISSING:
+    # A mean over the step's own rows is then that of the batch.
+    own = {f"step_means.{name}" for name, mean in objective.step_means.items() if mean.rows == "own"}
+    for name in batch.tensors().keys() - always - MAY_BE_MISSING - own:
         without = CompletionBatch.of({key: value for key, value in batch.tensors().items() if key != name})
         key = name.partition(".")[2] or name
         try:

@@ -47,7 +47,7 @@ def check_reward(
         ...     return [float(len(completion)) for completion in completions]
         >>> check_reward(length, ["Why?", "Why?"], ["Because.", "So."])
     """
-    name = name or getattr(reward, "__name__", type(reward).__name__)
+    name = str(name or getattr(reward, "__name__", type(reward).__name__))
     if len(completions) < 2:
         raise CheckError(f"reward {name}: {len(completions)} completions to check it with; give two or more.")
     given = {key: list(values) for key, values in (columns or {}).items()}

@@ -5,7 +5,7 @@ import torch
 
 import falign
 from falign.errors import ConfigError, FalignError
-from falign.objectives import DistributionMatching, ExponentialReward, Listwise, Rehearsal, Supervised
+from falign.objectives import DistributionMatching, ExponentialReward, Listwise, Rehearsal, Supervised, Unpaired
 
 JS = falign.divergences.get("jensen_shannon")
 
@@ -106,6 +106,7 @@ REFUSED = [
     (Rehearsal(JS), {"level": "token"}, "is an objective, which reads tokens; leave it out"),
     (Rehearsal(JS), {"use": "reward"}, "is an objective, which gives losses"),
     (DistributionMatching(JS, ExponentialReward(1.0), "constant"), {}, "depend on the completions of other prompts"),
+    (Unpaired(JS, 0.3), {}, "reads labels, not pairs"),
     (3, {}, "is a int: give a function|is an int: give a function"),
     ("trl:fdpo_js_divergenc", {}, "did you mean 'trl:fdpo_js_divergence'"),
     ("grpo", {}, "is no known loss.*--list"),

@@ -40,12 +40,10 @@ from falign.objectives import (
     complete,
     field_of,
     quantile_filter,
-    reduce_terms,
     stcr,
-    total_weights,
 )
 from falign.runfile.objective_config import OBJECTIVES
-from falign.training.objective_contract import ObjectiveContract
+from falign.testing import objectives as battery
 from tests.runfile.test_every_field import BUILT_ALONE
 
 
@@ -199,96 +197,24 @@ def test_every_row_is_an_objective_with_terms_of_different_names_whose_gradient_
     assert {name for name, slope in slopes.items() if slope.abs().max() > 0} == slopes.keys() - READ_BY_WEIGHTS
 
 
-def test_padding_changes_nothing(objective):
-    batch = batch_for(objective)
-    outside = ~batch.completion_mask
-
-    def widened(tensor: Tensor) -> Tensor:
-        if tensor.shape != outside.shape:
-            return tensor
-        if tensor.dtype == torch.bool:
-            return torch.nn.functional.pad(tensor, (0, 2), value=False)
-        return torch.nn.functional.pad(tensor.masked_fill(outside, torch.nan), (0, 2), value=torch.inf)
-
-    output, padded = objective(batch), objective(batch.map(widened))
-    torch.testing.assert_close(padded.mean(), output.mean(), rtol=1e-12, atol=1e-14)
-    for name, values in output.metrics.items():
-        torch.testing.assert_close(padded.metrics[name], values, rtol=1e-12, atol=1e-14)
-    leaves = moving(batch)
-    torch.testing.assert_close(
-        gradients(padded.mean(), leaves), gradients(output.mean(), leaves), rtol=1e-11, atol=1e-13
-    )
+# What a user's own objective is checked for, too.
+PUBLIC = {
+    "padding": battery.padding,
+    "the order of rows": battery.order_of_rows,
+    "micro-batches": battery.micro_batches,
+    "the contract": battery.contract,
+    "half precision": battery.half_precision,
+    "missing fields": battery.missing_fields,
+}
 
 
-def test_the_order_of_rows_changes_nothing(objective):
-    batch = batch_for(objective)
-    order = torch.randperm(7, generator=torch.Generator().manual_seed(2))
-    output, moved = objective(batch), objective(batch.map(lambda tensor: tensor[order]))
-    torch.testing.assert_close(moved.mean(), output.mean(), rtol=1e-12, atol=1e-14)
-    leaves = moving(batch)
-    torch.testing.assert_close(
-        gradients(moved.mean(), leaves), gradients(output.mean(), leaves), rtol=1e-10, atol=1e-12
-    )
-    for name, values in output.metrics.items():
-        torch.testing.assert_close(moved.metrics[name].sort().values, values.sort().values, rtol=1e-11, atol=1e-13)
+@pytest.mark.parametrize("check", PUBLIC)
+def test_the_public_battery_passes(objective, check):
+    PUBLIC[check](objective, batch_for(objective))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_single_precision(objective, dtype):
-    half = batch_for(objective).map(
-        lambda tensor: tensor.detach().to(dtype) if tensor.dtype == torch.float64 else tensor
-    )
-    wide = half.map(lambda tensor: tensor.float() if tensor.dtype == dtype else tensor)
-    for term, other in zip(objective(half).terms, objective(wide).terms, strict=True):
-        assert term.losses.dtype == torch.float32
-        assert torch.equal(term.losses, other.losses)
-
-
-def test_micro_batches_of_whole_prompts_add_up_to_the_mean_of_the_step(objective):
-    batch = objective.prepare(batch_for(objective))
-    parts = [batch.select(batch.prompt_index < 1), batch.select(batch.prompt_index >= 1)]
-    outputs = [objective(part) for part in parts]
-    denominators = torch.stack([total_weights(output.terms) for output in outputs]).sum(dim=0)
-    total = torch.stack([reduce_terms(output.terms, denominators) for output in outputs]).sum()
-    torch.testing.assert_close(total, objective(batch).mean(), rtol=1e-12, atol=1e-14)
-    leaves = moving(batch)
-    expected = gradients(objective(batch).mean(), leaves)
-    torch.testing.assert_close(gradients(total, leaves), expected, rtol=1e-11, atol=1e-13)
-
-
-def test_the_contract_that_the_trainer_checks_is_kept(objective):
-    batch = batch_for(objective)
-    # As the trainer does: zeros for what the policy computes, so that weights cannot depend on it.
-    blank = CompletionBatch.of(
-        {name: torch.zeros_like(value) if value.requires_grad else value for name, value in batch.tensors().items()}
-    )
-    contract = ObjectiveContract()
-    contract.check(contract.plan(objective(blank).terms, step=1), objective(batch), step=1)
-    assert contract.names == tuple(term.name for term in objective(batch).terms)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_losses_gradients_and_metrics_are_finite_to_ten_thousand_nats(objective, dtype):
-    batch = batch_for(objective, far=1e4)
-    leaves = {name: value.detach().to(dtype).requires_grad_() for name, value in moving(batch).items()}
-    constants = {name: value for name, value in batch.tensors().items() if name not in leaves}
-    narrow = {name: value.to(dtype) if value.is_floating_point() else value for name, value in constants.items()}
-    output = objective(CompletionBatch.of({**narrow, **leaves}))
-    assert output.mean().isfinite()
-    assert all(slope.isfinite().all() for slope in gradients(output.mean(), leaves).values())
-    assert all(values.double().sum().isfinite() for values in output.metrics.values())
-
-
-def test_a_field_or_measure_that_is_missing_is_named(objective):
-    batch = batch_for(objective)
-    without_meaning = {"old_logprobs", "old_values", "log_partition"}  # where they are None, they are π's, or estimated
-    own = (name for name, mean in objective.step_means.items() if mean.rows == "own")
-    without_meaning |= {f"step_means.{name}" for name in own}  # then the batch is the step
-    for name in batch.tensors().keys() - {"logprobs", "completion_mask", "prompt_index"} - without_meaning:
-        rest = {other: value for other, value in batch.tensors().items() if other != name}
-        place = name.partition(".")[2] or name
-        with pytest.raises(ValueError, match=place):
-            objective(CompletionBatch.of(rest))
+def test_losses_gradients_and_metrics_are_finite_to_ten_thousand_nats(objective):
+    battery.finite(objective, batch_for(objective, far=1e4))
 
 
 def test_an_objective_that_answers_more_than_is_asked_of_a_plain_class_must_say_so():
