@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from falign.choices import shown
 from falign.data.conversations import Message, Text, looks_like_hh, read_dialogue
@@ -26,12 +28,14 @@ class Example:
         preference: One value per completion, larger is preferred (a pair: 1 and 0; an unpaired label: 1 or 0);
             None if the data has no preference.
         place: The row it came from, for messages.
+        columns: All columns of the row, under the file's names and falign's.
     """
 
     prompt: Text
     completions: tuple[Text, ...]
     preference: tuple[float, ...] | None
     place: str
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def conversational(self) -> bool:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from falign.data.chat_template import Tokenizer
 from falign.data.examples import prompt_key
+from falign.data.other_prompts import OtherPrompts
 from falign.data.reading import read_tokenized
 from falign.data.recognition import RowReader
 from falign.data.reports import BadRowPolicy, BadRows, Notice, SourceReport, Tally
@@ -95,6 +96,7 @@ def load_preferences(
     eval_fraction: float = 0.0,
     eval_size: int = 0,
     seed: int = 0,
+    other_prompts: Collection[OtherPrompts] = (),
 ) -> PreferenceData:
     """Read, tokenize, mix and split preference data.
 
@@ -112,6 +114,7 @@ def load_preferences(
         eval_fraction: In place of those, the share of prompts to hold out.
         eval_size: Or the number of rows to hold out. All rows of a prompt go to the same side.
         seed: Seed of drawing and splitting.
+        other_prompts: Further prompts of the rows, which are added to these.
 
     Raises:
         ConfigError: Options contradict each other, or leave one side empty.
@@ -133,6 +136,7 @@ def load_preferences(
                 window=window,
                 preferences=preferences,
                 bad_rows=BadRows(bad_rows, skip_by=skip_by),
+                other_prompts=other_prompts,
             )
             for source in chosen
         ]
@@ -170,6 +174,7 @@ def _load(
     window: Window,
     preferences: bool,
     bad_rows: BadRows,
+    other_prompts: Collection[OtherPrompts],
 ) -> _Loaded:
     reader = RowReader.of(source)
     tally = Tally(bad_rows)
@@ -184,6 +189,12 @@ def _load(
         reader=reader,
         bad_rows=bad_rows,
     ):
+        try:
+            for other in other_prompts if tokenized.tree is not None else ():
+                other.add_example(example, tokenized)
+        except DataError as error:
+            bad_rows.add(error)
+            continue
         tally.add(example, tokenized)
         if tokenized.tree is not None:
             trees.append(tokenized.tree)

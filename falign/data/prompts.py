@@ -25,7 +25,7 @@ from falign.data.tokenization import encode_prompt
 from falign.data.windows import LengthPolicy, cut_left
 from falign.errors import ConfigError, DataError
 
-__all__ = ["PromptData", "PromptReport", "PromptRow", "PromptSource", "RowCheck", "load_prompts"]
+__all__ = ["PromptData", "PromptReport", "PromptRow", "PromptSource", "RowCheck", "filled", "load_prompts"]
 
 
 @dataclass(frozen=True)
@@ -297,14 +297,32 @@ class _Filled(string.Formatter):
         return value, first
 
 
+def filled(template: str, fields: Mapping[str, Any], place: str) -> str:
+    """Return a template filled with the columns of a row.
+
+    Args:
+        template: Text with columns in braces.
+        fields: The columns.
+        place: The row, for messages.
+
+    Raises:
+        DataError: A column is missing, or is not text or a number.
+
+    Example:
+        >>> filled("{a} + {b}", {"a": 1, "b": "2"}, "rows:1")
+        '1 + 2'
+    """
+    try:
+        return _Filled().vformat(template, (), fields)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError, OverflowError) as error:
+        raise DataError(
+            f"{place}: the template {template!r} asks for {error}; the row has {sorted(fields)}."
+        ) from error
+
+
 def _raw_prompt(row: Row, template: str | None) -> Text:
     if template is not None:
-        try:
-            return _Filled().vformat(template, (), row.fields)
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError, OverflowError) as error:
-            raise DataError(
-                f"{row.place}: the template {template!r} asks for {error}; the row has {sorted(row.fields)}."
-            ) from error
+        return filled(template, row.fields, row.place)
     if "prompt" in row.fields:
         return read_text(row.fields["prompt"], place=row.place, field="prompt")
     if "messages" in row.fields:

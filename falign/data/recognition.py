@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from falign.choices import require_choice, shown
@@ -127,6 +128,7 @@ class RowReader:
         Raises:
             DataError: The row cannot be used.
         """
+        file = row.fields
         row = renamed(row, self._columns, ignore=self._ignore)
         for name in _UNSUPPORTED:
             if not is_blank(row.fields.get(name)):
@@ -145,7 +147,7 @@ class RowReader:
         if self._auto or self.format != "implicit" or example.conversational:
             refuse_unread_prompts(unread, [example.prompt, *example.completions], row.place, present=row.fields)
         self._unused |= dict.fromkeys(name for name in row.fields if name in unread)
-        return example
+        return replace(example, columns={**file, **row.fields})
 
     def _turned(self, row: Row) -> Row:
         # A system column, even an empty one, turns plain texts into a conversation.

@@ -18,6 +18,7 @@ from falign.references.cached import Cached
 from falign.references.combinations import Combination, Geometric, Mixture
 from falign.references.frozen_model import FrozenModel
 from falign.references.moving import MovingAverage, MovingReference, PeriodicReset
+from falign.references.prompted import Prompted
 from falign.references.scores import ReferenceScores, read_whole, with_members
 from falign.references.soup import Soup
 from falign.references.stalling import ResetOnStall, StallReset
@@ -39,6 +40,7 @@ __all__ = [
     "MovingRule",
     "ObjectiveInputs",
     "PeriodicReset",
+    "Prompted",
     "Reference",
     "ReferenceScores",
     "ResetOnStall",

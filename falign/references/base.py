@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -30,6 +30,7 @@ from falign.scoring import (
     DEFAULT_CHUNK_TOKENS,
     CompletionStates,
     Predictions,
+    PromptTree,
     TokenBatch,
     completion_scores,
     completion_states,
@@ -169,6 +170,17 @@ class Reference(ABC):
             members: By name; others may be among them.
         """
         return self
+
+    def with_cache(
+        self, make: Callable[[Reference, Sequence[PromptTree]], Reference], trees: Sequence[PromptTree]
+    ) -> Reference:
+        """Return this reference with cached log-probabilities.
+
+        Args:
+            make: Returns the cache of a reference with the values of some rows.
+            trees: The rows.
+        """
+        return make(self, trees)
 
     def logprobs_in(self, scores: ReferenceScores) -> Float[Tensor, "N T"]:
         """Return `logprobs` of a batch under several references; a combination takes its members' from there.

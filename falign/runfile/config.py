@@ -16,6 +16,7 @@ from pydantic import (
 
 from falign.data import DataSource, InMemory, LengthPolicy, PreferenceData, Window, load_preferences
 from falign.data.memory import PYTHON
+from falign.data.other_prompts import OtherPrompts
 from falign.errors import ConfigError
 from falign.objectives import BaseObjective, Measure, Objective, complete, field_of, reference_names
 from falign.objectives.batch import OFFLINE
@@ -89,9 +90,23 @@ class DataConfig(FrozenModel):
         return Window(self.max_length, self.max_completion_length, self.long_prompt, self.long_completion)
 
     def build(
-        self, tokenizer: PreTrainedTokenizerBase, *, stop_token_ids: frozenset[int], seed: int, preferences: bool
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop_token_ids: frozenset[int],
+        seed: int,
+        preferences: bool,
+        other_prompts: Collection[OtherPrompts] = (),
     ) -> PreferenceData:
-        """Read, tokenize, mix and split the data; ``preferences``: each row must prefer one of its completions."""
+        """Read, tokenize, mix and split the data.
+
+        Args:
+            tokenizer: The policy's tokenizer.
+            stop_token_ids: All tokens that end a completion.
+            seed: Seed of drawing and splitting.
+            preferences: Whether each row must prefer one of its completions.
+            other_prompts: Further prompts of the rows, which are added to these.
+        """
         return load_preferences(
             [source.build() for source in self.train],
             tokenizer,
@@ -104,6 +119,7 @@ class DataConfig(FrozenModel):
             eval_fraction=self.eval_fraction,
             eval_size=self.eval_size,
             seed=seed,
+            other_prompts=other_prompts,
         )
 
 
@@ -175,6 +191,15 @@ class RunConfig(FrozenModel):
         """Return the sections of the references by name, with ``auto`` resolved."""
         given = self.references or {REFERENCE: self.reference}
         return {name: section.resolved(self) for name, section in given.items()}
+
+    def other_prompts(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, OtherPrompts]:
+        """Return empty collections of the prompts of references that have their own, by the references' names."""
+        sections = self.reference_sections()
+        return {
+            name: OtherPrompts(section.prompt, tokenizer)
+            for name, section in sections.items()
+            if section.prompt is not None
+        }
 
     def with_members(self, names: Collection[str]) -> frozenset[str]:
         """Return names of references, and those of all references that they are computed from."""

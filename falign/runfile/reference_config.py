@@ -43,10 +43,10 @@ class AutoReferenceConfig(ReferenceSection):
     @override
     def resolved(self, config: PolicySections) -> ReferenceSection:
         if config.adapter is None:
-            return FrozenReferenceConfig(cache=self.cache)
+            return FrozenReferenceConfig(cache=self.cache, prompt=self.prompt)
         if config.adapter.init is None:
-            return AdapterOffConfig(cache=self.cache)
-        return AdapterReferenceConfig(path=config.adapter.init, cache=self.cache)
+            return AdapterOffConfig(cache=self.cache, prompt=self.prompt)
+        return AdapterReferenceConfig(path=config.adapter.init, cache=self.cache, prompt=self.prompt)
 
 
 class AdapterOffConfig(ReferenceSection):

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
+from pydantic import Field
+
+from falign.errors import ConfigError
 from falign.runfile.base_config import FrozenModel
 from falign.runfile.policy_config import AdapterConfig, ModelConfig
 from falign.runfile.training_config import TrainingConfig
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from falign.data.other_prompts import OtherPrompts
     from falign.references import Reference
 
 __all__ = ["BuildContext", "PolicySections", "ReferenceSection"]
@@ -50,6 +54,7 @@ class BuildContext(NamedTuple):
         adapter: Name of that adapter.
         device: The device for a separate model.
         members: The references that it is computed from, by name.
+        prompts: The rows' other prompts, for a section with a prompt of its own; None without the run's data.
     """
 
     config: PolicySections
@@ -58,6 +63,7 @@ class BuildContext(NamedTuple):
     adapter: str = "ref"
     device: torch.device | str = "cpu"
     members: Mapping[str, Reference] = {}
+    prompts: OtherPrompts | None = None
 
 
 class ReferenceSection(FrozenModel):
@@ -66,6 +72,9 @@ class ReferenceSection(FrozenModel):
     kind: Any
     cache: Path | None = None
     """Folder of log-probabilities computed once before training; shared by all runs with the same reference."""
+    prompt: str | None = Field(default=None, pattern=r"\S")
+    r"""Another prompt behind which the reference scores the completions, with columns of the row in braces:
+    ``"{prompt}\nReference solution: {solution}"``. It takes the place of the last turn of a conversation."""
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -140,6 +149,22 @@ class ReferenceSection(FrozenModel):
         """Return whether policy and reference are the same model before the first step."""
         return False
 
+    def made(self, context: BuildContext) -> Reference:
+        """Return the reference, behind its own prompt if it has one.
+
+        Raises:
+            FalignError: See `build`; or a prompt is too long for the model.
+        """
+        reference = self.build(context)
+        if self.prompt is None:
+            return reference
+        from falign.references import Prompted
+
+        prompts = context.prompts
+        if prompts is not None:
+            _check_length(reference, prompts, context)
+        return Prompted(reference, {} if prompts is None else prompts.ids, template=self.prompt)
+
     def build(self, context: BuildContext) -> Reference:
         """Return the reference, with the content hash of its weights.
 
@@ -147,3 +172,15 @@ class ReferenceSection(FrozenModel):
             FalignError: A model or adapter is missing, or does not fit the policy.
         """
         raise NotImplementedError(f"{type(self).__name__} has no build().")
+
+
+def _check_length(reference: Reference, prompts: OtherPrompts, context: BuildContext) -> None:
+    from falign.models import base_of
+
+    model: Any = reference.own_model or base_of(context.policy)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and prompts.longest > positions:
+        raise ConfigError(
+            f"{context.field}.prompt: {prompts.place} has {prompts.longest} tokens behind this prompt, completion "
+            f"included, and the reference has {positions} positions: shorten the prompt, or leave the row out."
+        )

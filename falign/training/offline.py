@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from falign.data import Notice, PreferenceData, demonstrations
 from falign.data.labels import label_counts
+from falign.data.other_prompts import OtherPrompts
 from falign.errors import ConfigError
 from falign.objectives import Measure, Objective, complete, references_of
 from falign.references import Reference, read_whole, with_members
@@ -43,7 +44,8 @@ def offline_trainer(
         console.print(notice.text, style=style, highlight=False, markup=False, soft_wrap=True)
 
     with console.status("reading data"):
-        data = read_data(config, language, objective, tell=tell)
+        prompts = config.other_prompts(language.tokenizer)
+        data = read_data(config, language, objective, tell=tell, prompts=prompts)
     args = config.training.build(config.output_dir, seed=config.seed)
     # Two ordinary trees, and the two longest with several completions: these reveal a mask with which one completion
     # sees another.
@@ -55,6 +57,7 @@ def offline_trainer(
         args,
         make_probes=lambda policy: [*probes[:2], *probes[-2:]],
         longest=config.data.max_length,
+        prompts=prompts,
         console=console,
     )
     measures = config.build_measures()
@@ -85,7 +88,12 @@ def offline_trainer(
 
 
 def read_data(
-    config: RunConfig, language: Language, objective: Objective, *, tell: Callable[[Notice], None]
+    config: RunConfig,
+    language: Language,
+    objective: Objective,
+    *,
+    tell: Callable[[Notice], None],
+    prompts: Mapping[str, OtherPrompts] | None = None,
 ) -> PreferenceData:
     """Read the data of a run, and refuse rows that cannot be trained on.
 
@@ -94,6 +102,7 @@ def read_data(
         language: Its tokenizer.
         objective: The objective to minimize.
         tell: Called with the counts of kept and dropped rows, and with likely mistakes.
+        prompts: From :meth:`RunConfig.other_prompts`; the rows' other prompts are added to these.
 
     Raises:
         ConfigError: The settings do not fit the data.
@@ -106,6 +115,7 @@ def read_data(
         stop_token_ids=language.stop_tokens,
         seed=config.seed,
         preferences="pairs" in complete(objective).preference_kinds,
+        other_prompts=(config.other_prompts(language.tokenizer) if prompts is None else prompts).values(),
     )
     config.check_token_rows(language.tokenizer, [*token_rows([*data.train, *data.eval])])
     for notice in data.report.notices():

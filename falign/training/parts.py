@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from falign.data.other_prompts import OtherPrompts
 from falign.errors import ConfigError
 from falign.models import (
     base_of,
@@ -96,6 +97,7 @@ def load_parts(
     *,
     make_probes: Callable[[nn.Module], Sequence[PromptTree]],
     longest: int,
+    prompts: Mapping[str, OtherPrompts],
     console: Console,
 ) -> Parts:
     """Load policy and references, choose the layout, and check all of them on a few prompt trees.
@@ -108,6 +110,7 @@ def load_parts(
         make_probes: Returns prompt trees to test layouts and references on, those with most completions last; it may
             sample them from the policy.
         longest: Number of tokens of the longest possible prompt with its completion.
+        prompts: The rows' other prompts, for each reference that has a prompt of its own.
         console: Shows the results of the checks.
 
     Raises:
@@ -130,7 +133,7 @@ def load_parts(
         if not shards():
             policy.to(args.device)  # pyright: ignore[reportArgumentType]
         device = torch.device("cpu") if shards() else args.device
-        references = build_references(config, policy, language.tokenizer, device=device)
+        references = build_references(config, policy, language.tokenizer, device=device, prompts=prompts)
         # Hashed before sharding, which separates 4-bit weights from their scales.
         own = {name: reference.own_model for name, reference in references.items()}
         configs: dict[str, str] = {

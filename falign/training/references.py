@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from falign.data.other_prompts import OtherPrompts
 from falign.errors import ConfigError, ModelError
 from falign.models import base_of, config_hash
 from falign.models.heads import cut_head, head_rows
@@ -39,6 +40,7 @@ def build_references(
     *,
     device: torch.device,
     names: Collection[str] | None = None,
+    prompts: Mapping[str, OtherPrompts] | None = None,
 ) -> dict[str, Reference]:
     """Return the references by name, each with the content hash of its weights.
 
@@ -48,6 +50,7 @@ def build_references(
         tokenizer: The policy's tokenizer.
         device: The device for references with their own model.
         names: Those to build, besides their members; all by default.
+        prompts: The rows' other prompts, for each reference that has a prompt of its own; None without data.
 
     Raises:
         FalignError: A model or adapter is missing, or does not fit the policy.
@@ -58,8 +61,9 @@ def build_references(
         if name not in references:
             members = {member: build(member) for member in sections[name].members}
             field, adapter = config.section_of(name), adapter_name(name)
-            context = BuildContext(config, policy, field, adapter, device=device, members=members)
-            references[name] = sections[name].build(context)
+            own = (prompts or {}).get(name)
+            context = BuildContext(config, policy, field, adapter, device=device, members=members, prompts=own)
+            references[name] = sections[name].made(context)
         return references[name]
 
     for name in sections:
@@ -192,7 +196,7 @@ def cached(
     batch_size: int,
     scorer: Scorer,
     progress: Callable[[int, int], None],
-) -> Cached:
+) -> Reference:
     """Compute the reference's log-probabilities of all trees once; return them as a reference that needs no model.
 
     Args:
@@ -208,6 +212,20 @@ def cached(
     Raises:
         ConfigError: The reference's identity has no hash of its weights.
     """
+
+    def filled(inner: Reference, rows: Sequence[PromptTree]) -> Cached:
+        key = _cache_key(inner, policy, tokenizer)
+        store = directory / key.digest
+        cache = Cached(inner, directory=store, key=key)
+        cache.precompute(policy, rows, scorer=scorer, batch_size=batch_size, on_progress=progress)
+        return Cached(None, directory=store, key=key, origin=inner.identity())
+
+    return reference.with_cache(filled, trees)
+
+
+def _cache_key(
+    reference: Reference, policy: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> CacheKey:
     identity = reference.identity()
     if (weights := identity.get("weights")) is None:
         raise ConfigError(
@@ -217,7 +235,7 @@ def cached(
     base = reference.own_model or base_of(policy)
     assert isinstance(base, PreTrainedModel)
     quantization = getattr(base.config, "quantization_config", None)
-    key = CacheKey(
+    return CacheKey(
         weights=weights,
         config=config_hash(base),
         vocabulary=min(head_rows(base), head_rows(policy)),
@@ -225,12 +243,3 @@ def cached(
         dtype=f"{base.dtype}{'' if quantization is None else ' nf4'}",
         attention=str(base.config._attn_implementation),
     )
-    store = directory / key.digest
-    Cached(reference, directory=store, key=key).precompute(
-        policy,
-        trees,
-        scorer=scorer,
-        batch_size=batch_size,
-        on_progress=progress,
-    )
-    return Cached(None, directory=store, key=key, origin=reference.identity())

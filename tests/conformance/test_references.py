@@ -23,6 +23,7 @@ from falign.references import (
     MovingAverage,
     MovingReference,
     PeriodicReset,
+    Prompted,
     Reference,
     ResetOnStall,
     Soup,
@@ -97,6 +98,14 @@ KINDS = {
     ),
     "mixture": Kind(lambda policy, folder: Mixture(members(policy), {"a": 0.7, "b": 0.3}), writes=False),
     "geometric": Kind(lambda policy, folder: Geometric(members(policy), {"a": 1.25, "b": -0.25}), writes=False),
+    "prompted": Kind(
+        lambda policy, folder: Prompted(
+            AdapterOff(weights="w", starts_as_policy=True),
+            {(tree.place, tree.prompt_ids): (31, 32, *tree.prompt_ids) for tree in TREES},
+            template="a hint: {prompt}",
+        ),
+        writes=False,
+    ),
     "cached": Kind(
         lambda policy, folder: Cached(AdapterOff(weights="w"), directory=folder / "cache", key=KEY), writes=False
     ),

@@ -49,7 +49,7 @@ NOTHING_TO_BUILD = {
             *(f"PythonObjectiveConfig.{field}" for field in ("kind", "name", "code")),
             *(f"PythonMeasureConfig.{field}" for field in ("kind", "name", "code")),
             *(f"PythonWeightConfig.{field}" for field in ("kind", "name", "code")),
-            *(f"PythonReferenceConfig.{field}" for field in ("kind", "name", "code", "cache")),
+            *(f"PythonReferenceConfig.{field}" for field in ("kind", "name", "code", "cache", "prompt")),
             *(f"PythonRewardConfig.{field}" for field in ("kind", "name", "code", "weight", "form", "transform")),
         ),
         "the record of an object, from which nothing is built without the object: tests/test_python_door.py",
@@ -329,6 +329,7 @@ MOVING = {"every": 4}
 EVALUATED = {"training": {"max_steps": 4, "learning_rate": 0.01, "eval_steps": 2}}
 LONG = {"path": "long.jsonl", "chat": False}
 REHEARSES = {"objective": {"kind": "hybrid"}, "rehearsal": {"path": "rehearsal.jsonl", "completions": 2}}
+HINT = "A hint. {prompt}"
 MEMBERS = {"references": {"a": {"kind": "frozen"}, "b": {"kind": "frozen", "path": "tiny2"}}}
 TARGETED = {"kind": "distribution_matching", "target": {"kind": "exponential", "beta": 1.0}}
 MOMENTS = {"kind": "distribution_matching", "target": {"kind": "moments", "moments": [0.5]}}
@@ -370,14 +371,15 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
         "adapter",
         Changes({}, r=2, alpha=7.0, dropout=0.5, target_modules=["q_proj"], init="sft0"),
     ),
-    "AutoReferenceConfig": ("reference", Changes({}, cache="cache")),
-    "AdapterOffConfig": ("reference", Changes({"kind": "adapter_off"}, kind="frozen", cache="cache")),
+    "AutoReferenceConfig": ("reference", Changes({}, cache="cache", prompt=HINT)),
+    "AdapterOffConfig": ("reference", Changes({"kind": "adapter_off"}, kind="frozen", cache="cache", prompt=HINT)),
     "FrozenReferenceConfig": (
         "reference",
         Changes(
             {"kind": "frozen"},
             kind="adapter_off",
             cache="cache",
+            prompt=HINT,
             path="tiny2",
             dtype=With("bfloat16", path="tiny2"),
             quantization=With("nf4", path="tiny2"),
@@ -385,21 +387,25 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
     ),
     "OwnReferenceConfig": (
         "reference",
-        Changes({"kind": "tests.references.own:Shifted", "shift": 0.5}, cache="cache"),
+        Changes({"kind": "tests.references.own:Shifted", "shift": 0.5}, cache="cache", prompt=HINT),
     ),
-    "AdapterReferenceConfig": ("reference", Changes({"kind": "adapter", "path": "sft0"}, cache="cache", path="sft1")),
+    "AdapterReferenceConfig": (
+        "reference",
+        Changes({"kind": "adapter", "path": "sft0"}, cache="cache", path="sft1", prompt=HINT),
+    ),
     "SoupConfig": (
         "reference",
         Changes(
             {"kind": "soup", "paths": ["sft0", "sft1"]},
             cache="cache",
+            prompt=HINT,
             paths=["sft1", "sft1"],
             weights=[0.25, 0.75],
         ),
     ),
     "MovingAverageConfig": (
         "reference",
-        Changes({"kind": "moving_average", "alpha": 0.5, **MOVING}, every=2, alpha=0.25, rank=5),
+        Changes({"kind": "moving_average", "alpha": 0.5, **MOVING}, every=2, alpha=0.25, rank=5, prompt=HINT),
     ),
     "PeriodicResetConfig": (
         "reference",
@@ -407,6 +413,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             {"kind": "periodic_reset", **MOVING},
             every=2,
             reset_optimizer=True,
+            prompt=HINT,
         ),
     ),
     "ResetOnStallConfig": (
@@ -423,7 +430,9 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
     "MixtureConfig": (
         "references.reference",
         Changes(
-            {"kind": "mixture", "weights": {"a": 0.5, "b": 0.5}}, weights=With({"a": 0.25, "b": 0.75}, run=MEMBERS)
+            {"kind": "mixture", "weights": {"a": 0.5, "b": 0.5}},
+            weights=With({"a": 0.25, "b": 0.75}, run=MEMBERS),
+            prompt=With(HINT, run=MEMBERS),
         ),
     ),
     "GeometricConfig": (
@@ -431,6 +440,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
         Changes(
             {"kind": "geometric", "weights": {"a": 1.5, "b": -0.5}},
             weights=With({"a": 1.25, "b": -0.25}, run=MEMBERS),
+            prompt=With(HINT, run=MEMBERS),
             level=With("sequence", run={**MEMBERS, "objective": TARGETED}, online=True),
         ),
     ),

@@ -56,7 +56,8 @@ def online_trainer(
     """
     assert config.prompts is not None
     sections = config.reference_sections()
-    if config.objective.needs_samples and not (REFERENCE in sections and sections[REFERENCE].starts_as_policy(config)):
+    own = sections.get(REFERENCE)
+    if config.objective.needs_samples and not (own and own.prompt is None and own.starts_as_policy(config)):
         raise ConfigError(
             "objective.target.lambdas is missing. They are fitted on samples of the untrained policy, which "
             "is not the reference here: give lambdas."
@@ -74,6 +75,10 @@ def online_trainer(
         )
         prompts = [(row.place, row.prompt_ids) for row in (*data.train, *data.eval)]
         config.check_token_rows(language.tokenizer, [*prompts, *token_rows(rehearsal.trees)])
+        others = config.other_prompts(language.tokenizer)
+        for other in others.values():
+            for row in (*data.train, *data.eval):
+                other.add_prompt(row, max_new_tokens=rollout.max_new_tokens)
     _print_counts(data, console)
     _warn_if_rehearsed(rehearsal, data, console)
     per_update = -(-rollout.prompts // rollout.minibatches)
@@ -93,6 +98,7 @@ def online_trainer(
         longest=max(
             [config.prompts.max_length + rollout.max_new_tokens, *(tree.num_tokens for tree in rehearsal.trees)]
         ),
+        prompts=others,
         console=console,
     )
     if config.rehearsal is not None:
