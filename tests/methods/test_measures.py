@@ -1,11 +1,14 @@
 """Each method's loss and gradient, on whole logits in float64 and by the formulas of its paper."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import falign.methods as methods
 from falign.objectives import CompletionBatch
+from falign.runfile import load_run_file
 from falign.scoring import Distribution, Head, token_scores
 
 N, T, H, V = 3, 4, 6, 9
@@ -147,3 +150,19 @@ def test_wrong_choices_are_refused():
         methods.PLD(0)
     with pytest.raises(ValueError, match="block=1 must be at least 2"):
         methods.SinKD(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    {
+        "emo": methods.EMO(),
+        "pld": methods.PLD(),
+        "sinkd": methods.SinKD(),
+        "star-ckd": methods.STARCKD(),
+        "lskd": methods.LSKD(),
+        "nkd": methods.NKD(),
+    }.items(),
+)
+def test_the_run_file_of_a_method_has_its_objective(name, method):
+    file = Path(__file__).parents[2] / "configs" / f"{name}-polite.yaml"
+    assert load_run_file(file).check() == method
