@@ -4,6 +4,7 @@ from falign.methods.core import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO
 from falign.methods.measures import EMO, LSKD, NKD, PLD, STARCKD, SinKD
 from falign.methods.unpaired import KTO
 from falign.methods.weighted import ACE, APO, BDKD, PACED, RLAD, TSDKD, AdaSPEC, SparsePO
+from falign.methods.win_rates import InfAlign, NashMirrorProx
 
 __all__ = [
     "ACE",
@@ -25,6 +26,8 @@ __all__ = [
     "TDPO",
     "TSDKD",
     "AdaSPEC",
+    "InfAlign",
+    "NashMirrorProx",
     "SinKD",
     "SparsePO",
 ]

@@ -32,10 +32,6 @@ class TransformSection(FrozenModel):
 
     kind: Any  # each section narrows it to its own name
 
-    def data_paths(self) -> Iterator[Path]:
-        """Return the paths of the files that it reads."""
-        yield from _marked_paths(self)
-
     @abstractmethod
     def build(self) -> RewardTransform:
         """Return the transform.
@@ -79,10 +75,6 @@ def _marked(section: FrozenModel, marker: type[Any]) -> Iterator[tuple[str, Any,
         yield from ((name, mark, getattr(section, name)) for mark in field.metadata if isinstance(mark, marker))
 
 
-def _marked_paths(section: FrozenModel) -> Iterator[Path]:
-    yield from (Path(path) for _, _, path in _marked(section, ReadsFile) if path is not None)
-
-
 if TYPE_CHECKING:
     TransformConfig = TransformSection
 else:
@@ -118,9 +110,8 @@ class RewardSection(FrozenModel):
         yield from ()
 
     def data_paths(self) -> Iterator[Path]:
-        """Return the paths of the files that it and its transform read."""
-        if self.transform is not None:
-            yield from self.transform.data_paths()
+        """Return the paths of the files that it reads; that of a transform says itself how to make it."""
+        yield from ()
 
     @abstractmethod
     def build(self) -> Reward:
@@ -153,8 +144,7 @@ class BuiltInSection(RewardSection):
 
     @override
     def data_paths(self) -> Iterator[Path]:
-        yield from super().data_paths()
-        yield from _marked_paths(self)
+        yield from (Path(path) for _, _, path in _marked(self, ReadsFile) if path is not None)
 
     @override
     def build(self) -> Reward:
