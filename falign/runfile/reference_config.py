@@ -266,7 +266,7 @@ class _FollowingConfig(ReferenceSection):
         raise NotImplementedError
 
     @property
-    def made(self) -> type[references.MovingReference]:
+    def reference_class(self) -> type[references.MovingReference]:
         """The class of the reference."""
         from falign.references import MovingReference
 
@@ -280,8 +280,8 @@ class _FollowingConfig(ReferenceSection):
 
         policy = context.policy
         if not isinstance(policy, PeftModel):
-            return self.made(FrozenReferenceConfig().build(context), rule=self.rule())
-        return self.made.beside(
+            return self.reference_class(FrozenReferenceConfig().build(context), rule=self.rule())
+        return self.reference_class.beside(
             policy,
             rule=self.rule(),
             adapter=context.adapter,
@@ -364,7 +364,7 @@ class ResetOnStallConfig(_FollowingConfig):
 
     @property
     @override
-    def made(self) -> type[references.MovingReference]:
+    def reference_class(self) -> type[references.MovingReference]:
         from falign.references import StallReset
 
         return StallReset
