@@ -50,7 +50,7 @@ SOURCE = frozenset({"path", "rows", "texts"})
 """Keys of a source of data, by which it differs from a row: a source has one of them."""
 
 
-WITH_FUNCTION = ("name", "weight", "form")
+WITH_FUNCTION = ("name", "weight", "form", "transform")
 """Keys of a reward that may stand beside its function."""
 
 FUNCTION_KIND = ("kind", "function")
