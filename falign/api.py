@@ -152,6 +152,7 @@ def train(
     rewards: Sequence[Callable[..., Any] | Section] | Callable[..., Any] | Section = (),
     rollout: Section | None = None,
     rehearsal: Section | None = None,
+    critic: Section | None = None,
     sampling: Section | None = None,
     seed: int = 0,
     callbacks: Sequence[TrainerCallback] | TrainerCallback = (),
@@ -183,6 +184,7 @@ def train(
             sections; ``dict(function=f, weight=0.5, name="short")`` gives a function with its weight.
         rollout: The section of online runs.
         rehearsal: The section of DPH-RL's stored completions.
+        critic: The section of the value head, for ``advantage="gae"``.
         sampling: The section of prompts that are answered before and after.
         seed: Of everything random.
         callbacks: Callbacks of transformers.
@@ -213,6 +215,7 @@ def train(
         "rewards": reward_sections(rewards),
         "rollout": rollout,
         "rehearsal": rehearsal,
+        "critic": critic,
         "sampling": sampling,
     }
     given = {

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from falign.errors import ModelError
 from falign.models.structure import base_of
 
-__all__ = ["ValueHead", "cut_head", "head_rows", "left_out_rows", "share_head"]
+__all__ = ["DoubleValueHead", "SoftMinHead", "ValueHead", "cut_head", "head_rows", "left_out_rows", "share_head"]
 
 
 def share_head(policy: PreTrainedModel | PeftModel, other: PreTrainedModel | PeftModel) -> int:
@@ -93,12 +96,94 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     @classmethod
-    def of(cls, model: PreTrainedModel | PeftModel) -> ValueHead:
-        """Return a head that fits a model, on its device, in float32."""
+    def of(cls, model: PreTrainedModel | PeftModel, **settings: float) -> ValueHead:
+        """Return a head that fits a model, on its device, in float32.
+
+        Args:
+            model: The policy.
+            settings: Further arguments of the class.
+        """
         base = base_of(model)
         assert isinstance(base, PreTrainedModel)
-        return cls(base.config.get_text_config().hidden_size).to(base.device)
+        return cls(base.config.get_text_config().hidden_size, **settings).to(base.device)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return one value per hidden state, shape (..., 1)."""
         return self.linear(hidden)
+
+    @property
+    def target(self) -> nn.Module:
+        """The module whose values are the baseline of advantages, and from which targets are made: itself."""
+        return self
+
+    def follow(self, step: int) -> None:
+        """Move a slow copy, if there is one, after an optimizer step.
+
+        Args:
+            step: Number of steps taken; a second call for the same number does nothing.
+        """
+
+
+class DoubleValueHead(ValueHead):
+    """Two value heads, whose baseline is the soft minimum of their slow copies.
+
+    Both learn the same targets, ``½ (V_i - target)²`` each, from different initial weights. The baseline is
+    ``-α log(½ e^{-V'₁/α} + ½ e^{-V'₂/α})``: the smaller value as α → 0, the mean as α → ∞, and V where both are V. The
+    copies follow as ``V' ← (1 - τ) V' + τ V`` after each optimizer step.
+
+    Args:
+        hidden_size: Size of the hidden states.
+        soft_min: α, positive, in units of reward.
+        polyak: τ, above 0 and at most 1; 1 for no delay.
+
+    Source:
+        Maity, SAFE (arXiv:2602.04651), whose code has α = 0.3 and τ = 0.05. The formula of its soft minimum is not
+        published; this one is ours.
+    """
+
+    def __init__(self, hidden_size: int, *, soft_min: float = 0.3, polyak: float = 0.05) -> None:
+        super().__init__(hidden_size)
+        self.linear = nn.Linear(hidden_size, 2)
+        # Equal heads would stay equal. Small weights keep the first values near 0, where a single head begins.
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.randn(2, hidden_size, generator=generator) * 0.01 / hidden_size**0.5)
+            self.linear.bias.zero_()
+        self.followed: Tensor
+        self.slow = SoftMinHead(hidden_size, soft_min)
+        self.slow.linear.load_state_dict(self.linear.state_dict())
+        self.polyak = polyak
+        self.register_buffer("followed", torch.zeros((), dtype=torch.long))
+
+    @property
+    @override
+    def target(self) -> nn.Module:
+        return self.slow
+
+    @override
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        if step == self.followed:  # a checkpoint between two steps, when sampling has failed, is after this one
+            return
+        self.followed.fill_(step)
+        for slow, fast in zip(self.slow.linear.parameters(), self.linear.parameters(), strict=True):
+            slow.lerp_(fast, self.polyak)
+
+
+class SoftMinHead(nn.Module):
+    """The soft minimum of two linear heads, without gradient.
+
+    Args:
+        hidden_size: Size of the hidden states.
+        soft_min: α.
+    """
+
+    def __init__(self, hidden_size: int, soft_min: float) -> None:
+        super().__init__()
+        self.linear, self.soft_min = nn.Linear(hidden_size, 2), soft_min
+        self.requires_grad_(False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return one value per hidden state, shape (..., 1)."""
+        values = self.linear(hidden)
+        return -self.soft_min * ((-values / self.soft_min).logsumexp(dim=-1, keepdim=True) - math.log(2))

@@ -22,20 +22,20 @@ evaluation compare with it."""
 PER_TOKEN = frozenset(
     {
         *("logprobs", "completion_mask", "reference_logprobs", "references", "old_logprobs", "measures"),
-        *("token_weights", "values", "old_values", "advantages"),
+        *("token_weights", "values", "second_values", "old_values", "advantages"),
     }
 )
 PREPARED = "prepared"
 OF_TERMS = ("measures", "step_means")  # fields of a sum in which each term has its own entries, NAME.KEY
 MASKS = frozenset({"completion_mask", "from_reference"})
-CARRY_GRADIENT = frozenset({"logprobs", "measures", "values"})
+CARRY_GRADIENT = frozenset({"logprobs", "measures", "values", "second_values"})
 
 OFFLINE = frozenset({"reference_logprobs", "references", "preference", "token_weights"})
 """Fields that a run on given completions can supply."""
 
 ONLINE = OFFLINE | {
     *("rewards", "features", "log_partition", "from_reference"),
-    *("old_logprobs", "values", "old_values"),
+    *("old_logprobs", "values", "second_values", "old_values"),
 }
 """Fields that a run on the policy's own samples can supply."""
 
@@ -107,7 +107,9 @@ class CompletionBatch:
         log_partition: Estimate of ``log Z(x)`` for each completion, made without its own term, shape (N,).
         step_means: Means over the whole optimizer step, by name, each repeated for every row, shape (N,); constants.
         values: A value head's estimate of the future reward at each token, shape (N, T); carries the gradient.
-        old_values: The same before the first update on this rollout, shape (N, T); constants.
+        second_values: Those of the second of two value heads, shape (N, T); carries the gradient.
+        old_values: The same before the first update on this rollout, shape (N, T); constants. Of two value heads, the
+            soft minimum of their slow copies.
         advantages: Weight of each token's log-probability, shape (N, T); constants, set by
             :meth:`BaseObjective.prepare`.
         baseline: Subtracted from each completion's pseudo-reward or penalty, shape (N,); constants, set by
@@ -145,6 +147,7 @@ class CompletionBatch:
     features: Shaped[Tensor, "N K"] | None = None
     log_partition: Shaped[Tensor, " N"] | None = None
     values: Shaped[Tensor, "N T"] | None = None
+    second_values: Shaped[Tensor, "N T"] | None = None
     old_values: Shaped[Tensor, "N T"] | None = None
     advantages: Shaped[Tensor, "N T"] | None = None
     baseline: Shaped[Tensor, " N"] | None = None

@@ -72,7 +72,7 @@ class PolicyGradient(BaseObjective):
         PPO (arXiv:1707.06347). The penalty differs from theirs: it has the gradient of ``D_f``
         (docs/divergences.md). At sequence level a baseline, the mean over the other completions of the prompt, is
         subtracted from it, except with ``advantage="none"``. The value loss is ``½ (V - A - V_old)²``, a mean over
-        tokens, not clipped.
+        tokens, not clipped; of two heads, the sum of theirs.
 
     Example:
         >>> batch = CompletionBatch(
@@ -244,6 +244,10 @@ class PolicyGradient(BaseObjective):
             # A_t + V_t: the λ-return, which the values learn to predict.
             target = batch.require("advantages") + batch.require("old_values")
             errors = batch.sequence_sum((batch.require("values") - target).square() / 2)
+            if (second := batch.second_values) is not None:
+                errors = errors + batch.sequence_sum((second - target).square() / 2)
+                gap = (second - batch.require("values")).detach().abs()
+                metrics["value_gap"] = batch.sequence_sum(gap) / batch.num_tokens
             terms.append(completion_term(errors, batch.num_tokens, "token_mean", self.value_coefficient, name="values"))
             metrics["value_loss"] = errors.detach() / batch.num_tokens
         return ObjectiveOutput(tuple(terms), metrics)

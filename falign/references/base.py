@@ -448,6 +448,8 @@ def objective_inputs(
     found |= {f"measures.{name}": values for name, values in scores.measures.items()}
     if scores.values is not None:
         found["values"] = scores.values
+    if scores.second_values is not None:
+        found["second_values"] = scores.second_values
     # In the first update on a rollout, the policy is still the one that sampled.
     of_sampler = {"old_logprobs": scores.logprobs, "old_values": scores.values}
     found |= {

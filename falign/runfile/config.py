@@ -26,7 +26,7 @@ from falign.runfile.measure_config import MeasureConfig, build_measure, is_known
 from falign.runfile.objective_config import ObjectiveConfig, PairwiseConfig
 from falign.runfile.online_check import check_samples
 from falign.runfile.policy_config import AdapterConfig, ModelConfig
-from falign.runfile.prompts_config import PromptsConfig, RehearsalDataConfig, RolloutConfig, with_rows
+from falign.runfile.prompts_config import CriticConfig, PromptsConfig, RehearsalDataConfig, RolloutConfig, with_rows
 from falign.runfile.reference_config import AutoReferenceConfig, ReferenceConfig
 from falign.runfile.reference_section import ReferenceSection
 from falign.runfile.reward_config import RewardConfig
@@ -154,7 +154,7 @@ def _refuse_cycle(sections: Mapping[str, ReferenceSection], path: Sequence[str])
 REFERENCE = "reference"  # falign.references.REFERENCE; importing it would load the model libraries
 REFERENCE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
-ONLINE_SECTIONS = ("rollout", "rewards", "rehearsal")
+ONLINE_SECTIONS = ("rollout", "rewards", "rehearsal", "critic")
 
 
 class RunConfig(FrozenModel):
@@ -175,6 +175,7 @@ class RunConfig(FrozenModel):
     rollout: RolloutConfig = RolloutConfig()
     rewards: list[RewardConfig] = []
     rehearsal: RehearsalDataConfig | None = None
+    critic: CriticConfig = CriticConfig()
     objective: ObjectiveConfig = PairwiseConfig()
     measures: dict[str, MeasureConfig] = {}
     """Quantities of the policy's next-token distributions to log as ``measures/NAME``, besides what the objective
@@ -413,6 +414,11 @@ class RunConfig(FrozenModel):
                 "a minibatch needs at least one prompt."
             )
         check_samples(self.rollout, self.objective, self.rewards, objective)
+        if self.critic != CriticConfig() and "values" not in objective.needs:
+            raise ConfigError(
+                f"critic is the value head of advantage=gae, and objective.kind={self.objective.kind} reads no values: "
+                "leave it out, or choose that advantage."
+            )
         for name, section in self.reference_sections().items():
             section.check_rollouts(field=self.section_of(name), updates=self.rollout.num_updates)
             if section.cache is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -11,7 +11,14 @@ from falign.data.chat_template import Tokenizer
 from falign.runfile.base_config import FrozenModel
 from falign.runfile.engine_config import CorrectionConfig, EngineConfig, TransformersEngineConfig
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from falign.models.heads import ValueHead
+
 __all__ = [
+    "CriticConfig",
     "DifficultyConfig",
     "EvaluationConfig",
     "PromptSourceConfig",
@@ -172,6 +179,41 @@ class RolloutConfig(FrozenModel):
     def num_updates(self) -> int:
         """Optimizer steps per rollout."""
         return self.updates * self.minibatches
+
+
+class CriticConfig(FrozenModel):
+    """The value head of an objective with ``advantage: gae``."""
+
+    heads: Literal[1, 2] = 1
+    """2: two heads, and the soft minimum of their slow copies as the baseline (SAFE)."""
+    soft_min: float | None = Field(default=None, gt=0)
+    """Only with two heads: α of the soft minimum, in units of reward; 0.3 by default. A small one takes the smaller
+    value, a large one the mean."""
+    polyak: float | None = Field(default=None, gt=0, le=1)
+    """Only with two heads: share of the distance to the heads by which the slow copies move after each step; 0.05 by
+    default."""
+    warm_up: int = Field(default=0, ge=0)
+    """Number of rollouts at the beginning whose updates train the value head alone, not the policy."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> CriticConfig:
+        for name in ("soft_min", "polyak"):
+            if self.heads == 1 and getattr(self, name) is not None:
+                raise ValueError(f"{name}={getattr(self, name):g} is only for heads=2; leave it out, or set heads to 2")
+        return self
+
+    def build(self, policy: PreTrainedModel | PeftModel) -> ValueHead:
+        """Return the value head.
+
+        Args:
+            policy: The policy whose hidden states it reads.
+        """
+        from falign.models.heads import DoubleValueHead, ValueHead
+
+        if self.heads == 1:
+            return ValueHead.of(policy)
+        given = {"soft_min": self.soft_min, "polyak": self.polyak}
+        return DoubleValueHead.of(policy, **{name: value for name, value in given.items() if value is not None})
 
 
 class RehearsalDataConfig(FrozenModel):

@@ -96,7 +96,8 @@ def completion_scores(
         batch: The rows to score, in either layout.
         measures: Functionals of the whole distribution at each position, by name.
         references: Each reference's distributions for the same batch, by name, for those that the measures read.
-        value_head: From hidden states, shape (M, H), to values, shape (M, 1); its gradient stops at the hidden states.
+        value_head: From hidden states, shape (M, H), to values, shape (M, 1), or (M, 2) of two heads; its gradient
+            stops at the hidden states.
         chunk_tokens: Number of positions that reach the head at once; affects only memory and speed.
 
     Returns:
@@ -116,11 +117,13 @@ def completion_scores(
         chunk_tokens=chunk_tokens,
     )
     if value_head is not None:
-        scores = scores._replace(values=value_head(distribution.hidden.detach().to(scores.logprobs.dtype)).squeeze(-1))
+        first, *second = value_head(distribution.hidden.detach().to(scores.logprobs.dtype)).unbind(-1)
+        scores = scores._replace(values=first, second_values=second[0] if second else None)
     return TokenScores(
         batch.scatter(scores.logprobs),
         batch.scatter(scores.entropy),
         {name: batch.scatter(values) for name, values in scores.measures.items()},
         {name: batch.scatter(values) for name, values in scores.references.items()},
         None if scores.values is None else batch.scatter(scores.values),
+        None if scores.second_values is None else batch.scatter(scores.second_values),
     )

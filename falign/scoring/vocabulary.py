@@ -51,6 +51,7 @@ class TokenScores(NamedTuple):
         measures: The requested measures, by name; they carry the gradient.
         references: Log-probabilities of the token under each given reference, by name.
         values: Value of the prefix that the token was predicted from, if requested; carries the gradient.
+        second_values: The same of the second value head, if there are two.
     """
 
     logprobs: Float[Tensor, "*shape"]
@@ -58,6 +59,7 @@ class TokenScores(NamedTuple):
     measures: dict[str, Float[Tensor, "*shape"]]
     references: dict[str, Float[Tensor, "*shape"]]
     values: Float[Tensor, "*shape"] | None = None
+    second_values: Float[Tensor, "*shape"] | None = None
 
 
 def token_scores(

@@ -131,7 +131,9 @@ def counts(inputs: Mapping[str, Any]) -> bool:
 def stand_in_loss(batch: CompletionBatch) -> Tensor:
     """Return 0, connected to every trained parameter, so that the reduction of gradients includes this process."""
     loss = 0.0 * batch.logprobs.sum()
-    return loss if batch.values is None else loss + 0.0 * batch.values.sum()
+    for values in (batch.values, batch.second_values):
+        loss = loss if values is None else loss + 0.0 * values.sum()
+    return loss
 
 
 LARGEST = "_max"

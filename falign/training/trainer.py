@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from typing_extensions import override
 
 from falign.errors import ConfigError, TrainingError
+from falign.models.heads import ValueHead
 from falign.models.sharding import is_sharded
 from falign.objectives import (
     BaseObjective,
@@ -130,7 +131,7 @@ class AlignmentTrainer(ResumableTrainer):
             **kwargs,
         )
         self.contract = ObjectiveContract()
-        self.value_head: nn.Module | None = None
+        self.value_head: ValueHead | None = None
         self.controls = Controls(self.objective)
         self._coefficients: Mapping[str, float] = {}
 

@@ -328,6 +328,7 @@ COLDER = {"prompts": 4, "completions": 4, "max_new_tokens": 8, "temperature": 0.
 MOVING = {"every": 4}
 EVALUATED = {"training": {"max_steps": 4, "learning_rate": 0.01, "eval_steps": 2}}
 LONG = {"path": "long.jsonl", "chat": False}
+HAS_VALUES = {"objective": {"kind": "policy_gradient", "advantage": "gae"}}
 REHEARSES = {"objective": {"kind": "hybrid"}, "rehearsal": {"path": "rehearsal.jsonl", "completions": 2}}
 HINT = "A hint. {prompt}"
 MEMBERS = {"references": {"a": {"kind": "frozen"}, "b": {"kind": "frozen", "path": "tiny2"}}}
@@ -348,6 +349,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             rollout=With({"prompts": 2, "completions": 3, "max_new_tokens": 8}, online=True),
             rewards=With([{"function": "tests.training.prompts:short"}], online=True),
             rehearsal=With({"path": "rehearsal2.jsonl"}, online=True, run=REHEARSES),
+            critic=With({"heads": 2}, online=True, run=HAS_VALUES),
             objective={"kind": "listwise"},
             measures={"to_reference": "divergence_to(jensen_shannon)"},
             training={"learning_rate": 0.5, "max_steps": 8, "per_device_train_batch_size": 4},
@@ -584,6 +586,16 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
         Changes({"kind": "tests.runfile.own_members:CountingEngine"}, kind="tests.runfile.own_members:Alone"),
     ),
     "EvaluationConfig": ("rollout.evaluation", Changes({"completions": 4}, completions=3, temperature=0.5)),
+    "CriticConfig": (
+        "critic",
+        Changes(
+            {"heads": 2},
+            heads=With(1, run=HAS_VALUES),
+            soft_min=With(0.5, run=HAS_VALUES),
+            polyak=With(0.5, run=HAS_VALUES),
+            warm_up=With(2, run=HAS_VALUES),
+        ),
+    ),
     "RehearsalDataConfig": (
         "rehearsal",
         Changes({"path": "rehearsal.jsonl", "completions": 2}, path="rehearsal2.jsonl", completions=3),
@@ -591,7 +603,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
 }
 ONLINE = frozenset(
     {"PromptsConfig", "PromptSourceConfig", "RolloutConfig", "DifficultyConfig", "EvaluationConfig"}
-    | {"RehearsalDataConfig", "CorrectionConfig", "VLLMEngineConfig", "OwnEngineConfig"}
+    | {"CriticConfig", "RehearsalDataConfig", "CorrectionConfig", "VLLMEngineConfig", "OwnEngineConfig"}
 )
 """Sections of runs that sample their own completions."""
 

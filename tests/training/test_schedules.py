@@ -239,3 +239,46 @@ def test_a_reset_on_stall_needs_evaluations_with_its_metric(start):
         start("run", reference=reference)
     with pytest.raises(ConfigError, match=r"when 'reward' stalls, and the held-out metrics are .*loss"):
         start("run", reference=reference, training={"eval_steps": 2})
+
+
+PPO = {**PENALIZED, "advantage": "gae", "importance": "token", "clip_low": 0.2, "clip_high": 0.2}
+
+
+def test_a_double_critic_resumes_bit_for_bit_and_its_warm_up_leaves_the_policy_as_it_is(start):
+    options = {
+        "online": True,
+        "objective": PPO,
+        "critic": {"heads": 2, "soft_min": 0.5, "polyak": 0.1, "warm_up": 1},
+        "rollout": {"updates": 2},
+        "training": {**EVERY_STEP, "max_steps": 6, "weight_decay": 0.1},
+    }
+    whole, broken = start("whole", **options), start("broken", **options)
+
+    def saved(step, file):
+        return load_file(whole.folder.path / f"checkpoint-{step}" / file)
+
+    policies = [saved(step, "adapter_model.safetensors") for step in (1, 2, 3)]
+    assert all(torch.equal(value, policies[1][name]) for name, value in policies[0].items())
+    assert all(not value.any() for name, value in policies[1].items() if "lora_B" in name)
+    assert any(value.any() for name, value in policies[2].items() if "lora_B" in name)
+    heads = [saved(step, "value_head.safetensors") for step in (1, 2)]
+    assert not torch.equal(heads[0]["linear.weight"], heads[1]["linear.weight"])
+    slow = heads[0]["slow.linear.weight"].lerp(heads[0]["linear.weight"], 0.1)
+    torch.testing.assert_close(heads[1]["slow.linear.weight"], slow)
+    assert all(log["value_gap"] > 0 for log in logs(whole))
+    remove_after(broken, 3)
+    resumed = start("broken", resume=True, **options)
+    assert same(whole, resumed)
+    assert logs(resumed) == logs(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"critic": {"heads": 1, "polyak": 0.1}}, "critic.*polyak=0.1 is only for heads=2"),
+        ({"critic": {"warm_up": 2}, "objective": PENALIZED}, "critic is the value head of advantage=gae"),
+    ],
+)
+def test_settings_of_a_critic_without_effect_are_refused(start, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        start("run", online=True, **{"objective": PPO, **changes})

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from falign.errors import EngineError
+from falign.models.heads import ValueHead
 from falign.objectives import (
     BaseObjective,
     RunningPartition,
@@ -58,7 +59,7 @@ class RolloutScorer:
     rollout: RolloutConfig
     batch_size: int
     scorer: Scorer
-    value_head: nn.Module | None
+    value_head: ValueHead | None
     partition: RunningPartition = field(default_factory=RunningPartition)
 
     def __call__(self, groups: Sequence[Group]) -> tuple[RolloutBuffer, dict[str, Tensor]]:
@@ -125,7 +126,8 @@ class RolloutScorer:
         scores = ReferenceScores(self.policy, batch, chunk_tokens=self.scorer.chunk_tokens)
         found = {field_of_reference(name): logprobs for name, logprobs in scores.all_logprobs(read).items()}
         if wants_policy:
-            scores = self.scorer.scores(self.policy, batch, value_head=self.value_head)
+            target = None if self.value_head is None else self.value_head.target
+            scores = self.scorer.scores(self.policy, batch, value_head=target)
             found["old_logprobs"] = scores.logprobs
             if scores.values is not None:
                 found["old_values"] = scores.values

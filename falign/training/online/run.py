@@ -12,7 +12,6 @@ from transformers import TrainerCallback
 
 from falign.data import PromptData, PromptRow
 from falign.errors import ConfigError
-from falign.models.heads import ValueHead
 from falign.models.tokenizers import tokenizer_fingerprint
 from falign.objectives import Objective, complete
 from falign.references import REFERENCE
@@ -146,7 +145,8 @@ def online_trainer(
         scorer=parts.scorer,
         table=CompletionsTable(RunFolder(config.output_dir).completions_file if is_writer() else None),
         max_gap=engine.max_gap,
-        value_head=ValueHead.of(parts.policy) if "values" in objective.needs else None,
+        value_head=config.critic.build(parts.policy) if "values" in objective.needs else None,
+        warm_up=config.critic.warm_up,
         skip_bad=config.training.skip_bad,
         advise=lambda text: console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True),
         processing_class=language.tokenizer,

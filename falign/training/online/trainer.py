@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from falign.data import PromptRow
 from falign.errors import ConfigError, EngineError, NonFiniteRewardError, RewardError, TrainingError
+from falign.models.heads import ValueHead
 from falign.objectives import Objective, complete
 from falign.objectives.batch import ONLINE
 from falign.references import REFERENCE, ObjectiveInputs, Reference
@@ -80,6 +81,7 @@ class OnlineTrainer(AlignmentTrainer):
         scorer: Scorer with a layout that the model can read.
         table: File that completions are written to.
         value_head: Value head, for objectives that read values.
+        warm_up: Number of rollouts at the beginning whose updates train the value head alone.
         max_gap: Bound of the mean difference between log-probabilities of sampler and policy, at temperature 1; None
             for no bound.
         skip_bad: True to skip and count steps and rollouts with values that are NaN or infinite.
@@ -105,7 +107,8 @@ class OnlineTrainer(AlignmentTrainer):
         table: CompletionsTable,
         rehearsal: RolloutBuffer | None = None,
         rehearsal_size: int = 0,
-        value_head: nn.Module | None = None,
+        value_head: ValueHead | None = None,
+        warm_up: int = 0,
         max_gap: float | None = None,
         skip_bad: bool = False,
         advise: Callable[[str], None] = print,
@@ -136,7 +139,7 @@ class OnlineTrainer(AlignmentTrainer):
         for name, reference in self.references.items():
             place = name if name == REFERENCE else f"references.{name}"
             reference.check_rollouts(place=place, updates=rollout.num_updates)
-        self.value_head = value_head
+        self.value_head, self.warm_up = value_head, warm_up
         self.rollout_scorer = RolloutScorer(
             self.policy,
             self.references,
@@ -147,7 +150,8 @@ class OnlineTrainer(AlignmentTrainer):
             value_head=value_head,
         )
         if value_head is not None and num_processes() > 1:
-            for parameter in value_head.parameters():  # DDP averages only the gradients of the model that it wraps
+            # DDP averages only the gradients of the model that it wraps.
+            for parameter in (each for each in value_head.parameters() if each.requires_grad):
                 parameter.register_post_accumulate_grad_hook(_average)
 
     @property
@@ -193,9 +197,18 @@ class OnlineTrainer(AlignmentTrainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.value_head is not None:
-            values = list(self.value_head.parameters())
+            values = [each for each in self.value_head.parameters() if each.requires_grad]
             optimizer.add_param_group({"params": values, "lr": self.args.learning_rate, "weight_decay": 0.0})
         return optimizer
+
+    @override
+    def accepts_gradient(self, norm: Any) -> bool:
+        accepted = super().accepts_gradient(norm)
+        if self.state.global_step < self.warm_up * self.rollout.num_updates:
+            # Without gradients the optimizer changes neither weights nor moments.
+            for parameter in self.policy.parameters():
+                parameter.grad = None
+        return accepted
 
     @override
     def move_references(self, *, step: int) -> None:
@@ -209,6 +222,8 @@ class OnlineTrainer(AlignmentTrainer):
         self.begin_step()
         if self.value_head is not None:
             self.value_head.zero_grad()  # the loop clears only the policy's gradients
+            if self.state.global_step:
+                self.value_head.follow(self.state.global_step)
         update = self.state.global_step % self.rollout.num_updates
         if update == 0:
             self.buffer = self._finite_rollout()
