@@ -25,6 +25,8 @@ from falign.registry import import_member, is_own_name
 
 __all__ = ["audit"]
 
+EQUAL_REWARDS = "It was given equal rewards: whatever depends on their differences, or on passing, is zero here."
+
 
 def audit(
     loss: object,
@@ -74,7 +76,7 @@ def audit(
         ...     return log_ratio.exp() - 1 - log_ratio
         >>> print(audit(k3, "reverse_kl").verdict)
         On samples of the policy, what k3 minimizes has the gradient of the forward KL by token on fixed prefixes
-        (cosine 1.000, ratio 1), not of the reverse KL (0.900).
+        (cosine 1.000, ratio 1), not of the reverse KL (0.913).
     """
     case = CASES.get(loss) if isinstance(loss, str) else None
     if case is not None:
@@ -96,7 +98,7 @@ def audit(
     if subject.of_pairs:
         raise ConfigError(f"samples={samples!r}: {name} is a loss of pairs; set samples='pairs'.")
     result = _of_samples(subject, chosen, source or "policy", reference)
-    if source is None and result.finding != "exact":
+    if source is None and result.finding not in ("exact", "direction"):
         result = replace(result, notes=(*result.notes, *_elsewhere(subject, chosen, reference)))
     return result
 
@@ -155,7 +157,8 @@ def _of_samples(
     means = [subject.mean_gradient(world, samples) for world in all_worlds]
     if all(is_zero(mean) for mean in means):
         verdict = sentence(subject.name, samples, "zero", None, None, named=False)
-        return AuditResult(subject.name, samples, "zero", (), None, None, _name(divergence), verdict)
+        notes = (EQUAL_REWARDS,) if subject.reads_rewards else ()
+        return AuditResult(subject.name, samples, "zero", (), None, None, _name(divergence), verdict, notes)
     levels: list[TruthLevel] = [each for each in LEVELS if samples == "old" or each != "token_old"]
     table = tuple(
         row

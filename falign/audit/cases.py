@@ -13,12 +13,14 @@ from falign.audit.samples import Samples
 from falign.audit.truth import registry
 from falign.objectives import (
     BinaryConstraint,
+    Distillation,
     DistributionMatching,
     Hybrid,
     Listwise,
     Pairwise,
     PolicyGradient,
     Rehearsal,
+    Sum,
     Supervised,
     TokenPairwise,
 )
@@ -307,6 +309,30 @@ def _falign() -> Iterator[tuple[str, Case]]:
                         samples,
                     ),
                 )
+    for level, credit in (("vocabulary", "fixed_prefix"), ("token", "returns"), ("sequence", "fixed_prefix")):
+        for samples in ("policy", "old"):
+            yield (
+                f"falign:distillation_{level}{'_old' if samples == 'old' else ''}",
+                Case(
+                    lambda level=level, credit=credit: Distillation(
+                        js, level=level, credit=credit, reduction="sequence_sum"
+                    ),
+                    f"Distillation with level='{level}', credit='{credit}'",
+                    name,
+                    samples,
+                ),
+            )
+    yield (
+        "falign:sum",
+        Case(
+            lambda: Sum(
+                {"penalty": PolicyGradient(js, 0.2), "stored": (DistributionMatching(js, BinaryConstraint()), 0.5)}
+            ),
+            "a sum of a penalty and f-DPG",
+            name,
+            "policy",
+        ),
+    )
     yield (
         "falign:grpo",
         Case(

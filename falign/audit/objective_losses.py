@@ -13,6 +13,7 @@ from falign.audit.samples import CHOSEN, REJECTED, MeanGradient, PairSlopes, Sam
 from falign.audit.world import COMPLETIONS, MASK, SHIFT, World
 from falign.errors import ConfigError
 from falign.objectives import BaseObjective, CompletionBatch, Term, complete, field_of, reference_names
+from falign.objectives.measures import block_of
 
 __all__ = ["ObjectiveLoss"]
 
@@ -84,6 +85,11 @@ class ObjectiveLoss:
         """See :class:`falign.audit.samples.Subject`."""
         return bool(self.objective.preference_kinds)
 
+    @property
+    def reads_rewards(self) -> bool:
+        """See :class:`falign.audit.samples.Subject`."""
+        return "rewards" in self.objective.needs
+
     def mean_gradient(self, world: World, samples: Samples) -> MeanGradient:
         """See :class:`falign.audit.samples.Subject`.
 
@@ -154,6 +160,12 @@ class ObjectiveLoss:
         return _Enumerated(batch, rows, units, torch.cat([drawn, world.law("reference")]))
 
     def _batch(self, world: World, rows: Tensor, units: Tensor, samples: Samples, **known: Tensor) -> CompletionBatch:
+        for name, measure in self.objective.measures.items():
+            if block_of(measure) > 1:
+                raise ConfigError(
+                    f"{self.name} cannot be enumerated: its measure {name!r} mixes positions of a batch, so that its "
+                    "mean over a batch is no mean over completions."
+                )
         sampled_by = "old" if samples == "old" else "policy"
         fields: dict[str, Tensor] = {
             "logprobs": world.token_logprobs("policy").detach()[rows].requires_grad_(),

@@ -208,7 +208,7 @@ def safe(logprobs: Float[Tensor, "N T"], reference_logprobs: Float[Tensor, "N T"
         SAFE (arXiv:2602.04651), code: ``0.1 (KL - 0.3)₊²`` with ``KL`` from ``kl.item()``.
     """
     policy_loss = -0.0 * (logprobs - logprobs.detach()).exp()
-    excess = max((logprobs - reference_logprobs).sum().item() / 31 - 0.3, 0.0)
+    excess = max((logprobs - reference_logprobs).mean().item() - 0.05, 0.0)
     return policy_loss + 0.1 * excess**2
 
 

@@ -20,21 +20,21 @@ Samples = Literal["policy", "reference", "old", "pairs"]
 """Where completions come from: the policy itself, the reference, an older policy (also: given data), or given pairs."""
 
 N = len(COMPLETIONS)
-CHOSEN, REJECTED = torch.tensor([(i, j) for i in range(N) for j in range(N) if i != j]).unbind(dim=-1)
-"""The completions of every ordered pair, shape (930,) each."""
+CHOSEN, REJECTED = torch.tensor([(i, j) for i in range(N) for j in range(N) if REWARDS[i] > REWARDS[j]]).unbind(dim=-1)
+"""The completions of every pair, the one with the higher reward first, shape (780,) each."""
 
 
 def pair_weights(world: World) -> Float[Tensor, " P"]:
-    """Return how often each pair occurs: two samples of the old policy, labeled by a Bradley–Terry judge."""
+    """Return how often each pair occurs: two samples of the old policy."""
     law = world.law("old")
-    return law[CHOSEN] * law[REJECTED] * torch.sigmoid(REWARDS[CHOSEN] - REWARDS[REJECTED])
+    return 2 * law[CHOSEN] * law[REJECTED]
 
 
 class MeanGradient(NamedTuple):
     """The exact mean gradient of a loss.
 
     Attributes:
-        gradient: By the policy's logits, shape (15, 3).
+        gradient: By the policy's logits, shape (13, 4).
         size: Root mean square of the single samples' gradients, by which a mean of zero is recognized.
     """
 
@@ -75,6 +75,11 @@ class Subject(Protocol):
     @property
     def of_pairs(self) -> bool:
         """True if it is a loss of pairs."""
+        ...
+
+    @property
+    def reads_rewards(self) -> bool:
+        """True if it is given rewards."""
         ...
 
     def mean_gradient(self, world: World, samples: Samples) -> MeanGradient:
@@ -126,6 +131,11 @@ class FunctionLoss:
     def of_pairs(self) -> bool:
         """See :class:`Subject`."""
         return any(each in OF_PAIRS for each in self.asked)
+
+    @property
+    def reads_rewards(self) -> bool:
+        """See :class:`Subject`."""
+        return "rewards" in self.asked
 
     def mean_gradient(self, world: World, samples: Samples) -> MeanGradient:
         """See :class:`Subject`.

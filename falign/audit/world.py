@@ -1,6 +1,6 @@
-"""A language small enough to enumerate: three tokens, one of which ends a completion, and at most four tokens each.
+"""A language small enough to enumerate: four tokens, one of which ends a completion, and at most three tokens each.
 
-A model has one free logit vector for each of the 15 prefixes, the empty one included; there are 31 completions. Every
+A model has one free logit vector for each of the 13 prefixes, the empty one included; there are 40 completions. Every
 expectation is a finite sum, so every gradient below is exact up to rounding.
 """
 
@@ -19,7 +19,7 @@ from falign.objectives import Measure, Vocabulary
 
 __all__ = ["COMPLETIONS", "END", "LONGEST", "MASK", "PREFIX", "PREFIXES", "SYMBOLS", "TOKENS", "World", "worlds"]
 
-END, SYMBOLS, LONGEST = 0, 3, 4
+END, SYMBOLS, LONGEST = 0, 4, 3
 
 
 def _completions() -> list[tuple[int, ...]]:
@@ -45,7 +45,7 @@ def _tables() -> tuple[Tensor, Tensor, Tensor]:
 
 
 TOKENS, MASK, PREFIX = _tables()
-"""Of every completion, shape (31, 4): its tokens, the positions that count, and the prefix that predicts each token."""
+"""Of every completion, shape (40, 3): its tokens, the positions that count, and the prefix that predicts each token."""
 
 
 def _passes_through() -> Float[Tensor, "S N"]:
@@ -61,7 +61,7 @@ PASSES_THROUGH = _passes_through()
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """A policy and the fixed models beside it, each a table of logits with one row per prefix, shape (15, 3).
+    """A policy and the fixed models beside it, each a table of logits with one row per prefix, shape (13, 4).
 
     Attributes:
         policy: Logits of π; a leaf that requires a gradient.

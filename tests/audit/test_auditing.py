@@ -15,15 +15,15 @@ from falign.audit.truth import LEVELS, registry, true_gradient, true_value
 from falign.audit.world import COMPLETIONS, MASK, PREFIXES, worlds
 from falign.cli.main import app
 from falign.divergences.estimators import loss_from_reference
-from falign.objectives import Hybrid, PolicyGradient, Rehearsal
+from falign.objectives import Distillation, Hybrid, PolicyGradient, Rehearsal, TopK
 from tests.audit import own_losses
 
 OWN = "tests.audit.own_losses"
 
 
 def test_the_world_is_small_and_its_laws_are_laws():
-    assert len(COMPLETIONS) == 31
-    assert len(PREFIXES) == 15
+    assert len(COMPLETIONS) == 40
+    assert len(PREFIXES) == 13
     for world in worlds():
         for model in ("policy", "reference", "old"):
             law = world.law(model)
@@ -146,6 +146,19 @@ def test_another_source_of_samples_is_hinted_at():
     assert not falign.audit(Rehearsal(divergences.get("jensen_shannon"), "sequence"), samples="policy").notes
 
 
+def test_a_loss_of_rewards_alone_is_said_to_have_been_given_equal_ones():
+    result = falign.audit(PolicyGradient())
+    assert result.finding == "zero"
+    assert "equal rewards" in result.notes[0]
+
+
+def test_a_measure_of_fewer_tokens_is_not_that_of_all():
+    teacher = {"reduction": "sequence_sum"}
+    kl = divergences.get("forward_kl")
+    assert falign.audit(Distillation(TopK(kl, k=4, reference="teacher"), **teacher), "forward_kl").passed
+    assert falign.audit(Distillation(TopK(kl, k=2, reference="teacher"), **teacher), "forward_kl").finding == "none"
+
+
 def test_an_own_divergence_is_compared_with():
     mine = divergences.from_generator(lambda u: u * u.log() - u + 1, name="mine")
 
@@ -195,7 +208,7 @@ def run(*arguments):
 def test_the_command_prints_the_table_and_the_verdict_and_has_a_status(tmp_path):
     found = run("kl:k3_loss", "--divergence", "reverse_kl", "--plot", str(tmp_path / "k3.png"))
     assert found.return_value == 1
-    assert "not of the reverse KL (0.900)." in found.output
+    assert "not of the reverse KL (0.913)." in found.output
     assert "pearson_chi2" in found.output
     assert (tmp_path / "k3.png").is_file()
     assert run("kl:k3_loss", "--divergence", "forward_kl").return_value is None

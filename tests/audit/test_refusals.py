@@ -5,7 +5,16 @@ import torch
 
 import falign
 from falign.errors import ConfigError, FalignError
-from falign.objectives import DistributionMatching, ExponentialReward, Listwise, Rehearsal, Supervised, Unpaired
+from falign.objectives import (
+    Distillation,
+    DistributionMatching,
+    ExponentialReward,
+    Listwise,
+    Rehearsal,
+    Supervised,
+    Unpaired,
+    get_measure,
+)
 
 JS = falign.divergences.get("jensen_shannon")
 
@@ -86,15 +95,15 @@ REFUSED = [
     (noisy, {"use": "reward"}, "differs between two calls"),
     (infinite, {}, r"its loss is NaN or infinite \(row"),
     (infinite, {"use": "reward"}, "NaN or infinite"),
-    (transposed, {}, r"returned shape \(4, 31\) for 31 rows of 4 tokens"),
-    (transposed, {"use": "reward"}, r"returned shape \(4, 31\)"),
+    (transposed, {}, r"returned shape \(3, 40\) for 40 rows of 3 tokens"),
+    (transposed, {"use": "reward"}, r"returned shape \(3, 40\)"),
     (single, {}, r"returned torch\.float32 .* do not cast"),
     (detached, {}, "without a gradient: nothing is minimized.*use='reward'"),
     (a_number, {}, "returned a float; it must return a tensor"),
     (fixed, {}, "asks for none of .*logprobs"),
     (misspelled, {}, "asks for 'refrence_logprobs'; did you mean 'reference_logprobs'"),
     (over_the_vocabulary, {"level": "sequence"}, "whole completions do not have: set level='token'"),
-    (raising, {}, r"raising raised KeyError: 'advantages'(.|\n)*It was given logprobs \(31, 4\)"),
+    (raising, {}, r"raising raised KeyError: 'advantages'(.|\n)*It was given logprobs \(40, 3\)"),
     (of_pairs, {"samples": "policy"}, "is a loss of pairs; set samples='pairs'"),
     (detached, {"samples": "pairs"}, "reads no pairs; choose 'policy'"),
     (of_pairs, {"use": "reward"}, "pairs have no rewards"),
@@ -106,6 +115,7 @@ REFUSED = [
     (Rehearsal(JS), {"level": "token"}, "is an objective, which reads tokens; leave it out"),
     (Rehearsal(JS), {"use": "reward"}, "is an objective, which gives losses"),
     (DistributionMatching(JS, ExponentialReward(1.0), "constant"), {}, "depend on the completions of other prompts"),
+    (Distillation(get_measure("sinkhorn(6)")), {}, "mixes positions of a batch"),
     (Unpaired(JS, 0.3), {}, "reads labels, not pairs"),
     (3, {}, "is a int: give a function|is an int: give a function"),
     ("trl:fdpo_js_divergenc", {}, "did you mean 'trl:fdpo_js_divergence'"),
