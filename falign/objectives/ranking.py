@@ -114,6 +114,6 @@ class RankTopK:
         if self.candidates == "reference":
             top = at.top(self.reference, self.k)
             return top.ids, top.logprobs.exp()
-        own = at.logprobs.detach().topk(self.k, dim=-1).indices
+        own = at.logprobs.detach().topk(min(self.k, at.logprobs.shape[-1]), dim=-1).indices
         ranked = at.reference(self.reference).gather(-1, own).sort(dim=-1, descending=True, stable=True)
         return own.gather(-1, ranked.indices), ranked.values.exp()

@@ -120,3 +120,11 @@ def test_the_policys_candidates_are_ranked_in_the_references_order():
             remaining = sum(math.exp(policy[row, v]) for v in own[i:])
             probability *= math.exp(policy[row, own[i]]) / remaining
         assert values[row].item() == pytest.approx(-math.log(probability), abs=1e-13)
+
+
+def test_more_candidates_of_the_policy_than_tokens_are_all_tokens():
+    at = Vocabulary(
+        torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([0]), {"teacher": torch.tensor([[0.2, 0.5, 0.3]]).log()}
+    )
+    every, more = (RankTopK(k, reference="teacher", candidates="policy")(at) for k in (3, 10))
+    assert torch.equal(every, more)
