@@ -29,6 +29,7 @@ class Example:
             None if the data has no preference.
         place: The row it came from, for messages.
         columns: All columns of the row, under the file's names and falign's.
+        weights: Weight of each character of each completion's text; None without such columns.
     """
 
     prompt: Text
@@ -36,6 +37,7 @@ class Example:
     preference: tuple[float, ...] | None
     place: str
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    weights: tuple[tuple[float, ...], ...] | None = None
 
     @property
     def conversational(self) -> bool:

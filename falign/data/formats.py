@@ -22,6 +22,7 @@ from falign.data.conversations import (
 )
 from falign.data.examples import Example, build_example
 from falign.data.files import Row
+from falign.data.token_weights import WEIGHT_COLUMNS
 from falign.errors import DataError
 
 __all__ = ["COLUMNS", "FORMATS", "PAIR", "columns_read", "missing_column"]
@@ -29,6 +30,7 @@ __all__ = ["COLUMNS", "FORMATS", "PAIR", "columns_read", "missing_column"]
 COLUMNS: frozenset[str] = frozenset(
     {"prompt", "chosen", "rejected", "system", "completion", "completions", "scores", "ranks", "label"}
     | {"messages", "conversations", "instruction", "input", "history"}
+    | {*WEIGHT_COLUMNS}
 )
 """The column names that falign reads, in any layout."""
 
@@ -227,10 +229,11 @@ _READ: Mapping[str, frozenset[str]] = {
 
 def columns_read(format: str, row: Row) -> frozenset[str]:
     """Return the columns that a layout reads of a row."""
+    own = _READ[format] | {*WEIGHT_COLUMNS}
     if format == "ranked":
-        return _READ[format] | {"ranks" if "ranks" in row.fields else "scores"}
+        return own | {"ranks" if "ranks" in row.fields else "scores"}
     if format == "alpaca" and not row.fields.keys() & set(PAIR):
-        return _READ[format] | {"completion"}
+        return own | {"completion"}
     if format in ("unpaired", "completion"):
-        return _READ[format] | ({"messages"} if "messages" in row.fields else {"prompt", "completion"})
-    return _READ[format]
+        return own | ({"messages"} if "messages" in row.fields else {"prompt", "completion"})
+    return own

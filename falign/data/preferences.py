@@ -263,6 +263,11 @@ def _preferred(tree: PromptTree) -> PromptTree | None:
     if len(values) == 1:  # a label
         return tree if values[0] > 0 else None
     best = max(values)
-    pairs = zip(tree.completion_ids, values, strict=True)
-    chosen = [(ids, value) for ids, value in pairs if value == best]
-    return replace(tree, completion_ids=tuple(ids for ids, _ in chosen), preference=tuple(value for _, value in chosen))
+    rows = [i for i, value in enumerate(values) if value == best]
+    weights = tree.token_weights
+    return replace(
+        tree,
+        completion_ids=tuple(tree.completion_ids[i] for i in rows),
+        preference=tuple(values[i] for i in rows),
+        token_weights=None if weights is None else tuple(weights[i] for i in rows),
+    )

@@ -14,6 +14,7 @@ from falign.data.files import Row
 from falign.data.formats import COLUMNS, FORMATS, PAIR, columns_read, missing_column
 from falign.data.reports import BadRows
 from falign.data.sources import DataSource, rows_of
+from falign.data.token_weights import weights_in
 from falign.errors import ConfigError, DataError
 
 __all__ = ["RowReader", "read_examples", "recognize"]
@@ -138,6 +139,7 @@ class RowReader:
         if self.format == "auto":
             self.format = recognize(row)
         example = FORMATS[self.format](self._turned(row))
+        example = replace(example, weights=weights_in(row, example.completions))
         if self._auto and (found := recognize(row)) != self.format:
             raise DataError(
                 f"{row.place}: this row looks like format {found!r}, those before it like {self.format!r}; "

@@ -11,7 +11,8 @@ from falign.data.chat_template import Tokenizer
 from falign.data.conversations import Text
 from falign.data.examples import Example
 from falign.data.fidelity import check_decoded
-from falign.data.rendering import render, render_prompt
+from falign.data.rendering import Rendered, render, render_prompt
+from falign.data.token_weights import answer_text, token_weights
 from falign.data.windows import Window, fit
 from falign.errors import ConfigError, DataError
 from falign.scoring.batch import PromptTree
@@ -116,11 +117,45 @@ def encode(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collection
         _with_one_stop(ids[boundary:], tokenizer, stops, f"{example.place}: completion {number}")
         for number, ids in enumerate(full_ids, start=1)
     )
-    tree = PromptTree(tuple(prompt_ids[:boundary]), completions, example.preference, example.place)
+    weights = None
+    if example.weights is not None:
+        added = len(bos) if bos and not rendered.prompt.startswith(tokenizer.bos_token) else 0
+        aligned = _weights(example, example.weights, rendered, tokenizer, boundary - added)
+        # An appended stop token counts once; what was cut behind a stop token does not count.
+        weights = tuple((*own, 1.0)[: len(ids)] for own, ids in zip(aligned, completions, strict=True))
+    tree = PromptTree(
+        tuple(prompt_ids[:boundary]), completions, example.preference, example.place, token_weights=weights
+    )
     _check_distinct(tree)
     reopened = not all(text.startswith(rendered.prompt) for text in rendered.full)
     # `reopened` counts only if it changes tokens: the prompt must have lost some at its end.
     return Encoded(tree, len(prompt_ids) - boundary, reopened and boundary < len(prompt_ids))
+
+
+def _weights(
+    example: Example,
+    weights: Sequence[Sequence[float]],
+    rendered: Rendered,
+    tokenizer: Tokenizer,
+    boundary: int,
+) -> tuple[tuple[float, ...], ...]:
+    found = []
+    for own, completion, full in zip(weights, example.completions, rendered.full, strict=True):
+        # The answer follows the text that both have in common.
+        same = (a == b for a, b in zip(rendered.prompt, full, strict=False))
+        start = next((i for i, equal in enumerate(same) if not equal), len(rendered.prompt))
+        found.append(
+            token_weights(
+                own,
+                answer_text(completion),
+                full,
+                start=start,
+                boundary=boundary,
+                tokenizer=tokenizer,
+                place=example.place,
+            )
+        )
+    return tuple(found)
 
 
 def _check_distinct(tree: PromptTree) -> None:

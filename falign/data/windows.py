@@ -100,7 +100,10 @@ def fit(tree: PromptTree, window: Window, *, bos_token_id: int | None) -> Fitted
     completion_ids = tuple(ids[:completion_room] for ids in tree.completion_ids)
     if completions_cut and _indistinct(tree, completion_ids):
         return Fitted(None, dropped="equal after the cut")
-    fitted = replace(tree, prompt_ids=prompt_ids, completion_ids=completion_ids)
+    weights = tree.token_weights
+    if weights is not None:
+        weights = tuple(own[:completion_room] for own in weights)
+    fitted = replace(tree, prompt_ids=prompt_ids, completion_ids=completion_ids, token_weights=weights)
     return Fitted(fitted, prompt_excess, completions_cut)
 
 

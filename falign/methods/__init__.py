@@ -3,7 +3,7 @@
 from falign.methods.core import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO
 from falign.methods.measures import EMO, LSKD, NKD, PLD, STARCKD, SinKD
 from falign.methods.unpaired import KTO
-from falign.methods.weighted import ACE, APO, BDKD, PACED, RLAD, TSDKD, AdaSPEC, SparsePO
+from falign.methods.weighted import ACE, APO, BDKD, OPADPO, PACED, RLAD, TSDKD, AdaSPEC, SparsePO
 from falign.methods.win_rates import InfAlign, NashMirrorProx
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "KTO",
     "LSKD",
     "NKD",
+    "OPADPO",
     "PACED",
     "PLD",
     "RLAD",

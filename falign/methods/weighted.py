@@ -6,20 +6,22 @@ from typing import Literal
 
 from falign.divergences import Divergence, get, resolve
 from falign.objectives.advantage_list import ace, stcr
+from falign.objectives.anchored import Anchored
 from falign.objectives.base import Objective
 from falign.objectives.difficulty import Dads, DifficultyKernel
 from falign.objectives.distillation import TEACHER, Distillation
 from falign.objectives.groups import CompletionMean
 from falign.objectives.measures import DivergenceTo, Entropy
+from falign.objectives.pairwise import Pairwise
 from falign.objectives.penalty import Level
 from falign.objectives.policy_gradient import PolicyGradient
 from falign.objectives.ranking import RankTopK
 from falign.objectives.schedules import Scheduled, Steps
-from falign.objectives.sum import Sum
+from falign.objectives.sum import Selected, Sum
 from falign.objectives.token_gates import DivergenceBetween, EntropyGap, EntropyGate, EntropyPrefix, QuantileFilter
 from falign.objectives.token_pairwise import TokenPairwise
 
-__all__ = ["ACE", "APO", "BDKD", "PACED", "RLAD", "TSDKD", "AdaSPEC", "SparsePO"]
+__all__ = ["ACE", "APO", "BDKD", "OPADPO", "PACED", "RLAD", "TSDKD", "AdaSPEC", "SparsePO"]
 
 
 def ACE(  # noqa: N802 - the paper's name
@@ -342,6 +344,49 @@ def AdaSPEC(  # noqa: N802 - the paper's name
     f = resolve(divergence)
     kept = QuantileFilter(DivergenceTo(f, reference), keep, DivergenceBetween(f, draft, reference))
     return Distillation(f, reference, reduction=reduction, weights=[kept])
+
+
+def OPADPO(  # noqa: N802 - the paper's name
+    beta: float = 0.1,
+    divergence: Divergence | str = "reverse_kl",
+    *,
+    anchor: float = 1.0,
+    weighting: Literal["none", "data"] = "data",
+) -> Sum:
+    """Return OPA-DPO on weighted tokens: ``-log σ(r̂_w - r̂_l) - anchor · log σ(r̂_w)``.
+
+    ``r̂ = β f'(u)`` with ``log u = Σ_t w_t (log π - log π_ref)`` and the weights w of the data, which say how much each
+    token matters (severity of its errors, relevance).
+
+    Args:
+        beta: β.
+        divergence: f, or its name; the paper uses the reverse KL.
+        anchor: Weight of the second term, which keeps the chosen answer's reward above 0.
+        weighting: ``"none"`` for weights of 1.
+
+    Returns:
+        The objective, a sum of the terms ``pair`` and ``anchor``.
+
+    Raises:
+        ValueError: The divergence is unknown or has no barrier, or a number is out of range.
+
+    Source:
+        Yang et al., OPA-DPO (arXiv:2501.09695): β 0.1, anchor at reward 0 with coefficient 1, from its code. A weight
+        of 0 removes a token from policy and reference alike. The first stage, fine-tuning on the policy's own and the
+        experts' corrected answers, is ``Supervised``; its model is then start and reference. The pair with a masked
+        image is not part of falign, which reads text.
+
+    Example:
+        >>> sorted(OPADPO().needs)
+        ['preference', 'reference_logprobs', 'token_weights.data']
+    """
+    f = resolve(divergence)
+    return Sum(
+        {
+            "pair": Pairwise(f, beta=beta, weighting=weighting),
+            "anchor": (Selected(Anchored(f, beta=beta, weighting=weighting), "chosen"), anchor),
+        }
+    )
 
 
 def SparsePO(  # noqa: N802 - the paper's name

@@ -10,6 +10,7 @@ from falign.objectives.advantage_list import (
     stcr,
 )
 from falign.objectives.advantages import Advantage, generalized_advantages, get_advantage
+from falign.objectives.anchored import Anchored
 from falign.objectives.base import (
     BaseObjective,
     CompletionBatch,
@@ -85,6 +86,7 @@ __all__ = [
     "AdvantageEntry",
     "AdvantageList",
     "AdvantageTransform",
+    "Anchored",
     "BaseObjective",
     "BatchAdvantage",
     "BinaryConstraint",

@@ -93,8 +93,8 @@ class ObjectiveOutput(NamedTuple):
         return torch.stack([term.share(numbers(term.weights, "weights").sum()) for term in self.terms]).sum()
 
 
-TokenWeighting = Literal["none", "activations", "mapo"]
-"""Sources of ``CompletionBatch.token_weights``: none, falign's own weights, or the MaPO mask of SparsePO."""
+TokenWeighting = Literal["none", "activations", "mapo", "data"]
+"""Sources of ``CompletionBatch.token_weights``: none, falign's own weights, the MaPO mask of SparsePO, or the data."""
 
 Importance = Literal["sequence", "token"]
 """The unit of an importance weight ``π/π_old``: a whole completion, or a single token."""
@@ -119,8 +119,8 @@ class Objective(Protocol):
 
     Attributes:
         needs: Optional fields of :class:`CompletionBatch` that it reads; a trainer supplies only these.
-            ``"references.NAME"`` stands for the log-probabilities of another reference; ``"token_weights.mapo"`` and
-            ``"token_weights.activations"`` name the source of the token weights.
+            ``"references.NAME"`` stands for the log-probabilities of another reference; ``"token_weights.mapo"``,
+            ``"token_weights.activations"`` and ``"token_weights.data"`` name the source of the token weights.
         measures: Quantities of whole next-token distributions, by their name in ``CompletionBatch.measures``.
     """
 
@@ -446,7 +446,8 @@ def reference_names(needs: frozenset[str], measures: Mapping[str, Measure]) -> f
         ['reference', 'teacher']
     """
     named = {name.partition(".")[2] for name in needs if field_of(name) == "references"}
-    if any(field_of(name) in ("reference_logprobs", "token_weights") for name in needs):
+    of_reference = {"reference_logprobs", "token_weights"}
+    if any(field_of(name) in of_reference and name != "token_weights.data" for name in needs):
         named.add("reference")
     return frozenset(named | {name for measure in measures.values() for name in measure.references})
 

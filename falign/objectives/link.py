@@ -70,8 +70,20 @@ class Link:
         """Return ``β f'(u)`` of log-ratios."""
         return self.beta * self.divergence.f_prime(log_ratio)
 
-    def rewards_of(self, batch: CompletionBatch) -> CompletionRewards:
-        """Return the rewards of a batch's completions, and the log-ratios that they come from."""
-        log_ratio = batch.sequence_sum(batch.log_ratio)
+    def rewards_of(self, batch: CompletionBatch, *, weighted: bool = False) -> CompletionRewards:
+        """Return the rewards of a batch's completions, and the log-ratios that they come from.
+
+        Args:
+            batch: Completions with ``reference_logprobs``.
+            weighted: Multiply each token's log-ratio by ``token_weights``; a token of weight 0 is not read.
+
+        Returns:
+            One value per completion.
+        """
+        log_ratio = batch.log_ratio
+        if weighted:
+            weights = batch.require("token_weights").masked_fill(~batch.completion_mask, 0.0)
+            log_ratio = weights * log_ratio.masked_fill(weights == 0, 0.0)
+        log_ratio = batch.sequence_sum(log_ratio)
         compared = log_ratio / batch.num_tokens if self.length_norm == "token" else log_ratio
         return CompletionRewards(batch.sequence_sum(batch.logprobs), log_ratio, self.reward(compared))

@@ -34,6 +34,9 @@ class Pairwise(BaseObjective):
         beta: β, strength of the divergence, nats of reward; positive.
         length_norm: ``"token"`` divides ``log u`` by the completion's length, so that u is a ratio per token; None is
             ``"token"`` for IPO, else ``"none"``.
+        weighting: ``"data"`` multiplies each token's log-ratio by its weight in the data
+            (``CompletionBatch.token_weights``): a token of weight 0 is left out, for policy and reference alike. The
+            implicit reward of :attr:`link` stays that of all tokens.
 
     Raises:
         ValueError: The divergence has no barrier, β is not positive, a name is unknown, or IPO is requested for
@@ -54,6 +57,7 @@ class Pairwise(BaseObjective):
     margin_loss: MarginLoss | str = logistic
     beta: float = 0.1
     length_norm: Literal["none", "token"] | None = None
+    weighting: Literal["none", "data"] = "none"
 
     def __post_init__(self) -> None:
         if isinstance(self.margin_loss, str):
@@ -67,6 +71,8 @@ class Pairwise(BaseObjective):
                 f"length_norm={self.length_norm!r} with margin_loss='ipo': IPO uses log-ratios per token; leave it "
                 f"out, or choose the loss of whole completions, {self.margin_loss.per_token_instead_of!r}."
             )
+        if self.weighting not in ("none", "data"):
+            raise ValueError(f"weighting={self.weighting!r}: choose 'none' or 'data'.")
         _ = self.link  # validates the other three fields
 
     @property
@@ -78,7 +84,8 @@ class Pairwise(BaseObjective):
     @property
     @override
     def needs(self) -> frozenset[str]:
-        return frozenset({"reference_logprobs", "preference"})
+        fields = frozenset({"reference_logprobs", "preference"})
+        return fields if self.weighting == "none" else fields | {"token_weights.data"}
 
     def implicit_reward(self, log_ratio: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         """Return ``r̂ = β f'(u)``, the reward that this method defines, up to a constant per prompt.
@@ -96,18 +103,19 @@ class Pairwise(BaseObjective):
         """Return one loss per pair of the batch.
 
         Args:
-            batch: Completions with ``reference_logprobs`` and ``preference``; any two completions of one prompt with
-                different preferences form a pair.
+            batch: Completions with ``reference_logprobs``, ``preference`` and, with ``weighting``, ``token_weights``;
+                any two completions of one prompt with different preferences form a pair.
 
         Returns:
             One term of shape (pairs,), and the metrics ``rewards/*`` (β f'(u)), ``logratios/*`` and ``logps/*``
-            (sums over tokens) of each pair; a tie, up to rounding, counts half in ``rewards/accuracies``.
+            (sums over tokens, the former weighted) of each pair; a tie, up to rounding, counts half in
+            ``rewards/accuracies``.
 
         Raises:
             ValueError: A needed field is None, or no two completions of one prompt differ in preference.
         """
         chosen, rejected = pairs_in(batch)
-        logprobs, log_ratio, rewards = self.link.rewards_of(batch)
+        logprobs, log_ratio, rewards = self.link.rewards_of(batch, weighted=self.weighting != "none")
         margin = rewards[chosen] - rewards[rejected]
         size = torch.maximum(rewards[chosen].abs(), rewards[rejected].abs())
         assert callable(self.margin_loss)

@@ -39,7 +39,8 @@ class TokenPairwise(BaseObjective):
         variant: 1 (TDPO1) or 2 (TDPO2).
         weighting: ``"none"`` counts every token once. The others take ``w_t`` from ``CompletionBatch.token_weights``,
             one weight for both sums; a token of weight 0 is ignored. A trainer computes them from the reference's
-            activations: ``"mapo"`` is the MaPO mask of SparsePO (:class:`falign.scoring.token_weights.MapoMask`),
+            activations: ``"data"`` are those of
+            the data; ``"mapo"`` is the MaPO mask of SparsePO (:class:`falign.scoring.token_weights.MapoMask`),
             ``"activations"`` are falign's own weights.
 
     Raises:

@@ -412,6 +412,11 @@ def objective_inputs(
     found = dict(columns or {})
     asked = {**(measures or {}), **objective.measures}
     weighting = "none" if "token_weights" in found else token_weighting(objective.needs)
+    if weighting == "data":
+        raise ValueError(
+            "The objective reads weights of tokens from the data, and these completions have none: it learns from "
+            "given completions only."
+        )
     missing_needs = frozenset(name for name in objective.needs if name not in found and field_of(name) not in found)
     needed = reference_names(missing_needs, asked)
     if missing := sorted(needed - references.keys()):

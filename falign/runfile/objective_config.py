@@ -12,16 +12,17 @@ from torch import Tensor
 from typing_extensions import override
 
 from falign.errors import ConfigError
-from falign.objectives import Listwise, Objective, Pairwise, Sum, TokenPairwise, TokenWeighting, Unpaired
+from falign.objectives import Anchored, Listwise, Objective, Pairwise, Sum, TokenPairwise, TokenWeighting, Unpaired
 from falign.registry import Registry
 from falign.runfile.base_config import ObjectiveSection, PythonObject, named_divergence, refusals
-from falign.runfile.distillation_config import DistillationConfig
+from falign.runfile.distillation_config import Completions, DistillationConfig, selected
 from falign.runfile.members import OwnSection, union_of_kinds
 from falign.runfile.online_objective_config import FURTHER_OBJECTIVES
 from falign.runfile.schedule_config import with_schedules
 
 __all__ = [
     "OBJECTIVES",
+    "AnchoredConfig",
     "ListwiseConfig",
     "ObjectiveConfig",
     "OwnObjectiveConfig",
@@ -61,11 +62,34 @@ class PairwiseConfig(_RegularizedSection):
     ``exo(0.001)``."""
     length_norm: Literal["none", "token"] | None = None
     """``token`` divides log-ratios by length. Default: ``token`` with ``ipo``, otherwise ``none``."""
+    weighting: Literal["none", "data"] = "none"
+    """``data`` multiplies the log-ratio of each token by its weight in the data (``chosen_weights``)."""
 
     @override
     def build(self) -> Objective:
         with refusals():
-            return Pairwise(named_divergence(self.divergence), self.margin_loss, self.beta, self.length_norm)
+            return Pairwise(
+                named_divergence(self.divergence), self.margin_loss, self.beta, self.length_norm, self.weighting
+            )
+
+
+class AnchoredConfig(_RegularizedSection):
+    """Keeps the implicit reward of completions above a value; a term beside a loss of pairs."""
+
+    kind: Literal["anchored"] = "anchored"
+    method = "anchored rewards"
+    value: float = 0.0
+    """The anchor, nats of reward."""
+    weighting: Literal["none", "data"] = "none"
+    """As under ``pairwise``."""
+    completions: Completions | None = None
+    """Of preference data, as under ``distillation``."""
+
+    @override
+    def build(self) -> Objective:
+        with refusals():
+            anchored = Anchored(named_divergence(self.divergence), self.beta, self.value, self.weighting)
+            return selected(anchored, self.completions)
 
 
 class ListwiseConfig(_RegularizedSection):
@@ -119,7 +143,7 @@ class TokenPairwiseConfig(_RegularizedSection):
     weighting: TokenWeighting = "none"
     """``mapo``: tokens count by the mask of SparsePO's MaPO, from the reference's activations, between 0 and 1; with
     variant 1 it is the paper's loss. ``activations``: by falign's own weights, the mean absolute activations of the
-    reference's layers, with a mean of 1 in a completion."""
+    reference's layers, with a mean of 1 in a completion. ``data``: by the weights of the data."""
 
     @override
     def build(self) -> Objective:
@@ -238,6 +262,7 @@ OBJECTIVES: Registry[Any] = Registry(
         **TERMS,
         "sum": SumConfig,
         "pairwise": PairwiseConfig,
+        "anchored": AnchoredConfig,
         "listwise": ListwiseConfig,
         "unpaired": UnpairedConfig,
         "token_pairwise": TokenPairwiseConfig,

@@ -1,6 +1,6 @@
 """From token ids to log-probabilities, entropies and divergences of completions."""
 
-from falign.scoring.batch import LAYOUTS, Layout, PromptTree, TokenBatch, TreeSpan, pack, pad
+from falign.scoring.batch import LAYOUTS, Layout, PromptTree, TokenBatch, TreeSpan, data_weights, pack, pad
 from falign.scoring.completions import CompletionStates, completion_scores, completion_states
 from falign.scoring.distributions import Distribution, Predictions, Reading, Source, TopTokens
 from falign.scoring.layout_choice import LayoutChoice, check_head, choose_layout, why_not_trees
@@ -34,6 +34,7 @@ __all__ = [
     "choose_layout",
     "completion_scores",
     "completion_states",
+    "data_weights",
     "detached_scores",
     "evaluation_mode",
     "pack",

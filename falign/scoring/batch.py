@@ -16,6 +16,7 @@ __all__ = [
     "PromptTree",
     "TokenBatch",
     "TreeSpan",
+    "data_weights",
     "lay_out",
     "pack",
     "pad",
@@ -34,9 +35,10 @@ class PromptTree:
         preference: One value per completion, larger is preferred (a pair: 1 and 0); None without preferences.
         place: File and row of the example, for messages (``"pairs.jsonl:12"``).
         mismatched_ids: Token ids of completions of another prompt, for estimates that read them.
+        token_weights: Weight of each token of each completion, from the data; None without.
 
     Raises:
-        ValueError: If the prompt or a completion is empty, or preferences and completions differ in number.
+        ValueError: If the prompt or a completion is empty, or preferences or weights do not fit the completions.
 
     Example:
         >>> pair = PromptTree(prompt_ids=(5, 6), completion_ids=((7, 2), (8, 9, 2)), preference=(1.0, 0.0))
@@ -49,6 +51,7 @@ class PromptTree:
     preference: tuple[float, ...] | None = None
     place: str = ""
     mismatched_ids: tuple[tuple[int, ...], ...] = ()
+    token_weights: tuple[tuple[float, ...], ...] | None = None
 
     @property
     def mismatched(self) -> PromptTree:
@@ -75,6 +78,12 @@ class PromptTree:
         if self.preference is not None and len(self.preference) != len(self.completion_ids):
             raise ValueError(
                 f"{self.place}: {len(self.preference)} preference values for {len(self.completion_ids)} completions."
+            )
+        weights = self.token_weights
+        if weights is not None and list(map(len, weights)) != list(map(len, self.completion_ids)):
+            raise ValueError(
+                f"{self.place}: token_weights has {list(map(len, weights))} numbers for completions of "
+                f"{list(map(len, self.completion_ids))} tokens."
             )
 
 
@@ -285,6 +294,32 @@ def preferences(trees: Sequence[PromptTree]) -> Float[Tensor, " N"] | None:
             "give one for all trees or for no tree."
         )
     return torch.tensor([value for tree in trees for value in tree.preference or ()], dtype=torch.float32)
+
+
+def data_weights(trees: Sequence[PromptTree]) -> Float[Tensor, "N T"]:
+    """Return the weights of tokens that the data have.
+
+    Args:
+        trees: The trees of a batch.
+
+    Returns:
+        Shape (N, T), in the order of the trees, 0 where masked.
+
+    Raises:
+        ValueError: A tree has none.
+
+    Example:
+        >>> data_weights([PromptTree((5,), ((7, 2), (8,)), token_weights=((0.5, 1.0), (2.0,)))])
+        tensor([[0.5000, 1.0000],
+                [2.0000, 0.0000]])
+    """
+    if missing := [tree.place for tree in trees if tree.token_weights is None]:
+        raise ValueError(
+            f"{missing[0]} has no weights of tokens, which the objective reads: give every row chosen_weights and "
+            "rejected_weights (or completion_weights), [] for weights of 1."
+        )
+    rows = [torch.tensor(own) for tree in trees for own in tree.token_weights or ()]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 Layout = Literal["tree", "padded"]

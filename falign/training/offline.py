@@ -10,11 +10,11 @@ from transformers import TrainerCallback
 from falign.data import Notice, PreferenceData, demonstrations
 from falign.data.labels import label_counts
 from falign.data.other_prompts import OtherPrompts
-from falign.errors import ConfigError
-from falign.objectives import Measure, Objective, complete, references_of
+from falign.errors import ConfigError, DataError
+from falign.objectives import Measure, Objective, complete, references_of, token_weighting
 from falign.references import Reference, read_whole, with_members
 from falign.runfile.config import RunConfig
-from falign.scoring.batch import PromptTree, token_rows
+from falign.scoring.batch import PromptTree, data_weights, token_rows
 from falign.terminal import progress
 from falign.training.parts import Language, Parts, load_parts
 from falign.training.references import cached
@@ -120,6 +120,7 @@ def read_data(
     config.check_token_rows(language.tokenizer, [*token_rows([*data.train, *data.eval])])
     for notice in data.report.notices():
         tell(notice)
+    _check_token_weights(data, objective, tell)
     if "preference" not in objective.needs:
         data = _without_rejected(data, tell)
     elif "labels" in complete(objective).preference_kinds:
@@ -129,6 +130,19 @@ def read_data(
         _mismatched(objective, data)  # refuses rows that cannot be paired, before any weight is loaded
     _check_budget(config, data)
     return data
+
+
+def _check_token_weights(data: PreferenceData, objective: Objective, tell: Callable[[Notice], None]) -> None:
+    """Refuse rows without the weights of tokens that the objective reads; report weights that nothing reads."""
+    rows = [*data.train, *data.eval]
+    if token_weighting(objective.needs) != "data":
+        if any(tree.token_weights is not None for tree in rows):
+            tell(Notice("warning: data: the rows have weights of tokens, which the objective does not read."))
+        return
+    try:
+        data_weights(rows)
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def _without_rejected(data: PreferenceData, tell: Callable[[Notice], None]) -> PreferenceData:

@@ -27,11 +27,12 @@ from falign.objectives import (
     field_of,
     reduce_terms,
     reference_names,
+    token_weighting,
     total_weights,
 )
 from falign.objectives.batch import OFFLINE
 from falign.references import REFERENCE, ObjectiveInputs, Reference, completion_batch, objective_inputs
-from falign.scoring import PromptTree, Scorer, TokenBatch, evaluation_mode
+from falign.scoring import PromptTree, Scorer, TokenBatch, data_weights, evaluation_mode
 from falign.training.controls import Controls
 from falign.training.finite_guard import describe_loss
 from falign.training.objective_contract import PLANNED_TERMS, ObjectiveContract
@@ -115,6 +116,8 @@ class AlignmentTrainer(ResumableTrainer):
         def collate(trees: list[PromptTree]) -> dict[str, Any]:
             rows = trees or [self._shortest]
             inputs = dict(vars(scorer.lay_out(rows)))
+            if token_weighting(objective.needs) == "data":
+                inputs["columns"] = {"token_weights": data_weights(rows)}
             if rows[0].mismatched_ids:
                 inputs[MISMATCHED] = vars(scorer.lay_out([tree.mismatched for tree in rows]))
             return inputs if trees else stand_in(inputs)  # empty if another process has one batch more

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from falign import CompletionBatch, divergences
 from falign.objectives import (
+    Anchored,
     BaseObjective,
     BinaryConstraint,
     Constant,
@@ -66,6 +67,8 @@ JS, KL = divergences.get("jensen_shannon"), divergences.get("forward_kl")
 RLOO = PolicyGradient(KL, 0.2)
 ROWS = {
     "f-DPO": Pairwise(JS, beta=0.3),
+    "anchor": Anchored(JS, 0.3, 0.2, "data"),
+    "f-DPO, weights": Pairwise(JS, beta=0.3, weighting="data"),
     "IPO": Pairwise(divergences.get("reverse_kl"), "ipo", beta=0.3),
     "robust, by token": Pairwise(divergences.get("chi2_kl"), "robust(0.1)", 0.1, "token"),
     "Plackett-Luce": Listwise(divergences.get("alpha(0.4)"), beta=0.3),

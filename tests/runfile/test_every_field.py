@@ -107,7 +107,12 @@ class With:
 
 ADVANTAGES = ("None", "BatchMean", "LeaveOneOut", "GroupCentred", "GroupNormalised", "Gae")
 BUILT_ALONE = {
-    "PairwiseConfig": Changes({}, divergence="jensen_shannon", beta=0.3, margin_loss="hinge", length_norm="token"),
+    "AnchoredConfig": Changes(
+        {}, divergence="jensen_shannon", beta=0.3, value=1.0, weighting="data", completions="all"
+    ),
+    "PairwiseConfig": Changes(
+        {}, divergence="jensen_shannon", beta=0.3, margin_loss="hinge", length_norm="token", weighting="data"
+    ),
     "ListwiseConfig": Changes({}, divergence="jensen_shannon", beta=0.3, length_norm="token"),
     "UnpairedConfig": Changes(
         {},
