@@ -1,8 +1,9 @@
 """Published methods under the names of their papers, each a short composition of objectives, measures and weights."""
 
 from falign.methods.core import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO
+from falign.methods.groups import OREAL, BestOfN, DisCO, SuperHF
 from falign.methods.measures import EMO, LSKD, NKD, PLD, STARCKD, SinKD
-from falign.methods.unpaired import KTO
+from falign.methods.unpaired import FSFT, HDPO, KTO, SequenceMatch
 from falign.methods.weighted import ACE, APO, BDKD, OPADPO, PACED, RLAD, TSDKD, AdaSPEC, SparsePO
 from falign.methods.win_rates import InfAlign, NashMirrorProx
 
@@ -14,10 +15,13 @@ __all__ = [
     "EMO",
     "FDPG",
     "FDPO",
+    "FSFT",
+    "HDPO",
     "KTO",
     "LSKD",
     "NKD",
     "OPADPO",
+    "OREAL",
     "PACED",
     "PLD",
     "RLAD",
@@ -27,8 +31,12 @@ __all__ = [
     "TDPO",
     "TSDKD",
     "AdaSPEC",
+    "BestOfN",
+    "DisCO",
     "InfAlign",
     "NashMirrorProx",
+    "SequenceMatch",
     "SinKD",
     "SparsePO",
+    "SuperHF",
 ]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from falign.divergences import Divergence, resolve
+from falign.objectives.pairwise import Pairwise
+from falign.objectives.sequence_match import SequenceMatching
+from falign.objectives.supervised import Supervised
 from falign.objectives.unpaired import ReferencePoint, Unpaired
 
-__all__ = ["KTO"]
+__all__ = ["FSFT", "HDPO", "KTO", "SequenceMatch"]
 
 
 def KTO(  # noqa: N802 - the paper's name
@@ -40,3 +45,91 @@ def KTO(  # noqa: N802 - the paper's name
         'jensen_shannon'
     """
     return Unpaired(resolve(divergence), beta, desirable_weight, undesirable_weight, reference_point)
+
+
+def HDPO(  # noqa: N802 - the paper's name
+    alpha: float = 0.95, beta: float = 0.1, divergence: Divergence | str = "reverse_kl"
+) -> Pairwise:
+    """Return H-DPO: ``-log σ`` of the margin of ``β (α log π - log π_ref)``.
+
+    For another f the margin is that of ``β (f'(u) + (α - 1) log π)``.
+    The optimum for the reverse KL is ``π ∝ (π_ref exp(r/β))^{1/α}``: α < 1 sharpens it, α > 1 flattens it. The term
+    ``(α - 1) log π`` grows with the length of a completion: with α < 1 long completions get higher rewards, so a policy
+    can raise the margin by the lengths of its answers alone. Compare ``logps/*`` and the lengths of samples.
+
+    Args:
+        alpha: α, positive; 1 is DPO.
+        beta: β, strength of the regularization.
+        divergence: f, or its name; with α < 1 the reverse KL, ``jeffreys`` or ``chi2_kl``.
+
+    Returns:
+        The objective.
+
+    Raises:
+        ValueError: A number is not positive, or f has no barrier or does not admit α < 1.
+
+    Source:
+        Omura et al., H-DPO (arXiv:2411.07595); the value of α could not be confirmed.
+
+    Example:
+        >>> HDPO(0.9).entropy_weight
+        0.9
+    """
+    return Pairwise(resolve(divergence), beta=beta, entropy_weight=alpha)
+
+
+def FSFT(  # noqa: N802 - the paper's name
+    divergence: Divergence | str = "pearson_chi2", beta: float = 0.1, max_weight: float | None = None
+) -> Supervised:
+    """Return f-SFT: ``f*(-β log u)/β`` of each token of demonstrations.
+
+    Args:
+        divergence: f, or its name: of the paper ``pearson_chi2``, ``squared_hellinger``, and ``total_variation``, for
+            which its loss is plain fine-tuning.
+        beta: β; no effect with ``total_variation``.
+        max_weight: Largest weight of a token, beyond which the loss continues as its tangent; None for no bound, and
+            for 10 where ``f'(∞)`` is finite.
+
+    Returns:
+        The objective.
+
+    Raises:
+        ValueError: The divergence is unknown, or a number is out of range.
+
+    Source:
+        Wang et al. (arXiv:2507.00018), with ``φ(x) = -f*(-x)`` and ``x = β log u`` per token, divided by β. The paper
+        has no bound; its exact scale could not be confirmed.
+
+    Example:
+        >>> FSFT("squared_hellinger", 0.5).max_weight, FSFT("total_variation").divergence
+        (10.0, None)
+    """
+    resolved = resolve(divergence)
+    if resolved.name == "total_variation" and max_weight is None:
+        return Supervised()
+    if max_weight is None and math.isfinite(resolved.f_prime_at_infinity):
+        max_weight = 10.0
+    return Supervised(resolved, beta, max_weight)
+
+
+def SequenceMatch(alpha: float = 0.5, gamma: float = 0.998) -> SequenceMatching:  # noqa: N802 - the paper's name
+    """Return SequenceMatch without its backspace token, on data labeled true and samples of the model labeled false.
+
+    Args:
+        alpha: α of ``φ(x) = x - x²/(4α)``.
+        gamma: γ, discount per token.
+
+    Returns:
+        The objective; :class:`SequenceMatching` says what is left out.
+
+    Raises:
+        ValueError: A number is out of range.
+
+    Source:
+        Cundy and Ermon, SequenceMatch (arXiv:2306.05426).
+
+    Example:
+        >>> sorted(SequenceMatch().measures)
+        ['value']
+    """
+    return SequenceMatching(alpha, gamma)

@@ -27,8 +27,10 @@ from falign.objectives.base import (
     total_weights,
 )
 from falign.objectives.batch import field_of, field_of_reference
+from falign.objectives.cloning import Cloning
 from falign.objectives.controllers import Controller, RootDivergence, TargetDivergence
 from falign.objectives.difficulty import Dads, DifficultyKernel
+from falign.objectives.discriminative import Discriminative, TrustRegion
 from falign.objectives.distillation import Distillation
 from falign.objectives.distribution_matching import DistributionMatching
 from falign.objectives.groups import CompletionMean, completion_term, pairs_of
@@ -54,6 +56,7 @@ from falign.objectives.penalty import Penalty, Surrogate
 from falign.objectives.policy_gradient import PolicyGradient
 from falign.objectives.rehearsal import Rehearsal
 from falign.objectives.schedules import Cosine, Linear, Schedule, Scheduled, Stairs, Steps
+from falign.objectives.sequence_match import LogNormalizer, SequenceMatching
 from falign.objectives.step_means import StepMean
 from falign.objectives.sum import Selected, Sum
 from falign.objectives.supervised import Supervised
@@ -90,6 +93,7 @@ __all__ = [
     "BaseObjective",
     "BatchAdvantage",
     "BinaryConstraint",
+    "Cloning",
     "CompletionBatch",
     "CompletionMean",
     "Constant",
@@ -97,6 +101,7 @@ __all__ = [
     "Cosine",
     "Dads",
     "DifficultyKernel",
+    "Discriminative",
     "Distillation",
     "DistributionMatching",
     "DivergenceBetween",
@@ -111,6 +116,7 @@ __all__ = [
     "Importance",
     "Linear",
     "Listwise",
+    "LogNormalizer",
     "MarginLoss",
     "Measure",
     "MixingMeasure",
@@ -131,6 +137,7 @@ __all__ = [
     "Schedule",
     "Scheduled",
     "Selected",
+    "SequenceMatching",
     "Stairs",
     "StepMean",
     "Steps",
@@ -145,6 +152,7 @@ __all__ = [
     "TokenWeighting",
     "TopK",
     "TopTokens",
+    "TrustRegion",
     "Unpaired",
     "Vocabulary",
     "ace",

@@ -380,6 +380,7 @@ MEASURES: Registry[Any] = Registry(
     {
         "divergence_to": DivergenceTo,
         "entropy": Entropy,
+        "log_normalizer": "falign.objectives.sequence_match:LogNormalizer",
         "entropy_of": "falign.objectives.token_gates:ReferenceEntropy",
         "divergence_between": "falign.objectives.token_gates:DivergenceBetween",
         "top_k": "falign.objectives.top_k:TopK",

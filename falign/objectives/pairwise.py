@@ -37,14 +37,17 @@ class Pairwise(BaseObjective):
         weighting: ``"data"`` multiplies each token's log-ratio by its weight in the data
             (``CompletionBatch.token_weights``): a token of weight 0 is left out, for policy and reference alike. The
             implicit reward of :attr:`link` stays that of all tokens.
+        entropy_weight: α of H-DPO: the reward is ``β (f'(u) + (α - 1) log π)``; α = 1 is f-DPO, α < 1 sharpens the
+            policy, α > 1 keeps it diverse. With α ≠ 1 longer completions have other rewards at the same u.
 
     Raises:
-        ValueError: The divergence has no barrier, β is not positive, a name is unknown, or IPO is requested for
-            whole completions.
+        ValueError: The divergence has no barrier, β or α is not positive, f does not admit α < 1 (:class:`Link`), a
+            name is unknown, or IPO is requested for whole completions.
 
     Source:
         Wang et al., f-DPO (arXiv:2309.16240), Eq. 8 and Theorem 1. ``length_norm``: Ahrabian et al. (arXiv:2407.15229)
-        for the reverse KL; for other f, f' is applied to the length-normalized log-ratio.
+        for the reverse KL; for other f, f' is applied to the length-normalized log-ratio. ``entropy_weight``:
+        Omura et al., H-DPO (arXiv:2411.07595), for the reverse KL, where ``r̂ = β (α log π - log π_ref)``.
 
     Example:
         >>> from falign import divergences
@@ -58,6 +61,7 @@ class Pairwise(BaseObjective):
     beta: float = 0.1
     length_norm: Literal["none", "token"] | None = None
     weighting: Literal["none", "data"] = "none"
+    entropy_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if isinstance(self.margin_loss, str):
@@ -73,13 +77,26 @@ class Pairwise(BaseObjective):
             )
         if self.weighting not in ("none", "data"):
             raise ValueError(f"weighting={self.weighting!r}: choose 'none' or 'data'.")
-        _ = self.link  # validates the other three fields
+        if self.weighting != "none" and self.entropy_weight != 1:
+            raise ValueError(
+                f"weighting={self.weighting!r} with entropy_weight={self.entropy_weight!r}: token weights apply to "
+                "log-ratios, and the latter adds log-probabilities; leave one of them out."
+            )
+        _ = self._link  # validates the other fields
+
+    @property
+    def _link(self) -> Link:
+        assert self.length_norm is not None
+        return Link(self.divergence, self.beta, self.length_norm, self.entropy_weight)
 
     @property
     @override
-    def link(self) -> Link:
-        assert self.length_norm is not None
-        return Link(self.divergence, self.beta, self.length_norm)
+    def link(self) -> Link | None:
+        return self._link if self.entropy_weight == 1 else None
+
+    @override
+    def completion_rewards(self, batch: CompletionBatch) -> Float[Tensor, " N"]:
+        return self._link.rewards_of(batch).rewards
 
     @property
     @override
@@ -88,7 +105,7 @@ class Pairwise(BaseObjective):
         return fields if self.weighting == "none" else fields | {"token_weights.data"}
 
     def implicit_reward(self, log_ratio: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-        """Return ``r̂ = β f'(u)``, the reward that this method defines, up to a constant per prompt.
+        """Return ``β f'(u)``, the reward that this method defines if α = 1, up to a constant per prompt.
 
         Args:
             log_ratio: ``log u`` of whole completions (per token where ``length_norm="token"``), nats.
@@ -96,7 +113,7 @@ class Pairwise(BaseObjective):
         Returns:
             The reward, same shape.
         """
-        return self.link.reward(log_ratio)
+        return self._link.reward(log_ratio)
 
     @override
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
@@ -115,7 +132,7 @@ class Pairwise(BaseObjective):
             ValueError: A needed field is None, or no two completions of one prompt differ in preference.
         """
         chosen, rejected = pairs_in(batch)
-        logprobs, log_ratio, rewards = self.link.rewards_of(batch, weighted=self.weighting != "none")
+        logprobs, log_ratio, rewards = self._link.rewards_of(batch, weighted=self.weighting != "none")
         margin = rewards[chosen] - rewards[rejected]
         size = torch.maximum(rewards[chosen].abs(), rewards[rejected].abs())
         assert callable(self.margin_loss)

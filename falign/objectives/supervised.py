@@ -30,15 +30,21 @@ class Supervised(BaseObjective):
     hundreds of nats, where w is 0 or overflows, and β would have to depend on the length.
 
     Attributes:
-        divergence: f; ``f'(∞)`` must be infinite. None for plain fine-tuning, which corresponds to total variation.
+        divergence: f. None for plain fine-tuning.
         beta: β; required with a divergence, not allowed without one.
+        max_weight: W, larger than 1: where ``w > W`` the loss continues as its tangent, so that no token weighs more.
+            Required if ``f'(∞)`` is finite: the loss is then infinite at ``log u ≤ -f'(∞)/β``. None for no bound.
 
     Raises:
-        ValueError: ``f'(∞)`` is finite, or only one of divergence and β is given, or β is not positive.
+        ValueError: ``f'(∞)`` is finite without a bound, only one of divergence and β is given, or a number is out of
+            range.
 
     Source:
         Wang et al. (arXiv:2507.00018), with ``φ(x) = -f*(-x)``; divided by β, so that the step size does not
-        depend on it.
+        depend on it. With ``x = β log u`` of a token, ``pearson_chi2`` has ``φ(x) = x - x²/4`` and
+        ``squared_hellinger`` has ``φ(x) = x/(1 + x)``, whose pole at -1 is why the weight is bounded. For total
+        variation the paper has ``φ(x) = x``, which is plain fine-tuning; its exact conjugate is this only for
+        ``|x| ≤ ½``: with ``total_variation`` a token has weight 1 there, 0 above and W below.
 
     Example:
         >>> from falign import divergences
@@ -56,6 +62,7 @@ class Supervised(BaseObjective):
 
     divergence: Divergence | None = None
     beta: float | None = None
+    max_weight: float | None = None
 
     def __post_init__(self) -> None:
         if (self.divergence is None) != (self.beta is None):
@@ -64,13 +71,22 @@ class Supervised(BaseObjective):
             )
         if self.beta is not None and not 0 < self.beta < math.inf:
             raise ValueError(f"beta={self.beta!r} must be positive and finite.")
-        if self.divergence is not None and math.isfinite(self.divergence.f_prime_at_infinity):
+        if self.max_weight is not None and self.divergence is None:
+            raise ValueError(f"max_weight={self.max_weight!r} without a divergence: all weights are 1; leave it out.")
+        if self.max_weight is not None and not 1 < self.max_weight < math.inf:
+            raise ValueError(
+                f"max_weight={self.max_weight!r} must be finite and larger than 1, the weight at the reference."
+            )
+        unbounded = self.divergence is not None and self.max_weight is None
+        if self.divergence is not None and unbounded and math.isfinite(self.divergence.f_prime_at_infinity):
             slope = self.divergence.f_prime_at_infinity
             raise ValueError(
                 f"f-SFT is not defined under {self.divergence.name}: its f'(∞) = {slope:g} is finite, so the loss "
                 f"f*(-β log u) is infinite as soon as log u < {-slope:g}/β, just where a "
-                "token has become unlikely and the loss should raise it. Choose a divergence with infinite f'(∞) "
-                "(reverse_kl, jeffreys, pearson_chi2, chi2_kl), or none for plain fine-tuning."
+                "token has become unlikely and the loss should raise it. Set max_weight (10, for "
+                "example), beyond which the loss is continued as its tangent. Or choose a "
+                "divergence with infinite f'(∞) (reverse_kl, jeffreys, pearson_chi2, chi2_kl), or none for plain "
+                "fine-tuning."
             )
 
     @property
@@ -111,8 +127,20 @@ class Supervised(BaseObjective):
         if self.divergence is None or self.beta is None:
             return -logprobs, torch.ones_like(logprobs)
         with torch.no_grad():
-            log_u = batch.log_ratio
-            value = self.divergence.conjugate(-self.beta * log_u) / self.beta
-            weights = power(self.divergence.f_prime_inverse(-self.beta * log_u).clamp(-1e4, 1e4))
+            y = -self.beta * batch.log_ratio
+            inside, beyond = self._within_bound(y)
+            weights = power(self.divergence.f_prime_inverse(inside).clamp(-1e4, 1e4))
+            value = self.divergence.conjugate(inside)
+            if self.max_weight is not None:
+                weights = torch.where(beyond > 0, self.max_weight, weights.clamp(max=self.max_weight))
+                value = value + self.max_weight * beyond
+            value = value / self.beta
         # Autograd cannot differentiate every family's (f')⁻¹, but d f*(y)/dy = (f')⁻¹(y) in closed form.
         return value - weights * (logprobs - logprobs.detach()), weights
+
+    def _within_bound(self, y: Float[Tensor, "N T"]) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
+        """Return y up to ``f'(W)``, where the weight is W, and by how much it is beyond."""
+        if self.max_weight is None or self.divergence is None:
+            return y, torch.zeros_like(y)
+        bound = self.divergence.f_prime(y.new_tensor(math.log(self.max_weight)))
+        return torch.minimum(y, bound), (y - bound).clamp(min=0.0)

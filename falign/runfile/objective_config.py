@@ -16,6 +16,7 @@ from falign.objectives import Anchored, Listwise, Objective, Pairwise, Sum, Toke
 from falign.registry import Registry
 from falign.runfile.base_config import ObjectiveSection, PythonObject, named_divergence, refusals
 from falign.runfile.distillation_config import Completions, DistillationConfig, selected
+from falign.runfile.group_objective_config import GROUP_OBJECTIVES
 from falign.runfile.members import OwnSection, union_of_kinds
 from falign.runfile.online_objective_config import FURTHER_OBJECTIVES
 from falign.runfile.schedule_config import with_schedules
@@ -64,12 +65,19 @@ class PairwiseConfig(_RegularizedSection):
     """``token`` divides log-ratios by length. Default: ``token`` with ``ipo``, otherwise ``none``."""
     weighting: Literal["none", "data"] = "none"
     """``data`` multiplies the log-ratio of each token by its weight in the data (``chosen_weights``)."""
+    entropy_weight: float = Field(default=1.0, gt=0)
+    """α of H-DPO: below 1 the policy becomes sharper, above 1 more diverse."""
 
     @override
     def build(self) -> Objective:
         with refusals():
             return Pairwise(
-                named_divergence(self.divergence), self.margin_loss, self.beta, self.length_norm, self.weighting
+                named_divergence(self.divergence),
+                self.margin_loss,
+                self.beta,
+                self.length_norm,
+                self.weighting,
+                self.entropy_weight,
             )
 
 
@@ -176,8 +184,10 @@ class OwnObjectiveConfig(OwnSection, ObjectiveSection, extra="allow"):
 TERMS: dict[str, type[ObjectiveSection]] = {
     "pairwise": PairwiseConfig,
     "listwise": ListwiseConfig,
+    "unpaired": UnpairedConfig,
     "token_pairwise": TokenPairwiseConfig,
     **FURTHER_OBJECTIVES,
+    **GROUP_OBJECTIVES,
     "distillation": DistillationConfig,
 }
 

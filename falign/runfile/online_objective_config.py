@@ -235,9 +235,11 @@ class SupervisedConfig(ObjectiveSection):
     kind: Literal["supervised"] = "supervised"
     method = "supervised tuning"
     divergence: str | None = None
-    """A divergence with infinite f'(∞), such as ``pearson_chi2``; by default plain fine-tuning."""
+    """Such as ``pearson_chi2``; by default plain fine-tuning."""
     beta: float | None = Field(default=None, gt=0)
     """Required with a divergence."""
+    max_weight: float | None = Field(default=None, gt=1)
+    """Largest weight of a token; required if f'(∞) is finite, as of ``squared_hellinger``."""
     completions: Completions | None = None
     """Of preference data, as under ``distillation``; by default the chosen ones. Required beside terms of a sum that
     compare completions."""
@@ -251,7 +253,7 @@ class SupervisedConfig(ObjectiveSection):
     def build(self) -> Objective:
         with refusals():
             divergence = None if self.divergence is None else named_divergence(self.divergence)
-            return selected(Supervised(divergence, self.beta), self.completions)
+            return selected(Supervised(divergence, self.beta, self.max_weight), self.completions)
 
 
 FURTHER_OBJECTIVES: dict[str, type[ObjectiveSection]] = {

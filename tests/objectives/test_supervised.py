@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from falign import CompletionBatch, divergences
+from falign.methods import FSFT
 from falign.objectives import Objective, Supervised
 from tests.reference.test_estimators import NAMES
 
@@ -70,7 +71,8 @@ def test_tokens_that_were_learned_weigh_less_and_lost_ones_more():
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(ALLOWED)))
 def test_a_bounded_slope_is_refused_with_the_reason(name):
-    with pytest.raises(ValueError, match=r"is finite, so the loss.*is infinite as soon as.*Choose.*plain fine-tuning"):
+    reason = r"is finite, so the loss.*is infinite as soon as.*Set max_weight.*choose.*plain fine-tuning"
+    with pytest.raises(ValueError, match=reason):
         Supervised(divergences.get(name), 0.1)
 
 
@@ -115,3 +117,33 @@ def test_supervised_is_an_objective_that_names_its_needs():
     assert objective.needs == {"reference_logprobs"}
     with pytest.raises(ValueError, match="reference_logprobs, which is None"):
         objective(CompletionBatch(torch.zeros(3, 3), MASK, torch.arange(3)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bounded_weight_continues_the_loss_as_its_tangent(name):
+    divergence, beta, bound = divergences.get(name), 0.7, 3.0
+    log_ratio = torch.linspace(-12, 12, 9, dtype=torch.float64).reshape(3, 3).requires_grad_()
+    output = Supervised(divergence, beta, bound)(batch_of(log_ratio))
+    slope = torch.autograd.grad(output.mean(), log_ratio)[0]
+    y, at = -beta * log_ratio.detach(), divergence.f_prime(torch.tensor(math.log(bound), dtype=torch.float64))
+    weights = torch.where(y >= at, bound, divergence.f_prime_inverse(torch.minimum(y, at - 1e-12)).exp())
+    torch.testing.assert_close(slope, -weights * MASK / 6, rtol=1e-9, atol=1e-12)
+    inside = divergence.conjugate(torch.minimum(y, at - 1e-12))
+    expected = (inside + bound * (y - at).clamp(min=0))[MASK].mean() / beta
+    assert output.mean().item() == pytest.approx(expected.item(), rel=1e-9, abs=1e-9)
+
+
+def test_the_papers_divergences_are_those_of_f_sft():
+    log_ratio = ratios() / 2  # x > -1: beyond lies the pole of the second one
+    x = 0.4 * log_ratio[MASK]
+    assert x.min() > -0.9
+    for name, phi in {"pearson_chi2": x - x**2 / 4, "squared_hellinger": x / (1 + x)}.items():
+        losses = FSFT(name, 0.4, 1e6)._losses(batch_of(log_ratio))[0]
+        torch.testing.assert_close(losses[MASK], -phi / 0.4, rtol=1e-10, atol=1e-12)
+    assert FSFT("total_variation", 0.4) == Supervised()
+    assert FSFT("jensen_shannon", 0.4).max_weight == 10
+    for bound, message in {1.0: "larger than 1", math.inf: "must be finite"}.items():
+        with pytest.raises(ValueError, match=message):
+            Supervised(divergences.get("jeffreys"), 0.3, bound)
+    with pytest.raises(ValueError, match="without a divergence"):
+        Supervised(max_weight=2.0)

@@ -111,9 +111,28 @@ BUILT_ALONE = {
         {}, divergence="jensen_shannon", beta=0.3, value=1.0, weighting="data", completions="all"
     ),
     "PairwiseConfig": Changes(
-        {}, divergence="jensen_shannon", beta=0.3, margin_loss="hinge", length_norm="token", weighting="data"
+        {},
+        divergence="jensen_shannon",
+        beta=0.3,
+        margin_loss="hinge",
+        length_norm="token",
+        weighting="data",
+        entropy_weight=0.5,
     ),
     "ListwiseConfig": Changes({}, divergence="jensen_shannon", beta=0.3, length_norm="token"),
+    "CloningConfig": Changes(
+        {},
+        completions="passed",
+        pass_reward=With(0.5, completions="passed"),
+        advantage="leave_one_out",
+        weights=["difficulty_kernel"],
+        reduction="sequence_mean",
+    ),
+    "DiscriminativeConfig": Changes({}, score="ratio", tau=2.0, pass_reward=0.5),
+    "TrustRegionConfig": Changes(
+        {}, divergence="jensen_shannon", beta=3.0, delta=0.1, level="sequence", reduction="sequence_mean"
+    ),
+    "SequenceMatchConfig": Changes({}, alpha=1.0, gamma=0.9),
     "UnpairedConfig": Changes(
         {},
         divergence="jensen_shannon",
@@ -200,7 +219,11 @@ BUILT_ALONE = {
     "OwnObjectiveConfig": Changes({"kind": "tests.runfile.own_members:Margin", "wanted": 1.0}),
     "OwnTargetConfig": Changes({"kind": "tests.runfile.own_members:Tilted", "strength": 0.5}),
     "SupervisedConfig": Changes(
-        {"divergence": "pearson_chi2", "beta": 0.1}, divergence="chi2_kl", beta=0.3, completions="chosen"
+        {"divergence": "pearson_chi2", "beta": 0.1},
+        divergence="chi2_kl",
+        beta=0.3,
+        max_weight=5.0,
+        completions="chosen",
     ),
 }
 VERIFIER = {"timeout": 5.0, "failed": None}
