@@ -99,6 +99,11 @@ def load_rewards(options: SampleOptions, config: RunConfig | None) -> LoadedRewa
                 f"{options.model} {reason} and has no rewards: give `rewards`, a YAML file with a list of them, or a "
                 "run whose implicit reward to use."
             )
+        if not config.rewards:
+            raise ConfigError(
+                f"{options.model} was trained without rewards: give `rewards`, a YAML file with a list of them, or a "
+                "run whose implicit reward to use."
+            )
         if lost := [
             str(each.name) for each in config.rewards if isinstance(each, PythonObject) and not each.is_in_memory
         ]:
@@ -137,6 +142,8 @@ def _rewards_of_run(run: Named, *, trust_code: bool) -> LoadedRewards:
         if named_code(config, ["rewards"]):
             import_from(Path.cwd())
         rewards = config.rewards if given is None else given.sections.get("rewards", config.rewards)
+        if not rewards:
+            raise ConfigError(f"{path} was trained without rewards: name another run, or a YAML file with a list.")
         return _built(rewards, config.rollout.outcome)
     scored = load_run(path, max_length=None, given=given, trust_code=trust_code)
     assert scored.reference is not None

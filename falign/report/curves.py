@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -75,14 +76,29 @@ PANELS = (
 def curve_plots(runs: Sequence[ReportedRun]) -> list[Plot]:
     """Return the plots of all panels for which a run has values; each divergence has its own panel."""
     panels = [*PANELS[:8], *_divergences(runs), *PANELS[8:]]
+    panels += [part for panel in panels for part in _of_terms(panel, runs)]
     return [plot for panel in panels if (plot := _plot(panel, runs)) is not None]
 
 
 def _divergences(runs: Sequence[ReportedRun]) -> Iterator[Panel]:
-    logged = {name.removeprefix("eval_") for run in runs for log in run.logs for name in log}
-    for metric in sorted(name for name in logged if name.startswith("divergence/")):
+    found = {name[name.index("divergence/") :] for name in _logged(runs) if re.fullmatch(r"(\w+/)?divergence/.*", name)}
+    for metric in sorted(found):
         name = metric.removeprefix("divergence/")
         yield Panel(f"divergence-{file_name(name)}", f"Divergence: {divergence_label(name)}", "nats", metric)
+
+
+def _logged(runs: Sequence[ReportedRun]) -> set[str]:
+    return {name.removeprefix("eval_") for run in runs for log in run.logs for name in log}
+
+
+def _of_terms(panel: Panel, runs: Sequence[ReportedRun]) -> Iterator[Panel]:
+    """Return the panel of each term of a sum, or further reference, whose metric has its name before it."""
+    ending = f"/{panel.solid}"
+    for term in sorted(name.removesuffix(ending) for name in _logged(runs) if name.endswith(ending)):
+        if "/" not in term and f"{term}{ending}" != panel.solid:
+            dashed = None if panel.dashed is None else f"{term}/{panel.dashed}"
+            named = {"name": f"{file_name(term)}-{panel.name}", "title": f"{term}: {panel.title}"}
+            yield panel._replace(**named, solid=f"{term}{ending}", dashed=dashed)
 
 
 def _plot(panel: Panel, runs: Sequence[ReportedRun]) -> Plot | None:

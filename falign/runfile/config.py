@@ -24,7 +24,7 @@ from falign.objectives.measures import references_of
 from falign.runfile.base_config import FrozenModel, refusals
 from falign.runfile.measure_config import MeasureConfig, build_measure, is_known_measure
 from falign.runfile.objective_config import ObjectiveConfig, PairwiseConfig
-from falign.runfile.online_check import check_samples
+from falign.runfile.online_check import check_samples, check_without_rewards
 from falign.runfile.policy_config import AdapterConfig, ModelConfig
 from falign.runfile.prompts_config import CriticConfig, PromptsConfig, RehearsalDataConfig, RolloutConfig, with_rows
 from falign.runfile.reference_config import AutoReferenceConfig, ReferenceConfig
@@ -174,6 +174,7 @@ class RunConfig(FrozenModel):
     prompts: PromptsConfig | None = None
     rollout: RolloutConfig = RolloutConfig()
     rewards: list[RewardConfig] = []
+    """Rewards of completions; an online run needs one unless its objective reads none, as in distillation."""
     rehearsal: RehearsalDataConfig | None = None
     critic: CriticConfig = CriticConfig()
     objective: ObjectiveConfig = PairwiseConfig()
@@ -385,7 +386,7 @@ class RunConfig(FrozenModel):
         if missing := sorted(name for name in objective.needs if field_of(name) not in OFFLINE):
             raise ConfigError(
                 f"objective.kind={self.objective.kind} reads {', '.join(missing)} of each completion, which come from "
-                "rollouts: give prompts, rollout and rewards in place of data."
+                "rollouts: give prompts and rollout, with rewards if it reads them, in place of data."
             )
         if self.training.eval_steps and not (self.data.eval or self.data.eval_size or self.data.eval_fraction):
             raise ConfigError("training.eval_steps needs data.eval, data.eval_size or data.eval_fraction.")
@@ -397,9 +398,9 @@ class RunConfig(FrozenModel):
                 "data and prompts exclude each other: a run learns from given or from sampled completions."
             )
         if not self.rewards:
-            raise ConfigError("rewards is empty: an online run needs at least one reward.")
+            check_without_rewards(self.rollout, self.objective, objective)
         wanted = self.objective.num_rewards
-        if wanted not in (None, len(self.rewards)):
+        if self.rewards and wanted not in (None, len(self.rewards)):
             raise ConfigError(
                 f"objective.target reads {wanted} rewards, one after the other, and rewards has {len(self.rewards)}."
             )

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 from falign.errors import ConfigError
 from falign.objectives import BaseObjective, Objective, complete
+from falign.objectives.batch import WORTH
 from falign.runfile.objective_config import ObjectiveConfig
 from falign.runfile.prompts_config import RolloutConfig
 from falign.runfile.reward_config import RewardConfig
 
-__all__ = ["check_samples"]
+__all__ = ["check_samples", "check_without_rewards"]
+
+OF_REWARDS = ("difficulty", "outcome", "pass_reward", "ranked")
+"""Fields of ``rollout`` that have an effect only on rewards."""
 
 
 def check_samples(
@@ -35,6 +39,25 @@ def check_samples(
     _check_groups(rollout, chosen, objective)
     _check_correction(rollout, chosen, whole)
     _check_effects(rollout, chosen, rewards, objective)
+
+
+def check_without_rewards(rollout: RolloutConfig, chosen: ObjectiveConfig, objective: Objective) -> None:
+    """Refuse a run without rewards whose objective or rollouts read them.
+
+    Raises:
+        ConfigError: They do; the message names the fields.
+    """
+    if read := sorted(objective.needs & WORTH):
+        raise ConfigError(
+            f"rewards is empty, and objective.kind={chosen.kind} reads {', '.join(read)} of completions: give at least "
+            "one reward."
+        )
+    fields = RolloutConfig.model_fields
+    if given := [name for name in OF_REWARDS if getattr(rollout, name) != fields[name].default]:
+        raise ConfigError(
+            f"rollout.{given[0]}={getattr(rollout, given[0])} without rewards, which it is about: leave it out, or "
+            "give rewards."
+        )
 
 
 def _check_correction(rollout: RolloutConfig, chosen: ObjectiveConfig, objective: BaseObjective) -> None:

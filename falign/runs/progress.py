@@ -89,7 +89,7 @@ class ProgressBar(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        new = {SHOWN[name]: value for name, value in (logs or {}).items() if name in SHOWN}
+        new = {label: value for name, value in (logs or {}).items() if (label := _label(name))}
         self.latest.update(new)
         parts = {name: value for name, value in self.latest.items() if value or name not in FAILURES.values()}
         shown = "  ".join(f"{name} {value:.3g}" for name, value in parts.items())
@@ -109,6 +109,17 @@ class ProgressBar(TrainerCallback):
     def close(self) -> None:
         """Restore the terminal, also if the run fails."""
         self.progress.stop()
+
+
+def _label(metric: str) -> str:
+    """Return the name under which a metric is shown, with that of its term of a sum; empty if it is not shown."""
+    if metric in SHOWN:
+        return SHOWN[metric]
+    held_out = "eval_" if metric.startswith("eval_") else ""
+    term, _, own = metric.removeprefix("eval_").partition("/")
+    # The reward of a sum is logged once, without a term.
+    label = SHOWN.get(f"{held_out}{own}", "") if own != "reward" else ""
+    return f"{term} {label}" if label else ""
 
 
 CHOSEN, REJECTED, PLAIN = "#0b7a75", "#c8553d", "#3d405b"
@@ -131,6 +142,24 @@ ONLINE = {
 }
 
 
+def _panels(logs: Sequence[Mapping[str, Any]]) -> Mapping[str, tuple[tuple[str, str, str], ...]]:
+    """Return the panels of a run: of online rewards, of preferences, or of a divergence to a teacher."""
+    names = {name.removeprefix("eval_") for log in logs for name in log}
+    if "reward" in names:
+        return ONLINE
+    distilled = sorted(name for name in names if "divergence/" in name or name.endswith("measure"))
+    if not distilled or any(name.endswith("rewards/accuracies") for name in names):
+        return OFFLINE
+    online = {name: ONLINE[name] for name in ("length (tokens)", "different bigrams within a group")}
+    return {
+        "loss": (("loss", PLAIN, ""),),
+        "divergence (nats per completion)": ((distilled[0], PLAIN, distilled[0]),),
+        "entropy per token (nats)": (("entropy", PLAIN, ""),),
+        "negative log-likelihood (nats per token)": (("nll", PLAIN, ""),),
+        **(online if "completions/length" in names else {}),
+    }
+
+
 def plot_curves(logs: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
     """Plot training metrics as lines and held-out values as dots.
 
@@ -145,7 +174,7 @@ def plot_curves(logs: Sequence[Mapping[str, Any]], path: Path, *, title: str) ->
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    panels = ONLINE if any("eval_reward" in log or "reward" in log for log in logs) else OFFLINE
+    panels = _panels(logs)
     columns = len(panels) // 2
     figure, axes = plt.subplots(2, columns, figsize=(5 * columns, 6.4), layout="constrained", sharex=True)
     for axis, (label, series) in zip(axes.flat, panels.items(), strict=True):

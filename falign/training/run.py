@@ -341,9 +341,14 @@ def _inputs(config: RunConfig, trainer: AlignmentTrainer, language: Language) ->
             "base_config": trainer.record["base_config"],
             **_reference_hashes(trainer),
             "objective_code": own_code(config),
-            "rewards": reward_identities(trainer.rewards) if isinstance(trainer, OnlineTrainer) else {},
+            "rewards": _reward_hashes(trainer),
         }
     )
+
+
+def _reward_hashes(trainer: AlignmentTrainer) -> dict[str, Any]:
+    rewards = trainer.rewards if isinstance(trainer, OnlineTrainer) else None
+    return {} if rewards is None else reward_identities(rewards)
 
 
 def _reference_hashes(trainer: AlignmentTrainer) -> dict[str, Any]:

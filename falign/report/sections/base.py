@@ -42,8 +42,8 @@ def missing(text: str, *commands: str) -> Html:
 
 
 def sampling_command(run: ReportedRun) -> str:
-    """Return the command that samples a run; a run on preferences needs rewards for that."""
-    rewards = "" if run.online else " --rewards REWARDS.yaml"
+    """Return the command that samples a run; a run that was trained without rewards needs some for that."""
+    rewards = "" if run.run_file.get("rewards") else " --rewards REWARDS.yaml"
     return f"falign evaluate samples {path_of(run)}{rewards}"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from falign.references import REFERENCE
 from falign.report.metric_names import NOTHING, divergence_label, number
 from falign.report.runs import ReportedRun
 from falign.report.sections.base import Section, path_of
@@ -108,8 +109,14 @@ def _rewards(run: ReportedRun) -> str:
 
 
 def _reference(run: ReportedRun) -> str:
-    kind = run.manifest["reference"].get("kind", run.run_file["reference"].get("kind", "auto"))
-    return {"adapter_off": "the model without its adapter"}.get(kind, str(kind).replace("_", " "))
+    written = run.run_file.get("references") or {REFERENCE: run.run_file.get("reference") or {}}
+    found = {REFERENCE: run.manifest.get("reference", {}), **run.manifest.get("references", {})}
+    kinds = {name: found.get(name, {}).get("kind", section.get("kind", "auto")) for name, section in written.items()}
+    spoken = {
+        name: {"adapter_off": "the model without its adapter"}.get(kind, str(kind).replace("_", " "))
+        for name, kind in kinds.items()
+    }
+    return ", ".join(kind if name == REFERENCE else f"{name}: {kind}" for name, kind in spoken.items())
 
 
 def _model(run: ReportedRun) -> Html:

@@ -30,7 +30,7 @@ class Group:
         row: The prompt.
         rollouts: Its completions, as token ids.
         texts: The completions as text, as the rewards read them.
-        rewards: One per completion.
+        rewards: One per completion; empty in a run without rewards.
         parts: The rewards before they were combined, by name.
     """
 
@@ -140,8 +140,8 @@ class GroupSampler:
 
     Args:
         engine: The engine that samples.
-        rewards: The rewards.
-        tokenizer: Decodes completions for the rewards.
+        rewards: The rewards; None for a run without.
+        tokenizer: Decodes completions.
         params: Sampling parameters.
         completions: Completions per prompt.
         seed: Seed of the run; the seed of each rollout is derived from it and the rollout's number.
@@ -150,7 +150,7 @@ class GroupSampler:
     def __init__(
         self,
         engine: Engine,
-        rewards: RewardSum,
+        rewards: RewardSum | None,
         tokenizer: Tokenizer,
         params: SamplingParams,
         *,
@@ -218,17 +218,19 @@ class GroupSampler:
 
 
 def judged(
-    rewards: RewardSum, rows: Sequence[PromptRow], rollouts: Sequence[SampledCompletion], tokenizer: Tokenizer
+    rewards: RewardSum | None, rows: Sequence[PromptRow], rollouts: Sequence[SampledCompletion], tokenizer: Tokenizer
 ) -> tuple[list[str], Rewards]:
     """Return completions as text without special tokens, and their rewards.
 
     Args:
-        rewards: The rewards.
+        rewards: The rewards; None for none.
         rows: The prompt of each completion.
         rollouts: The completions.
         tokenizer: Decodes the completions.
     """
     texts = [str(tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True)) for rollout in rollouts]
+    if rewards is None:
+        return texts, Rewards([], {})
     scores = rewards(
         [row.prompt for row in rows],
         texts,
@@ -259,7 +261,7 @@ class DividedSampler:
     @property
     def outcome(self) -> str | None:
         """Name of the reward that decides whether a completion passes; None for the sum of all."""
-        return self.sampler.rewards.passing
+        return None if self.sampler.rewards is None else self.sampler.rewards.passing
 
     def with_completions(self, completions: int) -> DividedSampler:
         """Return a sampler for another group size."""

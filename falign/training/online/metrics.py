@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from falign import divergences
 from falign.divergences import estimators
 from falign.durable import append
 from falign.metrics.ngrams import distinct
-from falign.references import Reference
+from falign.references import REFERENCE, Reference
 from falign.rewards.groups import best_of_n, pass_at_k, powers_of_two
 from falign.rollouts import SampledCompletion
 from falign.scoring import PromptTree, Scorer
@@ -29,24 +29,27 @@ def rollout_metrics(draw: Draw, *, pass_reward: float, outcome: str | None = Non
 
     ``outcome`` names the reward that decides whether a completion passes; None means the sum.
     ``pass@k`` and ``reward/best_of_k`` are unbiased estimates from the whole group, for k = 1, 2, 4 ... up to its size.
+    Without rewards there are only those of the completions themselves.
     """
     groups = draw.groups
-    size = len(groups[0].rewards)
-    rewards = torch.tensor([group.rewards for group in groups])
-    passed = torch.tensor([group.num_passed(pass_reward, outcome=outcome) for group in groups])
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     metrics = {
-        "reward": rewards.flatten(),
-        "groups/all_pass": passed == size,
-        "groups/all_fail": passed == 0,
-        "groups/zero_variance": rewards.amax(dim=1) == rewards.amin(dim=1),
         "completions/length": torch.tensor([len(rollout.completion_ids) for rollout in rollouts]),
         "completions/clipped": torch.tensor([rollout.finish_reason == "length" for rollout in rollouts]),
         "rollout/prompts_sampled": torch.tensor([draw.num_sampled]),
-        "rollout/prompts_unfit": torch.tensor([draw.num_unfit]),
-        "reward/timeouts": torch.tensor([draw.timeouts]),
-        "reward/errors": torch.tensor([draw.errors]),
     }
+    rewards, passed = torch.tensor([group.rewards for group in groups]), None
+    if rewards.numel():
+        passed = torch.tensor([group.num_passed(pass_reward, outcome=outcome) for group in groups])
+        metrics |= {
+            "reward": rewards.flatten(),
+            "groups/all_pass": passed == rewards.shape[1],
+            "groups/all_fail": passed == 0,
+            "groups/zero_variance": rewards.amax(dim=1) == rewards.amin(dim=1),
+            "rollout/prompts_unfit": torch.tensor([draw.num_unfit]),
+            "reward/timeouts": torch.tensor([draw.timeouts]),
+            "reward/errors": torch.tensor([draw.errors]),
+        }
     for name in groups[0].parts:
         values = [value for group in groups for value in group.parts[name] if value is not None]
         metrics[f"reward/{name}"] = torch.tensor(values)
@@ -69,12 +72,12 @@ def draw_values(
     ``distinct-1`` and ``distinct-2`` are the shares of distinct tokens and token pairs, ``unique`` that of completions.
 
     Args:
-        rewards: Rewards of G completions per prompt.
+        rewards: Rewards of G completions per prompt; of shape (P, 0) without rewards.
         token_ids: Token ids of each prompt's completions.
         passed: Number of completions that pass; None leaves ``pass@k`` out.
     """
-    size = rewards.shape[1]
-    values = {f"reward/best_of_{k}": best_of_n(rewards, k) for k in powers_of_two(size)}
+    size = len(token_ids[0])
+    values = {f"reward/best_of_{k}": best_of_n(rewards, k) for k in (powers_of_two(size) if rewards.numel() else ())}
     if passed is not None:
         values |= {f"pass@{k}": pass_at_k(size, passed, k) for k in powers_of_two(size)}
     for n in (1, 2):
@@ -87,22 +90,23 @@ def evaluation_metrics(
     draw: Draw,
     *,
     policy: nn.Module,
-    reference: Reference | None,
+    references: Mapping[str, Reference],
     pass_reward: float,
     outcome: str | None,
     temperature: float,
     batch_size: int,
     scorer: Scorer,
 ) -> dict[str, float]:
-    """Return means over held-out prompts, with the policy's entropy and its divergences from the reference.
+    """Return means over held-out prompts, with the policy's entropy and its divergences from the references.
 
-    The divergences are estimates for whole completions, in nats. They are left out at temperatures other than 1,
-    because the samples are then not from the policy's own distribution.
+    Those from the reference named ``reference`` have their plain names, the others begin with the reference's name, as
+    in ``teacher/divergence/reverse_kl``. The divergences are estimates for whole completions, in nats. They are left
+    out at temperatures other than 1, because the samples are then not from the policy's own distribution.
 
     Args:
         draw: The held-out completions.
         policy: The policy that sampled them.
-        reference: The reference; without one there are no divergences.
+        references: The references by name.
         pass_reward: Reward that a completion needs to pass.
         outcome: Name of the reward that decides whether it passes; None for the sum.
         temperature: Sampling temperature.
@@ -119,22 +123,22 @@ def evaluation_metrics(
         ]
         batch = scorer.lay_out(trees, model=policy)
         scores = scorer.scores(policy, batch)
-        of_reference = None if reference is None else reference.logprobs(policy, batch)
+        found = {name: reference.logprobs(policy, batch) for name, reference in references.items()}
         if not counted:
             continue
         means.add({"entropy": scores.entropy[batch.completion_mask]})
-        if of_reference is None:
-            continue
-        whole = (scores.logprobs - of_reference).masked_fill(~batch.completion_mask, 0.0).sum(dim=-1)
-        means.add({"logratios/policy": whole})
-        if temperature == 1:
-            means.add(
-                {
-                    f"divergence/{name}": estimators.value_from_policy(divergences.get(name), whole)
-                    for name in ("reverse_kl", "jensen_shannon", "total_variation")
-                }
-            )
+        for name, logprobs in found.items():
+            whole = (scores.logprobs - logprobs).masked_fill(~batch.completion_mask, 0.0).sum(dim=-1)
+            prefix = "" if name == REFERENCE else f"{name}/"
+            means.add({f"{prefix}{metric}": values for metric, values in _divergences(whole, temperature).items()})
     return means.take()
+
+
+def _divergences(log_ratio: Float[Tensor, " N"], temperature: float) -> dict[str, Tensor]:
+    """Return the log-ratios of whole completions, and divergences if they were sampled at temperature 1."""
+    kinds = ("reverse_kl", "jensen_shannon", "total_variation") if temperature == 1 else ()
+    values = {f"divergence/{kind}": estimators.value_from_policy(divergences.get(kind), log_ratio) for kind in kinds}
+    return {"logratios/policy": log_ratio, **values}
 
 
 def _ids(rollout: SampledCompletion) -> tuple[int, ...]:
@@ -163,7 +167,7 @@ class CompletionsTable:
                     "place": group.row.place,
                     "prompt": group.row.prompt,
                     "completion": text,
-                    "reward": reward,
+                    "reward": group.rewards[i] if group.rewards else None,
                     "parts": {name: values[i] for name, values in group.parts.items()},
                     "tokens": len(rollout.completion_ids),
                     "finish_reason": rollout.finish_reason,
@@ -171,6 +175,6 @@ class CompletionsTable:
                 ensure_ascii=False,
             )
             for group in draw.groups
-            for i, (rollout, text, reward) in enumerate(zip(group.rollouts, group.texts, group.rewards, strict=True))
+            for i, (rollout, text) in enumerate(zip(group.rollouts, group.texts, strict=True))
         ]
         append(self.path, "".join(f"{line}\n" for line in lines))

@@ -252,7 +252,7 @@ class Drawn(NamedTuple):
         groups, places = self.draw.groups, {id(row): place for place, row in enumerate(prompts)}
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         columns = {
-            "rewards": _column([reward for group in groups for reward in group.rewards]),
+            **({"rewards": _column([r for group in groups for r in group.rewards])} if groups[0].rewards else {}),
             **{
                 f"{PART}{name}": _column([value for group in groups for value in group.parts[name]])
                 for name in groups[0].parts
@@ -273,7 +273,7 @@ class Drawn(NamedTuple):
         """Return a rollout equal to the one that :meth:`save` wrote."""
         buffer, rest = RolloutBuffer.load(file), state["draw"]["groups"]
         logprobs = buffer.values("sampler_logprobs").tolist()
-        rewards = buffer.values("rewards").tolist()
+        rewards = buffer.values("rewards").tolist() if "rewards" in buffer.columns else None
         found = buffer.columns.items()
         parts = {name.removeprefix(PART): _values(column) for name, column in found if name.startswith(PART)}
         reasons, versions = rest["finish_reasons"], rest["policy_versions"]
@@ -285,7 +285,8 @@ class Drawn(NamedTuple):
                 for n, ids in zip(own, tree.completion_ids, strict=True)
             )
             own_parts = {name: tuple(values[n] for n in own) for name, values in parts.items()}
-            own_texts, own_rewards = tuple(rest["texts"][n] for n in own), tuple(rewards[n] for n in own)
+            own_texts = tuple(rest["texts"][n] for n in own)
+            own_rewards = () if rewards is None else tuple(rewards[n] for n in own)
             groups.append(Group(prompts[row], rollouts, own_texts, own_rewards, own_parts))
         return cls(**{**state, "draw": Draw(**{**state["draw"], "groups": groups})})
 

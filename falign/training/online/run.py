@@ -15,6 +15,7 @@ from falign.errors import ConfigError
 from falign.models.tokenizers import tokenizer_fingerprint
 from falign.objectives import Objective, complete
 from falign.references import REFERENCE
+from falign.rewards import RewardSum
 from falign.rewards.combination import row_check
 from falign.rollouts import EngineSetup, SamplingParams, TransformersEngine
 from falign.rollouts.buffer import RolloutBuffer
@@ -63,10 +64,9 @@ def online_trainer(
         )
     rollout = config.rollout
     with console.status("reading prompts"):
-        rewards = build_rewards(config.rewards, date=language.date, outcome=rollout.outcome)
-        rewards.require_group(rollout.completions, field="rollout.completions")
-        rewards.require_group(rollout.evaluation.completions, field="rollout.evaluation.completions")
-        data = config.prompts.build(language.tokenizer, seed=config.seed, check=row_check(rewards))
+        rewards = _rewards(config, language)
+        check = None if rewards is None else row_check(rewards)
+        data = config.prompts.build(language.tokenizer, seed=config.seed, check=check)
         rehearsal = (
             RolloutBuffer()
             if config.rehearsal is None
@@ -154,6 +154,17 @@ def online_trainer(
     )
     trainer.record = parts.record
     return trainer, data
+
+
+def _rewards(config: RunConfig, language: Language) -> RewardSum | None:
+    """Return the rewards of the run; None if it has none, since its objective reads none."""
+    if not config.rewards:
+        return None
+    rollout = config.rollout
+    rewards = build_rewards(config.rewards, date=language.date, outcome=rollout.outcome)
+    rewards.require_group(rollout.completions, field="rollout.completions")
+    rewards.require_group(rollout.evaluation.completions, field="rollout.evaluation.completions")
+    return rewards
 
 
 def _fitted(

@@ -172,8 +172,8 @@ class OnlineTrainer(AlignmentTrainer):
         return self.state.global_step - self.state.global_step % self.rollout.num_updates
 
     @property
-    def rewards(self) -> RewardSum:
-        """The reward of completions."""
+    def rewards(self) -> RewardSum | None:
+        """The reward of completions; None in a run without."""
         return self.source.sampler.sampler.rewards
 
     @override
@@ -345,7 +345,7 @@ class OnlineTrainer(AlignmentTrainer):
         means = evaluation_metrics(
             draw,
             policy=self.policy,
-            reference=self.reference if self.reference is not None and self.reference.normalized else None,
+            references={name: each for name, each in self.references.items() if each.normalized},
             pass_reward=self.rollout.pass_reward,
             outcome=self.evaluation_sampler.outcome,
             temperature=self.rollout.evaluation.temperature,
