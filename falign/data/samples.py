@@ -143,11 +143,20 @@ def _columns_of(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _reward(row: Row, name: str) -> float | None:
     value = row.fields.get(name)
-    if value is None:
+    if is_blank(value):
         return None
+    if isinstance(value, str):  # CSV stores every value as text
+        value = _number(value)
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
         raise DataError(f"{row.place}: {name!r} is {shown(value)}; it must be a finite number, or missing.")
     return float(value)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _text_of(completion: Text, example: Example) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from falign.evaluation.sample_inputs import given_rewards
 from falign.evaluation.sampling_run import check_rows_file
 from falign.rewards import RewardSum
 from falign.runfile.objects import parse_source
-from falign.terminal import Terminal, json_line
+from falign.terminal import Terminal
 
 __all__ = ["PairsSummary", "pairs"]
 
@@ -118,7 +120,7 @@ def pairs(
         with console.status("rewards"):
             read = [_with_rewards(found, rewards, trust_code=trust_code) for found in read]
     paired = rules.of_one(read[0]) if len(read) == 1 else rules.of_two(*read)
-    write_whole(out, (json_line(row) + "\n" for row in paired.rows))
+    write_whole(out, (json.dumps(row, ensure_ascii=False) + "\n" for row in paired.rows))
     return _summary(chosen_layout, paired, bad)
 
 
@@ -160,8 +162,12 @@ def _scored(samples: Sequence[Sample], files: Sequence[str | Path]) -> list[Samp
                     f"{row.place}: there is no column {missing[0]!r}, so this is not a file of `falign score`: give "
                     "one, or set reward_column to the column of the samples that holds their reward."
                 )
-            key = Path(row.fields["place"]).name, int(row.fields["completion"])
-            found[key] = float(row.fields["implicit_reward"])
+            reward = float(row.fields["implicit_reward"])
+            if not math.isfinite(reward):
+                raise DataError(
+                    f"{row.place}: implicit_reward is {reward}; it must be finite: score the samples again."
+                )
+            found[Path(row.fields["place"]).name, int(row.fields["completion"])] = reward
     scored = []
     for sample in samples:
         reward = found.get((Path(sample.place).name, sample.index))

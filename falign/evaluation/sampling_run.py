@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from falign.rollouts import SampledCompletion, SamplingParams, TransformersEngin
 from falign.rollouts.answers import require_random
 from falign.runs.loading import Named, chat_of_run, chosen_chat, named
 from falign.seeds import mixed
-from falign.terminal import Terminal, json_line, progress
+from falign.terminal import Terminal, progress
 from falign.training.online.groups import judged
 
 __all__ = ["SamplingSummary", "check_rows_file", "write_samples"]
@@ -165,7 +166,8 @@ def write_samples(
         sample_row(sample, i % num_completions, **(own if len(own) > 1 else {}))
         for i, (sample, own) in enumerate(zip(samples, parts, strict=True))
     )
-    write_whole(out, (json_line(row) + "\n" for row in rows))
+    # Values of columns that JSON does not have, such as dates, are written as text.
+    write_whole(out, (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
     return _summary(samples, len(data.train)).model_copy(
         update={
             "timeouts": timeouts,

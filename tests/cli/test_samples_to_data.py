@@ -1,5 +1,6 @@
 """``falign sample --out`` and ``falign pairs`` as a user types them, from prompts to a trained run."""
 
+import datetime
 import json
 
 import pytest
@@ -164,3 +165,34 @@ def test_wrong_pairs_are_refused(falign, tmp_path, monkeypatch, arguments, messa
     out = [] if "--out" in arguments else ["--out", "out.jsonl"]
     status, _, err = falign("pairs", "a.jsonl", *arguments, *out)
     assert (status, message in err) == (2, True), err
+
+
+def test_each_of_several_rewards_has_its_column_and_dates_are_text(tiny, tmp_path):
+    rows = [{"prompt": "p", "day": datetime.date(2026, 1, 2)}]
+
+    def length(completions):
+        return [float(len(text)) for text in completions]
+
+    def one(completions):
+        return [1.0 for _ in completions]
+
+    rewards = [dict(function=length, weight=2.0), one]
+    file = tmp_path / "samples.jsonl"
+    found = package.write_samples(str(tiny), rows, file, num_completions=3, rewards=rewards, max_new_tokens=4)
+    written = rows_of(file)
+    for row in written:
+        assert row["reward/length"] == len(row["completion"])
+        assert row["reward"] == 2 * row["reward/length"] + row["reward/one"]
+        assert row["columns"] == {"day": "2026-01-02"}
+    assert found.mean_reward == pytest.approx(sum(row["reward"] for row in written) / 3)
+    assert found.distinct == len({row["completion"] for row in written})
+
+
+def test_rewards_in_a_table_may_be_text(tmp_path):
+    file = tmp_path / "samples.csv"
+    file.write_text("prompt,completion,reward\np,a,0.5\np,b,1e-1\n")
+    package.pairs(file, out=tmp_path / "pairs.jsonl")
+    assert rows_of(tmp_path / "pairs.jsonl")[0]["chosen_reward"] == 0.5
+    file.write_text("prompt,completion,reward\np,a,high\n")
+    with pytest.raises(package.errors.DataError, match=r"samples.csv:2: 'reward' is 'high'; it must be a finite number"):
+        package.pairs(file, out=tmp_path / "x.jsonl")
