@@ -19,7 +19,9 @@ __all__ = ["alpha_generator", "log_mixture", "power", "powerm1", "solve_expm1_pl
 LINEAR_BEYOND = 30.0
 # In single precision e^60 leaves room for the factors |log u| ≤ 1e4 and another power of u below 3.4e38.
 LARGEST_EXPONENT = {torch.float64: 600.0, torch.float32: 60.0}
-SERIES_TERMS = 22  # 1.5^22/22! < 1e-17: a full float64 series up to |log u| = 1.5
+# Last power of log u in the series up to |log u| = 1.5. The first one that is left out is smaller than the rounding
+# error relative to (log u)²/2, also with coefficients that grow as its index: 42 · 1.5^21/23! and 26 · 1.5^12/14!.
+SERIES_POWERS = {torch.float64: 22, torch.float32: 13}
 
 
 def power(log_u: Float[Tensor, "*S"], exponent: float = 1.0) -> Float[Tensor, "*S"]:
@@ -180,13 +182,15 @@ class _AlphaSeries(torch.autograd.Function):
 
     @staticmethod
     def forward(log_u: Tensor, alpha: float) -> Tensor:
+        last = SERIES_POWERS[log_u.dtype]
         coefficients = [1.0]
-        for _ in range(SERIES_TERMS - 2):
+        for _ in range(last - 2):
             coefficients.append(1 + (1 - alpha) * coefficients[-1])
-        total = torch.zeros_like(log_u)
-        for k in range(SERIES_TERMS, 1, -1):  # Horner: each step multiplies what follows by log u/(k+1)
-            total = total * log_u / (k + 1) + coefficients[k - 2]
-        return total * log_u * log_u / 2
+        # Horner's scheme in place: Σ_k c_k (log u)^k / k!, k from 2.
+        total = torch.full_like(log_u, coefficients[-1] / math.factorial(last))
+        for k in range(last - 1, 1, -1):
+            total.mul_(log_u).add_(coefficients[k - 2] / math.factorial(k))
+        return total.mul_(log_u).mul_(log_u)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -249,3 +249,29 @@ def test_returns_at_sequence_level_are_refused():
         estimators.penalty_from_policy(divergences.get("js"), x, mask, credit="returns")
     with pytest.raises((ValueError, TypeError), match="credit"):
         estimators.loss_from_vocabulary(x, x, mask, credit="all")
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jensen_shannon", "pearson_chi2", "alpha(0.3)"])
+def test_the_divergence_over_the_vocabulary_is_differentiable_twice(name):
+    generator = torch.Generator().manual_seed(0)
+    logits, reference = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
+    reference = reference.log_softmax(-1)
+    divergence = divergences.get(name)
+
+    def value(z):
+        return estimators.full_vocabulary(divergence, z.log_softmax(-1), reference)
+
+    assert torch.autograd.gradgradcheck(value, logits.requires_grad_())
+
+
+def test_a_token_that_both_exclude_changes_no_gradient():
+    reference = torch.tensor([[0.2, 0.8]], dtype=torch.float64)
+    p = torch.tensor([[0.5, 0.5]], dtype=torch.float64)
+    nothing = torch.zeros(1, 1, dtype=torch.float64)
+    divergence = divergences.get("jensen_shannon")
+    found = []
+    for pair in ((p, reference), (torch.cat([p, nothing], -1), torch.cat([reference, nothing], -1))):
+        policy, other = (each.log() for each in pair)
+        value = estimators.full_vocabulary(divergence, policy.requires_grad_(), other)
+        found.append((value, torch.autograd.grad(value.sum(), policy)[0][:, :2]))
+    torch.testing.assert_close(found[1], found[0])
