@@ -27,6 +27,8 @@ from falign.objectives import (
 
 __all__ = ["CASES", "Case"]
 
+MIXTURES = "falign.audit.published"  # KL(π_ref‖M) and KL(π‖M), which are no members of the registry
+
 
 @dataclass(frozen=True)
 class Case:
@@ -205,13 +207,19 @@ def _papers() -> Iterator[tuple[str, Case]]:
     yield (
         "dphrl:js_stored",
         Case(
-            _is(published.dph_rl_definition), f"mode js {stored}: k3 of KL(π_ref‖M)", "generalized_js(0.5)", "reference"
+            _is(published.dph_rl_definition),
+            f"mode js {stored}: k3 of KL(π_ref‖M)",
+            f"{MIXTURES}:reference_to_mixture",
+            "reference",
         ),
     )
     yield (
         "dphrl:js_sampled",
         Case(
-            _is(published.dph_rl_mixture), "mode js on samples of the policy: k3 of KL(π‖M)", "jensen_shannon", "policy"
+            _is(published.dph_rl_mixture),
+            "mode js on samples of the policy: k3 of KL(π‖M)",
+            f"{MIXTURES}:policy_to_mixture",
+            "policy",
         ),
     )
     yield "dphrl:reverse_kl", Case(_is(published.dph_rl_reverse), "mode reverse_kl: verl's k3", "reverse_kl", "policy")

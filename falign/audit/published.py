@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from falign import divergences
+from falign.divergences import Divergence
 
 __all__ = [
     "chi_po",
@@ -39,6 +40,8 @@ __all__ = [
     "negative_log_likelihood",
     "on_policy_distillation",
     "oreal_kl",
+    "policy_to_mixture",
+    "reference_to_mixture",
     "reranking",
     "safe",
     "simpo",
@@ -132,6 +135,18 @@ def dph_rl_alpha(alpha: float = 0.2) -> Callable[..., Tensor]:
 
 def _log_mixture(logprobs: PerToken, other: PerToken, weight: float = 0.5) -> PerToken:
     return torch.logaddexp(logprobs + math.log(weight), other + math.log1p(-weight))
+
+
+def reference_to_mixture() -> Divergence:
+    """Return ``KL(π_ref‖M)``, ``M = (π + π_ref)/2``, as a divergence of π to π_ref."""
+    return divergences.from_generator(lambda u: (u - 1) / 2 - ((u + 1) / 2).log(), name="kl_of_reference_to_mixture")
+
+
+def policy_to_mixture() -> Divergence:
+    """Return ``KL(π‖M)``, ``M = (π + π_ref)/2``, as a divergence of π to π_ref."""
+    return divergences.from_generator(
+        lambda u: u * (2 * u / (u + 1)).log() - (u - 1) / 2, name="kl_of_policy_to_mixture"
+    )
 
 
 def dph_rl_definition(logprobs: PerToken, reference_logprobs: PerToken) -> PerToken:

@@ -56,6 +56,8 @@ KNOWN = {
     "dphrl:alpha": ("exact", "alpha(0.2)", REFERENCE, 1.0),
     # k3 as a loss, M for π_ref: not the half of JS that it estimates
     "dphrl:js_sampled": ("none", None, None, None),
+    # k3 with swapped arguments on samples of π_ref is right, M for π
+    "dphrl:js_stored": ("exact", "kl_of_reference_to_mixture", REFERENCE, 1.0),
     # u - 1 is half of f' of χ²
     "correlated_proxies:rl": ("exact", "pearson_chi2", WHOLE, 0.5),
     # ∇(u + 1/u - 2) = (u - 1/u) ∇ = [(u - 1) + (1 - 1/u)] ∇: half χ² plus the forward KL
@@ -142,6 +144,13 @@ def test_a_gradient_that_is_the_sum_of_two_is_told_apart(name, first, second):
         assert "∇" not in notes
     else:
         assert f"It is {first} {second}" in notes
+
+
+def test_a_reversed_ranking_pulls_away_from_the_reference_on_every_prefix():
+    """A log-sum-exp over the tokens ranked before gives the likelihood of the reversed order."""
+    wrong, right = (falign.audit(f"tsdkd:ranking_{order}") for order in ("prefix", "suffix"))
+    assert all(row.cosine < 0 for row in wrong.table if row.level == TOKEN)
+    assert all(row.cosine > 0.6 for row in right.table if row.level == TOKEN)
 
 
 FALIGN = {
