@@ -183,6 +183,7 @@ class OwnObjectiveConfig(OwnSection, ObjectiveSection, extra="allow"):
 
 TERMS: dict[str, type[ObjectiveSection]] = {
     "pairwise": PairwiseConfig,
+    "anchored": AnchoredConfig,
     "listwise": ListwiseConfig,
     "unpaired": UnpairedConfig,
     "token_pairwise": TokenPairwiseConfig,
@@ -271,12 +272,7 @@ OBJECTIVES: Registry[Any] = Registry(
     {
         **TERMS,
         "sum": SumConfig,
-        "pairwise": PairwiseConfig,
-        "anchored": AnchoredConfig,
-        "listwise": ListwiseConfig,
         "unpaired": UnpairedConfig,
-        "token_pairwise": TokenPairwiseConfig,
-        **FURTHER_OBJECTIVES,
         "python": PythonObjectiveConfig,
     },
     wanted="class or function",
