@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +14,12 @@ from typing_extensions import override
 
 from falign.errors import ConfigError, DataError, ModelError
 from falign.objectives import TokenWeighting
+from falign.objectives.measures import TopTokens
 from falign.references.base import Reference
 from falign.references.store import CacheKey, LogprobStore, entry_digest
-from falign.scoring import CompletionStates, PromptTree, Scorer, TokenBatch
+from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, PromptTree, Scorer, TokenBatch
+from falign.scoring.distributions import StoredTokens
+from falign.scoring.vocabulary import top_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +31,8 @@ _ENTRIES_PER_SHARD = 2048
 
 class Cached(Reference):
     """The log-probabilities of another reference, computed at most once per completion.
+
+    With ``key.top_k`` it also holds the most likely tokens at each position, for measures that read no more of it.
 
     Completions are looked up by their token ids, in any order and epoch. The wrapped reference computes missing
     values, which are kept. `precompute` fills the cache beforehand, in a few large files; the cache can then be opened
@@ -67,28 +71,49 @@ class Cached(Reference):
         self.store = LogprobStore(directory, key=key)
 
     @property
+    def top_k(self) -> int:
+        """Number of most likely tokens that are stored at each position; 0 for none."""
+        return self.store.key.top_k
+
+    @property
     @override
     def own_model(self) -> nn.Module | None:
         return None if self.reference is None else self.reference.own_model
 
     @override
     def identity(self) -> dict[str, Any]:
-        return {"kind": "cached", "reference": self.origin, **asdict(self.store.key)}
+        return {"kind": "cached", "reference": self.origin, **self.store.key.record}
 
     @override
     def logprobs(self, policy_model: nn.Module, batch: TokenBatch) -> Float[Tensor, "N T"]:
+        logprobs = torch.zeros(batch.completion_mask.shape)
+        for row, values in zip(logprobs, self._read(policy_model, batch), strict=True):
+            row[: len(values)] = values[:, 0]
+        return logprobs.to(batch.input_ids.device)
+
+    def _read(self, policy_model: nn.Module, batch: TokenBatch) -> list[Float[Tensor, "T columns"]]:
+        """Return the stored values of each completion: log-probability, then those of the top tokens, then their ids.
+
+        Ids are stored as float32 numbers too, which is exact up to 2^24.
+        """
         digests = [entry_digest(prompt, completion) for prompt, completion in batch.token_ids()]
         if any(digest not in self.store for digest in digests):
             self.store.append(self._compute(policy_model, batch, digests))
-        logprobs = torch.zeros(batch.completion_mask.shape)
-        for row, values in zip(logprobs, self.store.read(digests), strict=True):
-            row[: len(values)] = values
-        return logprobs.to(batch.input_ids.device)
+        return [values.unflatten(0, (-1, 1 + 2 * self.top_k)) for values in self.store.read(digests)]
 
     @override
     def states(
         self, policy_model: nn.Module, batch: TokenBatch, *, weighting: TokenWeighting = "none"
     ) -> CompletionStates:
+        if self.top_k:
+            if weighting != "none":
+                raise ConfigError(
+                    f"{self.store.directory} holds the most likely tokens of a reference and no activations for token "
+                    "weights: drop the cache (reference.cache)."
+                )
+            values = torch.cat(self._read(policy_model, batch)).to(batch.input_ids.device)
+            of_targets, logprobs, ids = values.split([1, self.top_k, self.top_k], dim=-1)
+            return CompletionStates(StoredTokens(of_targets[:, 0], TopTokens(logprobs, ids.long())))
         if self.reference is None:
             raise ConfigError(
                 f"{self.store.directory} holds log-probabilities of single tokens, but this objective needs the "
@@ -157,15 +182,24 @@ class Cached(Reference):
                 f"{len(missing)} of {len(digests)} completions of a batch (first: {batch.place[missing[0]]!r}) "
                 f"are not in {self.store.directory}: precompute them, or give the cache its reference."
             )
-        logprobs = self.reference.logprobs(policy_model, batch).cpu()
-        if not logprobs.isfinite().all():
-            row = int((~logprobs.isfinite()).any(dim=1).nonzero()[0])
+        mask = batch.completion_mask.cpu()
+        if self.top_k:
+            targets = batch.completion_ids[batch.completion_mask]
+            chunk = DEFAULT_CHUNK_TOKENS
+            found = top_tokens(
+                self.reference.states(policy_model, batch).distribution, targets, self.top_k, chunk_tokens=chunk
+            )
+            values = torch.cat([found.of_targets[:, None], found.top.logprobs, found.top.ids], dim=-1).float().cpu()
+        else:
+            values = self.reference.logprobs(policy_model, batch).cpu()[mask][:, None]
+        if not values.isfinite().all():
+            row = int(mask.nonzero()[int((~values.isfinite()).any(dim=1).nonzero()[0]), 0])
             raise ModelError(
                 f"The reference gives {batch.place[row] or f'row {row}'} a log-probability that is not "
                 "finite; it is not stored. Check the reference's weights and dtype."
             )
-        mask = batch.completion_mask.cpu()
-        return {digests[n]: logprobs[n][mask[n]] for n in missing}
+        rows = values.split(mask.sum(dim=1).tolist())
+        return {digests[n]: rows[n].flatten() for n in missing}
 
 
 def _moves(reference: Reference) -> bool:

@@ -165,6 +165,10 @@ class Prompted(Reference):
         self.reference.move(policy_model, step, optimizer)
 
     @override
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        self.reference.observe(metrics)
+
+    @override
     def save(self, folder: Path, policy_model: nn.Module) -> None:
         self.reference.save(folder, policy_model)
 

@@ -38,6 +38,7 @@ class CacheKey:
         tokenizer: Fingerprint of the tokenizer and its chat template.
         dtype: The type that the reference computes in, quantization included.
         attention: Attention implementation.
+        top_k: Number of most likely tokens that are stored at each position; 0 for none.
     """
 
     weights: str
@@ -46,11 +47,17 @@ class CacheKey:
     tokenizer: str
     dtype: str
     attention: str
+    top_k: int = 0
+
+    @property
+    def record(self) -> dict[str, str | int]:
+        """The inputs by name, without ``top_k`` if it is 0."""
+        return {name: value for name, value in asdict(self).items() if name != "top_k" or value}
 
     @property
     def digest(self) -> str:
         """Sixteen hexadecimal digits, to name a folder per key."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def entry_digest(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bytes:
@@ -134,7 +141,7 @@ class LogprobStore:
 
     def _check_index(self) -> None:
         path = self.directory / "index.json"
-        wanted = {"format": _FORMAT, **asdict(self.key)}
+        wanted = {"format": _FORMAT, **self.key.record}
         # The order matters: another process writes the index before its first shard.
         has_shards = any(self.directory.glob("shard-*.safetensors"))
         if not path.exists():

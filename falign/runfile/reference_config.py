@@ -40,13 +40,17 @@ class AutoReferenceConfig(ReferenceSection):
 
     kind: Literal["auto"] = "auto"
 
+    @property
+    def _common(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ReferenceSection.model_fields if name != "kind"}
+
     @override
     def resolved(self, config: PolicySections) -> ReferenceSection:
         if config.adapter is None:
-            return FrozenReferenceConfig(cache=self.cache, prompt=self.prompt)
+            return FrozenReferenceConfig(**self._common)
         if config.adapter.init is None:
-            return AdapterOffConfig(cache=self.cache, prompt=self.prompt)
-        return AdapterReferenceConfig(path=config.adapter.init, cache=self.cache, prompt=self.prompt)
+            return AdapterOffConfig(**self._common)
+        return AdapterReferenceConfig(path=config.adapter.init, **self._common)
 
 
 class AdapterOffConfig(ReferenceSection):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from falign.errors import ConfigError
 from falign.runfile.base_config import FrozenModel
@@ -72,9 +72,18 @@ class ReferenceSection(FrozenModel):
     kind: Any
     cache: Path | None = None
     """Folder of log-probabilities computed once before training; shared by all runs with the same reference."""
+    cache_top_k: int | None = Field(default=None, ge=1)
+    """With ``cache``: also keep this many most likely tokens at each position, for measures that read no more of the
+    reference (``top_k``)."""
     prompt: str | None = Field(default=None, pattern=r"\S")
     r"""Another prompt behind which the reference scores the completions, with columns of the row in braces:
     ``"{prompt}\nReference solution: {solution}"``. It takes the place of the last turn of a conversation."""
+
+    @model_validator(mode="after")
+    def _top_k_of_a_cache(self) -> ReferenceSection:
+        if self.cache_top_k is not None and self.cache is None:
+            raise ValueError(f"cache_top_k={self.cache_top_k} without cache: give the folder too, or leave it out")
+        return self
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -149,7 +158,7 @@ class ReferenceSection(FrozenModel):
         """Return whether policy and reference are the same model before the first step."""
         return False
 
-    def made(self, context: BuildContext) -> Reference:
+    def build_with_prompt(self, context: BuildContext) -> Reference:
         """Return the reference, behind its own prompt if it has one.
 
         Raises:

@@ -17,7 +17,15 @@ from torch import Tensor
 from falign.objectives.measures import TopTokens
 from falign.scoring.model_parts import Head
 
-__all__ = ["Distribution", "Predictions", "Reading", "Source", "VisitedReferences", "normalize"]
+__all__ = [
+    "Distribution",
+    "Predictions",
+    "Reading",
+    "Source",
+    "StoredTokens",
+    "VisitedReferences",
+    "normalize",
+]
 
 
 class Reading(NamedTuple):
@@ -165,6 +173,64 @@ class Distribution(NamedTuple):
             The reading of these rows.
         """
         return Reading.whole(normalize(self.head.logits(prepared[0][rows]))[0], targets)
+
+
+class StoredTokens(NamedTuple):
+    """Stored values of a reference at M positions: its most likely tokens, and the log-probabilities of the targets.
+
+    Attributes:
+        of_targets: Log-probability of the target token, shape (M,).
+        top: The most likely tokens.
+    """
+
+    of_targets: Float[Tensor, " M"]
+    top: TopTokens
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The values themselves."""
+        return (self,)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """All values, with one row per position."""
+        return (self.of_targets, *self.top)
+
+    def read(self, of: Callable[[Source], Reading]) -> Reading:
+        """Return the values at a block of positions.
+
+        Args:
+            of: Returns what a source gives for this block.
+
+        Returns:
+            The reading of the block.
+        """
+        return of(self)
+
+    def prepare(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return the values of a chunk; nothing is computed.
+
+        Args:
+            inputs: The rows of the chunk.
+
+        Returns:
+            The same tensors.
+        """
+        return inputs
+
+    def at(self, prepared: Sequence[Tensor], rows: slice, targets: Int[Tensor, " m"]) -> Reading:
+        """Return the values at some of the chunk's positions.
+
+        Args:
+            prepared: From `prepare`.
+            rows: The positions, within the chunk.
+            targets: The token at each of them, which the stored values belong to.
+
+        Returns:
+            The reading of these rows.
+        """
+        of_targets, logprobs, ids = (each[rows] for each in prepared)
+        return Reading(of_targets, top=TopTokens(logprobs, ids))
 
 
 class VisitedReferences:

@@ -30,11 +30,18 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from falign.errors import ConfigError
-from falign.objectives.measures import Measure, Vocabulary, block_of, references_of
-from falign.scoring.distributions import Distribution, Predictions, VisitedReferences, normalize
+from falign.objectives.measures import Measure, TopTokens, Vocabulary, block_of, references_of
+from falign.scoring.distributions import (
+    Distribution,
+    Predictions,
+    Reading,
+    StoredTokens,
+    VisitedReferences,
+    normalize,
+)
 from falign.scoring.model_parts import Head
 
-__all__ = ["DEFAULT_CHUNK_TOKENS", "TokenScores", "target_logprobs", "token_scores"]
+__all__ = ["DEFAULT_CHUNK_TOKENS", "TokenScores", "target_logprobs", "token_scores", "top_tokens"]
 
 # A float32 tile of 256 tokens over a vocabulary of 128k is 128 MiB; with a divergence four of them are in memory.
 DEFAULT_CHUNK_TOKENS = 256
@@ -181,15 +188,56 @@ def target_logprobs(
         >>> target_logprobs({"reference": uniform}, torch.tensor([3]), chunk_tokens=256)
         {'reference': tensor([-1.3863])}
     """
-    visited, found = VisitedReferences(references), []
+    found = [
+        [readings[name].of_targets for name in references] for readings in _readings(references, targets, chunk_tokens)
+    ]
+    return dict(zip(references, (torch.cat(column) for column in zip(*found, strict=True)), strict=True))
+
+
+@torch.no_grad()
+def top_tokens(reference: Predictions, targets: Int[Tensor, " M"], k: int, *, chunk_tokens: int) -> StoredTokens:
+    """Return the k most likely tokens of a reference, and the log-probability of each target token.
+
+    Args:
+        reference: Whole distributions that predict the targets.
+        targets: Token ids, shape (M,).
+        k: Number of tokens to keep, at least 1.
+        chunk_tokens: Number of positions that are prepared at once.
+
+    Returns:
+        The reference's values, without the reference.
+
+    Raises:
+        ConfigError: k is not between 1 and the size of the vocabulary, or the reference's distributions are not whole.
+
+    Example:
+        >>> p = Distribution(torch.tensor([[0.2, 0.5, 0.3]]).log(), Head(embeddings=torch.nn.Identity()))
+        >>> top_tokens(p, torch.tensor([0]), 2, chunk_tokens=256).top.ids
+        tensor([[1, 2]])
+    """
+    parts = []
+    for readings in _readings({"": reference}, targets, chunk_tokens):
+        of_targets, logprobs, _ = readings[""]
+        if logprobs is None:
+            raise ConfigError("The reference has stored its most likely tokens, so whole distributions are unknown.")
+        if not 1 <= k <= logprobs.shape[-1]:
+            raise ConfigError(f"top_k={k} must be between 1 and the {logprobs.shape[-1]} tokens of the vocabulary.")
+        parts.append((of_targets, *logprobs.topk(k, dim=-1)))
+    of_targets, logprobs, ids = (torch.cat(column) for column in zip(*parts, strict=True))
+    return StoredTokens(of_targets, TopTokens(logprobs, ids))
+
+
+def _readings(
+    references: Mapping[str, Predictions], targets: Tensor, chunk_tokens: int
+) -> Iterator[dict[str, Reading]]:
+    """Read references without a policy, one block of positions after another."""
+    visited = VisitedReferences(references)
     for inputs, ids in zip(visited.chunks(chunk_tokens), targets.split(chunk_tokens), strict=True):
         prepared = visited.prepare(inputs)
         size = len(ids) if ids.device.type != "cpu" else min(_rows_in_cache(each) for each in prepared)
         for start in range(0, len(ids), size):
             rows = slice(start, start + size)
-            readings = visited.read(prepared, rows, ids[rows])
-            found.append([readings[name].of_targets for name in references])
-    return dict(zip(references, (torch.cat(column) for column in zip(*found, strict=True)), strict=True))
+            yield visited.read(prepared, rows, ids[rows])
 
 
 def _rows_in_cache(tensor: Tensor) -> int:

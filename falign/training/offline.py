@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from rich.console import Console
 from transformers import TrainerCallback
 
@@ -12,8 +14,9 @@ from falign.data.labels import label_counts
 from falign.data.other_prompts import OtherPrompts
 from falign.errors import ConfigError, DataError
 from falign.objectives import Measure, Objective, complete, references_of, token_weighting
-from falign.references import Reference, read_whole, with_members
+from falign.references import Reference, objective_inputs, read_whole, with_members
 from falign.runfile.config import RunConfig
+from falign.scoring import evaluation_mode
 from falign.scoring.batch import PromptTree, data_weights, token_rows
 from falign.terminal import progress
 from falign.training.parts import Language, Parts, load_parts
@@ -67,7 +70,7 @@ def offline_trainer(
             config,
             parts,
             language,
-            {**objective.measures, **measures},
+            objective,
             [*data.train, *data.eval, *_mismatched(objective, data)],
             console,
         ),
@@ -186,33 +189,64 @@ def _with_caches(
     config: RunConfig,
     parts: Parts,
     language: Language,
-    measures: Mapping[str, Measure],
+    objective: Objective,
     trees: Sequence[PromptTree],
     console: Console,
 ) -> dict[str, Reference]:
     """Return the references; those with a cache compute their log-probabilities now and then need no model."""
     references = dict(parts.references)
-    whole = read_whole(references, references_of(measures.values()))
+    measures = config.build_measures()
+    whole = read_whole(references, references_of([*objective.measures.values(), *measures.values()]))
     for name, section in config.reference_sections().items():
         if section.cache is None:
             continue
-        if name in whole:
+        top_k = section.cache_top_k or 0
+        if name in whole and not top_k:
             console.print(
                 f"{config.section_of(name)}.cache is not used: the objective, a measure or a combination needs "
                 "the reference's whole distributions, computed live.",
                 style="yellow",
             )
             continue
+        fill = functools.partial(
+            cached,
+            parts.references[name],
+            parts.policy,
+            language.tokenizer,
+            directory=section.cache,
+            batch_size=config.training.per_device_eval_batch_size,
+            scorer=parts.scorer,
+            top_k=top_k,
+        )
+        if name in whole:  # refuses a measure that reads more, before the teacher has read all data
+            first = with_members({**references, name: fill(trees[:1], progress=lambda done, total: None)})
+            _score(parts, first, objective, measures, trees[0])
         with progress(console, f"prompts scored by {name}") as show:
-            references[name] = cached(
-                parts.references[name],
-                parts.policy,
-                language.tokenizer,
-                trees,
-                directory=section.cache,
-                batch_size=config.training.per_device_eval_batch_size,
-                scorer=parts.scorer,
-                # The default binds `show` of this iteration.
-                progress=lambda done, total, show=show: show(done, total=total),
-            )
+            # The default binds `show` of this iteration.
+            references[name] = fill(trees, progress=lambda done, total, show=show: show(done, total=total))
     return with_members(references)
+
+
+@torch.no_grad()
+def _score(
+    parts: Parts,
+    references: Mapping[str, Reference],
+    objective: Objective,
+    measures: Mapping[str, Measure],
+    tree: PromptTree,
+) -> None:
+    """Compute what the objective and the measures read of one row.
+
+    Raises:
+        ConfigError: A measure reads more of a reference than its cache holds.
+    """
+    batch = parts.scorer.lay_out([tree], model=parts.policy)
+    with evaluation_mode(parts.policy):
+        objective_inputs(
+            parts.policy,
+            batch,
+            references=references,
+            objective=objective,
+            measures=measures,
+            chunk_tokens=parts.scorer.chunk_tokens,
+        )

@@ -63,7 +63,7 @@ def build_references(
             field, adapter = config.section_of(name), adapter_name(name)
             own = (prompts or {}).get(name)
             context = BuildContext(config, policy, field, adapter, device=device, members=members, prompts=own)
-            references[name] = sections[name].made(context)
+            references[name] = sections[name].build_with_prompt(context)
         return references[name]
 
     for name in sections:
@@ -196,6 +196,7 @@ def cached(
     batch_size: int,
     scorer: Scorer,
     progress: Callable[[int, int], None],
+    top_k: int = 0,
 ) -> Reference:
     """Compute the reference's log-probabilities of all trees once; return them as a reference that needs no model.
 
@@ -208,13 +209,14 @@ def cached(
         batch_size: Trees per batch.
         scorer: A scorer with a layout that the reference's model can read.
         progress: Called with the number of trees done and the total.
+        top_k: Number of most likely tokens to keep at each position.
 
     Raises:
         ConfigError: The reference's identity has no hash of its weights.
     """
 
     def filled(inner: Reference, rows: Sequence[PromptTree]) -> Cached:
-        key = _cache_key(inner, policy, tokenizer)
+        key = _cache_key(inner, policy, tokenizer, top_k)
         store = directory / key.digest
         cache = Cached(inner, directory=store, key=key)
         cache.precompute(policy, rows, scorer=scorer, batch_size=batch_size, on_progress=progress)
@@ -224,7 +226,7 @@ def cached(
 
 
 def _cache_key(
-    reference: Reference, policy: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+    reference: Reference, policy: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, top_k: int
 ) -> CacheKey:
     identity = reference.identity()
     if (weights := identity.get("weights")) is None:
@@ -242,4 +244,5 @@ def _cache_key(
         tokenizer=tokenizer_fingerprint(tokenizer),
         dtype=f"{base.dtype}{'' if quantization is None else ' nf4'}",
         attention=str(base.config._attn_implementation),
+        top_k=top_k,
     )

@@ -1,11 +1,12 @@
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from falign.errors import ConfigError, DataError, ModelError
+from falign.objectives import get_measure
 from falign.references import AdapterOff, Cached, CacheKey, FrozenModel, Reference
-from falign.scoring import PromptTree, Scorer, pad
+from falign.scoring import PromptTree, Scorer, completion_scores, pad
 from tests.references.spy import ForwardSpy
 from tests.scoring.models import TREES, tiny_model, with_lora
 
@@ -171,7 +172,7 @@ def test_values_that_are_not_finite_are_refused_and_not_kept(tmp_path):
 def test_identity_holds_the_key_and_the_wrapped_identity(tmp_path):
     wrapped = {"kind": "adapter_off", "weights": "w1"}
     cached = Cached(AdapterOff(weights="w1"), directory=tmp_path, key=KEY)
-    assert cached.identity() == {"kind": "cached", "reference": wrapped, **asdict(KEY)}
+    assert cached.identity() == {"kind": "cached", "reference": wrapped, **KEY.record}
     assert Cached(None, directory=tmp_path, key=KEY).identity()["reference"] is None
 
 
@@ -184,3 +185,53 @@ def test_whole_distributions_come_from_the_live_reference_or_not_at_all(tmp_path
     assert torch.equal(hidden.token_weights, expected.token_weights)
     with pytest.raises(ConfigError, match=r"log-probabilities of single tokens.*computed live.*reference.cache"):
         Cached(None, directory=tmp_path, key=KEY).states(policy, BATCH)
+
+
+TOP = replace(KEY, top_k=5)
+
+
+def test_the_most_likely_tokens_are_stored_beside_the_log_probabilities_and_read_by_measures_of_these(tmp_path):
+    reference, policy = FrozenModel(tiny_model("llama", seed=1), weights=KEY.weights), tiny_model("llama").eval()
+    batch = pad([PromptTree((5, 6), ((7, 8, 1), (9, 1))), PromptTree((4,), ((3, 1),))], pad_token_id=1)
+    Cached(reference, directory=tmp_path, key=TOP).logprobs(policy, batch)
+    spy = ForwardSpy(reference.model)
+    stored = Cached(None, directory=tmp_path, key=TOP)
+    torch.testing.assert_close(stored.logprobs(policy, batch), reference.logprobs(policy, batch))
+    spies = len(spy)
+    measures = {
+        "top": get_measure("top_k(forward_kl, k=4, tail=renormalized)"),
+        "rest": get_measure("top_k(reverse_kl, k=5, tail=bucket)"),
+    }
+
+    def measured(teacher):
+        scores = completion_scores(
+            policy, batch, measures=measures, references={"reference": teacher.states(policy, batch).distribution}
+        )
+        gradients = torch.autograd.grad(sum(each.sum() for each in scores.measures.values()), policy.lm_head.weight)
+        return scores.measures, scores.references, gradients
+
+    found = measured(stored)
+    assert len(spy) == spies, "the stored values need no model"
+    torch.testing.assert_close(found, measured(reference), rtol=1e-5, atol=1e-5)
+    wider = {"wider": get_measure("top_k(forward_kl, k=6)")}
+    whole = {"whole": get_measure("divergence_to(forward_kl)")}
+    for more, message in (
+        (wider, "6 most likely tokens .* of which 5 are known: lower k"),
+        (whole, "of which only the 5"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            completion_scores(
+                policy, batch, measures=more, references={"reference": stored.states(policy, batch).distribution}
+            )
+
+
+def test_a_store_of_tokens_is_another_than_that_of_log_probabilities(tmp_path):
+    assert TOP.digest != KEY.digest
+    assert "top_k" not in KEY.record
+    Cached(None, directory=tmp_path, key=KEY)
+    with pytest.raises(ConfigError, match="top_k None instead of 5"):
+        Cached(None, directory=tmp_path, key=TOP)
+    with pytest.raises(ConfigError, match=r"top_k=300 must be between 1 and the 97 tokens"):
+        Cached(FrozenModel(tiny_model("llama")), directory=tmp_path / "much", key=replace(KEY, top_k=300)).logprobs(
+            tiny_model("llama"), pad([PromptTree((5,), ((7, 1),))], pad_token_id=1)
+        )

@@ -14,6 +14,7 @@ from falign.references import (
     MovingReference,
     PeriodicReset,
     Prompted,
+    Reference,
     objective_inputs,
 )
 from falign.scoring import PromptTree, pack, pad
@@ -116,3 +117,8 @@ def test_a_row_without_other_prompt_is_refused_by_its_place():
     batch = pad([PromptTree((5, 6), ((7, 2),), place="b:9")], pad_token_id=2)
     with pytest.raises(DataError, match=r"^b:9: there is no prompt '\{solution\}' of this row"):
         reference.logprobs(tiny_model(), batch)
+
+
+def test_it_answers_every_question_as_the_reference_inside_it():
+    own = {"can_shard", "starts_as_policy", "logprobs_in", "states_in", "moves", "every", "cannot_shard"}
+    assert {name for name in vars(Reference) if not name.startswith("_")} - own <= vars(Prompted).keys()

@@ -49,7 +49,7 @@ NOTHING_TO_BUILD = {
             *(f"PythonObjectiveConfig.{field}" for field in ("kind", "name", "code")),
             *(f"PythonMeasureConfig.{field}" for field in ("kind", "name", "code")),
             *(f"PythonWeightConfig.{field}" for field in ("kind", "name", "code")),
-            *(f"PythonReferenceConfig.{field}" for field in ("kind", "name", "code", "cache", "prompt")),
+            *(f"PythonReferenceConfig.{field}" for field in ("kind", "name", "code", "cache", "cache_top_k", "prompt")),
             *(f"PythonRewardConfig.{field}" for field in ("kind", "name", "code", "weight", "form", "transform")),
         ),
         "the record of an object, from which nothing is built without the object: tests/test_python_door.py",
@@ -57,7 +57,9 @@ NOTHING_TO_BUILD = {
     "ClassifierConfig.revision": "of a repository on the Hub: a folder has one revision, and there is no network here",
     **dict.fromkeys(
         tuple(
-            f"{kind}Config.cache" for kind in ("MovingAverage", "PeriodicReset", "ResetOnStall", "Mixture", "Geometric")
+            f"{kind}Config.{field}"
+            for kind in ("MovingAverage", "PeriodicReset", "ResetOnStall", "Mixture", "Geometric")
+            for field in ("cache", "cache_top_k")
         ),
         "there to say why it is refused: it can only be null",
     ),
@@ -359,6 +361,7 @@ LONG = {"path": "long.jsonl", "chat": False}
 HAS_VALUES = {"objective": {"kind": "policy_gradient", "advantage": "gae"}}
 REHEARSES = {"objective": {"kind": "hybrid"}, "rehearsal": {"path": "rehearsal.jsonl", "completions": 2}}
 HINT = "A hint. {prompt}"
+TOP = With(4, cache="cache")
 MEMBERS = {"references": {"a": {"kind": "frozen"}, "b": {"kind": "frozen", "path": "tiny2"}}}
 TARGETED = {"kind": "distribution_matching", "target": {"kind": "exponential", "beta": 1.0}}
 MOMENTS = {"kind": "distribution_matching", "target": {"kind": "moments", "moments": [0.5]}}
@@ -401,14 +404,18 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
         "adapter",
         Changes({}, r=2, alpha=7.0, dropout=0.5, target_modules=["q_proj"], init="sft0"),
     ),
-    "AutoReferenceConfig": ("reference", Changes({}, cache="cache", prompt=HINT)),
-    "AdapterOffConfig": ("reference", Changes({"kind": "adapter_off"}, kind="frozen", cache="cache", prompt=HINT)),
+    "AutoReferenceConfig": ("reference", Changes({}, cache="cache", cache_top_k=TOP, prompt=HINT)),
+    "AdapterOffConfig": (
+        "reference",
+        Changes({"kind": "adapter_off"}, kind="frozen", cache="cache", cache_top_k=TOP, prompt=HINT),
+    ),
     "FrozenReferenceConfig": (
         "reference",
         Changes(
             {"kind": "frozen"},
             kind="adapter_off",
             cache="cache",
+            cache_top_k=TOP,
             prompt=HINT,
             path="tiny2",
             dtype=With("bfloat16", path="tiny2"),
@@ -417,17 +424,18 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
     ),
     "OwnReferenceConfig": (
         "reference",
-        Changes({"kind": "tests.references.own:Shifted", "shift": 0.5}, cache="cache", prompt=HINT),
+        Changes({"kind": "tests.references.own:Shifted", "shift": 0.5}, cache="cache", cache_top_k=TOP, prompt=HINT),
     ),
     "AdapterReferenceConfig": (
         "reference",
-        Changes({"kind": "adapter", "path": "sft0"}, cache="cache", path="sft1", prompt=HINT),
+        Changes({"kind": "adapter", "path": "sft0"}, cache="cache", cache_top_k=TOP, path="sft1", prompt=HINT),
     ),
     "SoupConfig": (
         "reference",
         Changes(
             {"kind": "soup", "paths": ["sft0", "sft1"]},
             cache="cache",
+            cache_top_k=TOP,
             prompt=HINT,
             paths=["sft1", "sft1"],
             weights=[0.25, 0.75],
@@ -455,6 +463,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             min_improvement=With(0.5, run=EVALUATED),
             larger_is_better=With(False, run=EVALUATED),
             reset_optimizer=With(False, run=EVALUATED),
+            prompt=With(HINT, run=EVALUATED),
         ),
     ),
     "MixtureConfig": (

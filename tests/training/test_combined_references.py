@@ -115,3 +115,30 @@ def test_combinations_that_are_no_distribution_are_refused_before_anything_is_lo
 def test_a_single_reference_that_is_a_combination_has_no_members(run_file):
     with pytest.raises(ConfigError, match=r"names the reference 'teacher', and the run has reference: add it under"):
         parse_run(run_file("run", reference=HALVES)).check()
+
+
+TEACHER_TOP = {"data_top": "top_k(forward_kl, k=8, reference=teacher, tail=bucket)"}
+
+
+def test_the_most_likely_tokens_of_a_teacher_on_the_data_are_stored_once_and_stand_for_it(run_file, tmp_path):
+    def run(name, measures=TEACHER_TOP, **stored):
+        teacher = {"kind": "frozen", "path": str(tmp_path / "teacher"), **stored}
+        return start(run_file(name, references={"reference": {}, "teacher": teacher}, measures=measures))
+
+    stored = {"cache": str(tmp_path / "cache"), "cache_top_k": 8}
+    live, cached = run("live"), run("cached", **stored)
+    values = [[log["measures/data_top"] for log in each.folder.metrics() if "loss" in log] for each in (live, cached)]
+    assert values[1] == pytest.approx(values[0], abs=1e-5)
+    assert min(values[0]) > 0
+    assert cached.folder.read_json("manifest.json")["references"]["teacher"]["top_k"] == 8
+    for name, measure, message in (
+        ("wider", "top_k(forward_kl, k=9, reference=teacher)", "store more tokens of the reference"),
+        ("whole", "divergence_to(forward_kl, teacher)", "of which only the 8 most likely tokens are known"),
+    ):
+        folder = tmp_path / f"cache-{name}"
+        with pytest.raises(ConfigError, match=message):
+            run(name, {"m": measure}, **{**stored, "cache": str(folder)})
+        (key,) = folder.iterdir()
+        assert len(list(key.glob("shard-*"))) == 1, "refused after the first row"
+    with pytest.raises(ConfigError, match=r"cache_top_k=8 without cache: give the folder too"):
+        run("no-folder", cache_top_k=8)
