@@ -377,7 +377,7 @@ class ResetOnStallConfig(_FollowingConfig):
     def rule(self) -> references.MovingRule:
         from falign.references import ResetOnStall
 
-        return ResetOnStall(**self.model_dump(exclude={"kind", "cache"}))
+        return ResetOnStall(**self.model_dump(exclude={*ReferenceSection.model_fields}))
 
 
 class _CombinationConfig(ReferenceSection):
