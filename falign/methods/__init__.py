@@ -3,6 +3,7 @@
 from falign.methods.core import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO
 from falign.methods.groups import OREAL, BestOfN, DisCO, SuperHF
 from falign.methods.measures import EMO, LSKD, NKD, PLD, STARCKD, SinKD
+from falign.methods.scheduled import SAFE, TCOD, CorrelatedProxies, ProRL
 from falign.methods.unpaired import FSFT, HDPO, KTO, SequenceMatch
 from falign.methods.weighted import ACE, APO, BDKD, OPADPO, PACED, RLAD, TSDKD, AdaSPEC, SparsePO
 from falign.methods.win_rates import InfAlign, NashMirrorProx
@@ -25,16 +26,20 @@ __all__ = [
     "PACED",
     "PLD",
     "RLAD",
+    "SAFE",
     "SALSA",
     "SALSARLOO",
     "STARCKD",
+    "TCOD",
     "TDPO",
     "TSDKD",
     "AdaSPEC",
     "BestOfN",
+    "CorrelatedProxies",
     "DisCO",
     "InfAlign",
     "NashMirrorProx",
+    "ProRL",
     "SequenceMatch",
     "SinKD",
     "SparsePO",

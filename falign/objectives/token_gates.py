@@ -21,6 +21,7 @@ __all__ = [
     "EntropyGap",
     "EntropyGate",
     "EntropyPrefix",
+    "FirstTokens",
     "QuantileFilter",
     "ReferenceEntropy",
     "quantile_filter",
@@ -102,6 +103,48 @@ class DivergenceBetween:
 
 def _entropies(reference: str) -> dict[str, Measure]:
     return {"entropy": Entropy(), f"entropy_{reference}": ReferenceEntropy(reference)}
+
+
+@dataclass(frozen=True)
+class FirstTokens:
+    """1 at the first ``tokens`` tokens of each completion, else 0: a horizon, which a schedule may let grow.
+
+    Attributes:
+        tokens: Number of tokens that count, at least 1.
+
+    Raises:
+        ValueError: ``tokens`` is less than 1.
+
+    Source:
+        Wang et al., TCOD (arXiv:2604.24005): f2b, with tokens in place of turns.
+    """
+
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"first_tokens: tokens={self.tokens!r} must be at least 1.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Empty."""
+        return frozenset()
+
+    @property
+    def measures(self) -> Mapping[str, Measure]:
+        """Empty."""
+        return {}
+
+    def __call__(self, batch: CompletionBatch) -> Float[Tensor, "N T"]:
+        """Return which tokens count.
+
+        Args:
+            batch: Completions.
+
+        Returns:
+            Shape (N, T).
+        """
+        return (batch.completion_mask.cumsum(dim=-1) <= self.tokens).to(batch.logprobs.dtype)
 
 
 @dataclass(frozen=True)

@@ -225,6 +225,7 @@ WEIGHTS: Registry[Any] = Registry(
         "entropy_gap": "falign.objectives.token_gates:EntropyGap",
         "entropy_prefix": "falign.objectives.token_gates:EntropyPrefix",
         "quantile_filter": "falign.objectives.token_gates:quantile_filter",
+        "first_tokens": "falign.objectives.token_gates:FirstTokens",
     },
     wanted="token weight: an object with needs, measures and __call__(batch), or a function that returns one",
 )
@@ -235,8 +236,8 @@ def get_weight(name: str, *, field: str | None = None, **settings: Any) -> Token
 
     Args:
         name: ``difficulty_kernel``, ``dads``, ``entropy_gate``, ``entropy_gap``, ``entropy_prefix``,
-            ``quantile_filter``; or a custom ``module:Name``, which is called with the settings unless it is a weight
-            itself.
+            ``quantile_filter``, ``first_tokens``; or a custom ``module:Name``, which is called with the settings
+            unless it is a weight itself.
         field: The run-file field that holds the name, for messages.
         **settings: Arguments of the weight.
 

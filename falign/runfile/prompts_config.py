@@ -8,6 +8,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from falign.data import InMemory, LengthPolicy, PromptData, PromptSource, RowCheck, load_prompts
 from falign.data.chat_template import Tokenizer
+from falign.objectives import Stairs
 from falign.runfile.base_config import FrozenModel
 from falign.runfile.engine_config import CorrectionConfig, EngineConfig, TransformersEngineConfig
 
@@ -21,6 +22,7 @@ __all__ = [
     "CriticConfig",
     "DifficultyConfig",
     "EvaluationConfig",
+    "HorizonConfig",
     "PromptSourceConfig",
     "PromptsConfig",
     "RehearsalDataConfig",
@@ -117,6 +119,17 @@ class DifficultyConfig(FrozenModel):
         return self
 
 
+class HorizonConfig(FrozenModel):
+    """A growing limit of the tokens of training completions: ``{start: 16, by: 16, every: 10}``."""
+
+    start: int = Field(ge=1)
+    """Tokens in the first rollouts."""
+    by: int = Field(ge=1)
+    """Tokens by which it grows, up to ``max_new_tokens``."""
+    every: int = Field(ge=1)
+    """Optimizer steps between two growths; a rollout has the limit of its first step."""
+
+
 class EvaluationConfig(FrozenModel):
     """Sampling for held-out prompts."""
 
@@ -137,6 +150,9 @@ class RolloutConfig(FrozenModel):
     completions: int = Field(default=8, ge=1)
     """Completions per prompt: the group."""
     max_new_tokens: int = Field(default=256, ge=1)
+    horizon: HorizonConfig | None = None
+    """A growing limit for training, up to ``max_new_tokens``: ``{start: 16, by: 16, every: 10}``. Held-out completions
+    have ``max_new_tokens``."""
     temperature: float = Field(default=1.0, gt=0)
     """At values other than 1 the samples come from another distribution and are weighted by ``π/π_sampler``."""
     updates: int = Field(default=1, ge=1)
@@ -174,6 +190,21 @@ class RolloutConfig(FrozenModel):
                 "ahead out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _grows(self) -> RolloutConfig:
+        if self.horizon is not None and self.horizon.start >= self.max_new_tokens:
+            raise ValueError(
+                f"horizon.start={self.horizon.start} is not below max_new_tokens={self.max_new_tokens}, at which it "
+                "ends, so it does not grow: leave it out, or lower it"
+            )
+        return self
+
+    def tokens(self, step: int) -> int:
+        """Return the maximum number of tokens of the completions that are sampled at a step."""
+        if self.horizon is None:
+            return self.max_new_tokens
+        return Stairs(self.horizon.start, self.max_new_tokens, self.horizon.by, self.horizon.every)(step)
 
     @property
     def num_updates(self) -> int:

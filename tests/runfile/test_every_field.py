@@ -174,6 +174,7 @@ BUILT_ALONE = {
     "EntropyGateConfig": Changes({"higher": "policy"}, higher="reference", reference="draft", other=0.5),
     "EntropyGapConfig": Changes({}, reference="draft"),
     "EntropyPrefixConfig": Changes({}, share=0.2),
+    "FirstTokensConfig": Changes({"tokens": 3}, tokens=5),
     "QuantileFilterConfig": Changes(
         {"measure": "entropy", "keep": 0.5}, measure="entropy_of(teacher)", keep=0.2, minus="entropy", name="other"
     ),
@@ -578,10 +579,15 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             limit=3,
         ),
     ),
+    "HorizonConfig": (
+        "rollout.horizon",
+        Changes({"start": 2, "by": 2, "every": 1}, start=3, by=1, every=2),
+    ),
     "RolloutConfig": (
         "rollout",
         Changes(
             {"prompts": 4, "completions": 4, "max_new_tokens": 8},
+            horizon={"start": 2, "by": 2, "every": 2},
             prompts=3,
             completions=3,
             max_new_tokens=5,
@@ -640,7 +646,14 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
 }
 ONLINE = frozenset(
     {"PromptsConfig", "PromptSourceConfig", "RolloutConfig", "DifficultyConfig", "EvaluationConfig"}
-    | {"CriticConfig", "RehearsalDataConfig", "CorrectionConfig", "VLLMEngineConfig", "OwnEngineConfig"}
+    | {
+        "CriticConfig",
+        "HorizonConfig",
+        "RehearsalDataConfig",
+        "CorrectionConfig",
+        "VLLMEngineConfig",
+        "OwnEngineConfig",
+    }
 )
 """Sections of runs that sample their own completions."""
 

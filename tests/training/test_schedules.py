@@ -282,3 +282,21 @@ def test_a_double_critic_resumes_bit_for_bit_and_its_warm_up_leaves_the_policy_a
 def test_settings_of_a_critic_without_effect_are_refused(start, changes, message):
     with pytest.raises(ConfigError, match=message):
         start("run", online=True, **{"objective": PPO, **changes})
+
+
+def test_a_growing_horizon_limits_the_tokens_of_training_and_not_those_of_evaluation(start):
+    options = {
+        "online": True,
+        "objective": PENALIZED,
+        "rollout": {"horizon": {"start": 2, "by": 3, "every": 2}, "ignore_stop": True},
+        "training": {**EVERY_STEP, "max_steps": 6},
+    }
+    whole = start("whole", **options)
+    assert [log["rollout/horizon"] for log in logs(whole)] == [2, 2, 5, 5, 8, 8]
+    assert [log["completions/length"] for log in logs(whole)] == [2, 2, 5, 5, 8, 8]
+    assert whole.after["completions/length"] == 8
+
+
+def test_a_horizon_that_does_not_grow_is_refused(start):
+    with pytest.raises(ConfigError, match=r"rollout.*horizon.start=8 is not below max_new_tokens=8"):
+        start("run", online=True, rollout={"horizon": {"start": 8, "by": 1, "every": 1}})

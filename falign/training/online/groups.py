@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from falign.data import PromptRow
@@ -166,6 +166,13 @@ class GroupSampler:
             self.engine, self.rewards, self.tokenizer, self.params, completions=completions, seed=self.seed
         )
 
+    def with_tokens(self, max_new_tokens: int) -> GroupSampler:
+        """Return a sampler for another maximum number of tokens."""
+        params = replace(self.params, max_new_tokens=max_new_tokens)
+        return GroupSampler(
+            self.engine, self.rewards, self.tokenizer, params, completions=self.completions, seed=self.seed
+        )
+
     def sample(self, rows: Sequence[PromptRow], *, version: int, number: int, first: int = 0) -> Draw:
         """Return one group per prompt; the same version, number and prompts give the same groups.
 
@@ -266,6 +273,10 @@ class DividedSampler:
     def with_completions(self, completions: int) -> DividedSampler:
         """Return a sampler for another group size."""
         return DividedSampler(self.sampler.with_completions(completions))
+
+    def with_tokens(self, max_new_tokens: int) -> DividedSampler:
+        """Return a sampler for another maximum number of tokens."""
+        return DividedSampler(self.sampler.with_tokens(max_new_tokens))
 
     def require_judged(self, draw: Draw, place: str) -> None:
         """Refuse a draw in which every call of a reward failed, because its values mean nothing.

@@ -144,16 +144,17 @@ class RolloutSource:
         )
 
     def _draw(self, version: int, number: int, step: int) -> Draw:
-        draw = self._drawn(version, number)
+        draw = self._drawn(version, number, step)
         self.sampler.require_judged(draw, f"Step {step + 1}")
         return draw
 
-    def _drawn(self, version: int, number: int) -> Draw:
+    def _drawn(self, version: int, number: int, step: int) -> Draw:
         count, rows = self.rollout.prompts, self.prompts
+        sampler = self.sampler if self.rollout.horizon is None else self.sampler.with_tokens(self.rollout.tokens(step))
         if self.rollout.difficulty is None:
-            return self.sampler.sample([rows[i] for i in self.order.take(count)], version=version, number=number)
+            return sampler.sample([rows[i] for i in self.order.take(count)], version=version, number=number)
         return sample_within(
-            self.sampler,
+            sampler,
             rows,
             self.order,
             count,

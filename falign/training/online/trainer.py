@@ -123,7 +123,7 @@ class OnlineTrainer(AlignmentTrainer):
         self.buffer = RolloutBuffer()
         self.failures = Failures()
         self.staleness, self.max_gap = 0, max_gap
-        self._advised = rollout.ignore_stop
+        self._advised = rollout.ignore_stop or rollout.horizon is not None
         super().__init__(
             model,
             references=references,
@@ -271,7 +271,9 @@ class OnlineTrainer(AlignmentTrainer):
         rollout, scores = self.rollout_scorer(self.source.groups(draw))
         metrics = rollout_metrics(draw, pass_reward=self.rollout.pass_reward, outcome=self.source.sampler.outcome)
         if is_writer():  # every process has the whole rollout
-            self.means.add({**metrics, **scores})
+            horizon = {} if self.rollout.horizon is None else {"horizon": self.rollout.tokens(drawn.step)}
+            limits = {f"rollout/{name}": torch.tensor([float(value)]) for name, value in horizon.items()}
+            self.means.add({**metrics, **scores, **limits})
         self._count_failures(draw)
         self._advise_on_length(metrics["completions/clipped"].mean().item())
         self.table.write(self.state.global_step, draw)
