@@ -198,11 +198,13 @@ def _answer(
 def _show_samples(summary: SamplingSummary, out: Path, console: Terminal) -> None:
     """Print the counts of a file of samples."""
     table = Table("", "", title=escape(str(out)), title_justify="left", show_header=False)
-    for name, value in summary.model_dump(exclude={"messages", "mean_reward"}).items():
+    for name, value in summary.model_dump(exclude={"messages", "mean_reward", "resumed"}).items():
         if value or name in {"prompts", "completions"}:
             table.add_row(name.replace("_", " "), f"{value:,}")
     if summary.mean_reward is not None:
         table.add_row("mean reward", f"{summary.mean_reward:+.4f}")
+    if summary.resumed:
+        table.add_row("prompts sampled by an earlier call", f"{summary.resumed:,}")
     Terminal(highlight=False).print(table)
     for message in summary.messages:
         console.print(f"bad row: {message}", style="yellow", markup=False)

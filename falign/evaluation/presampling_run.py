@@ -37,7 +37,7 @@ from falign.runs.named_code import import_from
 from falign.terminal import Terminal, progress
 from falign.training.online.groups import judged
 
-__all__ = ["PresamplingSummary", "presample", "prompt_source", "room_of_prompts"]
+__all__ = ["PresamplingSummary", "presample", "prompt_source", "room_of_prompts", "sampler_identity"]
 
 CHUNK_SIZE = 32
 EXPLORATION, REHEARSAL, SUMMARY = "exploration.jsonl", "rehearsal.jsonl", "summary.json"
@@ -146,7 +146,7 @@ def presample(
         check=row_check(reward),
     )
     record = {
-        **_identity(policy, tokenizer),
+        **sampler_identity(policy, tokenizer),
         "prompts": prompts_digest(data.train),
         "verifier": verifier if isinstance(verifier, str) else reward_section(verifier).name,
         "identity of the verifier": reward_identity(reward.rewards[0].reward),
@@ -302,7 +302,7 @@ def room_of_prompts(positions: int | None, max_new_tokens: int, *, model: str) -
     return room
 
 
-def _identity(policy: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def sampler_identity(policy: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Return hashes of the model that samples, by name."""
     adapter = {"adapter": weights_hash(policy, adapter="default")} if isinstance(policy, PeftModel) else {}
     return {**model_identity(policy), **adapter, "tokenizer": tokenizer_fingerprint(tokenizer)}

@@ -5,26 +5,28 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from rich.console import Console
 from rich.markup import escape
 
 from falign.choices import require_choice
 from falign.data import BadRowPolicy, PromptRow, load_prompts
 from falign.data.samples import REWARD, Sample, sample_row
-from falign.durable import refuse_link, write_whole
+from falign.durable import claimed, refuse_link, write_whole
 from falign.errors import ConfigError
 from falign.evaluation.answering import load_named
-from falign.evaluation.presampling_run import prompt_source, room_of_prompts
-from falign.evaluation.sample_inputs import check_tokens, given_rewards
+from falign.evaluation.presampling_run import prompt_source, room_of_prompts, sampler_identity
+from falign.evaluation.sample_inputs import check_tokens, given_rewards, prompts_digest
 from falign.models import base_of, stop_token_ids
 from falign.models.tokenizers import pad_token_id
-from falign.rewards.combination import row_check
+from falign.rewards.combination import Rewards, row_check
 from falign.rollouts import SampledCompletion, SamplingParams, TransformersEngine
 from falign.rollouts.answers import require_random
+from falign.rollouts.journal import Journal
 from falign.runs.loading import Named, chat_of_run, chosen_chat, named
 from falign.seeds import mixed
 from falign.terminal import Terminal, progress
@@ -58,6 +60,8 @@ class SamplingSummary(BaseModel):
     """Rows that could not be used."""
     messages: tuple[str, ...] = ()
     """The first messages about bad rows."""
+    resumed: int = 0
+    """Prompts that an earlier call had sampled, whose timeouts and errors are not counted here."""
 
 
 def write_samples(
@@ -78,7 +82,7 @@ def write_samples(
     trust_code: bool = False,
     console: Console | None = None,
 ) -> SamplingSummary:
-    """Write several completions of each prompt to a file, one per line.
+    """Write several completions of each prompt to a file, one per line; a stopped call continues if repeated.
 
     A line has ``prompt`` as the model read it (text or turns), ``completion``, its number ``sample``,
     ``finish_reason``, with rewards ``reward`` (of several also ``reward/NAME``), and the other ``columns`` of the
@@ -101,12 +105,13 @@ def write_samples(
             template.
         bad_rows: ``error`` stops at a row that cannot be used; ``skip`` counts it and continues.
         dtype: Data type of a model; a run has its own.
-        overwrite: Replace an existing file once the new one is complete.
+        overwrite: Replace an existing file once the new one is complete; samples of a stopped call are used if they
+            have the same inputs, and dropped otherwise.
         trust_code: Whether code that the run folder names may run.
         console: Where progress is shown; by default standard error.
 
     Raises:
-        ConfigError: An argument is invalid, or the file exists.
+        ConfigError: An argument is invalid, the file exists, or a stopped call had other arguments.
         DataError: A row cannot be used, or no row can.
         ModelError: The model is missing or damaged.
         RewardError: A reward failed.
@@ -136,45 +141,54 @@ def write_samples(
         check=None if loaded is None else row_check(loaded.rewards.without_transforms()),
     )
     params = SamplingParams(max_new_tokens, temperature, stop_token_ids=stop_token_ids(base_of(policy), tokenizer))
-    samples: list[Sample] = []
-    parts: list[dict[str, float | None]] = []
+    record = {
+        **sampler_identity(policy, tokenizer),
+        "stop_token_ids": sorted(params.stop_token_ids),
+        "prompts": prompts_digest(data.train),
+        "rewards": None if loaded is None else loaded.record,
+        "num_completions": num_completions,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
     timeouts = errors = 0
-    with progress(console, "prompts", total=len(data.train)) as show:
-        for rows, seeds in _calls(data.train, seed):
-            rollouts = engine.sample([row.prompt_ids for row in rows], num_completions, params, version=0, seed=seeds)
-            owners = [row for row in rows for _ in range(num_completions)]
-            if loaded is None:
-                texts, values = [_text(rollout, tokenizer) for rollout in rollouts], [None] * len(rollouts)
-                parts += [{} for _ in rollouts]
-            else:
-                texts, found = judged(loaded.rewards.without_transforms(), owners, rollouts, tokenizer)
-                values, timeouts, errors = found.total, timeouts + found.timeouts, errors + found.errors
-                parts += [{f"{REWARD}/{name}": own[i] for name, own in found.parts.items()} for i in range(len(texts))]
-            samples += [
-                Sample(
-                    prompt=row.prompt,
-                    completion=text,
-                    place=row.place,
-                    reward=value,
-                    truncated=rollout.finish_reason == "length",
-                    columns=row.columns,
+    with claimed(out.with_name(f".{out.name}.lock")):
+        journal = Journal(
+            out.with_name(f".{out.name}.partial.jsonl"),
+            TypeAdapter(dict[str, Any]).validate_python,
+            record=record,
+            chunk_size=PROMPTS_PER_CALL * num_completions,
+            total=len(data.train) * num_completions,
+            work="sampling",
+            overwrite=overwrite,
+        )
+        resumed = len(journal.entries) // num_completions
+        with progress(console, "prompts", total=len(data.train), done=resumed) as show:
+            for rows, seeds in islice(_calls(data.train, seed), -(-resumed // PROMPTS_PER_CALL), None):
+                rollouts = engine.sample(
+                    [row.prompt_ids for row in rows], num_completions, params, version=0, seed=seeds
                 )
-                for row, text, value, rollout in zip(owners, texts, values, rollouts, strict=True)
-            ]
-            show(len(samples) // num_completions)
-    rows = (
-        sample_row(sample, i % num_completions, **(own if len(own) > 1 else {}))
-        for i, (sample, own) in enumerate(zip(samples, parts, strict=True))
-    )
-    # Values of columns that JSON does not have, such as dates, are written as text.
-    write_whole(out, (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
-    return _summary(samples, len(data.train)).model_copy(
+                owners = [row for row in rows for _ in range(num_completions)]
+                found = None
+                if loaded is None:
+                    texts = [
+                        str(tokenizer.decode(list(each.completion_ids), skip_special_tokens=True)) for each in rollouts
+                    ]
+                else:
+                    texts, found = judged(loaded.rewards.without_transforms(), owners, rollouts, tokenizer)
+                    timeouts, errors = timeouts + found.timeouts, errors + found.errors
+                journal.extend(_rows(owners, rollouts, texts, found, num_completions))
+                show(len(journal.entries) // num_completions)
+        write_whole(out, (json.dumps(row, ensure_ascii=False) + "\n" for row in journal.entries))
+        journal.path.unlink()  # last: until then the same call continues
+    return _summary(journal.entries, len(data.train)).model_copy(
         update={
             "timeouts": timeouts,
             "errors": errors,
             "too_long": data.report.dropped,
             "bad_rows": data.report.bad,
             "messages": data.report.messages,
+            "resumed": resumed,
         }
     )
 
@@ -211,13 +225,39 @@ def _text(rollout: SampledCompletion, tokenizer: Any) -> str:
     return str(tokenizer.decode(list(rollout.completion_ids), skip_special_tokens=True))
 
 
-def _summary(samples: Sequence[Sample], num_prompts: int) -> SamplingSummary:
-    rewards = [sample.reward for sample in samples if sample.reward is not None]
+def _rows(
+    owners: Sequence[PromptRow],
+    rollouts: Sequence[SampledCompletion],
+    texts: Sequence[str],
+    rewards: Rewards | None,
+    num_completions: int,
+) -> list[dict[str, Any]]:
+    """Return the lines of completions, as plain values."""
+    rows = []
+    for i, (row, rollout, text) in enumerate(zip(owners, rollouts, texts, strict=True)):
+        sample = Sample(
+            prompt=row.prompt,
+            completion=text,
+            place=row.place,
+            reward=None if rewards is None else rewards.total[i],
+            truncated=rollout.finish_reason == "length",
+            columns=row.columns,
+        )
+        several = {} if rewards is None or len(rewards.parts) < 2 else rewards.parts
+        parts = {f"{REWARD}/{name}": values[i] for name, values in several.items()}
+        # Values of columns that JSON does not have, such as dates, are written as text.
+        rows.append(json.loads(json.dumps(sample_row(sample, i % num_completions, **parts), default=str)))
+    return rows
+
+
+def _summary(rows: Sequence[dict[str, Any]], num_prompts: int) -> SamplingSummary:
+    rewards = [row[REWARD] for row in rows if REWARD in row]
+    per_prompt = len(rows) // num_prompts
     return SamplingSummary(
         prompts=num_prompts,
-        completions=len(samples),
-        truncated=sum(sample.truncated for sample in samples),
-        empty=sum(not sample.completion.strip() for sample in samples),
-        distinct=len({(sample.place, sample.completion) for sample in samples}),
+        completions=len(rows),
+        truncated=sum(row["finish_reason"] == "length" for row in rows),
+        empty=sum(not row["completion"].strip() for row in rows),
+        distinct=len({(i // per_prompt, row["completion"]) for i, row in enumerate(rows)}),
         mean_reward=sum(rewards) / len(rewards) if rewards else None,
     )

@@ -1,8 +1,7 @@
-"""A journal of pre-sampling on disk, from which an interrupted call resumes."""
+"""The journal of pre-sampling."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +9,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from falign.durable import append, refuse_link
-from falign.errors import ConfigError, one_line
-from falign.json_lines import sealed, unsealed
+from falign.rollouts.journal import Journal
 from falign.rollouts.presampling import Presampled
 
 __all__ = ["Finding", "PresamplingJournal"]
@@ -36,18 +33,18 @@ class Finding(NamedTuple):
     rehearsal: _Stored | None
 
 
-_OBJECT, _FINDING = TypeAdapter(dict[str, Any]), TypeAdapter(Finding)
+_FINDING = TypeAdapter(Finding)
 
 
-class PresamplingJournal:
-    """A file of results in the order of the prompts, each line with its checksum; the first line records their inputs.
+class PresamplingJournal(Journal[Finding]):
+    """A journal of findings in the order of the prompts.
 
     Args:
-        path: The file; created with the first finding.
-        record: Inputs of the findings, by name; plain values.
-        chunk_size: Number of findings per chunk; incomplete chunks are ignored.
-        num_prompts: Total number of findings; the last chunk may be smaller if it reaches this number.
-        overwrite: Start again if the file is damaged or has other inputs.
+        path: As for :class:`Journal`.
+        record: As for :class:`Journal`.
+        chunk_size: As for :class:`Journal`.
+        num_prompts: Total number of findings.
+        overwrite: As for :class:`Journal`.
 
     Raises:
         ConfigError: The file is damaged, has other inputs, or is a link.
@@ -56,59 +53,25 @@ class PresamplingJournal:
     def __init__(
         self, path: Path, *, record: Mapping[str, Any], chunk_size: int, num_prompts: int, overwrite: bool = False
     ) -> None:
-        refuse_link(path)
-        self.path, self._record = path, json.loads(json.dumps(record))
-        self._chunk_size, self._num_prompts = chunk_size, num_prompts
-        self.findings: list[Finding] = []
-        self._size = 0  # bytes of the findings that are kept
-        try:
-            self._take_up()
-        except ConfigError:
-            if not overwrite:
-                raise
-            self.findings, self._size = [], 0
+        super().__init__(
+            path,
+            _FINDING.validate_python,
+            record=record,
+            chunk_size=chunk_size,
+            total=num_prompts,
+            work="pre-sampling",
+            overwrite=overwrite,
+            plain=Finding._asdict,
+        )
+
+    @property
+    def findings(self) -> list[Finding]:
+        """The findings so far."""
+        return self.entries
 
     def append(self, results: Sequence[Presampled]) -> None:
         """Write the findings of a chunk to the disk, where they survive a kill of the process."""
-        found = [Finding(result.num_correct, _stored(result)) for result in results]
-        head = [] if self._size else [self._record]
-        lines = "".join(map(sealed, [*head, *(each._asdict() for each in found)]))
-        append(self.path, lines, after=self._size)
-        self._size += len(lines.encode())
-        self.findings += found
-
-    def _take_up(self) -> None:
-        try:
-            lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
-        except OSError as error:
-            raise ConfigError(f"{self.path} cannot be read ({error}): remove it, or choose another folder.") from error
-        if not lines:
-            return
-        self._claim(self._read(_OBJECT, lines[0], 1))
-        rows = lines[1:]
-        if len(rows) != self._num_prompts:
-            rows = rows[: len(rows) // self._chunk_size * self._chunk_size]
-        self.findings = [self._read(_FINDING, row, number) for number, row in enumerate(rows, start=2)]
-        self._size = sum(len(line) + 1 for line in [lines[0], *rows])
-
-    def _read(self, form: Any, line: bytes, number: int) -> Any:
-        try:
-            return form.validate_python(unsealed(line))
-        except (ValueError, RecursionError) as error:  # pydantic's errors are ValueErrors
-            reason = one_line(error)
-            raise ConfigError(
-                f"{self.path}:{number} is damaged ({reason}): remove the file, or give overwrite=True, and "
-                "pre-sampling starts again."
-            ) from error
-
-    def _claim(self, found: Mapping[str, Any]) -> None:
-        names = [name for name in {**found, **self._record} if found.get(name) != self._record.get(name)]
-        if names:
-            shown = ", ".join(f"{name} ({found.get(name)!r} there, {self._record.get(name)!r} now)" for name in names)
-            raise ConfigError(
-                f"{self.path} holds the beginning of another pre-sampling: {shown}. Use the same settings, name "
-                "another folder, or start again with overwrite=True."
-            )
+        self.extend([Finding(result.num_correct, _stored(result)) for result in results])
 
 
 def _stored(result: Presampled) -> _Stored | None:

@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 import falign as package
+from falign.evaluation import sampling_run
+from falign.rollouts.journal import Journal
 
 REWARDS = {"rewards": [{"kind": "words", "words": ["e", "a", "o", "s", "t", "1"], "mode": "share"}]}
 
@@ -194,5 +196,30 @@ def test_rewards_in_a_table_may_be_text(tmp_path):
     package.pairs(file, out=tmp_path / "pairs.jsonl")
     assert rows_of(tmp_path / "pairs.jsonl")[0]["chosen_reward"] == 0.5
     file.write_text("prompt,completion,reward\np,a,high\n")
-    with pytest.raises(package.errors.DataError, match=r"samples.csv:2: 'reward' is 'high'; it must be a finite number"):
+    with pytest.raises(
+        package.errors.DataError, match=r"samples.csv:2: 'reward' is 'high'; it must be a finite number"
+    ):
         package.pairs(file, out=tmp_path / "x.jsonl")
+
+
+def test_a_stopped_call_goes_on_to_the_same_file(tiny, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling_run, "PROMPTS_PER_CALL", 4)
+    options = {"num_completions": 2, "max_new_tokens": 4}
+    package.write_samples(str(tiny), prompts, tmp_path / "whole.jsonl", **options)
+    extend = Journal.extend
+
+    def stopped(journal, entries):
+        extend(journal, entries)
+        raise KeyboardInterrupt
+
+    file, partial = tmp_path / "samples.jsonl", tmp_path / ".samples.jsonl.partial.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "extend", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            package.write_samples(str(tiny), prompts, file, **options)
+    assert not file.exists()
+    with pytest.raises(package.errors.ConfigError, match=r"another sampling: seed \(0 there, 1 now\)"):
+        package.write_samples(str(tiny), prompts, file, **options, seed=1)
+    assert package.write_samples(str(tiny), prompts, file, **options).resumed == 4
+    assert rows_of(file) == rows_of(tmp_path / "whole.jsonl")
+    assert not partial.exists()
