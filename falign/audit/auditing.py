@@ -152,7 +152,7 @@ def _of_samples(
 ) -> AuditResult:
     read = subject.references
     references = (reference,) if reference else read or ("old" if samples == "old" else "reference",)
-    known = registry([] if divergence is None else [divergence])
+    known = registry([*([] if divergence is None else [divergence]), *subject.divergences])
     all_worlds = worlds(tuple({*read, *references}))
     means = [subject.mean_gradient(world, samples) for world in all_worlds]
     if all(is_zero(mean) for mean in means):
@@ -165,7 +165,7 @@ def _of_samples(
         for row in compare_means(means, all_worlds, known, levels, references)
         if (row.level, row.reference) != ("token_old", "old")  # the reference's own prefixes, by another name
     )
-    return _judged(subject.name, samples, table, divergence, _sums(means, all_worlds, known, table, references[0]))
+    return _judged(subject, samples, table, divergence, _sums(means, all_worlds, known, table, references[0]))
 
 
 def _of_pairs(subject: Subject, divergence: Divergence | None) -> AuditResult:
@@ -174,8 +174,8 @@ def _of_pairs(subject: Subject, divergence: Divergence | None) -> AuditResult:
     if not any(each.chosen.any() or each.rejected.any() for each in slopes):
         verdict = sentence(subject.name, "pairs", "zero", None, None, named=False)
         return AuditResult(subject.name, "pairs", "zero", (), None, None, _name(divergence), verdict)
-    known = registry([] if divergence is None else [divergence])
-    return _judged(subject.name, "pairs", tuple(compare_pairs(slopes, all_worlds, known)), divergence, None)
+    known = registry([*([] if divergence is None else [divergence]), *subject.divergences])
+    return _judged(subject, "pairs", tuple(compare_pairs(slopes, all_worlds, known)), divergence, None)
 
 
 def _name(divergence: Divergence | None) -> str | None:
@@ -183,11 +183,11 @@ def _name(divergence: Divergence | None) -> str | None:
 
 
 def _judged(
-    name: str, samples: Samples, table: tuple[Comparison, ...], divergence: Divergence | None, parts: str | None
+    subject: Subject, samples: Samples, table: tuple[Comparison, ...], divergence: Divergence | None, parts: str | None
 ) -> AuditResult:
-    named = _name(divergence)
+    name, named = subject.name, _name(divergence)
     table = tuple(each for each in table if not any(math.isnan(cosine) for cosine in each.cosines))
-    finding, best, fitting = _finding(table, named)
+    finding, best, fitting = _finding(table, named, {each.name for each in subject.divergences})
     rival = _rival(table, best, named, finding)
     verdict = sentence(name, samples, finding, best, rival, named=rival is not None and rival.divergence == named)
     notes = []
@@ -198,12 +198,14 @@ def _judged(
     return AuditResult(name, samples, finding, table, best, rival, named, verdict, tuple(notes))
 
 
-def _finding(table: tuple[Comparison, ...], named: str | None) -> tuple[Finding, Comparison, list[Comparison]]:
+def _finding(
+    table: tuple[Comparison, ...], named: str | None, own: set[str]
+) -> tuple[Finding, Comparison, list[Comparison]]:
     """Return the finding, the row it names, and all rows that it is true of."""
 
     def first(rows: list[Comparison]) -> Comparison:
-        # The named divergence; otherwise one without a parameter.
-        return min(rows, key=lambda row: (row.divergence != named, "(" in row.divergence))
+        # The named divergence; otherwise the loss's own, or one without a parameter.
+        return min(rows, key=lambda row: (row.divergence != named, row.divergence not in own, "(" in row.divergence))
 
     kinds: list[tuple[Finding, list[Comparison]]] = [
         ("exact", [row for row in table if row.exact]),

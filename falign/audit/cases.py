@@ -23,7 +23,10 @@ from falign.objectives import (
     Sum,
     Supervised,
     TokenPairwise,
+    TrustRegion,
 )
+from falign.objectives.penalty import Credit as PenaltyCredit
+from falign.objectives.penalty import Level
 
 __all__ = ["CASES", "Case"]
 
@@ -317,7 +320,12 @@ def _falign() -> Iterator[tuple[str, Case]]:
                         samples,
                     ),
                 )
-    for level, credit in (("vocabulary", "fixed_prefix"), ("token", "returns"), ("sequence", "fixed_prefix")):
+    distilled: tuple[tuple[Level, PenaltyCredit], ...] = (
+        ("vocabulary", "fixed_prefix"),
+        ("token", "returns"),
+        ("sequence", "fixed_prefix"),
+    )
+    for level, credit in distilled:
         for samples in ("policy", "old"):
             yield (
                 f"falign:distillation_{level}{'_old' if samples == 'old' else ''}",
@@ -339,6 +347,16 @@ def _falign() -> Iterator[tuple[str, Case]]:
             "a sum of a penalty and f-DPG",
             name,
             "policy",
+        ),
+    )
+    yield (
+        "falign:trust_region",
+        Case(
+            lambda: TrustRegion(kl, beta=3.0, delta=0.01, level="sequence", reduction="sequence_sum"),
+            "the squared hinge of KL(π_old‖π), as in DisCO",
+            "forward_kl",
+            "old",
+            reference="old",
         ),
     )
     yield (

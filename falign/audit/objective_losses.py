@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +13,7 @@ from torch import Tensor
 from falign.audit.functions import RELATIVE
 from falign.audit.samples import CHOSEN, REJECTED, MeanGradient, PairSlopes, Samples, mean_of, same_slopes
 from falign.audit.world import COMPLETIONS, MASK, SHIFT, World
+from falign.divergences import Divergence
 from falign.errors import ConfigError
 from falign.objectives import BaseObjective, CompletionBatch, Term, complete, field_of, reference_names
 from falign.objectives.measures import block_of
@@ -57,6 +60,20 @@ class _Enumerated:
         return None if law is None else law.view(-1, *[1] * (losses.ndim - 1))
 
 
+def _divergences_in(value: Any) -> Iterator[Divergence]:
+    """Yield the divergences among the fields of a dataclass, and of those inside it."""
+    if isinstance(value, Divergence):
+        yield value
+    elif is_dataclass(value) and not isinstance(value, type):
+        for each in fields(value):
+            yield from _divergences_in(getattr(value, each.name))
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _divergences_in(each)
+    elif isinstance(value, Mapping):
+        yield from _divergences_in(tuple(value.values()))
+
+
 @dataclass(frozen=True)
 class ObjectiveLoss:
     """An objective, whose needs and measures are supplied.
@@ -89,6 +106,11 @@ class ObjectiveLoss:
     def reads_rewards(self) -> bool:
         """See :class:`falign.audit.samples.Subject`."""
         return "rewards" in self.objective.needs
+
+    @property
+    def divergences(self) -> tuple[Divergence, ...]:
+        """See :class:`falign.audit.samples.Subject`."""
+        return tuple(_divergences_in(self.objective))
 
     def mean_gradient(self, world: World, samples: Samples) -> MeanGradient:
         """See :class:`falign.audit.samples.Subject`.
@@ -152,12 +174,24 @@ class ObjectiveLoss:
         rows, units = GROUPED, torch.arange(N * N).repeat_interleave(2)
         drawn = (law[FIRST] * law[SECOND]).repeat_interleave(2) / 2
         if "from_reference" not in self.objective.needs:
-            return _Enumerated(self._batch(world, rows, units, samples), rows, units, drawn)
+            return self._with_step_means(_Enumerated(self._batch(world, rows, units, samples), rows, units, drawn))
         stored = torch.arange(N)
         rows, units = torch.cat([rows, stored]), torch.cat([units, N * N + stored])
         flags = torch.arange(len(rows)) >= len(drawn)
         batch = self._batch(world, rows, units, samples, from_reference=flags)
-        return _Enumerated(batch, rows, units, torch.cat([drawn, world.law("reference")]))
+        return self._with_step_means(_Enumerated(batch, rows, units, torch.cat([drawn, world.law("reference")])))
+
+    def _with_step_means(self, given: _Enumerated) -> _Enumerated:
+        """Add the exact means over a step of everything that can be sampled."""
+        means = {}
+        for name, mean in self.objective.step_means.items():
+            if mean.rows != "own":
+                raise ConfigError(f"{self.name} cannot be enumerated: its mean {name!r} is over {mean.rows} rows.")
+            with torch.no_grad():
+                values, weights = (each.double() for each in mean(given.batch))
+            law = given.law.view(-1, *[1] * (values.ndim - 1))
+            means[name] = ((law * values * weights).sum() / (law * weights).sum()).expand(len(given.rows))
+        return replace(given, batch=replace(given.batch, step_means=means)) if means else given
 
     def _batch(self, world: World, rows: Tensor, units: Tensor, samples: Samples, **known: Tensor) -> CompletionBatch:
         for name, measure in self.objective.measures.items():
@@ -167,33 +201,33 @@ class ObjectiveLoss:
                     "mean over a batch is no mean over completions."
                 )
         sampled_by = "old" if samples == "old" else "policy"
-        fields: dict[str, Tensor] = {
+        given: dict[str, Tensor] = {
             "logprobs": world.token_logprobs("policy").detach()[rows].requires_grad_(),
             "completion_mask": MASK[rows],
             "prompt_index": units,
         }
         for name, measure in self.objective.measures.items():
-            fields[f"measures.{name}"] = world.measure(measure).detach()[rows].requires_grad_()
+            given[f"measures.{name}"] = world.measure(measure).detach()[rows].requires_grad_()
         for need in self.objective.needs:
             field, _, key = need.partition(".")
             if field in known:
-                fields[field] = known[field]
+                given[field] = known[field]
             elif field == "references":
-                fields[need] = world.token_logprobs(key)[rows]
+                given[need] = world.token_logprobs(key)[rows]
             elif field in ("reference_logprobs", "old_logprobs"):
                 model = sampled_by if field == "old_logprobs" else "reference"
-                fields[field] = world.token_logprobs(model).detach()[rows]
+                given[field] = world.token_logprobs(model).detach()[rows]
             elif field in CONSTANTS:
                 shape = rows.shape if field == "rewards" else MASK[rows].shape
-                fields[field] = torch.full(shape, CONSTANTS[field], dtype=torch.float64)
+                given[field] = torch.full(shape, CONSTANTS[field], dtype=torch.float64)
             elif field == "features":
-                fields[field] = torch.ones(len(rows), 1, dtype=torch.float64)
+                given[field] = torch.ones(len(rows), 1, dtype=torch.float64)
             elif field != "log_partition":
                 raise ConfigError(
                     f"{self.name} needs {need!r}, which the audit has no value for: it supplies log-probabilities of "
                     "the policy, of references and of an old policy, measures, pairs, and equal rewards."
                 )
-        batch = CompletionBatch.of(fields)
+        batch = CompletionBatch.of(given)
         if "log_partition" not in self.objective.needs:
             return batch
         log_partition = torch.full(rows.shape, self._log_partition(world), dtype=torch.float64)
@@ -201,7 +235,7 @@ class ObjectiveLoss:
 
     def _log_partition(self, world: World) -> float:
         """The exact ``log Z``, from every sample of the reference."""
-        fields = {
+        given = {
             "logprobs": world.token_logprobs("reference"),
             "completion_mask": MASK,
             "prompt_index": torch.zeros(N, dtype=torch.long),
@@ -209,7 +243,7 @@ class ObjectiveLoss:
             "old_logprobs": world.token_logprobs("reference"),
             "features": torch.ones(N, 1, dtype=torch.float64),
         }
-        log_weights = self.objective.log_weights(CompletionBatch.of(fields))
+        log_weights = self.objective.log_weights(CompletionBatch.of(given))
         return torch.logsumexp(world.sequence_logprobs("reference") + log_weights, dim=0).item()
 
     def _slopes(self, given: _Enumerated) -> dict[str, Tensor]:
@@ -226,6 +260,8 @@ class ObjectiveLoss:
             denominators.append((law * term.weights).sum())
             if denominators[-1] > 0:
                 total = total + term.scale * (law * term.losses * term.weights).sum() / denominators[-1]
+        if not total.requires_grad and self.reads_rewards:  # as of groups whose rewards are equal
+            return {name: torch.zeros_like(value) for name, value in leaves.items()}
         if not total.requires_grad:
             raise ConfigError(f"{self.name} has losses without a gradient: nothing is minimized.")
         slopes = dict(self._grad(total, leaves))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from falign.audit.functions import OF_PAIRS, Credit, LossLevel, Use, arguments_of, inputs_of, row_slopes
 from falign.audit.world import COMPLETIONS, LONGEST, MASK, PREFIX, REWARDS, SHIFT, World
+from falign.divergences import Divergence
 from falign.errors import ConfigError
 
 __all__ = ["CHOSEN", "REJECTED", "FunctionLoss", "MeanGradient", "PairSlopes", "Samples", "Subject", "pair_weights"]
@@ -82,6 +83,11 @@ class Subject(Protocol):
         """True if it is given rewards."""
         ...
 
+    @property
+    def divergences(self) -> tuple[Divergence, ...]:
+        """Divergences that it is made of, which are compared with beside those of the registry."""
+        ...
+
     def mean_gradient(self, world: World, samples: Samples) -> MeanGradient:
         """Return the mean of its gradient over all samples."""
         ...
@@ -136,6 +142,11 @@ class FunctionLoss:
     def reads_rewards(self) -> bool:
         """See :class:`Subject`."""
         return "rewards" in self.asked
+
+    @property
+    def divergences(self) -> tuple[Divergence, ...]:
+        """See :class:`Subject`."""
+        return ()
 
     def mean_gradient(self, world: World, samples: Samples) -> MeanGradient:
         """See :class:`Subject`.

@@ -15,7 +15,7 @@ from falign.audit.truth import LEVELS, registry, true_gradient, true_value
 from falign.audit.world import COMPLETIONS, MASK, PREFIXES, worlds
 from falign.cli.main import app
 from falign.divergences.estimators import loss_from_reference
-from falign.objectives import Distillation, Hybrid, PolicyGradient, Rehearsal, TopK
+from falign.objectives import Distillation, Hybrid, Pairwise, PolicyGradient, Rehearsal, Sum, TopK
 from tests.audit import own_losses
 
 OWN = "tests.audit.own_losses"
@@ -169,6 +169,17 @@ def test_an_own_divergence_is_compared_with():
     assert result.passed
     assert result.best.divergence == "mine"
     assert any("the reverse KL of whole completions (ratio 1)" in note for note in result.notes)
+
+
+def test_the_divergences_of_an_objective_are_compared_with():
+    inner = PolicyGradient(divergences.get("alpha(-1.3)"), 0.2)
+    for objective in (
+        inner,
+        Sum({"penalty": (inner, 2.0)}),
+        Pairwise(divergences.get("generalized_js(0.7)"), beta=0.1),
+    ):
+        assert falign.audit(objective).finding == "exact"
+    assert falign.audit(inner).best.divergence == "alpha(-1.3)"
 
 
 def test_a_hybrid_is_the_sum_of_its_parts():

@@ -89,6 +89,8 @@ KNOWN = {
     "falign:fsft": ("exact", "alpha(1.5)", REFERENCE, None),
     "falign:grpo": ("none", None, None, None),  # a mean per completion divides by its length
     "falign:dapo": ("direction", "reverse_kl", TOKEN, None),  # a mean per token divides by the mean length
+    # the slope of the hinge, 2β[KL(π_old‖π) - δ]₊, is another one at every policy
+    "falign:trust_region": ("direction", "forward_kl", WHOLE, None),
     "falign:ipo": ("exact", "reverse_kl", MEAN, None),
     "falign:tdpo1": ("none", None, None, None),
 }
