@@ -41,7 +41,7 @@ def DisCO(  # noqa: N802 - the paper's name
         pass_reward: The lowest reward that passes.
 
     Returns:
-        The sum of ``scores`` and ``trust``.
+        The sum of ``disco`` and ``trust``.
 
     Raises:
         ValueError: ``tau`` is given with ``basic``, a name is unknown, or a number is out of range.
@@ -52,7 +52,7 @@ def DisCO(  # noqa: N802 - the paper's name
         estimate is never negative.
 
     Example:
-        >>> DisCO("ratio").objectives["scores"].tau
+        >>> DisCO("ratio").objectives["disco"].tau
         1.0
     """
     if basic and tau is not None:
@@ -60,7 +60,7 @@ def DisCO(  # noqa: N802 - the paper's name
     temperature = None if basic else DISCO_TAU[score] if tau is None else tau
     return Sum(
         {
-            "scores": Discriminative(score, temperature, pass_reward),
+            "disco": Discriminative(score, temperature, pass_reward),
             "trust": TrustRegion(resolve(divergence), beta, delta),
         }
     )
