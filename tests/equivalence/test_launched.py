@@ -34,6 +34,7 @@ PAIRS = {
     "f-dpo": {"objective": {"divergence": "jensen_shannon", "beta": 0.5}},
     "f-dpo by tokens": {"training": {"tokens_per_batch": 90}},
     "tdpo": {"objective": {"kind": "token_pairwise", "alpha": 0.2}},
+    "kto": {"objective": {"kind": "unpaired", "divergence": "jensen_shannon", "beta": 0.5}},
     "references": {
         "references": {"reference": {}, "teacher": {"kind": "frozen", "path": "FOLDER/teacher"}},
         "measures": {"away": "divergence_to(forward_kl, teacher)"},
@@ -42,7 +43,7 @@ PAIRS = {
     "full": {"adapter": None, "training": {"max_steps": 5, "learning_rate": 0.05}},
 }
 COMPARED = [
-    *((name, kind) for name in ("f-dpo", "tdpo", "policy gradient", "full") for kind in KINDS),
+    *((name, kind) for name in ("f-dpo", "tdpo", "kto", "policy gradient", "full") for kind in KINDS),
     ("f-dpo by tokens", "ddp"),
     ("references", "fsdp2"),
 ]
