@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,9 @@ __all__ = ["check_measure"]
 VOCABULARY, WIDTH = 11, 6
 
 
-def check_measure(measure: Measure, *, differentiable: bool = True, positions: int = 12) -> None:
+def check_measure(
+    measure: Measure, *, gradient: Literal["value", "stopped", "none"] = "value", positions: int = 12
+) -> None:
     """Check that a measure keeps the contract of :class:`falign.objectives.Measure`.
 
     One real number per position; a position's value does not depend on the others, unless the measure says so; the
@@ -26,7 +30,8 @@ def check_measure(measure: Measure, *, differentiable: bool = True, positions: i
 
     Args:
         measure: The measure.
-        differentiable: Whether it is meant to have a gradient.
+        gradient: ``"value"``: it has the gradient of its value. ``"stopped"``: another one, because some factor is a
+            constant on purpose. ``"none"``: it is a constant.
         positions: Number of positions; at least two blocks of a measure that mixes them.
 
     Raises:
@@ -50,11 +55,11 @@ def check_measure(measure: Measure, *, differentiable: bool = True, positions: i
     )
     require(bool(value.isfinite().all()), f"{name} is {value.tolist()} at ordinary distributions; it must be finite.")
     require(
-        value.requires_grad == differentiable,
-        f"{name} has {'a' if value.requires_grad else 'no'} gradient, and differentiable={differentiable}.",
+        value.requires_grad == (gradient != "none"),
+        f"{name} has {'a' if value.requires_grad else 'no'} gradient, and gradient={gradient!r}.",
     )
     _separate(measure, name, hidden, head, others, targets)
-    if differentiable:
+    if gradient == "value":
         _slope(measure, name, hidden, head, others, targets)
     _extreme(measure, name, head, others, targets)
     _visited(measure, name, hidden, head, others, targets)
@@ -116,8 +121,8 @@ def _slope(
         quotient,
         rtol=1e-5,
         atol=1e-7,
-        place=f"{name}: the gradient is not that of its value (a constant inside must be detached on purpose: pass "
-        "differentiable=False if all of it is)",
+        place=f"{name}: the gradient is not that of its value (if a factor is a constant on purpose, pass "
+        "gradient='stopped')",
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from falign import divergences
 from falign.divergences import Divergence
+from falign.testing import divergences as battery
 from tests.conformance.exact import EXACT
 
 NAMES = tuple(EXACT)
@@ -63,16 +64,20 @@ def test_float32_agrees_with_sixty_digits_at_any_ratio(name, log_u):
         assert_relative(divergence.f_prime(x), exact, 1e-6, x)
 
 
-def test_normal_form(divergence):
-    zero = torch.zeros(1, dtype=torch.float64)
-    assert divergence.f(zero).item() == 0.0
-    assert divergence.f_prime(zero).item() == 0.0
-
-
-def test_f_is_positive_away_from_one(divergence):
-    log_u = torch.linspace(-1e4, 1e4, 20001)
-    assert (divergence.f(log_u) >= 0).all()
-    assert (divergence.f(log_u[log_u.abs() > 0.5]) > 0).all()
+@pytest.mark.parametrize(
+    "check",
+    [
+        battery.normal_form,
+        battery.finite_and_monotone,
+        battery.dtypes_and_shapes,
+        battery.limits,
+        battery.inverse,
+        battery.dual,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test_the_public_battery_passes(divergence, check):
+    check(divergence)
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -151,41 +156,11 @@ def test_total_variation_cannot_be_standardized():
         divergences.get("total_variation").standardized()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_finite_and_monotone_to_ten_thousand_nats(divergence, dtype):
-    log_u = torch.cat([torch.linspace(-1e4, 1e4, 4001), torch.linspace(-40, 40, 801)]).sort().values.to(dtype)
-    log_u = log_u.requires_grad_()
-    f, f_prime = divergence.f(log_u), divergence.f_prime(log_u)
-    assert f.dtype == f_prime.dtype == dtype
-    assert torch.isfinite(f).all()
-    assert torch.isfinite(f_prime).all()
-    for value in (f, f_prime):
-        (slope,) = torch.autograd.grad(value.float().sum(), log_u)
-        assert torch.isfinite(slope).all()
-    # f' never falls; f falls left of u = 1 and rises right of it. Rounding may wobble by a few units in the last place.
-    wobble = 4 * torch.finfo(torch.float32 if dtype == torch.float32 else dtype).eps
-    rise = f_prime.detach().double().diff()
-    assert (rise >= -wobble * (1 + f_prime.detach().double()[1:].abs())).all()
-    change, size = f.detach().double().diff(), 1 + f.detach().double()[1:].abs()
-    left = log_u.detach()[1:] <= 0
-    assert (change[left] <= wobble * size[left]).all()
-    assert (change[~left] >= -wobble * size[~left]).all()
-
-
 def test_gradient_survives_where_exp_overflows(divergence):
     log_u = torch.tensor([-200.0, 200.0], requires_grad=True)
     (slope,) = torch.autograd.grad(divergence.f_prime(log_u).sum(), log_u)
     unbounded = [divergence.f_prime_at_zero == -math.inf, divergence.f_prime_at_infinity == math.inf]
     assert [(s > 0).item() for s, free in zip(slope, unbounded, strict=True) if free] == [True] * sum(unbounded)
-
-
-def test_limits_of_f_prime(divergence):
-    # alpha(1e-06) reaches its limit of 1e6 only where u^-1e-6 is gone.
-    ends = divergence.f_prime(torch.tensor([-1e8, 1e8], dtype=torch.float64)).tolist()
-    for actual, limit in zip(ends, (divergence.f_prime_at_zero, divergence.f_prime_at_infinity), strict=True):
-        far = 9.9 * min(1, divergence.second_derivative_at_one)
-        assert abs(actual) >= far if math.isinf(limit) else actual == pytest.approx(limit, rel=1e-2)
-    assert divergence.has_barrier == (divergence.f_prime_at_zero == -math.inf)
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -203,12 +178,6 @@ def test_inverse_undoes_f_prime(name):
     kept = tolerance < 0.1  # elsewhere y has rounded to the end of its range, and log u is lost
     assert kept.sum() >= 11
     assert ((back - log_u).abs() <= tolerance)[kept].all()
-
-
-def test_inverse_is_infinite_outside_the_range(divergence):
-    low, high = divergence.f_prime_at_zero, divergence.f_prime_at_infinity
-    outside = torch.tensor([low - 0.1 if math.isfinite(low) else -math.inf, high + 0.1], dtype=torch.float64)
-    assert divergence.f_prime_inverse(outside).tolist() == [-math.inf, math.inf]
 
 
 def test_conjugate_is_the_supremum(divergence):
@@ -237,14 +206,6 @@ def test_derivative_of_the_conjugate_is_the_maximiser(name):
     h = 1e-6 * min(1, divergence.second_derivative_at_one)
     slope = (divergence.conjugate(y + h) - divergence.conjugate(y - h)) / (2 * h)
     torch.testing.assert_close(slope, divergence.f_prime_inverse(y).exp(), rtol=1e-6, atol=0)
-
-
-def test_dual_is_u_f_of_one_over_u_and_an_involution(divergence):
-    dual = divergence.dual()
-    log_u = torch.tensor([-8.0, -1.0, -1e-3, 0.0, 1e-3, 1.0, 8.0], dtype=torch.float64)
-    torch.testing.assert_close(dual.f(log_u), log_u.exp() * divergence.f(-log_u), rtol=1e-10, atol=1e-30)
-    again = dual.dual()
-    torch.testing.assert_close(again.f_prime(log_u), divergence.f_prime(log_u), rtol=1e-12, atol=0)
 
 
 @given(st.lists(st.floats(-6, 6), min_size=2, max_size=12), st.lists(st.floats(-6, 6), min_size=2, max_size=12))
