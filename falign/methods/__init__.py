@@ -1,5 +1,6 @@
 """Published methods under the names of their papers, each a short composition of objectives, measures and weights."""
 
+from falign.methods.context import ContextDistillation, PrivilegedDistillation
 from falign.methods.core import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO
 from falign.methods.groups import OREAL, BestOfN, DisCO, SuperHF
 from falign.methods.measures import EMO, LSKD, NKD, PLD, STARCKD, SinKD
@@ -35,10 +36,12 @@ __all__ = [
     "TSDKD",
     "AdaSPEC",
     "BestOfN",
+    "ContextDistillation",
     "CorrelatedProxies",
     "DisCO",
     "InfAlign",
     "NashMirrorProx",
+    "PrivilegedDistillation",
     "ProRL",
     "SequenceMatch",
     "SinKD",
