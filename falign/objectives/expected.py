@@ -9,13 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from falign.errors import ConfigError
 from falign.objectives.measures import Measure, Vocabulary, block_of
 
 __all__ = ["Balanced", "Expected", "ExpectedCost", "Surprisal"]
-
-SLICE = 8192
-"""Embeddings that are converted to the type of the log-probabilities at a time."""
 
 
 @dataclass(frozen=True)
@@ -126,31 +122,11 @@ class ExpectedCost:
         Raises:
             ConfigError: The policy's head is not one matrix.
         """
-        if at.embeddings is None:
-            raise ConfigError(
-                "ExpectedCost reads the policy's output embeddings, and its head is not one matrix: leave the head "
-                "out of adapter.target_modules and of quantization."
-            )
         probabilities = at.logprobs.exp()
-        value = 1.0 - torch.linalg.vecdot(probabilities, _cosines(at.embeddings, at.targets, at.logprobs))
+        value = 1.0 - torch.linalg.vecdot(probabilities, at.cosines())
         if self.plus_target:
             value = value + probabilities.detach().gather(-1, at.targets[:, None])[:, 0]
         return value
-
-
-def _cosines(embeddings: Tensor, targets: Tensor, like: Tensor) -> Tensor:
-    """Return ``cos(e_v, e_y)`` of every token v with each target y, shape (M, V), in the type of ``like``.
-
-    The cosines are constants, so one product with the embeddings serves the value and the gradient.
-    """
-    # In slices: the embeddings of a large vocabulary, converted and normalized at once, would be larger than a chunk.
-    of_targets = torch.nn.functional.normalize(embeddings[targets].to(like.dtype), dim=-1)
-    found = torch.empty_like(like)
-    for start in range(0, len(embeddings), SLICE):
-        part = embeddings[start : start + SLICE].to(like.dtype)
-        norms = part.norm(dim=-1).clamp(min=1e-12)  # as in `normalize`: a row of zeros is like no other
-        torch.div(of_targets @ part.T, norms, out=found[:, start : start + SLICE])
-    return found
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ __all__ = [
     "TopTokens",
     "Vocabulary",
     "block_of",
+    "cosines_with",
     "get_measure",
     "log_rest",
     "references_of",
@@ -61,6 +62,7 @@ class Vocabulary:
         tops: Most likely tokens of each reference of which nothing else is known, by its name.
         log_normalizer: ``logsumexp`` of the logits, shape (M, 1); carries a gradient like ``logprobs``.
         embeddings: The policy's output embeddings, shape (V, H), a constant; None if its head is not one matrix.
+        shared_cosines: Returns what :meth:`cosines` returns, where scoring computes it once for a whole chunk.
 
     Example:
         >>> at = Vocabulary(torch.tensor([[0.5, 0.25, 0.25]]).log(), targets=torch.tensor([0]))
@@ -74,6 +76,7 @@ class Vocabulary:
     log_normalizer: Float[Tensor, "M 1"] | None = None
     embeddings: Float[Tensor, "V H"] | None = None
     tops: Mapping[str, TopTokens] = field(default_factory=dict)
+    shared_cosines: Callable[[], Tensor] | None = None
 
     @property
     def logits(self) -> Float[Tensor, "M V"]:
@@ -127,7 +130,26 @@ class Vocabulary:
             references={name: each[rows] for name, each in self.references.items()},
             log_normalizer=None if self.log_normalizer is None else self.log_normalizer[rows],
             tops={name: TopTokens(each.logprobs[rows], each.ids[rows]) for name, each in self.tops.items()},
+            shared_cosines=None if self.shared_cosines is None else lambda: self.cosines()[rows],
         )
+
+    def cosines(self) -> Float[Tensor, "M V"]:
+        """Return ``cos(e_v, e_y)`` of every token v with the token y at each position, e the output embeddings.
+
+        Returns:
+            Shape (M, V), a constant: one product with the embeddings serves a value and its gradient.
+
+        Raises:
+            ConfigError: The policy's head is not one matrix.
+        """
+        if self.embeddings is None:
+            raise ConfigError(
+                "A measure reads the policy's output embeddings, and its head is not one matrix: leave the head out of "
+                "adapter.target_modules and of quantization."
+            )
+        if self.shared_cosines is not None:
+            return self.shared_cosines()
+        return cosines_with(self.embeddings, self.targets, self.logprobs.dtype)
 
     def top(self, name: str, k: int) -> TopTokens:
         """Return the k most likely tokens of a reference; all of them if the vocabulary is smaller.
@@ -243,6 +265,36 @@ def block_of(measure: Measure) -> int:
     if not isinstance(measure.block, int) or measure.block < 1:
         raise ValueError(f"{type(measure).__name__}.block is {measure.block!r}; it must be a positive integer.")
     return measure.block
+
+
+SLICE = 8192
+"""Embeddings that :func:`cosines_with` converts to its type at a time."""
+
+
+def cosines_with(
+    embeddings: Float[Tensor, "V H"], targets: Int[Tensor, " M"], dtype: torch.dtype
+) -> Float[Tensor, "M V"]:
+    """Return ``cos(e_v, e_y)`` of every token v with each target y.
+
+    Args:
+        embeddings: e, shape (V, H).
+        targets: Token ids, shape (M,).
+        dtype: Type of the result.
+
+    Returns:
+        Shape (M, V); 0 for an embedding of zeros.
+
+    Example:
+        >>> cosines_with(torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]]), torch.tensor([0]), torch.float32)
+        tensor([[1., 0., 1.]])
+    """
+    of_targets = torch.nn.functional.normalize(embeddings[targets].to(dtype), dim=-1)
+    found = of_targets.new_empty(len(targets), len(embeddings))
+    # In slices: the embeddings of a large vocabulary, converted and normalized at once, may be larger than a chunk.
+    for start in range(0, len(embeddings), SLICE):
+        part = embeddings[start : start + SLICE].to(dtype)
+        torch.div(of_targets @ part.T, part.norm(dim=-1).clamp(min=1e-12), out=found[:, start : start + SLICE])
+    return found
 
 
 def log_rest(logprobs: Float[Tensor, "M V"], ids: Int[Tensor, "M K"]) -> Float[Tensor, " M"]:

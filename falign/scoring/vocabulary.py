@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from falign.errors import ConfigError
-from falign.objectives.measures import Measure, TopTokens, Vocabulary, block_of, references_of
+from falign.objectives.measures import Measure, TopTokens, Vocabulary, block_of, cosines_with, references_of
 from falign.scoring.distributions import (
     Distribution,
     Predictions,
@@ -335,6 +335,13 @@ class _Visit:
                 are None are left out. By default each gradient is that of the sum over positions.
         """
         gradients = wanted is _Wanted.GRADIENTS
+        matrix, cosines = self.head.matrix, None
+        if matrix is not None:
+            matrix = matrix[: raw.shape[-1]]  # a padded head has rows for ids that are left out
+            # Once for the chunk, at the first measure that asks: a block on a CPU is a few positions, for each of which
+            # all embeddings would be read.
+            dtype = torch.promote_types(raw.dtype, torch.float32)
+            cosines = functools.cache(functools.partial(cosines_with, matrix, targets, dtype))
         size = len(raw) if raw.device.type != "cpu" else self.whole_blocks(_CACHED_LOGITS // raw.shape[-1])
         for start in range(0, len(raw), size):
             rows = slice(start, start + size)
@@ -349,10 +356,8 @@ class _Visit:
             references = {name: each.logprobs for name, each in readings.items() if each.logprobs is not None}
             tops = {name: each.top for name, each in readings.items() if each.top is not None}
             of_references = [each.of_targets for each in readings.values()]
-            matrix = self.head.matrix
-            if matrix is not None:
-                matrix = matrix[: logprobs.shape[-1]]  # a padded head has rows for ids that are left out
-            at = Vocabulary(logprobs, target[:, 0], references, log_normalizer, matrix, tops)
+            shared = None if cosines is None else functools.partial(_rows_of, cosines, rows)
+            at = Vocabulary(logprobs, target[:, 0], references, log_normalizer, matrix, tops, shared)
             # `slope` takes each gradient from the capped and scaled logits back to the output of the embeddings.
             measured, slopes = [], []
             weights = [None if each is None else each[rows] for each in incoming or [None] * (1 + len(self.measures))]
@@ -376,6 +381,10 @@ class _Visit:
                 of_logprob.mul_(slope)
                 slopes.insert(0, of_logprob if weights[0] is None else of_logprob.mul_(weights[0][:, None]))
             yield _Block(rows, (of_target, entropy, *measured, *of_references), tuple(slopes))
+
+
+def _rows_of(chunk: Callable[[], Tensor], rows: slice) -> Tensor:
+    return chunk()[rows]
 
 
 def _measured(
