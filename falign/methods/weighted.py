@@ -390,26 +390,34 @@ def OPADPO(  # noqa: N802 - the paper's name
 
 
 def SparsePO(  # noqa: N802 - the paper's name
-    beta: float = 0.1, divergence: Divergence | str = "forward_kl"
+    beta: float = 0.1,
+    divergence: Divergence | str = "forward_kl",
+    *,
+    mask: Literal["mapo", "learned", "learned_independent"] = "mapo",
+    mask_l1: float | None = None,
 ) -> TokenPairwise:
-    """Return SparsePO with the MaPO mask: ``-log σ(β (u - d))``, u and d sums over tokens weighted by the mask.
+    """Return SparsePO: ``-log σ(β (u - d))``, u and d sums over tokens weighted by the mask.
 
     Args:
         beta: β; 0.8 for IMDB and TL;DR, 0.1 for HH in the paper.
         divergence: f of d, or its name.
+        mask: ``"mapo"`` is the parameter-free mask of the reference's activations
+            (:class:`falign.scoring.token_weights.MapoMask`). ``"learned"`` is one for both sums and
+            ``"learned_independent"`` one for each, trained with the policy
+            (:class:`falign.scoring.learned_masks.LearnedMasks`).
+        mask_l1: Factor of the learned masks' mean; None means 0.001.
 
     Returns:
         The objective.
 
     Raises:
-        ValueError: The divergence is unknown, or β is not positive.
+        ValueError: The divergence is unknown, or a number is out of range.
 
     Source:
-        Christopoulou et al., SparsePO (arXiv:2410.05102), with the parameter-free mask of the reference's activations
-        (:class:`falign.scoring.token_weights.MapoMask`).
+        Christopoulou et al., SparsePO (arXiv:2410.05102).
 
     Example:
         >>> SparsePO(0.8).weighting
         'mapo'
     """
-    return TokenPairwise(resolve(divergence), beta, variant=1, weighting="mapo")
+    return TokenPairwise(resolve(divergence), beta, variant=1, weighting=mask, mask_l1=mask_l1)

@@ -93,8 +93,9 @@ class ObjectiveOutput(NamedTuple):
         return torch.stack([term.share(numbers(term.weights, "weights").sum()) for term in self.terms]).sum()
 
 
-TokenWeighting = Literal["none", "activations", "mapo", "data"]
-"""Sources of ``CompletionBatch.token_weights``: none, falign's own weights, the MaPO mask of SparsePO, or the data."""
+TokenWeighting = Literal["none", "activations", "mapo", "data", "learned", "learned_independent"]
+"""Sources of ``CompletionBatch.token_weights``: none, falign's own weights, the MaPO mask of SparsePO, or the data; and
+``learned`` and ``learned_independent`` for SparsePO's learned masks, which are ``CompletionBatch.learned_masks``."""
 
 Importance = Literal["sequence", "token"]
 """The unit of an importance weight ``π/π_old``: a whole completion, or a single token."""

@@ -22,13 +22,13 @@ evaluation compare with it."""
 PER_TOKEN = frozenset(
     {
         *("logprobs", "completion_mask", "reference_logprobs", "references", "old_logprobs", "measures"),
-        *("token_weights", "values", "second_values", "old_values", "advantages"),
+        *("learned_masks", "token_weights", "values", "second_values", "old_values", "advantages"),
     }
 )
 PREPARED = "prepared"
 OF_TERMS = ("measures", "step_means")  # fields of a sum in which each term has its own entries, NAME.KEY
 MASKS = frozenset({"completion_mask", "from_reference"})
-CARRY_GRADIENT = frozenset({"logprobs", "measures", "values", "second_values"})
+CARRY_GRADIENT = frozenset({"learned_masks", "logprobs", "measures", "values", "second_values"})
 
 OFFLINE = frozenset({"reference_logprobs", "references", "preference", "token_weights"})
 """Fields that a run on given completions can supply."""
@@ -98,6 +98,9 @@ class CompletionBatch:
         old_logprobs: ``log π_old``, the distribution that was sampled from, shape (N, T); None if that is π.
         measures: Value at each token of each measure that the objective names, shape (N, T) each; carries the
             gradient.
+        learned_masks: ``ratio`` and ``divergence``, shape (N, T) each: masks whose parameters are trained with the
+            policy and whose gradient they carry, for objectives that need ``token_weights.learned`` or
+            ``token_weights.learned_independent``.
         preference: Larger is preferred within a prompt, shape (N,) (a pair: 1 and 0; an unpaired label: 1 or 0).
         rewards: External scores, shape (N,).
         from_reference: True where the completion was sampled from the reference, shape (N,).
@@ -154,6 +157,7 @@ class CompletionBatch:
     # Shapes are checked in __post_init__: `dataclasses.replace` passes in the old batch's `reference` entry too.
     references: Mapping[str, Tensor] = field(default_factory=dict)
     measures: Mapping[str, Shaped[Tensor, "N T"]] = field(default_factory=dict)
+    learned_masks: Mapping[str, Shaped[Tensor, "N T"]] = field(default_factory=dict)
     prepared: Mapping[str, Tensor] = field(default_factory=dict)
     step_means: Mapping[str, Shaped[Tensor, " N"]] = field(default_factory=dict)
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from falign.divergences import Divergence, ForwardKL
 from falign.objectives.base import BaseObjective, CompletionBatch, ObjectiveOutput, Term, TokenWeighting
-from falign.objectives.groups import accuracies, pairs_in
+from falign.objectives.groups import accuracies, completion_term, pairs_in
 from falign.objectives.margins import logistic
 from falign.objectives.measures import DivergenceTo, Measure
 
@@ -37,11 +37,12 @@ class TokenPairwise(BaseObjective):
         beta: β, nats of reward; positive.
         alpha: α, weight of δ, not negative; None means 0.5 in variant 2; not allowed in variant 1.
         variant: 1 (TDPO1) or 2 (TDPO2).
-        weighting: ``"none"`` counts every token once. The others take ``w_t`` from ``CompletionBatch.token_weights``,
-            one weight for both sums; a token of weight 0 is ignored. A trainer computes them from the reference's
-            activations: ``"data"`` are those of
-            the data; ``"mapo"`` is the MaPO mask of SparsePO (:class:`falign.scoring.token_weights.MapoMask`),
-            ``"activations"`` are falign's own weights.
+        weighting: Source of ``w_t``; a token of weight 0 is ignored. ``"none"``: all 1. ``"mapo"``: the MaPO mask of
+            SparsePO, from the reference's activations (:class:`falign.scoring.token_weights.MapoMask`).
+            ``"activations"``: falign's own weights from them. ``"data"``: weights of the data. ``"learned"``: a mask
+            that is trained with the policy (:class:`falign.scoring.learned_masks.LearnedMasks`);
+            ``"learned_independent"``: one for m and one for δ.
+        mask_l1: Only with learned masks: factor of their mean over tokens, a further term; None means 0.001.
 
     Raises:
         ValueError: β is not positive, α is negative or given in variant 1, or a choice is unknown.
@@ -49,8 +50,9 @@ class TokenPairwise(BaseObjective):
     Source:
         Zeng et al., TDPO (arXiv:2404.11999), the losses of TDPO1 and TDPO2, with f the forward KL. Their derivation
         starts from the reverse KL, which would give a different δ. Weights: variant 1 with ``weighting="mapo"`` is the
-        MaPO loss of Christopoulou et al., SparsePO (arXiv:2410.05102), which has one mask for both sums; the paper's
-        learned masks, which may differ for m and δ, are not available.
+        MaPO loss of Christopoulou et al., SparsePO (arXiv:2410.05102), which has one mask for both sums; with the
+        learned masks it is their loss of these. Their code has the L1 factor 0.001, and the weight decay 0.01 for the
+        masks' parameters.
 
     Example:
         >>> batch = CompletionBatch(
@@ -72,12 +74,22 @@ class TokenPairwise(BaseObjective):
     alpha: float | None = None
     variant: Literal[1, 2] = 2
     weighting: TokenWeighting = "none"
+    mask_l1: float | None = None
 
     def __post_init__(self) -> None:
         if self.variant not in (1, 2):
             raise ValueError(f"variant={self.variant!r}: choose 1 (TDPO1) or 2 (TDPO2).")
         if self.weighting not in get_args(TokenWeighting):
             raise ValueError(f"weighting={self.weighting!r}: choose one of {', '.join(get_args(TokenWeighting))}.")
+        if self._is_learned:
+            object.__setattr__(self, "mask_l1", 1e-3 if self.mask_l1 is None else self.mask_l1)
+        elif self.mask_l1 is not None:
+            raise ValueError(
+                f"mask_l1={self.mask_l1!r} with weighting={self.weighting!r}: it is for learned masks; leave it "
+                "out, or set weighting='learned'."
+            )
+        if self.mask_l1 is not None and not 0 <= self.mask_l1 < math.inf:
+            raise ValueError(f"mask_l1={self.mask_l1!r} must be finite and not negative.")
         if not 0 < self.beta < math.inf:
             raise ValueError(f"beta={self.beta!r} must be positive and finite.")
         if self.variant == 1 and self.alpha is not None:
@@ -91,6 +103,10 @@ class TokenPairwise(BaseObjective):
             raise ValueError(
                 f"alpha={self.alpha!r} must be finite and not negative: a negative one would reward divergence."
             )
+
+    @property
+    def _is_learned(self) -> bool:
+        return self.weighting in ("learned", "learned_independent")
 
     @property
     @override
@@ -162,17 +178,24 @@ class TokenPairwise(BaseObjective):
                 "logps/chosen": logprobs[chosen],
                 "logps/rejected": logprobs[rejected],
             }
-        return ObjectiveOutput(
-            (Term(losses, torch.ones_like(losses), name="token_pairwise"),), {k: v.detach() for k, v in metrics.items()}
-        )
+        terms = [Term(losses, torch.ones_like(losses), name="token_pairwise")]
+        if self._is_learned:
+            assert self.mask_l1 is not None
+            names = ("ratio",) if self.weighting == "learned" else ("ratio", "divergence")
+            sizes = torch.stack([batch.sequence_sum(batch.require(f"learned_masks.{name}")) for name in names]).sum(0)
+            metrics["mask"] = sizes / (len(names) * batch.num_tokens)
+            terms.append(completion_term(sizes, batch.num_tokens, "token_mean", self.mask_l1, name="mask_l1"))
+        return ObjectiveOutput(tuple(terms), {k: v.detach() for k, v in metrics.items()})
 
     def _sums(self, batch: CompletionBatch) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """``m`` and ``δ`` of each completion."""
-        return self._sum(batch, batch.log_ratio), self._sum(batch, batch.require("measures.divergence"))
+        divergence = batch.require("measures.divergence")
+        return self._sum(batch, batch.log_ratio, "ratio"), self._sum(batch, divergence, "divergence")
 
-    def _sum(self, batch: CompletionBatch, per_token: Float[Tensor, "N T"]) -> Float[Tensor, " N"]:
+    def _sum(self, batch: CompletionBatch, per_token: Float[Tensor, "N T"], mask: str) -> Float[Tensor, " N"]:
         """``Σ_t w_t x_t``; where the weight is 0, x is masked first, because 0 · inf would be NaN."""
         if self.weighting == "none":
             return batch.sequence_sum(per_token)
-        weights = batch.require("token_weights").masked_fill(~batch.completion_mask, 0.0)
+        name = f"learned_masks.{mask}" if self._is_learned else "token_weights"
+        weights = batch.require(name).masked_fill(~batch.completion_mask, 0.0)
         return (weights * per_token.masked_fill(weights == 0, 0.0)).sum(dim=-1)

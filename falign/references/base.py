@@ -387,6 +387,7 @@ def objective_inputs(
     wrapped: nn.Module | None = None,
     columns: Mapping[str, Tensor] | None = None,
     value_head: nn.Module | None = None,
+    mask_head: nn.Module | None = None,
 ) -> ObjectiveInputs:
     """Score a batch under the policy and the references that an objective needs.
 
@@ -401,6 +402,7 @@ def objective_inputs(
             they may switch its adapters.
         columns: Known fields of the completions, by the names of :meth:`CompletionBatch.tensors`; not recomputed.
         value_head: See :func:`falign.scoring.completion_scores`; for objectives that read ``values``.
+        mask_head: :class:`falign.scoring.learned_masks.LearnedMasks`, for objectives that read learned masks.
 
     Returns:
         The completions, with log-probabilities and measures that carry the policy's gradient, and the entropies.
@@ -434,8 +436,10 @@ def objective_inputs(
     whole = read_whole(read, references_of(asked.values())) | ({REFERENCE} if weighting != "none" else set())
     for name in (name for name in read if name in whole):
         weighted = weighting if name == REFERENCE else "none"
-        distributions[name], weights = of_references.states(read[name], weighting=weighted)
+        distributions[name], weights, layers = of_references.states(read[name], weighting=weighted)
         found |= {} if weights is None else {"token_weights": weights}
+        if layers is not None:
+            found |= _learned(mask_head, layers, batch)
     others = {name: each for name, each in read.items() if name not in whole}
     found |= {field_of_reference(name): values for name, values in of_references.all_logprobs(others).items()}
     scores = completion_scores(
@@ -463,6 +467,13 @@ def objective_inputs(
         if name in objective.needs and name not in found and value is not None
     }
     return ObjectiveInputs(completion_batch(batch, scores.logprobs, found), scores.entropy)
+
+
+def _learned(mask_head: nn.Module | None, layers: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
+    if mask_head is None:
+        raise ValueError("The objective reads learned masks, and mask_head is None: give the module that makes them.")
+    masks = mask_head(layers)
+    return {f"learned_masks.{name}": batch.scatter(masks[:, i]) for i, name in enumerate(("ratio", "divergence"))}
 
 
 def _require_normalized(references: Mapping[str, Reference], objective: Objective) -> None:

@@ -151,12 +151,17 @@ class TokenPairwiseConfig(_RegularizedSection):
     weighting: TokenWeighting = "none"
     """``mapo``: tokens count by the mask of SparsePO's MaPO, from the reference's activations, between 0 and 1; with
     variant 1 it is the paper's loss. ``activations``: by falign's own weights, the mean absolute activations of the
-    reference's layers, with a mean of 1 in a completion. ``data``: by the weights of the data."""
+    reference's layers, with a mean of 1 in a completion. ``data``: by the weights of the data.
+    ``learned`` and ``learned_independent``: by masks that are trained with the policy (SparsePO)."""
+    mask_l1: float | None = Field(default=None, ge=0)
+    """Only with learned masks: factor of their mean, 0.001 by default."""
 
     @override
     def build(self) -> Objective:
         with refusals():
-            return TokenPairwise(named_divergence(self.divergence), self.beta, self.alpha, self.variant, self.weighting)
+            return TokenPairwise(
+                named_divergence(self.divergence), self.beta, self.alpha, self.variant, self.weighting, self.mask_l1
+            )
 
 
 class PythonObjectiveConfig(PythonObject, ObjectiveSection):

@@ -13,6 +13,7 @@ from falign.objectives import TokenWeighting
 from falign.objectives.measures import Measure
 from falign.scoring.batch import TokenBatch
 from falign.scoring.distributions import Distribution, Predictions
+from falign.scoring.learned_masks import layer_states
 from falign.scoring.model_parts import read_head, run_backbone
 from falign.scoring.token_weights import MapoMask, activation_weights
 from falign.scoring.tree_attention import tree_masks
@@ -28,10 +29,13 @@ class CompletionStates(NamedTuple):
         distribution: The prediction of each completion token, in the order of the mask's True entries.
         token_weights: Weights from the model's activations at the position that predicts each token, shape (N, T), 0
             where masked; None unless requested.
+        layers: Output of each layer at the positions that predict completion tokens, shape (M, layers, H); None unless
+            learned masks read it.
     """
 
     distribution: Predictions
     token_weights: Float[Tensor, "N T"] | None = None
+    layers: Float[Tensor, "M layers H"] | None = None
 
 
 def completion_states(model: nn.Module, batch: TokenBatch, *, weighting: TokenWeighting = "none") -> CompletionStates:
@@ -43,7 +47,8 @@ def completion_states(model: nn.Module, batch: TokenBatch, *, weighting: TokenWe
         batch: The rows to score, in either layout.
         weighting: Also return token weights: ``"activations"``, falign's own
             (:func:`falign.scoring.token_weights.activation_weights`), or ``"mapo"``, the MaPO mask of SparsePO
-            (:class:`falign.scoring.token_weights.MapoMask`).
+            (:class:`falign.scoring.token_weights.MapoMask`). With ``"learned"`` and ``"learned_independent"`` return
+            the layers' outputs, from which :class:`falign.scoring.learned_masks.LearnedMasks` are computed.
 
     Returns:
         The states at the positions that predict completion tokens.
@@ -51,13 +56,15 @@ def completion_states(model: nn.Module, batch: TokenBatch, *, weighting: TokenWe
     Raises:
         ModelError: The model has no separate backbone and head, or no activations that ``"mapo"`` can read.
     """
-    return CompletionStates(*_model_states(model, batch, weighting))
+    distribution, weights, layers = _model_states(model, batch, weighting)
+    return CompletionStates(distribution, weights, layers)
 
 
 def _model_states(
     model: nn.Module, batch: TokenBatch, weighting: TokenWeighting
-) -> tuple[Distribution, Float[Tensor, "N T"] | None]:
+) -> tuple[Distribution, Float[Tensor, "N T"] | None, Float[Tensor, "M layers H"] | None]:
     mask = tree_masks(model, batch) if batch.attention_mask is None else batch.attention_mask
+    learns = weighting in ("learned", "learned_independent")
     mapo = MapoMask(model, batch) if weighting == "mapo" else None
     with nullcontext() if mapo is None else mapo.recording():
         outputs = run_backbone(
@@ -66,15 +73,15 @@ def _model_states(
             position_ids=batch.position_ids,
             attention_mask=mask,
             use_cache=False,
-            output_hidden_states=weighting == "activations",
+            output_hidden_states=weighting == "activations" or learns,
         )
     predictor = batch.predictor[batch.completion_mask]
     distribution = Distribution(outputs[0].flatten(0, 1)[predictor], read_head(model))
     if mapo is not None:
-        return distribution, mapo.weights(distribution, chunk_tokens=DEFAULT_CHUNK_TOKENS)
+        return distribution, mapo.weights(distribution, chunk_tokens=DEFAULT_CHUNK_TOKENS), None
     if weighting == "activations":
-        return distribution, activation_weights(outputs.hidden_states, batch)
-    return distribution, None
+        return distribution, activation_weights(outputs.hidden_states, batch), None
+    return distribution, None, layer_states(outputs.hidden_states, batch) if learns else None
 
 
 def completion_scores(
@@ -108,7 +115,7 @@ def completion_scores(
     Raises:
         ModelError: If the model has no separate backbone and head.
     """
-    distribution, _ = _model_states(model, batch, "none")
+    distribution, *_ = _model_states(model, batch, "none")
     scores = token_scores(
         distribution,
         batch.completion_ids[batch.completion_mask],

@@ -161,7 +161,7 @@ def load_parts(
     for reference in references.values():
         if reference.starts_as_policy:
             check_same_at_start(policy, reference, batch)
-    if (weighting := token_weighting(objective.needs)) != "none":
+    if (weighting := token_weighting(objective.needs)) not in ("none", "data"):
         # Called once here, so that a model without token weights is refused before training.
         references[REFERENCE].states(policy, batch, weighting=weighting)
     return Parts(policy, references, scorer, record)

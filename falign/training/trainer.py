@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from typing_extensions import override
@@ -33,6 +34,7 @@ from falign.objectives import (
 from falign.objectives.batch import OFFLINE
 from falign.references import REFERENCE, ObjectiveInputs, Reference, completion_batch, objective_inputs
 from falign.scoring import PromptTree, Scorer, TokenBatch, data_weights, evaluation_mode
+from falign.scoring.learned_masks import LearnedMasks
 from falign.training.controls import Controls
 from falign.training.finite_guard import describe_loss
 from falign.training.objective_contract import PLANNED_TERMS, ObjectiveContract
@@ -41,6 +43,9 @@ from falign.training.resumable import ResumableTrainer
 from falign.training.step_means import MISMATCHED, add_step_means, with_mismatched
 
 __all__ = ["AlignmentTrainer"]
+
+MASK_HEAD, MASK_DECAY = "mask_head.safetensors", 0.01
+"""File of a checkpoint with the parameters of learned masks, and their weight decay, SparsePO's."""
 
 CONTROLS = "controllers.json"
 """File of a checkpoint with the states of controllers, for objectives that have some."""
@@ -135,6 +140,7 @@ class AlignmentTrainer(ResumableTrainer):
         )
         self.contract = ObjectiveContract()
         self.value_head: ValueHead | None = None
+        self.mask_head = _mask_head(self.objective, self.policy)
         self.controls = Controls(self.objective)
         self._coefficients: Mapping[str, float] = {}
 
@@ -174,8 +180,18 @@ class AlignmentTrainer(ResumableTrainer):
         return min(trees, key=lambda tree: tree.num_tokens)
 
     @override
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.mask_head is not None:
+            masks = {"params": list(self.mask_head.parameters()), "lr": self.args.learning_rate}
+            optimizer.add_param_group({**masks, "weight_decay": MASK_DECAY})
+        return optimizer
+
+    @override
     def begin_step(self) -> None:
         super().begin_step()
+        if self.mask_head is not None:
+            self.mask_head.zero_grad()  # the loop clears only the policy's gradients
         if self.schedule_step == self.state.global_step:
             self.controls.advance(step=self.state.global_step + 1)
         self._coefficients = self.controls.objective.coefficients(self.schedule_step)
@@ -201,11 +217,15 @@ class AlignmentTrainer(ResumableTrainer):
             controls = json.dumps(self.controls.state_dict())
             if self.args.should_save:
                 (folder / CONTROLS).write_text(controls, encoding="utf-8")
+        if self.mask_head is not None and self.args.should_save:
+            save_file(self.mask_head.state_dict(), folder / MASK_HEAD)
         super().write_state(folder)
 
     @override
     def read_state(self, folder: Path) -> None:
         super().read_state(folder)
+        if self.mask_head is not None:
+            self.mask_head.load_state_dict(load_file(folder / MASK_HEAD))
         for name, reference in self._moving.items():
             reference.load(state_folder(folder, name), self.policy)
         if self.controls.states:
@@ -243,6 +263,8 @@ class AlignmentTrainer(ResumableTrainer):
     def score(self, model: nn.Module, inputs: dict[str, Any], fields: Objective | None = None) -> ObjectiveInputs:
         """Return the scores of a batch under policy and references that the objective needs, or ``fields`` alone."""
         batch, columns = split_columns(inputs)
+        if self.mask_head is not None:
+            self.mask_head.train(self.policy.training)
         return objective_inputs(
             self.policy,
             batch,
@@ -253,6 +275,7 @@ class AlignmentTrainer(ResumableTrainer):
             wrapped=model,
             columns=columns,
             value_head=self.value_head,
+            mask_head=self.mask_head,
         )
 
     def evaluate_objective(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> ObjectiveOutput:
@@ -279,8 +302,8 @@ class AlignmentTrainer(ResumableTrainer):
 
     @override
     def accepts_gradient(self, norm: Any) -> bool:
-        if self.value_head is not None:
-            values = [value.grad.norm() for value in self.value_head.parameters() if value.grad is not None]
+        for head in (each for each in (self.value_head, self.mask_head) if each is not None):
+            values = [value.grad.norm() for value in head.parameters() if value.grad is not None]
             norm = torch.stack([torch.as_tensor(norm), *values]).norm()
         return self.guard.check_gradient(norm, step=self.state.global_step + 1, terms=self.contract.names)
 
@@ -319,7 +342,8 @@ class AlignmentTrainer(ResumableTrainer):
         """Return zeros for the fields that the objective reads and only the forward pass computes."""
         needs = [name if field_of(name) == "references" else field_of(name) for name in self.current.needs]
         measures = [f"measures.{name}" for name in self.current.measures]
-        return dict.fromkeys({*needs, *measures} - {"preference"}, zeros)
+        masks = [] if self.mask_head is None else ["learned_masks.ratio", "learned_masks.divergence"]
+        return dict.fromkeys({*needs, *measures, *masks} - {"preference"}, zeros)
 
     @override
     def evaluate(
@@ -367,6 +391,22 @@ class AlignmentTrainer(ResumableTrainer):
                 loss = self.guard.mean_over_taken(logs.pop("loss"))
                 logs = {**({} if loss is None else {"loss": loss}), **logs, "skipped_steps": self.guard.skipped}
         super().log(logs, start_time)
+
+
+def _mask_head(objective: Objective, policy: nn.Module) -> LearnedMasks | None:
+    """Return the module of learned masks, if the objective reads them, made from the run's seed."""
+    weighting = token_weighting(objective.needs)
+    if weighting not in ("learned", "learned_independent"):
+        return None
+    if num_processes() > 1:
+        raise ConfigError(
+            f"objective.weighting={weighting}: the masks are trained in one process; run without --launch."
+        )
+    config: Any = policy.config
+    text = config.get_text_config()
+    independent = weighting == "learned_independent"
+    head = LearnedMasks(text.num_hidden_layers, text.hidden_size, independent=independent)
+    return head.to(next(policy.parameters()).device)
 
 
 def _by_name(reference: Reference | None, references: Mapping[str, Reference] | None) -> dict[str, Reference]:

@@ -227,7 +227,7 @@ def test_bad_arguments_are_refused(arguments, message):
         TDPO(**arguments)
 
 
-@pytest.mark.parametrize("arguments", [{"variant": 3}, {"weighting": "learned"}])
+@pytest.mark.parametrize("arguments", [{"variant": 3}, {"weighting": "gradients"}])
 def test_unknown_choices_are_refused(arguments):
     (name,) = arguments
     with pytest.raises((ValueError, TypeError), match=name):  # TypeError where annotations are checked first

@@ -144,7 +144,13 @@ BUILT_ALONE = {
         reference_point="zero",
     ),
     "TokenPairwiseConfig": Changes(
-        {}, divergence="jensen_shannon", beta=0.3, alpha=0.2, variant=1, weighting="activations"
+        {},
+        divergence="jensen_shannon",
+        beta=0.3,
+        alpha=0.2,
+        variant=1,
+        weighting="activations",
+        mask_l1=With(0.1, weighting="learned"),
     ),
     "PolicyGradientConfig": Changes(
         {"divergence": "reverse_kl", "beta": 0.1, "importance_reference": "teacher", "old_exponent": 0.5},
