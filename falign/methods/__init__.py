@@ -2,6 +2,7 @@
 
 from falign.methods.context import ContextDistillation, PrivilegedDistillation
 from falign.methods.core import DPHRL, FDPG, FDPO, SALSA, SALSARLOO, TDPO
+from falign.methods.distillation import ADPA, DCKD, KD, KDRL, OPD, PSKD, ExOPD
 from falign.methods.groups import OREAL, BestOfN, DisCO, SuperHF
 from falign.methods.measures import EMO, LSKD, NKD, PLD, STARCKD, SinKD
 from falign.methods.scheduled import SAFE, TCOD, CorrelatedProxies, ProRL
@@ -11,21 +12,27 @@ from falign.methods.win_rates import InfAlign, NashMirrorProx
 
 __all__ = [
     "ACE",
+    "ADPA",
     "APO",
     "BDKD",
+    "DCKD",
     "DPHRL",
     "EMO",
     "FDPG",
     "FDPO",
     "FSFT",
     "HDPO",
+    "KD",
+    "KDRL",
     "KTO",
     "LSKD",
     "NKD",
     "OPADPO",
+    "OPD",
     "OREAL",
     "PACED",
     "PLD",
+    "PSKD",
     "RLAD",
     "SAFE",
     "SALSA",
@@ -39,6 +46,7 @@ __all__ = [
     "ContextDistillation",
     "CorrelatedProxies",
     "DisCO",
+    "ExOPD",
     "InfAlign",
     "NashMirrorProx",
     "PrivilegedDistillation",

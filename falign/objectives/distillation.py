@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from typing_extensions import override
 
-from falign.divergences import Divergence
+from falign.divergences import Divergence, ReverseKL
 from falign.objectives.base import BaseObjective, CompletionBatch, Importance, ObjectiveOutput
 from falign.objectives.batch import REFERENCE
 from falign.objectives.groups import CompletionMean, check_completion_mean, completion_term
@@ -43,6 +43,9 @@ class Distillation(BaseObjective):
     ``token``       the policy, or π_old  ``Σ_t sg(f'(u_t)) log π(y_t|s_t)``: the same gradient from sampled tokens
     ``sequence``    the policy, or π_old  ``sg(f'(u)) log π(y)``: the gradient of ``D_f`` of whole completions
     ==============  ====================  ========================================================================
+
+    At sequence level under the reverse KL, the teacher may be known up to a factor per prompt, as the geometric
+    combination ``π_b^{1-λ} π_T^λ`` of whole completions is; the metric then is not the divergence.
 
     The forward KL is ``KL(π_T‖π)``, the reverse KL ``KL(π‖π_T)``. On samples of the teacher whose log-probabilities are
     known, but not its whole distributions, the loss is that of :class:`Rehearsal` with ``reference="teacher"``.
@@ -139,6 +142,12 @@ class Distillation(BaseObjective):
     @override
     def learns_from_samples(self) -> bool:
         return True
+
+    @property
+    @override
+    def accepts_unnormalized(self) -> bool:
+        # f' is log u there, to which an unknown normalizer adds a constant per prompt, and E[∇log π] = 0.
+        return self.level == "sequence" and self.divergence == ReverseKL()
 
     @property
     @override

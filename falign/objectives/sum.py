@@ -120,6 +120,11 @@ class Selected(BaseObjective):
     def correction_level(self) -> Importance | None:
         return self._whole.correction_level
 
+    @property
+    @override
+    def accepts_unnormalized(self) -> bool:
+        return self._whole.accepts_unnormalized
+
     @override
     def at(self, step: int) -> BaseObjective:
         now = self._whole.at(step)
@@ -313,6 +318,11 @@ class Sum(BaseObjective):
     @override
     def learns_from_samples(self) -> bool:
         return all(each.learns_from_samples for each in self.objectives.values())
+
+    @property
+    @override
+    def accepts_unnormalized(self) -> bool:
+        return all(each.accepts_unnormalized for each in self.objectives.values())
 
     @property
     @override
