@@ -171,9 +171,7 @@ def write_samples(
                 owners = [row for row in rows for _ in range(num_completions)]
                 found = None
                 if loaded is None:
-                    texts = [
-                        str(tokenizer.decode(list(each.completion_ids), skip_special_tokens=True)) for each in rollouts
-                    ]
+                    texts = [_text(rollout, tokenizer) for rollout in rollouts]
                 else:
                     texts, found = judged(loaded.rewards.without_transforms(), owners, rollouts, tokenizer)
                     timeouts, errors = timeouts + found.timeouts, errors + found.errors
