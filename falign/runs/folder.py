@@ -41,7 +41,7 @@ OBSERVER_FIELDS = frozenset(
 )
 BY_CONTENT = re.compile(
     r"model\.(path|revision|chat_template)|(data|prompts)\.(train|eval)\.\d+\.path|rehearsal\.path"
-    r"|(reference|references\.\w+)\.(path|paths|cache)"
+    r"|(reference|references\.\w+)\.(path|paths|cache)|rewards\.\d+\.(transform\.)?samples"
 )
 """Settings that are locations: the content there is hashed instead (:class:`RunInputs`, :class:`RunRows`)."""
 

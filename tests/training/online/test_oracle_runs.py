@@ -5,7 +5,7 @@ import json
 import pytest
 
 import falign
-from falign.errors import DataError
+from falign.errors import ConfigError, DataError
 from falign.methods import InfAlign, NashMirrorProx
 from falign.rewards import OracleReward
 from falign.runfile import parse_run
@@ -107,13 +107,30 @@ def test_a_calibrated_run_needs_samples_of_every_prompt(folder):
             rewards=rewards("fewer.jsonl"),
             **arguments(folder),
         )
+    training = {**arguments(folder)["training"], "save_steps": 1, "lr_scheduler_type": "constant"}
     run = falign.train(
         str(folder / "tiny"),
         output_dir=folder / "infalign",
         objective=InfAlign(0.1),
         rewards=rewards("reference.jsonl"),
-        **arguments(folder),
+        **arguments(folder, training=training),
     )
     first = logs(run)[0]
     assert 1 <= first["reward"] <= 7.4  # e^{2C}
     assert run.config.rewards[0].transform.t == 2.0
+
+    def resumed(name):
+        return falign.train(
+            str(folder / "tiny"),
+            output_dir=folder / "infalign",
+            objective=InfAlign(0.1),
+            rewards=rewards(name),
+            resume=True,
+            **arguments(folder, training={**training, "max_steps": 3}),
+        )
+
+    (folder / "changed.jsonl").write_text((folder / "reference.jsonl").read_text().replace('"reward": ', '"reward": 1'))
+    with pytest.raises(ConfigError, match=r"reward vowels differs from when the run began"):
+        resumed("changed.jsonl")
+    (folder / "moved.jsonl").write_text((folder / "reference.jsonl").read_text())
+    assert resumed("moved.jsonl").summary.after
