@@ -278,7 +278,8 @@ FOREIGN_NAMES: dict[str, ForeignName] = {
         "all completions are written to completions.jsonl",
     ),
     # trl.KTOConfig, trl.SFTConfig and trl.RewardConfig
-    **_none("desirable_weight undesirable_weight", "KTO is not available"),
+    "desirable_weight": _at("objective.desirable_weight", note="with objective.kind=unpaired"),
+    "undesirable_weight": _at("objective.undesirable_weight", note="with objective.kind=unpaired"),
     "chat_template_path": _at("model.chat_template"),
     "dataset_text_field": _at("data.train.0.columns"),
     **_none("dataset_kwargs", _LOADER),

@@ -22,8 +22,8 @@ WITHOUT_PREFERENCES = ("unpaired", "completion")
 """Formats whose rows have no preferences."""
 
 NO_PREFERENCES = Notice(
-    "Rows of this format have no preferences, which pairwise, listwise and token_pairwise objectives need. Give the "
-    "run file in place of the data to check it under its objective."
+    "Rows of this format have no preferences, which pairwise, listwise and token_pairwise objectives need; labels are "
+    "enough for unpaired. Give the run file in place of the data to check it under its objective."
 )
 
 

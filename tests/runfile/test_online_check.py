@@ -31,6 +31,19 @@ def check(**changes):
             },
             "objective.advantage=batch_mean, which compares",
         ),
+        ({"objective": {"kind": "unpaired"}}, "set objective.reference_point=samples"),
+        (
+            {"objective": {"kind": "cloning"}, "rollout": {"completions": 1}},
+            "objective.completions=best, which compares",
+        ),
+        (
+            {"objective": {"kind": "discriminative"}, "rollout": {"completions": 1}},
+            "kind=discriminative, which compares",
+        ),
+        (
+            {"objective": {"kind": "sequence_match"}, "rollout": {"ranked": "all"}},
+            "applies only to preference objectives",
+        ),
         ({"rollout": {"ranked": "all"}}, "rollout.ranked=all applies only to preference objectives"),
         ({"objective": BINARY, "rollout": {"fit_samples": 64}}, "nothing is fitted"),
         (
@@ -56,6 +69,8 @@ def test_what_could_not_work_or_would_have_no_effect_is_refused(changes, message
         {"rollout": {"difficulty": {"low": 0.1, "high": 0.9}, "outcome": "words"}, "rewards": TWO},
         {"rollout": {"difficulty": {"low": 0.1, "high": 0.9}}, "rewards": [TWO[0], {**TWO[1], "weight": 0.0}]},
         {"objective": FITTED, "rollout": {"fit_samples": 64}},
+        {"objective": {"kind": "unpaired", "reference_point": "samples"}, "rollout": {"completions": 1}},
+        {"objective": {"kind": "cloning", "completions": "passed"}, "rollout": {"completions": 1}},
         {"objective": {"kind": "policy_gradient", "advantage": "batch_mean"}, "rollout": {"completions": 1}},
         {"objective": {"kind": "policy_gradient", "advantage": "gae"}, "rollout": {"completions": 1}},
         {"rewards": [{"kind": "words", "words": ["a"], "weight": 0.5}]},
