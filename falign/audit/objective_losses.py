@@ -88,8 +88,8 @@ class ObjectiveLoss:
 
     @classmethod
     def of(cls, objective: object, name: str) -> ObjectiveLoss:
-        """Return the loss of any objective, with or without a base class."""
-        return cls(complete(objective), name)  # pyright: ignore[reportArgumentType]
+        """Return the loss of any objective, with or without a base class; of schedules, that of the first step."""
+        return cls(complete(objective).at(0), name)  # pyright: ignore[reportArgumentType]
 
     @property
     def references(self) -> tuple[str, ...]:

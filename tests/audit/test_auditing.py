@@ -16,6 +16,7 @@ from falign.audit.world import COMPLETIONS, MASK, PREFIXES, worlds
 from falign.cli.main import app
 from falign.divergences.estimators import loss_from_reference
 from falign.objectives import Distillation, Hybrid, Pairwise, PolicyGradient, Rehearsal, Sum, TopK
+from falign.objectives.schedules import Linear, Scheduled
 from tests.audit import own_losses
 
 OWN = "tests.audit.own_losses"
@@ -169,6 +170,11 @@ def test_an_own_divergence_is_compared_with():
     assert result.passed
     assert result.best.divergence == "mine"
     assert any("the reverse KL of whole completions (ratio 1)" in note for note in result.notes)
+
+
+def test_schedules_stand_at_their_first_step():
+    growing = Scheduled(PolicyGradient(divergences.get("le_cam"), 0.1), {"beta": Linear(0.3, 0.9, 10)})
+    assert falign.audit(growing, "le_cam").best.ratio == pytest.approx(0.3, rel=1e-9)
 
 
 def test_the_divergences_of_an_objective_are_compared_with():
