@@ -208,3 +208,15 @@ def test_tables_name_every_family_and_alias():
     rows = table("name", "is", "aliases")
     stated = {alias: row["name"].strip("`") for row in rows for alias in re.findall(r"`(\w+)`", row["aliases"])}
     assert stated == DIVERGENCES.aliases
+
+
+def test_the_page_of_measures_lists_each_with_its_arguments():
+    import inspect
+
+    from falign.objectives.measures import MEASURES
+
+    table = (ROOT / "docs" / "measures.md").read_text(encoding="utf-8")
+    for name in MEASURES.names():
+        arguments = ", ".join(inspect.signature(MEASURES.get(name)).parameters)
+        listed = f"`{name}({arguments.replace('divergence,', 'f,')})`" if arguments else f"`{name}`"
+        assert f"| {listed} |" in table, listed
