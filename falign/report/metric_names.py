@@ -18,6 +18,7 @@ HELD_OUT = {
     "pass@1": ("pass@1", "{:.1%}"),
     "pass@8": ("pass@8", "{:.1%}"),
     "reverse KL to the reference": ("divergence/reverse_kl", "{:.3f}"),
+    "reverse KL to the teacher": ("teacher/divergence/reverse_kl", "{:.3f}"),
     "different bigrams": ("distinct-2", "{:.3f}"),
     "tokens": ("completions/length", "{:.1f}"),
     "reward accuracy": ("rewards/accuracies", "{:.1%}"),
