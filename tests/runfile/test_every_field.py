@@ -278,6 +278,7 @@ MEASURES = {
         {"divergence": "forward_kl", "of": "draft", "to": "teacher"}, divergence="reverse_kl", of="other", to="another"
     ),
     "SurprisalConfig": Changes({}),
+    "LogNormalizerConfig": Changes({}),
     "BalancedConfig": Changes(
         {"first": "surprisal", "second": "expected_cost"}, first="entropy", second="surprisal", largest=3.0
     ),
