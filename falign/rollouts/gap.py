@@ -16,7 +16,7 @@ from falign.errors import ConfigError, EngineError
 from falign.models.structure import adapter_matrix, base_of, linear_modules, lora_layers, without_adapters
 from falign.rollouts.base import Engine, SampledCompletion, SamplingParams
 from falign.rollouts.decoding import process_logits
-from falign.scoring import PromptTree, completion_states, evaluation_mode, pad
+from falign.scoring import PromptTree, completion_distribution, evaluation_mode, pad
 
 __all__ = ["EXACT", "Canary", "Gap", "measure_gap", "perturbed", "recomputed_logprobs"]
 
@@ -94,7 +94,7 @@ def recomputed_logprobs(
     with evaluation_mode(model):
         for rollout in rollouts:
             batch = pad([PromptTree(rollout.prompt_ids, (rollout.completion_ids,))], pad_token_id=0).to(device)
-            hidden, head = completion_states(model, batch).distribution
+            hidden, head = completion_distribution(model, batch)
             logits = process_logits(head.logits(head.embeddings(hidden)), params)
             targets = batch.completion_ids[batch.completion_mask]
             rows.append(logits.log_softmax(dim=-1).gather(-1, targets[:, None])[:, 0].tolist())

@@ -1,7 +1,7 @@
 """From token ids to log-probabilities, entropies and divergences of completions."""
 
 from falign.scoring.batch import LAYOUTS, Layout, PromptTree, TokenBatch, TreeSpan, data_weights, pack, pad
-from falign.scoring.completions import CompletionStates, completion_scores, completion_states
+from falign.scoring.completions import CompletionStates, completion_distribution, completion_scores, completion_states
 from falign.scoring.distributions import Distribution, Predictions, Reading, Source, TopTokens
 from falign.scoring.layout_choice import LayoutChoice, check_head, choose_layout, why_not_trees
 from falign.scoring.model_parts import Adapted, Head, read_backbone, read_head, run_backbone, without_wrapper
@@ -32,6 +32,7 @@ __all__ = [
     "TreeSpan",
     "check_head",
     "choose_layout",
+    "completion_distribution",
     "completion_scores",
     "completion_states",
     "data_weights",

@@ -19,7 +19,7 @@ from falign.scoring.token_weights import MapoMask, activation_weights
 from falign.scoring.tree_attention import tree_masks
 from falign.scoring.vocabulary import DEFAULT_CHUNK_TOKENS, TokenScores, token_scores
 
-__all__ = ["CompletionStates", "completion_scores", "completion_states"]
+__all__ = ["CompletionStates", "completion_distribution", "completion_scores", "completion_states"]
 
 
 class CompletionStates(NamedTuple):
@@ -58,6 +58,22 @@ def completion_states(model: nn.Module, batch: TokenBatch, *, weighting: TokenWe
     """
     distribution, weights, layers = _model_states(model, batch, weighting)
     return CompletionStates(distribution, weights, layers)
+
+
+def completion_distribution(model: nn.Module, batch: TokenBatch) -> Distribution:
+    """Return the hidden states that predict each completion token, with the head.
+
+    Args:
+        model: As for :func:`completion_states`.
+        batch: The rows to score, in either layout.
+
+    Returns:
+        M states, in the order of the mask's True entries.
+
+    Raises:
+        ModelError: The model has no separate backbone and head.
+    """
+    return _model_states(model, batch, "none")[0]
 
 
 def _model_states(
@@ -115,7 +131,7 @@ def completion_scores(
     Raises:
         ModelError: If the model has no separate backbone and head.
     """
-    distribution, *_ = _model_states(model, batch, "none")
+    distribution = completion_distribution(model, batch)
     scores = token_scores(
         distribution,
         batch.completion_ids[batch.completion_mask],
