@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from falign.durable import remove_leftovers, sync_file, write_whole
 from falign.errors import ConfigError, ModelError, TrainingError, without_passwords
@@ -214,6 +215,7 @@ class RunFolder:
             key
             for key in sorted((old.keys() | new.keys()) - MAY_DIFFER)
             if old.get(key) != new.get(key)
+            and not (key not in old and _is_default(config, key))  # a field that the run is older than
             and not BY_CONTENT.fullmatch(key)
             and not (new_rewards and key.startswith("rewards."))
         ]
@@ -551,6 +553,17 @@ def log_line(log: dict[str, Any]) -> str:
 
 def _json(value: Any) -> str:
     return without_passwords(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def _is_default(config: RunConfig, path: str) -> bool:
+    """Return whether the field at a path of :func:`_flat` has its default value."""
+    section: Any = config
+    *parents, name = path.split(".")
+    for parent in parents:
+        inner = {str(k): v for k, v in enumerate(section)} if isinstance(section, list) else dict(section)
+        section = inner.get(parent, {})
+    fields = type(section).model_fields if isinstance(section, BaseModel) else {}
+    return name in fields and getattr(section, name) == fields[name].get_default(call_default_factory=True)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from falign.models.tokenizers import fix_date
 from falign.report.runs import read_runs
 from falign.runfile import TrainingConfig, load_run_file, parse_run
 from falign.runfile.optimization import same_learning_rates
+from falign.runfile.prompts_config import CriticConfig
 from falign.runs import RunFolder
 from falign.runs.inputs import prompt_digest
 from falign.runs.loading import load_trained
@@ -518,3 +519,18 @@ def test_the_tokens_of_a_run_are_those_of_its_first_day(place, tmp_path):
             [{"role": "user", "content": "q"}]
         )["input_ids"]
     ).startswith(dated)
+
+
+def test_a_run_older_than_a_setting_goes_on_with_its_default_and_with_nothing_else(place):
+    folder, config = RunFolder(place["folder"] / "online"), parse_run(place["online"])
+    manifest = folder.read_manifest()
+    inputs = manifest["inputs"]
+    older = {name: value for name, value in inputs["settings"].items() if name != "critic"}
+    assert len(older) < len(inputs["settings"])
+    try:
+        folder.write_json("manifest.json", {**manifest, "inputs": {**inputs, "settings": older}})
+        folder.require_unedited(config)
+        with pytest.raises(ConfigError, match=r"critic\.warm_up \(None when it began, 3 now\)"):
+            folder.require_unedited(config.model_copy(update={"critic": CriticConfig(warm_up=3)}))
+    finally:
+        folder.write_json("manifest.json", manifest)
