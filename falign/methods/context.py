@@ -12,8 +12,8 @@ __all__ = ["ContextDistillation", "PrivilegedDistillation"]
 
 def ContextDistillation(  # noqa: N802 - the paper's name
     divergence: str | Divergence = "forward_kl",
-    reference: str = TEACHER,
     *,
+    reference: str = TEACHER,
     temperature: float = 1.0,
     reduction: CompletionMean = "token_mean",
 ) -> Distillation:
@@ -45,8 +45,8 @@ def ContextDistillation(  # noqa: N802 - the paper's name
 
 def PrivilegedDistillation(  # noqa: N802 - a constructor, like the others
     divergence: str | Divergence = "reverse_kl",
-    reference: str = TEACHER,
     *,
+    reference: str = TEACHER,
     level: Level = "vocabulary",
     temperature: float = 1.0,
 ) -> Distillation:

@@ -20,9 +20,9 @@ __all__ = ["ADPA", "DCKD", "KD", "KDRL", "OPD", "PSKD", "ExOPD"]
 
 def OPD(  # noqa: N802 - as papers abbreviate it
     divergence: Divergence | str = "reverse_kl",
+    *,
     level: Level = "vocabulary",
     credit: Credit = "fixed_prefix",
-    *,
     reference: str = TEACHER,
     temperature: float = 1.0,
     reduction: CompletionMean | None = None,
@@ -57,9 +57,9 @@ def OPD(  # noqa: N802 - as papers abbreviate it
 
 def KD(  # noqa: N802 - as papers abbreviate it
     divergence: Divergence | str = "forward_kl",
+    *,
     temperature: float = 1.0,
     supervised: float | None = None,
-    *,
     reference: str = TEACHER,
     reduction: CompletionMean = "token_mean",
 ) -> Distillation | Sum:
@@ -94,8 +94,8 @@ def KD(  # noqa: N802 - as papers abbreviate it
 
 def ExOPD(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "reverse_kl",
-    level: Literal["token", "vocabulary", "sequence"] = "token",
     *,
+    level: Literal["token", "vocabulary", "sequence"] = "token",
     reference: str = "target",
     reduction: CompletionMean | None = None,
 ) -> Distillation:
@@ -132,11 +132,11 @@ def ExOPD(  # noqa: N802 - the paper's name
 
 
 def KDRL(  # noqa: N802 - the paper's name
+    divergence: Divergence | str = "reverse_kl",
     beta: float = 5e-3,
+    *,
     last_beta: float | None = 1e-3,
     steps: int = 200,
-    divergence: Divergence | str = "reverse_kl",
-    *,
     level: Level = "token",
     reference: str = TEACHER,
     clip_low: float | None = 0.2,
@@ -146,10 +146,10 @@ def KDRL(  # noqa: N802 - the paper's name
     """Return KDRL: GRPO on rewards plus β times a divergence to the teacher on the same samples.
 
     Args:
+        divergence: f to the teacher, or its name.
         beta: β of the first step.
         last_beta: β from step ``steps`` on, linear until then; None for a constant β.
         steps: Length of the schedule in optimizer steps.
-        divergence: f to the teacher, or its name.
         level: Level of the divergence.
         reference: Name of the teacher.
         clip_low: See :class:`PolicyGradient`.
@@ -194,13 +194,16 @@ def KDRL(  # noqa: N802 - the paper's name
 
 
 def DCKD(  # noqa: N802 - the paper's name
-    alpha: float = 0.2, divergence: Divergence | str = "forward_kl", *, reference: str = TEACHER
+    divergence: Divergence | str = "forward_kl",
+    *,
+    alpha: float = 0.2,
+    reference: str = TEACHER,
 ) -> Sum:
     """Return DCKD: fine-tuning on chosen answers, plus α times a divergence to the teacher on each side of the pairs.
 
     Args:
-        alpha: α.
         divergence: f, or its name; the forward KL is ``KL(T‖π)``.
+        alpha: α.
         reference: Name of the teacher, a model tuned by preferences.
 
     Returns:
@@ -271,16 +274,20 @@ def ADPA(  # noqa: N802 - the paper's name
 
 
 def PSKD(  # noqa: N802 - the paper's name
-    steps: int, alpha: float = 0.8, divergence: Divergence | str = "forward_kl", *, reference: str = TEACHER
+    divergence: Divergence | str = "forward_kl",
+    *,
+    steps: int,
+    alpha: float = 0.8,
+    reference: str = TEACHER,
 ) -> Scheduled:
     """Return PS-KD: fine-tuning, and distillation from one's own past, whose weight α_t grows linearly.
 
     The teacher is a reference that follows the policy at a distance, such as ``periodic_reset``.
 
     Args:
+        divergence: f, or its name; with the forward KL the sum is the paper's cross-entropy to softened targets.
         steps: Optimizer steps of the run, at least 2.
         alpha: α of the last step, in (0, 1); the first step has ``alpha / steps``.
-        divergence: f, or its name; with the forward KL the sum is the paper's cross-entropy to softened targets.
         reference: Name of the past policy.
 
     Returns:

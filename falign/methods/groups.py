@@ -20,23 +20,23 @@ DISCO_TAU: dict[Score, float] = {"log_likelihood": 10.0, "ratio": 1.0}
 
 
 def DisCO(  # noqa: N802 - the paper's name
-    score: Score = "log_likelihood",
-    *,
-    basic: bool = False,
-    tau: float | None = None,
     divergence: Divergence | str = "reverse_kl",
     beta: float = 500.0,
+    *,
+    score: Score = "log_likelihood",
+    basic: bool = False,
+    tau: float | None = None,
     delta: float = 1e-4,
     pass_reward: float = 1.0,
 ) -> Sum:
     """Return DisCO: scores of passed against failed samples, plus ``β [D_f(π_old‖π) - δ]₊²`` per token.
 
     Args:
+        divergence: f of the trust region, or its name; the reverse KL is ``KL(π_old‖π)``, as in the paper.
+        beta: β. The published code has 1000 on half this gradient.
         score: ``"log_likelihood"`` (log-L) or ``"ratio"`` (L-ratio).
         basic: True for DisCO-b, the plain mean over failed samples.
         tau: τ; None is the published 10 for log-likelihoods and 1 for ratios.
-        divergence: f of the trust region, or its name; the reverse KL is ``KL(π_old‖π)``, as in the paper.
-        beta: β. The published code has 1000 on half this gradient.
         delta: δ, nats per token.
         pass_reward: The lowest reward that passes.
 
@@ -52,7 +52,7 @@ def DisCO(  # noqa: N802 - the paper's name
         estimate is never negative.
 
     Example:
-        >>> DisCO("ratio").objectives["disco"].tau
+        >>> DisCO(score="ratio").objectives["disco"].tau
         1.0
     """
     if basic and tau is not None:

@@ -165,9 +165,9 @@ def STARCKD(  # noqa: N802 - the paper's name
 
 def LSKD(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "forward_kl",
+    *,
     temperature: float = 2.0,
     reference: str = TEACHER,
-    *,
     weight: float = 1.0,
 ) -> Sum:
     """Return distillation of standardized logits: ``-log π(y) + w D_f`` of ``softmax((z - mean z)/(T std z))``.
@@ -196,19 +196,19 @@ def LSKD(  # noqa: N802 - the paper's name
 
 
 def NKD(  # noqa: N802 - the paper's name
+    divergence: Divergence | str = "forward_kl",
+    *,
     gamma: float = 1.5,
     temperature: float = 1.0,
     reference: str = TEACHER,
-    *,
-    divergence: Divergence | str = "forward_kl",
 ) -> Sum:
     """Return NKD: ``-log π(y) - T(y) log π(y) + γ λ² D_f`` of the distributions over all tokens but y, renormalized.
 
     Args:
+        divergence: f of the last part, or its name; the paper's cross-entropy is the forward KL plus a constant.
         gamma: γ.
         temperature: λ, of the last part.
         reference: Name of the teacher.
-        divergence: f of the last part, or its name; the paper's cross-entropy is the forward KL plus a constant.
 
     Returns:
         The objective, on demonstrations.

@@ -17,10 +17,10 @@ __all__ = ["SAFE", "TCOD", "CorrelatedProxies", "ProRL"]
 
 
 def SAFE(  # noqa: N802 - the paper's name
-    target: float = 2.0,
-    start: float = 0.1,
     divergence: Divergence | str = "reverse_kl",
     *,
+    target: float = 2.0,
+    start: float = 0.1,
     gain: float = 0.1,
     smoothing: float = 0.9,
     entropy: float = 0.01,
@@ -33,9 +33,9 @@ def SAFE(  # noqa: N802 - the paper's name
     The double soft-min critic is the section ``critic`` of a run: ``{heads: 2, soft_min: 0.3, polyak: 0.05}``.
 
     Args:
+        divergence: f, or its name.
         target: The divergence to hold, in nats per completion.
         start: The first β.
-        divergence: f, or its name.
         gain: See :class:`TargetDivergence`.
         smoothing: Weight of the former mean of the divergence.
         entropy: c, weight of the entropy of the next-token distributions on the policy's samples.
@@ -72,11 +72,11 @@ def SAFE(  # noqa: N802 - the paper's name
 
 
 def TCOD(  # noqa: N802 - the paper's name
+    divergence: Divergence | str = "reverse_kl",
+    *,
     unit: int = 16,
     every: int = 6,
     longest: int = 256,
-    divergence: Divergence | str = "reverse_kl",
-    *,
     reference: str = TEACHER,
     reduction: CompletionMean = "token_mean",
 ) -> Scheduled:
@@ -85,10 +85,10 @@ def TCOD(  # noqa: N802 - the paper's name
     To not even sample the others, give the run ``rollout.horizon: {start: unit, by: unit, every: every}``.
 
     Args:
+        divergence: f, or its name; the paper has the reverse KL.
         unit: Tokens of a unit; the paper's unit is a turn.
         every: Optimizer steps between two growths of the horizon.
         longest: Largest horizon, in tokens.
-        divergence: f, or its name; the paper has the reverse KL.
         reference: Name of the teacher.
         reduction: See :func:`completion_term`.
 
@@ -120,9 +120,9 @@ def TCOD(  # noqa: N802 - the paper's name
 
 
 def CorrelatedProxies(  # noqa: N802 - the name of the paper
-    strength: float,
     divergence: Divergence | str | None = None,
     *,
+    strength: float,
     floor: float = 1e-4,
     smoothing: float = 0.9,
     advantage: str = "leave_one_out",
@@ -131,9 +131,9 @@ def CorrelatedProxies(  # noqa: N802 - the name of the paper
     """Return the objective ``E_π[r] - λ √χ²(π‖π_ref)``, by a χ² penalty with ``β_t = λ / (2 √χ²)``.
 
     Args:
+        divergence: Another f, or its name; the Pearson χ² by default.
         strength: λ, in units of reward: ``σ √(1 - ρ²)`` for a proxy reward of deviation σ and correlation ρ with the
             true one under the reference.
-        divergence: Another f, or its name; the Pearson χ² by default.
         floor: See :class:`RootDivergence`.
         smoothing: Weight of the former mean of χ².
         advantage: See :class:`PolicyGradient`.
@@ -151,7 +151,7 @@ def CorrelatedProxies(  # noqa: N802 - the name of the paper
         PPO and a clip of 0.4; here the gradient is that of the root of the running mean.
 
     Example:
-        >>> CorrelatedProxies(0.5).at(0).divergence.name
+        >>> CorrelatedProxies(strength=0.5).at(0).divergence.name
         'pearson_chi2'
     """
     f = PearsonChi2() if divergence is None else resolve(divergence)
@@ -160,8 +160,8 @@ def CorrelatedProxies(  # noqa: N802 - the name of the paper
 
 
 def ProRL(  # noqa: N802 - the paper's name
-    beta: float = 1e-3,
     divergence: Divergence | str | None = None,
+    beta: float = 1e-3,
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.4,
@@ -173,8 +173,8 @@ def ProRL(  # noqa: N802 - the paper's name
     ``rollout.difficulty``.
 
     Args:
-        beta: β; the paper's value is not settled.
         divergence: f, or its name; the reverse KL by default.
+        beta: β; the paper's value is not settled.
         clip_low: See :class:`PolicyGradient`.
         clip_high: See :class:`PolicyGradient`.
         level: Level of the penalty.

@@ -48,7 +48,10 @@ def KTO(  # noqa: N802 - the paper's name
 
 
 def HDPO(  # noqa: N802 - the paper's name
-    alpha: float = 0.95, beta: float = 0.1, divergence: Divergence | str = "reverse_kl"
+    divergence: Divergence | str = "reverse_kl",
+    beta: float = 0.1,
+    *,
+    alpha: float = 0.95,
 ) -> Pairwise:
     """Return H-DPO: ``-log σ`` of the margin of ``β (α log π - log π_ref)``.
 
@@ -58,9 +61,9 @@ def HDPO(  # noqa: N802 - the paper's name
     can raise the margin by the lengths of its answers alone. Compare ``logps/*`` and the lengths of samples.
 
     Args:
-        alpha: α, positive; 1 is DPO.
-        beta: β, strength of the regularization.
         divergence: f, or its name; with α < 1 the reverse KL, ``jeffreys`` or ``chi2_kl``.
+        beta: β, strength of the regularization.
+        alpha: α, positive; 1 is DPO.
 
     Returns:
         The objective.
@@ -72,14 +75,17 @@ def HDPO(  # noqa: N802 - the paper's name
         Omura et al., H-DPO (arXiv:2411.07595); the value of α could not be confirmed.
 
     Example:
-        >>> HDPO(0.9).entropy_weight
+        >>> HDPO(alpha=0.9).entropy_weight
         0.9
     """
     return Pairwise(resolve(divergence), beta=beta, entropy_weight=alpha)
 
 
 def FSFT(  # noqa: N802 - the paper's name
-    divergence: Divergence | str = "pearson_chi2", beta: float = 0.1, max_weight: float | None = None
+    divergence: Divergence | str = "pearson_chi2",
+    beta: float = 0.1,
+    *,
+    max_weight: float | None = None,
 ) -> Supervised:
     """Return f-SFT: ``f*(-β log u)/β`` of each token of demonstrations.
 

@@ -25,10 +25,10 @@ __all__ = ["ACE", "APO", "BDKD", "OPADPO", "PACED", "RLAD", "TSDKD", "AdaSPEC", 
 
 
 def ACE(  # noqa: N802 - the paper's name
-    alpha: float = 1.0,
     divergence: Divergence | str | None = None,
     beta: float = 0.0,
     *,
+    alpha: float = 1.0,
     length_norm: Literal["token", "none"] = "token",
     kernel: Literal["softplus", "relu"] = "softplus",
     cap: float | None = None,
@@ -40,9 +40,9 @@ def ACE(  # noqa: N802 - the paper's name
     """Return ACE: GRPO with negative advantages times ``1 + α softplus(c)``, ``c = log π/π_ref`` of the completion.
 
     Args:
-        alpha: α; 0 is GRPO.
         divergence: f of a penalty, or its name; by default none.
         beta: Strength of the penalty.
+        alpha: α; 0 is GRPO.
         length_norm: See :func:`falign.objectives.ace`.
         kernel: See :func:`falign.objectives.ace`.
         cap: See :func:`falign.objectives.ace`.
@@ -130,10 +130,10 @@ def APO(  # noqa: N802 - the paper's name
 
 
 def RLAD(  # noqa: N802 - the paper's name
-    old_exponent: float = 0.5,
     divergence: Divergence | str | None = None,
     beta: float = 0.0,
     *,
+    old_exponent: float = 0.5,
     reference: str = TEACHER,
     level: Level = "token",
     clip_low: float | None = 0.2,
@@ -143,9 +143,9 @@ def RLAD(  # noqa: N802 - the paper's name
     """Return RLAD: GRPO with ``π/(π_old^a T^(1-a))`` in place of ``π/π_old``.
 
     Args:
-        old_exponent: a, in [0, 1]; 1 is GRPO, and 0 compares with the teacher alone.
         divergence: f of a penalty to ``reference_logprobs``, the start, or its name; by default none.
         beta: Strength of the penalty.
+        old_exponent: a, in [0, 1]; 1 is GRPO, and 0 compares with the teacher alone.
         reference: Name of the teacher T.
         level: Level of the penalty; see :class:`PolicyGradient`.
         clip_low: See :class:`PolicyGradient`.
@@ -163,7 +163,7 @@ def RLAD(  # noqa: N802 - the paper's name
         first step the ratio is ``(π_old/T)^(1-a)``, so tokens are clipped before anything has moved.
 
     Example:
-        >>> sorted(RLAD(0.5).needs)
+        >>> sorted(RLAD(old_exponent=0.5).needs)
         ['old_logprobs', 'references.teacher', 'rewards']
     """
     penalized = divergence is not None
@@ -182,21 +182,21 @@ def RLAD(  # noqa: N802 - the paper's name
 
 
 def PACED(  # noqa: N802 - the paper's name
+    divergence: Divergence | str = "forward_kl",
+    *,
     a: float = 1.0,
     b: float = 1.0,
-    divergence: Divergence | str = "forward_kl",
     then: Divergence | str | None = "reverse_kl",
     switch: int | None = None,
-    *,
     reference: str = TEACHER,
     pass_reward: float = 1.0,
 ) -> Objective:
     """Return PACED: on-policy distillation with each prompt's loss times ``p^a (1 - p)^b``, p its pass rate.
 
     Args:
+        divergence: f to the teacher, over the vocabulary, or its name.
         a: Exponent of p.
         b: Exponent of 1 - p; ``a = b = 0`` is plain distillation.
-        divergence: f to the teacher, over the vocabulary, or its name.
         then: f from step ``switch`` on; not used without it.
         switch: Optimizer step at which the divergence changes; None for no change.
         reference: Name of the teacher.
@@ -308,9 +308,9 @@ def TSDKD(  # noqa: N802 - the paper's name
 
 
 def AdaSPEC(  # noqa: N802 - the paper's name
-    keep: float = 0.4,
     divergence: Divergence | str = "forward_kl",
     *,
+    keep: float = 0.4,
     reference: str = TEACHER,
     draft: str = "reference",
     reduction: CompletionMean = "token_mean",
@@ -321,8 +321,8 @@ def AdaSPEC(  # noqa: N802 - the paper's name
     counts, as a mean over these.
 
     Args:
-        keep: Share of tokens to keep; 1 is plain distillation.
         divergence: f, or its name; the forward KL is ``KL(T‖S)``.
+        keep: Share of tokens to keep; 1 is plain distillation.
         reference: Name of the teacher.
         draft: Name of the draft, distilled before with the same divergence.
         reduction: See :class:`Distillation`.
@@ -338,7 +338,7 @@ def AdaSPEC(  # noqa: N802 - the paper's name
         not depend on the size of micro-batches. A completion counts by its length.
 
     Example:
-        >>> AdaSPEC(0.4).weights[0].keep
+        >>> AdaSPEC(keep=0.4).weights[0].keep
         0.4
     """
     f = resolve(divergence)
@@ -347,8 +347,8 @@ def AdaSPEC(  # noqa: N802 - the paper's name
 
 
 def OPADPO(  # noqa: N802 - the paper's name
-    beta: float = 0.1,
     divergence: Divergence | str = "reverse_kl",
+    beta: float = 0.1,
     *,
     anchor: float = 1.0,
     weighting: Literal["none", "data"] = "data",
@@ -359,8 +359,8 @@ def OPADPO(  # noqa: N802 - the paper's name
     token matters (severity of its errors, relevance).
 
     Args:
-        beta: β.
         divergence: f, or its name; the paper uses the reverse KL.
+        beta: β.
         anchor: Weight of the second term, which keeps the chosen answer's reward above 0.
         weighting: ``"none"`` for weights of 1.
 
@@ -390,8 +390,8 @@ def OPADPO(  # noqa: N802 - the paper's name
 
 
 def SparsePO(  # noqa: N802 - the paper's name
-    beta: float = 0.1,
     divergence: Divergence | str = "forward_kl",
+    beta: float = 0.1,
     *,
     mask: Literal["mapo", "learned", "learned_independent"] = "mapo",
     mask_l1: float | None = None,
@@ -399,8 +399,8 @@ def SparsePO(  # noqa: N802 - the paper's name
     """Return SparsePO: ``-log σ(β (u - d))``, u and d sums over tokens weighted by the mask.
 
     Args:
-        beta: β; 0.8 for IMDB and TL;DR, 0.1 for HH in the paper.
         divergence: f of d, or its name.
+        beta: β; 0.8 for IMDB and TL;DR, 0.1 for HH in the paper.
         mask: ``"mapo"`` is the parameter-free mask of the reference's activations
             (:class:`falign.scoring.token_weights.MapoMask`). ``"learned"`` is one for both sums and
             ``"learned_independent"`` one for each, trained with the policy
@@ -417,7 +417,7 @@ def SparsePO(  # noqa: N802 - the paper's name
         Christopoulou et al., SparsePO (arXiv:2410.05102).
 
     Example:
-        >>> SparsePO(0.8).weighting
+        >>> SparsePO(beta=0.8).weighting
         'mapo'
     """
     return TokenPairwise(resolve(divergence), beta, variant=1, weighting=mask, mask_l1=mask_l1)

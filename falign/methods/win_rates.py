@@ -16,7 +16,10 @@ PREVIOUS = "previous"
 
 
 def InfAlign(  # noqa: N802 - the paper's name
-    beta: float, *, divergence: Divergence | str = "reverse_kl", advantage: Advantage | str = "leave_one_out"
+    divergence: Divergence | str = "reverse_kl",
+    *,
+    beta: float,
+    advantage: Advantage | str = "leave_one_out",
 ) -> PolicyGradient:
     """Return the KL-RL of InfAlign-CTRL: ``E_π[Φ(C)] - β KL(π‖π_ref)``.
 
@@ -25,8 +28,8 @@ def InfAlign(  # noqa: N802 - the paper's name
     ``transform`` of a reward (:mod:`falign.rewards.transforms`). The optimum is ``π_ref e^{Φ(C)/β}/Z``.
 
     Args:
-        beta: β, in units of the transformed reward.
         divergence: f, or its name; the paper has the reverse KL.
+        beta: β, in units of the transformed reward.
         advantage: See :class:`PolicyGradient`. ``"group_normalised"`` would divide by the spread, and undo a part of
             the transform.
 
@@ -41,17 +44,17 @@ def InfAlign(  # noqa: N802 - the paper's name
         confirmed here, so t has no default. The baseline is that of the group.
 
     Example:
-        >>> InfAlign(0.1).divergence.name
+        >>> InfAlign(beta=0.1).divergence.name
         'reverse_kl'
     """
     return PolicyGradient(get(divergence) if isinstance(divergence, str) else divergence, beta, advantage)
 
 
 def NashMirrorProx(  # noqa: N802 - the paper's name
+    divergence: Divergence | str = "reverse_kl",
+    *,
     beta: float,
     eta: float,
-    *,
-    divergence: Divergence | str = "reverse_kl",
     importance: Importance = "sequence",
     clip_low: float | None = None,
     clip_high: float | None = None,
@@ -70,9 +73,9 @@ def NashMirrorProx(  # noqa: N802 - the paper's name
     of updates on a rollout. The last iterate converges to the Nash equilibrium of the regularized game.
 
     Args:
+        divergence: f of the first penalty, or its name; the paper has the reverse KL.
         beta: β, strength of the divergence to the reference, in units of probability.
         eta: η, step size of an iteration.
-        divergence: f of the first penalty, or its name; the paper has the reverse KL.
         importance: See :class:`PolicyGradient`.
         clip_low: See :class:`PolicyGradient`.
         clip_high: See :class:`PolicyGradient`.
@@ -91,7 +94,7 @@ def NashMirrorProx(  # noqa: N802 - the paper's name
         π_k, which changes nothing where a half step is solved.
 
     Example:
-        >>> {name: weight for name, (_, weight) in NashMirrorProx(0.1, eta=2.0).terms.items()}
+        >>> {name: weight for name, (_, weight) in NashMirrorProx(beta=0.1, eta=2.0).terms.items()}
         {'preference': 1.0, 'proximal': 0.5}
     """
     if not beta > 0 or not eta > 0:

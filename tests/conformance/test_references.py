@@ -171,7 +171,7 @@ def test_scores_are_constant_normal_and_leave_the_policy_as_it_was(built):
 def test_whole_distributions_have_the_log_probabilities_of_the_tokens_also_once_the_policy_has_gone_on(built):
     policy, reference = built
     expected = reference.logprobs(policy, BATCH)[BATCH.completion_mask]
-    distribution, _ = reference.states(policy, BATCH)
+    distribution = reference.states(policy, BATCH).distribution
     trained(policy)  # the head is applied later
     tokens = torch.tensor([token for _, completion in BATCH.token_ids() for token in completion])
     found = target_logprobs({"reference": distribution}, tokens, chunk_tokens=4)["reference"]
@@ -261,7 +261,7 @@ def test_it_fits_a_policy_of_as_many_ids_and_gives_only_the_first_ones_where_the
     assert reference.check_fits(tiny_tokenizer(), VOCABULARY) == VOCABULARY
     if reference.own_model is not None and not reference.moves:
         assert reference.check_fits(tiny_tokenizer(), VOCABULARY - 7) == VOCABULARY - 7
-        distribution, _ = reference.states(policy, BATCH)
+        distribution = reference.states(policy, BATCH).distribution
         logits = distribution.head.embeddings(distribution.hidden)
         assert logits.shape[-1] == VOCABULARY - 7
 

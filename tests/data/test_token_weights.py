@@ -124,7 +124,7 @@ WEIGHTS = torch.rand(4, 5, generator=torch.Generator().manual_seed(1), dtype=tor
 
 def test_opa_dpo_is_dpo_of_weighted_log_ratios_with_an_anchor_on_the_chosen_reward():
     batch = batch_of(WEIGHTS)
-    value = OPADPO(0.3, anchor=0.7)(batch).mean()
+    value = OPADPO(beta=0.3, anchor=0.7)(batch).mean()
     m = (WEIGHTS * (batch.logprobs - batch.reference_logprobs) * batch.completion_mask).sum(dim=-1)
     sigmoid = lambda x: 1 / (1 + torch.exp(-x))  # noqa: E731
     chosen, rejected = m[[0, 3]], m[[1, 2]]

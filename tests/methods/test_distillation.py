@@ -75,7 +75,7 @@ def test_exopd_leads_to_the_geometric_target_of_whole_completions(strength):
 
     optimizer.step(closure)
     torch.testing.assert_close(sequence_logprobs(logits.detach()), target, rtol=0, atol=1e-5)
-    assert not ExOPD("forward_kl", "sequence").accepts_unnormalized
+    assert not ExOPD("forward_kl", level="sequence").accepts_unnormalized
     assert not ExOPD().accepts_unnormalized
 
 
@@ -84,7 +84,7 @@ def test_exopd_leads_to_the_geometric_target_of_whole_completions(strength):
 def test_dense_exopd_leads_to_the_geometric_target_at_each_prefix(level, name):
     target = (1.25 * TEACHER.log_softmax(-1) - 0.25 * BASE.log_softmax(-1)).log_softmax(-1)
     divergence = divergences.get(name)
-    objective = ExOPD(name, level, reduction="sequence_sum")
+    objective = ExOPD(name, level=level, reduction="sequence_sum")
     law = torch.zeros_like(BASE)  # fixed prefixes: those of a distribution that does not move
 
     def value(logits: Tensor) -> Tensor:
@@ -161,8 +161,8 @@ def test_pskd_is_the_cross_entropy_to_targets_softened_by_the_past():
 
 def test_the_other_methods_are_compositions():
     js = divergences.get("jensen_shannon")
-    assert OPD("jensen_shannon", "token") == Distillation(js, level="token")
-    assert KD("jensen_shannon", 2.0) == Distillation(js, temperature=2.0, reduction="token_mean")
+    assert OPD("jensen_shannon", level="token") == Distillation(js, level="token")
+    assert KD("jensen_shannon", temperature=2.0) == Distillation(js, temperature=2.0, reduction="token_mean")
     assert KD(supervised=0.5).objectives["sft"] == Supervised()
     annealed = KDRL(beta=0.4, last_beta=0.2, steps=10)
     assert [annealed.at(step).weights["teacher"] for step in (0, 5, 99)] == pytest.approx([0.4, 0.3, 0.2])

@@ -84,9 +84,9 @@ def test_adaspec_is_the_mean_of_the_forward_kl_over_the_tokens_with_the_largest_
             means.append(losses[row, :n][kept].mean() * n)
         return torch.stack(means).sum() / MASK.sum()
 
-    assert_is(AdaSPEC(0.4), formula)
+    assert_is(AdaSPEC(keep=0.4), formula)
     plain = value_and_gradient(Distillation(divergences.get("forward_kl")))
-    for found, expected in zip(value_and_gradient(AdaSPEC(1.0)), plain, strict=True):
+    for found, expected in zip(value_and_gradient(AdaSPEC(keep=1.0)), plain, strict=True):
         assert torch.equal(found, expected)
 
 
@@ -135,9 +135,9 @@ def test_paced_weights_prompts_by_their_pass_rate():
     def formula(p):
         return (0.5**2 * 0.5**3 * kl(Q, p))[:2][MASK[:2]].sum() / MASK.sum()
 
-    assert_is(PACED(2.0, 3.0), formula)
+    assert_is(PACED(a=2.0, b=3.0), formula)
     plain = value_and_gradient(Distillation(divergences.get("forward_kl")))
-    for found, expected in zip(value_and_gradient(PACED(0.0, 0.0)), plain, strict=True):
+    for found, expected in zip(value_and_gradient(PACED(a=0.0, b=0.0)), plain, strict=True):
         assert torch.equal(found, expected)
 
 
@@ -156,7 +156,7 @@ def test_ace_with_alpha_zero_and_rlad_with_exponent_one_are_grpo_to_the_bit():
     batch = batch_for(ACE())
     (expected,) = GRPO(batch).terms
     assert torch.equal(ACE(alpha=0.0)(batch).terms[0].losses, expected.losses)
-    (found,) = RLAD(1.0, reduction="token_mean")(batch).terms
+    (found,) = RLAD(old_exponent=1.0, reduction="token_mean")(batch).terms
     assert torch.equal(found.losses, expected.losses)
     assert not torch.equal(ACE()(batch).terms[0].losses, expected.losses)
 
@@ -179,7 +179,9 @@ def test_apo_scales_the_penalty_of_right_answers_and_the_advantages_of_wrong_one
     assert found[1].item() == grpo[1].item()
 
 
-@pytest.mark.parametrize("objective", [AdaSPEC(0.4), BDKD(), TSDKD(k=3), PACED()], ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize(
+    "objective", [AdaSPEC(keep=0.4), BDKD(), TSDKD(k=3), PACED()], ids=lambda each: type(each).__name__
+)
 def test_micro_batches_of_whole_prompts_add_up(objective):
     batch = batch_of(objective, STUDENT)
     outputs = [objective(batch.select(prompt == PROMPTS)) for prompt in (0, 1)]
@@ -189,5 +191,5 @@ def test_micro_batches_of_whole_prompts_add_up(objective):
 
 
 def test_sparsepo_is_the_first_variant_of_tdpo_with_the_papers_mask():
-    made = SparsePO(0.8)
+    made = SparsePO(beta=0.8)
     assert (made.variant, made.weighting, made.beta, made.divergence.name) == (1, "mapo", 0.8, "forward_kl")

@@ -26,7 +26,7 @@ def world_batch(logits):
 
 def test_value_and_gradient_are_those_of_the_closed_form():
     logits, beta, alpha = random_logits(0).requires_grad_(), 0.4, 0.7
-    loss = HDPO(alpha, beta)(world_batch(logits)).mean()
+    loss = HDPO(beta=beta, alpha=alpha)(world_batch(logits)).mean()
     score = beta * (alpha * sequence_logprobs(logits) - sequence_logprobs(REFERENCE))
     margin = score[:, None] - score[None]
     expected = torch.log1p(torch.exp(-margin))[REWARDS[:, None] > REWARDS[None]].mean()
@@ -46,19 +46,19 @@ def test_at_the_published_optimum_the_implicit_reward_is_the_reward():
         completion_mask=torch.ones(len(REWARDS), 1, dtype=torch.bool),
         prompt_index=torch.zeros(len(REWARDS), dtype=torch.long),
     )
-    found = HDPO(alpha, beta).completion_rewards(batch)
+    found = HDPO(beta=beta, alpha=alpha).completion_rewards(batch)
     torch.testing.assert_close(found - found.mean(), REWARDS - REWARDS.mean(), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "jensen_shannon"])
 def test_with_alpha_one_it_is_f_dpo_bit_for_bit(name):
     batch = world_batch(random_logits(0))
-    ours, plain = HDPO(1.0, 0.3, name)(batch), FDPO(name, 0.3)(batch)
+    ours, plain = HDPO(name, 0.3, alpha=1.0)(batch), FDPO(name, 0.3)(batch)
     assert torch.equal(ours.terms[0].losses, plain.terms[0].losses)
     assert all(torch.equal(ours.metrics[key], plain.metrics[key]) for key in plain.metrics)
-    assert HDPO(1.0, 0.3, name).link is not None
-    assert HDPO(1.2, 0.3, name).link is None
-    assert complete(HDPO(1.2, 0.3, name)).rewarding
+    assert HDPO(name, 0.3, alpha=1.0).link is not None
+    assert HDPO(name, 0.3, alpha=1.2).link is None
+    assert complete(HDPO(name, 0.3, alpha=1.2)).rewarding
 
 
 ADMITTED = {"reverse_kl", "jeffreys", "chi2_kl"}
@@ -70,14 +70,14 @@ def test_a_sharper_policy_needs_a_reward_that_increases_with_its_probability(nam
     if not divergence.has_barrier:
         return
     if name in ADMITTED:
-        assert HDPO(0.5, 0.1, name).entropy_weight == 0.5
+        assert HDPO(name, 0.1, alpha=0.5).entropy_weight == 0.5
     else:
         with pytest.raises(ValueError, match="does not increase with π"):
-            HDPO(0.5, 0.1, name)
-    assert HDPO(1.5, 0.1, name).entropy_weight == 1.5
+            HDPO(name, 0.1, alpha=0.5)
+    assert HDPO(name, 0.1, alpha=1.5).entropy_weight == 1.5
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.inf])
 def test_an_alpha_that_is_not_positive_is_refused(alpha):
     with pytest.raises(ValueError, match=r"entropy_weight=.* must be positive and finite"):
-        HDPO(alpha)
+        HDPO(alpha=alpha)

@@ -138,7 +138,7 @@ def test_the_papers_divergences_are_those_of_f_sft():
     x = 0.4 * log_ratio[MASK]
     assert x.min() > -0.9
     for name, phi in {"pearson_chi2": x - x**2 / 4, "squared_hellinger": x / (1 + x)}.items():
-        losses = FSFT(name, 0.4, 1e6)._losses(batch_of(log_ratio))[0]
+        losses = FSFT(name, 0.4, max_weight=1e6)._losses(batch_of(log_ratio))[0]
         torch.testing.assert_close(losses[MASK], -phi / 0.4, rtol=1e-10, atol=1e-12)
     assert FSFT("total_variation", 0.4) == Supervised()
     assert FSFT("jensen_shannon", 0.4).max_weight == 10

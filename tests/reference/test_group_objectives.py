@@ -69,7 +69,7 @@ def test_disco_with_a_large_tau_is_disco_b():
     batch = batch_of(rows, random_logits(0), PASSED.double())
     basic, hard = DisCO(basic=True), DisCO(tau=1e6)  # they differ by the variance of scores over 2τ
     torch.testing.assert_close(hard(batch).mean(), basic(batch).mean(), rtol=1e-6, atol=1e-6)
-    assert DisCO("ratio").objectives["disco"] == Discriminative("ratio", 1.0)
+    assert DisCO(score="ratio").objectives["disco"] == Discriminative("ratio", 1.0)
     with pytest.raises(ValueError, match="DisCO-b has no τ"):
         DisCO(basic=True, tau=1.0)
 

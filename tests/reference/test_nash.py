@@ -90,7 +90,7 @@ def test_the_gradient_of_a_half_step_is_that_of_its_value(on_policy):
     """Also after further updates on the same rollout, whose opponents are still those that were sampled."""
     sampled, previous = random(0), random(1)
     logits = sampled if on_policy else random(2)
-    found = expected_gradient(NashMirrorProx(BETA, ETA), logits, sampled, previous)
+    found = expected_gradient(NashMirrorProx(beta=BETA, eta=ETA), logits, sampled, previous)
     point = logits.clone().requires_grad_()
     (exact,) = torch.autograd.grad(-value(point, sampled, previous), point)
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-14)
@@ -113,7 +113,7 @@ def solved(objective, sampled, previous):
 
 
 def test_the_last_iterate_is_the_nash_equilibrium():
-    objective, expected = NashMirrorProx(BETA, ETA), equilibrium()
+    objective, expected = NashMirrorProx(beta=BETA, eta=ETA), equilibrium()
     assert (expected - LOG_REF.exp()).abs().max() > 0.1
     policy, errors = LOG_REF.clone(), []
     for _ in range(40):
@@ -127,7 +127,7 @@ def test_the_last_iterate_is_the_nash_equilibrium():
 
 def test_one_half_step_alone_converges_more_slowly():
     """The policy against itself, which is mirror descent: why there is a second half step."""
-    objective, expected = NashMirrorProx(BETA, ETA), equilibrium()
+    objective, expected = NashMirrorProx(beta=BETA, eta=ETA), equilibrium()
     prox = descent = LOG_REF.clone()
     for _ in range(20):
         prox = solved(objective, solved(objective, prox, prox), prox)
@@ -137,7 +137,9 @@ def test_one_half_step_alone_converges_more_slowly():
 
 
 def test_the_divergence_of_the_first_penalty_is_free():
-    found = expected_gradient(NashMirrorProx(BETA, ETA, divergence="jensen_shannon"), random(0), random(0), random(1))
+    found = expected_gradient(
+        NashMirrorProx(beta=BETA, eta=ETA, divergence="jensen_shannon"), random(0), random(0), random(1)
+    )
     point = random(0).requires_grad_()
     policy, log_ratio = point.softmax(0), point.log_softmax(0) - LOG_REF
     penalty = (LOG_REF.exp() * divergences.get("jensen_shannon").f(log_ratio)).sum()

@@ -95,12 +95,12 @@ def test_safe_is_ppo_at_the_controllers_beta_and_an_entropy_bonus():
 
 
 def test_correlated_proxies_starts_at_the_floor_and_follows_the_root():
-    proxies = CorrelatedProxies(0.5, floor=0.01, smoothing=0.0)
+    proxies = CorrelatedProxies(strength=0.5, floor=0.01, smoothing=0.0)
     (controller,) = proxies.controllers.values()
     assert proxies.at(0).beta == pytest.approx(0.5 / 0.2)
     assert controller.value(controller.after(controller.start_state(), 0.25)) == pytest.approx(0.5)
     assert proxies.at(0).divergence.name == "pearson_chi2"
-    assert CorrelatedProxies(0.5, "jensen_shannon").at(0).divergence.name == "jensen_shannon"
+    assert CorrelatedProxies("jensen_shannon", strength=0.5).at(0).divergence.name == "jensen_shannon"
 
 
 def test_an_annealed_weight_of_a_teacher_is_kdrl_at_each_step():
@@ -121,7 +121,7 @@ TERMS = ("grpo.policy_gradient", "teacher.distillation")
 
 
 def test_prorl_is_grpo_with_its_clips():
-    assert ProRL(0.01, "jensen_shannon") == PolicyGradient(
+    assert ProRL("jensen_shannon", 0.01) == PolicyGradient(
         divergences.get("jensen_shannon"),
         0.01,
         "group_normalised",

@@ -50,7 +50,7 @@ def test_the_loss_is_tdpo_weighted_by_the_masks_and_its_gradient_reaches_them():
         measures={"divergence": draw()},
         learned_masks={"ratio": ratio, "divergence": divergence},
     )
-    output = SparsePO(0.4, mask="learned_independent", mask_l1=0.3)(batch)
+    output = SparsePO(beta=0.4, mask="learned_independent", mask_l1=0.3)(batch)
     log_u = (batch.logprobs - batch.reference_logprobs) * mask
     u = (ratio * log_u).sum(-1)
     d = (divergence * batch.measures["divergence"] * mask).sum(-1)
@@ -68,7 +68,7 @@ def test_the_loss_is_tdpo_weighted_by_the_masks_and_its_gradient_reaches_them():
 
 def test_masks_of_one_and_no_l1_are_plain_tdpo():
     plain = TokenPairwise(get("forward_kl"), 0.4, variant=1)
-    learned = SparsePO(0.4, mask="learned", mask_l1=0.0)
+    learned = SparsePO(beta=0.4, mask="learned", mask_l1=0.0)
     ones = torch.ones(2, 3, dtype=torch.float64)
     fields = {
         "logprobs": -torch.rand(2, 3, dtype=torch.float64),
@@ -93,7 +93,7 @@ def test_masks_come_from_the_references_layers_and_train(layout):
     )
     torch.manual_seed(0)
     head = LearnedMasks(2, 64, independent=True)
-    objective = SparsePO(0.4, mask="learned_independent")
+    objective = SparsePO(beta=0.4, mask="learned_independent")
     inputs = objective_inputs(
         policy, batch, references={"reference": FrozenModel(reference)}, objective=objective, mask_head=head.eval()
     )

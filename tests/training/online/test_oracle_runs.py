@@ -63,7 +63,7 @@ def test_nash_mirror_prox_resets_its_center_after_two_half_steps(folder):
     run = falign.train(
         str(folder / "tiny"),
         output_dir=folder / "nash",
-        objective=NashMirrorProx(0.1, eta=2.0),
+        objective=NashMirrorProx(beta=0.1, eta=2.0),
         references={
             "reference": {"kind": "adapter_off"},
             "previous": {"kind": "periodic_reset", "every": 4},
@@ -103,7 +103,7 @@ def test_a_calibrated_run_needs_samples_of_every_prompt(folder):
         falign.train(
             str(folder / "tiny"),
             output_dir=folder / "refused",
-            objective=InfAlign(0.1),
+            objective=InfAlign(beta=0.1),
             rewards=rewards("fewer.jsonl"),
             **arguments(folder),
         )
@@ -111,7 +111,7 @@ def test_a_calibrated_run_needs_samples_of_every_prompt(folder):
     run = falign.train(
         str(folder / "tiny"),
         output_dir=folder / "infalign",
-        objective=InfAlign(0.1),
+        objective=InfAlign(beta=0.1),
         rewards=rewards("reference.jsonl"),
         **arguments(folder, training=training),
     )
@@ -123,7 +123,7 @@ def test_a_calibrated_run_needs_samples_of_every_prompt(folder):
         return falign.train(
             str(folder / "tiny"),
             output_dir=folder / "infalign",
-            objective=InfAlign(0.1),
+            objective=InfAlign(beta=0.1),
             rewards=rewards(name),
             resume=True,
             **arguments(folder, training={**training, "max_steps": 3}),
