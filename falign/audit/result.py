@@ -14,7 +14,7 @@ from falign.errors import ConfigError
 __all__ = ["LEVEL_NAMES", "SAMPLE_NAMES", "AuditResult", "Finding", "drawn_cosine"]
 
 Finding = Literal["exact", "direction", "opposite", "zero", "none"]
-"""What a loss's gradient is: a constant times that of a divergence; its direction with a factor that varies; its
+"""Relation of a gradient to that of a divergence: a constant times it; its direction with a factor that varies; its
 opposite; zero; or that of no divergence of the registry."""
 
 NOUNS = {

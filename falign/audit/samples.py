@@ -61,7 +61,7 @@ class PairSlopes(NamedTuple):
 
 @runtime_checkable
 class Subject(Protocol):
-    """What is audited."""
+    """Loss or objective under audit."""
 
     @property
     def name(self) -> str:

@@ -44,7 +44,7 @@ class PairsSummary(BaseModel):
     mean_margin: float | None = None
     """Mean reward of chosen minus rejected completions; None without pairs or rewards."""
     left_out: dict[str, int] = {}
-    """What was left out, by reason (the keys of :data:`falign.data.pairing.LEFT_OUT`), without zeros."""
+    """Numbers of what was left out, by reason (the keys of :data:`falign.data.pairing.LEFT_OUT`), without zeros."""
     first: dict[str, str] = {}
     """Place of the first by reason."""
     bad_rows: int = 0

@@ -162,7 +162,7 @@ def _refuse_nan(measured: Mapping[str, Tensor], given: Sequence[Tensor]) -> None
 
 
 class _Wanted(Enum):
-    """What a visit to a block computes of the measures."""
+    """Outputs of measures that a visit to a block computes."""
 
     VALUES = "values"
     LIVE = "values, and whether they carry a gradient"
