@@ -41,7 +41,7 @@ SAME = {
     "revision": "model.revision",
     "seed": "seed",
     "target_modules": "adapter.target_modules",
-    "temperature": "rollout.temperature or sampling.temperature",
+    "temperature": "rollout.temperature or objective.temperature or sampling.temperature",
     "trust_remote_code": "model.trust_remote_code",
 }
 """Settings that are fields of the same name outside of ``training``, and what is said of one in a wrong section."""
