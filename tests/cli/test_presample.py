@@ -266,10 +266,13 @@ def test_a_mistake_ends_with_status_2_and_a_remedy(presample, tmp_path, argument
     assert {file.name for file in tmp_path.iterdir()} - before <= {"__pycache__"}
 
 
-def test_options_of_the_pre_sampling_need_a_verifier(falign, tiny):
+def test_options_of_the_pre_sampling_need_a_verifier_and_those_of_files_an_output(falign, tiny):
+    status, _, err = falign("sample", tiny, "--prompt", "hi", "--threshold", 2)
+    assert status == 2
+    assert "--threshold: this has no effect without --verifier" in err
     status, _, err = falign("sample", tiny, "--prompt", "hi", "--num-completions", 2, "--overwrite")
     assert status == 2
-    assert "--num-completions, --overwrite: this has no effect without --verifier" in err
+    assert "--overwrite: this has no effect without --out" in err
 
 
 def test_rows_that_the_verifier_cannot_judge_are_found_before_sampling(presample, tmp_path):

@@ -144,7 +144,7 @@ def test_a_reward_that_cannot_be_built_is_a_config_error():
 def test_the_run_file_lines_of_the_page_are_valid_and_its_table_names_every_kind_and_field():
     text = (Path(__file__).parents[2] / "docs/rewards.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 6
     for block in blocks:
         Holder(**yaml.safe_load(block))
     rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", text, re.MULTILINE)
@@ -153,7 +153,7 @@ def test_the_run_file_lines_of_the_page_are_valid_and_its_table_names_every_kind
         del models[without_name]
     table = {kind: set(re.findall(r"`(\w+)`", fields)) for kind, fields in rows if kind in models}
     assert list(table) == list(models)
-    general = {"kind", "name", "weight", "timeout", "failed", "errors"}
+    general = {"kind", "name", "weight", "timeout", "failed", "errors", "transform"}
     values = {"all", "any", "none", "share"}
     for kind, fields in table.items():
         known = set(models[kind].model_fields)
