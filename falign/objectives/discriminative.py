@@ -192,7 +192,7 @@ class TrustRegion(BaseObjective):
         ...     prompt_index=torch.tensor([0]),
         ... )
         >>> TrustRegion(divergences.get("reverse_kl"), beta=10.0, delta=0.1)(batch).mean()  # 10 (e^-1/2 - 0.1)²
-        tensor(0.0704)
+        tensor(0.0705)
     """
 
     divergence: Divergence

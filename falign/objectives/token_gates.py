@@ -74,9 +74,10 @@ class DivergenceBetween:
         :func:`falign.divergences.estimators.full_vocabulary`.
 
     Example:
+        >>> from falign.divergences import TotalVariation
         >>> p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
         >>> at = Vocabulary(p, targets=torch.tensor([0]), references={"draft": p, "teacher": q})
-        >>> DivergenceBetween(get("total_variation"), "draft", "teacher")(at)
+        >>> DivergenceBetween(TotalVariation(), "draft", "teacher")(at)
         tensor([0.2500])
     """
 
