@@ -57,7 +57,7 @@ def test_sql_takes_its_file_from_a_column(shared_data, pool):
 def test_what_hangs_is_killed_scored_as_failed_and_counted(pool):
     hung = replaced(regex(r"(a+)+b", timeout=0.5, failed=-1.0), pool)
     scores = hung.score(prompts("123"), ["ab", "a" * 40, "c"], place=["r:1", "r:2", "r:3"])
-    assert scores == ([1.0, -1.0, 0.0], 1, 0, "reward regex, r:2: killed after 0.5 s")
+    assert scores == ([1.0, -1.0, 0.0], 1, 0, "reward regex, r:2: killed after 0.5 s", {})
     left_out = replaced(regex(r"(a+)+b", timeout=0.5, failed=None), pool)
     assert left_out(["p"], ["a" * 40]) == [None]
 

@@ -23,7 +23,7 @@ def test_it_is_called_for_one_completion_at_a_time_with_the_columns_it_names(poo
 def test_a_hang_costs_its_own_completion_and_is_counted(pool):
     reward = TimedFunction(ONE, timeout=0.5, failed=None, pool=pool)
     scores = reward.score(["p"] * 3, ["a", "hang", "b"], answer=[1.0, 1.0, 1.0], place=["r:1", "r:2", "r:3"])
-    assert scores == ([1.0, None, 1.0], 1, 0, f"reward {ONE}, r:2: killed after 0.5 s")
+    assert scores == ([1.0, None, 1.0], 1, 0, f"reward {ONE}, r:2: killed after 0.5 s", {})
 
 
 def test_an_exception_stops_unless_it_is_to_be_counted(pool):
