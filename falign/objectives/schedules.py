@@ -212,7 +212,7 @@ class Stairs(Schedule):
         if self.every < 1:
             raise ValueError(f"every={self.every!r}: the number of optimizer steps on each stair must be at least 1.")
         if (self.end - self.start) * self.by < 0 or (self.by == 0 and self.end != self.start):
-            raise ValueError(f"by={self.by!r} does not lead from start={self.start!r} to end={self.end!r}.")
+            raise ValueError(f"by={self.by!r} does not lead from {self.start!r} to {self.end!r}.")
 
     @property
     @override
@@ -319,7 +319,8 @@ class Scheduled(BaseObjective):
     @cached_property
     def _stages(self) -> tuple[BaseObjective, ...]:
         """The objectives at all knots and between them: those that a run meets, up to numbers between two others."""
-        between = [(first + last) // 2 for first, last in pairwise(self.knots)]
+        # A ramp is a fraction after its first step if it ever is one, which a field of whole numbers refuses.
+        between = [step for first, last in pairwise(self.knots) for step in (first + 1, (first + last) // 2)]
         extremes = [
             {**self.values(0), path: bound} for path, schedule in self.schedules.items() for bound in schedule.bounds
         ]

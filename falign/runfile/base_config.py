@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, model_serializer
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_serializer
 from typing_extensions import override
 
 from falign.code_identity import code_identity
@@ -196,7 +196,11 @@ class ObjectiveSection(FrozenModel):
             section: Any = self
             for name, value in values.items():
                 section = with_value(section, paths[name], value)
-            return type(self).model_validate(section)._plain(features)
+            try:
+                made = type(self).model_validate(section)
+            except ValidationError as error:
+                raise ValueError("; ".join(each["msg"] for each in error.errors(include_url=False))) from error
+            return made._plain(features)
 
         with refusals():
             schedules = {name: self._schedules[path].build(f"objective.{name}") for name, path in paths.items()}

@@ -124,6 +124,7 @@ def call_with_settings(
     *,
     name: str,
     place: str,
+    key: str = "kind",
     given: Mapping[str, Any] | None = None,
 ) -> Any:
     """Call an own member with settings of a run file, after checking them against its signature.
@@ -132,9 +133,10 @@ def call_with_settings(
 
     Args:
         member: A class or function.
-        settings: The section's keys without ``kind``.
+        settings: The section's keys without ``key``.
         name: The member's name in messages.
         place: The path of the section, for messages.
+        key: The section's key that names the member, for messages.
         given: Arguments that the run adds if the signature names them.
 
     Raises:
@@ -154,7 +156,7 @@ def call_with_settings(
             if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
         }
     except (NameError, TypeError, ValueError) as error:
-        raise ConfigError(f"{place}.kind={name!r}: its signature cannot be read: {error}.") from error
+        raise ConfigError(f"{place}.{key}={name!r}: its signature cannot be read: {error}.") from error
     base = create_model("Settings", __config__=ConfigDict(extra="allow" if takes_all else "forbid", **_LOOSE), **fields)
     validated = _validated(base, settings, name=name, place=place)
     arguments = {key: getattr(validated, key) for key in validated.model_fields_set}
@@ -163,7 +165,7 @@ def call_with_settings(
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{place}.kind={name!r}: {error}") from error
+        raise ConfigError(f"{place}.{key}={name!r}: {error}") from error
 
 
 _LOOSE: Any = {"arbitrary_types_allowed": True, "allow_inf_nan": False, "protected_namespaces": ()}

@@ -181,8 +181,8 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         return _unknown(place, detail["input"])
     if detail["type"] in ("missing", REFUSED):
-        # The message about a schedule has its path within the section, and the value.
-        return f"{place.path} is required." if detail["type"] == "missing" else f"{place.path}.{detail['msg']}."
+        # The message about a schedule has its path and the value.
+        return f"{place.path} is required." if detail["type"] == "missing" else f"{detail['msg']}."
     if detail["type"] == "union_tag_invalid":
         given = detail["input"]["kind"]
         close = nearest(str(given), place.kinds)

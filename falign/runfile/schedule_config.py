@@ -129,7 +129,7 @@ def with_schedules(value: Any, validate: Callable[[Any], Any]) -> Any:
     if not given:
         return validate(value)
     if ("kind",) in given:
-        raise _refusal("kind: it cannot change during training; begin another run from the trained model")
+        raise _refusal("objective.kind: it cannot change during training; begin another run from the trained model")
 
     def at(step: int) -> dict[str, Any]:
         section: Any = value
@@ -141,7 +141,8 @@ def with_schedules(value: Any, validate: Callable[[Any], Any]) -> Any:
         for bound in each.bounds:
             validate(with_value(at(0), path, bound))
     knots = sorted({0, *(knot for each in given.values() for knot in each.knots)})
-    between = {(first + last) // 2 for first, last in pairwise(knots)}
+    # A ramp is a fraction after its first step if it ever is one, which a field of whole numbers refuses.
+    between = {step for first, last in pairwise(knots) for step in (first + 1, (first + last) // 2)}
     first, *_ = [validate(at(step)) for step in sorted({*knots, *between})]
     return first.scheduled(given)
 
@@ -165,7 +166,7 @@ def _given(form: Mapping[Any, Any], path: FieldPath) -> GivenSchedule:
     Raises:
         PydanticCustomError: It is invalid.
     """
-    place = ".".join(map(str, path))
+    place = ".".join(["objective", *map(str, path)])
     if "controller" in form and is_own_name(str(form["controller"])):
         if not isinstance(first := form.get("start"), int | float):
             raise _refusal(
@@ -194,7 +195,7 @@ def _controller(form: Mapping[str, Any], place: str) -> Controller:
     name = str(form["controller"])
     member = CONTROLLERS.get(name, field=f"{place}.controller")
     settings = {key: value for key, value in form.items() if key != "controller"}
-    made = call_with_settings(member, settings, name=name, place=place)
+    made = call_with_settings(member, settings, name=name, place=place, key="controller")
     if not isinstance(made, Controller):
         raise ConfigError(
             f"{place}.controller={name!r} makes a {type(made).__name__}: it must be a subclass of falign's Controller "

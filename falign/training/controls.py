@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from falign.choices import nearest
 from falign.errors import TrainingError
 from falign.objectives import BaseObjective
 from falign.objectives.controllers import State
@@ -30,11 +31,39 @@ class Controls:
     def __init__(self, objective: BaseObjective) -> None:
         self._given, self._means = objective, Means()
         self.states: dict[str, State] = {path: each.start_state() for path, each in objective.controllers.items()}
-        self.objective = self._controlled()
+        self.objective, self._checked = self._controlled(), False
 
     def _controlled(self) -> BaseObjective:
         controllers = self._given.controllers
         return self._given.controlled({path: each.value(self.states[path]) for path, each in controllers.items()})
+
+    def check(self, *, step: int) -> None:
+        """Refuse a controller whose metric the objective does not report; all processes must call it.
+
+        Args:
+            step: Number of the step under way, whose losses are computed and whose weights are not yet changed.
+
+        Raises:
+            TrainingError: The first step with a finite loss has no mean that a controller could follow.
+        """
+        if self._checked or not self.states or not (means := self._means.now()):
+            return
+        self._checked, observed = True, self._observed(means, f"Step {step}")
+        for path, controller in self._given.controllers.items():
+            if path not in observed:
+                close = None if controller.metric is None else nearest(controller.metric, means)
+                followed = "a metric divergence/..." if controller.metric is None else f"metric={controller.metric!r}"
+                raise TrainingError(
+                    f"Step {step}: objective: {path}: {type(controller).__name__} follows {followed}, which the "
+                    f"objective does not report{f'; did you mean {close!r}?' if close else ':'} Give metric, one of "
+                    f"{', '.join(sorted(means))}."
+                )
+
+    def _observed(self, means: Mapping[str, float], place: str) -> Mapping[str, float]:
+        try:
+            return self._given.observed(means)
+        except ValueError as error:
+            raise TrainingError(f"{place}: objective: {error}") from error
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Add the metrics of a micro-batch, one value per item."""
@@ -48,17 +77,18 @@ class Controls:
             step: Number of the next step, for messages.
 
         Raises:
-            TrainingError: A controller does not know which metric to follow, or its mean is NaN or infinite.
+            TrainingError: A controller does not know which metric to follow, its mean is NaN or infinite, or the
+                objective refuses the value that it gives.
         """
         if not self.states:
             return
-        try:
-            observed = self._given.observed(self._means.take())
-        except ValueError as error:
-            raise TrainingError(f"Before step {step}: objective: {error}") from error
-        for path, value in observed.items():
+        place = f"Before step {step}"
+        for path, value in self._observed(self._means.take(), place).items():
             self.states[path] = self._given.controllers[path].after(self.states[path], value)
-        self.objective = self._controlled()
+        try:
+            self.objective = self._controlled()
+        except ValueError as error:  # of a user's own controller; those of falign have bounds, which are tried before
+            raise TrainingError(f"{place}: objective: a controller's value is refused: {error}") from error
 
     def state_dict(self) -> dict[str, Any]:
         """Return states and sums as plain values; all processes must call it."""

@@ -164,8 +164,13 @@ class Means:
 
     def take(self) -> dict[str, float]:
         """Return the means over all processes since the last call, and reset them; all processes must call it."""
-        own = [(name, total.item(), self._counts[name]) for name, total in self._sums.items()]
+        means = self.now()
         self._sums, self._counts = {}, {}
+        return means
+
+    def now(self) -> dict[str, float]:
+        """Return the means over all processes since they were last taken; all processes must call it."""
+        own = [(name, total.item(), self._counts[name]) for name, total in self._sums.items()]
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
         for name, total, count in gathered(own):

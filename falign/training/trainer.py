@@ -305,6 +305,7 @@ class AlignmentTrainer(ResumableTrainer):
         for head in (each for each in (self.value_head, self.mask_head) if each is not None):
             values = [value.grad.norm() for value in head.parameters() if value.grad is not None]
             norm = torch.stack([torch.as_tensor(norm), *values]).norm()
+        self.controls.check(step=self.state.global_step + 1)
         return self.guard.check_gradient(norm, step=self.state.global_step + 1, terms=self.contract.names)
 
     @override

@@ -56,7 +56,7 @@ def test_phases_and_stairs_change_at_their_steps():
         (lambda: Steps({5: 0.1}), "none is 0"),
         (lambda: Steps({0: 0.1, 9: 0.3, 5: 0.2}), "must ascend"),
         (lambda: Steps({0: 0.1, 1.5: 0.3}), "whole numbers"),
-        (lambda: Stairs(1, 8, by=-1), "by=-1 does not lead from start=1 to end=8"),
+        (lambda: Stairs(1, 8, by=-1), "by=-1 does not lead from 1 to 8"),
         (lambda: Stairs(1, 8, every=0), "every=0"),
         (lambda: Scheduled(Pairwise(REVERSE_KL), {}), "schedules is empty"),
         (lambda: Scheduled(Pairwise(REVERSE_KL), {"bata": Linear(0.1, 0.2, steps=3)}), "bata is not a field; .*beta"),

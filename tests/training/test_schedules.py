@@ -11,9 +11,10 @@ import falign
 from falign import divergences
 from falign.errors import ConfigError, TrainingError
 from falign.evaluation.loading import run_objective
-from falign.objectives import Pairwise, Scheduled, Steps
+from falign.objectives import Pairwise, Scheduled, Selected, Steps, Sum, Supervised, TargetDivergence
 from falign.runfile import parse_run
 from falign.training import train
+from falign.training.controls import Controls
 from falign.training.trainer import AlignmentTrainer
 from tests.training.pairs import run_data, write_pairs
 from tests.training.prompts import online_data, write_prompts
@@ -175,15 +176,59 @@ def test_a_resumed_run_with_a_controller_equals_the_uninterrupted_one_bit_for_bi
 def test_a_controller_that_measures_nothing_known_stops_the_run_with_the_names(start):
     objective = {"kind": "token_pairwise", "beta": HELD}
     with pytest.raises(
-        TrainingError, match=r"Before step 2: objective: .*reports divergence/chosen, divergence/rej.*give metric"
+        TrainingError, match=r"Step 1: objective: .*reports divergence/chosen, divergence/rej.*give metric"
     ):
         start("run", objective=objective, training={"max_steps": 2})
+
+
+def test_a_controller_of_a_metric_that_is_not_reported_stops_the_run_before_the_weights_move(start):
+    objective = {**PENALIZED, "beta": {**HELD, "metric": "divergence/reverse"}}
+    with pytest.raises(
+        TrainingError,
+        match=r"Step 1: objective: beta: .*metric='divergence/reverse', which .* did you mean 'divergence/reverse_kl'",
+    ):
+        start("run", online=True, objective=objective, training={"max_steps": 3})
+    both = Sum({"a": Pairwise(divergences.get("reverse_kl")), "b": (Selected(Supervised(), "chosen"), 0.2)})
+    controls = Controls(Scheduled(both, {"terms.b.1": TargetDivergence(1.0, start=0.2)}))
+    controls.check(step=1)  # a step without a finite loss reports nothing
+    controls.add({"a/divergence/reverse_kl": torch.ones(2)})
+    with pytest.raises(
+        TrainingError, match=r"Step 2: .*terms.b.1: .*a metric divergence/\.\.\., .*one of a/div"
+    ):
+        controls.check(step=2)
+
+
+@pytest.mark.parametrize(("value", "message"), [("nan", "finite number"), ("-1.0", "greater than 0")])
+def test_a_controller_whose_value_the_objective_refuses_stops_the_run_with_its_reason(
+    start, tmp_path, monkeypatch, value, message
+):
+    code = [
+        "from falign.objectives import Controller",
+        "class Leaps(Controller):",
+        "    def __init__(self, start, metric='rewards/margins'): self.start, self.metric = start, metric",
+        "    def start_state(self): return {'value': self.start}",
+        "    def value(self, state): return state['value']",
+        f"    def after(self, state, measured): return {{'value': float('{value}')}}",
+    ]
+    name = f"leaping_{message.partition(' ')[0]}"
+    (tmp_path / f"{name}.py").write_text("\n".join(code))
+    monkeypatch.syspath_prepend(tmp_path)
+    beta = {"controller": f"{name}:Leaps", "start": 0.1}
+    with pytest.raises(TrainingError, match=f"Before step 2: objective: .*beta={value}: Input should be .*{message}"):
+        start("run", objective={"kind": "pairwise", "beta": beta}, training={"max_steps": 3})
 
 
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        ({"beta": {**HELD, "target": -1.0}}, "objective.beta.*target=-1.0 must be positive"),
+        (
+            {"beta": {**HELD, "target": -1.0}},
+            "objective.beta.controller='target_divergence': target=-1.0 must be positive",
+        ),
+        (
+            {"beta": {"controller": "root_divergence", "strength": 0.1, "start": 0.1}},
+            r"run: unknown key 'objective.beta.start'; did you mean strength\?|^unknown key 'objective.beta.start'",
+        ),
         (
             {"beta": {"controller": "target_divergenc"}},
             "objective.beta.controller='target_divergenc' is unknown; did you",
@@ -201,12 +246,20 @@ def test_a_controller_that_measures_nothing_known_stops_the_run_with_the_names(s
         ({"beta": {0: 0.5, 9: 0.1, 5: 0.2}}, r"objective.beta=.*must ascend"),
         ({"divergence": {0: "forward_kl", 5: "revers_kl"}}, r"at step 5 .*objective.divergence='revers_kl' is unknown"),
         ({"kind": {0: "pairwise", 5: "listwise"}}, r"objective.kind: it cannot change during training"),
-        ({"beta": {"from": 1, "to": 4, "by": -1, "every": 2}}, r"by=-1 does not lead from start=1 to end=4"),
+        ({"beta": {"from": 1, "to": 4, "by": -1, "every": 2}}, r"by=-1 does not lead from 1 to 4"),
     ],
 )
 def test_a_schedule_that_cannot_work_is_refused_before_anything_is_loaded(objective, message):
     with pytest.raises(ConfigError, match=message):
         parse_run(run_data("nowhere", "nothing.jsonl", "run", objective=objective)).check()
+
+
+def test_a_ramp_through_fractions_is_refused_by_a_field_of_whole_numbers_before_anything_is_loaded():
+    data = run_data("nowhere", "nothing.jsonl", "run")
+    tokens = {"from": 1, "to": 7, "steps": 4}  # 4 and 7, but 2.5 and 5.5 as well
+    data["objective"] = {"kind": "distillation", "weights": [{"kind": "first_tokens", "tokens": tokens}]}
+    with pytest.raises(ConfigError, match=r"objective.weights.0.tokens=2.5: Input should be a valid integer"):
+        parse_run(data)
 
 
 def test_a_reference_reset_on_stall_resumes_bit_for_bit_and_moves_between_rollouts_only(start):
