@@ -218,6 +218,11 @@ class BaseObjective(ABC):
         return False
 
     @property
+    def rests_at(self) -> str | None:
+        """Name of the reference at which its gradient is zero, so that a policy that equals it stays there; or None."""
+        return None
+
+    @property
     def needs_to_prepare(self) -> frozenset[str]:
         """Fields of :attr:`needs` that :meth:`prepare` reads, although :attr:`measures` give them later anyway."""
         return frozenset()

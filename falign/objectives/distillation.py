@@ -140,6 +140,11 @@ class Distillation(BaseObjective):
 
     @property
     @override
+    def rests_at(self) -> str | None:
+        return None if isinstance(self.divergence, Measure) else self.reference
+
+    @property
+    @override
     def learns_from_samples(self) -> bool:
         return True
 

@@ -391,6 +391,12 @@ class Scheduled(BaseObjective):
 
     @property
     @override
+    def rests_at(self) -> str | None:
+        names = {stage.rests_at for stage in self._stages}
+        return names.pop() if len(names) == 1 else None
+
+    @property
+    @override
     def accepts_unnormalized(self) -> bool:
         return all(stage.accepts_unnormalized for stage in self._stages)
 

@@ -112,6 +112,11 @@ class Selected(BaseObjective):
 
     @property
     @override
+    def rests_at(self) -> str | None:
+        return self._whole.rests_at
+
+    @property
+    @override
     def needs_to_prepare(self) -> frozenset[str]:
         return self._whole.needs_to_prepare
 

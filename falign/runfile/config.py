@@ -342,6 +342,14 @@ class RunConfig(FrozenModel):
                 f"{', '.join(sorted(given))}: add it under references, as "
                 f"`references: {{{', '.join(f'{name}: {{kind: ...}}' for name in sorted({*given, *read}))}}}`."
             )
+        rest = None if whole.rests_at is None else self.reference_sections()[whole.rests_at]
+        if rest is not None and rest.prompt is None and rest.starts_as_policy(self):
+            assert whole.rests_at is not None
+            raise ConfigError(
+                f"{self.section_of(whole.rests_at)}.kind={rest.kind} is the model that the policy starts from, and "
+                f"objective.kind={self.objective.kind} has no gradient where the two are equal, so nothing would be "
+                "learned: give the path of another model, or a prompt that the policy does not read."
+            )
         unread = sorted(given - self.with_members({*read, REFERENCE} & given))
         if unread and len(measures) == len(self.measures):  # a measure of the user's own may read it
             raise ConfigError(

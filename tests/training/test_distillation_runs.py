@@ -211,3 +211,17 @@ def test_the_python_door_takes_prompts_and_a_teacher_without_rewards(tiny, tmp_p
         run, prompts=[{"prompt": "one "}], out=tmp_path / "given", rewards=[vowels], num_completions=2, max_new_tokens=4
     )
     assert given is not None
+
+
+@pytest.mark.parametrize("kind", ["frozen", "adapter_off", "auto", "moving_average"])
+def test_a_teacher_that_is_the_policy_itself_is_refused(tiny, tmp_path, kind):
+    teacher = {"kind": kind, **({"alpha": 0.5, "every": 1} if kind == "moving_average" else {})}
+    data = run_data(tiny, write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "run")
+    data["references"] = {"teacher": teacher}
+    for objective in (TAUGHT, {**TAUGHT, "completions": "all"}, {**TAUGHT, "temperature": {0: 2.0, 1: 1.0}}):
+        with pytest.raises(ConfigError, match=r"references.teacher.kind=.* nothing would be learned: give the path"):
+            parse_run({**data, "objective": objective}).check()
+    summed = {"kind": "sum", "terms": {"kd": TAUGHT, "sft": {"kind": "supervised"}}}
+    parse_run({**data, "objective": summed}).check()
+    prompted = {"teacher": {**teacher, "prompt": "Hi. {prompt}"}}
+    parse_run({**data, "objective": TAUGHT, "references": prompted}).check()

@@ -192,9 +192,7 @@ def test_a_controller_of_a_metric_that_is_not_reported_stops_the_run_before_the_
     controls = Controls(Scheduled(both, {"terms.b.1": TargetDivergence(1.0, start=0.2)}))
     controls.check(step=1)  # a step without a finite loss reports nothing
     controls.add({"a/divergence/reverse_kl": torch.ones(2)})
-    with pytest.raises(
-        TrainingError, match=r"Step 2: .*terms.b.1: .*a metric divergence/\.\.\., .*one of a/div"
-    ):
+    with pytest.raises(TrainingError, match=r"Step 2: .*terms.b.1: .*a metric divergence/\.\.\., .*one of a/div"):
         controls.check(step=2)
 
 
