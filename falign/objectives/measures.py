@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from falign import divergences
+from falign.choices import nearest
 from falign.divergences import Divergence
 from falign.divergences.estimators import full_vocabulary
 from falign.errors import ConfigError
@@ -469,6 +470,15 @@ def get_measure(name: str, *, field: str | None = None) -> Measure:
         frozenset({'teacher'})
     """
     place = f"measure {name!r}" if field is None else f"{field}={name!r}"
+    if name.count("(") != name.count(")"):
+        raise ConfigError(
+            f"{place}: a parenthesis is missing; write it as in 'divergence_to(jensen_shannon, teacher)'."
+        )
+    if "(" in name and is_own_name(own := name.partition("(")[0].strip()):
+        raise ConfigError(
+            f"{place}: a measure of your own has its settings in a section: write {{kind: {own!r}, ...}}, or in Python "
+            "give the object."
+        )
     match = None if is_own_name(name) else re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", name)
     key, text = (name, "") if match is None else (match[1], match[2])
     member: Any = MEASURES.get(key, field=field)
@@ -515,8 +525,26 @@ def _settings(member: Callable[..., Any], text: str) -> dict[str, Any]:
             positional.append(argument)
         else:
             named[match[1]] = match[2]
+    for name in named:
+        if name not in signature.parameters:
+            close = nearest(name, signature.parameters)
+            hint = f"; did you mean {close}?" if close else ":"
+            raise ValueError(f"unknown argument {name!r}{hint} The arguments are {', '.join(signature.parameters)}.")
     given = signature.bind(*positional, **named).arguments
-    return {name: _READERS.get(signature.parameters[name].annotation, str)(value) for name, value in given.items()}
+    return {name: _read(name, value, signature.parameters[name].annotation) for name, value in given.items()}
+
+
+def _read(name: str, text: str, annotation: str) -> Any:
+    """Return the value of an argument that is given as text."""
+    try:
+        return _READERS.get(annotation, str)(text)
+    except ConfigError:
+        raise  # already has its place
+    except ValueError as error:
+        wanted = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+        if (kind := annotation.partition(" ")[0]) not in wanted:
+            raise
+        raise ValueError(f"{name}={text} must be {wanted[kind]}.") from error
 
 
 def _arguments(text: str) -> list[str]:

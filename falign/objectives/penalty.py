@@ -87,10 +87,9 @@ class Penalty:
                     f"{name} at level={self.level!r}: it reads whole next-token distributions; set level='vocabulary'."
                 )
         if self._is_measure and (self.reference != REFERENCE or self.temperature != 1.0):
-            raise ValueError(
-                f"reference={self.reference!r}, temperature={self.temperature!r} with a measure, which has its own: "
-                "give them to the measure."
-            )
+            own = {"reference": (self.reference, REFERENCE), "temperature": (self.temperature, 1.0)}
+            given = ", ".join(f"{name}={value!r}" for name, (value, default) in own.items() if value != default)
+            raise ValueError(f"{given} with a measure, which has its own: give it to the measure.")
         _ = self.measures  # validates the temperature
 
     @property

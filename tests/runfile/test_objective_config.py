@@ -89,6 +89,7 @@ def test_sums_that_cannot_be_meant_are_refused_with_the_path_of_the_term(fields,
         ({"divergence": "js", "measure": "entropy"}, "divergence=js beside objective.measure, which takes its place"),
         ({"measure": "entrpy"}, "objective.measure='entrpy'"),
         ({"measure": "entropy", "reference": "teacher"}, "a measure, which names its own"),
+        ({"measure": "entropy", "temperature": 2.0}, "^objective: temperature=2.0 with a measure, which has its own"),
         ({"divergence": "js", "level": "token", "temperature": 2.0}, "objective: temperature=2.0 at level='token'"),
     ],
 )

@@ -162,7 +162,10 @@ def test_a_divergence_within_a_measure_is_code_too(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ("divergence_to(jensen_shannon, reference, cold)", "could not convert string to float: 'cold'"),
+        ("divergence_to(jensen_shannon, reference, cold)", "temperature=cold must be a number"),
+        ("top_k(forward_kl, five, reference)", "k=five must be a whole number"),
+        ("top_k(forward_kl, 5, refrence=reference)", "unknown argument 'refrence'; did you mean reference"),
+        ("top_k(forward_kl, 5", "a parenthesis is missing"),
         ("divergence_to(jensen_shannon, reference, 0)", "temperature=0.0 must be positive and finite"),
         ("divergence_to(jensen)", "divergence 'jensen' is unknown"),
         ("entropy(3)", "positional argument.*; write it as in"),
@@ -173,6 +176,13 @@ def test_a_measure_with_wrong_arguments_is_named_by_its_field(tiny, tmp_path, va
     for build in (config.check, config.build_measures):
         with pytest.raises(ConfigError, match=rf"^measures\.gap='{re.escape(value)}': .*(?:{reason})"):
             build()
+
+
+def test_an_own_measure_with_parentheses_is_told_to_be_a_section(tiny, tmp_path):
+    content = run_data(tiny, tmp_path / "pairs.jsonl", tmp_path / "run")
+    config = parse_run(content | {"measures": {"gap": f"{OWN}:MassOn([3])"}})
+    with pytest.raises(ConfigError, match=rf"^measures\.gap='.*has its settings in a section: write {{kind: '{OWN}:M"):
+        config.build_measures()
 
 
 def test_a_measure_with_settings_is_a_section(tiny, tmp_path):
