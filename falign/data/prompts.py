@@ -306,6 +306,7 @@ def filled(template: str, fields: Mapping[str, Any], place: str) -> str:
         place: The row, for messages.
 
     Raises:
+        ConfigError: The template cannot be read: braces that are not closed, or without a name.
         DataError: A column is missing, or is not text or a number.
 
     Example:
@@ -313,11 +314,24 @@ def filled(template: str, fields: Mapping[str, Any], place: str) -> str:
         '1 + 2'
     """
     try:
+        names = [name for _, name, _, _ in _Filled().parse(template) if name is not None]
+    except ValueError as error:
+        raise _unreadable(template, str(error)) from error
+    if any(not name or name[0].isdigit() for name in names):
+        raise _unreadable(template, "it has braces without the name of a column")
+    try:
         return _Filled().vformat(template, (), fields)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError, OverflowError) as error:
         raise DataError(
             f"{place}: the template {template!r} asks for {error}; the row has {sorted(fields)}."
         ) from error
+
+
+def _unreadable(template: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"the template {template!r} cannot be read ({reason}): columns stand in braces by their names, as in "
+        "{prompt}; write {{ and }} for braces of the text."
+    )
 
 
 def _raw_prompt(row: Row, template: str | None) -> Text:

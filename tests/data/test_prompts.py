@@ -108,8 +108,15 @@ def test_a_conversation_needs_a_chat_template_and_evaluation_is_chosen_one_way(w
         load_prompts([source], byte_bpe(), max_length=9, eval_sources=[source], eval_size=1)
 
 
-@pytest.mark.parametrize("template", ["{prompt:d}", "{prompt!q}", "{prompt[x]}", "{prompt.x}", "{", "{0}"])
+@pytest.mark.parametrize("template", ["{prompt:d}", "{prompt!q}", "{prompt[x]}", "{prompt.x}"])
 def test_a_template_that_cannot_be_filled_names_the_row(write_rows, byte_bpe, template):
     path = write_rows({"prompt": [{"role": "user", "content": "hi"}]})
     with pytest.raises(DataError, match=r":1: the template .* asks for"):
         load(path, byte_bpe(), template=template)
+
+
+@pytest.mark.parametrize("template", ["{", "}", "{0}", "{} {prompt}"])
+def test_a_template_that_cannot_be_read_is_no_fault_of_the_rows(write_rows, byte_bpe, template):
+    path = write_rows({"prompt": "hi"})
+    with pytest.raises(ConfigError, match=r"the template '.*' cannot be read \(.*in \{prompt\}; write \{\{ and \}\}"):
+        load(path, byte_bpe(), template=template, chat=False)
