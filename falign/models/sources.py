@@ -136,6 +136,11 @@ def _check_is_model(folder: Path) -> None:
         )
     subfolders = sorted(entry.parent.name for entry in folder.glob("*/config.json"))
     hint = f" Did you mean one of its folders {subfolders}?" if subfolders else ""
+    if adapters := sorted(entry.parent.name for entry in folder.glob("*/adapter_config.json")):
+        hint = (
+            f" It holds an adapter, in {adapters[0]}/: give it where an adapter may stand (as a reference, with kind: "
+            "adapter), or merge it into its base and give that (`falign export RUN --format merged`)."
+        )
     raise ModelError(f"{folder} has no config.json, so it is not a model folder.{hint}")
 
 

@@ -14,10 +14,11 @@ from pydantic import (
     model_validator,
 )
 
+from falign.choices import similar
 from falign.data import DataSource, InMemory, LengthPolicy, PreferenceData, Window, load_preferences
 from falign.data.memory import PYTHON
 from falign.data.other_prompts import OtherPrompts
-from falign.errors import ConfigError
+from falign.errors import ConfigError, ModelError
 from falign.objectives import BaseObjective, Measure, Objective, complete, field_of, reference_names
 from falign.objectives.batch import OFFLINE
 from falign.objectives.measures import references_of
@@ -270,9 +271,13 @@ class RunConfig(FrozenModel):
         require_model(self.model.path)
         if self.adapter is not None and self.adapter.init is not None:
             require_path(self.adapter.init)
-        for part in (*self.reference_sections().values(), *self.rewards):
+        references = {self.section_of(name): section for name, section in self.reference_sections().items()}
+        for field, part in (*references.items(), *((f"rewards.{i}", part) for i, part in enumerate(self.rewards))):
             for path in part.model_paths():
-                require_path(path)
+                try:
+                    require_path(path)
+                except ModelError as error:
+                    raise ModelError(f"{field}: {error}") from error
 
     def build_measures(self) -> dict[str, Measure]:
         """Return the measures to log, by name.
@@ -337,9 +342,11 @@ class RunConfig(FrozenModel):
             readers = (field for field, measure in measures.items() if missing[0] in references_of([measure]))
             by_objective = missing[0] in reference_names(whole.needs, whole.measures)
             reader = f"objective.kind={self.objective.kind}" if by_objective else next(readers)
+            close = similar(missing[0], sorted(given - read), cutoff=0.75)
+            hint = "" if close is None else f" is {close!r} the one that is meant? Give both the same name; or"
             raise ConfigError(
                 f"{reader} reads the reference {missing[0]!r}, and the run has "
-                f"{', '.join(sorted(given))}: add it under references, as "
+                f"{', '.join(sorted(given))}:{hint} add it under references, as "
                 f"`references: {{{', '.join(f'{name}: {{kind: ...}}' for name in sorted({*given, *read}))}}}`."
             )
         rest = None if whole.rests_at is None else self.reference_sections()[whole.rests_at]

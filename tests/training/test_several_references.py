@@ -5,7 +5,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from falign.errors import ConfigError
+from falign.errors import ConfigError, ModelError
 from falign.models import add_lora, export_adapter, load_model, load_tokenizer
 from falign.runfile import parse_run
 from falign.training import train
@@ -118,6 +118,10 @@ TEACHER = {"references": {"reference": {}, "teacher": {"kind": "frozen", "path":
             MEASURES,
             r"^measures\.\w+ reads the reference 'teacher', and the run has reference: add it under references, as",
         ),
+        (
+            {"references": {"reference": {}, "techer": {}}, **MEASURES},
+            r"has reference, techer: is 'techer' the one that is meant\? Give both the same name; or add it under",
+        ),
         ({"references": {"teacher": {}}, **MEASURES}, "reads the reference 'reference', and the run has teacher"),
         ({"references": {"My teacher": {}}}, r"references\.My teacher: a name is a lower-case letter"),
         ({"references": {"reference": {"kind": "soup", "paths": ["a"]}}}, "references.reference: a soup of 1"),
@@ -131,6 +135,21 @@ TEACHER = {"references": {"reference": {}, "teacher": {"kind": "frozen", "path":
 def test_references_that_contradict_each_other_or_the_objective_are_refused_with_the_remedy(run_file, changes, message):
     with pytest.raises(ConfigError, match=message):
         parse_run(run_file("run", **changes)).check()
+
+
+def test_a_model_of_a_reference_that_is_missing_or_a_run_is_refused_with_its_field(run_file, tmp_path):
+    data = run_file(
+        "run", **MEASURES, references={"reference": {}, "teacher": {"kind": "frozen", "path": "no/such/one"}}
+    )
+    with pytest.raises(ModelError, match=r"^references\.teacher: no/such/one does not exist"):
+        parse_run(data).require_files()
+    (tmp_path / "old" / "adapter").mkdir(parents=True)
+    (tmp_path / "old" / "adapter" / "adapter_config.json").write_text("{}")
+    data["references"]["teacher"]["path"] = str(tmp_path / "old")
+    with pytest.raises(
+        ModelError, match=r"old has no config.json.* holds an adapter, in adapter/: give it .* export RUN"
+    ):
+        start(data)
 
 
 def test_a_measure_of_ones_own_that_reads_a_missing_reference_is_refused_before_anything_is_loaded(run_file):
