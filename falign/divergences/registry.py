@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from falign.choices import shown
 from falign.divergences.alpha import Alpha, SquaredHellinger
 from falign.divergences.base import Divergence
 from falign.divergences.bounded import LeCam, TotalVariation
@@ -172,10 +173,17 @@ def resolve(divergence: Divergence | str) -> Divergence:
         The divergence.
 
     Raises:
-        ConfigError: The name is unknown.
+        ConfigError: The name is unknown, or it is neither.
 
     Example:
         >>> resolve("alpha(0.5)") == resolve(Alpha(0.5))
         True
     """
-    return get(divergence) if isinstance(divergence, str) else divergence
+    if isinstance(divergence, str):
+        return get(divergence)
+    if not isinstance(divergence, Divergence):
+        given = divergence.__name__ if isinstance(divergence, type) else shown(divergence)
+        raise ConfigError(
+            f"divergence is {given}: give a name, such as 'jensen_shannon', or a falign.divergences.Divergence object."
+        )
+    return divergence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from falign.divergences import Divergence, resolve
@@ -89,6 +90,8 @@ def KD(  # noqa: N802 - as papers abbreviate it
     distillation = Distillation(resolve(divergence), reference, temperature=temperature, reduction=reduction)
     if supervised is None:
         return distillation
+    if not 0 < supervised < math.inf:
+        raise ValueError(f"supervised={supervised!r} must be positive and finite: leave it out for no fine-tuning.")
     return Sum({"distillation": distillation, "sft": (Supervised(), supervised)})
 
 

@@ -259,7 +259,8 @@ class Sum(BaseObjective):
             if each.imitates and "preference" in self.needs and "preference" not in each.needs:
                 raise ValueError(
                     f"term {name} makes all its completions more likely, the rejected ones among them, which another "
-                    f"term reads: give it only some, as Selected({type(each).__name__}(...), completions='chosen')."
+                    f"term reads: give it only some, with completions: chosen in a run file, as "
+                    f"Selected({type(each).__name__}(...), completions='chosen') in Python."
                 )
 
     @cached_property

@@ -313,7 +313,13 @@ def each_section(name: str, section: Callable[[Any], Any], values: Any) -> dict[
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{name} is {shown(values)}: give a mapping from a name to each.")
-    return {key: section(value) for key, value in values.items()}
+    sections = {}
+    for key, value in values.items():
+        try:
+            sections[key] = section(value)
+        except ConfigError as error:
+            raise ConfigError(f"{name}[{key!r}]: {error}") from error
+    return sections
 
 
 def _is_list(value: Any) -> bool:

@@ -187,3 +187,9 @@ CONFIGS = {
 def test_the_run_file_of_a_method_has_its_objective(name):
     config = load_run_file(Path(__file__).parents[2] / "configs" / f"{name}.yaml")
     assert config.check().at(0) == CONFIGS[name]
+
+
+@pytest.mark.parametrize("supervised", [0.0, -0.5, float("inf")])
+def test_a_share_of_fine_tuning_that_is_not_positive_is_refused(supervised):
+    with pytest.raises(ValueError, match=r"supervised=.* must be positive and finite: leave it out"):
+        KD("forward_kl", supervised=supervised)
