@@ -91,12 +91,21 @@ def audit(
         built, name, _chosen("level", level, LossLevel), _chosen("use", use, Use), _chosen("credit", credit, Credit)
     )
     chosen = divergences.get(divergence, field="divergence") if isinstance(divergence, str) else divergence
+    if not (chosen is None or isinstance(chosen, Divergence)):
+        raise ConfigError(
+            f"divergence={divergence!r} is a {type(divergence).__name__}; give a name, or a Divergence such as "
+            "from_generator(f)."
+        )
     if source == "pairs" or (source is None and subject.of_pairs):
         if not subject.of_pairs:
             raise ConfigError(f"samples='pairs': {name} reads no pairs; choose 'policy', 'reference' or 'old'.")
+        if reference not in (None, "reference"):
+            raise ConfigError(f"reference={reference!r}: pairs are compared with the one that they read; leave it out.")
         return _of_pairs(subject, chosen)
     if subject.of_pairs:
         raise ConfigError(f"samples={samples!r}: {name} is a loss of pairs; set samples='pairs'.")
+    if reference is not None:
+        require_choice("reference", reference, ("reference", "old", *sorted({*subject.references} - {"reference", "old"})))
     result = _of_samples(subject, chosen, source or "policy", reference)
     if source is None and result.finding not in ("exact", "direction"):
         result = replace(result, notes=(*result.notes, *_elsewhere(subject, chosen, reference)))

@@ -171,7 +171,6 @@ def row_slopes(
         whole, again = (_evaluate(function, name, inputs, mask, masks) for _ in range(2))
         _require_same(name, whole, again, "its result differs between two calls with the same arguments")
         _require_finite(name, whole, mask)
-        half = len(mask) // 2
         parts = [
             _evaluate(
                 function,
@@ -180,9 +179,15 @@ def row_slopes(
                 mask[rows],
                 {key: each[rows] for key, each in masks.items()},
             )
-            for rows in (slice(0, half), slice(half, None))
+            for rows in _halves(len(mask))
         ]
     return _by_row(name, whole, parts, mask)
+
+
+def _halves(rows: int) -> tuple[Tensor, Tensor]:
+    """Return the rows of two halves in a random order, so that no row keeps the neighbors that it may be grouped with."""
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    return order[: rows // 2], order[rows // 2 :]
 
 
 def _call(function: Callable[..., Any], name: str, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -215,7 +220,10 @@ def _evaluate(
     given = {key: value.clone().requires_grad_(key in LEAVES) for key, value in inputs.items()}
     leaves = {key: value for key, value in given.items() if key in LEAVES}
     if not leaves:
-        raise ConfigError(f"{name} asks for none of {', '.join(sorted(LEAVES))}: a loss is a function of the policy.")
+        raise ConfigError(
+            f"{name} asks for none of {', '.join(sorted(LEAVES))}: a loss is a function of the policy. Arguments are given "
+            "by their names, and *args, **kwargs name none: write them out, or wrap the loss."
+        )
     value = _call(function, name, given)
     rows = mask.shape
     if value.shape not in ((), rows[:1], rows):
@@ -241,9 +249,9 @@ def _evaluate(
 def _coefficients(
     function: Callable[..., Any], name: str, inputs: Mapping[str, Tensor], mask: Tensor, credit: Credit
 ) -> Tensor:
-    half = len(mask) // 2
     pieces = []
-    for rows in (slice(None), slice(None), slice(0, half), slice(half, None)):
+    everything = torch.arange(len(mask))
+    for rows in (everything, everything, *_halves(len(mask))):
         value = _call(function, name, {key: each[rows].clone() for key, each in inputs.items()}).detach()
         own = mask[rows]
         if value.shape not in (own.shape, own.shape[:1]):
@@ -294,11 +302,15 @@ def _require_finite(name: str, evaluated: _Evaluated, mask: Tensor) -> None:
 
 
 def _joined(parts: list[_Evaluated]) -> _Evaluated:
-    keys = parts[0].slopes
     return _Evaluated(
-        torch.cat([part.value for part in parts]),
-        {key: torch.cat([part.slopes[key] for part in parts]) for key in keys},
+        _in_order([part.value for part in parts]),
+        {key: _in_order([part.slopes[key] for part in parts]) for key in parts[0].slopes},
     )
+
+
+def _in_order(halves: list[Tensor]) -> Tensor:
+    joined = torch.cat(halves)
+    return joined[torch.cat(_halves(len(joined))).argsort()]
 
 
 def _by_row(name: str, whole: _Evaluated, parts: list[_Evaluated], mask: Tensor) -> RowSlopes:
@@ -310,17 +322,17 @@ def _by_row(name: str, whole: _Evaluated, parts: list[_Evaluated], mask: Tensor)
         slopes, of_parts = (replace(each, value=each.value.new_zeros(())) for each in (whole, _joined(parts)))
         _require_same(name, slopes, of_parts, DEPENDS)
         return RowSlopes(whole.slopes, ones)
-    half = len(mask) // 2
+    first, second = _halves(len(mask))
     for weights, divisors in (
-        (ones, [ones, ones[:half], ones[half:]]),  # a mean over rows
-        (lengths, [lengths, lengths[:half], lengths[half:]]),  # over tokens
+        (ones, [ones, ones[first], ones[second]]),  # a mean over rows
+        (lengths, [lengths, lengths[first], lengths[second]]),  # over tokens
         (ones, [ones[:1]] * 3),  # a sum
     ):
         scaled = [
             {key: slope * divisor.sum() for key, slope in each.slopes.items()}
             for each, divisor in zip((whole, *parts), divisors, strict=True)
         ]
-        joined = {key: torch.cat([part[key] for part in scaled[1:]]) for key in scaled[0]}
+        joined = {key: _in_order([part[key] for part in scaled[1:]]) for key in scaled[0]}
         if all(torch.allclose(slope, joined[key], RELATIVE, ABSOLUTE) for key, slope in scaled[0].items()):
             return RowSlopes(scaled[0], weights)
     raise ConfigError(

@@ -33,6 +33,20 @@ def root_of_the_mean(logprobs, reference_logprobs):
     return (logprobs - reference_logprobs).square().mean().sqrt()
 
 
+def of_neighbors(logprobs, reference_logprobs):
+    """A baseline of two rows, as of two completions of a prompt."""
+    gap = (logprobs - reference_logprobs).sum(dim=-1).view(-1, 2)
+    return (gap - gap.detach().mean(dim=-1, keepdim=True)).square().view(-1)
+
+
+def mean_of_neighbors(logprobs, reference_logprobs):
+    return of_neighbors(logprobs, reference_logprobs).mean()
+
+
+def any_names(**arguments):
+    return arguments["logprobs"]
+
+
 def noisy(logprobs, reference_logprobs):
     return logprobs * torch.randn_like(logprobs) + reference_logprobs
 
@@ -73,6 +87,10 @@ def raising(logprobs):
     raise KeyError("advantages")
 
 
+def on_the_reference(logprobs, reference_logprobs):
+    return (logprobs - reference_logprobs).square() / 2
+
+
 def of_pairs(chosen_logprobs, rejected_logprobs):
     return rejected_logprobs - chosen_logprobs
 
@@ -91,6 +109,10 @@ REFUSED = [
     (mean_in_the_gradient, {}, "depends on the other rows"),
     (root_of_the_mean, {}, "neither the mean nor the sum"),
     (of_the_batch, {"use": "reward"}, "depends on the other rows"),
+    (of_neighbors, {}, "depends on the other rows"),
+    (of_neighbors, {"use": "reward"}, "depends on the other rows"),
+    (mean_of_neighbors, {}, "neither the mean nor the sum"),
+    (any_names, {}, r"\*\*kwargs name none: write them out"),
     (noisy, {}, "differs between two calls"),
     (noisy, {"use": "reward"}, "differs between two calls"),
     (infinite, {}, r"its loss is NaN or infinite \(row"),
@@ -117,6 +139,9 @@ REFUSED = [
     (DistributionMatching(JS, ExponentialReward(1.0), "constant"), {}, "depend on the completions of other prompts"),
     (Distillation(get_measure("sinkhorn(6)")), {}, "mixes positions of a batch"),
     (Unpaired(JS, 0.3), {}, "reads labels, not pairs"),
+    (on_the_reference, {"reference": "techer"}, "reference='techer' is unknown; choose one of .'reference', 'old'"),
+    (on_the_reference, {"reference": "policy"}, "reference='policy' is unknown"),
+    (of_pairs, {"reference": "teacher"}, "reference='teacher': pairs are compared with the one that they read"),
     (3, {}, "is a int: give a function|is an int: give a function"),
     ("trl:fdpo_js_divergenc", {}, "did you mean 'trl:fdpo_js_divergence'"),
     ("grpo", {}, "is no known loss.*--list"),
