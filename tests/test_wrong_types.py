@@ -9,6 +9,7 @@ import pytest
 from tests.models.tiny import save_tiny
 
 CALLS = {
+    "falign.pairs(rows, out='pairs.jsonl', min_margin='0.5')": "min_margin='0.5' must be a finite number",
     "falign.audit(falign.objectives.Supervised(), 3)": "divergence=3 is a int; give a name, or a Divergence",
     "falign.sample(model, 'a')": "model is a LlamaForCausalLM: give a run, or the path or name",
     "falign.score(model, [], 'scores.jsonl')": "model is a LlamaForCausalLM: give a run",

@@ -105,7 +105,9 @@ def audit(
     if subject.of_pairs:
         raise ConfigError(f"samples={samples!r}: {name} is a loss of pairs; set samples='pairs'.")
     if reference is not None:
-        require_choice("reference", reference, ("reference", "old", *sorted({*subject.references} - {"reference", "old"})))
+        require_choice(
+            "reference", reference, ("reference", "old", *sorted({*subject.references} - {"reference", "old"}))
+        )
     result = _of_samples(subject, chosen, source or "policy", reference)
     if source is None and result.finding not in ("exact", "direction"):
         result = replace(result, notes=(*result.notes, *_elsewhere(subject, chosen, reference)))

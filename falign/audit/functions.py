@@ -185,7 +185,7 @@ def row_slopes(
 
 
 def _halves(rows: int) -> tuple[Tensor, Tensor]:
-    """Return the rows of two halves in a random order, so that no row keeps the neighbors that it may be grouped with."""
+    """Return two halves of the rows in a random order, in which no row keeps the neighbors that it had."""
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
     return order[: rows // 2], order[rows // 2 :]
 
@@ -221,8 +221,8 @@ def _evaluate(
     leaves = {key: value for key, value in given.items() if key in LEAVES}
     if not leaves:
         raise ConfigError(
-            f"{name} asks for none of {', '.join(sorted(LEAVES))}: a loss is a function of the policy. Arguments are given "
-            "by their names, and *args, **kwargs name none: write them out, or wrap the loss."
+            f"{name} asks for none of {', '.join(sorted(LEAVES))}: a loss is a function of the policy. Arguments are "
+            "given by their names, and *args, **kwargs name none: write them out, or wrap the loss."
         )
     value = _call(function, name, given)
     rows = mask.shape

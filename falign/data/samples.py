@@ -111,6 +111,11 @@ def _samples_of(row: Row, reader: RowReader, reward: str) -> list[Sample]:
     is_empty = "completion" in row.fields and is_blank(row.fields["completion"])
     example = reader.read(Row(row.place, {**row.fields, "completion": "(empty)"}) if is_empty else row)
     known = _columns_of(row.fields)
+    if reward != REWARD and reward not in row.fields and not is_empty:
+        raise DataError(
+            f"{row.place}: there is no column {reward!r} with the reward; the row has {sorted(row.fields)}: name the "
+            "column that holds it."
+        )
     given = _reward(row, reward)
     rewards: tuple[float | None, ...] = example.preference or (None,) * len(example.completions)
     if given is not None:

@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
-from falign.choices import require_choice
+from falign.choices import require_choice, shown
 from falign.data import BadRowPolicy, BadRows, read_rows
 from falign.data.pairing import Paired, Pairing, PairLayout
 from falign.data.samples import REWARD, Sample, read_samples
@@ -105,6 +106,8 @@ def pairs(
     require_choice("layout", layout, PairLayout)
     require_choice("bad_rows", bad_rows, BadRowPolicy)
     check_rows_file(out, overwrite=overwrite)
+    if rewards is not None and reward_column != REWARD:
+        raise ConfigError(f"reward_column={reward_column!r} has no effect beside `rewards`: leave one of them out.")
     _check_effects(layout, two=rejected is not None, min_margin=min_margin, allow_unmatched=allow_unmatched)
     chosen_layout: Any = layout
     rules = Pairing(chosen_layout, min_margin, keep_truncated, allow_unmatched)
@@ -118,7 +121,11 @@ def pairs(
             raise DataError(f"{source.path} has no usable row: give a file with at least one.")
     if rewards is not None:
         with console.status("rewards"):
-            read = [_with_rewards(found, rewards, trust_code=trust_code) for found in read]
+            read = _with_rewards(read, rewards, trust_code=trust_code, whole=not bad.count)
+    if min_margin and all(sample.reward is None for found in read for sample in found):
+        raise ConfigError(
+            f"min_margin={min_margin} compares rewards, and the samples have none: give `rewards`, or leave it out."
+        )
     paired = rules.of_one(read[0]) if len(read) == 1 else rules.of_two(*read)
     write_whole(out, (json.dumps(row, ensure_ascii=False) + "\n" for row in paired.rows))
     return _summary(chosen_layout, paired, bad)
@@ -126,8 +133,8 @@ def pairs(
 
 def _check_effects(layout: str, *, two: bool, min_margin: float, allow_unmatched: bool) -> None:
     """Refuse arguments that are out of range or have no effect."""
-    if not 0 <= min_margin < float("inf"):
-        raise ConfigError(f"min_margin={min_margin} must be a finite number ≥ 0.")
+    if not isinstance(min_margin, Real) or not 0 <= min_margin < float("inf"):
+        raise ConfigError(f"min_margin={min_margin!r} must be a finite number ≥ 0.")
     if min_margin and layout == "best":
         raise ConfigError(
             f"min_margin={min_margin} has no effect with layout=best, which compares nothing: leave it out."
@@ -140,19 +147,65 @@ def _check_effects(layout: str, *, two: bool, min_margin: float, allow_unmatched
         raise ConfigError("`allow_unmatched` has no effect without a second file: leave it out.")
 
 
-def _with_rewards(samples: Sequence[Sample], rewards: Any, *, trust_code: bool) -> list[Sample]:
-    """Return samples with rewards from files of scores, or judged now."""
+def _with_rewards(
+    read: Sequence[Sequence[Sample]], rewards: Any, *, trust_code: bool, whole: bool
+) -> list[list[Sample]]:
+    """Return the samples of each source with rewards from files of scores, or judged now."""
     several = [rewards] if isinstance(rewards, str | Path) else rewards
     named = isinstance(several, Sequence) and all(isinstance(each, str | Path) for each in several)
     if named and all(Path(each).suffix in SCORE_FILES for each in several):
-        return _scored(samples, several)
+        return _scored(read, several, whole=whole)
     if named and len(several) > 1:
         raise ConfigError("rewards: several names are files of scores (.jsonl, .parquet); give one other source.")
-    return _judged(samples, given_rewards(several[0] if named else rewards, trust_code=trust_code).rewards)
+    judges = given_rewards(several[0] if named else rewards, trust_code=trust_code).rewards
+    return [_judged(samples, judges) for samples in read]
 
 
-def _scored(samples: Sequence[Sample], files: Sequence[str | Path]) -> list[Sample]:
-    """Return samples with the implicit reward that ``falign score`` gave to the completion at their place."""
+def _scored(read: Sequence[Sequence[Sample]], files: Sequence[str | Path], *, whole: bool) -> list[list[Sample]]:
+    """Return samples with the implicit reward that ``falign score`` gave to the completion at their place.
+
+    Args:
+        read: The samples of each source.
+        files: Files of scores.
+        whole: Whether all rows of the sources were read, so that each score has a sample.
+    """
+    shown_files, scores = ", ".join(map(str, files)), _scores_of(files)
+    # The path of a file can be written in several ways, so its name is enough where no other file has it.
+    by_name: dict[str, set[str]] = {}
+    for place in (*(place for place, _ in scores), *(sample.place for samples in read for sample in samples)):
+        by_name.setdefault(Path(place).name, set()).add(place)
+    used: set[tuple[str, int]] = set()
+    ours = {sample.place for samples in read for sample in samples}
+    scored: list[list[Sample]] = []
+    for samples in read:
+        scored.append([])
+        for sample in samples:
+            key = (sample.place, sample.index)
+            if key not in scores:
+                others = [place for place in by_name[Path(sample.place).name] if (place, sample.index) in scores]
+                if len(others) > 1 or any(place in ours for place in others):
+                    raise DataError(
+                        f"{sample.place}: {shown_files} has scores of {min(others)}, another file of this name: score "
+                        "both files under the paths that they have here, or give them different names."
+                    )
+                key = (others[0], sample.index) if others else key
+            if key not in scores and sample.completion.strip():
+                raise DataError(
+                    f"{sample.place}: {shown_files} has no score of this completion: score the same file again, all of "
+                    "its rows."
+                )
+            used.add(key)
+            scored[-1].append(replace(sample, reward=scores.get(key)))
+    if whole and (left := [key for key in scores if key not in used]):
+        raise DataError(
+            f"{shown_files} has scores of {len(left)} completions that are not among the samples (the first is "
+            f"{left[0][0]}): give the scores of these files alone, and score a file again after it was sampled again."
+        )
+    return scored
+
+
+def _scores_of(files: Sequence[str | Path]) -> dict[tuple[str, int], float]:
+    """Return the implicit rewards of files of scores, by place and number of the completion."""
     found: dict[tuple[str, int], float] = {}
     for file in files:
         for row in read_rows(file):
@@ -162,22 +215,19 @@ def _scored(samples: Sequence[Sample], files: Sequence[str | Path]) -> list[Samp
                     f"{row.place}: there is no column {missing[0]!r}, so this is not a file of `falign score`: give "
                     "one, or set reward_column to the column of the samples that holds their reward."
                 )
-            reward = float(row.fields["implicit_reward"])
-            if not math.isfinite(reward):
+            reward = row.fields["implicit_reward"]
+            if not isinstance(reward, Real) or not math.isfinite(reward):
                 raise DataError(
-                    f"{row.place}: implicit_reward is {reward}; it must be finite: score the samples again."
+                    f"{row.place}: implicit_reward is {shown(reward)}; it must be a finite number: score the samples "
+                    "again."
                 )
-            found[Path(row.fields["place"]).name, int(row.fields["completion"])] = reward
-    scored = []
-    for sample in samples:
-        reward = found.get((Path(sample.place).name, sample.index))
-        if reward is None and sample.completion.strip():
-            raise DataError(
-                f"{sample.place}: {', '.join(map(str, files))} has no score of this completion: score the same file "
-                "again, all of its rows."
-            )
-        scored.append(replace(sample, reward=reward))
-    return scored
+            key = str(row.fields["place"]), int(row.fields["completion"])
+            if found.setdefault(key, float(reward)) != float(reward):
+                raise DataError(
+                    f"{row.place}: {key[0]} has the score {shown(reward)} here and {found[key]:g} before: give one "
+                    "file of scores for each file of samples."
+                )
+    return found
 
 
 def _judged(samples: Sequence[Sample], rewards: RewardSum) -> list[Sample]:

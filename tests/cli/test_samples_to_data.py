@@ -223,3 +223,59 @@ def test_a_stopped_call_goes_on_to_the_same_file(tiny, prompts, tmp_path, monkey
     assert package.write_samples(str(tiny), prompts, file, **options).resumed == 4
     assert rows_of(file) == rows_of(tmp_path / "whole.jsonl")
     assert not partial.exists()
+
+
+def test_scores_are_those_of_the_same_file_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def scored(file, rewards):
+        rows = [{"place": f"{file}:{n}", "completion": 0, "implicit_reward": r} for n, r in enumerate(rewards, 1)]
+        return write(tmp_path / f"{file[0]}-{len(list(tmp_path.iterdir()))}-scores.jsonl", rows)
+
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write(
+            tmp_path / folder / "samples.jsonl",
+            [{"prompt": "p", "completion": folder}, {"prompt": "q", "completion": folder}],
+        )
+    files = "a/samples.jsonl", "b/samples.jsonl"
+    ours, theirs = scored(files[0], [2.0, 0.5]), scored(files[1], [1.0, 1.5])
+    package.pairs(*files, out="p.jsonl", rewards=[ours, theirs])
+    (row,) = rows_of(tmp_path / "p.jsonl")
+    assert (row["prompt"], row["chosen_reward"], row["rejected_reward"]) == ("p", 2.0, 1.0)
+    # The path may be written in another way if the name is enough.
+    package.pairs(*files[:1], out="best.jsonl", rewards=scored("c/../samples.jsonl", [2.0, 0.5]), layout="best")
+    assert [row["reward"] for row in rows_of(tmp_path / "best.jsonl")] == [2.0, 0.5]
+
+    refused = [
+        (files, [ours], r"b/samples.jsonl:1: .* has scores of a/samples.jsonl:1, another file of this name"),
+        (files[:1], [ours, theirs], r"has scores of 2 completions that are not among the samples"),
+        (
+            files[:1],
+            [scored(files[0], [1.0, 2.0, 3.0])],
+            r"scores of 1 completions .*\(the first is a/samples.jsonl:3\)",
+        ),
+        (files[:1], [scored(files[0], [1.0, None])], r"-scores.jsonl:2: implicit_reward is None; it must be a finite"),
+    ]
+    for sources, rewards, message in refused:
+        with pytest.raises(package.errors.DataError, match=message):
+            package.pairs(*sources, out="x.jsonl", rewards=rewards, layout="pairs" if len(sources) > 1 else "best")
+    write(tmp_path / "again.jsonl", [{"place": "a/samples.jsonl:1", "completion": 0, "implicit_reward": 7.0}])
+    with pytest.raises(package.errors.DataError, match=r"a/samples.jsonl:1 has the score 7.0 here and 1 before"):
+        package.pairs(files[0], out="x.jsonl", rewards=[scored(files[0], [1.0, 2.0]), "again.jsonl"], layout="best")
+
+
+def test_options_of_rewards_without_effect_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "x", "reward": 1.0, "label": True}])
+    write(tmp_path / "b.jsonl", [{"prompt": "p", "completion": "y", "reward": 2.0, "label": False}])
+    write(tmp_path / "bare.jsonl", [{"prompt": "p", "completion": "z"}])
+    refused = [
+        (("a.jsonl", "b.jsonl"), {"reward_column": "rewrad"}, r"a.jsonl:1: there is no column 'rewrad'.*'reward'\]"),
+        (("a.jsonl",), {"reward_column": "rewrad", "layout": "best"}, "there is no column 'rewrad'"),
+        (("a.jsonl",), {"rewards": "scores.jsonl", "reward_column": "score"}, "reward_column='score' has no effect"),
+        (("bare.jsonl", "bare.jsonl"), {"min_margin": 0.5}, "min_margin=0.5 compares rewards, and the samples have"),
+    ]
+    for sources, options, message in refused:
+        with pytest.raises(package.errors.FalignError, match=message):
+            package.pairs(*sources, out="x.jsonl", **options)

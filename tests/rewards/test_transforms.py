@@ -198,7 +198,7 @@ def test_the_identity_follows_the_samples_and_the_parameters(samples, tmp_path):
 def test_bad_files_and_parameters_are_refused(tmp_path, samples):
     with pytest.raises(DataError, match=r"nothing.jsonl: there is no such file of samples. Draw .* falign sample"):
         calibrated(tmp_path / "nothing.jsonl")
-    with pytest.raises(DataError, match=r"reference.jsonl:1: the completion has no 'grade'"):
+    with pytest.raises(DataError, match=r"reference.jsonl:1: there is no column 'grade' with the reward"):
         calibrated(samples, column="grade")
     with pytest.raises(ConfigError, match=r"t=0.0 must be a finite number other than 0"):
         exponential(samples, 0.0)
