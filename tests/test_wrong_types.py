@@ -9,6 +9,12 @@ import pytest
 from tests.models.tiny import save_tiny
 
 CALLS = {
+    "falign.objectives.PolicyGradient(weights='dads')": "weights='dads' is no list: give a list of token weights",
+    "falign.objectives.PolicyGradient(penalty_weights=['dads'])": "penalty_weights has the name 'dads'",
+    "falign.objectives.Cloning(weights=[falign.objectives.Dads])": "which is no token weight: give an object with",
+    "falign.methods.OREAL(passed_token_weights=[len])": "weights has <built-in function len>, which is no token weight",
+    "falign.methods.SuperHF(beta='0.1')": "beta='0.1' must be positive and finite",
+    "falign.methods.DisCO(score='log_ratio')": "score='log_ratio': choose one of log_likelihood, ratio",
     "falign.pairs(rows, out='pairs.jsonl', min_margin='0.5')": "min_margin='0.5' must be a finite number",
     "falign.audit(falign.objectives.Supervised(), 3)": "divergence=3 is a int; give a name, or a Divergence",
     "falign.sample(model, 'a')": "model is a LlamaForCausalLM: give a run, or the path or name",
@@ -67,7 +73,7 @@ for call in json.loads(sys.argv[2]):
     try:
         eval(call)
         said[call] = "no error"
-    except FalignError as error:
+    except (FalignError, ValueError) as error:
         said[call] = str(error)
     except BaseException as error:
         said[call] = repr(error)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Literal
 
 from falign.divergences import Divergence, resolve
@@ -20,6 +22,23 @@ from falign.objectives.targets import Target
 from falign.objectives.token_pairwise import TokenPairwise
 
 __all__ = ["DPHRL", "FDPG", "FDPO", "SALSA", "SALSARLOO", "TDPO"]
+
+
+def require_positive(**values: float) -> None:
+    """Refuse strengths that are not positive: a negative one would undo what the paper's term is for.
+
+    Args:
+        **values: Numbers by the name of their argument.
+
+    Raises:
+        ValueError: One is not a positive, finite number.
+
+    Example:
+        >>> require_positive(beta=0.1)
+    """
+    for name, value in values.items():
+        if not isinstance(value, Real) or not 0 < value < math.inf:
+            raise ValueError(f"{name}={value!r} must be positive and finite.")
 
 
 def FDPO(  # noqa: N802 - the paper's name

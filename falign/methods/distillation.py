@@ -6,6 +6,7 @@ import math
 from typing import Literal
 
 from falign.divergences import Divergence, resolve
+from falign.methods.core import require_positive
 from falign.objectives.base import BaseObjective
 from falign.objectives.distillation import TEACHER, Distillation
 from falign.objectives.expected import Expected
@@ -173,6 +174,7 @@ def KDRL(  # noqa: N802 - the paper's name
         >>> KDRL().at(100).weights
         {'grpo': 1.0, 'teacher': 0.003}
     """
+    require_positive(beta=beta, last_beta=beta if last_beta is None else last_beta)
     whole = level == "sequence"
     taught = Distillation(
         resolve(divergence),
@@ -223,6 +225,7 @@ def DCKD(  # noqa: N802 - the paper's name
         {'sft': 1.0, 'chosen': 0.2, 'rejected': 0.2}
     """
     distillation = Distillation(resolve(divergence), reference)
+    require_positive(alpha=alpha)
     return Sum(
         {
             "sft": Selected(Supervised(), "chosen"),

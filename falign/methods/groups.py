@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from falign.divergences import Divergence, resolve
+from falign.methods.core import require_positive
 from falign.objectives.base import Objective
 from falign.objectives.cloning import Cloning
 from falign.objectives.discriminative import Discriminative, Score, TrustRegion
@@ -57,7 +58,7 @@ def DisCO(  # noqa: N802 - the paper's name
     """
     if basic and tau is not None:
         raise ValueError(f"tau={tau!r} with basic=True: DisCO-b has no τ; leave one of them out.")
-    temperature = None if basic else DISCO_TAU[score] if tau is None else tau
+    temperature = None if basic else DISCO_TAU.get(score) if tau is None else tau
     return Sum(
         {
             "disco": Discriminative(score, temperature, pass_reward),
@@ -108,7 +109,7 @@ def SuperHF(  # noqa: N802 - the paper's name
         The sum of ``cloning`` and ``prior``.
 
     Raises:
-        ValueError: The divergence is unknown, or a choice is.
+        ValueError: The divergence is unknown, or a choice is; or β is not positive and finite.
 
     Source:
         Mukobi et al., SuperHF (arXiv:2310.16763). The code computes the divergence only at the best samples, from
@@ -120,6 +121,7 @@ def SuperHF(  # noqa: N802 - the paper's name
         >>> SuperHF("jensen_shannon", 0.1).weights
         {'cloning': 1.0, 'prior': 0.1}
     """
+    require_positive(beta=beta)
     whole: CompletionMean = "sequence_sum" if level == "sequence" else reduction
     prior = Distillation(resolve(divergence), "reference", level, reduction=whole)
     return Sum({"cloning": Cloning("best", reduction=reduction), "prior": (prior, beta)})
@@ -161,6 +163,7 @@ def OREAL(  # noqa: N802 - the paper's name
         >>> OREAL().weights
         {'passed': 1.0, 'failed': 0.5, 'prior': 0.01}
     """
+    require_positive(failed_weight=failed_weight, **({} if beta == 0 else {"beta": beta}))
     terms: dict[str, Objective | tuple[Objective, float]] = {
         "passed": Cloning("passed", pass_reward, "leave_one_out", passed_token_weights),
         "failed": (Cloning("failed", pass_reward, "leave_one_out", failed_token_weights), failed_weight),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from falign.divergences import Divergence, get, resolve
+from falign.methods.core import require_positive
 from falign.objectives.distillation import TEACHER, Distillation
 from falign.objectives.expected import Balanced, ExpectedCost, Surprisal
 from falign.objectives.groups import CompletionMean
@@ -117,6 +118,7 @@ def SinKD(  # noqa: N802 - the paper's name
         {'likelihood': 1.0, 'kl': 1.0, 'sinkhorn': 0.008}
     """
     transport = Sinkhorn(block, reference, epsilon, iterations, temperature)
+    require_positive(kl_weight=kl_weight, **({} if sinkhorn_weight is None else {"sinkhorn_weight": sinkhorn_weight}))
     return Sum(
         {
             "likelihood": (Supervised(), 1.0),
@@ -192,6 +194,7 @@ def LSKD(  # noqa: N802 - the paper's name
         {'likelihood': 1.0, 'standardized': 1.0}
     """
     measure = Standardized(DivergenceTo(resolve(divergence), reference), temperature)
+    require_positive(weight=weight)
     return Sum({"likelihood": (Supervised(), 1.0), "standardized": (Distillation(measure), weight)})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from falign.divergences import Divergence, PearsonChi2, ReverseKL, resolve
+from falign.methods.core import require_positive
 from falign.objectives.controllers import RootDivergence, TargetDivergence
 from falign.objectives.distillation import TEACHER, Distillation
 from falign.objectives.groups import CompletionMean
@@ -68,6 +69,7 @@ def SAFE(  # noqa: N802 - the paper's name
         reduction="token_mean",
     )
     held = Scheduled(ppo, {"beta": TargetDivergence(target, start, gain, smoothing)})
+    require_positive(entropy=entropy)
     return Sum({"ppo": held, "entropy": (Distillation(Entropy(), importance="token"), -entropy)})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from falign.divergences import Divergence, get, resolve
+from falign.methods.core import require_positive
 from falign.objectives.advantage_list import ace, stcr
 from falign.objectives.anchored import Anchored
 from falign.objectives.base import Objective
@@ -298,6 +299,7 @@ def TSDKD(  # noqa: N802 - the paper's name
     divergence = get(f"generalized_js({mixture})")
     uncertain = QuantileFilter(Entropy(), keep)
     rank = RankTopK(k, reference, candidates="policy")
+    require_positive(entropy=entropy, ranking=ranking)
     return Sum(
         {
             "distillation": Distillation(divergence, reference, weights=[EntropyGap(reference)]),
@@ -381,6 +383,7 @@ def OPADPO(  # noqa: N802 - the paper's name
         ['preference', 'reference_logprobs', 'token_weights.data']
     """
     f = resolve(divergence)
+    require_positive(anchor=anchor)
     return Sum(
         {
             "pair": Pairwise(f, beta=beta, weighting=weighting),

@@ -16,7 +16,7 @@ from falign.objectives.advantages import Advantage, get_advantage
 from falign.objectives.base import BaseObjective, CompletionBatch, ObjectiveOutput
 from falign.objectives.groups import CompletionMean, check_completion_mean, completion_term, groups_of, largest, total
 from falign.objectives.measures import Measure
-from falign.objectives.weights import TokenWeight, measures_of_weights, needs_of_weights, token_factor
+from falign.objectives.weights import TokenWeight, check_weights, measures_of_weights, needs_of_weights, token_factor
 
 __all__ = ["Cloning", "Selection"]
 
@@ -70,6 +70,7 @@ class Cloning(BaseObjective):
         if not math.isfinite(self.pass_reward):
             raise ValueError(f"pass_reward={self.pass_reward!r} must be finite.")
         check_completion_mean(self.reduction)
+        check_weights(self.weights)
         _ = self._advantage
 
     @property
@@ -93,7 +94,7 @@ class Cloning(BaseObjective):
             batch: Completions of whole prompts with ``rewards``.
 
         Returns:
-            Shape (N,), constants.
+            Shape (N,), constants; NaN where the reward is.
         """
         rewards, groups = batch.require("rewards"), groups_of(batch.prompt_index)
         passed = rewards >= self.pass_reward
@@ -103,7 +104,9 @@ class Cloning(BaseObjective):
             "failed": ~passed,
             "all": torch.ones_like(passed),
         }[self.completions].to(rewards.dtype)
-        return chosen / total(chosen, groups).clamp(min=1) if self.completions == "best" else chosen
+        if self.completions == "best":
+            chosen = chosen / total(chosen, groups).clamp(min=1)
+        return chosen.masked_fill(rewards.isnan(), torch.nan)  # a comparison would leave the completion out unseen
 
     @override
     def prepare(self, batch: CompletionBatch) -> CompletionBatch:

@@ -106,6 +106,8 @@ class Discriminative(BaseObjective):
         table = groups.table(scores, 0.0).masked_fill(~mixed[:, None], 0.0)
         passed, failed = passed | ~mixed[:, None], failed | ~mixed[:, None]
         losses = self._mean(table, failed, self.tau) - self._mean(table, passed, None)
+        unknown = groups.table(rewards.isnan(), 0.0).any(dim=-1)  # NaN is neither a pass nor a failure
+        losses, mixed = losses.masked_fill(unknown, torch.nan), mixed | unknown
         with torch.no_grad():
             metrics = {
                 "reward": rewards,

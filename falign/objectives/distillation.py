@@ -17,6 +17,7 @@ from falign.objectives.measures import Measure
 from falign.objectives.penalty import Credit, Level, Penalty
 from falign.objectives.weights import (
     TokenWeight,
+    check_weights,
     measures_of_weights,
     merge_measures,
     needs_of_weights,
@@ -110,6 +111,7 @@ class Distillation(BaseObjective):
                 f"reduction={self.reduction!r} at level='sequence': the loss of a whole completion is not a sum over "
                 "tokens; leave reduction out, or set level='vocabulary' or 'token'."
             )
+        check_weights(self.weights)
         _ = self.measures  # validates the other fields
         if self.weights and (self.level == "sequence" or self.credit == "returns"):
             raise ValueError(

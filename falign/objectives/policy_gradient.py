@@ -20,6 +20,7 @@ from falign.objectives.measures import Measure
 from falign.objectives.penalty import Credit, Level, Penalty, Surrogate, SurrogateOutput
 from falign.objectives.weights import (
     TokenWeight,
+    check_weights,
     completion_factor,
     measures_of_weights,
     merge_measures,
@@ -109,6 +110,8 @@ class PolicyGradient(BaseObjective):
         if not isinstance(self.advantage, str):
             first, *others = entries_of(self.advantage)
             object.__setattr__(self, "advantage", (first, *others) if others else first)
+        check_weights(self.weights)
+        check_weights(self.penalty_weights, field="penalty_weights")
         object.__setattr__(self, "weights", tuple(self.weights))
         object.__setattr__(self, "penalty_weights", tuple(self.penalty_weights))
         _ = self._surrogate  # validates its fields

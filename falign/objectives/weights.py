@@ -19,6 +19,7 @@ from falign.registry import Registry
 __all__ = [
     "WEIGHTS",
     "TokenWeight",
+    "check_weights",
     "completion_factor",
     "get_weight",
     "measures_of_weights",
@@ -62,6 +63,31 @@ class TokenWeight(Protocol):
             Shape (N, T), finite and not negative; values outside the mask are ignored.
         """
         ...
+
+
+def check_weights(weights: Sequence[TokenWeight], *, field: str = "weights") -> None:
+    """Refuse what is not a list of token weights.
+
+    Args:
+        weights: The list.
+        field: Its name in messages.
+
+    Raises:
+        ValueError: It is a name or a single weight, or has an entry that is no weight.
+
+    Example:
+        >>> check_weights([get_weight("dads")])
+    """
+    if isinstance(weights, str) or not isinstance(weights, Sequence):
+        raise ValueError(f"{field}={weights!r} is no list: give a list of token weights, as in {field}=[Dads()].")
+    for weight in weights:
+        if isinstance(weight, str):
+            raise ValueError(f"{field} has the name {weight!r}: give the weight itself, get_weight({weight!r}).")
+        if isinstance(weight, type) or not isinstance(weight, TokenWeight):
+            raise ValueError(
+                f"{field} has {weight!r}, which is no token weight: give an object with needs, measures and "
+                "__call__(batch)."
+            )
 
 
 def needs_of_weights(weights: Sequence[TokenWeight]) -> frozenset[str]:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -182,3 +183,15 @@ def test_bad_settings_are_refused():
     }.items():
         with pytest.raises(ValueError, match=message):
             build()
+
+
+@pytest.mark.parametrize(
+    "objective", [Cloning("best"), Cloning("passed"), Cloning("failed"), Discriminative(), Discriminative(tau=1.0)]
+)
+def test_a_reward_of_nan_is_neither_a_pass_nor_a_failure(objective):
+    rewards = torch.zeros(N, dtype=torch.float64)
+    rewards[:2] = torch.tensor([1.0, torch.nan])
+    rows = torch.arange(6).view(2, 3)
+    batch = batch_of(rows, random_logits(0, 0.5), rewards)
+    assert objective(batch).mean().isnan()
+    assert objective(replace(batch, rewards=batch.rewards.nan_to_num())).mean().isfinite()
