@@ -40,10 +40,10 @@ def check_divergence(divergence: Divergence) -> None:
     if not isinstance(divergence, Divergence):
         raise CheckError(f"{divergence!r:.80} is a {type(divergence).__name__}, not a falign Divergence.")
     for check in (
+        dtypes_and_shapes,
         normal_form,
         derivative,
         finite_and_monotone,
-        dtypes_and_shapes,
         limits,
         curvature,
         inverse,
@@ -77,6 +77,10 @@ def normal_form(divergence: Divergence) -> None:
 def derivative(divergence: Divergence) -> None:
     """The derivative of f is f', by autograd and by difference quotients."""
     log_u = MODERATE.clone().requires_grad_()
+    for name, value in (("f", divergence.f(log_u)), ("f'", divergence.f_prime(log_u))):
+        # f' of the total variation is a constant on each side of its kink.
+        if name == "f" or _is_smooth(divergence):
+            require(value.requires_grad, f"{divergence.name}: {name} has no gradient by log u: do not detach it.")
     (slope,) = torch.autograd.grad(divergence.f(log_u).sum(), log_u)
     place = f"{divergence.name}: the derivative of f by log u is not u f'(u)"
     expected = MODERATE.exp() * divergence.f_prime(MODERATE)
@@ -125,6 +129,10 @@ def dtypes_and_shapes(divergence: Divergence) -> None:
         log_u = torch.tensor([[-1.0, 0.0, 2.0]], dtype=dtype)
         for name in ("f", "f_prime", "f_prime_inverse", "conjugate"):
             value = getattr(divergence, name)(log_u)
+            require(
+                isinstance(value, torch.Tensor),
+                f"{divergence.name}: {name} returned a {type(value).__name__}; it must return a tensor.",
+            )
             require(
                 value.dtype == dtype and value.shape == log_u.shape,
                 f"{divergence.name}: {name} returned {value.dtype} of shape {tuple(value.shape)} for {dtype} of shape "

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from falign.errors import CheckError, FalignError
 from falign.rewards.base import Prompt, Reward, Scores, call_reward
+from falign.rewards.forms import finished
 
 __all__ = ["check_reward"]
 
@@ -32,7 +35,7 @@ def check_reward(
     endless, other scripts, half a formula) get a value like any other.
 
     Args:
-        reward: The function or object.
+        reward: The function or object; it may be ``async``.
         prompts: The prompt of each completion.
         completions: Texts that it is meant for, two or more.
         name: Its name in messages.
@@ -72,9 +75,22 @@ def check_reward(
         _values(reward, [prompts[0]] * 2, texts, {key: [values[0]] * 2 for key, values in given.items()}, name)
 
 
+def _waiting(reward: Any) -> Any:
+    """Return a reward that waits for its result if it is ``async``, as a run does."""
+    if not (inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)):
+        return reward
+
+    @functools.wraps(reward, updated=())
+    def finishing(**given: Any) -> Any:
+        return finished(reward(**given))
+
+    return finishing
+
+
 def _values(
     reward: Reward, prompts: list[Any], completions: list[str], columns: dict[str, list[Any]], name: str
 ) -> list[float | None]:
+    reward = _waiting(reward)
     before = copy.deepcopy((prompts, completions, columns))
     try:
         scores: Scores = call_reward(reward, prompts, completions, columns, name=name)

@@ -43,6 +43,16 @@ class OtherSlope(ReverseKL):
         return 2 * log_u
 
 
+class Detached(ReverseKL):
+    def _f_prime(self, log_u):
+        return log_u.detach()
+
+
+class Silent(ReverseKL):
+    def f_prime(self, log_u):
+        return None
+
+
 class Overflowing(ReverseKL):
     def _f(self, log_u):
         return log_u.exp() * log_u - log_u.expm1()
@@ -86,6 +96,8 @@ class Negative(ReverseKL):
     [
         (Shifted, r"f'\(1\) is 1; in normal form it is 0"),
         (OtherSlope, r"the derivative of f by log u is not u f'\(u\): .* instead of .* at log u = "),
+        (Detached, "f' has no gradient by log u: do not detach it"),
+        (Silent, "f_prime returned a NoneType; it must return a tensor"),
         (Overflowing, r"f is (inf|nan) at log u = .* in torch\.float32"),
         (Falling, r"f' falls near log u = 2\d"),
         (OwnDual, r"dual\(\) is not u f\(1/u\): .* at log u = "),
@@ -351,3 +363,10 @@ def test_columns_reach_the_reward():
     testing.check_reward(exact, PROMPTS, TEXTS, columns={"answer": ["2", "4", "4"]})
     with pytest.raises(CheckError, match="give two or more"):
         testing.check_reward(exact, PROMPTS[:1], TEXTS[:1])
+
+
+def test_a_reward_may_be_async():
+    async def length(prompts, completions):
+        return [float(len(each)) for each in completions]
+
+    testing.check_reward(length, PROMPTS, TEXTS)
