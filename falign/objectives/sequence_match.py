@@ -115,6 +115,13 @@ class SequenceMatching(BaseObjective):
         return frozenset({"labels"})
 
     @override
+    def label_remark(self, desirable: int, undesirable: int) -> str | None:
+        if desirable and undesirable:
+            return None
+        missing = "false, samples of the model" if desirable else "true, the data"
+        return f"no completion is labeled {missing}: a term of the objective is always 0. Add such rows."
+
+    @override
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
         """Return the losses of the data and those of the model's samples.
 

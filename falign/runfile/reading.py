@@ -19,7 +19,7 @@ from falign.runfile.base_config import FrozenModel, PythonObject
 from falign.runfile.config import RunConfig
 from falign.runfile.reward_config import RewardConfig
 from falign.runfile.schedule_config import REFUSED
-from falign.runfile.trl_names import FOREIGN_NAMES, near_foreign_name
+from falign.runfile.trl_names import FOREIGN_NAMES, KINDS_OF_METHODS, near_foreign_name
 
 __all__ = ["load_reward_list", "load_run_file", "parse_run", "valid_paths"]
 
@@ -187,6 +187,8 @@ def _explain(detail: Any) -> str:
         given = detail["input"]["kind"]
         close = nearest(str(given), place.kinds)
         hint = f"did you mean {close}? Choose" if close else "choose"
+        if (kind := KINDS_OF_METHODS.get(str(given).lower())) in place.kinds:
+            hint = f"for this method set {kind} (docs/methods.md lists all methods). Choose"
         return f"{place.path}.kind={shown(given)} is unknown: {hint} one of {', '.join(place.kinds)}."
     if detail["type"] == "union_tag_not_found":
         return f"{place.path}.kind is required: choose one of {', '.join(place.kinds)}."

@@ -7,7 +7,25 @@ from typing import NamedTuple
 
 from falign.choices import similar
 
-__all__ = ["FOREIGN_NAMES", "ForeignName", "near_foreign_name"]
+__all__ = ["FOREIGN_NAMES", "KINDS_OF_METHODS", "ForeignName", "near_foreign_name"]
+
+KINDS_OF_METHODS = {
+    name: kind
+    for kind, names in {
+        "pairwise": "dpo fdpo f_dpo hdpo h_dpo ipo chipo",
+        "unpaired": "kto",
+        "token_pairwise": "tdpo sparsepo",
+        "supervised": "sft fsft f_sft",
+        "policy_gradient": "grpo rloo ppo reinforce dapo",
+        "distribution_matching": "fdpg f_dpg",
+        "hybrid": "dphrl dph_rl",
+        "sequence_match": "sequencematch",
+        "distillation": "gkd kd opd",
+        "cloning": "best_of_n rft raft",
+    }.items()
+    for name in names.split()
+}
+"""The kind of objective that a method's name is looked for under."""
 
 
 class ForeignName(NamedTuple):
@@ -178,7 +196,8 @@ FOREIGN_NAMES: dict[str, ForeignName] = {
     "loss_type": _at(
         "objective.margin_loss",
         "objective.reduction",
-        note="logistic for sigmoid; online, sequence_mean for grpo and token_mean for dapo",
+        note="logistic for sigmoid; online, sequence_mean for grpo and token_mean for dapo; for KTO's losses "
+        "objective.kind=unpaired, with reference_point=zero for apo_zero_unpaired",
     ),
     "f_divergence_type": _at("objective.divergence"),
     "f_alpha_divergence_coef": _at(

@@ -9,6 +9,7 @@ from falign import divergences
 from falign.data.labels import label_counts, mismatched
 from falign.divergences.estimators import full_vocabulary
 from falign.errors import DataError
+from falign.methods import SequenceMatch
 from falign.objectives import CompletionBatch, Unpaired
 from falign.scoring import PromptTree
 from tests.reference.world import WORLD, random_logits, sequence_logprobs, token_logprobs
@@ -104,6 +105,9 @@ def test_a_published_reference_point_is_not_negative_and_an_unbiased_one_may_be(
 def test_balanced_weights_are_recommended_by_the_papers_rule():
     kl = divergences.get("reverse_kl")
     assert Unpaired(kl).label_remark(100, 100) is None
+    assert SequenceMatch().label_remark(100, 1) is None
+    assert "no completion is labeled false, samples of the model" in SequenceMatch().label_remark(100, 0)
+    assert "no completion is labeled true, the data" in SequenceMatch().label_remark(0, 100)
     assert Unpaired(kl).label_remark(133, 100) is None
     assert "set undesirable_weight between 2.25 and 3" in Unpaired(kl).label_remark(300, 100)
     assert "set desirable_weight between 4 and 5.33" in Unpaired(kl, undesirable_weight=2.0).label_remark(50, 100)

@@ -264,6 +264,8 @@ def test_what_theory_does_not_allow_is_refused_with_the_reason(fields, message):
     ("fields", "message"),
     [
         ({"kind": "policy_gradiant"}, r"objective.kind='policy_gradiant' is unknown: did you mean policy_gradient\?"),
+        ({"kind": "kto"}, r"objective.kind='kto' is unknown: for this method set unpaired \(docs/methods.md .* Choose"),
+        ({"kind": "GRPO"}, "for this method set policy_gradient"),
         ({"kind": "distribution_matching"}, "objective.target is required"),
         ({"kind": "distribution_matching", "target": "binary"}, r"as in `objective.target: \{kind: ...\}`"),
         ({"kind": "distribution_matching", "target": {}}, "objective.target.kind is required: choose one of binary, "),
