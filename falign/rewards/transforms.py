@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
 
@@ -39,6 +40,10 @@ __all__ = [
     "inference_transform",
     "worst_of_n",
 ]
+
+
+LARGEST_EXPONENT = 700.0
+"""e to this power is finite in float64."""
 
 
 @runtime_checkable
@@ -151,6 +156,11 @@ class Calibrated:
         for i in known:
             if (reason := self.calibration.missing(prompts[i])) is not None:
                 raise RewardError(f"{place_of(columns.get('place'), i)}: {reason}.")
+            if not math.isfinite(values[i] or 0.0):
+                raise RewardError(
+                    f"{place_of(columns.get('place'), i)}: the reward is {values[i]}, which is neither above nor below "
+                    "those of the reference; it must be finite."
+                )
         rates = [self.calibration.win_rate(prompts[i], float(values[i] or 0.0)) for i in known]
         found: list[float | None] = [None] * len(values)
         for i, value in zip(known, self.function(torch.tensor(rates, dtype=torch.float64)).tolist(), strict=True):
@@ -188,11 +198,12 @@ def exponential(samples: Samples, t: float, *, column: str = REWARD) -> Calibrat
         column: As for ``calibrated``.
 
     Raises:
-        ConfigError: t is 0 or not finite.
+        ConfigError: t is 0, or so large that e^t is not finite.
     """
-    if t == 0 or not math.isfinite(t):
+    if not isinstance(t, Real) or not 0 < abs(t) <= LARGEST_EXPONENT:
         raise ConfigError(
-            f"t={t} must be a finite number other than 0: positive for best of n, negative for worst of n."
+            f"t={t!r} must be a number other than 0, of at most {LARGEST_EXPONENT:g} in size (e^t must be finite): "
+            "positive for best of n, negative for worst of n."
         )
     settings = {"kind": "exponential", "t": t}
     return Calibrated(
@@ -229,6 +240,10 @@ def worst_of_n(samples: Samples, n: AtLeastOne, beta: Positive, *, column: str =
 
 
 def _of_inference(samples: Samples, n: int, beta: float, column: str, *, best: bool) -> Calibrated:
+    if not isinstance(n, int) or n < 1:
+        raise ConfigError(f"n={n!r} must be a whole number of at least 1: of how many completions one is served.")
+    if not isinstance(beta, Real) or not 0 < beta < math.inf:
+        raise ConfigError(f"beta={beta!r} must be positive and finite: β of the run's penalty.")
     table = inference_transform(n, beta, best=best)
     settings = {"kind": "best_of_n" if best else "worst_of_n", "n": n, "beta": beta}
 

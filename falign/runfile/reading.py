@@ -152,7 +152,7 @@ def _place(location: Sequence[str | int]) -> _Place:
         if field is None:  # an item of a list, or an unknown key
             continue
         models = _models(field)
-        if models and steps and get_origin(field.annotation) in (list, dict):  # an item of several sections
+        if models and steps and get_origin(field.annotation) in (list, dict, tuple):  # an item of several sections
             parts.append(str(steps.pop(0)))
         if len(models) > 1:
             kinds = {model.model_fields["kind"].default: model for model in models}
@@ -171,7 +171,7 @@ def _types(annotation: Any) -> Iterable[Any]:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _types(arguments[0])
-    if origin in (Union, UnionType, list, dict):
+    if origin in (Union, UnionType, list, dict, tuple):
         return [inner for argument in arguments for inner in _types(argument)]
     return [annotation]
 

@@ -200,5 +200,13 @@ def test_bad_files_and_parameters_are_refused(tmp_path, samples):
         calibrated(tmp_path / "nothing.jsonl")
     with pytest.raises(DataError, match=r"reference.jsonl:1: there is no column 'grade' with the reward"):
         calibrated(samples, column="grade")
-    with pytest.raises(ConfigError, match=r"t=0.0 must be a finite number other than 0"):
+    with pytest.raises(ConfigError, match=r"t=0.0 must be a number other than 0"):
         exponential(samples, 0.0)
+    with pytest.raises(ConfigError, match=r"t=-1000.0 must be .* of at most 700 in size"):
+        exponential(samples, -1000.0)
+    with pytest.raises(ConfigError, match=r"n=0 must be a whole number of at least 1"):
+        best_of_n(samples, 0, 0.1)
+    with pytest.raises(ConfigError, match=r"beta=nan must be positive and finite"):
+        worst_of_n(samples, 2, float("nan"))
+    with pytest.raises(RewardError, match=r"completion 0: the reward is nan, which is neither above nor below"):
+        calibrated(samples)([float("nan")], ["p"])

@@ -265,6 +265,11 @@ def test_what_theory_does_not_allow_is_refused_with_the_reason(fields, message):
     [
         ({"kind": "policy_gradiant"}, r"objective.kind='policy_gradiant' is unknown: did you mean policy_gradient\?"),
         ({"kind": "kto"}, r"objective.kind='kto' is unknown: for this method set unpaired \(docs/methods.md .* Choose"),
+        (
+            {"kind": "policy_gradient", "weights": ["dad"]},
+            r"objective.weights.0.kind='dad' is unknown: did you mean dads\? Choose one of "
+            "difficulty_kernel, dads",
+        ),
         ({"kind": "GRPO"}, "for this method set policy_gradient"),
         ({"kind": "distribution_matching"}, "objective.target is required"),
         ({"kind": "distribution_matching", "target": "binary"}, r"as in `objective.target: \{kind: ...\}`"),
