@@ -2,7 +2,7 @@
 # A vLLM server as falign's rollouts need it, from an environment of its own, .venv-vllm (docs/vllm.md).
 # usage: scripts/vllm_server.sh install                     makes .venv-vllm: vLLM for CPUs, 2.5 GB
 #        scripts/vllm_server.sh MODEL [OPTION ...]          serves a Hub name or a folder; options are vLLM's
-# environment: HOST, PORT, DTYPE, MAX_LORA_RANK (the adapter's; 0 serves merged weights alone), MAX_MODEL_LEN,
+# environment: HOST, PORT, DTYPE, MAX_LORA_RANK (the adapter's; 0 for merged weights and for teachers), MAX_MODEL_LEN,
 #              VENV, VLLM_CPU_KVCACHE_SPACE (GiB)
 set -euo pipefail
 here="$(cd "$(dirname "$0")/.." && pwd)"

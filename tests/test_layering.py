@@ -20,7 +20,7 @@ ALLOWED = {
     "scoring": {"divergences", "objectives"},
     "data": {"scoring"},
     "models": {"scoring"},
-    "references": {"objectives", "scoring", "models"},
+    "references": {"objectives", "scoring", "models", "rollouts"},  # the client of a server
     "rollouts": {"objectives", "scoring", "data", "models"},
     "rewards": {"divergences", "objectives", "scoring", "data", "models", "references"},
     "metrics": {"divergences", "objectives", "rewards"},

@@ -20,6 +20,7 @@ from falign.references.frozen_model import FrozenModel
 from falign.references.moving import MovingAverage, MovingReference, PeriodicReset
 from falign.references.prompted import Prompted
 from falign.references.scores import ReferenceScores, read_whole, with_members
+from falign.references.served import VLLMReference
 from falign.references.soup import Soup
 from falign.references.stalling import ResetOnStall, StallReset
 from falign.references.store import CacheKey, LogprobStore, entry_digest
@@ -46,6 +47,7 @@ __all__ = [
     "ResetOnStall",
     "Soup",
     "StallReset",
+    "VLLMReference",
     "check_interval",
     "check_same_at_start",
     "completion_batch",

@@ -228,6 +228,17 @@ class Reference(ABC):
         """
         return vocabulary
 
+    def check_length(self, longest: int, *, place: str) -> None:  # noqa: B027 - most models are checked elsewhere
+        """Refuse prompts and completions that are longer than the reference reads.
+
+        Args:
+            longest: Tokens of the longest possible prompt with its completion.
+            place: The reference in messages.
+
+        Raises:
+            ConfigError: They are too long.
+        """
+
     def check_rollouts(self, *, place: str, updates: int) -> None:
         """Refuse a reference that would move between the updates on one rollout, which are all scored once.
 

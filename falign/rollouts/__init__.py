@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from falign.rollouts.transformers_engine import TransformersEngine
     from falign.rollouts.vllm_engine import VLLMEngine
     from falign.rollouts.vllm_handshake import Handshake, shake_hands
+    from falign.rollouts.vllm_prompt_scores import PromptScorer, ServedModel
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -23,6 +24,7 @@ else:
             "falign.rollouts.transformers_engine": ("TransformersEngine",),
             "falign.rollouts.vllm_engine": ("VLLMEngine",),
             "falign.rollouts.vllm_handshake": ("Handshake", "shake_hands"),
+            "falign.rollouts.vllm_prompt_scores": ("PromptScorer", "ServedModel"),
         },
     )
 
@@ -31,8 +33,10 @@ __all__ = [
     "EngineCapabilities",
     "EngineSetup",
     "Handshake",
+    "PromptScorer",
     "SampledCompletion",
     "SamplingParams",
+    "ServedModel",
     "TransformersEngine",
     "VLLMEngine",
     "shake_hands",

@@ -19,7 +19,7 @@ from falign.data import DataSource, InMemory, LengthPolicy, PreferenceData, Wind
 from falign.data.memory import PYTHON
 from falign.data.other_prompts import OtherPrompts
 from falign.errors import ConfigError, ModelError
-from falign.objectives import BaseObjective, Measure, Objective, complete, field_of, reference_names
+from falign.objectives import BaseObjective, Measure, Objective, complete, field_of, reference_names, token_weighting
 from falign.objectives.batch import OFFLINE
 from falign.objectives.measures import references_of
 from falign.runfile.base_config import FrozenModel, refusals
@@ -338,6 +338,7 @@ class RunConfig(FrozenModel):
             raise ConfigError(f"objective.kind={self.objective.kind}: {error}") from error
         given, read = self.reference_sections().keys(), reference_names(whole.needs, {**whole.measures, **measures})
         self._check_members(whole)
+        self._check_whole(whole, measures)
         if missing := sorted(read - given):
             readers = (field for field, measure in measures.items() if missing[0] in references_of([measure]))
             by_objective = missing[0] in reference_names(whole.needs, whole.measures)
@@ -386,6 +387,21 @@ class RunConfig(FrozenModel):
                     f"{self.section_of(name)}.level=sequence: this reference is known only up to a factor per prompt, "
                     f"and objective.kind={self.objective.kind} needs its probabilities: set level to token."
                 )
+
+    def _check_whole(self, objective: BaseObjective, measures: Mapping[str, Measure]) -> None:
+        """Refuse readers of whole distributions of references that have none."""
+        sections = self.reference_sections()
+        readers = {
+            self.section_of(name): {*section.members} for name, section in sections.items() if section.reads_whole
+        }
+        readers |= {field: {*references_of([measure])} for field, measure in measures.items()}
+        of_objective = {*references_of(objective.measures.values())}
+        if token_weighting(objective.needs) not in ("none", "data"):
+            of_objective.add(REFERENCE)
+        readers[f"objective.kind={self.objective.kind}"] = of_objective
+        for reader, names in readers.items():
+            for name in sorted(self.with_members(names & sections.keys())):
+                sections[name].check_whole(field=self.section_of(name), reader=reader)
 
     def _check_offline(self, objective: Objective) -> None:
         if self.data is None:

@@ -32,6 +32,7 @@ __all__ = [
     "ReferenceConfig",
     "ResetOnStallConfig",
     "SoupConfig",
+    "VLLMReferenceConfig",
 ]
 
 
@@ -429,6 +430,11 @@ class GeometricConfig(_CombinationConfig):
     def normalized(self) -> bool:
         return self.level == "token"
 
+    @property
+    @override
+    def reads_whole(self) -> bool:
+        return self.level == "token"
+
     @override
     def check(self, *, field: str, adapter: bool) -> None:
         from falign.references.combinations import check_geometric
@@ -441,6 +447,47 @@ class GeometricConfig(_CombinationConfig):
 
         chunk_tokens = context.config.training.chunk_tokens
         return Geometric(context.members, self.weights, level=self.level, chunk_tokens=chunk_tokens)
+
+
+class VLLMReferenceConfig(ReferenceSection):
+    """A model on a vLLM server, for objectives that read the log-probabilities of sampled tokens only."""
+
+    kind: Literal["vllm"] = "vllm"
+    url: str = Field(default="http://127.0.0.1:8000", pattern=r"^https?://[^/]+/?$")
+    """The server, started without adapters (``MAX_LORA_RANK=0 scripts/vllm_server.sh MODEL``)."""
+    model: str | None = None
+    """Its name for the model, if it is not the base model."""
+    timeout: float = Field(default=600.0, gt=0)
+    """Seconds for each call, that is, for one completion with its prompt."""
+    wait: float = Field(default=300.0, ge=0)
+    """Seconds that the server may be unavailable, also at the start; then the run ends and can be resumed."""
+    cache: None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Not possible here."""
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _refuse_cache(cls, value: Any) -> None:
+        if value is not None:
+            raise ValueError(
+                "a server gives no hash of its weights, so cached values could not be checked against it: leave the "
+                "cache out, or name the model as `kind: frozen`"
+            )
+
+    @override
+    def check_whole(self, *, field: str, reader: str) -> None:
+        raise ConfigError(
+            f"{field}.kind=vllm: {reader} reads the whole distributions of this reference, and a server gives the "
+            "log-probabilities of given tokens: name the model as `kind: frozen` with its path, or use an objective of "
+            "sampled tokens (distillation with level: token)."
+        )
+
+    @override
+    def build(self, context: BuildContext) -> references.Reference:
+        from falign.references import VLLMReference
+        from falign.rollouts import PromptScorer
+
+        scorer = PromptScorer(self.url, model=self.model, timeout=self.timeout, wait=self.wait)
+        return VLLMReference(scorer, place=context.field)
 
 
 class OwnReferenceConfig(OwnSection, ReferenceSection, extra="allow"):
@@ -541,6 +588,7 @@ else:
             "reset_on_stall": ResetOnStallConfig,
             "mixture": MixtureConfig,
             "geometric": GeometricConfig,
+            "vllm": VLLMReferenceConfig,
             "python": PythonReferenceConfig,
         },
         default="auto",

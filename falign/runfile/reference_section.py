@@ -95,6 +95,22 @@ class ReferenceSection(FrozenModel):
         """False if its probabilities are known only up to a factor per prompt."""
         return True
 
+    @property
+    def reads_whole(self) -> bool:
+        """True if it always needs its members' whole distributions."""
+        return False
+
+    def check_whole(self, *, field: str, reader: str) -> None:
+        """Refuse a reader of whole distributions if the reference has none, before anything is loaded.
+
+        Args:
+            field: The section in messages.
+            reader: What reads them, in messages.
+
+        Raises:
+            ConfigError: The reference gives the log-probabilities of given tokens only.
+        """
+
     def check(self, *, field: str, adapter: bool) -> None:
         """Refuse settings that cannot work, before anything is loaded.
 
@@ -186,6 +202,7 @@ class ReferenceSection(FrozenModel):
 def _check_length(reference: Reference, prompts: OtherPrompts, context: BuildContext) -> None:
     from falign.models import base_of
 
+    reference.check_length(prompts.longest, place=f"{context.field}.prompt: {prompts.place}")
     model: Any = reference.own_model or base_of(context.policy)
     positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and prompts.longest > positions:

@@ -134,6 +134,8 @@ def load_parts(
             policy.to(args.device)  # pyright: ignore[reportArgumentType]
         device = torch.device("cpu") if shards() else args.device
         references = build_references(config, policy, language.tokenizer, device=device, prompts=prompts)
+        for name, reference in references.items():
+            reference.check_length(longest, place=config.section_of(name))
         # Hashed before sharding, which separates 4-bit weights from their scales.
         own = {name: reference.own_model for name, reference in references.items()}
         configs: dict[str, str] = {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,14 +30,17 @@ from falign.references import (
     ResetOnStall,
     Soup,
     StallReset,
+    VLLMReference,
     check_same_at_start,
 )
+from falign.rollouts import PromptScorer
 from falign.runfile import OwnReferenceConfig, ReferenceSection
 from falign.scoring import completion_scores, pack, pad
 from falign.scoring.vocabulary import target_logprobs
 from falign.training.trainer import _require_shardable
 from tests.models.tiny import fill_adapter, tiny_tokenizer
 from tests.references.spy import ForwardSpy
+from tests.rollouts.loopback import Loopback
 from tests.runfile.test_every_field import SECTIONS
 from tests.scoring.models import TREES, VOCABULARY, tiny_model, with_lora
 
@@ -58,6 +63,29 @@ def members(policy: Any) -> dict[str, Reference]:
     return {"a": FrozenModel(tiny_model(seed=5), weights="w"), "b": AdapterOff(weights="w")}
 
 
+SERVERS: list[Loopback] = []
+
+
+@pytest.fixture(autouse=True)
+def stop_servers():
+    yield
+    while SERVERS:
+        SERVERS.pop().stop()
+
+
+@functools.cache
+def served_model() -> tempfile.TemporaryDirectory[str]:
+    folder = tempfile.TemporaryDirectory()
+    tiny_model(seed=5).save_pretrained(folder.name)
+    tiny_tokenizer().save_pretrained(folder.name)
+    return folder
+
+
+def served() -> VLLMReference:
+    SERVERS.append(Loopback(served_model().name, max_rank=0).start())
+    return VLLMReference(PromptScorer(SERVERS[-1].url, timeout=20.0, wait=0.0))
+
+
 class Kind(NamedTuple):
     """A kind of reference.
 
@@ -68,6 +96,7 @@ class Kind(NamedTuple):
         stalls: Whether it does so when evaluations stall, and not at intervals.
         whole: Whether the policy is a whole model, without adapter.
         writes: Whether it is a model that can be sampled from.
+        distributions: Whether it gives whole distributions, and not only the log-probabilities of given tokens.
     """
 
     build: Callable[[Any, Any], Reference]
@@ -76,6 +105,7 @@ class Kind(NamedTuple):
     stalls: bool = False
     whole: bool = False
     writes: bool = True
+    distributions: bool = True
 
 
 AVERAGE, RESET = MovingAverage(alpha=0.3, every=2), PeriodicReset(every=2, reset_optimizer=True)
@@ -106,6 +136,7 @@ KINDS = {
         ),
         writes=False,
     ),
+    "vllm": Kind(lambda policy, folder: served(), writes=False, distributions=False),
     "cached": Kind(
         lambda policy, folder: Cached(AdapterOff(weights="w"), directory=folder / "cache", key=KEY), writes=False
     ),
@@ -168,8 +199,12 @@ def test_scores_are_constant_normal_and_leave_the_policy_as_it_was(built):
     assert policy.training
 
 
-def test_whole_distributions_have_the_log_probabilities_of_the_tokens_also_once_the_policy_has_gone_on(built):
+def test_whole_distributions_have_the_log_probabilities_of_the_tokens_also_once_the_policy_has_gone_on(kind, built):
     policy, reference = built
+    if not kind.distributions:
+        with pytest.raises(ConfigError, match="gives the log-probabilities of given tokens"):
+            reference.states(policy, BATCH)
+        return
     expected = reference.logprobs(policy, BATCH)[BATCH.completion_mask]
     distribution = reference.states(policy, BATCH).distribution
     trained(policy)  # the head is applied later

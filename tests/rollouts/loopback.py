@@ -42,13 +42,15 @@ class Switches:
     changes_prompt: bool = False
     drops_choice: bool = False
     change_reply: object = None  # a function of the reply
+    version: str = "0.32.0"
 
 
 class Loopback:
     """A server that can be stopped, killed and started anew on its port."""
 
-    def __init__(self, model_folder, *, max_rank=8, max_length=256, **switches):
+    def __init__(self, model_folder, *, max_rank=8, max_length=256, names=("base",), **switches):
         self.model_folder, self.max_rank, self.max_length = Path(model_folder), max_rank, max_length
+        self.names = names  # of the base model
         self.switches = Switches(**switches)
         self.log = []  # method and path of each call, with the body
         self.port, self._server, self._thread = 0, None, None
@@ -172,11 +174,19 @@ class Loopback:
         return 200, info
 
     def on_v1_models(self, body):
-        cards = [{"id": "base", "parent": None}, *({"id": name, "parent": "base"} for name in self.adapters)]
-        return 200, {"data": cards}
+        bases = ({"id": name, "parent": None} for name in self.names)
+        cards = [*bases, *({"id": name, "parent": "base"} for name in self.adapters)]
+        shared = {"root": str(self.model_folder), "max_model_len": self.max_length}
+        return 200, {"data": [shared | card for card in cards]}
+
+    def on_version(self, body):
+        return 200, {"version": self.switches.version}
 
     def on_tokenize(self, body):
         return 200, {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]}
+
+    def on_detokenize(self, body):
+        return 200, {"prompt": self.tokenizer.decode(body["tokens"])}
 
     def on_v1_load_lora_adapter(self, body):
         folder = Path(body["lora_path"])
@@ -231,11 +241,13 @@ class Loopback:
             return None, None
         if self._use_up("fail"):
             return 500, {"error": {"message": "Internal Server Error"}}
-        if body["model"] != "base" and body["model"] not in self.adapters:
+        if body["model"] not in (*self.names, *self.adapters):
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+        if (largest := max(map(max, body["prompt"]))) >= self.base.config.vocab_size:
+            return 400, {"error": {"message": f"Token id {largest} is out of vocabulary"}}
         with self.lock:
             try:
-                reply = self._completions(body)
+                reply = self._scores(body) if "stop_token_ids" not in body else self._completions(body)
             except FileNotFoundError:
                 self.dead = True
                 return 500, {"error": {"message": "EngineCore encountered an issue (EngineDeadError)"}}
@@ -252,7 +264,7 @@ class Loopback:
         return load_adapter(base, folder, trainable=False).eval()
 
     def _model(self, name):
-        if name == "base":
+        if name in self.names:
             return self.cached or self.base
         model, folder, again = self.adapters[name]
         if again:
@@ -275,6 +287,20 @@ class Loopback:
             engine.publish(model, 0)
             rollouts = engine.sample(body["prompt"], body["n"], params, version=0, seed=body["seed"])
             choices = [self._choice(i, rollout, model, body) for i, rollout in enumerate(rollouts)]
+        return {"model": body["model"], "choices": choices[1:] if self.switches.drops_choice else choices}
+
+    def _scores(self, body):
+        """Answer a request for log-probabilities of the prompt, each token's beside that of the likeliest one."""
+        choices = []
+        for index, ids in enumerate(body["prompt"]):
+            with torch.no_grad():
+                rows = self._model(body["model"])(torch.tensor([ids])).logits[0].log_softmax(-1).tolist()
+            scores = [
+                {str(other): {"logprob": row[other], "rank": 1} for other in (row.index(max(row)), token)}
+                for row, token in zip(rows, ids[1:], strict=False)
+            ]
+            sent = [0, *ids] if self.switches.changes_prompt else ids
+            choices.append({"index": index, "prompt_token_ids": sent, "prompt_logprobs": [None, *scores]})
         return {"model": body["model"], "choices": choices[1:] if self.switches.drops_choice else choices}
 
     def _choice(self, index, rollout, model, body):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from falign.errors import ConfigError
 from falign.models import add_lora, load_model, load_tokenizer
-from falign.rollouts import SamplingParams, VLLMEngine, shake_hands
+from falign.rollouts import PromptScorer, SamplingParams, VLLMEngine, shake_hands
 from falign.rollouts.gap import measure_gap
 from falign.rollouts.vllm_client import HTTPClient
 from tests.models.tiny import fill_adapter
@@ -37,15 +38,15 @@ pytestmark = [
 class Server:
     """A vLLM server in a process group of its own."""
 
-    def __init__(self, model, log):
-        self.model, self.log, self.process = model, log, None
+    def __init__(self, model, log, rank=8):
+        self.model, self.log, self.rank, self.process = model, log, rank, None
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
     def start(self):
-        environment = {**os.environ, "PORT": str(self.port), "MAX_LORA_RANK": "8", "VENV": str(VENV)}
+        environment = {**os.environ, "PORT": str(self.port), "MAX_LORA_RANK": str(self.rank), "VENV": str(VENV)}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [str(SCRIPT), str(self.model), "--block-size", "32"],
@@ -253,3 +254,9 @@ def kill_in_the_run(folder, server):
         time.sleep(0.2)
     server.kill()
     server.start()
+
+
+def test_a_server_with_adapters_is_refused_as_a_scorer(server, connect):
+    connect()
+    with pytest.raises(ConfigError, match="serves adapters"):
+        PromptScorer(server.url, timeout=WAIT, wait=WAIT)

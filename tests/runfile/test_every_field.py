@@ -40,6 +40,7 @@ NOTHING_TO_BUILD = {
             "ResetOnStallConfig.kind",
             "MixtureConfig.kind",
             "GeometricConfig.kind",
+            "VLLMReferenceConfig.kind",
             "OwnReferenceConfig.kind",
         ),
         "the name of the variant; the other variants' kinds are changed, and RunConfig.reference",
@@ -58,7 +59,7 @@ NOTHING_TO_BUILD = {
     **dict.fromkeys(
         tuple(
             f"{kind}Config.{field}"
-            for kind in ("MovingAverage", "PeriodicReset", "ResetOnStall", "Mixture", "Geometric")
+            for kind in ("MovingAverage", "PeriodicReset", "ResetOnStall", "Mixture", "Geometric", "VLLMReference")
             for field in ("cache", "cache_top_k")
         ),
         "there to say why it is refused: it can only be null",
@@ -362,6 +363,7 @@ REWARDS = {
     ),
 }
 URL, OTHER_URL = "a server", "another server"
+SCORING_URL, OTHER_SCORING_URL = "a scoring server", "another scoring server"
 COLDER = {"prompts": 4, "completions": 4, "max_new_tokens": 8, "temperature": 0.5}
 MOVING = {"every": 4}
 EVALUATED = {"training": {"max_steps": 4, "learning_rate": 0.01, "eval_steps": 2}}
@@ -433,6 +435,17 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
     "OwnReferenceConfig": (
         "reference",
         Changes({"kind": "tests.references.own:Shifted", "shift": 0.5}, cache="cache", cache_top_k=TOP, prompt=HINT),
+    ),
+    "VLLMReferenceConfig": (
+        "reference",
+        Changes(
+            {"kind": "vllm", "url": SCORING_URL},
+            url=OTHER_SCORING_URL,
+            model="other",
+            timeout=9.0,
+            wait=4.0,
+            prompt=HINT,
+        ),
     ),
     "AdapterReferenceConfig": (
         "reference",
@@ -800,9 +813,9 @@ def servers(files):
     started = {}
 
     def with_addresses(run):
-        for name in (URL, OTHER_URL):
+        for name, rank in ((URL, 8), (OTHER_URL, 8), (SCORING_URL, 0), (OTHER_SCORING_URL, 0)):
             if repr(name) in str(run) and name not in started:
-                started[name] = Loopback(files / "tiny").start()
+                started[name] = Loopback(files / "tiny", max_rank=rank, names=("base", "other")).start()
         text = json.dumps(run, default=str)
         for name, server in started.items():
             text = text.replace(json.dumps(name), json.dumps(server.url))
