@@ -92,11 +92,19 @@ def test_a_combination_that_cannot_work_is_refused_before_anything_is_loaded(dat
 def test_the_lines_of_the_page_on_references_are_read():
     page = (Path(__file__).parents[2] / "docs" / "references.md").read_text(encoding="utf-8")
     blocks = [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)]
-    runs = [parse_run({**LEAST, **block}) for block in blocks]
+    prompts = {"prompts": {"train": [{"path": "p", "chat": True}]}, "rollout": {"max_new_tokens": 8}}
+    online = {**{name: value for name, value in LEAST.items() if name != "data"}, **prompts}
+    runs = [parse_run({**(online if "'level': 'token'" in str(block) else LEAST), **block}) for block in blocks]
     sections = [run.references or {"reference": run.reference} for run in runs if run.check()]
     kinds = [tuple(each.kind for each in named.values()) for named in sections]
     single = ["frozen", "auto", "adapter", "soup", "moving_average", "periodic_reset"]
-    several = [("auto", "frozen"), ("geometric", "frozen", "adapter_off"), ("adapter_off",), ("auto", "frozen")]
+    several = [
+        ("auto", "frozen"),
+        ("adapter_off", "vllm"),
+        ("geometric", "frozen", "adapter_off"),
+        ("adapter_off",),
+        ("auto", "frozen"),
+    ]
     kept = [*((kind,) for kind in single), *several, ("my_references:Mine",)]
     assert kinds == kept
 
