@@ -14,6 +14,7 @@ __all__ = [
     "EngineError",
     "FalignError",
     "InstallationError",
+    "MemberError",
     "ModelError",
     "NonFiniteRewardError",
     "RewardError",
@@ -78,6 +79,10 @@ class InstallationError(FalignError):
 
 class DataError(FalignError, ValueError):
     """A data file, or a row of one, that cannot be used."""
+
+
+class MemberError(FalignError, ValueError):
+    """A part of the user's own, such as a measure or a token weight, that raised an exception."""
 
 
 class ModelError(FalignError):

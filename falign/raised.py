@@ -1,16 +1,18 @@
-"""Messages for exceptions in reward functions: the lines of code that raised, and the completion being scored."""
+"""Messages for exceptions in a user's own code: the part, the lines that raised, and the completion being scored."""
 
 from __future__ import annotations
 
+import inspect
 import sysconfig
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from falign.errors import without_secrets
+from falign.errors import FalignError, MemberError, without_secrets
 
-__all__ = ["CodeLine", "code_lines", "completion_at_fault", "own_lines", "raised_message"]
+__all__ = ["CodeLine", "calling", "code_lines", "completion_at_fault", "own_lines", "raised_message"]
 
 MOST_LINES = 3
 LONGEST_COMPLETION = 300
@@ -80,6 +82,36 @@ def raised_message(text: str, lines: Sequence[CodeLine], completion: str | None)
         cut = "" if len(completion) <= LONGEST_COMPLETION else f" (the first {LONGEST_COMPLETION} characters)"
         parts.append(f"  completion{cut}: {completion[:LONGEST_COMPLETION]!r}")
     return without_secrets("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in "\n".join(parts)))
+
+
+@contextmanager
+def calling(role: str, member: object) -> Iterator[None]:
+    """Name a part of the user's own in the exceptions that it raises; those of falign's parts stay as they are.
+
+    Args:
+        role: The role of the part, for messages, such as ``token weight``.
+        member: The object or function that is called.
+
+    Raises:
+        MemberError: The part, or code of the user's that it calls, raised an exception, which is the cause.
+
+    Example:
+        >>> with calling("token weight", print):  # doctest: +IGNORE_EXCEPTION_DETAIL
+        ...     1 / 0
+        Traceback (most recent call last):
+        MemberError: token weight print: ZeroDivisionError: division by zero
+    """
+    try:
+        yield
+    except FalignError:
+        raise  # already has its place
+    except Exception as error:
+        lines, named = code_lines(error), member if inspect.isroutine(member) else type(member)
+        # Called with wrong arguments, a part raises before its first line.
+        if not own_lines(lines) and str(named.__module__).partition(".")[0] == __package__:
+            raise
+        raised = raised_message(f"{type(error).__name__}: {error}", lines, None)
+        raise MemberError(f"{role} {named.__name__}: {raised}\nCorrect its code.") from error
 
 
 def _is_own(line: CodeLine) -> bool:

@@ -17,6 +17,7 @@ from falign.divergences.base import numbers
 from falign.objectives.advantages import ADVANTAGES, Advantage
 from falign.objectives.batch import CompletionBatch
 from falign.objectives.groups import groups_of, total
+from falign.raised import calling
 from falign.registry import Registry
 
 __all__ = [
@@ -92,7 +93,9 @@ class _OfRewards:
     needs: frozenset[str] = frozenset({"rewards"})
 
     def advantages(self, batch: CompletionBatch) -> Tensor:
-        return self.function(batch.require("rewards"), batch.prompt_index)
+        rewards = batch.require("rewards")
+        with calling("advantage", self.function):
+            return self.function(rewards, batch.prompt_index)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class _Plain:
     needs: frozenset[str] = frozenset()
 
     def transform(self, advantages: Float[Tensor, "N T"], batch: CompletionBatch) -> Tensor:
-        return self.function(advantages, batch)
+        with calling("advantage", self.function):
+            return self.function(advantages, batch)
 
 
 @dataclass(frozen=True)
@@ -372,7 +376,9 @@ class AdvantageList:
         """
         assert self.source is not None
         mask = batch.completion_mask
-        made = numbers(self.source.advantages(batch), "advantages")
+        with calling("advantage", self.source):
+            made = self.source.advantages(batch)
+        made = numbers(made, "advantages")
         if made.shape == mask.shape[:1]:
             made = made[:, None].expand(mask.shape)
         return self.transformed(_of_tokens(made, batch), batch)
@@ -391,7 +397,9 @@ class AdvantageList:
             ValueError: A needed field is None, or a transform returns another shape.
         """
         for each in self.transforms:
-            advantages = _of_tokens(numbers(each.transform(advantages, batch), "advantages"), batch)
+            with calling("advantage", each):
+                made = each.transform(advantages, batch)
+            advantages = _of_tokens(numbers(made, "advantages"), batch)
         return advantages
 
 

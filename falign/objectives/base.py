@@ -17,6 +17,7 @@ from falign.objectives.batch import WORTH, CompletionBatch, field_of
 from falign.objectives.link import Link
 from falign.objectives.measures import Measure
 from falign.objectives.step_means import StepMean
+from falign.raised import calling
 
 if TYPE_CHECKING:
     from falign.objectives.controllers import Controller
@@ -365,7 +366,8 @@ class _Completed(BaseObjective):
 
     @override
     def __call__(self, batch: CompletionBatch) -> ObjectiveOutput:
-        return self.objective(batch)
+        with calling("objective", self.objective):
+            return self.objective(batch)
 
 
 REQUIRED = frozenset({"needs", "measures"})

@@ -26,6 +26,7 @@ from falign.objectives.base import (
 from falign.objectives.link import Link
 from falign.objectives.measures import Measure
 from falign.objectives.step_means import StepMean
+from falign.raised import calling
 
 if TYPE_CHECKING:
     from falign.objectives.controllers import Controller
@@ -269,7 +270,11 @@ class Scheduled(BaseObjective):
         Args:
             step: Number of optimizer steps taken before.
         """
-        return {path: schedule(step) for path, schedule in self.schedules.items()}
+        found = {}
+        for path, schedule in self.schedules.items():
+            with calling(f"{path}, step {step}: schedule", schedule):
+                found[path] = schedule(step)
+        return found
 
     @override
     def at(self, step: int) -> BaseObjective:

@@ -14,6 +14,7 @@ from falign.divergences.base import numbers
 from falign.errors import ConfigError
 from falign.objectives.base import CompletionBatch
 from falign.objectives.measures import Measure
+from falign.raised import calling
 from falign.registry import Registry
 
 __all__ = [
@@ -179,7 +180,9 @@ def token_factor(weights: Sequence[TokenWeight], batch: CompletionBatch) -> Floa
     mask = batch.completion_mask
     product = torch.ones_like(batch.logprobs.detach()).masked_fill(~mask, 0.0)
     for weight in weights:
-        factor = _checked(weight, weight(batch), batch)
+        with calling("token weight", weight):
+            given = weight(batch)
+        factor = _checked(weight, given, batch)
         product = product * factor.to(product.dtype)
     return product
 

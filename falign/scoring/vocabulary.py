@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from falign.errors import ConfigError
 from falign.objectives.measures import Measure, TopTokens, Vocabulary, block_of, cosines_with, references_of
+from falign.raised import calling
 from falign.scoring.distributions import (
     Distribution,
     Predictions,
@@ -410,10 +411,14 @@ def _measured(
 def _evaluated(name: str, measure: Measure, at: Vocabulary) -> Tensor:
     """Return the values of a measure; one that mixes positions is called once for each of its blocks."""
     size, block = len(at.targets), block_of(measure)
-    if block == 1 or block >= size:
-        return _of_positions(name, measure(at), at)
-    parts = (at.rows(slice(start, start + block)) for start in range(0, size, block))
-    return torch.cat([_of_positions(name, measure(part), part) for part in parts])
+    step = size if block == 1 else block
+    parts = [at] if step >= size else [at.rows(slice(start, start + step)) for start in range(0, size, step)]
+    values = []
+    for part in parts:
+        with calling(f"measure {name!r}:", measure):
+            value = measure(part)
+        values.append(_of_positions(name, value, part))
+    return values[0] if len(values) == 1 else torch.cat(values)
 
 
 def _refuse_mixing(name: str, measure: Measure, at: Vocabulary, values: Tensor) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from falign.choices import nearest
-from falign.errors import TrainingError
+from falign.errors import MemberError, TrainingError
 from falign.objectives import BaseObjective
-from falign.objectives.controllers import State
+from falign.objectives.controllers import Controller, State
+from falign.raised import calling
 from falign.training.processes import Means, gathered, rank
 
 __all__ = ["Controls"]
@@ -30,12 +33,17 @@ class Controls:
 
     def __init__(self, objective: BaseObjective) -> None:
         self._given, self._means = objective, Means()
-        self.states: dict[str, State] = {path: each.start_state() for path, each in objective.controllers.items()}
+        self.states: dict[str, State] = {
+            path: _state(path, each, each.start_state) for path, each in objective.controllers.items()
+        }
         self.objective, self._checked = self._controlled(), False
 
     def _controlled(self) -> BaseObjective:
-        controllers = self._given.controllers
-        return self._given.controlled({path: each.value(self.states[path]) for path, each in controllers.items()})
+        values = {}
+        for path, each in self._given.controllers.items():
+            with calling(f"{path}: controller", each):
+                values[path] = each.value(self.states[path])
+        return self._given.controlled(values)
 
     def check(self, *, step: int) -> None:
         """Refuse a controller whose metric the objective does not report; all processes must call it.
@@ -84,9 +92,12 @@ class Controls:
             return
         place = f"Before step {step}"
         for path, value in self._observed(self._means.take(), place).items():
-            self.states[path] = self._given.controllers[path].after(self.states[path], value)
+            controller = self._given.controllers[path]
+            self.states[path] = _state(path, controller, partial(controller.after, self.states[path], value))
         try:
             self.objective = self._controlled()
+        except MemberError:
+            raise
         except ValueError as error:  # of a user's own controller; those of falign have bounds, which are tried before
             raise TrainingError(f"{place}: objective: a controller's value is refused: {error}") from error
 
@@ -102,3 +113,26 @@ class Controls:
         self.states = dict(state["states"])
         self._means.load_state_dict(state["means"][rank()], device)
         self.objective = self._controlled()
+
+
+def _state(path: str, controller: Controller, make: Callable[[], State]) -> State:
+    """Return a controller's state, which must be what a checkpoint gives back.
+
+    Raises:
+        MemberError: The controller raised an exception, or its state is not plain values.
+    """
+    with calling(f"{path}: controller", controller):
+        state: Any = make()
+    try:
+        kept = json.loads(json.dumps(state))
+    except (TypeError, ValueError) as error:
+        kept, reason = None, str(error)
+    else:
+        reason = f"a checkpoint would give back {kept!r}"
+    same = kept == state or repr(kept) == repr(state)  # as texts, because NaN differs from itself
+    if not isinstance(state, Mapping) or not same:
+        raise MemberError(
+            f"{path}: controller {type(controller).__name__}: its state is {state!r} ({reason}): return a dict with "
+            "names and plain numbers, float(x) of a tensor, from start_state and after."
+        )
+    return state

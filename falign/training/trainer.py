@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from typing_extensions import override
 
-from falign.errors import ConfigError, TrainingError
+from falign.errors import ConfigError, MemberError, TrainingError
 from falign.models.heads import ValueHead
 from falign.models.sharding import is_sharded
 from falign.objectives import (
@@ -32,6 +33,7 @@ from falign.objectives import (
     total_weights,
 )
 from falign.objectives.batch import OFFLINE
+from falign.raised import calling
 from falign.references import REFERENCE, ObjectiveInputs, Reference, completion_batch, objective_inputs
 from falign.scoring import PromptTree, Scorer, TokenBatch, data_weights, evaluation_mode
 from falign.scoring.learned_masks import LearnedMasks
@@ -141,7 +143,10 @@ class AlignmentTrainer(ResumableTrainer):
         self.contract = ObjectiveContract()
         self.value_head: ValueHead | None = None
         self.mask_head = _mask_head(self.objective, self.policy)
-        self.controls = Controls(self.objective)
+        try:
+            self.controls = Controls(self.objective)
+        except MemberError as error:
+            raise ConfigError(f"objective: {error}") from error.__cause__
         self._coefficients: Mapping[str, float] = {}
 
     @property
@@ -186,6 +191,19 @@ class AlignmentTrainer(ResumableTrainer):
             masks = {"params": list(self.mask_head.parameters()), "lr": self.args.learning_rate}
             optimizer.add_param_group({**masks, "weight_decay": MASK_DECAY})
         return optimizer
+
+    @override
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self._at_its_place(lambda: f"Step {self.state.global_step + 1}"):
+            return super().train(*args, **kwargs)
+
+    @contextmanager
+    def _at_its_place(self, place: Callable[[], str]) -> Iterator[None]:
+        """Add the place to the error of a user's own part, which only knows its own name."""
+        try:
+            yield
+        except MemberError as error:
+            raise TrainingError(f"{place()}: {error}") from error.__cause__
 
     @override
     def begin_step(self) -> None:
@@ -281,7 +299,7 @@ class AlignmentTrainer(ResumableTrainer):
     def evaluate_objective(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> ObjectiveOutput:
         """Return the objective's output for a scored batch, with further metrics added."""
         step = self.state.global_step + 1
-        output = self.contract.read(self.current(scored.completions), step=step)
+        output = self.contract.read(self._losses(scored.completions), step=step)
         further = self.scored_metrics(scored, inputs)
         if twice := sorted(output.metrics.keys() & further.keys()):
             raise TrainingError(
@@ -289,6 +307,11 @@ class AlignmentTrainer(ResumableTrainer):
                 "rename it."
             )
         return output._replace(metrics={**output.metrics, **further})
+
+    def _losses(self, batch: CompletionBatch) -> Any:
+        objective = self.current
+        with calling("objective", objective):
+            return objective(batch)
 
     def scored_metrics(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Return the metrics of a scored micro-batch that do not come from the objective."""
@@ -333,7 +356,7 @@ class AlignmentTrainer(ResumableTrainer):
         batch, columns = split_columns(inputs)
         zeros = torch.zeros(batch.completion_mask.shape, device=batch.completion_mask.device)
         step = self.state.global_step + 1
-        planned = self.current(completion_batch(batch, zeros, {**self._unknown(zeros), **columns}))
+        planned = self._losses(completion_batch(batch, zeros, {**self._unknown(zeros), **columns}))
         terms = self.contract.read(planned, step=step).terms
         inputs[PLANNED_TERMS] = self.contract.plan(terms, step=step)
         weights = total_weights(terms)
@@ -351,6 +374,15 @@ class AlignmentTrainer(ResumableTrainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Return and log the exact means over all held-out completions, each counted once."""
+        with self._at_its_place(lambda: f"Evaluation at step {self.state.global_step}"):
+            found = self._held_out_means(eval_dataset)
+        self.observe_evaluation(found)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _held_out_means(self, eval_dataset: Any) -> dict[str, float]:
         means, totals = Means(), []
         # Iterating a loader draws from the CPU's generator; without the fork, dropout in later steps would change.
         with torch.no_grad(), evaluation_mode(self.policy), torch.random.fork_rng(devices=[]):
@@ -368,13 +400,7 @@ class AlignmentTrainer(ResumableTrainer):
                 totals.append(torch.stack([torch.stack(losses), total_weights(output.terms)]).cpu())
         # Each term is divided by its own weights, summed over all batches and processes: shape (2, K).
         loss_sums, weight_sums = torch.stack(gathered(totals)).sum(dim=0)
-        loss = (loss_sums / weight_sums).sum().item()
-        found = {"loss": loss, **means.take()}
-        self.observe_evaluation(found)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return {"loss": (loss_sums / weight_sums).sum().item(), **means.take()}
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

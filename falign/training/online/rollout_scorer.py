@@ -19,6 +19,7 @@ from falign.objectives import (
     reference_names,
     references_of,
 )
+from falign.raised import calling
 from falign.references import Reference, ReferenceScores, field_of_reference
 from falign.rollouts.buffer import RolloutBuffer
 from falign.runfile.prompts_config import RolloutConfig
@@ -148,7 +149,8 @@ def _numbers(values: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
 def _prepared(rollout: RolloutBuffer, objective: BaseObjective) -> RolloutBuffer:
     """Add the fields that the objective computes once from a whole rollout."""
     batch = rollout.batch()
-    prepared = objective.prepare(batch)
+    with calling("objective", objective):
+        prepared = objective.prepare(batch)
     return rollout.with_columns({n: value for n, value in prepared.tensors().items() if n not in batch.tensors()})
 
 
