@@ -214,6 +214,11 @@ class BaseObjective(ABC):
         return bool(self.needs & WORTH)
 
     @property
+    def summands(self) -> Mapping[str, BaseObjective]:
+        """The objectives that it is a sum of, by name; empty for one that stands for itself."""
+        return {}
+
+    @property
     def imitates(self) -> bool:
         """True if it makes all its completions more likely, so that rejected ones must be left out."""
         return False

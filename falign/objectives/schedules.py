@@ -386,6 +386,11 @@ class Scheduled(BaseObjective):
 
     @property
     @override
+    def summands(self) -> Mapping[str, BaseObjective]:
+        return self._stages[0].summands
+
+    @property
+    @override
     def learns_from_samples(self) -> bool:
         return all(stage.learns_from_samples for stage in self._stages)
 

@@ -322,6 +322,11 @@ class Sum(BaseObjective):
 
     @property
     @override
+    def summands(self) -> Mapping[str, BaseObjective]:
+        return self.objectives
+
+    @property
+    @override
     def learns_from_samples(self) -> bool:
         return all(each.learns_from_samples for each in self.objectives.values())
 

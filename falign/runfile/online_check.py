@@ -27,10 +27,7 @@ def check_samples(
     """
     whole = complete(objective)
     if not whole.learns_from_samples:
-        raise ConfigError(
-            f"objective.kind={chosen.kind} reads no reward, and would learn from the policy's own samples "
-            "as they are: give data in place of prompts, rollout and rewards."
-        )
+        raise ConfigError(_learns_nothing(whole, chosen))
     if any(mean.rows == "mismatched" for mean in whole.step_means.values()):
         raise ConfigError(
             f"objective.kind={chosen.kind} estimates its reference point from prompts with the completions of other "
@@ -39,6 +36,18 @@ def check_samples(
     _check_groups(rollout, chosen, objective)
     _check_correction(rollout, chosen, whole)
     _check_effects(rollout, chosen, rewards, objective)
+
+
+def _learns_nothing(objective: BaseObjective, chosen: ObjectiveConfig) -> str:
+    terms = [name for name, part in objective.summands.items() if not part.learns_from_samples]
+    place = f"objective.terms.{terms[0]}" if terms else f"objective.kind={chosen.kind}"
+    remedy = (
+        "leave the term out, or, if it has the field completions, set it to chosen: the best samples of each prompt"
+    )
+    return (
+        f"{place} reads no reward, and would learn from the policy's own samples as they are: "
+        f"{remedy if terms else 'give data in place of prompts, rollout and rewards'}."
+    )
 
 
 def check_without_rewards(rollout: RolloutConfig, chosen: ObjectiveConfig, objective: Objective) -> None:

@@ -13,6 +13,10 @@ FITTED = {"kind": "distribution_matching", "target": {"kind": "moments", "moment
 TWO = [{"kind": "words", "words": ["a"]}, {"kind": "regex", "pattern": "b"}]
 
 
+def summed(term):
+    return {"kind": "sum", "terms": {"rl": {"kind": "policy_gradient"}, "sft": term}}
+
+
 def check(**changes):
     return parse_run(online_data("model", "prompts.jsonl", "run", **changes)).check()
 
@@ -22,6 +26,14 @@ def check(**changes):
     [
         ({"objective": {"kind": "supervised"}}, "objective.kind=supervised reads no reward"),
         ({"objective": {"kind": "rehearsal", "divergence": "forward_kl"}}, "objective.kind=rehearsal reads no reward"),
+        (
+            {"objective": summed({"kind": "supervised"})},
+            "^objective.terms.sft reads no reward, .* leave the term out, or, .* completions, set it to chosen",
+        ),
+        (
+            {"objective": {**summed({"kind": "supervised"}), "weights": {"sft": {"from": 1.0, "to": 0.1, "steps": 9}}}},
+            "^objective.terms.sft reads no reward",
+        ),
         ({"objective": {"kind": "pairwise"}, "rollout": {"completions": 1}}, "compares completions of one prompt"),
         ({"rollout": {"completions": 1}}, "objective.advantage=leave_one_out, which compares"),
         (
@@ -69,6 +81,7 @@ def test_what_could_not_work_or_would_have_no_effect_is_refused(changes, message
         {"rollout": {"difficulty": {"low": 0.1, "high": 0.9}, "outcome": "words"}, "rewards": TWO},
         {"rollout": {"difficulty": {"low": 0.1, "high": 0.9}}, "rewards": [TWO[0], {**TWO[1], "weight": 0.0}]},
         {"objective": FITTED, "rollout": {"fit_samples": 64}},
+        {"objective": summed({"kind": "supervised", "completions": "chosen"})},
         {"objective": {"kind": "unpaired", "reference_point": "samples"}, "rollout": {"completions": 1}},
         {"objective": {"kind": "cloning", "completions": "passed"}, "rollout": {"completions": 1}},
         {"objective": {"kind": "policy_gradient", "advantage": "batch_mean"}, "rollout": {"completions": 1}},
