@@ -48,6 +48,28 @@ class TopTokens(NamedTuple):
     logprobs: Float[Tensor, "M K"]
     ids: Int[Tensor, "M K"]
 
+    @classmethod
+    def of(cls, logprobs: Float[Tensor, "M V"], k: int) -> TopTokens:
+        """Return the k most likely tokens of whole distributions.
+
+        Args:
+            logprobs: ``log p``, shape (M, V).
+            k: Number of tokens.
+
+        Returns:
+            Shape (M, k).
+
+        Raises:
+            ValueError: k is not between 1 and V.
+
+        Example:
+            >>> TopTokens.of(torch.tensor([[0.2, 0.5, 0.3]]).log(), 2).ids
+            tensor([[1, 2]])
+        """
+        if not 1 <= k <= logprobs.shape[-1]:
+            raise ValueError(f"k={k} must be between 1 and the {logprobs.shape[-1]} tokens of the vocabulary.")
+        return cls(*logprobs.topk(k, dim=-1))
+
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
@@ -153,17 +175,18 @@ class Vocabulary:
         return cosines_with(self.embeddings, self.targets, self.logprobs.dtype)
 
     def top(self, name: str, k: int) -> TopTokens:
-        """Return the k most likely tokens of a reference; all of them if the vocabulary is smaller.
+        """Return the k most likely tokens of a reference.
 
         Args:
             name: As in :meth:`reference`. Of this reference no more than these tokens need to be known.
-            k: Number of tokens, at least 1.
+            k: Number of tokens, at least 1 and at most V.
 
         Returns:
-            Shape (M, K), constants.
+            Shape (M, k), constants.
 
         Raises:
             ConfigError: The measure does not list the reference, or fewer of its tokens are known.
+            ValueError: k is not between 1 and V.
 
         Example:
             >>> teacher = torch.tensor([[0.2, 0.5, 0.3]]).log()
@@ -171,9 +194,8 @@ class Vocabulary:
             >>> at.top("teacher", 2).ids
             tensor([[1, 2]])
         """
-        k = min(k, self.logprobs.shape[-1])
         if name not in self.tops:
-            return TopTokens(*self.reference(name).topk(k, dim=-1))
+            return TopTokens.of(self.reference(name), k)
         known = self.tops[name]
         if known.ids.shape[-1] < k:
             raise ConfigError(

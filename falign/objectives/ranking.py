@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from falign.objectives.measures import Vocabulary, log_rest
+from falign.objectives.measures import TopTokens, Vocabulary, log_rest
 
 __all__ = ["RankTopK", "RankWeights"]
 
@@ -30,7 +30,7 @@ class RankTopK:
     ``exp(-value)`` sums to 1 over the k! orders.
 
     Attributes:
-        k: Number of tokens, at least 1.
+        k: Number of tokens, from 1 to V.
         reference: Name of the reference.
         weights: ``"equal"``: ``w_i = 1``. ``"reference"``: ``w_i = π_k(σ_i)``.
         target_first: Put the token of the data first, before the others in the reference's order.
@@ -114,6 +114,6 @@ class RankTopK:
         if self.candidates == "reference":
             top = at.top(self.reference, self.k)
             return top.ids, top.logprobs.exp()
-        own = at.logprobs.detach().topk(min(self.k, at.logprobs.shape[-1]), dim=-1).indices
+        own = TopTokens.of(at.logprobs.detach(), self.k).ids
         ranked = at.reference(self.reference).gather(-1, own).sort(dim=-1, descending=True, stable=True)
         return own.gather(-1, ranked.indices), ranked.values.exp()

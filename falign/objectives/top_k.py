@@ -41,7 +41,7 @@ class TopK:
 
     Attributes:
         divergence: Any f.
-        k: Number of tokens, at least 1.
+        k: Number of tokens, from 1 to V.
         reference: Name of the reference π_k.
         tail: The treatment of all other tokens.
         linear: c; only with ``tail="none"``.
@@ -108,14 +108,14 @@ class TopK:
             Shape (M,).
         """
         policy = at.logprobs
-        whole = self.k >= policy.shape[-1]
+        whole = self.k == policy.shape[-1]
         if self.temperature == 1.0:
             top, rest = at.top(self.reference, self.k), None if whole else at.rest(self.reference, self.k)
         else:
             policy, reference = (
                 each.div(self.temperature).log_softmax(dim=-1) for each in (policy, at.reference(self.reference))
             )
-            top = TopTokens(*reference.topk(min(self.k, reference.shape[-1]), dim=-1))
+            top = TopTokens.of(reference, self.k)
             rest = None if whole else log_rest(reference, top.ids)
         p, q = policy.gather(-1, top.ids), top.logprobs
         if rest is None:
@@ -133,7 +133,7 @@ class TopK:
 
     def _stray_mass(self, policy: Tensor, ids: Tensor) -> Tensor:
         count = self.k if self.stray_top is None else self.stray_top
-        own = policy.detach().topk(min(count, policy.shape[-1]), dim=-1).indices
+        own = TopTokens.of(policy.detach(), count).ids
         in_top = torch.zeros_like(policy, dtype=torch.bool).scatter_(-1, ids, True)
         return policy.gather(-1, own).exp().masked_fill(in_top.gather(-1, own), 0.0).sum(dim=-1)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from falign.errors import ConfigError
+from falign.errors import ConfigError, FalignError
 from falign.objectives.measures import Measure, TopTokens, Vocabulary, block_of, cosines_with, references_of
 from falign.raised import calling
 from falign.scoring.distributions import (
@@ -209,7 +209,8 @@ def top_tokens(reference: Predictions, targets: Int[Tensor, " M"], k: int, *, ch
         The reference's values, without the reference.
 
     Raises:
-        ConfigError: k is not between 1 and the size of the vocabulary, or the reference's distributions are not whole.
+        ConfigError: The reference's distributions are not whole.
+        ValueError: k is not between 1 and the size of the vocabulary.
 
     Example:
         >>> p = Distribution(torch.tensor([[0.2, 0.5, 0.3]]).log(), Head(embeddings=torch.nn.Identity()))
@@ -221,9 +222,7 @@ def top_tokens(reference: Predictions, targets: Int[Tensor, " M"], k: int, *, ch
         of_targets, logprobs, _ = readings[""]
         if logprobs is None:
             raise ConfigError("The reference has stored its most likely tokens, so whole distributions are unknown.")
-        if not 1 <= k <= logprobs.shape[-1]:
-            raise ConfigError(f"top_k={k} must be between 1 and the {logprobs.shape[-1]} tokens of the vocabulary.")
-        parts.append((of_targets, *logprobs.topk(k, dim=-1)))
+        parts.append((of_targets, *TopTokens.of(logprobs, k)))
     of_targets, logprobs, ids = (torch.cat(column) for column in zip(*parts, strict=True))
     return StoredTokens(of_targets, TopTokens(logprobs, ids))
 
@@ -415,8 +414,13 @@ def _evaluated(name: str, measure: Measure, at: Vocabulary) -> Tensor:
     parts = [at] if step >= size else [at.rows(slice(start, start + step)) for start in range(0, size, step)]
     values = []
     for part in parts:
-        with calling(f"measure {name!r}:", measure):
-            value = measure(part)
+        try:
+            with calling(f"measure {name!r}:", measure):
+                value = measure(part)
+        except FalignError:
+            raise  # already has its place
+        except ValueError as error:
+            raise ConfigError(f"measure {name!r}: {error}") from error
         values.append(_of_positions(name, value, part))
     return values[0] if len(values) == 1 else torch.cat(values)
 

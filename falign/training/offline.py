@@ -13,6 +13,7 @@ from falign.data import Notice, PreferenceData, demonstrations
 from falign.data.labels import label_counts
 from falign.data.other_prompts import OtherPrompts
 from falign.errors import ConfigError, DataError
+from falign.models.heads import head_rows
 from falign.objectives import Measure, Objective, complete, references_of, token_weighting
 from falign.references import Reference, objective_inputs, read_whole, with_members
 from falign.runfile.config import RunConfig
@@ -201,6 +202,11 @@ def _with_caches(
         if section.cache is None:
             continue
         top_k = section.cache_top_k or 0
+        if top_k > (size := head_rows(parts.policy)):
+            raise ConfigError(
+                f"{config.section_of(name)}.cache_top_k={top_k} is more than the {size} tokens of the vocabulary: "
+                "lower it."
+            )
         if name in whole and not top_k:
             console.print(
                 f"{config.section_of(name)}.cache is not used: the objective, a measure or a combination needs "

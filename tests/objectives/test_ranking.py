@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from falign.objectives import Vocabulary, get_measure
+from falign.divergences import get
+from falign.objectives import TopK, Vocabulary, get_measure
 from falign.objectives.ranking import RankTopK
 from tests.scoring.measure_world import M, V, assert_exact
 
@@ -104,7 +105,7 @@ def test_names_and_refusals():
         RankTopK(0)
     with pytest.raises(ValueError, match="k=1 ranks one token among itself"):
         RankTopK(1)
-    with pytest.raises(ValueError, match=r"rank_top_k\(3, whole=maybe\)'.*'maybe' must be true or false"):
+    with pytest.raises(ValueError, match=r"rank_top_k\(3, whole=maybe\)': whole=maybe must be true or false"):
         get_measure("rank_top_k(3, whole=maybe)")
 
 
@@ -122,9 +123,19 @@ def test_the_policys_candidates_are_ranked_in_the_references_order():
         assert values[row].item() == pytest.approx(-math.log(probability), abs=1e-13)
 
 
-def test_more_candidates_of_the_policy_than_tokens_are_all_tokens():
+@pytest.mark.parametrize(
+    "measure",
+    [
+        RankTopK(10, "teacher", candidates="policy"),
+        RankTopK(10, "teacher"),
+        TopK(get("forward_kl"), 10, "teacher"),
+        TopK(get("forward_kl"), 10, "teacher", temperature=2.0),
+        TopK(get("forward_kl"), 2, "teacher", stray=1.0, stray_top=10),
+    ],
+)
+def test_more_tokens_than_the_vocabulary_has_are_refused(measure):
     at = Vocabulary(
         torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([0]), {"teacher": torch.tensor([[0.2, 0.5, 0.3]]).log()}
     )
-    every, more = (RankTopK(k, reference="teacher", candidates="policy")(at) for k in (3, 10))
-    assert torch.equal(every, more)
+    with pytest.raises(ValueError, match="k=10 must be between 1 and the 3 tokens of the vocabulary"):
+        measure(at)

@@ -142,3 +142,9 @@ def test_the_most_likely_tokens_of_a_teacher_on_the_data_are_stored_once_and_sta
         assert len(list(key.glob("shard-*"))) == 1, "refused after the first row"
     with pytest.raises(ConfigError, match=r"cache_top_k=8 without cache: give the folder too"):
         run("no-folder", cache_top_k=8)
+    with pytest.raises(ConfigError, match=r"references.teacher.cache_top_k=100000 is more than the \d+ tokens of the"):
+        run("too-many", **{**stored, "cache_top_k": 100000})
+    with pytest.raises(
+        ConfigError, match=r"measure 'm': k=100000 must be between 1 and the \d+ tokens of the vocabulary"
+    ):
+        run("too-wide", {"m": "top_k(forward_kl, k=100000, reference=teacher)"})
