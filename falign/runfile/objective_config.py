@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from jaxtyping import Float
-from pydantic import Field, WrapValidator
+from pydantic import Field, WrapValidator, field_validator
 from torch import Tensor
 from typing_extensions import override
 
@@ -208,11 +208,21 @@ class SumConfig(ObjectiveSection):
 
     kind: Literal["sum"] = "sum"
     method = "sum of objectives"
-    terms: dict[str, TermConfig] = Field(min_length=1)
+    terms: dict[str, TermConfig]
     """Objectives by names of your choice, which metrics begin with: ``{dpo: {kind: pairwise}, sft: {kind: supervised,
     completions: chosen}}``."""
     weights: dict[str, float] = {}
     """Factors of terms, 1 by default; a negative one maximizes."""
+
+    @field_validator("terms", mode="before")
+    @classmethod
+    def _names(cls, terms: Any) -> Any:
+        example = "{dpo: {kind: pairwise}, sft: {kind: supervised, completions: chosen}}"
+        if not isinstance(terms, Mapping) or not terms:
+            raise ValueError(f"give one objective or more, each by a name of your choice, as in {example}")
+        if numbers := [name for name in terms if not isinstance(name, str)]:
+            raise ValueError(f"{numbers[0]!r} is not the name of a term: give each objective a name, as in {example}")
+        return terms
 
     @property
     @override

@@ -18,7 +18,7 @@ from falign.plain_yaml import plain_yaml
 from falign.runfile.base_config import FrozenModel, PythonObject
 from falign.runfile.config import RunConfig
 from falign.runfile.reward_config import RewardConfig
-from falign.runfile.schedule_config import REFUSED
+from falign.runfile.schedule_config import REFUSED, near_schedule
 from falign.runfile.trl_names import FOREIGN_NAMES, KINDS_OF_METHODS, near_foreign_name
 
 __all__ = ["load_reward_list", "load_run_file", "parse_run", "valid_paths"]
@@ -195,7 +195,13 @@ def _explain(detail: Any) -> str:
     if detail["type"] in ("model_type", "model_attributes_type"):
         return f"{place.path}={shown(detail['input'])}: this is a section{_example(place)}."
     reason = detail["msg"].removeprefix("Value error, ")
-    return f"{place.path}={shown(detail['input'])}: {reason}{_yaml_advice(detail)}."
+    return f"{place.path}={shown(detail['input'])}: {reason}{_yaml_advice(detail) or _schedule_advice(detail)}."
+
+
+def _schedule_advice(detail: Any) -> str:
+    """Return the forms of schedules for a value that may be meant as one; empty if it cannot."""
+    plain = detail["type"] in ("float_type", "int_type", "string_type", "literal_error")
+    return near_schedule(detail["input"]) if plain and detail["loc"][0] == "objective" else ""
 
 
 def _yaml_advice(detail: Any) -> str:

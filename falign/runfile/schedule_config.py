@@ -21,10 +21,25 @@ from falign.registry import is_own_name
 from falign.runfile.base_config import FieldPath, FrozenModel, GivenSchedule, with_value
 from falign.runfile.members import call_with_settings
 
-__all__ = ["REFUSED", "RampConfig", "StairsConfig", "in_words", "is_schedule", "last_of", "with_schedules"]
+__all__ = [
+    "REFUSED",
+    "RampConfig",
+    "StairsConfig",
+    "in_words",
+    "is_schedule",
+    "last_of",
+    "near_schedule",
+    "with_schedules",
+]
 
 REFUSED = "schedule"
 """Type of the errors of schedules, whose messages have the place and the value."""
+
+OF_NAMES = frozenset({("terms",)})
+"""Fields whose keys are names of the user's choice, and so never make a schedule."""
+
+RAMP, STAIRS = "{from: 5e-3, to: 1e-3, steps: 200}", "{from: 16, to: 256, by: 16, every: 10}"
+PHASES, CONTROL = "{0: forward_kl, 500: reverse_kl}", "{controller: target_divergence, target: 2.0, start: 0.1}"
 
 
 class RampConfig(FrozenModel):
@@ -112,6 +127,26 @@ def last_of(value: Any) -> Any:
     return value["to"] if "to" in value else list(value.values())[-1]
 
 
+def near_schedule(value: Any) -> str:
+    """Return the forms of schedules, for a message about a mapping or list in place of a number or a name.
+
+    Args:
+        value: The value of the field; of one that cannot be meant as a schedule, nothing is returned.
+
+    Example:
+        >>> near_schedule({"start": 0.5, "end": 0.1, "steps": 5})[:66]
+        '; write from, to in place of start, end: a schedule is one of {fro'
+        >>> near_schedule("0.5")
+        ''
+    """
+    if not isinstance(value, Mapping | list):
+        return ""
+    fields = {**RampConfig.model_fields, **StairsConfig.model_fields}
+    aliases = {name: field.alias for name, field in fields.items() if field.alias is not None and name in value}
+    python = f"write {', '.join(aliases.values())} in place of {', '.join(aliases)}: " if aliases else ""
+    return f"; {python}a schedule is one of {RAMP}, {STAIRS}, {PHASES} and {CONTROL}"
+
+
 def with_schedules(value: Any, validate: Callable[[Any], Any]) -> Any:
     """Validate a section that may have schedules in place of numbers and names, and return it with them.
 
@@ -137,20 +172,61 @@ def with_schedules(value: Any, validate: Callable[[Any], Any]) -> Any:
             section = with_value(section, path, each.plain(step))
         return section
 
+    def validated(section: Any, step: int | None) -> Any:
+        try:
+            return validate(section)
+        except ValidationError as error:
+            if (reached := _reached(error, section, given, step)) is not None:
+                raise reached from error
+            raise
+
     for path, each in given.items():
         for bound in each.bounds:
-            validate(with_value(at(0), path, bound))
+            validated(with_value(at(0), path, bound), None)
     knots = sorted({0, *(knot for each in given.values() for knot in each.knots)})
     # A ramp is a fraction after its first step if it ever is one, which a field of whole numbers refuses.
     between = {step for first, last in pairwise(knots) for step in (first + 1, (first + last) // 2)}
-    first, *_ = [validate(at(step)) for step in sorted({*knots, *between})]
+    first, *_ = [validated(at(step), step) for step in sorted({*knots, *between})]
     return first.scheduled(given)
+
+
+def _reached(
+    error: ValidationError, section: Any, given: Mapping[FieldPath, GivenSchedule], step: int | None
+) -> PydanticCustomError | None:
+    """Return the refusal of a value that is not in the file, but that a schedule reaches; None for other mistakes.
+
+    Args:
+        error: The error of the section at a step.
+        section: The section at the step.
+        given: The schedules by their paths.
+        step: The step; None for a bound of a controller.
+    """
+    for detail in error.errors(include_url=False):
+        for path, each in given.items():
+            value = section
+            for key in path:
+                value = value[key]
+            location = iter(detail["loc"])  # the path, with the kinds of sections between
+            if repr(detail["input"]) != repr(value) or not all(key in location for key in path):
+                continue
+            controls = "controller" in each.form
+            when = "at some step" if step is None else "at first" if controls else f"at step {step}"
+            named = f"; names change in steps, as in {PHASES}" if detail["type"] == "string_type" else ""
+            return _refusal(
+                f"{_dotted(path)}={shown(value)}: {detail['msg'].removeprefix('Value error, ')} (its "
+                f"{'controller' if controls else 'schedule'} has this value {when}){named}"
+            )
+    return None
+
+
+def _dotted(path: FieldPath) -> str:
+    return ".".join(["objective", *map(str, path)])
 
 
 def _schedules_in(value: Any, path: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, inner in items:
-        if is_schedule(inner):
+        if is_schedule(inner) and (*path, name) not in OF_NAMES:
             yield (*path, name), inner
         else:
             yield from _schedules_in(inner, (*path, name))
@@ -166,7 +242,7 @@ def _given(form: Mapping[Any, Any], path: FieldPath) -> GivenSchedule:
     Raises:
         PydanticCustomError: It is invalid.
     """
-    place = ".".join(["objective", *map(str, path)])
+    place = _dotted(path)
     if "controller" in form and is_own_name(str(form["controller"])):
         if not isinstance(first := form.get("start"), int | float):
             raise _refusal(
@@ -217,13 +293,14 @@ def _mistake(error: ValidationError, model: type[BaseModel], place: str) -> str:
     detail = error.errors(include_url=False)[0]
     key = ".".join(map(str, detail["loc"]))
     keys = [field.alias or name for name, field in model.model_fields.items()]
-    listed = f"a schedule has {', '.join(keys)}, as in {{from: 5e-3, to: 1e-3, steps: 200}}"
+    listed = f"a schedule has {', '.join(keys)}, as in {STAIRS if model is StairsConfig else RAMP}"
     if detail["type"] == "missing":
         return f"{place}.{key} is required; {listed}"
     if detail["type"] == "extra_forbidden":
         close = nearest(key, keys)
         return f"{place}.{key} is unknown{f'; did you mean {close}?' if close else ''}: {listed}"
-    return f"{place}.{key}={shown(detail['input'])}: {detail['msg'].removeprefix('Value error, ')}"
+    named = f"; names change in steps, as in {PHASES}" if isinstance(detail["input"], str) else ""
+    return f"{place}.{key}={shown(detail['input'])}: {detail['msg'].removeprefix('Value error, ')}{named}"
 
 
 def _refusal(message: str) -> PydanticCustomError:

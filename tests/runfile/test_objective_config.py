@@ -75,7 +75,16 @@ def test_a_sum_of_sections_is_the_sum_of_what_they_build():
         ({"terms": {"dpo": DPO, "sft": {"kind": "supervised"}}}, "term sft.*rejected.*completions='chosen'"),
         ({"terms": {"dpo": DPO}, "weights": {"spt": 1.0}}, "objective.weights.spt: the terms are dpo"),
         ({"terms": {"dpo": DPO}, "weights": {"dpo": 0.0}}, "weight 0.0"),
-        ({"terms": {}}, "objective.terms"),
+        (
+            {"terms": {}},
+            r"objective.terms=\{\}: give one objective or more, each by a name of your choice, as in \{dpo: ",
+        ),
+        ({"terms": {1: DPO, 2: SFT}}, "objective.terms=.*: 1 is not the name of a term: give each objective a name"),
+        (
+            {"terms": {"dpo": {"kind": "pairwise", "beta": {"from": 1.0, "to": -1.0, "steps": 4}}}},
+            r"objective.terms.dpo.beta=0.0: Input should be greater than 0 \(its schedule has this value at step 2\)",
+        ),
+        ({"terms": {"1": DPO, "2": SFT}}, "terms has '1': a name is a lower-case letter"),
     ],
 )
 def test_sums_that_cannot_be_meant_are_refused_with_the_path_of_the_term(fields, message):

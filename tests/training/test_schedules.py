@@ -236,7 +236,26 @@ def test_a_controller_whose_value_the_objective_refuses_stops_the_run_with_its_r
             {"beta": {"from": 0.5, "to": 0.1, "steps": 0}},
             r"objective.beta=.*'steps': 0.*end before it begins.*at least 1",
         ),
-        ({"beta": {"from": 0.5, "to": -0.1, "steps": 9}}, r"objective.beta=-0.1: Input should be greater than 0"),
+        (
+            {"beta": {"from": 0.5, "to": -0.1, "steps": 9}},
+            r"objective.beta=-0.1: Input should be greater than 0 \(its schedule has this value at step 9\)\.",
+        ),
+        (
+            {"divergence": {"from": 1e-4, "to": 1e-2, "steps": 9}},
+            r"objective.divergence=0.0001: Input should be a valid string \(its schedule has this value at step 0\); "
+            r"names change in steps, as in \{0: forward_kl, 500: reverse_kl\}\.$",
+        ),
+        (
+            {"divergence": {"from": "forward_kl", "to": "reverse_kl", "steps": 9}},
+            r"objective.divergence.from='forward_kl': Input should be a valid number.*; names change in steps, as in",
+        ),
+        (
+            {"beta": {"start": 0.5, "end": 0.1, "steps": 2}},
+            r"objective.beta=.*; write from, to in place of start, end: a schedule is one of "
+            r"\{from: 5e-3, to: 1e-3, steps: 200\}, \{from: 16, to: 256, by: 16, every: 10\}, \{0: ",
+        ),
+        ({"beta": {"to": 0.1, "steps": 2}}, r"objective.beta=.*; a schedule is one of \{from: 5e-3"),
+        ({"beta": [0.5, 0.1]}, r"objective.beta=\[0.5, 0.1\]: .*; a schedule is one of \{from: 5e-3"),
         ({"beta": {"from": 0.5, "steps": 9}}, r"objective.beta.to is required; a schedule has from, to, steps"),
         ({"beta": {"from": 0.5, "to": 0.1, "stesp": 9}}, r"objective.beta.steps is required"),
         ({"beta": {"from": 0.5, "to": "x", "steps": 9}}, r"objective.beta.to='x': Input should be a valid number"),
