@@ -48,6 +48,7 @@ SHARED = {
         "registry",
         "seeds",
     ),
+    "templates",
     "terminal",
 }
 LIGHT = {"divergences", "objectives", "methods", "scoring"}

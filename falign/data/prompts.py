@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
+
+from typing_extensions import override
 
 from falign.choices import require_choice, shown
 from falign.data.chat_template import Tokenizer
@@ -24,6 +25,7 @@ from falign.data.splits import held_out_prompts
 from falign.data.tokenization import encode_prompt
 from falign.data.windows import LengthPolicy, cut_left
 from falign.errors import ConfigError, DataError
+from falign.templates import Template, columns_of
 
 __all__ = ["PromptData", "PromptReport", "PromptRow", "PromptSource", "RowCheck", "filled", "load_prompts"]
 
@@ -285,9 +287,10 @@ def _system(row: Row, source: PromptSource) -> str | None:
     return own
 
 
-class _Filled(string.Formatter):
+class _TextTemplate(Template):
     """Fill a template with a row's columns; refuse lists, objects and nulls."""
 
+    @override
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
         value, first = super().get_field(field_name, args, kwargs)
         if isinstance(value, str):
@@ -314,24 +317,18 @@ def filled(template: str, fields: Mapping[str, Any], place: str) -> str:
         '1 + 2'
     """
     try:
-        names = [name for _, name, _, _ in _Filled().parse(template) if name is not None]
+        columns_of(template)
     except ValueError as error:
-        raise _unreadable(template, str(error)) from error
-    if any(not name or name[0].isdigit() for name in names):
-        raise _unreadable(template, "it has braces without the name of a column")
+        raise ConfigError(
+            f"the template {template!r} cannot be read ({error}): columns stand in braces by their names, as in "
+            "{prompt}; write {{ and }} for braces of the text."
+        ) from error
     try:
-        return _Filled().vformat(template, (), fields)
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError, OverflowError) as error:
+        return _TextTemplate().fill(template, fields)
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise DataError(
             f"{place}: the template {template!r} asks for {error}; the row has {sorted(fields)}."
         ) from error
-
-
-def _unreadable(template: str, reason: str) -> ConfigError:
-    return ConfigError(
-        f"the template {template!r} cannot be read ({reason}): columns stand in braces by their names, as in "
-        "{prompt}; write {{ and }} for braces of the text."
-    )
 
 
 def _raw_prompt(row: Row, template: str | None) -> Text:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from falign.rewards.base import Scores, column, place_of
 from falign.rewards.child import Call, ChildPool, shared_pool
 from falign.rewards.identity import Identity
 from falign.rewards.outcomes import row_error, scores_of
+from falign.templates import Template, columns_of
 
 __all__ = ["Verifier"]
 
@@ -30,6 +30,9 @@ class Verifier:
         timeout: Seconds per completion.
         failed: Value of a completion if its call timed out or raised; None leaves it out. Both are counted.
         pool: The pool of processes; None for the pool that all verifiers share.
+
+    Raises:
+        ValueError: A template cannot be read.
     """
 
     name: str
@@ -40,6 +43,15 @@ class Verifier:
     timeout: float = 10.0
     failed: float | None = 0.0
     pool: ChildPool | None = None
+
+    def __post_init__(self) -> None:
+        for key, template in self.templates.items():
+            try:
+                columns_of(template)
+            except ValueError as error:
+                raise ValueError(
+                    f"{key}={template!r} cannot be read ({error}): columns stand in braces by their names."
+                ) from error
 
     def __call__(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float | None]:
         return self.score(prompts, completions, **columns).values
@@ -99,7 +111,10 @@ class Verifier:
 
     def _rows(self, columns: Mapping[str, list[Any]], count: int) -> list[dict[str, Any]]:
         """Return each row's values of the columns that are read."""
-        names = {*self.columns.values(), *(name for template in self.templates.values() for name in _fields(template))}
+        names = {
+            *self.columns.values(),
+            *(name for template in self.templates.values() for name in columns_of(template)),
+        }
         read = {name: column(columns, name, reward=self.name) for name in sorted(names)}
         return [{name: values[i] for name, values in read.items()} for i in range(count)]
 
@@ -121,15 +136,9 @@ class Verifier:
         return Identity(self.function.partition(":")[0], settings)
 
     def _filled(self, template: str, row: Mapping[str, Any]) -> str:
-        if missing := [name for name in _fields(template) if row[name] is None]:
+        if missing := [name for name in columns_of(template) if row[name] is None]:
             raise ValueError(f"the column {missing[0]!r}, which {template!r} needs, is missing")
         try:
-            return template.format_map(row)
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+            return Template().fill(template, row)
+        except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"the template {template!r} cannot be filled ({error}); name columns in braces") from error
-
-
-def _fields(template: str) -> list[str]:
-    """Return the columns that a template names, without attributes and indices (``{row.name}``, ``{row[0]}``)."""
-    names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    return [name.partition(".")[0].partition("[")[0] for name in names]

@@ -108,7 +108,9 @@ def test_a_conversation_needs_a_chat_template_and_evaluation_is_chosen_one_way(w
         load_prompts([source], byte_bpe(), max_length=9, eval_sources=[source], eval_size=1)
 
 
-@pytest.mark.parametrize("template", ["{prompt:d}", "{prompt!q}", "{prompt[x]}", "{prompt.x}"])
+@pytest.mark.parametrize(
+    "template", ["{prompt:d}", "{prompt!q}", "{prompt[0]}", "{prompt.__class__}", "{prompt:{prompt.__class__}}"]
+)
 def test_a_template_that_cannot_be_filled_names_the_row(write_rows, byte_bpe, template):
     path = write_rows({"prompt": [{"role": "user", "content": "hi"}]})
     with pytest.raises(DataError, match=r":1: the template .* asks for"):

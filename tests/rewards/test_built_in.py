@@ -1,4 +1,5 @@
 import json
+import re
 import time
 
 import pytest
@@ -102,3 +103,12 @@ def test_a_missing_column_is_named_with_those_that_there_are(pool):
 def test_a_verifier_of_ones_own_may_say_that_it_does_not_apply(pool):
     own = Verifier("own", "tests.rewards.plain:by_content", timeout=0.5, pool=pool)
     assert own.score(prompts("123"), ["x", "hang", "raise"])[:3] == ([1.0, 0.0, 0.0], 1, 1)
+
+
+def test_a_template_reads_whole_columns_only_and_one_that_cannot_be_read_is_refused_at_once(tmp_path, pool):
+    within = replaced(sql(tmp_path, database="{answer.__class__}.sqlite"), pool)
+    with pytest.raises(RewardError, match=r"reads the column 'answer.__class__', and the data has \['answer'\]"):
+        within.score(["p"], ["SELECT 1"], answer=["SELECT 1"])
+    for database, reason in (("{db", "expected '}'"), ("{0}", "it has braces without the name of a column")):
+        with pytest.raises(ValueError, match=re.escape(f"database='{database}' cannot be read ({reason}")):
+            sql(tmp_path, database=database)
