@@ -16,7 +16,7 @@ from falign.divergences import Divergence
 from falign.divergences.estimators import loss_from_reference
 from falign.divergences.powers import power
 from falign.objectives.base import BaseObjective, CompletionBatch, ObjectiveOutput, Term
-from falign.objectives.groups import CompletionMean, check_completion_mean, completion_term, groups_of
+from falign.objectives.groups import CompletionMean, completion_mean_at, completion_term, groups_of
 from falign.objectives.step_means import StepMean, StepRows, Weighted, step_mean
 
 __all__ = ["Discriminative", "MeanDivergence", "Score", "TrustRegion"]
@@ -206,15 +206,7 @@ class TrustRegion(BaseObjective):
     def __post_init__(self) -> None:
         if self.level not in ("sequence", "token"):
             raise ValueError(f"level={self.level!r}: choose 'sequence' or 'token'.")
-        if self.reduction is None:
-            object.__setattr__(self, "reduction", "token_mean" if self.level == "token" else "sequence_sum")
-        assert self.reduction is not None
-        check_completion_mean(self.reduction)
-        if self.level == "sequence" and self.reduction != "sequence_sum":
-            raise ValueError(
-                f"reduction={self.reduction!r} at level='sequence': the divergence of a whole completion is not a sum "
-                "over tokens; leave reduction out, or set level='token'."
-            )
+        object.__setattr__(self, "reduction", completion_mean_at(self.level, self.reduction))
         if not 0 < self.beta < math.inf:
             raise ValueError(f"beta={self.beta!r} must be positive and finite.")
         if not 0 <= self.delta < math.inf:

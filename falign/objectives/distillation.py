@@ -12,7 +12,7 @@ from typing_extensions import override
 from falign.divergences import Divergence, ReverseKL
 from falign.objectives.base import BaseObjective, CompletionBatch, Importance, ObjectiveOutput
 from falign.objectives.batch import REFERENCE
-from falign.objectives.groups import CompletionMean, check_completion_mean, completion_term
+from falign.objectives.groups import CompletionMean, completion_mean_at, completion_term
 from falign.objectives.measures import Measure
 from falign.objectives.penalty import Credit, Level, Penalty
 from falign.objectives.weights import (
@@ -102,15 +102,8 @@ class Distillation(BaseObjective):
                 raise ValueError(f"reference={self.reference!r} with a measure, which names its own: leave it out.")
         elif self.reference is None:
             object.__setattr__(self, "reference", TEACHER)
-        if self.reduction is None:
-            object.__setattr__(self, "reduction", "sequence_sum" if self.level == "sequence" else "token_mean")
-        assert self.reduction is not None
-        check_completion_mean(self.reduction)
-        if self.level == "sequence" and self.reduction != "sequence_sum":
-            raise ValueError(
-                f"reduction={self.reduction!r} at level='sequence': the loss of a whole completion is not a sum over "
-                "tokens; leave reduction out, or set level='vocabulary' or 'token'."
-            )
+        reduction = completion_mean_at(self.level, self.reduction, others="'vocabulary' or 'token'")
+        object.__setattr__(self, "reduction", reduction)
         check_weights(self.weights)
         _ = self.measures  # validates the other fields
         if self.weights and (self.level == "sequence" or self.credit == "returns"):

@@ -17,6 +17,7 @@ __all__ = [
     "Groups",
     "accuracies",
     "check_completion_mean",
+    "completion_mean_at",
     "completion_term",
     "groups_of",
     "largest",
@@ -119,6 +120,33 @@ def check_completion_mean(reduction: str) -> None:
     """
     if reduction not in get_args(CompletionMean):
         raise ValueError(f"reduction={reduction!r}: choose one of {', '.join(get_args(CompletionMean))}.")
+
+
+def completion_mean_at(level: str, reduction: CompletionMean | None, *, others: str = "'token'") -> CompletionMean:
+    """Return the mean over completions at a level, by default that which suits it.
+
+    Args:
+        level: At ``"sequence"`` the loss is of a whole completion, and not a sum over its tokens.
+        reduction: The given mean; None for ``"sequence_sum"`` at sequence level and ``"token_mean"`` below it.
+        others: The other levels, for messages.
+
+    Raises:
+        ValueError: The mean does not exist, or divides the loss of a whole completion by its length.
+
+    Example:
+        >>> completion_mean_at("sequence", None), completion_mean_at("token", None)
+        ('sequence_sum', 'token_mean')
+    """
+    suits: CompletionMean = "sequence_sum" if level == "sequence" else "token_mean"
+    if reduction is None:
+        return suits
+    check_completion_mean(reduction)
+    if level == "sequence" and reduction != suits:
+        raise ValueError(
+            f"reduction={reduction!r} at level='sequence': the loss of a whole completion is not a sum over tokens; "
+            f"leave reduction out, or set level={others}."
+        )
+    return reduction
 
 
 def completion_term(

@@ -12,7 +12,7 @@ from falign.divergences import Divergence
 from falign.divergences.estimators import loss_from_reference, value_from_reference
 from falign.objectives.base import BaseObjective, CompletionBatch, ObjectiveOutput
 from falign.objectives.batch import REFERENCE, field_of_reference
-from falign.objectives.groups import CompletionMean, check_completion_mean, completion_term
+from falign.objectives.groups import CompletionMean, completion_mean_at, completion_term
 
 __all__ = ["Rehearsal"]
 
@@ -59,15 +59,7 @@ class Rehearsal(BaseObjective):
     def __post_init__(self) -> None:
         if self.level not in ("sequence", "token"):
             raise ValueError(f"level={self.level!r}: choose 'sequence' or 'token'.")
-        if self.reduction is None:
-            object.__setattr__(self, "reduction", "token_mean" if self.level == "token" else "sequence_sum")
-        assert self.reduction is not None
-        check_completion_mean(self.reduction)
-        if self.level == "sequence" and self.reduction != "sequence_sum":
-            raise ValueError(
-                f"reduction={self.reduction!r} at level='sequence': f(u) of a whole completion is not a sum over "
-                "tokens; leave reduction out, or set level='token'."
-            )
+        object.__setattr__(self, "reduction", completion_mean_at(self.level, self.reduction))
 
     @property
     @override
