@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Literal
 
 from falign.divergences import Divergence, resolve
-from falign.objectives.advantage_list import AdvantageEntry
+from falign.objectives.advantage_list import AdvantageEntry, AdvantageTransform
 from falign.objectives.base import TokenWeighting
 from falign.objectives.distribution_matching import DistributionMatching
 from falign.objectives.groups import CompletionMean
@@ -39,6 +39,48 @@ def require_positive(**values: float) -> None:
     for name, value in values.items():
         if not isinstance(value, Real) or not 0 < value < math.inf:
             raise ValueError(f"{name}={value!r} must be positive and finite.")
+
+
+def grpo(
+    divergence: Divergence | str | None,
+    beta: float,
+    *transforms: AdvantageTransform,
+    clip_low: float | None,
+    clip_high: float | None,
+    level: Level,
+    reduction: CompletionMean,
+) -> PolicyGradient:
+    """Return GRPO: rewards normalized within groups, and clipped importance weights of single tokens.
+
+    Args:
+        divergence: f of the penalty, or its name; None for none.
+        beta: Strength of the penalty.
+        *transforms: Applied to the advantages in order.
+        clip_low: See :class:`PolicyGradient`.
+        clip_high: See :class:`PolicyGradient`.
+        level: Level of the penalty.
+        reduction: See :class:`PolicyGradient`.
+
+    Returns:
+        The objective.
+
+    Raises:
+        ValueError: The divergence is unknown, or a number is out of range.
+
+    Example:
+        >>> grpo(None, 0.0, clip_low=0.2, clip_high=0.3, level="sequence", reduction="token_mean").importance
+        'token'
+    """
+    return PolicyGradient(
+        None if divergence is None else resolve(divergence),
+        beta,
+        ["group_normalised", *transforms] if transforms else "group_normalised",
+        clip_low=clip_low,
+        clip_high=clip_high,
+        importance="token",
+        level=level,
+        reduction=reduction,
+    )
 
 
 def FDPO(  # noqa: N802 - the paper's name

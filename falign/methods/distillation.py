@@ -6,13 +6,12 @@ import math
 from typing import Literal
 
 from falign.divergences import Divergence, resolve
-from falign.methods.core import require_positive
+from falign.methods.core import grpo, require_positive
 from falign.objectives.base import BaseObjective
 from falign.objectives.distillation import TEACHER, Distillation
 from falign.objectives.expected import Expected
 from falign.objectives.groups import CompletionMean
 from falign.objectives.penalty import Credit, Level
-from falign.objectives.policy_gradient import PolicyGradient
 from falign.objectives.schedules import Linear, Scheduled
 from falign.objectives.sum import Selected, Sum
 from falign.objectives.supervised import Supervised
@@ -185,13 +184,7 @@ def KDRL(  # noqa: N802 - the paper's name
     )
     both = Sum(
         {
-            "grpo": PolicyGradient(
-                advantage="group_normalised",
-                clip_low=clip_low,
-                clip_high=clip_high,
-                importance="token",
-                reduction=reduction,
-            ),
+            "grpo": grpo(None, 0.0, clip_low=clip_low, clip_high=clip_high, level="sequence", reduction=reduction),
             "teacher": (taught, beta),
         }
     )

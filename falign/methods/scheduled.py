@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from falign.divergences import Divergence, PearsonChi2, ReverseKL, resolve
-from falign.methods.core import require_positive
+from falign.methods.core import grpo, require_positive
 from falign.objectives.controllers import RootDivergence, TargetDivergence
 from falign.objectives.distillation import TEACHER, Distillation
 from falign.objectives.groups import CompletionMean
@@ -194,13 +194,5 @@ def ProRL(  # noqa: N802 - the paper's name
         >>> ProRL().clip_high
         0.4
     """
-    return PolicyGradient(
-        ReverseKL() if divergence is None else resolve(divergence),
-        beta,
-        "group_normalised",
-        clip_low=clip_low,
-        clip_high=clip_high,
-        importance="token",
-        level=level,
-        reduction="token_mean",
-    )
+    f = ReverseKL() if divergence is None else divergence
+    return grpo(f, beta, clip_low=clip_low, clip_high=clip_high, level=level, reduction="token_mean")

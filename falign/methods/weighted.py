@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from falign.divergences import Divergence, get, resolve
-from falign.methods.core import require_positive
+from falign.methods.core import grpo, require_positive
 from falign.objectives.advantage_list import ace, stcr
 from falign.objectives.anchored import Anchored
 from falign.objectives.base import Objective
@@ -66,16 +67,8 @@ def ACE(  # noqa: N802 - the paper's name
         >>> sorted(ACE().needs)
         ['old_logprobs', 'reference_logprobs', 'rewards']
     """
-    return PolicyGradient(
-        None if divergence is None else resolve(divergence),
-        beta,
-        ["group_normalised", ace(alpha, length_norm=length_norm, kernel=kernel, cap=cap)],
-        clip_low=clip_low,
-        clip_high=clip_high,
-        importance="token",
-        level=level,
-        reduction=reduction,
-    )
+    punished = ace(alpha, length_norm=length_norm, kernel=kernel, cap=cap)
+    return grpo(divergence, beta, punished, clip_low=clip_low, clip_high=clip_high, level=level, reduction=reduction)
 
 
 def APO(  # noqa: N802 - the paper's name
@@ -117,17 +110,9 @@ def APO(  # noqa: N802 - the paper's name
         >>> APO().penalty_weights
         (Dads(pass_reward=1.0),)
     """
-    return PolicyGradient(
-        resolve(divergence),
-        beta,
-        ["group_normalised", stcr(rate=rate, pass_reward=pass_reward)],
-        clip_low=clip_low,
-        clip_high=clip_high,
-        importance="token",
-        level="token",
-        reduction=reduction,
-        penalty_weights=[Dads(pass_reward)],
-    )
+    shaped = stcr(rate=rate, pass_reward=pass_reward)
+    plain = grpo(divergence, beta, shaped, clip_low=clip_low, clip_high=clip_high, level="token", reduction=reduction)
+    return replace(plain, penalty_weights=[Dads(pass_reward)])
 
 
 def RLAD(  # noqa: N802 - the paper's name
@@ -167,19 +152,9 @@ def RLAD(  # noqa: N802 - the paper's name
         >>> sorted(RLAD(old_exponent=0.5).needs)
         ['old_logprobs', 'references.teacher', 'rewards']
     """
-    penalized = divergence is not None
-    return PolicyGradient(
-        resolve(divergence) if divergence is not None else None,
-        beta,
-        "group_normalised",
-        clip_low=clip_low,
-        clip_high=clip_high,
-        importance="token",
-        level=level if penalized else "sequence",
-        reduction=reduction,
-        importance_reference=reference,
-        old_exponent=old_exponent,
-    )
+    of_penalty: Level = "sequence" if divergence is None else level
+    plain = grpo(divergence, beta, clip_low=clip_low, clip_high=clip_high, level=of_penalty, reduction=reduction)
+    return replace(plain, importance_reference=reference, old_exponent=old_exponent)
 
 
 def PACED(  # noqa: N802 - the paper's name
