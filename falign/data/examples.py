@@ -13,7 +13,7 @@ from falign.choices import shown
 from falign.data.conversations import Message, Text, looks_like_hh, read_dialogue
 from falign.errors import DataError
 
-__all__ = ["Example", "build_example", "prompt_key", "prompt_turns", "require_preference"]
+__all__ = ["Example", "build_example", "prompt_key", "prompt_turns", "require_preference", "user_turns"]
 
 _REMEDY = "correct the row or remove it"
 
@@ -118,6 +118,11 @@ def prompt_key(prompt: Text) -> str:
     """
     turns = [prompt] if isinstance(prompt, str) else [str(part) for turn in prompt for part in turn.values()]
     return json.dumps([" ".join(text.casefold().split()) for text in turns])
+
+
+def user_turns(prompt: Text) -> list[Message]:
+    """Return a prompt as turns: a plain text is a user's, or the dialogue that it holds."""
+    return _turns(prompt, "user")
 
 
 def _turns(text: Text, role: str) -> list[Message]:

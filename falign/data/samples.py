@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -11,14 +12,23 @@ from typing import Any
 
 from falign.choices import shown
 from falign.data.conversations import Message, Text, is_blank
-from falign.data.examples import Example
+from falign.data.examples import Example, user_turns
 from falign.data.files import Row
 from falign.data.recognition import RowReader
 from falign.data.reports import BadRows
 from falign.data.sources import DataSource, rows_of
 from falign.errors import DataError
 
-__all__ = ["COLUMNS_OF_PROMPT", "REWARD", "Sample", "completion_of", "read_samples", "same_prompt", "sample_row"]
+__all__ = [
+    "COLUMNS_OF_PROMPT",
+    "REWARD",
+    "Sample",
+    "completion_of",
+    "read_samples",
+    "same_prompt",
+    "sample_row",
+    "text_sha256",
+]
 
 COLUMNS_OF_PROMPT = "columns"
 """Column of a file of samples with the other columns of the prompt's row, for rewards."""
@@ -58,6 +68,21 @@ def same_prompt(prompt: Text) -> str:
         False
     """
     return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+
+
+def text_sha256(prompt: Text, completion: Text) -> str:
+    """Return a hash of a prompt and its completion; whether plain texts are read as turns does not change it.
+
+    Example:
+        >>> turns = [{"role": "user", "content": "Name a color."}]
+        >>> text_sha256("Name a color.", "Blue") == text_sha256(turns, [{"role": "assistant", "content": "Blue"}])
+        True
+        >>> text_sha256("Name a color.", "Blue") == text_sha256("Name a color.", "Red")
+        False
+    """
+    text = completion if isinstance(completion, str) else completion[-1]["content"]
+    content = json.dumps([user_turns(prompt), text.strip()], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def completion_of(sample: Sample) -> Text:

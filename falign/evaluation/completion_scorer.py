@@ -25,7 +25,15 @@ from falign.scoring import (
 )
 from falign.scoring.batch import token_rows
 
-__all__ = ["CompletionScorer", "ScoreRow", "check_finite", "check_rows", "choose_common_layout", "plain_floats"]
+__all__ = [
+    "CompletionScorer",
+    "ScoreRow",
+    "check_finite",
+    "check_rows",
+    "choose_common_layout",
+    "plain_floats",
+    "row_hashes",
+]
 
 
 class ScoreRow(TypedDict):
@@ -37,6 +45,7 @@ class ScoreRow(TypedDict):
         preference: Larger is preferred within the row; None if the source has none.
         num_tokens: Tokens of the completion, its stop token included.
         token_ids: Their ids.
+        text_sha256: Hash of the text of prompt and completion, by :func:`falign.data.samples.text_sha256`.
         logprobs: log π.
         reference_logprobs: log π_ref.
         log_ratios: log π - log π_ref.
@@ -51,6 +60,7 @@ class ScoreRow(TypedDict):
     preference: float | None
     num_tokens: int
     token_ids: list[int]
+    text_sha256: NotRequired[str]
     logprobs: list[float]
     reference_logprobs: list[float]
     log_ratios: list[float]
@@ -137,6 +147,7 @@ class CompletionScorer:
         n = 0
         for tree in trees:
             rows.append([])
+            texts = row_hashes(tree)
             for i, ids in enumerate(tree.completion_ids):
                 row: ScoreRow = {
                     "place": tree.place,
@@ -144,6 +155,7 @@ class CompletionScorer:
                     "preference": None if tree.preference is None else float(tree.preference[i]),
                     "num_tokens": len(ids),
                     "token_ids": list(ids),
+                    **texts[i],
                     "logprobs": lists["logprobs"][n],
                     "reference_logprobs": lists["reference_logprobs"][n],
                     "log_ratios": lists["log_ratios"][n],
@@ -183,6 +195,11 @@ def choose_common_layout(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return next((choice for choice in choices if choice.layout == "padded"), choices[0])
+
+
+def row_hashes(tree: PromptTree) -> list[dict[str, Any]]:
+    """Return the column ``text_sha256`` of each completion of a tree; nothing if the tree has no hashes."""
+    return [{"text_sha256": each} for each in tree.text_sha256] or [{} for _ in tree.completion_ids]
 
 
 def check_rows(model: nn.Module, trees: Sequence[PromptTree]) -> None:

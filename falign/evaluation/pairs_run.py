@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
@@ -16,7 +16,7 @@ from rich.console import Console
 from falign.choices import require_choice, shown
 from falign.data import BadRowPolicy, BadRows, read_rows
 from falign.data.pairing import Paired, Pairing, PairLayout
-from falign.data.samples import REWARD, Sample, read_samples
+from falign.data.samples import REWARD, Sample, read_samples, text_sha256
 from falign.durable import write_whole
 from falign.errors import ConfigError, DataError
 from falign.evaluation.sample_inputs import given_rewards
@@ -121,7 +121,7 @@ def pairs(
             raise DataError(f"{source.path} has no usable row: give a file with at least one.")
     if rewards is not None:
         with console.status("rewards"):
-            read = _with_rewards(read, rewards, trust_code=trust_code, whole=not bad.count)
+            read = _with_rewards(read, rewards, trust_code=trust_code, whole=not bad.count, console=console)
     if min_margin and all(sample.reward is None for found in read for sample in found):
         raise ConfigError(
             f"min_margin={min_margin} compares rewards, and the samples have none: give `rewards`, or leave it out."
@@ -148,26 +148,31 @@ def _check_effects(layout: str, *, two: bool, min_margin: float, allow_unmatched
 
 
 def _with_rewards(
-    read: Sequence[Sequence[Sample]], rewards: Any, *, trust_code: bool, whole: bool
+    read: Sequence[Sequence[Sample]], rewards: Any, *, trust_code: bool, whole: bool, console: Console
 ) -> list[list[Sample]]:
     """Return the samples of each source with rewards from files of scores, or judged now."""
     several = [rewards] if isinstance(rewards, str | Path) else rewards
     named = isinstance(several, Sequence) and all(isinstance(each, str | Path) for each in several)
     if named and all(Path(each).suffix in SCORE_FILES for each in several):
-        return _scored(read, several, whole=whole)
+        return _scored(read, several, whole=whole, console=console)
     if named and len(several) > 1:
         raise ConfigError("rewards: several names are files of scores (.jsonl, .parquet); give one other source.")
     judges = given_rewards(several[0] if named else rewards, trust_code=trust_code).rewards
     return [_judged(samples, judges) for samples in read]
 
 
-def _scored(read: Sequence[Sequence[Sample]], files: Sequence[str | Path], *, whole: bool) -> list[list[Sample]]:
+def _scored(
+    read: Sequence[Sequence[Sample]], files: Sequence[str | Path], *, whole: bool, console: Console
+) -> list[list[Sample]]:
     """Return samples with the implicit reward that ``falign score`` gave to the completion at their place.
+
+    A score of another text at this place is refused. Files without hashes of texts are taken with a remark.
 
     Args:
         read: The samples of each source.
         files: Files of scores.
         whole: Whether all rows of the sources were read, so that each score has a sample.
+        console: Where the remark is shown.
     """
     shown_files, scores = ", ".join(map(str, files)), _scores_of(files)
     # The path of a file can be written in several ways, so its name is enough where no other file has it.
@@ -194,19 +199,39 @@ def _scored(read: Sequence[Sequence[Sample]], files: Sequence[str | Path], *, wh
                     f"{sample.place}: {shown_files} has no score of this completion: score the same file again, all of "
                     "its rows."
                 )
+            score = scores.get(key)
+            if score is not None and score.sha256 not in (None, text_sha256(sample.prompt, sample.completion)):
+                raise DataError(
+                    f"{sample.place}: {shown_files} has the score of another prompt or completion at this place: the "
+                    "samples have changed since they were scored. Score this file again."
+                )
             used.add(key)
-            scored[-1].append(replace(sample, reward=scores.get(key)))
+            scored[-1].append(replace(sample, reward=None if score is None else score.reward))
     if whole and (left := [key for key in scores if key not in used]):
         raise DataError(
             f"{shown_files} has scores of {len(left)} completions that are not among the samples (the first is "
             f"{left[0][0]}): give the scores of these files alone, and score a file again after it was sampled again."
         )
+    if any(scores[key].sha256 is None for key in used if key in scores):
+        console.print(
+            f"{shown_files}: no column text_sha256, so scores were matched by file and row only. If the samples may "
+            "have changed since, score them again.",
+            style="yellow",
+            markup=False,
+        )
     return scored
 
 
-def _scores_of(files: Sequence[str | Path]) -> dict[tuple[str, int], float]:
-    """Return the implicit rewards of files of scores, by place and number of the completion."""
-    found: dict[tuple[str, int], float] = {}
+class _Score(NamedTuple):
+    """An implicit reward, and the hash of the text that has it; None in files without hashes."""
+
+    reward: float
+    sha256: str | None
+
+
+def _scores_of(files: Sequence[str | Path]) -> dict[tuple[str, int], _Score]:
+    """Return the scores of files, by place and number of the completion."""
+    found: dict[tuple[str, int], _Score] = {}
     for file in files:
         for row in read_rows(file):
             missing = [name for name in ("place", "completion", "implicit_reward") if name not in row.fields]
@@ -222,9 +247,11 @@ def _scores_of(files: Sequence[str | Path]) -> dict[tuple[str, int], float]:
                     "again."
                 )
             key = str(row.fields["place"]), int(row.fields["completion"])
-            if found.setdefault(key, float(reward)) != float(reward):
+            sha256 = row.fields.get("text_sha256")
+            score = _Score(float(reward), None if sha256 is None else str(sha256))
+            if (before := found.setdefault(key, score)) != score:
                 raise DataError(
-                    f"{row.place}: {key[0]} has the score {shown(reward)} here and {found[key]:g} before: give one "
+                    f"{row.place}: {key[0]} has the score {shown(reward)} here and {before.reward:g} before: give one "
                     "file of scores for each file of samples."
                 )
     return found

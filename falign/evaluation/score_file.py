@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
 from falign.data import BadRowPolicy, BadRows, DataSource, Window, read_tokenized
 from falign.data.chat_template import Tokenizer
+from falign.data.samples import text_sha256
 from falign.errors import DataError
 from falign.evaluation.completion_scorer import CompletionScorer, ScoreRow
 from falign.evaluation.score_output import ScoreOutput
@@ -127,7 +128,7 @@ TreeT = TypeVar("TreeT", bound=_Sized)
 
 
 class TreeStream:
-    """The trees of a source, read and tokenized one at a time, and counts of rows that are cut or dropped.
+    """The trees of a source with hashes of their texts, one at a time, and counts of rows that are cut or dropped.
 
     Args:
         source: The rows.
@@ -158,13 +159,14 @@ class TreeStream:
         )
 
     def __iter__(self) -> Iterator[PromptTree]:
-        for _, tokenized in self._rows:
+        for example, tokenized in self._rows:
             if tokenized.tree is None:
                 self._counts[f"dropped: {tokenized.dropped}"] += 1
                 continue
             self._counts["prompts cut"] += tokenized.prompt_tokens_cut > 0
             self._counts["completions cut"] += tokenized.completions_cut
-            yield tokenized.tree
+            hashes = tuple(text_sha256(example.prompt, each) for each in example.completions)
+            yield replace(tokenized.tree, text_sha256=hashes)
 
     def counts(self) -> list[tuple[str, int]]:
         """Return the number of rows that are dropped or cut, by label, without zeros."""

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from falign.durable import checksum, lock, refuse_link, sync_folder, write_whole, writing
 from falign.errors import ConfigError, without_passwords
-from falign.evaluation.completion_scorer import ScoreRow
+from falign.evaluation.completion_scorer import ScoreRow, row_hashes
 from falign.scoring import PromptTree
 
 __all__ = ["ScoreOutput", "check_output", "reopen"]
@@ -112,7 +112,8 @@ class ScoreOutput:
             ConfigError: The rows belong to another tree, so the source has changed.
         """
         expected = [
-            {"place": tree.place, "completion": i, "token_ids": list(ids)} for i, ids in enumerate(tree.completion_ids)
+            {"place": tree.place, "completion": i, "token_ids": list(ids), **text}
+            for i, (ids, text) in enumerate(zip(tree.completion_ids, row_hashes(tree), strict=True))
         ]
         return self.take_rows(expected, form=ScoreRow)  # pyright: ignore[reportReturnType]
 
@@ -290,6 +291,7 @@ def _write_parquet(rows_file: Path, path: Path) -> None:
         "preference": pa.float64(),
         "num_tokens": pa.int32(),
         "token_ids": pa.list_(pa.int32()),
+        "text_sha256": pa.string(),
         **dict.fromkeys(("logprobs", "reference_logprobs", "log_ratios"), floats),
         **dict.fromkeys(("log_ratio", "implicit_reward"), pa.float32()),
         **dict.fromkeys(("entropy", "token_divergence"), floats),

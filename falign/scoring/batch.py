@@ -36,6 +36,7 @@ class PromptTree:
         place: File and row of the example, for messages (``"pairs.jsonl:12"``).
         mismatched_ids: Token ids of completions of another prompt, for estimates that read them.
         token_weights: Weight of each token of each completion, from the data; None without.
+        text_sha256: Hash of the text of prompt and completion, one per completion; empty if it is not needed.
 
     Raises:
         ValueError: If the prompt or a completion is empty, or preferences or weights do not fit the completions.
@@ -52,6 +53,7 @@ class PromptTree:
     place: str = ""
     mismatched_ids: tuple[tuple[int, ...], ...] = ()
     token_weights: tuple[tuple[float, ...], ...] | None = None
+    text_sha256: tuple[str, ...] = ()
 
     @property
     def mismatched(self) -> PromptTree:

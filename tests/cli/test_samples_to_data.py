@@ -107,6 +107,20 @@ def test_scores_of_a_run_rank_its_samples(sampled, falign, tiny, tmp_path):
     package.pairs(file, out=tmp_path / "ranked.jsonl", rewards=[scores], layout="ranked", keep_truncated=True)
     for row in rows_of(tmp_path / "ranked.jsonl"):
         assert set(row["scores"]) <= set(lengths.values())
+    # Drawn again under the same name, with as many rows: the text of prompt or completion has changed.
+    drawn = rows_of(file)
+    usable = next(i for i, row in enumerate(drawn) if row["completion"].strip())
+    for name in ("completion", "prompt"):
+        write(file, [row | ({name: "another"} if i == usable else {}) for i, row in enumerate(drawn)])
+        with pytest.raises(package.errors.DataError, match=rf"samples.jsonl:{usable + 1}: .*scores.jsonl has the score"):
+            package.pairs(file, out=tmp_path / "x.jsonl", rewards=scores)
+    write(file, drawn)
+    # Without hashes, as in files of earlier versions, with a remark.
+    write(scores, [{key: value for key, value in row.items() if key != "text_sha256"} for row in rows_of(scores)])
+    status, _, err = falign("pairs", file, "--rewards", scores, "--out", tmp_path / "old.jsonl", "--layout", "ranked",
+                            "--keep-truncated")  # fmt: skip
+    assert status == 0, err
+    assert "no column text_sha256, so scores were matched by file and row only" in err
     write(scores, rows_of(scores)[1:])
     with pytest.raises(package.errors.DataError, match=r"samples.jsonl:1: .*scores.jsonl has no score"):
         package.pairs(file, out=tmp_path / "x.jsonl", rewards=scores)
