@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -95,7 +95,7 @@ class Calibration:
             column: Column with the reward.
 
         Raises:
-            DataError: The file is missing, or a completion has no reward.
+            DataError: The file is missing or has no samples, or a completion has no reward.
         """
         if not Path(samples).is_file():
             raise DataError(
@@ -111,6 +111,11 @@ class Calibration:
                     "column that holds their reward."
                 )
             found.setdefault(same_prompt(sample.prompt), []).append(sample.reward)
+        if not found:
+            raise DataError(
+                f"{samples} has no samples: draw them from the reference, for every prompt of the run: falign sample "
+                f"REFERENCE --file PROMPTS --num-completions 16 --rewards REWARDS.yaml --out {samples} --overwrite"
+            )
         tensors = {key: torch.tensor(values, dtype=torch.float64) for key, values in found.items()}
         return cls(tensors, str(samples))
 
@@ -244,15 +249,9 @@ def _of_inference(samples: Samples, n: int, beta: float, column: str, *, best: b
         raise ConfigError(f"n={n!r} must be a whole number of at least 1: of how many completions one is served.")
     if not isinstance(beta, Real) or not 0 < beta < math.inf:
         raise ConfigError(f"beta={beta!r} must be positive and finite: β of the run's penalty.")
-    table = inference_transform(n, beta, best=best)
+    knots = _knots(n, beta, best=best)
     settings = {"kind": "best_of_n" if best else "worst_of_n", "n": n, "beta": beta}
-
-    def function(rates: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        place = rates.clamp(0, 1) * (len(table) - 1)
-        low = place.floor().long().clamp(max=len(table) - 2)
-        return torch.lerp(table[low], table[low + 1], place - low)
-
-    return Calibrated(Calibration.read(samples, column=column), function, settings)
+    return Calibrated(Calibration.read(samples, column=column), lambda rates: _interpolated(rates, knots), settings)
 
 
 def inference_transform(n: int, beta: float, *, best: bool, num_points: int = 1025) -> Float[Tensor, " M"]:
@@ -277,39 +276,80 @@ def inference_transform(n: int, beta: float, *, best: bool, num_points: int = 10
         >>> inference_transform(1, 0.1, best=True, num_points=3)
         tensor([-1.0000, -0.5000,  0.0000], dtype=torch.float64)
     """
+    return _interpolated(torch.linspace(0, 1, num_points, dtype=torch.float64), _knots(n, beta, best=best))
+
+
+class _Knots(NamedTuple):
+    """Φ and its derivative at the points of an integration with adaptive steps, by increasing C."""
+
+    rates: Float[Tensor, " K"]
+    values: Float[Tensor, " K"]
+    slopes: Float[Tensor, " K"]
+
+
+def _interpolated(rates: Float[Tensor, " N"], knots: _Knots) -> Float[Tensor, " N"]:
+    """Return Φ(C) between the knots by cubic polynomials with the right derivatives."""
+    rates = rates.clamp(0, 1)
+    i = torch.searchsorted(knots.rates, rates).clamp(1, len(knots.rates) - 1)
+    left, right = (_Knots(*(each[j] for each in knots)) for j in (i - 1, i))
+    width = right.rates - left.rates
+    t = (rates - left.rates) / width
+    by_value = left.values + (right.values - left.values) * t * t * (3 - 2 * t)
+    return by_value + width * t * (1 - t) * (left.slopes * (1 - t) - right.slopes * t)
+
+
+def _knots(n: int, beta: float, *, best: bool) -> _Knots:
     # In w = v (best) or 1 - v (worst), with G the distribution function of w: (log G')' = ± n² (G w)^{n-1} / β, with
-    # G(0) = 0 and G(1) = 1. G(1) rises with the density at 0, which is found by bisection.
+    # G(0) = 0 and G(1) = 1. G(1) rises with the density at 0, which is found by bisection. Log G' rises (best) or falls
+    # (worst) by at most n/β, and is 0 on average of G', which bounds its start. For the worst, also G(1) ≥ W e^{start -
+    # 1} with W = (β/n)^{1/n}, which keeps e^start finite.
     rate = (n * n / beta) * (1 if best else -1)
-    low, high = -n * n / beta, n * n / beta
-    path: list[float] = []
-    while high - low > 1e-12 * (1 + abs(low)):
+    low, high = (-n / beta, 0.0) if best else (0.0, 1 + max(0.0, math.log(n / beta)) / n)
+    while high - low > 1e-13 * (1 + abs(low)):
         middle = (low + high) / 2
-        path = _log_density(middle, rate, n, num_points - 1)
-        low, high = (low, middle) if len(path) < num_points else (middle, high)
-    path = _log_density(low, rate, n, num_points - 1)
-    log_density = torch.tensor(path, dtype=torch.float64)
-    return beta * ((log_density - log_density[-1]) if best else (log_density.flip(0) - log_density[0]))
+        exceeds = _log_density(middle, rate, n)[-1][0] < 1
+        low, high = (low, middle) if exceeds else (middle, high)
+    w, mass, log_density = torch.tensor(_log_density(low, rate, n), dtype=torch.float64).T.contiguous()
+    slopes = beta * rate * (mass.clamp(max=1) * w).pow(n - 1)
+    if best:
+        return _Knots(w, beta * (log_density - log_density[-1]), slopes)
+    return _Knots((1 - w).flip(0), beta * (log_density - log_density[0]).flip(0), -slopes.flip(0))
 
 
-def _log_density(start: float, rate: float, n: int, steps: int) -> list[float]:
-    """Return ``log G'`` at each point by the method of Runge and Kutta; cut short where G exceeds 1."""
-    h, mass, slope = 1 / steps, 0.0, start
-    path = [slope]
+TOLERANCE = 1e-9
+"""Largest error of one step in G and in log G'; both vary near C = 1 within β/n², which no fixed step resolves."""
+
+
+def _log_density(start: float, rate: float, n: int) -> list[tuple[float, float, float]]:
+    """Return w, G and ``log G'`` by the method of Runge and Kutta with adaptive steps; cut short where G exceeds 1."""
 
     def derivatives(w: float, mass: float, slope: float) -> tuple[float, float]:
         # Bounded: a start that is too high is cut short below, and must not overflow before.
-        return math.exp(min(slope, 700.0)), rate * (min(mass, 2.0) * w) ** (n - 1)
+        return math.exp(min(slope, 700.0)), rate * (min(mass, 1.0) * w) ** (n - 1)
 
-    for i in range(steps):
-        w = i * h
+    def step(w: float, mass: float, slope: float, h: float) -> tuple[float, float]:
         m1, s1 = derivatives(w, mass, slope)
         m2, s2 = derivatives(w + h / 2, mass + h / 2 * m1, slope + h / 2 * s1)
         m3, s3 = derivatives(w + h / 2, mass + h / 2 * m2, slope + h / 2 * s2)
         m4, s4 = derivatives(w + h, mass + h * m3, slope + h * s3)
-        mass, slope = mass + h / 6 * (m1 + 2 * m2 + 2 * m3 + m4), slope + h / 6 * (s1 + 2 * s2 + 2 * s3 + s4)
+        return mass + h / 6 * (m1 + 2 * m2 + 2 * m3 + m4), slope + h / 6 * (s1 + 2 * s2 + 2 * s3 + s4)
+
+    w, mass, slope, h = 0.0, 0.0, start, 1 / 64
+    path = [(w, mass, slope)]
+    while w < 1:
+        h = min(h, 1 - w)
+        half = step(w, mass, slope, h / 2)
+        two, one = step(w + h / 2, *half, h / 2), step(w, mass, slope, h)
+        error = max(abs(two[0] - one[0]), abs(two[1] - one[1])) / 15  # of two halves, by their order 4
+        if error > TOLERANCE:
+            h *= max(0.1, 0.9 * (TOLERANCE / error) ** 0.2)
+            continue
+        w = 1.0 if h >= 1 - w else w + h
+        mass, slope = two
         if mass > 1:
             break
-        path.append(slope)
+        path.append((w, mass, slope))
+        h = min(1 / 64, h * min(4.0, 0.9 * (TOLERANCE / max(error, 1e-30)) ** 0.2))
     return path
 
 

@@ -143,6 +143,29 @@ def test_the_transform_of_best_of_n_maximizes_the_win_rate_after_it(n, beta, bes
     assert loss(found) <= loss(logits.detach().log_softmax(0)) + 1e-7
 
 
+@pytest.mark.parametrize(("n", "beta"), [(2, 0.02), (32, 0.1), (128, 1.0)])
+@pytest.mark.parametrize("best", [True, False])
+def test_the_transform_of_many_fulfills_its_equation(tmp_path, n, beta, best):
+    """Φ gives the optimum's F, and F gives Φ again: within 1e-4 of its range."""
+    near_one = 1 - torch.linspace(0, 1, 40_001, dtype=torch.float64) ** 4  # where F^{n-1} v^{n-1} varies
+    v = torch.cat([near_one, 1 - near_one, torch.linspace(0, 1, 40_001, dtype=torch.float64)]).unique()
+
+    def integral(values):
+        steps = (values[1:] + values[:-1]) / 2 * v.diff()
+        return torch.cat([steps.new_zeros(1), steps.cumsum(0)])
+
+    transform = (best_of_n if best else worst_of_n)(sample_file(tmp_path / "s.jsonl", {"p": [0.0]}), n, beta)
+    values = transform.function(v)
+    below = integral((values / beta).exp())
+    below = below / below[-1]
+    if best:
+        expected = integral(below ** (n - 1) * v ** (n - 1))
+    else:
+        expected = integral((1 - below) ** (n - 1) * (1 - v) ** (n - 1))
+    expected = n * n * (expected - expected[-1])
+    assert (values - expected).abs().max() < 1e-4 * (values.max() - values.min())
+
+
 def test_transforms_of_n_interpolate_their_table(samples):
     table = inference_transform(4, 0.1, best=True)
     found = best_of_n(samples, 4, 0.1)([9.0, -9.0], ["p", "p"])
@@ -198,6 +221,9 @@ def test_the_identity_follows_the_samples_and_the_parameters(samples, tmp_path):
 def test_bad_files_and_parameters_are_refused(tmp_path, samples):
     with pytest.raises(DataError, match=r"nothing.jsonl: there is no such file of samples. Draw .* falign sample"):
         calibrated(tmp_path / "nothing.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"empty.jsonl has no samples: draw them from the reference"):
+        calibrated(tmp_path / "empty.jsonl")
     with pytest.raises(DataError, match=r"reference.jsonl:1: there is no column 'grade' with the reward"):
         calibrated(samples, column="grade")
     with pytest.raises(ConfigError, match=r"t=0.0 must be a number other than 0"):
