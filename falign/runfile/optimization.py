@@ -110,18 +110,31 @@ def check_schedule(args: TrainingArguments) -> None:
     place = f"training.lr_scheduler_type={name!r} with training.lr_scheduler_kwargs={options!r}"
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     steps = args.max_steps if args.max_steps > 0 else MANY_STEPS
-    try:
+    taken = [min(steps * part // 10, steps - 1) for part in range(11)]
+    warmup = args.get_warmup_steps(steps)
+
+    def at(num_warmup_steps: int) -> list[float]:
         schedule: Any = get_scheduler(
             name,
             optimizer,
-            num_warmup_steps=args.get_warmup_steps(steps),
+            num_warmup_steps=num_warmup_steps,
             num_training_steps=steps,
             scheduler_specific_kwargs=options,
         )
         (factor,) = schedule.lr_lambdas
-        factors = [float(factor(steps * part // 10)) for part in range(11)]
+        return [float(factor(step)) for step in taken]
+
+    try:
+        factors = at(warmup)
+        without = at(0) if warmup and not any(factors) else []
     except Exception as error:
         raise ConfigError(f"{place} does not work: {type(error).__name__}: {error}") from error
+    if any(without):
+        raise ConfigError(
+            f"training.warmup_steps={args.warmup_steps:g} is a warm-up of {warmup} steps, which begins at a learning "
+            f"rate of 0, and training.max_steps={steps}: the learning rate would be 0 throughout. Set "
+            "training.warmup_steps=0, or raise training.max_steps."
+        )
     if not all(math.isfinite(each) and each >= 0 for each in factors) or not any(factors):
         raise ConfigError(f"{place}: the learning rate would be negative, NaN, infinite or always 0 (times {factors}).")
 

@@ -69,6 +69,14 @@ def test_every_optimizer_trains_or_is_refused_by_name(start):
         assert losses[1] != losses[0], name
 
 
+@pytest.mark.parametrize("name", ["linear", "constant_with_warmup", "cosine"])
+def test_a_warm_up_that_takes_all_steps_is_named_as_the_cause(name):
+    message = refusal(lr_scheduler_type=name, warmup_steps=0.1, max_steps=1)
+    assert message.startswith("training.warmup_steps=0.1 is a warm-up of 1 steps, which begins at a learning rate of 0")
+    assert message.endswith("Set training.warmup_steps=0, or raise training.max_steps.")
+    assert refusal(lr_scheduler_type=name, warmup_steps=0.1, max_steps=2) is None
+
+
 def test_every_schedule_works_with_its_options_or_is_refused_by_name():
     for name in [each.value for each in SchedulerType]:
         message = refusal(lr_scheduler_type=name, lr_scheduler_kwargs=NEEDED.get(name, {}), max_steps=10)
