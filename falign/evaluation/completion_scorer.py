@@ -32,7 +32,6 @@ __all__ = [
     "check_rows",
     "choose_common_layout",
     "plain_floats",
-    "row_hashes",
 ]
 
 
@@ -147,7 +146,6 @@ class CompletionScorer:
         n = 0
         for tree in trees:
             rows.append([])
-            texts = row_hashes(tree)
             for i, ids in enumerate(tree.completion_ids):
                 row: ScoreRow = {
                     "place": tree.place,
@@ -155,7 +153,6 @@ class CompletionScorer:
                     "preference": None if tree.preference is None else float(tree.preference[i]),
                     "num_tokens": len(ids),
                     "token_ids": list(ids),
-                    **texts[i],
                     "logprobs": lists["logprobs"][n],
                     "reference_logprobs": lists["reference_logprobs"][n],
                     "log_ratios": lists["log_ratios"][n],
@@ -163,6 +160,8 @@ class CompletionScorer:
                     "implicit_reward": numbers["implicit_reward"][n],
                     "entropy": lists["entropy"][n],
                 }
+                if tree.text_sha256:
+                    row["text_sha256"] = tree.text_sha256[i]
                 if "token_divergence" in lists:
                     row["token_divergence"] = lists["token_divergence"][n]
                 rows[-1].append(row)
@@ -195,11 +194,6 @@ def choose_common_layout(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return next((choice for choice in choices if choice.layout == "padded"), choices[0])
-
-
-def row_hashes(tree: PromptTree) -> list[dict[str, Any]]:
-    """Return the column ``text_sha256`` of each completion of a tree; nothing if the tree has no hashes."""
-    return [{"text_sha256": each} for each in tree.text_sha256] or [{} for _ in tree.completion_ids]
 
 
 def check_rows(model: nn.Module, trees: Sequence[PromptTree]) -> None:

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from falign.durable import checksum, lock, refuse_link, sync_folder, write_whole, writing
 from falign.errors import ConfigError, without_passwords
-from falign.evaluation.completion_scorer import ScoreRow, row_hashes
+from falign.evaluation.completion_scorer import ScoreRow
 from falign.scoring import PromptTree
 
 __all__ = ["ScoreOutput", "check_output", "reopen"]
@@ -111,9 +111,10 @@ class ScoreOutput:
         Raises:
             ConfigError: The rows belong to another tree, so the source has changed.
         """
+        hashes = [{"text_sha256": each} for each in tree.text_sha256] or [{} for _ in tree.completion_ids]
         expected = [
             {"place": tree.place, "completion": i, "token_ids": list(ids), **text}
-            for i, (ids, text) in enumerate(zip(tree.completion_ids, row_hashes(tree), strict=True))
+            for i, (ids, text) in enumerate(zip(tree.completion_ids, hashes, strict=True))
         ]
         return self.take_rows(expected, form=ScoreRow)  # pyright: ignore[reportReturnType]
 

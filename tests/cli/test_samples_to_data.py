@@ -112,7 +112,9 @@ def test_scores_of_a_run_rank_its_samples(sampled, falign, tiny, tmp_path):
     usable = next(i for i, row in enumerate(drawn) if row["completion"].strip())
     for name in ("completion", "prompt"):
         write(file, [row | ({name: "another"} if i == usable else {}) for i, row in enumerate(drawn)])
-        with pytest.raises(package.errors.DataError, match=rf"samples.jsonl:{usable + 1}: .*scores.jsonl has the score"):
+        with pytest.raises(
+            package.errors.DataError, match=rf"samples.jsonl:{usable + 1}: .*scores.jsonl has the score"
+        ):
             package.pairs(file, out=tmp_path / "x.jsonl", rewards=scores)
     write(file, drawn)
     # Without hashes, as in files of earlier versions, with a remark.

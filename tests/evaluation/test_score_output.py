@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -294,3 +295,19 @@ def test_a_conversion_that_fails_keeps_the_rows(tmp_path, monkeypatch):
     assert not path.exists()
     assert scored(path).resumed == 9
     assert [file.name for file in tmp_path.iterdir()] == ["scores.parquet"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_hashes_of_texts_are_a_column_and_show_a_change_of_the_prompt(tmp_path, monkeypatch, suffix):
+    trees = [replace(tree, text_sha256=tuple(f"{n}{i}" for i in range(len(tree.completion_ids))))
+             for n, tree in enumerate(TREES)]  # fmt: skip
+    path = tmp_path / f"scores{suffix}"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            scored(path, trees)
+    other = [replace(trees[0], text_sha256=tuple("xyz"[: len(trees[0].completion_ids)])), *trees[1:]]
+    with pytest.raises(ConfigError, match="belongs to a source that has changed"):
+        scored(path, other)
+    scored(path, trees)
+    assert [row["text_sha256"] for row in read(path)] == [each for tree in trees for each in tree.text_sha256]
