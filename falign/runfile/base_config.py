@@ -229,6 +229,10 @@ class ObjectiveSection(FrozenModel):
         """The field by which it compares completions of one prompt, as messages quote it; None if it does not."""
         return None
 
+    def penalties(self) -> Iterator[tuple[str, float]]:
+        """Yield the field and β of each penalty on the reward; one with a schedule is left out."""
+        yield from ()
+
     def unfitted(self) -> ObjectiveSection:
         """Return the section with placeholders for fitted values, for checks before there are samples."""
         return self

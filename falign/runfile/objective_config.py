@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -253,6 +253,14 @@ class SumConfig(ObjectiveSection):
     @override
     def compares(self) -> tuple[Literal["group", "rollout"], str] | None:
         return next((term.compares for term in self.terms.values() if term.compares is not None), None)
+
+    @override
+    def penalties(self) -> Iterator[tuple[str, float]]:
+        for name, term in self.terms.items():
+            for field, beta in term.penalties():
+                # A term without a penalty of its own may have it from another term.
+                if beta > 0 and ("terms", name, field) not in self._schedules:
+                    yield f"terms.{name}.{field}", beta
 
     @override
     def unfitted(self) -> ObjectiveSection:

@@ -122,14 +122,14 @@ def _check_effects(
             f"rewards.{transformed[0]}.transform has no effect: a target reads each reward by itself, before "
             "transforms. Leave it out."
         )
-    beta = chosen.model_dump().get("beta")
     for i in transformed:
         stated = rewards[i].model_dump()["transform"]
-        if stated["kind"] in ("best_of_n", "worst_of_n") and isinstance(beta, float) and stated["beta"] != beta:
-            raise ConfigError(
-                f"rewards.{i}.transform.beta={stated['beta']:g} and objective.beta={beta:g}: the transform is solved "
-                "for the β of the penalty; set both to the same number."
-            )
+        for field, beta in chosen.penalties() if stated["kind"] in ("best_of_n", "worst_of_n") else ():
+            if stated["beta"] != beta:
+                raise ConfigError(
+                    f"rewards.{i}.transform.beta={stated['beta']:g} and objective.{field}={beta:g}: the transform is "
+                    "solved for the β of the penalty; set both to the same number."
+                )
     weighted = [i for i, reward in enumerate(rewards) if reward.weight != 1]
     if chosen.num_rewards is not None and weighted:
         raise ConfigError(

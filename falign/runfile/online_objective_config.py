@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from jaxtyping import Float
@@ -91,6 +92,11 @@ class PolicyGradientConfig(ObjectiveSection):
     @override
     def compares(self) -> tuple[Literal["group", "rollout"], str] | None:
         return compared_by(self.advantage)
+
+    @override
+    def penalties(self) -> Iterator[tuple[str, float]]:
+        if ("beta",) not in self._schedules:
+            yield "beta", self.beta
 
     @override
     def build(self) -> Objective:

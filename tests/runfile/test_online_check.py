@@ -1,5 +1,7 @@
 """What an online run file may not ask of its samples."""
 
+import json
+
 import pytest
 
 from falign.errors import ConfigError
@@ -91,3 +93,41 @@ def test_what_could_not_work_or_would_have_no_effect_is_refused(changes, message
 )
 def test_where_they_have_an_effect_they_are_allowed(changes):
     assert check(**changes).needs & WORTH
+
+
+def transformed(tmp_path, beta=0.1):
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text(json.dumps({"prompt": "p", "completion": "a", "reward": 1.0}) + "\n")
+    transform = {"kind": "best_of_n", "samples": str(samples), "n": 4, "beta": beta}
+    return [{"kind": "words", "words": ["a"], "transform": transform}]
+
+
+def penalized(beta, **fields):
+    return {"kind": "policy_gradient", "divergence": "reverse_kl", "beta": beta, **fields}
+
+
+@pytest.mark.parametrize(
+    ("objective", "place"),
+    [
+        (penalized(0.2), "objective.beta=0.2"),
+        ({"kind": "policy_gradient"}, "objective.beta=0"),
+        ({"kind": "sum", "terms": {"pg": penalized(0.1), "pg2": penalized(0.2)}}, "objective.terms.pg2.beta=0.2"),
+    ],
+)
+def test_a_transform_for_another_beta_than_the_penaltys_is_refused(tmp_path, objective, place):
+    with pytest.raises(ConfigError, match=rf"rewards.0.transform.beta=0.1 and {place}: the transform is solved for"):
+        check(objective=objective, rewards=transformed(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        penalized(0.1),
+        penalized({"from": 0.2, "to": 0.1, "steps": 5}),
+        {"kind": "sum", "terms": {"pg": penalized(0.1), "js": {"kind": "policy_gradient"}}},
+        {"kind": "sum", "terms": {"pg": penalized({"from": 0.2, "to": 0.1, "steps": 5})}},
+        {"kind": "sum", "terms": {"pg": penalized(0.1), "dpo": {"kind": "pairwise", "beta": 0.3}}},
+    ],
+)
+def test_a_transform_for_the_penaltys_beta_passes(tmp_path, objective):
+    check(objective=objective, rewards=transformed(tmp_path))
