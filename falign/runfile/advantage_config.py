@@ -14,7 +14,7 @@ from falign.objectives.advantage_list import TRANSFORMS
 from falign.objectives.advantages import ADVANTAGES
 from falign.registry import is_own_name
 from falign.runfile.base_config import FrozenModel, refusals
-from falign.runfile.members import OwnSection, call_with_settings, section_of, union_of_kinds
+from falign.runfile.members import OwnSection, call_with_settings, section_of, text_or, union_of_kinds
 
 __all__ = ["AdvantageConfig", "OwnAdvantageConfig", "built_advantage", "compared_by"]
 
@@ -91,7 +91,7 @@ else:
         own=OwnAdvantageConfig,
     )
     _BARE = BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value)
-    AdvantageConfig = str | tuple[Annotated[_ENTRY, _BARE], ...]
+    AdvantageConfig = text_or(tuple[Annotated[_ENTRY, _BARE], ...])
 """An advantage of rewards by its name, or a list that begins with one and goes on with transforms."""
 
 

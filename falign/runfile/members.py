@@ -21,7 +21,7 @@ from falign.errors import ConfigError
 from falign.registry import Registry, is_own_name
 from falign.runfile.base_config import FrozenModel, named_divergence
 
-__all__ = ["OWN", "OwnSection", "call_with_settings", "section_of", "union_of_kinds"]
+__all__ = ["LIST", "OWN", "TEXT", "OwnSection", "call_with_settings", "section_of", "text_or", "union_of_kinds"]
 
 OWN = "module:Name"
 """The kind under which messages list own members."""
@@ -64,7 +64,10 @@ def _members(protocol: type[Any]) -> set[str]:
 
 
 TEXT = "text"
-"""The tag of a value that is a text in place of a section."""
+"""The tag of a value that is a text in place of a section or a list."""
+
+LIST = "list"
+"""The tag of a list in whose place a text may stand."""
 
 
 def union_of_kinds(
@@ -94,6 +97,22 @@ def union_of_kinds(
     members += [] if own is None else [Annotated[own, Tag(OWN)]]
     members += [Annotated[str, Tag(TEXT)]] if text else []
     return Annotated[Union[tuple(members)], Discriminator(kind_of)]  # noqa: UP007
+
+
+def text_or(listed: Any) -> Any:
+    """Return the annotation of a field that holds a text or a list.
+
+    Without the tags, pydantic would report each mistake in the list also as a list that is no text.
+
+    Args:
+        listed: The annotation of the list, such as ``list[str]`` or ``tuple[Section, ...]``.
+    """
+
+    def form_of(value: Any) -> str:
+        return TEXT if isinstance(value, str) else LIST
+
+    members = Annotated[str, Tag(TEXT)], Annotated[listed, Tag(LIST)]
+    return Annotated[Union[members], Discriminator(form_of)]  # noqa: UP007
 
 
 def section_of(member: Callable[..., Any], *, kind: str, base: type[BaseModel], **fields: Any) -> type[Any]:

@@ -9,6 +9,7 @@ from pydantic import Field, model_serializer, model_validator
 
 from falign.errors import ConfigError
 from falign.runfile.base_config import FrozenModel
+from falign.runfile.members import text_or
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -92,13 +93,19 @@ _FIXED_BY_INIT = frozenset({"r", "alpha", "target_modules"})
 """Fields that an adapter given as ``init`` already has."""
 
 
+if TYPE_CHECKING:
+    TargetModules = str | list[str]
+else:
+    TargetModules = text_or(list[str])
+
+
 class AdapterConfig(FrozenModel):
     """A LoRA adapter; ``adapter: null`` trains all weights."""
 
     r: int = Field(default=16, ge=1)
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: str | list[str] = "all-linear"
+    target_modules: TargetModules = "all-linear"
     """``all-linear`` or names of linear modules."""
     init: str | None = None
     """Start from this adapter, a folder or a run that trained one, with its own r, alpha and target_modules."""

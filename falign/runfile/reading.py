@@ -9,7 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from falign.choices import nearest, shown, similar
@@ -17,6 +17,7 @@ from falign.errors import NAMES, ConfigError, refuse_passwords
 from falign.plain_yaml import plain_yaml
 from falign.runfile.base_config import FrozenModel, PythonObject
 from falign.runfile.config import RunConfig
+from falign.runfile.members import TEXT
 from falign.runfile.reward_config import RewardConfig
 from falign.runfile.schedule_config import REFUSED, near_schedule
 from falign.runfile.trl_names import FOREIGN_NAMES, KINDS_OF_METHODS, near_foreign_name
@@ -103,9 +104,26 @@ def parse_rewards(sections: list[Any], *, place: str) -> list[RewardConfig]:
 
 def _message(error: ValidationError) -> str:
     """Return one line per mistake, up to ``MOST_MISTAKES``."""
-    details = error.errors(include_url=False)
+    details = _of_plain_types(error.errors(include_url=False))
     more = [f"and {len(details) - MOST_MISTAKES} more."] if len(details) > MOST_MISTAKES else []
     return "\n  ".join([*map(_explain, details[:MOST_MISTAKES]), *more])
+
+
+def _of_plain_types(details: Sequence[Any]) -> list[Any]:
+    """Return mistakes with one for each value that is of none of several plain types, such as path or text."""
+    joined: list[Any] = []
+    for detail in details:
+        same = joined and detail["loc"][:-1] == joined[-1]["loc"][:-1] and detail["input"] is joined[-1]["input"]
+        if not (same and _place(detail["loc"]).path == _place(joined[-1]["loc"]).path):
+            joined.append(detail)
+        elif joined[-1]["type"] == "path_type":  # a path is written as a text
+            joined[-1] = detail
+        else:
+            joined[-1] = {
+                **joined[-1],
+                "msg": f"{joined[-1]['msg']} or {detail['msg'].removeprefix('Input should be ')}",
+            }
+    return joined
 
 
 class _RewardList(FrozenModel):
@@ -116,7 +134,8 @@ def valid_paths(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
     """Yield ``section.field`` for every field of the run file, for all kinds of each section."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        inside = {list: "0.", dict: f"{NAME}."}.get(get_origin(field.annotation) or type, "")
+        origins = {get_origin(member) for member in _members(field.annotation).values()}
+        inside = "0." if origins & {list, tuple} else f"{NAME}." if dict in origins else ""
         section = f"{prefix}{name}.{inside}"
         paths = (path for inner in _models(field) for path in valid_paths(inner, section))
         yield from dict.fromkeys(paths)
@@ -140,31 +159,66 @@ class _Place(NamedTuple):
     path: str
     kind: str | None
     kinds: dict[str, type[BaseModel]]
+    or_text: bool = False
+    """Whether a text may stand in place of the list or section."""
 
 
 def _place(location: Sequence[str | int]) -> _Place:
-    """Return the place of pydantic's location, in which the kind of a section is a separate step."""
-    models, kind, kinds, parts, steps = [RunConfig], None, {}, [], list(location)
-    while steps:
+    """Return the place of pydantic's location, in which the chosen member of each union is a separate step."""
+    steps, parts = list(location), []
+    annotation: Any = RunConfig
+    kind, kinds, or_text = None, {}, False
+    while True:
+        members = _members(annotation)
+        if len(members) > 1:
+            if sections := {tag: each for tag, each in members.items() if _is_section(each)}:
+                kind, kinds = None, sections
+            or_text = TEXT in members
+            if not steps:
+                break
+            tag = str(steps.pop(0))
+            annotation = members.get(tag)
+            kind = tag if tag in kinds else kind
+            continue
+        (annotation,) = members.values() or (None,)
+        if not steps:
+            break
         step = steps.pop(0)
         parts.append(str(step))
-        field = models[0].model_fields.get(str(step)) if models else None
-        if field is None:  # an item of a list, or an unknown key
-            continue
-        models = _models(field)
-        if models and steps and get_origin(field.annotation) in (list, dict, tuple):  # an item of several sections
-            parts.append(str(steps.pop(0)))
-        if len(models) > 1:
-            kinds = {model.model_fields["kind"].default: model for model in models}
-            kind = str(steps.pop(0)) if steps else None
-            models = models if kind is None else [kinds[kind]]
-    return _Place(".".join(parts), kind, kinds)
+        if _is_section(annotation):
+            kind, kinds = (None, {}) if annotation not in kinds.values() else (kind, kinds)
+            field = annotation.model_fields.get(str(step))
+            annotation = None if field is None else field.annotation  # None for an unknown key
+        else:  # an item of a list or a mapping
+            annotation = next((each for each in reversed(get_args(annotation)) if each is not Ellipsis), None)
+        or_text = False
+    return _Place(".".join(parts), kind, kinds, or_text)
+
+
+def _members(annotation: Any) -> dict[str, Any]:
+    """Return the members of a union by the names that locations have for them, without None; or the annotation."""
+    tag = ""
+    if get_origin(annotation) is Annotated:
+        annotation, *marks = get_args(annotation)
+        tag = next((mark.tag for mark in marks if isinstance(mark, Tag)), "")
+    if get_origin(annotation) not in (Union, UnionType):
+        return {} if annotation in (None, type(None)) else {tag or _label(annotation): annotation}
+    return {name: each for member in get_args(annotation) for name, each in _members(member).items()}
+
+
+def _label(annotation: Any) -> str:
+    return str(annotation) if get_args(annotation) else getattr(annotation, "__name__", str(annotation)).lower()
+
+
+def _is_section(annotation: Any) -> bool:
+    return (
+        isinstance(annotation, type) and issubclass(annotation, BaseModel) and not issubclass(annotation, PythonObject)
+    )
 
 
 def _models(field: FieldInfo) -> list[Any]:
     """Return the sections of a field that a user can write, without records of Python objects."""
-    sections = [t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
-    return [section for section in sections if not issubclass(section, PythonObject)]
+    return [each for each in _types(field.annotation) if _is_section(each)]
 
 
 def _types(annotation: Any) -> Iterable[Any]:
@@ -192,9 +246,11 @@ def _explain(detail: Any) -> str:
         return f"{place.path}.kind={shown(given)} is unknown: {hint} one of {', '.join(place.kinds)}."
     if detail["type"] == "union_tag_not_found":
         return f"{place.path}.kind is required: choose one of {', '.join(place.kinds)}."
-    if detail["type"] in ("model_type", "model_attributes_type"):
-        return f"{place.path}={shown(detail['input'])}: this is a section{_example(place)}."
     reason = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] in ("list_type", "tuple_type"):
+        reason = f"Input should be {'a name or a list' if place.or_text else 'a valid list'}"
+    if detail["type"] in ("model_type", "model_attributes_type"):
+        reason = f"this is a section{_example(place)}"
     return f"{place.path}={shown(detail['input'])}: {reason}{_yaml_advice(detail) or _schedule_advice(detail)}."
 
 

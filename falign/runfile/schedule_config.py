@@ -290,7 +290,8 @@ def _or_refused(build: Callable[[], Any], place: str, form: Any) -> Any:
 
 
 def _mistake(error: ValidationError, model: type[BaseModel], place: str) -> str:
-    detail = error.errors(include_url=False)[0]
+    details = error.errors(include_url=False)  # an unknown key first, because it may be why another is missing
+    detail = next((each for each in details if each["type"] == "extra_forbidden"), details[0])
     key = ".".join(map(str, detail["loc"]))
     keys = [field.alias or name for name, field in model.model_fields.items()]
     listed = f"a schedule has {', '.join(keys)}, as in {STAIRS if model is StairsConfig else RAMP}"
@@ -298,7 +299,7 @@ def _mistake(error: ValidationError, model: type[BaseModel], place: str) -> str:
         return f"{place}.{key} is required; {listed}"
     if detail["type"] == "extra_forbidden":
         close = nearest(key, keys)
-        return f"{place}.{key} is unknown{f'; did you mean {close}?' if close else ''}: {listed}"
+        return f"{place}.{key} is unknown{f' (did you mean {close}?)' if close else ''}: {listed}"
     named = f"; names change in steps, as in {PHASES}" if isinstance(detail["input"], str) else ""
     return f"{place}.{key}={shown(detail['input'])}: {detail['msg'].removeprefix('Value error, ')}{named}"
 

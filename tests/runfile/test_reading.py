@@ -102,12 +102,58 @@ def test_overrides_win_and_are_yaml(run_file):
             {**LEAST, "data": {"train": [{"path": "d", "ignore": "history"}]}},
             r"data.train.0.ignore='history': Input should be a valid list; write \[history\]\.",
         ),
+        (
+            {**LEAST, "adapter": {"target_modules": ["q_proj", 1]}},
+            r"run: adapter.target_modules.1=1: Input should be a valid string; YAML reads this as a number: .*s\.$",
+        ),
+        (
+            with_("objective", beta={"from": 1, "too": 2, "steps": 3}),
+            r"objective.beta.too is unknown \(did you mean to\?",
+        ),
+        (
+            {**LEAST, "measures": {"e": {"kind": "entropy", "tempreture": 1}}},
+            r"unknown key 'measures.e.tempreture': did you mean measures.e.temperature, which kind=divergence_to or",
+        ),
         ({**LEAST, "objective": 3}, r"run: objective=3: this is a section, as in `objective: \{kind: ...\}`\."),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(data, message):
     with pytest.raises(ConfigError, match=message):
         parse_run(data)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "message"),
+    [
+        (["group_normalised", {"kind": "ace", "alfa": 1}], "unknown key '{}.1.alfa': did you mean {}.1.alpha?"),
+        (["group_normalised", {"kind": "ace", "alpha": "x"}], "{}.1.alpha='x': Input should be a valid number, "),
+        (["group_normalized"], "{}.0.kind='group_normalized' is unknown: did you mean group_normalised? Choose one of"),
+        (["none", {"alpha": 1}], "{}.1.kind is required: choose one of none, batch_mean, leave_one_out"),
+        (3, "{}=3: Input should be a name or a list; write [3]."),
+        ({"kind": "ace"}, "{}={'kind': 'ace'}: Input should be a name or a list."),
+    ],
+)
+@pytest.mark.parametrize("kind", ["policy_gradient", "hybrid", "sum"])
+def test_a_mistake_in_a_list_of_advantages_is_named_once_with_its_place(kind, advantage, message):
+    objective = {"kind": kind, "advantage": advantage}
+    place = "objective.advantage"
+    if kind == "sum":
+        objective = {"kind": "sum", "terms": {"pg": {"kind": "policy_gradient", "advantage": advantage}}}
+        place = "objective.terms.pg.advantage"
+    with pytest.raises(ConfigError) as caught:
+        parse_run({**LEAST, "objective": objective})
+    assert str(caught.value).startswith(f"run: {message.replace('{}', place)}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"), [(3, "Input should be a valid string; YAML reads this as a number: put it in quotes.")]
+)
+def test_a_value_that_may_be_a_path_or_a_text_is_named_once(samples, message):
+    transform = {"kind": "calibrated", "samples": samples}
+    with pytest.raises(ConfigError) as caught:
+        parse_run({**LEAST, "rewards": [{"kind": "regex", "pattern": "a", "transform": transform}]})
+    assert str(caught.value) == f"run: rewards.0.transform.samples={samples}: {message}"
 
 
 @pytest.mark.parametrize("kind", ["pairwise", "listwise", "token_pairwise"])
