@@ -42,6 +42,7 @@ SHARED = {
         "full_disk",
         "json_lines",
         "lazy",
+        "numeric_fields",
         "passwords",
         "plain_yaml",
         "raised",

@@ -11,12 +11,13 @@ from typing_extensions import override
 
 from falign.divergences.base import Divergence
 from falign.divergences.powers import alpha_generator, powerm1, tsallis_log
+from falign.numeric_fields import NumericFields
 
 __all__ = ["Alpha", "SquaredHellinger"]
 
 
 @dataclass(frozen=True)
-class Alpha(Divergence):
+class Alpha(NumericFields, Divergence):
     """``f(u) = (u^{1-α} - (1-α) u - α)/(α(α-1))``, ``f'(u) = (1 - u^{-α})/α``.
 
     α → 0 is the reverse KL, α → 1 the forward KL (both are accepted), α = 1/2 twice the squared Hellinger distance,

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from falign.divergences.base import Divergence
 from falign.divergences.powers import LARGEST_EXPONENT, LINEAR_BEYOND
+from falign.numeric_fields import NumericFields
 
 __all__ = ["GeneratorDivergence", "from_generator"]
 
@@ -179,7 +180,7 @@ class _Continued(Divergence):
 
 
 @dataclass(frozen=True)
-class GeneratorDivergence(_Continued):
+class GeneratorDivergence(NumericFields, _Continued):
     """``f(u) - f(1) - f'(1)(u - 1)`` of a user's own f, from :func:`from_generator`.
 
     Two divergences of the same function object are equal.

@@ -11,12 +11,13 @@ from typing_extensions import override
 
 from falign.divergences.base import Divergence
 from falign.divergences.powers import alpha_generator, log_mixture, power
+from falign.numeric_fields import NumericFields
 
 __all__ = ["GeneralizedJS", "JensenShannon"]
 
 
 @dataclass(frozen=True)
-class GeneralizedJS(Divergence):
+class GeneralizedJS(NumericFields, Divergence):
     """``b KL(π‖m) + (1-b) KL(π_ref‖m)`` with ``m = b π + (1-b) π_ref``.
 
     ``f(u) = b u log(u/(b u + 1 - b)) - (1-b) log(b u + 1 - b)``, ``f'(u) = b log(u/(b u + 1 - b))``. b = 1/2 is the

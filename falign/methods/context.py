@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from falign.divergences import Divergence, resolve
+from falign.numeric_fields import numeric_arguments
 from falign.objectives.distillation import TEACHER, Distillation
 from falign.objectives.groups import CompletionMean
 from falign.objectives.penalty import Level
@@ -10,6 +11,7 @@ from falign.objectives.penalty import Level
 __all__ = ["ContextDistillation", "PrivilegedDistillation"]
 
 
+@numeric_arguments
 def ContextDistillation(  # noqa: N802 - the paper's name
     divergence: str | Divergence = "forward_kl",
     *,
@@ -43,6 +45,7 @@ def ContextDistillation(  # noqa: N802 - the paper's name
     return Distillation(resolve(divergence), reference, temperature=temperature, reduction=reduction)
 
 
+@numeric_arguments
 def PrivilegedDistillation(  # noqa: N802 - a constructor, like the others
     divergence: str | Divergence = "reverse_kl",
     *,

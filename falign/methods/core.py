@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Literal
 
 from falign.divergences import Divergence, resolve
+from falign.numeric_fields import numeric_arguments
 from falign.objectives.advantage_list import AdvantageEntry, AdvantageTransform
 from falign.objectives.base import TokenWeighting
 from falign.objectives.distribution_matching import DistributionMatching
@@ -83,6 +84,7 @@ def grpo(
     )
 
 
+@numeric_arguments
 def FDPO(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "reverse_kl",
     beta: float = 0.1,
@@ -114,6 +116,7 @@ def FDPO(  # noqa: N802 - the paper's name
     return Pairwise(resolve(divergence), margin_loss, beta, length_norm)
 
 
+@numeric_arguments
 def TDPO(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "forward_kl",
     beta: float = 0.1,
@@ -147,6 +150,7 @@ def TDPO(  # noqa: N802 - the paper's name
     return TokenPairwise(resolve(divergence), beta, alpha, variant, weighting)
 
 
+@numeric_arguments
 def FDPG(  # noqa: N802 - the paper's name
     divergence: Divergence | str,
     target: Target,
@@ -179,6 +183,7 @@ def FDPG(  # noqa: N802 - the paper's name
     return DistributionMatching(resolve(divergence), target, baseline)
 
 
+@numeric_arguments
 def DPHRL(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "jensen_shannon",
     coefficient: float | None = None,
@@ -219,6 +224,7 @@ def DPHRL(  # noqa: N802 - the paper's name
     return Hybrid(exploration, rehearsal, weight)
 
 
+@numeric_arguments
 def SALSA(  # noqa: N802 - the paper's name
     beta: float = 0.05,
     divergence: Divergence | str = "reverse_kl",
@@ -266,6 +272,7 @@ def SALSA(  # noqa: N802 - the paper's name
     )
 
 
+@numeric_arguments
 def SALSARLOO(  # noqa: N802 - after the paper's name
     beta: float = 0.05,
     divergence: Divergence | str = "reverse_kl",

@@ -7,6 +7,7 @@ from typing import Literal
 
 from falign.divergences import Divergence, resolve
 from falign.methods.core import grpo, require_positive
+from falign.numeric_fields import numeric_arguments
 from falign.objectives.base import BaseObjective
 from falign.objectives.distillation import TEACHER, Distillation
 from falign.objectives.expected import Expected
@@ -19,6 +20,7 @@ from falign.objectives.supervised import Supervised
 __all__ = ["ADPA", "DCKD", "KD", "KDRL", "OPD", "PSKD", "ExOPD"]
 
 
+@numeric_arguments
 def OPD(  # noqa: N802 - as papers abbreviate it
     divergence: Divergence | str = "reverse_kl",
     *,
@@ -56,6 +58,7 @@ def OPD(  # noqa: N802 - as papers abbreviate it
     return Distillation(resolve(divergence), reference, level, credit, temperature=temperature, reduction=reduction)
 
 
+@numeric_arguments
 def KD(  # noqa: N802 - as papers abbreviate it
     divergence: Divergence | str = "forward_kl",
     *,
@@ -95,6 +98,7 @@ def KD(  # noqa: N802 - as papers abbreviate it
     return Sum({"distillation": distillation, "sft": (Supervised(), supervised)})
 
 
+@numeric_arguments
 def ExOPD(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "reverse_kl",
     *,
@@ -134,6 +138,7 @@ def ExOPD(  # noqa: N802 - the paper's name
     return Distillation(resolve(divergence), reference, level, importance=importance, reduction=reduction)
 
 
+@numeric_arguments
 def KDRL(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "reverse_kl",
     beta: float = 5e-3,
@@ -191,6 +196,7 @@ def KDRL(  # noqa: N802 - the paper's name
     return both if last_beta is None else Scheduled(both, {"terms.teacher.1": Linear(beta, last_beta, steps)})
 
 
+@numeric_arguments
 def DCKD(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "forward_kl",
     *,
@@ -228,6 +234,7 @@ def DCKD(  # noqa: N802 - the paper's name
     )
 
 
+@numeric_arguments
 def ADPA(  # noqa: N802 - the paper's name
     gamma: float = 1.5,
     *,
@@ -243,7 +250,7 @@ def ADPA(  # noqa: N802 - the paper's name
     is the student's own, sampled once before training.
 
     Args:
-        gamma: γ.
+        gamma: γ, positive: a negative one would teach what the teacher has unlearned.
         reference: Name of T.
         base: Name of T_base.
         smallest: Least probability in A; see :class:`falign.objectives.Expected`.
@@ -263,6 +270,7 @@ def ADPA(  # noqa: N802 - the paper's name
         >>> ADPA().weights
         {'sft': 1.0, 'advantage': -1.5}
     """
+    require_positive(gamma=gamma)
     advantage = Distillation(Expected(reference, base, smallest, k))
     return Sum(
         {
@@ -272,6 +280,7 @@ def ADPA(  # noqa: N802 - the paper's name
     )
 
 
+@numeric_arguments
 def PSKD(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "forward_kl",
     *,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from falign.divergences import Divergence, resolve
 from falign.methods.core import require_positive
+from falign.numeric_fields import numeric_arguments
 from falign.objectives.base import Objective
 from falign.objectives.cloning import Cloning
 from falign.objectives.discriminative import Discriminative, Score, TrustRegion
@@ -20,6 +21,7 @@ __all__ = ["OREAL", "BestOfN", "DisCO", "SuperHF"]
 DISCO_TAU: dict[Score, float] = {"log_likelihood": 10.0, "ratio": 1.0}
 
 
+@numeric_arguments
 def DisCO(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "reverse_kl",
     beta: float = 500.0,
@@ -67,6 +69,7 @@ def DisCO(  # noqa: N802 - the paper's name
     )
 
 
+@numeric_arguments
 def BestOfN(reduction: CompletionMean = "token_mean") -> Cloning:  # noqa: N802 - a noun phrase as a name
     """Return best-of-n distillation: cloning of the sample with the highest reward of each prompt.
 
@@ -90,6 +93,7 @@ def BestOfN(reduction: CompletionMean = "token_mean") -> Cloning:  # noqa: N802 
     return Cloning("best", reduction=reduction)
 
 
+@numeric_arguments
 def SuperHF(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "forward_kl",
     beta: float = 0.35,
@@ -127,6 +131,7 @@ def SuperHF(  # noqa: N802 - the paper's name
     return Sum({"cloning": Cloning("best", reduction=reduction), "prior": (prior, beta)})
 
 
+@numeric_arguments
 def OREAL(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "reverse_kl",
     beta: float = 0.01,

@@ -6,6 +6,7 @@ from typing import Literal
 
 from falign.divergences import Divergence, get, resolve
 from falign.methods.core import require_positive
+from falign.numeric_fields import numeric_arguments
 from falign.objectives.distillation import TEACHER, Distillation
 from falign.objectives.expected import Balanced, ExpectedCost, Surprisal
 from falign.objectives.groups import CompletionMean
@@ -20,6 +21,7 @@ from falign.objectives.top_k import TopK
 __all__ = ["EMO", "LSKD", "NKD", "PLD", "STARCKD", "SinKD"]
 
 
+@numeric_arguments
 def EMO(  # noqa: N802 - the paper's name
     variant: Literal[1, 2] = 1, largest: float | None = None, *, reduction: CompletionMean = "token_mean"
 ) -> Distillation:
@@ -54,6 +56,7 @@ def EMO(  # noqa: N802 - the paper's name
     return Distillation(Balanced(*parts, largest), reduction=reduction)
 
 
+@numeric_arguments
 def PLD(  # noqa: N802 - the paper's name
     k: int = 100, reference: str = TEACHER, *, reduction: CompletionMean = "token_mean"
 ) -> Distillation:
@@ -81,6 +84,7 @@ def PLD(  # noqa: N802 - the paper's name
     return Distillation(measure, reduction=reduction)
 
 
+@numeric_arguments
 def SinKD(  # noqa: N802 - the paper's name
     block: int = 8,
     reference: str = TEACHER,
@@ -128,6 +132,7 @@ def SinKD(  # noqa: N802 - the paper's name
     )
 
 
+@numeric_arguments
 def STARCKD(  # noqa: N802 - the paper's name
     k: int = 100,
     strength: float = 10.0,
@@ -165,6 +170,7 @@ def STARCKD(  # noqa: N802 - the paper's name
     return Distillation(measure, reduction=reduction)
 
 
+@numeric_arguments
 def LSKD(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "forward_kl",
     *,
@@ -198,6 +204,7 @@ def LSKD(  # noqa: N802 - the paper's name
     return Sum({"likelihood": (Supervised(), 1.0), "standardized": (Distillation(measure), weight)})
 
 
+@numeric_arguments
 def NKD(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "forward_kl",
     *,

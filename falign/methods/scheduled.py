@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from falign.divergences import Divergence, PearsonChi2, ReverseKL, resolve
 from falign.methods.core import grpo, require_positive
+from falign.numeric_fields import numeric_arguments
 from falign.objectives.controllers import RootDivergence, TargetDivergence
 from falign.objectives.distillation import TEACHER, Distillation
 from falign.objectives.groups import CompletionMean
@@ -17,6 +18,7 @@ from falign.objectives.token_gates import FirstTokens
 __all__ = ["SAFE", "TCOD", "CorrelatedProxies", "ProRL"]
 
 
+@numeric_arguments
 def SAFE(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "reverse_kl",
     *,
@@ -73,6 +75,7 @@ def SAFE(  # noqa: N802 - the paper's name
     return Sum({"ppo": held, "entropy": (Distillation(Entropy(), importance="token"), -entropy)})
 
 
+@numeric_arguments
 def TCOD(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "reverse_kl",
     *,
@@ -121,6 +124,7 @@ def TCOD(  # noqa: N802 - the paper's name
     return Scheduled(distillation, {"weights.0.tokens": Stairs(unit, longest, by=unit, every=every)})
 
 
+@numeric_arguments
 def CorrelatedProxies(  # noqa: N802 - the name of the paper
     divergence: Divergence | str | None = None,
     *,
@@ -161,6 +165,7 @@ def CorrelatedProxies(  # noqa: N802 - the name of the paper
     return Scheduled(penalized, {"beta": RootDivergence(strength, floor, smoothing)})
 
 
+@numeric_arguments
 def ProRL(  # noqa: N802 - the paper's name
     divergence: Divergence | str | None = None,
     beta: float = 1e-3,

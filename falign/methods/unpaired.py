@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from falign.divergences import Divergence, resolve
+from falign.numeric_fields import named_as, numeric_arguments
 from falign.objectives.pairwise import Pairwise
 from falign.objectives.sequence_match import SequenceMatching
 from falign.objectives.supervised import Supervised
@@ -13,6 +14,7 @@ from falign.objectives.unpaired import ReferencePoint, Unpaired
 __all__ = ["FSFT", "HDPO", "KTO", "SequenceMatch"]
 
 
+@numeric_arguments
 def KTO(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "reverse_kl",
     beta: float = 0.1,
@@ -47,6 +49,7 @@ def KTO(  # noqa: N802 - the paper's name
     return Unpaired(resolve(divergence), beta, desirable_weight, undesirable_weight, reference_point)
 
 
+@numeric_arguments
 def HDPO(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "reverse_kl",
     beta: float = 0.1,
@@ -78,9 +81,11 @@ def HDPO(  # noqa: N802 - the paper's name
         >>> HDPO(alpha=0.9).entropy_weight
         0.9
     """
-    return Pairwise(resolve(divergence), beta=beta, entropy_weight=alpha)
+    with named_as(entropy_weight="alpha"):
+        return Pairwise(resolve(divergence), beta=beta, entropy_weight=alpha)
 
 
+@numeric_arguments
 def FSFT(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "pearson_chi2",
     beta: float = 0.1,
@@ -118,6 +123,7 @@ def FSFT(  # noqa: N802 - the paper's name
     return Supervised(resolved, beta, max_weight)
 
 
+@numeric_arguments
 def SequenceMatch(alpha: float = 0.5, gamma: float = 0.998) -> SequenceMatching:  # noqa: N802 - the paper's name
     """Return SequenceMatch without its backspace token, on data labeled true and samples of the model labeled false.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from falign.choices import require_choice
 from falign.divergences import Divergence, get, resolve
 from falign.methods.core import grpo, require_positive
+from falign.numeric_fields import named_as, numeric_arguments
 from falign.objectives.advantage_list import ace, stcr
 from falign.objectives.anchored import Anchored
 from falign.objectives.base import Objective
@@ -23,9 +25,12 @@ from falign.objectives.sum import Selected, Sum
 from falign.objectives.token_gates import DivergenceBetween, EntropyGap, EntropyGate, EntropyPrefix, QuantileFilter
 from falign.objectives.token_pairwise import TokenPairwise
 
+Mask = Literal["mapo", "learned", "learned_independent"]
+
 __all__ = ["ACE", "APO", "BDKD", "OPADPO", "PACED", "RLAD", "TSDKD", "AdaSPEC", "SparsePO"]
 
 
+@numeric_arguments
 def ACE(  # noqa: N802 - the paper's name
     divergence: Divergence | str | None = None,
     beta: float = 0.0,
@@ -71,6 +76,7 @@ def ACE(  # noqa: N802 - the paper's name
     return grpo(divergence, beta, punished, clip_low=clip_low, clip_high=clip_high, level=level, reduction=reduction)
 
 
+@numeric_arguments
 def APO(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "reverse_kl",
     beta: float = 1e-3,
@@ -115,6 +121,7 @@ def APO(  # noqa: N802 - the paper's name
     return replace(plain, penalty_weights=[Dads(pass_reward)])
 
 
+@numeric_arguments
 def RLAD(  # noqa: N802 - the paper's name
     divergence: Divergence | str | None = None,
     beta: float = 0.0,
@@ -157,6 +164,7 @@ def RLAD(  # noqa: N802 - the paper's name
     return replace(plain, importance_reference=reference, old_exponent=old_exponent)
 
 
+@numeric_arguments
 def PACED(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "forward_kl",
     *,
@@ -199,6 +207,7 @@ def PACED(  # noqa: N802 - the paper's name
     return Scheduled(distillation, {"divergence": Steps({0: resolve(divergence), switch: resolve(then)})})
 
 
+@numeric_arguments
 def BDKD(  # noqa: N802 - the paper's name
     reference: str = TEACHER, *, other: float = 0.0, reduction: CompletionMean = "token_mean"
 ) -> Sum:
@@ -230,6 +239,7 @@ def BDKD(  # noqa: N802 - the paper's name
     return Sum({"forward": part("forward_kl", "reference"), "reverse": part("reverse_kl", "policy")})
 
 
+@numeric_arguments
 def TSDKD(  # noqa: N802 - the paper's name
     mixture: float = 0.9,
     entropy: float = 1.0,
@@ -284,6 +294,7 @@ def TSDKD(  # noqa: N802 - the paper's name
     )
 
 
+@numeric_arguments
 def AdaSPEC(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "forward_kl",
     *,
@@ -323,6 +334,7 @@ def AdaSPEC(  # noqa: N802 - the paper's name
     return Distillation(f, reference, reduction=reduction, weights=[kept])
 
 
+@numeric_arguments
 def OPADPO(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "reverse_kl",
     beta: float = 0.1,
@@ -367,11 +379,12 @@ def OPADPO(  # noqa: N802 - the paper's name
     )
 
 
+@numeric_arguments
 def SparsePO(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "forward_kl",
     beta: float = 0.1,
     *,
-    mask: Literal["mapo", "learned", "learned_independent"] = "mapo",
+    mask: Mask = "mapo",
     mask_l1: float | None = None,
 ) -> TokenPairwise:
     """Return SparsePO: ``-log σ(β (u - d))``, u and d sums over tokens weighted by the mask.
@@ -398,4 +411,6 @@ def SparsePO(  # noqa: N802 - the paper's name
         >>> SparsePO(beta=0.8).weighting
         'mapo'
     """
-    return TokenPairwise(resolve(divergence), beta, variant=1, weighting=mask, mask_l1=mask_l1)
+    require_choice("mask", mask, Mask)
+    with named_as(weighting="mask"):
+        return TokenPairwise(resolve(divergence), beta, variant=1, weighting=mask, mask_l1=mask_l1)

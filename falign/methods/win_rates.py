@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from falign.divergences import Divergence, get
+from falign.numeric_fields import numeric_arguments
 from falign.objectives.advantages import Advantage
 from falign.objectives.base import Importance
 from falign.objectives.distillation import Distillation
@@ -15,6 +16,7 @@ PREVIOUS = "previous"
 """Name of the reference that holds the policy of the last iteration."""
 
 
+@numeric_arguments
 def InfAlign(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "reverse_kl",
     *,
@@ -50,6 +52,7 @@ def InfAlign(  # noqa: N802 - the paper's name
     return PolicyGradient(get(divergence) if isinstance(divergence, str) else divergence, beta, advantage)
 
 
+@numeric_arguments
 def NashMirrorProx(  # noqa: N802 - the paper's name
     divergence: Divergence | str = "reverse_kl",
     *,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from falign.choices import shown
 from falign.divergences.base import numbers
+from falign.numeric_fields import NumericFields
 from falign.objectives.advantages import ADVANTAGES, Advantage
 from falign.objectives.batch import CompletionBatch
 from falign.objectives.groups import groups_of, total
@@ -111,7 +112,7 @@ class _Plain:
 
 
 @dataclass(frozen=True)
-class _Ace:
+class _Ace(NumericFields):
     alpha: float
     length_norm: str
     kernel: str
@@ -184,7 +185,7 @@ def ace(
 
 
 @dataclass(frozen=True)
-class _Stcr:
+class _Stcr(NumericFields):
     rate: float
     pass_reward: float
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from falign.divergences.base import numbers
+from falign.numeric_fields import NumericFields
 from falign.objectives.batch import WORTH, CompletionBatch, field_of
 from falign.objectives.link import Link
 from falign.objectives.measures import Measure
@@ -145,7 +146,7 @@ class Objective(Protocol):
         ...
 
 
-class BaseObjective(ABC):
+class BaseObjective(NumericFields, ABC):
     """Base class with a default for every optional member that trainers and evaluation use.
 
     Built-in objectives inherit from it. So should a custom objective that has an implicit reward or that computes

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
+from falign.numeric_fields import NumericFields
 from falign.objectives.schedules import Schedule
 from falign.registry import Registry
 
@@ -99,7 +100,7 @@ class Controller(Schedule):
 
 
 @dataclass(frozen=True)
-class TargetDivergence(Controller):
+class TargetDivergence(NumericFields, Controller):
     """Hold a measured divergence D at a target: ``β ← β (1 + gain · clip((D̄ - target)/target, -0.2, 0.2))``.
 
     β grows while the divergence is above the target, and shrinks while it is below. D̄ is the running mean
@@ -172,7 +173,7 @@ class TargetDivergence(Controller):
 
 
 @dataclass(frozen=True)
-class RootDivergence(Controller):
+class RootDivergence(NumericFields, Controller):
     """``β = strength / (2 √D)``: with it, the penalty ``β D_f`` has the gradient of ``strength · √D_f``.
 
     D is the measured divergence, at least ``floor``, where the root has no gradient. It is from the step before, so

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from falign.numeric_fields import NumericFields
 from falign.objectives.batch import CompletionBatch
 from falign.objectives.groups import groups_of, total
 from falign.objectives.measures import Measure
@@ -30,7 +31,7 @@ def _check_pass_reward(pass_reward: float, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class DifficultyKernel:
+class DifficultyKernel(NumericFields):
     """``p^a (1 - p)^b`` for every token of a prompt's completions, p the share of its completions that pass.
 
     With positive a and b it is 0 for prompts that always or never pass, and largest at ``p = a/(a + b)``. ``a = b = 0``
@@ -82,7 +83,7 @@ class DifficultyKernel:
 
 
 @dataclass(frozen=True)
-class Dads:
+class Dads(NumericFields):
     """``1 - e^(-e p)`` for every token of a completion that passes, p the pass rate of its prompt; 1 for all others.
 
     It is 1 too where all completions of a prompt pass. As a weight of the penalty it lets right answers to hard prompts

@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from falign.numeric_fields import NumericFields
 from falign.objectives.measures import Measure, Vocabulary, block_of
 
 __all__ = ["Balanced", "Expected", "ExpectedCost", "Surprisal"]
 
 
 @dataclass(frozen=True)
-class Expected:
+class Expected(NumericFields):
     """``Σ_v π(v) A(v)`` with ``A(v) = log π_a(v) - log π_b(v)`` of two references, at each position.
 
     It is large where the policy prefers the tokens that π_a prefers to π_b. An objective that minimizes its measure
@@ -159,7 +160,7 @@ class Surprisal:
 
 
 @dataclass(frozen=True)
-class Balanced:
+class Balanced(NumericFields):
     """``(a + sg(a/b) b) / 2`` of two measures a and b at each position: both pull equally, whatever their units.
 
     Its value is that of a, where ``a/b`` is not bounded. ``sg`` is a constant.

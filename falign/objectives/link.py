@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from falign.divergences import Divergence
+from falign.numeric_fields import NumericFields
 from falign.objectives.batch import CompletionBatch
 
 __all__ = ["CompletionRewards", "Link"]
@@ -31,7 +32,7 @@ class CompletionRewards(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Link:
+class Link(NumericFields):
     """``r̂ = β (f'(u) + (α - 1) log π)`` with ``u = π(y|x)/π_ref(y|x)``; α = 1 but for H-DPO.
 
     A maximizer of ``E[r] - β D_f(π‖π_ref) + β (α - 1) H(π)`` satisfies ``r = r̂ + λ(x)``; this requires

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from falign.choices import similar
 from falign.divergences.base import numbers
+from falign.numeric_fields import NumericFields
 
 __all__ = [
     "IPO",
@@ -107,7 +108,7 @@ def squared(margin: Shaped[Tensor, " B"]) -> Float[Tensor, " B"]:
 
 
 @dataclass(frozen=True)
-class IPO:
+class IPO(NumericFields):
     """``(m/β - 1/(2β))²``: IPO as published, when m comes from log-ratios per token (``length_norm="token"``).
 
     :class:`falign.objectives.Pairwise` builds it with its own β for ``margin_loss="ipo"``.
@@ -141,7 +142,7 @@ class IPO:
 
 
 @dataclass(frozen=True)
-class Robust:
+class Robust(NumericFields):
     """``(-(1-ε) log σ(m) + ε log σ(-m))/(1-2ε)``: unbiased for the clean loss if a share ε of the labels is flipped.
 
     Attributes:
@@ -168,7 +169,7 @@ class Robust:
 
 
 @dataclass(frozen=True)
-class Exo:
+class Exo(NumericFields):
     """``KL(p_m‖p_ε)`` with ``p_m = (σ(m), σ(-m))`` and ``p_ε = (1-ε, ε)``: the reverse KL to the smoothed labels.
 
     Attributes:

@@ -18,6 +18,7 @@ from falign.choices import nearest
 from falign.divergences import Divergence
 from falign.divergences.estimators import full_vocabulary
 from falign.errors import ConfigError
+from falign.numeric_fields import NumericFields
 from falign.registry import Registry, is_own_name
 
 __all__ = [
@@ -339,7 +340,7 @@ def log_rest(logprobs: Float[Tensor, "M V"], ids: Int[Tensor, "M K"]) -> Float[T
 
 
 @dataclass(frozen=True)
-class DivergenceTo:
+class DivergenceTo(NumericFields):
     """``D_f(π‖π_k) = Σ_v π_k(v) f(π(v)/π_k(v))`` at each position.
 
     Attributes:

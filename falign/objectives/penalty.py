@@ -16,6 +16,7 @@ from torch import Tensor
 from falign.divergences import Divergence
 from falign.divergences.estimators import loss_from_policy, loss_from_vocabulary, value_from_policy
 from falign.divergences.powers import power
+from falign.numeric_fields import NumericFields
 from falign.objectives.base import CompletionBatch, Importance
 from falign.objectives.batch import REFERENCE, field_of_reference
 from falign.objectives.groups import groups_of, mean_of_others
@@ -29,7 +30,7 @@ Credit = Literal["fixed_prefix", "returns"]
 
 
 @dataclass(frozen=True)
-class Penalty:
+class Penalty(NumericFields):
     """A divergence penalty on samples of the policy, or of π_old with importance weights; never clipped.
 
     Attributes:
@@ -208,7 +209,7 @@ class SurrogateOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Surrogate:
+class Surrogate(NumericFields):
     """``min(w A, clip(w, 1 - ε_low, 1 + ε_high) A)`` at each token, with ``w = π/π_old``, or another ratio.
 
     Attributes:

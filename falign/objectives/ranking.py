@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from falign.numeric_fields import NumericFields
 from falign.objectives.measures import TopTokens, Vocabulary, log_rest
 
 __all__ = ["RankTopK", "RankWeights"]
@@ -18,7 +19,7 @@ RankWeights = Literal["equal", "reference"]
 
 
 @dataclass(frozen=True)
-class RankTopK:
+class RankTopK(NumericFields):
     """``-Σ_i w_i log P(σ_i is chosen before σ_{i+1}, ..., σ_k)``: Plackett–Luce of the reference's order, per position.
 
     With the reference's k most likely tokens ``σ_1, ..., σ_k``, most likely first, and the policy's logits z::

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from falign.divergences import Divergence, get
+from falign.numeric_fields import NumericFields
 from falign.objectives.base import (
     BaseObjective,
     CompletionBatch,
@@ -62,7 +63,7 @@ class Schedule(ABC):
 
 
 @dataclass(frozen=True)
-class _Ramp(Schedule):
+class _Ramp(NumericFields, Schedule):
     """Base of schedules that go from one number to another."""
 
     start: float
@@ -183,7 +184,7 @@ class Steps(Schedule):
 
 
 @dataclass(frozen=True)
-class Stairs(Schedule):
+class Stairs(NumericFields, Schedule):
     """``start + by · floor(step / every)``, up to ``end``: whole numbers, such as a growing number of tokens.
 
     Attributes:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from falign.numeric_fields import NumericFields
 from falign.objectives.measures import Vocabulary
 
 __all__ = ["Plan", "Sinkhorn"]
@@ -19,7 +20,7 @@ Plan = Literal["differentiated", "constant"]
 
 
 @dataclass(frozen=True)
-class Sinkhorn:
+class Sinkhorn(NumericFields):
     """``Σ_j P_ij D_ij`` for each row i of a block: Sinkhorn's transport of the policy's rows to the reference's rows.
 
     With the distributions ``p_i`` of the policy and ``q_j`` of the reference at the n positions of a block::

@@ -11,6 +11,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from falign.divergences.base import numbers
+from falign.numeric_fields import NumericFields
 
 __all__ = ["BinaryConstraint", "ExponentialReward", "MomentConstraints", "ProductTarget", "Target"]
 
@@ -72,7 +73,7 @@ class BinaryConstraint:
 
 
 @dataclass(frozen=True)
-class MomentConstraints:
+class MomentConstraints(NumericFields):
     """``p ∝ π_ref exp(λ·φ)``: of all distributions with ``E_p[φ] = μ``, the nearest to the reference in reverse KL.
 
     Attributes:
@@ -116,7 +117,7 @@ class MomentConstraints:
 
 
 @dataclass(frozen=True)
-class ExponentialReward:
+class ExponentialReward(NumericFields):
     """``p ∝ π_ref exp(r/β)``: the optimum of ``E[r] - β KL(π‖π_ref)``; any divergence may be used to approach it.
 
     Attributes:

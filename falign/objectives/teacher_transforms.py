@@ -12,6 +12,7 @@ from torch import Tensor
 
 from falign.divergences import Divergence
 from falign.divergences.estimators import full_vocabulary
+from falign.numeric_fields import NumericFields
 from falign.objectives.measures import Measure, Vocabulary, block_of, log_rest
 
 __all__ = ["Standardized", "TargetPart", "TargetSplit"]
@@ -21,7 +22,7 @@ TargetPart = Literal["binary", "likelihood"]
 
 
 @dataclass(frozen=True)
-class Standardized:
+class Standardized(NumericFields):
     """Any measure of distributions that are computed from standardized logits, ``softmax((z - mean z) / (std z · T))``.
 
     The policy's logits and those of each reference that the measure reads are standardized at each position, over the
@@ -89,7 +90,7 @@ class Standardized:
 
 
 @dataclass(frozen=True)
-class TargetSplit:
+class TargetSplit(NumericFields):
     """``a D_f(binary) + b D_f(others)``: the target against all other tokens, and these among themselves.
 
     With the token y of the data, the reference π_k, and ``π̂(v) = π(v)/(1-π(y))`` over ``v ≠ y``::

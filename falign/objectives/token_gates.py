@@ -13,6 +13,7 @@ from torch import Tensor
 
 from falign.divergences import Divergence
 from falign.divergences.estimators import full_vocabulary
+from falign.numeric_fields import NumericFields
 from falign.objectives.batch import CompletionBatch
 from falign.objectives.measures import Entropy, Measure, Vocabulary, get_measure
 
@@ -107,7 +108,7 @@ def _entropies(reference: str) -> dict[str, Measure]:
 
 
 @dataclass(frozen=True)
-class FirstTokens:
+class FirstTokens(NumericFields):
     """1 at the first ``tokens`` tokens of each completion, else 0: a horizon, which a schedule may let grow.
 
     Attributes:
@@ -149,7 +150,7 @@ class FirstTokens:
 
 
 @dataclass(frozen=True)
-class EntropyGate:
+class EntropyGate(NumericFields):
     """1 at tokens where one of two distributions has the higher entropy, else ``other``.
 
     Two gates with the two choices of ``higher`` divide the tokens: where both entropies are equal, the policy's counts
@@ -240,7 +241,7 @@ class EntropyGap:
 
 
 @dataclass(frozen=True)
-class EntropyPrefix:
+class EntropyPrefix(NumericFields):
     """1 at the first tokens of a completion, until they hold a share of the entropy of all its tokens; then 0.
 
     The token with which the sum reaches the share is the last one that counts; the first token always counts.
@@ -290,7 +291,7 @@ class EntropyPrefix:
 
 
 @dataclass(frozen=True)
-class QuantileFilter:
+class QuantileFilter(NumericFields):
     """Keep the share of a completion's tokens with the largest scores; the loss becomes a mean over kept tokens.
 
     The score is a measure, or the difference of two. Kept are the tokens with ``score ≥ quantile(1 - keep)``, with

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from falign.divergences import Divergence
 from falign.divergences.estimators import full_vocabulary
+from falign.numeric_fields import NumericFields
 from falign.objectives.measures import TopTokens, Vocabulary, log_rest
 
 __all__ = ["Tail", "TopK"]
@@ -21,7 +22,7 @@ Tail = Literal["bucket", "none", "renormalized"]
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(NumericFields):
     """``D_f`` over the k most likely tokens S of the reference π_k, at each position.
 
     With ``P = Σ_{v∈S} π(v)`` and ``Q = Σ_{v∈S} π_k(v)``::

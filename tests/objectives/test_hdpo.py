@@ -79,5 +79,5 @@ def test_a_sharper_policy_needs_a_reward_that_increases_with_its_probability(nam
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.inf])
 def test_an_alpha_that_is_not_positive_is_refused(alpha):
-    with pytest.raises(ValueError, match=r"entropy_weight=.* must be positive and finite"):
+    with pytest.raises(ValueError, match=r"^alpha=.* must be positive and finite"):
         HDPO(alpha=alpha)
