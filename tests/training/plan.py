@@ -39,6 +39,8 @@ def describe(value, seen=None):
         return repr(value)
     if isinstance(value, BaseModel):
         return "a section"
+    if isinstance(value, Console):
+        return "a console"  # what it has shown so far is in it
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, type):
