@@ -2,10 +2,12 @@
 
     python scripts/benchmark_measures.py --vocabulary 131072 --tokens 8192
     python scripts/benchmark_measures.py --tokens 1024 --pairs 5 --measures "expected_cost" "sinkhorn(16)"
+    python scripts/benchmark_measures.py --tokens 64 --pairs 5 --threads 1 --alone --measures entropy "rank_top_k(100)"
 
 One process runs steps (forward and backward, a head that does not train unless --trained-head) in turn with the first
-measure alone and with all of them, so that each pair of times has the same conditions. Memory is the peak beyond the
-weights of the heads and the hidden states, of the larger step. Measures read the reference `reference`.
+measure alone and with all of them, so that each pair of times has the same conditions; with --alone, without measures
+and with each by itself. Memory is the peak beyond the weights of the heads and the hidden states, of the larger step.
+Measures read the reference `reference`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def arguments() -> argparse.Namespace:
     add("--device", default="cpu")
     add("--pairs", type=int, default=2)
     add("--chunk-tokens", type=int)
+    add("--threads", type=int, help="of the processor; by default all")
     add("--trained-head", action="store_true")
+    add("--alone", action="store_true", help="time each measure by itself")
     add("--measures", nargs="+", default=["divergence_to(forward_kl)", "divergence_to(jensen_shannon)"])
     return parser.parse_args()
 
@@ -44,21 +48,25 @@ def main() -> None:
     import torch
 
     torch.manual_seed(0)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     like = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     layers = [torch.nn.Linear(args.hidden, args.vocabulary, bias=False, **like).requires_grad_(False) for _ in range(2)]
     layers[0].requires_grad_(args.trained_head)
     hidden = torch.randn(args.tokens, args.hidden, **like)
     targets = torch.randint(args.vocabulary, (args.tokens,), device=args.device)
-    one, all_of_them = (step(args, layers, hidden, targets, args.measures[:n]) for n in (1, len(args.measures)))
-    for warm in (one, all_of_them):  # torch imports parts of itself in a first backward pass
+    sets = [[], *([name] for name in args.measures)] if args.alone else [args.measures[:1], args.measures]
+    steps = [step(args, layers, hidden, targets, names) for names in sets]
+    for warm in steps:  # torch imports parts of itself in a first backward pass
         warm(8)
     begin, times = memory(args.device), []
     for _ in range(args.pairs):
-        times.append([seconds(each, args) for each in (one, all_of_them)])
-        print(f"  {times[-1][0]:8.2f} s, {times[-1][1]:8.2f} s: {times[-1][1] / times[-1][0]:.2f} times", flush=True)
-    ratio = statistics.median(both / first for first, both in times)
+        times.append([seconds(each, args) for each in steps])
+        print(" ", ", ".join(f"{each:.3f} s" for each in times[-1]), flush=True)
     print(f"{args.tokens} tokens, vocabulary {args.vocabulary}, hidden {args.hidden}, {args.dtype}, {args.device}")
-    print(f"{' and '.join(args.measures)}: {ratio:.2f} times {args.measures[0]} (median of {args.pairs} pairs)")
+    for number, names in enumerate(sets):
+        ratio = statistics.median(each[number] / each[0] for each in times)
+        middle = statistics.median(each[number] for each in times)
+        print(f"{' and '.join(names) or 'none'}: {middle:.3f} s, {ratio:.2f} times the first (median of {args.pairs})")
     print(f"peak beyond the models: {(memory(args.device, peak=True) - begin) / 1024:.2f} GiB")
 
 

@@ -112,7 +112,7 @@ def test_masks_come_from_the_references_layers_and_train(layout):
 
 
 def test_settings_of_masks_without_masks_are_refused():
-    with pytest.raises(ValueError, match=r"mask_l1=0\.1 with weighting='mapo'"):
+    with pytest.raises(ValueError, match=r"mask_l1=0\.1 with mask='mapo'"):
         SparsePO(mask_l1=0.1)
     with pytest.raises(ValueError, match=r"mask_l1=-1\.0"):
         SparsePO(mask="learned", mask_l1=-1.0)
