@@ -43,8 +43,6 @@ from falign.objectives.measures import (
     Entropy,
     Measure,
     MixingMeasure,
-    TopTokens,
-    Vocabulary,
     block_of,
     get_measure,
     references_of,
@@ -74,6 +72,7 @@ from falign.objectives.token_gates import (
 from falign.objectives.token_pairwise import TokenPairwise
 from falign.objectives.top_k import TopK
 from falign.objectives.unpaired import Unpaired
+from falign.objectives.vocabulary import TopTokens, Vocabulary
 from falign.objectives.weights import (
     TokenWeight,
     completion_factor,

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from falign.numeric_fields import NumericFields
-from falign.objectives.measures import Measure, Vocabulary, block_of
+from falign.objectives.measures import Measure, block_of
+from falign.objectives.vocabulary import Vocabulary
 
 __all__ = ["Balanced", "Expected", "ExpectedCost", "Surprisal"]
 

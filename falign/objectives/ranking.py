@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from falign.numeric_fields import NumericFields
-from falign.objectives.measures import TopTokens, Vocabulary, log_rest
+from falign.objectives.vocabulary import TopTokens, Vocabulary, log_rest
 
 __all__ = ["RankTopK", "RankWeights"]
 

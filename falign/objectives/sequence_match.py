@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from falign.objectives.base import BaseObjective, CompletionBatch, ObjectiveOutput, PreferenceKind, Term
 from falign.objectives.groups import completion_term
-from falign.objectives.measures import Measure, Vocabulary
+from falign.objectives.measures import Measure
+from falign.objectives.vocabulary import Vocabulary
 
 __all__ = ["LogNormalizer", "SequenceMatching"]
 

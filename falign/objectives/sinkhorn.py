@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from falign.numeric_fields import NumericFields
-from falign.objectives.measures import Vocabulary
+from falign.objectives.vocabulary import Vocabulary
 
 __all__ = ["Plan", "Sinkhorn"]
 

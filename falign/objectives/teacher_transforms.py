@@ -13,7 +13,8 @@ from torch import Tensor
 from falign.divergences import Divergence
 from falign.divergences.estimators import full_vocabulary
 from falign.numeric_fields import NumericFields
-from falign.objectives.measures import Measure, Vocabulary, block_of, log_rest
+from falign.objectives.measures import Measure, block_of
+from falign.objectives.vocabulary import Vocabulary, log_rest
 
 __all__ = ["Standardized", "TargetPart", "TargetSplit"]
 

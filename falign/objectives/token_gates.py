@@ -15,7 +15,8 @@ from falign.divergences import Divergence
 from falign.divergences.estimators import full_vocabulary
 from falign.numeric_fields import NumericFields
 from falign.objectives.batch import CompletionBatch
-from falign.objectives.measures import Entropy, Measure, Vocabulary, get_measure
+from falign.objectives.measures import Entropy, Measure, get_measure
+from falign.objectives.vocabulary import Vocabulary
 
 __all__ = [
     "DivergenceBetween",

@@ -13,7 +13,7 @@ from torch import Tensor
 from falign.divergences import Divergence
 from falign.divergences.estimators import full_vocabulary
 from falign.numeric_fields import NumericFields
-from falign.objectives.measures import TopTokens, Vocabulary, log_rest
+from falign.objectives.vocabulary import TopTokens, Vocabulary, log_rest
 
 __all__ = ["Tail", "TopK"]
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from falign.errors import ConfigError, DataError, ModelError
 from falign.objectives import TokenWeighting
-from falign.objectives.measures import TopTokens
+from falign.objectives.vocabulary import TopTokens
 from falign.references.base import Reference
 from falign.references.store import CacheKey, LogprobStore, entry_digest
 from falign.scoring import DEFAULT_CHUNK_TOKENS, CompletionStates, PromptTree, Scorer, TokenBatch

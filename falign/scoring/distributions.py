@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from falign.objectives.measures import TopTokens
+from falign.objectives.vocabulary import TopTokens
 from falign.scoring.model_parts import Head
 
 __all__ = [

@@ -30,7 +30,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from falign.errors import ConfigError, FalignError
-from falign.objectives.measures import Measure, TopTokens, Vocabulary, block_of, cosines_with, references_of
+from falign.objectives.measures import Measure, block_of, references_of
+from falign.objectives.vocabulary import TopTokens, Vocabulary, cosines_with
 from falign.raised import calling
 from falign.scoring.distributions import (
     Distribution,

@@ -52,7 +52,7 @@ def cost(whole):
 @pytest.mark.parametrize("trained_head", [False, True])
 @pytest.mark.parametrize("slice_size", [4, 100])
 def test_the_expected_cost_of_embeddings(trained_head, padded, slice_size, monkeypatch):
-    monkeypatch.setattr("falign.objectives.measures.SLICE", slice_size)
+    monkeypatch.setattr("falign.objectives.vocabulary.SLICE", slice_size)
     monkeypatch.setattr("falign.scoring.vocabulary._CACHED_LOGITS", 3 * V)
     assert_exact(ExpectedCost(), cost, trained_head=trained_head, padded=padded)
     with_target = lambda whole: cost(whole) + whole.p().detach().gather(-1, whole.targets[:, None])[:, 0]  # noqa: E731
