@@ -30,6 +30,28 @@ KINDS = ("ddp", "fsdp2")
 # of a gradient that is nothing but rounding.
 STEPS = {"max_steps": 20, "learning_rate": 0.5, "optim": "sgd", "lr_scheduler_type": "constant", "logging_steps": 1}
 PENALIZED = {"kind": "policy_gradient", "divergence": "reverse_kl", "beta": 0.05, "advantage": "leave_one_out"}
+FOLLOWED = {"metric": "ppo/divergence/reverse_kl", "target": 0.5, "start": 0.05, "gain": 0.5, "smoothing": 0.5}
+SAMPLES = {
+    "policy gradient": {"objective": PENALIZED},
+    "critic": {
+        "objective": {
+            "kind": "sum",
+            "terms": {
+                "ppo": {
+                    **PENALIZED,
+                    "beta": {"controller": "target_divergence", **FOLLOWED},
+                    "level": "token",
+                    "advantage": "gae",
+                    "importance": "token",
+                },
+                "entropy": {"kind": "distillation", "measure": "entropy", "importance": "token"},
+            },
+            "weights": {"entropy": -0.01},
+        },
+        "critic": {"heads": 2, "soft_min": 0.3, "polyak": 0.05, "warm_up": 1},
+        "training": {"max_steps": 5},
+    },
+}
 PAIRS = {
     "f-dpo": {"objective": {"divergence": "jensen_shannon", "beta": 0.5}},
     "f-dpo by tokens": {"training": {"tokens_per_batch": 90}},
@@ -40,12 +62,22 @@ PAIRS = {
         "measures": {"away": "divergence_to(forward_kl, teacher)"},
         "training": {"max_steps": 5},
     },
+    "sum": {
+        "references": {"teacher": {"kind": "frozen", "path": "FOLDER/teacher"}},
+        "objective": {
+            "kind": "sum",
+            "terms": {"taught": {"kind": "distillation"}, "cloned": {"kind": "supervised", "completions": "chosen"}},
+            "weights": {"cloned": {"from": 0.5, "to": 0.1, "steps": 4}},
+        },
+        "training": {"max_steps": 5},
+    },
     "full": {"adapter": None, "training": {"max_steps": 5, "learning_rate": 0.05}},
 }
 COMPARED = [
-    *((name, kind) for name in ("f-dpo", "tdpo", "kto", "policy gradient", "full") for kind in KINDS),
+    *((name, kind) for name in ("f-dpo", "tdpo", "kto", "policy gradient", "critic", "full") for kind in KINDS),
     ("f-dpo by tokens", "ddp"),
     ("references", "fsdp2"),
+    ("sum", "fsdp2"),
 ]
 SAVING = {"training": {"max_steps": 10, "save_steps": 5, "optim": "adamw_torch", "learning_rate": 0.01}}
 QUANTIZED = {"model": {"quantization": "nf4", "dtype": "bfloat16"}, "training": {"max_steps": 5}}
@@ -59,19 +91,22 @@ def offline(folder, name, batch_size, changes):
     }
     changes = json.loads(json.dumps(changes).replace("FOLDER", str(folder)))
     changes = {**changes, "training": {**training, "eval_steps": 10, **changes.get("training", {})}}
-    return run_data(folder / "tiny", None, folder / name, **changes, data={**data, "eval_size": 0})
+    run = run_data(folder / "tiny", None, folder / name, **changes, data={**data, "eval_size": 0})
+    if changes.get("objective", {}).get("kind") == "sum":
+        run["objective"] = changes["objective"]  # without the fields of pairs
+    return run
 
 
-def online(folder, name, batch_size):
+def online(folder, name, batch_size, changes):
     prompts = str(folder / "prompts.jsonl")
+    training = {**STEPS, "learning_rate": 0.1, "per_device_train_batch_size": batch_size}
     return online_data(
         folder / "tiny",
         prompts,
         folder / name,
-        objective=PENALIZED,
         prompts={"train": [{"path": prompts, "chat": False}], "eval_size": 3},
         rollout={"prompts": 9, "max_new_tokens": 6, "evaluation": {"completions": 4}},
-        training={**STEPS, "learning_rate": 0.1, "per_device_train_batch_size": batch_size},
+        **{**changes, "training": {**training, **changes.get("training", {})}},
     )
 
 
@@ -92,7 +127,9 @@ def folder(tmp_path_factory):
             for name, changes in PAIRS.items()
             if (name, kind) in COMPARED
         ]
-        cases.append({"kind": kind, "run": online(path, f"policy gradient {kind}", 3)})
+        cases += [
+            {"kind": kind, "run": online(path, f"{name} {kind}", 3, changes)} for name, changes in SAMPLES.items()
+        ]
         saving = offline(path, f"saving {kind}", 2, SAVING)
         cases.append({"kind": kind, "run": saving, "resume": str(path / f"resumed {kind}")})
         cases.append({"kind": kind, "run": offline(path, f"stopped {kind}", 2, SAVING), "stop": 2})
@@ -104,7 +141,8 @@ def folder(tmp_path_factory):
     assert done.returncode == 0, done.stderr[-3000:]
     alone = [offline(path, f"{name} alone", 4, changes) for name, changes in PAIRS.items()]
     alone[1]["training"]["gradient_accumulation_steps"] = 2
-    alone += [offline(path, "quantized alone", 4, QUANTIZED), online(path, "policy gradient alone", 9)]
+    alone.append(offline(path, "quantized alone", 4, QUANTIZED))
+    alone += [online(path, f"{name} alone", 9, changes) for name, changes in SAMPLES.items()]
     for run in alone:
         train(parse_run(run), console=Console(quiet=True))
     return path
@@ -136,7 +174,7 @@ def test_two_processes_have_the_losses_metrics_and_weights_of_one(folder, name, 
             tolerance = 1e-5 if metric == "loss" else 5e-5
             assert a[metric] == pytest.approx(b[metric], rel=1e-5, abs=tolerance), (metric, b["step"])
     losses = [log["loss"] for log in logs(one) if "loss" in log]
-    assert len(losses) == (5 if name in ("full", "references") else 20)
+    assert len(losses) == (5 if name in ("full", "references", "sum", "critic") else 20)
     assert max(losses) - min(losses) > 0.01
 
 
