@@ -34,7 +34,11 @@ def commands():
     code = "\n".join(line[4:] for line in RESULTS.split("\n") if line.startswith("    "))
     lines = code.replace("\\\n", " ").replace("DIVERGENCE", "forward_kl").split("\n")
     found = [shlex.split(line, comments=True) for line in lines]
-    return [words for words in found if any(word.startswith("configs/") for word in words)]
+    return [words for words in found if any(map(is_run_file, words))]
+
+
+def is_run_file(word):
+    return word.startswith("configs/") and "/rewards/" not in word
 
 
 def section(title):
@@ -54,7 +58,7 @@ def test_the_page_has_commands():
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_names_a_run_file_and_fields_that_exist(words):
-    (file,) = (word for word in words if word.startswith("configs/") and "/rewards/" not in word)
+    (file,) = filter(is_run_file, words)
     overrides = [word for word in words if re.match(r"[a-z_.0-9]+=", word)]
     load_run_file(ROOT / file, overrides).check()
     for word in words:
