@@ -91,6 +91,11 @@ def log_mixture(log_u: Float[Tensor, "*S"], weight: float, rest: float) -> Float
         >>> log_mixture(torch.tensor([0.0, 1000.0]), 0.5, 0.5)
         tensor([  0.0000, 999.3068])
     """
+    if 0.05 <= weight <= 0.5:
+        # Nothing cancels, because w(u - 1) > -1/2. Beyond 40 nats the sum is w u to rounding; up to there its square,
+        # which a second derivative needs, is finite.
+        near = torch.log1p(weight * _Expm1.apply(torch.clamp(log_u, max=40.0)))
+        return torch.where(log_u <= 40.0, near, log_u + math.log(weight))
     inside = torch.clamp(log_u, -LINEAR_BEYOND, LINEAR_BEYOND)
     change = weight * _Expm1.apply(inside)
     # Near u = 1 log1p has no cancellation; toward w u + c = 0 it has. Its argument is clamped where it is not used,
