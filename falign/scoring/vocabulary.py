@@ -512,9 +512,10 @@ class _FromLogits(torch.autograd.Function):
         ctx.visit = visit
         ctx.save_for_backward(raw, targets, *prepared)
         visit.live.clear()
-        # A custom measure may use autograd inside. Identity hooks hide its tensors from the checkpoint, which would
-        # count them and find the recomputed number different.
-        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        # A custom measure may use autograd inside. These hooks hide its tensors from the checkpoint, which would count
+        # them and find the recomputed number different. Detached, because an output that its own node keeps with its
+        # graph is a cycle, and no graph without a backward pass would ever be freed.
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _as_it_is):
             values = visit.values(raw, targets, prepared, find_live=ctx.needs_input_grad[0])
         ctx.mark_non_differentiable(*visit.of_constants(values))
         return values

@@ -1,4 +1,5 @@
 import math
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -417,3 +418,35 @@ def test_a_measure_that_cannot_be_hashed_is_computed():
     policy = Distribution(hidden, Head(embeddings=layers[0]))
     found = token_scores(policy, targets, measures={"a": Chosen([1, 2]), "b": Chosen([1, 2])}).measures
     torch.testing.assert_close(found["a"], found["b"])
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_no_graph_of_a_measure_outlives_its_step(trained):
+    kept = []
+
+    class Saved:
+        """Its exponential keeps its own output for the backward pass."""
+
+        references = frozenset()
+
+        def __init__(self, block):
+            self.block = block
+
+        def __call__(self, at):
+            likely = at.logprobs.exp()
+            kept.append(weakref.ref(likely))
+            return likely.square().sum(-1)
+
+    embeddings = torch.nn.Linear(4, 7, bias=False).requires_grad_(trained)
+    hidden = torch.randn(6, 4, requires_grad=True)
+    scores = token_scores(
+        Distribution(hidden, Head(embeddings=embeddings)),
+        torch.tensor([0, 1, 2, 3, 4, 5]),
+        measures={"saved": Saved(1 if trained else 2)},
+        chunk_tokens=4,
+    )
+    scores.measures["saved"].sum().backward()
+    assert len(kept) > 2
+    assert hidden.grad.abs().sum() > 0
+    del scores
+    assert [each() for each in kept] == [None] * len(kept)
