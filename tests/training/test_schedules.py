@@ -257,7 +257,7 @@ def test_a_controller_whose_value_the_objective_refuses_stops_the_run_with_its_r
         ({"beta": {"to": 0.1, "steps": 2}}, r"objective.beta=.*; a schedule is one of \{from: 5e-3"),
         ({"beta": [0.5, 0.1]}, r"objective.beta=\[0.5, 0.1\]: .*; a schedule is one of \{from: 5e-3"),
         ({"beta": {"from": 0.5, "steps": 9}}, r"objective.beta.to is required; a schedule has from, to, steps"),
-        ({"beta": {"from": 0.5, "to": 0.1, "stesp": 9}}, r"objective.beta.steps is required"),
+        ({"beta": {"from": 0.5, "to": 0.1, "stesp": 9}}, r"objective.beta.stesp is unknown \(did you mean steps\?"),
         ({"beta": {"from": 0.5, "to": "x", "steps": 9}}, r"objective.beta.to='x': Input should be a valid number"),
         ({"beta": {5: 0.5}}, r"objective.beta=\{5: 0.5\}: steps \[5\]: none is 0"),
         ({"beta": {0: 0.5, 9: 0.1, 5: 0.2}}, r"objective.beta=.*must ascend"),
