@@ -13,7 +13,7 @@ from falign import FDPO, CompletionBatch
 from falign.models.sharding import shard
 from falign.references import AdapterOff
 from falign.scoring import LAYOUTS, completion_scores
-from tests.conformance.test_references import BATCH, KINDS, policy_of
+from tests.conformance.test_references import BATCH, KINDS, SERVERS, policy_of, served_model
 from tests.scoring.models import TREES, tiny_model, with_lora
 
 SHARES = {0: TREES[:1], 1: TREES[1:]}  # one pair; a list of three and a pair: ragged
@@ -68,6 +68,7 @@ def reference_scores(kind, folder):
 
 
 def main(folder):
+    served_model()  # in a process group, only one process would save it
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     for kind in ("ddp", "fsdp2"):
@@ -78,6 +79,8 @@ def main(folder):
     scores = {name: reference_scores(kind, Path(folder) / name) for name, kind in KINDS.items()}
     if dist.get_rank() == 0:
         torch.save(scores, f"{folder}/references.pt")
+    while SERVERS:
+        SERVERS.pop().stop()
     dist.destroy_process_group()
 
 
