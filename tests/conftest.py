@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from falign.cli import main
+from falign.models import load_model, load_tokenizer
 from tests.models.tiny import save_tiny
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -73,6 +74,15 @@ def demo(tmp_path_factory):
         if "FALIGN_CACHE" not in os.environ:
             patch.setenv("FALIGN_CACHE", str(tmp_path_factory.mktemp("falign-cache")))
         yield "demo:smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="session")
+def served_folder(demo, tmp_path_factory):
+    """The demonstration model in float32, as a folder for a vLLM server."""
+    folder = tmp_path_factory.mktemp("vllm") / "smollm2"
+    load_model(demo, dtype="float32").save_pretrained(folder)
+    load_tokenizer(demo).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

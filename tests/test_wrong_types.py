@@ -9,10 +9,10 @@ import pytest
 from tests.models.tiny import save_tiny
 
 CALLS = {
-    "falign.objectives.PolicyGradient(weights='dads')": "weights='dads' is no list: give a list of token weights",
+    "falign.objectives.PolicyGradient(weights='dads')": "weights='dads' is not a list: give a list of token weights",
     "falign.objectives.PolicyGradient(penalty_weights=['dads'])": "penalty_weights has the name 'dads'",
-    "falign.objectives.Cloning(weights=[falign.objectives.Dads])": "which is no token weight: give an object with",
-    "falign.methods.OREAL(passed_token_weights=[len])": "weights has <built-in function len>, which is no token weight",
+    "falign.objectives.Cloning(weights=[falign.objectives.Dads])": "which is not a token weight: give an object with",
+    "falign.methods.OREAL(passed_token_weights=[len])": "weights has <built-in function len>, which is not a token ",
     "falign.methods.SuperHF(beta='0.1')": "beta='0.1' is a str; it must be a number",
     "falign.methods.KTO(beta='0.1')": "beta='0.1' is a str; it must be a number",
     "falign.methods.HDPO(alpha='1')": "alpha='1' is a str; it must be a number",

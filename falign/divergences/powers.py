@@ -92,8 +92,8 @@ def log_mixture(log_u: Float[Tensor, "*S"], weight: float, rest: float) -> Float
         tensor([  0.0000, 999.3068])
     """
     if 0.05 <= weight <= 0.5:
-        # Nothing cancels, because w(u - 1) > -1/2. Beyond 40 nats the sum is w u to rounding; up to there its square,
-        # which a second derivative needs, is finite.
+        # Nothing cancels, because w(u - 1) > -1/2. Beyond 40 nats c is less than the rounding error of w u, for w that
+        # are not tiny. Below, the square of w u is finite, which a second derivative needs.
         near = torch.log1p(weight * _Expm1.apply(torch.clamp(log_u, max=40.0)))
         return torch.where(log_u <= 40.0, near, log_u + math.log(weight))
     inside = torch.clamp(log_u, -LINEAR_BEYOND, LINEAR_BEYOND)

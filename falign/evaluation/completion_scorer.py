@@ -25,14 +25,7 @@ from falign.scoring import (
 )
 from falign.scoring.batch import token_rows
 
-__all__ = [
-    "CompletionScorer",
-    "ScoreRow",
-    "check_finite",
-    "check_rows",
-    "choose_common_layout",
-    "plain_floats",
-]
+__all__ = ["CompletionScorer", "ScoreRow", "check_finite", "check_rows", "choose_common_layout", "plain_floats"]
 
 
 class ScoreRow(TypedDict):

@@ -32,7 +32,7 @@ from falign.raised import calling
 if TYPE_CHECKING:
     from falign.objectives.controllers import Controller
 
-__all__ = ["Cosine", "Linear", "Schedule", "Scheduled", "Stairs", "Steps"]
+__all__ = ["Cosine", "Linear", "Schedule", "Scheduled", "Stairs", "Steps", "steps_to_check"]
 
 
 class Schedule(ABC):
@@ -228,6 +228,21 @@ class Stairs(NumericFields, Schedule):
         return min(value, self.end) if self.by > 0 else max(value, self.end)
 
 
+def steps_to_check(knots: Sequence[int]) -> list[int]:
+    """Return the steps at which values of schedules are tried before a run: those at the knots and between them.
+
+    Args:
+        knots: Steps at which a schedule changes its course, in order.
+
+    Example:
+        >>> steps_to_check([0, 10])
+        [0, 1, 5, 10]
+    """
+    # A ramp is a fraction after its first step if it ever is one, which a field of whole numbers refuses.
+    between = {step for first, last in pairwise(knots) for step in (first + 1, (first + last) // 2)}
+    return sorted({*knots, *between})
+
+
 @dataclass(frozen=True)
 class Scheduled(BaseObjective):
     """An objective whose coefficients change over training; :meth:`at` returns that of one step, with plain numbers.
@@ -325,13 +340,11 @@ class Scheduled(BaseObjective):
     @cached_property
     def _stages(self) -> tuple[BaseObjective, ...]:
         """The objectives at all knots and between them: those that a run meets, up to numbers between two others."""
-        # A ramp is a fraction after its first step if it ever is one, which a field of whole numbers refuses.
-        between = [step for first, last in pairwise(self.knots) for step in (first + 1, (first + last) // 2)]
         extremes = [
             {**self.values(0), path: bound} for path, schedule in self.schedules.items() for bound in schedule.bounds
         ]
         stages = (
-            *(self.at(step) for step in sorted({*self.knots, *between})),
+            *(self.at(step) for step in steps_to_check(self.knots)),
             *(self._with(values, 0) for values in extremes),
         )
         if len(levels := {stage.correction_level for stage in stages}) > 1:

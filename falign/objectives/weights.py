@@ -74,19 +74,19 @@ def check_weights(weights: Sequence[TokenWeight], *, field: str = "weights") -> 
         field: Its name in messages.
 
     Raises:
-        ValueError: It is a name or a single weight, or has an entry that is no weight.
+        ValueError: It is a name or a single weight, or has an entry that is not a weight.
 
     Example:
         >>> check_weights([get_weight("dads")])
     """
     if isinstance(weights, str) or not isinstance(weights, Sequence):
-        raise ValueError(f"{field}={weights!r} is no list: give a list of token weights, as in {field}=[Dads()].")
+        raise ValueError(f"{field}={weights!r} is not a list: give a list of token weights, as in {field}=[Dads()].")
     for weight in weights:
         if isinstance(weight, str):
             raise ValueError(f"{field} has the name {weight!r}: give the weight itself, get_weight({weight!r}).")
         if isinstance(weight, type) or not isinstance(weight, TokenWeight):
             raise ValueError(
-                f"{field} has {weight!r}, which is no token weight: give an object with needs, measures and "
+                f"{field} has {weight!r}, which is not a token weight: give an object with needs, measures and "
                 "__call__(batch)."
             )
 

@@ -23,7 +23,7 @@ __all__ = ["VLLMReference"]
 
 _BLOCK = 4096  # ids in one request
 
-# Characters of one to four bytes, most of them rare, so that tokens of all bytes that are no character alone occur.
+# Characters of one to four bytes, most of them rare, so that tokens of single bytes of a character occur, too.
 _TEXT = "".join(
     (
         "Water boils at 100 degrees;\n\n  ‘heute’ it is 3,000 m – mean(values)?",

@@ -102,7 +102,7 @@ def union_of_kinds(
 def text_or(listed: Any) -> Any:
     """Return the annotation of a field that holds a text or a list.
 
-    Without the tags, pydantic would report each mistake in the list also as a list that is no text.
+    Without the tags, pydantic would report each mistake in the list also as a value that is not a text.
 
     Args:
         listed: The annotation of the list, such as ``list[str]`` or ``tuple[Section, ...]``.

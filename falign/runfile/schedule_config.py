@@ -7,7 +7,6 @@ the schedules, so that a value which its field refuses is found before training.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
@@ -17,6 +16,7 @@ from falign.choices import nearest, shown
 from falign.errors import ConfigError
 from falign.objectives import Controller, Cosine, Linear, Schedule, Stairs, Steps
 from falign.objectives.controllers import CONTROLLERS
+from falign.objectives.schedules import steps_to_check
 from falign.registry import is_own_name
 from falign.runfile.base_config import FieldPath, FrozenModel, GivenSchedule, with_value
 from falign.runfile.members import call_with_settings
@@ -184,9 +184,7 @@ def with_schedules(value: Any, validate: Callable[[Any], Any]) -> Any:
         for bound in each.bounds:
             validated(with_value(at(0), path, bound), None)
     knots = sorted({0, *(knot for each in given.values() for knot in each.knots)})
-    # A ramp is a fraction after its first step if it ever is one, which a field of whole numbers refuses.
-    between = {step for first, last in pairwise(knots) for step in (first + 1, (first + last) // 2)}
-    first, *_ = [validated(at(step), step) for step in sorted({*knots, *between})]
+    first, *_ = [validated(at(step), step) for step in steps_to_check(knots)]
     return first.scheduled(given)
 
 

@@ -42,7 +42,9 @@ def check_measure(
         >>> check_measure(Entropy())
     """
     if isinstance(measure, type) or not isinstance(measure, Measure):
-        raise CheckError(f"{measure!r:.80} is no measure: it needs references (a frozenset of names) and __call__(at).")
+        raise CheckError(
+            f"{measure!r:.80} is not a measure: it needs references (a frozenset of names) and __call__(at)."
+        )
     name = type(measure).__name__
     hidden, head, others = _models(measure, positions)
     targets = torch.arange(positions) % VOCABULARY

@@ -18,16 +18,8 @@ pytestmark = test_vllm_server.pytestmark
 
 
 @pytest.fixture(scope="module")
-def model_folder(demo, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vllm") / "smollm2"
-    load_model(demo, dtype="float32").save_pretrained(folder)
-    load_tokenizer(demo).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def teacher(model_folder):
-    server = Server(model_folder, model_folder.parent / "teacher.log", rank=0)
+def teacher(served_folder):
+    server = Server(served_folder, served_folder.parent / "teacher.log", rank=0)
     server.start()
     yield server
     server.kill()
@@ -39,9 +31,9 @@ def reference(teacher):
 
 
 @pytest.fixture(scope="module")
-def batch(model_folder):
+def batch(served_folder):
     """Prompts of one token, of a few, and of several blocks of the server's cache, twice with one beginning."""
-    tokenizer = load_tokenizer(str(model_folder))
+    tokenizer = load_tokenizer(str(served_folder))
     long = "Water boils at " + "a hundred degrees, and " * 60
     texts = {
         "The": [" end", " sea é ü ж 火"],
@@ -56,18 +48,18 @@ def batch(model_folder):
     )
 
 
-def test_log_probabilities_are_those_of_the_model_in_memory_also_from_a_warm_cache(reference, model_folder, batch):
-    expected = FrozenModel(load_model(str(model_folder), dtype="float32")).logprobs(tiny_model("llama"), batch)
+def test_log_probabilities_are_those_of_the_model_in_memory_also_from_a_warm_cache(reference, served_folder, batch):
+    expected = FrozenModel(load_model(str(served_folder), dtype="float32")).logprobs(tiny_model("llama"), batch)
     for _ in range(2):
         torch.testing.assert_close(reference.logprobs(tiny_model("llama"), batch), expected, rtol=0, atol=2e-4)
 
 
-def test_the_tokenizer_of_the_model_fits_and_another_is_refused(reference, model_folder):
-    assert reference.check_fits(load_tokenizer(str(model_folder)), 49152) == 49152
+def test_the_tokenizer_of_the_model_fits_and_another_is_refused(reference, served_folder):
+    assert reference.check_fits(load_tokenizer(str(served_folder)), 49152) == 49152
     with pytest.raises(ConfigError, match="have different tokens"):
         VLLMReference(reference.scorer).check_fits(tiny_tokenizer(), 49152)
     with pytest.raises(ConfigError, match="more than the 49000 ids"):
-        reference.check_fits(load_tokenizer(str(model_folder)), 49000)
+        reference.check_fits(load_tokenizer(str(served_folder)), 49000)
 
 
 def test_a_server_killed_half_way_and_started_anew_gives_the_same(reference, teacher, batch):

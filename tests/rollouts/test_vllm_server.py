@@ -69,16 +69,8 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def model_folder(demo, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vllm") / "smollm2"
-    load_model(demo, dtype="float32").save_pretrained(folder)
-    load_tokenizer(demo).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(model_folder):
-    server = Server(model_folder, model_folder.parent / "server.log")
+def server(served_folder):
+    server = Server(served_folder, served_folder.parent / "server.log")
     server.start()
     yield server
     server.kill()
@@ -100,8 +92,8 @@ def connect(server, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model_folder):
-    return load_tokenizer(str(model_folder))
+def tokenizer(served_folder):
+    return load_tokenizer(str(served_folder))
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +103,12 @@ def prompts(tokenizer):
     return [tokenizer(text)["input_ids"] for text in texts]
 
 
-def policy_of(model_folder, seed=1):
-    return fill_adapter(add_lora(load_model(str(model_folder), dtype="float32"), r=8, alpha=16, seed=0), seed, 0.02)
+def policy_of(served_folder, seed=1):
+    return fill_adapter(add_lora(load_model(str(served_folder), dtype="float32"), r=8, alpha=16, seed=0), seed, 0.02)
 
 
-def test_logprobs_are_those_of_the_base_and_of_three_versions(connect, model_folder, prompts):
-    engine, policy = connect(), policy_of(model_folder)
+def test_logprobs_are_those_of_the_base_and_of_three_versions(connect, served_folder, prompts):
+    engine, policy = connect(), policy_of(served_folder)
     fill_adapter(policy, scale=0.0)
     for version, scale in enumerate((0.0, 0.02, 0.02, 0.02)):
         fill_adapter(policy, seed=version, scale=scale)
@@ -128,8 +120,8 @@ def test_logprobs_are_those_of_the_base_and_of_three_versions(connect, model_fol
         assert measure_gap(policy, rollouts, params).mean > 1e-2
 
 
-def test_the_handshake_agrees(connect, model_folder, prompts, tokenizer):
-    policy = policy_of(model_folder)
+def test_the_handshake_agrees(connect, served_folder, prompts, tokenizer):
+    policy = policy_of(served_folder)
     found = shake_hands(
         connect(),
         policy,
@@ -142,8 +134,8 @@ def test_the_handshake_agrees(connect, model_folder, prompts, tokenizer):
     assert found.gap.max < 1e-3
 
 
-def test_a_seed_repeats_a_call_and_stop_tokens_end_a_completion(connect, model_folder, prompts):
-    engine, policy = connect(), policy_of(model_folder)
+def test_a_seed_repeats_a_call_and_stop_tokens_end_a_completion(connect, served_folder, prompts):
+    engine, policy = connect(), policy_of(served_folder)
     engine.publish(policy, 0)
     stops = frozenset({28, 30, 253})  # a comma, a full stop, " the"
     params = SamplingParams(40, stop_token_ids=stops)
@@ -157,8 +149,8 @@ def test_a_seed_repeats_a_call_and_stop_tokens_end_a_completion(connect, model_f
         assert (rollout.completion_ids[-1] in stops) == (rollout.finish_reason == "stop")
 
 
-def test_two_versions_in_flight_are_both_exact(connect, model_folder, prompts):
-    engine, old, new = connect(), policy_of(model_folder, 1), policy_of(model_folder, 2)
+def test_two_versions_in_flight_are_both_exact(connect, served_folder, prompts):
+    engine, old, new = connect(), policy_of(served_folder, 1), policy_of(served_folder, 2)
     engine.publish(old, 1)
     found = {}
     params = SamplingParams(96)
@@ -173,8 +165,8 @@ def test_two_versions_in_flight_are_both_exact(connect, model_folder, prompts):
     assert measure_gap(new, found["new"], params).max < 1e-3
 
 
-def test_twenty_versions_come_and_go_without_growth_of_memory(connect, model_folder, prompts, server):
-    engine, policy = connect(), policy_of(model_folder)
+def test_twenty_versions_come_and_go_without_growth_of_memory(connect, served_folder, prompts, server):
+    engine, policy = connect(), policy_of(served_folder)
     short, sizes = SamplingParams(2), []
     for version in range(20):
         engine.publish(fill_adapter(policy, seed=version, scale=0.02), version)
@@ -185,8 +177,8 @@ def test_twenty_versions_come_and_go_without_growth_of_memory(connect, model_fol
     assert [card["id"] for card in HTTPClient(server.url, timeout=WAIT).get("/v1/models")["data"]] == ["base"]
 
 
-def test_whole_weights_are_exact_after_each_reload_and_the_base_comes_back(connect, model_folder, prompts):
-    engine, policy = connect(sync="merged"), policy_of(model_folder)
+def test_whole_weights_are_exact_after_each_reload_and_the_base_comes_back(connect, served_folder, prompts):
+    engine, policy = connect(sync="merged"), policy_of(served_folder)
     for version in (1, 2):
         fill_adapter(policy, seed=version, scale=0.02)
         engine.publish(policy, version)
@@ -198,8 +190,8 @@ def test_whole_weights_are_exact_after_each_reload_and_the_base_comes_back(conne
     assert measure_gap(policy, again.sample(prompts, 2, PARAMS, version=0, seed=0), PARAMS).max < 1e-3
 
 
-def test_a_server_killed_half_way_and_started_anew_loses_nothing(connect, model_folder, prompts, server):
-    engine, policy = connect(), policy_of(model_folder)
+def test_a_server_killed_half_way_and_started_anew_loses_nothing(connect, served_folder, prompts, server):
+    engine, policy = connect(), policy_of(served_folder)
     engine.publish(policy, 0)
     params = SamplingParams(200)
     killed = threading.Timer(3.0, lambda: (server.kill(), server.start()))
@@ -211,7 +203,7 @@ def test_a_server_killed_half_way_and_started_anew_loses_nothing(connect, model_
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_an_online_run_goes_on_after_kill_9(demo, model_folder, server, tmp_path, ahead):
+def test_an_online_run_goes_on_after_kill_9(demo, served_folder, server, tmp_path, ahead):
     from rich.console import Console
 
     from falign.runfile import parse_run
@@ -220,7 +212,7 @@ def test_an_online_run_goes_on_after_kill_9(demo, model_folder, server, tmp_path
 
     data = write_prompts(tmp_path / "prompts.jsonl", n=8)
     run = online_data(
-        model_folder,
+        served_folder,
         data,
         tmp_path / "run",
         adapter={"r": 8, "alpha": 16},

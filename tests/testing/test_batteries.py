@@ -290,7 +290,7 @@ def test_a_broken_measure_is_told_what_is_wrong(broken, message):
     testing.check_measure(Confidence())
     with pytest.raises(CheckError, match=message):
         testing.check_measure(broken())
-    with pytest.raises(CheckError, match="is no measure"):
+    with pytest.raises(CheckError, match="is not a measure"):
         testing.check_measure(broken)
 
 
