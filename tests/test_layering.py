@@ -29,6 +29,7 @@ ALLOWED = {
     "testing": {"audit", *BELOW_RUNS, "training"},
     "training": {*BELOW_RUNS, "metrics", "runfile", "runs"},
     "evaluation": {*BELOW_RUNS, "methods", "metrics", "runfile", "runs", "training"},
+    "integrations": {*BELOW_RUNS, "methods", "metrics", "runs", "training"},
     "report": {*BELOW_RUNS, "metrics", "runfile", "runs", "training", "evaluation"},
     "cli": {*BELOW_RUNS, "audit", "metrics", "runfile", "runs", "training", "evaluation", "report", "api"},
 }
@@ -88,14 +89,15 @@ def test_the_mathematics_imports_torch_and_nothing_heavier(package):
         assert not roots & set(HEAVY), f"{file.relative_to(PACKAGE)} imports {roots & set(HEAVY)}"
 
 
-def test_trl_is_only_where_its_losses_are_audited():
-    for file in set(PACKAGE.rglob("*.py")) - {PACKAGE / "audit" / "trl_losses.py"}:
+def test_trl_is_only_inside_its_integration_and_where_its_losses_are_audited():
+    integration = set((PACKAGE / "integrations" / "trl").rglob("*.py"))
+    for file in set(PACKAGE.rglob("*.py")) - integration - {PACKAGE / "audit" / "trl_losses.py"}:
         assert not any(name.split(".")[0] == "trl" for name in imports_of(file)), file
 
 
 def test_import_falign_loads_torch_and_nothing_heavier():
     code = (
-        "import torch, sys; before = set(sys.modules); import falign, falign.scoring; "
+        "import torch, sys; before = set(sys.modules); import falign, falign.scoring, falign.integrations.trl; "
         "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

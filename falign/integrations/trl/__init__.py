@@ -1,0 +1,15 @@
+"""Trainers of TRL with falign's objectives inside: a script keeps its arguments and changes one import.
+
+A name is imported when it is first used, and TRL with it.
+"""
+
+from typing import TYPE_CHECKING
+
+from falign.lazy import lazy_names
+
+if TYPE_CHECKING:
+    pass
+else:
+    __getattr__, __dir__ = lazy_names(__name__, {})
+
+__all__: list[str] = []
