@@ -36,7 +36,17 @@ from falign.objectives.distribution_matching import DistributionMatching
 from falign.objectives.groups import CompletionMean, completion_term, pairs_of
 from falign.objectives.hybrid import Hybrid, dph_rl_coefficient
 from falign.objectives.listwise import Listwise
-from falign.objectives.margins import IPO, Exo, MarginLoss, Robust, get_margin_loss, hinge, logistic, squared
+from falign.objectives.margins import (
+    IPO,
+    Conservative,
+    Exo,
+    MarginLoss,
+    Robust,
+    get_margin_loss,
+    hinge,
+    logistic,
+    squared,
+)
 from falign.objectives.measures import (
     Constant,
     DivergenceTo,
@@ -96,6 +106,7 @@ __all__ = [
     "Cloning",
     "CompletionBatch",
     "CompletionMean",
+    "Conservative",
     "Constant",
     "Controller",
     "Cosine",

@@ -21,6 +21,7 @@ from falign.numeric_fields import NumericFields
 __all__ = [
     "IPO",
     "MARGIN_LOSSES",
+    "Conservative",
     "Exo",
     "MarginLoss",
     "PerTokenLoss",
@@ -142,6 +143,36 @@ class IPO(NumericFields):
 
 
 @dataclass(frozen=True)
+class Conservative(NumericFields):
+    """``-(1-ε) log σ(m) - ε log σ(-m)``: the cross-entropy to labels of which a share ε is flipped.
+
+    The margin that minimizes it is finite, ``log((1-ε)/ε)``: label smoothing keeps a pair from pushing without end.
+
+    Attributes:
+        label_smoothing: ε, in [0, 1/2); 0 is the logistic loss.
+
+    Source:
+        Mitchell, "A note on DPO with noisy preferences" (2023): conservative DPO, cDPO. TRL 1.16
+        ignores ``label_smoothing`` with ``loss_type="sigmoid"``.
+
+    Example:
+        >>> Conservative(label_smoothing=0.1)(torch.tensor([1.0]))
+        tensor([0.4133])
+    """
+
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"conservative needs 0 ≤ label_smoothing < 0.5, got {self.label_smoothing!r}.")
+
+    def __call__(self, margin: Shaped[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """Return one loss per pair, shape (B,)."""
+        smoothing, margin = self.label_smoothing, numbers(margin, "margin")
+        return (1 - smoothing) * F.softplus(-margin) + smoothing * F.softplus(margin)
+
+
+@dataclass(frozen=True)
 class Robust(NumericFields):
     """``(-(1-ε) log σ(m) + ε log σ(-m))/(1-2ε)``: unbiased for the clean loss if a share ε of the labels is flipped.
 
@@ -198,22 +229,23 @@ class Exo(NumericFields):
         return torch.sigmoid(m) * to_chosen + torch.sigmoid(-m) * to_rejected
 
 
-MARGIN_LOSSES: dict[str, MarginLoss | type[Robust] | type[Exo]] = {
+MARGIN_LOSSES: dict[str, MarginLoss | type[Conservative] | type[Robust] | type[Exo]] = {
     "logistic": logistic,
     "hinge": hinge,
     "squared": squared,
+    "conservative": Conservative,
     "robust": Robust,
     "exo": Exo,
 }
-ALIASES = {"sigmoid": "logistic", "exo_pair": "exo"}
+ALIASES = {"sigmoid": "logistic", "cdpo": "conservative", "exo_pair": "exo"}
 
 
 def get_margin_loss(name: str) -> MarginLoss:
     """Return a margin loss by name.
 
     Args:
-        name: ``logistic``, ``hinge``, ``squared``, ``robust``, ``robust(0.2)``, ``exo``, ``exo(0.01)``; TRL's
-            ``sigmoid`` and ``exo_pair`` are accepted.
+        name: ``logistic``, ``hinge``, ``squared``, ``conservative``, ``robust``, ``robust(0.2)``, ``exo``,
+            ``exo(0.01)``; ``cdpo``, and TRL's ``sigmoid`` and ``exo_pair``, are accepted.
 
     Returns:
         The loss.

@@ -59,8 +59,8 @@ class PairwiseConfig(_RegularizedSection):
     kind: Literal["pairwise"] = "pairwise"
     method = "f-DPO on pairs"
     margin_loss: str = "logistic"
-    """``logistic`` (f-DPO), ``hinge``, ``ipo``, ``squared`` (IPO of whole completions), ``robust(0.1)``,
-    ``exo(0.001)``."""
+    """``logistic`` (f-DPO), ``hinge``, ``ipo``, ``squared`` (IPO of whole completions), ``conservative(0.1)``
+    (label smoothing), ``robust(0.1)``, ``exo(0.001)``."""
     length_norm: Literal["none", "token"] | None = None
     """``token`` divides log-ratios by length. Default: ``token`` with ``ipo``, otherwise ``none``."""
     weighting: Literal["none", "data"] = "none"

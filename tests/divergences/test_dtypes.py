@@ -50,7 +50,7 @@ FUNCTIONS = {
     "logsumexp_of_others": lambda x: logsumexp_of_others(x, GROUPS),
     **{
         f"margin {name}": lambda x, name=name: get_margin_loss(name)(x)
-        for name in ("logistic", "hinge", "squared", "robust", "exo")
+        for name in ("logistic", "hinge", "squared", "conservative", "robust", "exo")
     },
     "optimal_weights": lambda x: optimal_weights(x, JS, 0.7),
     "optimal_weights without a barrier": lambda x: optimal_weights(x, CHI2, 0.2),

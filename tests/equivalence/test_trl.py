@@ -219,6 +219,12 @@ def test_the_adapter_has_the_gradient_of_trl_with_the_adapter_off_as_reference(t
     assert_same(result, trl_result(trainer, batch))
 
 
+def test_trl_ignores_label_smoothing_with_its_sigmoid_loss(tmp_path, tokenizer, policy, reference_model):
+    settings = {"loss_type": ["sigmoid"], "label_smoothing": NOISE}
+    ours, theirs = results(tmp_path, tokenizer, policy, reference_model, FDPO("reverse_kl", BETA), settings)
+    assert_same(ours, theirs)
+
+
 def test_ipo_is_that_of_trl(tmp_path, tokenizer, policy, reference_model):
     settings = {"loss_type": ["ipo"]}
     objective = FDPO("reverse_kl", BETA, margin_loss="ipo")

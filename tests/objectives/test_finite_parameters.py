@@ -20,7 +20,7 @@ from falign.objectives import (
     Supervised,
     TokenPairwise,
 )
-from falign.objectives.margins import Exo
+from falign.objectives.margins import Conservative, Exo
 from falign.objectives.penalty import Surrogate
 
 KL = divergences.get("reverse_kl")
@@ -41,6 +41,7 @@ CONSTRUCTORS = {
     "MomentConstraints.lambdas": lambda x: MomentConstraints((1.0, x)),
     "IPO.beta": IPO,
     "Robust.label_noise": Robust,
+    "Conservative.label_smoothing": Conservative,
     "Exo.label_smoothing": Exo,
     "Alpha": divergences.Alpha,
     "GeneralizedJS": divergences.GeneralizedJS,

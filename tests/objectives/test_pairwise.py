@@ -5,13 +5,13 @@ import torch
 
 from falign import FDPO, CompletionBatch, divergences
 from falign.divergences import ForwardKL, ReverseKL
-from falign.objectives import Objective, Pairwise, pairs_of
+from falign.objectives import Conservative, Objective, Pairwise, pairs_of
 
 BARRED = [
     *("reverse_kl", "forward_kl", "jensen_shannon", "jeffreys", "squared_hellinger", "neyman_chi2", "chi2_kl"),
     *("alpha(0.0)", "alpha(0.3)", "alpha(1.0)", "alpha(1.4)", "generalized_js(0.3)", "dual(chi2_kl)"),
 ]
-MARGIN_LOSSES = ["logistic", "hinge", "squared", "robust(0.2)", "exo(0.05)"]
+MARGIN_LOSSES = ["logistic", "hinge", "squared", "conservative(0.2)", "robust(0.2)", "exo(0.05)"]
 
 
 def batch_of(log_ratio: torch.Tensor, lengths=None, preference=None, prompt_index=None) -> CompletionBatch:
@@ -173,6 +173,7 @@ def test_a_divergence_without_barrier_is_refused_with_the_reason(name, instead):
         ({"beta": math.nan}, "must be positive"),
         ({"margin_loss": "logisitc"}, "did you mean 'logistic'"),
         ({"margin_loss": "hinge(2)"}, "takes no parameter"),
+        ({"margin_loss": "conservative(0.5)"}, "0 ≤ label_smoothing < 0.5"),
         ({"margin_loss": "robust(0.7)"}, "label_noise < 0.5"),
         ({"margin_loss": "exo(0)"}, "0 < label_smoothing"),
         ({"divergence": "kl"}, "does not say which"),
@@ -218,3 +219,13 @@ def test_pairwise_is_an_objective_that_names_its_needs():
 def test_a_margin_within_rounding_is_a_tie(log_ratio, accuracy):
     output = FDPO("reverse_kl", beta=1.0)(batch_of(torch.tensor(log_ratio, dtype=torch.float64), [1, 1]))
     assert output.metrics["rewards/accuracies"].tolist() == [accuracy]
+
+
+@pytest.mark.parametrize("smoothing", [0.05, 0.3])
+def test_the_best_margin_under_smoothed_labels_is_their_log_odds(smoothing):
+    margin = torch.tensor([math.log((1 - smoothing) / smoothing)], dtype=torch.float64, requires_grad=True)
+    loss = Conservative(smoothing)(margin)
+    loss.sum().backward()
+    entropy = -(1 - smoothing) * math.log(1 - smoothing) - smoothing * math.log(smoothing)
+    assert loss.item() == pytest.approx(entropy, abs=1e-12)
+    assert margin.grad.item() == pytest.approx(0.0, abs=1e-12)
