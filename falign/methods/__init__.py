@@ -6,7 +6,7 @@ from falign.methods.distillation import ADPA, DCKD, KD, KDRL, OPD, PSKD, ExOPD
 from falign.methods.groups import OREAL, BestOfN, DisCO, SuperHF
 from falign.methods.measures import EMO, LSKD, NKD, PLD, STARCKD, SinKD
 from falign.methods.scheduled import SAFE, TCOD, CorrelatedProxies, ProRL
-from falign.methods.unpaired import FSFT, HDPO, KTO, SequenceMatch
+from falign.methods.unpaired import FSFT, HDPO, KTO, RPO, SequenceMatch
 from falign.methods.weighted import ACE, APO, BDKD, OPADPO, PACED, RLAD, TSDKD, AdaSPEC, SparsePO
 from falign.methods.win_rates import InfAlign, NashMirrorProx
 
@@ -34,6 +34,7 @@ __all__ = [
     "PLD",
     "PSKD",
     "RLAD",
+    "RPO",
     "SAFE",
     "SALSA",
     "SALSARLOO",

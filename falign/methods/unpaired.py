@@ -1,17 +1,19 @@
-"""Methods on labels and demonstrations: KTO, H-DPO, f-SFT and SequenceMatch."""
+"""Methods on labels, demonstrations and pairs held up by a likelihood: KTO, RPO, H-DPO, f-SFT and SequenceMatch."""
 
 from __future__ import annotations
 
 import math
 
 from falign.divergences import Divergence, resolve
+from falign.methods.core import FDPO, require_positive
 from falign.numeric_fields import named_as, numeric_arguments
 from falign.objectives.pairwise import Pairwise
 from falign.objectives.sequence_match import SequenceMatching
+from falign.objectives.sum import Selected, Sum
 from falign.objectives.supervised import Supervised
 from falign.objectives.unpaired import ReferencePoint, Unpaired
 
-__all__ = ["FSFT", "HDPO", "KTO", "SequenceMatch"]
+__all__ = ["FSFT", "HDPO", "KTO", "RPO", "SequenceMatch"]
 
 
 @numeric_arguments
@@ -47,6 +49,42 @@ def KTO(  # noqa: N802 - the paper's name
         'jensen_shannon'
     """
     return Unpaired(resolve(divergence), beta, desirable_weight, undesirable_weight, reference_point)
+
+
+@numeric_arguments
+def RPO(  # noqa: N802 - the paper's name
+    divergence: Divergence | str = "reverse_kl",
+    beta: float = 0.1,
+    *,
+    sft_weight: float = 1.0,
+) -> Sum:
+    """Return RPO: f-DPO plus λ times ``-log π`` of the tokens of chosen completions.
+
+    f-DPO trains the margin alone, so both completions of a pair may become less likely. The second term holds the
+    chosen one up.
+
+    Args:
+        divergence: f of f-DPO, or its name.
+        beta: β of f-DPO.
+        sft_weight: λ, positive.
+
+    Returns:
+        The objective, a sum of the terms ``dpo`` and ``sft``, each with its own denominator.
+
+    Raises:
+        ValueError: The divergence is unknown or has no barrier, or a number is not positive.
+
+    Source:
+        Pang et al., Iterative reasoning preference optimization (arXiv:2404.19733), Eq. 1, α = 1. The second term is a
+        mean over tokens, as in TRL's ``loss_type=["sigmoid", "sft"]``; in the paper it is a mean over completions of
+        the mean over tokens.
+
+    Example:
+        >>> RPO("jensen_shannon", sft_weight=0.2).weights
+        {'dpo': 1.0, 'sft': 0.2}
+    """
+    require_positive(sft_weight=sft_weight)
+    return Sum({"dpo": FDPO(divergence, beta), "sft": (Selected(Supervised(), "chosen"), sft_weight)})
 
 
 @numeric_arguments

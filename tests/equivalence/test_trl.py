@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from falign import divergences
-from falign.methods import FDPO
+from falign.methods import FDPO, RPO
 from falign.models import add_lora
-from falign.objectives import IPO, CompletionBatch, Exo, Pairwise, Robust, hinge, logistic
+from falign.objectives import IPO, BaseObjective, CompletionBatch, Exo, Robust, hinge, logistic
 from falign.references import AdapterOff, FrozenModel, Reference
 from falign.scoring import PromptTree, TokenBatch, TokenScores, completion_scores, pad
 
@@ -165,7 +165,7 @@ def scored(tokenizer, policy, reference: Reference, batch) -> tuple[TokenBatch, 
     return padded, scores, completions
 
 
-def falign_result(tokenizer, policy, reference: Reference, objective: Pairwise, batch) -> Result:
+def falign_result(tokenizer, policy, reference: Reference, objective: BaseObjective, batch) -> Result:
     padded, scores, completions = scored(tokenizer, policy, reference, batch)
     output = objective(completions)
     loss = output.mean()
@@ -223,6 +223,16 @@ def test_trl_ignores_label_smoothing_with_its_sigmoid_loss(tmp_path, tokenizer, 
     settings = {"loss_type": ["sigmoid"], "label_smoothing": NOISE}
     ours, theirs = results(tmp_path, tokenizer, policy, reference_model, FDPO("reverse_kl", BETA), settings)
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "js_divergence"])
+def test_a_likelihood_of_chosen_completions_is_added_as_in_trl(
+    tmp_path, tokenizer, policy, reference_model, divergence
+):
+    trl_divergence, name = DIVERGENCES[divergence]
+    settings = trl_divergence | {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}
+    objective = RPO(name, BETA, sft_weight=0.3)
+    assert_same(*results(tmp_path, tokenizer, policy, reference_model, objective, settings))
 
 
 def test_ipo_is_that_of_trl(tmp_path, tokenizer, policy, reference_model):
