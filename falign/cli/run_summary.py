@@ -21,13 +21,12 @@ MUCH_LESS_LIKELY = 5.0
 
 def show(summary: RunSummary, console: Console) -> None:
     """Print held-out metrics and answers before and after training, and where the files are."""
-    from falign.report import HELD_OUT
+    from falign.report import held_out_rows
 
     if summary.before:
         table = Table("held out", "before", "after", title=escape(str(summary.folder.path)), title_justify="left")
-        for label, (name, style) in HELD_OUT.items():
-            if name in summary.before:
-                table.add_row(label, style.format(summary.before[name]), style.format(summary.after[name]))
+        for label, name, style in held_out_rows(summary.before):
+            table.add_row(label, style.format(summary.before[name]), style.format(summary.after[name]))
         console.print(table)
         if summary.after.get("logratios/chosen", 0.0) < -MUCH_LESS_LIKELY:
             fall = -summary.after["logratios/chosen"]

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from falign.report.metric_names import HELD_OUT
+from falign.report.metric_names import held_out_rows
 from falign.report.runs import ReportedRun, read_runs
 from falign.report.writing import WrittenReport, report_path, write_report
 from falign.runs.loading import Named, each_named
 
-__all__ = ["HELD_OUT", "ReportedRun", "WrittenReport", "read_runs", "report_path", "write_report"]
+__all__ = ["ReportedRun", "WrittenReport", "held_out_rows", "read_runs", "report_path", "write_report"]
 
 
 class _Report(ModuleType):

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TypeAlias
 
-__all__ = ["HELD_OUT", "MINUS", "NOTHING", "Number", "divergence_label", "fixed", "number", "share", "written"]
+__all__ = [
+    "MINUS",
+    "NOTHING",
+    "Number",
+    "divergence_label",
+    "fixed",
+    "held_out_rows",
+    "number",
+    "share",
+    "written",
+]
 
 Number: TypeAlias = float | int
 """A number in JSON; it may have stored a float as an integer."""
@@ -28,7 +39,31 @@ HELD_OUT = {
     "log-ratio of rejected": ("logratios/rejected", "{:+.2f}"),
     "entropy per token": ("entropy", "{:.3f}"),
 }
-"""Metric and format by label: the rows of the table of held-out values, in the terminal and in the report."""
+"""Metric and format by label, in the order of the table of held-out values."""
+
+
+def held_out_rows(metrics: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Return the rows of the table of held-out values, in the terminal and in the report: label, metric, format.
+
+    Metrics of a term of a sum follow those of the whole, behind the name of the term.
+
+    Args:
+        metrics: Names of the metrics that there are.
+
+    Example:
+        >>> held_out_rows(["loss", "dpo/rewards/accuracies", "sft/nll"])
+        [('loss', 'loss', '{:.4f}'), ('dpo: reward accuracy', 'dpo/rewards/accuracies', '{:.1%}')]
+    """
+    found = set(metrics)
+    rows = [(label, metric, style) for label, (metric, style) in HELD_OUT.items() if metric in found]
+    own = {metric for _, metric, _ in rows}
+    terms = sorted({name.partition("/")[0] for name in found if "/" in name})
+    return rows + [
+        (f"{term}: {label}", f"{term}/{metric}", style)
+        for term in terms
+        for label, (metric, style) in HELD_OUT.items()
+        if f"{term}/{metric}" in found - own
+    ]
 
 
 SPOKEN = {

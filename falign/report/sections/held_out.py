@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from falign.report.curves import curve_plots
-from falign.report.metric_names import HELD_OUT, Number, number, written
+from falign.report.metric_names import Number, held_out_rows, number, written
 from falign.report.runs import MOST_COMPLETIONS, MOST_PROMPTS, Answer, Answers, ReportedRun, answers_of
 from falign.report.sections.base import Section, drawn, missing, path_of
 from falign.report.tables import Html, details, joined, legend, run_name, table, tag
@@ -32,11 +32,7 @@ def held_out(runs: Sequence[ReportedRun]) -> Section:
         )
     if not found:
         return Section("held-out", TITLE, joined(lines))
-    main = [
-        (label, metric, style)
-        for label, (metric, style) in HELD_OUT.items()
-        if any(metric in run.before for run in found)
-    ]
+    main = held_out_rows(metric for run in found for metric in run.before)
     shown = {metric for _, metric, _ in main}
     rest = sorted({metric for run in found for metric in run.before} - shown)
     body = [_table("Held-out means", found, main), *lines]
