@@ -14,13 +14,13 @@ from pydantic.fields import FieldInfo
 
 from falign.choices import nearest, shown, similar
 from falign.errors import NAMES, ConfigError, refuse_passwords
+from falign.foreign.names import FOREIGN_NAMES, KINDS_OF_METHODS, near_foreign_name
 from falign.plain_yaml import plain_yaml
 from falign.runfile.base_config import FrozenModel, PythonObject
 from falign.runfile.config import RunConfig
 from falign.runfile.members import TEXT
 from falign.runfile.reward_config import RewardConfig
 from falign.runfile.schedule_config import REFUSED, near_schedule
-from falign.runfile.trl_names import FOREIGN_NAMES, KINDS_OF_METHODS, near_foreign_name
 
 __all__ = ["load_reward_list", "load_run_file", "parse_run", "valid_paths"]
 

@@ -16,6 +16,7 @@ from trl import DPOConfig, GRPOConfig, KTOConfig, ModelConfig, RewardConfig, Scr
 import falign
 from falign.cli.launch import FLAGS, Launch
 from falign.errors import NAMES, ConfigError
+from falign.foreign.names import FOREIGN_NAMES
 from falign.models import load_model
 from falign.models.execution import disable_dropout
 from falign.models.loading import _nf4
@@ -26,7 +27,6 @@ from falign.runfile.policy_config import AdapterConfig
 from falign.runfile.policy_config import ModelConfig as FalignModel
 from falign.runfile.reading import valid_paths
 from falign.runfile.training_config import TrainingConfig
-from falign.runfile.trl_names import FOREIGN_NAMES
 
 LEAST = {"output_dir": "run", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}}
 PATHS = list(valid_paths())
@@ -101,8 +101,8 @@ def test_every_field_that_is_named_exists_and_every_reason_is_a_sentence():
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("loss_weights", "falign has no such setting, because a run has one margin loss"),
-        ("rpo_alpha", "falign has no such setting, because a run has one margin loss"),
+        ("loss_weights", "here it is objective.weights (with objective.kind=sum"),
+        ("rpo_alpha", "here it is objective.terms (with objective.kind=sum"),
         ("ld_alpha", "falign has no such setting, because LD-DPO is not available"),
         ("run_name", "falign has no such setting, because each tracker reads its own environment variables"),
         ("deepspeed", "falign has no such setting, because processes are chosen on the command line"),

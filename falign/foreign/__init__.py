@@ -1,0 +1,1 @@
+"""Settings of TRL, LLaMA-Factory and axolotl: one table for messages about run files and for ``falign import``."""
