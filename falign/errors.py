@@ -14,6 +14,7 @@ __all__ = [
     "EngineError",
     "FalignError",
     "InstallationError",
+    "JudgeError",
     "MemberError",
     "ModelError",
     "NonFiniteRewardError",
@@ -91,6 +92,10 @@ class ModelError(FalignError):
 
 class RewardError(FalignError):
     """A reward that cannot be called, or that returns an invalid value."""
+
+
+class JudgeError(RewardError):
+    """An LLM judge that cannot be asked, changes its version, or has spent its budget; its answers so far stay."""
 
 
 class NonFiniteRewardError(RewardError):

@@ -10,7 +10,7 @@ import pytest
 import falign
 
 PACKAGE = Path(falign.__file__).parent
-BELOW_RUNS = ("divergences", "objectives", "scoring", "data", "models", "references", "rollouts", "rewards")
+BELOW_RUNS = ("divergences", "objectives", "scoring", "data", "models", "references", "rollouts", "judges", "rewards")
 # Packages of falign that each package may import, besides itself and the modules of SHARED.
 ALLOWED = {
     "divergences": set(),
@@ -22,7 +22,8 @@ ALLOWED = {
     "models": {"scoring"},
     "references": {"objectives", "scoring", "models", "rollouts"},  # the client of a server
     "rollouts": {"objectives", "scoring", "data", "models"},
-    "rewards": {"divergences", "objectives", "scoring", "data", "models", "references"},
+    "judges": set(),
+    "rewards": {"judges", "divergences", "objectives", "scoring", "data", "models", "references"},
     "metrics": {"divergences", "objectives", "rewards"},
     "foreign": set(),
     "runfile": {*BELOW_RUNS, "foreign"},
