@@ -8,8 +8,13 @@ from typing import TYPE_CHECKING
 from falign.lazy import lazy_names
 
 if TYPE_CHECKING:
-    pass
+    from falign.integrations.trl.grpo import FGRPOTrainer
 else:
-    __getattr__, __dir__ = lazy_names(__name__, {})
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "falign.integrations.trl.grpo": ("FGRPOTrainer",),
+        },
+    )
 
-__all__: list[str] = []
+__all__ = ["FGRPOTrainer"]
