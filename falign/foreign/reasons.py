@@ -17,14 +17,12 @@ __all__ = [
     "SAVING",
     "SERVER",
     "SHARDING",
-    "TRACKER",
 ]
 
 SAMPLING = "completions are sampled from the whole vocabulary; importance weights cannot correct for tokens left out"
 SERVER = "it is an option of the vLLM server, which you start yourself (docs/vllm.md)"
 SHARDING = "processes are chosen on the command line: falign train RUN.yaml --launch ddp, or --launch fsdp2"
 HUB = "falign does not upload: falign export writes a folder, and hf upload sends it to the Hub"
-TRACKER = "each tracker reads its own environment variables (WANDB_PROJECT, WANDB_NAME ...)"
 LOADER = "all rows are tokenized before the first step, and the training process makes the batches"
 BEST = "the run keeps the model after the last step, and checkpoints in RUN/checkpoint-*"
 ENTROPY = "no objective has an entropy bonus; objective.divergence and objective.beta limit the change of the policy"
@@ -34,4 +32,4 @@ LOGGING = "falign prints its own messages and writes all metrics to metrics.json
 LORA = "adapters are plain LoRA with r, alpha, dropout and target_modules"
 DPO_LOSS = "no objective has this loss; objective.margin_loss has those of the margin between two completions"
 SAVING = "training.save_steps writes whole checkpoints, from which --resume continues"
-COMPILE = "falign does not compile models or change how torch computes"
+COMPILE = "batches of ever new lengths would be compiled again and again"

@@ -13,11 +13,16 @@ from falign.foreign.reasons import (
     METRICS,
     SAVING,
     SHARDING,
-    TRACKER,
 )
 from falign.foreign.rows import Row, copied, each, read, refused, unused
 
 __all__ = ["TRAINING", "TRAINING_DEFAULTS"]
+
+
+def extra(name: str, remark: str) -> Row:
+    """Return the row of an argument that changes no step, and that ``training.extra`` takes."""
+    return unused(remark, f"training.extra.{name}")
+
 
 TRAINING: Mapping[str, Row] = {
     "output_dir": copied("output_dir"),
@@ -51,7 +56,7 @@ TRAINING: Mapping[str, Row] = {
     "save_total_limit": copied("training.save_total_limit"),
     "logging_steps": read("training.logging_steps"),
     "logging_strategy": unused("metrics.jsonl has a line at each of these steps", "training.logging_steps"),
-    "logging_first_step": unused("1 logs every step", "training.logging_steps"),
+    "logging_first_step": extra("logging_first_step", "it changes metrics.jsonl alone"),
     "logging_nan_inf_filter": unused("a step with NaN stops the run, or is skipped and counted", "training.skip_bad"),
     "do_eval": unused("evaluation follows from held-out data", "training.eval_steps"),
     "data_seed": unused("one seed determines all random numbers", "seed"),
@@ -59,20 +64,21 @@ TRAINING: Mapping[str, Row] = {
     "label_smoothing_factor": read("objective.margin_loss", note="conservative(0.1), robust(0.1) or exo(0.001)"),
     **each(
         "accelerator_config dataloader_in_order dataloader_multiprocessing_context "
-        "dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor "
+        "dataloader_num_workers dataloader_persistent_workers dataloader_prefetch_factor "
         "dataset_num_proc length_column_name",
         unused(LOADER),
     ),
     "dataloader_drop_last": refused("an epoch has all rows, and its last batch those that are left", False),
     "remove_unused_columns": unused("columns beside the prompt stay, because rewards may read them"),
-    **each("train_sampling_strategy shuffle_dataset", unused("rows are shuffled in every epoch, by seed")),
+    "train_sampling_strategy": copied("training.extra.train_sampling_strategy", "random or sequential"),
+    "shuffle_dataset": unused("rows are shuffled in every epoch, by seed"),
     **each(
         "activation_checkpointing_kwargs gradient_checkpointing_kwargs",
         unused("falign chooses these options; training.gradient_checkpointing turns it on"),
     ),
     "activation_offloading": unused("activations stay in memory, or training.gradient_checkpointing recomputes them"),
-    "adam_beta1": refused("it is 0.9 in every run", 0.9),
-    "adam_epsilon": refused("it is 1e-8 in every run", 1e-8),
+    "adam_beta1": copied("training.extra.adam_beta1"),
+    "adam_epsilon": copied("training.extra.adam_epsilon"),
     "auto_find_batch_size": refused("the batch size changes results; training.tokens_per_batch bounds memory", False),
     "average_tokens_across_devices": unused("a loss is always divided by the sum of its weights over all processes"),
     **each(
@@ -82,25 +88,22 @@ TRAINING: Mapping[str, Row] = {
     ),
     **each("bf16_full_eval fp16_full_eval", unused("evaluation computes in model.dtype, as training does")),
     **each(
-        "ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout "
+        "ddp_backend ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph ddp_timeout "
         "local_rank ds3_gather_for_generation",
         unused(SHARDING),
     ),
     **each("deepspeed fsdp fsdp_config", read(note=SHARDING)),
     "parallelism_config": refused(SHARDING),
-    **each("debug log_level log_level_replica log_on_each_node disable_tqdm", unused(LOGGING)),
+    **each("debug log_level_replica log_on_each_node disable_tqdm", unused(LOGGING)),
     "do_predict": unused("falign score and falign evaluate predict, from a run or a model"),
     "do_train": refused("falign train always trains", True, False),
-    **each(
-        "eval_on_start eval_delay",
-        unused("held-out data are always evaluated before the first step and after the last"),
-    ),
+    "eval_on_start": unused("held-out data are always evaluated before the first step and after the last"),
     **each("enable_jit_checkpoint save_on_each_node save_only_model", unused(SAVING)),
     **each(
         "ignore_data_skip restore_callback_states_from_checkpoint", unused("--resume always restores the whole state")
     ),
     "resume_from_checkpoint": refused("it is an option of the command: falign train RUN.yaml --resume", False),
-    "full_determinism": unused("seed determines all random numbers, and torch is left at its own kernels"),
+    "full_determinism": copied("training.extra.full_determinism"),
     **each("greater_is_better metric_for_best_model", unused(BEST)),
     "load_best_model_at_end": refused(BEST, False),
     **each(
@@ -110,10 +113,19 @@ TRAINING: Mapping[str, Row] = {
     "hub_token": unused("tokens are read from the environment (HF_TOKEN), not from run files"),
     "liger_kernel_config": unused("training.chunk_tokens already bounds the logits in memory"),
     "neftune_noise_alpha": refused("falign adds no noise to embeddings"),
-    "optim_args": refused("optimizers have their own defaults beside learning_rate, weight_decay and adam_beta2", ""),
+    "optim_args": copied("training.extra.optim_args"),
     "optim_target_modules": refused("optimizers that need it (GaLore, APOLLO) are refused"),
-    **each("project run_name trackio_bucket_id trackio_space_id trackio_static_space_id", unused(TRACKER)),
-    **each("tf32 torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps", unused(COMPILE)),
+    **{
+        name: extra(name, "in the tracker alone")
+        for name in ("project", "run_name", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id")
+    },
+    **{
+        name: extra(name, "for speed or memory alone")
+        for name in ("dataloader_pin_memory", "ddp_bucket_cap_mb", "tf32", "torch_empty_cache_steps")
+    },
+    "eval_delay": extra("eval_delay", "held-out data are also evaluated before the first step"),
+    "log_level": extra("log_level", "of messages of transformers"),
+    **each("torch_compile torch_compile_backend torch_compile_mode", unused(COMPILE)),
     "use_cache": unused("key-value caches are always used for sampling and never for training"),
     "use_cpu": unused("the device is the GPU that torch finds, else the CPU: set CUDA_VISIBLE_DEVICES to nothing"),
 }

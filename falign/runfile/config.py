@@ -460,5 +460,10 @@ class RunConfig(FrozenModel):
                 )
         if ("from_reference" in objective.needs) != (self.rehearsal is not None):
             raise ConfigError("rehearsal belongs to objective.kind=hybrid, which needs it: give both or neither.")
+        if "train_sampling_strategy" in self.training.extra:
+            raise ConfigError(
+                "training.extra.train_sampling_strategy orders given completions; in an online run, prompts are always "
+                "shuffled: leave it out."
+            )
         if self.training.eval_steps and not (self.prompts.eval or self.prompts.eval_size):
             raise ConfigError("training.eval_steps needs prompts.eval or prompts.eval_size.")

@@ -71,6 +71,9 @@ class TrainingConfig(FrozenModel):
     """Positions whose logits are computed at once; changes memory and speed, not results."""
     skip_bad: bool = False
     """Skip and count steps whose loss, gradient or reward is NaN or infinite, which otherwise stop the run."""
+    extra: dict[str, Any] = {}
+    """Further arguments of ``transformers.TrainingArguments``, by name: ``{adam_beta1: 0.8, full_determinism: true}``.
+    Names and types are those of the installed release; a setting that falign makes itself is refused with its field."""
 
     @field_validator("max_steps")
     @classmethod
@@ -83,16 +86,18 @@ class TrainingConfig(FrozenModel):
         return value
 
     def check(self) -> None:
-        """Refuse trackers, an optimizer or a schedule that do not work on this machine.
+        """Refuse trackers, an optimizer, a schedule or extra arguments that do not work on this machine.
 
         Raises:
             ConfigError: One does not work; the message has the field and the reason.
         """
         from falign.runfile.optimization import check_names, check_optimizer, check_schedule
+        from falign.runfile.training_arguments import check_effects
 
         check_trackers(self.report_to)
         check_names(self.optim, self.lr_scheduler_type)
         args = self.build(Path("run"), seed=0)
+        check_effects(self, args)
         check_optimizer(args)
         check_schedule(args)
 
@@ -114,9 +119,11 @@ class TrainingConfig(FrozenModel):
         """
         from transformers import TrainingArguments
 
+        from falign.runfile.training_arguments import extra_arguments
+
         # Fields that transformers does not have, or that are translated below.
         own = {"eval_steps", "save_steps", "tokens_per_batch", "layout", "chunk_tokens", "gradient_checkpointing"}
-        own.add("skip_bad")
+        own |= {"skip_bad", "extra"}
         arguments: dict[str, Any] = {
             **self.model_dump(exclude=own),
             "lr_scheduler_kwargs": dict(self.lr_scheduler_kwargs) or None,
@@ -132,6 +139,7 @@ class TrainingConfig(FrozenModel):
             "ddp_find_unused_parameters": False,  # every trained parameter is used in every batch
             "log_level_replica": "error",  # as for the first process
             "disable_tqdm": True,  # falign.runs.progress draws its own bar
+            **extra_arguments(self.extra, type(self).model_fields),
         }
         if gradient_accumulation_steps is not None:
             arguments["gradient_accumulation_steps"] = gradient_accumulation_steps

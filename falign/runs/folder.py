@@ -23,6 +23,7 @@ from falign.json_lines import read_journal
 from falign.plain_yaml import plain_yaml
 from falign.references import REFERENCE
 from falign.runfile.config import RunConfig
+from falign.runfile.training_arguments import OBSERVE
 from falign.runs.checkpoints import checkpoints, holds, log_marks, newest_undamaged, step_of, weight_sums, why_damaged
 from falign.runs.inputs import RunInputs, RunRows
 from falign.runs.lock import LOCK, RunLock
@@ -38,7 +39,10 @@ MODELS = frozenset({"path", "paths", "init"})
 SERVER_FIELDS = frozenset(f"rollout.engine.{name}" for name in ("url", "shared_dir", "timeout", "wait"))
 OBSERVER_FIELDS = frozenset(
     f"training.{name}"
-    for name in ("save_steps", "save_total_limit", "logging_steps", "eval_steps", "report_to", "skip_bad")
+    for name in (
+        *("save_steps", "save_total_limit", "logging_steps", "eval_steps", "report_to", "skip_bad"),
+        *(f"extra.{name}" for name in OBSERVE),
+    )
 )
 BY_CONTENT = re.compile(
     r"model\.(path|revision|chat_template)|(data|prompts)\.(train|eval)\.\d+\.path|rehearsal\.path"

@@ -323,6 +323,8 @@ class ResumableTrainer(Trainer, ABC):
         step, every = self.state.global_step, self.state.eval_steps
         if step == 0 or step != self._initial_global_step or self.args.eval_strategy != "steps" or step % every:
             return False
+        if step < self.args.eval_delay:
+            return False
         return not any(log["step"] == step and is_held_out(log) for log in self.state.log_history)
 
     @override

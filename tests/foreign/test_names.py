@@ -92,7 +92,7 @@ def test_every_setting_has_an_answer(config):
 def test_every_field_that_is_named_exists_and_every_reason_is_a_sentence():
     assert len(FOREIGN_NAMES) > 200
     for name, foreign in FOREIGN_NAMES.items():
-        assert set(foreign.fields) <= set(PATHS), name
+        assert {field.removesuffix(f".extra.{name}") for field in foreign.fields} <= set(PATHS), name
         assert foreign.fields or len(foreign.note.split()) >= 4, name
         assert not foreign.note.endswith("."), name
         assert f"training.{name}" not in PATHS, f"{name} is a field"
@@ -104,7 +104,7 @@ def test_every_field_that_is_named_exists_and_every_reason_is_a_sentence():
         ("loss_weights", "here it is objective.weights (with objective.kind=sum"),
         ("rpo_alpha", "here it is objective.terms (with objective.kind=sum"),
         ("ld_alpha", "falign has no such setting, because LD-DPO is not available"),
-        ("run_name", "falign has no such setting, because each tracker reads its own environment variables"),
+        ("run_name", "here it is training.extra.run_name (in the tracker alone)."),
         ("deepspeed", "falign has no such setting, because processes are chosen on the command line"),
         ("truncation_mode", "here it is data.long_prompt or data.long_completion."),
         ("epsilon", "here it is objective.clip_low (and objective.clip_high"),
@@ -155,10 +155,10 @@ def test_launching_is_answered_with_the_kinds_that_work():
 def test_the_trainer_is_set_as_the_reasons_say(tmp_path):
     args = TrainingConfig().build(tmp_path, seed=0)
     expected = {
-        **{"adam_beta1": 0.9, "adam_epsilon": 1e-8, "dataloader_num_workers": 0, "push_to_hub": False},
+        **{"dataloader_num_workers": 0, "push_to_hub": False, "average_tokens_across_devices": True},
         **{"remove_unused_columns": False, "load_best_model_at_end": False, "neftune_noise_alpha": None},
         **{"torch_compile": False, "auto_find_batch_size": False, "prediction_loss_only": False, "use_cpu": False},
-        **{"logging_nan_inf_filter": False, "save_only_model": False, "disable_tqdm": True, "optim_args": None},
+        **{"logging_nan_inf_filter": False, "save_only_model": False, "disable_tqdm": True},
     }
     assert {name: getattr(args, name) for name in expected} == expected
     for name in expected.keys() - {"logging_nan_inf_filter"}:  # which has a field of another name

@@ -564,6 +564,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             layout="padded",
             chunk_tokens=3,
             skip_bad=True,
+            extra={"adam_beta1": 0.8},
         ),
     ),
     "SamplingConfig": (
