@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING
 from falign.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from falign.integrations.trl.dpo import FDPOTrainer
     from falign.integrations.trl.grpo import FGRPOTrainer
+    from falign.integrations.trl.kto import FKTOTrainer
+    from falign.integrations.trl.moving import MovingReferenceCallback
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            "falign.integrations.trl.dpo": ("FDPOTrainer",),
             "falign.integrations.trl.grpo": ("FGRPOTrainer",),
+            "falign.integrations.trl.kto": ("FKTOTrainer",),
+            "falign.integrations.trl.moving": ("MovingReferenceCallback",),
         },
     )
 
-__all__ = ["FGRPOTrainer"]
+__all__ = ["FDPOTrainer", "FGRPOTrainer", "FKTOTrainer", "MovingReferenceCallback"]
