@@ -10,8 +10,9 @@ from falign.rewards.child import Call, ChildPool, Outcome, shared_pool
 from falign.rewards.combination import Rewards, RewardSum, WeightedReward
 from falign.rewards.groups import GroupShares, best_of_n, calibrate, group_shares, keep, pass_at_k, pass_rates
 from falign.rewards.identity import Identified, Identity, reward_identities, reward_identity
+from falign.rewards.judge import JudgeOracle, JudgeReward
 from falign.rewards.lexicon import Lexicon, Words, fit_lexicon, read_labeled, read_lexicon
-from falign.rewards.oracle import OracleReward, PreferenceOracle
+from falign.rewards.oracle import CountingOracle, OracleReward, PreferenceOracle, Preferences
 from falign.rewards.own_function import OwnFunction, TimedFunction
 from falign.rewards.transforms import Calibrated, Calibration, RewardTransform, inference_transform
 from falign.rewards.verifier import Verifier
@@ -21,14 +22,18 @@ __all__ = [
     "Calibration",
     "Call",
     "ChildPool",
+    "CountingOracle",
     "GroupShares",
     "Identified",
     "Identity",
+    "JudgeOracle",
+    "JudgeReward",
     "Lexicon",
     "OracleReward",
     "Outcome",
     "OwnFunction",
     "PreferenceOracle",
+    "Preferences",
     "Reward",
     "RewardSum",
     "RewardTransform",

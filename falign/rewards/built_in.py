@@ -18,6 +18,7 @@ from pydantic import Field
 
 from falign import divergences
 from falign.errors import ConfigError
+from falign.judges.endpoint import Endpoint
 from falign.registry import Registry, is_own_name
 from falign.rewards.base import LoadsModel, ReadsFile, Reward
 from falign.rewards.lexicon import Lexicon, Words, fit_lexicon, read_labeled, read_lexicon
@@ -27,6 +28,7 @@ from falign.rewards.verifier import Verifier
 if TYPE_CHECKING:
     from falign.rewards.classifier import ClassifierReward
     from falign.rewards.implicit import ImplicitReward
+    from falign.rewards.judge import JudgeReward
     from falign.rewards.oracle import OracleReward
 
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
     "choice",
     "classifier",
     "implicit",
+    "judge",
+    "judge_oracle",
     "lexicon",
     "load_reward",
     "mathematics",
@@ -371,6 +375,76 @@ def oracle(
     return OracleReward.named(function, both_orders=both_orders, samples=samples)
 
 
+def judge(
+    endpoint: Endpoint,
+    *,
+    scale: tuple[int, int] = (1, 10),
+    template: Annotated[Path | str | None, ReadsFile()] = None,
+    reference: str | None = None,
+    failed: float | None = None,
+) -> JudgeReward:
+    """The grade that an LLM judge gives on a scale.
+
+    Args:
+        endpoint: The judge: a model behind an OpenAI-compatible endpoint.
+        scale: The worst and the best grade, whole numbers.
+        template: A YAML file with the texts ``system`` and ``user``; placeholders are ``{prompt}``, ``{completion}``,
+            ``{reference}``, ``{form}`` and columns of the data. By default a general one.
+        reference: Column with a reference answer, which is shown to the judge.
+        failed: Value of a completion without a verdict; null leaves it out. It is counted as an error.
+
+    Raises:
+        ConfigError: The template is missing or cannot be read, the key is missing, or the scale is empty.
+    """
+    from falign.judges import GRADE, Judge, ScoreForm, read_template
+    from falign.rewards.judge import JudgeReward
+
+    texts = GRADE if template is None else read_template(template)
+    texts.check(texts.placeholders, required=["completion"])
+    try:
+        form = ScoreForm(*scale)
+    except ValueError as error:
+        raise ConfigError(f"reward judge: {error}") from error
+    return JudgeReward(Judge(Endpoint.model_validate(endpoint), texts, form), reference, failed)
+
+
+def judge_oracle(
+    endpoint: Endpoint,
+    *,
+    both_orders: bool = True,
+    samples: Annotated[Path | str | None, ReadsFile()] = None,
+    template: Annotated[Path | str | None, ReadsFile()] = None,
+    reference: str | None = None,
+    failed: Annotated[float, Field(ge=0, le=1)] | None = None,
+) -> OracleReward:
+    """The win rate over the other completions of the prompt, by an LLM judge of pairs.
+
+    Args:
+        endpoint: The judge: a model behind an OpenAI-compatible endpoint.
+        both_orders: Ask for both orders of a pair; if they disagree, it is a tie, and ``position_bias`` is logged.
+            False asks once.
+        samples: A file of samples (`falign sample --out`), whose completions are the opponents in place of the others.
+        template: A YAML file with the texts ``system`` and ``user``; placeholders are ``{prompt}``, ``{first}``,
+            ``{second}``, ``{reference}``, ``{form}`` and columns of the data. By default a general one.
+        reference: Column with a reference answer, which is shown to the judge.
+        failed: Probability of a pair without a verdict; null leaves the pair out.
+
+    Raises:
+        ConfigError: The template is missing or cannot be read, or the key is missing.
+        DataError: The file of samples is missing or damaged.
+    """
+    from falign.judges import COMPARE, PAIR, Judge, read_template
+    from falign.rewards.judge import JudgeOracle
+    from falign.rewards.oracle import OracleReward, opponents_of
+
+    texts = COMPARE if template is None else read_template(template)
+    texts.check(texts.placeholders, required=["first", "second"])
+    asked = JudgeOracle(Judge(Endpoint.model_validate(endpoint), texts, PAIR), both_orders, reference)
+    opponents = None if samples is None else opponents_of(samples)
+    # The oracle itself asks for both orders, because a disagreement is a tie and not half a win.
+    return OracleReward(asked, "judge", both_orders=False, opponents=opponents, failed=failed)
+
+
 REWARDS: Registry[Callable[..., Reward]] = Registry(
     "reward",
     {
@@ -386,6 +460,8 @@ REWARDS: Registry[Callable[..., Reward]] = Registry(
         "classifier": classifier,
         "implicit": implicit,
         "oracle": oracle,
+        "judge": judge,
+        "judge_oracle": judge_oracle,
     },
     wanted="class or function that makes a reward",
 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import combinations, groupby
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from falign.choices import shown
 from falign.code_identity import code_identity
@@ -17,11 +17,11 @@ from falign.data import DataSource
 from falign.data.samples import read_samples, same_prompt
 from falign.errors import ConfigError, RewardError
 from falign.registry import import_member
-from falign.rewards.base import ARGUMENTS, Scores, place_of, reward_raised, select_columns
+from falign.rewards.base import ARGUMENTS, RowReward, Scores, place_of, reward_raised, select_columns
 from falign.rewards.forms import finished
-from falign.rewards.identity import Identity
+from falign.rewards.identity import Identified, Identity
 
-__all__ = ["OracleReward", "PreferenceOracle", "opponents_of"]
+__all__ = ["CountingOracle", "OracleReward", "PreferenceOracle", "Preferences", "opponents_of"]
 
 PER_COMPLETION = frozenset({"completion_ids"})
 """Columns that differ between the completions of a prompt, so that a pair has no single value."""
@@ -30,7 +30,9 @@ PER_COMPLETION = frozenset({"completion_ids"})
 class PreferenceOracle(Protocol):
     """A judge of pairs, called with keyword arguments; it may name only those that it reads, and may be ``async``."""
 
-    def __call__(self, prompts: list[Any], first: list[str], second: list[str], **columns: list[Any]) -> list[float]:
+    def __call__(
+        self, prompts: list[Any], first: list[str], second: list[str], **columns: list[Any]
+    ) -> Sequence[float | None]:
         """Return the probability that the first completion is preferred to the second, one per pair.
 
         Args:
@@ -39,6 +41,29 @@ class PreferenceOracle(Protocol):
             second: Its second completion.
             columns: The columns of the data by name, and ``place``; each a list with one value per pair.
         """
+        ...
+
+
+class Preferences(NamedTuple):
+    """Preferences of pairs, some of which may have failed.
+
+    Attributes:
+        values: The probability that the first completion is preferred; None where the oracle has no verdict.
+        message: Why the first of these has none; ``""`` if all have one.
+        measured: Further values to log, by key.
+    """
+
+    values: list[float | None]
+    message: str = ""
+    measured: Mapping[str, list[float]] = {}
+
+
+@runtime_checkable
+class CountingOracle(PreferenceOracle, Protocol):
+    """A preference oracle that also reports pairs without a verdict."""
+
+    def preferences(self, prompts: list[Any], first: list[str], second: list[str], **columns: list[Any]) -> Preferences:
+        """Return the preferences of pairs; the arguments are those of the call."""
         ...
 
 
@@ -66,6 +91,9 @@ class OracleReward:
             position can bias. Their difference ``|P(a, b) + P(b, a) - 1|`` is logged as ``asymmetry``. False asks once,
             and takes ``P(b, a) = 1 - P(a, b)``.
         opponents: Texts by prompt (:func:`falign.data.samples.same_prompt`), in place of the other completions.
+        failed: Probability of a pair without a verdict, which a :class:`CountingOracle` may have; None leaves the pair
+            out, and a completion without any other pair has no value. A completion none of whose pairs has a verdict
+            counts as an error.
 
     Raises:
         ConfigError: The oracle has no parameters ``first`` and ``second``.
@@ -75,6 +103,7 @@ class OracleReward:
     name: str = "oracle"
     both_orders: bool = True
     opponents: Mapping[str, Sequence[str]] | None = None
+    failed: float | None = None
 
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.oracle).parameters.values()
@@ -130,17 +159,31 @@ class OracleReward:
         pairs = [(duel.completion, completions[duel.completion], duel.other) for duel in asked]
         turned = [(row, b, a) for row, a, b in pairs] if self.both_orders else []
         answers = self._ask([*pairs, *turned], prompts, columns)
-        forward, backward = answers[: len(pairs)], answers[len(pairs) :]
-        rates = [(p + 1 - q) / 2 for p, q in zip(forward, backward, strict=True)] if self.both_orders else forward
-        answered = iter(rates)
-        found: list[list[float]] = [[] for _ in completions]
+        forward, backward = answers.values[: len(pairs)], answers.values[len(pairs) :]
+        orders = [*zip(forward, backward if self.both_orders else forward, strict=True)]
+        both = [(p, q) for p, q in orders if p is not None and q is not None]
+        rates = {
+            duel: (None if p is None or q is None else (p + 1 - q) / 2 if self.both_orders else p)
+            for duel, (p, q) in zip(asked, orders, strict=True)
+        }
+        found: list[list[float | None]] = [[] for _ in completions]
         for duel in duels:
-            rate = 0.5 if completions[duel.completion] == duel.other else next(answered)
+            rate = rates.get(duel, 0.5)
             found[duel.completion].append(rate)
             if duel.opponent is not None:
-                found[duel.opponent].append(1 - rate)
-        gaps = [abs(p + q - 1) for p, q in zip(forward, backward, strict=False)]
-        return Scores([math.fsum(each) / len(each) for each in found], measured={"asymmetry": gaps} if gaps else {})
+                found[duel.opponent].append(None if rate is None else 1 - rate)
+        gaps = {"asymmetry": [abs(p + q - 1) for p, q in both]} if self.both_orders and both else {}
+        return Scores(
+            [self._mean(each) for each in found],
+            errors=sum(all(rate is None for rate in each) for each in found),
+            message=answers.message,
+            measured={**answers.measured, **gaps},
+        )
+
+    def _mean(self, rates: Sequence[float | None]) -> float | None:
+        counted = [self.failed if rate is None else rate for rate in rates]
+        values = [rate for rate in counted if rate is not None]
+        return math.fsum(values) / len(values) if values else None
 
     def row_errors(self, prompts: list[Any], **columns: list[Any]) -> list[str | None]:
         """Return which prompts have no opponents.
@@ -156,16 +199,21 @@ class OracleReward:
                     f"oracle {self.name}: its parameter {each.name!r} is neither a column of the data, which has "
                     f"{sorted(columns.keys() - ARGUMENTS)}, nor an argument (prompts, first, second)."
                 )
+        found = (
+            self.oracle.row_errors(prompts, **columns) if isinstance(self.oracle, RowReward) else [None] * len(prompts)
+        )
         if self.opponents is None:
-            return [None] * len(prompts)
+            return [*found]
         missing = "the oracle's file of samples has no completion of this prompt: sample all prompts of the run"
-        return [None if same_prompt(prompt) in self.opponents else missing for prompt in prompts]
+        has = [same_prompt(prompt) in self.opponents for prompt in prompts]
+        return [reason if known else missing for reason, known in zip(found, has, strict=True)]
 
     def identity(self) -> Identity:
         """Return the code of the oracle, the order of its questions and the opponents."""
         opponents = None if self.opponents is None else {key: list(texts) for key, texts in self.opponents.items()}
-        settings = {"oracle": code_identity(self.oracle), "both_orders": self.both_orders, "opponents": opponents}
-        return Identity(__name__, settings)
+        of_oracle = self.oracle.identity() if isinstance(self.oracle, Identified) else code_identity(self.oracle)
+        settings = {"oracle": of_oracle, "both_orders": self.both_orders, "opponents": opponents}
+        return Identity(__name__, settings if self.failed is None else {**settings, "failed": self.failed})
 
     def _duels(self, prompts: list[Any], completions: list[str], places: list[Any] | None) -> list[_Duel]:
         """Return each pair of opponents once."""
@@ -186,14 +234,16 @@ class OracleReward:
 
     def _ask(
         self, pairs: Sequence[tuple[int, str, str]], prompts: list[Any], columns: Mapping[str, list[Any]]
-    ) -> list[float]:
+    ) -> Preferences:
         """Return the oracle's probabilities, checked."""
         if not pairs:
-            return []
+            return Preferences([])
         rows, first, second = (list(each) for each in zip(*pairs, strict=True))
         shared = {name: [values[i] for i in rows] for name, values in columns.items() if name not in PER_COMPLETION}
         given = {"prompts": [prompts[i] for i in rows], "first": first, "second": second, **shared}
         places = shared.get("place")
+        if isinstance(self.oracle, CountingOracle):
+            return self.oracle.preferences(**given)
         try:
             returned = finished(self.oracle(**select_columns(self.oracle, given)))
         except RewardError:
@@ -211,7 +261,7 @@ class OracleReward:
                     f"oracle {self.name}, {place_of(places, i)}: the value is {shown(value)} for {shown(first[i])} "
                     f"against {shown(second[i])}; return the probability that the first is preferred, from 0 to 1."
                 )
-        return [float(value) for value in returned]
+        return Preferences([float(value) for value in returned])
 
 
 def opponents_of(samples: str | Path) -> dict[str, tuple[str, ...]]:

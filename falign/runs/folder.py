@@ -46,10 +46,12 @@ OBSERVER_FIELDS = frozenset(
 )
 BY_CONTENT = re.compile(
     r"model\.(path|revision|chat_template)|(data|prompts)\.(train|eval)\.\d+\.path|rehearsal\.path"
-    r"|(reference|references\.\w+)\.(path|paths|cache|url|timeout|wait)|rewards\.\d+\.(transform\.)?samples"
+    r"|(reference|references\.\w+)\.(path|paths|cache|url|timeout|wait)|rewards\.\d+\.((transform\.)?samples|template)"
+    r"|rewards\.\d+\.endpoint\.(timeout|retries|backoff|concurrency|cache|api_key_env|price_\w+|budget)"
 )
 """Settings that are locations: the content there is hashed or named instead (:class:`RunInputs`, :class:`RunRows`).
-With the address of a reference's server its limits may change."""
+With the address of a reference's server its limits may change, and so may the limits, the prices and the cache of a
+judge."""
 
 LENGTH_FIELDS = frozenset({"training.max_steps", "training.num_train_epochs"})
 MAY_DIFFER = frozenset({"output_dir"}) | OBSERVER_FIELDS | LENGTH_FIELDS | SERVER_FIELDS

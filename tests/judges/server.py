@@ -35,7 +35,7 @@ def by(worth, message, grade):
 
 
 class JudgeServer:
-    """Replies by ``rule``, a function of the user's message that returns a mapping (sent as JSON) or a text."""
+    """Replies by ``rule``, a function of the first user's message that returns a mapping (sent as JSON) or a text."""
 
     def __init__(self, rule, **switches):
         self.rule, self.log, self.headers, self.statuses = rule, [], [], []
@@ -103,7 +103,7 @@ class JudgeServer:
             self.send(handler, 200, self.completion(body))
 
     def completion(self, body):
-        verdict = self.rule(body["messages"][-1]["content"])
+        verdict = self.rule(next(each["content"] for each in body["messages"] if each["role"] == "user"))
         content = verdict if isinstance(verdict, str) else json.dumps({"reason": "by the rule", **verdict})
         words = sum(len(each["content"].split()) for each in body["messages"])
         usage = {"prompt_tokens": words, "completion_tokens": 7} if self.usage else None

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from falign.errors import FalignError
+from falign.judges import GRADE, Judge, ScoreForm
 from falign.models import add_lora, export_adapter, load_model, load_tokenizer
 from falign.runfile import objective_config, parse_run, reward_config, target_config
 from falign.runfile.base_config import PythonObject
@@ -299,6 +300,30 @@ MEASURES = {
     "OwnMeasureConfig": Changes({"kind": "tests.runfile.own_members:MassOn", "ids": [3]}),
 }
 
+JUDGE = {"url": "http://127.0.0.1:9/v1", "model": "judge"}
+PRICES = {"price_prompt": 1.0, "price_completion": 2.0}
+BUILT_ALONE |= {
+    "Endpoint": Changes(
+        JUDGE,
+        url="http://127.0.0.1:8/v1",
+        model="other",
+        api_key_env="PATH",
+        temperature=0.5,
+        max_tokens=64,
+        seed=1,
+        answer="text",
+        options={"top_p": 0.5},
+        reasks=3,
+        timeout=9.0,
+        retries=2,
+        backoff=0.5,
+        concurrency=2,
+        cache="judge.sqlite",
+        price_prompt=With(3.0, **PRICES),
+        price_completion=With(3.0, **PRICES),
+        budget=With(5.0, **PRICES),
+    ),
+}
 REWARDS = {
     "OwnRewardConfig": Changes({"kind": "tests.runfile.own_members:Length", "wanted": 5}, **PART),
     "FunctionConfig": Changes(
@@ -348,6 +373,25 @@ REWARDS = {
         function="tests.rewards.judges:more_vowels",
         both_orders=False,
         samples="reference.jsonl",
+    ),
+    "JudgeConfig": Changes(
+        {"endpoint": JUDGE},
+        **PART,
+        endpoint={**JUDGE, "model": "other"},
+        scale=[0, 5],
+        template="judge.yaml",
+        reference="answer",
+        failed=1.0,
+    ),
+    "JudgeOracleConfig": Changes(
+        {"endpoint": JUDGE},
+        **PART,
+        endpoint={**JUDGE, "model": "other"},
+        both_orders=False,
+        samples="reference.jsonl",
+        template="judge.yaml",
+        reference="answer",
+        failed=0.5,
     ),
     "ImplicitConfig": Changes(
         {"path": "tiny", "reference": "tiny2"},
@@ -733,6 +777,7 @@ def write_models(folder, names):
 
 
 def write_words(folder):
+    (folder / "judge.yaml").write_text("user: '{prompt} {completion} {first} {second} {form}'\n")
     for name, words in (("a", "good\t2\nbad\t-1\n"), ("b", "good\t3\n")):
         (folder / f"{name}.txt").write_text(words)
         write_samples(folder / f"reference{'' if name == 'a' else 2}.jsonl", best=len(words))
@@ -757,7 +802,7 @@ RUNS = {name: changes for name, (_, changes) in OF_A_RUN.items()}
 
 def test_every_field_of_every_section_has_a_change_or_a_reason():
     expected = {f"{name}.{field}" for name, model in SECTIONS.items() for field in model.model_fields}
-    by_variant = {f"{name}.kind" for name in ALONE}
+    by_variant = {f"{name}.kind" for name in ALONE if "kind" in SECTIONS[name].model_fields}
     changed = {f"{name}.{field}" for name, field in changed_fields(ALONE | RUNS)}
     assert changed | by_variant | NOTHING_TO_BUILD.keys() == expected
     assert not changed & NOTHING_TO_BUILD.keys()
@@ -787,6 +832,8 @@ def alone(section, **changes):
         return describe(config.build("measures.mine"))
     if section in REWARDS:
         return describe(reward_config.build_rewards([config]))
+    if section == "Endpoint":
+        return describe(Judge(config, GRADE, ScoreForm()))
     if section == "MomentsConfig":
         return describe(config.build(torch.tensor([[0.0], [0.4], [1.0]], dtype=torch.float64)))
     return describe(config.build())

@@ -9,10 +9,10 @@ from enum import Enum
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from falign.runfile.base_config import FrozenModel
 from falign.training.offline import offline_trainer
 from falign.training.online.run import online_trainer
 from falign.training.parts import load_language
@@ -37,7 +37,7 @@ def describe(value, seen=None):
         return str(value) if isinstance(value, range | torch.dtype | torch.device | bytes) else value
     if isinstance(value, float):
         return repr(value)
-    if isinstance(value, BaseModel):
+    if isinstance(value, FrozenModel):
         return "a section"
     if isinstance(value, Console):
         return "a console"  # what it has shown so far is in it
