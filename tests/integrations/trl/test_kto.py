@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import torch
 from datasets import Dataset
 from trl import KTOConfig, KTOTrainer
 
@@ -24,7 +23,7 @@ def rows():
 
 
 def trainer(cls, folder, tokenizer, policy, reference_model=None, *, config=None, **further):
-    given = settings(folder, per_device_train_batch_size=len(LABELED), **(config or {}))
+    given = settings(folder, **{"per_device_train_batch_size": len(LABELED), **(config or {})})
     return cls(
         copy.deepcopy(policy),
         copy.deepcopy(reference_model),
