@@ -1,4 +1,4 @@
-"""A check, before they are imported, that the installed libraries are releases that falign supports."""
+"""The installed libraries: their versions, and a check, before they are imported, that falign supports them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from packaging.requirements import Requirement
 
 from falign.errors import InstallationError
 
-__all__ = ["require_supported_releases"]
+__all__ = ["require_supported_releases", "shown_versions"]
 
 CHECKED = ("transformers", "peft")
 """Libraries whose internals falign uses: another release may fail with a traceback, or compute something else."""
+
+SHOWN = ("torch", "transformers", "peft", "trl")
 
 
 def require_supported_releases() -> None:
@@ -36,3 +38,11 @@ def require_supported_releases() -> None:
         raise InstallationError(
             f"{' and '.join(problems)}; falign needs {' '.join(needed)}. Run: pip install {' '.join(needed)}"
         )
+
+
+def shown_versions() -> str:
+    """Return a line with the version of falign, and those of the libraries that decide what a run computes."""
+    import falign
+
+    found = {name: next((each.version for each in distributions(name=name)), "missing") for name in SHOWN}
+    return f"falign {falign.__version__} ({', '.join(f'{name} {version}' for name, version in found.items())})"

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from falign.cli import audit, data, divergences, evaluate, export, pairs, report, sample, score, soup, train
+from falign.cli import audit, data, divergences, evaluate, export, import_, pairs, report, sample, score, soup, train
 from falign.cli.foreign_output import clean, cleaned_output, quiet
-from falign.cli.installed import require_supported_releases
+from falign.cli.installed import require_supported_releases, shown_versions
 from falign.cli.launch import end_quietly, leave_failure
 from falign.durable import is_full_disk
 from falign.errors import FalignError, StoppedError
+from falign.foreign.names import KINDS_OF_METHODS
 from falign.terminal import Terminal
 
 __all__ = ["app", "main"]
@@ -33,7 +34,31 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        print(shown_versions())
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=_show_versions,
+            help="Show the versions of falign and of the libraries it trains with.",
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 app.command("train")(train.train)
+app.command("import", context_settings=import_.FOREIGN_OPTIONS)(import_.import_)
 app.command("report")(report.report)
 app.command("sample")(sample.sample)
 app.command("score")(score.score)
@@ -44,6 +69,8 @@ app.command("audit")(audit.audit)
 app.command("divergences")(divergences.divergences)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="evaluate")
+for _method in KINDS_OF_METHODS:
+    app.command(_method, hidden=True, context_settings=import_.FOREIGN_OPTIONS)(import_.answer_method(_method))
 
 
 def main() -> None:

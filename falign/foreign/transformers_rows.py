@@ -28,7 +28,7 @@ TRAINING: Mapping[str, Row] = {
     "output_dir": copied("output_dir"),
     "seed": copied("seed"),
     "learning_rate": copied("training.learning_rate"),
-    "lr": copied("training.learning_rate"),
+    "lr": read("training.learning_rate"),
     "per_device_train_batch_size": read("training.per_device_train_batch_size"),
     "batch_size": read("training.per_device_train_batch_size"),
     "train_batch_size": read("training.per_device_train_batch_size"),

@@ -34,6 +34,7 @@ _SCRIPT: Mapping[str, Row] = {
     "streaming": refused(LOADER, False),
     "test_split_size": read("data.eval_fraction", "data.eval_size", "prompts.eval_size"),
     "ignore_bias_buffers": unused(SHARDING),
+    **each("accelerate_config num_processes", read(note=SHARDING)),
     "env": unused("environment variables are set in the shell: NAME=value falign train RUN.yaml"),
 }
 
@@ -201,6 +202,8 @@ _SCRIPT_DEFAULTS: Mapping[str, object] = {
     "dataset_test_split": "test",
     "datasets": [],
     "test_split_size": None,
+    "accelerate_config": None,
+    "num_processes": None,
 }
 
 _SHARED: Mapping[str, object] = {
