@@ -27,13 +27,26 @@ ALLOWED = {
     "metrics": {"divergences", "objectives", "rewards"},
     "foreign": set(),
     "runfile": {*BELOW_RUNS, "foreign"},
+    "imports": {"foreign", "runfile"},
     "runs": {*BELOW_RUNS, "runfile"},
     "testing": {"audit", *BELOW_RUNS, "training"},
     "training": {*BELOW_RUNS, "metrics", "runfile", "runs"},
     "evaluation": {*BELOW_RUNS, "methods", "metrics", "runfile", "runs", "training"},
     "integrations": {*BELOW_RUNS, "methods", "metrics", "runs", "training"},
     "report": {*BELOW_RUNS, "metrics", "runfile", "runs", "training", "evaluation"},
-    "cli": {*BELOW_RUNS, "audit", "metrics", "runfile", "runs", "training", "evaluation", "report", "api"},
+    "cli": {
+        *BELOW_RUNS,
+        "audit",
+        "metrics",
+        "runfile",
+        "runs",
+        "training",
+        "evaluation",
+        "report",
+        "api",
+        "foreign",
+        "imports",
+    },
 }
 SHARED = {
     *(

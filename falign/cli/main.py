@@ -36,10 +36,11 @@ app = typer.Typer(
 )
 
 
-def _show_versions(wanted: bool) -> None:
+def _show_versions(wanted: bool) -> bool:
     if wanted:
         print(shown_versions())
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

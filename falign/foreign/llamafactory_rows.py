@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from falign.foreign.reasons import COMPILE, HUB, LOADER, METRICS, SAVING, TRACKER
+from falign.foreign.reasons import COMPILE, HUB, LOADER, METRICS, SAVING
 from falign.foreign.rows import Row, copied, each, read, refused, unused
 from falign.foreign.transformers_rows import TRAINING, TRAINING_DEFAULTS
 
 __all__ = ["DEFAULTS", "LLAMAFACTORY"]
 
+_TRACKER = "each tracker reads its own environment variables (WANDB_PROJECT, WANDB_NAME ...)"
 _OPTIMIZER = "training.optim names the optimizer; those that train chosen modules or blocks are refused"
 _VISION = "falign trains language models, without pictures, sound or video"
 
@@ -138,7 +139,7 @@ _METHOD: Mapping[str, Row] = {
     **each(
         "use_swanlab swanlab_project swanlab_workspace swanlab_run_name swanlab_mode swanlab_api_key swanlab_logdir "
         "swanlab_lark_webhook_url swanlab_lark_secret",
-        unused(TRACKER),
+        unused(_TRACKER),
     ),
 }
 
