@@ -30,6 +30,7 @@ class Example:
         place: The row it came from, for messages.
         columns: All columns of the row, under the file's names and falign's.
         weights: Weight of each character of each completion's text; None without such columns.
+        weight: How much the row counts; 1 without such a column.
     """
 
     prompt: Text
@@ -38,6 +39,7 @@ class Example:
     place: str
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     weights: tuple[tuple[float, ...], ...] | None = None
+    weight: float = 1.0
 
     @property
     def conversational(self) -> bool:

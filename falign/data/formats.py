@@ -22,6 +22,7 @@ from falign.data.conversations import (
 )
 from falign.data.examples import Example, build_example
 from falign.data.files import Row
+from falign.data.side_columns import SIDE_COLUMNS
 from falign.data.token_weights import WEIGHT_COLUMNS
 from falign.errors import DataError
 
@@ -30,7 +31,7 @@ __all__ = ["COLUMNS", "FORMATS", "PAIR", "columns_read", "missing_column"]
 COLUMNS: frozenset[str] = frozenset(
     {"prompt", "chosen", "rejected", "system", "completion", "completions", "scores", "ranks", "label"}
     | {"messages", "conversations", "instruction", "input", "history"}
-    | {*WEIGHT_COLUMNS}
+    | {*WEIGHT_COLUMNS, *SIDE_COLUMNS}
 )
 """The column names that falign reads, in any layout."""
 
@@ -229,7 +230,7 @@ _READ: Mapping[str, frozenset[str]] = {
 
 def columns_read(format: str, row: Row) -> frozenset[str]:
     """Return the columns that a layout reads of a row."""
-    own = _READ[format] | {*WEIGHT_COLUMNS}
+    own = _READ[format] | {*WEIGHT_COLUMNS, *SIDE_COLUMNS}
     if format == "ranked":
         return own | {"ranks" if "ranks" in row.fields else "scores"}
     if format == "alpaca" and not row.fields.keys() & set(PAIR):

@@ -13,6 +13,7 @@ from falign.data.examples import Example
 from falign.data.files import Row
 from falign.data.formats import COLUMNS, FORMATS, PAIR, columns_read, missing_column
 from falign.data.reports import BadRows
+from falign.data.side_columns import WEIGHT, row_weight
 from falign.data.sources import DataSource, rows_of
 from falign.data.token_weights import weights_in
 from falign.errors import ConfigError, DataError
@@ -106,6 +107,7 @@ class RowReader:
         self._chat = chat
         self._ignore = frozenset(ignore)
         self._unused: dict[str, None] = {}
+        self._weighted: bool | None = None
         for name in self._columns:
             if name not in COLUMNS:
                 raise ConfigError(
@@ -139,7 +141,7 @@ class RowReader:
         if self.format == "auto":
             self.format = recognize(row)
         example = FORMATS[self.format](self._turned(row))
-        example = replace(example, weights=weights_in(row, example.completions))
+        example = replace(example, weights=weights_in(row, example.completions), weight=self._weight(row))
         if self._auto and (found := recognize(row)) != self.format:
             raise DataError(
                 f"{row.place}: this row looks like format {found!r}, those before it like {self.format!r}; "
@@ -150,6 +152,18 @@ class RowReader:
             refuse_unread_prompts(unread, [example.prompt, *example.completions], row.place, present=row.fields)
         self._unused |= dict.fromkeys(name for name in row.fields if name in unread)
         return replace(example, columns={**file, **row.fields})
+
+    def _weight(self, row: Row) -> float:
+        has_one = WEIGHT in row.fields
+        if self._weighted is None:
+            self._weighted = has_one
+        if has_one != self._weighted:
+            has, others = ("a", "those before it have none") if has_one else ("no", "those before it have one")
+            raise DataError(
+                f"{row.place}: the row has {has} column {WEIGHT!r}, and {others}; give every row of a source a weight, "
+                f"or leave the column out (ignore={as_list([WEIGHT])})."
+            )
+        return row_weight(row.fields[WEIGHT], row.place) if has_one else 1.0
 
     def _turned(self, row: Row) -> Row:
         # A system column, even an empty one, turns plain texts into a conversation.

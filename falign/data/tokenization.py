@@ -124,7 +124,12 @@ def encode(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collection
         # An appended stop token counts once; what was cut behind a stop token does not count.
         weights = tuple((*own, 1.0)[: len(ids)] for own, ids in zip(aligned, completions, strict=True))
     tree = PromptTree(
-        tuple(prompt_ids[:boundary]), completions, example.preference, example.place, token_weights=weights
+        tuple(prompt_ids[:boundary]),
+        completions,
+        example.preference,
+        example.place,
+        token_weights=weights,
+        weight=example.weight,
     )
     _check_distinct(tree)
     reopened = not all(text.startswith(rendered.prompt) for text in rendered.full)

@@ -67,6 +67,11 @@ class Anchored(BaseObjective):
 
     @property
     @override
+    def reads_row_weights(self) -> bool:
+        return True
+
+    @property
+    @override
     def needs(self) -> frozenset[str]:
         fields = frozenset({"reference_logprobs"})
         return fields if self.weighting == "none" else fields | {"token_weights.data"}
@@ -94,4 +99,4 @@ class Anchored(BaseObjective):
         losses = logistic(rewards - self.value)
         above = (rewards > self.value).to(rewards.dtype)
         metrics = {"rewards": rewards.detach(), "above": above.detach()}
-        return ObjectiveOutput((Term(losses, torch.ones_like(losses), name="anchored"),), metrics)
+        return ObjectiveOutput((Term(losses, batch.weighted(torch.ones_like(losses)), name="anchored"),), metrics)

@@ -183,6 +183,11 @@ class BaseObjective(NumericFields, ABC):
         """See :class:`Objective`."""
 
     @property
+    def reads_row_weights(self) -> bool:
+        """True if its terms' weights have the factor ``CompletionBatch.row_weights`` of each row."""
+        return "row_weights" in self.needs
+
+    @property
     def step_means(self) -> Mapping[str, StepMean]:
         """Means over all completions of an optimizer step, by their name in ``CompletionBatch.step_means``.
 

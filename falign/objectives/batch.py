@@ -30,10 +30,10 @@ OF_TERMS = ("measures", "step_means")  # fields of a sum in which each term has 
 MASKS = frozenset({"completion_mask", "from_reference"})
 CARRY_GRADIENT = frozenset({"learned_masks", "logprobs", "measures", "values", "second_values"})
 
-OFFLINE = frozenset({"reference_logprobs", "references", "preference", "token_weights"})
+OFFLINE = frozenset({"reference_logprobs", "references", "preference", "token_weights", "row_weights"})
 """Fields that a run on given completions can supply."""
 
-ONLINE = OFFLINE | {
+ONLINE = (OFFLINE - {"row_weights"}) | {
     *("rewards", "features", "log_partition", "from_reference"),
     *("old_logprobs", "values", "second_values", "old_values"),
 }
@@ -106,6 +106,8 @@ class CompletionBatch:
         from_reference: True where the completion was sampled from the reference, shape (N,).
         token_weights: How much each token counts, ``≥ 0``, shape (N, T); taken as a constant. Only objectives that name
             it in their ``needs`` read it.
+        row_weights: How much the row of each completion counts in the means of an objective, positive, equal within a
+            prompt, shape (N,); None counts every row once. Read by :meth:`weighted`.
         features: Features of each completion that a target reads, shape (N, K); a single reward is K = 1.
         log_partition: Estimate of ``log Z(x)`` for each completion, made without its own term, shape (N,).
         step_means: Means over the whole optimizer step, by name, each repeated for every row, shape (N,); constants.
@@ -147,6 +149,7 @@ class CompletionBatch:
     rewards: Shaped[Tensor, " N"] | None = None
     from_reference: Shaped[Tensor, " N"] | None = None
     token_weights: Shaped[Tensor, "N T"] | None = None
+    row_weights: Shaped[Tensor, " N"] | None = None
     features: Shaped[Tensor, "N K"] | None = None
     log_partition: Shaped[Tensor, " N"] | None = None
     values: Shaped[Tensor, "N T"] | None = None
@@ -237,6 +240,21 @@ class CompletionBatch:
         Its value is 0 if ``old_logprobs`` is None: the completions were then sampled from π itself.
         """
         return (self.logprobs - self.sampling_logprobs).masked_fill(~self.completion_mask, 0.0)
+
+    def weighted(self, weights: Float[Tensor, " P"], rows: Int[Tensor, " P"] | None = None) -> Float[Tensor, " P"]:
+        """Return the weights of losses times :attr:`row_weights`, for the weights of a :class:`Term`.
+
+        Args:
+            weights: Weights of losses of whole completions, pairs or prompts, shape (P,).
+            rows: A completion of each of these, shape (P,); None if there is one loss per completion.
+
+        Returns:
+            Shape (P,); unchanged without ``row_weights``.
+        """
+        if self.row_weights is None:
+            return weights
+        own = self.row_weights if rows is None else self.row_weights[rows]
+        return weights * own.to(weights.dtype)
 
     def require(self, name: str) -> Tensor:
         """Return an optional field.

@@ -119,6 +119,11 @@ class Distillation(BaseObjective):
 
     @property
     @override
+    def reads_row_weights(self) -> bool:
+        return True
+
+    @property
+    @override
     def needs(self) -> frozenset[str]:
         # A batch without old_logprobs was sampled from π itself, or its prefixes are given. Where only the former would
         # be right, they are needed, and a run on given completions is refused.
@@ -201,4 +206,5 @@ class Distillation(BaseObjective):
             if self.reference is not None and self.level != "vocabulary":
                 metrics[f"logratios/{self.reference}"] = batch.sequence_sum(batch.log_ratio_to(self.reference))
         term = completion_term(losses, batch.num_tokens, self.reduction, name="distillation")
+        term = term._replace(weights=batch.weighted(term.weights))
         return ObjectiveOutput((term,), {name: each.detach() for name, each in metrics.items()})

@@ -67,6 +67,11 @@ class Listwise(BaseObjective):
 
     @property
     @override
+    def reads_row_weights(self) -> bool:
+        return True
+
+    @property
+    @override
     def needs(self) -> frozenset[str]:
         return frozenset({"reference_logprobs", "preference"})
 
@@ -107,6 +112,7 @@ class Listwise(BaseObjective):
         prompts = batch.prompt_index[chosen].unique()  # a prompt with ties only has no pair
         members = prompts[:, None] == batch.prompt_index[None, :]
         losses = _sum_over(members, per_completion)
+        first = members.to(torch.uint8).argmax(dim=-1)  # a completion of each prompt
         with torch.no_grad():
             # No one is better than the best (a column of `worse`), and no one worse than the worst (a row).
             best, worst = members & ~worse.any(dim=0), members & ~worse.any(dim=1)
@@ -119,9 +125,8 @@ class Listwise(BaseObjective):
             size = torch.maximum(rewards[chosen].abs(), rewards[rejected].abs())
             metrics["rewards/accuracies"] = accuracies(rewards[chosen] - rewards[rejected], size)
             metrics["rewards/top1"] = accuracies(_largest(best, rewards) - _largest(members & ~best, rewards))
-        return ObjectiveOutput(
-            (Term(losses, torch.ones_like(losses), name="listwise"),), {k: v.detach() for k, v in metrics.items()}
-        )
+        term = Term(losses, batch.weighted(torch.ones_like(losses), first), name="listwise")
+        return ObjectiveOutput((term,), {k: v.detach() for k, v in metrics.items()})
 
 
 def _not_first(rewards: Float[Tensor, " N"], worse: Bool[Tensor, "N N"]) -> Float[Tensor, " N"]:

@@ -100,6 +100,11 @@ class Pairwise(BaseObjective):
 
     @property
     @override
+    def reads_row_weights(self) -> bool:
+        return True
+
+    @property
+    @override
     def needs(self) -> frozenset[str]:
         fields = frozenset({"reference_logprobs", "preference"})
         return fields if self.weighting == "none" else fields | {"token_weights.data"}
@@ -148,6 +153,5 @@ class Pairwise(BaseObjective):
                 "logps/chosen": logprobs[chosen],
                 "logps/rejected": logprobs[rejected],
             }
-        return ObjectiveOutput(
-            (Term(losses, torch.ones_like(losses), name="pairwise"),), {k: v.detach() for k, v in metrics.items()}
-        )
+        term = Term(losses, batch.weighted(torch.ones_like(losses), chosen), name="pairwise")
+        return ObjectiveOutput((term,), {k: v.detach() for k, v in metrics.items()})

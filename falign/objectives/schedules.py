@@ -375,6 +375,11 @@ class Scheduled(BaseObjective):
 
     @property
     @override
+    def reads_row_weights(self) -> bool:
+        return all(stage.reads_row_weights for stage in self._stages)
+
+    @property
+    @override
     def step_means(self) -> Mapping[str, StepMean]:
         """Those of the first step; a trainer asks the objective of each step for its own."""
         return self._stages[0].step_means

@@ -102,6 +102,11 @@ class SequenceMatching(BaseObjective):
 
     @property
     @override
+    def reads_row_weights(self) -> bool:
+        return True
+
+    @property
+    @override
     def needs(self) -> frozenset[str]:
         return frozenset({"preference"})
 
@@ -149,7 +154,7 @@ class SequenceMatching(BaseObjective):
         terms: list[Term] = []
         for name, (losses, rows, scale) in parts.items():
             term = completion_term(losses.masked_fill(~rows, 0.0), batch.num_tokens, "token_mean", scale, name=name)
-            terms.append(term._replace(weights=term.weights * rows.to(term.weights.dtype)))
+            terms.append(term._replace(weights=batch.weighted(term.weights * rows.to(term.weights.dtype))))
         with torch.no_grad():
             metrics = {
                 "nll": -batch.sequence_sum(logprobs) / batch.num_tokens,

@@ -85,6 +85,11 @@ class Selected(BaseObjective):
 
     @property
     @override
+    def reads_row_weights(self) -> bool:
+        return self._whole.reads_row_weights
+
+    @property
+    @override
     def step_means(self) -> Mapping[str, StepMean]:
         return {
             name: _MeanOfRows(mean, lambda batch: batch.select(self.rows(batch)), frozenset({"preference"}))
@@ -284,6 +289,11 @@ class Sum(BaseObjective):
         return {
             f"{name}.{key}": measure for name, each in self.objectives.items() for key, measure in each.measures.items()
         }
+
+    @property
+    @override
+    def reads_row_weights(self) -> bool:
+        return all(each.reads_row_weights for each in self.objectives.values())
 
     @property
     @override

@@ -91,6 +91,11 @@ class Supervised(BaseObjective):
 
     @property
     @override
+    def reads_row_weights(self) -> bool:
+        return True
+
+    @property
+    @override
     def needs(self) -> frozenset[str]:
         return frozenset() if self.divergence is None else frozenset({"reference_logprobs"})
 
@@ -119,6 +124,7 @@ class Supervised(BaseObjective):
             metrics["logratios/policy"] = batch.sequence_sum(batch.log_ratio)
             metrics["token_weight"] = batch.sequence_sum(weights) / batch.num_tokens
         term = completion_term(batch.sequence_sum(per_token), batch.num_tokens, "token_mean", name="supervised")
+        term = term._replace(weights=batch.weighted(term.weights))
         return ObjectiveOutput((term,), {name: value.detach() for name, value in metrics.items()})
 
     def _losses(self, batch: CompletionBatch) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:

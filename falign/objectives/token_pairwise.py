@@ -110,6 +110,11 @@ class TokenPairwise(BaseObjective):
 
     @property
     @override
+    def reads_row_weights(self) -> bool:
+        return True
+
+    @property
+    @override
     def needs(self) -> frozenset[str]:
         weights = set[str]() if self.weighting == "none" else {f"token_weights.{self.weighting}"}
         return frozenset({"reference_logprobs", "preference"} | weights)
@@ -178,13 +183,14 @@ class TokenPairwise(BaseObjective):
                 "logps/chosen": logprobs[chosen],
                 "logps/rejected": logprobs[rejected],
             }
-        terms = [Term(losses, torch.ones_like(losses), name="token_pairwise")]
+        terms = [Term(losses, batch.weighted(torch.ones_like(losses), chosen), name="token_pairwise")]
         if self._is_learned:
             assert self.mask_l1 is not None
             names = ("ratio",) if self.weighting == "learned" else ("ratio", "divergence")
             sizes = torch.stack([batch.sequence_sum(batch.require(f"learned_masks.{name}")) for name in names]).sum(0)
             metrics["mask"] = sizes / (len(names) * batch.num_tokens)
-            terms.append(completion_term(sizes, batch.num_tokens, "token_mean", self.mask_l1, name="mask_l1"))
+            size = completion_term(sizes, batch.num_tokens, "token_mean", self.mask_l1, name="mask_l1")
+            terms.append(size._replace(weights=batch.weighted(size.weights)))
         return ObjectiveOutput(tuple(terms), {k: v.detach() for k, v in metrics.items()})
 
     def _sums(self, batch: CompletionBatch) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:

@@ -133,6 +133,11 @@ class Unpaired(BaseObjective):
 
     @property
     @override
+    def reads_row_weights(self) -> bool:
+        return True
+
+    @property
+    @override
     def needs(self) -> frozenset[str]:
         return frozenset({"reference_logprobs", "preference"})
 
@@ -214,7 +219,7 @@ class Unpaired(BaseObjective):
             sides = {"desirable": desirable, "undesirable": ~desirable}
             found = {"rewards": rewards, "logratios": log_ratio, "logps": logprobs}
             metrics |= {f"{name}/{side}": of[rows] for name, of in found.items() for side, rows in sides.items()}
-        term = Term(losses, torch.ones_like(losses), name="unpaired")
+        term = Term(losses, batch.weighted(torch.ones_like(losses)), name="unpaired")
         return ObjectiveOutput((term,), {name: value.detach() for name, value in metrics.items()})
 
     def _reference_point(self, batch: CompletionBatch, rewards: Float[Tensor, " N"]) -> Float[Tensor, " N"]:

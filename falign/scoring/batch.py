@@ -21,6 +21,7 @@ __all__ = [
     "pack",
     "pad",
     "preferences",
+    "row_weights",
     "token_rows",
 ]
 
@@ -36,6 +37,7 @@ class PromptTree:
         place: File and row of the example, for messages (``"pairs.jsonl:12"``).
         mismatched_ids: Token ids of completions of another prompt, for estimates that read them.
         token_weights: Weight of each token of each completion, from the data; None without.
+        weight: How much the row counts in the means of an objective; positive.
         text_sha256: Hash of the text of prompt and completion, one per completion; empty if it is not needed.
 
     Raises:
@@ -54,6 +56,7 @@ class PromptTree:
     mismatched_ids: tuple[tuple[int, ...], ...] = ()
     token_weights: tuple[tuple[float, ...], ...] | None = None
     text_sha256: tuple[str, ...] = ()
+    weight: float = 1.0
 
     @property
     def mismatched(self) -> PromptTree:
@@ -322,6 +325,22 @@ def data_weights(trees: Sequence[PromptTree]) -> Float[Tensor, "N T"]:
         )
     rows = [torch.tensor(own) for tree in trees for own in tree.token_weights or ()]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def row_weights(trees: Sequence[PromptTree]) -> Float[Tensor, " N"]:
+    """Return the weight of the row of each completion.
+
+    Args:
+        trees: The trees of a batch.
+
+    Returns:
+        Shape (N,), in the order of the trees.
+
+    Example:
+        >>> row_weights([PromptTree((5,), ((7, 2), (8,)), weight=0.5), PromptTree((5,), ((9,),))])
+        tensor([0.5000, 0.5000, 1.0000])
+    """
+    return torch.tensor([tree.weight for tree in trees for _ in tree.completion_ids])
 
 
 Layout = Literal["tree", "padded"]

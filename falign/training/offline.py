@@ -125,6 +125,7 @@ def read_data(
     for notice in data.report.notices():
         tell(notice)
     _check_token_weights(data, objective, tell)
+    _check_row_weights(data, objective, tell)
     if "preference" not in objective.needs:
         data = _without_rejected(data, tell)
     elif "labels" in complete(objective).preference_kinds:
@@ -147,6 +148,27 @@ def _check_token_weights(data: PreferenceData, objective: Objective, tell: Calla
         data_weights(rows)
     except ValueError as error:
         raise DataError(str(error)) from error
+
+
+def _check_row_weights(data: PreferenceData, objective: Objective, tell: Callable[[Notice], None]) -> None:
+    """Refuse weights of rows that the objective would leave out, and report those that it reads."""
+    rows = [*data.train, *data.eval]
+    weighted = [tree for tree in rows if tree.weight != 1]
+    if not weighted:
+        return
+    if not complete(objective).reads_row_weights:
+        raise ConfigError(
+            f"{weighted[0].place}: the row has the weight {weighted[0].weight:g}, which {type(objective).__name__} "
+            "does not read: set `ignore: [weight]` for its source, or choose another objective (one of your own names "
+            "row_weights in its needs)."
+        )
+    values = [tree.weight for tree in rows]
+    tell(
+        Notice(
+            f"data: the rows have weights from {min(values):g} to {max(values):g}, which the loss is weighted by",
+            is_warning=False,
+        )
+    )
 
 
 def _without_rejected(data: PreferenceData, tell: Callable[[Notice], None]) -> PreferenceData:

@@ -35,7 +35,7 @@ from falign.objectives import (
 from falign.objectives.batch import OFFLINE
 from falign.raised import calling
 from falign.references import REFERENCE, ObjectiveInputs, Reference, completion_batch, objective_inputs
-from falign.scoring import PromptTree, Scorer, TokenBatch, data_weights, evaluation_mode
+from falign.scoring import PromptTree, Scorer, TokenBatch, data_weights, evaluation_mode, row_weights
 from falign.scoring.learned_masks import LearnedMasks
 from falign.training.controls import Controls
 from falign.training.finite_guard import describe_loss
@@ -120,11 +120,18 @@ class AlignmentTrainer(ResumableTrainer):
             eval_trees = with_mismatched(objective, eval_trees, then=train_trees)
             train_trees = with_mismatched(objective, train_trees)
 
+        # For all batches or for none, so that every process has the same fields.
+        weighted = any(tree.weight != 1 for tree in (*train_trees, *eval_trees) if isinstance(tree, PromptTree))
+
         def collate(trees: list[PromptTree]) -> dict[str, Any]:
             rows = trees or [self._shortest]
-            inputs = dict(vars(scorer.lay_out(rows)))
+            inputs, columns = dict(vars(scorer.lay_out(rows))), dict[str, Tensor]()
             if token_weighting(objective.needs) == "data":
-                inputs["columns"] = {"token_weights": data_weights(rows)}
+                columns["token_weights"] = data_weights(rows)
+            if weighted or "row_weights" in objective.needs:
+                columns["row_weights"] = row_weights(rows)
+            if columns:
+                inputs["columns"] = columns
             if rows[0].mismatched_ids:
                 inputs[MISMATCHED] = vars(scorer.lay_out([tree.mismatched for tree in rows]))
             return inputs if trees else stand_in(inputs)  # empty if another process has one batch more

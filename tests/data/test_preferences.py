@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from falign.data import DataSource, Window, check, load_preferences
@@ -167,3 +169,27 @@ def test_source_without_a_usable_row_is_an_error(tokenizer, write_rows):
     path = write_rows({"prompt": "q", "chosen": "", "rejected": "b"})
     with pytest.raises(DataError, match=r"none of its 1 rows can be used. The first bad row: .*'chosen' is empty"):
         load(tokenizer, DataSource(path, chat=False), bad_rows="skip")
+
+
+def test_a_column_weighs_rows_and_a_row_without_a_usable_weight_is_bad(write_rows, byte_bpe, tmp_path):
+    rows = [{"prompt": f"Say {i}: ", "chosen": "yes", "rejected": "no", "weight": 2.0 + i} for i in range(3)]
+    tokenizer = byte_bpe()
+
+    def load(*rows, name="rows.jsonl", **options):
+        source = DataSource(write_rows(*rows, name=name), **options)
+        return load_preferences([source], tokenizer, stop_token_ids=(), window=Window(64)).train
+
+    assert [tree.weight for tree in load(*rows)] == [2.0, 3.0, 4.0]
+    assert [tree.weight for tree in load(*rows, ignore=("weight",))] == [1.0, 1.0, 1.0]
+    without = {name: value for name, value in rows[0].items() if name != "weight"}
+    for wrong in (0, -1.0, math.nan, math.inf, None, True, "much", "0"):
+        with pytest.raises(DataError, match=r"rows.jsonl:2: 'weight' is .*; it must be a positive, finite number"):
+            load(rows[0], {**rows[1], "weight": wrong})
+    with pytest.raises(DataError, match=r"rows.jsonl:2: the row has no column 'weight', and those before it have one"):
+        load(rows[0], without)
+    with pytest.raises(DataError, match=r"rows.jsonl:2: the row has a column 'weight', and those before it have none"):
+        load(without, rows[0])
+    table = tmp_path / "rows.csv"
+    table.write_text("prompt,chosen,rejected,weight\nSay: ,yes,no,0.5\n")
+    (tree,) = load_preferences([DataSource(str(table))], tokenizer, stop_token_ids=(), window=Window(64)).train
+    assert tree.weight == 0.5
