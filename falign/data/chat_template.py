@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from falign.choices import shown
@@ -11,7 +13,7 @@ from falign.data.conversations import Message
 from falign.deadlines import LateError, failure, within
 from falign.errors import ConfigError, DataError
 
-__all__ = ["Tokenizer", "apply_template", "template_source"]
+__all__ = ["NO_INPUTS", "RESERVED", "TemplateInputs", "Tokenizer", "apply_template", "reads", "template_source"]
 
 SECONDS = 10.0
 """Time limit for rendering one conversation; real templates need a thousandth of it."""
@@ -36,13 +38,52 @@ else:
     Tokenizer = Any
 
 
+@dataclass(frozen=True)
+class TemplateInputs:
+    """What a chat template reads of a row besides its turns.
+
+    Attributes:
+        tools: Definitions of the functions that the assistant may call.
+        options: Further variables, such as ``enable_thinking``.
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments for ``apply_chat_template``."""
+        return {**self.options, **({"tools": list(self.tools)} if self.tools else {})}
+
+
+NO_INPUTS = TemplateInputs()
+
+RESERVED = frozenset({
+    "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
+    "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs",
+})  # fmt: skip
+"""Names of arguments of ``apply_chat_template``, which are not options of a template."""
+
+
+def reads(tokenizer: Tokenizer, name: str) -> bool:
+    """Return whether a name occurs in the chat template."""
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", template_source(tokenizer)) is not None
+
+
 def template_source(tokenizer: Tokenizer) -> str:
     """Return the text of a tokenizer's chat template, or of all of them if it has several."""
     template = tokenizer.chat_template
     return "\n".join(map(str, template.values())) if isinstance(template, dict) else str(template)
 
 
-def apply_template(turns: Sequence[Message], tokenizer: Tokenizer, place: str, *, answered: bool) -> str:
+def apply_template(
+    turns: Sequence[Message],
+    tokenizer: Tokenizer,
+    place: str,
+    *,
+    answered: bool,
+    inputs: TemplateInputs = NO_INPUTS,
+) -> str:
     """Render a conversation by the tokenizer's chat template.
 
     Args:
@@ -50,6 +91,7 @@ def apply_template(turns: Sequence[Message], tokenizer: Tokenizer, place: str, *
         tokenizer: A tokenizer with a chat template.
         place: The row, for messages.
         answered: Whether the last turn is the answer; otherwise the generation prompt comes last.
+        inputs: What the template reads besides the turns.
 
     Raises:
         ConfigError: The template is not valid Jinja, does not terminate, or writes without end.
@@ -57,10 +99,10 @@ def apply_template(turns: Sequence[Message], tokenizer: Tokenizer, place: str, *
     """
     from jinja2 import TemplateError, TemplateSyntaxError
 
-    _try_first(turns, tokenizer, place, answered=answered)
+    _try_first(turns, tokenizer, place, answered=answered, inputs=inputs)
     try:
         with within(SECONDS):
-            text = str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=not answered))
+            text = _rendered(turns, tokenizer, answered, inputs)
     except TemplateSyntaxError as error:
         raise ConfigError(
             f"{_named(tokenizer)} is not valid Jinja (line {error.lineno}: {error.message}); correct it, or set "
@@ -79,7 +121,7 @@ def apply_template(turns: Sequence[Message], tokenizer: Tokenizer, place: str, *
             f"{place}: the chat template {does} the turns ({roles}): {reason} "
             f"[{_named(tokenizer)}{_line(error, tokenizer)}]; correct the row, or set model.chat_template."
         ) from error
-    room = CHARACTERS + 10 * sum(len(turn["content"]) for turn in turns)
+    room = CHARACTERS + 10 * (len(str(turns)) + len(str(inputs)))
     if len(text) > room:
         raise ConfigError(
             f"{_named(tokenizer)} writes {len(text):,} characters for one conversation ({place}): remove what it "
@@ -88,16 +130,19 @@ def apply_template(turns: Sequence[Message], tokenizer: Tokenizer, place: str, *
     return text
 
 
-def _try_first(turns: Sequence[Message], tokenizer: Tokenizer, place: str, *, answered: bool) -> None:
+def _try_first(
+    turns: Sequence[Message], tokenizer: Tokenizer, place: str, *, answered: bool, inputs: TemplateInputs
+) -> None:
     """Refuse a template that hangs, or takes all memory, in one operation that no deadline can interrupt.
 
     Each template is tried on the first conversation of each kind, because a trial takes longer than rendering.
     """
     kind = frozenset(turn["role"] for turn in turns) | frozenset(key for turn in turns for key in turn)
+    kind |= frozenset(inputs.arguments())
     key = (template_source(tokenizer), answered, kind)
     if key in _tried:
         return
-    if (problem := failure(_render, turns, tokenizer, answered, seconds=2 * SECONDS)) is not None:
+    if (problem := failure(_render, turns, tokenizer, answered, inputs, seconds=2 * SECONDS)) is not None:
         raise ConfigError(
             f"{_named(tokenizer)} {problem} on one conversation ({place}): shorten what it computes, or set "
             "model.chat_template to another."
@@ -105,10 +150,17 @@ def _try_first(turns: Sequence[Message], tokenizer: Tokenizer, place: str, *, an
     _tried.add(key)
 
 
-def _render(turns: Sequence[Message], tokenizer: Tokenizer, answered: bool) -> None:
+def _rendered(turns: Sequence[Message], tokenizer: Tokenizer, answered: bool, inputs: TemplateInputs) -> str:
+    further = inputs.arguments()
+    return str(
+        tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=not answered, **further)
+    )
+
+
+def _render(turns: Sequence[Message], tokenizer: Tokenizer, answered: bool, inputs: TemplateInputs) -> None:
     try:
         with within(SECONDS):
-            tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=not answered)
+            _rendered(turns, tokenizer, answered, inputs)
     except MemoryError:
         raise
     except Exception:  # anything a template raises, LateError included: rendering it in this process reports the line

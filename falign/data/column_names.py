@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from falign.choices import shown, similar
-from falign.data.conversations import is_blank
 from falign.data.files import Row
+from falign.data.text_values import is_blank
 from falign.errors import DataError
 
 __all__ = [

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import ast
-import json
-import math
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from falign.choices import shown
+from falign.data.text_values import is_blank, parsed, parsed_list
+from falign.data.tool_calls import read_tool_calls
 from falign.errors import DataError
 
 __all__ = [
     "ROLES",
+    "TOOL_CALLS",
     "Message",
     "Text",
     "common_turns",
-    "is_blank",
     "looks_like_hh",
     "parsed_conversation",
-    "parsed_list",
     "read_dialogue",
     "read_messages",
     "read_text",
@@ -38,10 +35,13 @@ ROLES: Mapping[str, str] = {
     "system": "system",
     "user": "user",
     "assistant": "assistant",
+    "tool": "tool",
     "human": "user",
     "gpt": "assistant",
 }
 """Accepted roles, and falign's name for each; the last two are sharegpt's."""
+
+TOOL_CALLS = "tool_calls"
 
 _HH_TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")
 
@@ -83,20 +83,25 @@ def read_messages(value: Any, *, place: str, field: str) -> list[Message]:
 
 def _read_turn(turn: Any, place: str, field: str) -> Message:
     names = ("from", "value") if isinstance(turn, Mapping) and "role" not in turn else ("role", "content")
-    if not isinstance(turn, Mapping) or not all(name in turn for name in names):
+    calls = isinstance(turn, Mapping) and not is_blank(turn.get(TOOL_CALLS))
+    if not isinstance(turn, Mapping) or not all(name in turn for name in names[: 1 if calls else 2]):
         raise DataError(f"{place}: {field!r} is {shown(turn)}; a turn must have role and content (or from and value).")
-    role, content = (turn[name] for name in names)
+    role, content = turn[names[0]], turn.get(names[1])
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"{place}: {field!r} has the unknown role {shown(role)}; use one of {sorted(ROLES)}.")
-    if not is_blank(turn.get("tool_calls")):
-        raise DataError(f"{place}: {field!r} has tool calls, which are not supported; remove the row.")
     content = _joined_parts(content)
+    if calls and ROLES[role] != "assistant":
+        raise DataError(f"{place}: {field!r} has tool calls in a turn by {role!r}; only the assistant calls tools.")
+    if calls and is_blank(content):
+        content = ""
     if not isinstance(content, str):
         raise DataError(
             f"{place}: the content of {field!r} is {shown(content)}; it must be text (images are not supported)."
         )
     # The chat template may read other keys; rendering checks that it does.
-    others = {key: inner for key, inner in turn.items() if key not in {*names, "tool_calls"} and not is_blank(inner)}
+    others = {key: inner for key, inner in turn.items() if key not in {*names, TOOL_CALLS} and not is_blank(inner)}
+    if calls:
+        others[TOOL_CALLS] = read_tool_calls(turn[TOOL_CALLS], place=place, field=field)
     return {"role": ROLES[role], "content": content, **others}
 
 
@@ -134,49 +139,21 @@ def read_dialogue(value: Any, *, place: str, field: str) -> list[Message]:
     ]
 
 
-def common_turns(first: list[Message], second: list[Message]) -> list[Message]:
-    """Return the turns that both conversations begin with, without the last turn of either.
+def common_turns(*conversations: list[Message]) -> list[Message]:
+    """Return the turns that all conversations begin with, without the last turn of any.
 
     Example:
         >>> hi, a, b = ({"role": "user", "content": text} for text in "xab")
         >>> common_turns([hi, a], [hi, b]) == [hi]
         True
     """
-    count = 0
-    while count < min(len(first), len(second)) - 1 and first[count] == second[count]:
+    count, most = 0, min((len(turns) - 1 for turns in conversations), default=0)
+    while count < most and all(turns[count] == conversations[0][count] for turns in conversations):
         count += 1
-    return first[:count]
+    return conversations[0][:count] if conversations else []
 
 
 _TURN_KEYS = (("role", "content"), ("from", "value"))
-_BLANK = frozenset({"", "[]", "{}", "null", "none", "nan"})
-
-
-def is_blank(value: Any) -> bool:
-    """Return whether a value is empty: null, NaN, an empty text or list, also one written as text.
-
-    Example:
-        >>> [is_blank(value) for value in ("[]", None, [], " ", 0, False, "x")]
-        [True, True, True, True, False, False, False]
-    """
-    if isinstance(value, str):
-        return value.strip().lower() in _BLANK
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value is None or (isinstance(value, list | tuple | Mapping) and not value)
-
-
-def parsed_list(value: Any) -> Any:
-    """Return the list that a text represents in JSON or Python syntax; any other value unchanged.
-
-    Example:
-        >>> parsed_list("[1, 2]"), parsed_list("['a']"), parsed_list("a")
-        ([1, 2], ['a'], 'a')
-    """
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        found = _parsed(value)
-        return found if isinstance(found, list) else value
-    return value
 
 
 def parsed_conversation(value: Any, *, place: str, field: str) -> Any:
@@ -198,7 +175,7 @@ def parsed_conversation(value: Any, *, place: str, field: str) -> Any:
         return value
     if not any(all(re.search(rf"(['\"]){key}\1\s*:", value) for key in keys) for keys in _TURN_KEYS):
         return value
-    found = _parsed(value)
+    found = parsed(value)
     if found is None:
         raise DataError(
             f"{place}: {field!r} is a conversation written as text that is neither JSON nor a Python list "
@@ -210,16 +187,3 @@ def parsed_conversation(value: Any, *, place: str, field: str) -> Any:
 
 def _is_turn(value: Any) -> bool:
     return isinstance(value, Mapping) and any(all(key in value for key in keys) for keys in _TURN_KEYS)
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass  # may be Python syntax
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # unknown backslash escapes
-            return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return None

@@ -7,10 +7,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from falign.choices import shown
-from falign.data.conversations import Message, Text, looks_like_hh, read_dialogue
+from falign.data.chat_template import NO_INPUTS, TemplateInputs
+from falign.data.conversations import TOOL_CALLS, Message, Text, common_turns, looks_like_hh, read_dialogue
 from falign.errors import DataError
 
 __all__ = ["Example", "build_example", "prompt_key", "prompt_turns", "require_preference", "user_turns"]
@@ -24,13 +26,15 @@ class Example:
 
     Attributes:
         prompt: Plain text, or the turns before the answer.
-        completions: Plain texts, or lists with one assistant turn each.
+        completions: Plain texts, or turns. These end with the assistant's; users and tools may speak in between.
         preference: One value per completion, larger is preferred (a pair: 1 and 0; an unpaired label: 1 or 0);
             None if the data has no preference.
         place: The row it came from, for messages.
         columns: All columns of the row, under the file's names and falign's.
         weights: Weight of each character of each completion's text; None without such columns.
         weight: How much the row counts; 1 without such a column.
+        shared: Number of turns at the beginning of each completion that all have in common, and that do not count.
+        inputs: What the chat template reads of the row besides its turns.
     """
 
     prompt: Text
@@ -40,6 +44,8 @@ class Example:
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     weights: tuple[tuple[float, ...], ...] | None = None
     weight: float = 1.0
+    shared: int = 0
+    inputs: TemplateInputs = NO_INPUTS
 
     @property
     def conversational(self) -> bool:
@@ -71,18 +77,21 @@ def build_example(
         DataError: The row cannot be trained on; the message says why.
     """
     _check_whole_texts(prompt, completions, fields, place)
+    shared = 0
     if system is not None or not all(isinstance(text, str) for text in (prompt, *completions)):
         if isinstance(prompt, str) and looks_like_hh(prompt):  # answers after "Assistant:" begin with a space
             completions = [text.strip() if isinstance(text, str) else text for text in completions]
-        prompt, completions = _at_the_last_turn(
+        prompt, answers = _at_first_difference(
             _turns(prompt, "user"), [_turns(text, "assistant") for text in completions], fields, place
         )
-        prompt = prompt_turns(prompt, system, place)
-        for text, field in zip(completions, fields, strict=True):
-            _check_answer(text, field, place)
+        prompt, answers, shared = _after_a_question(prompt, answers)
+        prompt, completions = prompt_turns(prompt, system, place), answers
+        for turns, field in zip(answers, fields, strict=True):
+            _check_answer(turns, shared, field, place)
     _check_texts(place, prompt, completions, fields)
     _check_preference(place, completions, preference, fields)
-    return Example(prompt, tuple(completions), None if preference is None else tuple(preference), place)
+    preferred = None if preference is None else tuple(preference)
+    return Example(prompt, tuple(completions), preferred, place, shared=shared)
 
 
 def prompt_turns(prompt: Text, system: str | None, place: str) -> list[Message]:
@@ -135,15 +144,13 @@ def _turns(text: Text, role: str) -> list[Message]:
     return [{"role": role, "content": text}] if isinstance(text, str) else text
 
 
-def _at_the_last_turn(
+def _at_first_difference(
     prompt: list[Message], completions: Sequence[list[Message]], fields: Sequence[str], place: str
 ) -> tuple[list[Message], list[list[Message]]]:
-    """Split dialogues before their last turn: the shared part is the prompt."""
-    # `answers` are the completions without a repeated prompt. If all of them agree up to their last turn, the shared
-    # turns belong to the prompt.
-    answers = [_answer(turns, prompt) for turns in completions]
-    shared = answers[0][:-1] if answers else []
-    if not shared or any(turns[:-1] != shared for turns in answers):
+    """Split dialogues at the first turn in which they differ: the turns that they share belong to the prompt."""
+    answers = [_answer(turns, prompt) for turns in completions]  # without a repeated prompt
+    shared = common_turns(*answers)
+    if not shared:
         return prompt, answers
     repeats = any(len(turns) < len(whole) for turns, whole in zip(answers, completions, strict=True))
     whole = _continued(prompt, shared, repeated=repeats)
@@ -152,7 +159,21 @@ def _at_the_last_turn(
             f"{place}: {fields[0]!r} has {len(answers[0])} turns after the common prompt, and does not begin with it "
             f"({shown(prompt[-1]['content'])}); give the dialogue alone, or only its answer: {_REMEDY}."
         )
-    return whole, [turns[-1:] for turns in answers]
+    return whole, [turns[len(shared) :] for turns in answers]
+
+
+def _after_a_question(
+    prompt: list[Message], answers: Sequence[list[Message]]
+) -> tuple[list[Message], list[list[Message]], int]:
+    """Move answers at the end of the prompt into the completions, where these go on with a user's or a tool's turn.
+
+    The number of moved turns comes last: they are context, not what is compared.
+    """
+    end = len(prompt)
+    if answers and all(turns and turns[0]["role"] != "assistant" for turns in answers):
+        while end and prompt[end - 1]["role"] == "assistant":
+            end -= 1
+    return prompt[:end], [[*prompt[end:], *turns] for turns in answers], len(prompt) - end
 
 
 def _continued(prompt: list[Message], shared: list[Message], *, repeated: bool) -> list[Message] | None:
@@ -192,17 +213,24 @@ def _check_prompt_turns(prompt: list[Message], place: str) -> None:
         )
 
 
-def _check_answer(turns: Text, field: str, place: str) -> None:
-    assert not isinstance(turns, str)
+def _check_answer(turns: list[Message], shared: int, field: str, place: str) -> None:
     if turns and turns[-1]["role"] != "assistant":
         raise DataError(
             f"{place}: the last turn of {field!r} is by {turns[-1]['role']!r}; it must be the assistant's: {_REMEDY}."
         )
-    if len(turns) > 1:
+    if turns and turns[0]["role"] != "assistant":
         raise DataError(
-            f"{place}: {field!r} has {len(turns)} turns after the common prompt, so the completions differ "
-            f"before the last turn; only the last assistant turn may differ: {_REMEDY}."
+            f"{place}: {field!r} goes on with a turn by {turns[0]['role']!r} after the prompt's last one, "
+            f"{shown(turns[0]['content'])}; an answer must follow it: {_REMEDY}."
         )
+    roles = [turn["role"] for turn in turns]
+    for number, pair in enumerate(pairwise(roles)):
+        if number >= shared and pair == ("assistant", "assistant"):
+            raise DataError(
+                f"{place}: {field!r} has two answers one after the other ({shown(turns[number]['content'])}, "
+                f"{shown(turns[number + 1]['content'])}); give several answers as a list of texts, or of lists of "
+                f"turns: {_REMEDY}."
+            )
 
 
 def _check_whole_texts(prompt: Text, completions: Sequence[Text], fields: Sequence[str], place: str) -> None:
@@ -239,7 +267,7 @@ def _check_texts(place: str, prompt: Text, completions: Sequence[Text], fields: 
     if not completions:
         raise DataError(f"{place}: there are no completions; a row needs at least one: {_REMEDY}.")
     for text, field in zip(completions, fields, strict=True):
-        if not _content(text).strip():
+        if not _content(text).strip() and (isinstance(text, str) or not text or TOOL_CALLS not in text[-1]):
             raise DataError(f"{place}: {field!r} is empty ({shown(text)}); it must contain text: {_REMEDY}.")
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from falign.choices import shown
-from falign.data.chat_template import Tokenizer, apply_template, template_source
-from falign.data.conversations import Message
+from falign.data.chat_template import NO_INPUTS, TemplateInputs, Tokenizer, apply_template, template_source
+from falign.data.conversations import TOOL_CALLS, Message
+from falign.data.tool_calls import FORMS, REFERENCES, as_form, called_names, is_written
 from falign.errors import DataError
 
 __all__ = ["Written", "check_decoded", "compact", "write"]
@@ -27,7 +30,7 @@ class Written(NamedTuple):
 
     Attributes:
         text: The text that the template wrote.
-        spans: Start and end of each turn's content in ``compact(text)``.
+        spans: Start and end of each turn's content, reasoning and calls together, in ``compact(text)``.
     """
 
     text: str
@@ -40,7 +43,13 @@ def compact(text: str) -> str:
 
 
 def write(
-    turns: Sequence[Message], tokenizer: Tokenizer, place: str, *, answered: bool, like: Written | None = None
+    turns: Sequence[Message],
+    tokenizer: Tokenizer,
+    place: str,
+    *,
+    answered: bool,
+    like: Written | None = None,
+    inputs: TemplateInputs = NO_INPUTS,
 ) -> Written:
     """Render a conversation, and check that the text is that of the row, ignoring white space.
 
@@ -57,22 +66,59 @@ def write(
         answered: Whether the last turn is the answer; otherwise the generation prompt comes last.
         like: The same conversation with another answer, already checked. If the two differ only in the answer, the
             second run is skipped.
+        inputs: What the template reads besides the turns.
 
     Raises:
         ConfigError: The template is unusable.
         DataError: A turn, or a part or key of a turn, is left out, repeated or changed.
     """
-    text = apply_template(turns, tokenizer, place, answered=answered)
+    run = _Run(tokenizer, place, answered, inputs)
+    if inputs.tools:
+        _check_tools(turns, run)
+    if not any(TOOL_CALLS in turn for turn in turns):
+        return _written(turns, run, like)
+    # Templates differ in how they read calls. The first form that they write whole is taken.
+    refused: DataError | None = None
+    for form in FORMS:
+        try:
+            return _written(as_form(turns, form), run, like)
+        except DataError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+class _Run(NamedTuple):
+    """A template with all that it reads but the turns."""
+
+    tokenizer: Tokenizer
+    place: str
+    answered: bool
+    inputs: TemplateInputs
+
+    def __call__(self, turns: Sequence[Message]) -> str:
+        return apply_template(turns, self.tokenizer, self.place, answered=self.answered, inputs=self.inputs)
+
+    def writes(self, turns: Sequence[Message], text: str) -> bool:
+        """Return whether the template writes a text for other turns; it may also fail on them, which is no text."""
+        try:
+            return self(turns) == text
+        except DataError:
+            return False
+
+
+def _written(turns: Sequence[Message], run: _Run, like: Written | None) -> Written:
+    text = run(turns)
     small = compact(text)
+    _check_keys(turns, text, run)
     if like is not None and (spans := _spans_beside(like, small, turns[-1])) is not None:
-        written = Written(text, spans)
-    else:
-        written = Written(text, _checked_spans(turns, small, tokenizer, place, answered=answered))
-    _check_keys(turns, text, tokenizer, place, answered=answered)
-    return written
+        return Written(text, spans)
+    return Written(text, _checked_spans(turns, small, run))
 
 
 def _spans_beside(like: Written, small: str, answer: Message) -> tuple[tuple[int, int], ...] | None:
+    if answer.keys() != {"role", "content"}:
+        return None
     other = compact(like.text)
     # If this text is the other one with only the answer exchanged, the spans before the answer are the same.
     start, end = like.spans[-1]
@@ -82,40 +128,143 @@ def _spans_beside(like: Written, small: str, answer: Message) -> tuple[tuple[int
     return (*like.spans[:-1], (start, start + len(content)))
 
 
-def _checked_spans(
-    turns: Sequence[Message], small: str, tokenizer: Tokenizer, place: str, *, answered: bool
-) -> tuple[tuple[int, int], ...]:
+class _Leaf(NamedTuple):
+    """A text within a turn.
+
+    Attributes:
+        turn: Number of the turn.
+        text: The text.
+        escaped: Whether a template may write it as in JSON, within quotation marks.
+        repeats: Whether a template may write it again: the name of a function, beside its result.
+    """
+
+    turn: int
+    text: str
+    escaped: bool
+    repeats: bool
+
+
+def _leaves(turns: Sequence[Message]) -> Iterator[_Leaf]:
+    """Yield every text of the turns that must be written, in the order of :func:`_with_texts`."""
+    called = called_names(turns)
+    for number, turn in enumerate(turns):
+        for key, value in turn.items():
+            if is_text(key, turn, called):
+                escaped = key == TOOL_CALLS or (key == "content" and turn["role"] == "tool")
+                names = called_names([turn]) if key == TOOL_CALLS else frozenset[str]()
+                yield from (_Leaf(number, text, escaped, text in names) for text in _texts_in(value))
+
+
+def is_text(key: str, turn: Message, called: Collection[str]) -> bool:
+    """Return whether the value of a key is a text, or calls, that must be written as it is."""
+    return is_written(key, turn, called) and (key == TOOL_CALLS or isinstance(turn[key], str))
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        if value:
+            yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key in REFERENCES:
+                continue
+            if key not in _STRUCTURE:
+                yield key
+            # Arguments may be the JSON text of an object: its texts are within it.
+            yield from _texts_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts_in(inner)
+
+
+_STRUCTURE = frozenset({"function", "name", "arguments"})
+
+
+def _with_texts(turns: Sequence[Message], texts: Iterator[str]) -> list[Message]:
+    """Return the turns with other texts in place of those of :func:`_leaves`."""
+    called = called_names(turns)
+    return [
+        {key: _replaced(value, texts) if is_text(key, turn, called) else value for key, value in turn.items()}
+        for turn in turns
+    ]
+
+
+def _replaced(value: Any, texts: Iterator[str]) -> Any:
+    if isinstance(value, str):
+        return next(texts) if value else value
+    if isinstance(value, Mapping):
+        found = {}
+        for key, inner in value.items():
+            if key in REFERENCES:
+                found[key] = inner
+                continue
+            name = key if key in _STRUCTURE else next(texts)
+            found[name] = _replaced(inner, texts)
+        return found
+    if isinstance(value, list | tuple):
+        return [_replaced(inner, texts) for inner in value]
+    return value
+
+
+def _checked_spans(turns: Sequence[Message], small: str, run: _Run) -> tuple[tuple[int, int], ...]:
     # In the masked run every character is unique, so a missing, repeated or reordered one shows in `marks` alone.
-    mask = _Mask([turn["content"] for turn in turns], _words(template_source(tokenizer)))
-    others = [{**turn, "content": content} for turn, content in zip(turns, mask.contents, strict=True)]
-    seen = compact(apply_template(others, tokenizer, place, answered=answered))
+    leaves = list(_leaves(turns))
+    mask = _Mask([leaf.text for leaf in leaves], _words(template_source(run.tokenizer)))
+    seen = compact(run(_with_texts(turns, iter(mask.contents))))
     contents = [compact(content) for content in mask.contents]
-    if mask.marks(seen) != mask.marks("".join(contents)):
-        for number, content in enumerate(mask.contents):
-            if lost := mask.lost(content, seen):
-                raise DataError(
-                    f"{place}: the chat template leaves out {shown(lost)} of {_named(turns, number)}; {_REMEDY}."
-                )
-        raise DataError(f"{place}: the chat template writes turns twice, or in another order than the row; {_REMEDY}.")
-    spans, position = [], 0
-    for number, content in enumerate(contents):
-        start = seen.find(content, position)
-        if start < 0:
+    for leaf, content in zip(leaves, mask.contents, strict=True):
+        if lost := mask.lost(content, seen):
             raise DataError(
-                f"{place}: the chat template changes {_named(turns, number)}, {shown(turns[number]['content'])}; "
-                f"{_REMEDY}."
+                f"{run.place}: the chat template leaves out {shown(lost)} of {_named(turns, leaf.turn)}; {_REMEDY}."
             )
-        position = start + len(content)
+    _check_order(leaves, contents, mask, seen, run.place)
+    spans, position = [], 0
+    for number in range(len(turns)):
+        # The parts of a turn may stand in any order, the turns may not.
+        own = [
+            _found(leaf, content, seen, position, turns, run.place)
+            for leaf, content in zip(leaves, mask.contents, strict=True)
+            if leaf.turn == number
+        ]
+        start, position = (min(own)[0], max(end for _, end in own)) if own else (position, position)
         spans.append((start, position))
     # The template may also change text without moving it (case, escapes): then the two runs differ.
     restored = mask.restored(seen)
     if restored != small:
         at = _difference(restored, small)
         raise DataError(
-            f"{place}: the chat template writes {shown(small[max(0, at - 10) : at + 40])} where the row has "
+            f"{run.place}: the chat template writes {shown(small[max(0, at - 10) : at + 40])} where the row has "
             f"{shown(restored[max(0, at - 10) : at + 40])}; {_REMEDY}."
         )
     return tuple((mask.position(seen, start), mask.position(seen, end)) for start, end in spans)
+
+
+def _check_order(leaves: Sequence[_Leaf], contents: Sequence[str], mask: _Mask, seen: str, place: str) -> None:
+    owner = {mark: i for i, content in enumerate(contents) for mark in mask.marks(content)}
+    written: list[list[str]] = [[] for _ in contents]
+    turn = 0
+    known = set[str]()
+    for mark in mask.marks(seen):
+        i = owner[mark]
+        if leaves[i].repeats and mark in known:
+            continue
+        known.add(mark)
+        written[i].append(mark)
+        if leaves[i].turn < turn:
+            written[i].append(mark)  # a turn after a later one
+        turn = leaves[i].turn
+    if any(found != mask.marks(content) for found, content in zip(written, contents, strict=True)):
+        raise DataError(f"{place}: the chat template writes turns twice, or in another order than the row; {_REMEDY}.")
+
+
+def _found(
+    leaf: _Leaf, content: str, seen: str, position: int, turns: Sequence[Message], place: str
+) -> tuple[int, int]:
+    """Return where a text stands in the masked text."""
+    for form in map(compact, [content, *([json.dumps(content, ensure_ascii=False)[1:-1]] if leaf.escaped else [])]):
+        if (start := seen.find(form, position)) >= 0:
+            return start, start + len(form)
+    raise DataError(f"{place}: the chat template changes {_named(turns, leaf.turn)}, {shown(leaf.text)}; {_REMEDY}.")
 
 
 def _named(turns: Sequence[Message], number: int) -> str:
@@ -197,16 +346,86 @@ def _words(template: str) -> frozenset[str]:
     return frozenset(word.lower() for word in re.findall(r"\w+", template))
 
 
-def _check_keys(turns: Sequence[Message], text: str, tokenizer: Tokenizer, place: str, *, answered: bool) -> None:
-    """Refuse a key of a turn that the template does not read: its value would be left out."""
-    for key in dict.fromkeys(key for turn in turns for key in turn if key not in ("role", "content")):
+def _check_keys(turns: Sequence[Message], text: str, run: _Run) -> None:
+    """Refuse a key of a turn, or a value of a call, that the template does not read: it would be left out."""
+    called = called_names(turns)
+    for key in dict.fromkeys(key for turn in turns for key in turn if key not in {"role", "content", *REFERENCES}):
+        if not any(is_written(key, turn, called) for turn in turns if key in turn):
+            continue
         without = [{name: value for name, value in turn.items() if name != key} for turn in turns]
-        if apply_template(without, tokenizer, place, answered=answered) == text:
+        if run.writes(without, text):
             value = next(turn[key] for turn in turns if key in turn)
             raise DataError(
-                f"{place}: a turn has the key {key!r} ({shown(value)}), which the chat template does not read; remove "
-                f"it, set ignore=[{key}] if it is not part of the text, or set model.chat_template."
+                f"{run.place}: a turn has the key {key!r} ({shown(value)}), which the chat template does not read; "
+                f"remove it, set ignore=[{key}] if it is not part of the text, or set model.chat_template."
             )
+    for number, turn in enumerate(turns):
+        for value, changed in _changed_values(turn.get(TOOL_CALLS, [])):
+            others = [*turns[:number], {**turn, TOOL_CALLS: changed}, *turns[number + 1 :]]
+            if run.writes(others, text):
+                raise DataError(
+                    f"{run.place}: the chat template leaves out {value!r} of the calls of {_named(turns, number)}; "
+                    f"{_REMEDY}."
+                )
+
+
+def _changed_values(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield each number, boolean and null within a value, with the value in which it is another."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key not in REFERENCES:
+                yield from ((found, {**value, key: changed}) for found, changed in _changed_values(inner))
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from ((found, [*value[:i], changed, *value[i + 1 :]]) for found, changed in _changed_values(inner))
+    elif not isinstance(value, str):
+        yield value, "another value"
+
+
+def _check_tools(turns: Sequence[Message], run: _Run) -> None:
+    """Refuse tools of which the template leaves out a name or a description."""
+    known = (template_source(run.tokenizer), json.dumps(run.inputs.arguments(), sort_keys=True, default=str))
+    if known in _written_tools:
+        return
+    texts = list(_descriptions(run.inputs.tools))
+    mask = _Mask(texts, _words(known[0]))
+    tools = _redescribed(run.inputs.tools, iter(mask.contents))
+    seen = run._replace(inputs=replace(run.inputs, tools=tools))(as_form(turns, FORMS[0]))
+    for text, content in zip(texts, mask.contents, strict=True):
+        if mask.lost(content, seen):
+            raise DataError(
+                f"{run.place}: the chat template leaves out {shown(text)} of the column 'tools'; set "
+                "model.chat_template to one that writes tools, or ignore=[tools] if they are not part of the prompt."
+            )
+    _written_tools.add(known)
+
+
+_written_tools: set[tuple[str, str]] = set()
+"""Templates and the tools that they have written."""
+
+
+def _descriptions(value: Any, key: str = "") -> Iterator[str]:
+    if isinstance(value, str) and value and key in _DESCRIBES:
+        yield value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _descriptions(inner, name)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _descriptions(inner)
+
+
+_DESCRIBES = frozenset({"name", "description"})
+
+
+def _redescribed(value: Any, texts: Iterator[str], key: str = "") -> Any:
+    if isinstance(value, str):
+        return next(texts) if value and key in _DESCRIBES else value
+    if isinstance(value, Mapping):
+        return {name: _redescribed(inner, texts, name) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redescribed(inner, texts) for inner in value]
+    return value
 
 
 def check_decoded(text: str, ids: Sequence[int], decode: Callable[[list[int]], str], place: str) -> None:

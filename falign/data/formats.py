@@ -12,10 +12,8 @@ from falign.data.conversations import (
     Message,
     Text,
     common_turns,
-    is_blank,
     looks_like_hh,
     parsed_conversation,
-    parsed_list,
     read_dialogue,
     read_messages,
     read_text,
@@ -23,6 +21,7 @@ from falign.data.conversations import (
 from falign.data.examples import Example, build_example
 from falign.data.files import Row
 from falign.data.side_columns import SIDE_COLUMNS
+from falign.data.text_values import is_blank, parsed_list
 from falign.data.token_weights import WEIGHT_COLUMNS
 from falign.errors import DataError
 

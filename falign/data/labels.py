@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import dropwhile, takewhile
+from operator import itemgetter
 from typing import NamedTuple
 
 from falign.errors import DataError
@@ -51,8 +53,9 @@ def mismatched(trees: Sequence[PromptTree]) -> list[PromptTree]:
 
     The first row follows the last.
 
-    A completion is cut where prompt and completion would be longer than the longest row. The pairing depends only on
-    the rows, so estimates from it do not depend on how they are batched.
+    Of a completion of several turns, the first that counts is taken. A completion is cut where prompt and completion
+    would be longer than the longest row. The pairing depends only on the rows, so estimates from it do not depend on
+    how they are batched.
 
     Args:
         trees: Rows of at least two different prompts.
@@ -80,5 +83,14 @@ def mismatched(trees: Sequence[PromptTree]) -> list[PromptTree]:
             other = following
         following = tree
         room = longest - len(tree.prompt_ids)
-        found.append(replace(tree, mismatched_ids=tuple(ids[:room] for ids in other.completion_ids)))
+        found.append(replace(tree, mismatched_ids=tuple(ids[:room] for ids in _first_turns(other))))
     return found[len(trees) :][::-1]
+
+
+def _first_turns(tree: PromptTree) -> tuple[tuple[int, ...], ...]:
+    found = []
+    for ids, counted in zip(tree.completion_ids, tree.counted_or_none, strict=True):
+        own = zip(ids, (True,) * len(ids) if counted is None else counted, strict=True)
+        turn = takewhile(itemgetter(1), dropwhile(lambda each: not each[1], own))
+        found.append(tuple(id_ for id_, _ in turn))
+    return tuple(found)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from falign.data.chat_template import Tokenizer
+from falign.data.chat_template import TemplateInputs, Tokenizer
 from falign.data.conversations import Text
 from falign.data.examples import Example
 from falign.data.prompts import PromptRow, filled
@@ -50,10 +50,10 @@ class OtherPrompts:
         """
         assert tokenized.tree is not None
         tree = tokenized.tree
-        ids = self._encoded(example.prompt, example.columns, example.place)
+        ids = self._encoded(example.prompt, example.columns, example.place, example.inputs)
         if tokenized.drifting_tokens:
             # The completions begin with tokens that the prompt alone ends with, or that replace those.
-            alone = encode_prompt(example.prompt, self.tokenizer, example.place)
+            alone = encode_prompt(example.prompt, self.tokenizer, example.place, inputs=example.inputs)
             end = alone[len(alone) - tokenized.drifting_tokens :]
             if ids[len(ids) - len(end) :] != end or len(end) >= len(ids):
                 raise DataError(
@@ -74,13 +74,15 @@ class OtherPrompts:
         Raises:
             DataError: The row lacks a column.
         """
-        self._add(row.place, row.prompt_ids, self._encoded(row.prompt, row.columns, row.place), max_new_tokens)
+        self._add(
+            row.place, row.prompt_ids, self._encoded(row.prompt, row.columns, row.place, row.inputs), max_new_tokens
+        )
 
-    def _encoded(self, prompt: Text, columns: Mapping[str, Any], place: str) -> tuple[int, ...]:
+    def _encoded(self, prompt: Text, columns: Mapping[str, Any], place: str, inputs: TemplateInputs) -> tuple[int, ...]:
         last = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
         text = filled(self.template, {**columns, "prompt": last}, place)
         turns: Text = text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
-        return encode_prompt(turns, self.tokenizer, place)
+        return encode_prompt(turns, self.tokenizer, place, inputs=inputs)
 
     def _add(self, place: str, own: Sequence[int], other: tuple[int, ...], completion_tokens: int) -> None:
         if self.ids.setdefault((place, tuple(own)), other) != other:

@@ -264,10 +264,11 @@ def _preferred(tree: PromptTree) -> PromptTree | None:
         return tree if values[0] > 0 else None
     best = max(values)
     rows = [i for i, value in enumerate(values) if value == best]
-    weights = tree.token_weights
+    weights, counted = tree.token_weights, tree.counted
     return replace(
         tree,
         completion_ids=tuple(tree.completion_ids[i] for i in rows),
         preference=tuple(values[i] for i in rows),
         token_weights=None if weights is None else tuple(weights[i] for i in rows),
+        counted=None if counted is None else tuple(counted[i] for i in rows),
     )

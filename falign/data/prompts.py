@@ -11,17 +11,19 @@ from typing import Any, NamedTuple
 from typing_extensions import override
 
 from falign.choices import require_choice, shown
-from falign.data.chat_template import Tokenizer
-from falign.data.column_names import as_mapping, guess_columns, looks_like_system, renamed
-from falign.data.conversations import Message, Text, is_blank, parsed_conversation, read_messages, read_text
+from falign.data.chat_template import NO_INPUTS, TemplateInputs, Tokenizer
+from falign.data.column_names import as_list, as_mapping, guess_columns, looks_like_system, renamed
+from falign.data.conversations import Message, Text, parsed_conversation, read_messages, read_text
 from falign.data.examples import prompt_key, prompt_turns
 from falign.data.files import Row
 from falign.data.memory import InMemory
 from falign.data.recognition import refuse_unread_prompts
 from falign.data.rendering import require_chat_choice
 from falign.data.reports import BadRowPolicy, BadRows
+from falign.data.side_columns import OPTIONS, TOOLS, template_inputs
 from falign.data.sources import rows_of
 from falign.data.splits import held_out_prompts
+from falign.data.text_values import is_blank
 from falign.data.tokenization import encode_prompt
 from falign.data.windows import LengthPolicy, cut_left
 from falign.errors import ConfigError, DataError
@@ -71,12 +73,14 @@ class PromptRow:
         prompt_ids: Its token ids, up to where the completion begins.
         columns: The other columns of the row, for rewards.
         place: The row it came from, for messages.
+        inputs: What the chat template read besides the turns.
     """
 
     prompt: Text
     prompt_ids: tuple[int, ...]
     columns: Mapping[str, Any] = field(default_factory=dict)
     place: str = ""
+    inputs: TemplateInputs = NO_INPUTS
 
 
 @dataclass(frozen=True)
@@ -234,7 +238,13 @@ class _Reader:
         row = renamed(row, source.columns, ignore=source.ignore)
         prompt = _prompt_of(row, source)
         require_chat_choice(prompt, self.tokenizer, source.chat, row.place)
-        ids = encode_prompt(prompt, self.tokenizer, row.place)
+        inputs = template_inputs(row)
+        if isinstance(prompt, str) and inputs != NO_INPUTS:
+            raise DataError(
+                f"{row.place}: the row has {TOOLS!r} or {OPTIONS!r} and a plain prompt, which no template renders; "
+                f"set chat=True, or ignore={as_list([name for name in (TOOLS, OPTIONS) if name in row.fields])}."
+            )
+        ids = encode_prompt(prompt, self.tokenizer, row.place, inputs=inputs)
         if len(ids) > self.max_length:
             if self.long_prompt == "error":
                 raise DataError(
@@ -248,7 +258,7 @@ class _Reader:
             ids = cut_left(ids, self.max_length, self.tokenizer.bos_token_id)
         used = {"prompt", "messages"} if source.template is None else set()
         columns = {name: value for name, value in row.fields.items() if name not in used}
-        return PromptRow(prompt, ids, columns, row.place)
+        return PromptRow(prompt, ids, columns, row.place, inputs)
 
 
 def _rows(source: PromptSource, bad: BadRows) -> Iterable[Row]:

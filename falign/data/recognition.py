@@ -7,20 +7,22 @@ from dataclasses import replace
 from typing import Any
 
 from falign.choices import require_choice, shown
+from falign.data.chat_template import NO_INPUTS
 from falign.data.column_names import as_list, as_mapping, guess_columns, looks_like_prompt, looks_like_system, renamed
-from falign.data.conversations import Text, is_blank, looks_like_hh, parsed_conversation
+from falign.data.conversations import Text, looks_like_hh, parsed_conversation
 from falign.data.examples import Example
 from falign.data.files import Row
 from falign.data.formats import COLUMNS, FORMATS, PAIR, columns_read, missing_column
 from falign.data.reports import BadRows
-from falign.data.side_columns import WEIGHT, row_weight
+from falign.data.side_columns import OPTIONS, TOOLS, WEIGHT, row_weight, template_inputs
 from falign.data.sources import DataSource, rows_of
+from falign.data.text_values import is_blank
 from falign.data.token_weights import weights_in
 from falign.errors import ConfigError, DataError
 
 __all__ = ["RowReader", "read_examples", "recognize"]
 
-_UNSUPPORTED = ("tools", "images", "image", "videos", "chat_template_kwargs")
+_UNSUPPORTED = ("images", "image", "videos")
 
 
 def recognize(row: Row) -> str:
@@ -141,7 +143,14 @@ class RowReader:
         if self.format == "auto":
             self.format = recognize(row)
         example = FORMATS[self.format](self._turned(row))
-        example = replace(example, weights=weights_in(row, example.completions), weight=self._weight(row))
+        inputs = template_inputs(row)
+        if not example.conversational and inputs != NO_INPUTS:
+            raise DataError(
+                f"{row.place}: the row has {TOOLS!r} or {OPTIONS!r} and plain texts, which no template renders; "
+                f"set chat=True, or ignore={as_list([name for name in (TOOLS, OPTIONS) if name in row.fields])}."
+            )
+        weights = weights_in(row, example.completions)
+        example = replace(example, weights=weights, weight=self._weight(row), inputs=inputs)
         if self._auto and (found := recognize(row)) != self.format:
             raise DataError(
                 f"{row.place}: this row looks like format {found!r}, those before it like {self.format!r}; "

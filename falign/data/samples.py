@@ -11,12 +11,13 @@ from numbers import Real
 from typing import Any
 
 from falign.choices import shown
-from falign.data.conversations import Message, Text, is_blank
+from falign.data.conversations import TOOL_CALLS, Message, Text
 from falign.data.examples import Example, user_turns
 from falign.data.files import Row
 from falign.data.recognition import RowReader
 from falign.data.reports import BadRows
 from falign.data.sources import DataSource, rows_of
+from falign.data.text_values import is_blank
 from falign.errors import DataError
 
 __all__ = [
@@ -81,7 +82,8 @@ def text_sha256(prompt: Text, completion: Text) -> str:
         False
     """
     text = completion if isinstance(completion, str) else completion[-1]["content"]
-    content = json.dumps([user_turns(prompt), text.strip()], sort_keys=True)
+    several = not isinstance(completion, str) and (len(completion) > 1 or TOOL_CALLS in completion[0])
+    content = json.dumps([user_turns(prompt), completion if several else text.strip()], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -192,5 +194,9 @@ def _number(text: str) -> float | str:
 def _text_of(completion: Text, example: Example) -> str:
     if isinstance(completion, str):
         return completion
-    assert len(completion) == 1, f"{example.place}: a completion is one turn"
+    if len(completion) > 1 or TOOL_CALLS in completion[0]:
+        raise DataError(
+            f"{example.place}: the completion has several turns or calls tools, and a sample is one text; leave the "
+            "row out."
+        )
     return completion[0]["content"]

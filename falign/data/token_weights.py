@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from falign.choices import shown
 from falign.data.chat_template import Tokenizer
-from falign.data.conversations import Text, parsed_list
+from falign.data.conversations import Text
+from falign.data.text_values import parsed_list
 from falign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ def weights_in(row: Row, completions: Sequence[Text]) -> tuple[tuple[float, ...]
     present = [name for name in WEIGHT_COLUMNS if row.fields.get(name) is not None]
     if not present:
         return None
+    if any(not isinstance(completion, str) and len(completion) > 1 for completion in completions):
+        raise DataError(
+            f"{row.place}: {present[0]!r} for answers of several turns; weights of tokens are those of one answer: "
+            f"give answers of one turn, or set ignore=[{', '.join(present)}]."
+        )
     if "chosen" in row.fields and "rejected" in row.fields:
         wanted = ("chosen_weights", "rejected_weights")
         values = [row.fields.get(name) for name in wanted]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from falign.choices import shown
-from falign.data.chat_template import Tokenizer
+from falign.data.chat_template import NO_INPUTS, TemplateInputs, Tokenizer
 from falign.data.conversations import Text
 from falign.data.examples import Example
 from falign.data.fidelity import check_decoded
-from falign.data.rendering import Rendered, render, render_prompt
+from falign.data.rendering import Answer, Rendered, render, render_prompt
 from falign.data.token_weights import answer_text, token_weights
 from falign.data.windows import Window, fit
 from falign.errors import ConfigError, DataError
@@ -113,10 +114,19 @@ def encode(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collection
             "with the completion's first; lengthen the prompt, or use a tokenizer that adds a BOS token."
         )
     stops = frozenset(stop_token_ids) | ({tokenizer.eos_token_id} - {None})
-    completions = tuple(
-        _with_one_stop(ids[boundary:], tokenizer, stops, f"{example.place}: completion {number}")
-        for number, ids in enumerate(full_ids, start=1)
-    )
+    places = [f"{example.place}: completion {number}" for number in range(1, len(full_ids) + 1)]
+    ended = [
+        _with_one_stop(ids[boundary:], tokenizer, stops, place, inner=bool(rendered.answers))
+        for ids, place in zip(full_ids, places, strict=True)
+    ]
+    counted = None
+    if rendered.answers:
+        whole = example.shared == 0
+        counted = tuple(
+            _counted(ids, full, full_ids[n], rendered.answers[n], boundary, tokenizer, stops, places[n], whole=whole)
+            for n, (ids, full) in enumerate(zip(ended, rendered.full, strict=True))
+        )
+    completions = tuple(ended)
     weights = None
     if example.weights is not None:
         added = len(bos) if bos and not rendered.prompt.startswith(tokenizer.bos_token) else 0
@@ -130,6 +140,7 @@ def encode(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collection
         example.place,
         token_weights=weights,
         weight=example.weight,
+        counted=counted,
     )
     _check_distinct(tree)
     reopened = not all(text.startswith(rendered.prompt) for text in rendered.full)
@@ -176,7 +187,9 @@ def _check_distinct(tree: PromptTree) -> None:
             )
 
 
-def encode_prompt(prompt: Text, tokenizer: Tokenizer, place: str) -> tuple[int, ...]:
+def encode_prompt(
+    prompt: Text, tokenizer: Tokenizer, place: str, *, inputs: TemplateInputs = NO_INPUTS
+) -> tuple[int, ...]:
     """Return the token ids of a prompt without a completion.
 
     Raises:
@@ -184,7 +197,7 @@ def encode_prompt(prompt: Text, tokenizer: Tokenizer, place: str) -> tuple[int, 
         DataError: The template refuses it, or no token is left.
     """
     bos = _leading_bos(tokenizer) if isinstance(prompt, str) else []
-    ids = tuple(_ids(render_prompt(prompt, tokenizer, place), tokenizer, bos, place))
+    ids = tuple(_ids(render_prompt(prompt, tokenizer, place, inputs=inputs), tokenizer, bos, place))
     if not ids:
         raise DataError(f"{place}: the prompt has no token; a completion needs at least one before it.")
     return ids
@@ -212,19 +225,77 @@ def _common_length(sequences: Sequence[list[int]]) -> int:
     return length
 
 
-def _with_one_stop(ids: list[int], tokenizer: Tokenizer, stops: frozenset[int], place: str) -> tuple[int, ...]:
+def _counted(
+    ids: tuple[int, ...],
+    full: str,
+    full_ids: list[int],
+    answers: Sequence[Answer],
+    boundary: int,
+    tokenizer: Tokenizer,
+    stops: frozenset[int],
+    place: str,
+    *,
+    whole: bool,
+) -> tuple[bool, ...]:
+    """Return which tokens of a completion of several turns count: those of its answers, each with one stop token.
+
+    An answer begins where the tokens of all that the model reads before it end, and ends with the stop token that
+    closes its turn; without one, with its turn, or else with its text. With `whole`, the completion begins with the
+    first answer.
+    """
+    starts = [start for start, _ in _spans(full, tokenizer, place)]
+    counted = [False] * len(ids)
+    for number, answer in enumerate(answers):
+        opening = _ids(answer.opening, tokenizer, [], place)
+        first = 0 if whole and number == 0 else _common_length([opening, full_ids]) - boundary
+        after = bisect_left(starts, answer.end) - boundary
+        limit = len(ids) if number == len(answers) - 1 else bisect_left(starts, answer.following) - boundary
+        end = next((i + 1 for i in range(after, limit) if ids[i] in stops), None)
+        if end is None:
+            if answer.closed is None and answer.calls:
+                raise DataError(
+                    f"{place}, answer {number + 1}: the chat template closes the turn of a call with no stop token, so "
+                    "that its end cannot be found; set model.chat_template to one that does."
+                )
+            end = after if answer.closed is None else bisect_left(starts, answer.closed) - boundary
+            end = min(end, len(ids))
+        inner = next((i for i in range(first, end - 1) if ids[i] in stops), None)
+        if inner is not None:
+            _refuse_stop(ids[inner], inner - first + 1, end - first, tokenizer, f"{place}, answer {number + 1}")
+        counted[first:end] = [True] * (end - first)
+    return tuple(counted)
+
+
+def _spans(full: str, tokenizer: Tokenizer, place: str) -> list[tuple[int, int]]:
+    """Return start and end of each token in the text."""
+    try:
+        return tokenizer(full, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"{place}: completions of several turns need a fast tokenizer, which gives the characters of each token: "
+            "load one."
+        ) from error
+
+
+def _refuse_stop(id_: int, number: int, total: int, tokenizer: Tokenizer, place: str) -> NoReturn:
+    raise DataError(
+        f"{place} has the stop token {tokenizer.decode([id_])!r} in its middle (token {number} of {total}), where "
+        "generation would end; remove it from the text."
+    )
+
+
+def _with_one_stop(
+    ids: list[int], tokenizer: Tokenizer, stops: frozenset[int], place: str, *, inner: bool = False
+) -> tuple[int, ...]:
     end = _terminal_stop(ids, tokenizer, stops)
     if end is None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"{place} has no stop token, and the tokenizer has no EOS to append; set its eos_token.")
         ids = [*ids, tokenizer.eos_token_id]
         end = len(ids) - 1
-    inner = next((i for i in range(end) if ids[i] in stops), None)
-    if inner is not None:
-        raise DataError(
-            f"{place} has the stop token {tokenizer.decode([ids[inner]])!r} in its middle (token {inner + 1} of "
-            f"{end + 1}), where generation would end; remove it from the text."
-        )
+    early = None if inner else next((i for i in range(end) if ids[i] in stops), None)
+    if early is not None:
+        _refuse_stop(ids[early], early + 1, end + 1, tokenizer, place)
     return tuple(ids[: end + 1])
 
 

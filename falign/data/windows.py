@@ -103,7 +103,12 @@ def fit(tree: PromptTree, window: Window, *, bos_token_id: int | None) -> Fitted
     weights = tree.token_weights
     if weights is not None:
         weights = tuple(own[:completion_room] for own in weights)
-    fitted = replace(tree, prompt_ids=prompt_ids, completion_ids=completion_ids, token_weights=weights)
+    counted = tree.counted
+    if counted is not None:
+        counted = tuple(own[:completion_room] for own in counted)
+        if not all(map(any, counted)):
+            return Fitted(None, dropped="no answer before the cut")
+    fitted = replace(tree, prompt_ids=prompt_ids, completion_ids=completion_ids, token_weights=weights, counted=counted)
     return Fitted(fitted, prompt_excess, completions_cut)
 
 

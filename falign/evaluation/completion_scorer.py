@@ -139,7 +139,7 @@ class CompletionScorer:
         n = 0
         for tree in trees:
             rows.append([])
-            for i, ids in enumerate(tree.completion_ids):
+            for i, ids in enumerate(tree.counted_ids):
                 row: ScoreRow = {
                     "place": tree.place,
                     "completion": i,

@@ -169,7 +169,7 @@ class ItemScorer:
         for (item, tree), rows, classified in zip(items, by_tree, by_classifier, strict=True):
             scores: dict[str, Any] = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
             scores["classifier"] = classified
-            scores["length"] = [float(len(ids)) for ids in tree.completion_ids]
+            scores["length"] = [float(len(ids)) for ids in tree.counted_ids]
             scores["random"] = self._random(item)
             scored.append({name: scores[name] for name in self.names})
         return scored
@@ -279,7 +279,7 @@ def _identity(item: ItemTree) -> dict[str, Any]:
         "subset": item.item.subset,
         "group": item.item.group,
         "preference": list(item.item.preference),
-        "num_tokens": [len(ids) for ids in item.tree.completion_ids],
+        "num_tokens": [len(ids) for ids in item.tree.counted_ids],
     }
 
 

@@ -114,7 +114,7 @@ class ScoreOutput:
         hashes = [{"text_sha256": each} for each in tree.text_sha256] or [{} for _ in tree.completion_ids]
         expected = [
             {"place": tree.place, "completion": i, "token_ids": list(ids), **text}
-            for i, (ids, text) in enumerate(zip(tree.completion_ids, hashes, strict=True))
+            for i, (ids, text) in enumerate(zip(tree.counted_ids, hashes, strict=True))
         ]
         return self.take_rows(expected, form=ScoreRow)  # pyright: ignore[reportReturnType]
 

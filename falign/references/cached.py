@@ -96,7 +96,7 @@ class Cached(Reference):
 
         Ids are stored as float32 numbers too, which is exact up to 2^24.
         """
-        digests = [entry_digest(prompt, completion) for prompt, completion in batch.token_ids()]
+        digests = _digests(batch)
         if any(digest not in self.store for digest in digests):
             self.store.append(self._compute(policy_model, batch, digests))
         return [values.unflatten(0, (-1, 1 + 2 * self.top_k)) for values in self.store.read(digests)]
@@ -159,7 +159,7 @@ class Cached(Reference):
         computed: dict[bytes, Tensor] = {}
         for start in range(0, len(ordered), batch_size):
             batch = scorer.lay_out(ordered[start : start + batch_size], model=policy_model)
-            digests = [entry_digest(prompt, completion) for prompt, completion in batch.token_ids()]
+            digests = _digests(batch)
             computed |= self._compute(policy_model, batch, digests)
             done = min(start + batch_size, len(ordered))
             if len(computed) >= _ENTRIES_PER_SHARD or done == len(ordered):
@@ -170,7 +170,8 @@ class Cached(Reference):
         return len(ordered)
 
     def _missing(self, tree: PromptTree) -> tuple[bytes, ...]:
-        digests = (entry_digest(tree.prompt_ids, completion) for completion in tree.completion_ids)
+        completions = zip(tree.completion_ids, tree.counted_or_none, strict=True)
+        digests = (entry_digest(tree.prompt_ids, ids, counted) for ids, counted in completions)
         return tuple(digest for digest in digests if digest not in self.store)
 
     def _compute(
@@ -200,6 +201,13 @@ class Cached(Reference):
             )
         rows = values.split(mask.sum(dim=1).tolist())
         return {digests[n]: rows[n].flatten() for n in missing}
+
+
+def _digests(batch: TokenBatch) -> list[bytes]:
+    return [
+        entry_digest(prompt, completion, counted)
+        for (prompt, completion), counted in zip(batch.token_ids(), batch.counted, strict=True)
+    ]
 
 
 def _moves(reference: Reference) -> bool:

@@ -139,7 +139,8 @@ class Prompted(Reference):
             for length in span.completion_lengths:
                 completions.append(tuple(row[end : end + length]))
                 end += length
-            own = PromptTree(tuple(row[span.start : begin]), tuple(completions), place=batch.place[n])
+            counted = tuple(own or (True,) * len(ids) for own, ids in zip(span.counted, completions, strict=True))
+            own = PromptTree(tuple(row[span.start : begin]), tuple(completions), place=batch.place[n], counted=counted)
             trees.append(self.tree(own))
             n += len(completions)
         layout = LAYOUTS["tree" if batch.attention_mask is None else "padded"]

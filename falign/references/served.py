@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,7 +69,11 @@ class VLLMReference(Reference):
                     "a first token: give it a prompt, if only the token that begins a text."
                 )
             self.check_length(len(prompt) + len(completion), place=f"{self.place}, {place or 'a row'}")
-        values = [value for each in self.scorer.score(sequences) for value in each]
+        values = [
+            value
+            for each, counted in zip(self.scorer.score(sequences), batch.counted, strict=True)
+            for value in (each if counted is None else compress(each, counted))
+        ]
         return batch.scatter(torch.tensor(values, device=batch.input_ids.device))
 
     @override

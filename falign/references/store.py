@@ -60,9 +60,11 @@ class CacheKey:
         return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def entry_digest(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bytes:
-    """Return the name of a completion in a store: SHA-256 over the prompt's length and all token ids."""
-    ids = (len(prompt_ids), *prompt_ids, *completion_ids)
+def entry_digest(
+    prompt_ids: Sequence[int], completion_ids: Sequence[int], counted: Sequence[bool] | None = None
+) -> bytes:
+    """Return the name of a completion in a store: SHA-256 over the prompt's length, all token ids and which count."""
+    ids = (len(prompt_ids), *prompt_ids, *completion_ids, *(() if counted is None else map(int, (-1, *counted))))
     return hashlib.sha256(struct.pack(f"<{len(ids)}q", *ids)).digest()
 
 

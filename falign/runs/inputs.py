@@ -149,7 +149,11 @@ def _contents(row: PromptTree | PromptRow | RolloutBuffer) -> tuple[Sequence[int
         columns = {name: values.tolist() for name, (values, _) in row.columns.items()}
         return ids, f"{rest} {json.dumps(columns, sort_keys=True)}"
     # What most rows lack is left out, so that the digests of older runs stay the same.
-    further = {"token_weights": row.token_weights, "weight": None if row.weight == 1 else row.weight}
+    further = {
+        "token_weights": row.token_weights,
+        "weight": None if row.weight == 1 else row.weight,
+        "counted": row.counted,
+    }
     further = {name: value for name, value in further.items() if value is not None}
     return row.prompt_ids, json.dumps(
         [[_hash(ids) for ids in row.completion_ids], row.preference, *([further] if further else [])]

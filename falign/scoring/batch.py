@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from itertools import compress
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,6 +27,9 @@ __all__ = [
 ]
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class PromptTree:
     """One prompt and its K completions (2 for a pair, G for a group).
@@ -38,6 +42,8 @@ class PromptTree:
         mismatched_ids: Token ids of completions of another prompt, for estimates that read them.
         token_weights: Weight of each token of each completion, from the data; None without.
         weight: How much the row counts in the means of an objective; positive.
+        counted: Which tokens of each completion the policy answers for: in a dialogue of several turns those of the
+            assistant, not those of users and tools between them. None for all.
         text_sha256: Hash of the text of prompt and completion, one per completion; empty if it is not needed.
 
     Raises:
@@ -57,6 +63,24 @@ class PromptTree:
     token_weights: tuple[tuple[float, ...], ...] | None = None
     text_sha256: tuple[str, ...] = ()
     weight: float = 1.0
+    counted: tuple[tuple[bool, ...], ...] | None = None
+
+    @property
+    def counted_ids(self) -> tuple[tuple[int, ...], ...]:
+        """Token ids of each completion that count.
+
+        Example:
+            >>> PromptTree((5,), ((7, 8, 2),), counted=((True, False, True),)).counted_ids
+            ((7, 2),)
+        """
+        return tuple(_chosen(ids, own) for ids, own in zip(self.completion_ids, self.counted_or_none, strict=True))
+
+    @property
+    def counted_or_none(self) -> tuple[tuple[bool, ...] | None, ...]:
+        """:attr:`counted` of each completion; None where all of its tokens count."""
+        if self.counted is None:
+            return (None,) * len(self.completion_ids)
+        return tuple(None if all(own) else own for own in self.counted)
 
     @property
     def mismatched(self) -> PromptTree:
@@ -90,6 +114,18 @@ class PromptTree:
                 f"{self.place}: token_weights has {list(map(len, weights))} numbers for completions of "
                 f"{list(map(len, self.completion_ids))} tokens."
             )
+        if self.counted is not None:
+            if list(map(len, self.counted)) != list(map(len, self.completion_ids)):
+                raise ValueError(
+                    f"{self.place}: counted has {list(map(len, self.counted))} values for completions of "
+                    f"{list(map(len, self.completion_ids))} tokens."
+                )
+            if not all(map(any, self.counted)):
+                raise ValueError(f"{self.place}: no token of a completion counts; each needs at least one.")
+
+
+def _chosen(values: Sequence[T], counted: Sequence[bool] | None) -> tuple[T, ...]:
+    return tuple(values) if counted is None else tuple(compress(values, counted))
 
 
 def token_rows(trees: Iterable[PromptTree]) -> Iterator[tuple[str, Sequence[int]]]:
@@ -117,12 +153,14 @@ class TreeSpan:
         start: Column of the prompt's first token.
         prompt_length: Tokens of the prompt.
         completion_lengths: Tokens of each completion, in their order in the row.
+        counted: Which of them count, for each completion; None where all do.
     """
 
     row: int
     start: int
     prompt_length: int
     completion_lengths: tuple[int, ...]
+    counted: tuple[tuple[bool, ...] | None, ...]
 
     @property
     def length(self) -> int:
@@ -137,7 +175,10 @@ class TreeSpan:
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """N completions in R rows of L tokens; T is the longest completion.
+    """N completions in R rows of L tokens; T is the largest number of tokens of a completion that count.
+
+    Tokens that do not count (:attr:`PromptTree.counted`) are in the rows, where later ones attend to them, and nowhere
+    else: the columns of ``completion_ids`` and of all scores are those that count, one after the other.
 
     Nothing is inferred from token values, so the filling may be the end-of-sequence token.
 
@@ -147,7 +188,7 @@ class TokenBatch:
         attention_mask: In the padded layout 1 on prompt and completion, shape (R, L). None in the tree layout, where
             `spans` determines which token attends to which.
         spans: One for each copy of a prompt, in the order of the completions.
-        completion_ids: Only the completions, each from column 0 on, shape (N, T).
+        completion_ids: Only the counted tokens of the completions, each from column 0 on, shape (N, T).
         completion_mask: True on completion tokens, shape (N, T).
         predictor: Index, into the R·L positions, of the position that predicts each completion token, shape (N, T);
             0 where masked.
@@ -181,7 +222,7 @@ class TokenBatch:
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     def token_ids(self) -> list[tuple[list[int], list[int]]]:
-        """Return prompt ids and completion ids of each completion, without the filling.
+        """Return prompt ids and completion ids of each completion, without the filling, and with all tokens.
 
         Returns:
             N pairs of lists, copied to the CPU.
@@ -195,6 +236,11 @@ class TokenBatch:
                 pairs.append((prompt, row[end : end + length]))
                 end += length
         return pairs
+
+    @property
+    def counted(self) -> list[tuple[bool, ...] | None]:
+        """Which tokens of each completion of :meth:`token_ids` count, N entries; None where all do."""
+        return [own for span in self.spans for own in span.counted]
 
     def scatter(self, values: Float[Tensor, " M"]) -> Float[Tensor, "N T"]:
         """Scatter one value per completion token to its position; 0 where masked.
@@ -233,11 +279,12 @@ def lay_out(
     filled = [0] * (max(rows) + 1)
     spans = []
     for tree, row in zip(trees, rows, strict=True):
-        span = TreeSpan(row, filled[row], len(tree.prompt_ids), tuple(map(len, tree.completion_ids)))
+        lengths = tuple(map(len, tree.completion_ids))
+        span = TreeSpan(row, filled[row], len(tree.prompt_ids), lengths, tree.counted_or_none)
         spans.append(span)
         filled[row] += span.length
     width = max(filled) + -max(filled) % pad_to_multiple_of  # -n % m is what n lacks to a multiple of m
-    longest = max(max(span.completion_lengths) for span in spans)
+    longest = max(len(ids) for tree in trees for ids in tree.counted_ids)
 
     input_ids = torch.full((len(filled), width), pad_token_id)
     position_ids = torch.zeros_like(input_ids)
@@ -252,14 +299,15 @@ def lay_out(
         last = span.row * width + end - 1
         input_ids[span.row, span.start : end] = torch.tensor(tree.prompt_ids)
         position_ids[span.row, span.start : end] = torch.arange(span.prompt_length)
-        for ids in tree.completion_ids:
+        for ids, own, counted in zip(tree.completion_ids, span.counted, tree.counted_ids, strict=True):
             length, begin = len(ids), end
             end += length
-            input_ids[span.row, begin:end] = completion_ids[n, :length] = torch.tensor(ids)
+            input_ids[span.row, begin:end] = torch.tensor(ids)
             position_ids[span.row, begin:end] = torch.arange(span.prompt_length, span.prompt_length + length)
-            completion_mask[n, :length] = True
-            predictor[n, 0] = last
-            predictor[n, 1:length] = span.row * width + torch.arange(begin, end - 1)
+            before = [last, *range(span.row * width + begin, span.row * width + end - 1)]
+            completion_ids[n, : len(counted)] = torch.tensor(counted)
+            completion_mask[n, : len(counted)] = True
+            predictor[n, : len(counted)] = torch.tensor(_chosen(before, own))
             n += 1
     counts = [len(tree.completion_ids) for tree in trees]
     return TokenBatch(
@@ -308,7 +356,7 @@ def data_weights(trees: Sequence[PromptTree]) -> Float[Tensor, "N T"]:
         trees: The trees of a batch.
 
     Returns:
-        Shape (N, T), in the order of the trees, 0 where masked.
+        Shape (N, T), in the order of the trees, of the tokens that count, 0 where masked.
 
     Raises:
         ValueError: A tree has none.
@@ -323,7 +371,11 @@ def data_weights(trees: Sequence[PromptTree]) -> Float[Tensor, "N T"]:
             f"{missing[0]} has no weights of tokens, which the objective reads: give every row chosen_weights and "
             "rejected_weights (or completion_weights), [] for weights of 1."
         )
-    rows = [torch.tensor(own) for tree in trees for own in tree.token_weights or ()]
+    rows = [
+        torch.tensor(_chosen(weights, own))
+        for tree in trees
+        for weights, own in zip(tree.token_weights or (), tree.counted_or_none, strict=True)
+    ]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
@@ -420,7 +472,11 @@ def pad(trees: Sequence[PromptTree], *, pad_token_id: int, pad_to_multiple_of: i
                 [6, 7, 8]])
     """
     preference = preferences(trees)
-    singles = [PromptTree(tree.prompt_ids, (ids,), place=tree.place) for tree in trees for ids in tree.completion_ids]
+    singles = [
+        PromptTree(tree.prompt_ids, (ids,), place=tree.place, counted=None if own is None else (own,))
+        for tree in trees
+        for ids, own in zip(tree.completion_ids, tree.counted_or_none, strict=True)
+    ]
     batch = lay_out(
         singles,
         range(len(singles)),

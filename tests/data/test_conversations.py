@@ -27,7 +27,7 @@ def test_both_spellings_of_turns_become_one():
         ([{"role": "user", "content": [{"type": "text"}]}], r"the content of 'f\[0\]' is .*images are not supported"),
         (
             [{"role": "assistant", "content": "", "tool_calls": [1]}],
-            r"'f\[0\]' has tool calls, which are not supported",
+            r"'tool_calls\[0\]' of 'f\[0\]' is 1; it must be \{'type': 'function'",
         ),
     ],
 )

@@ -168,12 +168,15 @@ TURNS = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assista
             {**TURNS, "chosen": [assistant("a"), user("b")]},
             "last turn of 'chosen' is by 'user'; it must be the assistant's",
         ),
-        ({**TURNS, "chosen": [user("x"), assistant("a")]}, "'chosen' has 2 turns after the common prompt"),
+        (
+            {**TURNS, "chosen": [user("x"), assistant("a")]},
+            "'chosen' goes on with a turn by 'user' after",
+        ),
         ({**TURNS, "prompt": [user("q"), assistant("x")]}, "the last turn of the prompt is the assistant's, 'x'"),
         ({**TURNS, "prompt": [system("t"), user("q")], "system": "s"}, "another system turn in its prompt; keep one"),
         (
-            {**TURNS, "tools": [{"name": "f"}]},
-            "column 'tools' is not supported, and leaving it out would change the prompt",
+            {**TURNS, "images": [{"name": "f"}]},
+            "column 'images' is not supported, and leaving it out would change the prompt",
         ),
         ({"chosen": "alpha", "rejected": "beta"}, "have no words in common at their beginning, so there is no prompt"),
         ({"chosen": "a b", "rejected": [assistant("b")]}, "one of 'chosen' and 'rejected' is text, the other"),

@@ -59,7 +59,7 @@ def test_published_files_are_read_as_they_are(shared_data, file, format, good, b
     source = DataSource(str(shared_data(file)))
     assert len(list(read_examples(source, reader=reader, bad_rows=bad_rows))) == good
     assert (reader.format, bad_rows.count) == (format, bad)
-    assert all("differ before the last turn" in message for message in bad_rows.messages)
+    assert all("has two answers one after the other" in message for message in bad_rows.messages)
 
 
 def test_hh_prompt_and_answers_are_the_dialogue(shared_data):

@@ -224,7 +224,7 @@ def test_real_tokenizer_gives_the_rendered_conversation(smollm2):
 
 def test_plain_text_is_joined_as_it_is(byte_bpe):
     plain = Example("Q:", (" a", "b"), None, "x:1")
-    assert render(plain, byte_bpe()) == ("Q:", ("Q: a", "Q:b"))
+    assert render(plain, byte_bpe()) == ("Q:", ("Q: a", "Q:b"), ())
 
 
 def test_conversation_without_template_names_the_option(byte_bpe):

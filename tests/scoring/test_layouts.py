@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from falign.scoring import PromptTree, completion_scores, pad
+from falign.scoring import PromptTree, completion_scores, pack, pad
 from tests.scoring.models import TREES, tiny_model
 
 
@@ -51,3 +51,38 @@ def test_preferences_of_some_trees_only_are_refused():
 def test_a_batch_without_trees_is_refused():
     with pytest.raises(ValueError, match="at least one tree"):
         pad([], pad_token_id=2)
+
+
+GAPS = [
+    PromptTree(
+        (5, 6, 7),
+        ((8, 9, 2, 11, 12, 13, 2), (8, 14)),
+        (1.0, 0.0),
+        counted=((True, True, True, False, False, True, True), (True, True)),
+    ),
+    PromptTree((9,), ((4, 3, 7, 2),), (1.0,), counted=((False, False, True, True),)),
+]
+
+
+@pytest.mark.parametrize("layout", [pack, pad])
+def test_tokens_that_do_not_count_are_read_and_not_scored(layout):
+    model = tiny_model().eval().double()
+    batch = layout(GAPS, pad_token_id=2)
+    assert batch.completion_ids.tolist() == [[8, 9, 2, 13, 2], [8, 14, 2, 2, 2], [7, 2, 2, 2, 2]]
+    assert batch.completion_mask.sum(-1).tolist() == [5, 2, 2]
+    assert [ids for _, ids in batch.token_ids()] == [[8, 9, 2, 11, 12, 13, 2], [8, 14], [4, 3, 7, 2]]
+    with torch.no_grad():
+        scores = completion_scores(model, batch).logprobs
+        for n, (prompt, ids) in enumerate(batch.token_ids()):
+            row = torch.tensor([prompt + ids])
+            dense = model(input_ids=row).logits[0, :-1].log_softmax(-1).gather(-1, row[0, 1:, None])[:, 0]
+            counted = batch.counted[n] or (True,) * len(ids)
+            own = dense[len(prompt) - 1 :][torch.tensor(counted)]
+            torch.testing.assert_close(scores[n, : len(own)], own, rtol=0, atol=1e-6)
+
+
+def test_flags_that_do_not_fit_a_completion_are_refused():
+    with pytest.raises(ValueError, match=r"counted has \[1\] values for completions of \[2\] tokens"):
+        PromptTree((1,), ((2, 3),), counted=((True,),))
+    with pytest.raises(ValueError, match="no token of a completion counts"):
+        PromptTree((1,), ((2, 3),), counted=((False, False),))

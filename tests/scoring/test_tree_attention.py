@@ -141,5 +141,5 @@ def test_other_uses_of_the_mask_and_dropout_are_refused():
 
 
 def test_a_span_knows_its_length_and_depth():
-    span = TreeSpan(row=0, start=4, prompt_length=3, completion_lengths=(2, 5))
+    span = TreeSpan(row=0, start=4, prompt_length=3, completion_lengths=(2, 5), counted=(None, None))
     assert (span.length, span.depth) == (10, 8)
