@@ -8,19 +8,20 @@ from torch import Tensor
 
 from falign.errors import ConfigError
 from falign.models.adapter_tensors import AdapterTensors, install_adapter
-from falign.models.lora_factors import check_plain_lora, cut_to_rank, factors_of, weighted_sum
-from falign.models.structure import adapter_matrix, adapter_weights, lora_layers
+from falign.models.lora_factors import cut_to_rank, factors_of, weighted_sum
+from falign.models.merging import check_averaged, check_supported
+from falign.models.structure import PREFIX, adapter_matrix, adapter_weights, lora_layers
 
-__all__ = ["add_average", "add_copy", "average_into", "copy_into", "matrices_of"]
+__all__ = ["add_average", "add_copy", "average_into", "copy_into", "tensors_of"]
 
 
 def add_copy(model: PeftModel, *, source: str = "default", name: str = "ref") -> None:
     """Add a frozen copy of an adapter.
 
     Raises:
-        ModelError: The name is in use, or the adapter is more than LoRA matrices.
+        ModelError: The name is in use, or the kind of adapter is not supported.
     """
-    check_plain_lora(model, source)
+    check_supported(model, source)
     config = _config(model, source)
     install_adapter(model, AdapterTensors(config, adapter_weights(model, source)), name=name)
 
@@ -30,9 +31,9 @@ def add_average(model: PeftModel, *, rank: int, source: str = "default", name: s
 
     Raises:
         ConfigError: The other adapter has a higher rank.
-        ModelError: The name is in use, or the adapter is more than LoRA matrices.
+        ModelError: The name is in use, or averages of the adapter are not of its kind.
     """
-    check_plain_lora(model, source)
+    check_averaged(model, source)
     own = max(each.r[source] for each in lora_layers(model, source).values())
     if rank < own:
         raise ConfigError(f"a rank of {rank} has no room for an adapter of rank {own}: give at least {own}.")
@@ -43,6 +44,9 @@ def add_average(model: PeftModel, *, rank: int, source: str = "default", name: s
     config.alpha_pattern = {layer: each.scaling[source] * rank for layer, each in layers.items()}
     tensors = {}
     for key, tensor in adapter_weights(model, source).items():
+        if not _is_matrix(key):
+            tensors[key] = tensor
+            continue
         shape = (rank, tensor.shape[1]) if ".lora_A." in key else (tensor.shape[0], rank)
         tensors[key] = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
         tensors[key][: tensor.shape[0], : tensor.shape[1]] = tensor
@@ -52,9 +56,9 @@ def add_average(model: PeftModel, *, rank: int, source: str = "default", name: s
 @torch.no_grad()
 def copy_into(model: PeftModel, *, source: str = "default", name: str = "ref") -> None:
     """Overwrite an adapter of `add_copy` with the current state of its original."""
-    new = matrices_of(model, source)
-    for key, matrix in matrices_of(model, name).items():
-        matrix.copy_(new[key])
+    new = tensors_of(model, source)
+    for key, tensor in tensors_of(model, name).items():
+        tensor.copy_(new[key])
 
 
 @torch.no_grad()
@@ -62,7 +66,8 @@ def average_into(model: PeftModel, *, alpha: float, source: str = "default", nam
     """Set ``ΔW ← (1-α) ΔW + α ΔW_source`` in an adapter of `add_average`, and return the truncation error.
 
     The updates are averaged, not A and B: the product of two averages would have cross terms between the present policy
-    and the past. The sum has the columns of both, and is cut to the adapter's rank.
+    and the past. The sum has the columns of both, and is cut to the adapter's rank. Modules that are trained as a whole
+    and trained tokens are averaged as they are.
 
     Returns:
         Norm of what was cut off, as a share of the norm of all updates together.
@@ -76,17 +81,26 @@ def average_into(model: PeftModel, *, alpha: float, source: str = "default", nam
         down.copy_(cut.factors.down)
         discarded.append(cut.discarded.cpu())
         total.append(cut.total.cpu())
+    present = adapter_weights(model, source)
+    for key, tensor in adapter_weights(model, name).items():
+        if not _is_matrix(key):
+            tensor.lerp_(present[key].to(tensor), alpha)
     whole = torch.stack(total).sum()
     return (torch.stack(discarded).sum() / whole).sqrt().item() if whole > 0 else 0.0
 
 
-def matrices_of(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """Return the matrices of an adapter (not copies), under names without the adapter's name."""
+def tensors_of(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """Return the tensors of an adapter, under short names without the adapter's name.
+
+    Those of a copy or an average are its own, not copies.
+    """
     return {
-        f"{name}.{kind}": adapter_matrix(getattr(layer, kind), adapter)
-        for name, layer in lora_layers(model, adapter).items()
-        for kind in ("lora_A", "lora_B")
+        key.removeprefix(PREFIX).removesuffix(".weight"): each for key, each in adapter_weights(model, adapter).items()
     }
+
+
+def _is_matrix(key: str) -> bool:
+    return ".lora_A." in key or ".lora_B." in key
 
 
 def _config(model: PeftModel, adapter: str) -> LoraConfig:

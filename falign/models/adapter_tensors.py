@@ -1,32 +1,31 @@
 """Adapters outside of a model: configuration and matrices, with the names in PEFT's files."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, TaskType, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from typing_extensions import override
 
 from falign.errors import ModelError
 from falign.models.adapter_files import read_adapter_files
+from falign.models.adapter_modules import CastLinear, ExactDora, keep_float32
 from falign.models.base_weights import beyond_plain_lora
 from falign.models.lora_factors import Factors
 from falign.models.recorded_base import RecordedBase
 from falign.models.sources import damaged
 from falign.models.staging import reading
-from falign.models.structure import linear_modules, lora_layers
+from falign.models.structure import PREFIX, linear_modules, lora_layers, saved_modules
 
 __all__ = ["AdapterTensors", "adapter_of", "compute_in_activation_type", "install_adapter", "read_adapter"]
 
 
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
-_PREFIX = "base_model.model."
 
 
 class AdapterTensors(NamedTuple):
@@ -56,7 +55,7 @@ class AdapterTensors(NamedTuple):
     def _pairs(self) -> dict[str, Factors]:
         layers = [name.removesuffix(_DOWN) for name in self.tensors if name.endswith(_DOWN)]
         return {
-            layer.removeprefix(_PREFIX): Factors(self.tensors[layer + _UP], self.tensors[layer + _DOWN])
+            layer.removeprefix(PREFIX): Factors(self.tensors[layer + _UP], self.tensors[layer + _DOWN])
             for layer in layers
         }
 
@@ -129,8 +128,8 @@ def adapter_of(factors: Mapping[str, Factors], *, base: str | None, transposed: 
     )
     tensors = {}
     for name, each in factors.items():
-        tensors[f"{_PREFIX}{name}{_DOWN}"] = each.down.contiguous()
-        tensors[f"{_PREFIX}{name}{_UP}"] = each.up.contiguous()
+        tensors[f"{PREFIX}{name}{_DOWN}"] = each.down.contiguous()
+        tensors[f"{PREFIX}{name}{_UP}"] = each.up.contiguous()
     return AdapterTensors(config, tensors)
 
 
@@ -149,9 +148,12 @@ def install_adapter(model: PeftModel, adapter: AdapterTensors, *, name: str) -> 
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     config = copy.deepcopy(adapter.config)
     config.inference_mode = True
-    model.add_adapter(name, config)
+    with warnings.catch_warnings():
+        # The same remark as for the policy's own adapter, which has been reported.
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
+        model.add_adapter(name, config)
+    compute_in_activation_type(model, name)  # first, so that the tensors are not rounded
     set_peft_model_state_dict(model, adapter.tensors, adapter_name=name)
-    compute_in_activation_type(model, name)
     for parameter in model.parameters():
         parameter.requires_grad_(trainable.get(parameter, False))
 
@@ -159,6 +161,8 @@ def install_adapter(model: PeftModel, adapter: AdapterTensors, *, name: str) -> 
 def _check_shapes(adapter: AdapterTensors, base: PreTrainedModel) -> None:
     layers = {name.removesuffix(".base_layer"): layer for name, layer in linear_modules(base).items()}
     for name, wanted in adapter.shapes().items():
+        if name not in layers and adapter.config.target_parameters:
+            continue  # experts
         if name not in layers:
             raise ModelError(f"The adapter changes {name}, which is not a linear layer here: give its own base.")
         shape = _shape(layers[name])
@@ -180,17 +184,18 @@ def compute_in_activation_type(model: PeftModel, adapter: str) -> None:
 
     The matrices stay float32 for the optimizer, and are small. The inputs are large: a float32 copy would be kept for
     the backward pass of each layer that reads them, and multiplied several times as slowly. This is what
-    mixed-precision training does, without its context. Over float32 weights nothing changes.
+    mixed-precision training does, without its context. Over float32 weights nothing changes. Modules that are trained
+    as a whole are converted to float32 in the same way, and DoRA's norms are computed in float32.
     """
     for layer in lora_layers(model, adapter).values():
         layer.cast_input_dtype_enabled = False
         for matrices in (layer.lora_A, layer.lora_B):
             matrix = matrices[adapter]
             if type(matrix) is nn.Linear:
-                matrix.__class__ = _CastLinear  # the same parameters under the same names
-
-
-class _CastLinear(nn.Linear):
-    @override
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight.to(input.dtype))
+                matrix.__class__ = CastLinear  # the same parameters under the same names
+        if adapter in layer.lora_magnitude_vector:
+            magnitudes = layer.lora_magnitude_vector[adapter]
+            magnitudes.__class__ = ExactDora
+            keep_float32(magnitudes)
+    for module in saved_modules(model, adapter).values():
+        keep_float32(module)

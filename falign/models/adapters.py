@@ -1,9 +1,8 @@
 """LoRA adapters: added with a reproducible initialization, or loaded."""
 
 import copy
-import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,30 +15,21 @@ from peft import (
     get_peft_model,
     set_peft_model_state_dict,
 )
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from falign.choices import nearest
 from falign.errors import ConfigError, ModelError, one_line
 from falign.models.adapter_files import AdapterFiles, read_adapter_files
+from falign.models.adapter_starts import room_for, start_adapter
+from falign.models.adapter_targets import check_patterns, choose_targets, rows_of_tokens
 from falign.models.adapter_tensors import compute_in_activation_type
 from falign.models.base_weights import base_parameters
-from falign.models.lora_factors import check_plain_lora
+from falign.models.merging import check_supported
 from falign.models.patterns import check_adapter_patterns
 from falign.models.recorded_base import check_recorded_base
 from falign.models.sources import adapter_folder, resolve
 from falign.models.staging import reading
-from falign.models.structure import (
-    adapter_matrix,
-    adapter_weights,
-    base_name,
-    base_of,
-    expert_modules,
-    is_transposed,
-    linear_modules,
-    lora_layers,
-)
+from falign.models.structure import adapter_weights, base_name, base_of, is_transposed, linear_modules, lora_layers
 
 __all__ = ["add_lora", "load_adapter", "start_from_adapter", "transplant_adapter"]
 
@@ -53,13 +43,20 @@ def add_lora(
     dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
     rslora: bool = False,
+    dora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    modules_to_save: Sequence[str] = (),
+    target_parameters: Sequence[str] = (),
+    start: str = "default",
+    token_ids: Sequence[int] = (),
     revision: str | None = None,
 ) -> PeftModel:
     """Freeze ``model``, and add a trainable adapter named ``default`` with float32 weights.
 
-    The adapter changes nothing at first (B = 0). A depends only on ``seed`` and the shapes, and not on the device, the
-    base's dtype or quantization, or the global random state, which is left as it was. A quantized base needs no further
-    preparation: it is not converted to float32.
+    The adapter changes nothing at first. Its first values depend only on ``seed``, the shapes and, for some starts, the
+    base's weights; not on the device or the global random state, which is left as it was. A quantized base needs no
+    further preparation: it is not converted to float32.
 
     Args:
         model: The base, changed in place.
@@ -67,40 +64,57 @@ def add_lora(
         alpha: Scale; the update is ``alpha / r · B A``, or ``alpha / √r · B A`` with ``rslora``.
         seed: Seed of A.
         dropout: Dropout probability of the adapter's input, in training.
-        target_modules: ``all-linear`` (all linear layers but the output head), or endings of module names. Experts that
-            are stacked in one parameter, and their router, are not linear layers and get no adapter.
+        target_modules: ``all-linear`` (all linear layers but the output head and routers), or endings of module names.
         rslora: Scale by 1/√r.
+        dora: Also train the norm of each row of the weights (DoRA).
+        rank_pattern: Other ranks, by endings of layer names or regular expressions.
+        alpha_pattern: Other scales, by the same.
+        modules_to_save: Endings of names of modules that are trained as a whole.
+        target_parameters: Endings of names of parameters that stack the matrices of experts.
+        start: First values of the matrices, one of :data:`falign.models.adapter_starts.STARTS`.
+        token_ids: Tokens whose rows of the embeddings and the head are trained.
         revision: The base's revision on the hub, recorded in the adapter's configuration.
 
     Raises:
-        ConfigError: A target that is not a linear layer of this model.
+        ConfigError: A target that this model does not have or that cannot be trained so, or settings that exclude each
+            other.
+
+    Source:
+        Hu et al., LoRA (arXiv:2106.09685); Kalajdzievski, rsLoRA (arXiv:2312.03732); Liu et al., DoRA
+        (arXiv:2402.09353); Meng et al., PiSSA (arXiv:2404.02948); Büyükakyüz, OLoRA (arXiv:2406.01775).
     """
-    linear = linear_modules(model)
-    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    chosen = _match(targets, linear)
-    if targets == "all-linear" and expert_modules(model):
-        targets = _linear_beside_experts(model, linear)
-    elif taken := _taken_for_experts(targets, model):
-        raise ConfigError(
-            f"target_modules={targets!r}: PEFT applies {sorted(taken)} to the experts of a {type(model).__name__}, "
-            "which are not linear layers: leave them out."
-        )
+    targets = choose_targets(
+        model, target_modules, target_parameters=target_parameters, modules_to_save=modules_to_save
+    )
+    patterns = {"rank_pattern": dict(rank_pattern or {}), "alpha_pattern": dict(alpha_pattern or {})}
+    check_patterns(patterns, targets.layers)
+    room = room_for(start)
+    widened = room**0.5 if rslora else room  # keeps the scale of each layer
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
-        r=r,
+        r=room * r,
         # Declared as an integer in PEFT, which works with any number.
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
+        lora_alpha=widened * alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=dropout,
-        target_modules=targets,
+        target_modules=targets.modules,
         use_rslora=rslora,
+        use_dora=dora,
+        rank_pattern={key: room * rank for key, rank in patterns["rank_pattern"].items()},
+        alpha_pattern={key: widened * each for key, each in patterns["alpha_pattern"].items()},
+        modules_to_save=[*modules_to_save] or None,
+        target_parameters=targets.parameters or None,
+        trainable_token_indices=rows_of_tokens(model, token_ids, modules_to_save=modules_to_save)
+        if token_ids
+        else None,
         # GPT-2's layers keep their weights transposed.
-        fan_in_fan_out=any(is_transposed(linear[name]) for name in chosen),
+        fan_in_fan_out=any(is_transposed(layer) for layer in targets.layers.values()),
     )
     devices = [model.device] if model.device.type == "cuda" else []
     with reading(partial(_impossible, model)), torch.random.fork_rng(devices), _expected_warnings():
         adapted = get_peft_model(model, config, revision=revision)
-    _initialize(adapted, seed=seed)
-    compute_in_activation_type(adapted, "default")
+        compute_in_activation_type(adapted, "default")
+        torch.manual_seed(seed)  # for PEFT's randomized decomposition
+        start_adapter(adapted, start, seed=seed)
     return adapted
 
 
@@ -156,6 +170,8 @@ def load_adapter(
     if stray:
         raise _unfit(folder, f"weights that only one of them has: {sorted(stray)[:3]}.")
     compute_in_activation_type(adapted, name)
+    if files.settings.get("modules_to_save"):  # PEFT has read them in the base's type
+        set_peft_model_state_dict(adapted, files.tensors, adapter_name=name)
     adapted.train(was_training)  # PEFT switches the whole model to evaluation for a frozen adapter
     return adapted
 
@@ -169,56 +185,9 @@ def transplant_adapter(source: PeftModel, target: PreTrainedModel, *, adapter: s
         config.fan_in_fan_out = any(is_transposed(module) for module in linear_modules(target).values())
     with _expected_warnings():
         adapted = get_peft_model(target, config, adapter_name=adapter)
-    set_peft_model_state_dict(adapted, adapter_weights(source, adapter), adapter_name=adapter)
     compute_in_activation_type(adapted, adapter)
+    set_peft_model_state_dict(adapted, adapter_weights(source, adapter), adapter_name=adapter)
     return adapted
-
-
-def _match(targets: str | list[str], linear: dict[str, nn.Module]) -> list[str]:
-    if targets == "all-linear":
-        return list(linear)
-    known = sorted({name.rpartition(".")[2] for name in linear})
-    if isinstance(targets, str):
-        raise ConfigError(f"target_modules={targets!r}: give 'all-linear' or a list of names out of {known}.")
-    chosen = []
-    for target in targets:
-        matching = [name for name in linear if name == target or name.endswith(f".{target}")]
-        if not matching:
-            close = nearest(target, known)
-            hint = f" Did you mean {close!r}?" if close else ""
-            raise ConfigError(
-                f"target_modules: {target!r} matches no linear layer of this model.{hint} Its linear layers are "
-                f"called {known}."
-            )
-        chosen += matching
-    if not chosen:
-        raise ConfigError(f"target_modules is empty: give 'all-linear' or a list of names out of {known}.")
-    return chosen
-
-
-def _linear_beside_experts(model: PreTrainedModel, linear: dict[str, nn.Module]) -> list[str]:
-    head = model.get_output_embeddings()
-    names = sorted({name.rpartition(".")[2] for name, module in linear.items() if module is not head})
-    return [name for name in names if name not in _taken_for_experts(names, model)]
-
-
-def _taken_for_experts(targets: str | list[str], model: PreTrainedModel) -> set[str]:
-    """Return the targets that PEFT would replace by parameters of this model's experts."""
-    if isinstance(targets, str) or not expert_modules(model):
-        return set()
-    config = LoraConfig(target_modules=targets)
-    convert_peft_config_for_transformers(config, model, None)
-    return set(targets) - set(config.target_modules or ())
-
-
-@torch.no_grad()
-def _initialize(model: PeftModel, *, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for _, layer in sorted(lora_layers(model, "default").items()):
-        weight = adapter_matrix(layer.lora_A, "default")
-        # The distribution of PEFT and of nn.Linear: uniform on ±1/√fan_in.
-        drawn = nn.init.kaiming_uniform_(torch.empty(weight.shape), a=math.sqrt(5), generator=generator)
-        weight.copy_(drawn)
 
 
 @contextmanager
@@ -240,7 +209,9 @@ def _brought_along(files: AdapterFiles, model: PreTrainedModel | PeftModel, fold
     saved = files.settings.get("modules_to_save") or []
     for name, tensor in files.tensors.items():
         own = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if own not in base or any(f".{module}." in f".{own}" for module in saved):
+        parts = own.split(".")
+        inside = [".".join(parts[:end]) for end in range(1, len(parts))]
+        if own not in base or any(place.endswith(module) for place in inside for module in saved):  # PEFT's rule
             continue
         weight = base[own]
         if tensor.shape != weight.shape:
@@ -268,7 +239,7 @@ def _unfit(folder: Path, reason: str) -> ModelError:
 def start_from_adapter(
     model: PreTrainedModel, path: str | Path, *, dropout: float = 0.0, revision: str | None = None
 ) -> PeftModel:
-    """Add a trainable copy of an adapter to ``model``, named ``default``, with the same rank, scale and targets.
+    """Add a trainable copy of an adapter to ``model``, named ``default``, with the same settings.
 
     Args:
         model: The base, changed in place.
@@ -277,13 +248,17 @@ def start_from_adapter(
         revision: The base's revision on the hub, recorded in the adapter's configuration.
 
     Raises:
-        ModelError: No adapter there, one for another base, or one that is more than LoRA matrices, which could not
-            be exported again.
+        ModelError: No adapter there, one for another base, or one of a kind that could not be exported again.
+        ConfigError: Dropout for an adapter on the parameters of experts.
     """
     adapted = load_adapter(model, adapter_folder(path), trainable=True)
-    check_plain_lora(adapted, "default")
+    check_supported(adapted, "default")
     config = adapted.peft_config["default"]
     assert isinstance(config, LoraConfig)
+    if dropout and config.target_parameters:
+        raise ConfigError(
+            f"dropout={dropout}: {path} acts on the parameters of experts, whose input has no dropout: leave it out."
+        )
     config.lora_dropout = dropout
     config.base_model_name_or_path = resolve(base_name(model))
     config.revision = revision

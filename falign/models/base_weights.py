@@ -23,6 +23,7 @@ __all__ = [
     "beyond_plain_lora",
     "check_base_intact",
     "check_quantized_from",
+    "unsupported",
 ]
 
 
@@ -146,6 +147,9 @@ BEYOND_PLAIN_LORA = {
 }
 """Settings of PEFT's LoRA that make an adapter more than one pair of matrices per linear layer, with descriptions."""
 
+_SUPPORTED = frozenset({"use_dora", "modules_to_save", "trainable_token_indices", "target_parameters"})
+"""Those of these settings with which adapters are trained, continued and exported, but not averaged."""
+
 # Initializations of A and B that leave the base unchanged. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract the initial
 # update ``s B₀ A₀`` from the base's weights, and PEFT does so again whenever such an adapter is added to a model.
 _HARMLESS_STARTS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
@@ -170,5 +174,12 @@ def base_change(settings: Mapping[str, Any]) -> str | None:
 def beyond_plain_lora(settings: Mapping[str, Any]) -> Iterator[str]:
     """Yield each reason why an adapter is more than pairs of matrices on linear layers over an intact base."""
     yield from (what for field, what in BEYOND_PLAIN_LORA.items() if settings.get(field))
+    if (change := base_change(settings)) is not None:
+        yield f"changes its base ({change})"
+
+
+def unsupported(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield each reason why an adapter cannot be trained and exported."""
+    yield from (what for field, what in BEYOND_PLAIN_LORA.items() if field not in _SUPPORTED and settings.get(field))
     if (change := base_change(settings)) is not None:
         yield f"changes its base ({change})"

@@ -14,7 +14,7 @@ from falign.models.adapter_files import write_adapter_files
 from falign.models.base_weights import check_quantized_from
 from falign.models.execution import resolve_dtype
 from falign.models.loading import load_model, stored_quantization
-from falign.models.lora_factors import check_plain_lora, fold_adapter
+from falign.models.merging import check_supported, fold_adapter
 from falign.models.recorded_base import RecordedBase, record_base
 from falign.models.sources import resolve
 from falign.models.staging import staged_folder
@@ -46,11 +46,11 @@ def export_adapter(
         overwrite: Replace a folder that is not empty.
 
     Raises:
-        ModelError: An adapter that is not plain LoRA, an occupied folder, or a full disk.
+        ModelError: A kind of adapter that is not supported, an occupied folder, or a full disk.
     """
     if adapter == "ref":
         raise ModelError("Adapter 'ref' is the frozen reference: export the trained one, 'default'.")
-    check_plain_lora(model, adapter)
+    check_supported(model, adapter)
     weights = {name: tensor.cpu().contiguous() for name, tensor in adapter_weights(model, adapter).items()}
     config = copy.deepcopy(model.peft_config[adapter])
     assert isinstance(config, LoraConfig)  # it has been checked
@@ -103,7 +103,7 @@ def export_merged(
             a full disk.
     """
     if isinstance(model, PeftModel):
-        check_plain_lora(model, adapter)
+        check_supported(model, adapter)
     wanted = resolve_dtype(dtype, device=torch.device("cpu"))
     name = base_name(model) if base_name_or_path is None else base_name_or_path
     if (stored := stored_quantization(name, revision=revision)) is not None:

@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,7 +18,7 @@ from falign.models.adapters import load_adapter, transplant_adapter
 from falign.models.identity import describe
 from falign.models.loading import load_model
 from falign.models.probe import probe_ids, probe_logits
-from falign.models.structure import adapter_matrix, base_name, base_of, lora_layers
+from falign.models.structure import adapter_matrix, adapter_weights, base_name, base_of, lora_layers
 from falign.models.tokenizers import stop_token_ids
 
 __all__ = ["ExportProof", "verify_export"]
@@ -73,10 +73,10 @@ def verify_export(
 
     A merge must also generate as the trained model does: with its stop tokens and generation settings.
 
-    A few sentences contain few tokens, but the comparison covers every token. Exported adapters act only on linear
-    layers: `check_plain_lora` refuses trained tokens, embeddings and whole modules before training. An adapter on the
-    head changes the logits of all tokens, and each position compares all logits. The embeddings of a merge must equal
-    those of its base, row by row, and weights trained without an adapter are compared one by one.
+    A few sentences contain few tokens, but the comparison covers every token. An adapter on the head changes the logits
+    of all tokens, and each position compares all logits. The embeddings of a merge must equal those of its base, row by
+    row, but for the rows that the adapter trains, which must equal those. Weights trained without an adapter are
+    compared one by one.
 
     Args:
         trained_model: The model in memory; its mode (training or evaluation) is restored.
@@ -103,7 +103,7 @@ def verify_export(
     rows = probe_ids(tokenizer) if probe is None else probe
     trained = probe_logits(trained_model, rows)
     if kind == "adapter":
-        comparison = _compare_adapter(trained_model, folder, rows, trained, trust_remote_code)
+        comparison = _compare_adapter(trained_model, folder, rows, trained, adapter, trust_remote_code)
     else:
         source = base_name(trained_model) if base_name_or_path is None else base_name_or_path
         if isinstance(trained_model, PeftModel):
@@ -138,9 +138,11 @@ def _compare_adapter(
     folder: Path,
     rows: Sequence[Sequence[int]],
     trained: Tensor,
+    adapter: str,
     trust_remote_code: bool,
 ) -> _Comparison:
-    _check_adapter_weights(folder)
+    assert isinstance(trained_model, PeftModel)
+    _check_adapter_weights(folder, adapter_weights(trained_model, adapter).keys())
     recorded = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     base = base_of(trained_model)
     loaded = load_model(
@@ -171,9 +173,9 @@ def _compare_merged(
     base = base_of(trained_model)
     exported, dtype, embeddings = _exported_logits(folder, base, rows, trust_remote_code)
     original = _load_plain(source, base, _name(dtype), revision, trust_remote_code)
-    _compare_embeddings(original, embeddings, folder)
     untrained = probe_logits(original, rows)
     unmerged = transplant_adapter(trained_model, original, adapter=adapter)
+    _compare_embeddings(original, embeddings, folder)
     return _Comparison(exported, probe_logits(unmerged, rows), untrained, dtype)
 
 
@@ -284,8 +286,10 @@ def _compare_generation(trained: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
 
 def _compare_embeddings(original: PreTrainedModel, exported: Tensor, folder: Path) -> None:
+    # Under an adapter that trains the embeddings, or rows of them, its own values are read here.
     weight = original.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
+    weight = weight.detach().to(exported.dtype)
     if weight.shape == exported.shape and torch.equal(weight, exported):
         return
     token = "has another shape"
@@ -307,16 +311,15 @@ def _compare_parameters(trained: PreTrainedModel, exported: PreTrainedModel, fol
             )
 
 
-def _check_adapter_weights(folder: Path) -> None:
+def _check_adapter_weights(folder: Path, trained: Collection[str]) -> None:
     weights = load_file(folder / "adapter_model.safetensors")
     if not weights:
         raise ModelError(f"{folder}: its adapter has no weights: export again.")
+    if stray := sorted(weights.keys() ^ {*trained}):
+        raise ModelError(
+            f"{folder}: {stray[0]} is not a weight of the trained adapter, or is missing from the file: export again."
+        )
     for name, tensor in weights.items():
-        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise ModelError(
-                f"{folder}: {name} is not a LoRA matrix of a linear layer, and servers such as vLLM refuse it: export "
-                "again."
-            )
         if tensor.numel() == 0 or not bool(tensor.isfinite().all()):
             raise ModelError(
                 f"{folder}: {name} of shape {tuple(tensor.shape)} is empty, NaN or infinite: export again."

@@ -4,15 +4,17 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from falign.errors import ModelError
+from falign.models.adapter_modules import StartedMatrix
 
 __all__ = [
+    "PREFIX",
     "adapted_layers",
     "adapter_matrix",
     "adapter_weights",
@@ -22,8 +24,14 @@ __all__ = [
     "is_transposed",
     "linear_modules",
     "lora_layers",
+    "plain_matrix",
+    "saved_modules",
+    "trained_tokens",
     "without_adapters",
 ]
+
+PREFIX = "base_model.model."
+"""Beginning of the names of weights in PEFT's files, before the name of the module in the base."""
 
 
 def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -120,8 +128,37 @@ def adapter_matrix(matrices: nn.ModuleDict, adapter: str) -> Tensor:
     return weight
 
 
+def plain_matrix(matrices: nn.ModuleDict, adapter: str) -> Tensor:
+    """Return ``lora_A`` or ``lora_B`` as an adapter of plain LoRA has it, detached."""
+    module = matrices[adapter]
+    return module.plain().detach() if isinstance(module, StartedMatrix) else adapter_matrix(matrices, adapter).detach()
+
+
+def saved_modules(model: PeftModel, adapter: str) -> dict[str, nn.Module]:
+    """Return the modules that an adapter trains as a whole (``modules_to_save``), by their names in the base."""
+    return {
+        name: module.modules_to_save[adapter]
+        for name, module in base_of(model).named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
+    }
+
+
+def trained_tokens(model: PeftModel, adapter: str) -> dict[str, tuple[list[int], Tensor]]:
+    """Return the token ids that an adapter trains and their rows, by the name of the embeddings or head."""
+    return {
+        name: (module.token_adapter.token_indices[adapter], module.token_adapter.trainable_tokens_delta[adapter])
+        for name, module in base_of(model).named_modules()
+        if isinstance(module, TrainableTokensWrapper) and adapter in module.token_adapter.token_indices
+    }
+
+
 def adapter_weights(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """Return the weights of one adapter under PEFT's names for files."""
+    """Return the weights of one adapter under PEFT's names for files, as plain LoRA where it has another form."""
     # The state dictionary of a sharded model contains shards, even while the model is unsharded.
     state = {name: each.detach() for name, each in model.named_parameters()} if isinstance(model, FSDPModule) else None
-    return get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter, save_embedding_layers=False)
+    found = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter, save_embedding_layers=False)
+    for name, layer in lora_layers(model, adapter).items():
+        for kind, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            if isinstance(module := matrices[adapter], StartedMatrix):
+                found[f"{PREFIX}{name}.{kind}.weight"] = module.plain().detach()
+    return found

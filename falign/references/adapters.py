@@ -135,9 +135,9 @@ class AdapterReference(Reference):
 
     def tensors(self, policy_model: nn.Module) -> dict[str, Tensor]:
         """Return the adapter's own tensors (no copies), by name."""
-        from falign.models.adapter_copies import matrices_of
+        from falign.models.adapter_copies import tensors_of
 
-        return matrices_of(cast("PeftModel", policy_model), self.adapter)
+        return tensors_of(cast("PeftModel", policy_model), self.adapter)
 
 
 @dataclass(frozen=True)

@@ -241,6 +241,8 @@ class RunConfig(FrozenModel):
         if self.adapter is None and self.model.quantization is not None:
             raise ConfigError("model.quantization=nf4 with adapter=null: 4-bit weights do not train; add an adapter.")
         self.model.check()
+        if self.adapter is not None:
+            self.adapter.check(weight_decay=self.training.weight_decay)
         objective = self.objective.objective()
         self._check_references(objective, self._measures(own=own_measures))
         if self.prompts is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_serializer, model_validator
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["AdapterConfig", "ModelConfig"]
+
+_BESIDE_INIT = frozenset({"init", "dropout"})
+"""Fields that may stand beside ``adapter.init``, whose adapter has its own values of the others."""
 
 
 class ModelConfig(FrozenModel):
@@ -89,14 +92,13 @@ class ModelConfig(FrozenModel):
         )
 
 
-_FIXED_BY_INIT = frozenset({"r", "alpha", "target_modules"})
-"""Fields that an adapter given as ``init`` already has."""
-
-
 if TYPE_CHECKING:
     TargetModules = str | list[str]
 else:
     TargetModules = text_or(list[str])
+
+Rank = Annotated[int, Field(ge=1)]
+Scale = Annotated[float, Field(gt=0)]
 
 
 class AdapterConfig(FrozenModel):
@@ -106,13 +108,27 @@ class AdapterConfig(FrozenModel):
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: TargetModules = "all-linear"
-    """``all-linear`` or names of linear modules."""
+    """``all-linear`` or names of linear modules; routers of experts have no adapter."""
+    use_rslora: bool = False
+    """Scale by α/√r instead of α/r (rsLoRA)."""
+    use_dora: bool = False
+    """Also train the norms of the rows of the weights (DoRA)."""
+    rank_pattern: dict[str, Rank] = {}
+    """Other ranks than ``r``, by endings of layer names or regular expressions."""
+    alpha_pattern: dict[str, Scale] = {}
+    """Other scales than ``alpha``, by the same."""
+    init_lora_weights: Literal["default", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"] = "default"
+    """First values of the matrices: random ones, or factors of the base's weights."""
+    modules_to_save: list[str] = []
+    """Endings of names of modules that are trained as a whole, such as ``norm`` or ``lm_head``."""
+    target_parameters: list[str] = []
+    """Endings of names of the stacked parameters of experts, such as ``experts.down_proj``."""
     init: str | None = None
-    """Start from this adapter, a folder or a run that trained one, with its own r, alpha and target_modules."""
+    """Start from this adapter, a folder or a run that trained one, with its own settings except ``dropout``."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> AdapterConfig:
-        if self.init is not None and (given := sorted(self.model_fields_set & _FIXED_BY_INIT)):
+        if self.init is not None and (given := sorted(self.model_fields_set - _BESIDE_INIT)):
             raise ValueError(
                 f"{', '.join(given)} cannot be set together with init, whose adapter has its own: leave it out"
             )
@@ -120,8 +136,41 @@ class AdapterConfig(FrozenModel):
 
     @model_serializer(mode="wrap")
     def _without_fields_of_init(self, handler: Any) -> dict[str, Any]:
-        dropped = frozenset[str]() if self.init is None else _FIXED_BY_INIT
-        return {name: value for name, value in handler(self).items() if name not in dropped}
+        return {name: value for name, value in handler(self).items() if self.init is None or name in _BESIDE_INIT}
+
+    @model_validator(mode="after")
+    def _together(self) -> AdapterConfig:
+        experts = "target_parameters, which changes the parameters of experts"
+        if self.target_parameters and (self.use_dora or self.dropout):
+            field = "use_dora" if self.use_dora else "dropout"
+            raise ValueError(f"{field} cannot be set together with {experts}: leave one of them out")
+        if self.target_parameters and self.starts_from_weights:
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights} cannot be set together with {experts}: leave one of them "
+                "out"
+            )
+        return self
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """True if the matrices begin as factors of the base's weights, of which a second, frozen copy is kept."""
+        return self.init is None and self.init_lora_weights.startswith(("pissa", "olora"))
+
+    def check(self, *, weight_decay: float) -> None:
+        """Refuse settings of the training that the adapter cannot have.
+
+        Args:
+            weight_decay: ``training.weight_decay``.
+
+        Raises:
+            ConfigError: Weight decay, with factors of the base's weights.
+        """
+        if weight_decay and self.starts_from_weights:
+            raise ConfigError(
+                f"training.weight_decay={weight_decay} with adapter.init_lora_weights={self.init_lora_weights}: the "
+                "matrices begin as factors of the base's weights, and decay would pull the model away from the base: "
+                "leave it out."
+            )
 
     def build(self, model: PreTrainedModel, *, seed: int, revision: str | None = None) -> PeftModel:
         """Add the adapter to a model; the base's revision is recorded with it."""
@@ -135,6 +184,13 @@ class AdapterConfig(FrozenModel):
             alpha=self.alpha,
             dropout=self.dropout,
             target_modules=self.target_modules,
+            rslora=self.use_rslora,
+            dora=self.use_dora,
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
+            modules_to_save=self.modules_to_save,
+            target_parameters=self.target_parameters,
+            start=self.init_lora_weights,
             seed=seed,
             revision=revision,
         )

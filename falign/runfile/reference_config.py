@@ -169,12 +169,12 @@ class AdapterReferenceConfig(ReferenceSection):
     @override
     def build(self, context: BuildContext) -> references.Reference:
         from falign.models import adapted_weights_hash, load_adapter
-        from falign.models.lora_factors import check_plain_lora
+        from falign.models.merging import check_supported
         from falign.models.sources import adapter_folder
         from falign.references import AdapterReference
 
         adapted = load_adapter(context.policy, adapter_folder(self.path), trainable=False, name=context.adapter)
-        check_plain_lora(adapted, context.adapter)  # a fully trained module would count as part of the base
+        check_supported(adapted, context.adapter)
         return AdapterReference(
             adapter=context.adapter,
             weights=adapted_weights_hash(adapted, adapter=context.adapter),

@@ -27,7 +27,7 @@ from falign.models.base_weights import base_storage
 from falign.models.execution import disable_dropout
 from falign.models.heads import head_rows, left_out_rows
 from falign.models.sharding import shard
-from falign.models.structure import expert_modules
+from falign.models.structure import expert_modules, lora_layers
 from falign.models.tokenizers import check_same_tokens, pad_token_id
 from falign.objectives import Objective, token_weighting
 from falign.references import REFERENCE, Reference, check_same_at_start
@@ -170,14 +170,18 @@ def load_parts(
 
 
 def _report_experts(policy: PreTrainedModel | PeftModel, console: Console) -> None:
-    if isinstance(policy, PeftModel) and (experts := expert_modules(base_of(policy))):
-        console.print(
-            f"adapter: {len(experts)} modules hold experts (first: {experts[0]}). They and their routers are not "
-            "linear layers and are not trained.",
-            style="yellow",
-            highlight=False,
-            soft_wrap=True,
+    if not isinstance(policy, PeftModel) or not (experts := expert_modules(base_of(policy))):
+        return
+    trained = [name for name in lora_layers(policy, "default") if any(name.startswith(each) for each in experts)]
+    said = f"adapter: {len(experts)} modules hold experts (first: {experts[0]}). "
+    if trained:
+        said += f"The adapter changes {len(trained)} of their parameters; their routers are not trained."
+    else:
+        said += (
+            "They and their routers are not linear layers and are not trained; adapter.target_parameters names "
+            "parameters of experts."
         )
+    console.print(said, style=None if trained else "yellow", highlight=False, soft_wrap=True)
 
 
 def _report_left_out_rows(policy: PreTrainedModel | PeftModel, console: Console) -> None:

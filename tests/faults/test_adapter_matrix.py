@@ -65,17 +65,25 @@ TRAINED = {
     "tied lm_head": ("qwen2", {"target_modules": ["q_proj", "lm_head"]}),
     "MoE": ("mixtral", None),
     "4-bit base": ("nf4", None),
+    "DoRA": ("llama", {**QV, "use_dora": True}),
+    "tokens": ("llama", {**QV, "trainable_token_indices": [5, 70]}),
+    "tied tokens": ("qwen2", {**QV, "trainable_token_indices": [5, 70]}),
+    "modules_to_save": ("llama", {**QV, "modules_to_save": ["lm_head", "norm"]}),
+    "MoE experts": ("mixtral", {"target_modules": "all-linear"}),
 }
 REFUSED = {
     "PiSSA": ("llama", {**QV, "init_lora_weights": "pissa"}, "subtracts the adapter's initial update"),
     "OLoRA": ("llama", {**QV, "init_lora_weights": "olora"}, "subtracts the adapter's initial update"),
-    "DoRA": ("llama", {**QV, "use_dora": True}, "DoRA"),
     "embeddings": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, "on an embedding|lora_embedding_A"),
-    "tokens": ("llama", {**QV, "trainable_token_indices": [5, 7]}, "trained tokens"),
-    "modules_to_save": ("llama", {**QV, "modules_to_save": ["lm_head"]}, "modules_to_save"),
-    "MoE experts": ("mixtral", {"target_modules": "all-linear"}, "target_parameters"),
 }
 CHANGE_THE_BASE = ("PiSSA", "OLoRA")
+WITHOUT_SOUP = {
+    "DoRA": "is DoRA",
+    "tokens": "has trained tokens",
+    "tied tokens": "has trained tokens",
+    "modules_to_save": "has fully trained modules",
+    "MoE experts": "acts on parameters such as experts",
+}
 
 
 @dataclass
@@ -299,6 +307,10 @@ def test_soup(world, kind, tmp_path):
     _, folder = world.run(kind)
     earlier, tokenizer, _ = load_trained(folder, checkpoint=1)
     members = [folder.adapter, export_adapter(earlier, tokenizer, tmp_path / "earlier")]
+    if kind in WITHOUT_SOUP:
+        with pytest.raises(ModelError, match=WITHOUT_SOUP[kind]):
+            write_soup(members, tmp_path / "soup")
+        return
     write_soup(members, tmp_path / "soup", weights=[0.75, 0.25])
     base = TRAINED[kind][0]
     oracle = world.oracle(base, members[0])

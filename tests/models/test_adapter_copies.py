@@ -3,9 +3,9 @@ import torch
 
 from falign.errors import ConfigError, ModelError
 from falign.models import load_model, weights_hash
-from falign.models.adapter_copies import add_average, add_copy, average_into, copy_into, matrices_of
+from falign.models.adapter_copies import add_average, add_copy, average_into, copy_into, tensors_of
 from falign.models.lora_factors import factors_of
-from falign.models.structure import lora_layers
+from falign.models.structure import lora_layers, saved_modules
 from tests.models.tiny import fill_adapter, save_tiny, tiny_model
 from tests.scoring.models import with_lora
 
@@ -18,8 +18,8 @@ def policy_of(rank=3, **options):
 def retrained(policy, seed):
     """Stand in for optimizer steps: both factors elsewhere."""
     generator = torch.Generator().manual_seed(seed)
-    for matrix in matrices_of(policy, "default").values():
-        matrix.data = 0.1 * torch.randn(matrix.shape, generator=generator)
+    for matrix in tensors_of(policy, "default").values():
+        matrix.copy_(0.1 * torch.randn(matrix.shape, generator=generator))
 
 
 def updates(model, adapter):
@@ -118,11 +118,25 @@ def test_16_bit_bases_keep_the_followers_in_float32(tmp_path):
     add_average(policy, rank=4)
     add_copy(policy, name="copy")
     for adapter in ("ref", "copy"):
-        assert {matrix.dtype for matrix in matrices_of(policy, adapter).values()} == {torch.float32}
+        assert {matrix.dtype for matrix in tensors_of(policy, adapter).values()} == {torch.float32}
 
 
-def test_a_rank_below_the_policys_and_an_adapter_that_is_no_lora_are_refused():
+def test_a_rank_below_the_policys_and_kinds_without_average_are_refused():
     with pytest.raises(ConfigError, match="a rank of 2 has no room for an adapter of rank 3: give at least 3"):
         add_average(policy_of(), rank=2)
-    with pytest.raises(ModelError, match="more than a pair of LoRA matrices"):
-        add_copy(policy_of(use_dora=True))
+    with pytest.raises(ModelError, match="has use_dora, and the average of two DoRA weights"):
+        add_average(policy_of(use_dora=True), rank=9)
+    with pytest.raises(ModelError, match="it is on an embedding, has a bias"):
+        add_copy(policy_of(target_modules=["q_proj", "embed_tokens"]))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_modules_trained_as_a_whole_are_averaged_as_their_weights():
+    policy = policy_of(modules_to_save=["model.norm"])
+    add_average(policy, rank=12)
+    (norm,) = saved_modules(policy, "default").values()
+    norm.weight.data += 1.0
+    average_into(policy, alpha=0.25)
+    (average,) = saved_modules(policy, "ref").values()
+    torch.testing.assert_close(average.weight, torch.full((64,), 1.25), rtol=0, atol=1e-6)
+    assert not average.weight.requires_grad

@@ -12,7 +12,7 @@ from falign.errors import ConfigError, ModelError
 from falign.models import export_adapter, load_adapter, load_model, load_tokenizer, weights_hash
 from falign.models.adapter_soup import adapter_soup
 from falign.models.adapter_tensors import install_adapter, read_adapter
-from falign.models.lora_factors import fold_adapter
+from falign.models.merging import fold_adapter
 from falign.models.soup import write_soup
 from falign.models.soup_members import soup_members
 from tests.models.tiny import TEMPLATE, fill_adapter, save_tiny, swap_tokens

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from falign.models.lora_factors import Factors, cut_to_rank, factors_of, lora_delta, weighted_sum
+from falign.models.lora_factors import Factors, cut_to_rank, factors_of, weighted_sum
+from falign.models.merging import lora_delta
 from falign.models.structure import lora_layers
 from tests.models.tiny import fill_adapter, tiny_model
 from tests.scoring.models import with_lora

@@ -137,7 +137,10 @@ def test_another_chat_template_or_vocabulary_is_refused(case):
     ("change", "message"),
     [
         (lambda weights: {}, "its adapter has no weights"),
-        (lambda weights: {**weights, "lm_head.weight": torch.ones(1)}, "lm_head.weight is not a LoRA matrix"),
+        (
+            lambda weights: {**weights, "lm_head.weight": torch.ones(1)},
+            "lm_head.weight is not a weight of the trained adapter",
+        ),
         (lambda weights: {name: torch.empty(0) for name in weights}, r"of shape \(0,\) is empty, NaN or infinite"),
         (lambda weights: {name: value * torch.nan for name, value in weights.items()}, "is empty, NaN or infinite"),
     ],

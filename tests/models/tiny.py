@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from falign.models.structure import adapter_matrix, lora_layers
@@ -45,6 +47,9 @@ def tiny_model(kind, seed=0):
     }
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**shared, **sizes, tie_word_embeddings=False))
+    if kind == "qwen3_moe":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shared, **sizes, **experts))
     if kind == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(**shared, **sizes, tie_word_embeddings=True))
     return GPT2LMHeadModel(GPT2Config(**shared, n_embd=64, n_layer=2, n_head=4, initializer_range=0.2))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from falign.errors import ModelError
-from falign.models.adapter_copies import matrices_of
+from falign.models.adapter_copies import tensors_of
 from falign.models.lora_factors import factors_of
 from falign.references import (
     FrozenModel,
@@ -141,9 +141,9 @@ def test_the_identity_has_the_rule_the_start_and_the_moves():
 
 def test_the_rank_is_four_times_the_policys_or_what_is_asked_for():
     policy, _ = adapted(AVERAGE)
-    assert {len(m) for n, m in matrices_of(policy, "ref").items() if "lora_A" in n} == {8}
+    assert {len(m) for n, m in tensors_of(policy, "ref").items() if "lora_A" in n} == {8}
     policy, _ = adapted(MovingAverage(alpha=0.3, every=4, rank=5))
-    assert {len(m) for n, m in matrices_of(policy, "ref").items() if "lora_A" in n} == {5}
+    assert {len(m) for n, m in tensors_of(policy, "ref").items() if "lora_A" in n} == {5}
 
 
 def test_16_bit_averages_and_other_models_are_refused():

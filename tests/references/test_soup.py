@@ -10,8 +10,8 @@ from falign.models import (
     start_from_adapter,
     write_soup,
 )
-from falign.models.adapter_copies import matrices_of
-from falign.models.lora_factors import lora_delta
+from falign.models.adapter_copies import tensors_of
+from falign.models.merging import lora_delta
 from falign.references import AdapterOff, Cached, CacheKey, FrozenModel, Soup, check_same_at_start
 from falign.references.adapters import adapter_acting
 from falign.scoring import completion_scores, pad
@@ -50,7 +50,7 @@ def test_with_all_weight_on_the_policys_start_it_is_the_policy(tiny, two):
     policy = start_from_adapter(load_model(tiny), two[0])
     soup = Soup.of_adapters(policy, two, weights=[1.0, 0.0])
     check_same_at_start(policy, soup, BATCH, tolerance=0.0)
-    ours, theirs = matrices_of(policy, "default"), matrices_of(policy, "ref")
+    ours, theirs = tensors_of(policy, "default"), tensors_of(policy, "ref")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
 
 

@@ -456,7 +456,21 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
     ),
     "AdapterConfig": (
         "adapter",
-        Changes({}, r=2, alpha=7.0, dropout=0.5, target_modules=["q_proj"], init="sft0"),
+        Changes(
+            {},
+            r=2,
+            alpha=7.0,
+            dropout=0.5,
+            target_modules=["q_proj"],
+            use_rslora=True,
+            use_dora=True,
+            rank_pattern={"q_proj": 2},
+            alpha_pattern={"q_proj": 3.0},
+            init_lora_weights="olora",
+            modules_to_save=["lm_head"],
+            target_parameters=With(["experts.down_proj"], run={"model": {"path": "experts"}}),
+            init="sft0",
+        ),
     ),
     "AutoReferenceConfig": ("reference", Changes({}, cache="cache", cache_top_k=TOP, prompt=HINT)),
     "AdapterOffConfig": (
@@ -760,6 +774,8 @@ def write_models(folder, names):
         if f"sft{i}" in names:
             adapted = add_lora(load_model("tiny"), r=rank, alpha=2 * rank, seed=i)
             export_adapter(fill_adapter(adapted, seed=i), load_tokenizer("tiny"), folder / f"sft{i}")
+    if "experts" in names:
+        save_tiny(folder / "experts", "qwen3_moe")
     if "own-code" in names:
         save_tiny(folder / "own-code")
         file = folder / "own-code" / "config.json"
