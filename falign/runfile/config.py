@@ -155,6 +155,9 @@ def _refuse_cycle(sections: Mapping[str, ReferenceSection], path: Sequence[str])
 REFERENCE = "reference"  # falign.references.REFERENCE; importing it would load the model libraries
 REFERENCE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
+OF_ALL_WEIGHTS = 1e-6
+"""The default learning rate with ``adapter: null``; adapters have that of :class:`TrainingConfig`."""
+
 ONLINE_SECTIONS = ("rollout", "rewards", "rehearsal", "critic")
 
 
@@ -184,6 +187,15 @@ class RunConfig(FrozenModel):
     reads: ``entropy``, ``divergence_to(jensen_shannon)``, or ``module:Name`` of your own."""
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _rate_of_all_weights(self) -> RunConfig:
+        """Lower the default learning rate where all weights are trained."""
+        if self.adapter is not None or "learning_rate" in self.training.model_fields_set:
+            return self
+        training = self.training.model_copy(update={"learning_rate": OF_ALL_WEIGHTS})
+        training.model_fields_set.discard("learning_rate")
+        return self.model_copy(update={"training": training})
 
     @model_serializer(mode="wrap")
     def _without_the_other_form(self, handler: Any) -> dict[str, Any]:

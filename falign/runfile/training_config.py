@@ -36,7 +36,8 @@ def _as_list(value: Any) -> Any:
 class TrainingConfig(FrozenModel):
     """Optimization settings; the names are those of ``transformers.TrainingArguments``."""
 
-    learning_rate: float = Field(default=5e-6, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """By default 1e-4 for an adapter, and 1e-6 with ``adapter: null``, which trains all weights."""
     per_device_train_batch_size: int = Field(default=4, ge=1)
     """Prompts per micro-batch, each with all its completions."""
     per_device_eval_batch_size: int = Field(default=8, ge=1)

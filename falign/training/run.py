@@ -39,6 +39,7 @@ from falign.training.online.trainer import OnlineTrainer
 from falign.training.parts import Language, load_language
 from falign.training.processes import gathered, is_writer, join, num_processes, shards, wait
 from falign.training.references import identities, keep_moved
+from falign.training.start_notes import CheckpointAdvice, start_notes
 from falign.training.trainer import AlignmentTrainer
 
 __all__ = ["train"]
@@ -184,6 +185,9 @@ def _train(
             f"warning: a schedule of the objective changes until step {max(late)}, and the run has "
             f"{trainer.num_steps} steps, so that it does not reach its last value."
         )
+    for note in start_notes(config, trainer.num_steps):
+        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
+    trainer.add_callback(CheckpointAdvice(config.training.save_steps, _printer(console)))
     wait()  # the writer changes the folder only after all processes have read it
     if checkpoint is not None and began is not None and is_writer():
         folder.restore_logs(checkpoint, began.log_history, _printer(console))
