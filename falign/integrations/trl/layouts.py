@@ -31,7 +31,7 @@ class Scored(NamedTuple):
     Attributes:
         completions: The objective's argument.
         outputs: The return value of TRL's ``compute_loss``, if it ran; it has logged TRL's metrics then.
-        entropy: Mean entropy of the policy over the completion tokens, nats, if TRL did not log it.
+        entropy: Entropy of the policy at each completion token, nats, shape (M,), if TRL did not log it.
         aux_loss: The load-balancing loss of a mixture of experts, if it is trained.
     """
 
@@ -220,7 +220,7 @@ class Trees:
     ) -> Scored:
         """Score the trees; TRL's ``compute_loss`` does not run."""
         completions, entropy = self._scores(inputs, objective, OWN_ROWS, columns, wrapped=model)
-        return Scored(completions, entropy=entropy[completions.completion_mask].mean())
+        return Scored(completions, entropy=entropy[completions.completion_mask])
 
     def score_rows(self, inputs: Mapping[str, Any], objective: Objective, rows: str) -> CompletionBatch:
         """Score the trees of the own or mismatched rows."""

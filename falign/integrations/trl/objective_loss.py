@@ -20,7 +20,15 @@ from falign.integrations.trl.batch_forms import MISMATCHED_ROWS, OWN_ROWS, Batch
 from falign.integrations.trl.layouts import FUSED, OwnRows, Scored, ScoringLayout, Trees
 from falign.integrations.trl.moving import MovingReferenceCallback, moving_reference
 from falign.integrations.trl.settings import beta_of, check_objective, of_objective, reads_sums, require_defaults
-from falign.objectives import BaseObjective, CompletionBatch, Objective, ObjectiveOutput, reduce_terms, total_weights
+from falign.objectives import (
+    BaseObjective,
+    CompletionBatch,
+    Objective,
+    ObjectiveOutput,
+    reduce_terms,
+    reference_names,
+    total_weights,
+)
 from falign.objectives.batch import REFERENCE
 from falign.raised import calling
 from falign.references import AdapterOff, AdapterReference, FrozenModel, MovingRule, Reference
@@ -165,6 +173,7 @@ class ObjectiveLoss(Trainer):
         if request.moves and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ConfigError("reference: one that moves needs whole weights in each process; train without sharding.")
         self.references = self._references()
+        self._require_references()
         self.moving = MovingReferenceCallback.of(self.references)
         self.add_callback(self.moving)
         self.layout = self._layout()
@@ -211,6 +220,15 @@ class ObjectiveLoss(Trainer):
                 else AdapterOff(chunk_tokens=chunk_tokens)
             )
         return {**found, **{name: _built(each, policy) for name, each in self.request.references.items()}}
+
+    def _require_references(self) -> None:
+        objective = self.request.objective
+        known = self.references.keys() | ({REFERENCE} if self.precomputed else set())
+        if missing := sorted(reference_names(objective.needs, objective.measures) - known):
+            raise ConfigError(
+                f"objective: {type(objective).__name__} reads the reference {missing[0]!r}: give "
+                f"references={{{missing[0]!r}: falign.references.FrozenModel(model)}}."
+            )
 
     @property
     def _reference_model(self) -> nn.Module | None:
@@ -361,7 +379,7 @@ class ObjectiveLoss(Trainer):
         trainer = cast("Any", self)
         metrics = {**self.trl_metrics(scored.completions, output), **output.metrics}
         if scored.entropy is not None:
-            metrics["entropy"] = scored.entropy.detach()[None]
+            metrics["entropy"] = scored.entropy
         plain = {name: values.detach().flatten().tolist() for name, values in metrics.items()}
         everywhere = gathered([plain])
         for name in plain:
