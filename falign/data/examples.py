@@ -35,6 +35,7 @@ class Example:
         weight: How much the row counts; 1 without such a column.
         shared: Number of turns at the beginning of each completion that all have in common, and that do not count.
         inputs: What the chat template reads of the row besides its turns.
+        left_out: Reason why the row, although it is good, is not trained on; None for all others.
     """
 
     prompt: Text
@@ -46,6 +47,7 @@ class Example:
     weight: float = 1.0
     shared: int = 0
     inputs: TemplateInputs = NO_INPUTS
+    left_out: str | None = None
 
     @property
     def conversational(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from falign.choices import shown
@@ -20,6 +20,7 @@ from falign.data.conversations import (
 )
 from falign.data.examples import Example, build_example
 from falign.data.files import Row
+from falign.data.foreign_formats import FOREIGN, READ_FOREIGN
 from falign.data.side_columns import SIDE_COLUMNS
 from falign.data.text_values import is_blank, parsed_list
 from falign.data.token_weights import WEIGHT_COLUMNS
@@ -73,34 +74,61 @@ def _system(row: Row) -> str | None:
     return "" if row.fields["system"] is None else _string(row, "system")
 
 
-def _pair(row: Row, prompt: Text, completions: list[Text]) -> Example:
+def _pair(row: Row, prompt: Text, completions: Sequence[Text]) -> Example:
+    several = len(completions) > len(PAIR)
+    fields = ["chosen", *(f"rejected[{i}]" for i in range(len(completions) - 1))] if several else PAIR
+    preference = (1.0, *(0.0 for _ in completions[1:]))
     return build_example(
-        row.place, prompt=prompt, completions=completions, preference=(1.0, 0.0), fields=PAIR, system=_system(row)
+        row.place, prompt=prompt, completions=completions, preference=preference, fields=fields, system=_system(row)
     )
+
+
+def _sides(row: Row) -> list[Text]:
+    """Return the chosen answer and all rejected ones."""
+    rejected = _get(row, "rejected")
+    answers = several_answers(rejected)
+    if answers is None:
+        return [_text(row, name) for name in PAIR]
+    if not answers:
+        raise DataError(f"{row.place}: 'rejected' is {shown(rejected)}; it must have at least one answer.")
+    others = [read_text(each, place=row.place, field=f"rejected[{i}]") for i, each in enumerate(answers)]
+    return [_text(row, "chosen"), *others]
+
+
+def several_answers(value: Any) -> list[Any] | None:
+    """Return the answers in a list of texts or of lists of turns; None for a single answer.
+
+    Example:
+        >>> several_answers(["a", "b"]), several_answers([{"role": "assistant", "content": "a"}])
+        (['a', 'b'], None)
+    """
+    value = parsed_list(value)
+    if not isinstance(value, list):
+        return None
+    texts = all(isinstance(each, str | list) for each in value)
+    return value if texts else None
 
 
 def _preference(row: Row) -> Example:
-    return _pair(row, _text(row, "prompt"), [_text(row, name) for name in PAIR])
+    return _pair(row, _text(row, "prompt"), _sides(row))
 
 
 def _implicit(row: Row) -> Example:
-    chosen, rejected = (_text(row, name) for name in PAIR)
-    if isinstance(chosen, str) != isinstance(rejected, str):
+    sides = _sides(row)
+    texts = [side for side in sides if isinstance(side, str)]
+    if texts and len(texts) < len(sides):
         raise DataError(f"{row.place}: one of 'chosen' and 'rejected' is text, the other a conversation; use one form.")
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        prompt = _common_words(str(chosen), str(rejected), row.place)
-        return _pair(row, prompt, [str(chosen)[len(prompt) :], str(rejected)[len(prompt) :]])
-    return _after_common_turns(row, chosen, rejected)
+    if texts:
+        prompt = _common_words(texts, row.place)
+        return _pair(row, prompt, [text[len(prompt) :] for text in texts])
+    return _after_common_turns(row, [side for side in sides if not isinstance(side, str)])
 
 
-def _common_words(chosen: str, rejected: str, place: str) -> str:
-    if looks_like_hh(chosen):
+def _common_words(sides: Sequence[str], place: str) -> str:
+    if looks_like_hh(sides[0]):
         raise DataError(f"{place}: 'chosen' is a dialogue in HH-RLHF's layout, not one text; set format=hh.")
-    length = next(
-        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
-    )
     # Cut back to before the last white space, so that no word is split and the answer keeps its leading space.
-    match = re.match(r"(.*\S)\s", chosen[:length], flags=re.DOTALL)
+    match = re.match(r"(.*\S)\s", _common_beginning(sides), flags=re.DOTALL)
     if not match:
         raise DataError(
             f"{place}: 'chosen' and 'rejected' have no words in common at their beginning, so there is no prompt; "
@@ -109,19 +137,23 @@ def _common_words(chosen: str, rejected: str, place: str) -> str:
     return match.group(1)
 
 
-def _after_common_turns(row: Row, chosen: list[Message], rejected: list[Message]) -> Example:
-    prompt = common_turns(chosen, rejected)
-    return _pair(row, prompt, [chosen[len(prompt) :], rejected[len(prompt) :]])
+def _common_beginning(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)  # what these two share, all share
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+
+
+def _after_common_turns(row: Row, sides: Sequence[list[Message]]) -> Example:
+    prompt = common_turns(*sides)
+    return _pair(row, prompt, [side[len(prompt) :] for side in sides])
 
 
 def _hh(row: Row) -> Example:
-    chosen, rejected = (read_dialogue(_get(row, name), place=row.place, field=name) for name in PAIR)
-    return _after_common_turns(row, chosen, rejected)
+    return _after_common_turns(row, [read_dialogue(_get(row, name), place=row.place, field=name) for name in PAIR])
 
 
 def _sharegpt(row: Row) -> Example:
     prompt = read_messages(_get(row, "conversations"), place=row.place, field="conversations")
-    return _pair(row, prompt, [_text(row, name) for name in PAIR])
+    return _pair(row, prompt, _sides(row))
 
 
 def _alpaca(row: Row) -> Example:
@@ -141,7 +173,7 @@ def _alpaca(row: Row) -> Example:
         return build_example(
             row.place, prompt=turns, completions=[completion], preference=None, fields=fields, system=_system(row)
         )
-    return _pair(row, turns, [_text(row, name) for name in PAIR])
+    return _pair(row, turns, _sides(row))
 
 
 def _ranked(row: Row) -> Example:
@@ -212,6 +244,7 @@ FORMATS: Mapping[str, Callable[[Row], Example]] = {
     "ranked": _ranked,
     "unpaired": _unpaired,
     "completion": lambda row: _single(row, None),
+    **FOREIGN,
 }
 """Readers by layout."""
 
@@ -224,6 +257,7 @@ _READ: Mapping[str, frozenset[str]] = {
     "ranked": frozenset({"prompt", "completions", "system"}),
     "unpaired": frozenset({"label", "system"}),
     "completion": frozenset({"system"}),
+    **READ_FOREIGN,
 }
 
 

@@ -6,13 +6,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from falign.data.chat_template import Tokenizer
-from falign.data.conversations import Text
-from falign.data.examples import Example, require_preference
+from falign.data.conversations import Text, read_text
+from falign.data.examples import Example, prompt_turns, require_preference
+from falign.data.foreign_formats import VERL, is_verl, verl_columns
 from falign.data.recognition import RowReader, read_examples
 from falign.data.rendering import require_chat_choice
 from falign.data.reports import BadRows, SourceReport, Tally
-from falign.data.sources import DataSource
-from falign.data.tokenization import Tokenized, encode, fitted
+from falign.data.side_columns import template_inputs
+from falign.data.sources import DataSource, rows_of
+from falign.data.tokenization import Tokenized, encode, encode_prompt, fitted
 from falign.data.windows import Window
 from falign.errors import DataError
 
@@ -141,6 +143,8 @@ def check(
     """
     source = DataSource(source) if isinstance(source, str) else source
     bad_rows = BadRows("skip", keep=keep)
+    if source.format == "auto" and _holds_verl(source):
+        return _check_prompts(source, tokenizer, window, bad_rows)
     reader = RowReader.of(source)
     tally = Tally(bad_rows)
     lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
@@ -151,6 +155,9 @@ def check(
 
     for example in read_examples(source, reader=reader, bad_rows=bad_rows):
         tokenized = None
+        if example.left_out is not None:
+            tally.add(example, Tokenized(None, dropped=example.left_out))
+            continue
         if tokenizer is not None:
             require_chat_choice(example.prompt, tokenizer, source.chat, example.place)
         try:
@@ -175,6 +182,41 @@ def check(
         source=tally.report(source.path, reader.format, unused=reader.unused),
         unit="words" if tokenizer is None else "tokens",
         lengths=tuple(Lengths.of(name, values) for name, values in lengths.items() if values),
+    )
+
+
+def _holds_verl(source: DataSource) -> bool:
+    first = next(iter(rows_of(source.path, source.rows, split=source.split, bad_rows=BadRows("skip"))), None)
+    return first is not None and is_verl(first.fields)
+
+
+def _check_prompts(
+    source: DataSource, tokenizer: Tokenizer | None, window: Window | None, bad_rows: BadRows
+) -> DataReport:
+    """Report on the prompts of verl, which have no completions, and on their ground truths."""
+    tally, lengths, unused = Tally(bad_rows), list[int](), dict[str, None]()
+    for row in rows_of(source.path, source.rows, split=source.split, bad_rows=bad_rows):
+        try:
+            verl_columns(row.fields, row.place)
+            prompt = prompt_turns(read_text(row.fields["prompt"], place=row.place, field="prompt"), None, row.place)
+            example = Example(prompt, (), None, row.place, inputs=template_inputs(row))
+            number = _num_words(prompt)
+            if tokenizer is not None:
+                number = len(encode_prompt(prompt, tokenizer, row.place, inputs=example.inputs))
+            if tokenizer is not None and window is not None and number >= window.max_length:
+                raise DataError(f"{row.place}: the prompt has {number} tokens, and max_length={window.max_length}.")
+        except DataError as error:
+            bad_rows.add(error)
+            continue
+        tally.add(example)
+        lengths.append(number)
+        unused |= dict.fromkeys(name for name in row.fields if name not in ("prompt", "reward_model", "data_source"))
+        if tally.kept == source.limit:
+            break
+    return DataReport(
+        source=tally.report(source.path, VERL, unused=tuple(unused)),
+        unit="words" if tokenizer is None else "tokens",
+        lengths=(Lengths.of("prompt", lengths),) if lengths else (),
     )
 
 

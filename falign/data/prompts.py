@@ -16,6 +16,7 @@ from falign.data.column_names import as_list, as_mapping, guess_columns, looks_l
 from falign.data.conversations import Message, Text, parsed_conversation, read_messages, read_text
 from falign.data.examples import prompt_key, prompt_turns
 from falign.data.files import Row
+from falign.data.foreign_formats import is_verl, verl_columns
 from falign.data.memory import InMemory
 from falign.data.recognition import refuse_unread_prompts
 from falign.data.rendering import require_chat_choice
@@ -258,6 +259,8 @@ class _Reader:
             ids = cut_left(ids, self.max_length, self.tokenizer.bos_token_id)
         used = {"prompt", "messages"} if source.template is None else set()
         columns = {name: value for name, value in row.fields.items() if name not in used}
+        if is_verl(row.fields):
+            columns |= verl_columns(row.fields, row.place)
         return PromptRow(prompt, ids, columns, row.place, inputs)
 
 

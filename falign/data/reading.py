@@ -52,6 +52,9 @@ def read_tokenized(
     """
     bad_rows = bad_rows or BadRows()
     for example in read_examples(source, reader=reader, bad_rows=bad_rows):
+        if example.left_out is not None:
+            yield TokenizedRow(example, Tokenized(None, dropped=example.left_out))
+            continue
         require_chat_choice(example.prompt, tokenizer, source.chat, example.place)
         try:
             if preferences:

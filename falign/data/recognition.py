@@ -12,11 +12,12 @@ from falign.data.column_names import as_list, as_mapping, guess_columns, looks_l
 from falign.data.conversations import Text, looks_like_hh, parsed_conversation
 from falign.data.examples import Example
 from falign.data.files import Row
+from falign.data.foreign_formats import INSIDE, foreign_format, is_verl
 from falign.data.formats import COLUMNS, FORMATS, PAIR, columns_read, missing_column
 from falign.data.reports import BadRows
 from falign.data.side_columns import OPTIONS, TOOLS, WEIGHT, row_weight, template_inputs
 from falign.data.sources import DataSource, rows_of
-from falign.data.text_values import is_blank
+from falign.data.text_values import is_blank, parsed_list
 from falign.data.token_weights import weights_in
 from falign.errors import ConfigError, DataError
 
@@ -32,6 +33,8 @@ def recognize(row: Row) -> str:
         DataError: No layout has these columns.
     """
     columns = row.fields.keys()
+    if (foreign := foreign_format(row)) is not None:
+        return foreign
     if columns >= {"chosen", "rejected"}:
         by_prompt = {"prompt": "preference", "conversations": "sharegpt", "instruction": "alpaca"}
         return next((layout for name, layout in by_prompt.items() if name in columns), None) or _without_prompt(row)
@@ -41,6 +44,11 @@ def recognize(row: Row) -> str:
         return "unpaired" if "label" in columns else "completion"
     if columns >= {"instruction", "completion"}:
         return "alpaca"
+    if is_verl(row.fields):
+        raise DataError(
+            f"{row.place}: this is a prompt without a completion, in verl's layout: give the source to an online run "
+            "(prompts.train), which samples completions."
+        )
     demonstration = _demonstration(row)
     if columns & set(PAIR) or not (columns & COLUMNS or demonstration):
         raise missing_column(row, "rejected" if "chosen" in columns else "chosen")
@@ -160,6 +168,7 @@ class RowReader:
         if self._auto or self.format != "implicit" or example.conversational:
             refuse_unread_prompts(unread, [example.prompt, *example.completions], row.place, present=row.fields)
         self._unused |= dict.fromkeys(name for name in row.fields if name in unread)
+        self._unused |= dict.fromkeys(_inside(self.format, row))
         return replace(example, columns={**file, **row.fields})
 
     def _weight(self, row: Row) -> float:
@@ -177,6 +186,15 @@ class RowReader:
     def _turned(self, row: Row) -> Row:
         # A system column, even an empty one, turns plain texts into a conversation.
         return Row(row.place, {"system": "", **row.fields}) if self._chat else row
+
+
+def _inside(format: str, row: Row) -> list[str]:
+    """Return the parts of the columns of a row that its layout leaves out."""
+    if format not in INSIDE:
+        return []
+    column, key = INSIDE[format]
+    entries = parsed_list(row.fields[column])
+    return [f"{column}.{key}"] if any(not is_blank(each.get(key)) for each in entries) else []
 
 
 def refuse_unread_prompts(

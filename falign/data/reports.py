@@ -43,7 +43,7 @@ class SourceReport:
         read: All rows, bad ones included.
         bad: Rows that cannot be used.
         kept: Rows that are left to train on.
-        dropped: Rows left out by a length policy, by reason.
+        dropped: Rows left out by a length policy, or because nothing is preferred, by reason.
         drifting: Kept rows in which the last prompt tokens merge with the first characters of a completion.
         reopened: Kept rows in which the template opens an answer differently from its generation prompt.
         prompts_cut: Kept rows with a cut prompt.
@@ -171,9 +171,9 @@ class Tally:
         text = "\n".join([prompt, *(completion for completion, _ in ranked)])
         key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
         values = [value for _, value in ranked]
-        order = (
-            tuple(sorted(set(values)).index(value) for value in values) if len(values) > 1 else (int(values[0] > 0),)
-        )
+        order = tuple(sorted(set(values)).index(value) for value in values)
+        if len(values) == 1:
+            order = (int(values[0] > 0),)
         seen = self._preferences.setdefault(key, set())
         if order in seen:
             self._counts["duplicates"] += 1

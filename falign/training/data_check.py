@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falign.data import DataReport, Notice, Window, check
+from falign.data.foreign_formats import VERL
 from falign.errors import ConfigError, FalignError
 from falign.runfile.config import DataConfig, RunConfig, SourceConfig
 from falign.runfile.objects import model_section, parse_source
@@ -24,6 +25,12 @@ WITHOUT_PREFERENCES = ("unpaired", "completion")
 NO_PREFERENCES = Notice(
     "Rows of this format have no preferences, which pairwise, listwise and token_pairwise objectives need; labels are "
     "enough for unpaired. Give the run file in place of the data to check it under its objective."
+)
+
+
+PROMPTS_ONLY = Notice(
+    "These are prompts without completions: give them to an online run (prompts.train). Its rewards get the column "
+    "ground_truth, and its verifiers the same as answer."
 )
 
 
@@ -137,6 +144,7 @@ def check_data(
         raise ConfigError(f"`{token_options[0]}` needs a tokenizer: give `model`.")
     report = check(source, keep=keep, **options)
     notices = [NO_PREFERENCES] if report.source.format in WITHOUT_PREFERENCES else []
+    notices += [PROMPTS_ONLY] if report.source.format == VERL else []
     return DataCheck((report,), tuple(notices), report.refusal(skip_by="data.bad_rows=skip", max_drift=max_drift))
 
 

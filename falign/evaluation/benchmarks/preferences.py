@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from falign.data import BadRows, DataSource, Example, Row, RowReader, read_rows
+from falign.data.conversations import TOOL_CALLS
 from falign.errors import DataError
 from falign.evaluation.benchmarks.base import Benchmark, BenchmarkItem, mean
 from falign.evaluation.benchmarks.schema import identifier, items_of
@@ -92,6 +93,13 @@ def _item(row: Row, example: Example, chat: bool | None) -> BenchmarkItem:
         raise DataError(
             f"{row.place}: the row has {len(example.completions)} completion and no other to compare it with: give "
             "pairs or lists."
+        )
+    if example.left_out is not None:
+        raise DataError(f"{row.place}: {example.left_out}, so that there is no pair to count.")
+    if any(len(each) > 1 or TOOL_CALLS in each[0] for each in example.completions if not isinstance(each, str)):
+        raise DataError(
+            f"{row.place}: an answer has several turns or calls tools, and those of a benchmark are texts; leave the "
+            "row out."
         )
     return BenchmarkItem(
         place=row.place,
