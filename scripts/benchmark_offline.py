@@ -4,10 +4,12 @@
     python scripts/benchmark_offline.py --data PAIRS.jsonl --dtype bfloat16 --reference cached --rounds 3
     python scripts/benchmark_offline.py --random-model qwen2-0.5b --device cuda --prompt-tokens 1024 \
         --completion-tokens 128
+    python scripts/benchmark_offline.py --data PAIRS.jsonl --sides trl inside-rows inside-trees --rounds 3
 
 Each side runs in a process of its own, side after side, round after round. TRL has its best settings: no gradient
 checkpointing, the fused head that it ships, autocast where weights are 16-bit, the prompt's and completions' token ids
-given, so that both train on the same tokens; `--reference cached` is its precomputed reference. falign's side needs
+given, so that both train on the same tokens; `--reference cached` is its precomputed reference. `inside-rows` and
+`inside-trees` are falign's FDPOTrainer inside TRL, with layout="trl" and layout="tree". falign's side needs
 torch, transformers and peft alone with `--random-model`; where TRL is not installed, it runs without TRL's.
 """
 
@@ -58,9 +60,10 @@ def arguments() -> argparse.Namespace:
     add("--layout", default="auto", choices=["auto", "tree", "padded"], help="falign's")
     add("--loop", choices=["trainer", "bare"], help="falign's: its trainer (default where TRL is), or a plain loop")
     add("--r", type=int, default=16)
-    add("--sides", nargs="+", choices=["trl", "falign"], help="default: both, or falign alone where TRL is missing")
+    sides = ["trl", "falign", "inside-rows", "inside-trees"]
+    add("--sides", nargs="+", choices=sides, help="default: trl and falign, or falign alone where TRL is missing")
     add("--threads", type=int)
-    add("--worker", choices=["trl", "falign"], help=argparse.SUPPRESS)
+    add("--worker", choices=sides, help=argparse.SUPPRESS)
     args = parser.parse_args()
     installed = find_spec("trl") is not None
     args.sides = args.sides or (["trl", "falign"] if installed else ["falign"])
@@ -75,20 +78,20 @@ def main() -> None:
         return
     print(f"{args.random_model or args.model}, LoRA r={args.r}, {args.dtype}, {args.device}, batch {args.batch}, "
           f"{args.reference} reference")  # fmt: skip
-    print(f"{'round':>5} {'side':7} {'s/step':>8} {'tokens/s':>9} {'peak MiB':>9}  first losses")
+    print(f"{'round':>5} {'side':12} {'s/step':>8} {'tokens/s':>9} {'peak MiB':>9}  first losses")
     results: dict[str, list[dict]] = {side: [] for side in args.sides}
     for number in range(1, args.rounds + 1):
         for side in args.sides:
             result = in_own_process(side)
             results[side].append(result)
             losses = " ".join(f"{loss:.4f}" for loss in result["losses"][:4])
-            print(f"{number:5} {side:7} {result['seconds']:8.3f} {result['tokens'] / result['seconds']:9.0f} "
+            print(f"{number:5} {side:12} {result['seconds']:8.3f} {result['tokens'] / result['seconds']:9.0f} "
                   f"{result['peak_mib']:9.0f}  {losses}", flush=True)  # fmt: skip
-    if len(args.sides) == 2:
-        pairs = list(zip(results["trl"], results["falign"], strict=True))
+    for side in [side for side in args.sides if side != "trl" and "trl" in args.sides]:
+        pairs = list(zip(results["trl"], results[side], strict=True))
         speed = [trl["seconds"] / own["seconds"] for trl, own in pairs]
         memory = [own["peak_mib"] / trl["peak_mib"] for trl, own in pairs]
-        print(f"falign's step rate over TRL's: {spread(speed)}; its peak memory over TRL's: {spread(memory)}")
+        print(f"{side}'s step rate over TRL's: {spread(speed)}; its peak memory over TRL's: {spread(memory)}")
 
 
 def spread(ratios: list[float]) -> str:
@@ -280,7 +283,14 @@ def run_trl(args, model, tokenizer, trees, pad_token_id, clock, folder) -> list[
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    class OnTokenIds(DPOTrainer):
+    trainer, further = DPOTrainer, {}
+    if args.worker != "trl":
+        from falign.integrations.trl import FDPOTrainer
+
+        layout = {"inside-rows": "trl", "inside-trees": "tree"}[args.worker]
+        trainer, further = FDPOTrainer, {"objective": objective_of(args), "layout": layout}
+
+    class OnTokenIds(trainer):
         def _prepare_dataset(self, dataset, *_, **__):
             return dataset
 
@@ -297,13 +307,19 @@ def run_trl(args, model, tokenizer, trees, pad_token_id, clock, folder) -> list[
     losses: list[float] = []
     dataset, callbacks = Dataset.from_list(rows), [clock.callback(losses)]
     tokenizer = tokenizer or tokenizer_of(args)  # any: the rows are token ids
-    OnTokenIds(model=model, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks).train()
+    given = {"args": config, "train_dataset": dataset, "processing_class": tokenizer, "callbacks": callbacks}
+    OnTokenIds(model=model, **given, **further).train()
     return losses
+
+
+def objective_of(args):
+    from falign.methods import FDPO, TDPO
+
+    return FDPO(beta=0.1) if args.objective == "fdpo" else TDPO(beta=0.1)
 
 
 def parts(args, model, trees, pad_token_id, folder) -> tuple:
     """falign's reference, objective and scorer."""
-    from falign.methods import FDPO, TDPO
     from falign.references import AdapterOff, Cached, CacheKey
     from falign.scoring import Scorer, choose_layout
 
@@ -317,7 +333,7 @@ def parts(args, model, trees, pad_token_id, folder) -> tuple:
         cached = Cached(reference, directory=folder / "cache", key=key)
         cached.precompute(model, trees, scorer=scorer)
         reference = Cached(None, directory=folder / "cache", key=key)
-    return reference, (FDPO(beta=0.1) if args.objective == "fdpo" else TDPO(beta=0.1)), scorer
+    return reference, objective_of(args), scorer
 
 
 def run_falign(args, model, tokenizer, trees, pad_token_id, clock, folder) -> list[float]:
@@ -369,8 +385,7 @@ def run_falign_bare(args, model, tokenizer, trees, pad_token_id, clock, folder) 
 
 
 SIDES = {
-    ("trl", "trainer"): run_trl,
-    ("trl", "bare"): run_trl,
+    **{(side, loop): run_trl for side in ("trl", "inside-rows", "inside-trees") for loop in ("trainer", "bare")},
     ("falign", "trainer"): run_falign,
     ("falign", "bare"): run_falign_bare,
 }

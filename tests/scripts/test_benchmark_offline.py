@@ -31,12 +31,14 @@ def losses(line):
 
 
 @pytest.mark.slow
-def test_both_sides_do_the_same_work():
-    table = run().splitlines()
-    trl, own = (next(line for line in table if f" {side} " in line) for side in ("trl", "falign"))
-    assert losses(own) == pytest.approx(losses(trl), abs=2e-4)
-    assert len(losses(own)) == 2
-    assert "falign's step rate over TRL's" in table[-1]
+def test_all_sides_do_the_same_work():
+    sides = ("falign", "inside-trees")
+    table = run("--sides", "trl", *sides).splitlines()
+    trl, *own = (next(line for line in table if f" {side} " in line) for side in ("trl", *sides))
+    for each in own:
+        assert losses(each) == pytest.approx(losses(trl), abs=2e-4)
+        assert len(losses(each)) == 2
+    assert [line.split("'s step rate over TRL's")[0] for line in table[-2:]] == [*sides]
 
 
 def test_a_bare_checkout_with_torch_transformers_and_peft_is_enough():
