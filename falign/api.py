@@ -95,11 +95,24 @@ class Run(OpenRun):
         dtype: str = "auto",
         base: str | None = None,
         overwrite: bool = False,
+        push: str | None = None,
+        private: bool = False,
+        license: str | None = None,
     ) -> Exported:
         """Write the model for other programs: ``falign.export``."""
         from falign.runs.export import export
 
-        return export(self, format, out=out, dtype=dtype, base=base, overwrite=overwrite)
+        return export(
+            self,
+            format,
+            out=out,
+            dtype=dtype,
+            base=base,
+            overwrite=overwrite,
+            push=push,
+            private=private,
+            license=license,
+        )
 
     def report(self, out: str | Path | None = None) -> WrittenReport:
         """Write a page of the run: ``falign.report``."""

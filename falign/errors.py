@@ -90,6 +90,10 @@ class ModelError(FalignError):
     """A model, tokenizer or adapter that cannot be loaded, used or exported."""
 
 
+class PublishingError(FalignError):
+    """An upload that the Hub refuses, or a Hub that cannot be reached; the exported folder stays."""
+
+
 class RewardError(FalignError):
     """A reward that cannot be called, or that returns an invalid value."""
 

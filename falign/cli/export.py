@@ -22,12 +22,16 @@ class Format(StrEnum):
 
     adapter = "adapter"
     merged = "merged"
+    classifier = "classifier"
+    gguf = "gguf"
 
 
 @with_options_named
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
-    format: Annotated[Format, typer.Option("--format", help="A PEFT adapter, or merged weights.")],
+    format: Annotated[
+        Format, typer.Option("--format", help="Adapter, merged weights, a reward model as classifier, or GGUF.")
+    ],
     out: Annotated[Path | None, typer.Option("--out", help="Target folder. Default: RUN/export/FORMAT.")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of merged weights; auto: that of the base checkpoint.")] = "auto",
     base: Annotated[
@@ -36,28 +40,41 @@ def export(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target folder.")] = False,
     trust_code: TrustCode = False,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="NAME", help="Repository of the Hub to upload the folder to.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    license: Annotated[
+        str | None, typer.Option(help="License for the model card. Default: that in the card of the base model.")
+    ] = None,
 ) -> None:
     """Write a trained model for use elsewhere, reload it, and verify that it gives the trained model's logits."""
     from falign.runs.export import export as write
 
     console = Terminal()
     with Terminal(stderr=True).status(f"exporting {escape(run)}"):
-        exported = write(run, format.value, out=out, dtype=dtype, base=base, overwrite=overwrite, trust_code=trust_code)
-    target, proof = exported.path, exported.proof
-    console.print("wrote", Text(str(target), style="bold"))
-    table = Table(f"logits on {proof.compared_tokens} tokens, {proof.dtype}", "maximum", title_justify="left")
-    table.add_row("logit", f"{proof.max_abs_logit:.4g}")
-    table.add_row("difference from the trained model", f"{proof.max_abs_logit_difference:.3g}")
-    tolerance = f"{proof.bound * proof.max_abs_logit:.3g}"
-    if proof.max_abs_export_error == proof.max_abs_logit_difference:
-        table.add_row("tolerance", tolerance)
-    else:
-        table.add_row("difference caused by the export", f"{proof.max_abs_export_error:.3g}")
-        table.add_row("tolerance of the export", tolerance)
-    table.add_row("difference from the base model", f"{proof.max_abs_change_against_base:.3g}")
+        exported = write(
+            run,
+            format.value,
+            out=out,
+            dtype=dtype,
+            base=base,
+            overwrite=overwrite,
+            trust_code=trust_code,
+            push=push,
+            private=private,
+            license=license,
+        )
+    console.print("wrote", Text(str(exported.path), style="bold"))
+    (title, *_), *rows = exported.proof.table()
+    table = Table(title, "maximum", title_justify="left")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     if exported.served:
         console.print(exported.served, highlight=False, markup=False)
+    if exported.url:
+        console.print("pushed to", Text(exported.url, style="bold"))
     if exported.four_bit_base:
         console.print(
             "[yellow]note:[/] the trained model has a 4-bit base, and the export has the original weights. The rest of "

@@ -21,6 +21,7 @@ MUCH_LESS_LIKELY = 5.0
 
 def show(summary: RunSummary, console: Console) -> None:
     """Print held-out metrics and answers before and after training, and where the files are."""
+    from falign.models.heads import REWARD_HEAD
     from falign.report import held_out_rows
 
     if summary.before:
@@ -45,5 +46,6 @@ def show(summary: RunSummary, console: Console) -> None:
     console.print(
         "model", Text(str(model), style=bold), " curves", Text(str(summary.folder.path / "curves.png"), style=bold)
     )
-    command = f"next: falign export {shlex.quote(str(summary.folder.path))} --format merged"
+    form = "classifier" if (model / REWARD_HEAD).is_file() else "merged"
+    command = f"next: falign export {shlex.quote(str(summary.folder.path))} --format {form}"
     console.print(command, highlight=False, markup=False, soft_wrap=True)

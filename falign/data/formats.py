@@ -31,7 +31,7 @@ __all__ = ["COLUMNS", "FORMATS", "PAIR", "columns_read", "missing_column"]
 COLUMNS: frozenset[str] = frozenset(
     {"prompt", "chosen", "rejected", "system", "completion", "completions", "scores", "ranks", "label"}
     | {"messages", "conversations", "instruction", "input", "history"}
-    | {*WEIGHT_COLUMNS, *SIDE_COLUMNS}
+    | {*WEIGHT_COLUMNS, *SIDE_COLUMNS, "margin"}
 )
 """The column names that falign reads, in any layout."""
 

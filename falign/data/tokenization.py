@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -141,11 +142,18 @@ def encode(example: Example, tokenizer: Tokenizer, *, stop_token_ids: Collection
         token_weights=weights,
         weight=example.weight,
         counted=counted,
+        margin=_margin(example.columns.get("margin")),
     )
     _check_distinct(tree)
     reopened = not all(text.startswith(rendered.prompt) for text in rendered.full)
     # `reopened` counts only if it changes tokens: the prompt must have lost some at its end.
     return Encoded(tree, len(prompt_ids) - boundary, reopened and boundary < len(prompt_ids))
+
+
+def _margin(value: object) -> float | None:
+    """Return a margin; None for what is not a finite number, which only objectives that read it refuse."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if number else None  # pyright: ignore[reportArgumentType]
 
 
 def _weights(

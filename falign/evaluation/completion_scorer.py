@@ -72,6 +72,7 @@ class CompletionScorer:
         objective: The objective that defines the implicit reward, and the measure ``divergence`` if there is one.
         scorer: A scorer with a layout that the policy and the references' models can read.
         references: Further references, by the names under which the objective reads them.
+        reward_head: The head of a reward model, for objectives that read ``learned_rewards``.
 
     Raises:
         ConfigError: The objective reads a reference that is missing.
@@ -82,6 +83,7 @@ class CompletionScorer:
     objective: BaseObjective
     scorer: Scorer
     references: Mapping[str, Reference] = field(default_factory=dict)
+    reward_head: nn.Module | None = None
 
     def __post_init__(self) -> None:
         given = {REFERENCE, *self.references}
@@ -120,6 +122,7 @@ class CompletionScorer:
                 objective=self.objective,
                 chunk_tokens=self.scorer.chunk_tokens,
                 columns=known,
+                reward_head=self.reward_head,
             )
             log_ratios = completions.log_ratio
             per_token = {

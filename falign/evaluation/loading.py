@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from falign.data import Window
     from falign.evaluation import CompletionScorer
+    from falign.models.heads import RewardHead
     from falign.objectives import BaseObjective
     from falign.references import Reference
     from falign.runfile import RunConfig
@@ -38,6 +39,7 @@ class Scored(NamedTuple):
         record: Values that identify these, by name.
         rewarding: Whether the objective is the run's own, and not a substitute.
         references: Further references that the objective reads, by name.
+        reward_head: The head of a reward model, if the run has trained one.
     """
 
     policy: PreTrainedModel | PeftModel
@@ -49,6 +51,7 @@ class Scored(NamedTuple):
     record: dict[str, Any]
     rewarding: bool = True
     references: Mapping[str, Reference] = {}
+    reward_head: RewardHead | None = None
 
     def models(self) -> list[Any]:
         """Return the policy, and the models of those references that have their own."""
@@ -71,6 +74,7 @@ class Scored(NamedTuple):
             objective=self.objective,
             scorer=scorer,
             references=self.references,
+            reward_head=self.reward_head,
         )
         return compared, choice
 
@@ -157,7 +161,8 @@ def load_run(
     if references is None:
         references = {REFERENCE, *reference_names(objective.needs, objective.measures)}
     _require_main_reference(folder, references)
-    policy, tokenizer, config = load_trained(folder, checkpoint, given=given, trust_code=trust_code)
+    trained = load_trained(folder, checkpoint, given=given, trust_code=trust_code)
+    policy, tokenizer, config = trained.model, trained.tokenizer, trained.config
     config = config if given is None else given.in_place(config, path=folder.path)
     policy.to(_device())  # pyright: ignore[reportArgumentType]
     rebuilt = rebuild_references(config, policy, tokenizer, folder, device=_device(), names=references)
@@ -169,6 +174,9 @@ def load_run(
         identity = model_identity(policy)
     else:
         identity = {**model_identity(policy), "adapter": weights_hash(policy, adapter="default")}
+    if trained.reward_head is not None:
+        trained.reward_head.to(_device())
+        identity |= {"reward_head": trained.reward_head.content_hash}
     reference = rebuilt.pop(REFERENCE, None)
     record = _record(identity, reference, config.objective.model_dump(mode="json"))
     for name, each in sorted(rebuilt.items()):
@@ -183,6 +191,7 @@ def load_run(
         record,
         rewarding,
         rebuilt,
+        trained.reward_head,
     )
 
 

@@ -21,7 +21,7 @@ from falign.models.staging import staged_folder
 from falign.models.structure import adapter_weights, base_name, base_of
 from falign.models.tokenizers import stop_token_ids
 
-__all__ = ["export_adapter", "export_merged"]
+__all__ = ["existing_rule", "export_adapter", "export_merged", "merged_model"]
 
 
 def export_adapter(
@@ -61,7 +61,7 @@ def export_adapter(
         raise ModelError("The adapter's base has no name to record: give base_name_or_path.")
     base = record_base(model) if base is None else base
     size = sum(tensor.nbytes for tensor in weights.values())
-    with staged_folder(Path(out_dir), existing=_existing(overwrite), needed_bytes=size) as staging:
+    with staged_folder(Path(out_dir), existing=existing_rule(overwrite), needed_bytes=size) as staging:
         write_adapter_files(staging, config, weights, base)
         tokenizer.save_pretrained(staging)
     return Path(out_dir)
@@ -102,6 +102,34 @@ def export_merged(
         ModelError: Weights that cannot be merged, a base that is not the one that was quantized, an occupied folder, or
             a full disk.
     """
+    merged = merged_model(
+        model,
+        base_name_or_path=base_name_or_path,
+        dtype=dtype,
+        adapter=adapter,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    stops = stop_token_ids(merged, tokenizer) | stop_token_ids(base_of(model), tokenizer)
+    merged.generation_config = copy.deepcopy(base_of(model).generation_config)
+    merged.generation_config.eos_token_id = sorted(stops)
+    size = sum(parameter.nbytes for parameter in merged.parameters())
+    with staged_folder(Path(out_dir), existing=existing_rule(overwrite), needed_bytes=size) as staging:
+        merged.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+    return Path(out_dir)
+
+
+def merged_model(
+    model: PreTrainedModel | PeftModel,
+    *,
+    base_name_or_path: str | Path | None = None,
+    dtype: str = "auto",
+    adapter: str = "default",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Return a new model on the CPU with the adapter folded in; arguments and errors are those of `export_merged`."""
     if isinstance(model, PeftModel):
         check_supported(model, adapter)
     wanted = resolve_dtype(dtype, device=torch.device("cpu"))
@@ -122,17 +150,10 @@ def export_merged(
     else:
         _copy_weights(merged, model)
     _convert(merged, torch.promote_types(own, target), target)
-    stops = stop_token_ids(merged, tokenizer) | stop_token_ids(base_of(model), tokenizer)
-    merged.generation_config = copy.deepcopy(base_of(model).generation_config)
-    merged.generation_config.eos_token_id = sorted(stops)
-    size = sum(parameter.nbytes for parameter in merged.parameters())
-    with staged_folder(Path(out_dir), existing=_existing(overwrite), needed_bytes=size) as staging:
-        merged.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-    return Path(out_dir)
+    return merged
 
 
-def _existing(overwrite: bool) -> Literal["refuse", "replace"]:
+def existing_rule(overwrite: bool) -> Literal["refuse", "replace"]:
     return "replace" if overwrite else "refuse"
 
 

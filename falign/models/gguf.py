@@ -19,7 +19,7 @@ from transformers.utils.import_utils import is_gguf_available
 from falign.errors import ModelError
 from falign.models.kept_folder import kept_folder
 
-__all__ = ["cache_folder", "plain_checkpoint"]
+__all__ = ["cache_folder", "plain_checkpoint", "read_model", "read_tokenizer"]
 
 _CONVERSION = b"2"  # part of the cache name: raise it when the conversion below changes what it writes
 
@@ -53,8 +53,8 @@ def plain_checkpoint(gguf_path: Path) -> Path:
     def write(staging: Path) -> None:
         if not is_gguf_available():
             raise ModelError(f"{gguf_path}: reading GGUF files needs the package gguf; run `pip install gguf`.")
-        _read_model(gguf_path).save_pretrained(staging)
-        _read_tokenizer(gguf_path).save_pretrained(staging)
+        read_model(gguf_path).save_pretrained(staging)
+        read_tokenizer(gguf_path).save_pretrained(staging)
 
     # 4 bytes per weight in place of about 4.5 bits.
     return kept_folder(folder, write, needed_bytes=7 * gguf_path.stat().st_size)
@@ -70,7 +70,8 @@ def _content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_model(path: Path) -> PreTrainedModel:
+def read_model(path: Path) -> PreTrainedModel:
+    """Return the model of a GGUF file, in float32."""
     # `dequantize=True` also removes the quantization from the configuration, which would otherwise be wrong.
     return AutoModelForCausalLM.from_pretrained(
         path.parent,
@@ -81,7 +82,8 @@ def _read_model(path: Path) -> PreTrainedModel:
     )
 
 
-def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a GGUF file, with the rules that transformers leaves out."""
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(f"{path}: its tokenizer has no conversion; use the model's original checkpoint.")

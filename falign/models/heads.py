@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
 from falign.errors import ModelError
+from falign.models.identity import add_tensor
+from falign.models.sources import damaged
+from falign.models.staging import reading
 from falign.models.structure import base_of
 
-__all__ = ["DoubleValueHead", "SoftMinHead", "ValueHead", "cut_head", "head_rows", "left_out_rows", "share_head"]
+__all__ = [
+    "REWARD_HEAD",
+    "DoubleValueHead",
+    "RewardHead",
+    "SoftMinHead",
+    "ValueHead",
+    "cut_head",
+    "head_rows",
+    "left_out_rows",
+    "share_head",
+]
+
+REWARD_HEAD = "reward_head.safetensors"
+"""File with the head of a reward model, beside the weights of the model under it."""
 
 
 def share_head(policy: PreTrainedModel | PeftModel, other: PreTrainedModel | PeftModel) -> int:
@@ -81,6 +100,58 @@ def _rows(head: nn.Module) -> int:
     weight = head.weight
     assert isinstance(weight, Tensor)
     return int(weight.shape[0] if rows is None else rows)
+
+
+class RewardHead(nn.Linear):
+    """``r = w·h``, without bias: the head ``score`` of a transformers sequence classifier with one label.
+
+    Args:
+        hidden_size: Size of the hidden states.
+        std: Standard deviation of the first weights.
+        seed: Their seed; None for weights of 0, to be loaded.
+    """
+
+    def __init__(self, hidden_size: int, *, std: float = 0.02, seed: int | None = None) -> None:
+        super().__init__(hidden_size, 1, bias=False)
+        generator = torch.Generator().manual_seed(0 if seed is None else seed)
+        with torch.no_grad():
+            self.weight.copy_(torch.randn(1, hidden_size, generator=generator) * (0.0 if seed is None else std))
+
+    @classmethod
+    def of(cls, model: PreTrainedModel | PeftModel, *, seed: int | None = None) -> RewardHead:
+        """Return a head that fits a model, on its device, in float32, with the model's ``initializer_range``.
+
+        Args:
+            model: The model under the head.
+            seed: Seed of the first weights; None for weights of 0.
+        """
+        base = base_of(model)
+        assert isinstance(base, PreTrainedModel)
+        text = base.config.get_text_config()
+        std = getattr(text, "initializer_range", 0.02)
+        return cls(text.hidden_size, std=std, seed=seed).to(base.device)
+
+    @property
+    def content_hash(self) -> str:
+        """A hash of its weights."""
+        digest = hashlib.sha256()
+        add_tensor(digest, "weight", self.weight.detach())
+        return digest.hexdigest()
+
+    @classmethod
+    def read(cls, folder: Path, model: PreTrainedModel | PeftModel) -> RewardHead | None:
+        """Return the head in a folder of trained weights, on the model's device; None if there is none.
+
+        Raises:
+            ModelError: The file is damaged, or belongs to another model.
+        """
+        file = folder / REWARD_HEAD
+        if not file.is_file():
+            return None
+        head = cls.of(model)
+        with reading(lambda error: damaged(file, error)):
+            head.load_state_dict(load_file(file))
+        return head.eval()
 
 
 class ValueHead(nn.Module):

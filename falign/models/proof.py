@@ -51,6 +51,21 @@ class ExportProof:
     max_abs_change_against_base: float
     bound: float  # accepted max_abs_export_error / max_abs_logit
 
+    def table(self) -> list[tuple[str, ...]]:
+        """Return a title, and rows of a name and a number, as text."""
+        rows: list[tuple[str, ...]] = [
+            (f"logits on {self.compared_tokens} tokens, {self.dtype}",),
+            ("logit", f"{self.max_abs_logit:.4g}"),
+            ("difference from the trained model", f"{self.max_abs_logit_difference:.3g}"),
+        ]
+        tolerance = f"{self.bound * self.max_abs_logit:.3g}"
+        if self.max_abs_export_error == self.max_abs_logit_difference:
+            rows.append(("tolerance", tolerance))
+        else:
+            rows.append(("difference caused by the export", f"{self.max_abs_export_error:.3g}"))
+            rows.append(("tolerance of the export", tolerance))
+        return [*rows, ("difference from the base model", f"{self.max_abs_change_against_base:.3g}")]
+
 
 def verify_export(
     trained_model: PreTrainedModel | PeftModel,

@@ -20,7 +20,7 @@ from falign.errors import ConfigError, FalignError, ModelError
 __all__ = ["reading", "refuse_other_folder", "save_tensors", "staged_folder"]
 
 
-MODEL_MARKS = ("config.json", "adapter_config.json")
+MODEL_MARKS = ("config.json", "adapter_config.json", "*.gguf")
 """Files that show that a folder holds a model or an adapter."""
 
 RUN_PART = re.compile(r"(?:adapter|model|references?|checkpoint-\d+)$")
@@ -80,10 +80,12 @@ def refuse_other_folder(target: Path, *, what: str, sources: Iterable[str | Path
         if source.exists() and source.resolve().is_relative_to(target.resolve()):
             raise ConfigError(f"out={target} would replace {source}, which {what} is made from: choose another folder.")
     place = target.resolve()
+    if (target / "manifest.json").is_file():  # a run shows the files of its model
+        raise ConfigError(f"out={target} is a run: choose another folder.")
     for folder in place.parents if place.is_dir() else ():
         if (folder / "manifest.json").is_file() and RUN_PART.match(place.relative_to(folder).parts[0]):
             raise ConfigError(f"out={target} is a part of the run {folder}: choose another folder.")
-    if target.is_dir() and any(target.iterdir()) and not any((target / mark).is_file() for mark in MODEL_MARKS):
+    if target.is_dir() and any(target.iterdir()) and not any(any(target.glob(mark)) for mark in MODEL_MARKS):
         raise ConfigError(f"out={target} holds something other than {what}: choose another folder.")
 
 

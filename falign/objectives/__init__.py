@@ -63,6 +63,7 @@ from falign.objectives.partition import RunningPartition, log_partition
 from falign.objectives.penalty import Penalty, Surrogate
 from falign.objectives.policy_gradient import PolicyGradient
 from falign.objectives.rehearsal import Rehearsal
+from falign.objectives.reward_model import RankedRewardModel, RewardModel
 from falign.objectives.schedules import Cosine, Linear, Schedule, Scheduled, Stairs, Steps
 from falign.objectives.sequence_match import LogNormalizer, SequenceMatching
 from falign.objectives.step_means import StepMean
@@ -141,8 +142,10 @@ __all__ = [
     "PreferenceKind",
     "ProductTarget",
     "QuantileFilter",
+    "RankedRewardModel",
     "ReferenceEntropy",
     "Rehearsal",
+    "RewardModel",
     "Robust",
     "RootDivergence",
     "RunningPartition",

@@ -215,6 +215,11 @@ class BaseObjective(NumericFields, ABC):
         return self.needs
 
     @property
+    def reads_logprobs(self) -> bool:
+        """True if it reads ``logprobs``; where nothing does, a run leaves out the head and the vocabulary."""
+        return True
+
+    @property
     def learns_from_samples(self) -> bool:
         """True if it learns something from fresh samples of the policy: by default if it reads their worth."""
         return bool(self.needs & WORTH)

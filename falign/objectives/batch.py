@@ -28,9 +28,14 @@ PER_TOKEN = frozenset(
 PREPARED = "prepared"
 OF_TERMS = ("measures", "step_means")  # fields of a sum in which each term has its own entries, NAME.KEY
 MASKS = frozenset({"completion_mask", "from_reference"})
-CARRY_GRADIENT = frozenset({"learned_masks", "logprobs", "measures", "values", "second_values"})
+CARRY_GRADIENT = frozenset({"learned_masks", "learned_rewards", "logprobs", "measures", "values", "second_values"})
 
-OFFLINE = frozenset({"reference_logprobs", "references", "preference", "token_weights", "row_weights"})
+OFFLINE = frozenset(
+    {
+        *("reference_logprobs", "references", "preference", "token_weights", "row_weights"),
+        *("learned_rewards", "margin"),
+    }
+)
 """Fields that a run on given completions can supply."""
 
 ONLINE = (OFFLINE - {"row_weights"}) | {
@@ -84,9 +89,9 @@ class _ByReference(dict[str, Tensor]):
 class CompletionBatch:
     """N completions of at most T tokens; logs in nats. Pairs, lists, samples and rollouts all use this class.
 
-    ``logprobs``, ``measures`` and ``values`` carry the gradient. Every other field is a constant and is
-    detached here. Numbers are kept in float32 or better, because sums over tokens overflow in half precision. Integers
-    and booleans are converted to floats, except in the masks and in ``prompt_index``.
+    ``logprobs``, ``measures``, ``values`` and ``learned_rewards`` carry the gradient. Every other field is a constant
+    and is detached here. Numbers are kept in float32 or better, because sums over tokens overflow in half precision.
+    Integers and booleans are converted to floats, except in the masks and in ``prompt_index``.
 
     Attributes:
         logprobs: ``log π(y_t | x, y_<t)``, shape (N, T); carries the gradient.
@@ -102,7 +107,11 @@ class CompletionBatch:
             policy and whose gradient they carry, for objectives that need ``token_weights.learned`` or
             ``token_weights.learned_independent``.
         preference: Larger is preferred within a prompt, shape (N,) (a pair: 1 and 0; an unpaired label: 1 or 0).
+        margin: Lead in reward that the data ask of the preferred side of each prompt, repeated for its completions,
+            shape (N,).
         rewards: External scores, shape (N,).
+        learned_rewards: A reward head's value at each completion's last token, shape (N,); carries the gradient, of the
+            head and of the model under it.
         from_reference: True where the completion was sampled from the reference, shape (N,).
         token_weights: How much each token counts, ``≥ 0``, shape (N, T); taken as a constant. Only objectives that name
             it in their ``needs`` read it.
@@ -146,7 +155,9 @@ class CompletionBatch:
     reference_logprobs: Shaped[Tensor, "N T"] | None = None
     old_logprobs: Shaped[Tensor, "N T"] | None = None
     preference: Shaped[Tensor, " N"] | None = None
+    margin: Shaped[Tensor, " N"] | None = None
     rewards: Shaped[Tensor, " N"] | None = None
+    learned_rewards: Shaped[Tensor, " N"] | None = None
     from_reference: Shaped[Tensor, " N"] | None = None
     token_weights: Shaped[Tensor, "N T"] | None = None
     row_weights: Shaped[Tensor, " N"] | None = None

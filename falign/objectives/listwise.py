@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from falign.objectives.base import BaseObjective, CompletionBatch, ObjectiveOutp
 from falign.objectives.groups import accuracies, pairs_in
 from falign.objectives.link import Link
 
-__all__ = ["Listwise"]
+__all__ = ["Listwise", "Ranking", "plackett_luce"]
 
 
 @dataclass(frozen=True)
@@ -103,30 +103,83 @@ class Listwise(BaseObjective):
         Raises:
             ValueError: A needed field is None, or no two completions of one prompt differ in preference.
         """
-        chosen, rejected = pairs_in(batch)
         logprobs, log_ratio, rewards = self.link.rewards_of(batch)
-        # [i, j]: j is strictly worse than i.
-        worse = torch.zeros(len(rewards), len(rewards), dtype=torch.bool, device=rewards.device)
-        worse[chosen, rejected] = True
-        per_completion = _not_first(rewards, worse)
-        prompts = batch.prompt_index[chosen].unique()  # a prompt with ties only has no pair
-        members = prompts[:, None] == batch.prompt_index[None, :]
-        losses = _sum_over(members, per_completion)
-        first = members.to(torch.uint8).argmax(dim=-1)  # a completion of each prompt
+        found = plackett_luce(batch, rewards)
         with torch.no_grad():
-            # No one is better than the best (a column of `worse`), and no one worse than the worst (a row).
-            best, worst = members & ~worse.any(dim=0), members & ~worse.any(dim=1)
-            metrics = {
-                f"{name}/{side}": _sum_over(those, values) / those.sum(dim=-1)
-                for name, values in {"rewards": rewards, "logratios": log_ratio, "logps": logprobs}.items()
-                for side, those in {"chosen": best, "rejected": worst}.items()
-            }
-            metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-            size = torch.maximum(rewards[chosen].abs(), rewards[rejected].abs())
-            metrics["rewards/accuracies"] = accuracies(rewards[chosen] - rewards[rejected], size)
-            metrics["rewards/top1"] = accuracies(_largest(best, rewards) - _largest(members & ~best, rewards))
-        term = Term(losses, batch.weighted(torch.ones_like(losses), first), name="listwise")
-        return ObjectiveOutput((term,), {k: v.detach() for k, v in metrics.items()})
+            metrics = {**found.sides("logratios", log_ratio), **found.sides("logps", logprobs)}
+        return ObjectiveOutput((Term(found.losses, found.weights, name="listwise"),), {**found.metrics, **metrics})
+
+
+class Ranking(NamedTuple):
+    """The likelihood of the rankings of a batch under Plackett-Luce.
+
+    Attributes:
+        losses: One per prompt that has no ties only, shape (P,); carries the gradient.
+        weights: Of the losses, those of the rows; shape (P,).
+        metrics: ``rewards/*``, detached.
+        best: Which completions are the best of which prompt, shape (P, N).
+        worst: Which ones are the worst, shape (P, N).
+    """
+
+    losses: Float[Tensor, " P"]
+    weights: Float[Tensor, " P"]
+    metrics: dict[str, Tensor]
+    best: Bool[Tensor, "P N"]
+    worst: Bool[Tensor, "P N"]
+
+    def sides(self, name: str, values: Float[Tensor, " N"]) -> dict[str, Tensor]:
+        """Return a quantity of the best and of the worst completions, as ``NAME/chosen`` and ``NAME/rejected``."""
+        sides = {"chosen": self.best, "rejected": self.worst}
+        return {f"{name}/{side}": self.mean(those, values).detach() for side, those in sides.items()}
+
+    @staticmethod
+    def mean(members: Bool[Tensor, "P N"], values: Float[Tensor, " N"]) -> Float[Tensor, " P"]:
+        """Return the mean of a quantity over the members of each row, shape (P,); carries the gradient."""
+        return _sum_over(members, values) / members.sum(dim=-1)
+
+
+def plackett_luce(batch: CompletionBatch, rewards: Float[Tensor, " N"]) -> Ranking:
+    """Return the negative log-likelihood of each prompt's ranking; see :class:`Listwise`.
+
+    Args:
+        batch: Completions with ``preference``.
+        rewards: A reward of each completion, shape (N,); carries the gradient.
+
+    Returns:
+        Losses and metrics.
+
+    Raises:
+        ValueError: ``preference`` is None, or no two completions of one prompt differ in it.
+
+    Example:
+        >>> batch = CompletionBatch(
+        ...     logprobs=torch.zeros(3, 1),
+        ...     completion_mask=torch.ones(3, 1, dtype=torch.bool),
+        ...     prompt_index=torch.tensor([0, 0, 0]),
+        ...     preference=torch.tensor([2.0, 1.0, 0.0]),
+        ... )
+        >>> plackett_luce(batch, torch.tensor([1.0, 0.0, -1.0])).losses
+        tensor([0.7209])
+    """
+    chosen, rejected = pairs_in(batch)
+    # [i, j]: j is strictly worse than i.
+    worse = torch.zeros(len(rewards), len(rewards), dtype=torch.bool, device=rewards.device)
+    worse[chosen, rejected] = True
+    prompts = batch.prompt_index[chosen].unique()  # a prompt with ties only has no pair
+    members = prompts[:, None] == batch.prompt_index[None, :]
+    losses = _sum_over(members, _not_first(rewards, worse))
+    first = members.to(torch.uint8).argmax(dim=-1)  # a completion of each prompt
+    weights = batch.weighted(torch.ones_like(losses), first)
+    # No one is better than the best (a column of `worse`), and no one worse than the worst (a row).
+    found = Ranking(losses, weights, {}, members & ~worse.any(dim=0), members & ~worse.any(dim=1))
+    with torch.no_grad():
+        metrics = found.sides("rewards", rewards)
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        size = torch.maximum(rewards[chosen].abs(), rewards[rejected].abs())
+        metrics["rewards/accuracies"] = accuracies(rewards[chosen] - rewards[rejected], size).detach()
+        top = accuracies(_largest(found.best, rewards) - _largest(members & ~found.best, rewards))
+        metrics["rewards/top1"] = top.detach()
+    return found._replace(metrics=metrics)
 
 
 def _not_first(rewards: Float[Tensor, " N"], worse: Bool[Tensor, "N N"]) -> Float[Tensor, " N"]:

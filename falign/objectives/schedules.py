@@ -410,6 +410,11 @@ class Scheduled(BaseObjective):
 
     @property
     @override
+    def reads_logprobs(self) -> bool:
+        return any(stage.reads_logprobs for stage in self._stages)
+
+    @property
+    @override
     def learns_from_samples(self) -> bool:
         return all(stage.learns_from_samples for stage in self._stages)
 

@@ -117,6 +117,11 @@ class Selected(BaseObjective):
 
     @property
     @override
+    def reads_logprobs(self) -> bool:
+        return self._whole.reads_logprobs
+
+    @property
+    @override
     def rests_at(self) -> str | None:
         return self._whole.rests_at
 
@@ -334,6 +339,11 @@ class Sum(BaseObjective):
     @override
     def summands(self) -> Mapping[str, BaseObjective]:
         return self.objectives
+
+    @property
+    @override
+    def reads_logprobs(self) -> bool:
+        return any(each.reads_logprobs for each in self.objectives.values())
 
     @property
     @override

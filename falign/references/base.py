@@ -399,6 +399,8 @@ def objective_inputs(
     columns: Mapping[str, Tensor] | None = None,
     value_head: nn.Module | None = None,
     mask_head: nn.Module | None = None,
+    reward_head: nn.Module | None = None,
+    with_vocabulary: bool = True,
 ) -> ObjectiveInputs:
     """Score a batch under the policy and the references that an objective needs.
 
@@ -414,6 +416,8 @@ def objective_inputs(
         columns: Known fields of the completions, by the names of :meth:`CompletionBatch.tensors`; not recomputed.
         value_head: See :func:`falign.scoring.completion_scores`; for objectives that read ``values``.
         mask_head: :class:`falign.scoring.learned_masks.LearnedMasks`, for objectives that read learned masks.
+        reward_head: See :func:`falign.scoring.completion_scores`; for objectives that read ``learned_rewards``.
+        with_vocabulary: False leaves out log-probabilities and entropies, which are then NaN.
 
     Returns:
         The completions, with log-probabilities and measures that carry the policy's gradient, and the entropies.
@@ -459,6 +463,8 @@ def objective_inputs(
         measures=asked,
         references=distributions,
         value_head=value_head if "values" in objective.needs else None,
+        reward_head=_given_head(reward_head) if "learned_rewards" in objective.needs else None,
+        with_vocabulary=with_vocabulary or bool(asked or distributions),
         chunk_tokens=chunk_tokens,
     )
     # Given columns win over recomputed ones: a reference may have moved since the rollout, and logging a measure must
@@ -468,6 +474,8 @@ def objective_inputs(
     found |= {f"measures.{name}": values for name, values in scores.measures.items()}
     if scores.values is not None:
         found["values"] = scores.values
+    if scores.learned_rewards is not None:
+        found["learned_rewards"] = scores.learned_rewards
     if scores.second_values is not None:
         found["second_values"] = scores.second_values
     # In the first update on a rollout, the policy is still the one that sampled.
@@ -478,6 +486,12 @@ def objective_inputs(
         if name in objective.needs and name not in found and value is not None
     }
     return ObjectiveInputs(completion_batch(batch, scores.logprobs, found), scores.entropy)
+
+
+def _given_head(reward_head: nn.Module | None) -> nn.Module:
+    if reward_head is None:
+        raise ValueError("The objective reads learned_rewards, and reward_head is None: give the head that makes them.")
+    return reward_head
 
 
 def _learned(mask_head: nn.Module | None, layers: Tensor, batch: TokenBatch) -> dict[str, Tensor]:

@@ -12,7 +12,18 @@ from torch import Tensor
 from typing_extensions import override
 
 from falign.errors import ConfigError
-from falign.objectives import Anchored, Listwise, Objective, Pairwise, Sum, TokenPairwise, TokenWeighting, Unpaired
+from falign.objectives import (
+    Anchored,
+    Listwise,
+    Objective,
+    Pairwise,
+    RankedRewardModel,
+    RewardModel,
+    Sum,
+    TokenPairwise,
+    TokenWeighting,
+    Unpaired,
+)
 from falign.registry import Registry
 from falign.runfile.base_config import ObjectiveSection, PythonObject, named_divergence, refusals
 from falign.runfile.distillation_config import Completions, DistillationConfig, selected
@@ -29,6 +40,8 @@ __all__ = [
     "OwnObjectiveConfig",
     "PairwiseConfig",
     "PythonObjectiveConfig",
+    "RankedRewardModelConfig",
+    "RewardModelConfig",
     "SumConfig",
     "TokenPairwiseConfig",
     "UnpairedConfig",
@@ -113,6 +126,46 @@ class ListwiseConfig(_RegularizedSection):
             return Listwise(named_divergence(self.divergence), self.beta, self.length_norm)
 
 
+class _RewardModelSection(ObjectiveSection):
+    """A reward model: a scalar head on the model, trained with it on comparisons."""
+
+    centering: float = Field(default=0.0, ge=0)
+    """Strength of the square of the sum of the two rewards, which keeps them near 0; 0.01 is usual."""
+
+    @property
+    @override
+    def learns_from_preferences(self) -> bool:
+        return True
+
+
+class RewardModelConfig(_RewardModelSection):
+    """A Bradley-Terry reward model on pairs."""
+
+    kind: Literal["reward_model"] = "reward_model"
+    method = "reward model on pairs"
+    margin_loss: str = "logistic"
+    """``logistic`` (Bradley-Terry), ``conservative(0.1)`` (label smoothing), and others of ``pairwise`` but ``ipo``."""
+    margin: Literal["none", "data"] = "none"
+    """``data``: the rewards of a pair should differ by the number in the row's column ``margin``."""
+
+    @override
+    def build(self) -> Objective:
+        with refusals():
+            return RewardModel(self.centering, self.margin_loss, self.margin)
+
+
+class RankedRewardModelConfig(_RewardModelSection):
+    """A Plackett-Luce reward model on ranked lists."""
+
+    kind: Literal["ranked_reward_model"] = "ranked_reward_model"
+    method = "reward model on ranked lists"
+
+    @override
+    def build(self) -> Objective:
+        with refusals():
+            return RankedRewardModel(self.centering)
+
+
 class UnpairedConfig(_RegularizedSection):
     """KTO with any divergence: single completions with a label, or pairs as two labeled completions."""
 
@@ -190,6 +243,8 @@ TERMS: dict[str, type[ObjectiveSection]] = {
     "pairwise": PairwiseConfig,
     "anchored": AnchoredConfig,
     "listwise": ListwiseConfig,
+    "reward_model": RewardModelConfig,
+    "ranked_reward_model": RankedRewardModelConfig,
     "unpaired": UnpairedConfig,
     "token_pairwise": TokenPairwiseConfig,
     **FURTHER_OBJECTIVES,

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -85,6 +86,8 @@ class RunFolder:
     ``metrics.jsonl``       one log per line
     ``checkpoint-N/``       trainable weights, optimizer, scheduler, random states (``damaged-`` before a damaged one)
     ``adapter/``            the trained adapter in PEFT's layout (``model/`` without adapter)
+    ``adapter_...``         the files of ``adapter/`` or ``model/`` as hard links, for ``from_pretrained(output_dir)``
+                            (not in runs of reward models, whose head is no part of them)
     ``reference/``          the last state of a moving reference (``references/NAME/`` for those of other names)
     ``completions.jsonl``   completions of an online run with their rewards
     ``samples.json``        prompts answered before and after
@@ -358,6 +361,28 @@ class RunFolder:
         """Add the checksums of the trained weights to the manifest."""
         self.write_json("manifest.json", {**self.read_json("manifest.json"), "trained": weight_sums(trained)})
 
+    def show_model(self, trained: Path) -> None:
+        """Show the files of the trained model in the run folder itself, where ``from_pretrained`` looks for them.
+
+        They are hard links, so that they take no space; copies where the disk has none.
+
+        Args:
+            trained: The folder of the trained model.
+        """
+        for file in trained.iterdir():
+            shown = self.path / file.name
+            shown.unlink(missing_ok=True)
+            try:
+                shown.hardlink_to(file)
+            except OSError:  # such as FAT, or some network disks
+                shutil.copyfile(file, shown)
+
+    def hide_model(self) -> None:
+        """Remove what :meth:`show_model` has written."""
+        for trained in (self.adapter, self.weights):
+            for file in trained.iterdir() if trained.is_dir() else ():
+                (self.path / file.name).unlink(missing_ok=True)
+
     def require_own_model(self, trained: Path) -> None:
         """Refuse a checkpoint or trained weights that are damaged or belong to another run.
 
@@ -476,6 +501,7 @@ class RunFolder:
 
     def reopen(self) -> None:
         """Remove the files that mark the run as finished, before it continues to more steps."""
+        self.hide_model()
         for name in FINISHED:
             (self.path / name).unlink(missing_ok=True)
 

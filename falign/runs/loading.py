@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from falign.models.heads import RewardHead
     from falign.objectives import Objective
     from falign.runfile import RunConfig
     from falign.runs import RunFolder
@@ -95,11 +96,19 @@ class Given:
 
 
 class Trained(NamedTuple):
-    """A finished run in memory."""
+    """A finished run in memory.
+
+    Attributes:
+        model: The trained model.
+        tokenizer: Its tokenizer.
+        config: The run file.
+        reward_head: The head of a reward model; None for other runs.
+    """
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     config: RunConfig
+    reward_head: RewardHead | None = None
 
 
 class OpenRun:
@@ -311,6 +320,7 @@ def load_trained(
             weights are damaged.
     """
     from falign.models import load_adapter, load_model, load_tokenizer, weights_hash
+    from falign.models.heads import RewardHead
     from falign.models.tokenizers import fix_date
     from falign.runs.named_code import read_run
 
@@ -332,7 +342,7 @@ def load_trained(
         tokenizer = load_tokenizer(source)
         fix_date(tokenizer, folder.read_date())
         _check_tokens(model, tokenizer, folder, str(source))
-        return Trained(model, tokenizer, config)
+        return Trained(model, tokenizer, config, RewardHead.read(source, model))
     source_of_base = config.model if given is None else given.sections.get("model", config.model)
     model = source_of_base.build()
     _check_config(model, folder, config.model.path)
@@ -344,7 +354,8 @@ def load_trained(
         )
     tokenizer = source_of_base.build_tokenizer(date=folder.read_date())
     _check_tokens(model, tokenizer, folder, config.model.path)
-    return Trained(load_adapter(model, source, trainable=False, base_hash=weights), tokenizer, config)
+    adapted = load_adapter(model, source, trainable=False, base_hash=weights)
+    return Trained(adapted, tokenizer, config, RewardHead.read(source, adapted))
 
 
 def _check_config(model: PreTrainedModel, folder: RunFolder, path: str) -> None:

@@ -1,6 +1,17 @@
 """From token ids to log-probabilities, entropies and divergences of completions."""
 
-from falign.scoring.batch import LAYOUTS, Layout, PromptTree, TokenBatch, TreeSpan, data_weights, pack, pad, row_weights
+from falign.scoring.batch import (
+    LAYOUTS,
+    Layout,
+    PromptTree,
+    TokenBatch,
+    TreeSpan,
+    data_margins,
+    data_weights,
+    pack,
+    pad,
+    row_weights,
+)
 from falign.scoring.completions import CompletionStates, completion_distribution, completion_scores, completion_states
 from falign.scoring.distributions import Distribution, Predictions, Reading, Source, TopTokens
 from falign.scoring.layout_choice import LayoutChoice, check_head, choose_layout, why_not_trees
@@ -35,6 +46,7 @@ __all__ = [
     "completion_distribution",
     "completion_scores",
     "completion_states",
+    "data_margins",
     "data_weights",
     "detached_scores",
     "evaluation_mode",

@@ -45,6 +45,7 @@ class PromptTree:
         counted: Which tokens of each completion the policy answers for: in a dialogue of several turns those of the
             assistant, not those of users and tools between them. None for all.
         text_sha256: Hash of the text of prompt and completion, one per completion; empty if it is not needed.
+        margin: Lead in reward that the data ask of the preferred side; None without.
 
     Raises:
         ValueError: If the prompt or a completion is empty, or preferences or weights do not fit the completions.
@@ -64,6 +65,7 @@ class PromptTree:
     text_sha256: tuple[str, ...] = ()
     weight: float = 1.0
     counted: tuple[tuple[bool, ...], ...] | None = None
+    margin: float | None = None
 
     @property
     def counted_ids(self) -> tuple[tuple[int, ...], ...]:
@@ -242,6 +244,22 @@ class TokenBatch:
         """Which tokens of each completion of :meth:`token_ids` count, N entries; None where all do."""
         return [own for span in self.spans for own in span.counted]
 
+    @property
+    def last_tokens(self) -> Int[Tensor, " N"]:
+        """Index, into the R·L positions, of each completion's last token, shape (N,).
+
+        Example:
+            >>> pack([PromptTree((5, 6), ((7, 2), (8, 9, 2)))], pad_token_id=2).last_tokens
+            tensor([3, 6])
+        """
+        width, found = self.input_ids.shape[1], []
+        for span in self.spans:
+            end = span.row * width + span.start + span.prompt_length
+            for length in span.completion_lengths:
+                end += length
+                found.append(end - 1)
+        return torch.tensor(found, device=self.input_ids.device)
+
     def scatter(self, values: Float[Tensor, " M"]) -> Float[Tensor, "N T"]:
         """Scatter one value per completion token to its position; 0 where masked.
 
@@ -393,6 +411,30 @@ def row_weights(trees: Sequence[PromptTree]) -> Float[Tensor, " N"]:
         tensor([0.5000, 0.5000, 1.0000])
     """
     return torch.tensor([tree.weight for tree in trees for _ in tree.completion_ids])
+
+
+def data_margins(trees: Sequence[PromptTree]) -> Float[Tensor, " N"]:
+    """Return the margins that the data have, repeated for the completions of each tree.
+
+    Args:
+        trees: The trees of a batch.
+
+    Returns:
+        Shape (N,), in the order of the trees.
+
+    Raises:
+        ValueError: A tree has none.
+
+    Example:
+        >>> data_margins([PromptTree((5,), ((7, 2), (8,)), margin=0.5)])
+        tensor([0.5000, 0.5000])
+    """
+    if missing := [tree.place for tree in trees if tree.margin is None]:
+        raise ValueError(
+            f"{missing[0]} has no margin, which the objective reads: give every row a finite number in the column "
+            "margin (columns={margin: NAME} if it has another name), or set the objective's margin to none."
+        )
+    return torch.tensor([tree.margin for tree in trees for _ in tree.completion_ids], dtype=torch.float32)
 
 
 Layout = Literal["tree", "padded"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -56,8 +57,8 @@ def completion_states(model: nn.Module, batch: TokenBatch, *, weighting: TokenWe
     Raises:
         ModelError: The model has no separate backbone and head, or no activations that ``"mapo"`` can read.
     """
-    distribution, weights, layers = _model_states(model, batch, weighting)
-    return CompletionStates(distribution, weights, layers)
+    states = _model_states(model, batch, weighting)
+    return CompletionStates(states.distribution, states.token_weights, states.layers)
 
 
 def completion_distribution(model: nn.Module, batch: TokenBatch) -> Distribution:
@@ -73,12 +74,24 @@ def completion_distribution(model: nn.Module, batch: TokenBatch) -> Distribution
     Raises:
         ModelError: The model has no separate backbone and head.
     """
-    return _model_states(model, batch, "none")[0]
+    return _model_states(model, batch, "none").distribution
 
 
-def _model_states(
-    model: nn.Module, batch: TokenBatch, weighting: TokenWeighting
-) -> tuple[Distribution, Float[Tensor, "N T"] | None, Float[Tensor, "M layers H"] | None]:
+class _ModelStates(NamedTuple):
+    """`CompletionStates` of a model, and its last hidden states at all R·L positions."""
+
+    distribution: Distribution
+    hidden: Float[Tensor, "positions H"]
+    token_weights: Float[Tensor, "N T"] | None = None
+    layers: Float[Tensor, "M layers H"] | None = None
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The type that scores are computed in."""
+        return torch.promote_types(self.hidden.dtype, torch.float32)
+
+
+def _model_states(model: nn.Module, batch: TokenBatch, weighting: TokenWeighting) -> _ModelStates:
     mask = tree_masks(model, batch) if batch.attention_mask is None else batch.attention_mask
     learns = weighting in ("learned", "learned_independent")
     mapo = MapoMask(model, batch) if weighting == "mapo" else None
@@ -92,12 +105,13 @@ def _model_states(
             output_hidden_states=weighting == "activations" or learns,
         )
     predictor = batch.predictor[batch.completion_mask]
-    distribution = Distribution(outputs[0].flatten(0, 1)[predictor], read_head(model))
+    hidden = outputs[0].flatten(0, 1)
+    distribution = Distribution(hidden[predictor], read_head(model))
     if mapo is not None:
-        return distribution, mapo.weights(distribution, chunk_tokens=DEFAULT_CHUNK_TOKENS), None
+        return _ModelStates(distribution, hidden, mapo.weights(distribution, chunk_tokens=DEFAULT_CHUNK_TOKENS))
     if weighting == "activations":
-        return distribution, activation_weights(outputs.hidden_states, batch), None
-    return distribution, None, layer_states(outputs.hidden_states, batch) if learns else None
+        return _ModelStates(distribution, hidden, activation_weights(outputs.hidden_states, batch))
+    return _ModelStates(distribution, hidden, layers=layer_states(outputs.hidden_states, batch) if learns else None)
 
 
 def completion_scores(
@@ -107,6 +121,8 @@ def completion_scores(
     measures: Mapping[str, Measure] | None = None,
     references: Mapping[str, Predictions] | None = None,
     value_head: nn.Module | None = None,
+    reward_head: nn.Module | None = None,
+    with_vocabulary: bool = True,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
 ) -> TokenScores:
     """Return log π(y_t | x, y_<t), the entropy and any measures of π(· | x, y_<t) at each completion token.
@@ -121,6 +137,9 @@ def completion_scores(
         references: Each reference's distributions for the same batch, by name, for those that the measures read.
         value_head: From hidden states, shape (M, H), to values, shape (M, 1), or (M, 2) of two heads; its gradient
             stops at the hidden states.
+        reward_head: From the hidden state at a completion's last token, shape (N, H), to a reward, shape (N, 1); its
+            gradient reaches the model.
+        with_vocabulary: False leaves out the head: log-probabilities and entropies are then NaN.
         chunk_tokens: Number of positions that reach the head at once; affects only memory and speed.
 
     Returns:
@@ -131,14 +150,22 @@ def completion_scores(
     Raises:
         ModelError: If the model has no separate backbone and head.
     """
-    distribution = completion_distribution(model, batch)
-    scores = token_scores(
-        distribution,
-        batch.completion_ids[batch.completion_mask],
-        measures=measures,
-        references=references,
-        chunk_tokens=chunk_tokens,
-    )
+    states = _model_states(model, batch, "none")
+    distribution = states.distribution
+    if with_vocabulary:
+        scores = token_scores(
+            distribution,
+            batch.completion_ids[batch.completion_mask],
+            measures=measures,
+            references=references,
+            chunk_tokens=chunk_tokens,
+        )
+    else:
+        unknown = distribution.hidden.new_full((len(distribution.hidden),), torch.nan, dtype=states.precision)
+        scores = TokenScores(unknown, unknown, {}, {})
+    rewards = None
+    if reward_head is not None:
+        rewards = reward_head(states.hidden[batch.last_tokens].to(states.precision)).squeeze(-1)
     if value_head is not None:
         first, *second = value_head(distribution.hidden.detach().to(scores.logprobs.dtype)).unbind(-1)
         scores = scores._replace(values=first, second_values=second[0] if second else None)
@@ -149,4 +176,5 @@ def completion_scores(
         {name: batch.scatter(values) for name, values in scores.references.items()},
         None if scores.values is None else batch.scatter(scores.values),
         None if scores.second_values is None else batch.scatter(scores.second_values),
+        rewards,
     )

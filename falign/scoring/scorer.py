@@ -72,6 +72,8 @@ class Scorer:
         measures: Mapping[str, Measure] | None = None,
         references: Mapping[str, Predictions] | None = None,
         value_head: nn.Module | None = None,
+        reward_head: nn.Module | None = None,
+        with_vocabulary: bool = True,
     ) -> TokenScores:
         """Score each completion token without gradient and without dropout.
 
@@ -81,6 +83,8 @@ class Scorer:
             measures: See :func:`falign.scoring.completion_scores`.
             references: See :func:`falign.scoring.completion_scores`.
             value_head: See :func:`falign.scoring.completion_scores`.
+            reward_head: See :func:`falign.scoring.completion_scores`.
+            with_vocabulary: See :func:`falign.scoring.completion_scores`.
 
         Returns:
             Values of shape (N, T), 0 where masked.
@@ -91,6 +95,8 @@ class Scorer:
             measures=measures,
             references=references,
             value_head=value_head,
+            reward_head=reward_head,
+            with_vocabulary=with_vocabulary,
             chunk_tokens=self.chunk_tokens,
         )
 
@@ -138,6 +144,8 @@ def detached_scores(
     measures: Mapping[str, Measure] | None = None,
     references: Mapping[str, Predictions] | None = None,
     value_head: nn.Module | None = None,
+    reward_head: nn.Module | None = None,
+    with_vocabulary: bool = True,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
 ) -> TokenScores:
     """Return :func:`falign.scoring.completion_scores` without gradient and dropout; the model's modes are restored.
@@ -150,6 +158,8 @@ def detached_scores(
         measures: Measures by name.
         references: States of the references by name.
         value_head: From hidden states to values.
+        reward_head: From the hidden state at a completion's last token to a reward.
+        with_vocabulary: False leaves out log-probabilities and entropies.
         chunk_tokens: Number of positions that reach the head at once.
 
     Returns:
@@ -162,6 +172,8 @@ def detached_scores(
             measures=measures,
             references=references,
             value_head=value_head,
+            reward_head=reward_head,
+            with_vocabulary=with_vocabulary,
             chunk_tokens=chunk_tokens,
         )
 

@@ -61,6 +61,7 @@ class TokenScores(NamedTuple):
         references: Log-probabilities of the token under each given reference, by name.
         values: Value of the prefix that the token was predicted from, if requested; carries the gradient.
         second_values: The same of the second value head, if there are two.
+        learned_rewards: A reward head's value of each completion, shape (N,), if requested; carries the gradient.
     """
 
     logprobs: Float[Tensor, "*shape"]
@@ -69,6 +70,7 @@ class TokenScores(NamedTuple):
     references: dict[str, Float[Tensor, "*shape"]]
     values: Float[Tensor, "*shape"] | None = None
     second_values: Float[Tensor, "*shape"] | None = None
+    learned_rewards: Float[Tensor, " N"] | None = None
 
 
 def token_scores(

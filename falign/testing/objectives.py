@@ -70,6 +70,8 @@ def example_batch(
         "log_partition": -draw(7),
         "values": draw(7, 5).requires_grad_(),
         "old_values": draw(7, 5),
+        "learned_rewards": draw(7).requires_grad_(),
+        "margin": draw(7),
         **{name: logprobs() for name in sorted(objective.needs) if field_of(name) == "references"},
         **(fields or {}),
     }

@@ -18,7 +18,7 @@ from falign.objectives import Measure, Objective, complete, references_of, token
 from falign.references import Reference, objective_inputs, read_whole, with_members
 from falign.runfile.config import RunConfig
 from falign.scoring import evaluation_mode
-from falign.scoring.batch import PromptTree, data_weights, token_rows
+from falign.scoring.batch import PromptTree, data_margins, data_weights, token_rows
 from falign.terminal import progress
 from falign.training.parts import Language, Parts, load_parts
 from falign.training.references import cached
@@ -126,6 +126,7 @@ def read_data(
         tell(notice)
     _check_token_weights(data, objective, tell)
     _check_row_weights(data, objective, tell)
+    _check_margins(data, objective, tell)
     if "preference" not in objective.needs:
         data = _without_rejected(data, tell)
     elif "labels" in complete(objective).preference_kinds:
@@ -169,6 +170,18 @@ def _check_row_weights(data: PreferenceData, objective: Objective, tell: Callabl
             is_warning=False,
         )
     )
+
+
+def _check_margins(data: PreferenceData, objective: Objective, tell: Callable[[Notice], None]) -> None:
+    """Refuse rows without the margin that the objective reads; report margins that nothing reads."""
+    rows = [*data.train, *data.eval]
+    if "margin" in objective.needs:
+        try:
+            data_margins(rows)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+    elif all(tree.margin is not None for tree in rows):
+        tell(Notice("data: the rows have a column margin, which the objective does not read."))
 
 
 def _without_rejected(data: PreferenceData, tell: Callable[[Notice], None]) -> PreferenceData:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from falign.errors import ConfigError
 from falign.objectives import CompletionBatch
@@ -17,6 +17,7 @@ from falign.objectives import CompletionBatch
 __all__ = [
     "STANDS_IN",
     "Means",
+    "average_gradients",
     "counts",
     "gathered",
     "highest",
@@ -190,3 +191,20 @@ class Means:
             name: torch.tensor(total, dtype=torch.double, device=device) for name, (total, _) in state.items()
         }
         self._counts = {name: int(count) for name, (_, count) in state.items()}
+
+
+def average_gradients(head: nn.Module) -> None:
+    """Average the gradients of a head over processes from now on; DDP averages only those of the model that it wraps.
+
+    Args:
+        head: A module outside of the policy, the same in all processes.
+    """
+    for parameter in (each for each in head.parameters() if each.requires_grad):
+        parameter.register_post_accumulate_grad_hook(_average)
+
+
+def _average(parameter: Tensor) -> None:
+    """Average an accumulated gradient over processes; parts that were averaged before stay as they are."""
+    assert parameter.grad is not None
+    torch.distributed.all_reduce(parameter.grad)
+    parameter.grad /= num_processes()

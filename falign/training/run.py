@@ -17,8 +17,10 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_
 from falign.data import PreferenceData, PromptData
 from falign.errors import ConfigError, StoppedError
 from falign.models import export_adapter, export_merged
+from falign.models.heads import REWARD_HEAD
 from falign.models.recorded_base import RecordedBase
 from falign.models.sharding import gathered_weights, is_sharded
+from falign.models.staging import save_tensors
 from falign.models.tokenizers import tokenizer_fingerprint
 from falign.objectives import Objective
 from falign.references import REFERENCE
@@ -398,7 +400,7 @@ def _write_model(folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer
     if isinstance(trainer.policy, PeftModel):
         recorded = RecordedBase(weights=trainer.record["base_weights"], storage=trainer.record["base_storage"])
         export_adapter(trainer.policy, language.tokenizer, folder.adapter, base=recorded, overwrite=True)
-        folder.record_model(folder.adapter)
+        _record_model(folder, trainer, folder.adapter)
     else:
         assert isinstance(trainer.policy, PreTrainedModel)
         export_merged(
@@ -409,4 +411,14 @@ def _write_model(folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer
             trust_remote_code=config.model.trust_remote_code,
             overwrite=True,
         )
-        folder.record_model(folder.weights)
+        _record_model(folder, trainer, folder.weights)
+
+
+def _record_model(folder: RunFolder, trainer: AlignmentTrainer, trained: Path) -> None:
+    """Add the head of a reward model, if there is one, and record the files; show a language model at the top."""
+    if (head := trainer.reward_head) is not None:
+        save_tensors(dict(head.state_dict()), trained / REWARD_HEAD, metadata={"format": "pt"})
+    folder.record_model(trained)
+    # Without its head a reward model would load, and give no rewards.
+    if head is None:
+        folder.show_model(trained)

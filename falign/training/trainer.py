@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from typing_extensions import override
 
 from falign.errors import ConfigError, MemberError, TrainingError
-from falign.models.heads import ValueHead
+from falign.models.heads import REWARD_HEAD, RewardHead, ValueHead
 from falign.models.sharding import is_sharded
 from falign.objectives import (
     BaseObjective,
@@ -32,15 +33,24 @@ from falign.objectives import (
     token_weighting,
     total_weights,
 )
-from falign.objectives.batch import OFFLINE
+from falign.objectives.batch import OFFLINE, PER_TOKEN
 from falign.raised import calling
 from falign.references import REFERENCE, ObjectiveInputs, Reference, completion_batch, objective_inputs
-from falign.scoring import PromptTree, Scorer, TokenBatch, data_weights, evaluation_mode, row_weights
+from falign.scoring import PromptTree, Scorer, TokenBatch, data_margins, data_weights, evaluation_mode, row_weights
 from falign.scoring.learned_masks import LearnedMasks
 from falign.training.controls import Controls
 from falign.training.finite_guard import describe_loss
 from falign.training.objective_contract import PLANNED_TERMS, ObjectiveContract
-from falign.training.processes import STANDS_IN, Means, counts, gathered, num_processes, stand_in, stand_in_loss
+from falign.training.processes import (
+    STANDS_IN,
+    Means,
+    average_gradients,
+    counts,
+    gathered,
+    num_processes,
+    stand_in,
+    stand_in_loss,
+)
 from falign.training.resumable import ResumableTrainer
 from falign.training.step_means import MISMATCHED, add_step_means, with_mismatched
 
@@ -130,6 +140,8 @@ class AlignmentTrainer(ResumableTrainer):
                 columns["token_weights"] = data_weights(rows)
             if weighted or "row_weights" in objective.needs:
                 columns["row_weights"] = row_weights(rows)
+            if "margin" in objective.needs:
+                columns["margin"] = data_margins(rows)
             if columns:
                 inputs["columns"] = columns
             if rows[0].mismatched_ids:
@@ -150,6 +162,7 @@ class AlignmentTrainer(ResumableTrainer):
         self.contract = ObjectiveContract()
         self.value_head: ValueHead | None = None
         self.mask_head = _mask_head(self.objective, self.policy)
+        self.reward_head = _reward_head(self.objective, self.policy, seed=self.args.seed)
         try:
             self.controls = Controls(self.objective)
         except MemberError as error:
@@ -186,6 +199,17 @@ class AlignmentTrainer(ResumableTrainer):
         train, held_out = self.train_dataset, self.eval_dataset
         return {"data.train": train, "data.eval": held_out}  # pyright: ignore[reportReturnType]
 
+    @property
+    def _heads(self) -> dict[str, nn.Module]:
+        """The heads that are trained with the policy, by their file in a checkpoint."""
+        heads = {MASK_HEAD: self.mask_head, REWARD_HEAD: self.reward_head}
+        return {file: head for file, head in heads.items() if head is not None}
+
+    @property
+    def _with_vocabulary(self) -> bool:
+        """True if log-probabilities and entropies are computed: the objective reads them, or a measure is logged."""
+        return self.current.reads_logprobs or bool(self.measures)
+
     @cached_property
     def _shortest(self) -> PromptTree:
         trees: Any = [*self.train_dataset, *(self.eval_dataset or ())]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
@@ -197,6 +221,9 @@ class AlignmentTrainer(ResumableTrainer):
         if self.mask_head is not None:
             masks = {"params": list(self.mask_head.parameters()), "lr": self.args.learning_rate}
             optimizer.add_param_group({**masks, "weight_decay": MASK_DECAY})
+        if self.reward_head is not None:
+            head = {"params": list(self.reward_head.parameters()), "lr": self.args.learning_rate}
+            optimizer.add_param_group({**head, "weight_decay": self.args.weight_decay})
         return optimizer
 
     @override
@@ -215,8 +242,8 @@ class AlignmentTrainer(ResumableTrainer):
     @override
     def begin_step(self) -> None:
         super().begin_step()
-        if self.mask_head is not None:
-            self.mask_head.zero_grad()  # the loop clears only the policy's gradients
+        for head in self._heads.values():
+            head.zero_grad()  # the loop clears only the policy's gradients
         if self.schedule_step == self.state.global_step:
             self.controls.advance(step=self.state.global_step + 1)
         self._coefficients = self.controls.objective.coefficients(self.schedule_step)
@@ -242,15 +269,15 @@ class AlignmentTrainer(ResumableTrainer):
             controls = json.dumps(self.controls.state_dict())
             if self.args.should_save:
                 (folder / CONTROLS).write_text(controls, encoding="utf-8")
-        if self.mask_head is not None and self.args.should_save:
-            save_file(self.mask_head.state_dict(), folder / MASK_HEAD)
+        for file, head in self._heads.items() if self.args.should_save else ():
+            save_file(head.state_dict(), folder / file)
         super().write_state(folder)
 
     @override
     def read_state(self, folder: Path) -> None:
         super().read_state(folder)
-        if self.mask_head is not None:
-            self.mask_head.load_state_dict(load_file(folder / MASK_HEAD))
+        for file, head in self._heads.items():
+            head.load_state_dict(load_file(folder / file))
         for name, reference in self._moving.items():
             reference.load(state_folder(folder, name), self.policy)
         if self.controls.states:
@@ -301,6 +328,8 @@ class AlignmentTrainer(ResumableTrainer):
             columns=columns,
             value_head=self.value_head,
             mask_head=self.mask_head,
+            reward_head=self.reward_head,
+            with_vocabulary=self._with_vocabulary,
         )
 
     def evaluate_objective(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> ObjectiveOutput:
@@ -323,7 +352,8 @@ class AlignmentTrainer(ResumableTrainer):
     def scored_metrics(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Return the metrics of a scored micro-batch that do not come from the objective."""
         mask = scored.completions.completion_mask
-        return {"entropy": scored.entropy[mask].detach(), **self.measured(scored, mask)}
+        entropy = {"entropy": scored.entropy[mask].detach()} if self._with_vocabulary else {}
+        return {**entropy, **self.measured(scored, mask)}
 
     def measured(self, scored: ObjectiveInputs, counted: Tensor) -> dict[str, Tensor]:
         """Return the values of the logged measures at the tokens where a mask is True."""
@@ -332,7 +362,7 @@ class AlignmentTrainer(ResumableTrainer):
 
     @override
     def accepts_gradient(self, norm: Any) -> bool:
-        for head in (each for each in (self.value_head, self.mask_head) if each is not None):
+        for head in (*([] if self.value_head is None else [self.value_head]), *self._heads.values()):
             values = [value.grad.norm() for value in head.parameters() if value.grad is not None]
             norm = torch.stack([torch.as_tensor(norm), *values]).norm()
         self.controls.check(step=self.state.global_step + 1)
@@ -374,7 +404,8 @@ class AlignmentTrainer(ResumableTrainer):
         needs = [name if field_of(name) == "references" else field_of(name) for name in self.current.needs]
         measures = [f"measures.{name}" for name in self.current.measures]
         masks = [] if self.mask_head is None else ["learned_masks.ratio", "learned_masks.divergence"]
-        return dict.fromkeys({*needs, *measures, *masks} - {"preference"}, zeros)
+        unknown = {*needs, *measures, *masks} - {"preference"}
+        return {name: zeros if field_of(name) in PER_TOKEN else zeros[:, 0] for name in unknown}
 
     @override
     def evaluate(
@@ -441,6 +472,32 @@ def _mask_head(objective: Objective, policy: nn.Module) -> LearnedMasks | None:
     independent = weighting == "learned_independent"
     head = LearnedMasks(text.num_hidden_layers, text.hidden_size, independent=independent)
     return head.to(next(policy.parameters()).device)
+
+
+def _reward_head(objective: Objective, policy: nn.Module, *, seed: int) -> RewardHead | None:
+    """Return the head of a reward model, if the objective reads one, made from the run's seed."""
+    if "learned_rewards" not in objective.needs:
+        return None
+    if is_sharded(policy):
+        raise ConfigError(
+            "objective: the head of a reward model is not sharded: train with DDP (--launch ddp), or in one process."
+        )
+    assert isinstance(policy, PreTrainedModel | PeftModel)
+    head = RewardHead.of(policy, seed=seed)
+    if not complete(objective).reads_logprobs:
+        _freeze_unused_head(policy)
+    if num_processes() > 1:
+        average_gradients(head)
+    return head
+
+
+def _freeze_unused_head(policy: PreTrainedModel | PeftModel) -> None:
+    """Freeze the language-model head where it computes nothing: DDP waits for the gradient of each trained weight."""
+    output, inputs = policy.get_output_embeddings(), policy.get_input_embeddings()
+    assert output is not None
+    for parameter in output.parameters():
+        if all(parameter is not tied for tied in inputs.parameters()):
+            parameter.requires_grad_(False)
 
 
 def _by_name(reference: Reference | None, references: Mapping[str, Reference] | None) -> dict[str, Reference]:

@@ -32,7 +32,9 @@ from falign.objectives import (
     ObjectiveOutput,
     Pairwise,
     PolicyGradient,
+    RankedRewardModel,
     Rehearsal,
+    RewardModel,
     Selected,
     SequenceMatching,
     Sum,
@@ -71,6 +73,8 @@ JS, KL = divergences.get("jensen_shannon"), divergences.get("forward_kl")
 RLOO = PolicyGradient(KL, 0.2)
 ROWS = {
     "f-DPO": Pairwise(JS, beta=0.3),
+    "reward model": RewardModel(0.1, "conservative(0.1)", "data"),
+    "reward model, ranked": RankedRewardModel(0.1),
     "anchor": Anchored(JS, 0.3, 0.2, "data"),
     "f-DPO, weights": Pairwise(JS, beta=0.3, weighting="data"),
     "IPO": Pairwise(divergences.get("reverse_kl"), "ipo", beta=0.3),
@@ -175,6 +179,8 @@ def batch_for(objective: Objective, *, far: float = 1.0) -> CompletionBatch:
         "log_partition": -draw(7),
         "values": draw(7, 5).requires_grad_(),
         "old_values": draw(7, 5),
+        "learned_rewards": draw(7).requires_grad_(),
+        "margin": draw(7),
     }
     needs = {name if name.startswith("references.") else field_of(name) for name in objective.needs}
     logprobs = (-draw(7, 5, scale=far) * signs(7, 5)).requires_grad_()
@@ -209,6 +215,8 @@ def test_every_row_is_an_objective_with_terms_of_different_names_whose_gradient_
     of_measures = {name: slope for name, slope in slopes.items() if name.startswith("measures.")}
     if objective in (ROWS["distillation"], ROWS["distillation, measure"]):  # they are means of a measure
         slopes = of_measures
+    if not objective.reads_logprobs:
+        assert slopes.pop("logprobs").abs().max() == 0
     assert {name for name, slope in slopes.items() if slope.abs().max() > 0} == slopes.keys() - READ_BY_WEIGHTS
 
 

@@ -124,6 +124,8 @@ BUILT_ALONE = {
         entropy_weight=0.5,
     ),
     "ListwiseConfig": Changes({}, divergence="jensen_shannon", beta=0.3, length_norm="token"),
+    "RewardModelConfig": Changes({}, centering=0.1, margin_loss="conservative(0.1)", margin="data"),
+    "RankedRewardModelConfig": Changes({}, centering=0.1),
     "CloningConfig": Changes(
         {},
         completions="passed",

@@ -46,6 +46,7 @@ def test_a_run_learns_the_preference_and_leaves_a_whole_folder(start):
     assert files == {
         *("run.yaml", "manifest.json", "rows.txt", "metrics.jsonl", "before.json", "summary.json", "samples.json"),
         *("adapter", "curves.png"),
+        *(path.name for path in summary.folder.adapter.iterdir()),  # shown at the top
     }
     manifest = summary.folder.read_json("manifest.json")
     assert manifest["reference"]["kind"] == "adapter_off"

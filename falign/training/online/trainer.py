@@ -28,7 +28,7 @@ from falign.training.online.groups import DividedSampler, Draw
 from falign.training.online.metrics import CompletionsTable, evaluation_metrics, rollout_metrics
 from falign.training.online.rollout_scorer import RolloutScorer, gap_metrics, require_gap
 from falign.training.online.rollout_source import PromptOrder, RolloutSource
-from falign.training.processes import is_writer, num_processes, rank, stand_in
+from falign.training.processes import average_gradients, is_writer, num_processes, rank, stand_in
 from falign.training.trainer import AlignmentTrainer
 
 __all__ = ["OnlineTrainer"]
@@ -150,9 +150,7 @@ class OnlineTrainer(AlignmentTrainer):
             value_head=value_head,
         )
         if value_head is not None and num_processes() > 1:
-            # DDP averages only the gradients of the model that it wraps.
-            for parameter in (each for each in value_head.parameters() if each.requires_grad):
-                parameter.register_post_accumulate_grad_hook(_average)
+            average_gradients(value_head)
 
     @property
     @override
@@ -401,10 +399,3 @@ class OnlineTrainer(AlignmentTrainer):
         self.failures = Failures(*state["failures"])
         if self.value_head is not None:
             self.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
-
-
-def _average(parameter: Tensor) -> None:
-    """Average an accumulated gradient over processes; parts that were averaged before stay as they are."""
-    assert parameter.grad is not None
-    torch.distributed.all_reduce(parameter.grad)
-    parameter.grad /= num_processes()
