@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from falign.api import Lora, Run, load, train
     from falign.evaluation.answering import sample
     from falign.evaluation.frontier_run import evaluate_frontier
+    from falign.evaluation.judged.evaluation import evaluate_judge
     from falign.evaluation.pairs_run import pairs
     from falign.evaluation.presampling_run import presample
     from falign.evaluation.reward_evaluation import evaluate_rewards
@@ -32,6 +33,7 @@ else:
             "falign.divergences": (),
             "falign.evaluation.answering": ("sample",),
             "falign.evaluation.frontier_run": ("evaluate_frontier",),
+            "falign.evaluation.judged.evaluation": ("evaluate_judge",),
             "falign.evaluation.presampling_run": ("presample",),
             "falign.evaluation.reward_evaluation": ("evaluate_rewards",),
             "falign.evaluation.pairs_run": ("pairs",),
@@ -64,6 +66,7 @@ __all__ = [
     "check_data",
     "divergences",
     "evaluate_frontier",
+    "evaluate_judge",
     "evaluate_rewards",
     "evaluate_samples",
     "export",

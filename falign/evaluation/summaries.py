@@ -18,11 +18,13 @@ __all__ = [
     "Estimate",
     "Frontier",
     "Ideal",
+    "JudgeSummary",
     "Limit",
     "Point",
     "RewardSummary",
     "SampleSummary",
     "Scorer",
+    "Summary",
     "check_file",
     "damaged",
     "read_evaluations",
@@ -195,10 +197,49 @@ class SampleSummary(_Form):
         return json.dumps(inputs, sort_keys=True) if self.record else self.source or self.name
 
 
-_ANY = TypeAdapter[RewardSummary | SampleSummary](Annotated[RewardSummary | SampleSummary, Field(discriminator="kind")])
+class JudgeSummary(_Form):
+    """Scores of a model's answers by an LLM judge, or their win rate against a baseline's."""
+
+    kind: Literal["judge"]
+    name: str
+    benchmark: str
+    mode: str
+    """``single``: scores; ``pairwise``: comparisons with the baseline."""
+    model: str
+    label: str = ""
+    """The name of the model in its file of answers."""
+    baseline: str | None = None
+    judge: str
+    """The model that the service names in its answers."""
+    num_questions: int
+    num_judgments: int
+    """Turns that were judged; in both orders, if they are compared."""
+    failures: int = 0
+    """Turns without a verdict, which no metric counts."""
+    categories: dict[str, int] = {}
+    """Numbers of questions by category."""
+    metrics: dict[str, Estimated]
+    usage: dict[str, Any] = {}
+    """Requests of the last call, and tokens and cost of all answers in the cache."""
+    record: dict[str, Any] = {}
+    """All inputs that the numbers depend on."""
+    files: dict[str, str] = {}
+    """SHA-256 of each file of rows beside the summary."""
+
+    @property
+    def measured_on(self) -> str:
+        """The key of comparable evaluations: questions, judge with its template, mode and baseline's answers."""
+        names = ("benchmark", "mode", "questions", "references", "judge", "served", "baseline")
+        return json.dumps([self.judge, *(self.record.get(name) for name in names)], sort_keys=True)
 
 
-def read_evaluations(folder: Path) -> tuple[RewardSummary | SampleSummary, ...]:
+Summary = RewardSummary | SampleSummary | JudgeSummary
+"""A summary of any kind."""
+
+_ANY = TypeAdapter[Summary](Annotated[Summary, Field(discriminator="kind")])
+
+
+def read_evaluations(folder: Path) -> tuple[Summary, ...]:
     """Return the finished evaluations of a run, by name.
 
     Raises:
@@ -208,7 +249,7 @@ def read_evaluations(folder: Path) -> tuple[RewardSummary | SampleSummary, ...]:
     return tuple(summary for summary in found if summary is not None)
 
 
-def read_summary(file: Path) -> RewardSummary | SampleSummary | None:
+def read_summary(file: Path) -> Summary | None:
     """Return a summary; None if the file is missing, as when it was deleted after its folder was listed.
 
     Raises:
@@ -229,7 +270,7 @@ def read_summary(file: Path) -> RewardSummary | SampleSummary | None:
         raise ConfigError(f"{file} is damaged ({error}): {remedy}") from error
 
 
-def write_summary(folder: Path, summary: RewardSummary | SampleSummary) -> None:
+def write_summary(folder: Path, summary: Summary) -> None:
     """Write ``summary.json``, whole or not at all.
 
     Args:
@@ -240,7 +281,7 @@ def write_summary(folder: Path, summary: RewardSummary | SampleSummary) -> None:
     write_whole(folder / "summary.json", text + "\n")
 
 
-def check_file(folder: Path, name: str, summary: RewardSummary | SampleSummary) -> Path | None:
+def check_file(folder: Path, name: str, summary: Summary) -> Path | None:
     """Return a file of rows that belongs to a summary; None if the summary does not name it.
 
     Args:

@@ -4,18 +4,18 @@
 :func:`falign.evaluate_judge` as an evaluator.
 """
 
-from falign.judges.endpoint import Endpoint
+from falign.judges.endpoint import Endpoint, read_endpoint
 from falign.judges.judge import Judge, Judgment
 from falign.judges.pairs import Compared, PositionCounts, compare, position_counts
-from falign.judges.prompts import COMPARE, COMPARE_FIVE, GRADE, JudgeTemplate, conversation_text, read_template
+from falign.judges.prompts import COMPARE, COMPARE_FIVE, RATE, JudgeTemplate, conversation_text, read_template
 from falign.judges.verdicts import FIVE, PAIR, ChoiceForm, MalformedError, ScoreForm, VerdictForm
 
 __all__ = [
     "COMPARE",
     "COMPARE_FIVE",
     "FIVE",
-    "GRADE",
     "PAIR",
+    "RATE",
     "ChoiceForm",
     "Compared",
     "Endpoint",
@@ -29,5 +29,6 @@ __all__ = [
     "compare",
     "conversation_text",
     "position_counts",
+    "read_endpoint",
     "read_template",
 ]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from falign.choices import nearest
-from falign.errors import ConfigError, holds_secret
+from falign.choices import nearest, shown
+from falign.errors import ConfigError, holds_secret, refuse_passwords
+from falign.plain_yaml import plain_yaml
 
-__all__ = ["MILLION", "Endpoint"]
+__all__ = ["MILLION", "Endpoint", "read_endpoint"]
 
 MILLION = 1_000_000
 
@@ -145,3 +147,41 @@ class Endpoint(BaseModel):
         """Return the fields that an answer depends on."""
         names = ("url", "model", "temperature", "max_tokens", "seed", "answer", "options", "reasks")
         return {name: getattr(self, name) for name in names}
+
+
+def read_endpoint(given: Endpoint | Mapping[str, Any] | str | Path) -> Endpoint:
+    """Return an endpoint from its fields, or from a YAML file with them.
+
+    Raises:
+        ConfigError: The file is missing, or a field is unknown, missing or invalid.
+    """
+    if isinstance(given, Endpoint):
+        return given
+    place, values = "judge", given
+    if isinstance(given, str | Path):
+        place = str(given)
+        if not Path(given).is_file():
+            raise ConfigError(f"No file of a judge at {place}: give a YAML file with the keys url and model.")
+        values = plain_yaml(Path(given).read_text(encoding="utf-8"), place=place)
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"{place} holds {type(values).__name__}; it must have the keys of an endpoint: url, model, ..."
+        )
+    refuse_passwords(dict(values), place=place)
+    try:
+        return Endpoint.model_validate(dict(values))
+    except ValidationError as error:
+        messages = [_explained(detail) for detail in error.errors(include_url=False)]
+        raise ConfigError(f"{place}: " + "\n  ".join(messages)) from error
+
+
+def _explained(detail: Any) -> str:
+    path = ".".join(map(str, detail["loc"]))
+    if detail["type"] == "extra_forbidden":
+        near = nearest(path, Endpoint.model_fields)
+        hint = f": did you mean {near}?" if near else "."
+        return f"unknown key {path!r}{hint} The keys of an endpoint are {', '.join(Endpoint.model_fields)}."
+    if detail["type"] == "missing":
+        return f"{path} is required."
+    reason = detail["msg"].removeprefix("Value error, ")
+    return f"{path}={shown(detail['input'])}: {reason}." if path else f"{reason}."

@@ -80,9 +80,25 @@ class Judge:
         return self._counter.usage
 
     @property
+    def spent(self) -> Usage:
+        """What the answers of this model in the cache have cost, to whomever; without a cache, :attr:`usage`."""
+        if self._cache is None:
+            return self.usage
+        tokens = self._cache.spent(self.endpoint.url, self.endpoint.model)
+        return Usage(0, 0, *tokens, cost=self.endpoint.cost(*tokens))
+
+    @property
     def answers_as(self) -> str:
         """The model that the service names in its answers; ``""`` before the first one."""
         return self._answers_as or ""
+
+    def require_version(self, model: str) -> None:
+        """Refuse answers of another model from now on.
+
+        Args:
+            model: The model that the service named in earlier answers.
+        """
+        self._answers_as = model
 
     def served(self) -> dict[str, Any]:
         """Ask the service what it serves, so that a wrong address or name is found before anything is judged.

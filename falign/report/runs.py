@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from falign.errors import ConfigError
-from falign.evaluation.summaries import RewardSummary, SampleSummary, read_evaluations
+from falign.evaluation.summaries import JudgeSummary, RewardSummary, SampleSummary, Summary, read_evaluations
 from falign.json_lines import read_journal
 from falign.report.metric_names import Number
 from falign.report.palette import Color, marker_of, run_color
@@ -48,7 +48,7 @@ class ReportedRun:
     before: dict[str, Number]
     after: dict[str, Number]
     samples: list[Answered]
-    evaluations: tuple[RewardSummary | SampleSummary, ...]
+    evaluations: tuple[Summary, ...]
     ended: bool = False
 
     @property
@@ -81,6 +81,11 @@ class ReportedRun:
     def sampled(self) -> dict[str, SampleSummary]:
         """Evaluations of samples by the names of their folders."""
         return {found.name: found for found in self.evaluations if isinstance(found, SampleSummary)}
+
+    @property
+    def judged(self) -> dict[str, JudgeSummary]:
+        """Evaluations by an LLM judge by the names of their folders."""
+        return {found.name: found for found in self.evaluations if isinstance(found, JudgeSummary)}
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[ReportedRun]:

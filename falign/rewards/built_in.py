@@ -383,11 +383,11 @@ def judge(
     reference: str | None = None,
     failed: float | None = None,
 ) -> JudgeReward:
-    """The grade that an LLM judge gives on a scale.
+    """The score that an LLM judge gives on a scale.
 
     Args:
         endpoint: The judge: a model behind an OpenAI-compatible endpoint.
-        scale: The worst and the best grade, whole numbers.
+        scale: The worst and the best score, whole numbers.
         template: A YAML file with the texts ``system`` and ``user``; placeholders are ``{prompt}``, ``{completion}``,
             ``{reference}``, ``{form}`` and columns of the data. By default a general one.
         reference: Column with a reference answer, which is shown to the judge.
@@ -396,10 +396,10 @@ def judge(
     Raises:
         ConfigError: The template is missing or cannot be read, the key is missing, or the scale is empty.
     """
-    from falign.judges import GRADE, Judge, ScoreForm, read_template
+    from falign.judges import RATE, Judge, ScoreForm, read_template
     from falign.rewards.judge import JudgeReward
 
-    texts = GRADE if template is None else read_template(template)
+    texts = RATE if template is None else read_template(template)
     texts.check(texts.placeholders, required=["completion"])
     try:
         form = ScoreForm(*scale)

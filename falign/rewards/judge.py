@@ -1,4 +1,4 @@
-"""An LLM judge as a reward (grades of completions) and as a preference oracle (pairs in both orders)."""
+"""An LLM judge as a reward (scores of completions) and as a preference oracle (pairs in both orders)."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _message(problem: str, where: str) -> str:
 
 @dataclass(frozen=True)
 class JudgeReward:
-    """Grades of completions on a scale.
+    """Scores of completions on a scale.
 
     A completion without a verdict is counted as an error. It has no value, unless :attr:`failed` gives it one.
 
@@ -109,7 +109,7 @@ class JudgeReward:
         return self.score(prompts, completions, **columns).values
 
     def score(self, prompts: list[Any], completions: list[str], **columns: list[Any]) -> Scores:
-        """Return the grades, and the number of completions without one.
+        """Return the scores, and the number of completions without one.
 
         Args:
             prompts: Their prompts.

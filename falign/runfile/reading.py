@@ -18,11 +18,20 @@ from falign.foreign.names import FOREIGN_NAMES, KINDS_OF_METHODS, near_foreign_n
 from falign.plain_yaml import plain_yaml
 from falign.runfile.base_config import FrozenModel, PythonObject
 from falign.runfile.config import RunConfig
+from falign.runfile.engine_config import EngineConfig
 from falign.runfile.members import TEXT
 from falign.runfile.reward_config import RewardConfig
 from falign.runfile.schedule_config import REFUSED, near_schedule
 
-__all__ = ["load_reward_list", "load_run_file", "parse_run", "valid_paths"]
+__all__ = [
+    "load_reward_list",
+    "load_run_file",
+    "parse_engine",
+    "parse_rewards",
+    "parse_run",
+    "read_section",
+    "valid_paths",
+]
 
 MOST_MISTAKES = 20
 """Mistakes that one message lists."""
@@ -102,6 +111,39 @@ def parse_rewards(sections: list[Any], *, place: str) -> list[RewardConfig]:
         raise ConfigError(f"{place}: {_message(error)}") from error
 
 
+def parse_engine(section: Any, *, place: str) -> EngineConfig:
+    """Return the section ``rollout.engine`` of values in memory.
+
+    Args:
+        section: A mapping, or the section itself.
+        place: Where it comes from, for messages.
+
+    Raises:
+        ConfigError: A key or value is wrong, or it holds a password.
+    """
+    refuse_passwords(section if isinstance(section, dict) else {}, place=place)
+    try:
+        return _OfRollout.model_validate({"rollout": {"engine": section}}).rollout.engine
+    except ValidationError as error:
+        raise ConfigError(f"{place}: {_message(error)}") from error
+
+
+def read_section(path: str | Path, *, what: str) -> Any:
+    """Return the values of a YAML file that holds one section.
+
+    Args:
+        path: The file.
+        what: What the file is, for messages.
+
+    Raises:
+        ConfigError: The file is missing, not YAML, or does not hold a mapping.
+    """
+    found = _read_yaml(path, what=what)
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds {type(found).__name__}, not the keys of a section.")
+    return found
+
+
 def _message(error: ValidationError) -> str:
     """Return one line per mistake, up to ``MOST_MISTAKES``."""
     details = _of_plain_types(error.errors(include_url=False))
@@ -128,6 +170,14 @@ def _of_plain_types(details: Sequence[Any]) -> list[Any]:
 
 class _RewardList(FrozenModel):
     rewards: list[RewardConfig]
+
+
+class _EngineOnly(FrozenModel):
+    engine: EngineConfig
+
+
+class _OfRollout(FrozenModel):
+    rollout: _EngineOnly
 
 
 def valid_paths(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:

@@ -10,8 +10,8 @@ from falign.judges import (
     COMPARE,
     COMPARE_FIVE,
     FIVE,
-    GRADE,
     PAIR,
+    RATE,
     Endpoint,
     Judge,
     ScoreForm,
@@ -40,7 +40,7 @@ def both_orders(texts, prompt="Say something."):
     return [(fields(prompt, a, b), fields(prompt, b, a)) for a, b in texts]
 
 
-def grades(*texts):
+def scores(*texts):
     return [{"prompt": "p", "completion": text, "reference": ""} for text in texts]
 
 
@@ -165,8 +165,8 @@ def test_replies_of_another_protocol_are_refused():
 def test_a_malformed_answer_is_asked_again_and_then_a_failure_without_a_value():
     answers = iter(["Both are nice.", '{"score": 9}', '{"score": 0}', '{"score": "ten"}'])
     with JudgeServer(lambda message: next(answers)) as server:
-        judge = Judge(endpoint(server, concurrency=1, answer="text"), GRADE, ScoreForm(1, 10))
-        first, second = judge.ask(grades("one", "two"))
+        judge = Judge(endpoint(server, concurrency=1, answer="text"), RATE, ScoreForm(1, 10))
+        first, second = judge.ask(scores("one", "two"))
         assert (first.value, first.problem) == (9.0, "")
         assert second.value is None
         assert "'ten', which is not a number from 1 to 10" in second.problem
@@ -178,8 +178,8 @@ def test_a_malformed_answer_is_asked_again_and_then_a_failure_without_a_value():
 
 def test_a_question_that_is_refused_is_a_failure_of_its_own():
     with JudgeServer(longer, statuses=[200, (400, "too long"), (400, "too long")]) as server:
-        judge = Judge(endpoint(server, concurrency=1), GRADE, ScoreForm(1, 10))
-        first, second, third = judge.ask(grades("a", "b", "c"))
+        judge = Judge(endpoint(server, concurrency=1), RATE, ScoreForm(1, 10))
+        first, second, third = judge.ask(scores("a", "b", "c"))
     assert (first.value, third.value) == (1.0, None)
     assert "refuses the question" in second.problem
     assert "too long" in second.problem
@@ -187,15 +187,15 @@ def test_a_question_that_is_refused_is_a_failure_of_its_own():
 
 def test_a_schema_is_sent_and_a_service_without_it_gets_the_form_in_the_prompt():
     with JudgeServer(longer) as server:
-        Judge(endpoint(server), GRADE, ScoreForm(1, 5)).ask(grades("a"))
+        Judge(endpoint(server), RATE, ScoreForm(1, 5)).ask(scores("a"))
         schema = server.log[0]["response_format"]["json_schema"]["schema"]
         assert schema["properties"]["score"] == {"type": "integer", "enum": [1, 2, 3, 4, 5]}
     with JudgeServer(longer, knows_schema=False) as server:
-        judge = Judge(endpoint(server, concurrency=1), GRADE, ScoreForm(1, 10))
-        assert [each.value for each in judge.ask(grades("a", "b" * 40))] == [1.0, 3.0]
+        judge = Judge(endpoint(server, concurrency=1), RATE, ScoreForm(1, 10))
+        assert [each.value for each in judge.ask(scores("a", "b" * 40))] == [1.0, 3.0]
         assert ["response_format" in body for body in server.log] == [True, False, False]
-        strict = Judge(endpoint(server, answer="schema"), GRADE, ScoreForm(1, 10))
-        assert "unknown field response_format" in strict.ask(grades("a"))[0].problem
+        strict = Judge(endpoint(server, answer="schema"), RATE, ScoreForm(1, 10))
+        assert "unknown field response_format" in strict.ask(scores("a"))[0].problem
 
 
 def test_equal_questions_are_asked_once_and_no_answer_is_paid_for_twice(tmp_path):

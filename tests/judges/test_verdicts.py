@@ -3,7 +3,7 @@
 import pytest
 
 from falign.errors import ConfigError
-from falign.judges import FIVE, GRADE, PAIR, JudgeTemplate, MalformedError, ScoreForm, read_template
+from falign.judges import FIVE, PAIR, RATE, JudgeTemplate, MalformedError, ScoreForm, read_template
 
 TEN = ScoreForm(1, 10)
 
@@ -61,7 +61,7 @@ def test_scales_have_two_ends():
 
 def test_placeholders_are_checked(tmp_path):
     known = {"prompt", "completion", "form", "reference"}
-    GRADE.check(known, required={"completion"})
+    RATE.check(known, required={"completion"})
     with pytest.raises(ConfigError, match=r"\{complection\} is unknown.*Did you mean \{completion\}"):
         JudgeTemplate("{prompt} {complection}").check(known, required={"completion"})
     with pytest.raises(ConfigError, match=r"\{completion\} is missing"):

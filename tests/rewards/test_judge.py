@@ -15,7 +15,7 @@ def at(server, **fields):
     return Endpoint(url=server.url, model="judge", **{"backoff": 0.0, **fields})
 
 
-def test_grades_are_the_reward():
+def test_scores_are_the_reward():
     with JudgeServer(longer) as server:
         reward = judge(at(server, price_prompt=1e6, price_completion=0.0))
         total = RewardSum((WeightedReward("judge", reward, 0.5),))(["p"] * 3, TEXTS, place=["f:1"] * 3)
@@ -29,10 +29,10 @@ def test_grades_are_the_reward():
 
 
 def no_b(message):
-    return "no grade for this" if part("answer", message)[0] == "b" else longer(message)
+    return "no score for this" if part("answer", message)[0] == "b" else longer(message)
 
 
-def test_a_completion_without_a_grade_is_an_error_and_never_a_zero():
+def test_a_completion_without_a_score_is_an_error_and_never_a_zero():
     places = ["f:1", "f:2", "f:3"]
     with JudgeServer(no_b) as server:
         left_out = judge(at(server)).score(["p"] * 3, TEXTS, place=places)
@@ -128,7 +128,7 @@ def test_the_identity_has_the_questions_and_not_the_limits(monkeypatch):
     base = {"url": "http://127.0.0.1:9/v1", "model": "judge"}
 
     def identity(template=None, **fields):
-        return reward_identity(JudgeReward(Judge(Endpoint(**{**base, **fields}), template or GRADED, ScoreForm())))
+        return reward_identity(JudgeReward(Judge(Endpoint(**{**base, **fields}), template or SCORED, ScoreForm())))
 
     same = {identity(), identity(api_key_env="KEY_OF_JUDGE", timeout=3.0, retries=1, concurrency=2, cache="c")}
     same |= {identity(price_prompt=1.0, price_completion=1.0, budget=3.0, backoff=0.0)}
@@ -144,14 +144,14 @@ def test_the_identity_has_the_questions_and_not_the_limits(monkeypatch):
     assert first == third != second
 
 
-GRADED = JudgeTemplate("{prompt} {completion} {form}")
+SCORED = JudgeTemplate("{prompt} {completion} {form}")
 PAIRED = JudgeTemplate("{prompt} {first} {second} {form}")
 
 
 def test_judges_of_the_wrong_form_and_scales_are_refused():
     endpoint = Endpoint(url="http://127.0.0.1:9/v1", model="judge")
     with pytest.raises(RewardError, match="gives no scores"):
-        JudgeReward(Judge(endpoint, GRADED, PAIR))
+        JudgeReward(Judge(endpoint, SCORED, PAIR))
     with pytest.raises(RewardError, match="does not choose"):
         JudgeOracle(Judge(endpoint, PAIRED, ScoreForm()))
     with pytest.raises(ConfigError, match=r"scale=\[3, 3\]"):

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from falign.errors import FalignError
-from falign.judges import GRADE, Judge, ScoreForm
+from falign.judges import RATE, Judge, ScoreForm
 from falign.models import add_lora, export_adapter, load_model, load_tokenizer
 from falign.runfile import objective_config, parse_run, reward_config, target_config
 from falign.runfile.base_config import PythonObject
@@ -851,7 +851,7 @@ def alone(section, **changes):
     if section in REWARDS:
         return describe(reward_config.build_rewards([config]))
     if section == "Endpoint":
-        return describe(Judge(config, GRADE, ScoreForm()))
+        return describe(Judge(config, RATE, ScoreForm()))
     if section == "MomentsConfig":
         return describe(config.build(torch.tensor([[0.0], [0.4], [1.0]], dtype=torch.float64)))
     return describe(config.build())

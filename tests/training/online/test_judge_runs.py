@@ -1,4 +1,4 @@
-"""Runs whose reward is an LLM judge, over real HTTP: grades, pairs, a budget, and a resumed run that pays nothing."""
+"""Runs whose reward is an LLM judge, over real HTTP: scores, pairs, a budget, and a resumed run that pays nothing."""
 
 import json
 
@@ -41,7 +41,7 @@ def logs(run):
     return [line for line in lines if "loss" in line]
 
 
-def test_a_run_learns_from_grades_and_a_resumed_one_asks_nothing_twice(folder, monkeypatch):
+def test_a_run_learns_from_scores_and_a_resumed_one_asks_nothing_twice(folder, monkeypatch):
     monkeypatch.setenv("THE_KEY", SECRET)
     with JudgeServer(letters) as server:
         endpoint = {"url": server.url, "model": "judge", "api_key_env": "THE_KEY", "price_prompt": 0}
@@ -50,10 +50,10 @@ def test_a_run_learns_from_grades_and_a_resumed_one_asks_nothing_twice(folder, m
         small = {"rollout": {"evaluation": {"completions": 2}}}
         # Eight answers before training and sixteen at each step, each of which costs 1.
         with pytest.raises(JudgeError, match=r"budget of the judge 'judge' is spent: 3[01]\.0000 of 30"):
-            train(parse_run(run_file(folder, "grades", rewards, **small)))
+            train(parse_run(run_file(folder, "scores", rewards, **small)))
         spent = len(server.log)
         endpoint["budget"] = 100.0
-        train(parse_run(run_file(folder, "grades", rewards, **small)), resume=True)
+        train(parse_run(run_file(folder, "scores", rewards, **small)), resume=True)
         asked = [json.dumps(body["messages"]) for body in server.log]
         assert len(asked) > spent >= 30
         assert len(set(asked)) == len(asked)  # no question of the interrupted run was asked again
@@ -61,8 +61,8 @@ def test_a_run_learns_from_grades_and_a_resumed_one_asks_nothing_twice(folder, m
             assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file
         changed = [{"kind": "judge", "endpoint": {**endpoint, "model": "other"}}]
         with pytest.raises(ConfigError, match=r"rewards.0.endpoint.model \('judge' when it began"):
-            train(parse_run(run_file(folder, "grades", changed, training={"max_steps": 3}, **small)), resume=True)
-    run = falign.load(folder / "grades")
+            train(parse_run(run_file(folder, "scores", changed, training={"max_steps": 3}, **small)), resume=True)
+    run = falign.load(folder / "scores")
     assert [log["step"] for log in logs(run)] == [1, 2]
     assert all(1 < log["reward"] <= 10 for log in logs(run))
     assert len(run.folder.read_inputs()["hashes"]["rewards"]["judge"]) == 64
