@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from falign.data import DataSource, PromptSource, Window, check, load_preferences, load_prompts
+from falign.data import DataSource, InMemory, PromptSource, Window, check, load_preferences, load_prompts
 from falign.data.files import Row
 from falign.data.recognition import RowReader
 from falign.divergences import get
@@ -176,9 +176,8 @@ def test_verl_prompts_reach_rewards_and_verifiers_with_their_ground_truth(tmp_pa
     import datasets
 
     file = tmp_path / "train.parquet"
-    datasets.Dataset.from_list([VERL, {**VERL, "reward_model": {"style": "rule", "ground_truth": "5"}}]).to_parquet(
-        file
-    )
+    other = {**VERL, "reward_model": {"style": "rule", "ground_truth": "5"}}
+    datasets.Dataset.from_list([VERL, other]).to_parquet(file)
     data = load_prompts([PromptSource(str(file))], tiny_tokenizer(), max_length=200)
     assert [row.columns["answer"] for row in data.train] == ["4", "5"]
     first = data.train[0]
@@ -201,15 +200,9 @@ def test_verl_prompts_reach_rewards_and_verifiers_with_their_ground_truth(tmp_pa
     (report,) = found.sources
     assert (report.source.format, report.source.kept, found.ok) == ("verl", 2, True)
     assert any("online run" in notice.text for notice in found.notices)
+    rows = PromptSource("x", rows=InMemory([{**VERL, "reward_model": 4}]))
     with pytest.raises(DataError, match="'reward_model' is 4; it must be an object with 'ground_truth'"):
-        rows = PromptSource("x", rows=_in_memory([{**VERL, "reward_model": 4}]))
         load_prompts([rows], tiny_tokenizer(), max_length=200)
-
-
-def _in_memory(rows):
-    from falign.data import InMemory
-
-    return InMemory(rows)
 
 
 SEVERAL = {
