@@ -1,5 +1,6 @@
 """Preference data: from files, folders and the Hub to prompt trees in token ids."""
 
+from falign.data.blocks import Processing
 from falign.data.conversations import Message, Text
 from falign.data.examples import Example
 from falign.data.files import Row
@@ -33,6 +34,7 @@ __all__ = [
     "Message",
     "Notice",
     "PreferenceData",
+    "Processing",
     "PromptData",
     "PromptReport",
     "PromptRow",

@@ -6,10 +6,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from falign.data.blocks import Processing
 from falign.data.chat_template import Tokenizer
 from falign.data.examples import prompt_key
 from falign.data.other_prompts import OtherPrompts
-from falign.data.reading import read_tokenized
+from falign.data.reading import PLAIN, read_tokenized
 from falign.data.recognition import RowReader
 from falign.data.reports import BadRowPolicy, BadRows, Notice, SourceReport, Tally
 from falign.data.sources import DataSource, place_in_source
@@ -97,6 +98,7 @@ def load_preferences(
     eval_size: int = 0,
     seed: int = 0,
     other_prompts: Collection[OtherPrompts] = (),
+    processing: Processing = PLAIN,
 ) -> PreferenceData:
     """Read, tokenize, mix and split preference data.
 
@@ -115,6 +117,7 @@ def load_preferences(
         eval_size: Or the number of rows to hold out. All rows of a prompt go to the same side.
         seed: Seed of drawing and splitting.
         other_prompts: Further prompts of the rows, which are added to these.
+        processing: Number of processes that tokenize, and a cache on disk.
 
     Raises:
         ConfigError: Options contradict each other, or leave one side empty.
@@ -137,6 +140,7 @@ def load_preferences(
                 preferences=preferences,
                 bad_rows=BadRows(bad_rows, skip_by=skip_by),
                 other_prompts=other_prompts,
+                processing=processing,
             )
             for source in chosen
         ]
@@ -175,6 +179,7 @@ def _load(
     preferences: bool,
     bad_rows: BadRows,
     other_prompts: Collection[OtherPrompts],
+    processing: Processing,
 ) -> _Loaded:
     reader = RowReader.of(source)
     tally = Tally(bad_rows)
@@ -188,6 +193,7 @@ def _load(
         preferences=preferences,
         reader=reader,
         bad_rows=bad_rows,
+        processing=processing,
     ):
         try:
             for other in other_prompts if tokenized.tree is not None else ():

@@ -20,6 +20,8 @@ _MODEL: Mapping[str, Row] = {
     "base_model": copied("model.path"),
     "revision_of_model": copied("model.revision"),
     "trust_remote_code": copied("model.trust_remote_code", convert=bool),
+    "dataset_processes": unused("applies to `data` alone", "data.num_proc"),
+    "dataset_num_proc": unused("applies to `data` alone", "data.num_proc"),
     **each("base_model_config tokenizer_config", read("model.path", note="which has its own configuration")),
     **each(
         "model_type tokenizer_type tokenizer_use_fast tokenizer_legacy cls_model_config processor_type "
@@ -88,8 +90,7 @@ _DATA: Mapping[str, Row] = {
     "dataset_exact_deduplication": refused(_ROWS, False),
     **each("dataset_shard_num dataset_shard_idx", refused(_ROWS)),
     **each(
-        "shuffle_merged_datasets dataset_prepared_path dataset_processes dataset_num_proc dataset_keep_in_memory "
-        "skip_prepare_dataset push_dataset_to_hub",
+        "shuffle_merged_datasets dataset_prepared_path dataset_keep_in_memory skip_prepare_dataset push_dataset_to_hub",
         unused(LOADER),
     ),
     "sample_packing": refused(_PACKING, False),

@@ -25,6 +25,7 @@ _MODEL: Mapping[str, Row] = {
     "quantization_method": read("model.quantization"),
     "double_quantization": read("model.quantization"),
     "infer_dtype": unused("it is the dtype of inference"),
+    "preprocessing_num_workers": unused("applies to `data` alone", "data.num_proc"),
     **each(
         "cache_dir use_fast_tokenizer low_cpu_mem_usage offload_folder use_kv_cache infer_backend print_param_status "
         "adapter_folder quantization_device_map",
@@ -72,7 +73,7 @@ _DATA: Mapping[str, Row] = {
     "mix_strategy": refused("rows of all sources follow each other; data.train.0.weight gives shares", "concat"),
     "interleave_probs": refused("rows of all sources follow each other; data.train.0.weight gives shares"),
     **each(
-        "buffer_size overwrite_cache preprocessing_batch_size preprocessing_num_workers tokenized_path "
+        "buffer_size overwrite_cache preprocessing_batch_size tokenized_path "
         "eval_num_beams ignore_pad_token_for_loss data_shared_file_system",
         unused(LOADER),
     ),

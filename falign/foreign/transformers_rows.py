@@ -62,10 +62,11 @@ TRAINING: Mapping[str, Row] = {
     "data_seed": unused("one seed determines all random numbers", "seed"),
     "use_liger_kernel": unused("logits of all tokens are never in memory at once", "training.chunk_tokens"),
     "label_smoothing_factor": read("objective.margin_loss", note="conservative(0.1), robust(0.1) or exo(0.001)"),
+    "dataset_num_proc": unused("applies to `data` alone", "data.num_proc"),
     **each(
         "accelerator_config dataloader_in_order dataloader_multiprocessing_context "
         "dataloader_num_workers dataloader_persistent_workers dataloader_prefetch_factor "
-        "dataset_num_proc length_column_name",
+        "length_column_name",
         unused(LOADER),
     ),
     "dataloader_drop_last": refused("an epoch has all rows, and its last batch those that are left", False),

@@ -144,7 +144,7 @@ _ONLINE: Mapping[str, Row] = {
     "repetition_penalty": refused(SAMPLING, 1.0),
     "generation_kwargs": refused(SAMPLING, {}),
     "cache_implementation": unused("sampling uses the key-value cache of the model"),
-    "chat_template_kwargs": refused("model.chat_template may set what the template reads", {}),
+    "chat_template_kwargs": copied("model.chat_template_kwargs"),
     "cast_lm_head_to_fp32": unused("logits are always converted to float32"),
     **each(
         "vllm_model_impl vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_max_model_length "

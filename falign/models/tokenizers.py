@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ __all__ = [
     "check_same_tokens",
     "check_token_rows",
     "fix_date",
+    "fix_options",
     "pad_token_id",
     "stop_token_ids",
     "tokenizer_fingerprint",
@@ -41,6 +42,16 @@ def fix_date(tokenizer: PreTrainedTokenizerBase, date: datetime) -> None:
     codes = {code: date.strftime(code) for letter in _DATE_CODES for code in (f"%{letter}", f"%-{letter}")}
     macro = _STRFTIME_NOW.replace("CODES", json.dumps(list(codes.items())))
     tokenizer.get_chat_template = partial(_with_date, tokenizer.get_chat_template, macro)
+    tokenizer.template_date = date
+
+
+def fix_options(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
+    """Give the chat template further variables in every call; those of a call take precedence.
+
+    The tokenizer's files do not change.
+    """
+    tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **options)
+    tokenizer.template_options = dict(options)
 
 
 _DATE_CODES = "aAbBcdDeFGhHIjklmMpPrRsSTuUVwWxXyYzZ"

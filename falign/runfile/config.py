@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from falign.choices import similar
-from falign.data import DataSource, InMemory, LengthPolicy, PreferenceData, Window, load_preferences
+from falign.data import DataSource, InMemory, LengthPolicy, PreferenceData, Processing, Window, load_preferences
 from falign.data.memory import PYTHON
 from falign.data.other_prompts import OtherPrompts
 from falign.errors import ConfigError, ModelError
@@ -84,6 +84,10 @@ class DataConfig(FrozenModel):
     long_prompt: LengthPolicy = "error"
     long_completion: LengthPolicy = "cut"
     bad_rows: Literal["error", "skip"] = "error"
+    num_proc: int = Field(default=1, ge=1)
+    """Processes that tokenize the rows; the tokens are the same."""
+    cache: str | None = None
+    """A folder that keeps the tokens of rows, identified by the contents of rows, tokenizer, template and lengths."""
 
     @property
     def window(self) -> Window:
@@ -121,6 +125,7 @@ class DataConfig(FrozenModel):
             eval_size=self.eval_size,
             seed=seed,
             other_prompts=other_prompts,
+            processing=Processing(self.num_proc, self.cache),
         )
 
 

@@ -34,6 +34,8 @@ class ModelConfig(FrozenModel):
     """``sdpa``, ``eager``, ``flex_attention`` or ``flash_attention_2`` to ``4``; the last ones need a GPU."""
     chat_template: str | None = None
     """A Jinja template or a file with one, instead of the tokenizer's."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template, such as ``{enable_thinking: false}``; those of a row take precedence."""
     revision: str | None = None
     trust_remote_code: bool = False
     """Run code from the model's repository."""
@@ -53,8 +55,9 @@ class ModelConfig(FrozenModel):
 
     def build_tokenizer(self, *, date: datetime | None = None) -> PreTrainedTokenizerBase:
         """Load the tokenizer; templates that write a date write the given one, by default today."""
+        from falign.data.chat_template import RESERVED, reads
         from falign.models import load_tokenizer
-        from falign.models.tokenizers import fix_date
+        from falign.models.tokenizers import fix_date, fix_options
 
         tokenizer = load_tokenizer(
             self.path,
@@ -64,6 +67,16 @@ class ModelConfig(FrozenModel):
         )
         if date is not None:
             fix_date(tokenizer, date)
+        for name in self.chat_template_kwargs:
+            if name in RESERVED:
+                raise ConfigError(f"model.chat_template_kwargs.{name} is set by falign itself; leave it out.")
+            if not reads(tokenizer, name):
+                raise ConfigError(
+                    f"model.chat_template_kwargs.{name}: the chat template does not read it; leave it out, or set "
+                    "model.chat_template to a template that does."
+                )
+        if self.chat_template_kwargs:
+            fix_options(tokenizer, self.chat_template_kwargs)
         return tokenizer
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

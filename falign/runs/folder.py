@@ -55,9 +55,10 @@ With the address of a reference's server its limits may change, and so may the l
 judge."""
 
 LENGTH_FIELDS = frozenset({"training.max_steps", "training.num_train_epochs"})
-MAY_DIFFER = frozenset({"output_dir"}) | OBSERVER_FIELDS | LENGTH_FIELDS | SERVER_FIELDS
+MAY_DIFFER = frozenset({"output_dir", "data.num_proc", "data.cache"}) | OBSERVER_FIELDS | LENGTH_FIELDS | SERVER_FIELDS
 """Settings that may differ when a run resumes, because they change no step already taken: the folder may have moved,
-other steps may be logged, saved and evaluated, bad steps may be skipped, and another server may serve the same model.
+rows may be tokenized in other processes, other steps may be logged, saved and evaluated, bad steps may be skipped, and
+another server may serve the same model.
 The length of a run only decides its learning rates, which are compared on their own."""
 
 FIRST_FILES = ("run.yaml", "manifest.json", "rows.txt", "metrics.jsonl", "completions.jsonl", "before.json")

@@ -56,6 +56,10 @@ NOTHING_TO_BUILD = {
         ),
         "the record of an object, from which nothing is built without the object: tests/test_python_door.py",
     ),
+    **dict.fromkeys(
+        ("DataConfig.num_proc", "DataConfig.cache"),
+        "how tokens are made, and not which: tests/data/test_blocks.py",
+    ),
     "ClassifierConfig.revision": "of a repository on the Hub: a folder has one revision, and there is no network here",
     **dict.fromkeys(
         tuple(
@@ -452,6 +456,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             quantization="nf4",
             attn_implementation="eager",
             chat_template="{{ messages[0]['content'] }}",
+            chat_template_kwargs=With({"quiet": True}, chat_template="{{ quiet }}{{ messages[0]['content'] }}"),
             revision="main",
             trust_remote_code=With(True, path="own-code"),
         ),
