@@ -36,7 +36,7 @@ def report(
         written = write_report(runs, out)
     for run in written.runs:
         if run.ended:
-            show(RunSummary(run.folder, run.before, run.after, run.samples), console)
+            show(RunSummary(run.folder, run.before, run.after, run.samples, run.best), console)
             continue
         command = f"falign train {shlex.quote(str(run.folder.run_file))} --resume"
         text = f"{run.folder.path} has not ended. If it was stopped, resume it by: {command}"

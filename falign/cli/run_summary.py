@@ -41,6 +41,8 @@ def show(summary: RunSummary, console: Console) -> None:
         for name in ("prompt", "before", "after"):
             answers.add_row(f"[bold]{name}", Text(getattr(sample, name)))
         console.print(answers)
+    if summary.best is not None:
+        console.print(f"kept: the model {summary.best}", highlight=False, markup=False, soft_wrap=True)
     model = summary.folder.adapter if summary.folder.adapter.is_dir() else summary.folder.weights
     bold = "bold"
     console.print(

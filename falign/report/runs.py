@@ -16,7 +16,7 @@ from falign.report.palette import Color, marker_of, run_color
 from falign.runfile.base_config import ObjectiveSection
 from falign.runfile.objective_config import OBJECTIVES
 from falign.runs import RunFolder
-from falign.runs.summary import Answered, RunSummary
+from falign.runs.summary import Answered, Best, RunSummary
 
 __all__ = ["MOST_COMPLETIONS", "MOST_PROMPTS", "Answer", "Answers", "ReportedRun", "answers_of", "read_runs"]
 
@@ -50,6 +50,12 @@ class ReportedRun:
     samples: list[Answered]
     evaluations: tuple[Summary, ...]
     ended: bool = False
+
+    @property
+    def best(self) -> Best | None:
+        """The best model, if the run has kept that instead of its last one."""
+        found = self.manifest.get("best")
+        return None if found is None else Best.model_validate(found)
 
     @property
     def objective_section(self) -> type[ObjectiveSection]:

@@ -262,6 +262,7 @@ class RunConfig(FrozenModel):
             self.adapter.check(weight_decay=self.training.weight_decay)
         objective = self.objective.objective()
         self._check_references(objective, self._measures(own=own_measures))
+        self._check_course()
         if self.prompts is None:
             self._check_offline(objective)
         else:
@@ -421,6 +422,14 @@ class RunConfig(FrozenModel):
         for reader, names in readers.items():
             for name in sorted(self.with_members(names & sections.keys())):
                 sections[name].check_whole(field=self.section_of(name), reader=reader)
+
+    def _check_course(self) -> None:
+        """Refuse settings that compare models by evaluations that the run does not have."""
+        for name in ("early_stopping", "keep_best"):
+            if getattr(self.training, name) is not None and self.training.eval_steps is None:
+                raise ConfigError(
+                    f"training.{name} compares evaluations during training: set training.eval_steps, and held-out data."
+                )
 
     def _check_offline(self, objective: Objective) -> None:
         if self.data is None:

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from falign.errors import ConfigError
 from falign.runfile.base_config import FrozenModel
+from falign.runfile.course_config import CallbacksConfig, EarlyStoppingConfig, KeepBestConfig, as_metric
 from falign.scoring import DEFAULT_CHUNK_TOKENS
 
 if TYPE_CHECKING:
@@ -72,6 +73,14 @@ class TrainingConfig(FrozenModel):
     """Positions whose logits are computed at once; changes memory and speed, not results."""
     skip_bad: bool = False
     """Skip and count steps whose loss, gradient or reward is NaN or infinite, which otherwise stop the run."""
+    save_minutes: float | None = Field(default=60.0, gt=0)
+    """Longest time between checkpoints; ``null`` for none by time. One for which the disk has no room is left out."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """End the run once a held-out metric no longer gets better: ``{metric: rewards/margins, patience: 3}``."""
+    keep_best: Annotated[KeepBestConfig | None, BeforeValidator(as_metric)] = None
+    """Keep the model with the best held-out metric instead of the last: ``rewards/margins``."""
+    callbacks: CallbacksConfig = []
+    """Callbacks of transformers: ``module:Class`` of your own, or ``{kind: module:Class, ...}`` with its arguments."""
     extra: dict[str, Any] = {}
     """Further arguments of ``transformers.TrainingArguments``, by name: ``{adam_beta1: 0.8, full_determinism: true}``.
     Names and types are those of the installed release; a setting that falign makes itself is refused with its field."""
@@ -85,6 +94,11 @@ class TrainingConfig(FrozenModel):
                 "falign evaluate and falign score need no training"
             )
         return value
+
+    @property
+    def compares_models(self) -> bool:
+        """Whether evaluations decide when the run ends, or which model it keeps."""
+        return self.early_stopping is not None or self.keep_best is not None
 
     def check(self) -> None:
         """Refuse trackers, an optimizer, a schedule or extra arguments that do not work on this machine.
@@ -124,13 +138,13 @@ class TrainingConfig(FrozenModel):
 
         # Fields that transformers does not have, or that are translated below.
         own = {"eval_steps", "save_steps", "tokens_per_batch", "layout", "chunk_tokens", "gradient_checkpointing"}
-        own |= {"skip_bad", "extra"}
+        own |= {"skip_bad", "extra", "save_minutes", "early_stopping", "keep_best", "callbacks"}
         arguments: dict[str, Any] = {
             **self.model_dump(exclude=own),
             "lr_scheduler_kwargs": dict(self.lr_scheduler_kwargs) or None,
             "output_dir": str(output_dir),
             "seed": seed,
-            "save_strategy": "steps" if self.save_steps else "no",
+            "save_strategy": "steps" if self.save_steps else "no",  # others come from falign.training.course
             "save_steps": self.save_steps or 500,
             "eval_strategy": "steps" if self.eval_steps else "no",
             "eval_steps": self.eval_steps,

@@ -165,18 +165,19 @@ def newest_undamaged(folder: Path, *, run: str | None = None, tell: Callable[[st
     return None
 
 
-def rotate(folder: Path, *, run: str, keep: int | None) -> None:
+def rotate(folder: Path, *, run: str, keep: int | None, best: int | None = None) -> None:
     """Remove the oldest checkpoints beyond a number, but never the newest undamaged one, which a resume would need.
 
     Args:
         folder: The run folder.
         run: The identifier of the run.
         keep: Number of checkpoints to keep, at least 1; None keeps all.
+        best: The step of a checkpoint to keep besides these.
     """
     if keep is None:
         return
     there = checkpoints(folder)
-    removable, kept = there[:-keep], there[-keep:]
+    removable, kept = [each for each in there[:-keep] if step_of(each) != best], there[-keep:]
     # If all of the newest ones are damaged, the newest undamaged one may be among those to remove.
     if all(why_damaged(checkpoint, run=run, contents=False) for checkpoint in reversed(kept)):
         return

@@ -41,10 +41,13 @@ SERVER_FIELDS = frozenset(f"rollout.engine.{name}" for name in ("url", "shared_d
 OBSERVER_FIELDS = frozenset(
     f"training.{name}"
     for name in (
-        *("save_steps", "save_total_limit", "logging_steps", "eval_steps", "report_to", "skip_bad"),
+        *("save_steps", "save_minutes", "save_total_limit", "logging_steps", "eval_steps", "report_to", "skip_bad"),
         *(f"extra.{name}" for name in OBSERVE),
     )
 )
+WHEN_EVALUATED = frozenset({"training.eval_steps", "training.extra.eval_delay"})
+"""Settings of :data:`OBSERVER_FIELDS` that decide the course of a run whose evaluations compare models."""
+
 BY_CONTENT = re.compile(
     r"model\.(path|revision|chat_template)|(data|prompts)\.(train|eval)\.\d+\.path|rehearsal\.path"
     r"|(reference|references\.\w+)\.(path|paths|cache|url|timeout|wait)|rewards\.\d+\.((transform\.)?samples|template)"
@@ -222,9 +225,10 @@ class RunFolder:
     def _changed_settings(self, config: RunConfig, *, new_rewards: bool = False) -> str:
         """List up to five settings that would change steps of the run, with both values; ``""`` if there are none."""
         old, new = _flat(self.read_settings()), _flat(self.settings(config))
+        may_differ = MAY_DIFFER - (WHEN_EVALUATED if config.training.compares_models else frozenset())
         keys = [
             key
-            for key in sorted((old.keys() | new.keys()) - MAY_DIFFER)
+            for key in sorted((old.keys() | new.keys()) - may_differ)
             if old.get(key) != new.get(key)
             and not (key not in old and _is_default(config, key))  # a field that the run is older than
             and not BY_CONTENT.fullmatch(key)
@@ -358,9 +362,9 @@ class RunFolder:
         """Write the digests of the run's rows; the manifest, which has their hash, is written after them."""
         self._write("rows.txt", rows.text)
 
-    def record_model(self, trained: Path) -> None:
-        """Add the checksums of the trained weights to the manifest."""
-        self.write_json("manifest.json", {**self.read_json("manifest.json"), "trained": weight_sums(trained)})
+    def record_model(self, trained: Path, **record: Any) -> None:
+        """Add the checksums of the trained weights, and further entries, to the manifest."""
+        self.write_json("manifest.json", {**self.read_json("manifest.json"), "trained": weight_sums(trained), **record})
 
     def show_model(self, trained: Path) -> None:
         """Show the files of the trained model in the run folder itself, where ``from_pretrained`` looks for them.

@@ -30,7 +30,7 @@ __all__ = [
     "require_trust",
 ]
 
-HASHED = frozenset({"objective", "reference", "references", "measures", "rollout"})
+HASHED = frozenset({"objective", "reference", "references", "measures", "rollout", "training"})
 """Sections whose members decide the steps of a run."""
 
 MEMBERS = frozenset({"kind", "divergence", "advantage", "measure", "first", "second", "controller"})

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from falign.errors import ConfigError
 from falign.runs.folder import RunFolder
 
-__all__ = ["Answered", "RunSummary"]
+__all__ = ["Answered", "Best", "RunSummary"]
 
 
 class Answered(BaseModel):
@@ -22,11 +22,33 @@ class Answered(BaseModel):
     after: str
 
 
+class Best(BaseModel):
+    """The best model of a run, which the run has kept instead of its last one.
+
+    Attributes:
+        metric: The held-out metric by which it is the best.
+        value: Its value.
+        step: The step after which the model had it.
+        last_step: The last step of the run.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metric: str
+    value: float
+    step: int
+    last_step: int
+
+    def __str__(self) -> str:
+        return f"of step {self.step} of {self.last_step}, with the best held-out {self.metric} ({self.value:.4g})"
+
+
 class _Metrics(BaseModel):
     """``summary.json``."""
 
     before: dict[str, float]
     after: dict[str, float]
+    best: Best | None = None
 
 
 _ANSWERS = TypeAdapter(list[Answered])
@@ -38,14 +60,16 @@ class RunSummary(NamedTuple):
     Attributes:
         folder: The run folder.
         before: Held-out metrics before the first step; empty without evaluation data.
-        after: The same after the last step.
+        after: The same of the model that the run has kept: after the last step, or at the best one.
         samples: The prompts of the section ``sampling``, answered before and after.
+        best: The best model, if the run has kept that.
     """
 
     folder: RunFolder
     before: dict[str, float]
     after: dict[str, float]
     samples: list[Answered]
+    best: Best | None = None
 
     @classmethod
     def read(cls, folder: RunFolder) -> RunSummary:
@@ -55,12 +79,14 @@ class RunSummary(NamedTuple):
             ConfigError: It has not ended, or a file is damaged.
         """
         metrics = _checked(folder, "summary.json", _Metrics.model_validate)
-        return cls(folder, metrics.before, metrics.after, _checked(folder, "samples.json", _ANSWERS.validate_python))
+        samples = _checked(folder, "samples.json", _ANSWERS.validate_python)
+        return cls(folder, metrics.before, metrics.after, samples, metrics.best)
 
     def write(self) -> None:
         """Write both files; ``summary.json`` comes last and marks the run as finished."""
         self.folder.write_json("samples.json", [each.model_dump() for each in self.samples])
-        self.folder.write_json("summary.json", {"before": self.before, "after": self.after})
+        best = {} if self.best is None else {"best": self.best.model_dump()}
+        self.folder.write_json("summary.json", {"before": self.before, "after": self.after, **best})
 
 
 def _checked(folder: RunFolder, name: str, validate: Any) -> Any:

@@ -65,7 +65,13 @@ class StopAtStepEnd(TrainerCallback):
         # All processes must stop after the same step, so they agree on the signal that any of them got.
         if number := highest(0 if self.caught is None else self.caught):
             self.caught = signal.Signals(number)
-            control.should_save = control.should_training_stop = True
+            control.should_save = True
+
+    @override
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Not earlier: a checkpoint of a run that something else has ended says so, and does not train on when resumed.
+        if self.caught is not None:
+            control.should_training_stop = True
 
 
 def prepare_trackers(trainer: Trainer, folder: Path, *, evaluates: bool) -> None:

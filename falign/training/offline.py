@@ -20,6 +20,7 @@ from falign.runfile.config import RunConfig
 from falign.scoring import evaluation_mode
 from falign.scoring.batch import PromptTree, data_margins, data_weights, token_rows
 from falign.terminal import progress
+from falign.training.course import Course
 from falign.training.parts import Language, Parts, load_parts
 from falign.training.references import cached
 from falign.training.step_means import with_mismatched
@@ -47,6 +48,7 @@ def offline_trainer(
         style = "yellow" if notice.is_warning else None
         console.print(notice.text, style=style, highlight=False, markup=False, soft_wrap=True)
 
+    course = Course.of(config.training, tell=lambda text: tell(Notice(text)))
     with console.status("reading data"):
         prompts = config.other_prompts(language.tokenizer)
         data = read_data(config, language, objective, tell=tell, prompts=prompts)
@@ -86,6 +88,7 @@ def offline_trainer(
         advise=lambda text: tell(Notice(text)),
         processing_class=language.tokenizer,
         callbacks=list(callbacks),
+        course=course,
     )
     trainer.record = parts.record
     return trainer, data

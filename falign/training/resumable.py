@@ -21,7 +21,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType
 from typing_extensions import override
@@ -30,10 +30,11 @@ from falign.errors import ConfigError, TrainingError, one_line
 from falign.models.sharding import is_sharded
 from falign.models.staging import reading, staged_folder
 from falign.runfile.optimization import same_learning_rates
-from falign.runs.checkpoints import rotate, seal, sync_logs
+from falign.runs.checkpoints import rotate, seal, sync_logs, why_damaged
 from falign.runs.folder import is_held_out
 from falign.scoring import TokenBudgetBatches
 from falign.training.batch_sharding import Batches, RowBatches, Share
+from falign.training.course import Callbacks, Course
 from falign.training.finite_guard import FiniteGuard
 from falign.training.processes import Means, gathered, is_writer, num_processes, rank
 from falign.training.sharded_checkpoint import read_optimizer, read_weights, whole_optimizer, whole_weights
@@ -68,6 +69,9 @@ PRIVATE_NAMES = (
 UNLOGGED = "unlogged.json"
 """File of a checkpoint with the sums since the last log."""
 
+COURSE = "course.json"
+"""File of a checkpoint with the states of callbacks, for runs that have some."""
+
 
 class ResumableTrainer(Trainer, ABC):
     """A trainer whose runs can be resumed exactly, with the denominators of a step's loss (:meth:`step_weights`).
@@ -83,6 +87,8 @@ class ResumableTrainer(Trainer, ABC):
             ``args.per_device_train_batch_size``.
         skip_bad: Skip and count steps whose loss or gradient is NaN or infinite, instead of stopping.
         advise: Called with messages for the user.
+        course: Callbacks whose states are in checkpoints.
+        callbacks: Further callbacks.
         **kwargs: Passed on to ``transformers.Trainer``.
     """
 
@@ -97,8 +103,11 @@ class ResumableTrainer(Trainer, ABC):
         tokens_per_batch: int | None,
         skip_bad: bool,
         advise: Callable[[str], None],
+        course: Course | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
+        self.course = course or Course()
         if is_sharded(model):
             # FSDP2 would otherwise skip the reduction of gradients until the last micro-batch and keep them unsharded.
             accelerator_config: Any = args.accelerator_config
@@ -109,8 +118,10 @@ class ResumableTrainer(Trainer, ABC):
             data_collator=collate,
             train_dataset=train_trees,  # pyright: ignore[reportArgumentType] - a list is a map-style dataset
             eval_dataset=eval_trees,  # pyright: ignore[reportArgumentType]
+            callbacks=[*callbacks, *self.course.callbacks],
             **kwargs,
         )
+        self.callback_handler = Callbacks.of(self.callback_handler)
         self.policy = model
         self.run_dir = Path(str(args.output_dir))
         self.tokens_per_batch = tokens_per_batch
@@ -182,6 +193,37 @@ class ResumableTrainer(Trainer, ABC):
                 "adapter.init=RUN (without adapter, model.path=RUN/model)."
             )
 
+    def has_ended(self, checkpoint: Path) -> bool:
+        """Return whether a run had taken all its steps, or was ended by a callback, when a checkpoint was written."""
+        state = self.state_at(checkpoint)
+        with reading_checkpoint(checkpoint):
+            stopped = json.loads((checkpoint / UNLOGGED).read_text(encoding="utf-8"))[rank()].get("stopped", False)
+        # At its last step a run is always stopped; it may have become longer since.
+        return state.global_step >= self.num_steps or (stopped and state.global_step < state.max_steps)
+
+    def load_best(self) -> None:
+        """Load the checkpoint of the best step, if that is not the step of the present weights.
+
+        Raises:
+            TrainingError: The checkpoint is missing or damaged.
+        """
+        assert self.course.best is not None
+        step = self.course.best.step
+        if step is None or step == self.state.global_step:
+            return
+        checkpoint = self.run_dir / f"checkpoint-{step}"
+        if (reason := why_damaged(checkpoint, run=self.run_id)) is not None:
+            raise TrainingError(
+                f"{checkpoint}, the best model so far, is missing or damaged ({reason}): restore it, or remove the "
+                "checkpoints after it and resume."
+            )
+        self._load_from_checkpoint(str(checkpoint))
+        with reading_checkpoint(checkpoint):
+            self.read_beside(checkpoint)
+
+    def read_beside(self, folder: Path) -> None:
+        """Restore what is trained or moves beside the weights, from a checkpoint: heads, references; none here."""
+
     def load_finished(self, checkpoint: Path) -> None:
         """Load the last checkpoint of a run that has taken all its steps, and end training as the loop would."""
         self._load_from_checkpoint(str(checkpoint))
@@ -245,13 +287,18 @@ class ResumableTrainer(Trainer, ABC):
             "since": self._globalstep_last_logged,
             "means": self.means.state_dict(),
             "guard": self.guard.state_dict(),
+            "stopped": self.control.should_training_stop,
         }
-        states = gathered([state])
+        states, course = gathered([state]), self.course.state_dict()
         if is_writer():
             (folder / UNLOGGED).write_text(json.dumps(states), encoding="utf-8")
+            if course:
+                (folder / COURSE).write_text(json.dumps(course), encoding="utf-8")
 
     def read_state(self, folder: Path) -> None:
-        """Restore what :meth:`write_state` of subclasses wrote."""
+        """Restore the states of callbacks; subclasses restore what they wrote."""
+        if self.course.state_dict():
+            self.course.load_state_dict(json.loads((folder / COURSE).read_text(encoding="utf-8")))
 
     @override
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -411,7 +458,8 @@ class ResumableTrainer(Trainer, ABC):
             written.rmdir()
             seal(self._staging, run=self.run_id, step=self.state.global_step, logs=marks)
         self._staging = None
-        rotate(self.run_dir, run=self.run_id, keep=self.args.save_total_limit)
+        best = None if self.course.best is None else self.course.best.step
+        rotate(self.run_dir, run=self.run_id, keep=self.args.save_total_limit, best=best)
 
     @override
     def _get_output_dir(self, trial: Any) -> str:

@@ -32,7 +32,7 @@ from falign.runs.folder import RunFolder, is_held_out, versions
 from falign.runs.inputs import RunInputs, RunRows, text_hash
 from falign.runs.named_code import own_code
 from falign.runs.progress import MetricsFile, ProgressBar, plot_curves
-from falign.runs.summary import Answered, RunSummary
+from falign.runs.summary import Answered, Best, RunSummary
 from falign.terminal import Terminal
 from falign.training.interrupts import StopAtStepEnd, prepare_trackers
 from falign.training.offline import offline_trainer
@@ -189,11 +189,12 @@ def _train(
         )
     for note in start_notes(config, trainer.num_steps):
         console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
-    trainer.add_callback(CheckpointAdvice(config.training.save_steps, _printer(console)))
+    if config.training.save_minutes is None:
+        trainer.add_callback(CheckpointAdvice(config.training.save_steps, _printer(console)))
     wait()  # the writer changes the folder only after all processes have read it
     if checkpoint is not None and began is not None and is_writer():
         folder.restore_logs(checkpoint, began.log_history, _printer(console))
-        if began.global_step < trainer.num_steps:
+        if not trainer.has_ended(checkpoint):
             folder.reopen()
     folder.claim(config)  # not earlier: a run that cannot start must leave no folder behind
     folder.write_rows(rows)
@@ -201,7 +202,9 @@ def _train(
 
     if checkpoint is None:
         try:
-            before = {"metrics": _evaluate(trainer), "answers": _answers(config, trainer, language)}
+            metrics = _evaluate(trainer)
+            trainer.course.require_metrics(metrics)
+            before = {"metrics": metrics, "answers": _answers(config, trainer, language)}
             folder.write_json("before.json", before)
         except BaseException:
             folder.release()
@@ -209,7 +212,7 @@ def _train(
     wait()
     before = folder.read_json("before.json")
     try:
-        if checkpoint is not None and began is not None and began.global_step >= trainer.num_steps:
+        if checkpoint is not None and trainer.has_ended(checkpoint):
             trainer.load_finished(checkpoint)
         else:
             _until_stopped(trainer, checkpoint, folder, config, console)
@@ -250,17 +253,20 @@ def _finish(
     folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer, language: Language, before: dict[str, Any]
 ) -> RunSummary:
     """Evaluate the trained model, and write model and results."""
-    after = _evaluate(trainer)
+    after, best = _evaluate(trainer), _load_best(trainer)
+    if best is not None:
+        logged = next(log for log in trainer.state.log_history if log["step"] == best.step and is_held_out(log))
+        after = _held_out(logged)
     samples = [
         Answered(prompt=prompt, before=first, after=last)
         for prompt, first, last in zip(
             config.sampling.prompts, before["answers"], _answers(config, trainer, language), strict=True
         )
     ]
-    summary = RunSummary(folder, before["metrics"], after, samples)
+    summary = RunSummary(folder, before["metrics"], after, samples, best)
     with gathered_weights(trainer.policy):
         if is_writer():
-            _write_model(folder, config, trainer, language)
+            _write_model(folder, config, trainer, language, best)
     if is_writer():
         policy = trainer.policy
         assert isinstance(policy, PreTrainedModel | PeftModel)
@@ -319,8 +325,22 @@ def _evaluate(trainer: AlignmentTrainer) -> dict[str, float]:
             break
     else:
         log = trainer.evaluate()
+    return _held_out(log)
+
+
+def _held_out(log: Mapping[str, Any]) -> dict[str, float]:
     # Sorted, because the state of a checkpoint sorts them, and a resumed run must write the same file.
     return {name.removeprefix("eval_"): value for name, value in sorted(log.items()) if name.startswith("eval_")}
+
+
+def _load_best(trainer: AlignmentTrainer) -> Best | None:
+    """Load the best model of the run and return which it is; None if the run keeps the last one."""
+    best, last_step = trainer.course.best, trainer.state.global_step
+    if best is None or best.step is None or best.best is None:
+        return None
+    wait()  # the writer has written the checkpoint
+    trainer.load_best()
+    return Best(metric=best.compare.metric, value=best.best, step=best.step, last_step=last_step)
 
 
 def _answers(config: RunConfig, trainer: AlignmentTrainer, language: Language) -> list[str]:
@@ -396,11 +416,13 @@ def _record(
     folder.write_json("manifest.json", manifest)
 
 
-def _write_model(folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer, language: Language) -> None:
+def _write_model(
+    folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer, language: Language, best: Best | None
+) -> None:
     if isinstance(trainer.policy, PeftModel):
         recorded = RecordedBase(weights=trainer.record["base_weights"], storage=trainer.record["base_storage"])
         export_adapter(trainer.policy, language.tokenizer, folder.adapter, base=recorded, overwrite=True)
-        _record_model(folder, trainer, folder.adapter)
+        _record_model(folder, trainer, folder.adapter, best)
     else:
         assert isinstance(trainer.policy, PreTrainedModel)
         export_merged(
@@ -411,14 +433,14 @@ def _write_model(folder: RunFolder, config: RunConfig, trainer: AlignmentTrainer
             trust_remote_code=config.model.trust_remote_code,
             overwrite=True,
         )
-        _record_model(folder, trainer, folder.weights)
+        _record_model(folder, trainer, folder.weights, best)
 
 
-def _record_model(folder: RunFolder, trainer: AlignmentTrainer, trained: Path) -> None:
+def _record_model(folder: RunFolder, trainer: AlignmentTrainer, trained: Path, best: Best | None) -> None:
     """Add the head of a reward model, if there is one, and record the files; show a language model at the top."""
     if (head := trainer.reward_head) is not None:
         save_tensors(dict(head.state_dict()), trained / REWARD_HEAD, metadata={"format": "pt"})
-    folder.record_model(trained)
+    folder.record_model(trained, **({} if best is None else {"best": best.model_dump()}))
     # Without its head a reward model would load, and give no rewards.
     if head is None:
         folder.show_model(trained)

@@ -34,9 +34,11 @@ def start_notes(config: RunConfig, steps: int) -> Iterator[str]:
     every = training.save_steps
     if every is None or every >= steps:
         field = "training.save_steps is not set" if every is None else f"training.save_steps={every} of {steps} steps"
+        minutes = training.save_minutes
+        when = "no checkpoints before the end" if minutes is None else f"a checkpoint every {minutes:g} minutes only"
         yield (
-            f"no checkpoints before the end ({field}): after a crash the run begins again. Ctrl-C writes one; so does "
-            "every Nth step with training.save_steps=N"
+            f"{when} ({field}): after a crash before one the run begins again. Ctrl-C writes one; so does every Nth "
+            "step with training.save_steps=N"
         )
 
 

@@ -276,13 +276,17 @@ class AlignmentTrainer(ResumableTrainer):
     @override
     def read_state(self, folder: Path) -> None:
         super().read_state(folder)
+        self.read_beside(folder)
+        if self.controls.states:
+            controls = json.loads((folder / CONTROLS).read_text(encoding="utf-8"))
+            self.controls.load_state_dict(controls, self.args.device)
+
+    @override
+    def read_beside(self, folder: Path) -> None:
         for file, head in self._heads.items():
             head.load_state_dict(load_file(folder / file))
         for name, reference in self._moving.items():
             reference.load(state_folder(folder, name), self.policy)
-        if self.controls.states:
-            controls = json.loads((folder / CONTROLS).read_text(encoding="utf-8"))
-            self.controls.load_state_dict(controls, self.args.device)
 
     @override
     def compute_loss(
@@ -412,6 +416,7 @@ class AlignmentTrainer(ResumableTrainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Return and log the exact means over all held-out completions, each counted once."""
+        self.require_held_out("data")
         with self._at_its_place(lambda: f"Evaluation at step {self.state.global_step}"):
             found = self._held_out_means(eval_dataset)
         self.observe_evaluation(found)
@@ -419,6 +424,21 @@ class AlignmentTrainer(ResumableTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def require_held_out(self, section: str) -> None:
+        """Refuse an evaluation without held-out data, which only a callback can ask for.
+
+        Args:
+            section: The section of the run file that holds data out.
+
+        Raises:
+            TrainingError: There are none.
+        """
+        if not self.evaluates:
+            raise TrainingError(
+                f"Step {self.state.global_step}: a callback asks for an evaluation (should_evaluate), and the run has "
+                f"no held-out data: set {section}.eval or {section}.eval_size, or change the callback."
+            )
 
     def _held_out_means(self, eval_dataset: Any) -> dict[str, float]:
         means, totals = Means(), []

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from transformers import TrainerCallback
 from typing_extensions import override
 
 from falign.divergences import Divergence, from_generator
@@ -207,3 +208,11 @@ class Follow(Controller):
 
     def after(self, state, measured):
         return {"value": self.start + measured}
+
+
+class Watch(TrainerCallback):
+    """A callback of one's own."""
+
+
+class OtherWatch(Watch):
+    """Another one."""

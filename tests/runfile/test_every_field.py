@@ -51,6 +51,7 @@ NOTHING_TO_BUILD = {
             *(f"PythonObjectiveConfig.{field}" for field in ("kind", "name", "code")),
             *(f"PythonMeasureConfig.{field}" for field in ("kind", "name", "code")),
             *(f"PythonWeightConfig.{field}" for field in ("kind", "name", "code")),
+            *(f"PythonCallbackConfig.{field}" for field in ("kind", "name", "code")),
             *(f"PythonReferenceConfig.{field}" for field in ("kind", "name", "code", "cache", "cache_top_k", "prompt")),
             *(f"PythonRewardConfig.{field}" for field in ("kind", "name", "code", "weight", "form", "transform")),
         ),
@@ -630,7 +631,23 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             chunk_tokens=3,
             skip_bad=True,
             extra={"adam_beta1": 0.8},
+            save_minutes=5.0,
+            early_stopping=With({"metric": "loss"}, eval_steps=2),
+            keep_best=With("loss", eval_steps=2),
+            callbacks=["tests.runfile.own_members:Watch"],
         ),
+    ),
+    "KeepBestConfig": (
+        "training.keep_best",
+        Changes({"metric": "loss"}, metric="rewards/margins", greater_is_better=True),
+    ),
+    "EarlyStoppingConfig": (
+        "training.early_stopping",
+        Changes({"metric": "loss"}, metric="rewards/margins", greater_is_better=True, patience=2, min_delta=0.1),
+    ),
+    "OwnCallbackConfig": (
+        "training.callbacks.0",
+        Changes({"kind": "tests.runfile.own_members:Watch"}, kind="tests.runfile.own_members:OtherWatch"),
     ),
     "SamplingConfig": (
         "sampling",
@@ -932,6 +949,9 @@ def run_of(files, path, values, beside, *, online):
     run |= {name: value for name, value in beside.items() if name != "data"}
     if not path:
         return run | values
+    if path.startswith("training."):
+        run["training"] |= {"eval_steps": 2, "callbacks": [None]}
+        run["training"] |= {} if path.endswith(".0") else {"callbacks": []}
     *sections, last = path.split(".")
     inner: Any = run
     for step in sections:

@@ -42,9 +42,11 @@ def test_the_default_learning_rate_follows_from_what_is_trained(sections, rate, 
     [(None, "training.save_steps is not set"), (9, "training.save_steps=9 of 9 steps"), (8, None)],
 )
 def test_missing_checkpoints_are_told_with_the_field(save_steps, told):
-    notes = list(start_notes(parse_run({**LEAST, "training": {"learning_rate": 1.0, "save_steps": save_steps}}), 9))
-    assert len(notes) == (told is not None)
-    assert told is None or (told in notes[0] and "training.save_steps=N" in notes[0])
+    for minutes, when in ((None, "no checkpoints before the end"), (5.0, "a checkpoint every 5 minutes only")):
+        training = {"learning_rate": 1.0, "save_steps": save_steps, "save_minutes": minutes}
+        notes = list(start_notes(parse_run({**LEAST, "training": training}), 9))
+        assert len(notes) == (told is not None)
+        assert told is None or (told in notes[0] and when in notes[0] and "training.save_steps=N" in notes[0])
 
 
 def test_a_run_shows_its_notes(tmp_path, capsys):
@@ -53,7 +55,7 @@ def test_a_run_shows_its_notes(tmp_path, capsys):
     summary = train(parse_run(run), console=Console(width=300))
     out = capsys.readouterr().out
     assert "learning rate 0.0001, the default for an adapter" in out
-    assert "no checkpoints before the end (training.save_steps is not set)" in out
+    assert "a checkpoint every 60 minutes only (training.save_steps is not set)" in out
     assert "learning_rate: 0.0001" in summary.folder.run_file.read_text(encoding="utf-8")
 
 

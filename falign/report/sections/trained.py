@@ -179,6 +179,7 @@ ROWS: dict[str, Callable[[ReportedRun], str]] = {
     "model": _model,
     "adapter": _adapter,
     "steps": _steps,
+    "model kept": lambda run: NOTHING if run.best is None else str(run.best),
     "batch": _batch,
     "learning rate": lambda run: number(run.run_file["training"]["learning_rate"]),
     "seed": lambda run: str(run.run_file["seed"]),

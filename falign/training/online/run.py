@@ -25,6 +25,7 @@ from falign.runs.folder import RunFolder
 from falign.scoring import PromptTree
 from falign.scoring.batch import token_rows
 from falign.seeds import mixed
+from falign.training.course import Course
 from falign.training.online.groups import DividedSampler, GroupSampler
 from falign.training.online.metrics import CompletionsTable
 from falign.training.online.rehearsal_file import other_origin, read_rehearsal
@@ -63,6 +64,11 @@ def online_trainer(
             "is not the reference here: give lambdas."
         )
     rollout = config.rollout
+
+    def advise(text: str) -> None:
+        console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+    course = Course.of(config.training, advise)
     with console.status("reading prompts"):
         rewards = _rewards(config, language)
         check = None if rewards is None else row_check(rewards)
@@ -148,9 +154,10 @@ def online_trainer(
         value_head=config.critic.build(parts.policy) if "values" in objective.needs else None,
         warm_up=config.critic.warm_up,
         skip_bad=config.training.skip_bad,
-        advise=lambda text: console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True),
+        advise=advise,
         processing_class=language.tokenizer,
         callbacks=list(callbacks),
+        course=course,
     )
     trainer.record = parts.record
     return trainer, data

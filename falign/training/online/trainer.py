@@ -329,6 +329,7 @@ class OnlineTrainer(AlignmentTrainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Sample completions of the held-out prompts; log their rewards and the divergence from the reference."""
+        self.require_held_out("prompts")
         version = -1 - self.state.global_step
         self.source.ahead.wait()
         engine = self.evaluation_sampler.engine
