@@ -229,8 +229,9 @@ class JudgeSummary(_Form):
     @property
     def measured_on(self) -> str:
         """The key of comparable evaluations: questions, judge with its template, mode and baseline's answers."""
-        names = ("benchmark", "mode", "questions", "references", "judge", "served", "baseline")
-        return json.dumps([self.judge, *(self.record.get(name) for name in names)], sort_keys=True)
+        names = ("benchmark", "mode", "questions", "references", "baseline")
+        inputs = {key: value for key, value in self.record.items() if key in names or key.startswith("judge.")}
+        return json.dumps([self.judge, inputs], sort_keys=True)
 
 
 Summary = RewardSummary | SampleSummary | JudgeSummary

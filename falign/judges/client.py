@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -24,6 +25,7 @@ __all__ = ["ChatClient", "ChatReply", "RefusedRequestError", "StoppedAskingError
 _AGAIN = frozenset({408, 409, 425, 429, *range(500, 600)})
 _OF_THE_REQUEST = frozenset({400, 413, 422})
 _NEVER_AGAIN = "insufficient_quota"  # OpenAI's code of a 429 that waiting does not lift
+_THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 _LONGEST_WAIT = 60.0  # seconds between two attempts, unless the service says more
 _LONGEST_RETRY_AFTER = 600.0
 _LONGEST_REPLY = 1 << 26  # bytes
@@ -93,6 +95,8 @@ class ChatClient:
         self._key = endpoint.key()
         self._session = requests.Session()
         self._session.auth = _Bearer(self._key)
+        # A proxy of the environment is for other machines.
+        self._session.trust_env = urlsplit(endpoint.url).hostname not in _THIS_MACHINE
         # Cookies are the one state of a session that its threads would share.
         self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         for scheme in ("http://", "https://"):

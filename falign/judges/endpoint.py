@@ -87,6 +87,10 @@ class Endpoint(BaseModel):
     def _without_slash(cls, url: str) -> str:
         if holds_secret(url):
             raise ValueError("an address with a password; put the key into the environment, and name it in api_key_env")
+        if "?" in url or "#" in url:
+            raise ValueError(
+                "an address with a query; give the base address, and further keys of the request in options"
+            )
         return url.rstrip("/").removesuffix("/chat/completions")
 
     @model_validator(mode="after")

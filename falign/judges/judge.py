@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -39,6 +40,23 @@ class Judgment(NamedTuple):
     completion_tokens: int = 0
 
 
+@dataclass
+class _Known:
+    """What the answers so far have shown of the service.
+
+    Attributes:
+        with_schema: Whether to ask with the schema.
+        schema_works: Whether the service has accepted it.
+        answers_as: The model that it names in its answers; None before the first one.
+        lock: Held by the thread that compares it.
+    """
+
+    with_schema: bool
+    schema_works: bool
+    answers_as: str | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
 class Judge:
     """A model behind an endpoint that gives verdicts of one form.
 
@@ -57,10 +75,10 @@ class Judge:
     def __init__(self, endpoint: Endpoint, template: JudgeTemplate, form: VerdictForm) -> None:
         self.endpoint, self.template, self.form = endpoint, template, form
         endpoint.key()
-        self._lock = threading.Lock()
-        self._with_schema = endpoint.answer != "text"
-        self._schema_works = endpoint.answer == "schema"
-        self._answers_as: str | None = None
+
+    @cached_property
+    def _known(self) -> _Known:
+        return _Known(self.endpoint.answer != "text", self.endpoint.answer == "schema")
 
     @cached_property
     def _client(self) -> ChatClient:
@@ -90,7 +108,7 @@ class Judge:
     @property
     def answers_as(self) -> str:
         """The model that the service names in its answers; ``""`` before the first one."""
-        return self._answers_as or ""
+        return self._known.answers_as or ""
 
     def require_version(self, model: str) -> None:
         """Refuse answers of another model from now on.
@@ -98,7 +116,7 @@ class Judge:
         Args:
             model: The model that the service named in earlier answers.
         """
-        self._answers_as = model
+        self._known.answers_as = model
 
     def served(self) -> dict[str, Any]:
         """Ask the service what it serves, so that a wrong address or name is found before anything is judged.
@@ -129,8 +147,8 @@ class Judge:
         filled = [self.template.messages({**each, "form": self.form.instruction()}) for each in questions]
         keys = [request_key("", {"messages": messages}) for messages in filled]
         once = dict(zip(keys, filled, strict=True))
-        assert self._counter is not None, "made here, because threads would make several"
-        client, stop = self._client, threading.Event()
+        # Made here, because threads would make several.
+        client, _, _, stop = self._client, self._counter, self._known, threading.Event()
         with ThreadPoolExecutor(self.endpoint.concurrency, thread_name_prefix="falign-judge") as pool:
             asked = {key: pool.submit(self._judge_or_stop, client, messages, stop) for key, messages in once.items()}
             try:
@@ -173,24 +191,29 @@ class Judge:
                 if reply.finish_reason == "length":
                     problem += f"; it was cut at max_tokens={self.endpoint.max_tokens}"
             again = f"This answer cannot be read: {problem}. Judge again. {self.form.instruction()}"
-            messages = [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": again}]
+            messages = [
+                *messages,
+                {"role": "assistant", "content": answer or "(empty)"},
+                {"role": "user", "content": again},
+            ]
         return Judgment(None, answer, f"the answer is malformed: {problem}", *tokens)
 
     def _answer(
         self, client: ChatClient, messages: Messages, stop: threading.Event
     ) -> tuple[ChatReply, tuple[int, int]]:
         """Return an answer and the tokens that were paid for it."""
-        with_schema = self._with_schema
+        known = self._known
+        with_schema = known.with_schema
         try:
             found = self._cached_or_new(client, messages, stop, with_schema=with_schema)
         except RefusedRequestError:
-            if not with_schema or self._schema_works:
+            if not with_schema or known.schema_works:
                 raise
             # The service may not know response_format. If it accepts the same question without, it does not.
             found = self._cached_or_new(client, messages, stop, with_schema=False)
-            self._with_schema = False
+            known.with_schema = False
         else:
-            self._schema_works = self._schema_works or with_schema
+            known.schema_works = known.schema_works or with_schema
         return found
 
     def _cached_or_new(
@@ -213,12 +236,13 @@ class Judge:
         return reply, (0, 0) if cached else (reply.prompt_tokens or 0, reply.completion_tokens or 0)
 
     def _require_same_version(self, reply: ChatReply) -> None:
-        with self._lock:
-            if self._answers_as is None:
-                self._answers_as = reply.model
-            elif self._answers_as != reply.model:
+        known = self._known
+        with known.lock:
+            if known.answers_as is None:
+                known.answers_as = reply.model
+            elif known.answers_as != reply.model:
                 raise JudgeError(
-                    f"{self.endpoint.url}: answers for model={self.endpoint.model!r} came from {self._answers_as!r}, "
+                    f"{self.endpoint.url}: answers for model={self.endpoint.model!r} came from {known.answers_as!r}, "
                     f"and now from {reply.model!r}, and verdicts of two judges are not mixed: name one version in "
                     "model; with a cache, the earlier ones may be in it."
                 )

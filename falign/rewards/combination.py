@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from falign.data import PromptRow
 from falign.errors import ConfigError, NonFiniteRewardError, RewardError
-from falign.rewards.base import ARGUMENTS, ComparingReward, Reward, RowReward, call_reward, place_of
+from falign.rewards.base import ARGUMENTS, ComparingReward, Reward, RowReward, Scores, call_reward, place_of
 
 if TYPE_CHECKING:
     from falign.rewards.transforms import RewardTransform
@@ -132,7 +132,7 @@ class RewardSum:
             for part, score in zip(self.rewards, scores, strict=True)
         ]
         total = [
-            self._sum([values[i] for values in counted], place_of(lists.get("place"), i))
+            self._sum([values[i] for values in counted], place_of(lists.get("place"), i), scores)
             for i in range(len(completions))
         ]
         return Rewards(
@@ -187,12 +187,14 @@ class RewardSum:
                         found[i] = f"reward {part.name}: {reason}"
         return found
 
-    def _sum(self, values: Sequence[float | None], place: str) -> float:
+    def _sum(self, values: Sequence[float | None], place: str, scores: Sequence[Scores]) -> float:
         applying = [part.weight * v for part, v in zip(self.rewards, values, strict=True) if v is not None]
         if not applying:
             names = ", ".join(part.name for part in self.rewards)
+            failure = next((f" A failure: {score.message}." for score in scores if score.message), "")
             raise RewardError(
-                f"{place}: no reward applies to a completion (None from {names}); add one that does, or remove the row."
+                f"{place}: no reward applies to a completion (None from {names}); add one that does, or remove the "
+                f"row.{failure}"
             )
         total = sum(applying)
         if not math.isfinite(total):

@@ -130,7 +130,7 @@ class JudgeReward:
         return Scores(
             [self.failed if each.value is None else each.value for each in judgments],
             errors=len(failed),
-            message=_message(judgments[failed[0]].problem, place_of(columns.get("place"), failed[0])) if failed else "",
+            message=self._message(judgments[failed[0]].problem, columns, failed[0]) if failed else "",
             measured=_measured(self.judge, judgments),
         )
 
@@ -153,6 +153,10 @@ class JudgeReward:
     @property
     def _questions(self) -> _Questions:
         return _Questions(self.judge, self.reference, ("completion",))
+
+    def _message(self, problem: str, columns: Mapping[str, list[Any]], i: int) -> str:
+        remedy = "; set failed to give such a completion a value" if self.failed is None else ""
+        return _message(problem + remedy, place_of(columns.get("place"), i))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from falign.data import DataSource, InMemory
 from falign.divergences import Divergence
 from falign.errors import ConfigError
 from falign.objectives import Measure
+from falign.rewards.identity import Identified
 from falign.runfile.base_config import FrozenModel
 from falign.runfile.config import SourceConfig
 from falign.runfile.measure_config import PythonMeasureConfig
@@ -281,7 +282,12 @@ def reward_section(value: Any) -> Any:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             raise ConfigError(f"rewards: {first['loc'][0]}={shown(first['input'])}: {first['msg']}.") from error
-    return value if is_section(value) else PythonRewardConfig.of(value)
+    if is_section(value):
+        return value
+    if isinstance(value, Identified) and not inspect.isclass(value):
+        # It says itself which of its settings change a value; limits of an LLM judge, for example, do not.
+        return PythonRewardConfig.of(value, hashed=(type(value), value.identity()))
+    return PythonRewardConfig.of(value)
 
 
 def reward_sections(value: Any) -> list[Any]:

@@ -281,6 +281,13 @@ def test_the_key_comes_from_the_environment_and_is_nowhere_else(tmp_path, monkey
         pair_judge(server, api_key_env="MY_JUDGE")
 
 
+def test_a_proxy_is_not_asked_for_this_machine(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with JudgeServer(longer) as server:
+        assert pair_judge(server, retries=0).ask([fields("p", "aa", "b")])[0].value == "A"
+
+
 def test_two_versions_of_a_judge_are_not_mixed():
     with JudgeServer(longer) as server:
         judge = pair_judge(server)
@@ -305,6 +312,7 @@ def test_what_is_served_is_asked_first():
     [
         ({"url": "localhost:8000"}, "url"),
         ({"url": "http://me:pass@host/v1"}, "api_key_env"),
+        ({"url": "http://host/v1?api-version=1"}, "an address with a query"),
         ({"options": {"messages": []}}, "options.messages is set by falign"),
         ({"options": {"max_tokens": 3}}, "set max_tokens"),
         ({"budget": 1.0}, "set price_prompt"),

@@ -3,7 +3,7 @@
 import pytest
 
 from falign.errors import ConfigError
-from falign.judges import FIVE, PAIR, RATE, JudgeTemplate, MalformedError, ScoreForm, read_template
+from falign.judges import FIVE, PAIR, RATE, JudgeTemplate, MalformedError, ScoreForm, conversation_text, read_template
 
 TEN = ScoreForm(1, 10)
 
@@ -52,6 +52,14 @@ def test_the_last_verdict_counts(form, answer, value):
 def test_what_has_no_verdict_is_malformed(form, answer):
     with pytest.raises(MalformedError):
         form.read(answer)
+
+
+def test_turns_are_shown_with_what_they_have():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    turns = [{"role": "user", "content": "2 + 2?"}, call, {"role": "tool", "content": "4"}]
+    assert conversation_text(turns) == (
+        'User: 2 + 2?\n\nAssistant: {"tool_calls": [{"function": {"name": "add"}}]}\n\ntool: 4'
+    )
 
 
 def test_scales_have_two_ends():

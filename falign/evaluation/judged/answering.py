@@ -14,7 +14,7 @@ from rich.markup import escape
 from falign.data.tokenization import encode_prompt
 from falign.errors import ConfigError
 from falign.evaluation.answering import load_named
-from falign.evaluation.judged.benchmarks import Answers, JudgedBenchmark, JudgedItem
+from falign.evaluation.judged.benchmarks import Answers, JudgedBenchmark, JudgedItem, digest
 from falign.evaluation.judged.options import JudgeOptions
 from falign.evaluation.loading import positions_of
 from falign.evaluation.presampling_run import sampler_identity
@@ -70,9 +70,9 @@ def generated_answers(
         )
     record = {
         **sampler_identity(policy, tokenizer),
-        "questions": [[each.id, each.turns] for each in questions],
+        "questions": digest([[each.id, each.turns] for each in questions]),
         "engine": section.model_dump(mode="json"),
-        "temperatures": [_temperature(options, benchmark, each) for each in questions],
+        "temperature": "the benchmark's" if options.temperature is None else options.temperature,
         "max_new_tokens": options.max_new_tokens,
         "seed": options.seed,
     }
@@ -107,8 +107,7 @@ def generated_answers(
         finally:
             engine.close()
     turns = {question.id: tuple(found) for question, found in zip(questions, journal.entries, strict=True)}
-    kept = {name: value for name, value in record.items() if name not in ("questions", "temperatures")}
-    return Answers(options.label, turns), {**kept, "temperature": options.temperature}
+    return Answers(options.label, turns), record
 
 
 def _engine_section(engine: Any) -> Any:

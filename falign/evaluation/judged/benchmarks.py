@@ -19,7 +19,7 @@ from falign.errors import ConfigError, DataError
 from falign.judges import COMPARE, COMPARE_FIVE, FIVE, PAIR, ChoiceForm, JudgeTemplate
 from falign.registry import Registry
 
-__all__ = ["BENCHMARKS", "AlpacaEval", "Answers", "ArenaHard", "JudgedBenchmark", "JudgedItem", "MTBench"]
+__all__ = ["BENCHMARKS", "AlpacaEval", "Answers", "ArenaHard", "JudgedBenchmark", "JudgedItem", "MTBench", "digest"]
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class Answers(NamedTuple):
 
     def digest(self, questions: Sequence[JudgedItem]) -> str:
         """Return the SHA-256 of the answers to some questions."""
-        content = json.dumps([[each.id, self.turns[each.id]] for each in questions])
-        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+        return digest([[each.id, self.turns[each.id]] for each in questions])
 
     def require_all(self, questions: Sequence[JudgedItem], place: str) -> None:
         """Refuse answers that lack a question or a turn.
@@ -214,8 +213,13 @@ def _plain(value: Any) -> Any:
     return value["answer"] if "answer" in value else value["content"]
 
 
-def _answer_id(*parts: object) -> str:
-    return hashlib.sha256(json.dumps([*map(str, parts)]).encode("utf-8", "surrogatepass")).hexdigest()[:22]
+def digest(value: Any) -> str:
+    """Return the SHA-256 of a value that JSON has."""
+    return hashlib.sha256(json.dumps(value).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _answer_id(*parts: str) -> str:
+    return digest(parts)[:22]
 
 
 class MTBench(JudgedBenchmark):

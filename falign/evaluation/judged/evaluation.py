@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from rich.console import Console
 
 from falign.durable import checksum, claimed, write_whole
 from falign.errors import ConfigError, JudgeError
-from falign.evaluation.judged.benchmarks import BENCHMARKS, Answers, JudgedBenchmark, JudgedItem
+from falign.evaluation.judged.benchmarks import BENCHMARKS, Answers, JudgedBenchmark, JudgedItem, digest
 from falign.evaluation.judged.judging import JudgedRow, JudgedTask, judged_metrics, judged_rows
 from falign.evaluation.judged.options import JUDGMENTS_FILE, JudgeOptions, judged_folder
 from falign.evaluation.summaries import JudgeSummary, write_summary
@@ -111,6 +110,8 @@ def evaluate_judge(
         trust_code=trust_code,
     )
     options.check()
+    if options.given_answers and (label is not None or dtype != "auto"):
+        raise ConfigError(f"`label` and `dtype` have no effect on {path}, which holds answers: leave them out.")
     return _evaluate(options, console)
 
 
@@ -131,12 +132,14 @@ def _evaluate(options: JudgeOptions, console: Console) -> JudgeSummary:
         record = {
             "benchmark": benchmark.name,
             "mode": options.mode,
-            "questions": _digest([[each.id, each.turns, each.category] for each in questions]),
-            "references": _digest([references.get(each.id, each.references) for each in questions]),
+            "questions": digest([[each.id, each.turns, each.category] for each in questions]),
+            "references": digest([references.get(each.id, each.references) for each in questions]),
             "answers": answers.digest(questions),
             "baseline": None if baseline is None else baseline.digest(questions),
-            "judge": asked.identity(),
-            "served": served,
+            **{f"judge.{key}": value for key, value in asked.identity().items() if key not in ("template", "form")},
+            "judge.template": digest(asked.template.identity()),
+            "judge.form": digest(asked.form.schema()),
+            "judge.served": served.get("root"),
         }
         judged = judged_rows(
             JudgedTask(benchmark, questions, answers, baseline, references),
@@ -195,10 +198,6 @@ def _judge(options: JudgeOptions) -> Judge:
     if endpoint.cache is None:
         endpoint = endpoint.model_copy(update={"cache": options.out / CACHE})
     return Judge(endpoint, template, benchmark.form if pairwise else ScoreForm(1, 10))
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _summary(

@@ -15,6 +15,7 @@ from falign.runfile import parse_run
 from falign.training import train
 from tests.judges.server import JudgeServer, by, longer, part
 from tests.models.tiny import save_tiny
+from tests.rollouts.loopback import Loopback
 from tests.training.prompts import online_data, write_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
@@ -203,7 +204,7 @@ def test_a_stopped_evaluation_continues_and_never_under_another_judge(tmp_path, 
     with JudgeServer(longer) as server:
         with pytest.raises(JudgeError, match=r"budget .* is spent: 35\.0000 of 35.*raise budget"):
             falign.evaluate_judge(run, "arena_hard", questions, judge=judge(server, **prices, budget=35), **given)
-        with pytest.raises(ConfigError, match="holds the beginning of another judging: judge"):
+        with pytest.raises(ConfigError, match=r"another judging: judge.temperature \(0.0 there, 0.5 now\)"):
             falign.evaluate_judge(run, "arena_hard", questions, judge=judge(server, temperature=0.5), **given)
         server.model = "judge-2"
         with pytest.raises(JudgeError, match="from 'judge-1', and now from 'judge-2'"):
@@ -220,6 +221,32 @@ def test_a_stopped_evaluation_continues_and_never_under_another_judge(tmp_path, 
     assert summary.num_judgments == 20
     texts = [[row["messages"][-1] for row in lines(tmp_path / name / "answers.jsonl")] for name in ("out", "2")]
     assert texts[0] == texts[1]
+
+
+def test_answers_are_sampled_by_the_engine_of_choice(run, tmp_path):
+    questions = write(tmp_path / "q.jsonl", [{"question_id": i, "turns": [f"Say {i}.", "More."]} for i in range(3)])
+    sampler = Loopback(run.parent / "tiny", max_length=512).start()
+    engine = {"kind": "vllm", "url": sampler.url, "shared_dir": str(tmp_path / "shared")}
+    given = {"max_new_tokens": 6, "temperature": 0.0}
+    with JudgeServer(score) as server:
+        here = falign.evaluate_judge(run, "mt_bench", questions, judge=judge(server), out=tmp_path / "1", **given)
+        there = falign.evaluate_judge(
+            run, "mt_bench", questions, judge=judge(server), out=tmp_path / "2", engine=engine, **given
+        )
+        with pytest.raises(ConfigError, match=r"unknown key 'rollout.engine.shared'"):
+            falign.evaluate_judge(
+                run,
+                "mt_bench",
+                questions,
+                judge=judge(server),
+                out=tmp_path / "3",
+                engine={"kind": "vllm", "shared": 1},
+            )
+    assert len(sampler.calls("/v1/completions")) >= 6
+    sampler.stop()
+    texts = [[row["choices"] for row in lines(tmp_path / name / "answers.jsonl")] for name in "12"]
+    assert texts[0] == texts[1]
+    assert here.metrics == there.metrics
 
 
 def test_failures_are_counted_and_left_out(tmp_path):

@@ -5,7 +5,11 @@ import json
 import pytest
 
 import falign
+from falign.divergences import ReverseKL
 from falign.errors import ConfigError, JudgeError
+from falign.judges import RATE, Endpoint, Judge, ScoreForm
+from falign.objectives import PolicyGradient
+from falign.rewards import JudgeReward
 from falign.runfile import load_run_file, parse_run
 from falign.training import train
 from tests.judges.server import JudgeServer, by, longer
@@ -66,6 +70,32 @@ def test_a_run_learns_from_scores_and_a_resumed_one_asks_nothing_twice(folder, m
     assert [log["step"] for log in logs(run)] == [1, 2]
     assert all(1 < log["reward"] <= 10 for log in logs(run))
     assert len(run.folder.read_inputs()["hashes"]["rewards"]["judge"]) == 64
+
+
+def test_a_judge_of_a_program_may_get_another_budget(folder):
+    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    with JudgeServer(letters) as server:
+        limits = {"price_prompt": 0, "price_completion": 1e6 / 7, "cache": folder / "own.sqlite", "concurrency": 1}
+
+        def start(budget, resume=False, **fields):
+            endpoint = Endpoint(url=server.url, model="judge", budget=budget, **limits, **fields)
+            return falign.train(
+                str(folder / "tiny"),
+                output_dir=folder / "program",
+                prompts={"train": {"rows": rows, "chat": False}, "max_length": 64},
+                rewards=[JudgeReward(Judge(endpoint, RATE, ScoreForm()))],
+                objective=PolicyGradient(ReverseKL(), beta=0.1),
+                adapter=falign.Lora(r=4, alpha=8),
+                rollout={"prompts": 2, "completions": 4, "max_new_tokens": 8},
+                training={"max_steps": 2, "save_steps": 1, "learning_rate": 0.02, "per_device_train_batch_size": 4},
+                resume=resume,
+            )
+
+        with pytest.raises(JudgeError, match="budget"):
+            start(10)
+        with pytest.raises(ConfigError, match="holds a run with other settings"):
+            start(100, resume=True, temperature=0.5)
+        assert (start(100, resume=True).path / "summary.json").is_file()
 
 
 def test_online_f_dpo_learns_from_pairs_of_a_judge(folder):
