@@ -381,10 +381,14 @@ class ObjectiveInputs(NamedTuple):
     Attributes:
         completions: The objective's argument.
         entropy: Entropy of the policy's distribution at each completion token, nats, shape (N, T); detached.
+        most_likely: 1 where the token is the policy's most likely one, else 0, shape (N, T).
+        mean_logits: Mean of the policy's logits over the vocabulary, shape (N, T).
     """
 
     completions: CompletionBatch
     entropy: Float[Tensor, "N T"]
+    most_likely: Float[Tensor, "N T"]
+    mean_logits: Float[Tensor, "N T"]
 
 
 def objective_inputs(
@@ -485,7 +489,8 @@ def objective_inputs(
         for name, value in of_sampler.items()
         if name in objective.needs and name not in found and value is not None
     }
-    return ObjectiveInputs(completion_batch(batch, scores.logprobs, found), scores.entropy)
+    completions = completion_batch(batch, scores.logprobs, found)
+    return ObjectiveInputs(completions, scores.entropy, scores.most_likely, scores.mean_logits)
 
 
 def _given_head(reward_head: nn.Module | None) -> nn.Module:

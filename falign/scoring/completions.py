@@ -162,7 +162,7 @@ def completion_scores(
         )
     else:
         unknown = distribution.hidden.new_full((len(distribution.hidden),), torch.nan, dtype=states.precision)
-        scores = TokenScores(unknown, unknown, {}, {})
+        scores = TokenScores(unknown, unknown, {}, {}, unknown, unknown)
     rewards = None
     if reward_head is not None:
         rewards = reward_head(states.hidden[batch.last_tokens].to(states.precision)).squeeze(-1)
@@ -174,6 +174,8 @@ def completion_scores(
         batch.scatter(scores.entropy),
         {name: batch.scatter(values) for name, values in scores.measures.items()},
         {name: batch.scatter(values) for name, values in scores.references.items()},
+        batch.scatter(scores.most_likely),
+        batch.scatter(scores.mean_logits),
         None if scores.values is None else batch.scatter(scores.values),
         None if scores.second_values is None else batch.scatter(scores.second_values),
         rewards,

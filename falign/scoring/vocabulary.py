@@ -59,6 +59,8 @@ class TokenScores(NamedTuple):
         entropy: Entropy of the distribution that the token was predicted from, nats; detached.
         measures: The requested measures, by name; they carry the gradient.
         references: Log-probabilities of the token under each given reference, by name.
+        most_likely: 1 where the token is the most likely one (the first of equals), else 0.
+        mean_logits: Mean of the logits over the vocabulary.
         values: Value of the prefix that the token was predicted from, if requested; carries the gradient.
         second_values: The same of the second value head, if there are two.
         learned_rewards: A reward head's value of each completion, shape (N,), if requested; carries the gradient.
@@ -68,6 +70,8 @@ class TokenScores(NamedTuple):
     entropy: Float[Tensor, "*shape"]
     measures: dict[str, Float[Tensor, "*shape"]]
     references: dict[str, Float[Tensor, "*shape"]]
+    most_likely: Float[Tensor, "*shape"]
+    mean_logits: Float[Tensor, "*shape"]
     values: Float[Tensor, "*shape"] | None = None
     second_values: Float[Tensor, "*shape"] | None = None
     learned_rewards: Float[Tensor, " N"] | None = None
@@ -129,11 +133,12 @@ def token_scores(
             parts.append(checkpoint(_recomputed, hidden, ids, visit, *of_references, use_reentrant=False))
         else:
             parts.append(_FrozenHead.apply(hidden, ids, visit, *of_references))
-    logprobs, entropy, *more = (torch.cat(column) for column in zip(*parts, strict=True))
+    logprobs, entropy, *more, most_likely, mean_logits = (torch.cat(column) for column in zip(*parts, strict=True))
     measured = dict(zip(visit.measures, more[: len(visit.measures)], strict=True))
     of_references = dict(zip(references, more[len(visit.measures) :], strict=True))
     _refuse_nan(measured, [logprobs, *of_references.values()])
-    return TokenScores(logprobs, entropy, {name: measured[first_names[name]] for name in measures}, of_references)
+    of_measures = {name: measured[first_names[name]] for name in measures}
+    return TokenScores(logprobs, entropy, of_measures, of_references, most_likely, mean_logits)
 
 
 def _first_names(measures: Mapping[str, Measure]) -> dict[str, str]:
@@ -252,7 +257,8 @@ class _Block(NamedTuple):
 
     Attributes:
         rows: The positions.
-        values: Log-probability, entropy, each measure, and the log-probability under each reference.
+        values: Log-probability, entropy, each measure, the log-probability under each reference, whether the token is
+            the most likely one, and the mean logit.
         gradients: Of the log-probability and of each measure; empty unless requested.
     """
 
@@ -284,7 +290,7 @@ class _Visit:
         return step * max(1, size // step)
 
     def of_constants(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Return those outputs that carry no gradient: entropy, constant measures, log-probs of references."""
+        """Return those outputs that carry no gradient: all but the log-probability and the measures that have one."""
         constant = [values[2 + k] for k, name in enumerate(self.measures) if name not in self.live]
         return [values[1], *constant, *values[2 + len(self.measures) :]]
 
@@ -353,6 +359,8 @@ class _Visit:
             slope = self.head.slope(logits) if gradients else 1.0
             logprobs, probabilities, log_normalizer = normalize(logits)
             of_target = logprobs.gather(-1, target)[:, 0]
+            most_likely = (logprobs.argmax(dim=-1) == target[:, 0]).to(logprobs.dtype)
+            mean_logits = logprobs.mean(dim=-1) + log_normalizer[:, 0]
             # Clamped: a logit of -inf must contribute p log p = 0, but 0 · -inf is NaN.
             entropy = -torch.linalg.vecdot(probabilities, logprobs.clamp_(min=torch.finfo(logprobs.dtype).min))
             readings = self.references.read(prepared, rows, target[:, 0])
@@ -383,7 +391,8 @@ class _Visit:
                 of_logprob.scatter_add_(-1, target, torch.ones_like(target, dtype=of_logprob.dtype))
                 of_logprob.mul_(slope)
                 slopes.insert(0, of_logprob if weights[0] is None else of_logprob.mul_(weights[0][:, None]))
-            yield _Block(rows, (of_target, entropy, *measured, *of_references), tuple(slopes))
+            values = (of_target, entropy, *measured, *of_references, most_likely, mean_logits)
+            yield _Block(rows, values, tuple(slopes))
 
 
 def _rows_of(chunk: Callable[[], Tensor], rows: slice) -> Tensor:

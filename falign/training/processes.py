@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -137,8 +137,14 @@ def stand_in_loss(batch: CompletionBatch) -> Tensor:
     return loss
 
 
-LARGEST = "_max"
-"""Suffix of metrics that are logged as their largest value, not their mean."""
+LARGEST = ("_max", "sampling/sampling_logp_difference/max")
+SMALLEST = ("clip_ratio/low_min",)
+"""Ends of the names of metrics that are logged as their largest or smallest value, not their mean."""
+
+
+def _extreme(name: str) -> Callable[[Any, Any], Any] | None:
+    """Return the function that a metric of this name takes of two values; None if it is a mean."""
+    return max if name.endswith(LARGEST) else min if name.endswith(SMALLEST) else None
 
 
 class Means:
@@ -154,9 +160,9 @@ class Means:
             if not given.numel():
                 continue
             values = given.detach().double()
-            if name.endswith(LARGEST):
-                largest = values.max()
-                self._sums[name] = torch.maximum(self._sums.get(name, largest), largest)
+            if (extreme := _extreme(name)) is not None:
+                found = values.max() if extreme is max else values.min()
+                self._sums[name] = extreme(self._sums.get(name, found), found)
                 self._counts[name] = 1
             else:
                 total = values.sum()
@@ -175,8 +181,8 @@ class Means:
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
         for name, total, count in gathered(own):
-            if name.endswith(LARGEST):
-                sums[name], counts[name] = max(sums.get(name, total), total), 1
+            if (extreme := _extreme(name)) is not None:
+                sums[name], counts[name] = extreme(sums.get(name, total), total), 1
             else:
                 sums[name], counts[name] = sums.get(name, 0.0) + total, counts.get(name, 0) + count
         return {name: total / counts[name] for name, total in sums.items()}

@@ -128,6 +128,7 @@ class ResumableTrainer(Trainer, ABC):
         self.record: dict[str, Any] = {}  # description and hashes of the model, for the manifest
         self.run_id = ""  # the run's identifier, written into its checkpoints
         self.means = Means()
+        self.tokens = 0  # of this process, since the start of the run
         self.guard = FiniteGuard(skip=skip_bad, tell=advise)
         self.loss_is_scaled_for_ga = True  # falign divides each term by its weights over the whole step
         self._loss_before = torch.zeros(())
@@ -286,6 +287,7 @@ class ResumableTrainer(Trainer, ABC):
             "logged": self._total_loss_scalar,
             "since": self._globalstep_last_logged,
             "means": self.means.state_dict(),
+            "tokens": self.tokens,
             "guard": self.guard.state_dict(),
             "stopped": self.control.should_training_stop,
         }
@@ -314,6 +316,7 @@ class ResumableTrainer(Trainer, ABC):
         self._total_loss_scalar = state["logged"]
         self._globalstep_last_logged = state["since"]
         self.means.load_state_dict(state["means"], self.args.device)
+        self.tokens = state.get("tokens", 0)  # checkpoints of earlier releases have none
         self.guard.load_state_dict(state["guard"])
 
     @override

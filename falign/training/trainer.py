@@ -53,6 +53,7 @@ from falign.training.processes import (
 )
 from falign.training.resumable import ResumableTrainer
 from falign.training.step_means import MISMATCHED, add_step_means, with_mismatched
+from falign.training.trl_metrics import clip_metrics, data_metrics, num_tokens
 
 __all__ = ["AlignmentTrainer"]
 
@@ -340,7 +341,10 @@ class AlignmentTrainer(ResumableTrainer):
         """Return the objective's output for a scored batch, with further metrics added."""
         step = self.state.global_step + 1
         output = self.contract.read(self._losses(scored.completions), step=step)
-        further = self.scored_metrics(scored, inputs)
+        further = {
+            **self.scored_metrics(scored, inputs),
+            **clip_metrics(output.metrics, scored.completions.num_tokens),
+        }
         if twice := sorted(output.metrics.keys() & further.keys()):
             raise TrainingError(
                 f"Step {step}: the objective returned a metric named {twice[0]!r}, which the trainer logs itself: "
@@ -356,8 +360,9 @@ class AlignmentTrainer(ResumableTrainer):
     def scored_metrics(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Return the metrics of a scored micro-batch that do not come from the objective."""
         mask = scored.completions.completion_mask
-        entropy = {"entropy": scored.entropy[mask].detach()} if self._with_vocabulary else {}
-        return {**entropy, **self.measured(scored, mask)}
+        if not self._with_vocabulary:
+            return self.measured(scored, mask)
+        return {"entropy": scored.entropy[mask].detach(), **data_metrics(scored), **self.measured(scored, mask)}
 
     def measured(self, scored: ObjectiveInputs, counted: Tensor) -> dict[str, Tensor]:
         """Return the values of the logged measures at the tokens where a mask is True."""
@@ -375,7 +380,12 @@ class AlignmentTrainer(ResumableTrainer):
     @override
     def step_weights(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         self._add_step_means(batch_samples)
+        self.count_tokens(batch_samples)
         return super().step_weights(batch_samples, device)
+
+    def count_tokens(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Add the tokens of the micro-batches of a step to those of the run."""
+        self.tokens += sum(num_tokens(split_columns(inputs)[0]) for inputs in batches if counts(inputs))
 
     def _add_step_means(self, batches: Sequence[dict[str, Any]]) -> None:
         """Give all micro-batches the means over them that the objective reads."""
@@ -471,7 +481,8 @@ class AlignmentTrainer(ResumableTrainer):
         if "loss" in logs:
             # Those of the last step, not means: a schedule is read off the log.
             coefficients = {f"coefficients/{path}": value for path, value in self._coefficients.items()}
-            logs = {**logs, **self.means.take(), **moved, **coefficients}
+            tokens = {"num_tokens": float(sum(gathered([self.tokens])))}
+            logs = {**logs, **self.means.take(), **moved, **coefficients, **tokens}
             if self.guard.skip:
                 loss = self.guard.mean_over_taken(logs.pop("loss"))
                 logs = {**({} if loss is None else {"loss": loss}), **logs, "skipped_steps": self.guard.skipped}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +21,7 @@ from falign.rollouts import SampledCompletion
 from falign.scoring import PromptTree, Scorer
 from falign.training.online.groups import Draw
 from falign.training.processes import Means, is_writer, own_batches
+from falign.training.trl_metrics import length_metrics, reward_metrics
 
 __all__ = ["CompletionsTable", "draw_values", "evaluation_metrics", "rollout_metrics"]
 
@@ -37,6 +39,10 @@ def rollout_metrics(draw: Draw, *, pass_reward: float, outcome: str | None = Non
         "completions/length": torch.tensor([len(rollout.completion_ids) for rollout in rollouts]),
         "completions/clipped": torch.tensor([rollout.finish_reason == "length" for rollout in rollouts]),
         "rollout/prompts_sampled": torch.tensor([draw.num_sampled]),
+        **length_metrics(
+            [len(rollout.completion_ids) for rollout in rollouts],
+            [rollout.finish_reason != "length" for rollout in rollouts],
+        ),
     }
     rewards, passed = torch.tensor([group.rewards for group in groups]), None
     if rewards.numel():
@@ -50,9 +56,11 @@ def rollout_metrics(draw: Draw, *, pass_reward: float, outcome: str | None = Non
             "reward/timeouts": torch.tensor([draw.timeouts]),
             "reward/errors": torch.tensor([draw.errors]),
         }
-    for name in groups[0].parts:
-        values = [value for group in groups for value in group.parts[name] if value is not None]
-        metrics[f"reward/{name}"] = torch.tensor(values)
+    parts = {name: [value for group in groups for value in group.parts[name]] for name in groups[0].parts}
+    for name, given in parts.items():
+        metrics[f"reward/{name}"] = torch.tensor([value for value in given if value is not None])
+    if rewards.numel():
+        metrics |= reward_metrics(rewards, parts)
     metrics |= {f"reward/{name}": torch.tensor(found) for name, found in draw.measured.items()}
     values = draw_values(rewards, [list(map(_ids, group.rollouts)) for group in groups], passed=passed)
     metrics |= {"completions/unique" if name == "unique" else name: each for name, each in values.items()}
@@ -150,31 +158,34 @@ class CompletionsTable:
 
     Args:
         path: The file; None writes nothing.
+
+    Attributes:
+        tell: Also called with the rows, and whether they are held out; None by default.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self.tell: Callable[[list[dict[str, Any]], bool], None] | None = None
 
     def write(self, step: int, draw: Draw, *, held_out: bool = False) -> None:
         """Append the completions of a rollout."""
         if self.path is None:
             return
-        lines = [
-            json.dumps(
-                {
-                    "step": step,
-                    "held_out": held_out,
-                    "place": group.row.place,
-                    "prompt": group.row.prompt,
-                    "completion": text,
-                    "reward": group.rewards[i] if group.rewards else None,
-                    "parts": {name: values[i] for name, values in group.parts.items()},
-                    "tokens": len(rollout.completion_ids),
-                    "finish_reason": rollout.finish_reason,
-                },
-                ensure_ascii=False,
-            )
+        rows = [
+            {
+                "step": step,
+                "held_out": held_out,
+                "place": group.row.place,
+                "prompt": group.row.prompt,
+                "completion": text,
+                "reward": group.rewards[i] if group.rewards else None,
+                "parts": {name: values[i] for name, values in group.parts.items()},
+                "tokens": len(rollout.completion_ids),
+                "finish_reason": rollout.finish_reason,
+            }
             for group in draw.groups
             for i, (rollout, text) in enumerate(zip(group.rollouts, group.texts, strict=True))
         ]
-        append(self.path, "".join(f"{line}\n" for line in lines))
+        append(self.path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+        if self.tell is not None:
+            self.tell(rows, held_out)

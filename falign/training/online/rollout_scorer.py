@@ -26,6 +26,7 @@ from falign.runfile.prompts_config import RolloutConfig
 from falign.scoring import Scorer
 from falign.training.online.groups import Group, rollout_buffer
 from falign.training.processes import gathered, own_batches
+from falign.training.trl_metrics import correction_metrics
 
 __all__ = ["Corrected", "RolloutScorer", "correct", "gap_metrics", "require_gap"]
 
@@ -69,7 +70,7 @@ class RolloutScorer:
         if self.rollout.correction is not None:
             level = self._answers.correction_level
             assert level is not None, "RunConfig.check refuses a correction that the objective does not support"
-            old, cut = correct(
+            old, cut, weights = correct(
                 rollout.values("old_logprobs"),
                 rollout.values("sampler_logprobs"),
                 rollout.mask,
@@ -77,6 +78,7 @@ class RolloutScorer:
                 cap=self.rollout.correction.cap,
             )
             rollout, metrics["sampler/truncated"] = rollout.with_columns({"old_logprobs": old}), cut
+            metrics |= correction_metrics(weights)
         if "log_partition" in self._answers.needs:
             rollout = self._with_partition(rollout)
         return _prepared(rollout, self._answers), metrics
@@ -160,10 +162,12 @@ class Corrected(NamedTuple):
     Attributes:
         old_logprobs: ``log π_old``, float64, shape (N, T); 0 where masked.
         cut: 1 for each weight above the bound, else 0.
+        weights: The bounded weights, of tokens or of whole completions.
     """
 
     old_logprobs: Float[Tensor, "N T"]
     cut: Float[Tensor, " M"]
+    weights: Float[Tensor, " M"]
 
 
 def gap_metrics(log_ratio: Float[Tensor, " M"]) -> dict[str, Tensor]:
@@ -225,8 +229,10 @@ def correct(
     if importance == "token":
         excess = (log_weight - math.log(cap)).clamp(min=0)
         cut = excess[completion_mask] > 0
+        weights = (log_weight - excess)[completion_mask]
     else:
         whole = (log_weight.sum(dim=-1) - math.log(cap)).clamp(min=0)
         cut = whole > 0
+        weights = log_weight.sum(dim=-1) - whole
         excess = (whole / completion_mask.sum(dim=-1))[:, None]  # spread evenly: only the sum over tokens matters
-    return Corrected((sampler + excess).masked_fill(~completion_mask, 0.0), cut.double())
+    return Corrected((sampler + excess).masked_fill(~completion_mask, 0.0), cut.double(), weights.exp())

@@ -30,6 +30,7 @@ from falign.training.online.rollout_scorer import RolloutScorer, gap_metrics, re
 from falign.training.online.rollout_source import PromptOrder, RolloutSource
 from falign.training.processes import average_gradients, is_writer, num_processes, rank, stand_in
 from falign.training.trainer import AlignmentTrainer
+from falign.training.trl_metrics import kl_to_reference, sampling_metrics
 
 __all__ = ["OnlineTrainer"]
 
@@ -272,6 +273,10 @@ class OnlineTrainer(AlignmentTrainer):
             horizon = {} if self.rollout.horizon is None else {"horizon": self.rollout.tokens(drawn.step)}
             limits = {f"rollout/{name}": torch.tensor([float(value)]) for name, value in horizon.items()}
             self.means.add({**metrics, **scores, **limits})
+            lengths = (
+                len(group.row.prompt_ids) + len(each.completion_ids) for group in draw.groups for each in group.rollouts
+            )
+            self.tokens += sum(lengths)
         self._count_failures(draw)
         self._advise_on_length(metrics["completions/clipped"].mean().item())
         self.table.write(self.state.global_step, draw)
@@ -309,17 +314,23 @@ class OnlineTrainer(AlignmentTrainer):
             )
 
     @override
+    def count_tokens(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Leave them out: a rollout is counted when it is sampled."""
+
+    @override
     def scored_metrics(self, scored: ObjectiveInputs, inputs: dict[str, Any]) -> dict[str, Tensor]:
         completions, sampled = scored.completions, inputs["columns"].get("sampler_logprobs")
         own = completions.completion_mask
         if completions.from_reference is not None:
             own = own & ~completions.from_reference[:, None]
         metrics = {"entropy": scored.entropy[own].detach(), **self.measured(scored, own)}
+        if completions.reference_logprobs is not None and self.rollout.temperature == 1:
+            metrics["kl"] = kl_to_reference(completions, own)
         if own.any() and sampled is not None and self.state.global_step % self.rollout.num_updates == 0:
             log_ratio = (completions.logprobs.detach() - sampled)[own]
             if self.max_gap is not None and self.rollout.temperature == 1 and self.staleness == 0:
                 require_gap(log_ratio, self.max_gap, step=self.state.global_step + 1)
-            metrics |= gap_metrics(log_ratio)
+            metrics |= {**gap_metrics(log_ratio), **sampling_metrics(log_ratio)}
             if self.rollout.ahead:
                 metrics["sampler/staleness"] = torch.tensor([float(self.staleness)])
         return metrics
