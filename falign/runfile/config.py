@@ -442,6 +442,11 @@ class RunConfig(FrozenModel):
             raise ConfigError(
                 f"{online[0]} is a section of online runs, which sample their completions: add prompts.train."
             )
+        if self.training.log_completions:
+            raise ConfigError(
+                "training.log_completions is for online runs, which sample completions at every step: leave it out. "
+                "sampling.prompts samples some before and after training."
+            )
         if missing := sorted(name for name in objective.needs if field_of(name) not in OFFLINE):
             raise ConfigError(
                 f"objective.kind={self.objective.kind} reads {', '.join(missing)} of each completion, which come from "

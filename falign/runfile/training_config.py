@@ -21,6 +21,9 @@ __all__ = ["TrainingConfig", "check_trackers"]
 
 NONE, ALL = "none", "all"
 
+TABLES = frozenset({"mlflow", "tensorboard", "trackio", "wandb"})
+"""Trackers that take completions as tables."""
+
 PACKAGES = {
     "azure_ml": "azureml-core",
     "comet_ml": "comet-ml",
@@ -64,6 +67,8 @@ class TrainingConfig(FrozenModel):
     save_total_limit: int | None = Field(default=2, ge=1)
     report_to: Annotated[list[str], BeforeValidator(_as_list)] = []
     """Trackers besides ``metrics.jsonl``: ``trackio``, ``wandb``, ``tensorboard`` ...; one, or a list."""
+    log_completions: bool = False
+    """In online runs: the completions of the last rollout and evaluation as a table in each tracker, at each log."""
     tokens_per_batch: int | None = Field(default=None, ge=2)
     """Limit of tokens per micro-batch, completions included, instead of a fixed number of prompts."""
     layout: Literal["auto", "tree", "padded"] = "auto"
@@ -110,6 +115,12 @@ class TrainingConfig(FrozenModel):
         from falign.runfile.training_arguments import check_effects
 
         check_trackers(self.report_to)
+        if self.log_completions and ALL not in self.report_to and TABLES.isdisjoint(self.report_to):
+            raise ConfigError(
+                f"training.log_completions writes tables to {', '.join(sorted(TABLES))}, and training.report_to="
+                f"{list(self.report_to)} has none of them: add one, or leave log_completions out. All completions are "
+                "in completions.jsonl in any case."
+            )
         check_names(self.optim, self.lr_scheduler_type)
         args = self.build(Path("run"), seed=0)
         check_effects(self, args)
@@ -138,7 +149,7 @@ class TrainingConfig(FrozenModel):
 
         # Fields that transformers does not have, or that are translated below.
         own = {"eval_steps", "save_steps", "tokens_per_batch", "layout", "chunk_tokens", "gradient_checkpointing"}
-        own |= {"skip_bad", "extra", "save_minutes", "early_stopping", "keep_best", "callbacks"}
+        own |= {"skip_bad", "extra", "save_minutes", "early_stopping", "keep_best", "callbacks", "log_completions"}
         arguments: dict[str, Any] = {
             **self.model_dump(exclude=own),
             "lr_scheduler_kwargs": dict(self.lr_scheduler_kwargs) or None,

@@ -630,6 +630,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             layout="padded",
             chunk_tokens=3,
             skip_bad=True,
+            log_completions=With(True, online=True, report_to="tensorboard"),
             extra={"adam_beta1": 0.8},
             save_minutes=5.0,
             early_stopping=With({"metric": "loss"}, eval_steps=2),

@@ -29,6 +29,7 @@ from falign.training.course import Course
 from falign.training.online.groups import DividedSampler, GroupSampler
 from falign.training.online.metrics import CompletionsTable
 from falign.training.online.rehearsal_file import other_origin, read_rehearsal
+from falign.training.online.tracker_tables import TrackerTables
 from falign.training.online.trainer import OnlineTrainer
 from falign.training.parts import Language, Parts, load_parts
 from falign.training.processes import is_writer, num_processes
@@ -159,6 +160,10 @@ def online_trainer(
         callbacks=list(callbacks),
         course=course,
     )
+    if config.training.log_completions:
+        tables = TrackerTables(trainer.callback_handler.callbacks)
+        trainer.add_callback(tables)
+        trainer.table.tell = tables.add
     trainer.record = parts.record
     return trainer, data
 
