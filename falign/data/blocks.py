@@ -106,9 +106,7 @@ class Blocks:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(file, _written(found, examples))
         except OSError as error:
-            raise ConfigError(
-                f"cache={folder} cannot be written ({error}): give another folder, or none."
-            ) from error
+            raise ConfigError(f"cache={folder} cannot be written ({error}): give another folder, or none.") from error
         return found
 
     @cached_property

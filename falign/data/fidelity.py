@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from falign.choices import shown
 from falign.data.chat_template import NO_INPUTS, TemplateInputs, Tokenizer, apply_template, template_source
 from falign.data.conversations import TOOL_CALLS, Message
 from falign.data.tool_calls import FORMS, REFERENCES, as_form, called_names, is_written
+from falign.data.turn_texts import Leaf, changed_values, leaves_of, with_texts
 from falign.errors import DataError
 
 __all__ = ["Written", "check_decoded", "compact", "write"]
@@ -128,89 +129,11 @@ def _spans_beside(like: Written, small: str, answer: Message) -> tuple[tuple[int
     return (*like.spans[:-1], (start, start + len(content)))
 
 
-class _Leaf(NamedTuple):
-    """A text within a turn.
-
-    Attributes:
-        turn: Number of the turn.
-        text: The text.
-        escaped: Whether a template may write it as in JSON, within quotation marks.
-        repeats: Whether a template may write it again: the name of a function, beside its result.
-    """
-
-    turn: int
-    text: str
-    escaped: bool
-    repeats: bool
-
-
-def _leaves(turns: Sequence[Message]) -> Iterator[_Leaf]:
-    """Yield every text of the turns that must be written, in the order of :func:`_with_texts`."""
-    called = called_names(turns)
-    for number, turn in enumerate(turns):
-        for key, value in turn.items():
-            if is_text(key, turn, called):
-                escaped = key == TOOL_CALLS or (key == "content" and turn["role"] == "tool")
-                names = called_names([turn]) if key == TOOL_CALLS else frozenset[str]()
-                yield from (_Leaf(number, text, escaped, text in names) for text in _texts_in(value))
-
-
-def is_text(key: str, turn: Message, called: Collection[str]) -> bool:
-    """Return whether the value of a key is a text, or calls, that must be written as it is."""
-    return is_written(key, turn, called) and (key == TOOL_CALLS or isinstance(turn[key], str))
-
-
-def _texts_in(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        if value:
-            yield value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            if key in REFERENCES:
-                continue
-            if key not in _STRUCTURE:
-                yield key
-            # Arguments may be the JSON text of an object: its texts are within it.
-            yield from _texts_in(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _texts_in(inner)
-
-
-_STRUCTURE = frozenset({"function", "name", "arguments"})
-
-
-def _with_texts(turns: Sequence[Message], texts: Iterator[str]) -> list[Message]:
-    """Return the turns with other texts in place of those of :func:`_leaves`."""
-    called = called_names(turns)
-    return [
-        {key: _replaced(value, texts) if is_text(key, turn, called) else value for key, value in turn.items()}
-        for turn in turns
-    ]
-
-
-def _replaced(value: Any, texts: Iterator[str]) -> Any:
-    if isinstance(value, str):
-        return next(texts) if value else value
-    if isinstance(value, Mapping):
-        found = {}
-        for key, inner in value.items():
-            if key in REFERENCES:
-                found[key] = inner
-                continue
-            name = key if key in _STRUCTURE else next(texts)
-            found[name] = _replaced(inner, texts)
-        return found
-    if isinstance(value, list | tuple):
-        return [_replaced(inner, texts) for inner in value]
-    return value
-
-
 def _checked_spans(turns: Sequence[Message], small: str, run: _Run) -> tuple[tuple[int, int], ...]:
     # In the masked run every character is unique, so a missing, repeated or reordered one shows in `marks` alone.
-    leaves = list(_leaves(turns))
+    leaves = list(leaves_of(turns))
     mask = _Mask([leaf.text for leaf in leaves], _words(template_source(run.tokenizer)))
-    seen = compact(run(_with_texts(turns, iter(mask.contents))))
+    seen = compact(run(with_texts(turns, iter(mask.contents))))
     contents = [compact(content) for content in mask.contents]
     for leaf, content in zip(leaves, mask.contents, strict=True):
         if lost := mask.lost(content, seen):
@@ -239,7 +162,7 @@ def _checked_spans(turns: Sequence[Message], small: str, run: _Run) -> tuple[tup
     return tuple((mask.position(seen, start), mask.position(seen, end)) for start, end in spans)
 
 
-def _check_order(leaves: Sequence[_Leaf], contents: Sequence[str], mask: _Mask, seen: str, place: str) -> None:
+def _check_order(leaves: Sequence[Leaf], contents: Sequence[str], mask: _Mask, seen: str, place: str) -> None:
     owner = {mark: i for i, content in enumerate(contents) for mark in mask.marks(content)}
     written: list[list[str]] = [[] for _ in contents]
     turn = 0
@@ -257,9 +180,7 @@ def _check_order(leaves: Sequence[_Leaf], contents: Sequence[str], mask: _Mask, 
         raise DataError(f"{place}: the chat template writes turns twice, or in another order than the row; {_REMEDY}.")
 
 
-def _found(
-    leaf: _Leaf, content: str, seen: str, position: int, turns: Sequence[Message], place: str
-) -> tuple[int, int]:
+def _found(leaf: Leaf, content: str, seen: str, position: int, turns: Sequence[Message], place: str) -> tuple[int, int]:
     """Return where a text stands in the masked text."""
     for form in map(compact, [content, *([json.dumps(content, ensure_ascii=False)[1:-1]] if leaf.escaped else [])]):
         if (start := seen.find(form, position)) >= 0:
@@ -360,26 +281,13 @@ def _check_keys(turns: Sequence[Message], text: str, run: _Run) -> None:
                 f"remove it, set ignore=[{key}] if it is not part of the text, or set model.chat_template."
             )
     for number, turn in enumerate(turns):
-        for value, changed in _changed_values(turn.get(TOOL_CALLS, [])):
+        for value, changed in changed_values(turn.get(TOOL_CALLS, [])):
             others = [*turns[:number], {**turn, TOOL_CALLS: changed}, *turns[number + 1 :]]
             if run.writes(others, text):
                 raise DataError(
                     f"{run.place}: the chat template leaves out {value!r} of the calls of {_named(turns, number)}; "
                     f"{_REMEDY}."
                 )
-
-
-def _changed_values(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield each number, boolean and null within a value, with the value in which it is another."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if key not in REFERENCES:
-                yield from ((found, {**value, key: changed}) for found, changed in _changed_values(inner))
-    elif isinstance(value, list | tuple):
-        for i, inner in enumerate(value):
-            yield from ((found, [*value[:i], changed, *value[i + 1 :]]) for found, changed in _changed_values(inner))
-    elif not isinstance(value, str):
-        yield value, "another value"
 
 
 def _check_tools(turns: Sequence[Message], run: _Run) -> None:

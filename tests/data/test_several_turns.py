@@ -30,7 +30,7 @@ def assistant(text, **keys):
     return {"role": "assistant", "content": text, **keys}
 
 
-def call(name, **arguments):
+def call(name, /, **arguments):
     return {"id": "call00001", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
@@ -304,3 +304,21 @@ def test_a_cut_keeps_what_counts_and_drops_a_completion_of_which_nothing_is_left
     (cut,) = load_preferences([source], tokenizer, stop_token_ids=(), window=window).train
     assert cut.completion_ids == tuple(ids[:20] for ids in whole.completion_ids)
     assert cut.counted == tuple(own[:20] for own in whole.counted)
+
+
+@pytest.mark.parametrize("argument", [{"id": 7}, {"type": "rain"}, {"name": "Ann"}, {"deep": {"at": [1, None, False]}}])
+def test_every_argument_of_a_call_must_be_written_whatever_its_name(byte_bpe, argument):
+    row = {"prompt": [user("q")], "chosen": [assistant("", tool_calls=[call("f", **argument)])], "rejected": "b"}
+    example = RowReader().read(Row("x:1", row))
+
+    def template(arguments):
+        written = "{{ c.function.name }}({{ " + arguments + " | tojson }})"
+        turn = "{{ m.role + m.content }}{% for c in m.tool_calls or [] %}" + written + "{% endfor %}</s>"
+        return "{% for m in messages %}" + turn + "{% endfor %}"
+
+    tree = encode(example, byte_bpe(chat_template=template("c.function.arguments")), stop_token_ids=()).tree
+    assert len(tree.completion_ids) == 2
+    name = next(iter(argument))
+    inner = "c.function.arguments.keys() | list" if name != "deep" else "c.function.arguments.deep.at[:2]"
+    with pytest.raises(DataError, match=r"the chat template (leaves out|changes)"):
+        encode(example, byte_bpe(chat_template=template(inner)), stop_token_ids=())
