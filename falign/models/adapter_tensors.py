@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peft import LoraConfig, PeftModel, TaskType, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
@@ -20,9 +20,16 @@ from falign.models.lora_factors import Factors
 from falign.models.recorded_base import RecordedBase
 from falign.models.sources import damaged
 from falign.models.staging import reading
-from falign.models.structure import PREFIX, linear_modules, lora_layers, saved_modules
+from falign.models.structure import PREFIX, linear_modules, lora_layers, saved_modules, trained_tokens
 
-__all__ = ["AdapterTensors", "adapter_of", "compute_in_activation_type", "install_adapter", "read_adapter"]
+__all__ = [
+    "AdapterTensors",
+    "adapter_of",
+    "check_tokens_beside",
+    "compute_in_activation_type",
+    "install_adapter",
+    "read_adapter",
+]
 
 
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
@@ -144,6 +151,7 @@ def install_adapter(model: PeftModel, adapter: AdapterTensors, *, name: str) -> 
     base = model.get_base_model()
     assert isinstance(base, PreTrainedModel)
     _check_shapes(adapter, base)
+    check_tokens_beside(model, vars(adapter.config), place=f"The adapter for {name!r}")
     # PEFT changes which parameters train when it adds an adapter; this is undone below.
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     config = copy.deepcopy(adapter.config)
@@ -156,6 +164,22 @@ def install_adapter(model: PeftModel, adapter: AdapterTensors, *, name: str) -> 
     set_peft_model_state_dict(model, adapter.tensors, adapter_name=name)
     for parameter in model.parameters():
         parameter.requires_grad_(trainable.get(parameter, False))
+
+
+def check_tokens_beside(model: PeftModel, settings: Mapping[str, Any], *, place: str) -> None:
+    """Refuse an adapter without trained tokens beside one with them, which PEFT 0.21 cannot read or write.
+
+    Raises:
+        ModelError: The adapter has none, and another one has.
+    """
+    if settings.get("trainable_token_indices"):
+        return
+    with_tokens = next((name for name in model.peft_config if trained_tokens(model, name)), None)
+    if with_tokens is not None:
+        raise ModelError(
+            f"{place} trains no tokens, and {with_tokens!r} beside it does (model.new_tokens): PEFT cannot hold both. "
+            "Give an adapter that trains the same tokens, or merge it and give the merged model as a frozen reference."
+        )
 
 
 def _check_shapes(adapter: AdapterTensors, base: PreTrainedModel) -> None:

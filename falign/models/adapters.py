@@ -22,14 +22,22 @@ from falign.errors import ConfigError, ModelError, one_line
 from falign.models.adapter_files import AdapterFiles, read_adapter_files
 from falign.models.adapter_starts import room_for, start_adapter
 from falign.models.adapter_targets import check_patterns, choose_targets, rows_of_tokens
-from falign.models.adapter_tensors import compute_in_activation_type
+from falign.models.adapter_tensors import check_tokens_beside, compute_in_activation_type
 from falign.models.base_weights import base_parameters
 from falign.models.merging import check_supported
 from falign.models.patterns import check_adapter_patterns
 from falign.models.recorded_base import check_recorded_base
 from falign.models.sources import adapter_folder, resolve
 from falign.models.staging import reading
-from falign.models.structure import adapter_weights, base_name, base_of, is_transposed, linear_modules, lora_layers
+from falign.models.structure import (
+    adapter_weights,
+    base_name,
+    base_of,
+    is_transposed,
+    linear_modules,
+    lora_layers,
+    trained_tokens,
+)
 
 __all__ = ["add_lora", "load_adapter", "start_from_adapter", "transplant_adapter"]
 
@@ -155,6 +163,9 @@ def load_adapter(
     files = read_adapter_files(folder)
     modules = [module for module, _ in base_of(model).named_modules()]
     check_adapter_patterns(files.settings, modules, file=folder / "adapter_config.json")
+    _check_rows(files, model, folder)
+    if isinstance(model, PeftModel):
+        check_tokens_beside(model, files.settings, place=str(folder))
     check_recorded_base(files.base, model, folder, weights=base_hash)
     own = files.tensors.keys() - _brought_along(files, model, folder)
     device, was_training = str(base_of(model).device), model.training
@@ -229,6 +240,19 @@ def _brought_along(files: AdapterFiles, model: PreTrainedModel | PeftModel, fold
     return brought
 
 
+def _check_rows(files: AdapterFiles, model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Refuse an adapter that trains tokens for which the base has no row."""
+    given = files.settings.get("trainable_token_indices") or {}
+    ids = [id_ for each in (given.values() if isinstance(given, dict) else [given]) for id_ in each]
+    rows = base_of(model).config.get_text_config().vocab_size
+    if ids and max(ids) >= rows:
+        raise ModelError(
+            f"{folder} trains tokens up to the id {max(ids)}, and the model has {rows} rows of embeddings: give the "
+            "same model.new_tokens as in its training, or call `model.resize_token_embeddings(len(tokenizer))` with "
+            "the tokenizer in its folder."
+        )
+
+
 def _unfit(folder: Path, reason: str) -> ModelError:
     return ModelError(
         f"The adapter {folder} does not fit this model: {reason} Load the base that it was made for, or restore "
@@ -237,7 +261,12 @@ def _unfit(folder: Path, reason: str) -> ModelError:
 
 
 def start_from_adapter(
-    model: PreTrainedModel, path: str | Path, *, dropout: float = 0.0, revision: str | None = None
+    model: PreTrainedModel,
+    path: str | Path,
+    *,
+    dropout: float = 0.0,
+    revision: str | None = None,
+    token_ids: Sequence[int] = (),
 ) -> PeftModel:
     """Add a trainable copy of an adapter to ``model``, named ``default``, with the same settings.
 
@@ -246,15 +275,22 @@ def start_from_adapter(
         path: The adapter's folder, or a run that has trained one; nothing is written there.
         dropout: Dropout probability of the adapter's input, in training.
         revision: The base's revision on the hub, recorded in the adapter's configuration.
+        token_ids: Tokens that the adapter must train, because they are new in this model.
 
     Raises:
         ModelError: No adapter there, one for another base, or one of a kind that could not be exported again.
-        ConfigError: Dropout for an adapter on the parameters of experts.
+        ConfigError: Dropout for an adapter on the parameters of experts, or one that does not train the new tokens.
     """
     adapted = load_adapter(model, adapter_folder(path), trainable=True)
     check_supported(adapted, "default")
     config = adapted.peft_config["default"]
     assert isinstance(config, LoraConfig)
+    trained = {id_ for ids, _ in trained_tokens(adapted, "default").values() for id_ in ids}
+    if missing := sorted({*token_ids} - trained):
+        raise ConfigError(
+            f"new_tokens: {path} does not train the rows of the new tokens (first: id {missing[0]}), and would leave "
+            "them at their mean: start a new adapter, or merge this one and give the result as the model."
+        )
     if dropout and config.target_parameters:
         raise ConfigError(
             f"dropout={dropout}: {path} acts on the parameters of experts, whose input has no dropout: leave it out."

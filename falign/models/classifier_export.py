@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +65,7 @@ def export_classifier(
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    new_token_ids: Sequence[int] = (),
     overwrite: bool = False,
 ) -> Path:
     """Write a reward model as a folder for ``AutoModelForSequenceClassification``, with the adapter folded in.
@@ -81,6 +82,7 @@ def export_classifier(
         dtype: Dtype of the written weights; ``auto`` is that of the base checkpoint.
         revision: The base's revision on the hub.
         trust_remote_code: Run code that the base's repository brings along.
+        new_token_ids: Tokens that were added to the base before training.
         overwrite: Replace a folder that is not empty.
 
     Raises:
@@ -92,6 +94,7 @@ def export_classifier(
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        new_token_ids=new_token_ids,
     )
     reading = reading_tokenizer(tokenizer, stop_token_ids(base_of(model), tokenizer))
     config = copy.deepcopy(merged.config)

@@ -1,6 +1,7 @@
 """Export of trained models for other tools: an adapter in PEFT's layout, or merged weights."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from falign.models.base_weights import check_quantized_from
 from falign.models.execution import resolve_dtype
 from falign.models.loading import load_model, stored_quantization
 from falign.models.merging import check_supported, fold_adapter
+from falign.models.new_tokens import add_rows
 from falign.models.recorded_base import RecordedBase, record_base
 from falign.models.sources import resolve
 from falign.models.staging import staged_folder
@@ -77,6 +79,7 @@ def export_merged(
     adapter: str = "default",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    new_token_ids: Sequence[int] = (),
     overwrite: bool = False,
 ) -> Path:
     """Write plain weights with the adapter folded in, the tokenizer and its chat template to ``out_dir``.
@@ -96,6 +99,7 @@ def export_merged(
         adapter: Name of the adapter.
         revision: The base's revision on the hub.
         trust_remote_code: Run code that the base's repository brings along.
+        new_token_ids: Tokens that were added to the base before training.
         overwrite: Replace a folder that is not empty.
 
     Raises:
@@ -109,6 +113,7 @@ def export_merged(
         adapter=adapter,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        new_token_ids=new_token_ids,
     )
     stops = stop_token_ids(merged, tokenizer) | stop_token_ids(base_of(model), tokenizer)
     merged.generation_config = copy.deepcopy(base_of(model).generation_config)
@@ -128,6 +133,7 @@ def merged_model(
     adapter: str = "default",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    new_token_ids: Sequence[int] = (),
 ) -> PreTrainedModel:
     """Return a new model on the CPU with the adapter folded in; arguments and errors are those of `export_merged`."""
     if isinstance(model, PeftModel):
@@ -140,6 +146,7 @@ def merged_model(
             "give the 16-bit model that it was made from (`base_name_or_path`), or export the adapter."
         )
     merged = load_model(name, revision=revision, trust_remote_code=trust_remote_code, device="cpu")
+    add_rows(merged, new_token_ids)
     if base_name_or_path is not None:
         check_quantized_from(merged, model)
     own = merged.dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,7 @@ def export_gguf(
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    new_token_ids: Sequence[int] = (),
     overwrite: bool = False,
 ) -> Path:
     """Write merged weights, tokenizer and chat template as one GGUF file, ``NAME-TYPE.gguf``, in a folder.
@@ -67,6 +68,7 @@ def export_gguf(
             smaller ones.
         revision: The base's revision on the hub.
         trust_remote_code: Run code that the base's repository brings along.
+        new_token_ids: Tokens that were added to the base before training.
         overwrite: Replace a folder that is not empty.
 
     Raises:
@@ -79,6 +81,7 @@ def export_gguf(
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        new_token_ids=new_token_ids,
     )
     size = sum(parameter.nbytes for parameter in merged.parameters())
     with staged_folder(Path(out_dir), existing=existing_rule(overwrite), needed_bytes=size) as staging:
@@ -94,6 +97,7 @@ def verify_gguf(
     base_name_or_path: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    new_token_ids: Sequence[int] = (),
 ) -> ExportProof:
     """Read the GGUF file of a folder with transformers, and compare its tokens and logits with the trained model's.
 
@@ -104,6 +108,7 @@ def verify_gguf(
         base_name_or_path: As for :func:`falign.models.verify_export`.
         revision: As for :func:`falign.models.verify_export`.
         trust_remote_code: As for :func:`falign.models.verify_export`.
+        new_token_ids: As for :func:`falign.models.verify_export`.
 
     Raises:
         ModelError: Other tokens or another chat template, or a difference above the bound of merged weights.
@@ -130,6 +135,7 @@ def verify_gguf(
             base_name_or_path=base_name_or_path,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            new_token_ids=new_token_ids,
         )
 
 

@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,6 +17,7 @@ from falign.errors import ModelError
 from falign.models.adapters import load_adapter, transplant_adapter
 from falign.models.identity import describe
 from falign.models.loading import load_model
+from falign.models.new_tokens import add_rows
 from falign.models.probe import probe_ids, probe_logits
 from falign.models.structure import adapter_matrix, adapter_weights, base_name, base_of, lora_layers
 from falign.models.tokenizers import stop_token_ids
@@ -30,6 +31,8 @@ __all__ = ["ExportProof", "verify_export"]
 _ADAPTER_BOUND = 1e-5
 _MERGE_BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1.25e-1}
 
+
+_LONGEST = 64  # new tokens in the comparison
 
 # The stop tokens are compared separately. The ids of BOS and padding are set by transformers' trainer, which copies
 # them from the tokenizer to the model.
@@ -79,6 +82,7 @@ def verify_export(
     base_name_or_path: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    new_token_ids: Sequence[int] = (),
 ) -> ExportProof:
     """Load an exported folder as any other program would, and compare its logits with the trained model's.
 
@@ -106,6 +110,7 @@ def verify_export(
         revision: Revision of that base on the hub; for an adapter over the base it was loaded with, the revision in its
             configuration is used instead.
         trust_remote_code: Run code that the base's repository brings along.
+        new_token_ids: Tokens that were added to the base before training.
 
     Raises:
         ModelError: A difference above the bound, a model equal to its base, another chat template, vocabulary, stop
@@ -116,16 +121,25 @@ def verify_export(
     if kind == "merged":
         _compare_generation(base_of(trained_model), tokenizer, folder)
     rows = probe_ids(tokenizer) if probe is None else probe
+    if new_token_ids:  # which ordinary sentences do not contain
+        rows = [*rows, [*new_token_ids][:_LONGEST]]
     trained = probe_logits(trained_model, rows)
     if kind == "adapter":
-        comparison = _compare_adapter(trained_model, folder, rows, trained, adapter, trust_remote_code)
+        comparison = _compare_adapter(trained_model, folder, rows, trained, adapter, trust_remote_code, new_token_ids)
     else:
         source = base_name(trained_model) if base_name_or_path is None else base_name_or_path
+        if isinstance(trained_model, PeftModel) and base_name_or_path is None:
+            revision = trained_model.peft_config[adapter].revision
+
+        def load_base(dtype: torch.dtype) -> PreTrainedModel:
+            base = _load_plain(source, base_of(trained_model), _name(dtype), revision, trust_remote_code)
+            add_rows(base, new_token_ids)
+            return base
+
         if isinstance(trained_model, PeftModel):
-            revision = trained_model.peft_config[adapter].revision if base_name_or_path is None else revision
-            comparison = _compare_merged(trained_model, folder, rows, adapter, source, revision, trust_remote_code)
+            comparison = _compare_merged(trained_model, folder, rows, adapter, load_base, trust_remote_code)
         else:
-            comparison = _compare_weights(trained_model, folder, rows, trained, source, revision, trust_remote_code)
+            comparison = _compare_weights(trained_model, folder, rows, trained, load_base, trust_remote_code)
     exported, expected, untrained, dtype = comparison
     proof = ExportProof(
         kind=kind,
@@ -155,6 +169,7 @@ def _compare_adapter(
     trained: Tensor,
     adapter: str,
     trust_remote_code: bool,
+    new_token_ids: Sequence[int],
 ) -> _Comparison:
     assert isinstance(trained_model, PeftModel)
     _check_adapter_weights(folder, adapter_weights(trained_model, adapter).keys())
@@ -169,6 +184,7 @@ def _compare_adapter(
         trust_remote_code=trust_remote_code,
         device=base.device,
     )
+    add_rows(loaded, new_token_ids)
     adapted = load_adapter(loaded, folder, trainable=False)
     exported = probe_logits(adapted, rows)
     with adapted.disable_adapter():
@@ -181,13 +197,12 @@ def _compare_merged(
     folder: Path,
     rows: Sequence[Sequence[int]],
     adapter: str,
-    source: str | Path,
-    revision: str | None,
+    load_base: Callable[[torch.dtype], PreTrainedModel],
     trust_remote_code: bool,
 ) -> _Comparison:
     base = base_of(trained_model)
     exported, dtype, embeddings = _exported_logits(folder, base, rows, trust_remote_code)
-    original = _load_plain(source, base, _name(dtype), revision, trust_remote_code)
+    original = load_base(dtype)
     untrained = probe_logits(original, rows)
     unmerged = transplant_adapter(trained_model, original, adapter=adapter)
     _compare_embeddings(original, embeddings, folder)
@@ -199,8 +214,7 @@ def _compare_weights(
     folder: Path,
     rows: Sequence[Sequence[int]],
     trained: Tensor,
-    source: str | Path,
-    revision: str | None,
+    load_base: Callable[[torch.dtype], PreTrainedModel],
     trust_remote_code: bool,
 ) -> _Comparison:
     merged = _load_plain(folder, trained_model, "auto", None, trust_remote_code)
@@ -208,7 +222,7 @@ def _compare_weights(
     exported, dtype = probe_logits(merged, rows), merged.dtype
     del merged
     gc.collect()  # one model at a time beside the trained one
-    untrained = probe_logits(_load_plain(source, trained_model, _name(dtype), revision, trust_remote_code), rows)
+    untrained = probe_logits(load_base(dtype), rows)
     return _Comparison(exported, trained, untrained, _coarser(dtype, trained_model.dtype))
 
 

@@ -479,6 +479,7 @@ class RunConfig(FrozenModel):
                 "a minibatch needs at least one prompt."
             )
         check_samples(self.rollout, self.objective, self.rewards, objective)
+        self.rollout.engine.check_policy(new_tokens=bool(self.model.new_tokens))
         if self.critic != CriticConfig() and "values" not in objective.needs:
             raise ConfigError(
                 f"critic is the value head of advantage=gae, and objective.kind={self.objective.kind} reads no values: "

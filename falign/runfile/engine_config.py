@@ -59,6 +59,16 @@ class EngineSection(FrozenModel):
                 "wait forever. Train in one process, or sample in process (kind: transformers)."
             )
 
+    def check_policy(self, *, new_tokens: bool) -> None:
+        """Refuse a policy that the engine cannot sample from.
+
+        Args:
+            new_tokens: Whether the policy has tokens that its checkpoint lacks.
+
+        Raises:
+            ConfigError: The engine lacks these tokens.
+        """
+
     @abstractmethod
     def open(self, setup: EngineSetup, console: Console) -> Engine:
         """Return the engine, ready to sample and checked against the policy.
@@ -108,6 +118,15 @@ class VLLMEngineConfig(EngineSection):
     max_gap: float | None = Field(default=None, gt=0)
     """Allowed mean difference per token between log-probabilities of sampler and trainer, nats; above it the run ends.
     By default 0.001 if both compute in float32, else no limit, because rounding is larger."""
+
+    @override
+    def check_policy(self, *, new_tokens: bool) -> None:
+        if new_tokens:
+            raise ConfigError(
+                "model.new_tokens with rollout.engine.kind=vllm: the server has the embeddings of the checkpoint, and "
+                "they lack these tokens. Serve and train a model that has them (the merged export of an offline run), "
+                "or use rollout.engine.kind=transformers."
+            )
 
     @override
     def open(self, setup: EngineSetup, console: Console) -> Engine:

@@ -121,9 +121,14 @@ class LoadedModelConfig(ModelConfig):
         from falign.models.tokenizers import fix_date
 
         tokenizer = copy.deepcopy(self._tokenizer)
+        self._add_tokens(tokenizer)
         if date is not None:
             fix_date(tokenizer, date)
         return tokenizer
+
+    @override
+    def new_token_ids(self) -> list[int]:
+        return self._add_tokens(copy.deepcopy(self._tokenizer))
 
     @override
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -133,11 +138,13 @@ class LoadedModelConfig(ModelConfig):
 
     @override
     def vocabulary_size(self) -> int | None:
-        return self._model.config.get_text_config().vocab_size
+        size = self._model.config.get_text_config().vocab_size
+        return max([size, *(id_ + 1 for id_ in self.new_token_ids())])
 
     @override
     def build(self, *, trains: bool = False) -> PreTrainedModel:
-        return (copy.deepcopy(self._model) if trains else _with_shared_weights(self._model)).eval()
+        model = copy.deepcopy(self._model) if trains else _with_shared_weights(self._model)
+        return self.with_new_tokens(model.eval())
 
 
 def objective_section(objective: Objective) -> Any:

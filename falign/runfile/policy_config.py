@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -39,6 +40,8 @@ class ModelConfig(FrozenModel):
     revision: str | None = None
     trust_remote_code: bool = False
     """Run code from the model's repository."""
+    new_tokens: list[str] = []
+    """Tokens to add, each with the mean of the other embeddings at first; an adapter trains their rows."""
 
     def check(self) -> None:
         """Refuse an attention that does not work on this machine.
@@ -65,6 +68,7 @@ class ModelConfig(FrozenModel):
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
         )
+        self._add_tokens(tokenizer)
         if date is not None:
             fix_date(tokenizer, date)
         for name in self.chat_template_kwargs:
@@ -79,6 +83,30 @@ class ModelConfig(FrozenModel):
             fix_options(tokenizer, self.chat_template_kwargs)
         return tokenizer
 
+    def _add_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        from falign.models.new_tokens import add_tokens
+
+        try:
+            return add_tokens(tokenizer, self.new_tokens) if self.new_tokens else []
+        except ConfigError as error:
+            raise ConfigError(f"model.{error}") from error
+
+    def new_token_ids(self) -> list[int]:
+        """Return the ids of ``new_tokens``."""
+        from falign.models import load_tokenizer
+
+        if not self.new_tokens:
+            return []
+        remote = self.trust_remote_code
+        return self._add_tokens(load_tokenizer(self.path, revision=self.revision, trust_remote_code=remote))
+
+    def with_new_tokens(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Give a model of this path, in place, the rows of ``new_tokens``, and return it."""
+        from falign.models.new_tokens import add_rows
+
+        add_rows(model, self.new_token_ids())
+        return model
+
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
         """Return all ids that end a completion, without loading weights."""
         from falign.models import stop_token_ids
@@ -89,13 +117,14 @@ class ModelConfig(FrozenModel):
         """Return the number of rows of the embeddings, without loading weights; None if it is unknown."""
         from falign.models.loading import vocabulary_size
 
-        return vocabulary_size(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        size = vocabulary_size(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        return None if size is None else max([size, *(id_ + 1 for id_ in self.new_token_ids())])
 
     def build(self, *, trains: bool = False) -> PreTrainedModel:
         """Load the weights; ``trains``: all of them will be trained."""
         from falign.models import load_model
 
-        return load_model(
+        model = load_model(
             self.path,
             dtype=self.dtype,
             quantization=self.quantization,
@@ -103,6 +132,7 @@ class ModelConfig(FrozenModel):
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
         )
+        return self.with_new_tokens(model)
 
 
 if TYPE_CHECKING:
@@ -185,12 +215,24 @@ class AdapterConfig(FrozenModel):
                 "leave it out."
             )
 
-    def build(self, model: PreTrainedModel, *, seed: int, revision: str | None = None) -> PeftModel:
-        """Add the adapter to a model; the base's revision is recorded with it."""
+    def build(
+        self, model: PreTrainedModel, *, seed: int, revision: str | None = None, token_ids: Sequence[int] = ()
+    ) -> PeftModel:
+        """Add the adapter to a model.
+
+        Args:
+            model: The base, changed in place.
+            seed: Seed of random first values.
+            revision: The base's revision, recorded with the adapter.
+            token_ids: Tokens whose rows of the embeddings and the head are trained.
+
+        Raises:
+            FalignError: The adapter does not fit the model.
+        """
         from falign.models import add_lora, start_from_adapter
 
         if self.init is not None:
-            return start_from_adapter(model, self.init, dropout=self.dropout, revision=revision)
+            return start_from_adapter(model, self.init, dropout=self.dropout, revision=revision, token_ids=token_ids)
         return add_lora(
             model,
             r=self.r,
@@ -204,6 +246,7 @@ class AdapterConfig(FrozenModel):
             modules_to_save=self.modules_to_save,
             target_parameters=self.target_parameters,
             start=self.init_lora_weights,
+            token_ids=token_ids,
             seed=seed,
             revision=revision,
         )

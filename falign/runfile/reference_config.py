@@ -133,6 +133,8 @@ class FrozenReferenceConfig(ReferenceSection):
                 revision=config.model.revision if self.path == config.model.path else None,
                 trust_remote_code=config.model.trust_remote_code,
             )
+            if self.path == config.model.path:
+                model = config.model.with_new_tokens(model)
         identity = model_identity(model)
         model.to(context.device)  # pyright: ignore[reportArgumentType]
         return FrozenModel(

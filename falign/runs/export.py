@@ -129,7 +129,8 @@ class _Plan(NamedTuple):
     def _of_base(self) -> dict[str, Any]:
         model = self.run.config.model
         revision = model.revision if self.base is None else None
-        return {"revision": revision, "trust_remote_code": model.trust_remote_code}
+        tokens = self.run.model_section.new_token_ids()
+        return {"revision": revision, "trust_remote_code": model.trust_remote_code, "new_token_ids": tokens}
 
     @property
     def merging(self) -> dict[str, Any]:

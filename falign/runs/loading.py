@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from falign.models.heads import RewardHead
     from falign.objectives import Objective
     from falign.runfile import RunConfig
+    from falign.runfile.policy_config import ModelConfig
     from falign.runs import RunFolder
     from falign.runs.summary import RunSummary
 
@@ -174,6 +175,11 @@ class OpenRun:
         """The resolved run file; see :attr:`trained`."""
         return self.trained.config
 
+    @property
+    def model_section(self) -> ModelConfig:
+        """The section of the base: of the run file, or of the model that was given in its place."""
+        return self.given.sections.get("model", self.config.model)
+
 
 Named = str | Path | OpenRun
 """A run, the path of a run folder, or the path or name of any model."""
@@ -320,6 +326,7 @@ def load_trained(
             weights are damaged.
     """
     from falign.models import load_adapter, load_model, load_tokenizer, weights_hash
+    from falign.models.adapter_starts import mark_started
     from falign.models.heads import RewardHead
     from falign.models.tokenizers import fix_date
     from falign.runs.named_code import read_run
@@ -355,6 +362,9 @@ def load_trained(
     tokenizer = source_of_base.build_tokenizer(date=folder.read_date())
     _check_tokens(model, tokenizer, folder, config.model.path)
     adapted = load_adapter(model, source, trainable=False, base_hash=weights)
+    if checkpoint is not None and config.adapter.starts_from_weights:
+        # A checkpoint holds the matrices as they are trained; the last weights are exported as plain LoRA.
+        mark_started(adapted)
     return Trained(adapted, tokenizer, config, RewardHead.read(source, adapted))
 
 

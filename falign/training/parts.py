@@ -127,7 +127,8 @@ def load_parts(
         _check_fits(config, policy, longest)
         disable_dropout(policy)
         if config.adapter is not None:
-            policy = config.adapter.build(policy, seed=config.seed, revision=config.model.revision)
+            tokens = config.model.new_token_ids()
+            policy = config.adapter.build(policy, seed=config.seed, revision=config.model.revision, token_ids=tokens)
         if config.training.gradient_checkpointing:
             enable_gradient_checkpointing(policy)
         if not shards():

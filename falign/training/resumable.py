@@ -7,6 +7,7 @@ compares the list with this file and with the installed release.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import time
@@ -71,6 +72,20 @@ UNLOGGED = "unlogged.json"
 
 COURSE = "course.json"
 """File of a checkpoint with the states of callbacks, for runs that have some."""
+
+
+@contextmanager
+def _without_embeddings(model: nn.Module) -> Iterator[None]:
+    """Save adapters without the base's embeddings, which PEFT adds where the vocabulary has grown."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    without: Any = functools.partial(model.save_pretrained, save_embedding_layers=False)
+    model.save_pretrained = without
+    try:
+        yield
+    finally:
+        del model.save_pretrained
 
 
 class ResumableTrainer(Trainer, ABC):
@@ -411,7 +426,8 @@ class ResumableTrainer(Trainer, ABC):
             state_dict = whole_weights(self.policy)
         if not is_writer():
             return
-        super()._save(output_dir, state_dict)
+        with _without_embeddings(self.policy):
+            super()._save(output_dir, state_dict)
         # PEFT writes every adapter; those of references, which are frozen, go into subfolders.
         written = Path(str(self.args.output_dir if output_dir is None else output_dir))
         for name in self.policy.peft_config if isinstance(self.policy, PeftModel) else ():

@@ -431,6 +431,7 @@ def _write_model(
             folder.weights,
             revision=config.model.revision,
             trust_remote_code=config.model.trust_remote_code,
+            new_token_ids=config.model.new_token_ids(),
             overwrite=True,
         )
         _record_model(folder, trainer, folder.weights, best)

@@ -460,6 +460,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             chat_template_kwargs=With({"quiet": True}, chat_template="{{ quiet }}{{ messages[0]['content'] }}"),
             revision="main",
             trust_remote_code=With(True, path="own-code"),
+            new_tokens=["<plan>"],
         ),
     ),
     "AdapterConfig": (
