@@ -55,7 +55,7 @@ def translated(given: dict[str, Value], *, command: str | None, folder: Path, pr
     if command is not None:
         raise ConfigError(f"--method {command}: in axolotl the setting rl is the method; leave it out.")
     inner = {f"trl.{name}": value for name, value in mapping_of(given.get("trl") or {}, "trl").items()}
-    run = Translation("axolotl", "axolotl", {**given, **inner}, DEFAULTS, AXOLOTL)
+    run = Translation("axolotl", "axolotl", {**given, **inner}, DEFAULTS, AXOLOTL, sections=frozenset({"trl"}))
     run.require_known()
     run.apply_rows()
     _ = run["trl"]
@@ -138,10 +138,21 @@ def _adapter(run: Translation) -> None:
             run.refuse("lora_target_modules", str(error))
             return
     run.put("adapter.r", run["lora_r"], "lora_r")
-    scale = run["lora_r"] ** 0.5 if run["peft_use_rslora"] else 1
-    run.put("adapter.alpha", run["lora_alpha"] * scale, "lora_alpha", "peft_use_rslora")
+    run.put("adapter.alpha", run["lora_alpha"], "lora_alpha")
     run.put("adapter.dropout", run["lora_dropout"] or 0.0, "lora_dropout")
     run.put("adapter.target_modules", found, "lora_target_modules", "lora_target_linear")
+    _kind_of_lora(run)
+
+
+def _kind_of_lora(run: Translation) -> None:
+    for name in ("use_rslora", "use_dora"):
+        if run[f"peft_{name}"]:
+            run.put(f"adapter.{name}", True, f"peft_{name}")
+    for name in ("modules_to_save", "target_parameters"):
+        if given := as_list(run[f"lora_{name}"]):
+            run.put(f"adapter.{name}", given, f"lora_{name}")
+    if (start := run["peft_init_lora_weights"]) not in (None, True):
+        run.put("adapter.init_lora_weights", start, "peft_init_lora_weights")
 
 
 def _training(run: Translation) -> None:

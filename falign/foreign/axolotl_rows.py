@@ -59,14 +59,16 @@ _ADAPTER: Mapping[str, Row] = {
     "lora_dropout": read("adapter.dropout"),
     "lora_target_modules": read("adapter.target_modules"),
     "lora_target_linear": read("adapter.target_modules", note="all-linear"),
-    "peft_use_rslora": read("adapter.alpha", note="rsLoRA is an alpha that is √r times as large"),
-    "peft_use_dora": refused(LORA, False),
+    "peft_use_rslora": read("adapter.use_rslora"),
+    "peft_use_dora": read("adapter.use_dora"),
+    "lora_modules_to_save": read("adapter.modules_to_save"),
+    "lora_target_parameters": read("adapter.target_parameters"),
     **each(
-        "lora_modules_to_save lora_target_parameters peft_layers_to_transform peft_layers_pattern peft "
+        "peft_layers_to_transform peft_layers_pattern peft "
         "peft_layer_replication peft_trainable_token_indices loftq_config",
         refused(LORA, []),
     ),
-    "peft_init_lora_weights": refused("a new adapter starts with B = 0", True),
+    "peft_init_lora_weights": read("adapter.init_lora_weights"),
     **each(
         "lora_fan_in_fan_out peft_ensure_weight_tying peft_autocast_adapter_dtype qlora_sharded_model_loading "
         "merge_lora merge_method lora_mlp_kernel lora_qkv_kernel lora_o_kernel",

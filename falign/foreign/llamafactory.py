@@ -121,9 +121,19 @@ def _lora(run: Translation) -> None:
     rank, targets = run["lora_rank"], as_list(run["lora_target"])
     alpha = run["lora_alpha"] or 2 * rank
     run.put("adapter.r", rank, "lora_rank")
-    run.put("adapter.alpha", alpha * (rank**0.5 if run["use_rslora"] else 1), "lora_alpha", "lora_rank", "use_rslora")
+    run.put("adapter.alpha", alpha, "lora_alpha", "lora_rank")
     run.put("adapter.dropout", run["lora_dropout"], "lora_dropout")
     run.put("adapter.target_modules", "all-linear" if targets == ["all"] else targets, "lora_target")
+    for name in ("use_rslora", "use_dora"):
+        if run[name]:
+            run.put(f"adapter.{name}", True, name)
+    if modules := as_list(run["additional_target"]):
+        run.put("adapter.modules_to_save", modules, "additional_target")
+    if run["pissa_init"]:
+        starts = {-1: "pissa", 4: "pissa_niter_4", 16: "pissa_niter_16"}
+        if run["pissa_iter"] not in starts:
+            run.refuse("pissa_iter", f"adapter.init_lora_weights has {', '.join(map(str, starts))}")
+        run.put("adapter.init_lora_weights", starts.get(run["pissa_iter"], "pissa"), "pissa_init", "pissa_iter")
 
 
 def _quantization(run: Translation) -> None:

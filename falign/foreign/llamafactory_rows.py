@@ -94,12 +94,13 @@ _METHOD: Mapping[str, Row] = {
     "lora_alpha": read("adapter.alpha"),
     "lora_dropout": read("adapter.dropout"),
     "lora_target": read("adapter.target_modules"),
-    "use_rslora": read("adapter.alpha", note="rsLoRA is an alpha that is √r times as large"),
-    "use_dora": refused("adapters are plain LoRA with r, alpha, dropout and target_modules", False),
-    "additional_target": refused("adapters are plain LoRA with r, alpha, dropout and target_modules"),
+    "use_rslora": read("adapter.use_rslora"),
+    "use_dora": read("adapter.use_dora"),
+    "additional_target": read("adapter.modules_to_save"),
     "create_new_adapter": refused("adapter.init goes on with an adapter; merge it first to train another", False),
-    **each("pissa_init pissa_convert", refused("a new adapter starts with B = 0", False)),
-    "pissa_iter": unused("a new adapter starts with B = 0"),
+    "pissa_init": read("adapter.init_lora_weights"),
+    "pissa_iter": read("adapter.init_lora_weights"),
+    "pissa_convert": unused("falign export writes plain LoRA"),
     "loraplus_lr_ratio": refused("all parameters have one learning rate"),
     "loraplus_lr_embedding": unused("all parameters have one learning rate"),
     **each(
@@ -145,7 +146,7 @@ _METHOD: Mapping[str, Row] = {
 }
 
 _REST: Mapping[str, Row] = {
-    "overwrite_output_dir": unused("a run needs a folder of its own; another output_dir is given as output_dir=..."),
+    "overwrite_output_dir": unused("a run needs a folder of its own, output_dir"),
     "predict_with_generate": unused("falign score and falign evaluate predict, from a run or a model"),
     **each(
         "generation_max_length generation_num_beams do_sample temperature top_p top_k num_beams max_length "
@@ -192,6 +193,10 @@ DEFAULTS: Mapping[str, object] = {
     "lora_dropout": 0.0,
     "lora_target": "all",
     "use_rslora": False,
+    "use_dora": False,
+    "additional_target": None,
+    "pissa_init": False,
+    "pissa_iter": 16,
     "pref_beta": 0.1,
     "pref_loss": "sigmoid",
     "pref_ftx": 0.0,

@@ -15,18 +15,21 @@ LORA_CONFIG: Mapping[str, Row] = {
     "lora_alpha": read("adapter.alpha"),
     "lora_dropout": read("adapter.dropout"),
     "lora_target_modules": read("adapter.target_modules"),
-    "use_rslora": read("adapter.alpha", note="rsLoRA is an alpha that is √r times as large"),
+    "use_rslora": read("adapter.use_rslora"),
+    "use_dora": read("adapter.use_dora"),
+    "rank_pattern": read("adapter.rank_pattern"),
+    "alpha_pattern": read("adapter.alpha_pattern"),
+    "init_lora_weights": read("adapter.init_lora_weights", note="adapter.init is an adapter on disk"),
+    **each("modules_to_save lora_modules_to_save", read("adapter.modules_to_save")),
+    **each("target_parameters lora_target_parameters", read("adapter.target_parameters")),
     **each("layers_to_transform layers_pattern", read("adapter.target_modules", note="a list of names of modules")),
     "exclude_modules": read("adapter.target_modules", note="a list of the names that are wanted"),
-    "init_lora_weights": read("adapter.init", note="an adapter on disk; a new one starts with B = 0"),
     **each(
-        "bias modules_to_save lora_modules_to_save rank_pattern alpha_pattern trainable_token_indices loftq_config "
-        "eva_config corda_config lora_ga_config velora_config alora_invocation_tokens "
-        "qalora_group_size monteclora_config layer_replication target_parameters lora_target_parameters "
-        "arrow_config kasa_config",
+        "bias trainable_token_indices loftq_config eva_config corda_config lora_ga_config velora_config "
+        "alora_invocation_tokens qalora_group_size monteclora_config layer_replication arrow_config kasa_config",
         refused(LORA),
     ),
-    **each("use_dora use_qalora lora_bias use_bdlora", refused(LORA, False)),
+    **each("use_qalora lora_bias use_bdlora", refused(LORA, False)),
     **each(
         "task_type lora_task_type peft_type auto_mapping peft_version inference_mode fan_in_fan_out runtime_config "
         "ensure_weight_tying megatron_config megatron_core",

@@ -14,10 +14,7 @@ from falign.errors import ConfigError
 from falign.foreign.rows import Value
 from falign.foreign.translation import Launch, Translation
 
-__all__ = ["UNLIMITED", "as_list", "default_targets", "launch_of", "schedule_steps", "weighted_terms", "zero_stage"]
-
-UNLIMITED = 1_000_000
-"""The length limit where the other library has none; longer rows are an error."""
+__all__ = ["as_list", "default_targets", "launch_of", "positions", "schedule_steps", "weighted_terms", "zero_stage"]
 
 
 def as_list(value: Value) -> list[Any]:
@@ -46,6 +43,17 @@ def default_targets(model: str, *, revision: str | None, trust_remote_code: bool
     if config.model_type not in DEFAULTS:
         raise ConfigError(f"target modules are not given, and PEFT has no default for {config.model_type}: name them")
     return sorted(DEFAULTS[config.model_type])
+
+
+def positions(model: str, *, revision: str | None, trust_remote_code: bool) -> int | None:
+    """Return the number of positions of a model; None if its configuration cannot be read here, or has none."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):  # the caller asks for the number
+        return None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def zero_stage(deepspeed: Value, folder: Path) -> int:

@@ -13,6 +13,9 @@ from falign.foreign.rows import Row, Value
 
 __all__ = ["Launch", "Translation"]
 
+LAUNCH = {"fsdp", "fsdp_config", "deepspeed", "accelerate_config", "num_processes"}
+"""Settings that become options of the command."""
+
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -53,6 +56,7 @@ class Translation:
         unused: Settings that change no result, each with the reason.
         refusals: Settings that falign cannot carry, as complete sentences.
         launch: How several processes share the run.
+        sections: Settings that only hold others.
     """
 
     library: str
@@ -67,6 +71,7 @@ class Translation:
     unused: dict[str, str] = field(default_factory=dict)
     refusals: list[str] = field(default_factory=list)
     launch: Launch = Launch()
+    sections: frozenset[str] = frozenset()
     _read: set[str] = field(default_factory=set)
 
     def __getitem__(self, name: str) -> Value:
@@ -143,25 +148,33 @@ class Translation:
             elif name in self.given and row.use == "unused":
                 self._read.add(name)
                 self.unused[name] = f"{row.note}: {' or '.join(row.fields)}" if row.fields else row.note
-            elif (
-                name in self.given
-                and row.use == "refused"
-                and not any(_same(self[name], each) for each in row.harmless)
-            ):
+            elif name in self.given and row.use == "refused" and not self._is_harmless(name, row):
                 self.refuse(name, row.note)
 
+    def _is_harmless(self, name: str, row: Row) -> bool:
+        value = self[name]
+        return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in row.harmless)
+
     def finish(self) -> None:
-        """Record the settings that were given and had no effect in the other library either.
+        """List the settings that were given and are the source of no field, with the reason.
 
         Raises:
             ConfigError: Settings were refused; the message has them all.
         """
-        for name, row in self.rows.items():
-            if name in self.given and name not in self._read and row.use == "read":
-                if name in self.defaults or not row.fields:
-                    self.unused[name] = "without effect beside the other settings"
-                else:
-                    self.refuse(name, f"{self.command} has no such setting; here it would be {' or '.join(row.fields)}")
+        told = {name for names in self.origins.values() for name in names.split(", ")} | self.unused.keys()
+        told |= {word for sentence in self.differences for word in re.findall(r"[\w.]+", sentence)}
+        for name in self.given.keys() - told:
+            row = self.rows[name]
+            if name not in self._read and name not in self.defaults and row.fields:
+                self.refuse(name, f"{self.command} has no such setting; here it would be {' or '.join(row.fields)}")
+            elif name not in self._read:
+                self.unused[name] = "without effect beside the other settings"
+            elif name not in self.sections:
+                self.unused[name] = "the run has it so without a setting"
+        if self.launch.kind is not None:
+            for name in LAUNCH & self.unused.keys():
+                self.unused[name] = f"it is an option of the command:{self.launch.options}"
+        self.unused = {name: self.unused[name] for name in [*self.given, *self.unused] if name in self.unused}
         if self.refusals:
             raise ConfigError(f"{self.command}: " + "\n  ".join(self.refusals))
 
@@ -169,7 +182,3 @@ class Translation:
 def _number(text: str) -> Value:
     """Return the number that a text is; YAML reads 1e-5 as a text."""
     return float(text) if _NUMBER.fullmatch(text) and not text.isdigit() else int(text) if text.isdigit() else text
-
-
-def _same(value: Value, other: Value) -> bool:
-    return value == other and isinstance(value, bool) == isinstance(other, bool)

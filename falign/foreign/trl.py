@@ -7,18 +7,18 @@ from typing import Any
 
 from falign.errors import ConfigError
 from falign.foreign.shared import (
-    UNLIMITED,
     as_list,
     default_targets,
     launch_of,
     mapping_of,
+    positions,
     schedule_steps,
     weighted_terms,
     zero_stage,
 )
 from falign.foreign.translation import Launch, Translation
 
-__all__ = ["adapter_and_model", "alpha_divergence", "processes_and_launch", "sources", "translate"]
+__all__ = ["adapter_and_model", "alpha_divergence", "positions_of", "processes_and_launch", "sources", "translate"]
 
 DIVERGENCES = {"reverse_kl": "reverse_kl", "forward_kl": "forward_kl", "js_divergence": "jensen_shannon"}
 PRESETS = {"fsdp1": "fsdp2", "fsdp2": "fsdp2", "zero2": "fsdp2", "zero3": "fsdp2", "zero1": "ddp", "multi_gpu": "ddp"}
@@ -135,11 +135,16 @@ def _lora(run: Translation, *, revision: str | None, remote: bool) -> None:
             return
     elif targets not in ("all-linear", ["all-linear"]):
         targets = as_list(targets)
-    scale = run["lora_r"] ** 0.5 if run["use_rslora"] else 1
     run.put("adapter.r", run["lora_r"], "lora_r")
-    run.put("adapter.alpha", run["lora_alpha"] * scale, "lora_alpha", "use_rslora")
+    run.put("adapter.alpha", run["lora_alpha"], "lora_alpha")
     run.put("adapter.dropout", run["lora_dropout"], "lora_dropout")
     run.put("adapter.target_modules", "all-linear" if targets == ["all-linear"] else targets, "lora_target_modules")
+    for name in ("use_rslora", "use_dora"):
+        if run[name]:
+            run.put(f"adapter.{name}", True, name)
+    for name in ("modules_to_save", "target_parameters"):
+        if found := as_list(run[f"lora_{name}"]):
+            run.put(f"adapter.{name}", found, f"lora_{name}")
 
 
 def _quantization(run: Translation, dtype: str) -> None:
@@ -185,7 +190,7 @@ def sources(run: Translation) -> tuple[list[dict[str, Any]], list[dict[str, Any]
 def _window(run: Translation) -> None:
     length = run["max_length"]
     older = run["max_prompt_length"]
-    run.put("data.max_length", length or UNLIMITED, "max_length")
+    run.put("data.max_length", length or positions_of(run, "max_length") or 0, "max_length")
     if not length:
         run.put("data.long_prompt", "error", "max_length")
         run.put("data.long_completion", "error", "max_length")
@@ -200,6 +205,20 @@ def _window(run: Translation) -> None:
     else:
         run.put("data.long_prompt", "drop", "max_length", "truncation_mode")
         run.put("data.long_completion", "cut", "max_length", "truncation_mode")
+
+
+def positions_of(run: Translation, name: str) -> int | None:
+    """Return the number of positions of the model, which limits what has no other limit; else refuse.
+
+    Args:
+        run: The translation.
+        name: The setting that should give a limit.
+    """
+    remote = bool(run["trust_remote_code"])
+    found = positions(run["model_name_or_path"] or "", revision=run["model_revision"], trust_remote_code=remote)
+    if found is None:
+        run.refuse(name, "a number is needed, as that of the model's positions cannot be read here")
+    return found
 
 
 def alpha_divergence(coefficient: float) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from falign.errors import ConfigError
-from falign.foreign.shared import as_list, schedule_steps, weighted_terms
+from falign.foreign.shared import as_list, positions, schedule_steps, weighted_terms
 from falign.foreign.translation import Translation
 from falign.foreign.trl import adapter_and_model, processes_and_launch, reference, sources
 
@@ -43,8 +43,7 @@ def translate(run: Translation, command: str, folder: Path) -> None:
         run.refuse("test_split_size", "prompts.eval_size is a number of prompts")
     elif held_out:
         run.put("prompts.eval_size", int(held_out), "test_split_size")
-    run.put("prompts.max_length", LONGEST_PROMPT)
-    run.origins["prompts.max_length"] = "TRL has no limit; a longer prompt is an error"
+    _prompt_limit(run)
     rollouts(run)
     rewards(run)
     _engine(run)
@@ -53,6 +52,16 @@ def translate(run: Translation, command: str, folder: Path) -> None:
         reference(run)
     elif run["sync_ref_model"]:
         run.refuse("sync_ref_model", "beta is 0, so that nothing is held to a reference")
+
+
+def _prompt_limit(run: Translation) -> None:
+    model, remote = run["model_name_or_path"] or "", bool(run["trust_remote_code"])
+    found = positions(model, revision=run["model_revision"], trust_remote_code=remote)
+    limit = LONGEST_PROMPT if found is None else min(LONGEST_PROMPT, found - run["max_completion_length"])
+    if limit < 1:
+        run.refuse("max_completion_length", f"the model has {found} positions, for prompt and completion")
+    run.put("prompts.max_length", limit)
+    run.origins["prompts.max_length"] = "TRL has no limit; a longer prompt is an error"
 
 
 def rollouts(run: Translation) -> None:

@@ -17,6 +17,7 @@ import falign
 from falign.cli.launch import FLAGS, Launch
 from falign.errors import NAMES, ConfigError
 from falign.foreign.names import FOREIGN_NAMES
+from falign.foreign.peft_rows import LORA_CONFIG
 from falign.models import load_model
 from falign.models.execution import disable_dropout
 from falign.models.loading import _nf4
@@ -32,17 +33,24 @@ LEAST = {"output_dir": "run", "model": {"path": "m"}, "data": {"train": [{"path"
 PATHS = list(valid_paths())
 SAME = {
     "attn_implementation": "model.attn_implementation",
+    "alpha_pattern": "adapter.alpha_pattern",
     "beta": "objective.beta",
     "dtype": "model.dtype or reference.dtype",
     "gradient_checkpointing": "training.gradient_checkpointing",
+    "init_lora_weights": "adapter.init_lora_weights",
     "max_length": "data.max_length or prompts.max_length",
+    "modules_to_save": "adapter.modules_to_save",
     "output_dir": "output_dir",
     "r": "adapter.r",
+    "rank_pattern": "adapter.rank_pattern",
     "revision": "model.revision",
     "seed": "seed",
     "target_modules": "adapter.target_modules",
+    "target_parameters": "adapter.target_parameters",
     "temperature": "rollout.temperature or objective.temperature or sampling.temperature",
     "trust_remote_code": "model.trust_remote_code",
+    "use_dora": "adapter.use_dora",
+    "use_rslora": "adapter.use_rslora",
 }
 """Settings that are fields of the same name outside of ``training``, and what is said of one in a wrong section."""
 
@@ -116,7 +124,7 @@ def test_every_field_that_is_named_exists_and_every_reason_is_a_sentence():
         ),
         ("num_generations", "here it is rollout.completions."),
         ("top_p", "falign has no such setting, because completions are sampled from the whole vocabulary"),
-        ("use_rslora", "here it is adapter.alpha (rsLoRA is an alpha that is √r times as large)."),
+        ("lora_modules_to_save", "here it is adapter.modules_to_save."),
         ("dataset_num_proc", "here it is data.num_proc"),
         ("chat_template_kwargs", "here it is model.chat_template_kwargs"),
         ("num_generation", "did you mean num_generations? Here it is rollout.completions."),
@@ -174,7 +182,7 @@ def test_optimizers_that_need_target_modules_are_refused():
 
 
 def test_adapters_and_quantization_are_what_the_reasons_say():
-    assert set(AdapterConfig.model_fields) == {"r", "alpha", "dropout", "target_modules", "init"}
+    assert not {name for name, row in LORA_CONFIG.items() if not row.fields} & AdapterConfig.model_fields.keys()
     assert get_args(get_args(FalignModel.model_fields["quantization"].annotation)[0]) == ("nf4",)
     config = _nf4()
     assert config.bnb_4bit_use_double_quant
