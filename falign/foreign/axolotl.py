@@ -11,7 +11,7 @@ from falign.errors import ConfigError
 from falign.foreign.axolotl_data import eval_sources, train_sources
 from falign.foreign.axolotl_rows import AXOLOTL, DEFAULTS
 from falign.foreign.rows import Value
-from falign.foreign.shared import as_list, default_targets, launch_of, mapping_of, weighted_terms
+from falign.foreign.shared import as_list, best_model, default_targets, launch_of, mapping_of, weighted_terms
 from falign.foreign.translation import Translation
 from falign.foreign.trl import WITHOUT_COUNTERPART
 
@@ -61,8 +61,8 @@ def translated(given: dict[str, Value], *, command: str | None, folder: Path, pr
     _ = run["trl"]
     if run["learning_rate"] is None:
         run.refuse("learning_rate", "axolotl requires it")
-    method = run["rl"] or "sft"
-    if method in METHODS or method not in ("dpo", "ipo", "kto", "grpo", "sft"):
+    method = run["rl"] or ("reward" if run["reward_model"] else "sft")
+    if method in METHODS or method not in ("dpo", "ipo", "kto", "grpo", "sft", "reward"):
         run.refuse("rl", METHODS.get(method, "choose one of dpo, ipo, kto, grpo, or leave it out for fine-tuning"))
     _model(run)
     _adapter(run)
@@ -189,6 +189,7 @@ def _training(run: Translation) -> None:
     trackers = [tracker for name, tracker in TRACKERS.items() if run[name]]
     if trackers:
         run.put("training.report_to", trackers, *TRACKERS)
+    best_model(run, patience=run["early_stopping_patience"])
     if run["curriculum_sampling"]:
         run.put("training.extra.train_sampling_strategy", "sequential", "curriculum_sampling")
 
@@ -222,7 +223,7 @@ def _offline(run: Translation, method: str) -> None:
     prompt, completion = {"truncate": ("drop", "cut"), "raise": ("error", "error")}.get(kind, ("drop", "drop"))
     run.put("data.long_prompt", prompt, "excess_length_strategy", "sequence_len")
     run.put("data.long_completion", completion, "excess_length_strategy", "sequence_len")
-    {"sft": _sft, "kto": _kto}.get(method, _dpo)(run)
+    {"sft": _sft, "kto": _kto, "reward": _reward}.get(method, _dpo)(run)
 
 
 def _sft(run: Translation) -> None:
@@ -230,6 +231,11 @@ def _sft(run: Translation) -> None:
     run.differ(
         "the loss counts the last answer of a conversation; axolotl trains on all of them unless told otherwise."
     )
+
+
+def _reward(run: Translation) -> None:
+    centering = run["center_rewards_coefficient"] or 0.0
+    run.put("objective", {"kind": "reward_model", "centering": centering}, "reward_model", "center_rewards_coefficient")
 
 
 def _beta(run: Translation) -> float:

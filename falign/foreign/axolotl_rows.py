@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from falign.foreign.reasons import BEST, CLIPPING, COMPILE, HUB, LOADER, LORA, METRICS, SAMPLING, SAVING, SERVER
+from falign.foreign.reasons import CLIPPING, COMPILE, HUB, LOADER, LORA, METRICS, SAMPLING, SAVING, SERVER
 from falign.foreign.rows import Row, copied, each, read, refused, unused
 from falign.foreign.transformers_rows import TRAINING
 
@@ -134,7 +134,7 @@ _TRAINING: Mapping[str, Row] = {
     **each("evals_per_epoch saves_per_epoch", unused("training.eval_steps and training.save_steps count steps")),
     **each("eval_table_size eval_max_new_tokens do_causal_lm_eval eval_causal_lm_metrics", unused(METRICS)),
     **each("do_bench_eval bench_dataset bench_split", unused(METRICS)),
-    "early_stopping_patience": refused("the run takes all its steps"),
+    "early_stopping_patience": read("training.early_stopping"),
     **each(
         "loss_watchdog_threshold loss_watchdog_patience", refused("the run stops only if a loss is NaN or infinite")
     ),
@@ -170,9 +170,10 @@ _TRAINING: Mapping[str, Row] = {
 
 _METHOD: Mapping[str, Row] = {
     "rl": read("objective.kind"),
-    "reward_model": refused("a reward model is trained from its own run file", False),
+    "reward_model": read("objective.kind", note="reward_model"),
+    "center_rewards_coefficient": read("objective.centering"),
     "process_reward_model": refused("falign uses reward models of whole completions", False),
-    "num_labels": refused("a reward model is trained from its own run file"),
+    "num_labels": refused("a reward model has one output", 1),
     "rl_beta": read("objective.beta"),
     "dpo_beta": read("objective.beta"),
     "dpo_loss_type": read("objective.margin_loss"),
@@ -238,7 +239,6 @@ AXOLOTL: Mapping[str, Row] = {
     **_DATA,
     **_METHOD,
     **{f"trl.{name}": row for name, row in _ONLINE.items()},
-    **each("load_best_model_at_end metric_for_best_model", refused(BEST, False)),
     **each("torch_compile torch_compile_backend torch_compile_mode", unused(COMPILE)),
 }
 """Settings by name."""

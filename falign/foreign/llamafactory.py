@@ -11,14 +11,13 @@ from falign.choices import similar
 from falign.errors import ConfigError
 from falign.foreign.llamafactory_rows import DEFAULTS, LLAMAFACTORY
 from falign.foreign.rows import Value
-from falign.foreign.shared import as_list, launch_of, schedule_steps, weighted_terms
+from falign.foreign.shared import as_list, best_model, launch_of, schedule_steps, weighted_terms
 from falign.foreign.translation import Translation
 
 __all__ = ["translated"]
 
 STAGES = {
     "pt": "fine-tuning counts completions behind a prompt; plain texts have none",
-    "rm": "a reward model is trained from its own run file, and not from these settings",
     "ppo": "its settings differ; configs/ppo-arithmetic.yaml is PPO with a value head",
 }
 REFERENCE_FREE = {
@@ -66,12 +65,13 @@ def translated(given: dict[str, Value], *, command: str | None, folder: Path, pr
     run.require_known()
     run.apply_rows()
     stage = run["stage"]
-    if stage not in ("sft", "dpo", "kto"):
-        run.refuse("stage", STAGES.get(stage, "the stages that are imported are sft, dpo and kto"))
+    if stage not in ("sft", "dpo", "kto", "rm"):
+        run.refuse("stage", STAGES.get(stage, "the stages that are imported are sft, dpo, kto and rm"))
     _model(run)
     launch_of(run, fsdp=run["fsdp"], deepspeed=run["deepspeed"], processes=processes, folder=folder)
     _ = run["fsdp_config"]
     schedule_steps(run)
+    best_model(run, patience=run["early_stopping_steps"], name="early_stopping_steps")
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         run.put(f"training.{name}", run[name], name)
     run.put(
@@ -156,6 +156,9 @@ def _objective(run: Translation, stage: str) -> None:
                 "the loss counts the last answer of a conversation; LLaMA-Factory also trains on the earlier "
                 "ones unless mask_history is set."
             )
+        return
+    if stage == "rm":
+        run.put("objective", {"kind": "reward_model"}, "stage")
         return
     beta, names = run["pref_beta"], ("stage", "pref_loss", "pref_beta", "dpo_label_smoothing", "pref_ftx")
     terms: list[tuple[str, dict[str, Any], float]] = []

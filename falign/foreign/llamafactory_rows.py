@@ -136,7 +136,7 @@ _METHOD: Mapping[str, Row] = {
     "pure_bf16": read("model.dtype", note="bfloat16"),
     "use_dft_loss": refused("fine-tuning has the loss nll", False),
     "disable_shuffling": refused("rows are shuffled in every epoch, by seed", False),
-    "early_stopping_steps": refused("the run takes all its steps"),
+    "early_stopping_steps": read("training.early_stopping"),
     **each("compute_accuracy plot_loss include_effective_tokens_per_second", unused(METRICS)),
     **each(
         "use_swanlab swanlab_project swanlab_workspace swanlab_run_name swanlab_mode swanlab_api_key swanlab_logdir "
@@ -206,5 +206,6 @@ DEFAULTS: Mapping[str, object] = {
     "ref_model": None,
     "ref_model_quantization_bit": None,
     "pure_bf16": False,
+    "early_stopping_steps": None,
 }
 """Defaults of the settings that are copied or read."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 __all__ = [
-    "BEST",
     "CLIPPING",
     "COMPILE",
     "DPO_LOSS",
@@ -22,9 +21,8 @@ __all__ = [
 SAMPLING = "completions are sampled from the whole vocabulary; importance weights cannot correct for tokens left out"
 SERVER = "it is an option of the vLLM server, which you start yourself (docs/vllm.md)"
 SHARDING = "processes are chosen on the command line: falign train RUN.yaml --launch ddp, or --launch fsdp2"
-HUB = "falign does not upload: falign export writes a folder, and hf upload sends it to the Hub"
+HUB = "training uploads nothing: falign export RUN --push NAME does, afterwards"
 LOADER = "all rows are tokenized before the first step, and the training process makes the batches"
-BEST = "the run keeps the model after the last step, and checkpoints in RUN/checkpoint-*"
 ENTROPY = "no objective has an entropy bonus; objective.divergence and objective.beta limit the change of the policy"
 CLIPPING = "no objective clips in this way; objective.clip_low and objective.clip_high bound π/π_old"
 METRICS = "held-out metrics are means over all rows, written to metrics.jsonl"

@@ -14,7 +14,16 @@ from falign.errors import ConfigError
 from falign.foreign.rows import Value
 from falign.foreign.translation import Launch, Translation
 
-__all__ = ["as_list", "default_targets", "launch_of", "positions", "schedule_steps", "weighted_terms", "zero_stage"]
+__all__ = [
+    "as_list",
+    "best_model",
+    "default_targets",
+    "launch_of",
+    "positions",
+    "schedule_steps",
+    "weighted_terms",
+    "zero_stage",
+]
 
 
 def as_list(value: Value) -> list[Any]:
@@ -124,6 +133,27 @@ def schedule_steps(run: Translation) -> None:
     trackers = [name for name in as_list(run["report_to"]) if name != "none"]
     if trackers:
         run.put("training.report_to", trackers, "report_to")
+
+
+def best_model(run: Translation, *, patience: int | None = None, name: str = "early_stopping_patience") -> None:
+    """Translate the choice of the best model, and the end of a run whose metric no longer gets better.
+
+    Args:
+        run: The translation, with the settings of transformers' trainer.
+        patience: Evaluations without an improvement after which the run ends.
+        name: The setting that has it.
+    """
+    if not run["load_best_model_at_end"] and not patience:
+        return
+    metric = (run["metric_for_best_model"] or "loss").removeprefix("eval_")
+    section: dict[str, Any] = {"metric": metric}
+    if run["greater_is_better"] is not None:
+        section["greater_is_better"] = run["greater_is_better"]
+    names = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better")
+    if run["load_best_model_at_end"]:
+        run.put("training.keep_best", section, *names)
+    if patience:
+        run.put("training.early_stopping", {**section, "patience": patience}, name, *names[1:])
 
 
 def _is_steps(value: Value) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from falign.foreign.reasons import (
-    BEST,
     COMPILE,
     HUB,
     LOADER,
@@ -105,8 +104,9 @@ TRAINING: Mapping[str, Row] = {
     ),
     "resume_from_checkpoint": refused("it is an option of the command: falign train RUN.yaml --resume", False),
     "full_determinism": copied("training.extra.full_determinism"),
-    **each("greater_is_better metric_for_best_model", unused(BEST)),
-    "load_best_model_at_end": refused(BEST, False),
+    "load_best_model_at_end": read("training.keep_best"),
+    "metric_for_best_model": read("training.keep_best"),
+    "greater_is_better": read("training.keep_best.greater_is_better"),
     **each(
         "hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy push_to_hub log_completions_hub_repo",
         unused(HUB),
@@ -158,6 +158,9 @@ TRAINING_DEFAULTS: Mapping[str, object] = {
     "save_total_limit": None,
     "logging_steps": 500,
     "label_smoothing_factor": 0.0,
+    "load_best_model_at_end": False,
+    "metric_for_best_model": None,
+    "greater_is_better": None,
     "deepspeed": None,
     "fsdp": None,
     "fsdp_config": None,

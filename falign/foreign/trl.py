@@ -1,4 +1,4 @@
-"""Configurations of TRL's commands on given data: ``trl dpo``, ``trl kto`` and ``trl sft``."""
+"""Configurations of TRL's commands on given data: ``trl dpo``, ``trl kto``, ``trl sft`` and ``trl reward``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from falign.errors import ConfigError
 from falign.foreign.shared import (
     as_list,
+    best_model,
     default_targets,
     launch_of,
     mapping_of,
@@ -40,12 +41,13 @@ def translate(run: Translation, command: str, folder: Path) -> None:
 
     Args:
         run: The translation, whose rows have been applied.
-        command: ``dpo``, ``kto`` or ``sft``.
+        command: ``dpo``, ``kto``, ``sft`` or ``reward``.
         folder: The folder of the configuration.
     """
     processes_and_launch(run, folder)
     adapter_and_model(run)
     schedule_steps(run)
+    best_model(run)
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         run.put(f"training.{name}", run[name], name)
     data, eval_data, held_out = sources(run)
@@ -57,7 +59,7 @@ def translate(run: Translation, command: str, folder: Path) -> None:
         run.put(f"data.{field}", value, "test_split_size")
     _window(run)
     OBJECTIVES[command](run)
-    if command != "sft":
+    if command in ("dpo", "kto"):
         reference(run)
 
 
@@ -314,17 +316,32 @@ def _sft(run: Translation) -> None:
             "dataset_text_field",
             "the loss counts completions, so rows need a prompt: columns prompt and completion, or messages",
         )
-    template = run["chat_template_path"]
-    if template is not None:
-        if Path(template).suffix not in (".jinja", ".jinja2", ".j2"):
-            run.refuse("chat_template_path", "model.chat_template is a Jinja file or text; save the template as one")
-        run.put("model.chat_template", template, "chat_template_path")
+    _template(run)
     if not run.is_given("completion_only_loss") and not run["assistant_only_loss"]:
         run.differ(
             "the loss counts the last turn of messages, and completions behind a prompt; TRL also trains on all other "
             "tokens of messages unless assistant_only_loss is set."
         )
     run.put("objective", {"kind": "supervised"}, "loss_type")
+
+
+def _template(run: Translation) -> None:
+    template = run["chat_template_path"]
+    if template is not None:
+        if Path(template).suffix not in (".jinja", ".jinja2", ".j2"):
+            run.refuse("chat_template_path", "model.chat_template is a Jinja file or text; save the template as one")
+        run.put("model.chat_template", template, "chat_template_path")
+
+
+def _reward(run: Translation) -> None:
+    _template(run)
+    run.put("data.long_completion", "drop", "max_length")  # TRL leaves out longer pairs
+    run.put(
+        "objective",
+        {"kind": "reward_model", "centering": run["center_rewards_coefficient"] or 0.0},
+        "center_rewards_coefficient",
+    )
+    run.origins["objective"] = "trl reward"
 
 
 def reference(run: Translation) -> None:
@@ -340,4 +357,4 @@ def reference(run: Translation) -> None:
         run.put("reference", section, "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
 
 
-OBJECTIVES = {"dpo": _dpo, "kto": _kto, "sft": _sft}
+OBJECTIVES = {"dpo": _dpo, "kto": _kto, "sft": _sft, "reward": _reward}

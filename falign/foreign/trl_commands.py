@@ -14,7 +14,6 @@ from falign.foreign.trl_rows import COMMANDS, OF_ONE, TRL
 __all__ = ["translated"]
 
 ELSEWHERE = {
-    "reward": "falign trains policies; a reward model is trained from its own run file",
     "distillation": "objective.kind=distillation has other settings; docs/distillation.md and configs/kd-polite.yaml",
     "gkd": "objective.kind=distillation has other settings; docs/distillation.md and configs/opd-arithmetic.yaml",
     "cpo": "CPO and SimPO are defined without a reference, which preference objectives of falign have",
@@ -29,7 +28,7 @@ def translated(given: dict[str, Value], *, command: str | None, folder: Path, pr
 
     Args:
         given: The settings, as in the file of ``trl dpo --config``.
-        command: ``dpo``, ``kto``, ``sft``, ``grpo`` or ``rloo``; by default it is recognized.
+        command: ``dpo``, ``kto``, ``sft``, ``reward``, ``grpo`` or ``rloo``; by default it is recognized.
         folder: The folder of the file.
         processes: Number of processes of their run.
 

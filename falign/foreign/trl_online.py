@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from falign.errors import ConfigError
-from falign.foreign.shared import as_list, positions, schedule_steps, weighted_terms
+from falign.foreign.shared import as_list, best_model, positions, schedule_steps, weighted_terms
 from falign.foreign.translation import Translation
 from falign.foreign.trl import adapter_and_model, processes_and_launch, reference, sources
 
@@ -35,6 +35,7 @@ def translate(run: Translation, command: str, folder: Path) -> None:
     processes_and_launch(run, folder)
     adapter_and_model(run)
     schedule_steps(run)
+    best_model(run)
     data, eval_data, held_out = sources(run)
     run.put("prompts.train", data, "dataset_name", "datasets")
     if eval_data:

@@ -100,7 +100,7 @@ _OBJECTIVES: Mapping[str, Row] = {
     ),
     "completion_only_loss": refused("the loss always counts the tokens of completions only", True),
     "assistant_only_loss": unused("the loss always counts the tokens of completions only"),
-    "center_rewards_coefficient": refused("falign uses reward models and does not train them"),
+    "center_rewards_coefficient": read("objective.centering", note="with objective.kind=reward_model"),
 }
 
 _ONLINE: Mapping[str, Row] = {
@@ -296,6 +296,13 @@ COMMANDS: Mapping[str, Mapping[str, object]] = {
         "vllm_importance_sampling_clip_max": 3.0,
         "vllm_importance_sampling_cap": None,
     },
+    "reward": {
+        **_SHARED,
+        "learning_rate": 1e-4,
+        "max_length": 1024,
+        "chat_template_path": None,
+        "center_rewards_coefficient": None,
+    },
     "rloo": {**_SHARED, **_ROLLOUTS, "num_generations": 2, "beta": 0.05},
 }
 """The defaults of the settings of each command that are copied or read; a test compares them with the installed TRL."""
@@ -311,5 +318,6 @@ OF_ONE: Mapping[str, str] = {
     "grpo": "scale_rewards importance_sampling_level use_bias_correction_kl mask_truncated_completions delta "
     "top_entropy_quantile vllm_importance_sampling_correction vllm_importance_sampling_mode entropy_coef",
     "rloo": "normalize_advantages reward_clip_range",
+    "reward": "center_rewards_coefficient",
 }
 """Settings by which a file without the name of its command is recognized."""

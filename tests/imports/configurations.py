@@ -120,6 +120,19 @@ TRAINED: dict[str, Case] = {
             "training.learning_rate": 2e-4,
         },
     ),
+    "trl reward, the best model": Case(
+        "trl",
+        TRL + "dataset_name: pairs.jsonl\ncenter_rewards_coefficient: 0.01\nload_best_model_at_end: true\n"
+        "datasets: [{path: json, data_files: pairs.jsonl}]\ntest_split_size: 4\neval_strategy: steps\neval_steps: 1\n"
+        "metric_for_best_model: eval_rewards/margins\n",
+        {
+            "objective.kind": "reward_model",
+            "objective.centering": 0.01,
+            "training.keep_best.metric": "rewards/margins",
+            "data.eval_size": 4,
+            "training.learning_rate": 1e-4,
+        },
+    ),
     "trl grpo": Case(
         "trl",
         TRL + "dataset_name: prompts.jsonl\nreward_funcs: [tests.imports.rewards.short]\nreward_weights: [0.5]\n"
@@ -200,6 +213,11 @@ TRAINED: dict[str, Case] = {
             "adapter.use_rslora": True,
             "adapter.target_modules": "all-linear",
         },
+    ),
+    "llamafactory rm": Case(
+        "llamafactory",
+        FACTORY + "stage: rm\ndataset: alpaca_pairs\nlora_target: all\n",
+        {"objective.kind": "reward_model", "data.train.0.format": "alpaca"},
     ),
     "llamafactory sft": Case(
         "llamafactory",
@@ -325,9 +343,7 @@ REFUSED: dict[str, Refused] = {
         "dataset: alpaca_pairs\n",
         ("pref_loss: 'orpo'", "use_galore: True", "rope_scaling: 'linear'"),
     ),
-    "llamafactory, reward model": Refused(
-        "llamafactory", FACTORY + "stage: rm\ndataset: alpaca_pairs\n", ("stage: 'rm'",)
-    ),
+    "llamafactory, PPO": Refused("llamafactory", FACTORY + "stage: ppo\ndataset: alpaca_pairs\n", ("stage: 'ppo'",)),
     "axolotl, ORPO": Refused(
         "axolotl",
         AXOLOTL + "rl: orpo\norpo_alpha: 0.1\nchat_template: chatml\ndatasets:\n- path: pairs.jsonl\n"
