@@ -256,7 +256,15 @@ class RunConfig(FrozenModel):
             ConfigError: Fields contradict each other; the message names them.
         """
         if self.adapter is None and self.model.quantization is not None:
-            raise ConfigError("model.quantization=nf4 with adapter=null: 4-bit weights do not train; add an adapter.")
+            raise ConfigError(
+                f"model.quantization={self.model.quantization} with adapter=null: quantized weights do not train; add "
+                "an adapter."
+            )
+        if self.training.master_weights is not None and self.adapter is not None:
+            raise ConfigError(
+                "training.master_weights=float32 with an adapter has no effect: an adapter's weights are float32 "
+                "already, and those of the model do not change. Leave it out, or set adapter: null."
+            )
         self.model.check()
         if self.adapter is not None:
             self.adapter.check(weight_decay=self.training.weight_decay)

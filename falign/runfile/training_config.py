@@ -58,6 +58,9 @@ class TrainingConfig(FrozenModel):
     """Options of the schedule: ``{min_lr_rate: 0.1}`` for ``cosine_with_min_lr``."""
     warmup_steps: float = Field(default=0.0, ge=0)
     """Steps, or a share of all steps if below 1."""
+    master_weights: Literal["float32"] | None = None
+    """``float32``: without an adapter, updates are added up in float32 copies of bfloat16 weights
+    (``model.dtype: bfloat16``), where most would be lost to rounding."""
     gradient_checkpointing: bool = False
     logging_steps: int = Field(default=10, ge=1)
     eval_steps: int | None = Field(default=None, ge=1)
@@ -149,7 +152,8 @@ class TrainingConfig(FrozenModel):
 
         # Fields that transformers does not have, or that are translated below.
         own = {"eval_steps", "save_steps", "tokens_per_batch", "layout", "chunk_tokens", "gradient_checkpointing"}
-        own |= {"skip_bad", "extra", "save_minutes", "early_stopping", "keep_best", "callbacks", "log_completions"}
+        own |= {"skip_bad", "extra", "master_weights", "save_minutes", "early_stopping", "keep_best", "callbacks"}
+        own.add("log_completions")
         arguments: dict[str, Any] = {
             **self.model_dump(exclude=own),
             "lr_scheduler_kwargs": dict(self.lr_scheduler_kwargs) or None,

@@ -89,6 +89,7 @@ def offline_trainer(
         processing_class=language.tokenizer,
         callbacks=list(callbacks),
         course=course,
+        master_weights=config.training.master_weights is not None,
     )
     trainer.record = parts.record
     return trainer, data

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from falign.objectives import Objective, token_weighting
 from falign.references import REFERENCE, Reference, check_same_at_start
 from falign.runfile.config import RunConfig
 from falign.scoring import PromptTree, Scorer, check_head, choose_layout
+from falign.training.master_weights import share_below_rounding
 from falign.training.processes import shards
 from falign.training.references import build_references
 
@@ -124,7 +126,7 @@ def load_parts(
         )
     with console.status(f"loading {config.model.path}"):
         policy: PreTrainedModel | PeftModel = config.model.build(trains=config.adapter is None)
-        _check_fits(config, policy, longest)
+        _check_fits(config, policy, longest, partial(console.print, style="yellow", highlight=False, soft_wrap=True))
         disable_dropout(policy)
         if config.adapter is not None:
             tokens = config.model.new_token_ids()
@@ -197,7 +199,7 @@ def _report_left_out_rows(policy: PreTrainedModel | PeftModel, console: Console)
         )
 
 
-def _check_fits(config: RunConfig, model: PreTrainedModel, longest: int) -> None:
+def _check_fits(config: RunConfig, model: PreTrainedModel, longest: int, tell: Callable[[str], None]) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and longest > positions:
         field = "data.max_length" if config.data is not None else "prompts.max_length + rollout.max_new_tokens"
@@ -205,13 +207,43 @@ def _check_fits(config: RunConfig, model: PreTrainedModel, longest: int) -> None
     stored = describe(model).quantization
     if config.adapter is None and stored is not None:
         raise ConfigError(
-            f"adapter=null trains all weights, and those of {config.model.path} are stored in 4 bits ({stored}), which "
+            f"adapter=null trains all weights, and those of {config.model.path} are stored quantized ({stored}), which "
             "cannot be trained: add an adapter, or give the 16-bit model."
         )
-    if config.adapter is None and model.dtype in (torch.bfloat16, torch.float16):
+    if stored == "int8" and shards():
         raise ConfigError(
-            f"adapter=null trains all weights, and these are {str(model.dtype).removeprefix('torch.')}, where most "
-            "updates are below rounding and lost: set model.dtype=float32, or add an adapter."
+            "model.quantization=int8 under FSDP2: integers are not sharded. Train with DDP (--launch ddp), or set "
+            "model.quantization=nf4."
+        )
+    if config.adapter is None:
+        _check_precision(config, model, tell)
+
+
+def _check_precision(config: RunConfig, model: PreTrainedModel, tell: Callable[[str], None]) -> None:
+    """Refuse or report weights of a precision in which small updates are lost."""
+    masters, dtype = config.training.master_weights is not None, str(model.dtype).removeprefix("torch.")
+    if model.dtype == torch.float16:
+        raise ConfigError(
+            "adapter=null trains all weights, and these are float16, whose range does not hold small gradients: set "
+            "model.dtype=bfloat16 and training.master_weights=float32, or model.dtype=float32, or add an adapter."
+        )
+    if masters and model.dtype != torch.bfloat16:
+        raise ConfigError(
+            f"training.master_weights=float32 has no effect on {dtype} weights: set model.dtype=bfloat16, or leave "
+            "it out."
+        )
+    if masters and shards():
+        raise ConfigError(
+            "training.master_weights=float32 under FSDP2: whole copies of the weights are not sharded. Train with DDP "
+            "(--launch ddp), or set model.dtype=float32."
+        )
+    if model.dtype == torch.bfloat16 and not masters:
+        rate = config.training.learning_rate
+        share = share_below_rounding(model.parameters(), rate)
+        tell(
+            f"warning: adapter=null trains all weights in bfloat16. A step of training.learning_rate={rate:g} is lost "
+            f"to rounding in {share:.1%} of the weights of {config.model.path} (measured now). Set "
+            "training.master_weights=float32, which keeps their sum, or model.dtype=float32."
         )
 
 

@@ -37,6 +37,7 @@ from falign.scoring import TokenBudgetBatches
 from falign.training.batch_sharding import Batches, RowBatches, Share
 from falign.training.course import Callbacks, Course
 from falign.training.finite_guard import FiniteGuard
+from falign.training.master_weights import MasterWeights
 from falign.training.processes import Means, gathered, is_writer, num_processes, rank
 from falign.training.sharded_checkpoint import read_optimizer, read_weights, whole_optimizer, whole_weights
 
@@ -102,6 +103,7 @@ class ResumableTrainer(Trainer, ABC):
             ``args.per_device_train_batch_size``.
         skip_bad: Skip and count steps whose loss or gradient is NaN or infinite, instead of stopping.
         advise: Called with messages for the user.
+        master_weights: Let the optimizer step on float32 copies of weights of a lower precision.
         course: Callbacks whose states are in checkpoints.
         callbacks: Further callbacks.
         **kwargs: Passed on to ``transformers.Trainer``.
@@ -118,11 +120,12 @@ class ResumableTrainer(Trainer, ABC):
         tokens_per_batch: int | None,
         skip_bad: bool,
         advise: Callable[[str], None],
+        master_weights: bool = False,
         course: Course | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
-        self.course = course or Course()
+        self.course, self.master_weights = course or Course(), master_weights
         if is_sharded(model):
             # FSDP2 would otherwise skip the reduction of gradients until the last micro-batch and keep them unsharded.
             accelerator_config: Any = args.accelerator_config
@@ -295,6 +298,14 @@ class ResumableTrainer(Trainer, ABC):
             if checkpoint is not None:
                 self.read_state(Path(checkpoint))
 
+    @override
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made and self.master_weights:
+            MasterWeights(optimizer)  # held by its hooks
+        return optimizer
+
     def write_state(self, folder: Path) -> None:
         """Add state that transformers does not save to a checkpoint; subclasses add their own."""
         state = {
@@ -400,6 +411,7 @@ class ResumableTrainer(Trainer, ABC):
         # Without gradients the optimizer changes neither weights nor moments. The loss of the step is subtracted again.
         assert isinstance(self.optimizer, torch.optim.Optimizer)
         self.optimizer.zero_grad(set_to_none=True)
+        self.policy.zero_grad(set_to_none=True)  # the optimizer may hold copies of its weights
         self._tr_loss.copy_(self._loss_before)
         return None
 

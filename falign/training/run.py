@@ -35,6 +35,7 @@ from falign.runs.progress import MetricsFile, ProgressBar, plot_curves
 from falign.runs.summary import Answered, Best, RunSummary
 from falign.terminal import Terminal
 from falign.training.interrupts import StopAtStepEnd, prepare_trackers
+from falign.training.memory import advising_on_memory
 from falign.training.offline import offline_trainer
 from falign.training.online.run import online_trainer
 from falign.training.online.trainer import OnlineTrainer
@@ -110,16 +111,17 @@ def train(
     else:
         folder.require_free()
     try:
-        return _begin(
-            config,
-            objective,
-            folder,
-            origin,
-            console=console,
-            resume=resume,
-            new_rewards=new_rewards,
-            callbacks=callbacks,
-        )
+        with advising_on_memory(config):
+            return _begin(
+                config,
+                objective,
+                folder,
+                origin,
+                console=console,
+                resume=resume,
+                new_rewards=new_rewards,
+                callbacks=callbacks,
+            )
     finally:
         folder.lock.give_back()
 
@@ -429,6 +431,7 @@ def _write_model(
             trainer.policy,
             language.tokenizer,
             folder.weights,
+            dtype=str(trainer.policy.dtype).removeprefix("torch."),  # as it was evaluated, whatever the base has
             revision=config.model.revision,
             trust_remote_code=config.model.trust_remote_code,
             new_token_ids=config.model.new_token_ids(),

@@ -633,6 +633,7 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             skip_bad=True,
             log_completions=With(True, online=True, report_to="tensorboard"),
             extra={"adam_beta1": 0.8},
+            master_weights=With("float32", run={"adapter": None, "model": {"path": "tiny", "dtype": "bfloat16"}}),
             save_minutes=5.0,
             early_stopping=With({"metric": "loss"}, eval_steps=2),
             keep_best=With("loss", eval_steps=2),

@@ -323,7 +323,10 @@ def test_a_bad_override_is_quoted(run_file, override):
         (with_("objective", margin_loss="robust()"), r"'' is not a number; write robust\(0.1\)"),
         (with_("objective", divergence="nowhere:f"), "importable module:Name"),
         (with_("objective", divergence="math:pi"), "is a float, not a falign Divergence"),
-        ({**with_("model", quantization="nf4"), "adapter": None}, "4-bit weights do not train"),
+        (
+            {**with_("model", quantization="nf4"), "adapter": None},
+            "quantized weights do not train",
+        ),
         ({**LEAST, "adapter": None, "reference": {"kind": "adapter_off"}}, "set reference.kind=frozen"),
         (with_("training", eval_steps=5), "needs data.eval"),
     ],

@@ -23,6 +23,7 @@ OF_THE_TRAINER = (
     *("policy", "reference", "objective", "measures", "args", "scorer", "tokens_per_batch"),
     *("train_dataset", "eval_dataset", "rehearsal", "rehearsal_size", "prompts", "eval_prompts"),
     *("value_head", "warm_up", "sampler", "evaluation_sampler", "guard", "max_gap", "correction", "course", "table"),
+    "master_weights",
 )
 NOT_MADE_HERE = ("hook", "forward", "hf_device_map")
 DRAWN = re.compile(r"falign-[0-9a-f]{8}")  # of folders that have a new name each time

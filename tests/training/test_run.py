@@ -383,7 +383,9 @@ def test_a_damaged_line_within_the_metrics_is_named(tmp_path):
         ({"training": {"max_steps": 0}}, "training.max_steps=0: a run takes at least one optimizer step; leave it out"),
         ({"training": {"report_to": ["none", "wandb"]}}, "none excludes other trackers"),
         ({"data": {"max_length": 4096}}, "2048 positions"),
-        ({"adapter": None, "model": {"dtype": "bfloat16"}}, "model.dtype=float32"),
+        ({"adapter": None, "model": {"dtype": "float16"}}, "model.dtype=bfloat16 and training.master_weights=float32"),
+        ({"training": {"master_weights": "float32"}}, "master_weights=float32 with an adapter has no effect"),
+        ({"adapter": None, "training": {"master_weights": "float32"}}, "has no effect on float32 weights"),
     ],
 )
 def test_what_cannot_start_leaves_no_folder_behind(start, tmp_path, changes, message):

@@ -159,6 +159,7 @@ def online_trainer(
         processing_class=language.tokenizer,
         callbacks=list(callbacks),
         course=course,
+        master_weights=config.training.master_weights is not None,
     )
     if config.training.log_completions:
         tables = TrackerTables(trainer.callback_handler.callbacks)
