@@ -18,6 +18,7 @@ from falign.scoring import PromptTree, Scorer
 from falign.training import train
 from tests.models.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tests.training.pairs import run_data, write_pairs
+from tests.training.prompts import online_data, write_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 TREES = [
@@ -221,3 +222,28 @@ def test_margins_are_read_from_their_column(tmp_path):
     with_margin = train(parse_run(values), console=Console(quiet=True)).before["loss"]
     values["objective"]["margin"], values["output_dir"] = "none", str(tmp_path / "plain")
     assert with_margin > train(parse_run(values), console=Console(quiet=True)).before["loss"] + 0.2
+
+
+def test_a_salsa_run_is_rewarded_by_the_exported_reward_model(reward_run, tmp_path):
+    """On a soup of two adapters, as SALSA's reference; the logged rewards are those of the run that trained them."""
+    tiny, exported = reward_run / "tiny", tmp_path / "classifier"
+    falign.load(reward_run / "run").export("classifier", out=exported)
+    for seed in (1, 2):
+        values = run_data(tiny, reward_run / "pairs.jsonl", tmp_path / f"sft{seed}", training={"max_steps": 1})
+        train(parse_run({**values, "seed": seed, "objective": {"kind": "supervised"}}), console=Console(quiet=True))
+    values = online_data(tiny, write_prompts(tmp_path / "prompts.jsonl"), tmp_path / "salsa")
+    values |= {
+        "adapter": {"init": str(tmp_path / "sft1")},
+        "reference": {"kind": "soup", "paths": [str(tmp_path / "sft1"), str(tmp_path / "sft2")]},
+        "rewards": [{"kind": "classifier", "path": str(exported)}],
+        "objective": {"kind": "policy_gradient", "divergence": "reverse_kl", "beta": 0.01},
+        "training": {**values["training"], "max_steps": 2},
+    }
+    folder = train(parse_run(values), console=Console(quiet=True)).folder
+    sampled = [json.loads(line) for line in lines(folder.completions_file)]
+    ended = [row for row in sampled if row["completion"].strip()]
+    rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in ended]
+    falign.load(reward_run / "run").score(rows, tmp_path / "scores.jsonl")
+    scores = [json.loads(line)["implicit_reward"] for line in lines(tmp_path / "scores.jsonl")]
+    assert len(scores) == len(ended) > 30
+    assert [row["reward"] for row in ended] == pytest.approx(scores, abs=1e-4)
