@@ -390,8 +390,11 @@ def test_an_export_is_proven_and_a_soup_is_recorded(run, folder):
     exported = run.export(out=folder / "merged")
     assert exported.path == folder / "merged"
     assert exported.proof.max_abs_logit_difference <= exported.proof.bound * exported.proof.max_abs_logit
-    with pytest.raises(ConfigError, match="format='gguf' is unknown"):
-        run.export("gguf")
+    with pytest.raises(ConfigError, match="format='onnx' is unknown: choose adapter, merged, classifier or gguf"):
+        run.export("onnx")
+    with pytest.raises(ModelError, match="its tokenizer has no merges"):
+        run.export("gguf", out=folder / "gguf")
+    assert not (folder / "gguf").exists()
     record = falign.soup([run, shutil.copytree(run.path, folder / "twin")], folder / "soup", weights=[0.25, 0.75])
     assert [member.weight for member in record.members] == [0.25, 0.75]
     assert record.kind == "adapter"

@@ -182,6 +182,8 @@ def _why_no_tokens(tokenizer: PreTrainedTokenizerBase) -> str | None:
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     if rules["model"]["type"] != "BPE" or rules["model"].get("byte_fallback"):
         return "its tokenizer is not a byte-level BPE"
+    if not rules["model"]["merges"]:
+        return "its tokenizer has no merges"
     if rules["normalizer"] not in (None, {"type": "NFC"}):
         return f"its tokenizer changes texts first ({rules['normalizer'].get('type')})"
     if pre_tokenizer_name(rules["pre_tokenizer"]) is None:

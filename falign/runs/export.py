@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import BaseModel
 
 from falign.durable import write_whole
-from falign.errors import ConfigError, FalignError
+from falign.errors import ConfigError
 from falign.models import describe, export_adapter, export_merged, verify_export, write_soup
 from falign.models.classifier_export import export_classifier, verify_classifier
 from falign.models.gguf_writing import export_gguf, verify_gguf
@@ -104,8 +104,8 @@ def export(
     write(plan)
     try:
         proof = prove(plan)
-    except FalignError:
-        shutil.rmtree(target)  # nobody may use an export that differs from the trained model
+    except BaseException:
+        shutil.rmtree(target)  # nobody may use an export that differs from the trained model, or is not proven
         raise
     name = "." if account is None else account.repository
     files = tuple(file.name for file in target.glob("*.gguf"))
