@@ -36,7 +36,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="Dtype of merged weights; auto: that of the base checkpoint.")] = "auto",
     base: Annotated[
         str | None,
-        typer.Option("--base", help="The 16-bit model to merge into, if the run's base is stored in 4 bits."),
+        typer.Option("--base", help="The 16-bit model to merge into, if the run's base is stored quantized."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target folder.")] = False,
     trust_code: TrustCode = False,
@@ -77,7 +77,7 @@ def export(
         console.print("pushed to", Text(exported.url, style="bold"))
     if exported.four_bit_base:
         console.print(
-            "[yellow]note:[/] the trained model has a 4-bit base, and the export has the original weights. The rest of "
-            "the difference is the rounding to 4 bits, which has no bound: evaluate the export itself, or serve the "
-            "adapter on the 4-bit base."
+            "[yellow]note:[/] the trained model has a quantized base, and the export has the original weights. The "
+            "rest of the difference is its rounding, which has no bound: evaluate the export itself, or serve the "
+            "adapter on the quantized base."
         )

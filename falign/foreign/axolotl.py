@@ -10,6 +10,7 @@ from typing import Any
 from falign.errors import ConfigError
 from falign.foreign.axolotl_data import eval_sources, train_sources
 from falign.foreign.axolotl_rows import AXOLOTL, DEFAULTS
+from falign.foreign.reasons import INT8
 from falign.foreign.rows import Value
 from falign.foreign.shared import as_list, best_model, default_targets, launch_of, mapping_of, weighted_terms
 from falign.foreign.translation import Translation
@@ -114,6 +115,9 @@ def _adapter(run: Translation) -> None:
     kind = run["adapter"]
     if run["load_in_4bit"]:
         run.put("model.quantization", "nf4", "load_in_4bit", "adapter")
+    if run["load_in_8bit"]:
+        run.put("model.quantization", "int8", "load_in_8bit")
+        run.differ(INT8)
     if kind is None:
         run.put("adapter", None, "adapter")
         return

@@ -35,8 +35,8 @@ _MODEL: Mapping[str, Row] = {
     **each("fp16 float16 bfloat16 float32", read("model.dtype")),
     "fp8": refused("training computes in model.dtype", False),
     "load_in_4bit": read("model.quantization"),
-    "load_in_8bit": refused("model.quantization supports nf4 only", False),
-    "gptq": refused("model.quantization supports nf4 only", False),
+    "load_in_8bit": read("model.quantization"),
+    "gptq": refused("model.quantization supports nf4 and int8 only", False),
     "bnb_config_kwargs": refused("model.quantization=nf4 has double quantization and computes in bfloat16"),
     **each("qat quantization fp8_config", refused("the weights are trained in model.dtype")),
     **each(
@@ -269,6 +269,7 @@ DEFAULTS: Mapping[str, object] = {
     "fp16": None,
     "adapter": None,
     "load_in_4bit": False,
+    "load_in_8bit": False,
     "lora_dropout": 0.0,
     "sequence_len": 512,
     "max_prompt_len": 512,

@@ -10,6 +10,7 @@ from typing import Any
 from falign.choices import similar
 from falign.errors import ConfigError
 from falign.foreign.llamafactory_rows import DEFAULTS, LLAMAFACTORY
+from falign.foreign.reasons import INT8
 from falign.foreign.rows import Value
 from falign.foreign.shared import as_list, best_model, launch_of, schedule_steps, weighted_terms
 from falign.foreign.translation import Translation
@@ -140,8 +141,12 @@ def _quantization(run: Translation) -> None:
     bits = run["quantization_bit"]
     if bits is None:
         return
+    if bits == 8 and run["quantization_method"] in ("bnb", "bitsandbytes"):
+        run.put("model.quantization", "int8", "quantization_bit", "quantization_method")
+        run.differ(INT8)
+        return
     if bits != 4 or run["quantization_method"] not in ("bnb", "bitsandbytes") or run["quantization_type"] != "nf4":
-        run.refuse("quantization_bit", "model.quantization supports nf4 of bitsandbytes, in 4 bits")
+        run.refuse("quantization_bit", "model.quantization supports nf4 in 4 bits and int8 of bitsandbytes")
         return
     run.put("model.quantization", "nf4", "quantization_bit")
     if not run["double_quantization"]:
@@ -193,9 +198,9 @@ def _reference(run: Translation) -> None:
     if run["ref_model"] is not None:
         section = {"kind": "frozen", "path": run["ref_model"]}
         if bits := run["ref_model_quantization_bit"]:
-            if bits != 4:
-                run.refuse("ref_model_quantization_bit", "reference.quantization supports nf4, in 4 bits")
-            section["quantization"] = "nf4"
+            if bits not in (4, 8):
+                run.refuse("ref_model_quantization_bit", "reference.quantization supports nf4 in 4 bits, and int8")
+            section["quantization"] = "int8" if bits == 8 else "nf4"
         run.put("reference", section, "ref_model", "ref_model_quantization_bit")
     elif run["adapter_name_or_path"] is not None and run["finetuning_type"] == "lora":
         run.put("reference", {"kind": "adapter_off"}, "adapter_name_or_path")

@@ -8,6 +8,7 @@ __all__ = [
     "DPO_LOSS",
     "ENTROPY",
     "HUB",
+    "INT8",
     "LOADER",
     "LOGGING",
     "LORA",
@@ -22,6 +23,7 @@ SAMPLING = "completions are sampled from the whole vocabulary; importance weight
 SERVER = "it is an option of the vLLM server, which you start yourself (docs/vllm.md)"
 SHARDING = "processes are chosen on the command line: falign train RUN.yaml --launch ddp, or --launch fsdp2"
 HUB = "training uploads nothing: falign export RUN --push NAME does, afterwards"
+INT8 = "8-bit weights are multiplied in the type of the others here; LLM.int8() there also rounds the inputs."
 LOADER = "all rows are tokenized before the first step, and the training process makes the batches"
 ENTROPY = "no objective has an entropy bonus; objective.divergence and objective.beta limit the change of the policy"
 CLIPPING = "no objective clips in this way; objective.clip_low and objective.clip_high bound π/π_old"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from falign.errors import ConfigError
+from falign.foreign.reasons import INT8
 from falign.foreign.shared import (
     as_list,
     best_model,
@@ -150,10 +151,13 @@ def _lora(run: Translation, *, revision: str | None, remote: bool) -> None:
 
 
 def _quantization(run: Translation, dtype: str) -> None:
+    if run["load_in_8bit"]:
+        run.put("model.quantization", "int8", "load_in_8bit")
+        run.differ(INT8)
     if not run["load_in_4bit"]:
         return
     if run["bnb_4bit_quant_type"] != "nf4":
-        run.refuse("bnb_4bit_quant_type", "model.quantization supports nf4 only")
+        run.refuse("bnb_4bit_quant_type", "model.quantization supports nf4 in 4 bits, and int8")
     run.put("model.quantization", "nf4", "load_in_4bit")
     if not run["use_bnb_nested_quant"]:
         run.differ("4-bit weights always have double quantization here (use_bnb_nested_quant: true).")

@@ -27,7 +27,9 @@ __all__ = [
 ]
 
 
-_ROUNDING = 0.3  # share of a weight's norm; nf4 rounding is 0.09 for normal weights, another model differs by 1.4
+# Shares of a weight's norm. For normal weights nf4 rounding is 0.09 and int8 rounding 0.01; another model differs by
+# 1.4.
+_ROUNDING = {4: 0.3, 8: 0.05}
 
 
 def base_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
@@ -72,29 +74,38 @@ def _kind(parameter: nn.Parameter) -> str:
 
 @torch.no_grad()
 def check_quantized_from(original: PreTrainedModel, model: PreTrainedModel | PeftModel) -> None:
-    """Raise unless the 4-bit weights of a base are the rounded weights of another model.
+    """Raise unless the quantized weights of a base are the rounded weights of another model.
 
     Raises:
         ModelError: A weight is not; the message names the first one.
     """
-    stored = {name: each for name, each in base_parameters(model).items() if "quant_state" in vars(each)}
-    if not stored:
-        return
-    from bitsandbytes.functional import dequantize_4bit  # slow to import, and needed here alone
-
+    stored = {name: each for name, each in base_parameters(model).items() if {"quant_state", "SCB"} & vars(each).keys()}
     modules = dict(original.named_modules())
     for name, packed in stored.items():
-        restored = dequantize_4bit(packed.data, vars(packed)["quant_state"]).cpu().float()
+        restored, bits = _restored(packed)
         # bitsandbytes packs the weight as (out, in); Conv1D stores the original as (in, out).
         module, share = modules.get(name.removesuffix(".weight")), math.inf
         if isinstance(module, nn.Linear | Conv1D):
             weight = (module.weight.T if is_transposed(module) else module.weight).cpu().float()
             share = float((restored - weight).norm() / weight.norm()) if restored.shape == weight.shape else math.inf
-        if not share <= _ROUNDING:
+        if not share <= _ROUNDING[bits]:
             raise ModelError(
                 f"{original.name_or_path} is not the model that {base_of(model).name_or_path} was quantized from: "
-                f"{name} differs by {share:.0%} of its norm, where 4 bits explain {_ROUNDING:.0%}. Give that model."
+                f"{name} differs by {share:.0%} of its norm, where {bits} bits explain {_ROUNDING[bits]:.0%}. Give "
+                "that model."
             )
+
+
+def _restored(packed: nn.Parameter) -> tuple[Tensor, int]:
+    """Return the float32 weights that a quantized parameter stands for, and its bits."""
+    # Both imports are slow, and needed here alone.
+    if "SCB" in vars(packed):
+        from falign.models.int8 import restored
+
+        return restored(packed.data, vars(packed)["SCB"]).cpu(), 8
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(packed.data, vars(packed)["quant_state"]).cpu().float(), 4
 
 
 def check_base_intact(model: nn.Module) -> None:

@@ -93,8 +93,8 @@ def export_merged(
         model: The trained model; it is not changed.
         tokenizer: The tokenizer it was trained with.
         out_dir: The folder to write; it appears complete or not at all.
-        base_name_or_path: The base to fold into, if not the one it was loaded from; needed where that is stored in 4
-            bits, and compared with it.
+        base_name_or_path: The base to fold into, if not the one it was loaded from; needed where that is stored
+            quantized, and compared with it.
         dtype: Dtype of the written weights; ``auto`` is that of the base checkpoint.
         adapter: Name of the adapter.
         revision: The base's revision on the hub.
@@ -142,7 +142,7 @@ def merged_model(
     name = base_name(model) if base_name_or_path is None else base_name_or_path
     if (stored := stored_quantization(name, revision=revision)) is not None:
         raise ModelError(
-            f"{name} is stored in 4 bits ({stored}); an adapter merged into those would be rounded away: "
+            f"{name} is stored quantized ({stored}); an adapter merged into those would be rounded away: "
             "give the 16-bit model that it was made from (`base_name_or_path`), or export the adapter."
         )
     merged = load_model(name, revision=revision, trust_remote_code=trust_remote_code, device="cpu")

@@ -43,9 +43,9 @@ _NOT_COMPUTED_WITH = frozenset(
 def weights_hash(model: PreTrainedModel | PeftModel, *, adapter: str | None = None) -> str:
     """Return the SHA-256 of the base weights, adapters excluded, or of one adapter.
 
-    It covers names, shapes, dtypes and bytes, and the scales of 4-bit weights. The hash of a base is the same with and
-    without adapters over it. The hash of an adapter does not depend on the name under which it is loaded, and covers
-    its scaling.
+    It covers names, shapes, dtypes and bytes, and the scales of quantized weights. The hash of a base is the same with
+    and without adapters over it. The hash of an adapter does not depend on the name under which it is loaded, and
+    covers its scaling.
 
     Args:
         model: The model; its weights are read one by one, so that no copy of them is held.
@@ -117,8 +117,11 @@ def _computed_with(value: Any) -> Any:
 
 def _base_entries(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in base_weights(model):
-        state = vars(tensor).get("quant_state")
-        if state is None:
+        state, scale = vars(tensor).get("quant_state"), vars(tensor).get("SCB")
+        if scale is not None:  # of 8-bit weights, by row
+            yield name, tensor.data
+            yield f"{name}.SCB", scale
+        elif state is None:
             yield name, tensor
         else:
             yield from _four_bit_entries(name, tensor, state)

@@ -117,8 +117,9 @@ def load_model(
         name_or_path: A hub name, a folder, a ``.gguf`` file, or ``demo:smollm2-135m-instruct``.
         dtype: ``auto`` (the checkpoint's own), ``float32``, ``bfloat16``, ``float16``, or ``fastest`` (bfloat16
             where the device multiplies it natively, else float32). With ``quantization``, of the other weights.
-        quantization: ``nf4`` for 4-bit NormalFloat with double quantization and bfloat16 arithmetic. A checkpoint that
-            is stored in 4 bits by bitsandbytes is loaded as it is stored.
+        quantization: ``nf4`` for 4-bit NormalFloat with double quantization and bfloat16 arithmetic, ``int8`` for
+            8-bit weights with one scale per row, multiplied in the type of the other weights. A checkpoint that is
+            stored in 4 or 8 bits by bitsandbytes is loaded as it is stored.
         attn_implementation: ``sdpa``, ``eager``, ``flex_attention`` or ``flash_attention_2`` to ``4``; the last ones
             need a GPU.
         revision: Branch, tag or commit on the hub.
@@ -139,13 +140,13 @@ def load_model(
     stored = stored_quantization(name, revision=revision)
     if stored is not None and quantization not in (None, stored):
         raise ConfigError(f"quantization={quantization!r}: {name} is stored as {stored} already; leave it out.")
-    if stored is None and quantization not in (None, "nf4"):
-        raise ConfigError(f"quantization={quantization!r} is unknown; choose 'nf4', or leave it out.")
+    if stored is None and quantization not in (None, *QUANTIZATIONS):
+        raise ConfigError(f"quantization={quantization!r} is unknown; choose 'nf4' or 'int8', or leave it out.")
     quantized = quantization is not None or stored is not None
     place = _default_device(quantized) if device is None else named_device(device)
     torch_dtype = resolve_dtype(dtype, device=place)
     # An explicit None would mean the checkpoint's own quantization.
-    options = {"quantization_config": _nf4()} if quantization is not None and stored is None else {}
+    options = {"quantization_config": QUANTIZATIONS[quantization]()} if quantization and stored is None else {}
     with reading(lambda error: _unloadable("model", name, error)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
@@ -170,7 +171,7 @@ def load_model(
 
 
 def stored_quantization(name_or_path: str | Path, *, revision: str | None = None) -> str | None:
-    """Return the stored quantization: ``nf4`` or ``fp4`` by bitsandbytes, or None for weights of 16 or 32 bits.
+    """Return the stored quantization: ``nf4``, ``fp4`` or ``int8`` of bitsandbytes; None for 16 or 32 bits.
 
     Raises:
         ModelError: No configuration there, or another quantization, which falign does not support.
@@ -181,11 +182,12 @@ def stored_quantization(name_or_path: str | Path, *, revision: str | None = None
         stored = dict(config.get("quantization_config") or {})
     if not stored:
         return None
+    if stored.get("load_in_8bit"):
+        return "int8"
     if not stored.get("load_in_4bit"):
-        method = "bitsandbytes in 8 bits" if stored.get("load_in_8bit") else stored.get("quant_method")
         raise ModelError(
-            f"{name} is stored quantized ({method}), and falign supports only 4 bits by bitsandbytes: give the 16-bit "
-            "model, with model.quantization=nf4 if memory is short."
+            f"{name} is stored quantized ({stored.get('quant_method')}), and falign supports only 4 and 8 bits by "
+            "bitsandbytes: give the 16-bit model, with model.quantization=nf4 or int8 if memory is short."
         )
     return str(stored.get("bnb_4bit_quant_type", "fp4"))
 
@@ -218,11 +220,22 @@ def _nf4() -> BitsAndBytesConfig:
     )
 
 
+def _int8() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+QUANTIZATIONS = {"nf4": _nf4, "int8": _int8}
+"""Quantizations of weights while they are loaded, with their configurations."""
+
+
 def _keep_weights(model: PreTrainedModel) -> None:
     # bitsandbytes changes its layers at their first forward pass. These changes are made or prevented here, so that a
     # forward pass does not change the model, or its hash.
     from bitsandbytes.nn.modules import Linear4bit
 
+    from falign.models.int8 import keep_int8_weights
+
+    keep_int8_weights(model)
     for module in model.modules():
         if not isinstance(module, Linear4bit):
             continue

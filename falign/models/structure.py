@@ -80,7 +80,7 @@ def _multiplies(module: nn.Module) -> bool:
     """Return whether a layer computes ``x Wᵀ + b``; a class with its own forward is tested on one vector."""
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return True
-    if "quant_state" in vars(module.weight):  # 4-bit layers of bitsandbytes
+    if "quant_state" in vars(module.weight) or not module.weight.is_floating_point():  # layers of bitsandbytes
         return True
     # One vector of distinct values tells a product from any other use of the weight.
     vector = torch.linspace(-1, 1, module.in_features).to(module.weight)[None]

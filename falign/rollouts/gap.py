@@ -158,5 +158,5 @@ def _std(layer: LoraLayer) -> float:
     """Return the standard deviation of the base weights under an adapter's layer, experts included."""
     assert isinstance(layer, nn.Module)
     own = [weight for weight in without_adapters(layer).parameters(recurse=False) if weight.ndim > 1]
-    weights = [weight.detach().float() for weight in own if "quant_state" not in vars(weight)]
+    weights = [weight.detach().float() for weight in own if not {"quant_state", "SCB"} & vars(weight).keys()]
     return max((float(weight.std()) for weight in weights), default=_USUAL_STD)

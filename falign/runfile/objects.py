@@ -104,10 +104,11 @@ class LoadedModelConfig(ModelConfig):
                 "tokenizer, and load it from there."
             )
         dtype: Any = str(model.dtype).removeprefix("torch.")
+        quantization: Any = describe(model).quantization
         section = cls(
             path=path,
             dtype=dtype if dtype in get_args(cls.model_fields["dtype"].annotation) else "auto",
-            quantization="nf4" if describe(model).quantization == "nf4" else None,
+            quantization=quantization if quantization in ("nf4", "int8") else None,
             attn_implementation=model.config._attn_implementation or "sdpa",
             trust_remote_code=type(model).__module__.startswith("transformers_modules"),
         )
@@ -143,8 +144,12 @@ class LoadedModelConfig(ModelConfig):
 
     @override
     def build(self, *, trains: bool = False) -> PreTrainedModel:
-        model = copy.deepcopy(self._model) if trains else _with_shared_weights(self._model)
-        return self.with_new_tokens(model.eval())
+        model = (copy.deepcopy(self._model) if trains else _with_shared_weights(self._model)).eval()
+        if self.quantization == "int8":
+            from falign.models.int8 import keep_int8_weights
+
+            keep_int8_weights(model)
+        return self.with_new_tokens(model)
 
 
 def objective_section(objective: Objective) -> Any:

@@ -29,8 +29,9 @@ class ModelConfig(FrozenModel):
     """Hub name, folder, ``.gguf`` file, or ``demo:smollm2-135m-instruct``."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"
     """``auto`` is the checkpoint's; ``fastest`` is bfloat16 if the device multiplies it natively, else float32."""
-    quantization: Literal["nf4"] | None = None
-    """``nf4``: 4-bit weights with double quantization and bfloat16 compute; needs an adapter."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """``nf4``: 4-bit weights with double quantization and bfloat16 compute; ``int8``: 8-bit weights with a scale per
+    row, and compute in ``dtype``. Both need an adapter."""
     attn_implementation: str = "sdpa"
     """``sdpa``, ``eager``, ``flex_attention`` or ``flash_attention_2`` to ``4``; the last ones need a GPU."""
     chat_template: str | None = None

@@ -87,7 +87,7 @@ class FrozenReferenceConfig(ReferenceSection):
     """The model, if it is not the one in training; it must have the policy's tokens."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"
     """For a separate ``path``, as ``model.dtype``; without one the reference is loaded like the policy."""
-    quantization: Literal["nf4"] | None = None
+    quantization: Literal["nf4", "int8"] | None = None
     """For a separate ``path``, as ``model.quantization``; without one the reference is loaded like the policy."""
 
     @override

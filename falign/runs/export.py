@@ -38,7 +38,7 @@ class Exported(NamedTuple):
     Attributes:
         path: Its folder.
         proof: Difference between its logits, or rewards, and the trained model's.
-        four_bit_base: Whether the trained model has a 4-bit base and the export its original weights.
+        four_bit_base: Whether the trained model has a quantized base and the export its original weights.
         served: How vLLM serves the adapter, or why it cannot; ``""`` for merged weights.
         url: Address of the repository that it was pushed to; ``""`` without.
     """
@@ -73,7 +73,7 @@ def export(
             classifier of transformers, or ``gguf``, merged weights as a file for llama.cpp.
         out: Target folder; by default ``RUN/export/FORMAT``.
         dtype: Dtype of merged weights; ``auto`` is that of the base checkpoint.
-        base: The 16-bit model to merge into, if the run's base is stored in 4 bits.
+        base: The 16-bit model to merge into, if the run's base is stored quantized.
         overwrite: Replace the target folder.
         trust_code: Whether code that the run folder names may run.
         push: Repository of the Hub to upload the folder to, ``NAME`` or ``OWNER/NAME``; it is created if missing.

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from falign.data.other_prompts import OtherPrompts
 from falign.errors import ConfigError, ModelError
-from falign.models import base_of, config_hash
+from falign.models import base_of, config_hash, describe
 from falign.models.heads import cut_head, head_rows
 from falign.models.staging import staged_folder
 from falign.models.tokenizers import tokenizer_fingerprint
@@ -236,13 +236,13 @@ def _cache_key(
         )
     base = reference.own_model or base_of(policy)
     assert isinstance(base, PreTrainedModel)
-    quantization = getattr(base.config, "quantization_config", None)
+    quantization = describe(base).quantization
     return CacheKey(
         weights=weights,
         config=config_hash(base),
         vocabulary=min(head_rows(base), head_rows(policy)),
         tokenizer=tokenizer_fingerprint(tokenizer),
-        dtype=f"{base.dtype}{'' if quantization is None else ' nf4'}",
+        dtype=f"{base.dtype}{'' if quantization is None else f' {quantization}'}",
         attention=str(base.config._attn_implementation),
         top_k=top_k,
     )

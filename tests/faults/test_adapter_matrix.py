@@ -292,7 +292,7 @@ def test_export_merged(world, kind, tmp_path):
     _, folder = world.run(kind)
     base = TRAINED[kind][0]
     if base == "nf4":
-        with pytest.raises(ModelError, match=r"is stored in 4 bits \(nf4\).*\(--base\)"):
+        with pytest.raises(ModelError, match=r"is stored quantized \(nf4\).*\(--base\)"):
             export(str(folder.path), Format.merged, tmp_path / "out")
         base = "llama"  # what was quantized
         export(str(folder.path), Format.merged, tmp_path / "out", base=str(world.base(base)))
@@ -384,7 +384,7 @@ def test_exports_are_refused(world, kind, tmp_path):
 
 def test_all_weights_of_a_base_in_four_bits_cannot_be_trained(world, tmp_path):
     values = world.config(tmp_path / "run", "nf4", {"r": 2, "alpha": 4}).model_dump(mode="json")
-    with pytest.raises(ConfigError, match=r"adapter=null trains all weights.*stored in 4 bits \(nf4\)"):
+    with pytest.raises(ConfigError, match=r"adapter=null trains all weights.*stored quantized \(nf4\)"):
         train(parse_run(values | {"adapter": None, "reference": {"kind": "frozen"}}), console=Console(quiet=True))
 
 

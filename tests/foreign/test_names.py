@@ -183,7 +183,7 @@ def test_optimizers_that_need_target_modules_are_refused():
 
 def test_adapters_and_quantization_are_what_the_reasons_say():
     assert not {name for name, row in LORA_CONFIG.items() if not row.fields} & AdapterConfig.model_fields.keys()
-    assert get_args(get_args(FalignModel.model_fields["quantization"].annotation)[0]) == ("nf4",)
+    assert get_args(get_args(FalignModel.model_fields["quantization"].annotation)[0]) == ("nf4", "int8")
     config = _nf4()
     assert config.bnb_4bit_use_double_quant
     assert config.bnb_4bit_quant_storage == config.bnb_4bit_compute_dtype == torch.bfloat16

@@ -87,7 +87,7 @@ def test_the_repacking_inference_kernel_is_off_in_every_layer(tiny):
 
 
 def test_unknown_options_are_refused(tiny):
-    with pytest.raises(ConfigError, match="quantization='int4' is unknown; choose 'nf4'"):
+    with pytest.raises(ConfigError, match="quantization='int4' is unknown; choose 'nf4' or 'int8'"):
         load_model(tiny, quantization="int4")
     with pytest.raises(ConfigError, match="dtype='half' is unknown"):
         load_model(tiny, dtype="half")
@@ -211,7 +211,7 @@ def test_an_adapter_over_it_is_merged_into_the_sixteen_bit_model_that_is_named(f
     tokenizer = load_tokenizer(folder)
     policy = fill_adapter(add_lora(load_model(folder), r=2, alpha=4, seed=0))
     with pytest.raises(
-        ModelError, match=r"is stored in 4 bits \(nf4\).*give the 16-bit model.*\(`base_name_or_path`\)"
+        ModelError, match=r"is stored quantized \(nf4\).*give the 16-bit model.*\(`base_name_or_path`\)"
     ):
         export_merged(policy, tokenizer, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -233,7 +233,6 @@ def test_an_adapter_over_it_is_merged_into_the_sixteen_bit_model_that_is_named(f
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         *(({"quant_method": method}, method) for method in ("awq", "mxfp4", "fp8", "compressed-tensors", "torchao")),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes in 8 bits"),
     ],
 )
 def test_other_stored_quantizations_are_refused_by_name(tiny, stored, name):
