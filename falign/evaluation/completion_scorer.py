@@ -115,7 +115,7 @@ class CompletionScorer:
             known = {}
             if REFERENCE not in self._read:  # the rows have its log-probabilities, whatever the objective reads
                 known["reference_logprobs"] = self.reference.logprobs(self.policy, batch)
-            completions, entropy = objective_inputs(
+            scored = objective_inputs(
                 self.policy,
                 batch,
                 references={**self.references, REFERENCE: self.reference},
@@ -124,12 +124,12 @@ class CompletionScorer:
                 columns=known,
                 reward_head=self.reward_head,
             )
-            log_ratios = completions.log_ratio
+            completions, log_ratios = scored.completions, scored.completions.log_ratio
             per_token = {
                 "logprobs": completions.logprobs,
                 "reference_logprobs": completions.reference_logprobs,
                 "log_ratios": log_ratios,
-                "entropy": entropy,
+                "entropy": scored.entropy,
                 "token_divergence": completions.measures.get("divergence"),
             }
             per_completion = {

@@ -28,7 +28,7 @@ def whole(model, prompts):
 def test_context_distillation_is_the_divergence_to_the_base_behind_the_context(name):
     policy, objective = with_lora(tiny_model(), trained=True), ContextDistillation(family(name))
     weights = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    completions, _ = objective_inputs(policy, BATCH, references={"teacher": TEACHER}, objective=objective)
+    completions = objective_inputs(policy, BATCH, references={"teacher": TEACHER}, objective=objective).completions
     loss = objective(completions).mean()
     with policy.disable_adapter(), torch.no_grad():
         log_q = whole(policy, OTHERS)
@@ -44,7 +44,7 @@ def test_context_distillation_is_the_divergence_to_the_base_behind_the_context(n
 def test_privileged_distillation_from_sampled_tokens_has_the_score_function_of_the_reverse_kl():
     policy, objective = with_lora(tiny_model(), trained=True), PrivilegedDistillation(level="token")
     own = completion_scores(policy, BATCH).logprobs
-    completions, _ = objective_inputs(policy, BATCH, references={"teacher": TEACHER}, objective=objective)
+    completions = objective_inputs(policy, BATCH, references={"teacher": TEACHER}, objective=objective).completions
     teacher = TEACHER.logprobs(policy, BATCH)
     (found,) = torch.autograd.grad(objective(completions).mean(), completions.logprobs)
     log_ratio = (own.detach() - teacher).masked_fill(~BATCH.completion_mask, 0.0)

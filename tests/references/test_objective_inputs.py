@@ -29,12 +29,13 @@ def test_a_reference_that_is_not_asked_for_is_not_run():
     reference = FrozenModel(tiny_model("llama", seed=1))
     spy = ForwardSpy(reference.model)
     policy = tiny_model("llama").eval()
-    completions, entropy = objective_inputs(policy, BATCH, references={"reference": reference}, objective=Likelihood())
+    inputs = objective_inputs(policy, BATCH, references={"reference": reference}, objective=Likelihood())
+    completions = inputs.completions
     assert len(spy) == 0
     assert completions.reference_logprobs is None
     scores = completion_scores(policy, BATCH)
     assert torch.equal(completions.logprobs, scores.logprobs)
-    assert torch.equal(entropy, scores.entropy)
+    assert torch.equal(inputs.entropy, scores.entropy)
     assert torch.equal(completions.preference, torch.tensor([1.0, 0.0]))
 
 
@@ -46,9 +47,9 @@ def test_an_objective_gets_what_it_needs_with_the_policys_gradient_and_one_pass_
     policy = tiny_model("llama").eval()
     expected = reference.logprobs(policy, BATCH)
     spy = ForwardSpy(reference.model)
-    completions, _ = objective_inputs(
+    completions = objective_inputs(
         policy, BATCH, references={"reference": reference}, objective=objective, chunk_tokens=2
-    )
+    ).completions
     assert len(spy) == 1
     torch.testing.assert_close(completions.reference_logprobs, expected)
     for name in ("reference_logprobs", "token_weights"):

@@ -16,7 +16,7 @@ from falign.errors import ConfigError, DataError
 from falign.integrations.trl.batch_forms import OWN_ROWS, BatchForm, spread
 from falign.objectives import CompletionBatch, Objective
 from falign.objectives.batch import REFERENCE
-from falign.references import Reference, completion_batch, objective_inputs
+from falign.references import ObjectiveInputs, Reference, completion_batch, objective_inputs
 from falign.scoring import PromptTree, Scorer, TokenBatch, check_head, choose_layout
 
 __all__ = ["OwnRows", "Scored", "ScoringLayout", "Trees"]
@@ -219,12 +219,12 @@ class Trees:
         columns: Mapping[str, Tensor],
     ) -> Scored:
         """Score the trees; TRL's ``compute_loss`` does not run."""
-        completions, entropy = self._scores(inputs, objective, OWN_ROWS, columns, wrapped=model)
-        return Scored(completions, entropy=entropy[completions.completion_mask])
+        scores = self._scores(inputs, objective, OWN_ROWS, columns, wrapped=model)
+        return Scored(scores.completions, entropy=scores.entropy[scores.completions.completion_mask])
 
     def score_rows(self, inputs: Mapping[str, Any], objective: Objective, rows: str) -> CompletionBatch:
         """Score the trees of the own or mismatched rows."""
-        return self._scores(inputs, objective, rows, {}, wrapped=self.policy)[0]
+        return self._scores(inputs, objective, rows, {}, wrapped=self.policy).completions
 
     def try_on(self, inputs: Mapping[str, Any], objective: Objective) -> None:
         """Refuse a model whose head is not read correctly, or that a reference cannot be computed from.
@@ -254,7 +254,7 @@ class Trees:
         columns: Mapping[str, Tensor],
         *,
         wrapped: nn.Module,
-    ) -> tuple[CompletionBatch, Float[Tensor, "N T"]]:
+    ) -> ObjectiveInputs:
         batch = self._batch(inputs, rows)
         return objective_inputs(
             self.policy,
