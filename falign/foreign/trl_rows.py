@@ -173,7 +173,7 @@ _ONLINE: Mapping[str, Row] = {
     "reward_clip_range": refused("rewards are not clipped; rewards.0.transform, or your own function, may change them"),
     **each(
         "log_completions log_multimodal num_completions_to_print log_unique_prompts",
-        unused("all completions are written to completions.jsonl"),
+        unused("all completions are written to completions.jsonl; training.log_completions adds tables in trackers"),
     ),
 }
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from falign.errors import ConfigError
 from falign.runfile import parse_run
 from falign.training import train
+from tests.training.pairs import run_data, write_pairs
 from tests.training.prompts import online_data, write_prompts
 from tests.training.test_trackers import events
 
@@ -116,3 +117,10 @@ def test_a_run_without_a_tracker_for_tables_is_refused(trackers, part, tiny, tmp
     )
     with pytest.raises(ConfigError, match=f"training.log_completions .*{part}"):
         train(parse_run(run), console=Console(quiet=True))
+
+
+def test_a_run_on_given_completions_is_refused(tiny, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    training = {"max_steps": 1, "log_completions": True, "report_to": "tensorboard"}
+    with pytest.raises(ConfigError, match=r"training\.log_completions is for online runs"):
+        train(parse_run(run_data(tiny, pairs, tmp_path / "run", training=training)), console=Console(quiet=True))
