@@ -457,7 +457,11 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             quantization="nf4",
             attn_implementation="eager",
             chat_template="{{ messages[0]['content'] }}",
-            chat_template_kwargs=With({"quiet": True}, chat_template="{{ quiet }}{{ messages[0]['content'] }}"),
+            chat_template_kwargs=With(
+                {"quiet": True},
+                run={"data": {"train": [{"path": "pairs.jsonl", "chat": True}]}},
+                chat_template="{{ quiet }}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}",
+            ),
             revision="main",
             trust_remote_code=With(True, path="own-code"),
             new_tokens=["<plan>"],
