@@ -12,7 +12,15 @@ from falign.foreign.axolotl_data import eval_sources, train_sources
 from falign.foreign.axolotl_rows import AXOLOTL, DEFAULTS
 from falign.foreign.reasons import INT8
 from falign.foreign.rows import Value
-from falign.foreign.shared import as_list, best_model, default_targets, launch_of, mapping_of, weighted_terms
+from falign.foreign.shared import (
+    as_list,
+    best_model,
+    default_targets,
+    launch_of,
+    mapping_of,
+    new_tokens,
+    weighted_terms,
+)
 from falign.foreign.translation import Translation
 from falign.foreign.trl import WITHOUT_COUNTERPART
 
@@ -100,6 +108,7 @@ def _model(run: Translation) -> None:
     special = mapping_of(run["special_tokens"] or {}, "special_tokens")
     if other := sorted(special.keys() - {"pad_token"}):
         run.refuse("special_tokens", f"{other[0]} is that of the tokenizer; save a model with it first")
+    new_tokens(run, "tokens")
     template = run["chat_template"]
     if template not in (None, "tokenizer_default", "jinja") and not str(template).startswith("tokenizer_default"):
         run.differ(
@@ -141,7 +150,7 @@ def _adapter(run: Translation) -> None:
         except ConfigError as error:
             run.refuse("lora_target_modules", str(error))
             return
-    run.put("adapter.r", run["lora_r"], "lora_r")
+    run.put("adapter.r", run["lora_r"], "lora_r", "adapter")
     run.put("adapter.alpha", run["lora_alpha"], "lora_alpha")
     run.put("adapter.dropout", run["lora_dropout"] or 0.0, "lora_dropout")
     run.put("adapter.target_modules", found, "lora_target_modules", "lora_target_linear")

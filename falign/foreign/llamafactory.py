@@ -12,7 +12,7 @@ from falign.errors import ConfigError
 from falign.foreign.llamafactory_rows import DEFAULTS, LLAMAFACTORY
 from falign.foreign.reasons import INT8
 from falign.foreign.rows import Value
-from falign.foreign.shared import as_list, best_model, launch_of, schedule_steps, weighted_terms
+from falign.foreign.shared import as_list, best_model, launch_of, new_tokens, schedule_steps, weighted_terms
 from falign.foreign.translation import Translation
 
 __all__ = ["translated"]
@@ -107,6 +107,7 @@ def _model(run: Translation) -> None:
                 "compute in float32. model.dtype: bfloat16 is faster."
             )
     _quantization(run)
+    new_tokens(run, "add_tokens", "add_special_tokens")
     if kind == "full":
         run.put("adapter", None, "finetuning_type")
     elif run["adapter_name_or_path"] is not None:
@@ -121,7 +122,7 @@ def _model(run: Translation) -> None:
 def _lora(run: Translation) -> None:
     rank, targets = run["lora_rank"], as_list(run["lora_target"])
     alpha = run["lora_alpha"] or 2 * rank
-    run.put("adapter.r", rank, "lora_rank")
+    run.put("adapter.r", rank, "lora_rank", "finetuning_type")
     run.put("adapter.alpha", alpha, "lora_alpha", "lora_rank")
     run.put("adapter.dropout", run["lora_dropout"], "lora_dropout")
     run.put("adapter.target_modules", "all-linear" if targets == ["all"] else targets, "lora_target")

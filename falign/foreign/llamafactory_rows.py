@@ -35,9 +35,11 @@ _MODEL: Mapping[str, Row] = {
     **each("use_unsloth use_unsloth_gc enable_liger_kernel use_reentrant_gc use_v1_kernels", unused(COMPILE)),
     "disable_gradient_checkpointing": read("training.gradient_checkpointing"),
     **each(
-        "resize_vocab add_tokens add_special_tokens new_special_tokens_config split_special_tokens",
+        "new_special_tokens_config split_special_tokens",
         refused("the tokenizer stays as it is; save a model with the tokens first", False),
     ),
+    **each("add_tokens add_special_tokens", read("model.new_tokens")),
+    "resize_vocab": unused("model.new_tokens adds rows to the embeddings"),
     "init_special_tokens": unused("no tokens are added"),
     **each("rope_scaling mixture_of_depths", refused("the architecture is that of the checkpoint")),
     **each("shift_attn train_from_scratch", refused("the model is that of the checkpoint", False)),

@@ -19,6 +19,7 @@ __all__ = [
     "best_model",
     "default_targets",
     "launch_of",
+    "new_tokens",
     "positions",
     "schedule_steps",
     "weighted_terms",
@@ -52,6 +53,14 @@ def default_targets(model: str, *, revision: str | None, trust_remote_code: bool
     if config.model_type not in DEFAULTS:
         raise ConfigError(f"target modules are not given, and PEFT has no default for {config.model_type}: name them")
     return sorted(DEFAULTS[config.model_type])
+
+
+def new_tokens(run: Translation, *names: str) -> None:
+    """Translate tokens that are added to the tokenizer, in lists or separated by commas."""
+    found = [token for name in names for token in as_list(run[name])]
+    if found:
+        run.put("model.new_tokens", found, *names)
+        run.differ(f"embeddings of new tokens begin as the mean of the others ({', '.join(names)}).")
 
 
 def positions(model: str, *, revision: str | None, trust_remote_code: bool) -> int | None:

@@ -138,7 +138,7 @@ def _lora(run: Translation, *, revision: str | None, remote: bool) -> None:
             return
     elif targets not in ("all-linear", ["all-linear"]):
         targets = as_list(targets)
-    run.put("adapter.r", run["lora_r"], "lora_r")
+    run.put("adapter.r", run["lora_r"], "lora_r", "use_peft")
     run.put("adapter.alpha", run["lora_alpha"], "lora_alpha")
     run.put("adapter.dropout", run["lora_dropout"], "lora_dropout")
     run.put("adapter.target_modules", "all-linear" if targets == ["all-linear"] else targets, "lora_target_modules")
