@@ -38,7 +38,7 @@ OFFLINE = frozenset(
 )
 """Fields that a run on given completions can supply."""
 
-ONLINE = (OFFLINE - {"row_weights"}) | {
+ONLINE = (OFFLINE - {"row_weights", "learned_rewards", "margin"}) | {
     *("rewards", "features", "log_partition", "from_reference"),
     *("old_logprobs", "values", "second_values", "old_values"),
 }

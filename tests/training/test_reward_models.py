@@ -210,6 +210,10 @@ def test_what_cannot_be_is_refused_with_its_place(reward_run, tmp_path):
     with pytest.raises(DataError, match=r"pairs.jsonl:\d+ has no margin, which the objective reads: give every row"):
         train(parse_run(values), console=Console(quiet=True))
     assert not (tmp_path / "margin").exists()
+    online = online_data(reward_run / "tiny", write_prompts(tmp_path / "prompts.jsonl"), tmp_path / "online")
+    online["objective"] = {"kind": "reward_model"}
+    with pytest.raises(ConfigError, match="learned_rewards"):
+        train(parse_run(online), console=Console(quiet=True))
 
 
 def test_margins_are_read_from_their_column(tmp_path):
