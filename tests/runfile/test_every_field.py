@@ -61,6 +61,7 @@ NOTHING_TO_BUILD = {
         ("DataConfig.num_proc", "DataConfig.cache"),
         "how tokens are made, and not which: tests/data/test_blocks.py",
     ),
+    "ModelConfig.chat_template_kwargs": "of conversations, and rows here are plain texts: tests/data/test_blocks.py",
     "ClassifierConfig.revision": "of a repository on the Hub: a folder has one revision, and there is no network here",
     **dict.fromkeys(
         tuple(
@@ -457,11 +458,6 @@ OF_A_RUN: dict[str, tuple[str, Changes]] = {
             quantization="nf4",
             attn_implementation="eager",
             chat_template="{{ messages[0]['content'] }}",
-            chat_template_kwargs=With(
-                {"quiet": True},
-                run={"data": {"train": [{"path": "pairs.jsonl", "chat": True}]}},
-                chat_template="{{ quiet }}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}",
-            ),
             revision="main",
             trust_remote_code=With(True, path="own-code"),
             new_tokens=["<plan>"],
