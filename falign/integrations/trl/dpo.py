@@ -60,7 +60,8 @@ class FDPOTrainer(ObjectiveLoss, DPOTrainer):
         "loss_weights": "Give the weights in falign.objectives.Sum.",
         "f_divergence_type": "Name the divergence in the objective: FDPO('jensen_shannon', beta=0.1).",
         "f_alpha_divergence_coef": "falign's α is 1 minus this coefficient: FDPO('alpha(0.5)', beta=0.1).",
-        "label_smoothing": "TRL's sigmoid loss ignores it. Choose a margin_loss: conservative(0.1), robust(0.1) or exo(0.001).",
+        "label_smoothing": "TRL's sigmoid loss ignores it. Choose a margin_loss: conservative(0.1), robust(0.1), "
+        "or exo(0.001).",
         "ld_alpha": "falign has no counterpart of LD-DPO; length_norm='token' is another remedy for length.",
         "use_weighting": "falign has no counterpart of WPO.",
         "discopop_tau": "falign has no counterpart of DiscoPOP.",
