@@ -216,6 +216,27 @@ class AdapterConfig(FrozenModel):
                 "leave it out."
             )
 
+    def check_sharding(self, *, new_tokens: bool) -> None:
+        """Refuse kinds of adapters that have not been tried with weights sharded over processes.
+
+        Args:
+            new_tokens: Whether the model has new tokens, whose rows the adapter trains.
+
+        Raises:
+            ConfigError: The adapter is of such a kind; the message names the field.
+        """
+        kinds = {
+            "model.new_tokens": new_tokens,
+            "adapter.use_dora": self.use_dora,
+            "adapter.modules_to_save": self.modules_to_save,
+            "adapter.target_parameters": self.target_parameters,
+            f"adapter.init_lora_weights={self.init_lora_weights}": self.starts_from_weights,
+        }
+        if field := next((field for field, given in kinds.items() if given), None):
+            raise ConfigError(
+                f"{field} under FSDP2 has not been tried: train with DDP (--launch ddp), or leave it out."
+            )
+
     def build(
         self, model: PreTrainedModel, *, seed: int, revision: str | None = None, token_ids: Sequence[int] = ()
     ) -> PeftModel:

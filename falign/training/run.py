@@ -139,6 +139,8 @@ def _begin(
 ) -> RunSummary:
     """Load everything, check that a resumed run is the same run, and train."""
     if shards():
+        if config.adapter is not None:
+            config.adapter.check_sharding(new_tokens=bool(config.model.new_tokens))
         for name, section in config.reference_sections().items():
             section.check_sharding(field=config.section_of(name))
     folder.require_own_models(config)
