@@ -169,10 +169,11 @@ _ONLINE: Mapping[str, Row] = {
     "use_bias_correction_kl": read(
         "objective.divergence", note="without it TRL's penalty has the gradient of forward_kl"
     ),
+    "log_completions": copied("training.log_completions", convert=bool),
     "normalize_advantages": refused("no advantage of single completions is divided by a deviation of all", False),
     "reward_clip_range": refused("rewards are not clipped; rewards.0.transform, or your own function, may change them"),
     **each(
-        "log_completions log_multimodal num_completions_to_print log_unique_prompts",
+        "log_multimodal num_completions_to_print log_unique_prompts",
         unused("all completions are written to completions.jsonl; training.log_completions adds tables in trackers"),
     ),
 }
