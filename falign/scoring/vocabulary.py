@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -44,6 +44,9 @@ from falign.scoring.distributions import (
 from falign.scoring.model_parts import Head
 
 __all__ = ["DEFAULT_CHUNK_TOKENS", "TokenScores", "target_logprobs", "token_scores", "top_tokens"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # A float32 tile of 256 tokens over a vocabulary of 128k is 128 MiB; with a divergence four of them are in memory.
 DEFAULT_CHUNK_TOKENS = 256
@@ -267,6 +270,18 @@ class _Block(NamedTuple):
     gradients: tuple[Tensor, ...]
 
 
+def _without_autocast(method: Callable[P, R]) -> Callable[P, R]:
+    """Compute in the types given: mixed precision is for the model, and would round sums over the vocabulary."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        raw: Any = args[1]
+        with torch.autocast(raw.device.type, enabled=False):
+            return method(*args, **kwargs)
+
+    return run
+
+
 @dataclass(frozen=True)
 class _Visit:
     """One visit to the vocabulary: everything that is computed from the logits of a chunk."""
@@ -294,6 +309,7 @@ class _Visit:
         constant = [values[2 + k] for k, name in enumerate(self.measures) if name not in self.live]
         return [values[1], *constant, *values[2 + len(self.measures) :]]
 
+    @_without_autocast
     def values(
         self, raw: Tensor, targets: Tensor, prepared: Sequence[Tensor], *, find_live: bool = False
     ) -> tuple[Tensor, ...]:
@@ -301,6 +317,7 @@ class _Visit:
         blocks = [block.values for block in self.blocks(raw, targets, prepared, wanted)]
         return tuple(torch.cat(column) for column in zip(*blocks, strict=True))
 
+    @_without_autocast
     def values_and_gradients(
         self, raw: Tensor, targets: Tensor, prepared: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
@@ -313,6 +330,7 @@ class _Visit:
                 whole[rows] = part
         return tuple(torch.cat(column) for column in zip(*blocks, strict=True)), gradients
 
+    @_without_autocast
     def gradient(
         self, raw: Tensor, targets: Tensor, prepared: Sequence[Tensor], incoming: Sequence[Tensor | None]
     ) -> Tensor | None:

@@ -35,8 +35,8 @@ def page(request):
     return request.param
 
 
-# PEFT 0.21 reads an attribute that Transformers 5.23 has renamed.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+# PEFT 0.21 and TRL 1.16 use names that Transformers 5.23 has replaced.
+@pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # no accelerator
 def test_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monkeypatch):
     """Blocks share one namespace; a ``text`` block right after a Python block is what that block prints."""
@@ -64,6 +64,10 @@ def given(page, folder):
     """What the reader of a page has before its first block."""
     if page.name == "scoring.md":
         write_scores(folder)
+    if page.name == "trl.md":
+        from tests.models.tiny import save_tiny
+
+        save_tiny(folder / "my-model")
     if page.name != "data.md":
         return {}
     rows = [{"prompt": f"Name color {i}.\n", "chosen": "Blue, gladly.", "rejected": "Blue."} for i in range(60)]

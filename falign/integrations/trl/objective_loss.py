@@ -309,7 +309,8 @@ class ObjectiveLoss(Trainer):
         def run_trl() -> Any:
             return self.loss_of_trl(model, inputs, return_outputs)
 
-        scored = self.layout.score(model, inputs, objective, run_trl, columns)
+        with self.accelerator.autocast():  # accelerate does so in the model's forward, which trees do not call
+            scored = self.layout.score(model, inputs, objective, run_trl, columns)
         for name in TRL_REWARDS:
             del logged[name][before.get(name, 0) :]
         output = self._output(objective, scored.completions)
@@ -357,7 +358,7 @@ class ObjectiveLoss(Trainer):
             }
             for each in prepared
         ]
-        with evaluation_mode(cast("nn.Module", self.model)):
+        with evaluation_mode(cast("nn.Module", self.model)), self.accelerator.autocast():
             add_step_means(
                 wrapped,
                 means,

@@ -111,3 +111,23 @@ def test_loss_and_gradient_are_those_of_trl(tmp_path, tokenizer, policy, referen
     rewards = {metric for metric in known if metric.startswith("rewards/")}
     for metric in known.keys() - given_up - (set() if divergence == "reverse_kl" else rewards):
         assert found[metric] == pytest.approx(known[metric], rel=1e-5, abs=1e-6), metric
+
+
+@pytest.mark.parametrize("objective", [falign.FDPO("js_divergence", BETA), falign.TDPO(beta=BETA)])
+def test_trees_compute_in_mixed_precision_and_reduce_in_float32(
+    tmp_path, tokenizer, policy, reference_model, objective
+):
+    given = (FDPOTrainer, tmp_path, tokenizer, policy, reference_model)
+    exact, mixed = (
+        trainer(*given, config={"bf16": bf16}, objective=objective, layout="tree") for bf16 in (False, True)
+    )
+    types = []
+    mixed.model.get_output_embeddings().register_forward_hook(lambda _, args, output: types.append(output.dtype))
+    batch = next(iter(exact.get_train_dataloader()))
+    expected, found = trl_result(exact, batch), trl_result(mixed, batch)
+    assert set(types) == {torch.bfloat16}
+    assert found.loss == pytest.approx(expected.loss, abs=3e-2)
+    assert found.loss != pytest.approx(expected.loss, abs=1e-6)
+    for name, gradient in expected.gradients.items():
+        assert found.gradients[name].dtype == torch.float32
+        assert torch.cosine_similarity(found.gradients[name].flatten(), gradient.flatten(), dim=0) > 0.98, name
