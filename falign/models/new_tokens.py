@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import AddedToken
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from falign.errors import ConfigError, ModelError
 
