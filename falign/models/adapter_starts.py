@@ -44,7 +44,6 @@ def _gaussian(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 STARTS = {
     "default": Start(draw=_uniform),
     "gaussian": Start(draw=_gaussian),
-    "eva": Start(draw=_uniform),  # until data are there
     "pissa": Start(peft="pissa"),
     "pissa_niter_4": Start(peft="pissa_niter_4"),
     "pissa_niter_16": Start(peft="pissa_niter_16"),
