@@ -191,7 +191,9 @@ def verify_classifier(
     assert scores.learned_rewards is not None
     trained = scores.learned_rewards.float().cpu()
     device = base_of(model).device
-    classifier = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto", local_files_only=True)
+    classifier = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype="auto", local_files_only=True, trust_remote_code=False
+    )
     classifier = classifier.to(device).eval()
     reading = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     padded = reading.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(device)

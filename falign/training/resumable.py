@@ -122,7 +122,7 @@ class ResumableTrainer(Trainer, ABC):
         advise: Callable[[str], None],
         master_weights: bool = False,
         course: Course | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
+        callbacks: Sequence[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
         self.course, self.master_weights = course or Course(), master_weights
@@ -136,7 +136,7 @@ class ResumableTrainer(Trainer, ABC):
             data_collator=collate,
             train_dataset=train_trees,  # pyright: ignore[reportArgumentType] - a list is a map-style dataset
             eval_dataset=eval_trees,  # pyright: ignore[reportArgumentType]
-            callbacks=[*callbacks, *self.course.callbacks],
+            callbacks=[*(callbacks or ()), *self.course.callbacks],
             **kwargs,
         )
         self.callback_handler = Callbacks.of(self.callback_handler)
@@ -342,7 +342,8 @@ class ResumableTrainer(Trainer, ABC):
         self._total_loss_scalar = state["logged"]
         self._globalstep_last_logged = state["since"]
         self.means.load_state_dict(state["means"], self.args.device)
-        self.tokens = state.get("tokens", 0)  # checkpoints of earlier releases have none
+        # Transformers reads this after it has fetched the first step's batches, whose tokens are counted already.
+        self.tokens += state.get("tokens", 0)  # checkpoints of earlier releases have none
         self.guard.load_state_dict(state["guard"])
 
     @override

@@ -162,10 +162,10 @@ def adapters(folder: Path) -> Attempt:
                 case "score":
                     load_run(str(copy), max_length=None)
                 case "export":
-                    model, tokenizer, _ = load_trained(RunFolder.open(copy))
+                    model, tokenizer, *_ = load_trained(RunFolder.open(copy))
                     export_adapter(model, tokenizer, target)  # pyright: ignore[reportArgumentType]
                 case "merged":
-                    model, tokenizer, _ = load_trained(RunFolder.open(copy))
+                    model, tokenizer, *_ = load_trained(RunFolder.open(copy))
                     export_merged(model, tokenizer, target)
                 case _:
                     other = base if what == "checkpoints" else folder / "adapter-2"

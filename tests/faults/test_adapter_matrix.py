@@ -241,7 +241,7 @@ def test_checkpoint(world, kind):
 @each_trained
 def test_sample(world, kind):
     _, folder = world.run(kind)
-    policy, tokenizer, _ = load_trained(folder)
+    policy, tokenizer, *_ = load_trained(folder)
     stops = stop_token_ids(policy.get_base_model(), tokenizer)
     found = answer(policy, tokenizer, [QUESTION], stop_token_ids=stops, max_new_tokens=8)
     assert found == [greedy_answer(world.oracle(TRAINED[kind][0], folder.adapter), tokenizer, stops)]
@@ -305,7 +305,7 @@ def test_export_merged(world, kind, tmp_path):
 @each_trained
 def test_soup(world, kind, tmp_path):
     _, folder = world.run(kind)
-    earlier, tokenizer, _ = load_trained(folder, checkpoint=1)
+    earlier, tokenizer, *_ = load_trained(folder, checkpoint=1)
     members = [folder.adapter, export_adapter(earlier, tokenizer, tmp_path / "earlier")]
     if kind in WITHOUT_SOUP:
         with pytest.raises(ModelError, match=WITHOUT_SOUP[kind]):

@@ -73,8 +73,8 @@ def test_overrides_win_and_are_yaml(run_file):
         ),
         (
             with_("objective", kind="listwise", margin_loss="hinge"),
-            "'objective.margin_loss': objective.kind=listwise has no such field, kind=pairwise has. "
-            "Its fields are kind, divergence, beta, length_norm.",
+            "'objective.margin_loss': objective.kind=listwise has no such field, kind=pairwise or "
+            "kind=reward_model has. Its fields are kind, divergence, beta, length_norm.",
         ),
         (
             with_("objective", alpha=0.3),

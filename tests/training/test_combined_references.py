@@ -50,7 +50,7 @@ def test_a_run_is_held_to_a_combination_and_evaluated_against_it_and_only_the_sa
     manifest = summary.folder.read_json("manifest.json")
     assert manifest["reference"]["members"] == BEYOND["weights"]
     assert manifest["references"]["teacher"]["weights"] != manifest["references"]["base"]["weights"]
-    policy, tokenizer, config = load_trained(summary.folder, None)
+    policy, tokenizer, config, _ = load_trained(summary.folder, None)
     device = torch.device("cpu")
     found = rebuild_reference(config, policy, tokenizer, summary.folder, device=device)
     assert found.identity() == manifest["reference"]
