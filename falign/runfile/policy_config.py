@@ -161,8 +161,11 @@ class AdapterConfig(FrozenModel):
     """Other ranks than ``r``, by endings of layer names or regular expressions."""
     alpha_pattern: dict[str, Scale] = {}
     """Other scales than ``alpha``, by the same."""
-    init_lora_weights: Literal["default", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"] = "default"
-    """First values of the matrices: random ones, or factors of the base's weights."""
+    init_lora_weights: Literal["default", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva"] = (
+        "default"
+    )
+    """First values of the matrices: random ones, factors of the base's weights, or, with ``eva``, the directions along
+    which the inputs of each layer vary in the training data."""
     modules_to_save: list[str] = []
     """Endings of names of modules that are trained as a whole, such as ``norm`` or ``lm_head``."""
     target_parameters: list[str] = []
@@ -188,7 +191,7 @@ class AdapterConfig(FrozenModel):
         if self.target_parameters and (self.use_dora or self.dropout):
             field = "use_dora" if self.use_dora else "dropout"
             raise ValueError(f"{field} cannot be set together with {experts}: leave one of them out")
-        if self.target_parameters and self.starts_from_weights:
+        if self.target_parameters and (self.starts_from_weights or self.starts_from_rows):
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights} cannot be set together with {experts}: leave one of them "
                 "out"
@@ -199,6 +202,11 @@ class AdapterConfig(FrozenModel):
     def starts_from_weights(self) -> bool:
         """True if the matrices begin as factors of the base's weights, of which a second, frozen copy is kept."""
         return self.init is None and self.init_lora_weights.startswith(("pissa", "olora"))
+
+    @property
+    def starts_from_rows(self) -> bool:
+        """True if :meth:`start_from` must be called with rows of the training data."""
+        return self.init is None and self.init_lora_weights == "eva"
 
     def check(self, *, weight_decay: float) -> None:
         """Refuse settings of the training that the adapter cannot have.
@@ -230,7 +238,7 @@ class AdapterConfig(FrozenModel):
             "adapter.use_dora": self.use_dora,
             "adapter.modules_to_save": self.modules_to_save,
             "adapter.target_parameters": self.target_parameters,
-            f"adapter.init_lora_weights={self.init_lora_weights}": self.starts_from_weights,
+            f"adapter.init_lora_weights={self.init_lora_weights}": self.starts_from_weights or self.starts_from_rows,
         }
         if field := next((field for field, given in kinds.items() if given), None):
             raise ConfigError(
@@ -267,8 +275,24 @@ class AdapterConfig(FrozenModel):
             alpha_pattern=self.alpha_pattern,
             modules_to_save=self.modules_to_save,
             target_parameters=self.target_parameters,
-            start=self.init_lora_weights,
+            start="default" if self.starts_from_rows else self.init_lora_weights,
             token_ids=token_ids,
             seed=seed,
             revision=revision,
         )
+
+    def start_from(self, model: PeftModel, rows: Sequence[Sequence[int]], *, pad_token_id: int) -> None:
+        """Give a new adapter its first values from the data, if ``init_lora_weights`` asks for it.
+
+        Args:
+            model: The model that :meth:`build` returned, on its device.
+            rows: Token ids of rows of the training data.
+            pad_token_id: The id that fills rows.
+
+        Raises:
+            ConfigError: The rows are too short for the rank.
+        """
+        from falign.models.activation_start import start_from_inputs
+
+        if self.starts_from_rows:
+            start_from_inputs(model, rows, pad_token_id=pad_token_id)

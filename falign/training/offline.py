@@ -62,6 +62,7 @@ def offline_trainer(
         objective,
         args,
         make_probes=lambda policy: [*probes[:2], *probes[-2:]],
+        first_rows=lambda: [ids for _, ids in token_rows(data.train)],
         longest=config.data.max_length,
         prompts=prompts,
         console=console,

@@ -40,6 +40,9 @@ from falign.training.references import build_references
 
 __all__ = ["Language", "Parts", "load_language", "load_parts"]
 
+START_ROWS = 256
+"""Rows of the training data from which an adapter starts, if its start reads any."""
+
 
 class Language(NamedTuple):
     """Tokenizer and rendering of a run.
@@ -98,6 +101,7 @@ def load_parts(
     args: TrainingArguments,
     *,
     make_probes: Callable[[nn.Module], Sequence[PromptTree]],
+    first_rows: Callable[[], Sequence[Sequence[int]]],
     longest: int,
     prompts: Mapping[str, OtherPrompts],
     console: Console,
@@ -111,6 +115,7 @@ def load_parts(
         args: Training arguments, for the device.
         make_probes: Returns prompt trees to test layouts and references on, those with most completions last; it may
             sample them from the policy.
+        first_rows: Returns token ids of rows of the training data, for adapters that start from them.
         longest: Number of tokens of the longest possible prompt with its completion.
         prompts: The rows' other prompts, for each reference that has a prompt of its own.
         console: Shows the results of the checks.
@@ -135,6 +140,9 @@ def load_parts(
             enable_gradient_checkpointing(policy)
         if not shards():
             policy.to(args.device)  # pyright: ignore[reportArgumentType]
+        if config.adapter is not None and config.adapter.starts_from_rows:
+            assert isinstance(policy, PeftModel)
+            config.adapter.start_from(policy, first_rows()[:START_ROWS], pad_token_id=language.pad_token_id)
         device = torch.device("cpu") if shards() else args.device
         references = build_references(config, policy, language.tokenizer, device=device, prompts=prompts)
         for name, reference in references.items():

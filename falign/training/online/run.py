@@ -101,6 +101,7 @@ def online_trainer(
         objective,
         args,
         make_probes=lambda policy: _probes(policy, data, language, min(rollout.max_new_tokens, PROBE_TOKENS)),
+        first_rows=lambda: [row.prompt_ids for row in data.train],
         longest=max(
             [config.prompts.max_length + rollout.max_new_tokens, *(tree.num_tokens for tree in rehearsal.trees)]
         ),
