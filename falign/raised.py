@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from falign.durable import is_full_disk
 from falign.errors import FalignError, MemberError, without_secrets
 
 __all__ = ["CodeLine", "calling", "code_lines", "completion_at_fault", "own_lines", "raised_message"]
@@ -86,7 +87,9 @@ def raised_message(text: str, lines: Sequence[CodeLine], completion: str | None)
 
 @contextmanager
 def calling(role: str, member: object) -> Iterator[None]:
-    """Name a part of the user's own in the exceptions that it raises; those of falign's parts stay as they are.
+    """Name a part of the user's own in the exceptions that it raises.
+
+    Exceptions of falign's own parts, and those of a full disk, stay as they are.
 
     Args:
         role: The role of the part, for messages, such as ``token weight``.
@@ -106,6 +109,8 @@ def calling(role: str, member: object) -> Iterator[None]:
     except FalignError:
         raise  # already has its place
     except Exception as error:
+        if is_full_disk(error):
+            raise  # nothing to correct in the code
         lines, named = code_lines(error), member if inspect.isroutine(member) else type(member)
         # Called with wrong arguments, a part raises before its first line.
         if not own_lines(lines) and str(named.__module__).partition(".")[0] == __package__:

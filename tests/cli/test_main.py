@@ -343,7 +343,8 @@ def test_the_export_of_a_4_bit_run_says_what_is_rounding_of_its_base(falign, run
     rows = [line.strip("│ ").split("│")[0].strip() for line in out.splitlines() if "│" in line]
     assert rows.index("difference caused by the export") + 1 == rows.index("tolerance of the export")
     assert "tolerance" not in rows
-    assert "note: the trained model has a 4-bit base, and the export has the original weights" in " ".join(out.split())
+    note = "note: the trained model has a quantized base, and the export has the original weights"
+    assert note in " ".join(out.split())
 
 
 def test_a_base_that_has_changed_since_is_refused(falign, run_file, tiny, tmp_path):
@@ -370,7 +371,14 @@ def test_overwrite_does_not_replace_what_is_no_export(falign, run_file, tmp_path
     run = tmp_path / "run"
     status, _, err = falign("export", run, "--format", "merged", "--out", run, "--overwrite")
     assert status == 2
+    assert f"--out {run} is a run: choose another folder" in err
+    other = tmp_path / "notes"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    status, _, err = falign("export", run, "--format", "merged", "--out", other, "--overwrite")
+    assert status == 2
     assert "something other than an export" in err
+    assert (other / "notes.txt").read_text() == "mine"
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
 
 

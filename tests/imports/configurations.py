@@ -360,7 +360,7 @@ REFUSED: dict[str, Refused] = {
     "axolotl sft in Alpaca's prompt": Refused(
         "axolotl",
         AXOLOTL + "datasets:\n- path: pairs.jsonl\n  type: alpaca\nadapter: lora\nlora_r: 8\nlora_alpha: 16\n"
-        "lora_target_linear: true\nlearning_rate: 1e-5\nmicro_batch_size: 1\nload_in_8bit: true\n",
-        ("type alpaca of source 0", "load_in_8bit: True"),
+        "lora_target_linear: true\nlearning_rate: 1e-5\nmicro_batch_size: 1\nneftune_noise_alpha: 5\n",
+        ("type alpaca of source 0", "neftune_noise_alpha: 5"),
     ),
 }
