@@ -73,7 +73,8 @@ def test_hh_prompt_and_answers_are_the_dialogue(shared_data):
 def test_examples_in_the_documentation_are_read_as_their_headings_say():
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     found = []
-    for section in page.split("\n### ")[1:]:
+    sections = [each.removeprefix("### ") for each in re.split(r"\n(?=##)", page) if each.startswith("### ")]
+    for section in sections:
         for block in re.findall(r"```json\n(.*?)\n```", section, flags=re.DOTALL):
             row = Row("docs/data.md", json.loads(block))
             found.append(section.split()[0])
