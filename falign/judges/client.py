@@ -17,7 +17,7 @@ from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
 from typing_extensions import override
 
-from falign.errors import JudgeError, without_secrets
+from falign.errors import JudgeError, one_line, without_secrets
 from falign.judges.endpoint import Endpoint
 
 __all__ = ["ChatClient", "ChatReply", "RefusedRequestError", "StoppedAskingError"]
@@ -199,7 +199,7 @@ class ChatClient:
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
             raise JudgeError(f"url={endpoint.url!r} is invalid: {error}.") from error
         except requests.RequestException as error:
-            raise _AgainError(f"no connection, or a broken one ({self._masked(str(error))[:_TOLD]})") from error
+            raise _AgainError(f"no connection, or a broken one ({self._masked(one_line(error))})") from error
         text = content.decode("utf-8", errors="replace")
         try:
             reply = json.loads(text)
