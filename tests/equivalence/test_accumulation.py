@@ -36,6 +36,20 @@ OBJECTIVES = {
 }
 
 
+@torch.no_grad()
+def of_whole_logits(policy, rows):
+    """TRL's metrics of pairs, from the logits of one completion after the other."""
+    hits, logits = [], {"chosen": [], "rejected": []}
+    for row in rows:
+        for ids, side in zip(row.completion_ids, ("chosen", "rejected"), strict=True):
+            assert row.preference == (1.0, 0.0)
+            found = policy(input_ids=torch.tensor([[*row.prompt_ids, *ids]])).logits[0, len(row.prompt_ids) - 1 : -1]
+            logits[side].append(found.mean(-1))
+            hits += (found.argmax(-1) == torch.tensor(ids)).tolist() if side == "chosen" else []
+    means = {f"logits/{side}": torch.cat(values).mean().item() for side, values in logits.items()}
+    return {"mean_token_accuracy": sum(hits) / len(hits), **means}
+
+
 def whole_batch(objective, rows, dtype):
     """The loss, metrics and gradient of all rows at once, with no trainer."""
     policy = lora_policy(trained=True).to(dtype)
@@ -65,6 +79,7 @@ def whole_batch(objective, rows, dtype):
     output.mean().backward()
     metrics = {name: values.mean().item() for name, values in output.metrics.items()}
     metrics["entropy"] = scores.entropy[batch.completion_mask].mean().item()
+    metrics |= of_whole_logits(policy, rows)
     start = lora_weights(policy)
     return output.mean().item(), metrics, {name: weight.grad for name, weight in start.items()}, start
 
