@@ -185,7 +185,7 @@ def _interval(score: Estimate) -> str:
 
 
 def _headline(scores: Mapping[str, Any], subsets: Mapping[str, int]) -> list[str]:
-    """Return the names of the table's rows: the score (or the plain accuracy if there is none), then its parts.
+    """Return the names of the table's rows: the score, or without one the plain accuracy; then its parts.
 
     Args:
         scores: Scores by name; details of a part are named ``part/detail``, and are left out.

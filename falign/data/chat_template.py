@@ -40,7 +40,7 @@ else:
 
 @dataclass(frozen=True)
 class TemplateInputs:
-    """What a chat template reads of a row besides its turns.
+    """The inputs of a chat template besides the turns of a row.
 
     Attributes:
         tools: Definitions of the functions that the assistant may call.

@@ -101,7 +101,7 @@ class _Run(NamedTuple):
         return apply_template(turns, self.tokenizer, self.place, answered=self.answered, inputs=self.inputs)
 
     def writes(self, turns: Sequence[Message], text: str) -> bool:
-        """Return whether the template writes a text for other turns; it may also fail on them, which is no text."""
+        """Return whether the template writes a text for other turns; if it fails on them, it writes none."""
         try:
             return self(turns) == text
         except DataError:

@@ -12,8 +12,8 @@ Value = Any
 """A value of YAML, JSON or a command line."""
 
 Use = Literal["copied", "read", "unused", "refused"]
-"""What an import does with a setting: it copies the value to the field, translates it together with others, leaves it
-out because it changes no result, or refuses it."""
+"""The treatment of a setting by an import: its value is copied to the field, translated together with others, left out
+because it changes no result, or refused."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ __all__ = ["CostCounter", "Usage"]
 
 
 class Usage(NamedTuple):
-    """What a judge has cost in this process.
+    """Cost of a judge in this process.
 
     Attributes:
         requests: Answers that were paid for.
@@ -47,7 +47,7 @@ class CostCounter:
 
     @property
     def usage(self) -> Usage:
-        """What this process has paid for so far."""
+        """Requests and tokens that this process has paid for so far."""
         found = self._usage
         return found._replace(cost=self._endpoint.cost(found.prompt_tokens, found.completion_tokens))
 

@@ -42,7 +42,7 @@ class Judgment(NamedTuple):
 
 @dataclass
 class _Known:
-    """What the answers so far have shown of the service.
+    """Properties of the service that its answers so far have shown.
 
     Attributes:
         with_schema: Whether to ask with the schema.
@@ -94,12 +94,12 @@ class Judge:
 
     @property
     def usage(self) -> Usage:
-        """What this judge has cost in this process."""
+        """Cost of this judge in this process."""
         return self._counter.usage
 
     @property
     def spent(self) -> Usage:
-        """What the answers of this model in the cache have cost, to whomever; without a cache, :attr:`usage`."""
+        """Cost of all answers of this model in the cache, whoever paid; without a cache, :attr:`usage`."""
         if self._cache is None:
             return self.usage
         tokens = self._cache.spent(self.endpoint.url, self.endpoint.model)

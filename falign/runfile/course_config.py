@@ -1,4 +1,4 @@
-"""What decides the course of a run besides its steps: callbacks of your own, early stopping, and the best model."""
+"""The rules that steer a run besides its number of steps: callbacks, early stopping, and the best model."""
 
 from __future__ import annotations
 

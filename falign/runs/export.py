@@ -195,7 +195,7 @@ _FORMATS: dict[str, tuple[Callable[[_Plan], None], Callable[[_Plan], ExportProof
     "classifier": (_write_classifier, _prove_classifier),
     "gguf": (_write_gguf, _prove_gguf),
 }
-"""What writes a format, and what proves it."""
+"""The function that writes a format, and the one that proves it."""
 
 
 def _check_head(run: Path, format: str, head: RewardHead | None) -> None:

@@ -230,7 +230,7 @@ def _size(model: torch.nn.Module, optimizer: Any) -> int:
 
 @dataclass(frozen=True)
 class Course:
-    """What decides the course of a run besides its steps.
+    """The rules that steer a run besides its number of steps.
 
     Attributes:
         callbacks: In the order in which they are called; their states are in checkpoints.

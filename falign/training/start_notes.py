@@ -36,9 +36,10 @@ def start_notes(config: RunConfig, steps: int) -> Iterator[str]:
         field = "training.save_steps is not set" if every is None else f"training.save_steps={every} of {steps} steps"
         minutes = training.save_minutes
         when = "no checkpoints before the end" if minutes is None else f"a checkpoint every {minutes:g} minutes only"
+        lost = "all steps" if minutes is None else "the steps since the last one"
         yield (
-            f"{when} ({field}): after a crash before one the run begins again. Ctrl-C writes one; so does every Nth "
-            "step with training.save_steps=N"
+            f"{when} ({field}): a crash loses {lost}. Ctrl-C writes a checkpoint; "
+            "training.save_steps=N writes one every N steps"
         )
 
 

@@ -53,7 +53,7 @@ _ROWS = TypeAdapter(list[JudgedRow])
 
 
 class JudgedTask(NamedTuple):
-    """What is judged.
+    """The material of a judgment.
 
     Attributes:
         benchmark: The benchmark.

@@ -1,4 +1,4 @@
-"""What TRL's batches hold: pairs as chosen rows before rejected rows, labeled completions as one row each."""
+"""The contents of TRL's batches: pairs as chosen rows before rejected rows, labeled completions as one row each."""
 
 from __future__ import annotations
 

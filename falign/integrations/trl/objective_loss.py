@@ -50,7 +50,7 @@ TRL_REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewa
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked a trainer for, beside TRL's own arguments.
+    """The arguments of a trainer beside TRL's own.
 
     Attributes:
         objective: The objective to minimize.
